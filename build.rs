@@ -1,0 +1,34 @@
+//! Compiles `proto/` with protox (no `protoc` needed): messages, gRPC stubs, proto3 JSON.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::{env, fs};
+
+use prost::Message as _;
+
+const PROTOS: [&str; 5] = [
+    "realchat/shared/v1/events.proto",
+    "realchat/message/v1/message_api.proto",
+    "realchat/conversation/v1/conversation_api.proto",
+    "realchat/presence/v1/presence_api.proto",
+    "realchat/delivery/v1/delivery_api.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+
+    let descriptors = protox::compile(PROTOS, ["proto"])?;
+    let encoded = descriptors.encode_to_vec();
+    fs::write(out.join("realchat_descriptor.bin"), &encoded)?;
+
+    tonic_prost_build::configure()
+        .bytes(".realchat.shared.v1.EventEnvelope.payload")
+        .extern_path(".google.protobuf.Timestamp", "::pbjson_types::Timestamp")
+        .build_client(true)
+        .build_server(true)
+        .compile_fds(descriptors)?;
+
+    pbjson_build::Builder::new().register_descriptors(&encoded)?.build(&[".realchat"])?;
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! Nouns: ids, events, what crosses the hand-off, limits, counters. Imports nothing of ours.
+
+pub mod close;
+pub mod command;
+pub mod counters;
+pub mod event;
+pub mod ids;
+pub mod limits;

@@ -1,0 +1,123 @@
+//! A bounded single-producer single-consumer ring. Nothing blocks, nothing grows; the outcome of a
+//! push cannot be ignored.
+
+use std::sync::Arc;
+
+use crate::handoff::Doorbell;
+
+/// The outcome of a push. An item that was not accepted comes back.
+#[must_use = "an ignored overflow is a lost message"]
+#[derive(Debug, PartialEq, Eq)]
+pub enum Pushed<T> {
+    /// The consumer will see it.
+    Accepted,
+    /// The ring is full: back off and push again later.
+    Full(T),
+    /// The consumer is gone: nothing will ever be taken.
+    Closed(T),
+}
+
+/// The sending end.
+#[derive(Debug)]
+pub struct Producer<T> {
+    ring: rtrb::Producer<T>,
+    bell: Arc<Doorbell>,
+    rung: bool,
+}
+
+/// The receiving end.
+#[derive(Debug)]
+pub struct Consumer<T> {
+    ring: rtrb::Consumer<T>,
+}
+
+/// A ring of `slots` items whose consumer sleeps on `bell`; one bell may serve many rings.
+pub fn ring<T>(slots: usize, bell: Arc<Doorbell>) -> (Producer<T>, Consumer<T>) {
+    assert!(slots > 0);
+    let (producer, consumer) = rtrb::RingBuffer::new(slots);
+    (Producer { ring: producer, bell, rung: true }, Consumer { ring: consumer })
+}
+
+impl<T> Producer<T> {
+    /// Never blocks or allocates. The consumer may see the item at once, but is woken for it only
+    /// by [`Producer::publish`].
+    pub fn push(&mut self, item: T) -> Pushed<T> {
+        if self.ring.is_abandoned() {
+            return Pushed::Closed(item);
+        }
+        match self.ring.push(item) {
+            Ok(()) => {
+                self.rung = false;
+                Pushed::Accepted
+            }
+            Err(rtrb::PushError::Full(item)) => Pushed::Full(item),
+        }
+    }
+
+    /// Rings the doorbell, once for all that was pushed since the last time. The bell itself makes
+    /// a system call only if the consumer sleeps.
+    pub fn publish(&mut self) {
+        if !std::mem::replace(&mut self.rung, true) {
+            self.bell.ring();
+        }
+    }
+
+    /// Free slots: at least this many pushes will be accepted.
+    pub fn free(&self) -> usize {
+        self.ring.slots()
+    }
+}
+
+impl<T> Drop for Producer<T> {
+    /// A sleeping consumer learns that its peer is gone.
+    fn drop(&mut self) {
+        self.bell.ring();
+    }
+}
+
+impl<T> Consumer<T> {
+    /// The oldest item.
+    pub fn pop(&mut self) -> Option<T> {
+        self.ring.pop().ok()
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.ring.is_empty()
+    }
+
+    /// Items that wait.
+    pub fn len(&self) -> usize {
+        self.ring.slots()
+    }
+
+    /// Whether the producer is gone; what it pushed before can still be popped.
+    pub fn is_abandoned(&self) -> bool {
+        self.ring.is_abandoned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_ring_gives_the_item_back() {
+        let (mut producer, mut consumer) = ring(1, Arc::new(Doorbell::new().unwrap()));
+        assert_eq!(producer.push(1), Pushed::Accepted);
+        assert_eq!(producer.push(2), Pushed::Full(2));
+        assert_eq!(consumer.pop(), Some(1));
+        assert_eq!(producer.push(2), Pushed::Accepted);
+        drop(consumer);
+        assert_eq!(producer.push(3), Pushed::Closed(3));
+    }
+
+    #[test]
+    fn what_was_pushed_survives_the_producer() {
+        let (mut producer, mut consumer) = ring(4, Arc::new(Doorbell::new().unwrap()));
+        assert_eq!(producer.push(1), Pushed::Accepted);
+        drop(producer);
+        assert!(consumer.is_abandoned());
+        assert_eq!((consumer.pop(), consumer.pop()), (Some(1), None));
+    }
+}

@@ -1,0 +1,210 @@
+//! Who is connected here, and where: user → sessions.
+//!
+//! Read by every router for every event, written by the session manager. One small interface, so
+//! that another arrangement (a user's sessions all on one shard) can take its place.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, RwLock};
+
+use hashbrown::HashTable;
+
+use crate::domain::ids::SessionAddress;
+
+/// Locks are spread over this many parts, so that a writer stops few readers.
+const PARTS: usize = 64;
+
+/// The two ids of a session in one allocation that everybody shares.
+///
+/// ```text
+/// | user bytes: u16 | user | device |
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SessionIds(Arc<[u8]>);
+
+impl SessionIds {
+    /// Packs them. Both are shorter than 64 KiB: the upgrade parser saw to it.
+    pub fn new(user: &str, device: &str) -> Self {
+        let user_len = u16::try_from(user.len()).expect("the upgrade parser bounds ids");
+        let mut packed = Vec::with_capacity(2 + user.len() + device.len());
+        packed.extend_from_slice(&user_len.to_le_bytes());
+        packed.extend_from_slice(user.as_bytes());
+        packed.extend_from_slice(device.as_bytes());
+        Self(packed.into())
+    }
+
+    fn split(&self) -> (&[u8], &[u8]) {
+        let user_len = usize::from(u16::from_le_bytes([self.0[0], self.0[1]]));
+        self.0[2..].split_at(user_len)
+    }
+
+    /// The user.
+    pub fn user(&self) -> &str {
+        std::str::from_utf8(self.split().0).expect("packed from str")
+    }
+
+    /// The device.
+    pub fn device(&self) -> &str {
+        std::str::from_utf8(self.split().1).expect("packed from str")
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    ids: SessionIds,
+    address: SessionAddress,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Directory {
+    parts: Box<[RwLock<HashTable<Entry>>]>,
+    hasher: RandomState,
+}
+
+impl Default for Directory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Directory {
+    /// An empty one.
+    pub fn new() -> Self {
+        let parts = (0..PARTS).map(|_| RwLock::new(HashTable::new())).collect();
+        Self { parts, hasher: RandomState::new() }
+    }
+
+    fn place(&self, user: &[u8]) -> (u64, &RwLock<HashTable<Entry>>) {
+        let hash = self.hasher.hash_one(user);
+        // The table uses the low bits for its groups and the high seven for its tags.
+        (hash, &self.parts[(hash >> 48) as usize % PARTS])
+    }
+
+    /// Adds a session. If the same user and device were connected, that session leaves the
+    /// directory and is returned: the newer connection wins (contract §3).
+    pub fn insert(&self, ids: SessionIds, address: SessionAddress) -> Option<SessionAddress> {
+        let (hash, part) = self.place(ids.split().0);
+        let mut table = part.write().expect("no holder panics");
+        if let Some(entry) = table.find_mut(hash, |entry| entry.ids == ids) {
+            return Some(std::mem::replace(&mut entry.address, address));
+        }
+        table.insert_unique(hash, Entry { ids, address }, |entry| {
+            self.hasher.hash_one(entry.ids.split().0)
+        });
+        None
+    }
+
+    /// Removes a session, if it is still this one: the end of a replaced session does not take its
+    /// successor with it. Returns whether it was there.
+    pub fn remove(&self, ids: &SessionIds, address: SessionAddress) -> bool {
+        let (hash, part) = self.place(ids.split().0);
+        let mut table = part.write().expect("no holder panics");
+        match table.find_entry(hash, |entry| entry.ids == *ids && entry.address == address) {
+            Ok(entry) => {
+                entry.remove();
+                // After a storm the memory goes back; the slack keeps a busy part from thrashing.
+                if table.capacity() > 64 && table.len() < table.capacity() / 4 {
+                    let target = table.len() * 2;
+                    table.shrink_to(target, |entry| self.hasher.hash_one(entry.ids.split().0));
+                }
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Calls `visit` for each session of the user; returns how many there were.
+    pub fn sessions_of(&self, user: &str, mut visit: impl FnMut(SessionAddress)) -> usize {
+        let (hash, part) = self.place(user.as_bytes());
+        let table = part.read().expect("no holder panics");
+        table
+            .iter_hash(hash)
+            .filter(|entry| entry.ids.split().0 == user.as_bytes())
+            .map(|entry| visit(entry.address))
+            .count()
+    }
+
+    /// The session of one user and device.
+    pub fn find(&self, ids: &SessionIds) -> Option<SessionAddress> {
+        let (hash, part) = self.place(ids.split().0);
+        let table = part.read().expect("no holder panics");
+        table.find(hash, |entry| entry.ids == *ids).map(|entry| entry.address)
+    }
+
+    /// Sessions in all.
+    pub fn len(&self) -> usize {
+        self.parts.iter().map(|part| part.read().expect("no holder panics").len()).sum()
+    }
+
+    /// Whether nobody is connected.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::event::Encoding;
+    use crate::domain::ids::{ConnectionKey, ShardId};
+
+    fn address(slot: u32) -> SessionAddress {
+        SessionAddress {
+            shard: ShardId(0),
+            encoding: Encoding::Binary,
+            connection: ConnectionKey { slot, generation: 0 },
+        }
+    }
+
+    fn slots(directory: &Directory, user: &str) -> Vec<u32> {
+        let mut slots = Vec::new();
+        directory.sessions_of(user, |address| slots.push(address.connection.slot));
+        slots.sort_unstable();
+        slots
+    }
+
+    #[test]
+    fn user_has_several_devices() {
+        let directory = Directory::new();
+        assert_eq!(directory.insert(SessionIds::new("alice", "phone"), address(1)), None);
+        assert_eq!(directory.insert(SessionIds::new("alice", "desk"), address(2)), None);
+        assert_eq!(directory.insert(SessionIds::new("bob", "phone"), address(3)), None);
+        assert_eq!(slots(&directory, "alice"), [1, 2]);
+        assert_eq!(slots(&directory, "carol"), [0; 0]);
+        assert_eq!(directory.len(), 3);
+    }
+
+    #[test]
+    fn end_of_a_replaced_session_leaves_its_successor() {
+        let directory = Directory::new();
+        let ids = SessionIds::new("alice", "phone");
+        directory.insert(ids.clone(), address(1));
+        assert_eq!(directory.insert(ids.clone(), address(2)), Some(address(1)));
+        assert!(!directory.remove(&ids, address(1)));
+        assert_eq!(directory.find(&ids), Some(address(2)));
+        assert!(directory.remove(&ids, address(2)));
+        assert!(directory.is_empty());
+    }
+
+    #[test]
+    fn ids_that_run_together_stay_apart() {
+        assert_ne!(SessionIds::new("ab", "c"), SessionIds::new("a", "bc"));
+        let ids = SessionIds::new("ab", "c");
+        assert_eq!((ids.user(), ids.device()), ("ab", "c"));
+    }
+
+    #[test]
+    fn table_shrinks_after_a_storm() {
+        let directory = Directory::new();
+        let all: Vec<_> =
+            (0..50_000).map(|n| SessionIds::new(&format!("user-{n}"), "phone")).collect();
+        for (slot, ids) in (0..).zip(&all) {
+            directory.insert(ids.clone(), address(slot));
+        }
+        for (slot, ids) in (0..).zip(&all) {
+            assert!(directory.remove(ids, address(slot)));
+        }
+        let capacity: usize = directory.parts.iter().map(|p| p.read().unwrap().capacity()).sum();
+        assert!(capacity <= PARTS * 64, "{capacity}");
+    }
+}

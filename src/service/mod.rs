@@ -1,0 +1,5 @@
+//! The tokio side: users, conversations and back ends. Never touches a client socket.
+
+pub mod directory;
+pub mod ports;
+pub mod proto;

@@ -1,0 +1,59 @@
+//! What the parts of the service side ask of each other, so that each can be tested alone.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+/// A boxed future, for traits that are used as objects.
+pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;
+
+/// Why a neighbour's answer did not come.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NeighbourError {
+    /// It does not know what it was asked for: asking again will not help.
+    #[error("not found")]
+    NotFound,
+    /// It failed, refused or did not answer in time: asking again may help.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// Who belongs to a conversation (the conversation service; contract §1).
+pub trait ConversationSource: Send + Sync + 'static {
+    /// The complete member list of one conversation.
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>>;
+}
+
+/// How a hand-off to other nodes began.
+#[must_use = "an event not handed over must be counted"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forwarding {
+    /// Nothing to wait for: none of these users is known to be on another node.
+    Nobody,
+    /// Under way: [`crate::service::ports::ForwardDone`] will be called once.
+    Pending,
+    /// Too much is under way already; counted, and not to be waited for.
+    Refused,
+}
+
+/// Called once when a pending hand-off has ended, well or not (what failed is counted there).
+pub type ForwardDone = Box<dyn FnOnce() + Send + 'static>;
+
+/// Users connected to other nodes (contract §4).
+pub trait RemoteNodes: Send + Sync + 'static {
+    /// Hands a record's value to each node that holds one of these users, once per node. Never
+    /// blocks.
+    fn forward(&self, value: Bytes, users: &[Arc<str>], done: ForwardDone) -> Forwarding;
+}
+
+/// For a node that serves only its own sessions (`ROUTING_MODE=broadcast`, or no Redis).
+#[derive(Debug)]
+pub struct NoRemoteNodes;
+
+impl RemoteNodes for NoRemoteNodes {
+    fn forward(&self, _value: Bytes, _users: &[Arc<str>], _done: ForwardDone) -> Forwarding {
+        Forwarding::Nobody
+    }
+}

@@ -1,0 +1,27 @@
+//! The wire types of contract §1, generated from `proto/`: messages, gRPC clients and servers, and
+//! proto3 JSON.
+#![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+
+pub mod shared {
+    tonic::include_proto!("realchat.shared.v1");
+    include!(concat!(env!("OUT_DIR"), "/realchat.shared.v1.serde.rs"));
+}
+pub mod message {
+    tonic::include_proto!("realchat.message.v1");
+    include!(concat!(env!("OUT_DIR"), "/realchat.message.v1.serde.rs"));
+}
+pub mod conversation {
+    tonic::include_proto!("realchat.conversation.v1");
+    include!(concat!(env!("OUT_DIR"), "/realchat.conversation.v1.serde.rs"));
+}
+pub mod presence {
+    tonic::include_proto!("realchat.presence.v1");
+    include!(concat!(env!("OUT_DIR"), "/realchat.presence.v1.serde.rs"));
+}
+pub mod delivery {
+    tonic::include_proto!("realchat.delivery.v1");
+    include!(concat!(env!("OUT_DIR"), "/realchat.delivery.v1.serde.rs"));
+}
+
+/// The descriptors of all packages, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/realchat_descriptor.bin"));

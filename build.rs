@@ -25,8 +25,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .bytes(".realchat.shared.v1.EventEnvelope.payload")
         .extern_path(".google.protobuf.Timestamp", "::pbjson_types::Timestamp")
-        .build_client(true)
-        .build_server(true)
+        // `DeliveryApi.Connect` would collide with the generated `connect(endpoint)`: clients are
+        // made from a channel instead.
+        .build_transport(false)
         .compile_fds(descriptors)?;
 
     pbjson_build::Builder::new().register_descriptors(&encoded)?.build(&[".realchat"])?;

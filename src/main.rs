@@ -1,1 +1,3 @@
+//! The `delivery` command.
+
 fn main() {}

@@ -3,24 +3,34 @@
 #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
 
 pub mod shared {
-    tonic::include_proto!("realchat.shared.v1");
-    include!(concat!(env!("OUT_DIR"), "/realchat.shared.v1.serde.rs"));
+    pub mod v1 {
+        tonic::include_proto!("realchat.shared.v1");
+        include!(concat!(env!("OUT_DIR"), "/realchat.shared.v1.serde.rs"));
+    }
 }
 pub mod message {
-    tonic::include_proto!("realchat.message.v1");
-    include!(concat!(env!("OUT_DIR"), "/realchat.message.v1.serde.rs"));
+    pub mod v1 {
+        tonic::include_proto!("realchat.message.v1");
+        include!(concat!(env!("OUT_DIR"), "/realchat.message.v1.serde.rs"));
+    }
 }
 pub mod conversation {
-    tonic::include_proto!("realchat.conversation.v1");
-    include!(concat!(env!("OUT_DIR"), "/realchat.conversation.v1.serde.rs"));
+    pub mod v1 {
+        tonic::include_proto!("realchat.conversation.v1");
+        include!(concat!(env!("OUT_DIR"), "/realchat.conversation.v1.serde.rs"));
+    }
 }
 pub mod presence {
-    tonic::include_proto!("realchat.presence.v1");
-    include!(concat!(env!("OUT_DIR"), "/realchat.presence.v1.serde.rs"));
+    pub mod v1 {
+        tonic::include_proto!("realchat.presence.v1");
+        include!(concat!(env!("OUT_DIR"), "/realchat.presence.v1.serde.rs"));
+    }
 }
 pub mod delivery {
-    tonic::include_proto!("realchat.delivery.v1");
-    include!(concat!(env!("OUT_DIR"), "/realchat.delivery.v1.serde.rs"));
+    pub mod v1 {
+        tonic::include_proto!("realchat.delivery.v1");
+        include!(concat!(env!("OUT_DIR"), "/realchat.delivery.v1.serde.rs"));
+    }
 }
 
 /// The descriptors of all packages, for gRPC reflection.

@@ -1,1 +1,5 @@
-//! The shard: the event loop, the connection slab, send queues, the timer wheel; generic over a kernel.
+//! The shard: the event loop, the connection slab, send queues, the timer wheel; generic over a
+//! kernel.
+
+pub mod kernel;
+pub mod outgoing;

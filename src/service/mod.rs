@@ -1,5 +1,6 @@
 //! The tokio side: users, conversations and back ends. Never touches a client socket.
 
+pub mod bell;
 pub mod directory;
 pub mod ports;
 pub mod proto;

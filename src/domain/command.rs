@@ -192,6 +192,18 @@ pub enum ShardReport {
         /// The text, checked as UTF-8.
         text: Box<str>,
     },
+    /// A gRPC session named a conversation for the first time: send what follows `after`, as
+    /// [`DeliveryClass::CatchUp`], then [`ShardCommand::Release`] with exactly this conversation in
+    /// `delivered`: the highest sequence that was sent, or `after`. Only its own live events wait
+    /// meanwhile. Only the stream hub reports this, once per conversation of a session.
+    Resume {
+        /// Which connection.
+        connection: ConnectionKey,
+        /// The conversation's id, not empty.
+        conversation: Box<str>,
+        /// The last sequence the client has of it, 0 or more.
+        after: i64,
+    },
     /// The resume grace passed without a first message: the session has gone live by itself.
     GraceExpired {
         /// Which connection.

@@ -1,6 +1,6 @@
 //! An event, encoded once for all its recipients.
 
-use crate::domain::ids::StreamPosition;
+use crate::domain::ids::{StreamKey, StreamPosition};
 
 /// How the events of a session are written. Fixed at the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,6 +71,9 @@ pub struct Event {
     /// Place within its conversation; `None` for events that have none (receipts, presence,
     /// membership). Catch-up uses it to send nothing twice.
     pub position: Option<StreamPosition>,
+    /// The conversation it belongs to, with or without a place in it; `None` where it belongs to
+    /// none (presence). While a conversation is being caught up, all its live events wait.
+    pub stream: Option<StreamKey>,
     /// When the event was appended to its log, Unix time in ms; 0 where unknown. For the latency
     /// histogram.
     pub appended_at_ms: u64,
@@ -79,7 +82,15 @@ pub struct Event {
 impl Event {
     /// An event without frames yet.
     pub fn new(position: Option<StreamPosition>, appended_at_ms: u64) -> Self {
-        Self { frames: Default::default(), position, appended_at_ms }
+        let stream = position.map(|position| position.stream);
+        Self { frames: Default::default(), position, stream, appended_at_ms }
+    }
+
+    /// Says which conversation an event without a position belongs to.
+    pub fn of_stream(mut self, stream: StreamKey) -> Self {
+        debug_assert!(self.position.is_none_or(|position| position.stream == stream));
+        self.stream = Some(stream);
+        self
     }
 
     /// Adds the ready bytes for one encoding: a whole frame, header and payload.

@@ -4,3 +4,4 @@ pub mod bell;
 pub mod directory;
 pub mod ports;
 pub mod proto;
+pub mod stream_key;

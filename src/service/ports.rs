@@ -6,6 +6,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::handoff::Pushed;
+use crate::service::proto::conversation::v1::Conversation;
+
 /// A boxed future, for traits that are used as objects.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;
 
@@ -26,6 +29,39 @@ pub trait ConversationSource: Send + Sync + 'static {
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>>;
 }
 
+/// Which conversations a user belongs to (the conversation service; contract §1).
+pub trait ConversationListing: Send + Sync + 'static {
+    /// All conversations of one user, as the service reports them.
+    fn conversations_of(
+        &self,
+        user: Arc<str>,
+    ) -> BoxFuture<Result<Vec<Conversation>, NeighbourError>>;
+}
+
+/// What comes to a router from elsewhere than Kafka: delivered to sessions here, never forwarded,
+/// without an offset.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RouterInput {
+    /// Another node handed over a record's value: for the members of its conversation.
+    Remote {
+        /// A serialized `EventEnvelope`.
+        value: Bytes,
+    },
+    /// For exactly these users.
+    ToUsers {
+        /// A serialized `EventEnvelope`.
+        value: Bytes,
+        /// Whom it is for; no user twice.
+        users: Vec<Arc<str>>,
+    },
+}
+
+/// The way into a router.
+pub trait RouterInbox: Send + Sync + 'static {
+    /// Never blocks. What is handed over by one caller is routed in the order it came.
+    fn send(&self, input: RouterInput) -> Pushed<RouterInput>;
+}
+
 /// How a hand-off to other nodes began.
 #[must_use = "an event not handed over must be counted"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +79,9 @@ pub type ForwardDone = Box<dyn FnOnce() + Send + 'static>;
 
 /// Users connected to other nodes (contract §4).
 pub trait RemoteNodes: Send + Sync + 'static {
-    /// Hands a record's value to each node that holds one of these users, once per node. Never
-    /// blocks.
+    /// Hands a record's value to each node that holds one of these users, once per node. `users`
+    /// is every member: one who is here may have a second device elsewhere. Never blocks; values
+    /// reach one node in the order of the calls.
     fn forward(&self, value: Bytes, users: &[Arc<str>], done: ForwardDone) -> Forwarding;
 }
 

@@ -5,3 +5,4 @@ pub mod directory;
 pub mod ports;
 pub mod proto;
 pub mod stream_key;
+pub mod timestamp;

@@ -1,0 +1,118 @@
+//! `google.protobuf.Timestamp` with the JSON form that proto3 asks for.
+//!
+//! The crate that generates the JSON code brings a type of its own, which writes `+00:00` where
+//! the proto3 JSON mapping wants `Z`.
+
+use std::fmt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
+
+/// 0001-01-01T00:00:00Z, the first that proto3 JSON can say.
+const SECONDS_MIN: i64 = -62_135_596_800;
+/// 9999-12-31T23:59:59Z, the last.
+const SECONDS_MAX: i64 = 253_402_300_799;
+
+/// A point in time; the wire type.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Message)]
+pub struct Timestamp {
+    /// Unix time, seconds.
+    #[prost(int64, tag = "1")]
+    pub seconds: i64,
+    /// 0 to 999,999,999.
+    #[prost(int32, tag = "2")]
+    pub nanos: i32,
+}
+
+impl Timestamp {
+    /// From Unix time in milliseconds.
+    pub fn from_unix_ms(ms: i64) -> Self {
+        Self { seconds: ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 }
+    }
+
+    /// Unix time in milliseconds, rounded down; the nearest that fits.
+    pub fn unix_ms(self) -> i64 {
+        self.seconds.saturating_mul(1000).saturating_add(i64::from(self.nanos / 1_000_000))
+    }
+
+    /// Whether the proto3 JSON mapping has a form for it.
+    fn is_valid(self) -> bool {
+        (SECONDS_MIN..=SECONDS_MAX).contains(&self.seconds)
+            && (0..1_000_000_000).contains(&self.nanos)
+    }
+}
+
+impl From<SystemTime> for Timestamp {
+    fn from(time: SystemTime) -> Self {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { seconds: since.as_secs() as i64, nanos: since.subsec_nanos() as i32 }
+    }
+}
+
+impl Serialize for Timestamp {
+    /// # Errors
+    /// Outside the years 1 to 9999, or nanoseconds that are not a fraction of a second.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if !self.is_valid() {
+            return Err(ser::Error::custom("timestamp out of range"));
+        }
+        let text = prost_types::Timestamp { seconds: self.seconds, nanos: self.nanos };
+        serializer.collect_str(&text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Timestamp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Rfc3339;
+
+        impl de::Visitor<'_> for Rfc3339 {
+            type Value = Timestamp;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an RFC 3339 timestamp")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Timestamp, E> {
+                let parsed: prost_types::Timestamp = text.parse().map_err(E::custom)?;
+                Ok(Timestamp { seconds: parsed.seconds, nanos: parsed.nanos })
+            }
+        }
+        deserializer.deserialize_str(Rfc3339)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_utc_with_z_and_as_many_digits_as_needed() {
+        for (seconds, nanos, text) in [
+            (0, 0, "1970-01-01T00:00:00Z"),
+            (1_700_000_000, 120_000_000, "2023-11-14T22:13:20.120Z"),
+            (SECONDS_MIN, 0, "0001-01-01T00:00:00Z"),
+            (SECONDS_MAX, 999_999_999, "9999-12-31T23:59:59.999999999Z"),
+        ] {
+            let timestamp = Timestamp { seconds, nanos };
+            let json = serde_json::to_string(&timestamp).unwrap();
+            assert_eq!(json, format!("{text:?}"));
+            assert_eq!(serde_json::from_str::<Timestamp>(&json).unwrap(), timestamp);
+        }
+    }
+
+    #[test]
+    fn what_json_cannot_say_is_refused() {
+        for (seconds, nanos) in [(SECONDS_MIN - 1, 0), (SECONDS_MAX + 1, 0), (0, -1), (i64::MAX, 0)]
+        {
+            assert!(serde_json::to_string(&Timestamp { seconds, nanos }).is_err());
+        }
+    }
+
+    #[test]
+    fn milliseconds_round_down() {
+        assert_eq!(Timestamp::from_unix_ms(-1), Timestamp { seconds: -1, nanos: 999_000_000 });
+        assert_eq!(Timestamp { seconds: 1, nanos: 1_999_999 }.unix_ms(), 1001);
+        assert_eq!(Timestamp::from_unix_ms(-1).unix_ms(), -1);
+        assert_eq!(Timestamp { seconds: i64::MAX, nanos: 0 }.unix_ms(), i64::MAX);
+    }
+}

@@ -1,0 +1,7 @@
+//! What crosses a wire: a real Kafka, a real Redis, the real binary, real sockets. Each test that
+//! needs a service is ignored by a plain `cargo test`; `tests/run` starts the services and runs them.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod delivery_to_all;

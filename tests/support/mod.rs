@@ -1,0 +1,10 @@
+//! What the tests share: a client fleet and its tally, a producer, services, processes.
+#![allow(dead_code, unreachable_pub, reason = "shared by test targets that each use a part")]
+
+pub mod fleet;
+pub mod node;
+pub mod publisher;
+pub mod services;
+pub mod tally;
+pub mod wait;
+pub mod world;

@@ -1,0 +1,282 @@
+//! A Delivery process: started with settings from the environment, watched from outside only.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::wait::until;
+
+/// To be ready, on a machine that does much else.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+/// Of a node's output, shown when its test fails.
+const LAST_LINES: usize = 40;
+/// For an answer of the admin port.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// The binary under test: `DELIVERY_BIN`, or the one cargo built with the tests.
+fn binary() -> PathBuf {
+    std::env::var_os("DELIVERY_BIN")
+        .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_delivery")), PathBuf::from)
+}
+
+/// A port nobody listens on.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    listener.local_addr().expect("bound").port()
+}
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// How to start a node. Settings are those of the environment, as a deployment sets them.
+#[derive(Clone, Debug)]
+pub struct NodeBuilder {
+    command: &'static str,
+    settings: BTreeMap<String, String>,
+}
+
+impl NodeBuilder {
+    /// `delivery serve`, one shard, no tokens, on ports of its own.
+    pub fn serve() -> Self {
+        Self { command: "serve", settings: BTreeMap::new() }.base()
+    }
+
+    /// `delivery dev` without its demo: needs nothing else.
+    pub fn dev() -> Self {
+        Self { command: "dev", settings: BTreeMap::new() }.base().set("DEV_DEMO", "false")
+    }
+
+    fn base(self) -> Self {
+        self.set("HTTP_PORT", local(free_port()))
+            .set("HTTP_ADDR", local(free_port()))
+            .set("GRPC_ADDR", local(free_port()))
+            .set("SHARDS", 1)
+            .set("AUTH_MODE", "trust")
+    }
+
+    /// Sets one.
+    pub fn set(mut self, name: &str, value: impl ToString) -> Self {
+        self.settings.insert(name.into(), value.to_string());
+        self
+    }
+
+    fn address(&self, name: &str) -> SocketAddr {
+        self.settings[name].parse().expect("host:port")
+    }
+
+    /// Starts it without waiting. Its output goes to a file in the target folder.
+    pub fn spawn(&self) -> Node {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let log_path = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("node-{}-{number}.log", std::process::id()));
+        let log = File::create(&log_path).expect("a log file");
+        // The node ends with the test that started it, however that ends.
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(binary())
+            .arg(self.command)
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .envs(std::env::var_os("DELIVERY_LOG").map(|filter| ("LOG", filter)))
+            .envs(&self.settings)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a second handle"))
+            .stderr(log)
+            .spawn()
+            .expect("the binary starts");
+        Node {
+            child,
+            log_path,
+            public: self.address("HTTP_PORT"),
+            admin: self.address("HTTP_ADDR"),
+            grpc: self.address("GRPC_ADDR"),
+        }
+    }
+
+    /// Starts it and waits until it says that it is ready.
+    pub fn start(&self) -> Node {
+        let mut node = self.spawn();
+        node.wait_ready();
+        node
+    }
+}
+
+/// A running node; killed when dropped.
+#[derive(Debug)]
+pub struct Node {
+    child: Child,
+    log_path: PathBuf,
+    /// The WebSocket address.
+    pub public: SocketAddr,
+    /// Health and metrics.
+    pub admin: SocketAddr,
+    /// The gRPC stream.
+    pub grpc: SocketAddr,
+}
+
+impl Node {
+    /// Waits for `200` of `/health/ready`.
+    pub fn wait_ready(&mut self) {
+        until(READY_WITHIN, "the node is ready", || {
+            if let Some(status) = self.child.try_wait().expect("our child") {
+                panic!("the node ended at once ({status}):\n{}", self.log());
+            }
+            self.get("/health/ready").filter(|answer| answer.status == 200).map(|_| ())
+        });
+    }
+
+    /// What it has printed.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log_path).unwrap_or_default()
+    }
+
+    /// An answer of the admin port; `None`: it did not answer.
+    pub fn get(&self, path: &str) -> Option<Answer> {
+        request(self.admin, "GET", path).ok()
+    }
+
+    /// Posts to the admin port.
+    pub fn post(&self, path: &str) -> Option<Answer> {
+        request(self.admin, "POST", path).ok()
+    }
+
+    /// Every sample of the metrics page.
+    pub fn metrics(&self) -> Metrics {
+        let answer = self.get("/metrics").expect("the admin port answers");
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        Metrics::parse(&answer.body)
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("it is running");
+    }
+
+    /// Whether it has ended, and how.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("our child")
+    }
+
+    /// SIGTERM, then waits for its end.
+    pub fn stop(&mut self, limit: Duration) -> ExitStatus {
+        self.signal(Signal::TERM);
+        until(limit, "the node stops after SIGTERM", || self.ended())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Resident memory, bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(path).expect("it is running");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("has VmRSS");
+        let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+        kib.expect("a number") * 1024
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let last = lines[lines.len().saturating_sub(LAST_LINES)..].join(
+                "
+",
+            );
+            eprintln!(
+                "--- the node's last lines ({}):
+{last}",
+                self.log_path.display()
+            );
+        } else {
+            let _ = std::fs::remove_file(&self.log_path);
+        }
+    }
+}
+
+/// An HTTP answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// The head, with the status line.
+    pub head: String,
+    /// The body.
+    pub body: String,
+}
+
+/// One request on a connection of its own.
+pub fn request(address: SocketAddr, method: &str, path: &str) -> std::io::Result<Answer> {
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    );
+    raw_request(address, head.as_bytes())
+}
+
+/// Sends bytes and reads until the server closes.
+pub fn raw_request(address: SocketAddr, bytes: &[u8]) -> std::io::Result<Answer> {
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER_WITHIN)?;
+    stream.set_read_timeout(Some(ANSWER_WITHIN))?;
+    stream.write_all(bytes)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let answer = String::from_utf8_lossy(&answer);
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+    Ok(Answer { status, head: head.into(), body: body.into() })
+}
+
+/// A metrics page.
+#[derive(Clone, Debug, Default)]
+pub struct Metrics {
+    samples: Vec<(String, f64)>,
+}
+
+impl Metrics {
+    fn parse(page: &str) -> Self {
+        let samples = page
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| line.rsplit_once(' '))
+            .filter_map(|(series, value)| Some((series.to_owned(), value.parse().ok()?)))
+            .collect();
+        Self { samples }
+    }
+
+    /// The sum over the series of this name whose labels contain each of `labels` (`name="value"`).
+    pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        self.samples
+            .iter()
+            .filter(|(series, _)| {
+                let (own, rest) = series.split_once('{').unwrap_or((series, ""));
+                own == name && labels.iter().all(|label| rest.contains(label))
+            })
+            .map(|(_, value)| value)
+            .sum()
+    }
+
+    /// Whether a series of this name is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.samples.iter().any(|(series, _)| series.split('{').next() == Some(name))
+    }
+}

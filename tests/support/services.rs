@@ -1,0 +1,17 @@
+//! The real services: those that the environment names (`tests/run` starts them and names them).
+
+fn from_environment(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: run `tests/run services`, or set it to a server of your own")
+    })
+}
+
+/// `host:port` of a Kafka broker.
+pub fn kafka_brokers() -> String {
+    from_environment("KAFKA_BROKERS")
+}
+
+/// `host:port` of a Redis.
+pub fn redis_addr() -> String {
+    from_environment("REDIS_ADDR")
+}

@@ -9,7 +9,7 @@ use delivery::service::proto::conversation::v1::{
 };
 use delivery::service::proto::message::v1::{Message, MessageDeletedEvent, MessageSentEvent};
 use delivery::service::proto::shared::v1::{EventEnvelope, EventType};
-use pbjson_types::Timestamp;
+use delivery::service::timestamp::Timestamp;
 use prost::Message as _;
 use rdkafka::ClientContext;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};

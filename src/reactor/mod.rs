@@ -3,3 +3,6 @@
 
 pub mod kernel;
 pub mod outgoing;
+pub mod queue;
+pub mod slab;
+pub mod wheel;

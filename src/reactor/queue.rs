@@ -1,0 +1,348 @@
+//! Send queues: lists of frames, linked through one pool of nodes per shard, so that an empty queue
+//! costs four numbers and a full one needs no allocation of its own.
+
+use std::rc::Rc;
+
+use crate::domain::event::Encoding;
+use crate::reactor::outgoing::{Outgoing, SendBuffer};
+
+/// End of a list.
+const NONE: u32 = u32::MAX;
+/// Nodes kept allocated however few are in use.
+const NODES_KEPT: usize = 4096;
+
+/// The nodes of all queues of a shard.
+#[derive(Debug)]
+pub struct NodePool {
+    nodes: Vec<Node>,
+    free: u32,
+    used: usize,
+}
+
+#[derive(Debug)]
+struct Node {
+    /// `None`: the node is free.
+    outgoing: Option<Rc<Outgoing>>,
+    next: u32,
+}
+
+impl Default for NodePool {
+    fn default() -> Self {
+        Self { nodes: Vec::new(), free: NONE, used: 0 }
+    }
+}
+
+impl NodePool {
+    /// Nodes in use: frames that wait, in all queues together.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Nodes that memory is held for.
+    pub fn allocated(&self) -> usize {
+        self.nodes.capacity()
+    }
+
+    /// Bytes of one node.
+    pub const fn node_bytes() -> usize {
+        size_of::<Node>()
+    }
+
+    fn take(&mut self, outgoing: Rc<Outgoing>) -> u32 {
+        self.used += 1;
+        let node = Node { outgoing: Some(outgoing), next: NONE };
+        if self.free == NONE {
+            let index = u32::try_from(self.nodes.len()).expect("nodes fit 32 bits");
+            self.nodes.push(node);
+            index
+        } else {
+            let index = self.free;
+            self.free = std::mem::replace(&mut self.nodes[index as usize], node).next;
+            index
+        }
+    }
+
+    fn release(&mut self, index: u32) -> (Rc<Outgoing>, u32) {
+        let node = &mut self.nodes[index as usize];
+        let outgoing = node.outgoing.take().expect("a linked node is in use");
+        let next = std::mem::replace(&mut node.next, self.free);
+        self.free = index;
+        self.used -= 1;
+        if self.used == 0 && self.nodes.len() > NODES_KEPT {
+            // The only moment at which no list refers to any node.
+            self.nodes.clear();
+            self.nodes.shrink_to(NODES_KEPT);
+            self.free = NONE;
+        }
+        (outgoing, next)
+    }
+
+    fn outgoing(&self, index: u32) -> &Rc<Outgoing> {
+        self.nodes[index as usize].outgoing.as_ref().expect("a linked node is in use")
+    }
+}
+
+/// What waits for one connection, oldest first. The front one may have been sent in part.
+#[derive(Debug)]
+pub struct SendQueue {
+    front: u32,
+    back: u32,
+    /// Bytes that wait: those of all frames less [`SendQueue::front_sent`].
+    bytes: u32,
+    /// Bytes of the front frame that have been sent.
+    front_sent: u32,
+    frames: u16,
+    /// What the frames are written as.
+    encoding: Encoding,
+}
+
+impl SendQueue {
+    /// An empty queue for a connection of this encoding.
+    pub fn new(encoding: Encoding) -> Self {
+        Self { front: NONE, back: NONE, bytes: 0, front_sent: 0, frames: 0, encoding }
+    }
+
+    /// Changes what the frames are written as. Nothing may wait that depends on it.
+    pub fn set_encoding(&mut self, encoding: Encoding) {
+        assert!(self.is_empty());
+        self.encoding = encoding;
+    }
+
+    /// What the frames are written as.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.frames == 0
+    }
+
+    /// Frames that wait, the one sent in part included.
+    pub fn frames(&self) -> usize {
+        usize::from(self.frames)
+    }
+
+    /// Bytes that wait.
+    pub fn bytes(&self) -> usize {
+        self.bytes as usize
+    }
+
+    /// Whether the front frame has been sent in part: it must be completed before anything else.
+    pub fn is_mid_frame(&self) -> bool {
+        self.front_sent > 0
+    }
+
+    /// Appends a frame. The caller has checked the limits and that it can be expressed in this
+    /// encoding.
+    pub fn push(&mut self, pool: &mut NodePool, outgoing: Rc<Outgoing>) {
+        let length = outgoing.bytes(self.encoding).map_or(0, <[u8]>::len);
+        assert!(length > 0, "an empty frame would never be sent");
+        self.bytes = u32::try_from(self.bytes() + length).expect("the queue's byte limit fits");
+        self.frames = self.frames.checked_add(1).expect("the queue's frame limit fits");
+        let node = pool.take(outgoing);
+        if self.back == NONE {
+            self.front = node;
+        } else {
+            pool.nodes[self.back as usize].next = node;
+        }
+        self.back = node;
+    }
+
+    /// Takes the oldest frame out whole; for lists that are not being sent from.
+    pub fn pop(&mut self, pool: &mut NodePool) -> Option<Rc<Outgoing>> {
+        if self.is_empty() {
+            return None;
+        }
+        let length = self.front_length(pool);
+        let left = length - self.front_sent as usize;
+        Some(self.remove_front(pool, left))
+    }
+
+    /// `sent` more bytes are on their way: takes out the frames that are complete now, each handed
+    /// to `done`.
+    pub fn advance(
+        &mut self,
+        pool: &mut NodePool,
+        mut sent: usize,
+        mut done: impl FnMut(Rc<Outgoing>),
+    ) {
+        assert!(sent <= self.bytes(), "sent {sent} of {}", self.bytes());
+        while sent > 0 {
+            let left = self.front_length(pool) - self.front_sent as usize;
+            if sent < left {
+                self.front_sent += sent as u32;
+                self.bytes -= sent as u32;
+                return;
+            }
+            sent -= left;
+            done(self.remove_front(pool, left));
+        }
+    }
+
+    /// Takes out all that has not been begun, each handed to `gone`: what remains is the rest of a
+    /// frame sent in part, or nothing.
+    pub fn cut(&mut self, pool: &mut NodePool, mut gone: impl FnMut(Rc<Outgoing>)) {
+        let keep = self.is_mid_frame().then(|| {
+            let left = self.front_length(pool) - self.front_sent as usize;
+            let sent = self.front_sent;
+            (self.remove_front(pool, left), sent)
+        });
+        self.clear(pool, &mut gone);
+        if let Some((outgoing, sent)) = keep {
+            self.push(pool, outgoing);
+            self.front_sent = sent;
+            self.bytes -= sent;
+        }
+    }
+
+    /// Takes everything out, each handed to `gone`.
+    pub fn clear(&mut self, pool: &mut NodePool, mut gone: impl FnMut(Rc<Outgoing>)) {
+        while let Some(outgoing) = self.pop(pool) {
+            gone(outgoing);
+        }
+        assert_eq!((self.bytes, self.front_sent), (0, 0));
+    }
+
+    /// What to send next: one frame straight from where it is shared, or as many as fit into `limit`
+    /// bytes copied into a buffer from `staging` (called only then, gives an empty one; if it has
+    /// none, one frame goes alone). The queue keeps all until [`SendQueue::advance`].
+    pub fn next_send(
+        &self,
+        pool: &NodePool,
+        limit: usize,
+        staging: impl FnOnce() -> Option<Vec<u8>>,
+    ) -> Option<SendBuffer> {
+        if self.is_empty() {
+            return None;
+        }
+        let front = || {
+            let outgoing = Rc::clone(pool.outgoing(self.front));
+            Some(SendBuffer::shared(outgoing, self.encoding, self.front_sent as usize))
+        };
+        let second = pool.nodes[self.front as usize].next;
+        if second == NONE || self.front_left(pool) + self.length(pool, second) > limit {
+            return front();
+        }
+        let Some(mut staging) = staging() else { return front() };
+        assert!(staging.is_empty());
+        let mut node = self.front;
+        let mut from = self.front_sent as usize;
+        while node != NONE {
+            let bytes = pool.outgoing(node).bytes(self.encoding).unwrap_or_default();
+            if staging.len() + bytes.len() - from > limit {
+                break;
+            }
+            staging.extend_from_slice(&bytes[from..]);
+            from = 0;
+            node = pool.nodes[node as usize].next;
+        }
+        Some(SendBuffer::batch(staging))
+    }
+
+    fn length(&self, pool: &NodePool, node: u32) -> usize {
+        pool.outgoing(node).bytes(self.encoding).map_or(0, <[u8]>::len)
+    }
+
+    fn front_length(&self, pool: &NodePool) -> usize {
+        assert!(!self.is_empty());
+        self.length(pool, self.front)
+    }
+
+    fn front_left(&self, pool: &NodePool) -> usize {
+        self.front_length(pool) - self.front_sent as usize
+    }
+
+    /// `left` is what [`SendQueue::front_left`] says.
+    fn remove_front(&mut self, pool: &mut NodePool, left: usize) -> Rc<Outgoing> {
+        let (outgoing, next) = pool.release(self.front);
+        self.front = next;
+        self.frames -= 1;
+        self.bytes -= left as u32;
+        self.front_sent = 0;
+        if self.frames == 0 {
+            self.front = NONE;
+            self.back = NONE;
+        }
+        outgoing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frame(byte: u8, length: usize) -> Rc<Outgoing> {
+        Outgoing::own(vec![byte; length].into())
+    }
+
+    #[test]
+    fn one_frame_is_sent_from_where_it_is_and_several_are_copied() {
+        let mut pool = NodePool::default();
+        let mut queue = SendQueue::new(Encoding::Binary);
+        assert!(queue.next_send(&pool, 100, || unreachable!()).is_none());
+        let first = frame(1, 10);
+        let address = first.bytes(Encoding::Binary).unwrap().as_ptr();
+        queue.push(&mut pool, first);
+        let buffer = queue.next_send(&pool, 100, || unreachable!()).unwrap();
+        assert_eq!(buffer.bytes().as_ptr(), address);
+        queue.push(&mut pool, frame(2, 5));
+        queue.push(&mut pool, frame(3, 90));
+        let buffer = queue.next_send(&pool, 100, || Some(Vec::new())).unwrap();
+        assert_eq!(buffer.bytes(), [&[1; 10][..], &[2; 5]].concat());
+        queue.clear(&mut pool, drop);
+        assert_eq!(pool.used(), 0);
+    }
+
+    #[test]
+    fn cut_keeps_the_rest_of_what_has_been_begun() {
+        let mut pool = NodePool::default();
+        let mut queue = SendQueue::new(Encoding::Binary);
+        for byte in 0..3 {
+            queue.push(&mut pool, frame(byte, 10));
+        }
+        queue.advance(&mut pool, 14, drop);
+        let mut gone = 0;
+        queue.cut(&mut pool, |_| gone += 1);
+        assert_eq!((gone, queue.frames(), queue.bytes()), (1, 1, 6));
+        let rest = queue.next_send(&pool, 100, || None).unwrap();
+        assert_eq!(rest.bytes(), [1; 6]);
+        queue.advance(&mut pool, 6, drop);
+        assert!(queue.is_empty() && !queue.is_mid_frame());
+    }
+
+    proptest! {
+        /// Several queues on one pool against byte strings: whatever the cuts of the sends, the
+        /// bytes come out in order, none missing, none twice.
+        #[test]
+        fn bytes_come_out_as_they_went_in(
+            steps in prop::collection::vec((0..3usize, any::<bool>(), 1..300usize), 1..400),
+        ) {
+            let mut pool = NodePool::default();
+            let mut queues: Vec<_> = (0..3).map(|_| SendQueue::new(Encoding::Binary)).collect();
+            let mut expected = vec![Vec::new(); 3];
+            let mut sent = vec![Vec::new(); 3];
+            for (number, (which, push, amount)) in steps.into_iter().enumerate() {
+                let queue = &mut queues[which];
+                if push {
+                    queue.push(&mut pool, frame(number as u8, amount));
+                    expected[which].extend(vec![number as u8; amount]);
+                } else if let Some(buffer) = queue.next_send(&pool, 256, || Some(Vec::new())) {
+                    let taken = amount.min(buffer.bytes().len());
+                    sent[which].extend_from_slice(&buffer.bytes()[..taken]);
+                    queue.advance(&mut pool, taken, drop);
+                }
+                prop_assert_eq!(queue.bytes(), expected[which].len() - sent[which].len());
+            }
+            for (which, queue) in queues.iter_mut().enumerate() {
+                while let Some(buffer) = queue.next_send(&pool, 256, || Some(Vec::new())) {
+                    sent[which].extend_from_slice(buffer.bytes());
+                    queue.advance(&mut pool, buffer.bytes().len(), drop);
+                }
+            }
+            prop_assert_eq!(sent, expected);
+            prop_assert_eq!(pool.used(), 0);
+        }
+    }
+}

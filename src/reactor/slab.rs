@@ -1,0 +1,276 @@
+//! The slots of the connections: chunks that come and go, generations that tell a slot's users
+//! apart, the lowest free slot first so that after a storm the upper chunks empty and go back.
+
+use crate::domain::ids::{ConnectionKey, GENERATION_MAX};
+
+/// Slots of one chunk: allocated and returned together.
+pub const CHUNK_SLOTS: usize = 1024;
+/// Chunks kept although empty, so that a load around a chunk's edge does not allocate each time.
+const EMPTY_CHUNKS_KEPT: usize = 1;
+/// End of a free list.
+const NONE: u32 = u32::MAX;
+
+/// Slots for values of `T`, addressed by number and generation.
+#[derive(Debug)]
+pub struct Slab<T> {
+    chunks: Vec<Chunk<T>>,
+    /// Greatest number of slots.
+    limit: usize,
+    used: usize,
+    /// No chunk below this one has a free slot.
+    first_with_room: usize,
+    empty_chunks: usize,
+}
+
+#[derive(Debug)]
+struct Chunk<T> {
+    /// `None`: given back.
+    entries: Option<Box<[Entry<T>]>>,
+    /// First of the free list, as an index into the chunk.
+    free: u32,
+    used: usize,
+    /// Every generation of this chunk so far is at most this: where those of a chunk that was
+    /// given back and is needed again begin.
+    generation: u32,
+}
+
+#[derive(Debug)]
+struct Entry<T> {
+    generation: u32,
+    content: Content<T>,
+}
+
+#[derive(Debug)]
+enum Content<T> {
+    Used(T),
+    /// Next of the free list.
+    Free(u32),
+}
+
+impl<T> Slab<T> {
+    /// An empty slab of at most `limit` slots; nothing is allocated yet.
+    pub fn new(limit: usize) -> Self {
+        assert!(limit > 0);
+        Self { chunks: Vec::new(), limit, used: 0, first_with_room: 0, empty_chunks: 0 }
+    }
+
+    /// Slots in use.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Slots that memory is held for.
+    pub fn allocated(&self) -> usize {
+        self.chunks.iter().filter(|chunk| chunk.entries.is_some()).count() * CHUNK_SLOTS
+    }
+
+    /// Bytes of one slot.
+    pub const fn slot_bytes() -> usize {
+        size_of::<Entry<T>>()
+    }
+
+    /// Whether [`Slab::insert`] would find room.
+    pub fn has_room(&self) -> bool {
+        self.used < self.limit
+    }
+
+    /// Puts `value` into the lowest chunk with a free slot. `None`: the slab is full, and `value`
+    /// is dropped.
+    pub fn insert(&mut self, value: T) -> Option<ConnectionKey> {
+        if !self.has_room() {
+            return None;
+        }
+        while self.chunks.get(self.first_with_room).is_some_and(Chunk::is_full) {
+            self.first_with_room += 1;
+        }
+        let index = self.first_with_room;
+        if index == self.chunks.len() {
+            let free = NONE;
+            self.chunks.push(Chunk { entries: None, free, used: 0, generation: 0 });
+        }
+        let chunk = &mut self.chunks[index];
+        if chunk.entries.is_none() {
+            chunk.allocate();
+        } else if chunk.used == 0 {
+            self.empty_chunks -= 1;
+        }
+        let (within, generation) = chunk.take(value);
+        self.used += 1;
+        let slot = index * CHUNK_SLOTS + within;
+        Some(ConnectionKey { slot: u32::try_from(slot).expect("slots fit 32 bits"), generation })
+    }
+
+    /// The value of this slot and generation; `None` if it is gone.
+    pub fn get_mut(&mut self, key: ConnectionKey) -> Option<&mut T> {
+        let slot = key.slot as usize;
+        let entry = self
+            .chunks
+            .get_mut(slot / CHUNK_SLOTS)?
+            .entries
+            .as_deref_mut()?
+            .get_mut(slot % CHUNK_SLOTS)?;
+        match &mut entry.content {
+            Content::Used(value) if entry.generation == key.generation => Some(value),
+            _ => None,
+        }
+    }
+
+    /// The value in this slot, whatever its generation; for lists that are linked by slots.
+    ///
+    /// # Panics
+    /// If the slot is free: the list is broken.
+    pub fn at_mut(&mut self, slot: u32) -> &mut T {
+        let slot = slot as usize;
+        let entries = self.chunks[slot / CHUNK_SLOTS].entries.as_deref_mut();
+        match &mut entries.expect("a linked slot's chunk is there")[slot % CHUNK_SLOTS].content {
+            Content::Used(value) => value,
+            Content::Free(_) => panic!("slot {slot} is linked but free"),
+        }
+    }
+
+    /// The key of a slot in use; `None` if it is free or was never allocated.
+    pub fn key_at(&self, slot: u32) -> Option<ConnectionKey> {
+        let entries = self.chunks.get(slot as usize / CHUNK_SLOTS)?.entries.as_deref()?;
+        let entry = &entries[slot as usize % CHUNK_SLOTS];
+        matches!(entry.content, Content::Used(_))
+            .then_some(ConnectionKey { slot, generation: entry.generation })
+    }
+
+    /// One past the highest slot that may be in use.
+    pub fn slots_end(&self) -> u32 {
+        u32::try_from(self.chunks.len() * CHUNK_SLOTS).expect("slots fit 32 bits")
+    }
+
+    /// Takes the value out and frees the slot; its next user has another generation.
+    pub fn remove(&mut self, key: ConnectionKey) -> Option<T> {
+        self.get_mut(key)?;
+        let index = key.slot as usize / CHUNK_SLOTS;
+        let chunk = &mut self.chunks[index];
+        let value = chunk.release(key.slot as usize % CHUNK_SLOTS);
+        self.used -= 1;
+        self.first_with_room = self.first_with_room.min(index);
+        if chunk.used == 0 {
+            if self.empty_chunks < EMPTY_CHUNKS_KEPT {
+                self.empty_chunks += 1;
+            } else {
+                chunk.entries = None;
+            }
+        }
+        Some(value)
+    }
+}
+
+impl<T> Chunk<T> {
+    fn is_full(&self) -> bool {
+        self.used == CHUNK_SLOTS
+    }
+
+    fn allocate(&mut self) {
+        assert_eq!(self.used, 0);
+        let generation = next_generation(self.generation);
+        let last = CHUNK_SLOTS - 1;
+        self.entries = Some(
+            (0..CHUNK_SLOTS)
+                .map(|index| Entry {
+                    generation,
+                    content: Content::Free(if index == last { NONE } else { index as u32 + 1 }),
+                })
+                .collect(),
+        );
+        self.generation = generation;
+        self.free = 0;
+    }
+
+    fn take(&mut self, value: T) -> (usize, u32) {
+        let within = self.free as usize;
+        let entry = &mut self.entries.as_deref_mut().expect("allocated")[within];
+        let Content::Free(next) = entry.content else { panic!("slot {within} is free and used") };
+        self.free = next;
+        entry.content = Content::Used(value);
+        self.used += 1;
+        (within, entry.generation)
+    }
+
+    fn release(&mut self, within: usize) -> T {
+        let entry = &mut self.entries.as_deref_mut().expect("allocated")[within];
+        let content = std::mem::replace(&mut entry.content, Content::Free(self.free));
+        let Content::Used(value) = content else { panic!("slot {within} is freed twice") };
+        entry.generation = next_generation(entry.generation);
+        // A wrapped generation is small; the chunk's bound then stays where it is, which is safe:
+        // a chunk allocated anew begins above it.
+        self.generation = self.generation.max(entry.generation);
+        self.free = within as u32;
+        self.used -= 1;
+        value
+    }
+}
+
+fn next_generation(generation: u32) -> u32 {
+    if generation == GENERATION_MAX { 0 } else { generation + 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn successor_in_a_slot_has_another_generation() {
+        let mut slab = Slab::new(1);
+        let first = slab.insert('a').unwrap();
+        assert_eq!(slab.insert('b'), None);
+        assert_eq!(slab.remove(first), Some('a'));
+        let second = slab.insert('c').unwrap();
+        assert_eq!(first.slot, second.slot);
+        assert_ne!(first.generation, second.generation);
+        assert_eq!(slab.get_mut(first), None);
+        assert_eq!(slab.remove(first), None);
+        assert_eq!(slab.get_mut(second), Some(&mut 'c'));
+    }
+
+    #[test]
+    fn memory_goes_back_after_a_storm_and_old_keys_stay_dead() {
+        let mut slab = Slab::new(10 * CHUNK_SLOTS);
+        let keys: Vec<_> = (0..10 * CHUNK_SLOTS).map(|i| slab.insert(i).unwrap()).collect();
+        assert_eq!(slab.allocated(), 10 * CHUNK_SLOTS);
+        for key in &keys {
+            slab.remove(*key).unwrap();
+        }
+        assert_eq!(slab.allocated(), EMPTY_CHUNKS_KEPT * CHUNK_SLOTS);
+        for i in 0..10 * CHUNK_SLOTS {
+            slab.insert(i).unwrap();
+        }
+        assert!(keys.iter().all(|key| slab.get_mut(*key).is_none()));
+    }
+
+    proptest! {
+        /// Against a map: every key finds its own value until removed, and nothing after.
+        #[test]
+        fn behaves_like_a_map(steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..4000)) {
+            let mut slab = Slab::new(2 * CHUNK_SLOTS);
+            let mut oracle = HashMap::new();
+            let mut live = Vec::new();
+            let mut dead = Vec::new();
+            for (number, (insert, which)) in steps.into_iter().enumerate() {
+                if insert || live.is_empty() {
+                    let key = slab.insert(number).unwrap();
+                    prop_assert!(oracle.insert(key, number).is_none());
+                    live.push(key);
+                } else {
+                    let key = live.swap_remove(which.index(live.len()));
+                    prop_assert_eq!(slab.remove(key), oracle.remove(&key));
+                    dead.push(key);
+                }
+                prop_assert_eq!(slab.used(), oracle.len());
+            }
+            for (key, number) in &mut oracle {
+                prop_assert_eq!(slab.get_mut(*key), Some(number));
+                prop_assert_eq!(slab.key_at(key.slot), Some(*key));
+            }
+            for key in dead {
+                prop_assert!(slab.get_mut(key).is_none());
+            }
+        }
+    }
+}

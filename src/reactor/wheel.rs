@@ -1,0 +1,251 @@
+//! A hierarchical timer wheel that owns nothing: it links slots. Setting, moving and ending a timer
+//! costs a few writes, whatever their number.
+//!
+//! ```text
+//! level 0: 64 buckets of 1 tick       |■□□□…□|   the next 64 ticks
+//! level 1: 64 buckets of 64 ticks     |□■□□…□|   the next 4,096
+//! level 2: 64 buckets of 4,096 ticks  |□□□□…■|   …
+//! level 3: 64 buckets of 262,144 ticks
+//! ```
+//!
+//! A timer lies in the level of the highest six-bit digit in which its tick differs from now, in
+//! the bucket of that digit; when time reaches the bucket, its timers move to lower levels. What
+//! lies farther than the wheel reaches is put at its end: it fires early, and whoever set it looks
+//! at the time and sets it again, as it does for deadlines that have moved meanwhile.
+
+use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
+
+/// One tick, ms: how late a deadline may be noticed.
+pub const TICK_MS: u64 = 16;
+
+const BUCKET_BITS: u32 = 6;
+const BUCKETS: usize = 1 << BUCKET_BITS;
+const LEVELS: usize = 4;
+/// Farthest a timer can lie from now, ticks: a day and a half.
+const REACH_TICKS: u32 = (1 << (BUCKET_BITS * LEVELS as u32 - 1)) - 1;
+const NONE: u32 = u32::MAX;
+/// Set in the `previous` of the first timer of a bucket; the rest of it is level and bucket.
+const FIRST: u32 = 1 << 31;
+const _: () = assert!(CONNECTIONS_PER_SHARD_MAX < FIRST, "a slot is told apart from a bucket");
+
+/// A time in ticks since the shard began.
+pub type Tick = u32;
+
+/// What the wheel keeps in each slot.
+#[derive(Debug)]
+pub struct TimerLink {
+    /// When it fires.
+    due: Tick,
+    next: u32,
+    /// The slot before it, or the bucket (see [`FIRST`]), or [`NONE`] if it is not set.
+    previous: u32,
+}
+
+impl Default for TimerLink {
+    fn default() -> Self {
+        Self { due: 0, next: NONE, previous: NONE }
+    }
+}
+
+impl TimerLink {
+    /// When it fires; `None` if it is not set.
+    pub fn due(&self) -> Option<Tick> {
+        (self.previous != NONE).then_some(self.due)
+    }
+}
+
+/// Where the links are.
+pub trait TimerSlots {
+    /// The link of a slot in use.
+    fn timer(&mut self, slot: u32) -> &mut TimerLink;
+}
+
+/// The wheel of one shard.
+#[derive(Debug)]
+pub struct TimerWheel {
+    now: Tick,
+    buckets: [[u32; BUCKETS]; LEVELS],
+    occupied: [u64; LEVELS],
+    set: usize,
+}
+
+impl Default for TimerWheel {
+    fn default() -> Self {
+        Self { now: 0, buckets: [[NONE; BUCKETS]; LEVELS], occupied: [0; LEVELS], set: 0 }
+    }
+}
+
+impl TimerWheel {
+    /// The tick up to which all timers have fired.
+    pub fn now(&self) -> Tick {
+        self.now
+    }
+
+    /// Timers that are set.
+    pub fn set_timers(&self) -> usize {
+        self.set
+    }
+
+    /// Sets the timer of `slot` to `due`, or to the next tick if that is past.
+    pub fn set(&mut self, slots: &mut impl TimerSlots, slot: u32, due: Tick) {
+        self.unset(slots, slot);
+        self.set += 1;
+        self.link(slots, slot, due.clamp(self.now + 1, self.now + REACH_TICKS));
+    }
+
+    /// Ends the timer of `slot`, if it is set.
+    pub fn unset(&mut self, slots: &mut impl TimerSlots, slot: u32) {
+        let link = slots.timer(slot);
+        if link.previous == NONE {
+            return;
+        }
+        let (next, previous) = (link.next, link.previous);
+        *link = TimerLink::default();
+        self.set -= 1;
+        if next != NONE {
+            slots.timer(next).previous = previous;
+        }
+        if previous & FIRST != 0 {
+            let place = (previous & !FIRST) as usize;
+            let (level, bucket) = (place / BUCKETS, place % BUCKETS);
+            self.buckets[level][bucket] = next;
+            if next == NONE {
+                self.occupied[level] &= !(1 << bucket);
+            }
+        } else {
+            slots.timer(previous).next = next;
+        }
+    }
+
+    /// Moves time on to `now` at most, fires what is due, each handed to `fired` unset, in the
+    /// order of their ticks. Stops after `limit` of them; call again for the rest. Returns whether
+    /// `now` was reached.
+    pub fn advance(
+        &mut self,
+        slots: &mut impl TimerSlots,
+        now: Tick,
+        limit: usize,
+        fired: &mut Vec<u32>,
+    ) -> bool {
+        // Each round fires one bucket or moves one down; a timer moves at most LEVELS times.
+        while let Some((at, level, bucket)) = self.next_bucket() {
+            if at > now {
+                break;
+            }
+            self.now = at.max(self.now);
+            while self.buckets[level][bucket] != NONE {
+                let slot = self.buckets[level][bucket];
+                let due = slots.timer(slot).due;
+                if level == 0 {
+                    if fired.len() >= limit {
+                        return false;
+                    }
+                    assert_eq!(due, at, "a timer in the bucket of another tick");
+                    self.unset(slots, slot);
+                    fired.push(slot);
+                } else {
+                    self.unset(slots, slot);
+                    self.set += 1;
+                    self.link(slots, slot, due);
+                }
+            }
+        }
+        self.now = self.now.max(now);
+        true
+    }
+
+    /// No timer fires before this tick. It may be a little early: then there is something to move.
+    pub fn next_due(&self) -> Option<Tick> {
+        self.next_bucket().map(|(at, ..)| at)
+    }
+
+    /// The first occupied bucket in the order of time: its first tick, its level, its number.
+    fn next_bucket(&self) -> Option<(Tick, usize, usize)> {
+        (0..LEVELS)
+            .filter(|level| self.occupied[*level] != 0)
+            .map(|level| {
+                let shift = BUCKET_BITS * level as u32;
+                let digit = (self.now >> shift) as usize % BUCKETS;
+                // Buckets before the digit belong to the next round of this level.
+                let ahead = self.occupied[level].rotate_right(digit as u32).trailing_zeros();
+                let bucket = (digit + ahead as usize) % BUCKETS;
+                let first = ((self.now >> shift) + ahead) << shift;
+                (first, level, bucket)
+            })
+            // Of two that begin at the same tick, the higher goes first: it feeds the lower.
+            .min_by_key(|(at, level, _)| (*at, LEVELS - level))
+    }
+
+    fn link(&mut self, slots: &mut impl TimerSlots, slot: u32, due: Tick) {
+        let differ = due ^ self.now;
+        let level = if differ == 0 { 0 } else { (31 - differ.leading_zeros()) / BUCKET_BITS };
+        // A carry may differ above the highest level although the distance is within reach.
+        let level = (level as usize).min(LEVELS - 1);
+        let bucket = (due >> (BUCKET_BITS * level as u32)) as usize % BUCKETS;
+        let first = std::mem::replace(&mut self.buckets[level][bucket], slot);
+        self.occupied[level] |= 1 << bucket;
+        if first != NONE {
+            slots.timer(first).previous = slot;
+        }
+        let previous = FIRST | (level * BUCKETS + bucket) as u32;
+        *slots.timer(slot) = TimerLink { due, next: first, previous };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    impl TimerSlots for Vec<TimerLink> {
+        fn timer(&mut self, slot: u32) -> &mut TimerLink {
+            &mut self[slot as usize]
+        }
+    }
+
+    proptest! {
+        /// Against a sorted map: each timer fires once, at its tick, not earlier, in order.
+        #[test]
+        fn fires_like_a_sorted_map(
+            start in prop_oneof![Just(0u32), 0..1u32 << 30],
+            steps in prop::collection::vec((0..40u32, 0..5u8, 0..400_000u32), 1..300),
+        ) {
+            let mut slots: Vec<_> = (0..40).map(|_| TimerLink::default()).collect();
+            let mut wheel = TimerWheel { now: start, ..TimerWheel::default() };
+            let mut oracle: BTreeMap<u32, u32> = BTreeMap::new();
+            for (slot, action, amount) in steps {
+                match action {
+                    0 | 1 => {
+                        wheel.set(&mut slots, slot, wheel.now() + amount);
+                        oracle.insert(slot, (wheel.now() + amount).max(wheel.now() + 1));
+                    }
+                    2 => {
+                        wheel.unset(&mut slots, slot);
+                        oracle.remove(&slot);
+                    }
+                    _ => {
+                        let now = wheel.now() + if action == 3 { amount } else { amount % 100 };
+                        let mut fired = Vec::new();
+                        while !wheel.advance(&mut slots, now, 3, &mut fired) {
+                            let first = oracle.values().min().copied();
+                            prop_assert!(fired.iter().all(|slot| oracle[slot] <= now));
+                            prop_assert_eq!(fired.iter().map(|slot| oracle[slot]).min(), first);
+                            fired.drain(..).for_each(|slot| { oracle.remove(&slot); });
+                        }
+                        fired.drain(..).for_each(|slot| assert!(oracle.remove(&slot).unwrap() <= now));
+                        prop_assert!(oracle.values().all(|due| *due > now));
+                        prop_assert_eq!(wheel.now(), now);
+                    }
+                }
+                prop_assert_eq!(wheel.set_timers(), oracle.len());
+                let first = oracle.values().min().copied();
+                prop_assert!(wheel.next_due() <= first.or(wheel.next_due()));
+                prop_assert_eq!(wheel.next_due().is_some(), first.is_some());
+                for (slot, due) in &oracle {
+                    prop_assert_eq!(slots[*slot as usize].due(), Some(*due));
+                }
+            }
+        }
+    }
+}

@@ -1,8 +1,10 @@
 //! The tokio side: users, conversations and back ends. Never touches a client socket.
 
+pub mod auth;
 pub mod bell;
 pub mod directory;
 pub mod ports;
 pub mod proto;
+pub mod sessions;
 pub mod stream_key;
 pub mod timestamp;

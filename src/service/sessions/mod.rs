@@ -1,0 +1,176 @@
+//! The session manager: decides on every handshake, keeps the directory true, ends sessions.
+//!
+//! One tokio task and peer of every shard (the gRPC hub is the last of them). It holds a small
+//! record per connection, no task and no timer for any of them; what takes time (keys for a token,
+//! presence, catch-up) runs beside it and comes back as a request.
+//!
+//! ```text
+//! Opened ──► Checking ──► Live ──► Closing ──► (Ended) Free
+//!               └───────► Refused ────────────────┘
+//! ```
+
+mod admission;
+mod links;
+mod manager;
+mod records;
+mod stopping;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+pub use links::ShardPort;
+pub use stopping::Ending;
+
+use crate::domain::ids::{ConnectionKey, ShardId};
+use crate::handoff::Doorbell;
+use crate::service::auth::{AuthFailure, Authenticator, Identity};
+use crate::service::bell::AsyncBell;
+use crate::service::directory::Directory;
+
+/// Settings of the session manager.
+#[derive(Clone, Debug)]
+pub struct SessionConfig {
+    /// Sessions that one user may hold on this node, over all devices.
+    pub sessions_per_user_max: usize,
+    /// While draining each client is told to wait for up to this long before it reconnects, each
+    /// for another time, so that the other nodes are not stormed.
+    pub reconnect_spread: Duration,
+}
+
+impl Default for SessionConfig {
+    fn default() -> Self {
+        Self { sessions_per_user_max: 32, reconnect_spread: Duration::from_secs(5) }
+    }
+}
+
+/// What the session manager works with.
+pub struct SessionPorts {
+    /// On which all shards ring for it.
+    pub bell: Arc<Doorbell>,
+    /// By shard number; the gRPC hub, if there is one, is the last.
+    pub shards: Vec<ShardPort>,
+    /// Which it alone writes.
+    pub directory: Arc<Directory>,
+    /// Who clients are.
+    pub auth: Arc<Authenticator>,
+}
+
+crate::counters! {
+    /// What the session manager did.
+    pub struct SessionCounters of Counter {
+        Gauge sessions: "Sessions admitted and not yet ended",
+        Counter handshakes: "Handshakes that came to a decision or ended before it",
+        Counter admitted: "Handshakes admitted",
+        Counter refused_bad_request: "Handshakes refused with 400: an id was missing",
+        Counter refused_unauthorized: "Handshakes refused with 401: no valid token",
+        Counter refused_forbidden: "Handshakes refused with 403: somebody else's token",
+        Counter refused_user_limit: "Handshakes refused with 429: the user has too many sessions",
+        Counter refused_unavailable: "Handshakes refused with 503: stopping, or no keys to check tokens with",
+        Counter replaced: "Sessions closed because the same user and device connected again here",
+        Counter ended: "Sessions that ended",
+        Counter messages_ignored: "Client messages that carried no meaning",
+        Counter reports_stale: "Reports about connections that had ended before",
+        Counter shards_lost: "Shards that went without reporting that they stopped",
+        Gauge commands_waiting: "Commands that wait for room in a ring",
+    }
+}
+
+/// How far the node is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Sessions are admitted.
+    Serving = 0,
+    /// No new ones; those there are being told to go.
+    Draining = 1,
+    /// What is left is being closed.
+    Stopping = 2,
+    /// Nothing is left.
+    Stopped = 3,
+}
+
+/// To the session manager from other tasks.
+enum Request {
+    /// A token check has ended.
+    Checked {
+        shard: ShardId,
+        connection: ConnectionKey,
+        outcome: Result<Identity, AuthFailure>,
+        what_for: CheckedFor,
+    },
+    /// End all sessions; answered when every shard has stopped.
+    End { ending: Ending, ended: oneshot::Sender<()> },
+}
+
+/// What becomes of a checked token.
+enum CheckedFor {
+    /// A handshake waits.
+    Admission(Box<crate::domain::command::Hello>),
+}
+
+/// Requests that may wait for the session manager; who sends more waits.
+const REQUESTS_WAITING_MAX: usize = 1024;
+
+/// The application's hold on the session manager.
+#[derive(Clone, Debug)]
+pub struct SessionHandle {
+    requests: mpsc::Sender<Request>,
+    stage: Arc<AtomicU8>,
+}
+
+impl SessionHandle {
+    /// How far the node is in its life: ready only while serving.
+    pub fn stage(&self) -> Stage {
+        match self.stage.load(Ordering::Acquire) {
+            0 => Stage::Serving,
+            1 => Stage::Draining,
+            2 => Stage::Stopping,
+            _ => Stage::Stopped,
+        }
+    }
+
+    /// Ends all sessions as `ending` says and waits until every shard has stopped. A later order
+    /// takes the place of an earlier one that is still being carried out; both return when the
+    /// last shard has stopped.
+    pub async fn end(&self, ending: Ending) {
+        let (ended, wait) = oneshot::channel();
+        if self.requests.send(Request::End { ending, ended }).await.is_ok() {
+            // An error means that the manager has ended, which is what is waited for.
+            let _ = wait.await;
+        }
+    }
+}
+
+/// See the module.
+pub struct SessionManager;
+
+impl SessionManager {
+    /// Starts the session manager's task on the current runtime.
+    ///
+    /// # Errors
+    /// The doorbell cannot be waited on.
+    pub fn spawn(
+        config: SessionConfig,
+        ports: SessionPorts,
+        counters: Arc<SessionCounters>,
+    ) -> io::Result<SessionHandle> {
+        let bell = AsyncBell::new(Arc::clone(&ports.bell))?;
+        let (requests, receiver) = mpsc::channel(REQUESTS_WAITING_MAX);
+        let stage = Arc::new(AtomicU8::new(Stage::Serving as u8));
+        let manager = manager::Manager::new(
+            config,
+            ports,
+            counters,
+            requests.downgrade(),
+            Arc::clone(&stage),
+        );
+        tokio::spawn(manager.run(receiver, bell));
+        Ok(SessionHandle { requests, stage })
+    }
+}

@@ -1,0 +1,208 @@
+//! The admin port: health, metrics, drain, and in `dev` a page to look at events with.
+
+mod exposition;
+mod requests;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, post};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+pub use exposition::{FamilyKind, Page};
+pub use requests::Requests;
+
+/// The type Prometheus asks for.
+const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// A part that has to be there before this node serves clients: `Some` says what is missing.
+pub type Check = Box<dyn Fn() -> Option<String> + Send + Sync>;
+/// Writes one component's samples.
+pub type Samples = Box<dyn Fn(&mut Page) + Send + Sync>;
+
+/// What the admin port shows and does.
+pub struct Admin {
+    /// The `service` label.
+    pub service: String,
+    /// What readiness depends on.
+    pub checks: Vec<Check>,
+    /// Where metrics come from; `None`: `/metrics` is off.
+    pub samples: Option<Vec<Samples>>,
+    /// Set to true, it starts the drain.
+    pub drain: watch::Sender<bool>,
+    /// A page served at `/try`.
+    pub try_page: Option<String>,
+    /// Requests answered here.
+    pub requests: Requests,
+}
+
+impl Admin {
+    /// What is missing before this node serves clients, a line each.
+    fn missing(&self) -> Vec<String> {
+        let draining = self.drain.borrow().then(|| "draining".to_owned());
+        draining.into_iter().chain(self.checks.iter().filter_map(|check| check())).collect()
+    }
+}
+
+/// Serves it until the future is dropped.
+///
+/// # Errors
+/// The listener failed.
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>) -> io::Result<()> {
+    axum::serve(listener, router(admin)).await
+}
+
+/// Binds the admin port.
+///
+/// # Errors
+/// The address is taken or not this machine's.
+pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+fn router(admin: Arc<Admin>) -> axum::Router {
+    axum::Router::new()
+        .route("/health/live", get(async || "OK"))
+        .route("/health/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/admin/drain", post(drain))
+        .route("/try", get(try_page))
+        .fallback(async || (StatusCode::NOT_FOUND, NOT_FOUND))
+        .layer(middleware::from_fn_with_state(Arc::clone(&admin), count))
+        .with_state(admin)
+}
+
+const NOT_FOUND: &str =
+    "not found; there is: /health/live /health/ready /metrics, and POST /admin/drain\n";
+
+async fn count(State(admin): State<Arc<Admin>>, request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let begun = Instant::now();
+    let response = next.run(request).await;
+    admin.requests.record(method.as_str(), &path, response.status().as_u16(), begun.elapsed());
+    response
+}
+
+async fn ready(State(admin): State<Arc<Admin>>) -> Response {
+    let missing = admin.missing();
+    if missing.is_empty() {
+        return "OK".into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", missing.join("; ")))
+        .into_response()
+}
+
+async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    let Some(samples) = &admin.samples else {
+        return (StatusCode::NOT_FOUND, "METRICS_ENABLED is false\n").into_response();
+    };
+    let mut page = Page::new(&admin.service);
+    for write in samples {
+        write(&mut page);
+    }
+    admin.requests.write(&mut page);
+    ([(header::CONTENT_TYPE, TEXT_FORMAT)], page.render()).into_response()
+}
+
+async fn drain(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
+    if admin.drain.send_replace(true) {
+        (StatusCode::ACCEPTED, "draining already\n")
+    } else {
+        (StatusCode::ACCEPTED, "draining: the process ends when it is done\n")
+    }
+}
+
+async fn try_page(State(admin): State<Arc<Admin>>) -> Response {
+    match &admin.try_page {
+        Some(page) => Html(page.clone()).into_response(),
+        None => (StatusCode::NOT_FOUND, NOT_FOUND).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    async fn ask(address: SocketAddr, request: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let text = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    async fn start(admin: Admin) -> SocketAddr {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(listener, Arc::new(admin)));
+        address
+    }
+
+    fn admin(checks: Vec<Check>, samples: Option<Vec<Samples>>) -> (Admin, watch::Receiver<bool>) {
+        let (drain, drained) = watch::channel(false);
+        let requests = Requests::default();
+        let service = "push".to_owned();
+        (Admin { service, checks, samples, drain, try_page: None, requests }, drained)
+    }
+
+    #[tokio::test]
+    async fn readiness_says_what_is_missing_and_turns_off_with_the_drain() {
+        let assigned = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&assigned);
+        let kafka: Check = Box::new(move || {
+            (!seen.load(Ordering::Relaxed)).then(|| "kafka: no partition assigned".to_owned())
+        });
+        let (admin, drained) = admin(vec![kafka], None);
+        let address = start(admin).await;
+
+        assert_eq!(ask(address, "GET /health/live").await, (200, "OK".into()));
+        let (status, body) = ask(address, "GET /health/ready").await;
+        assert_eq!((status, body.as_str()), (503, "not ready: kafka: no partition assigned\n"));
+        assigned.store(true, Ordering::Relaxed);
+        assert_eq!(ask(address, "GET /health/ready").await, (200, "OK".into()));
+
+        assert_eq!(ask(address, "GET /admin/drain").await.0, 405);
+        assert!(!*drained.borrow());
+        assert_eq!(ask(address, "POST /admin/drain").await.0, 202);
+        assert!(*drained.borrow());
+        assert_eq!(ask(address, "GET /health/ready").await, (503, "not ready: draining\n".into()));
+        assert_eq!(ask(address, "GET /metrics").await.0, 404);
+        assert_eq!(ask(address, "GET /try").await.0, 404);
+    }
+
+    #[tokio::test]
+    async fn metrics_show_components_and_the_requests_themselves() {
+        let open: Samples = Box::new(|page| {
+            page.sample(FamilyKind::Gauge, "websocket_connections_active", "Open.", &[], 7.0);
+        });
+        let (admin, _drained) = admin(Vec::new(), Some(vec![open]));
+        let address = start(admin).await;
+        ask(address, "GET /health/live").await;
+        ask(address, "GET /no/such/path").await;
+        let (status, body) = ask(address, "GET /metrics").await;
+        assert_eq!(status, 200);
+        let labels = "service=\"push\",method=\"GET\"";
+        for line in [
+            "websocket_connections_active{service=\"push\"} 7".to_owned(),
+            format!("http_requests_total{{{labels},path=\"/health/live\",status=\"200\"}} 1"),
+            format!("http_requests_total{{{labels},path=\"other\",status=\"404\"}} 1"),
+            format!("http_request_duration_seconds_count{{{labels},path=\"/health/live\"}} 1"),
+        ] {
+            assert!(body.lines().any(|found| found == line), "{line}\n{body}");
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! `delivery publish`: one event into Kafka, as the message and conversation services write it.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use clap::{Args, Subcommand};
+use prost::Message as _;
+use rdkafka::ClientConfig;
+use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
+
+use crate::service::proto::conversation::v1 as conversation;
+use crate::service::proto::message::v1 as message;
+use crate::service::proto::shared::v1::{EventEnvelope, EventType};
+use crate::service::timestamp::Timestamp;
+
+/// The help text.
+pub const ABOUT: &str = "\
+Publishes one event to Kafka.
+
+To create a conversation, let somebody speak in it, and change who belongs to it:
+
+    delivery publish create  --conversation team --members alice,bob
+    delivery publish message --conversation team --sender alice --sequence 1 \"Hello\"
+    delivery publish add     --conversation team --user carol
+    delivery publish remove  --conversation team --user bob
+
+Needs --brokers (or KAFKA_BROKERS). Prints where the event was written.";
+
+/// How long the broker may take to accept the record.
+const ACCEPT_MAX: Duration = Duration::from_secs(15);
+
+/// The arguments.
+#[derive(Args, Debug)]
+pub struct Publish {
+    /// Kafka brokers, separated by commas
+    #[arg(long, env = "KAFKA_BROKERS", global = true, default_value = "127.0.0.1:9092")]
+    brokers: String,
+    /// Topic of messages
+    #[arg(long, global = true, default_value = "messaging.events.v1")]
+    message_topic: String,
+    /// Topic of conversations
+    #[arg(long, global = true, default_value = "conversation.events.v1")]
+    conversation_topic: String,
+    /// What to publish
+    #[command(subcommand)]
+    event: Event,
+}
+
+#[derive(Subcommand, Debug)]
+enum Event {
+    /// Create a conversation with all its members
+    Create {
+        /// Its id
+        #[arg(long)]
+        conversation: String,
+        /// User ids, separated by commas
+        #[arg(long, value_delimiter = ',', required = true)]
+        members: Vec<String>,
+        /// The name people see
+        #[arg(long, default_value = "")]
+        name: String,
+    },
+    /// Add a user to a conversation
+    Add {
+        /// The conversation
+        #[arg(long)]
+        conversation: String,
+        /// The user
+        #[arg(long)]
+        user: String,
+    },
+    /// Remove a user from a conversation
+    Remove {
+        /// The conversation
+        #[arg(long)]
+        conversation: String,
+        /// The user
+        #[arg(long)]
+        user: String,
+    },
+    /// Send a message
+    Message {
+        /// The conversation
+        #[arg(long)]
+        conversation: String,
+        /// The user who sends it
+        #[arg(long)]
+        sender: String,
+        /// Its place in the conversation: one more than the last [default: ms since 1970]
+        #[arg(long)]
+        sequence: Option<i64>,
+        /// The text
+        text: String,
+    },
+    /// Delete a message
+    Delete {
+        /// The conversation
+        #[arg(long)]
+        conversation: String,
+        /// The message's id, as `message` printed it
+        #[arg(long)]
+        message_id: String,
+    },
+    /// Say how far a user has read
+    Read {
+        /// The conversation
+        #[arg(long)]
+        conversation: String,
+        /// The user
+        #[arg(long)]
+        user: String,
+        /// The last sequence the user has read
+        #[arg(long)]
+        sequence: i64,
+    },
+}
+
+/// Publishes it.
+///
+/// # Errors
+/// Kafka did not take it; says why.
+pub fn run(publish: &Publish) -> Result<(), String> {
+    let record = record(publish);
+    let publisher = Publisher::new(&publish.brokers)?;
+    let place = publisher.publish(&record)?;
+    println!("{} {place}", record.what);
+    Ok(())
+}
+
+/// One record to be.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Where it goes.
+    pub topic: String,
+    /// The conversation id (contract §2).
+    pub key: String,
+    /// A serialized `EventEnvelope`.
+    pub value: Vec<u8>,
+    /// For people.
+    pub what: String,
+}
+
+fn record(publish: &Publish) -> Record {
+    let now = Timestamp::from(SystemTime::now());
+    let (messages, conversations) = (&publish.message_topic, &publish.conversation_topic);
+    match &publish.event {
+        Event::Create { conversation, members, name } => {
+            create(conversations, conversation, name, members, now)
+        }
+        Event::Add { conversation, user } => {
+            membership(conversations, conversation, user, true, now)
+        }
+        Event::Remove { conversation, user } => {
+            membership(conversations, conversation, user, false, now)
+        }
+        Event::Message { conversation, sender, sequence, text } => {
+            let sequence = sequence.unwrap_or(now.unix_ms());
+            sent(messages, conversation, sender, sequence, text, now)
+        }
+        Event::Delete { conversation, message_id } => {
+            let event = message::MessageDeletedEvent {
+                conversation_id: conversation.clone(),
+                message_id: message_id.clone(),
+            };
+            let what = format!("deletion of {message_id}");
+            wrap(messages, conversation, EventType::MessageDeleted, &event, now, what)
+        }
+        Event::Read { conversation, user, sequence } => {
+            let event = conversation::ReadReceiptUpdatedEvent {
+                conversation_id: conversation.clone(),
+                user_id: user.clone(),
+                read_sequence: *sequence,
+            };
+            let what = format!("read receipt of {user}");
+            wrap(conversations, conversation, EventType::ReadReceiptUpdated, &event, now, what)
+        }
+    }
+}
+
+/// The record that creates a conversation.
+pub fn create(topic: &str, id: &str, name: &str, members: &[String], now: Timestamp) -> Record {
+    let kind = if members.len() == 2 {
+        conversation::ConversationType::Direct
+    } else {
+        conversation::ConversationType::Group
+    };
+    let event = conversation::ConversationCreatedEvent {
+        conversation: Some(conversation::Conversation {
+            conversation_id: id.to_owned(),
+            display_name: name.to_owned(),
+            created_at: Some(now),
+            r#type: kind.into(),
+            participant_user_ids: members.to_vec(),
+            ..Default::default()
+        }),
+        participant_user_ids: members.to_vec(),
+    };
+    let what = format!("conversation {id} of {}", members.join(", "));
+    wrap(topic, id, EventType::ConversationCreated, &event, now, what)
+}
+
+fn membership(topic: &str, id: &str, user: &str, added: bool, now: Timestamp) -> Record {
+    let event = conversation::MembershipChangedEvent {
+        conversation_id: id.to_owned(),
+        user_id: user.to_owned(),
+        added,
+    };
+    let what = format!("{} {user}", if added { "added" } else { "removed" });
+    wrap(topic, id, EventType::MembershipChanged, &event, now, what)
+}
+
+/// The record of a sent message.
+pub fn sent(
+    topic: &str,
+    conversation: &str,
+    sender: &str,
+    sequence: i64,
+    text: &str,
+    now: Timestamp,
+) -> Record {
+    let message_id = format!("{conversation}-{sequence}");
+    let event = message::MessageSentEvent {
+        message: Some(message::Message {
+            message_id: message_id.clone(),
+            conversation_id: conversation.to_owned(),
+            sender_user_id: sender.to_owned(),
+            sequence,
+            message_type: "text".to_owned(),
+            content: text.to_owned(),
+            sent_at: Some(now),
+            ..Default::default()
+        }),
+    };
+    let what = format!("message {message_id}");
+    wrap(topic, conversation, EventType::MessageSent, &event, now, what)
+}
+
+fn wrap(
+    topic: &str,
+    key: &str,
+    kind: EventType,
+    event: &impl prost::Message,
+    now: Timestamp,
+    what: String,
+) -> Record {
+    let envelope = EventEnvelope {
+        event_type: kind.into(),
+        schema_version: 1,
+        occurred_at: Some(now),
+        payload: event.encode_to_vec().into(),
+    };
+    Record { topic: topic.to_owned(), key: key.to_owned(), value: envelope.encode_to_vec(), what }
+}
+
+/// Keeps the broker's answer to the last record.
+#[derive(Clone, Default)]
+struct Answers(Arc<Mutex<Option<Result<String, String>>>>);
+
+impl rdkafka::ClientContext for Answers {
+    /// The library would write each retry to the log; what matters is the answer.
+    fn log(&self, _level: rdkafka::config::RDKafkaLogLevel, _facility: &str, _message: &str) {}
+
+    fn error(&self, _error: rdkafka::error::KafkaError, _reason: &str) {}
+}
+
+impl ProducerContext for Answers {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        use rdkafka::Message as _;
+        let answer = match result {
+            Ok(record) => Ok(format!(
+                "→ {} partition {} offset {}",
+                record.topic(),
+                record.partition(),
+                record.offset()
+            )),
+            Err((error, _)) => Err(error.to_string()),
+        };
+        *self.0.lock().expect("no holder panics") = Some(answer);
+    }
+}
+
+/// A producer that waits for the broker's answer to each record.
+pub struct Publisher {
+    producer: BaseProducer<Answers>,
+    answers: Answers,
+    brokers: String,
+}
+
+impl Publisher {
+    /// Connects in the background.
+    ///
+    /// # Errors
+    /// The broker list is not one.
+    pub fn new(brokers: &str) -> Result<Self, String> {
+        let answers = Answers::default();
+        let producer = ClientConfig::new()
+            .set("bootstrap.servers", brokers)
+            .set("message.timeout.ms", ACCEPT_MAX.as_millis().to_string())
+            .set("partitioner", "murmur2_random")
+            .create_with_context(answers.clone())
+            .map_err(|error| format!("cannot use the brokers `{brokers}`: {error}"))?;
+        Ok(Self { producer, answers, brokers: brokers.to_owned() })
+    }
+
+    /// Sends one record and waits until it is written. Returns its place in the log, for people.
+    ///
+    /// # Errors
+    /// Kafka did not take it in time.
+    pub fn publish(&self, record: &Record) -> Result<String, String> {
+        let refused =
+            |why: String| format!("Kafka at {} did not take the event: {why}", self.brokers);
+        self.answers.0.lock().expect("no holder panics").take();
+        self.producer
+            .send(BaseRecord::to(&record.topic).key(&record.key).payload(&record.value))
+            .map_err(|(error, _)| refused(error.to_string()))?;
+        self.producer
+            .flush(ACCEPT_MAX + Duration::from_secs(1))
+            .map_err(|e| refused(e.to_string()))?;
+        let answer = self.answers.0.lock().expect("no holder panics").take();
+        answer.unwrap_or_else(|| Err("no answer".to_owned())).map_err(refused)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn record_is_keyed_by_its_conversation_and_wrapped_once() {
+        let now = Timestamp { seconds: 7, nanos: 0 };
+        let record = sent("topic", "team", "alice", 3, "Hello", now);
+        assert_eq!((record.topic.as_str(), record.key.as_str()), ("topic", "team"));
+        let envelope = EventEnvelope::decode(&record.value[..]).unwrap();
+        assert_eq!(envelope.event_type(), EventType::MessageSent);
+        assert_eq!((envelope.schema_version, envelope.occurred_at), (1, Some(now)));
+        let sent = message::MessageSentEvent::decode(envelope.payload).unwrap().message.unwrap();
+        assert_eq!((sent.sequence, sent.content.as_str()), (3, "Hello"));
+        assert_eq!(sent.message_id, "team-3");
+    }
+
+    #[test]
+    fn creation_names_every_member() {
+        let members = ["alice".to_owned(), "bob".to_owned()];
+        let record = create("topic", "team", "Team", &members, Timestamp::default());
+        let envelope = EventEnvelope::decode(&record.value[..]).unwrap();
+        let event = conversation::ConversationCreatedEvent::decode(envelope.payload).unwrap();
+        assert_eq!(event.participant_user_ids, members);
+        assert_eq!(event.conversation.unwrap().participant_user_ids, members);
+    }
+}

@@ -196,6 +196,6 @@ fn seven_shards_deliver_the_same() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn short_sends_tear_no_frame() {
-    let node = NodeBuilder::serve().set("SHARDS", 2).set("SOCKET_SEND_BUFFER_BYTES", 4_608);
+    let node = NodeBuilder::serve().set("SHARDS", 2).set("SO_SNDBUF", 4_608);
     every_session_receives_its_own("short-sends", 20_000, node, Some(2_304));
 }

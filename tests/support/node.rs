@@ -86,7 +86,7 @@ impl NodeBuilder {
             .arg(self.command)
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
-            .envs(std::env::var_os("DELIVERY_LOG").map(|filter| ("LOG", filter)))
+            .envs(std::env::var_os("DELIVERY_LOG").map(|filter| ("LOG_LEVEL", filter)))
             .envs(&self.settings)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a second handle"))

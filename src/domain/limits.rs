@@ -12,6 +12,9 @@ pub const CLIENT_HEADER_BYTES_MAX: usize = 14;
 /// Connections of one shard: the slot travels in 32 bits of a token, and a fixed-file table holds
 /// at most this many on any kernel.
 pub const CONNECTIONS_PER_SHARD_MAX: u32 = 1 << 20;
+/// Accepts that one shard has in flight at the same time, each into a slot of its own: as many
+/// connections can be taken in one turn of the loop.
+pub const ACCEPTS_IN_FLIGHT_MAX: usize = 64;
 /// One kernel-filled receive buffer, bytes.
 pub const RECEIVE_BUFFER_BYTES: usize = 4096;
 /// A batch of queued frames copied together for one send, bytes.

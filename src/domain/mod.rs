@@ -6,3 +6,4 @@ pub mod counters;
 pub mod event;
 pub mod ids;
 pub mod limits;
+pub mod outgoing;

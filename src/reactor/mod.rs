@@ -2,7 +2,8 @@
 //! kernel.
 
 pub mod kernel;
-pub mod outgoing;
 pub mod queue;
 pub mod slab;
 pub mod wheel;
+
+pub use crate::domain::outgoing;

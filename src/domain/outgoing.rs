@@ -1,4 +1,9 @@
 //! What goes out: frames that wait in send queues, and the buffer a send carries.
+//!
+//! The ring lets the kernel read a [`SendBuffer`] while it keeps the value, and relies on what this
+//! file keeps private: bytes in here are never changed, and stay at their address when a value is
+//! moved. There is no interior mutability around them, and whoever else holds the `Arc` or the `Rc`
+//! cannot get an exclusive reference while this one exists.
 
 use std::cell::Cell;
 use std::fmt;

@@ -5,6 +5,7 @@ pub mod bell;
 pub mod directory;
 pub mod ports;
 pub mod proto;
+pub mod redis;
 pub mod sessions;
 pub mod stream_key;
 pub mod timestamp;

@@ -1,0 +1,4 @@
+//! What crosses the wire to Redis, against a real `redis-server`.
+
+mod link;
+mod server;

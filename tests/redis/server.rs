@@ -1,0 +1,119 @@
+//! A `redis-server` of a test's own: on a free port of loopback, gone with the test.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use tempfile::TempDir;
+
+/// How a server is set up beyond its port.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Options<'a> {
+    /// `requirepass`.
+    pub(crate) password: Option<&'a str>,
+    /// TLS only, with these PEM files: certificate, key, root.
+    pub(crate) tls: Option<(&'a Path, &'a Path, &'a Path)>,
+    /// One node that owns every slot.
+    pub(crate) cluster: bool,
+}
+
+/// A running server.
+pub(crate) struct Server {
+    child: Child,
+    /// Where it listens.
+    pub(crate) port: u16,
+    _folder: TempDir,
+}
+
+impl Server {
+    /// Starts one. `None`, with a word about it, where `redis-server` is not installed.
+    pub(crate) fn start(options: Options<'_>) -> Option<Self> {
+        // The port is free now; another process may take it before the server does.
+        (0..5).find_map(|_| Self::start_on(free_port(), options)).or_else(|| {
+            match Command::new("redis-server").arg("--version").output() {
+                Ok(_) => panic!("redis-server does not start"),
+                Err(_) => eprintln!("left out: redis-server is not installed"),
+            }
+            None
+        })
+    }
+
+    /// Starts one on this port, `None` if that fails.
+    pub(crate) fn start_on(port: u16, options: Options<'_>) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("redis-server");
+        command.args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
+        command.arg("--dir").arg(folder.path());
+        match options.tls {
+            Some((certificate, key, root)) => {
+                command.args(["--port", "0", "--tls-auth-clients", "no", "--tls-port"]);
+                command.arg(port.to_string()).arg("--tls-cert-file").arg(certificate);
+                command.arg("--tls-key-file").arg(key).arg("--tls-ca-cert-file").arg(root);
+            }
+            None => {
+                command.arg("--port").arg(port.to_string());
+            }
+        }
+        if let Some(password) = options.password {
+            command.args(["--requirepass", password]);
+        }
+        if options.cluster {
+            command.args(["--cluster-enabled", "yes", "--cluster-port"]);
+            command.arg(free_port().to_string());
+        }
+        let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().ok()?;
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let ready =
+            lines.by_ref().map_while(Result::ok).any(|line| line.contains("Ready to accept"));
+        // The rest is read and forgotten, so that the server never waits for its log.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
+        let server = Self { child, port, _folder: folder };
+        if !ready {
+            return None;
+        }
+        if options.cluster {
+            server.own_every_slot();
+        }
+        Some(server)
+    }
+
+    fn own_every_slot(&self) {
+        let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
+        let mut connection = client.get_connection().unwrap();
+        redis::cmd("CLUSTER")
+            .arg(&["ADDSLOTSRANGE", "0", "16383"])
+            .exec(&mut connection)
+            .expect("Redis 7 or later");
+        loop {
+            let info: String = redis::cmd("CLUSTER").arg("INFO").query(&mut connection).unwrap();
+            if info.contains("cluster_state:ok") {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Stops it as a crash would.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Stops (`SIGSTOP`) or continues (`SIGCONT`) the process.
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let process = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(process, signal).unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}

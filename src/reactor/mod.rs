@@ -1,8 +1,12 @@
 //! The shard: the event loop, the connection slab, send queues, the timer wheel; generic over a
 //! kernel.
 
+pub mod config;
+pub mod counters;
+pub mod gate;
 pub mod kernel;
 pub mod queue;
+pub mod rate;
 pub mod slab;
 pub mod wheel;
 

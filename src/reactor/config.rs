@@ -1,0 +1,179 @@
+//! The settings of a shard, with defaults fit for production.
+
+use crate::domain::limits::{CONNECTIONS_PER_SHARD_MAX, RECEIVE_BUFFER_BYTES, SEND_BATCH_BYTES};
+use crate::reactor::wheel::TICK_MS;
+
+/// What one shard is told at start. `app` fills it in from the settings; the same for all shards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShardConfig {
+    /// Connections of this shard, half-open ones included; those beyond are answered 503.
+    pub connections_max: u32,
+    /// Slots beyond [`ShardConfig::connections_max`] for answering 503 (and 429). Once they are
+    /// used up too, clients wait in the listener's backlog.
+    pub refusals_max: u32,
+    /// Accepts in flight at a time.
+    pub accepts_max: u32,
+    /// `Retry-After` of a 429 or 503, seconds.
+    pub retry_after_s: u32,
+
+    /// From the accept to the complete upgrade request (then 408) and from there to the service's
+    /// decision (then 503), ms each.
+    pub handshake_ms_max: u64,
+    /// From the 101 to the client's first message (the resume request): then the session goes live
+    /// by itself, ms.
+    pub resume_grace_ms: u64,
+    /// From the first message to [`Release`](crate::domain::command::ShardCommand::Release): then
+    /// the session is closed with 1013, ms.
+    pub catch_up_ms_max: u64,
+    /// How long what catch-up delivered is remembered after the release, ms.
+    pub dedupe_ms: u64,
+    /// Silence after which a client is pinged, ms (contract §3: 54 s).
+    pub ping_after_ms: u64,
+    /// Pings are sent earlier by up to this, ms, spread over the connections, so that those that
+    /// came together are not pinged together.
+    pub ping_spread_ms: u64,
+    /// Silence after which a client is dropped, ms (contract §3: 60 s).
+    pub idle_ms_max: u64,
+    /// A send without progress is given up after this, ms.
+    pub write_ms_max: u64,
+    /// From our close frame to the client's, and to the end of what was queued, ms.
+    pub close_ms_max: u64,
+    /// From our end of stream to the client's, ms: what arrives meanwhile is discarded, because
+    /// closing over it would reset the connection and destroy our last words.
+    pub linger_ms_max: u64,
+
+    /// Frames that wait for one connection; with one more it is closed with 1011 (contract §3).
+    pub queue_frames_max: u16,
+    /// Bytes that wait for one connection, likewise. A single frame may be longer.
+    pub queue_bytes_max: u32,
+    /// Live events that wait while a session catches up; with one more it is closed with 1013.
+    pub hold_frames_max: u16,
+    /// Bytes of the same.
+    pub hold_bytes_max: u32,
+    /// Events that wait in this shard for anybody. At this number it takes no more from the
+    /// routers' rings, so that their partitions pause.
+    pub events_max: u32,
+    /// Bytes of the same, all encodings counted.
+    pub event_bytes_max: u64,
+
+    /// Client messages and control frames in any second; with one more: 1008.
+    pub inbound_frames_per_s_max: u16,
+    /// Client bytes in any second; with one more: 1008.
+    pub inbound_bytes_per_s_max: u32,
+    /// Longest client message, bytes: 1009 beyond.
+    pub message_bytes_max: u32,
+    /// Whether `/echo` is served.
+    pub echo: bool,
+    /// Longest message to `/echo`, bytes; its rates are not limited.
+    pub echo_message_bytes_max: u32,
+
+    /// Offer permessage-deflate.
+    pub deflate: bool,
+    /// `Origin` values that are let in; empty: all.
+    pub origins: Vec<String>,
+}
+
+impl Default for ShardConfig {
+    fn default() -> Self {
+        Self {
+            connections_max: 65_536,
+            refusals_max: 256,
+            accepts_max: 32,
+            retry_after_s: 5,
+            handshake_ms_max: 10_000,
+            resume_grace_ms: 10_000,
+            catch_up_ms_max: 300_000,
+            dedupe_ms: 300_000,
+            ping_after_ms: 54_000,
+            ping_spread_ms: 6_000,
+            idle_ms_max: 60_000,
+            write_ms_max: 10_000,
+            close_ms_max: 5_000,
+            linger_ms_max: 1_000,
+            queue_frames_max: 128,
+            queue_bytes_max: 1024 * 1024,
+            hold_frames_max: 1_024,
+            hold_bytes_max: 1024 * 1024,
+            events_max: 262_144,
+            event_bytes_max: 256 * 1024 * 1024,
+            inbound_frames_per_s_max: 100,
+            inbound_bytes_per_s_max: 256 * 1024,
+            message_bytes_max: 64 * 1024,
+            echo: false,
+            echo_message_bytes_max: 16 * 1024 * 1024,
+            deflate: true,
+            origins: Vec::new(),
+        }
+    }
+}
+
+impl ShardConfig {
+    /// Slots the slab may have: connections, refusals, accepts in flight.
+    pub fn slots_max(&self) -> u32 {
+        self.connections_max + self.refusals_max + self.accepts_max
+    }
+
+    /// What is wrong with it, as the name of the field and the rule that it breaks.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn validate(&self) -> Result<(), (&'static str, &'static str)> {
+        let rules = [
+            (self.connections_max > 0, "connections_max", "at least 1"),
+            (
+                self.slots_max() <= CONNECTIONS_PER_SHARD_MAX,
+                "connections_max",
+                "at most 2^20 - 2 · 10^3",
+            ),
+            (self.refusals_max > 0, "refusals_max", "at least 1"),
+            (self.accepts_max > 0, "accepts_max", "at least 1"),
+            (self.handshake_ms_max > TICK_MS, "handshake_ms_max", "more than 16"),
+            (self.ping_after_ms > self.ping_spread_ms, "ping_spread_ms", "less than ping_after_ms"),
+            (self.idle_ms_max > self.ping_after_ms, "idle_ms_max", "more than ping_after_ms"),
+            (self.write_ms_max > TICK_MS, "write_ms_max", "more than 16"),
+            (self.close_ms_max > TICK_MS, "close_ms_max", "more than 16"),
+            (self.linger_ms_max > TICK_MS, "linger_ms_max", "more than 16"),
+            (self.queue_frames_max > 1, "queue_frames_max", "at least 2"),
+            (self.queue_frames_max < u16::MAX / 2, "queue_frames_max", "less than 32767"),
+            (self.hold_frames_max > 0, "hold_frames_max", "at least 1"),
+            (self.hold_frames_max < u16::MAX / 2, "hold_frames_max", "less than 32767"),
+            (
+                self.queue_bytes_max as usize >= SEND_BATCH_BYTES,
+                "queue_bytes_max",
+                "at least 16384",
+            ),
+            (self.queue_bytes_max <= 1 << 30, "queue_bytes_max", "at most 1073741824"),
+            (self.hold_bytes_max <= 1 << 30, "hold_bytes_max", "at most 1073741824"),
+            (self.events_max > 0, "events_max", "at least 1"),
+            (self.event_bytes_max > 0, "event_bytes_max", "at least 1"),
+            (self.inbound_frames_per_s_max > 0, "inbound_frames_per_s_max", "at least 1"),
+            (
+                self.inbound_bytes_per_s_max as usize >= RECEIVE_BUFFER_BYTES,
+                "inbound_bytes_per_s_max",
+                "at least 4096",
+            ),
+            (self.message_bytes_max >= 1024, "message_bytes_max", "at least 1024"),
+            (
+                self.echo_message_bytes_max <= 1 << 30,
+                "echo_message_bytes_max",
+                "at most 1073741824",
+            ),
+        ];
+        match rules.into_iter().find(|(holds, ..)| !holds) {
+            Some((_, field, rule)) => Err((field, rule)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_a_broken_rule_is_named() {
+        assert_eq!(ShardConfig::default().validate(), Ok(()));
+        let broken = ShardConfig { idle_ms_max: 54_000, ..ShardConfig::default() };
+        assert_eq!(broken.validate(), Err(("idle_ms_max", "more than ping_after_ms")));
+    }
+}

@@ -1,0 +1,77 @@
+//! What a shard counts. One writer, the shard; the metrics page reads.
+
+use crate::domain::close::EndReason;
+use crate::domain::counters::{Counter, LatencyHistogram};
+
+crate::counters! {
+    /// The counts of one shard.
+    pub struct ShardCounts of Counter {
+        Gauge slots_used: "Slots in use: accepts in flight, handshakes, sessions, connections that are ending.",
+        Gauge slots_allocated: "Slots that memory is held for.",
+        Gauge sessions: "Sessions that have been admitted and have not ended.",
+        Gauge echoes: "Connections to /echo.",
+        Gauge handshakes: "Connections without a complete upgrade.",
+        Counter accepted: "Connections accepted.",
+        Counter accept_failures: "Accepts that failed.",
+        Counter refused_full: "Connections answered 503: the shard is full.",
+        Counter refused_total_rate: "Connections answered 503: too many handshakes a second in all.",
+        Counter refused_address_rate: "Connections answered 429: too many handshakes a second from the address.",
+        Counter refused_address_count: "Connections answered 429: too many connections from the address.",
+        Counter requests_refused: "Upgrade requests refused by the protocol (400 to 431).",
+        Counter requests_refused_by_service: "Upgrade requests refused by the session manager.",
+        Counter handshake_timeouts: "Connections without a complete request in time (408).",
+        Counter admission_timeouts: "Requests that the session manager did not decide on in time (503).",
+        Counter upgraded: "Upgrades answered 101.",
+        Counter bytes_received: "Bytes received.",
+        Counter messages_received: "Client messages received.",
+        Counter messages_passed: "Client messages handed to the session manager.",
+        Counter messages_discarded: "Client messages discarded as meaningless (contract §3).",
+        Counter pings_received: "Pings received.",
+        Counter pongs_skipped: "Pings not answered because an answer waited already (RFC 6455 §5.5.3).",
+        Counter pings_sent: "Heartbeats sent.",
+        Counter inbound_rate_exceeded: "Connections closed for too many messages or bytes a second.",
+        Counter protocol_errors: "Connections closed for breaking RFC 6455.",
+        Counter receive_buffers_exhausted: "Receives put off because all buffers were lent.",
+        Counter sends: "Sends completed.",
+        Counter sends_short: "Sends that the socket took in part or not at all.",
+        Counter bytes_sent: "Bytes sent.",
+        Counter frames_batched: "Frames sent copied together with others.",
+        Counter events_taken: "Events taken from the rings.",
+        Counter deliveries: "Recipients of those events.",
+        Counter deliveries_sent: "Deliveries whose send has completed.",
+        Counter deliveries_stale: "Deliveries for a connection that was gone.",
+        Counter deliveries_ended: "Deliveries given up because their connection ended.",
+        Counter deliveries_duplicate: "Deliveries dropped because catch-up had delivered them.",
+        Counter deliveries_skipped: "Deliveries that cannot be expressed in the session's encoding.",
+        Counter queue_overflows: "Connections closed because their queue was full (1011).",
+        Counter hold_overflows: "Sessions closed because too much happened during their catch-up (1013).",
+        Counter grace_expired: "Sessions that went live without a resume request.",
+        Counter commands_stale: "Commands for a connection that was gone.",
+        Counter reports_delayed: "Reports that found their ring full.",
+        Counter completions_stale: "Completions for a connection that was gone; never expected.",
+        Gauge events_held: "Events that wait for a recipient.",
+        Gauge event_bytes_held: "Bytes of their frames.",
+        Gauge frames_queued: "Frames that wait in all queues.",
+        Counter intake_paused: "Turns in which the rings were left alone because too many events wait.",
+        Counter turns: "Turns of the loop.",
+        Counter waits: "Turns that waited for something to happen.",
+    }
+}
+
+/// All that a shard counts.
+#[derive(Debug, Default)]
+pub struct ShardCounters {
+    /// The counts.
+    pub counts: ShardCounts,
+    /// Connections that ended, by [`EndReason`].
+    pub ended: [Counter; EndReason::COUNT],
+    /// From the append to the log to the completed send.
+    pub latency: LatencyHistogram,
+}
+
+impl ShardCounters {
+    /// Counts an end.
+    pub fn count_end(&self, why: EndReason) {
+        self.ended[why as usize].add(1);
+    }
+}

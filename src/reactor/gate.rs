@@ -1,0 +1,265 @@
+//! Who may connect: connections and handshakes per second, in all and per address. Shared by all
+//! shards, asked once per accept.
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+use std::sync::Mutex;
+
+use hashbrown::HashMap;
+use slab::Slab;
+
+/// The limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GateConfig {
+    /// Connections from one address (an IPv6 client is its /64).
+    pub connections_per_address_max: u32,
+    /// Handshakes per second from one address.
+    pub handshakes_per_address_per_s_max: u32,
+    /// Handshakes per second in all.
+    pub handshakes_per_s_max: u32,
+}
+
+impl Default for GateConfig {
+    /// Many users may be behind one address (offices, mobile carriers, a proxy), so the limits
+    /// per address are wide.
+    fn default() -> Self {
+        Self {
+            connections_per_address_max: 20_000,
+            handshakes_per_address_per_s_max: 2_000,
+            handshakes_per_s_max: 20_000,
+        }
+    }
+}
+
+/// Why not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Barred {
+    /// Too many handshakes this second.
+    TotalRate,
+    /// Too many handshakes this second from this address.
+    AddressRate,
+    /// Too many connections from this address.
+    AddressConnections,
+}
+
+/// What an admitted connection gives back at its end.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "the address would count as connected for ever"]
+pub struct AddressTicket(u32);
+
+/// Counts addresses. Holds one entry per address that is connected or was turned to within the
+/// last second, so its memory is bounded by the connections and the handshake rate.
+#[derive(Debug)]
+pub struct Gate {
+    config: GateConfig,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    total: Window,
+    index: HashMap<u128, u32>,
+    entries: Slab<Entry>,
+    /// Entries that may have become useless, with the time from which they are.
+    leaving: VecDeque<(u64, u32)>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    address: u128,
+    open: u32,
+    rate: Window,
+    /// It is in [`Inner::leaving`].
+    leaving: bool,
+}
+
+/// Counts within one second of the clock.
+#[derive(Clone, Copy, Debug, Default)]
+struct Window {
+    second: u64,
+    count: u32,
+}
+
+/// How long an entry outlives its last connection, ms: its rate must be remembered.
+const MEMORY_MS: u64 = 1_000;
+/// Useless entries removed with each request, so that they go faster than they come.
+const REMOVALS: usize = 2;
+
+impl Window {
+    fn take(&mut self, now_ms: u64, limit: u32) -> bool {
+        let second = now_ms / 1000;
+        if self.second != second {
+            *self = Self { second, count: 0 };
+        }
+        let room = self.count < limit;
+        self.count += u32::from(room);
+        room
+    }
+}
+
+impl Gate {
+    /// A gate that has let nobody in yet.
+    pub fn new(config: GateConfig) -> Self {
+        Self { config, inner: Mutex::default() }
+    }
+
+    /// Asks for a client at this address to be let in. `now_ms` is any clock that all shards share.
+    ///
+    /// # Errors
+    /// The limit that it is beyond.
+    pub fn enter(&self, address: IpAddr, now_ms: u64) -> Result<AddressTicket, Barred> {
+        let address = normalise(address);
+        let mut inner = self.lock();
+        inner.remove_useless(now_ms);
+        let id = inner.entry(address, now_ms);
+        let entry = &mut inner.entries[id as usize];
+        if entry.open >= self.config.connections_per_address_max {
+            return Err(Barred::AddressConnections);
+        }
+        if !entry.rate.take(now_ms, self.config.handshakes_per_address_per_s_max) {
+            return Err(Barred::AddressRate);
+        }
+        if !inner.total.take(now_ms, self.config.handshakes_per_s_max) {
+            return Err(Barred::TotalRate);
+        }
+        inner.entries[id as usize].open += 1;
+        Ok(AddressTicket(id))
+    }
+
+    /// A connection that was let in has ended.
+    pub fn leave(&self, ticket: AddressTicket, now_ms: u64) {
+        let mut inner = self.lock();
+        let entry = &mut inner.entries[ticket.0 as usize];
+        entry.open = entry.open.checked_sub(1).expect("one ticket per connection");
+        if entry.open == 0 {
+            inner.mark_leaving(ticket.0, now_ms);
+        }
+        inner.remove_useless(now_ms);
+    }
+
+    /// Addresses that are remembered.
+    pub fn addresses(&self) -> usize {
+        self.lock().entries.len()
+    }
+
+    /// Connections that are in.
+    pub fn connections(&self) -> u64 {
+        self.lock().entries.iter().map(|(_, entry)| u64::from(entry.open)).sum()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        // Nothing in here panics but for a broken invariant, and then counts are still sound.
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn entry(&mut self, address: u128, now_ms: u64) -> u32 {
+        if let Some(id) = self.index.get(&address) {
+            return *id;
+        }
+        let entry = Entry { address, open: 0, rate: Window::default(), leaving: false };
+        let id = u32::try_from(self.entries.insert(entry)).expect("addresses fit 32 bits");
+        self.index.insert(address, id);
+        // If it is not let in, nobody will say that it left.
+        self.mark_leaving(id, now_ms);
+        id
+    }
+
+    fn mark_leaving(&mut self, id: u32, now_ms: u64) {
+        let entry = &mut self.entries[id as usize];
+        if !std::mem::replace(&mut entry.leaving, true) {
+            self.leaving.push_back((now_ms + MEMORY_MS, id));
+        }
+    }
+
+    fn remove_useless(&mut self, now_ms: u64) {
+        for _ in 0..REMOVALS {
+            match self.leaving.front() {
+                Some((from, _)) if *from <= now_ms => {}
+                _ => return,
+            }
+            let Some((_, id)) = self.leaving.pop_front() else { return };
+            let entry = &mut self.entries[id as usize];
+            entry.leaving = false;
+            if entry.open > 0 {
+                continue;
+            }
+            if entry.rate.second == now_ms / 1000 {
+                self.mark_leaving(id, now_ms);
+                continue;
+            }
+            let entry = self.entries.remove(id as usize);
+            self.index.remove(&entry.address);
+        }
+    }
+}
+
+/// An address as a number: IPv4 mapped, IPv6 cut to the /64 that one customer has.
+fn normalise(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
+            Some(v4) => v4.to_ipv6_mapped().to_bits(),
+            None => v6.to_bits() >> 64 << 64,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V4: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+
+    fn gate(connections: u32, per_address: u32, total: u32) -> Gate {
+        Gate::new(GateConfig {
+            connections_per_address_max: connections,
+            handshakes_per_address_per_s_max: per_address,
+            handshakes_per_s_max: total,
+        })
+    }
+
+    #[test]
+    fn each_limit_has_its_own_answer() {
+        let gate = gate(2, 3, 4);
+        let first = gate.enter(V4, 0).unwrap();
+        let second = gate.enter(V4, 0).unwrap();
+        assert_eq!(gate.enter(V4, 0), Err(Barred::AddressConnections));
+        gate.leave(first, 0);
+        let third = gate.enter(V4, 999).unwrap();
+        gate.leave(third, 999);
+        assert_eq!(gate.enter(V4, 999), Err(Barred::AddressRate));
+        let _other = gate.enter("192.0.2.2".parse().unwrap(), 999).unwrap();
+        assert_eq!(gate.enter("192.0.2.3".parse().unwrap(), 999), Err(Barred::TotalRate));
+        let _next_second = gate.enter(V4, 1_000).unwrap();
+        assert_eq!(gate.connections(), 3);
+        gate.leave(second, 1_000);
+    }
+
+    #[test]
+    fn one_ipv6_network_and_one_mapped_ipv4_are_one_address_each() {
+        let gate = gate(1, 9, 9);
+        let _first = gate.enter("2001:db8::1".parse().unwrap(), 0).unwrap();
+        assert_eq!(
+            gate.enter("2001:db8::ffff".parse().unwrap(), 0),
+            Err(Barred::AddressConnections)
+        );
+        let _second = gate.enter(V4, 0).unwrap();
+        assert_eq!(
+            gate.enter("::ffff:192.0.2.1".parse().unwrap(), 0),
+            Err(Barred::AddressConnections)
+        );
+    }
+
+    #[test]
+    fn addresses_that_left_are_forgotten() {
+        let gate = gate(9, 9, 1_000_000);
+        for number in 0..10_000_u32 {
+            let address = IpAddr::V4(number.into());
+            let ticket = gate.enter(address, u64::from(number)).unwrap();
+            gate.leave(ticket, u64::from(number));
+        }
+        assert!(gate.addresses() < 2_200, "{}", gate.addresses());
+    }
+}

@@ -1,0 +1,323 @@
+//! Setting a ring up, and saying plainly why it cannot be.
+
+use std::ffi::CStr;
+use std::io;
+use std::mem::MaybeUninit;
+
+use io_uring::{IoUring, Probe};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+
+use super::buffers::{BUFFER_GROUP, BUFFERS_MAX, BufferRing};
+use super::operation::NEEDED;
+use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
+
+/// Linux 6.1: deferred task work (`IORING_SETUP_DEFER_TASKRUN`), and every operation used here.
+const KERNEL_MIN: (u32, u32) = (6, 1);
+/// Files of the table beyond the connections': the listener and the doorbell.
+pub(super) const EXTRA_FILES: u32 = 2;
+/// The kernel's own bound of a completion queue.
+const COMPLETIONS_MAX: u32 = 1 << 16;
+const COMPLETIONS_MIN: u32 = 1 << 12;
+const UNPRIVILEGED_SETTING: &str = "/proc/sys/kernel/io_uring_disabled";
+
+/// What a ring is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Connections at most: files 0 to this, exclusive. At most `RLIMIT_NOFILE` less 2.
+    pub connections: u32,
+    /// Receive buffers of [`RECEIVE_BUFFER_BYTES`](crate::domain::limits::RECEIVE_BUFFER_BYTES)
+    /// each: a power of two, at most 32,768.
+    pub receive_buffers: u16,
+    /// Operations submitted together at most; rounded up to a power of two. More than some 64 gain
+    /// nothing by themselves.
+    pub submissions: u32,
+}
+
+impl Default for RingConfig {
+    /// 4,096 connections, 256 receive buffers (1 MiB, of which only what is used is resident), 256
+    /// submissions.
+    fn default() -> Self {
+        Self { connections: 4096, receive_buffers: 256, submissions: 256 }
+    }
+}
+
+/// Why there is no ring. The text says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The kernel is older than 6.1.
+    #[error(
+        "Linux {release} is too old: io_uring as it is used here needs Linux {}.{} or newer",
+        KERNEL_MIN.0,
+        KERNEL_MIN.1
+    )]
+    KernelTooOld {
+        /// As `uname -r` prints it.
+        release: String,
+    },
+    /// `io_uring_setup` was refused with EPERM.
+    #[error("io_uring is forbidden here (EPERM): {hint}")]
+    Forbidden {
+        /// What forbids it, as far as can be seen.
+        hint: String,
+    },
+    /// `io_uring_setup` is unknown (ENOSYS).
+    #[error(
+        "this kernel has no io_uring (ENOSYS): it was built without CONFIG_IO_URING, or a sandbox \
+         (gVisor, an old seccomp profile) hides it; run on a kernel that has it, or let the \
+         sandbox pass io_uring_setup, io_uring_enter and io_uring_register"
+    )]
+    Missing,
+    /// An operation or feature is missing although the version promises it.
+    #[error(
+        "Linux {release} lacks {what}, which a kernel of that version has: a sandbox restricts io_uring"
+    )]
+    Incomplete {
+        /// As `uname -r` prints it.
+        release: String,
+        /// The operation or feature.
+        what: &'static str,
+    },
+    /// The fixed-file table is larger than the process may have files open.
+    #[error(
+        "a shard for {connections} connections needs a table of {files} files, but RLIMIT_NOFILE is {limit} \
+         (EMFILE): raise it (`ulimit -n`, LimitNOFILE=, --ulimit nofile=), or use more shards with \
+         fewer connections each"
+    )]
+    TooManyFiles {
+        /// As configured.
+        connections: u32,
+        /// The table's size.
+        files: u32,
+        /// The soft limit.
+        limit: u64,
+    },
+    /// The configuration cannot be met on any system.
+    #[error("{0}")]
+    Config(&'static str),
+    /// Anything else the system said.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The parts of a ring, registered with each other.
+pub(super) struct Parts {
+    pub(super) ring: IoUring,
+    pub(super) buffers: BufferRing,
+}
+
+/// Sets up a ring, its file table and its buffers, for the calling thread alone.
+pub(super) fn set_up(config: &RingConfig) -> Result<Parts, SetupError> {
+    check(config)?;
+    let release = kernel_release();
+    if kernel_version(&release).is_some_and(|version| version < KERNEL_MIN) {
+        return Err(SetupError::KernelTooOld { release });
+    }
+    let ring = create(config)?;
+    check_features(&ring, &release)?;
+    register_files(&ring, config)?;
+    let buffers = BufferRing::new(config.receive_buffers)
+        .map_err(|source| SetupError::System { what: "map the receive buffers", source })?;
+    // SAFETY:
+    // - The address is page-aligned and begins `count` zeroed entries (`BufferRing::new`).
+    // - It stays mapped until the ring is closed: `Ring` declares `ring` before `buffers`, and on
+    //   an error here nothing was registered.
+    unsafe {
+        let submitter = ring.submitter();
+        submitter
+            .register_buf_ring_with_flags(buffers.ring_address(), buffers.count(), BUFFER_GROUP, 0)
+            .map_err(|source| SetupError::System {
+                what: "register the receive buffers",
+                source,
+            })?;
+    }
+    buffers.publish_all();
+    Ok(Parts { ring, buffers })
+}
+
+fn check(config: &RingConfig) -> Result<(), SetupError> {
+    if config.connections == 0 || config.connections > CONNECTIONS_PER_SHARD_MAX {
+        return Err(SetupError::Config("connections per shard must be 1 to 1,048,576"));
+    }
+    if !config.receive_buffers.is_power_of_two() || config.receive_buffers > BUFFERS_MAX {
+        return Err(SetupError::Config(
+            "receive buffers per shard must be a power of two up to 32,768",
+        ));
+    }
+    if config.submissions == 0 || config.submissions > COMPLETIONS_MAX / 2 {
+        return Err(SetupError::Config("submissions must be 1 to 32,768"));
+    }
+    Ok(())
+}
+
+/// The best the kernel takes: deferred task work (a third off the cost of an echo), else
+/// cooperative, else neither.
+fn create(config: &RingConfig) -> Result<IoUring, SetupError> {
+    let completions = completion_entries(config.connections, config.submissions);
+    let builder = || {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_clamp().setup_submit_all().setup_cqsize(completions);
+        builder
+    };
+    let mut deferred = builder();
+    deferred.setup_single_issuer().setup_defer_taskrun();
+    let mut cooperative = builder();
+    cooperative.setup_single_issuer().setup_coop_taskrun();
+    let mut refused = None;
+    for attempt in [deferred, cooperative, builder()] {
+        match attempt.build(config.submissions) {
+            Ok(ring) => return Ok(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = Some(error),
+            Err(error) => return Err(explain(error)),
+        }
+    }
+    Err(explain(refused.expect("three attempts were made")))
+}
+
+/// Room for a completion of every operation that [`Ring`](super::Ring) lets into flight (half) and
+/// for as many sockets that become readable in one turn (the other half).
+fn completion_entries(connections: u32, submissions: u32) -> u32 {
+    let wanted = connections.saturating_mul(2).max(submissions.saturating_mul(4));
+    wanted.clamp(COMPLETIONS_MIN, COMPLETIONS_MAX).next_power_of_two()
+}
+
+fn explain(error: io::Error) -> SetupError {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => SetupError::Forbidden {
+            hint: forbidden_hint(std::fs::read_to_string(UNPRIVILEGED_SETTING).ok().as_deref()),
+        },
+        Some(libc::ENOSYS) => SetupError::Missing,
+        _ => SetupError::System { what: "set up an io_uring", source: error },
+    }
+}
+
+fn forbidden_hint(setting: Option<&str>) -> String {
+    match setting.map(str::trim) {
+        Some("2") => "kernel.io_uring_disabled is 2, which forbids it to everybody; \
+                      set it to 0 (`sysctl kernel.io_uring_disabled=0`)"
+            .to_owned(),
+        Some("1") => "kernel.io_uring_disabled is 1, which allows it only with CAP_SYS_ADMIN or \
+                      to the group kernel.io_uring_group; set it to 0, or put the process into \
+                      that group"
+            .to_owned(),
+        _ => "the seccomp profile of a container does that (Docker and Kubernetes runtimes by \
+              default); use a profile that allows io_uring_setup, io_uring_enter and \
+              io_uring_register"
+            .to_owned(),
+    }
+}
+
+fn check_features(ring: &IoUring, release: &str) -> Result<(), SetupError> {
+    let incomplete = |what| SetupError::Incomplete { release: release.to_owned(), what };
+    let params = ring.params();
+    if !params.is_feature_nodrop() {
+        return Err(incomplete("IORING_FEAT_NODROP"));
+    }
+    if !params.is_feature_ext_arg() {
+        return Err(incomplete("IORING_FEAT_EXT_ARG"));
+    }
+    let mut probe = Probe::new();
+    ring.submitter()
+        .register_probe(&mut probe)
+        .map_err(|source| SetupError::System { what: "ask which operations there are", source })?;
+    match NEEDED.iter().find(|(code, _)| !probe.is_supported(*code)) {
+        Some((_, name)) => Err(incomplete(name)),
+        None => Ok(()),
+    }
+}
+
+fn register_files(ring: &IoUring, config: &RingConfig) -> Result<(), SetupError> {
+    let files = config.connections + EXTRA_FILES;
+    ring.submitter().register_files_sparse(files).map_err(|source| {
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        if Errno::from_io_error(&source) == Some(Errno::MFILE) {
+            SetupError::TooManyFiles { connections: config.connections, files, limit }
+        } else {
+            SetupError::System { what: "register the file table", source }
+        }
+    })
+}
+
+/// `uname -r`.
+fn kernel_release() -> String {
+    let mut names = MaybeUninit::<libc::utsname>::zeroed();
+    // SAFETY: the pointer is to a live local of the right type; `uname` only writes through it.
+    let outcome = unsafe { libc::uname(names.as_mut_ptr()) };
+    assert_eq!(outcome, 0, "uname fails for a bad pointer only");
+    // SAFETY: zero-filled and then written by `uname`; it is arrays of bytes throughout.
+    let names = unsafe { names.assume_init() };
+    let bytes = names.release.map(|byte| byte.cast_unsigned());
+    CStr::from_bytes_until_nul(&bytes)
+        .map(|release| release.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// Major and minor number; `None` if the text is of another form.
+fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_by_number() {
+        assert_eq!(kernel_version("6.18.44-fc-v782"), Some((6, 18)));
+        assert_eq!(kernel_version("5.4.0-150-generic"), Some((5, 4)));
+        assert!(kernel_version("6.1-rc3") >= Some(KERNEL_MIN));
+        assert!(kernel_version("6.0.19") < Some(KERNEL_MIN));
+        assert_eq!(kernel_version("gvisor"), None);
+        assert!(kernel_version(&kernel_release()).is_some());
+    }
+
+    #[test]
+    fn refusals_say_what_to_do() {
+        assert!(forbidden_hint(Some("2\n")).contains("sysctl kernel.io_uring_disabled=0"));
+        assert!(forbidden_hint(Some("1\n")).contains("io_uring_group"));
+        assert!(forbidden_hint(Some("0\n")).contains("seccomp"));
+        assert!(forbidden_hint(None).contains("seccomp"));
+        let missing = explain(io::Error::from_raw_os_error(libc::ENOSYS)).to_string();
+        assert!(missing.contains("CONFIG_IO_URING"), "{missing}");
+        let old = SetupError::KernelTooOld { release: "5.15.0".into() }.to_string();
+        assert!(old.contains("5.15.0") && old.contains("6.1"), "{old}");
+    }
+
+    #[test]
+    fn table_beyond_the_file_limit_is_explained() {
+        let Some(limit) = getrlimit(Resource::Nofile).current else { return };
+        let Ok(connections) = u32::try_from(limit) else { return };
+        if connections > CONNECTIONS_PER_SHARD_MAX {
+            return;
+        }
+        let config = RingConfig { connections, ..RingConfig::default() };
+        let Err(error) = set_up(&config) else { panic!("more files than the limit") };
+        assert!(error.to_string().contains(&format!("RLIMIT_NOFILE is {limit}")), "{error}");
+    }
+
+    #[test]
+    fn impossible_configurations_are_refused() {
+        let bad = [
+            RingConfig { connections: 0, ..RingConfig::default() },
+            RingConfig { connections: CONNECTIONS_PER_SHARD_MAX + 1, ..RingConfig::default() },
+            RingConfig { receive_buffers: 100, ..RingConfig::default() },
+            RingConfig { submissions: 0, ..RingConfig::default() },
+        ];
+        for config in bad {
+            assert!(matches!(set_up(&config), Err(SetupError::Config(_))), "{config:?}");
+        }
+    }
+
+    #[test]
+    fn completion_queue_holds_both_halves() {
+        assert_eq!(completion_entries(10, 64), COMPLETIONS_MIN);
+        assert_eq!(completion_entries(20_000, 256), 1 << 16);
+        assert_eq!(completion_entries(1 << 20, 256), COMPLETIONS_MAX);
+    }
+}

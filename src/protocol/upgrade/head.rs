@@ -1,0 +1,157 @@
+//! The outer shape of a request: where its head ends, which bytes may stand in it, its first line.
+
+use memchr::memmem;
+
+use crate::protocol::upgrade::list;
+use crate::protocol::upgrade::refused::Refused;
+
+/// Methods are short; what is longer is not HTTP.
+const METHOD_BYTES_MAX: usize = 32;
+
+/// A request line and the header fields after it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Head<'a> {
+    pub(super) method: &'a str,
+    pub(super) target: &'a str,
+    /// The major version is 1.
+    pub(super) minor_version: u8,
+    /// All field lines and the empty line after them.
+    pub(super) fields: &'a [u8],
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Scan<'a> {
+    NeedMore,
+    Complete { head: Head<'a>, consumed: usize },
+}
+
+/// Finds the head at the front of `input`; judges its bytes and its first line as far as they are
+/// there.
+pub(super) fn scan(input: &[u8], head_bytes_max: usize) -> Result<Scan<'_>, Refused> {
+    // RFC 9112 §2.2: an empty line before the request line SHOULD be ignored.
+    let skipped = if input.starts_with(b"\r\n") { 2 } else { 0 };
+    let input = &input[skipped..];
+    let within = &input[..input.len().min(head_bytes_max)];
+    let end = memmem::find(within, b"\r\n\r\n").map(|at| at + 4);
+    let here = &within[..end.unwrap_or(within.len())];
+
+    let line_end = memmem::find(here, b"\r\n");
+    check_bytes(&here[..line_end.map_or(here.len(), |at| at + 2)])?;
+    let line = line_end.map(|at| request_line(&here[..at])).transpose()?;
+    check_bytes(here)?;
+
+    match (line, line_end, end) {
+        (Some((method, target, minor_version)), Some(line_end), Some(end)) => {
+            let fields = &here[line_end + 2..];
+            let head = Head { method, target, minor_version, fields };
+            Ok(Scan::Complete { head, consumed: skipped + end })
+        }
+        _ if input.len() < head_bytes_max => Ok(Scan::NeedMore),
+        (None, ..) => Err(Refused::new(414, "the request target is too long")),
+        _ => Err(Refused::new(431, "the request's header fields are too long")),
+    }
+}
+
+/// RFC 9112 §2.2, §5, RFC 9110 §5.5: lines end with CR LF; a bare CR, a bare LF, a NUL or another
+/// control character is read differently by different readers and refused. So are folded lines
+/// (RFC 9112 §5.2), which begin with white space.
+fn check_bytes(head: &[u8]) -> Result<(), Refused> {
+    for (at, &byte) in head.iter().enumerate() {
+        let lawful = match byte {
+            b'\r' => head.get(at + 1).is_none_or(|next| *next == b'\n'),
+            b'\n' => at > 0 && head[at - 1] == b'\r',
+            b'\t' => true,
+            0..0x20 | 0x7f => false,
+            _ => true,
+        };
+        if !lawful {
+            return Err(Refused::bad_request(
+                "not an HTTP/1.1 request: unlawful control character",
+            ));
+        }
+        let folded = matches!(byte, b' ' | b'\t') && at > 0 && head[at - 1] == b'\n';
+        if folded {
+            return Err(Refused::bad_request("a header line is folded or begins with white space"));
+        }
+    }
+    Ok(())
+}
+
+/// `method SP request-target SP HTTP-version` (RFC 9112 §3), exactly.
+fn request_line(line: &[u8]) -> Result<(&str, &str, u8), Refused> {
+    let malformed = || Refused::bad_request("not an HTTP/1.1 request line");
+    let line =
+        std::str::from_utf8(line).ok().filter(|line| line.is_ascii()).ok_or_else(malformed)?;
+    let mut parts = line.split(' ');
+    let (Some(method), Some(target), Some(version), None) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return Err(malformed());
+    };
+    if !list::is_token(method) || method.len() > METHOD_BYTES_MAX || target.is_empty() {
+        return Err(malformed());
+    }
+    match version.as_bytes() {
+        [b'H', b'T', b'T', b'P', b'/', b'1', b'.', minor @ b'0'..=b'9'] => {
+            Ok((method, target, minor - b'0'))
+        }
+        [b'H', b'T', b'T', b'P', b'/', b'0'..=b'9', b'.', b'0'..=b'9'] => {
+            Err(Refused::new(505, "HTTP/1.1 only"))
+        }
+        _ => Err(malformed()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: usize = 64;
+
+    fn status(input: &[u8]) -> u16 {
+        scan(input, LIMIT).map(|scan| format!("{scan:?}")).expect_err("lawful").status()
+    }
+
+    #[test]
+    fn whole_head_is_found_and_the_rest_left() {
+        let input = b"\r\nGET /x HTTP/1.1\r\nA: b\r\n\r\n\x81\x00";
+        let head = Head { method: "GET", target: "/x", minor_version: 1, fields: b"A: b\r\n\r\n" };
+        assert_eq!(scan(input, LIMIT), Ok(Scan::Complete { head, consumed: input.len() - 2 }));
+        for cut in 0..input.len() - 2 {
+            assert_eq!(scan(&input[..cut], LIMIT), Ok(Scan::NeedMore), "{cut}");
+        }
+        let bare = b"GET / HTTP/1.0\r\n\r\n";
+        let head = Head { method: "GET", target: "/", minor_version: 0, fields: b"\r\n" };
+        assert_eq!(scan(bare, LIMIT), Ok(Scan::Complete { head, consumed: bare.len() }));
+    }
+
+    #[test]
+    fn garbage_is_refused_before_it_is_complete() {
+        for bad in [
+            &b"\x16\x03\x01"[..],
+            b"GET / HTTP/1.1\n",
+            b"GET / HTTP/1.1\r\nA: b\rc",
+            b"GET / HTTP/1.1\r\nA: \0",
+            b"GET / HTTP/1.1\r\nA: b\r\n c",
+            b"GET / HTTP/1.1\r\nA: \x7f",
+            b"GET  / HTTP/1.1\r\n",
+            b"GET / HTTP/1.1 \r\n",
+            b"GET / http/1.1\r\n",
+            b"G(T / HTTP/1.1\r\n",
+            b"GET /\xc3\xa9 HTTP/1.1\r\n",
+            b"\r\n\r\n",
+        ] {
+            assert_eq!(status(bad), 400, "{}", bad.escape_ascii());
+        }
+        assert_eq!(status(b"PRI * HTTP/2.0\r\n"), 505);
+    }
+
+    #[test]
+    fn length_is_bounded() {
+        assert_eq!(status(&[b'a'; LIMIT]), 414);
+        let line = b"GET / HTTP/1.1\r\nA: ".iter().copied();
+        let long: Vec<u8> = line.chain(std::iter::repeat_n(b'b', LIMIT)).collect();
+        assert_eq!(status(&long[..LIMIT]), 431);
+        assert_eq!(scan(&long[..LIMIT - 1], LIMIT), Ok(Scan::NeedMore));
+    }
+}

@@ -1,0 +1,327 @@
+//! The opening handshake, server side (RFC 6455 §4.2, RFC 9112): the bytes of a request in, the
+//! request or the HTTP answer out.
+//!
+//! Strict in all that two readers of the same bytes could understand differently (a proxy in front
+//! of us, and we), lenient where browsers, libraries and proxies lawfully differ. The order in which
+//! a request is judged: its bytes, its request line, its header fields, host and message framing
+//! (400), route (404), method (405), body, then the handshake proper.
+//!
+//! ## Where a token may be
+//!
+//! - `Authorization: Bearer TOKEN`;
+//! - the query parameter `access_token`;
+//! - for browsers, which can set neither header nor keep a query out of logs, an entry
+//!   `bearer.TOKEN` of `Sec-WebSocket-Protocol`: `new WebSocket(url, ["realchat.v1", "bearer." + token])`.
+//!   It is never sent back, so a browser must offer a real subprotocol beside it.
+
+pub mod list;
+pub mod origin;
+pub mod query;
+pub mod refused;
+
+mod credentials;
+mod fields;
+mod head;
+mod target;
+
+use base64::Engine as _;
+use sha1::{Digest as _, Sha1};
+
+use crate::domain::command::Secret;
+use crate::domain::event::Encoding;
+use crate::protocol::extension::{self, DeflateParams};
+use crate::protocol::upgrade::fields::Fields;
+use crate::protocol::upgrade::head::{Head, Scan};
+use crate::protocol::upgrade::origin::Origins;
+use crate::protocol::upgrade::query::Query;
+use crate::protocol::upgrade::target::Target;
+
+pub use crate::protocol::upgrade::refused::{Refused, refusal};
+
+/// What is served and what is tolerated.
+#[derive(Clone, Debug)]
+pub struct UpgradeRules {
+    /// `/echo` is a route. Default: no.
+    pub echo: bool,
+    /// permessage-deflate may be negotiated. Default: yes.
+    pub deflate: bool,
+    /// From which origins browsers may connect. Default: any.
+    pub origins: Origins,
+    /// Request line and header fields together, bytes. Default: 16 KiB, room for a long token and
+    /// cookies.
+    pub head_bytes_max: usize,
+    /// Header fields, at most [`FIELDS_MAX`]. Default: 64.
+    pub fields_max: usize,
+}
+
+/// Upper bound of [`UpgradeRules::fields_max`].
+pub const FIELDS_MAX: usize = 128;
+
+impl Default for UpgradeRules {
+    fn default() -> Self {
+        Self {
+            echo: false,
+            deflate: true,
+            origins: Origins::Any,
+            head_bytes_max: 16 * 1024,
+            fields_max: 64,
+        }
+    }
+}
+
+/// What the bytes are so far.
+#[derive(Debug)]
+pub enum Upgrade {
+    /// Nothing wrong yet: ask again, from the first byte, when more has come.
+    NeedMore,
+    /// A lawful request, and how many bytes it took; those after it are frames already.
+    Complete(Box<UpgradeRequest>, usize),
+}
+
+/// Which service the client wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// `/ws`: a session.
+    Session,
+    /// `/echo`: sends back what it receives.
+    Echo,
+}
+
+/// How events are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Subprotocol {
+    /// `realchat.v1`: binary messages, one serialized `EventEnvelope` each.
+    Binary,
+    /// `realchat.v1.json`: text messages, one JSON object each.
+    Json,
+}
+
+impl Subprotocol {
+    /// Its name in `Sec-WebSocket-Protocol`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Binary => "realchat.v1",
+            Self::Json => "realchat.v1.json",
+        }
+    }
+
+    /// Names are case-sensitive (RFC 6455 §1.9 compares them as they are).
+    fn by_name(name: &str) -> Option<Self> {
+        [Self::Binary, Self::Json].into_iter().find(|protocol| protocol.name() == name)
+    }
+}
+
+/// A request that may be answered with 101.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpgradeRequest {
+    /// Which service.
+    pub route: Route,
+    /// Decoded; empty if the token is to name the user. Empty for [`Route::Echo`].
+    pub user_id: String,
+    /// Decoded; never empty for [`Route::Session`], empty for [`Route::Echo`].
+    pub device_id: String,
+    /// The bearer token, unverified.
+    pub token: Option<Secret>,
+    /// `Sec-WebSocket-Accept` of the answer (RFC 6455 §4.2.2).
+    pub accept_key: [u8; ACCEPT_BYTES],
+    /// How events are written.
+    pub protocol: Subprotocol,
+    /// The client offered `protocol`, so the answer names it.
+    pub protocol_offered: bool,
+    /// permessage-deflate as agreed, if it was.
+    pub deflate: Option<DeflateParams>,
+}
+
+impl UpgradeRequest {
+    /// How the session's events are encoded. Events are compressed once with the largest window; a
+    /// client that can only take a smaller one is sent them uncompressed, which is lawful (RFC 7692
+    /// §6).
+    pub fn encoding(&self) -> Encoding {
+        let compressed = self.deflate.is_some_and(DeflateParams::takes_any_window);
+        match (self.protocol, compressed) {
+            (Subprotocol::Binary, false) => Encoding::Binary,
+            (Subprotocol::Binary, true) => Encoding::BinaryDeflate,
+            (Subprotocol::Json, false) => Encoding::Json,
+            (Subprotocol::Json, true) => Encoding::JsonDeflate,
+        }
+    }
+}
+
+/// Base64 of a SHA-1.
+const ACCEPT_BYTES: usize = 28;
+/// Base64 of the 16 bytes of a key.
+const KEY_CHARS: usize = 24;
+/// Bytes of a key (RFC 6455 §4.2.1).
+const KEY_BYTES: usize = 16;
+/// Appended to the key before hashing (RFC 6455 §1.3).
+const KEY_SUFFIX: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+
+/// Reads an upgrade request from the first bytes of a connection. Cutting the bytes changes nothing:
+/// a prefix of a request is [`Upgrade::NeedMore`] or refused like the whole.
+///
+/// # Errors
+///
+/// [`Refused`]: the answer to send before closing.
+pub fn parse(input: &[u8], rules: &UpgradeRules) -> Result<Upgrade, Refused> {
+    let (head, consumed) = match head::scan(input, rules.head_bytes_max)? {
+        Scan::NeedMore => return Ok(Upgrade::NeedMore),
+        Scan::Complete { head, consumed } => (head, consumed),
+    };
+    let request =
+        judge(&head, rules).map_err(|refused| refused.answering_head(head.method == "HEAD"))?;
+    Ok(Upgrade::Complete(Box::new(request), consumed))
+}
+
+fn judge(head: &Head<'_>, rules: &UpgradeRules) -> Result<UpgradeRequest, Refused> {
+    let mut storage = [httparse::EMPTY_HEADER; FIELDS_MAX];
+    let fields = Fields::parse(head.fields, &mut storage[..rules.fields_max.min(FIELDS_MAX)])?;
+    let target = Target::parse(head.target)?;
+    check_host(&fields, head.minor_version)?;
+    let has_body = fields.has_body(head.minor_version)?;
+    let route = match target.path {
+        "/ws" => Route::Session,
+        "/echo" if rules.echo => Route::Echo,
+        _ => {
+            return Err(Refused::new(
+                404,
+                "nothing here: WebSocket clients connect to /ws?user_id=USER&device_id=DEVICE",
+            ));
+        }
+    };
+    // RFC 6455 §4.2.1: the request MUST be a GET.
+    if head.method != "GET" {
+        return Err(Refused::new(405, "only GET, with a WebSocket upgrade"));
+    }
+    if has_body {
+        return Err(Refused::bad_request("an upgrade request has no body"));
+    }
+    // RFC 9110 §10.1.1: an expectation that cannot be met is answered with 417.
+    if fields.all("expect").next().is_some() {
+        return Err(Refused::new(417, "an upgrade request has nothing to expect"));
+    }
+    check_upgrade(&fields, head.minor_version)?;
+    let accept_key = accept_key(&fields)?;
+    check_origin(&fields, &rules.origins)?;
+    complete(route, &target, &fields, accept_key, rules)
+}
+
+fn complete(
+    route: Route,
+    target: &Target<'_>,
+    fields: &Fields<'_>,
+    accept_key: [u8; ACCEPT_BYTES],
+    rules: &UpgradeRules,
+) -> Result<UpgradeRequest, Refused> {
+    let offered = credentials::subprotocols(fields)?;
+    let query = match route {
+        Route::Session => Query::parse(target.query)?,
+        Route::Echo => Query::default(),
+    };
+    let token = match route {
+        Route::Session => credentials::token(fields, query.access_token, offered.token)?,
+        Route::Echo => None,
+    };
+    // Contract §3. Without a user id the token may name the user; that is the service's to see.
+    let user_missing = query.user_id.is_empty() && token.is_none();
+    if route == Route::Session && (user_missing || query.device_id.is_empty()) {
+        return Err(Refused::bad_request("missing user_id or device_id"));
+    }
+    // RFC 6455 §9.1: a header that breaks the grammar MUST fail the connection.
+    let deflate = extension::negotiate(fields.texts("sec-websocket-extensions")?)
+        .map_err(|_| Refused::bad_request("Sec-WebSocket-Extensions is not an extension list"))?;
+    Ok(UpgradeRequest {
+        route,
+        user_id: query.user_id,
+        device_id: query.device_id,
+        token,
+        accept_key,
+        protocol: offered.protocol.unwrap_or(Subprotocol::Binary),
+        protocol_offered: offered.protocol.is_some(),
+        deflate: deflate.filter(|_| rules.deflate),
+    })
+}
+
+/// RFC 9112 §3.2: a request without a `Host`, with two, or with an invalid one MUST be answered with
+/// 400. HTTP/1.0 knows none.
+fn check_host(fields: &Fields<'_>, minor_version: u8) -> Result<(), Refused> {
+    match fields.one("host")? {
+        Some(host) if target::is_authority(host) => Ok(()),
+        None if minor_version == 0 => Ok(()),
+        _ => Err(Refused::bad_request("Host must be given once and name this server")),
+    }
+}
+
+/// RFC 6455 §4.2.1, items 3, 4 and 6.
+fn check_upgrade(fields: &Fields<'_>, minor_version: u8) -> Result<(), Refused> {
+    // RFC 9110 §7.8: `Upgrade` in an HTTP/1.0 request MUST be ignored.
+    if minor_version == 0 {
+        return Err(Refused::new(426, "a WebSocket upgrade needs HTTP/1.1 (is a proxy between?)"));
+    }
+    if !fields.lists("upgrade", "websocket")? {
+        return Err(Refused::new(
+            426,
+            "this is a WebSocket endpoint: connect with a WebSocket client",
+        ));
+    }
+    if !fields.lists("connection", "upgrade")? {
+        return Err(Refused::bad_request("Connection must list Upgrade (does a proxy drop it?)"));
+    }
+    // RFC 6455 §4.4: another version is answered with the one that is spoken.
+    match fields.one("sec-websocket-version")? {
+        Some("13") => Ok(()),
+        _ => Err(Refused::new(426, "Sec-WebSocket-Version must be 13")),
+    }
+}
+
+/// RFC 6455 §4.2.1, item 5: a key that decodes to 16 bytes; §4.2.2, item 5.4: the answer to it.
+fn accept_key(fields: &Fields<'_>) -> Result<[u8; ACCEPT_BYTES], Refused> {
+    let key = fields.one("sec-websocket-key")?.unwrap_or_default();
+    // Bits after the last byte may be anything: the RFC's own example (§4.1) has some set.
+    let lenient = base64::engine::GeneralPurpose::new(
+        &base64::alphabet::STANDARD,
+        base64::engine::GeneralPurposeConfig::new().with_decode_allow_trailing_bits(true),
+    );
+    let mut decoded = [0; KEY_CHARS];
+    if key.len() != KEY_CHARS || lenient.decode_slice(key, &mut decoded) != Ok(KEY_BYTES) {
+        return Err(Refused::bad_request("Sec-WebSocket-Key must be 16 bytes in Base64, once"));
+    }
+    let hash = Sha1::new().chain_update(key).chain_update(KEY_SUFFIX).finalize();
+    let mut accept = [0; ACCEPT_BYTES];
+    let written = base64::engine::general_purpose::STANDARD.encode_slice(hash, &mut accept);
+    assert_eq!(written, Ok(ACCEPT_BYTES));
+    Ok(accept)
+}
+
+fn check_origin(fields: &Fields<'_>, origins: &Origins) -> Result<(), Refused> {
+    // RFC 6455 §10.2: a server that does not take every origin SHOULD check it and answer 403. Only
+    // browsers send one, and only their users need the protection.
+    match fields.one("origin")? {
+        Some(origin) if !origins.allow(origin) => {
+            Err(Refused::new(403, "pages of this origin may not connect here"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The 101 answer (RFC 6455 §4.2.2).
+pub fn response_101(request: &UpgradeRequest) -> Vec<u8> {
+    let mut answer = Vec::with_capacity(RESPONSE_BYTES_USUAL);
+    answer.extend_from_slice(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+          Sec-WebSocket-Accept: ",
+    );
+    answer.extend_from_slice(&request.accept_key);
+    if request.protocol_offered {
+        answer.extend_from_slice(b"\r\nSec-WebSocket-Protocol: ");
+        answer.extend_from_slice(request.protocol.name().as_bytes());
+    }
+    if let Some(deflate) = request.deflate {
+        answer.extend_from_slice(b"\r\nSec-WebSocket-Extensions: ");
+        answer.extend_from_slice(deflate.answer().as_bytes());
+    }
+    answer.extend_from_slice(b"\r\n\r\n");
+    answer
+}
+
+/// Most answers with all their fields fit.
+const RESPONSE_BYTES_USUAL: usize = 320;

@@ -1,0 +1,128 @@
+//! Which origins' pages may connect (RFC 6455 §10.2, RFC 6454).
+
+/// A rule over `Origin`. A request without one is not from a browser and always passes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origins {
+    /// All.
+    Any,
+    /// These only.
+    Listed(Box<[Pattern]>),
+}
+
+/// One allowed origin, or all hosts below one domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pattern {
+    /// Lower-case scheme with `://`; for a [`Pattern::wildcard`] also nothing of the host.
+    scheme: Box<str>,
+    /// Lower-case host and port; with a leading dot for a wildcard.
+    authority: Box<str>,
+    wildcard: bool,
+}
+
+/// Not an origin.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` is not an origin: write `https://app.example.com`, `http://localhost:3000` or `https://*.example.com`"
+)]
+pub struct BadOrigin(String);
+
+impl Origins {
+    /// A rule from settings: `*` alone is any.
+    ///
+    /// # Errors
+    ///
+    /// [`BadOrigin`] for the first that is none.
+    pub fn parse<'a>(patterns: impl IntoIterator<Item = &'a str>) -> Result<Self, BadOrigin> {
+        let patterns: Vec<&str> = patterns.into_iter().collect();
+        if patterns == ["*"] {
+            return Ok(Self::Any);
+        }
+        Ok(Self::Listed(patterns.into_iter().map(Pattern::parse).collect::<Result<_, _>>()?))
+    }
+
+    /// Whether a page of this origin may connect.
+    pub fn allow(&self, origin: &str) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Listed(patterns) => patterns.iter().any(|pattern| pattern.matches(origin)),
+        }
+    }
+}
+
+impl Pattern {
+    fn parse(text: &str) -> Result<Self, BadOrigin> {
+        let bad = || BadOrigin(text.to_owned());
+        let lower = text.to_ascii_lowercase();
+        let (scheme, authority) = lower.split_once("://").ok_or_else(bad)?;
+        let (wildcard, host) = match authority.strip_prefix('*') {
+            Some(rest) if rest.starts_with('.') => (true, &rest[1..]),
+            Some(_) => return Err(bad()),
+            None => (false, authority),
+        };
+        let scheme_lawful = !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric());
+        if !scheme_lawful || host.contains('*') || !super::target::is_authority(host) {
+            return Err(bad());
+        }
+        let authority = authority.trim_start_matches('*');
+        Ok(Self { scheme: format!("{scheme}://").into(), authority: authority.into(), wildcard })
+    }
+
+    fn matches(&self, origin: &str) -> bool {
+        let origin = origin.to_ascii_lowercase();
+        let Some(authority) = origin.strip_prefix(&*self.scheme) else { return false };
+        match self.wildcard {
+            // At least one character before the dot: `https://.example.com` is no host.
+            true => authority.len() > self.authority.len() && authority.ends_with(&*self.authority),
+            false => authority == &*self.authority,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listed_origins_only() {
+        let list = ["https://app.example.com", "http://localhost:3000", "https://*.corp.example"];
+        let origins = Origins::parse(list).expect("lawful");
+        for good in [
+            "https://app.example.com",
+            "HTTPS://App.Example.Com",
+            "http://localhost:3000",
+            "https://a.corp.example",
+            "https://a.b.corp.example",
+        ] {
+            assert!(origins.allow(good), "{good}");
+        }
+        for bad in [
+            "",
+            "null",
+            "http://app.example.com",
+            "https://app.example.com:444",
+            "https://app.example.com.evil.test",
+            "https://evilcorp.example",
+            "https://corp.example",
+            "https://.corp.example",
+            "http://localhost",
+        ] {
+            assert!(!origins.allow(bad), "{bad}");
+        }
+        assert!(Origins::parse(["*"]).is_ok_and(|any| any.allow("null")));
+    }
+
+    #[test]
+    fn bad_patterns_are_named() {
+        for bad in [
+            "",
+            "app.example.com",
+            "https://",
+            "https://a/b",
+            "https://*",
+            "https://a.*.b",
+            "*://a",
+        ] {
+            assert_eq!(Origins::parse([bad]), Err(BadOrigin(bad.into())), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! What the request target says: the query of `/ws`, percent-decoded.
+
+use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
+use crate::protocol::upgrade::refused::Refused;
+
+/// The parameters that mean something here; all others are passed over unread.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Query {
+    /// `user_id`; empty if missing.
+    pub user_id: String,
+    /// `device_id`; empty if missing.
+    pub device_id: String,
+    /// `access_token` (RFC 6750 §2.3).
+    pub access_token: Option<String>,
+}
+
+impl Query {
+    /// Reads the part of the target after `?`, without it.
+    ///
+    /// # Errors
+    ///
+    /// 400 for a value that does not decode to UTF-8, holds control characters, is too long, or for
+    /// a parameter given twice: two readers of the request could disagree which one counts.
+    pub fn parse(query: &str) -> Result<Self, Refused> {
+        let mut seen = Seen::default();
+        for pair in query.split('&') {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            // A key that does not decode is none of ours.
+            let Some(key) = decode(key, KEY_BYTES_MAX) else { continue };
+            match key.as_str() {
+                "user_id" => seen.user_id.set(value, ID_BYTES_MAX, "user_id")?,
+                "device_id" => seen.device_id.set(value, ID_BYTES_MAX, "device_id")?,
+                "access_token" => seen.access_token.set(value, TOKEN_BYTES_MAX, "access_token")?,
+                _ => {}
+            }
+        }
+        Ok(Self {
+            user_id: seen.user_id.0.unwrap_or_default(),
+            device_id: seen.device_id.0.unwrap_or_default(),
+            access_token: seen.access_token.0.filter(|token| !token.is_empty()),
+        })
+    }
+}
+
+/// The longest key we know, percent-encoded to the last byte.
+const KEY_BYTES_MAX: usize = "access_token".len();
+
+#[derive(Default)]
+struct Seen {
+    user_id: Parameter,
+    device_id: Parameter,
+    access_token: Parameter,
+}
+
+#[derive(Default)]
+struct Parameter(Option<String>);
+
+impl Parameter {
+    fn set(&mut self, value: &str, bytes_max: usize, name: &str) -> Result<(), Refused> {
+        if self.0.is_some() {
+            return Err(Refused::bad_request(format!("{name} is given twice")));
+        }
+        let Some(value) = decode(value, bytes_max) else {
+            return Err(Refused::bad_request(format!(
+                "{name} must be percent-encoded UTF-8 of at most {bytes_max} bytes"
+            )));
+        };
+        if value.chars().any(char::is_control) {
+            return Err(Refused::bad_request(format!("{name} holds a control character")));
+        }
+        self.0 = Some(value);
+        Ok(())
+    }
+}
+
+/// Undoes percent-encoding, and `+` for a space as HTML forms and `URLSearchParams` write it. `None`
+/// if a `%` is not followed by two hexadecimal digits, if the result is not UTF-8 or over
+/// `bytes_max` bytes.
+fn decode(encoded: &str, bytes_max: usize) -> Option<String> {
+    let mut decoded = Vec::with_capacity(encoded.len().min(bytes_max));
+    let mut bytes = encoded.bytes();
+    while let Some(byte) = bytes.next() {
+        if decoded.len() == bytes_max {
+            return None;
+        }
+        decoded.push(match byte {
+            b'%' => hex(bytes.next()?)? << 4 | hex(bytes.next()?)?,
+            b'+' => b' ',
+            _ => byte,
+        });
+    }
+    String::from_utf8(decoded).ok()
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    char::from(digit).to_digit(16).map(|value| value as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(query: &str) -> Query {
+        Query::parse(query).expect(query)
+    }
+
+    fn body(query: &str) -> String {
+        let refused = Query::parse(query).expect_err(query);
+        assert_eq!(refused.status(), 400);
+        refused.body().to_owned()
+    }
+
+    #[test]
+    fn decodes_what_it_knows_and_passes_over_the_rest() {
+        let query = parse("user_id=J%C3%BCrgen+M&x=%zz&%=&device_id=a%2Bb&&=&access_token=a.b");
+        assert_eq!((query.user_id.as_str(), query.device_id.as_str()), ("Jürgen M", "a+b"));
+        assert_eq!(query.access_token.as_deref(), Some("a.b"));
+        assert_eq!(parse("user%5fid=u").user_id, "u");
+        assert_eq!(parse(""), Query::default());
+        assert_eq!(parse("user_id&device_id="), Query::default());
+        assert_eq!(parse("access_token=").access_token, None);
+        assert_eq!(parse("user_id=a=b").user_id, "a=b");
+    }
+
+    #[test]
+    fn refuses_what_two_readers_could_read_differently() {
+        assert_eq!(body("user_id=a&user_id=b"), "user_id is given twice");
+        assert_eq!(body("device_id=&device%5Fid=b"), "device_id is given twice");
+        let not_utf8 = "user_id must be percent-encoded UTF-8 of at most 256 bytes";
+        for bad in ["%", "%4", "%zz", "%+1", "%ff", "%C3", "%ED%A0%80", "%C0%AF"] {
+            assert_eq!(body(&format!("user_id={bad}")), not_utf8, "{bad}");
+        }
+        for bad in ["%00", "%0a", "%0D", "a%7F", "%C2%85", "%09"] {
+            assert_eq!(
+                body(&format!("user_id={bad}")),
+                "user_id holds a control character",
+                "{bad}"
+            );
+        }
+    }
+
+    #[test]
+    fn length_is_counted_after_decoding() {
+        let longest = "%C3%A9".repeat(ID_BYTES_MAX / 2);
+        assert_eq!(parse(&format!("user_id={longest}")).user_id.len(), ID_BYTES_MAX);
+        assert!(Query::parse(&format!("user_id={longest}x")).is_err());
+        assert!(Query::parse(&format!("access_token={}", "x".repeat(TOKEN_BYTES_MAX))).is_ok());
+        assert!(
+            Query::parse(&format!("access_token={}", "x".repeat(TOKEN_BYTES_MAX + 1))).is_err()
+        );
+    }
+}

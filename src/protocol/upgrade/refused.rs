@@ -1,0 +1,155 @@
+//! HTTP answers other than 101: one line that says what was wrong and what to do.
+
+use std::borrow::Cow;
+
+use crate::domain::command::Refusal;
+
+/// An upgrade request that is not granted. The connection ends after the answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    status: u16,
+    body: Cow<'static, str>,
+    retry_after_s: Option<u32>,
+    /// The request's method was HEAD: the body is announced but not sent (RFC 9110 §9.3.2).
+    head: bool,
+}
+
+impl Refused {
+    /// `status` (400 to 599) with a one-line body.
+    pub fn new(status: u16, body: impl Into<Cow<'static, str>>) -> Self {
+        Self { status, body: body.into(), retry_after_s: None, head: false }
+    }
+
+    /// 400.
+    pub fn bad_request(body: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(400, body)
+    }
+
+    /// 408: the request was not complete by its deadline.
+    pub fn timeout() -> Self {
+        Self::new(408, "the request took too long")
+    }
+
+    /// 429: too much from this address or user.
+    pub fn too_many(body: impl Into<Cow<'static, str>>, retry_after_s: u32) -> Self {
+        Self { retry_after_s: Some(retry_after_s), ..Self::new(429, body) }
+    }
+
+    /// 503: too much in all, or not ready.
+    pub fn unavailable(body: impl Into<Cow<'static, str>>, retry_after_s: u32) -> Self {
+        Self { retry_after_s: Some(retry_after_s), ..Self::new(503, body) }
+    }
+
+    pub(super) fn answering_head(self, head: bool) -> Self {
+        Self { head, ..self }
+    }
+
+    /// HTTP status.
+    pub fn status(&self) -> u16 {
+        self.status
+    }
+
+    /// The line.
+    pub fn body(&self) -> &str {
+        &self.body
+    }
+}
+
+impl From<&Refusal> for Refused {
+    fn from(refusal: &Refusal) -> Self {
+        Self {
+            status: refusal.status,
+            body: refusal.body.clone(),
+            retry_after_s: refusal.retry_after_s,
+            head: false,
+        }
+    }
+}
+
+/// The whole answer, ready to be sent.
+pub fn refusal(refused: &Refused) -> Vec<u8> {
+    let Refused { status, body, retry_after_s, head } = refused;
+    let reason = reason_phrase(*status);
+    let mut answer = format!("HTTP/1.1 {status} {reason}\r\nConnection: close");
+    match status {
+        // RFC 9110 §15.5.22, §7.8: a 426 MUST name the protocol, and `upgrade` with it; RFC 6455
+        // §4.4: and the version.
+        426 => answer.push_str(", Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"),
+        // RFC 9110 §15.5.6: a 405 MUST name the methods.
+        405 => answer.push_str("\r\nAllow: GET"),
+        // RFC 9110 §15.5.2: a 401 MUST name a challenge.
+        401 => answer.push_str("\r\nWWW-Authenticate: Bearer"),
+        _ => {}
+    }
+    if let Some(seconds) = retry_after_s {
+        answer.push_str(&format!("\r\nRetry-After: {seconds}"));
+    }
+    answer.push_str(&format!(
+        "\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n\
+         Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n",
+        body.len()
+    ));
+    if !head {
+        answer.push_str(body);
+    }
+    answer.into_bytes()
+}
+
+fn reason_phrase(status: u16) -> &'static str {
+    match status {
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        409 => "Conflict",
+        414 => "URI Too Long",
+        417 => "Expectation Failed",
+        426 => "Upgrade Required",
+        429 => "Too Many Requests",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        501 => "Not Implemented",
+        502 => "Bad Gateway",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        505 => "HTTP Version Not Supported",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(refused: &Refused) -> String {
+        String::from_utf8(refusal(refused)).expect("ASCII")
+    }
+
+    #[test]
+    fn golden_answers() {
+        assert_eq!(
+            text(&Refused::bad_request("missing user_id or device_id")),
+            "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\
+             Content-Type: text/plain; charset=utf-8\r\nContent-Length: 28\r\n\
+             Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n\
+             missing user_id or device_id"
+        );
+        let busy = Refusal { status: 503, body: "busy".into(), retry_after_s: Some(7) };
+        assert!(text(&Refused::from(&busy)).contains("\r\nRetry-After: 7\r\n"));
+        let upgrade = text(&Refused::new(426, "x"));
+        assert!(upgrade.contains(
+            "\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        ));
+        assert!(text(&Refused::new(405, "x")).contains("\r\nAllow: GET\r\n"));
+        assert!(text(&Refused::new(401, "x")).contains("\r\nWWW-Authenticate: Bearer\r\n"));
+    }
+
+    #[test]
+    fn answer_to_head_has_no_body() {
+        let answer = text(&Refused::new(405, "body").answering_head(true));
+        assert!(answer.contains("\r\nContent-Length: 4\r\n"));
+        assert!(answer.ends_with("\r\n\r\n"));
+    }
+}

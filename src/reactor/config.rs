@@ -1,6 +1,8 @@
 //! The settings of a shard, with defaults fit for production.
 
-use crate::domain::limits::{CONNECTIONS_PER_SHARD_MAX, RECEIVE_BUFFER_BYTES, SEND_BATCH_BYTES};
+use crate::domain::limits::{
+    ACCEPTS_IN_FLIGHT_MAX, CONNECTIONS_PER_SHARD_MAX, RECEIVE_BUFFER_BYTES, SEND_BATCH_BYTES,
+};
 use crate::reactor::wheel::TICK_MS;
 
 /// What one shard is told at start. `app` fills it in from the settings; the same for all shards.
@@ -126,7 +128,11 @@ impl ShardConfig {
                 "at most 2^20 - 2 · 10^3",
             ),
             (self.refusals_max > 0, "refusals_max", "at least 1"),
-            (self.accepts_max > 0, "accepts_max", "at least 1"),
+            (
+                (1..=ACCEPTS_IN_FLIGHT_MAX).contains(&(self.accepts_max as usize)),
+                "accepts_max",
+                "1 to 64",
+            ),
             (self.handshake_ms_max > TICK_MS, "handshake_ms_max", "more than 16"),
             (self.ping_after_ms > self.ping_spread_ms, "ping_spread_ms", "less than ping_after_ms"),
             (self.idle_ms_max > self.ping_after_ms, "idle_ms_max", "more than ping_after_ms"),

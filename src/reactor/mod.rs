@@ -5,6 +5,7 @@ pub mod config;
 pub mod counters;
 pub mod gate;
 pub mod kernel;
+pub mod listener;
 pub mod queue;
 pub mod rate;
 pub mod slab;

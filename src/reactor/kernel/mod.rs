@@ -21,6 +21,8 @@
 //! by both kernels. The slot of the key is also the number of the socket in the kernel's file
 //! table, so there is no second table to look into.
 
+mod uring;
+
 use std::io;
 use std::net::SocketAddr;
 use std::ops::DerefMut;
@@ -29,6 +31,8 @@ use rustix::io::Errno;
 
 use crate::domain::ids::ConnectionKey;
 use crate::reactor::outgoing::SendBuffer;
+
+pub use uring::UringKernel;
 
 /// An operating system as a shard sees it. Nothing here blocks but [`Kernel::enter`].
 pub trait Kernel {

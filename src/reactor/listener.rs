@@ -1,0 +1,142 @@
+//! The listening sockets: one per shard on one address, among which the system spreads the clients.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::sockopt::{
+    set_ipv6_v6only, set_socket_reuseaddr, set_socket_reuseport, set_socket_send_buffer_size,
+    set_tcp_nodelay,
+};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, listen, socket_with};
+
+/// How the shards listen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerConfig {
+    /// Where. Port 0 is replaced by a free one, the same for all shards. An unspecified IPv6
+    /// address takes IPv4 clients too.
+    pub address: SocketAddr,
+    /// Kernel memory that one connection's unread output may take (`SO_SNDBUF`), bytes; the kernel
+    /// doubles the number for its own bookkeeping. `None`: the system's default, which grows to
+    /// megabytes for a client that does not read.
+    pub send_buffer_bytes: Option<usize>,
+    /// Clients that wait to be accepted, per shard; the system caps it (`net.core.somaxconn`).
+    pub backlog: i32,
+}
+
+impl ListenerConfig {
+    /// 128 KiB of unread output, 4,096 waiting clients.
+    pub fn new(address: SocketAddr) -> Self {
+        Self { address, send_buffer_bytes: Some(128 * 1024), backlog: 4096 }
+    }
+}
+
+/// Why there is no listener.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}: {source}{}", hint(source))]
+pub struct ListenError {
+    /// Where.
+    pub address: SocketAddr,
+    /// What the system said.
+    #[source]
+    pub source: io::Error,
+}
+
+fn hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => " (another process listens there; choose another port)",
+        io::ErrorKind::AddrNotAvailable => " (no interface of this machine has that address)",
+        io::ErrorKind::PermissionDenied => " (ports below 1024 need CAP_NET_BIND_SERVICE)",
+        _ => "",
+    }
+}
+
+/// One listening socket per shard, all on the same address, and that address. The options are set
+/// here because each accepted socket inherits them.
+///
+/// # Errors
+/// The address cannot be listened on.
+pub fn listen_all(
+    config: &ListenerConfig,
+    shards: usize,
+) -> Result<(Vec<OwnedFd>, SocketAddr), ListenError> {
+    let failed = |source: Errno| ListenError { address: config.address, source: source.into() };
+    let mut config = *config;
+    let mut listeners = Vec::with_capacity(shards);
+    for _ in 0..shards {
+        let (listener, address) = listen_one(&config).map_err(failed)?;
+        // The first socket's port, if it was free to choose, is everybody's.
+        config.address = address;
+        listeners.push(listener);
+    }
+    Ok((listeners, config.address))
+}
+
+fn listen_one(config: &ListenerConfig) -> rustix::io::Result<(OwnedFd, SocketAddr)> {
+    let family = match config.address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_reuseaddr(&socket, true)?;
+    set_socket_reuseport(&socket, true)?;
+    if config.address.is_ipv6() {
+        set_ipv6_v6only(&socket, false)?;
+    }
+    set_tcp_nodelay(&socket, true)?;
+    if let Some(bytes) = config.send_buffer_bytes {
+        set_socket_send_buffer_size(&socket, bytes)?;
+    }
+    bind(&socket, &config.address)?;
+    listen(&socket, config.backlog)?;
+    let address = SocketAddr::try_from(getsockname(&socket)?)?;
+    Ok((socket, address))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::sockopt::{socket_send_buffer_size, tcp_nodelay};
+    use std::net::{TcpListener, TcpStream};
+
+    fn loopback() -> ListenerConfig {
+        ListenerConfig::new("127.0.0.1:0".parse().unwrap())
+    }
+
+    #[test]
+    fn shards_share_one_port() {
+        let (listeners, address) = listen_all(&loopback(), 3).unwrap();
+        assert_ne!(address.port(), 0);
+        for listener in &listeners {
+            assert_eq!(SocketAddr::try_from(getsockname(listener).unwrap()).unwrap(), address);
+        }
+    }
+
+    #[test]
+    fn accepted_sockets_inherit_the_options() {
+        let config = ListenerConfig { send_buffer_bytes: Some(50_000), ..loopback() };
+        let (mut listeners, address) = listen_all(&config, 1).unwrap();
+        let _client = TcpStream::connect(address).unwrap();
+        let (accepted, _) = TcpListener::from(listeners.remove(0)).accept().unwrap();
+        assert!(tcp_nodelay(&accepted).unwrap());
+        assert_eq!(socket_send_buffer_size(&accepted).unwrap(), 100_000);
+    }
+
+    #[test]
+    fn dual_stack_takes_both_families() {
+        let config = ListenerConfig::new("[::]:0".parse().unwrap());
+        let Ok((_listeners, address)) = listen_all(&config, 1) else {
+            return; // no IPv6 on this machine
+        };
+        TcpStream::connect(("127.0.0.1", address.port())).unwrap();
+    }
+
+    #[test]
+    fn taken_port_is_named_in_the_error() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let error = listen_all(&ListenerConfig::new(address), 1).unwrap_err().to_string();
+        assert!(error.contains(&address.to_string()) && error.contains("another"), "{error}");
+    }
+}

@@ -2,6 +2,7 @@
 
 pub mod auth;
 pub mod bell;
+pub mod client_message;
 pub mod directory;
 pub mod ports;
 pub mod proto;

@@ -1,0 +1,256 @@
+//! What a WebSocket client may say: JSON text messages.
+//!
+//! | message | meaning |
+//! | --- | --- |
+//! | `{"last_sequences": {"<conversation_id>": <int64>, …}}` | The first message (contract §3): send what I missed. Each number is the highest `sequence` that the client has of the conversation, 0 for none of it. Conversations of the user that are not named are sent from their beginning; so `{"last_sequences": {}}` asks for everything. |
+//! | `{"access_token": "<JWT>"}` | At any time: a fresh token of the same user, before the old one expires. Answered by `{"token_expires_at": <Unix seconds>}`, or by `{"error": "<reason>"}`, in which case the old one still counts. |
+//!
+//! Both keys may be in one message. A number may be written as a string, the way proto3 JSON writes
+//! an int64. Other keys are ignored, and so (and counted) is every message that is not one of these.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+
+use crate::domain::command::Secret;
+use crate::domain::limits::ID_BYTES_MAX;
+
+/// A message of the client, bytes. The shard passes on no larger one.
+pub const CLIENT_MESSAGE_BYTES_MAX: usize = 64 * 1024;
+/// Conversations named in one message.
+pub const CONVERSATIONS_NAMED_MAX: usize = 4096;
+/// A token, bytes: no header that a server takes holds a larger one.
+pub const TOKEN_BYTES_MAX: usize = 8 * 1024;
+
+/// A client's message that has a meaning; at least one of the two.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientMessage {
+    /// What the client has of each conversation, no conversation twice.
+    pub last_sequences: Option<Vec<LastSequence>>,
+    /// A fresh token.
+    pub access_token: Option<Secret>,
+}
+
+/// How far a client has come in a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastSequence {
+    /// The conversation's id, 1 to [`ID_BYTES_MAX`] bytes.
+    pub conversation: Box<str>,
+    /// The highest sequence it has, 0 or more.
+    pub sequence: i64,
+}
+
+/// Why a message has no meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Meaningless {
+    /// Larger than any message with a meaning.
+    #[error("message is too large")]
+    TooLarge,
+    /// Not a JSON object of the documented shape, or over one of its limits.
+    #[error("message is not a JSON object of a known shape")]
+    Malformed,
+    /// An object with neither key.
+    #[error("message names neither last_sequences nor access_token")]
+    Unknown,
+}
+
+/// Reads a client's message.
+///
+/// # Errors
+/// It has no meaning; the client may send what it likes, so this is for counting only.
+pub fn parse(text: &str) -> Result<ClientMessage, Meaningless> {
+    if text.len() > CLIENT_MESSAGE_BYTES_MAX {
+        return Err(Meaningless::TooLarge);
+    }
+    // serde would also read the fields of an object from an array.
+    if !text.trim_ascii_start().starts_with('{') {
+        return Err(Meaningless::Malformed);
+    }
+    let fields: Fields = serde_json::from_str(text).map_err(|_| Meaningless::Malformed)?;
+    if fields.last_sequences.is_none() && fields.access_token.is_none() {
+        return Err(Meaningless::Unknown);
+    }
+    Ok(ClientMessage {
+        last_sequences: fields.last_sequences.map(|Positions(positions)| positions),
+        access_token: fields.access_token.map(|Token(token)| token),
+    })
+}
+
+#[derive(Deserialize)]
+struct Fields {
+    #[serde(default)]
+    last_sequences: Option<Positions>,
+    #[serde(default)]
+    access_token: Option<Token>,
+}
+
+struct Token(Secret);
+
+impl<'de> Deserialize<'de> for Token {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let token = String::deserialize(deserializer)?;
+        if token.is_empty() || token.len() > TOKEN_BYTES_MAX {
+            return Err(de::Error::custom("token length"));
+        }
+        Ok(Self(Secret::new(token)))
+    }
+}
+
+struct Positions(Vec<LastSequence>);
+
+impl<'de> Deserialize<'de> for Positions {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(PositionsVisitor)
+    }
+}
+
+struct PositionsVisitor;
+
+impl<'de> Visitor<'de> for PositionsVisitor {
+    type Value = Positions;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of conversation ids and sequences")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Positions, A::Error> {
+        let mut positions = Vec::new();
+        while let Some((conversation, Sequence(sequence))) = map.next_entry::<Box<str>, _>()? {
+            if conversation.is_empty() || conversation.len() > ID_BYTES_MAX {
+                return Err(de::Error::custom("conversation id length"));
+            }
+            if positions.len() == CONVERSATIONS_NAMED_MAX {
+                return Err(de::Error::custom("too many conversations"));
+            }
+            positions.push(LastSequence { conversation, sequence });
+        }
+        // JSON leaves the meaning of a repeated key open; the last one counts, as for Go.
+        positions.reverse();
+        positions.sort_by(|a, b| a.conversation.cmp(&b.conversation));
+        positions.dedup_by(|later, earlier| later.conversation == earlier.conversation);
+        Ok(Positions(positions))
+    }
+}
+
+struct Sequence(i64);
+
+impl<'de> Deserialize<'de> for Sequence {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SequenceVisitor)
+    }
+}
+
+struct SequenceVisitor;
+
+impl Visitor<'_> for SequenceVisitor {
+    type Value = Sequence;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an int64, as a number or a string")
+    }
+
+    /// Sequences begin at 1, so whatever is below 0 means "nothing yet".
+    fn visit_i64<E: de::Error>(self, value: i64) -> Result<Sequence, E> {
+        Ok(Sequence(value.max(0)))
+    }
+
+    fn visit_u64<E: de::Error>(self, value: u64) -> Result<Sequence, E> {
+        i64::try_from(value).map(Sequence).map_err(|_| E::custom("not an int64"))
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<Sequence, E> {
+        value.parse().map_err(|_| E::custom("not an int64")).and_then(|value| self.visit_i64(value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn positions(text: &str) -> Vec<(String, i64)> {
+        let all = parse(text).unwrap().last_sequences.unwrap();
+        all.into_iter().map(|one| (one.conversation.into(), one.sequence)).collect()
+    }
+
+    #[test]
+    fn resume_request_names_what_the_client_has() {
+        let text = r#" {"last_sequences": {"b": 12, "a": "9223372036854775807", "c": -3}} "#;
+        let expected = [("a".into(), i64::MAX), ("b".into(), 12), ("c".into(), 0)];
+        assert_eq!(positions(text), expected);
+        assert_eq!(positions(r#"{"last_sequences": {}, "more": [1, {}]}"#), []);
+    }
+
+    #[test]
+    fn last_of_repeated_keys_counts() {
+        assert_eq!(positions(r#"{"last_sequences": {"a": 1, "b": 2, "a": 3}}"#).len(), 2);
+        assert_eq!(positions(r#"{"last_sequences": {"a": 1, "a": 3}}"#), [("a".into(), 3)]);
+    }
+
+    #[test]
+    fn fresh_token_may_come_alone_or_along() {
+        let alone = parse(r#"{"access_token": "x.y.z"}"#).unwrap();
+        assert_eq!(alone.access_token.as_ref().map(Secret::expose), Some("x.y.z"));
+        assert_eq!(alone.last_sequences, None);
+        let both = parse(r#"{"access_token": "t", "last_sequences": {"a": 1}}"#).unwrap();
+        assert!(both.access_token.is_some() && both.last_sequences.is_some());
+    }
+
+    #[test]
+    fn anything_else_has_no_meaning() {
+        for text in [
+            "",
+            "{",
+            "[]",
+            r#"[{"a": 1}, "token"]"#,
+            "null",
+            r#""last_sequences""#,
+            r#"{"last_sequences": []}"#,
+            r#"{"last_sequences": {"a": 1.5}}"#,
+            r#"{"last_sequences": {"a": null}}"#,
+            r#"{"last_sequences": {"a": 9223372036854775808}}"#,
+            r#"{"last_sequences": {"": 1}}"#,
+            r#"{"last_sequences": {"a": 1}} x"#,
+            r#"{"access_token": ""}"#,
+            r#"{"access_token": 5}"#,
+        ] {
+            assert_eq!(parse(text), Err(Meaningless::Malformed), "{text}");
+        }
+        for text in ["{}", r#"{"typing": true}"#, r#"{"last_sequences": null}"#] {
+            assert_eq!(parse(text), Err(Meaningless::Unknown), "{text}");
+        }
+    }
+
+    #[test]
+    fn limits_hold() {
+        let named = |count: usize| {
+            let all: Vec<_> = (0..count).map(|n| format!(r#""{n}":1"#)).collect();
+            format!(r#"{{"last_sequences":{{{}}}}}"#, all.join(","))
+        };
+        assert_eq!(positions(&named(CONVERSATIONS_NAMED_MAX)).len(), CONVERSATIONS_NAMED_MAX);
+        assert_eq!(parse(&named(CONVERSATIONS_NAMED_MAX + 1)), Err(Meaningless::Malformed));
+        let id = "x".repeat(ID_BYTES_MAX + 1);
+        let long = format!(r#"{{"last_sequences":{{"{id}":1}}}}"#);
+        assert_eq!(parse(&long), Err(Meaningless::Malformed));
+        let large = " ".repeat(CLIENT_MESSAGE_BYTES_MAX + 1);
+        assert_eq!(parse(&large), Err(Meaningless::TooLarge));
+        let deep = format!(r#"{{"x":{}"#, "[".repeat(CLIENT_MESSAGE_BYTES_MAX - 10));
+        assert_eq!(parse(&deep), Err(Meaningless::Malformed));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_survived(text in any::<String>()) {
+            let _ = parse(&text);
+        }
+
+        #[test]
+        fn any_positions_are_read_back(
+            all in prop::collection::btree_map("[^\\p{Cc}]{1,40}", 0..=i64::MAX, 0..50)
+        ) {
+            let text = serde_json::json!({ "last_sequences": &all }).to_string();
+            prop_assert_eq!(positions(&text), all.into_iter().collect::<Vec<_>>());
+        }
+    }
+}

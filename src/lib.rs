@@ -8,3 +8,7 @@ pub mod protocol;
 pub mod reactor;
 pub mod service;
 pub mod uring;
+
+/// The fakes that the unit tests share with the tests of the whole name the crate from outside.
+#[cfg(test)]
+extern crate self as delivery;

@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use crate::handoff::Pushed;
 use crate::service::proto::conversation::v1::Conversation;
+use crate::service::proto::message::v1::Message;
 
 /// A boxed future, for traits that are used as objects.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;
@@ -36,6 +37,19 @@ pub trait ConversationListing: Send + Sync + 'static {
         &self,
         user: Arc<str>,
     ) -> BoxFuture<Result<Vec<Conversation>, NeighbourError>>;
+}
+
+/// What was said in a conversation (the message service; contract §1).
+pub trait MessageSource: Send + Sync + 'static {
+    /// The messages of one conversation after a sequence, ascending, at most `page_size`; a
+    /// shorter page is the last. Asked on behalf of `user`.
+    fn messages_after(
+        &self,
+        user: Arc<str>,
+        conversation: Arc<str>,
+        after: i64,
+        page_size: u16,
+    ) -> BoxFuture<Result<Vec<Message>, NeighbourError>>;
 }
 
 /// What comes to a router from elsewhere than Kafka: delivered to sessions here, never forwarded,

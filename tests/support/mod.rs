@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "shared by test targets that each use a part")]
 
 pub mod fleet;
+pub mod neighbours;
 pub mod node;
 pub mod publisher;
 pub mod services;

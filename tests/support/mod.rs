@@ -4,6 +4,8 @@
 pub mod fleet;
 pub mod neighbours;
 pub mod node;
+pub mod own_services;
+pub mod proxy;
 pub mod publisher;
 pub mod services;
 pub mod tally;

@@ -1,0 +1,90 @@
+//! A Kafka and a Redis of a test's own: to be killed, stopped and started again.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::node::free_port;
+use super::wait::until;
+
+/// From its start to its first answer.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(90);
+
+/// One service in a folder of its own; killed when dropped, and its folder removed.
+#[derive(Debug)]
+pub struct OwnService {
+    script: &'static str,
+    arguments: Vec<String>,
+    folder: PathBuf,
+    child: Option<Child>,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl OwnService {
+    /// A Redis.
+    pub fn redis() -> Self {
+        let port = free_port();
+        Self::new("redis", port, vec![port.to_string()])
+    }
+
+    /// A Kafka that tells clients to connect to `advertised` (a proxy before it).
+    pub fn kafka(port: u16, advertised: SocketAddr) -> Self {
+        let arguments = [port, free_port(), advertised.port()];
+        Self::new("kafka", port, arguments.iter().map(u16::to_string).collect())
+    }
+
+    fn new(script: &'static str, port: u16, arguments: Vec<String>) -> Self {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("{script}-{}-{port}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let mut service = Self { script, arguments, folder, child: None, address };
+        service.start();
+        service
+    }
+
+    /// Starts it, again after [`OwnService::kill`], and waits until it answers.
+    pub fn start(&mut self) {
+        assert!(self.child.is_none(), "it is running");
+        let log = File::create(self.folder.join("output.log")).expect("a log file");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services").join(self.script);
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(script)
+            .arg(&self.folder)
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a second handle"))
+            .stderr(log)
+            .spawn()
+            .expect("the script starts");
+        self.child = Some(child);
+        until(ANSWERS_WITHIN, self.script, || TcpStream::connect(self.address).ok());
+    }
+
+    /// SIGKILL; what it had on disk stays for the next start.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// SIGSTOP or SIGCONT.
+    pub fn signal(&self, signal: Signal) {
+        let child = self.child.as_ref().expect("it is running");
+        kill_process(Pid::from_child(child), signal).expect("it is running");
+    }
+}
+
+impl Drop for OwnService {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}

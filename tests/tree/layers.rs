@@ -1,0 +1,191 @@
+//! Layers import downwards only, unsafe code stays where it belongs, what is pure stays pure, and
+//! nothing is left half done.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use super::source::{code_of, crate_imports, read, report, root, rust_files, without_tests};
+
+/// What each layer may import of ours (`docs/architecture.md`).
+const LAYERS: [(&str, &[&str]); 7] = [
+    ("domain", &["domain"]),
+    ("protocol", &["protocol", "domain"]),
+    ("handoff", &["handoff", "domain"]),
+    ("uring", &["uring", "domain"]),
+    ("reactor", &["reactor", "uring", "handoff", "protocol", "domain"]),
+    ("service", &["service", "handoff", "protocol", "domain"]),
+    ("app", &["app", "service", "reactor", "uring", "handoff", "protocol", "domain"]),
+];
+
+/// Layers that take time and randomness as arguments and know no runtime, no log and no back end.
+const PURE: [&str; 3] = ["domain", "protocol", "handoff"];
+
+/// Words that the pure layers do not use outside their tests.
+const IMPURE: [&str; 12] = [
+    "Instant::now",
+    "SystemTime::now",
+    "rand::",
+    "tokio::",
+    "tracing::",
+    "rdkafka::",
+    "redis::",
+    "tonic::",
+    "io_uring::",
+    "std::fs",
+    "std::net::Tcp",
+    "std::thread::sleep",
+];
+
+/// Lines of code of one file, its tests and comments not counted.
+const CODE_LINES_MAX: usize = 450;
+
+fn layer_of(path: &Path) -> Option<&'static str> {
+    let name = path.strip_prefix("src").ok()?.components().next()?.as_os_str().to_str()?;
+    LAYERS.iter().map(|(layer, _)| *layer).find(|layer| *layer == name)
+}
+
+#[test]
+fn every_folder_is_a_layer_and_every_layer_is_on_the_map() {
+    let map = read(Path::new("src/lib.rs"));
+    let mut folders: Vec<String> = fs::read_dir(root().join("src"))
+        .expect("readable")
+        .map(|entry| entry.expect("readable").path())
+        .filter(|path| path.is_dir())
+        .map(|path| path.file_name().expect("named").to_string_lossy().into_owned())
+        .filter(|name| name != "bin")
+        .collect();
+    folders.sort();
+    let mut layers: Vec<&str> = LAYERS.iter().map(|(layer, _)| *layer).collect();
+    layers.sort_unstable();
+    assert_eq!(folders, layers);
+    for layer in layers {
+        assert!(map.contains(&format!("pub mod {layer};")), "src/lib.rs does not name {layer}");
+    }
+}
+
+#[test]
+fn layers_import_downwards_only() {
+    let allowed: BTreeMap<_, _> = LAYERS.into_iter().collect();
+    let mut findings = Vec::new();
+    for path in rust_files("src") {
+        let Some(layer) = layer_of(&path) else { continue };
+        let code = code_of(&read(&path));
+        for import in crate_imports(&code) {
+            // A macro of `counters!`'s kind lives at the root and belongs to the nouns.
+            let known = allowed.contains_key(import.as_str());
+            if known && !allowed[layer].contains(&import.as_str()) {
+                findings.push(format!("{}: {layer} imports {import}", path.display()));
+            }
+        }
+        for (name, _) in LAYERS {
+            if code.contains(&format!("super::{name}::"))
+                && !root().join("src").join(layer).join(name).exists()
+            {
+                findings.push(format!("{}: climbs out of {layer} to {name}", path.display()));
+            }
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn unsafe_code_is_in_uring_only() {
+    let mut findings = Vec::new();
+    for folder in ["src", "tests", "fuzz", "bench"] {
+        for path in rust_files(folder) {
+            if path.starts_with("src/uring") {
+                continue;
+            }
+            let code = code_of(&read(&path));
+            for word in code.split(|c: char| !c.is_alphanumeric() && c != '_') {
+                if word == "unsafe" || word == "unsafe_code" {
+                    findings.push(format!("{}: {word}", path.display()));
+                }
+            }
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn every_unsafe_block_says_why_it_holds() {
+    let mut findings = Vec::new();
+    for path in rust_files("src/uring") {
+        let source = read(&path);
+        let lines: Vec<&str> = source.lines().collect();
+        for (number, line) in lines.iter().enumerate() {
+            let code = line.split("//").next().unwrap_or_default();
+            if !code.contains("unsafe {") && !code.contains("unsafe impl") {
+                continue;
+            }
+            let reason = lines[..number]
+                .iter()
+                .rev()
+                .take(16)
+                .take_while(|above| {
+                    !above.trim().is_empty() || above.trim_start().starts_with("//")
+                })
+                .any(|above| above.contains("SAFETY:"));
+            if !reason {
+                findings.push(format!("{}:{}: no SAFETY comment", path.display(), number + 1));
+            }
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn pure_layers_take_time_and_chance_as_arguments() {
+    let mut findings = Vec::new();
+    for path in rust_files("src") {
+        let Some(layer) = layer_of(&path) else { continue };
+        if !PURE.contains(&layer) {
+            continue;
+        }
+        let code = code_of(&read(&path));
+        for word in IMPURE {
+            if without_tests(&code).contains(word) {
+                findings.push(format!("{}: {word}", path.display()));
+            }
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn files_can_be_read_in_one_sitting() {
+    let mut findings = Vec::new();
+    for folder in ["src", "tests"] {
+        for path in rust_files(folder) {
+            let code = code_of(&read(&path));
+            let lines = without_tests(&code).lines().filter(|line| !line.trim().is_empty()).count();
+            if lines > CODE_LINES_MAX {
+                findings.push(format!("{}: {lines} lines of code", path.display()));
+            }
+        }
+    }
+    report(&findings);
+}
+
+#[test]
+fn nothing_is_left_half_done() {
+    let words = ["TODO", "FIXME", "XXX", "HACK"];
+    let mut findings = Vec::new();
+    for folder in ["src", "tests", "fuzz", "bench"] {
+        for path in rust_files(folder) {
+            if path == Path::new("tests/tree/layers.rs") {
+                continue;
+            }
+            let source = read(&path);
+            for (number, line) in source.lines().enumerate() {
+                for word in words {
+                    if line.split(|c: char| !c.is_alphanumeric()).any(|part| part == word) {
+                        findings.push(format!("{}:{}: {word}", path.display(), number + 1));
+                    }
+                }
+            }
+        }
+    }
+    report(&findings);
+}

@@ -4,6 +4,7 @@ pub mod auth;
 pub mod bell;
 pub mod client_message;
 pub mod directory;
+pub mod envelope;
 pub mod neighbours;
 pub mod ports;
 pub mod proto;
@@ -11,8 +12,3 @@ pub mod redis;
 pub mod sessions;
 pub mod stream_key;
 pub mod timestamp;
-
-#[cfg(test)]
-#[path = "../../tests/support/neighbours.rs"]
-#[allow(dead_code, unreachable_pub, missing_docs, reason = "shared with the tests of the whole")]
-pub(crate) mod fakes;

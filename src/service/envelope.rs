@@ -137,11 +137,6 @@ pub fn decode(value: &[u8]) -> Result<Record<'_>, EnvelopeError> {
     Ok(Record { value, event_type, payload, body })
 }
 
-/// The bytes of `EventEnvelope.occurred_at`; empty if not given. Only some encodings need it.
-pub(crate) fn occurred_at(value: &[u8]) -> Result<Vec<&[u8]>, EnvelopeError> {
-    repeated(value, 3)
-}
-
 /// Every occurrence of an embedded message or bytes field. One that is not repeated may still
 /// occur several times: the occurrences are to be merged, which is what concatenation does.
 pub(crate) fn repeated(message: &[u8], wanted: u32) -> Result<Vec<&[u8]>, EnvelopeError> {

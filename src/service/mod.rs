@@ -4,6 +4,7 @@ pub mod auth;
 pub mod bell;
 pub mod client_message;
 pub mod directory;
+pub mod encode;
 pub mod envelope;
 pub mod neighbours;
 pub mod ports;

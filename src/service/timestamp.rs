@@ -13,6 +13,11 @@ const SECONDS_MIN: i64 = -62_135_596_800;
 /// 9999-12-31T23:59:59Z, the last.
 const SECONDS_MAX: i64 = 253_402_300_799;
 
+/// The time now, Unix time in ms.
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
 /// A point in time; the wire type.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Message)]
 pub struct Timestamp {

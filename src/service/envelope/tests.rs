@@ -30,7 +30,7 @@ fn golden_bytes() {
     assert_eq!(record.payload, &GOLDEN[10..]);
     assert_eq!(record.body, Body::MessageSent { conversation: "c", sequence: 7 });
     assert_eq!(record.conversation(), Some("c"));
-    assert_eq!(occurred_at(&GOLDEN).unwrap(), [&GOLDEN[6..8]]);
+    assert_eq!(repeated(&GOLDEN, 3).unwrap(), [&GOLDEN[6..8]]);
 }
 
 #[test]

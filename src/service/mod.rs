@@ -7,9 +7,15 @@ pub mod directory;
 pub mod encode;
 pub mod envelope;
 pub mod neighbours;
+pub mod offsets;
 pub mod ports;
 pub mod proto;
 pub mod redis;
 pub mod sessions;
 pub mod stream_key;
 pub mod timestamp;
+
+#[cfg(test)]
+#[path = "../../tests/support/neighbours.rs"]
+#[allow(dead_code, unreachable_pub, missing_docs, reason = "shared with the tests of the whole")]
+pub(crate) mod fakes;

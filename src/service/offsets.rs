@@ -1,0 +1,158 @@
+//! Which records of a partition are done, and so how far it may be committed (design decision 6).
+//!
+//! ```text
+//! taken in order      100   101   104   105   106        (offsets may have gaps)
+//! done in any order    ✓     ✓     ·     ✓     ·
+//! committable                     104  ← the lowest that is not done: the next to read
+//! ```
+
+use std::collections::VecDeque;
+
+/// Names a record of the window until it is done: the count of records taken before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken(u64);
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    offset: i64,
+    done: bool,
+}
+
+/// The records of one partition from the lowest that is not done to the last taken.
+#[derive(Debug)]
+pub struct OffsetWindow {
+    entries: VecDeque<Entry>,
+    /// `Taken` of the first entry.
+    first: u64,
+    /// Where to read on once everything is done.
+    next: i64,
+    records_max: usize,
+}
+
+impl OffsetWindow {
+    /// A window over a partition that is read from offset `start`, of at most `records_max`
+    /// records.
+    pub fn new(start: i64, records_max: usize) -> Self {
+        assert!(records_max > 0);
+        Self { entries: VecDeque::new(), first: 0, next: start, records_max }
+    }
+
+    /// Whether a record can be taken. If not, the partition waits for its oldest record.
+    pub fn has_room(&self) -> bool {
+        self.entries.len() < self.records_max
+    }
+
+    /// Records taken and not yet committable.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether all that was taken is committable.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Takes the next record. There is room; offsets ascend.
+    pub fn take(&mut self, offset: i64) -> Taken {
+        assert!(self.has_room());
+        assert!(offset >= self.next, "{offset} after {}", self.next);
+        let taken = Taken(self.first + self.entries.len() as u64);
+        self.entries.push_back(Entry { offset, done: false });
+        self.next = offset + 1;
+        taken
+    }
+
+    /// A record is done: once each. Returns whether the committable offset has moved.
+    pub fn done(&mut self, taken: Taken) -> bool {
+        let index = taken.0.checked_sub(self.first).expect("done once") as usize;
+        let entry = &mut self.entries[index];
+        assert!(!entry.done, "done once");
+        entry.done = true;
+        let before = self.first;
+        while self.entries.front().is_some_and(|entry| entry.done) {
+            self.entries.pop_front();
+            self.first += 1;
+        }
+        self.first != before
+    }
+
+    /// The offset to commit: everything below it is done. It is where a successor reads on.
+    pub fn committable(&self) -> i64 {
+        self.entries.front().map_or(self.next, |entry| entry.offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn gap_in_the_log_is_passed() {
+        let mut window = OffsetWindow::new(10, 4);
+        assert_eq!(window.committable(), 10);
+        let (a, b) = (window.take(12), window.take(20));
+        assert_eq!(window.committable(), 12);
+        assert!(!window.done(b));
+        assert_eq!(window.committable(), 12);
+        assert!(window.done(a));
+        assert_eq!(window.committable(), 21);
+        assert!(window.is_empty());
+    }
+
+    #[test]
+    fn full_window_takes_nothing_until_its_oldest_is_done() {
+        let mut window = OffsetWindow::new(0, 2);
+        let (oldest, other) = (window.take(0), window.take(1));
+        window.done(other);
+        assert!(!window.has_room());
+        window.done(oldest);
+        assert!(window.has_room());
+    }
+
+    #[test]
+    #[should_panic(expected = "done once")]
+    fn second_done_is_a_fault_of_ours() {
+        let mut window = OffsetWindow::new(0, 2);
+        let first = window.take(0);
+        window.take(1);
+        window.done(first);
+        window.done(first);
+    }
+
+    proptest! {
+        /// The oracle keeps every record ever taken and looks at all of them.
+        #[test]
+        fn committable_is_the_lowest_not_done(
+            start in 0i64..1000,
+            steps in prop::collection::vec((any::<bool>(), 1i64..4, any::<prop::sample::Index>()), 0..300),
+        ) {
+            let mut window = OffsetWindow::new(start, 16);
+            let mut oracle = BTreeMap::new();
+            let mut open = Vec::new();
+            let mut next = start;
+            for (take, gap, pick) in steps {
+                if take && window.has_room() {
+                    let offset = next + gap - 1;
+                    open.push((offset, window.take(offset)));
+                    oracle.insert(offset, false);
+                    next = offset + 1;
+                } else if !open.is_empty() {
+                    let (offset, taken) = open.swap_remove(pick.index(open.len()));
+                    let before = window.committable();
+                    let moved = window.done(taken);
+                    oracle.insert(offset, true);
+                    prop_assert_eq!(moved, window.committable() != before);
+                }
+                let lowest = oracle.iter().find(|(_, done)| !**done).map_or(next, |(at, _)| *at);
+                prop_assert_eq!(window.committable(), lowest);
+                let held = oracle.range(lowest..).count();
+                prop_assert_eq!(window.len(), held);
+                prop_assert_eq!(window.has_room(), held < 16);
+            }
+        }
+    }
+}

@@ -1,28 +1,17 @@
 //! An eventfd that is written only when the other side sleeps.
-//!
-//! ```text
-//! sleeper                         ringer
-//! ───────                         ──────
-//! sleeping = true                 push into a ring
-//! fence(SeqCst)                   fence(SeqCst)
-//! look into every ring again      sleeping?  → false, write the eventfd
-//! wait on the eventfd
-//! ```
-//!
-//! The two fences make it impossible that the sleeper misses the push *and* the ringer misses the
-//! flag: one of them comes first in the single order of all SeqCst fences.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::sleep::SleepFlag;
 
 /// The bell of one sleeper; any number of ringers.
 #[derive(Debug)]
 pub struct Doorbell {
     event: OwnedFd,
-    sleeping: AtomicBool,
+    flag: SleepFlag,
 }
 
 impl Doorbell {
@@ -32,30 +21,25 @@ impl Doorbell {
     /// The process is out of file descriptors.
     pub fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { event, sleeping: AtomicBool::new(false) })
+        Ok(Self { event, flag: SleepFlag::new() })
     }
 
     /// Sleeper: announces that it is about to wait. Every ring must be looked into once more
     /// between this and the wait.
     pub fn about_to_sleep(&self) {
-        self.sleeping.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
+        self.flag.about_to_sleep();
     }
 
-    /// Sleeper: awake again; resets the eventfd if it was written.
+    /// Sleeper: awake again. The eventfd is not read here: a ringer may have cleared the flag and
+    /// be just about to write. What waits for edges (a reactor's ring, tokio) need not read it at
+    /// all; it may wake once for nothing.
     pub fn awake(&self) {
-        if !self.sleeping.swap(false, Ordering::AcqRel) {
-            let mut count = [0; 8];
-            // EAGAIN: a ringer has cleared the flag and its write is still to come. The next wait
-            // returns at once for nothing, which is harmless.
-            let _ = rustix::io::read(&self.event, &mut count);
-        }
+        self.flag.awake();
     }
 
     /// Ringer: wakes the sleeper if it sleeps. Call it after the push.
     pub fn ring(&self) {
-        fence(Ordering::SeqCst);
-        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::AcqRel) {
+        if self.flag.must_ring() {
             // The only failure is EAGAIN at 2^64 - 1 unread rings, which is as good as a ring.
             let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         }
@@ -69,7 +53,10 @@ impl Doorbell {
             tv_nsec: i64::from(timeout_ms % 1000) * 1_000_000,
         };
         // EINTR or a timeout: the caller looks at its rings again, as after a ring.
-        let _ = poll(&mut [PollFd::new(&self.event, PollFlags::IN)], Some(&timeout));
+        if let Ok(1..) = poll(&mut [PollFd::new(&self.event, PollFlags::IN)], Some(&timeout)) {
+            // Read by the one who was woken by it: the next wait is for the next ring.
+            let _ = rustix::io::read(&self.event, &mut [0; 8]);
+        }
     }
 }
 
@@ -91,6 +78,19 @@ mod tests {
         bell.ring();
         bell.wait(u32::MAX);
         bell.awake();
+    }
+
+    #[test]
+    fn late_ring_wakes_once_for_nothing_and_not_for_ever() {
+        let bell = Doorbell::new().unwrap();
+        bell.about_to_sleep();
+        bell.ring();
+        bell.awake(); // saw the push before it waited
+        bell.about_to_sleep();
+        bell.wait(u32::MAX);
+        bell.awake();
+        let unread = rustix::io::read(&bell.event, &mut [0; 8]);
+        assert_eq!(unread, Err(rustix::io::Errno::AGAIN));
     }
 
     #[test]

@@ -6,3 +6,4 @@ mod support;
 
 mod clients;
 mod delivery_to_all;
+mod faults;

@@ -41,17 +41,21 @@ fn local(port: u16) -> SocketAddr {
 pub struct NodeBuilder {
     command: &'static str,
     settings: BTreeMap<String, String>,
+    /// Where its output goes instead of a file of its own.
+    output: Option<&'static str>,
 }
 
 impl NodeBuilder {
     /// `delivery serve`, one shard, no tokens, on ports of its own.
     pub fn serve() -> Self {
-        Self { command: "serve", settings: BTreeMap::new() }.base()
+        Self { command: "serve", settings: BTreeMap::new(), output: None }.base()
     }
 
     /// `delivery dev` without its demo: needs nothing else.
     pub fn dev() -> Self {
-        Self { command: "dev", settings: BTreeMap::new() }.base().set("DEV_DEMO", "false")
+        Self { command: "dev", settings: BTreeMap::new(), output: None }
+            .base()
+            .set("DEV_DEMO", "false")
     }
 
     fn base(self) -> Self {
@@ -68,6 +72,18 @@ impl NodeBuilder {
         self
     }
 
+    /// The same settings on other ports.
+    pub fn on_ports_of_its_own(self) -> Self {
+        let shards = self.settings["SHARDS"].clone();
+        self.base().set("SHARDS", shards)
+    }
+
+    /// Sends its output to a file that is there already.
+    pub fn output(mut self, path: &'static str) -> Self {
+        self.output = Some(path);
+        self
+    }
+
     fn address(&self, name: &str) -> SocketAddr {
         self.settings[name].parse().expect("host:port")
     }
@@ -78,7 +94,11 @@ impl NodeBuilder {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let log_path = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
             .join(format!("node-{}-{number}.log", std::process::id()));
-        let log = File::create(&log_path).expect("a log file");
+        let log = match self.output {
+            Some(path) => File::options().write(true).open(path),
+            None => File::create(&log_path),
+        };
+        let log = log.expect("a log file");
         // The node ends with the test that started it, however that ends.
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
@@ -273,6 +293,16 @@ impl Metrics {
             })
             .map(|(_, value)| value)
             .sum()
+    }
+
+    /// What grew, and by how much.
+    pub fn grown_since(&self, before: &Self) -> Vec<(String, f64)> {
+        let old: BTreeMap<_, _> =
+            before.samples.iter().map(|(name, value)| (name, *value)).collect();
+        let grown = self.samples.iter().map(|(name, value)| {
+            (name.clone(), value - old.get(name).copied().unwrap_or_default())
+        });
+        grown.filter(|(_, by)| *by > 0.0).collect()
     }
 
     /// Whether a series of this name is there.

@@ -50,6 +50,17 @@ impl OwnService {
 
     /// Starts it, again after [`OwnService::kill`], and waits until it answers.
     pub fn start(&mut self) {
+        self.launch();
+        until(ANSWERS_WITHIN, self.script, || self.answers().then_some(()));
+    }
+
+    /// Whether somebody listens.
+    pub fn answers(&self) -> bool {
+        TcpStream::connect(self.address).is_ok()
+    }
+
+    /// Starts it without waiting.
+    pub fn launch(&mut self) {
         assert!(self.child.is_none(), "it is running");
         let log = File::create(self.folder.join("output.log")).expect("a log file");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/services").join(self.script);
@@ -64,7 +75,6 @@ impl OwnService {
             .spawn()
             .expect("the script starts");
         self.child = Some(child);
-        until(ANSWERS_WITHIN, self.script, || TcpStream::connect(self.address).ok());
     }
 
     /// SIGKILL; what it had on disk stays for the next start.

@@ -20,7 +20,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn saw(&mut self, sequence: i64) {
+    /// Returns whether it was seen for the first time.
+    fn saw(&mut self, sequence: i64) -> bool {
         if sequence > self.last {
             self.missing.extend(self.last + 1..sequence);
             self.last = sequence;
@@ -28,7 +29,9 @@ impl Stream {
             self.out_of_order += 1;
         } else {
             self.duplicates += 1;
+            return false;
         }
+        true
     }
 }
 
@@ -57,24 +60,29 @@ pub struct Totals {
 }
 
 impl Tally {
-    /// Takes a message's payload: the serialized envelope.
-    pub fn saw(&mut self, payload: &[u8]) -> EventType {
+    /// Takes a message's payload: the serialized envelope. Returns the content of a message that
+    /// was seen for the first time.
+    pub fn saw(&mut self, payload: &[u8]) -> Option<String> {
         let envelope = EventEnvelope::decode(payload).expect("an EventEnvelope");
         assert_eq!(envelope.schema_version, 1);
-        let event_type = envelope.event_type();
-        if event_type == EventType::MessageSent {
-            let event = MessageSentEvent::decode(envelope.payload).expect("a MessageSentEvent");
-            let message = event.message.expect("has a message");
-            self.messages += 1;
-            if let Some(stream) = self.streams.get_mut(&message.conversation_id) {
-                stream.saw(message.sequence);
-            } else {
-                self.streams.entry(message.conversation_id).or_default().saw(message.sequence);
-            }
-        } else {
+        if envelope.event_type() != EventType::MessageSent {
             *self.others.entry(envelope.event_type).or_default() += 1;
+            return None;
         }
-        event_type
+        let event = MessageSentEvent::decode(envelope.payload).expect("a MessageSentEvent");
+        let message = event.message.expect("has a message");
+        self.messages += 1;
+        let fresh = if let Some(stream) = self.streams.get_mut(&message.conversation_id) {
+            stream.saw(message.sequence)
+        } else {
+            self.streams.entry(message.conversation_id).or_default().saw(message.sequence)
+        };
+        fresh.then_some(message.content)
+    }
+
+    /// Messages that are missing below the last one seen.
+    pub fn gaps(&self) -> u64 {
+        self.streams.values().map(|stream| stream.missing.len() as u64).sum()
     }
 
     /// Adds up, where `published` says the last sequence published of each conversation that this

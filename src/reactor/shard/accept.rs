@@ -1,0 +1,146 @@
+//! From the listener to the handshake.
+
+use std::net::IpAddr;
+
+use rustix::io::Errno;
+
+use super::Shard;
+use crate::domain::close::EndReason;
+use crate::domain::ids::ConnectionKey;
+use crate::protocol::phase::Signal;
+use crate::protocol::upgrade::{self, Refused};
+use crate::reactor::connection::{Connection, Flight, Handshake, Stage};
+use crate::reactor::gate::{AddressTicket, Barred};
+use crate::reactor::kernel::{HowToClose, Kernel};
+
+/// Pause after an accept failed for want of something, ms: asking again at once would spin.
+const ACCEPT_RETRY_MS: u64 = 100;
+
+/// The state of the listener.
+#[derive(Debug)]
+pub(super) struct Accepting {
+    open: bool,
+    in_flight: u32,
+    /// No accepts before this.
+    retry_at_ms: Option<u64>,
+}
+
+impl Default for Accepting {
+    fn default() -> Self {
+        Self { open: true, in_flight: 0, retry_at_ms: None }
+    }
+}
+
+impl Accepting {
+    pub(super) fn retry_at_ms(&self) -> Option<u64> {
+        self.retry_at_ms.filter(|_| self.open)
+    }
+}
+
+impl<K: Kernel> Shard<K> {
+    /// Keeps accepts in flight as long as there are slots for their clients.
+    pub(super) fn arm_accepts(&mut self) {
+        if !self.accepting.open || self.reports.are_too_many() {
+            return;
+        }
+        match self.accepting.retry_at_ms {
+            Some(at) if self.kernel.now_ms() < at => return,
+            _ => self.accepting.retry_at_ms = None,
+        }
+        while self.accepting.in_flight < self.config.accepts_max {
+            let Some(key) = self.slab.insert(Connection::accepting()) else { return };
+            self.connection(key).expect("just inserted").flight.begin(Flight::ACCEPT);
+            self.accepting.in_flight += 1;
+            self.kernel.accept(key);
+        }
+    }
+
+    /// Closes the listener; what is open stays.
+    pub(super) fn stop_accepting(&mut self) {
+        if std::mem::replace(&mut self.accepting.open, false) {
+            self.kernel.stop_accepting();
+        }
+    }
+
+    pub(super) fn accepted(&mut self, key: ConnectionKey, peer: IpAddr) {
+        let now = self.now;
+        self.accepting.in_flight -= 1;
+        self.counters.counts.accepted.add(1);
+        let connection = self.completed(key, Flight::ACCEPT);
+        connection.heard = now;
+        if self.stopping.is_some() {
+            return self.terminate(key, EndReason::Draining, HowToClose::Orderly);
+        }
+        let refused = match self.let_in(peer) {
+            Ok(ticket) => {
+                let limit = self.after(self.config.handshake_ms_max);
+                let connection = self.connection(key).expect("still here");
+                connection.address = Some(ticket);
+                connection.limit = limit;
+                self.change_stage(key, Stage::Handshake(Box::new(Handshake { peer, input: Vec::new() })));
+                None
+            }
+            Err(refused) => Some(refused),
+        };
+        self.connection(key).expect("still here").flight.begin(Flight::POLL);
+        self.kernel.poll_readable(key);
+        match refused {
+            None => self.schedule(key),
+            Some(refused) => self.answer(key, &refused, EndReason::Refused),
+        }
+    }
+
+    pub(super) fn accept_failed(&mut self, key: ConnectionKey, error: Errno) {
+        self.accepting.in_flight -= 1;
+        self.completed(key, Flight::ACCEPT);
+        self.slab.remove(key).expect("still here");
+        if error == Errno::CANCELED && !self.accepting.open {
+            return;
+        }
+        self.counters.counts.accept_failures.add(1);
+        // A client that is gone before it was accepted is no reason to wait.
+        let clients_fault = [Errno::CONNABORTED, Errno::CONNRESET, Errno::PROTO, Errno::PERM];
+        if !clients_fault.contains(&error) {
+            self.accepting.retry_at_ms = Some(self.kernel.now_ms() + ACCEPT_RETRY_MS);
+        }
+    }
+
+    /// Asks the limits of the shard and those shared by all shards.
+    fn let_in(&mut self, peer: IpAddr) -> Result<AddressTicket, Refused> {
+        let counts = &self.counters.counts;
+        let retry_after_s = self.config.retry_after_s;
+        if self.admitted >= self.config.connections_max {
+            counts.refused_full.add(1);
+            return Err(Refused::unavailable("this node is full", retry_after_s));
+        }
+        match self.gate.enter(peer, self.kernel.now_ms()) {
+            Ok(ticket) => {
+                self.admitted += 1;
+                Ok(ticket)
+            }
+            Err(Barred::TotalRate) => {
+                counts.refused_total_rate.add(1);
+                Err(Refused::unavailable("too many clients connect at once", retry_after_s))
+            }
+            Err(Barred::AddressRate) => {
+                counts.refused_address_rate.add(1);
+                Err(Refused::too_many("too many handshakes from your address", retry_after_s))
+            }
+            Err(Barred::AddressConnections) => {
+                counts.refused_address_count.add(1);
+                Err(Refused::too_many("too many connections from your address", retry_after_s))
+            }
+        }
+    }
+
+    /// Answers a request, or what might have become one, with an HTTP error, and ends.
+    pub(super) fn answer(&mut self, key: ConnectionKey, refused: &Refused, why: EndReason) {
+        let limit = self.after(self.config.close_ms_max);
+        self.change_stage(key, Stage::Ending(why));
+        let connection = self.connection(key).expect("still here");
+        connection.limit = limit;
+        connection.phase = connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
+        self.push_own(key, upgrade::refusal(refused).into());
+        self.schedule(key);
+    }
+}

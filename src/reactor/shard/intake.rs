@@ -1,0 +1,248 @@
+//! From the rings to the queues.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::tally::Outcome;
+use super::{Left, SESSION_MANAGER, Shard};
+use crate::domain::close::{Close, CloseCode, EndReason};
+use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
+use crate::domain::event::Event;
+use crate::domain::ids::{ConnectionKey, StreamPosition};
+use crate::domain::limits::HANDOFF_BATCH_MAX;
+use crate::domain::outgoing::{Origin, Outgoing};
+use crate::protocol::frame::{self, Opcode};
+use crate::reactor::connection::{Filter, Stage};
+use crate::reactor::kernel::Kernel;
+
+/// Recipients served in one turn, after which the rings wait for the next. One event may exceed it.
+const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
+const HOLD_OVERFLOW: Close =
+    Close::new(CloseCode::TRY_AGAIN_LATER, "too much happened during catch-up: reconnect and resume");
+
+impl<K: Kernel> Shard<K> {
+    /// Takes a bounded batch from each ring, beginning with another one each turn.
+    pub(super) fn take_commands(&mut self) -> Left {
+        self.tally.unix_ms = self.kernel.unix_ms();
+        let peers = self.commands.len();
+        let mut budget = DELIVERIES_PER_TURN_MAX;
+        let mut left = Left::default();
+        for turn in 0..peers {
+            let peer = (self.first_peer + turn) % peers;
+            for _ in 0..HANDOFF_BATCH_MAX {
+                if peer != SESSION_MANAGER && self.holds_too_much() {
+                    left.intake_paused = true;
+                    break;
+                }
+                if budget == 0 {
+                    break;
+                }
+                let Some(command) = self.commands[peer].pop() else { break };
+                budget = budget.saturating_sub(self.command(peer, command));
+            }
+        }
+        self.first_peer = (self.first_peer + 1) % peers;
+        if left.intake_paused {
+            self.counters.counts.intake_paused.add(1);
+        }
+        if self.commands[SESSION_MANAGER].is_abandoned() && self.commands[SESSION_MANAGER].is_empty() {
+            self.stop(Close::new(CloseCode::GOING_AWAY, "server closing"));
+        }
+        left.work = self.commands_wait(left.intake_paused);
+        left
+    }
+
+    /// Whether there is anything in the rings that would be taken.
+    pub(super) fn commands_wait(&self, intake_paused: bool) -> bool {
+        let considered = if intake_paused { SESSION_MANAGER + 1 } else { self.commands.len() };
+        self.commands[..considered].iter().any(|ring| !ring.is_empty())
+    }
+
+    fn holds_too_much(&self) -> bool {
+        let (events, bytes) = self.tally.held();
+        events >= u64::from(self.config.events_max) || bytes >= self.config.event_bytes_max
+    }
+
+    /// Carries a command out. Returns how many recipients it had.
+    fn command(&mut self, peer: usize, command: ShardCommand) -> usize {
+        match command {
+            ShardCommand::Deliver { event, recipients, class, ticket } => {
+                return self.deliver(peer, event, &recipients, class, ticket);
+            }
+            ShardCommand::Admit { connection } => self.admit(connection),
+            ShardCommand::Refuse { connection, refusal } => self.refuse(connection, &refusal),
+            ShardCommand::Release { connection, delivered } => self.release(connection, delivered),
+            ShardCommand::SendText { connection, text } => self.send_text(connection, &text),
+            ShardCommand::Close { connection, close, why } => {
+                self.close_by_service(connection, &close, why);
+            }
+            ShardCommand::StopAccepting => self.stop_accepting(),
+            ShardCommand::Stop { close } => self.stop(close),
+        }
+        0
+    }
+
+    fn deliver(
+        &mut self,
+        peer: usize,
+        event: Arc<Event>,
+        recipients: &Recipients,
+        class: DeliveryClass,
+        ticket: Option<Ticket>,
+    ) -> usize {
+        let count = recipients.iter().len();
+        self.tally.event_taken(&event, count);
+        let origin = ticket.map(|ticket| Origin { peer: peer as u16, ticket });
+        if count == 0 {
+            self.tally.event_done(&event, origin);
+            return 0;
+        }
+        let outgoing = Outgoing::event(event, origin, count as u32);
+        for (key, _) in recipients.iter() {
+            match self.deliver_one(key, &outgoing, class) {
+                Ok(()) => {}
+                Err(outcome) => self.tally.finish(&outgoing, outcome),
+            }
+        }
+        count
+    }
+
+    /// Appends an event to a connection's queue.
+    ///
+    /// # Errors
+    /// It is done already: what became of it.
+    fn deliver_one(
+        &mut self,
+        key: ConnectionKey,
+        outgoing: &Rc<Outgoing>,
+        class: DeliveryClass,
+    ) -> Result<(), Outcome> {
+        let config = &self.config;
+        let connection = self.slab.get_mut(key).ok_or(Outcome::Stale)?;
+        let length = match &connection.stage {
+            Stage::Holding(_) | Stage::Filtering(_) | Stage::Live => {
+                let bytes = outgoing.bytes(connection.queue.encoding());
+                bytes.map(<[u8]>::len).filter(|length| *length > 0).ok_or(Outcome::Skipped)?
+            }
+            Stage::Accepting | Stage::Handshake(_) | Stage::Deciding(_) | Stage::Echo(_) => {
+                return Err(Outcome::Stale);
+            }
+            Stage::Ending(_) | Stage::Lingering(_) | Stage::Terminating(_) | Stage::Closing => {
+                return Err(Outcome::Ended);
+            }
+        };
+        let position = outgoing.as_event().and_then(|event| event.position);
+        match &mut connection.stage {
+            Stage::Holding(holding) if class == DeliveryClass::Live => {
+                if covered(holding.released.as_mut(), position) {
+                    return Err(Outcome::Duplicate);
+                }
+                if holding.queue.frames() >= usize::from(config.hold_frames_max)
+                    || holding.queue.bytes() + length > config.hold_bytes_max as usize
+                {
+                    self.counters.counts.hold_overflows.add(1);
+                    self.close(key, &HOLD_OVERFLOW, EndReason::QueueOverflow);
+                    return Err(Outcome::Ended);
+                }
+                holding.queue.push(&mut self.nodes, Rc::clone(outgoing));
+                return Ok(());
+            }
+            Stage::Filtering(filter) if class == DeliveryClass::Live => {
+                if covered(Some(filter), position) {
+                    return Err(Outcome::Duplicate);
+                }
+                if filter.is_spent() {
+                    connection.stage = Stage::Live;
+                }
+            }
+            _ => {}
+        }
+        let queue = &mut connection.queue;
+        if queue.frames() >= usize::from(config.queue_frames_max)
+            || (queue.bytes() + length > config.queue_bytes_max as usize && !queue.is_empty())
+        {
+            self.overflow(key);
+            return Err(Outcome::Ended);
+        }
+        queue.push(&mut self.nodes, Rc::clone(outgoing));
+        self.mark_dirty(key);
+        Ok(())
+    }
+
+    /// Catch-up is complete: what was held and is not covered by it follows.
+    fn release(&mut self, key: ConnectionKey, delivered: Box<[StreamPosition]>) {
+        let until = self.after(self.config.dedupe_ms);
+        let Some(Stage::Holding(_)) = self.connection(key).map(|connection| &connection.stage) else {
+            return self.counters.counts.commands_stale.add(1);
+        };
+        self.release_with(key, Filter::new(delivered, until));
+    }
+
+    /// Nobody asked to catch up, or catch-up is complete.
+    pub(super) fn release_with(&mut self, key: ConnectionKey, mut filter: Filter) {
+        let connection = self.slab.get_mut(key).expect("still here");
+        let Stage::Holding(holding) = &mut connection.stage else { panic!("not holding") };
+        if holding.released.is_some() {
+            return self.counters.counts.commands_stale.add(1);
+        }
+        let mut kept = crate::reactor::queue::SendQueue::new(holding.queue.encoding());
+        while let Some(outgoing) = holding.queue.pop(&mut self.nodes) {
+            let position = outgoing.as_event().and_then(|event| event.position);
+            if covered(Some(&mut filter), position) {
+                self.tally.finish(&outgoing, Outcome::Duplicate);
+            } else {
+                kept.push(&mut self.nodes, outgoing);
+            }
+        }
+        holding.queue = kept;
+        holding.released = Some(filter);
+        self.release_some(key);
+    }
+
+    /// Moves what was held into the queue at the socket's pace; once all is moved the session is
+    /// live.
+    pub(super) fn release_some(&mut self, key: ConnectionKey) {
+        let frames_max = usize::from(self.config.queue_frames_max / 2);
+        let bytes_max = self.config.queue_bytes_max as usize / 2;
+        let connection = self.slab.get_mut(key).expect("still here");
+        let Stage::Holding(holding) = &mut connection.stage else { panic!("not holding") };
+        if holding.released.is_none() {
+            return;
+        }
+        let queue = &mut connection.queue;
+        while queue.frames() < frames_max && queue.bytes() < bytes_max {
+            let Some(outgoing) = holding.queue.pop(&mut self.nodes) else { break };
+            queue.push(&mut self.nodes, outgoing);
+        }
+        let something_to_send = !queue.is_empty();
+        if holding.queue.is_empty() {
+            let filter = holding.released.take().filter(|filter| !filter.is_spent());
+            let next = filter.map_or(Stage::Live, |filter| Stage::Filtering(Box::new(filter)));
+            self.change_stage(key, next);
+            self.schedule(key);
+        }
+        if something_to_send {
+            self.mark_dirty(key);
+        }
+    }
+
+    fn send_text(&mut self, key: ConnectionKey, text: &str) {
+        let frames_max = usize::from(self.config.queue_frames_max);
+        match self.connection(key) {
+            Some(connection) if connection.stage.is_open() => {
+                if connection.queue.frames() >= frames_max {
+                    return self.overflow(key);
+                }
+                self.push_own(key, frame::encode(Opcode::Text, false, text.as_bytes()));
+            }
+            _ => self.counters.counts.commands_stale.add(1),
+        }
+    }
+}
+
+fn covered(filter: Option<&mut Filter>, position: Option<StreamPosition>) -> bool {
+    match (filter, position) {
+        (Some(filter), Some(position)) => filter.covers(position),
+        _ => false,
+    }
+}

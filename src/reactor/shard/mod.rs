@@ -1,0 +1,302 @@
+//! The loop of one shard and the state it works on. The loop only dispatches; what happens is in
+//! the files beside it, one for each direction:
+//!
+//! - [`accept`]: listener to handshake, limits;
+//! - [`upgrade`]: request to session;
+//! - [`receive`]: bytes to messages;
+//! - [`intake`]: rings to queues;
+//! - [`send`]: queues to sockets;
+//! - [`clock`]: deadlines;
+//! - [`ending`]: every way out;
+//! - [`reports`]: what the service side is told.
+
+mod accept;
+mod clock;
+mod ending;
+mod intake;
+mod receive;
+mod reports;
+mod send;
+mod tally;
+mod upgrade;
+
+use std::collections::VecDeque;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::domain::close::Close;
+use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::ids::ConnectionKey;
+use crate::domain::outgoing::Outgoing;
+use crate::handoff::{Consumer, Doorbell, Producer};
+use crate::protocol::frame;
+use crate::protocol::receiver::Scratch;
+use crate::reactor::config::ShardConfig;
+use crate::reactor::connection::{Connection, Flight, Stage};
+use crate::reactor::counters::ShardCounters;
+use crate::reactor::gate::Gate;
+use crate::reactor::kernel::{Completion, Kernel, Wait};
+use crate::reactor::queue::NodePool;
+use crate::reactor::slab::Slab;
+use crate::reactor::wheel::{TICK_MS, Tick, TimerWheel};
+use reports::Reports;
+use tally::Tally;
+
+pub use reports::PENDING_REPORTS_MAX;
+
+/// Index of the session manager among the peers: it is told of connections, and its ring is drained
+/// even when too many events wait.
+pub const SESSION_MANAGER: usize = 0;
+
+/// Wait for room in a report ring, ms: nobody rings when a peer has taken something.
+const REPORT_RETRY_MS: u64 = 2;
+
+/// The rings of one peer, seen from the shard.
+#[derive(Debug)]
+pub struct PeerRings {
+    /// What it wants.
+    pub commands: Consumer<ShardCommand>,
+    /// What it is told.
+    pub reports: Producer<ShardReport>,
+}
+
+/// What a shard is connected to.
+pub struct ShardLinks {
+    /// The session manager first, then the routers.
+    pub peers: Vec<PeerRings>,
+    /// Rung by the peers when the shard sleeps.
+    pub bell: Arc<Doorbell>,
+    /// Shared by all shards.
+    pub gate: Arc<Gate>,
+    /// Its counts.
+    pub counters: Arc<ShardCounters>,
+}
+
+/// What became of a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Go on.
+    Done,
+    /// Everything is closed and reported.
+    Stopped,
+}
+
+/// One shard. Does nothing by itself: [`Shard::turn`] is called again and again by its thread, or
+/// by the simulation.
+pub struct Shard<K: Kernel> {
+    kernel: K,
+    config: ShardConfig,
+    slab: Slab<Connection>,
+    nodes: NodePool,
+    wheel: TimerWheel,
+    /// The kernel's time at tick 0.
+    began_ms: u64,
+    now: Tick,
+    commands: Vec<Consumer<ShardCommand>>,
+    reports: Reports,
+    tally: Tally,
+    bell: Arc<Doorbell>,
+    gate: Arc<Gate>,
+    counters: Arc<ShardCounters>,
+    scratch: Scratch,
+    /// The heartbeat: one frame for all.
+    ping: Rc<Outgoing>,
+    /// Connections with something to send; each at most once ([`Flags::DIRTY`](crate::reactor::connection::Flags::DIRTY)).
+    dirty: VecDeque<ConnectionKey>,
+    /// Connections that wait to receive; each at most once.
+    waiting: VecDeque<ConnectionKey>,
+    receives_in_flight: usize,
+    staging: send::Staging,
+    fired: Vec<u32>,
+    accepting: accept::Accepting,
+    /// Connections that the gate has let in and whose slot is not free yet.
+    admitted: u32,
+    first_peer: usize,
+    stopping: Option<Stopping>,
+}
+
+/// The way to the end.
+#[derive(Debug)]
+struct Stopping {
+    close: Close,
+    /// Slots below this have been told.
+    cursor: u32,
+}
+
+/// What is left to be done although the turn is over.
+#[derive(Clone, Copy, Debug, Default)]
+struct Left {
+    work: bool,
+    /// The rings are left alone: nothing in them is a reason to stay awake.
+    intake_paused: bool,
+}
+
+impl<K: Kernel> Shard<K> {
+    /// A shard without connections.
+    ///
+    /// # Panics
+    /// If the configuration is not valid or there is no session manager among the peers.
+    pub fn new(kernel: K, config: ShardConfig, links: ShardLinks) -> Self {
+        assert_eq!(config.validate(), Ok(()));
+        assert!(links.peers.len() > SESSION_MANAGER);
+        let (commands, producers) =
+            links.peers.into_iter().map(|peer| (peer.commands, peer.reports)).unzip();
+        Self {
+            slab: Slab::new(config.slots_max() as usize),
+            nodes: NodePool::default(),
+            wheel: TimerWheel::default(),
+            began_ms: kernel.now_ms(),
+            now: 0,
+            commands,
+            reports: Reports::new(producers, Arc::clone(&links.counters)),
+            tally: Tally::new(Arc::clone(&links.counters)),
+            bell: links.bell,
+            gate: links.gate,
+            counters: links.counters,
+            scratch: Scratch::default(),
+            ping: Outgoing::own(frame::encode_ping(&[])),
+            dirty: VecDeque::new(),
+            waiting: VecDeque::new(),
+            receives_in_flight: 0,
+            staging: send::Staging::default(),
+            fired: Vec::new(),
+            accepting: accept::Accepting::default(),
+            admitted: 0,
+            first_peer: 0,
+            stopping: None,
+            kernel,
+            config,
+        }
+    }
+
+    /// The kernel it runs on.
+    pub fn kernel(&self) -> &K {
+        &self.kernel
+    }
+
+    /// The kernel it runs on; for a simulation to play the other side.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Connections and accepts in flight.
+    pub fn slots_used(&self) -> usize {
+        self.slab.used()
+    }
+
+    /// One turn: what has completed, what the service side wants, what time has brought, and one
+    /// system call that submits all of it and waits if nothing is left to do. Each part is bounded.
+    ///
+    /// # Errors
+    /// The kernel's interface has failed; the shard cannot go on.
+    pub fn turn(&mut self) -> io::Result<Turn> {
+        self.read_clock();
+        while let Some(completion) = self.kernel.next_completion() {
+            self.complete(completion);
+        }
+        let mut left = self.take_commands();
+        left.work |= self.run_timers();
+        left.work |= self.sweep();
+        self.arm_accepts();
+        self.start_receives();
+        left.work |= self.start_sends();
+        self.report_done();
+        self.reports.publish();
+        self.show();
+        if self.has_stopped() {
+            return Ok(Turn::Stopped);
+        }
+        self.enter(left)?;
+        Ok(Turn::Done)
+    }
+
+    fn complete(&mut self, completion: Completion<K::Lease>) {
+        match completion {
+            Completion::Accepted { connection, peer } => self.accepted(connection, peer.ip()),
+            Completion::AcceptFailed { connection, error } => self.accept_failed(connection, error),
+            Completion::Readable { connection, armed } => self.readable(connection, armed),
+            Completion::Received { connection, received } => self.received(connection, received),
+            Completion::Writable { connection } => self.writable(connection),
+            Completion::Sent { connection, buffer, result } => {
+                self.sent(connection, buffer, result);
+            }
+            Completion::ShutDown { connection } => self.joined(connection, Flight::SHUTDOWN),
+            Completion::Cancelled { connection } => self.joined(connection, Flight::CANCEL),
+            Completion::Closed { connection } => self.closed(connection),
+        }
+    }
+
+    /// Sleeps only if nothing is left: announces it to the bell first, then looks at the rings once
+    /// more, so that a push meanwhile is either seen or rings.
+    fn enter(&mut self, left: Left) -> io::Result<()> {
+        self.counters.counts.turns.add(1);
+        if left.work {
+            return self.kernel.enter(Wait::No);
+        }
+        self.bell.about_to_sleep();
+        let wait = if self.commands_wait(left.intake_paused) { Wait::No } else { self.wait() };
+        if wait != Wait::No {
+            self.counters.counts.waits.add(1);
+        }
+        let entered = self.kernel.enter(wait);
+        self.bell.awake();
+        entered
+    }
+
+    fn wait(&self) -> Wait {
+        let timer = self.wheel.next_due().map(|tick| self.began_ms + u64::from(tick) * TICK_MS);
+        let retry = self.reports.are_pending().then(|| self.kernel.now_ms() + REPORT_RETRY_MS);
+        let accept = self.accepting.retry_at_ms();
+        match [timer, retry, accept].into_iter().flatten().min() {
+            Some(at) => Wait::UntilMs(at),
+            None => Wait::Forever,
+        }
+    }
+
+    fn read_clock(&mut self) {
+        let ms = self.kernel.now_ms().saturating_sub(self.began_ms);
+        let now = Tick::try_from(ms / TICK_MS).expect("two years of ticks");
+        // A clock that stands still or jumps ahead is fine; one that steps back is ignored.
+        self.now = self.now.max(now);
+    }
+
+    /// In ticks, rounded up.
+    fn after(&self, ms: u64) -> Tick {
+        self.now + Tick::try_from(ms.div_ceil(TICK_MS)).expect("settings are far below two years")
+    }
+
+    fn connection(&mut self, key: ConnectionKey) -> Option<&mut Connection> {
+        self.slab.get_mut(key)
+    }
+
+    /// The connection of a completion. The kernel never names one that is gone: its slot is not
+    /// freed before all has completed.
+    fn completed(&mut self, key: ConnectionKey, of: Flight) -> &mut Connection {
+        let connection = self.slab.get_mut(key).expect("a slot is kept while anything is in flight");
+        connection.flight.end(of);
+        connection
+    }
+
+    /// Moves a connection on, and the gauges with it. Returns the stage it leaves.
+    fn change_stage(&mut self, key: ConnectionKey, to: Stage) -> Stage {
+        let connection = self.slab.get_mut(key).expect("only a present connection moves on");
+        let from = std::mem::replace(&mut connection.stage, to);
+        self.tally.moved(from.class(), connection.stage.class());
+        from
+    }
+
+    /// Publishes the gauges.
+    fn show(&mut self) {
+        let counts = &self.counters.counts;
+        counts.slots_used.set(self.slab.used() as u64);
+        counts.slots_allocated.set(self.slab.allocated() as u64);
+        counts.frames_queued.set(self.nodes.used() as u64);
+        self.tally.show();
+    }
+
+    fn has_stopped(&mut self) -> bool {
+        let over = self.stopping.is_some() && self.slab.used() == 0;
+        over && self.reports.stop()
+    }
+}

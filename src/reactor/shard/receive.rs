@@ -1,0 +1,244 @@
+//! From bytes to messages.
+
+use super::{SESSION_MANAGER, Shard};
+use crate::domain::close::{Close, CloseCode, EndReason};
+use crate::domain::command::ShardReport;
+use crate::domain::ids::ConnectionKey;
+use crate::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules};
+use crate::protocol::{deflate, frame};
+use crate::reactor::connection::{Flags, Flight, Stage};
+use crate::reactor::kernel::{HowToClose, Kernel, Received};
+
+/// Effort of compressing an echo; what it echoes is of no importance.
+const ECHO_DEFLATE_LEVEL: u32 = 1;
+const TOO_MUCH: Close = Close::new(CloseCode::POLICY_VIOLATION, "too many messages or bytes a second");
+
+impl<K: Kernel> Shard<K> {
+    /// There is something to receive.
+    pub(super) fn readable(&mut self, key: ConnectionKey, armed: bool) {
+        if armed {
+            let connection = self.connection(key).expect("a slot is kept while it is watched");
+            assert!(connection.flight.any(Flight::POLL));
+        } else {
+            let connection = self.completed(key, Flight::POLL);
+            if connection.stage.is_over() {
+                return self.join(key);
+            }
+            // The kernel gave the watch up, not we: begin another.
+            connection.flight.begin(Flight::POLL);
+            self.kernel.poll_readable(key);
+        }
+        self.connection(key).expect("still here").flags.set(Flags::READABLE);
+        self.receive_on(key);
+    }
+
+    /// Asks for what there is to receive, if it may be received now.
+    pub(super) fn receive_on(&mut self, key: ConnectionKey) {
+        let too_many_reports = self.reports.are_too_many();
+        let buffers = self.kernel.receive_buffers();
+        let queue_frames_max = self.config.queue_frames_max;
+        let queue_bytes_max = self.config.queue_bytes_max;
+        let Some(connection) = self.slab.get_mut(key) else { return };
+        if !connection.flags.has(Flags::READABLE) || connection.flight.any(Flight::RECEIVE) {
+            return;
+        }
+        match connection.stage {
+            // What follows the request is read when it has been decided on.
+            Stage::Deciding(_) | Stage::Accepting => return,
+            Stage::Terminating(_) | Stage::Closing => return,
+            // An echo is read at the pace at which its answers leave.
+            Stage::Echo(_)
+                if connection.queue.frames() >= usize::from(queue_frames_max / 2)
+                    || connection.queue.bytes() >= queue_bytes_max as usize =>
+            {
+                return;
+            }
+            _ => {}
+        }
+        if too_many_reports || self.receives_in_flight >= buffers {
+            if !connection.flags.set(Flags::WAITING) {
+                self.waiting.push_back(key);
+            }
+            return;
+        }
+        connection.flags.clear(Flags::READABLE);
+        connection.flight.begin(Flight::RECEIVE);
+        self.receives_in_flight += 1;
+        self.kernel.receive(key);
+    }
+
+    /// Those that had to wait for a buffer, or for the session manager.
+    pub(super) fn start_receives(&mut self) {
+        for _ in 0..self.waiting.len() {
+            if self.reports.are_too_many() || self.receives_in_flight >= self.kernel.receive_buffers() {
+                return;
+            }
+            let Some(key) = self.waiting.pop_front() else { return };
+            if let Some(connection) = self.connection(key) {
+                connection.flags.clear(Flags::WAITING);
+                self.receive_on(key);
+            }
+        }
+    }
+
+    pub(super) fn received(&mut self, key: ConnectionKey, received: Received<K::Lease>) {
+        let now = self.now;
+        self.receives_in_flight -= 1;
+        let connection = self.completed(key, Flight::RECEIVE);
+        if connection.stage.is_over() {
+            return self.join(key);
+        }
+        match received {
+            Received::Data { mut lease, more } => {
+                connection.heard = now;
+                connection.flags.clear(Flags::PINGED);
+                if more {
+                    connection.flags.set(Flags::READABLE);
+                }
+                self.counters.counts.bytes_received.add(lease.len() as u64);
+                self.bytes(key, &mut lease);
+            }
+            Received::End => return self.peer_ended(key),
+            Received::Nothing => {}
+            Received::NoBuffers => {
+                connection.flags.set(Flags::READABLE);
+                self.counters.counts.receive_buffers_exhausted.add(1);
+                if !connection.flags.set(Flags::WAITING) {
+                    self.waiting.push_back(key);
+                }
+                return;
+            }
+            Received::Failed(_) => {
+                return self.terminate(key, EndReason::PeerReset, HowToClose::Orderly);
+            }
+        }
+        self.receive_on(key);
+    }
+
+    /// What arrived belongs to the request, or to frames, or to nothing any more.
+    fn bytes(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
+        let connection = self.connection(key).expect("still here");
+        match &connection.stage {
+            Stage::Handshake(_) => self.handshake_bytes(key, bytes),
+            Stage::Accepting | Stage::Deciding(_) => panic!("nothing was asked for yet"),
+            _ if connection.phase.reads_frames() => self.frames(key, bytes),
+            _ => {}
+        }
+    }
+
+    pub(super) fn frames(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
+        let now = self.now;
+        let config = &self.config;
+        let connection = self.slab.get_mut(key).expect("still here");
+        let limited = !matches!(connection.stage, Stage::Echo(_));
+        let message_bytes_max =
+            if limited { config.message_bytes_max } else { config.echo_message_bytes_max };
+        let rules = ReceiveRules {
+            message_bytes_max: message_bytes_max as usize,
+            deflate: connection.flags.has(Flags::DEFLATE),
+        };
+        if limited && !connection.inbound.count(now, bytes.len(), config.inbound_bytes_per_s_max) {
+            return self.too_much(key);
+        }
+        let mut receiver = std::mem::take(&mut connection.receiver);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let mut sink = |incoming: Incoming<'_>| self.incoming(key, incoming);
+        let verdict = receiver.receive(bytes, &rules, &mut scratch, &mut sink);
+        self.scratch = scratch;
+        let connection = self.connection(key).expect("a slot outlives its receives");
+        if !connection.stage.is_over() {
+            connection.receiver = receiver;
+        }
+        if let Err(error) = verdict {
+            self.counters.counts.protocol_errors.add(1);
+            self.fail(key, &error.close());
+        }
+    }
+
+    fn incoming(&mut self, key: ConnectionKey, incoming: Incoming<'_>) -> Flow {
+        let now = self.now;
+        let frames_max = self.config.inbound_frames_per_s_max;
+        let connection = self.connection(key).expect("a slot outlives its receives");
+        if !connection.phase.reads_frames() {
+            return Flow::Stop;
+        }
+        let limited = !matches!(connection.stage, Stage::Echo(_));
+        if limited && !connection.inbound.count_frame(now, frames_max) {
+            self.too_much(key);
+            return Flow::Stop;
+        }
+        match incoming {
+            Incoming::Message { kind, payload, compressed } => {
+                self.counters.counts.messages_received.add(1);
+                self.message(key, kind, payload, compressed);
+            }
+            Incoming::Ping(payload) => self.pinged(key, payload),
+            Incoming::Pong(_) => {}
+            Incoming::Close(close) => {
+                self.peer_closed(key, close.map(|(code, _)| code));
+                return Flow::Stop;
+            }
+        }
+        Flow::Continue
+    }
+
+    fn message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8], compressed: bool) {
+        let connection = self.connection(key).expect("still here");
+        match connection.stage {
+            Stage::Echo(window_bits) => {
+                let window_bits = window_bits.filter(|_| compressed);
+                let frame = window_bits
+                    .and_then(|bits| deflate::compress(payload, ECHO_DEFLATE_LEVEL, bits))
+                    .map(|payload| frame::encode(kind.opcode(), true, &payload))
+                    .unwrap_or_else(|| frame::encode(kind.opcode(), false, payload));
+                self.push_own(key, frame);
+            }
+            Stage::Holding(_) | Stage::Filtering(_) | Stage::Live => {
+                self.client_message(key, kind, payload);
+            }
+            // After our close frame: its own will follow.
+            _ => self.counters.counts.messages_discarded.add(1),
+        }
+    }
+
+    /// The first message is the resume request, in text as the contract says or in bytes as some
+    /// libraries send text. Of the later ones those go up that may be a control message.
+    fn client_message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8]) {
+        let catch_up_deadline = self.after(self.config.catch_up_ms_max);
+        let message_bytes_max = self.config.message_bytes_max as usize;
+        let connection = self.connection(key).expect("still here");
+        let first = !connection.flags.has(Flags::SPOKE);
+        let wanted = first || (kind == MessageKind::Text && payload.first() == Some(&b'{'));
+        let text = std::str::from_utf8(payload).ok();
+        match text.filter(|text| wanted && text.len() <= message_bytes_max) {
+            Some(text) => {
+                connection.flags.set(Flags::SPOKE);
+                if first && let Stage::Holding(holding) = &mut connection.stage {
+                    holding.deadline = catch_up_deadline;
+                }
+                self.counters.counts.messages_passed.add(1);
+                let report = ShardReport::Message { connection: key, text: text.into() };
+                self.reports.push(SESSION_MANAGER, report);
+            }
+            None => self.counters.counts.messages_discarded.add(1),
+        }
+    }
+
+    /// RFC 6455 §5.5.2: answered with a pong, unless so much waits already that the client does not
+    /// read; and nothing is sent after a close frame (§5.5.1).
+    fn pinged(&mut self, key: ConnectionKey, payload: &[u8]) {
+        self.counters.counts.pings_received.add(1);
+        let frames_max = usize::from(self.config.queue_frames_max / 2);
+        let connection = self.connection(key).expect("still here");
+        if connection.phase.may_send() && connection.queue.frames() < frames_max {
+            self.push_own(key, frame::encode_pong(payload));
+        } else {
+            self.counters.counts.pongs_skipped.add(1);
+        }
+    }
+
+    fn too_much(&mut self, key: ConnectionKey) {
+        self.counters.counts.inbound_rate_exceeded.add(1);
+        self.fail(key, &TOO_MUCH);
+    }
+}

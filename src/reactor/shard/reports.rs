@@ -1,0 +1,109 @@
+//! What the service side is told. A report that finds its ring full waits in order; how many can
+//! wait is bounded by what stops meanwhile.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::{SESSION_MANAGER, Shard};
+use crate::domain::command::ShardReport;
+use crate::handoff::{Producer, Pushed};
+use crate::reactor::counters::ShardCounters;
+use crate::reactor::kernel::Kernel;
+
+/// Reports to the session manager that wait for room before the shard stops accepting and
+/// receiving, so that no further ones arise but the ends of connections it has: at most one for
+/// each slot.
+pub const PENDING_REPORTS_MAX: usize = 1024;
+
+/// The report rings and what did not fit into them.
+#[derive(Debug)]
+pub(super) struct Reports {
+    peers: Vec<Peer>,
+    counters: Arc<ShardCounters>,
+    stopped: bool,
+}
+
+#[derive(Debug)]
+struct Peer {
+    ring: Producer<ShardReport>,
+    /// In order. Bounded: by [`PENDING_REPORTS_MAX`] and the slots towards the session manager, by
+    /// the events that the shard may hold towards a router (each has one report).
+    pending: VecDeque<ShardReport>,
+}
+
+impl Reports {
+    pub(super) fn new(rings: Vec<Producer<ShardReport>>, counters: Arc<ShardCounters>) -> Self {
+        let peers = rings.into_iter().map(|ring| Peer { ring, pending: VecDeque::new() }).collect();
+        Self { peers, counters, stopped: false }
+    }
+
+    /// Reports to this peer, now or later, after what waits already.
+    pub(super) fn push(&mut self, peer: usize, report: ShardReport) {
+        let peer = &mut self.peers[peer];
+        if peer.pending.is_empty() {
+            match peer.ring.push(report) {
+                // Closed: the peer's thread has ended, nobody wants to know.
+                Pushed::Accepted | Pushed::Closed(_) => {}
+                Pushed::Full(report) => {
+                    self.counters.counts.reports_delayed.add(1);
+                    peer.pending.push_back(report);
+                }
+            }
+        } else {
+            self.counters.counts.reports_delayed.add(1);
+            peer.pending.push_back(report);
+        }
+    }
+
+    /// Pushes what waits and fits, and wakes the peers.
+    pub(super) fn publish(&mut self) {
+        for peer in &mut self.peers {
+            while let Some(report) = peer.pending.pop_front() {
+                match peer.ring.push(report) {
+                    Pushed::Accepted => {}
+                    Pushed::Full(report) => {
+                        peer.pending.push_front(report);
+                        break;
+                    }
+                    Pushed::Closed(_) => peer.pending.clear(),
+                }
+            }
+            if peer.pending.is_empty() && peer.pending.capacity() > PENDING_REPORTS_MAX {
+                peer.pending = VecDeque::new();
+            }
+            peer.ring.publish();
+        }
+    }
+
+    /// Whether any report waits for room.
+    pub(super) fn are_pending(&self) -> bool {
+        self.peers.iter().any(|peer| !peer.pending.is_empty())
+    }
+
+    /// Whether so many wait for the session manager that nothing may happen that needs another.
+    pub(super) fn are_too_many(&self) -> bool {
+        self.peers[SESSION_MANAGER].pending.len() >= PENDING_REPORTS_MAX
+    }
+
+    /// Reports the end of the shard to all peers, after everything else. Returns whether all is in
+    /// the rings.
+    pub(super) fn stop(&mut self) -> bool {
+        if !std::mem::replace(&mut self.stopped, true) {
+            for peer in 0..self.peers.len() {
+                self.push(peer, ShardReport::Stopped);
+            }
+            self.publish();
+        }
+        !self.are_pending()
+    }
+}
+
+impl<K: Kernel> Shard<K> {
+    /// Reports the deliveries that are done.
+    pub(super) fn report_done(&mut self) {
+        for origin in self.tally.take_done() {
+            self.reports
+                .push(usize::from(origin.peer), ShardReport::Done { ticket: origin.ticket });
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! From queues to sockets. One send is in flight per connection, so the order is the queue's; what
+//! waited meanwhile goes together in the next.
+
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+use super::Shard;
+use super::tally::Outcome;
+use crate::domain::close::EndReason;
+use crate::domain::ids::ConnectionKey;
+use crate::domain::limits::SEND_BATCH_BYTES;
+use crate::domain::outgoing::{Outgoing, SendBuffer};
+use crate::reactor::connection::{Flags, Flight, Stage};
+use crate::reactor::kernel::{HowToClose, Kernel};
+
+/// Sends begun in one turn: enough that the system call's own cost vanishes, few enough that their
+/// completions fit the ring.
+pub(super) const SENDS_PER_TURN_MAX: usize = 256;
+/// Staging buffers kept when nothing is being sent.
+const STAGING_KEPT: usize = 16;
+
+/// Buffers for frames that are copied together. As many as sends of one turn can need; a send
+/// completes within the next system call, so few are out for longer.
+#[derive(Debug, Default)]
+pub(super) struct Staging {
+    spare: Vec<Vec<u8>>,
+    out: usize,
+}
+
+impl Staging {
+    /// An empty buffer of [`SEND_BATCH_BYTES`]; `None`: all are out, and one frame goes alone.
+    fn take(&mut self) -> Option<Vec<u8>> {
+        if self.out == SENDS_PER_TURN_MAX {
+            return None;
+        }
+        self.out += 1;
+        Some(self.spare.pop().unwrap_or_else(|| Vec::with_capacity(SEND_BATCH_BYTES)))
+    }
+
+    fn give_back(&mut self, mut buffer: Vec<u8>) {
+        assert!(buffer.capacity() >= SEND_BATCH_BYTES && self.out > 0);
+        self.out -= 1;
+        buffer.clear();
+        self.spare.push(buffer);
+    }
+
+    /// Returns memory after a peak.
+    fn trim(&mut self) {
+        self.spare.truncate(STAGING_KEPT);
+    }
+
+    /// Buffers that are out.
+    pub(super) fn out(&self) -> usize {
+        self.out
+    }
+}
+
+impl<K: Kernel> Shard<K> {
+    /// Appends a frame of the shard's own. Over the queue's limit the connection ends.
+    pub(super) fn push_own(&mut self, key: ConnectionKey, bytes: Box<[u8]>) {
+        self.push(key, Outgoing::own(bytes));
+    }
+
+    /// Appends what is no delivery: last words and answers to the client. They are few (a rate
+    /// bounds what a client can make the shard say), so only a full queue's double stops them.
+    pub(super) fn push(&mut self, key: ConnectionKey, outgoing: Rc<Outgoing>) {
+        let connection = self.slab.get_mut(key).expect("only a present connection is spoken to");
+        connection.queue.push(&mut self.nodes, outgoing);
+        self.mark_dirty(key);
+    }
+
+    /// It has something to send.
+    pub(super) fn mark_dirty(&mut self, key: ConnectionKey) {
+        let connection = self.slab.get_mut(key).expect("still here");
+        if !connection.flight.any(Flight::SEND.or(Flight::ROOM))
+            && !connection.flags.set(Flags::DIRTY)
+        {
+            self.dirty.push_back(key);
+        }
+    }
+
+    /// Begins the sends of this turn. Returns whether some are left for the next.
+    pub(super) fn start_sends(&mut self) -> bool {
+        for _ in 0..SENDS_PER_TURN_MAX {
+            let Some(key) = self.dirty.pop_front() else {
+                if self.staging.out() == 0 {
+                    self.staging.trim();
+                }
+                return false;
+            };
+            let Some(connection) = self.slab.get_mut(key) else { continue };
+            connection.flags.clear(Flags::DIRTY);
+            if connection.stage.is_over() || connection.flight.any(Flight::SEND.or(Flight::ROOM)) {
+                continue;
+            }
+            let staging = || self.staging.take();
+            if let Some(buffer) = connection.queue.next_send(&self.nodes, SEND_BATCH_BYTES, staging) {
+                connection.flight.begin(Flight::SEND);
+                self.kernel.send(key, buffer);
+            }
+        }
+        !self.dirty.is_empty()
+    }
+
+    pub(super) fn sent(
+        &mut self,
+        key: ConnectionKey,
+        buffer: SendBuffer,
+        result: Result<usize, Errno>,
+    ) {
+        let asked = buffer.bytes().len();
+        let batch = buffer.into_batch();
+        let frames_before = {
+            let connection = self.completed(key, Flight::SEND);
+            if connection.stage.is_over() {
+                self.return_staging(batch);
+                return self.join(key);
+            }
+            connection.queue.frames()
+        };
+        let taken = match result {
+            Ok(taken) => taken,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(_) => {
+                self.return_staging(batch);
+                return self.terminate(key, EndReason::PeerReset, HowToClose::Orderly);
+            }
+        };
+        assert!(taken <= asked, "the socket took {taken} of {asked}");
+        let connection = self.slab.get_mut(key).expect("still here");
+        connection.queue.advance(&mut self.nodes, taken, |outgoing| {
+            self.tally.finish(&outgoing, Outcome::Sent);
+        });
+        let counts = &self.counters.counts;
+        counts.sends.add(1);
+        counts.bytes_sent.add(taken as u64);
+        if batch.is_some() {
+            counts.frames_batched.add((frames_before - connection.queue.frames()) as u64);
+        }
+        self.return_staging(batch);
+        self.cut_if_due(key);
+        if taken < asked {
+            self.counters.counts.sends_short.add(1);
+            self.stalled(key, taken > 0);
+        } else {
+            self.progressed(key);
+        }
+    }
+
+    fn return_staging(&mut self, batch: Option<Vec<u8>>) {
+        if let Some(batch) = batch {
+            self.staging.give_back(batch);
+        }
+    }
+
+    /// The socket is full: nothing more is tried until it has room, and if that takes too long the
+    /// connection ends.
+    fn stalled(&mut self, key: ConnectionKey, progress: bool) {
+        let limit = self.after(self.config.write_ms_max);
+        let connection = self.connection(key).expect("still here");
+        connection.flight.begin(Flight::ROOM);
+        let first = !connection.flags.set(Flags::STALLED);
+        // In an ending stage the stage's own deadline runs.
+        if connection.stage.is_open() && (first || progress) {
+            connection.limit = limit;
+        }
+        self.kernel.poll_writable(key);
+        self.schedule(key);
+    }
+
+    /// All that was asked for has been taken.
+    fn progressed(&mut self, key: ConnectionKey) {
+        let connection = self.connection(key).expect("still here");
+        connection.flags.clear(Flags::STALLED);
+        if matches!(connection.stage, Stage::Holding(_)) {
+            self.release_some(key);
+        }
+        let connection = self.connection(key).expect("still here");
+        if connection.queue.is_empty() {
+            self.settle(key);
+        } else {
+            self.mark_dirty(key);
+        }
+        // An echo may have waited for this.
+        self.receive_on(key);
+    }
+
+    pub(super) fn writable(&mut self, key: ConnectionKey) {
+        let connection = self.completed(key, Flight::ROOM);
+        if connection.stage.is_over() {
+            return self.join(key);
+        }
+        self.mark_dirty(key);
+    }
+}

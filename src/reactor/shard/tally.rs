@@ -1,0 +1,114 @@
+//! What waits and what has become of it: the life of a delivery, from the ring to its report.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::domain::event::Event;
+use crate::domain::outgoing::{Origin, Outgoing};
+use crate::reactor::connection::StageClass;
+use crate::reactor::counters::ShardCounters;
+
+/// What became of one delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// All its bytes have been taken by the socket.
+    Sent,
+    /// Its connection was gone when it came.
+    Stale,
+    /// Its connection ended while it waited, or was ending when it came.
+    Ended,
+    /// Catch-up had delivered it.
+    Duplicate,
+    /// It cannot be expressed in the session's encoding.
+    Skipped,
+}
+
+/// The books of a shard.
+#[derive(Debug)]
+pub(super) struct Tally {
+    counters: Arc<ShardCounters>,
+    /// Tickets whose report is due.
+    done: Vec<Origin>,
+    events_held: u64,
+    event_bytes_held: u64,
+    /// As of this turn; for latencies.
+    pub(super) unix_ms: u64,
+}
+
+impl Tally {
+    pub(super) fn new(counters: Arc<ShardCounters>) -> Self {
+        Self { counters, done: Vec::new(), events_held: 0, event_bytes_held: 0, unix_ms: 0 }
+    }
+
+    /// An event has been taken from a ring.
+    pub(super) fn event_taken(&mut self, event: &Event, recipients: usize) {
+        self.counters.counts.events_taken.add(1);
+        self.counters.counts.deliveries.add(recipients as u64);
+        self.events_held += 1;
+        self.event_bytes_held += event.bytes();
+    }
+
+    /// One recipient of an event is done; for frames of the shard's own nothing happens.
+    pub(super) fn finish(&mut self, outgoing: &Rc<Outgoing>, outcome: Outcome) {
+        let Some(event) = outgoing.as_event() else { return };
+        let counts = &self.counters.counts;
+        match outcome {
+            Outcome::Sent => {
+                counts.deliveries_sent.add(1);
+                if event.appended_at_ms > 0 {
+                    let latency_ms = self.unix_ms.saturating_sub(event.appended_at_ms);
+                    self.counters.latency.record(latency_ms, 1);
+                }
+            }
+            Outcome::Stale => counts.deliveries_stale.add(1),
+            Outcome::Ended => counts.deliveries_ended.add(1),
+            Outcome::Duplicate => counts.deliveries_duplicate.add(1),
+            Outcome::Skipped => counts.deliveries_skipped.add(1),
+        }
+        if outgoing.one_done() {
+            self.event_done(event, outgoing.origin());
+        }
+    }
+
+    /// All recipients of an event are done.
+    pub(super) fn event_done(&mut self, event: &Event, origin: Option<Origin>) {
+        self.events_held -= 1;
+        self.event_bytes_held -= event.bytes();
+        self.done.extend(origin);
+    }
+
+    /// Tickets whose report is due.
+    pub(super) fn take_done(&mut self) -> std::vec::Drain<'_, Origin> {
+        self.done.drain(..)
+    }
+
+    /// Events that wait, and the bytes of their frames.
+    pub(super) fn held(&self) -> (u64, u64) {
+        (self.events_held, self.event_bytes_held)
+    }
+
+    /// A connection has changed its class.
+    pub(super) fn moved(&self, from: StageClass, to: StageClass) {
+        if from == to {
+            return;
+        }
+        let gauge = |class| match class {
+            StageClass::Handshake => Some(&self.counters.counts.handshakes),
+            StageClass::Session => Some(&self.counters.counts.sessions),
+            StageClass::Echo => Some(&self.counters.counts.echoes),
+            StageClass::Other => None,
+        };
+        if let Some(gauge) = gauge(from) {
+            gauge.sub(1);
+        }
+        if let Some(gauge) = gauge(to) {
+            gauge.add(1);
+        }
+    }
+
+    /// Publishes the gauges.
+    pub(super) fn show(&self) {
+        self.counters.counts.events_held.set(self.events_held);
+        self.counters.counts.event_bytes_held.set(self.event_bytes_held);
+    }
+}

@@ -1,0 +1,128 @@
+//! From the request to the session.
+
+use super::{SESSION_MANAGER, Shard};
+use crate::domain::close::EndReason;
+use crate::domain::command::{Hello, Refusal, ShardReport};
+use crate::domain::ids::ConnectionKey;
+use crate::protocol::phase::Signal;
+use crate::protocol::upgrade::{self, Refused, Route, Upgrade, UpgradeRequest};
+use crate::reactor::connection::{Deciding, Flags, Holding, Stage};
+use crate::reactor::kernel::Kernel;
+use crate::reactor::queue::SendQueue;
+
+impl<K: Kernel> Shard<K> {
+    /// More of the request. It usually comes whole and is read where it lies.
+    pub(super) fn handshake_bytes(&mut self, key: ConnectionKey, bytes: &[u8]) {
+        let connection = self.slab.get_mut(key).expect("still here");
+        let Stage::Handshake(handshake) = &mut connection.stage else {
+            panic!("request bytes outside the handshake");
+        };
+        let kept = !handshake.input.is_empty();
+        if kept {
+            handshake.input.extend_from_slice(bytes);
+        }
+        let input = if kept { &handshake.input[..] } else { bytes };
+        match upgrade::parse(input, &self.config.upgrade) {
+            Ok(Upgrade::NeedMore) if kept => {}
+            Ok(Upgrade::NeedMore) => handshake.input.extend_from_slice(bytes),
+            Ok(Upgrade::Complete(request, consumed)) => {
+                let rest = input[consumed..].to_vec();
+                let address = handshake.peer;
+                match request.route {
+                    Route::Session => self.requested(key, *request, address, rest),
+                    Route::Echo => self.open_echo(key, &request, rest),
+                }
+            }
+            Err(refused) => {
+                self.counters.counts.requests_refused.add(1);
+                self.answer(key, &refused, EndReason::Refused);
+            }
+        }
+    }
+
+    /// A session is wanted: the session manager decides.
+    fn requested(
+        &mut self,
+        key: ConnectionKey,
+        request: UpgradeRequest,
+        address: std::net::IpAddr,
+        rest: Vec<u8>,
+    ) {
+        let deciding = Deciding {
+            response: upgrade::response_101(&request).into(),
+            encoding: request.encoding(),
+            deflate: request.deflate.is_some(),
+            rest: rest.into(),
+        };
+        let hello = Hello {
+            encoding: request.encoding(),
+            user_id: request.user_id,
+            device_id: request.device_id,
+            token: request.token,
+            address,
+        };
+        let limit = self.after(self.config.handshake_ms_max);
+        self.change_stage(key, Stage::Deciding(Box::new(deciding)));
+        let connection = self.connection(key).expect("still here");
+        connection.flags.set(Flags::OPENED);
+        connection.limit = limit;
+        self.schedule(key);
+        let hello = Box::new(hello);
+        self.reports.push(SESSION_MANAGER, ShardReport::Opened { connection: key, hello });
+    }
+
+    fn open_echo(&mut self, key: ConnectionKey, request: &UpgradeRequest, mut rest: Vec<u8>) {
+        let window_bits = request.deflate.map(|deflate| deflate.server_window_bits);
+        self.change_stage(key, Stage::Echo(window_bits));
+        self.open(key, upgrade::response_101(request).into(), request.deflate.is_some());
+        if !rest.is_empty() {
+            self.frames(key, &mut rest);
+        }
+    }
+
+    /// The session manager lets it in.
+    pub(super) fn admit(&mut self, key: ConnectionKey) {
+        let deadline = self.after(self.config.resume_grace_ms);
+        let encoding = match self.connection(key).map(|connection| &connection.stage) {
+            Some(Stage::Deciding(deciding)) => deciding.encoding,
+            _ => return self.counters.counts.commands_stale.add(1),
+        };
+        let holding = Holding { queue: SendQueue::new(encoding), deadline, released: None };
+        let Stage::Deciding(deciding) = self.change_stage(key, Stage::Holding(Box::new(holding)))
+        else {
+            panic!("the stage was just looked at");
+        };
+        self.connection(key).expect("still here").queue.set_encoding(encoding);
+        self.open(key, deciding.response, deciding.deflate);
+        let mut rest = deciding.rest;
+        if !rest.is_empty() {
+            self.frames(key, &mut rest);
+        }
+        self.receive_on(key);
+    }
+
+    /// The 101 goes out.
+    fn open(&mut self, key: ConnectionKey, response: Box<[u8]>, deflate: bool) {
+        let now = self.now;
+        self.counters.counts.upgraded.add(1);
+        let connection = self.connection(key).expect("still here");
+        connection.phase = connection.phase.next(Signal::UpgradeSent).expect("was upgrading");
+        connection.heard = now;
+        if deflate {
+            connection.flags.set(Flags::DEFLATE);
+        }
+        self.push_own(key, response);
+        self.schedule(key);
+    }
+
+    /// The session manager does not let it in.
+    pub(super) fn refuse(&mut self, key: ConnectionKey, refusal: &Refusal) {
+        let Some(Stage::Deciding(_)) = self.connection(key).map(|connection| &connection.stage)
+        else {
+            return self.counters.counts.commands_stale.add(1);
+        };
+        self.counters.counts.requests_refused_by_service.add(1);
+        self.answer(key, &Refused::from(refusal), EndReason::Refused);
+        self.receive_on(key);
+    }
+}

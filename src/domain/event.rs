@@ -99,6 +99,11 @@ impl Event {
         self
     }
 
+    /// Bytes of all frames together.
+    pub fn bytes(&self) -> u64 {
+        self.frames.iter().flatten().map(|frame| frame.len() as u64).sum()
+    }
+
     /// The bytes for a session of this encoding, or those of its uncompressed form where the event
     /// did not shrink. `None`: the event cannot be expressed in it (or was not prepared for it),
     /// and the session is skipped.

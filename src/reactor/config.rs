@@ -3,10 +3,11 @@
 use crate::domain::limits::{
     ACCEPTS_IN_FLIGHT_MAX, CONNECTIONS_PER_SHARD_MAX, RECEIVE_BUFFER_BYTES, SEND_BATCH_BYTES,
 };
+use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::wheel::TICK_MS;
 
 /// What one shard is told at start. `app` fills it in from the settings; the same for all shards.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ShardConfig {
     /// Connections of this shard, half-open ones included; those beyond are answered 503.
     pub connections_max: u32,
@@ -15,6 +16,8 @@ pub struct ShardConfig {
     pub refusals_max: u32,
     /// Accepts in flight at a time.
     pub accepts_max: u32,
+    /// Receive buffers of [`RECEIVE_BUFFER_BYTES`] for all connections together: a power of two.
+    pub receive_buffers: u16,
     /// `Retry-After` of a 429 or 503, seconds.
     pub retry_after_s: u32,
 
@@ -64,15 +67,10 @@ pub struct ShardConfig {
     pub inbound_bytes_per_s_max: u32,
     /// Longest client message, bytes: 1009 beyond.
     pub message_bytes_max: u32,
-    /// Whether `/echo` is served.
-    pub echo: bool,
+    /// What is served and tolerated of upgrade requests: routes, origins, compression, sizes.
+    pub upgrade: UpgradeRules,
     /// Longest message to `/echo`, bytes; its rates are not limited.
     pub echo_message_bytes_max: u32,
-
-    /// Offer permessage-deflate.
-    pub deflate: bool,
-    /// `Origin` values that are let in; empty: all.
-    pub origins: Vec<String>,
 }
 
 impl Default for ShardConfig {
@@ -81,6 +79,7 @@ impl Default for ShardConfig {
             connections_max: 65_536,
             refusals_max: 256,
             accepts_max: 32,
+            receive_buffers: 256,
             retry_after_s: 5,
             handshake_ms_max: 10_000,
             resume_grace_ms: 10_000,
@@ -101,10 +100,8 @@ impl Default for ShardConfig {
             inbound_frames_per_s_max: 100,
             inbound_bytes_per_s_max: 256 * 1024,
             message_bytes_max: 64 * 1024,
-            echo: false,
+            upgrade: UpgradeRules::default(),
             echo_message_bytes_max: 16 * 1024 * 1024,
-            deflate: true,
-            origins: Vec::new(),
         }
     }
 }
@@ -133,6 +130,7 @@ impl ShardConfig {
                 "accepts_max",
                 "1 to 64",
             ),
+            (self.receive_buffers.is_power_of_two(), "receive_buffers", "a power of two"),
             (self.handshake_ms_max > TICK_MS, "handshake_ms_max", "more than 16"),
             (self.ping_after_ms > self.ping_spread_ms, "ping_spread_ms", "less than ping_after_ms"),
             (self.idle_ms_max > self.ping_after_ms, "idle_ms_max", "more than ping_after_ms"),

@@ -28,8 +28,8 @@ use crate::reactor::gate::AddressTicket;
 use crate::reactor::kernel::HowToClose;
 use crate::reactor::queue::SendQueue;
 use crate::reactor::rate::InboundRate;
-use crate::reactor::wheel::{Tick, TimerLink, TimerSlots};
 use crate::reactor::slab::Slab;
+use crate::reactor::wheel::{Tick, TimerLink, TimerSlots};
 
 /// What a slot holds. An idle session owns nothing beyond it.
 #[derive(Debug)]

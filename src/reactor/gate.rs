@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 use std::sync::Mutex;
 
 use hashbrown::HashMap;
@@ -45,7 +46,17 @@ pub enum Barred {
 /// What an admitted connection gives back at its end.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "the address would count as connected for ever"]
-pub struct AddressTicket(u32);
+pub struct AddressTicket(NonZeroU32);
+
+impl AddressTicket {
+    fn new(id: u32) -> Self {
+        Self(NonZeroU32::MIN.saturating_add(id))
+    }
+
+    fn id(&self) -> u32 {
+        self.0.get() - 1
+    }
+}
 
 /// Counts addresses. Holds one entry per address that is connected or was turned to within the
 /// last second, so its memory is bounded by the connections and the handshake rate.
@@ -103,7 +114,8 @@ impl Gate {
         Self { config, inner: Mutex::default() }
     }
 
-    /// Asks for a client at this address to be let in. `now_ms` is any clock that all shards share.
+    /// Asks for a client at this address to be let in. `now_ms` is a clock that all shards
+    /// share.
     ///
     /// # Errors
     /// The limit that it is beyond.
@@ -123,16 +135,16 @@ impl Gate {
             return Err(Barred::TotalRate);
         }
         inner.entries[id as usize].open += 1;
-        Ok(AddressTicket(id))
+        Ok(AddressTicket::new(id))
     }
 
     /// A connection that was let in has ended.
     pub fn leave(&self, ticket: AddressTicket, now_ms: u64) {
         let mut inner = self.lock();
-        let entry = &mut inner.entries[ticket.0 as usize];
+        let entry = &mut inner.entries[ticket.id() as usize];
         entry.open = entry.open.checked_sub(1).expect("one ticket per connection");
         if entry.open == 0 {
-            inner.mark_leaving(ticket.0, now_ms);
+            inner.mark_leaving(ticket.id(), now_ms);
         }
         inner.remove_useless(now_ms);
     }

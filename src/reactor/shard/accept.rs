@@ -77,7 +77,10 @@ impl<K: Kernel> Shard<K> {
                 let connection = self.connection(key).expect("still here");
                 connection.address = Some(ticket);
                 connection.limit = limit;
-                self.change_stage(key, Stage::Handshake(Box::new(Handshake { peer, input: Vec::new() })));
+                self.change_stage(
+                    key,
+                    Stage::Handshake(Box::new(Handshake { peer, input: Vec::new() })),
+                );
                 None
             }
             Err(refused) => Some(refused),
@@ -113,7 +116,7 @@ impl<K: Kernel> Shard<K> {
             counts.refused_full.add(1);
             return Err(Refused::unavailable("this node is full", retry_after_s));
         }
-        match self.gate.enter(peer, self.kernel.now_ms()) {
+        match self.gate.enter(peer, self.kernel.unix_ms()) {
             Ok(ticket) => {
                 self.admitted += 1;
                 Ok(ticket)

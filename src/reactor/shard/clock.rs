@@ -22,8 +22,7 @@ impl<K: Kernel> Shard<K> {
     /// Handles what is due. Returns whether some is left for the next turn.
     pub(super) fn run_timers(&mut self) -> bool {
         let mut fired = std::mem::take(&mut self.fired);
-        let reached =
-            self.wheel.advance(&mut self.slab, self.now, TIMERS_PER_TURN_MAX, &mut fired);
+        let reached = self.wheel.advance(&mut self.slab, self.now, TIMERS_PER_TURN_MAX, &mut fired);
         for slot in fired.drain(..) {
             // One that was handled before it may have ended this one.
             if let Some(key) = self.slab.key_at(slot) {
@@ -62,8 +61,8 @@ impl<K: Kernel> Shard<K> {
                 self.receive_on(key);
             }
             // What it has not taken by now it will not take.
-            Stage::Ending(why) if overdue => self.terminate(key, *why, HowToClose::Abort),
-            Stage::Lingering(why) if overdue => self.terminate(key, *why, HowToClose::Orderly),
+            &Stage::Ending(why) if overdue => self.terminate(key, why, HowToClose::Abort),
+            &Stage::Lingering(why) if overdue => self.terminate(key, why, HowToClose::Orderly),
             Stage::Handshake(_) | Stage::Deciding(_) | Stage::Ending(_) | Stage::Lingering(_) => {}
             Stage::Holding(_) | Stage::Filtering(_) | Stage::Live | Stage::Echo(_) => {
                 if connection.flags.has(Flags::STALLED) && overdue {
@@ -83,11 +82,10 @@ impl<K: Kernel> Shard<K> {
         let now = self.now;
         let due = ping_due(&self.config, key);
         let connection = self.slab.get_mut(key).expect("still here");
-        if now >= connection.heard + due && !connection.flags.set(Flags::PINGED) {
-            if connection.queue.is_empty() {
-                self.counters.counts.pings_sent.add(1);
-                self.push(key, Rc::clone(&self.ping));
-            }
+        let overdue = now >= connection.heard + due;
+        if overdue && !connection.flags.set(Flags::PINGED) && connection.queue.is_empty() {
+            self.counters.counts.pings_sent.add(1);
+            self.push(key, Rc::clone(&self.ping));
         }
     }
 
@@ -126,7 +124,11 @@ fn ping_due(config: &ShardConfig, key: ConnectionKey) -> Tick {
 }
 
 /// The earliest deadline, by the stage; `None`: it waits for the kernel only.
-fn next_deadline(connection: &Connection, key: ConnectionKey, config: &ShardConfig) -> Option<Tick> {
+fn next_deadline(
+    connection: &Connection,
+    key: ConnectionKey,
+    config: &ShardConfig,
+) -> Option<Tick> {
     let stage_deadline = match &connection.stage {
         Stage::Accepting | Stage::Terminating(_) | Stage::Closing => return None,
         Stage::Handshake(_) | Stage::Deciding(_) | Stage::Ending(_) | Stage::Lingering(_) => {
@@ -141,5 +143,5 @@ fn next_deadline(connection: &Connection, key: ConnectionKey, config: &ShardConf
         false => connection.heard + ping_due(config, key),
     };
     let stall = connection.flags.has(Flags::STALLED).then_some(connection.limit);
-    [stage_deadline, stall].into_iter().flatten().fold(Some(silence), |least, one| least.min(Some(one)))
+    [Some(silence), stage_deadline, stall].into_iter().flatten().min()
 }

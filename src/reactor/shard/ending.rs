@@ -187,7 +187,7 @@ impl<K: Kernel> Shard<K> {
         assert!(connection.flight.is_none() && connection.queue.is_empty());
         if let Some(ticket) = connection.address {
             self.admitted -= 1;
-            self.gate.leave(ticket, self.kernel.now_ms());
+            self.gate.leave(ticket, self.kernel.unix_ms());
         }
     }
 

@@ -17,8 +17,10 @@ use crate::reactor::kernel::Kernel;
 
 /// Recipients served in one turn, after which the rings wait for the next. One event may exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
-const HOLD_OVERFLOW: Close =
-    Close::new(CloseCode::TRY_AGAIN_LATER, "too much happened during catch-up: reconnect and resume");
+const HOLD_OVERFLOW: Close = Close::new(
+    CloseCode::TRY_AGAIN_LATER,
+    "too much happened during catch-up: reconnect and resume",
+);
 
 impl<K: Kernel> Shard<K> {
     /// Takes a bounded batch from each ring, beginning with another one each turn.
@@ -45,7 +47,9 @@ impl<K: Kernel> Shard<K> {
         if left.intake_paused {
             self.counters.counts.intake_paused.add(1);
         }
-        if self.commands[SESSION_MANAGER].is_abandoned() && self.commands[SESSION_MANAGER].is_empty() {
+        if self.commands[SESSION_MANAGER].is_abandoned()
+            && self.commands[SESSION_MANAGER].is_empty()
+        {
             self.stop(Close::new(CloseCode::GOING_AWAY, "server closing"));
         }
         left.work = self.commands_wait(left.intake_paused);
@@ -172,7 +176,8 @@ impl<K: Kernel> Shard<K> {
     /// Catch-up is complete: what was held and is not covered by it follows.
     fn release(&mut self, key: ConnectionKey, delivered: Box<[StreamPosition]>) {
         let until = self.after(self.config.dedupe_ms);
-        let Some(Stage::Holding(_)) = self.connection(key).map(|connection| &connection.stage) else {
+        let Some(Stage::Holding(_)) = self.connection(key).map(|connection| &connection.stage)
+        else {
             return self.counters.counts.commands_stale.add(1);
         };
         self.release_with(key, Filter::new(delivered, until));

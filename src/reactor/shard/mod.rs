@@ -1,14 +1,14 @@
 //! The loop of one shard and the state it works on. The loop only dispatches; what happens is in
 //! the files beside it, one for each direction:
 //!
-//! - [`accept`]: listener to handshake, limits;
-//! - [`upgrade`]: request to session;
-//! - [`receive`]: bytes to messages;
-//! - [`intake`]: rings to queues;
-//! - [`send`]: queues to sockets;
-//! - [`clock`]: deadlines;
-//! - [`ending`]: every way out;
-//! - [`reports`]: what the service side is told.
+//! - `accept`: listener to handshake, limits;
+//! - `upgrade`: request to session;
+//! - `receive`: bytes to messages;
+//! - `intake`: rings to queues;
+//! - `send`: queues to sockets;
+//! - `clock`: deadlines;
+//! - `ending`: every way out;
+//! - `reports`: what the service side is told.
 
 mod accept;
 mod clock;
@@ -273,7 +273,8 @@ impl<K: Kernel> Shard<K> {
     /// The connection of a completion. The kernel never names one that is gone: its slot is not
     /// freed before all has completed.
     fn completed(&mut self, key: ConnectionKey, of: Flight) -> &mut Connection {
-        let connection = self.slab.get_mut(key).expect("a slot is kept while anything is in flight");
+        let connection =
+            self.slab.get_mut(key).expect("a slot is kept while anything is in flight");
         connection.flight.end(of);
         connection
     }

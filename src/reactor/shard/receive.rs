@@ -11,7 +11,8 @@ use crate::reactor::kernel::{HowToClose, Kernel, Received};
 
 /// Effort of compressing an echo; what it echoes is of no importance.
 const ECHO_DEFLATE_LEVEL: u32 = 1;
-const TOO_MUCH: Close = Close::new(CloseCode::POLICY_VIOLATION, "too many messages or bytes a second");
+const TOO_MUCH: Close =
+    Close::new(CloseCode::POLICY_VIOLATION, "too many messages or bytes a second");
 
 impl<K: Kernel> Shard<K> {
     /// There is something to receive.
@@ -20,13 +21,11 @@ impl<K: Kernel> Shard<K> {
             let connection = self.connection(key).expect("a slot is kept while it is watched");
             assert!(connection.flight.any(Flight::POLL));
         } else {
+            // If the kernel gave the watch up, not we: the next receive begins another.
             let connection = self.completed(key, Flight::POLL);
             if connection.stage.is_over() {
                 return self.join(key);
             }
-            // The kernel gave the watch up, not we: begin another.
-            connection.flight.begin(Flight::POLL);
-            self.kernel.poll_readable(key);
         }
         self.connection(key).expect("still here").flags.set(Flags::READABLE);
         self.receive_on(key);
@@ -61,6 +60,10 @@ impl<K: Kernel> Shard<K> {
             }
             return;
         }
+        if !connection.flight.any(Flight::POLL) {
+            connection.flight.begin(Flight::POLL);
+            self.kernel.poll_readable(key);
+        }
         connection.flags.clear(Flags::READABLE);
         connection.flight.begin(Flight::RECEIVE);
         self.receives_in_flight += 1;
@@ -70,7 +73,9 @@ impl<K: Kernel> Shard<K> {
     /// Those that had to wait for a buffer, or for the session manager.
     pub(super) fn start_receives(&mut self) {
         for _ in 0..self.waiting.len() {
-            if self.reports.are_too_many() || self.receives_in_flight >= self.kernel.receive_buffers() {
+            if self.reports.are_too_many()
+                || self.receives_in_flight >= self.kernel.receive_buffers()
+            {
                 return;
             }
             let Some(key) = self.waiting.pop_front() else { return };
@@ -102,11 +107,10 @@ impl<K: Kernel> Shard<K> {
             Received::Nothing => {}
             Received::NoBuffers => {
                 connection.flags.set(Flags::READABLE);
-                self.counters.counts.receive_buffers_exhausted.add(1);
                 if !connection.flags.set(Flags::WAITING) {
                     self.waiting.push_back(key);
                 }
-                return;
+                return self.counters.counts.receive_buffers_exhausted.add(1);
             }
             Received::Failed(_) => {
                 return self.terminate(key, EndReason::PeerReset, HowToClose::Orderly);

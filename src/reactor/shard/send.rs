@@ -57,13 +57,13 @@ impl Staging {
 }
 
 impl<K: Kernel> Shard<K> {
-    /// Appends a frame of the shard's own. Over the queue's limit the connection ends.
+    /// Appends a frame of the shard's own.
     pub(super) fn push_own(&mut self, key: ConnectionKey, bytes: Box<[u8]>) {
         self.push(key, Outgoing::own(bytes));
     }
 
-    /// Appends what is no delivery: last words and answers to the client. They are few (a rate
-    /// bounds what a client can make the shard say), so only a full queue's double stops them.
+    /// Appends what is no delivery: last words, heartbeats, and answers to the client, which are
+    /// bounded by where they come from.
     pub(super) fn push(&mut self, key: ConnectionKey, outgoing: Rc<Outgoing>) {
         let connection = self.slab.get_mut(key).expect("only a present connection is spoken to");
         connection.queue.push(&mut self.nodes, outgoing);
@@ -95,7 +95,8 @@ impl<K: Kernel> Shard<K> {
                 continue;
             }
             let staging = || self.staging.take();
-            if let Some(buffer) = connection.queue.next_send(&self.nodes, SEND_BATCH_BYTES, staging) {
+            if let Some(buffer) = connection.queue.next_send(&self.nodes, SEND_BATCH_BYTES, staging)
+            {
                 connection.flight.begin(Flight::SEND);
                 self.kernel.send(key, buffer);
             }

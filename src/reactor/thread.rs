@@ -1,0 +1,277 @@
+//! A shard on a thread of its own.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{Builder, JoinHandle};
+
+use crate::domain::ids::ShardId;
+use crate::reactor::config::ShardConfig;
+use crate::reactor::kernel::UringKernel;
+use crate::reactor::shard::{Shard, ShardLinks, Turn};
+use crate::uring::{RingConfig, SetupError};
+
+/// Why a shard does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// Its ring cannot be set up. The text says what to do about it.
+    #[error("shard {}: {source}", shard.0)]
+    Ring {
+        /// Which one.
+        shard: ShardId,
+        /// Why.
+        #[source]
+        source: SetupError,
+    },
+    /// The system gives no thread.
+    #[error("shard {}: no thread: {source}", shard.0)]
+    Thread {
+        /// Which one.
+        shard: ShardId,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A running shard. It ends after [`ShardCommand::Stop`](crate::domain::command::ShardCommand::Stop),
+/// or when the session manager's rings are dropped.
+#[derive(Debug)]
+pub struct ShardHandle {
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl ShardHandle {
+    /// Whether its thread has ended; if nobody told it to, [`ShardHandle::join`] says why.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// The ring failed while running.
+    ///
+    /// # Panics
+    /// If the shard's thread has panicked: an invariant of ours was broken.
+    pub fn join(self) -> io::Result<()> {
+        match self.thread.join() {
+            Ok(ended) => ended,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+/// Starts a shard that accepts from `listener`.
+///
+/// # Errors
+/// The ring or the thread cannot be had.
+pub fn spawn(
+    shard: ShardId,
+    config: ShardConfig,
+    listener: OwnedFd,
+    links: ShardLinks,
+) -> Result<ShardHandle, SpawnError> {
+    let ring = RingConfig {
+        connections: config.slots_max(),
+        receive_buffers: config.receive_buffers,
+        ..RingConfig::default()
+    };
+    // A ring belongs to the thread that made it, so the thread says whether it could.
+    let (report, made) = mpsc::sync_channel(1);
+    let run = move || {
+        let bell = Arc::clone(&links.bell);
+        let kernel = match UringKernel::new(&ring, listener.as_fd(), bell.as_fd()) {
+            Ok(kernel) => kernel,
+            Err(source) => {
+                // The receiver waits for exactly this.
+                let _ = report.send(Err(source));
+                return Ok(());
+            }
+        };
+        drop(listener);
+        let _ = report.send(Ok(()));
+        let mut shard = Shard::new(kernel, config, links);
+        while shard.turn()? == Turn::Done {}
+        Ok(())
+    };
+    let thread = Builder::new()
+        .name(format!("shard-{}", shard.0))
+        .spawn(run)
+        .map_err(|source| SpawnError::Thread { shard, source })?;
+    match made.recv() {
+        Ok(Ok(())) => Ok(ShardHandle { thread }),
+        Ok(Err(source)) => Err(SpawnError::Ring { shard, source }),
+        Err(mpsc::RecvError) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(_) => unreachable!("the thread reports before it returns"),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{SocketAddr, TcpStream};
+    use std::num::NonZeroU64;
+
+    use tungstenite::{Message, client::IntoClientRequest as _};
+
+    use crate::domain::close::{Close, CloseCode, EndReason};
+    use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
+    use crate::domain::event::{Encoding, Event};
+    use crate::domain::ids::ConnectionKey;
+    use crate::domain::limits::HANDOFF_RING_SLOTS;
+    use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+    use crate::protocol::frame::{self, Opcode};
+    use crate::protocol::upgrade::UpgradeRules;
+    use crate::reactor::counters::ShardCounters;
+    use crate::reactor::gate::{Gate, GateConfig};
+    use crate::reactor::listener::{ListenerConfig, listen_all};
+    use crate::reactor::shard::PeerRings;
+
+    /// A shard and the service side's end of its rings.
+    struct Rig {
+        address: SocketAddr,
+        commands: Producer<ShardCommand>,
+        reports: Consumer<ShardReport>,
+        bell: Arc<Doorbell>,
+        counters: Arc<ShardCounters>,
+        handle: ShardHandle,
+    }
+
+    impl Rig {
+        fn start() -> Self {
+            let listen = ListenerConfig::new("127.0.0.1:0".parse().unwrap());
+            let (mut listeners, address) = listen_all(&listen, 1).unwrap();
+            let (shard_bell, bell) =
+                (Arc::new(Doorbell::new().unwrap()), Arc::new(Doorbell::new().unwrap()));
+            let (commands, taken) = ring(HANDOFF_RING_SLOTS, Arc::clone(&shard_bell));
+            let (given, reports) = ring(HANDOFF_RING_SLOTS, Arc::clone(&bell));
+            let counters = Arc::new(ShardCounters::default());
+            let config = ShardConfig {
+                connections_max: 200,
+                upgrade: UpgradeRules { echo: true, ..UpgradeRules::default() },
+                ..ShardConfig::default()
+            };
+            let links = ShardLinks {
+                peers: vec![PeerRings { commands: taken, reports: given }],
+                bell: shard_bell,
+                gate: Arc::new(Gate::new(GateConfig::default())),
+                counters: Arc::clone(&counters),
+            };
+            let handle = spawn(ShardId(0), config, listeners.remove(0), links).unwrap();
+            Self { address, commands, reports, bell, counters, handle }
+        }
+
+        fn report(&mut self) -> ShardReport {
+            loop {
+                if let Some(report) = self.reports.pop() {
+                    return report;
+                }
+                self.bell.about_to_sleep();
+                if self.reports.is_empty() {
+                    self.bell.wait(10_000);
+                }
+                self.bell.awake();
+            }
+        }
+
+        fn command(&mut self, command: ShardCommand) {
+            assert!(matches!(self.commands.push(command), Pushed::Accepted));
+            self.commands.publish();
+        }
+
+        fn connect(&self, path: &str) -> tungstenite::WebSocket<TcpStream> {
+            let stream = TcpStream::connect(self.address).unwrap();
+            let request = format!("ws://{}{path}", self.address).into_client_request().unwrap();
+            tungstenite::client(request, stream).unwrap().0
+        }
+
+        /// Connects a session and lets it in.
+        fn session(&mut self) -> (tungstenite::WebSocket<TcpStream>, ConnectionKey) {
+            std::thread::scope(|scope| {
+                let address = self.address;
+                let client = scope.spawn(move || {
+                    let stream = TcpStream::connect(address).unwrap();
+                    let url = format!("ws://{address}/ws?user_id=u&device_id=d");
+                    tungstenite::client(url.into_client_request().unwrap(), stream).unwrap().0
+                });
+                let ShardReport::Opened { connection, hello } = self.report() else { panic!() };
+                assert_eq!((&hello.user_id[..], &hello.device_id[..]), ("u", "d"));
+                self.command(ShardCommand::Admit { connection });
+                (client.join().unwrap(), connection)
+            })
+        }
+
+        fn stop(mut self) {
+            let close = Close::new(CloseCode::GOING_AWAY, "server closing");
+            self.command(ShardCommand::Stop { close });
+            while !matches!(self.report(), ShardReport::Stopped) {}
+            self.handle.join().unwrap();
+            assert_eq!(self.counters.counts.slots_used.get(), 0);
+        }
+    }
+
+    fn event(payload: &[u8]) -> Arc<Event> {
+        let frame = frame::encode(Opcode::Binary, false, payload);
+        Arc::new(Event::new(None, 0).with_frame(Encoding::Binary, frame))
+    }
+
+    #[test]
+    fn echo_comes_back() {
+        let rig = Rig::start();
+        let mut client = rig.connect("/echo");
+        for length in [0, 1, 125, 126, 5_000, 70_000, 1_000_000] {
+            let sent = Message::binary(vec![7; length]);
+            client.send(sent.clone()).unwrap();
+            assert_eq!(client.read().unwrap(), sent);
+        }
+        client.close(None).unwrap();
+        while client.read().is_ok() {}
+        rig.stop();
+    }
+
+    #[test]
+    fn event_reaches_a_session_and_is_reported_done() {
+        let mut rig = Rig::start();
+        let (mut client, connection) = rig.session();
+        rig.command(ShardCommand::Release { connection, delivered: Box::default() });
+        for number in 1..=100_u64 {
+            rig.command(ShardCommand::Deliver {
+                event: event(&number.to_be_bytes()),
+                recipients: Recipients::One(connection, Encoding::Binary),
+                class: DeliveryClass::Live,
+                ticket: NonZeroU64::new(number).map(Ticket),
+            });
+        }
+        for number in 1..=100_u64 {
+            assert_eq!(client.read().unwrap(), Message::binary(number.to_be_bytes().to_vec()));
+            let ShardReport::Done { ticket } = rig.report() else { panic!() };
+            assert_eq!(ticket.0.get(), number);
+        }
+        client.send(Message::text(r#"{"last_sequences":{}}"#)).unwrap();
+        let ShardReport::Message { text, .. } = rig.report() else { panic!() };
+        assert_eq!(&*text, r#"{"last_sequences":{}}"#);
+        client.close(None).unwrap();
+        while client.read().is_ok() {}
+        let ShardReport::Ended { connection: ended, why } = rig.report() else { panic!() };
+        assert_eq!((ended, why), (connection, EndReason::ClosedByPeer));
+        rig.stop();
+    }
+
+    #[test]
+    fn stop_closes_those_that_are_open() {
+        let mut rig = Rig::start();
+        let (mut client, _) = rig.session();
+        let reader = std::thread::spawn(move || {
+            let closed = client.read().unwrap();
+            while client.read().is_ok() {}
+            closed
+        });
+        rig.stop();
+        let Message::Close(Some(close)) = reader.join().unwrap() else { panic!() };
+        assert_eq!((u16::from(close.code), &close.reason[..]), (1001, "server closing"));
+    }
+}

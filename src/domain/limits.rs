@@ -21,8 +21,9 @@ pub const RECEIVE_BUFFER_BYTES: usize = 4096;
 pub const SEND_BATCH_BYTES: usize = 16 * 1024;
 /// User and device ids, bytes after percent-decoding.
 pub const ID_BYTES_MAX: usize = 256;
-/// A bearer token, bytes: several times what the auth service issues.
-pub const TOKEN_BYTES_MAX: usize = 4096;
+/// A bearer token, bytes, wherever it is given: many times what the auth service issues, and half of
+/// an upgrade request's head.
+pub const TOKEN_BYTES_MAX: usize = 8 * 1024;
 /// Slots of a ring between a service peer and a shard.
 pub const HANDOFF_RING_SLOTS: usize = 4096;
 /// Items a shard takes from one ring in one turn, so that sockets are not starved.

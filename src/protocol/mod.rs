@@ -11,7 +11,7 @@
 //!
 //!  frames ──► receiver::Receiver ──► Incoming (a whole message, a control frame)
 //!               frame: header checks, unmasking     │ a MUST of the RFC was broken
-//!               utf8, deflate: the payload          ▼
+//!               incoming, utf8, deflate: the payload ▼
 //!                                              ProtocolError ──► close frame
 //! ```
 //!
@@ -21,6 +21,7 @@ pub mod deflate;
 pub mod error;
 pub mod extension;
 pub mod frame;
+pub mod incoming;
 pub mod mask;
 pub mod phase;
 pub mod receiver;

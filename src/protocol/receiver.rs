@@ -8,13 +8,14 @@
 //!  BetweenFrames ─ header cut ─► Header ─ header whole ─► Control │ Data
 //! ```
 
-use crate::domain::close::CloseCode;
 use crate::domain::limits::{CLIENT_HEADER_BYTES_MAX, CONTROL_PAYLOAD_BYTES_MAX};
-use crate::protocol::deflate::{self, InflateError, Inflater};
+use crate::protocol::deflate;
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{self, ClientHeader, Context, HeaderStep, Opcode};
+use crate::protocol::frame::{ClientHeader, Context, HeaderStep};
+use crate::protocol::incoming::{Call, Message, Sink};
 use crate::protocol::mask;
-use crate::protocol::utf8::{self, Utf8Checker};
+
+pub use crate::protocol::incoming::{Flow, Incoming, MessageKind, Scratch};
 
 /// What holds for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,62 +24,6 @@ pub struct ReceiveRules {
     pub message_bytes_max: usize,
     /// permessage-deflate was negotiated.
     pub deflate: bool,
-}
-
-/// What all connections of a thread share for receiving.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    inflater: Option<Box<Inflater>>,
-}
-
-/// Text or bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MessageKind {
-    /// UTF-8, checked.
-    Text,
-    /// Anything.
-    Binary,
-}
-
-impl MessageKind {
-    /// The opcode of a message of this kind.
-    pub fn opcode(self) -> Opcode {
-        match self {
-            Self::Text => Opcode::Text,
-            Self::Binary => Opcode::Binary,
-        }
-    }
-}
-
-/// What a client said.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Incoming<'a> {
-    /// A whole message, however it was cut.
-    Message {
-        /// Text or bytes.
-        kind: MessageKind,
-        /// Unmasked, inflated; UTF-8 if it is text.
-        payload: &'a [u8],
-        /// It came compressed (RFC 7692 §6).
-        compressed: bool,
-    },
-    /// To be answered with a pong of the same payload (RFC 6455 §5.5.2).
-    Ping(&'a [u8]),
-    /// An answer, or a heartbeat of the client's own (RFC 6455 §5.5.3).
-    Pong(&'a [u8]),
-    /// The client closes; nothing follows. To be answered with a close frame, unless that is the
-    /// answer (RFC 6455 §5.5.1).
-    Close(Option<(CloseCode, &'a str)>),
-}
-
-/// Whether to go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub enum Flow {
-    /// Read on.
-    Continue,
-    /// Read nothing more of this connection: what is left of the input is thrown away.
-    Stop,
 }
 
 /// The receiving half of one connection.
@@ -101,17 +46,6 @@ enum Stage {
     Header { bytes: [u8; CLIENT_HEADER_BYTES_MAX], len: usize },
     Control { header: ClientHeader, bytes: [u8; CONTROL_PAYLOAD_BYTES_MAX], len: usize },
     Data { header: ClientHeader, length: usize, received: usize },
-}
-
-/// A message that is not finished.
-#[derive(Debug)]
-struct Message {
-    kind: MessageKind,
-    compressed: bool,
-    /// Unmasked, still compressed. Grows with what arrives, never with what is announced.
-    bytes: Vec<u8>,
-    /// Of uncompressed text.
-    text: Utf8Checker,
 }
 
 impl Receiver {
@@ -237,7 +171,7 @@ impl Receiver {
             return self.control_piece(input, call);
         }
         let length = self.admit_length(&header, call.rules)?;
-        if let Some(kind) = begins(header.opcode) {
+        if let Some(kind) = MessageKind::begun_by(header.opcode) {
             if header.fin
                 && let Some(payload) = input.get_mut(..length)
             {
@@ -245,12 +179,7 @@ impl Receiver {
                 self.settle();
                 return Ok((length, call.message(kind, header.rsv1, payload)?));
             }
-            self.partial().message = Some(Message {
-                kind,
-                compressed: header.rsv1,
-                bytes: Vec::new(),
-                text: Utf8Checker::default(),
-            });
+            self.partial().message = Some(Message::new(kind, header.rsv1));
         }
         self.partial().stage = Stage::Data { header, length, received: 0 };
         self.data_piece(input, call)
@@ -312,100 +241,15 @@ impl Receiver {
         let message = if header.fin { self.partial().message.take() } else { None };
         self.settle();
         let flow = match message {
-            Some(message) => {
-                message.text.finish().map_err(|_| ProtocolError::TextNotUtf8)?;
-                call.checked_message(message.kind, message.compressed, &message.bytes)?
-            }
+            Some(message) => call.finished(message)?,
             None => Flow::Continue,
         };
         Ok((taken, flow))
     }
 }
 
-impl Message {
-    fn push(&mut self, piece: &[u8]) -> Result<(), ProtocolError> {
-        if self.kind == MessageKind::Text && !self.compressed {
-            self.text.push(piece).map_err(|_| ProtocolError::TextNotUtf8)?;
-        }
-        self.bytes.extend_from_slice(piece);
-        Ok(())
-    }
-}
-
-/// The kind of message that a data frame begins; `None` for a continuation.
-fn begins(opcode: Opcode) -> Option<MessageKind> {
-    match opcode {
-        Opcode::Text => Some(MessageKind::Text),
-        Opcode::Binary => Some(MessageKind::Binary),
-        Opcode::Continuation | Opcode::Close | Opcode::Ping | Opcode::Pong => None,
-    }
-}
-
-/// What one call of [`Receiver::receive`] works with.
-struct Call<'a, S> {
-    rules: &'a ReceiveRules,
-    scratch: &'a mut Scratch,
-    sink: &'a mut S,
-}
-
-trait Sink: FnMut(Incoming<'_>) -> Flow {}
-impl<S: FnMut(Incoming<'_>) -> Flow> Sink for S {}
-
 /// Bytes consumed, and whether to go on.
 type Step = Result<(usize, Flow), ProtocolError>;
-
-impl<S: Sink> Call<'_, S> {
-    fn control(&mut self, opcode: Opcode, payload: &[u8]) -> Result<Flow, ProtocolError> {
-        Ok(match opcode {
-            Opcode::Ping => (self.sink)(Incoming::Ping(payload)),
-            Opcode::Pong => (self.sink)(Incoming::Pong(payload)),
-            Opcode::Close => {
-                let close = frame::decode_close(payload)?;
-                // RFC 6455 §5.5.1: what follows a close frame is not processed.
-                let (Flow::Continue | Flow::Stop) = (self.sink)(Incoming::Close(close));
-                Flow::Stop
-            }
-            Opcode::Continuation | Opcode::Text | Opcode::Binary => unreachable!("a data frame"),
-        })
-    }
-
-    /// A message whose payload was not looked at yet.
-    fn message(
-        &mut self,
-        kind: MessageKind,
-        compressed: bool,
-        payload: &[u8],
-    ) -> Result<Flow, ProtocolError> {
-        if kind == MessageKind::Text && !compressed && utf8::as_text(payload).is_none() {
-            return Err(ProtocolError::TextNotUtf8);
-        }
-        self.checked_message(kind, compressed, payload)
-    }
-
-    /// A message that is known to be UTF-8 if it is uncompressed text.
-    fn checked_message(
-        &mut self,
-        kind: MessageKind,
-        compressed: bool,
-        payload: &[u8],
-    ) -> Result<Flow, ProtocolError> {
-        if !compressed {
-            return Ok((self.sink)(Incoming::Message { kind, payload, compressed }));
-        }
-        let inflater = self.scratch.inflater.get_or_insert_default();
-        let payload =
-            inflater.inflate(payload, self.rules.message_bytes_max).map_err(
-                |error| match error {
-                    InflateError::Corrupt => ProtocolError::NotDeflate,
-                    InflateError::TooBig => ProtocolError::MessageTooBig,
-                },
-            )?;
-        if kind == MessageKind::Text && utf8::as_text(payload).is_none() {
-            return Err(ProtocolError::TextNotUtf8);
-        }
-        Ok((self.sink)(Incoming::Message { kind, payload, compressed }))
-    }
-}
 
 const _: () = assert!(size_of::<Receiver>() <= 16);
 

@@ -14,14 +14,12 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use crate::domain::command::Secret;
-use crate::domain::limits::ID_BYTES_MAX;
+use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 
 /// A message of the client, bytes. The shard passes on no larger one.
 pub const CLIENT_MESSAGE_BYTES_MAX: usize = 64 * 1024;
 /// Conversations named in one message.
 pub const CONVERSATIONS_NAMED_MAX: usize = 4096;
-/// A token, bytes: no header that a server takes holds a larger one.
-pub const TOKEN_BYTES_MAX: usize = 8 * 1024;
 
 /// A client's message that has a meaning; at least one of the two.
 #[derive(Clone, Debug, PartialEq, Eq)]

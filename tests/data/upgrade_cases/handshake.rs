@@ -1,0 +1,249 @@
+//! The fields of the handshake, ids, tokens, subprotocols, extensions.
+
+use super::Table;
+use super::request::{ACCEPT, UPGRADE, instead, query, target, with, without};
+
+const MISSING: &str = "\r\n\r\nmissing user_id or device_id";
+const VERSION: &str = "\r\nSec-WebSocket-Version: 13\r\n";
+const DEFLATE: &str = "\r\nSec-WebSocket-Extensions: permessage-deflate; \
+                       server_no_context_takeover; client_no_context_takeover\r\n";
+const BEARER: &str = "a bearer token has";
+
+pub(super) fn cases(t: &mut Table) {
+    handshake_fields(t);
+    ids(t);
+    tokens(t);
+    subprotocols(t);
+    extensions(t);
+}
+
+fn handshake_fields(t: &mut Table) {
+    let key = |key: &str| instead(format!("Sec-WebSocket-Key: {key}"));
+    t.is(426, UPGRADE, "plain GET", without("Upgrade").instead("Connection: keep-alive"));
+    t.is(426, UPGRADE, "no upgrade", without("Upgrade"));
+    t.is(426, UPGRADE, "upgrade to h2c", instead("Upgrade: h2c"));
+    t.is(426, UPGRADE, "upgrade to something longer", instead("Upgrade: websocket2"));
+    t.is(426, UPGRADE, "upgrade with a version", instead("Upgrade: websocket/13"));
+    t.is(101, ACCEPT, "upgrade in another case", instead("Upgrade: WebSocket"));
+    t.is(101, ACCEPT, "list of upgrades", instead("Upgrade: h2c, websocket"));
+    t.is(101, ACCEPT, "upgrades on two lines", with("Upgrade: h2c"));
+    t.is(101, ACCEPT, "list with empty elements", instead("Upgrade: ,, websocket ,"));
+    t.is(400, "Connection", "no connection", without("Connection"));
+    t.is(400, "Connection", "connection keeps alive", instead("Connection: keep-alive"));
+    t.is(400, "Connection", "connection with a longer token", instead("Connection: Upgraded"));
+    t.is(101, ACCEPT, "Firefox's connection", instead("Connection: keep-alive, Upgrade"));
+    t.is(101, ACCEPT, "connection in another case", instead("Connection: UPGRADE"));
+    t.is(101, ACCEPT, "connection on two lines", with("Connection: keep-alive"));
+    t.is(426, VERSION, "no version field", without("Sec-WebSocket-Version"));
+    t.is(426, VERSION, "version 8", instead("Sec-WebSocket-Version: 8"));
+    t.is(426, VERSION, "version 0", instead("Sec-WebSocket-Version: 0"));
+    t.is(426, VERSION, "version 013", instead("Sec-WebSocket-Version: 013"));
+    t.is(426, VERSION, "version 14", instead("Sec-WebSocket-Version: 14"));
+    t.is(426, VERSION, "list of versions", instead("Sec-WebSocket-Version: 13, 8"));
+    t.is(426, VERSION, "version in words", instead("Sec-WebSocket-Version: thirteen"));
+    t.is(400, "given twice", "two versions", with("Sec-WebSocket-Version: 13"));
+    t.is(400, "16 bytes", "no key", without("Sec-WebSocket-Key"));
+    t.is(400, "16 bytes", "empty key", key(""));
+    t.is(400, "given twice", "two keys", with("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="));
+    t.is(400, "16 bytes", "key of 15 bytes", key("AAAAAAAAAAAAAAAAAAAA"));
+    t.is(400, "16 bytes", "key of 17 bytes", key("AAAAAAAAAAAAAAAAAAAAAAA="));
+    t.is(400, "16 bytes", "key of 18 bytes", key("AAAAAAAAAAAAAAAAAAAAAAAA"));
+    t.is(400, "16 bytes", "key without padding", key("dGhlIHNhbXBsZSBub25jZQ"));
+    t.is(400, "16 bytes", "key in URL-safe Base64", key("dGhlIHNhbXBsZSBub25j-_=="));
+    t.is(400, "16 bytes", "key with a space within", key("dGhlIHNhbXBs SBub25jZQ=="));
+    t.is(400, "16 bytes", "key padded in the middle", key("dGhlIHNhb=BsZSBub25jZQ=="));
+    t.is(
+        101,
+        "OfS0wDaT5NoxF2gqm7Zj2YtetzM=",
+        "the RFC's key with stray bits",
+        key("AQIDBAUGBwgJCgsMDQ4PEC=="),
+    );
+    t.is(101, ACCEPT, "origin null", with("Origin: null"));
+    t.is(101, ACCEPT, "origin of a page", with("Origin: https://app.example.com"));
+    t.is(400, "given twice", "two origins", with("Origin: http://a").and("Origin: http://b"));
+    t.is(101, ACCEPT, "an answer's field", with("Sec-WebSocket-Accept: x"));
+    t.is(101, ACCEPT, "cookies and proxies", with("Cookie: a=b").and("X-Forwarded-For: 10.0.0.1"));
+}
+
+fn ids(t: &mut Table) {
+    let d = "&device_id=d";
+    let long = "x".repeat(257);
+    let longest = "x".repeat(256);
+    let accents = "%C3%A9".repeat(128);
+    t.is(400, MISSING, "no query", target("/ws"));
+    t.is(400, MISSING, "empty query", query(""));
+    t.is(400, MISSING, "no user", query("device_id=phone"));
+    t.is(400, MISSING, "no device", query("user_id=alice"));
+    t.is(400, MISSING, "empty user", query("user_id=&device_id=phone"));
+    t.is(400, MISSING, "empty device", query("user_id=alice&device_id="));
+    t.is(400, MISSING, "names in another case", query("User_Id=alice&Device_Id=phone"));
+    t.is(400, MISSING, "semicolon separates nothing", query("user_id=alice;device_id=phone"));
+    t.is(400, "user_id is given twice", "two users", query(format!("user_id=a&user_id=b{d}")));
+    t.is(
+        400,
+        "user_id is given twice",
+        "same user twice",
+        query(format!("user_id=a&user_id=a{d}")),
+    );
+    t.is(
+        400,
+        "user_id is given twice",
+        "second user encoded",
+        query(format!("user_id=a&user%5fid=b{d}")),
+    );
+    t.is(400, "device_id is given twice", "two devices", query(format!("user_id=a{d}{d}")));
+    t.is(400, "user_id must be", "percent at the end", query("device_id=d&user_id=a%"));
+    t.is(400, "user_id must be", "half an escape", query(format!("user_id=a%4{d}")));
+    t.is(400, "user_id must be", "escape not in hexadecimal", query(format!("user_id=%GG{d}")));
+    t.is(400, "user_id must be", "not UTF-8", query(format!("user_id=%FF{d}")));
+    t.is(400, "user_id must be", "overlong UTF-8", query(format!("user_id=%C0%AF{d}")));
+    t.is(400, "user_id must be", "surrogate", query(format!("user_id=%ED%A0%80{d}")));
+    t.is(400, "user_id must be", "UTF-8 cut short", query(format!("user_id=%E2%82{d}")));
+    t.is(400, "control character", "encoded NUL", query(format!("user_id=a%00{d}")));
+    t.is(400, "control character", "encoded CR LF", query(format!("user_id=a%0d%0ab{d}")));
+    t.is(400, "control character", "encoded tab", query(format!("user_id=%09{d}")));
+    t.is(400, "control character", "encoded DEL", query(format!("user_id=%7f{d}")));
+    t.is(400, "control character", "encoded C1 control", query(format!("user_id=%C2%9B{d}")));
+    t.is(
+        400,
+        "device_id holds",
+        "control character in the device",
+        query("user_id=a&device_id=%1b"),
+    );
+    t.is(400, "at most 256 bytes", "user of 257 bytes", query(format!("user_id={long}{d}")));
+    t.is(
+        400,
+        "at most 256 bytes",
+        "device of 257 bytes",
+        query(format!("user_id=a&device_id={long}")),
+    );
+    t.is(101, ACCEPT, "user of 256 bytes", query(format!("user_id={longest}{d}")));
+    t.is(101, ACCEPT, "user of 256 bytes in escapes", query(format!("user_id={accents}{d}")));
+    t.is(101, ACCEPT, "user in UTF-8", query(format!("user_id=J%C3%BCrgen%20%F0%9F%98%80{d}")));
+    t.is(101, ACCEPT, "plus is a space", query(format!("user_id=a+b{d}")));
+    t.is(101, ACCEPT, "encoded ampersand", query(format!("user_id=a%26b%3Dc{d}")));
+    t.is(101, ACCEPT, "encoded name", query(format!("%75ser_id=a{d}")));
+    t.is(
+        101,
+        ACCEPT,
+        "unknown parameters, even malformed",
+        query(format!("x=%zz&%=&&=&user_id=a{d}")),
+    );
+    t.is(101, ACCEPT, "a question mark in the query", query(format!("x=?&user_id=a{d}")));
+}
+
+fn tokens(t: &mut Table) {
+    let ids = "user_id=alice&device_id=phone";
+    let jwt = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2ln";
+    let in_query = |token: &str| query(format!("{ids}&access_token={token}"));
+    let in_header = |value: &str| with(format!("Authorization: {value}"));
+    t.is(101, ACCEPT, "token in the query", in_query(jwt));
+    t.is(101, ACCEPT, "token in the header", in_header(&format!("Bearer {jwt}")));
+    t.is(101, ACCEPT, "scheme in lower case", in_header(&format!("bearer   {jwt}")));
+    t.is(101, ACCEPT, "another scheme", in_header("Basic YTpi"));
+    t.is(101, ACCEPT, "empty token in the query", in_query(""));
+    t.is(400, BEARER, "empty token in the header", in_header("Bearer"));
+    t.is(400, BEARER, "token with a space", in_header("Bearer a b"));
+    t.is(400, BEARER, "token of padding only", in_header("Bearer =="));
+    t.is(400, BEARER, "token padded within", in_header("Bearer a=b"));
+    t.is(400, BEARER, "token with a quote", in_query("a%22b"));
+    t.is(
+        400,
+        "control character",
+        "token with a line end",
+        in_query("a%0d%0aX: b".replace(' ', "+").as_str()),
+    );
+    t.is(
+        400,
+        BEARER,
+        "token too long in the header",
+        in_header(&format!("Bearer {}", "a".repeat(8193))),
+    );
+    t.is(400, "8192", "token too long in the query", in_query(&"a".repeat(8193)));
+    t.is(101, ACCEPT, "longest token", in_header(&format!("Bearer {}", "a".repeat(8192))));
+    t.is(
+        400,
+        "given twice",
+        "two authorizations",
+        in_header("Bearer a").and("Authorization: Bearer a"),
+    );
+    t.is(
+        400,
+        "access_token is given twice",
+        "two tokens in the query",
+        in_query("a&access_token=a"),
+    );
+    t.is(400, "two different", "tokens that differ", in_query("a").and("Authorization: Bearer b"));
+    t.is(101, ACCEPT, "same token twice", in_query("a").and("Authorization: Bearer a"));
+    let in_protocol = |list: &str| with(format!("Sec-WebSocket-Protocol: {list}"));
+    let named = "\r\nSec-WebSocket-Protocol: realchat.v1\r\n";
+    t.is(
+        101,
+        named,
+        "token among subprotocols",
+        in_protocol(&format!("realchat.v1, bearer.{jwt}")),
+    );
+    t.is(
+        101,
+        named,
+        "token before the subprotocol",
+        in_protocol(&format!("bearer.{jwt}, realchat.v1")),
+    );
+    t.is(400, "two different", "two tokens among subprotocols", in_protocol("bearer.a, bearer.b"));
+    t.is(400, BEARER, "empty token among subprotocols", in_protocol("realchat.v1, bearer."));
+    let differ = in_protocol("bearer.a").and("Authorization: Bearer b");
+    t.is(400, "two different", "header and subprotocol differ", differ);
+    t.is(101, ACCEPT, "token instead of a user", query(format!("device_id=d&access_token={jwt}")));
+    t.is(400, MISSING, "token instead of a device", query(format!("user_id=a&access_token={jwt}")));
+}
+
+fn subprotocols(t: &mut Table) {
+    let offer = |list: &str| with(format!("Sec-WebSocket-Protocol: {list}"));
+    let binary = "\r\nSec-WebSocket-Protocol: realchat.v1\r\n";
+    let json = "\r\nSec-WebSocket-Protocol: realchat.v1.json\r\n";
+    t.is(101, binary, "binary", offer("realchat.v1"));
+    t.is(101, json, "JSON", offer("realchat.v1.json"));
+    t.is(101, json, "the client's first choice", offer("realchat.v1.json, realchat.v1"));
+    t.is(
+        101,
+        binary,
+        "the client's first choice, the other",
+        offer("realchat.v1,realchat.v1.json"),
+    );
+    t.is(101, json, "unknown ones passed over", offer("mqtt, realchat.v2, realchat.v1.json"));
+    t.is(101, ACCEPT, "only unknown ones", offer("mqtt, chat"));
+    t.is(101, ACCEPT, "names are case-sensitive", offer("RealChat.V1"));
+    t.is(101, json, "on two lines", offer("mqtt").and("Sec-WebSocket-Protocol: realchat.v1.json"));
+    t.is(101, ACCEPT, "empty list", offer(""));
+    t.is(400, "tokens", "not a token", offer("realchat v1"));
+    t.is(400, "tokens", "quoted", offer("\"realchat.v1\""));
+    t.is(400, "not ASCII", "subprotocol not in ASCII", offer("réalchat"));
+}
+
+fn extensions(t: &mut Table) {
+    let offer = |list: &str| with(format!("Sec-WebSocket-Extensions: {list}"));
+    let nine = "; client_no_context_takeover; server_max_window_bits=9\r\n";
+    t.is(101, DEFLATE, "deflate", offer("permessage-deflate"));
+    t.is(101, DEFLATE, "what Chromium offers", offer("permessage-deflate; client_max_window_bits"));
+    t.is(
+        101,
+        nine,
+        "deflate with a small window",
+        offer("permessage-deflate; server_max_window_bits=9"),
+    );
+    t.is(101, nine, "quoted parameter", offer("permessage-deflate; server_max_window_bits=\"9\""));
+    let second = "permessage-deflate; server_max_window_bits=7, permessage-deflate";
+    t.is(101, DEFLATE, "second offer", offer(second));
+    t.is(
+        101,
+        DEFLATE,
+        "on two lines too",
+        offer("foo").and("Sec-WebSocket-Extensions: permessage-deflate"),
+    );
+    t.is(101, ACCEPT, "window too small", offer("permessage-deflate; server_max_window_bits=7"));
+    t.is(101, ACCEPT, "unknown parameter", offer("permessage-deflate; level=9"));
+    t.is(101, ACCEPT, "unknown extension", offer("x-webkit-deflate-frame"));
+    t.is(400, "not an extension list", "quote not closed", offer("permessage-deflate; a=\"b"));
+    t.is(400, "not an extension list", "parameter without name", offer("permessage-deflate; =9"));
+    t.is(400, "not an extension list", "too many extensions", offer(&"a, ".repeat(17)));
+}

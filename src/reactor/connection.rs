@@ -158,12 +158,32 @@ pub struct Handshake {
 pub struct Deciding {
     /// The 101, ready.
     pub response: Box<[u8]>,
-    /// How events will be written.
-    pub encoding: Encoding,
     /// Client messages may come compressed.
     pub deflate: bool,
+    /// Live events: a session is delivered to as soon as the service side knows it.
+    pub held: SendQueue,
     /// What the client sent right behind its request.
     pub rest: Box<[u8]>,
+}
+
+impl Stage {
+    /// Live events that wait although nothing keeps them from being sent but the stage, and what
+    /// catch-up has delivered of them.
+    pub fn held(&mut self) -> Option<(&mut SendQueue, Option<&mut Filter>)> {
+        match self {
+            Self::Deciding(deciding) => Some((&mut deciding.held, None)),
+            Self::Holding(holding) => Some((&mut holding.queue, holding.released.as_mut())),
+            Self::Accepting
+            | Self::Handshake(_)
+            | Self::Filtering(_)
+            | Self::Live
+            | Self::Echo(_)
+            | Self::Ending(_)
+            | Self::Lingering(_)
+            | Self::Terminating(_)
+            | Self::Closing => None,
+        }
+    }
 }
 
 /// While a session catches up, and while what was held then leaves at the socket's pace.
@@ -304,6 +324,8 @@ impl Flags {
     pub const DEFLATE: Self = Self(1 << 8);
     /// It has ended its half of the stream.
     pub const PEER_ENDED: Self = Self(1 << 9);
+    /// Its socket has failed; what came before is still to be received.
+    pub const BROKEN: Self = Self(1 << 10);
 
     /// Whether all of these are set.
     pub fn has(self, one: Self) -> bool {

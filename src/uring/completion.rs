@@ -45,6 +45,8 @@ pub enum Completion {
         connection: ConnectionKey,
         /// `false`: the watch has ended and must be renewed to learn more.
         watching: bool,
+        /// The socket has failed: receives go on until one says how.
+        broken: bool,
         /// An error of the watch itself ([`Errno::CANCELED`] after a cancel).
         result: Result<(), Errno>,
     },

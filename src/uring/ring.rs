@@ -334,6 +334,7 @@ impl Ring {
             Operation::Watch => Completion::Readable {
                 connection,
                 watching: cqueue::more(entry.flags()),
+                broken: result.is_ok_and(|mask| mask & BROKEN != 0),
                 result: result.map(drop),
             },
             Operation::Receive => {
@@ -390,6 +391,9 @@ impl Ring {
         self.ring.submission().cq_overflow()
     }
 }
+
+/// What a poll says of a socket that was reset.
+const BROKEN: usize = (libc::POLLERR | libc::POLLHUP) as usize;
 
 /// A completion's result: a count, or an error.
 fn outcome(entry: &cqueue::Entry) -> Result<usize, Errno> {

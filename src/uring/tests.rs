@@ -108,7 +108,7 @@ fn watch_tells_of_data_and_of_the_end() {
     for text in [b"first", b"again"] {
         client.write_all(text).unwrap();
         match next(&mut ring) {
-            Completion::Readable { connection, watching: true, result: Ok(()) } => {
+            Completion::Readable { connection, watching: true, broken: false, result: Ok(()) } => {
                 assert_eq!(connection, key(0));
             }
             other => panic!("{other:?}"),

@@ -137,6 +137,9 @@ pub enum Completion<L> {
         connection: ConnectionKey,
         /// Whether the watch goes on; if not, this was its last completion.
         armed: bool,
+        /// The socket has failed: receives must go on until one says so, because what came before
+        /// the failure may hide it and nothing announces it again.
+        broken: bool,
     },
     /// A receive has completed.
     Received {
@@ -186,8 +189,8 @@ pub enum Received<L> {
     Data {
         /// The bytes.
         lease: L,
-        /// Whether the socket had more than fitted: no further [`Completion::Readable`] comes for
-        /// that.
+        /// Whether the socket had more than fitted, or its end: no further
+        /// [`Completion::Readable`] comes for that.
         more: bool,
     },
     /// The peer has ended its half of the stream.

@@ -148,8 +148,8 @@ fn translate(completion: uring::Completion) -> Option<Completion<Lease>> {
             let error = if error == Errno::BADF { Errno::CANCELED } else { error };
             Completion::AcceptFailed { connection, error }
         }
-        uring::Completion::Readable { connection, watching, result: _ } => {
-            Completion::Readable { connection, armed: watching }
+        uring::Completion::Readable { connection, watching, broken, result: _ } => {
+            Completion::Readable { connection, armed: watching, broken }
         }
         uring::Completion::Received { connection, outcome } => {
             Completion::Received { connection, received: received(outcome) }

@@ -139,7 +139,8 @@ impl<K: Kernel> Shard<K> {
     /// Answers a request, or what might have become one, with an HTTP error, and ends.
     pub(super) fn answer(&mut self, key: ConnectionKey, refused: &Refused, why: EndReason) {
         let limit = self.after(self.config.close_ms_max);
-        self.change_stage(key, Stage::Ending(why));
+        let stage = self.change_stage(key, Stage::Ending(why));
+        self.give_up_held(stage);
         let connection = self.connection(key).expect("still here");
         connection.limit = limit;
         connection.phase = connection.phase.next(Signal::Aborted).expect("lawful from anywhere");

@@ -104,12 +104,15 @@ impl<K: Kernel> Shard<K> {
         let limit = self.after(self.config.close_ms_max);
         let stage = self.change_stage(key, Stage::Ending(why));
         assert!(stage.is_open(), "only an open connection has a closing handshake");
-        if let Stage::Holding(mut holding) = stage {
-            holding.queue.clear(&mut self.nodes, |outgoing| {
-                self.tally.finish(&outgoing, Outcome::Ended);
-            });
-        }
+        self.give_up_held(stage);
         self.connection(key).expect("still here").limit = limit;
+    }
+
+    /// What a stage held back will not be sent.
+    pub(super) fn give_up_held(&mut self, mut stage: Stage) {
+        if let Some((held, _)) = stage.held() {
+            held.clear(&mut self.nodes, |outgoing| self.tally.finish(&outgoing, Outcome::Ended));
+        }
     }
 
     /// If all last words are said and no answer is awaited: our end of stream.
@@ -146,11 +149,9 @@ impl<K: Kernel> Shard<K> {
         self.wheel.unset(&mut self.slab, key.slot);
         let connection = self.slab.get_mut(key).expect("still here");
         connection.receiver = Receiver::default();
-        let mut gone = |outgoing| self.tally.finish(&outgoing, Outcome::Ended);
-        connection.queue.clear(&mut self.nodes, &mut gone);
-        if let Stage::Holding(mut holding) = stage {
-            holding.queue.clear(&mut self.nodes, &mut gone);
-        }
+        connection.queue.clear(&mut self.nodes, |outgoing| {
+            self.tally.finish(&outgoing, Outcome::Ended);
+        });
         self.counters.count_end(why);
         if connection.flags.has(Flags::OPENED) {
             self.reports.push(SESSION_MANAGER, ShardReport::Ended { connection: key, why });
@@ -159,6 +160,7 @@ impl<K: Kernel> Shard<K> {
             connection.flight.begin(Flight::CANCEL);
             self.kernel.cancel(key);
         }
+        self.give_up_held(stage);
         self.join(key);
     }
 

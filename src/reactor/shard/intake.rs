@@ -12,8 +12,10 @@ use crate::domain::ids::{ConnectionKey, StreamPosition};
 use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::domain::outgoing::{Origin, Outgoing};
 use crate::protocol::frame::{self, Opcode};
+use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Filter, Stage};
 use crate::reactor::kernel::Kernel;
+use crate::reactor::queue::SendQueue;
 
 /// Recipients served in one turn, after which the rings wait for the next. One event may exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
@@ -121,13 +123,18 @@ impl<K: Kernel> Shard<K> {
         outgoing: &Rc<Outgoing>,
         class: DeliveryClass,
     ) -> Result<(), Outcome> {
-        let config = &self.config;
         let connection = self.slab.get_mut(key).ok_or(Outcome::Stale)?;
-        let length = match &connection.stage {
-            Stage::Holding(_) | Stage::Filtering(_) | Stage::Live => {
-                let bytes = outgoing.bytes(connection.queue.encoding());
-                bytes.map(<[u8]>::len).filter(|length| *length > 0).ok_or(Outcome::Skipped)?
+        let holds = match connection.stage {
+            Stage::Live => false,
+            Stage::Deciding(_) if class == DeliveryClass::Live => true,
+            Stage::Holding(_) => class == DeliveryClass::Live,
+            Stage::Filtering(_) => {
+                if class == DeliveryClass::Live {
+                    filter(&mut connection.stage, outgoing)?;
+                }
+                false
             }
+            // Nobody catches up before the 101.
             Stage::Accepting | Stage::Handshake(_) | Stage::Deciding(_) | Stage::Echo(_) => {
                 return Err(Outcome::Stale);
             }
@@ -135,35 +142,17 @@ impl<K: Kernel> Shard<K> {
                 return Err(Outcome::Ended);
             }
         };
-        let position = outgoing.as_event().and_then(|event| event.position);
-        match &mut connection.stage {
-            Stage::Holding(holding) if class == DeliveryClass::Live => {
-                if covered(holding.released.as_mut(), position) {
-                    return Err(Outcome::Duplicate);
-                }
-                if holding.queue.frames() >= usize::from(config.hold_frames_max)
-                    || holding.queue.bytes() + length > config.hold_bytes_max as usize
-                {
-                    self.counters.counts.hold_overflows.add(1);
-                    self.close(key, &HOLD_OVERFLOW, EndReason::QueueOverflow);
-                    return Err(Outcome::Ended);
-                }
-                holding.queue.push(&mut self.nodes, Rc::clone(outgoing));
-                return Ok(());
-            }
-            Stage::Filtering(filter) if class == DeliveryClass::Live => {
-                if covered(Some(filter), position) {
-                    return Err(Outcome::Duplicate);
-                }
-                if filter.is_spent() {
-                    connection.stage = Stage::Live;
-                }
-            }
-            _ => {}
+        let bytes = outgoing.bytes(connection.queue.encoding());
+        let length = match bytes.map(<[u8]>::len) {
+            None | Some(0) => return Err(Outcome::Skipped),
+            Some(length) => length,
+        };
+        if holds {
+            return self.hold(key, outgoing, length);
         }
         let queue = &mut connection.queue;
-        if queue.frames() >= usize::from(config.queue_frames_max)
-            || (queue.bytes() + length > config.queue_bytes_max as usize && !queue.is_empty())
+        if queue.frames() >= usize::from(self.config.queue_frames_max)
+            || (queue.bytes() + length > self.config.queue_bytes_max as usize && !queue.is_empty())
         {
             self.overflow(key);
             return Err(Outcome::Ended);
@@ -171,6 +160,37 @@ impl<K: Kernel> Shard<K> {
         queue.push(&mut self.nodes, Rc::clone(outgoing));
         self.mark_dirty(key);
         Ok(())
+    }
+
+    /// Keeps a live event back.
+    fn hold(
+        &mut self,
+        key: ConnectionKey,
+        outgoing: &Rc<Outgoing>,
+        length: usize,
+    ) -> Result<(), Outcome> {
+        let config = &self.config;
+        let connection = self.slab.get_mut(key).expect("still here");
+        let (held, released) = connection.stage.held().expect("a stage that holds");
+        if covered(released, outgoing) {
+            return Err(Outcome::Duplicate);
+        }
+        if held.frames() < usize::from(config.hold_frames_max)
+            && held.bytes() + length <= config.hold_bytes_max as usize
+        {
+            held.push(&mut self.nodes, Rc::clone(outgoing));
+            return Ok(());
+        }
+        self.counters.counts.hold_overflows.add(1);
+        match connection.stage {
+            Stage::Deciding(_) => {
+                let refused = Refused::unavailable("try again", config.retry_after_s);
+                self.answer(key, &refused, EndReason::QueueOverflow);
+                self.receive_on(key);
+            }
+            _ => self.close(key, &HOLD_OVERFLOW, EndReason::QueueOverflow),
+        }
+        Err(Outcome::Ended)
     }
 
     /// Catch-up is complete: what was held and is not covered by it follows.
@@ -190,10 +210,9 @@ impl<K: Kernel> Shard<K> {
         if holding.released.is_some() {
             return self.counters.counts.commands_stale.add(1);
         }
-        let mut kept = crate::reactor::queue::SendQueue::new(holding.queue.encoding());
+        let mut kept = SendQueue::new(holding.queue.encoding());
         while let Some(outgoing) = holding.queue.pop(&mut self.nodes) {
-            let position = outgoing.as_event().and_then(|event| event.position);
-            if covered(Some(&mut filter), position) {
+            if covered(Some(&mut filter), &outgoing) {
                 self.tally.finish(&outgoing, Outcome::Duplicate);
             } else {
                 kept.push(&mut self.nodes, outgoing);
@@ -245,9 +264,22 @@ impl<K: Kernel> Shard<K> {
     }
 }
 
-fn covered(filter: Option<&mut Filter>, position: Option<StreamPosition>) -> bool {
-    match (filter, position) {
+/// Whether catch-up has delivered this event.
+fn covered(filter: Option<&mut Filter>, outgoing: &Outgoing) -> bool {
+    match (filter, outgoing.as_event().and_then(|event| event.position)) {
         (Some(filter), Some(position)) => filter.covers(position),
         _ => false,
     }
+}
+
+/// Asks the filter of a live session, which ends with the last that it remembers.
+fn filter(stage: &mut Stage, outgoing: &Outgoing) -> Result<(), Outcome> {
+    let Stage::Filtering(filter) = stage else { return Ok(()) };
+    if covered(Some(filter), outgoing) {
+        return Err(Outcome::Duplicate);
+    }
+    if filter.is_spent() {
+        *stage = Stage::Live;
+    }
+    Ok(())
 }

@@ -215,7 +215,9 @@ impl<K: Kernel> Shard<K> {
         match completion {
             Completion::Accepted { connection, peer } => self.accepted(connection, peer.ip()),
             Completion::AcceptFailed { connection, error } => self.accept_failed(connection, error),
-            Completion::Readable { connection, armed } => self.readable(connection, armed),
+            Completion::Readable { connection, armed, broken } => {
+                self.readable(connection, armed, broken);
+            }
             Completion::Received { connection, received } => self.received(connection, received),
             Completion::Writable { connection } => self.writable(connection),
             Completion::Sent { connection, buffer, result } => {

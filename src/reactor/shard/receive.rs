@@ -16,7 +16,7 @@ const TOO_MUCH: Close =
 
 impl<K: Kernel> Shard<K> {
     /// There is something to receive.
-    pub(super) fn readable(&mut self, key: ConnectionKey, armed: bool) {
+    pub(super) fn readable(&mut self, key: ConnectionKey, armed: bool, broken: bool) {
         if armed {
             let connection = self.connection(key).expect("a slot is kept while it is watched");
             assert!(connection.flight.any(Flight::POLL));
@@ -27,7 +27,11 @@ impl<K: Kernel> Shard<K> {
                 return self.join(key);
             }
         }
-        self.connection(key).expect("still here").flags.set(Flags::READABLE);
+        let connection = self.connection(key).expect("still here");
+        connection.flags.set(Flags::READABLE);
+        if broken {
+            connection.flags.set(Flags::BROKEN);
+        }
         self.receive_on(key);
     }
 
@@ -97,7 +101,7 @@ impl<K: Kernel> Shard<K> {
             Received::Data { mut lease, more } => {
                 connection.heard = now;
                 connection.flags.clear(Flags::PINGED);
-                if more {
+                if more || connection.flags.has(Flags::BROKEN) {
                     connection.flags.set(Flags::READABLE);
                 }
                 self.counters.counts.bytes_received.add(lease.len() as u64);

@@ -50,8 +50,8 @@ impl<K: Kernel> Shard<K> {
     ) {
         let deciding = Deciding {
             response: upgrade::response_101(&request).into(),
-            encoding: request.encoding(),
             deflate: request.deflate.is_some(),
+            held: SendQueue::new(request.encoding()),
             rest: rest.into(),
         };
         let hello = Hello {
@@ -83,13 +83,14 @@ impl<K: Kernel> Shard<K> {
     /// The session manager lets it in.
     pub(super) fn admit(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.resume_grace_ms);
-        let encoding = match self.connection(key).map(|connection| &connection.stage) {
-            Some(Stage::Deciding(deciding)) => deciding.encoding,
+        let deciding = match self.connection(key).map(|connection| &mut connection.stage) {
+            Some(Stage::Deciding(deciding)) => deciding,
             _ => return self.counters.counts.commands_stale.add(1),
         };
-        let holding = Holding { queue: SendQueue::new(encoding), deadline, released: None };
-        let Stage::Deciding(deciding) = self.change_stage(key, Stage::Holding(Box::new(holding)))
-        else {
+        let encoding = deciding.held.encoding();
+        let queue = std::mem::replace(&mut deciding.held, SendQueue::new(encoding));
+        let holding = Stage::Holding(Box::new(Holding { queue, deadline, released: None }));
+        let Stage::Deciding(deciding) = self.change_stage(key, holding) else {
             panic!("the stage was just looked at");
         };
         self.connection(key).expect("still here").queue.set_encoding(encoding);

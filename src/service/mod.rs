@@ -9,6 +9,7 @@ pub mod envelope;
 pub mod neighbours;
 pub mod offsets;
 pub mod ports;
+pub mod presence;
 pub mod proto;
 pub mod redis;
 pub mod sessions;

@@ -1,0 +1,226 @@
+//! Writing presence to Redis in the presence service's place: the same keys, the same channel
+//! (contract §4).
+//!
+//! | key or channel | what |
+//! | --- | --- |
+//! | `session:{user}:{device}` | the instance, for 60 s |
+//! | `presence:user:{user}:devices` | set of devices |
+//! | `presence:updates` | a `PresenceUpdateEvent` when a session appears that was not registered anywhere (online), and when the last live session of a user goes (offline) |
+//!
+//! Each command or script touches one key, so that all of it works in a cluster. The commands of a
+//! batch go out together, in rounds where one depends on the answer of another.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prost::Message as _;
+use redis::{Cmd, FromRedisValue, RedisResult, Value};
+
+use super::Backend;
+use super::queue::{Job, Outcome};
+use crate::service::directory::SessionIds;
+use crate::service::ports::BoxFuture;
+use crate::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use crate::service::redis::{RedisFault, RedisLink};
+
+/// Sessions told of in one batch.
+pub(super) const BATCH: usize = 256;
+/// Batches under way at once.
+pub(super) const BATCHES_MAX: usize = 4;
+
+/// Lifetime of a registration, seconds (contract §4).
+const LIFETIME_S: u32 = 60;
+/// Where changes are published (contract §4).
+const UPDATES: &str = "presence:updates";
+
+/// Extends the lifetime of a registration that is ours; returns whose it is.
+const EXTEND: &str = "local holder = redis.call('GET', KEYS[1]) \
+                      if holder == ARGV[1] then redis.call('EXPIRE', KEYS[1], ARGV[2]) end \
+                      return holder";
+/// Removes a registration that is ours; returns whose it was.
+const REMOVE: &str = "local holder = redis.call('GET', KEYS[1]) \
+                      if holder == ARGV[1] then redis.call('DEL', KEYS[1]) end \
+                      return holder";
+
+/// See the module.
+pub(super) struct Written {
+    link: RedisLink,
+    instance: Arc<str>,
+}
+
+impl Written {
+    pub(super) fn new(link: RedisLink, instance: Arc<str>) -> Self {
+        Self { link, instance }
+    }
+}
+
+impl Backend for Written {
+    fn perform(&self, jobs: Vec<(SessionIds, Job)>) -> BoxFuture<Vec<Outcome>> {
+        let link = self.link.clone();
+        let instance = Arc::clone(&self.instance);
+        Box::pin(async move {
+            match batch(&link, &instance, &jobs).await {
+                Ok(outcomes) => outcomes,
+                // What was carried out is unknown; all of it can be repeated.
+                Err(_) => vec![Outcome::Failed; jobs.len()],
+            }
+        })
+    }
+
+    fn batch(&self) -> usize {
+        BATCH
+    }
+}
+
+fn session_key(ids: &SessionIds) -> String {
+    format!("session:{}:{}", ids.user(), ids.device())
+}
+
+fn devices_key(user: &str) -> String {
+    format!("presence:user:{user}:devices")
+}
+
+fn script(source: &str, ids: &SessionIds, instance: &str) -> Cmd {
+    let mut command = redis::cmd("EVAL");
+    command.arg(source).arg(1).arg(session_key(ids)).arg(instance).arg(LIFETIME_S);
+    command
+}
+
+fn update(user: &str, status: PresenceStatus) -> Cmd {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let event = PresenceUpdateEvent {
+        user_id: user.to_owned(),
+        status: status.into(),
+        occurred_at: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+    };
+    let mut command = redis::cmd("PUBLISH");
+    command.arg(UPDATES).arg(event.encode_to_vec());
+    command
+}
+
+fn devices(name: &str, ids: &SessionIds) -> Cmd {
+    let mut command = redis::cmd(name);
+    command.arg(devices_key(ids.user())).arg(ids.device());
+    command
+}
+
+/// The instance in an answer, if one is.
+fn holder(answer: RedisResult<Value>) -> RedisResult<Option<String>> {
+    Ok(FromRedisValue::from_redis_value(answer?)?)
+}
+
+async fn batch(
+    link: &RedisLink,
+    instance: &str,
+    jobs: &[(SessionIds, Job)],
+) -> Result<Vec<Outcome>, RedisFault> {
+    let mut commands = Vec::with_capacity(2 * jobs.len());
+    for (ids, job) in jobs {
+        match job {
+            Job::Register => {
+                let mut set = redis::cmd("SET");
+                set.arg(session_key(ids)).arg(instance).arg("EX").arg(LIFETIME_S).arg("GET");
+                commands.push(set);
+                commands.push(devices("SADD", ids));
+            }
+            Job::Refresh { check } => {
+                commands.push(script(EXTEND, ids, instance));
+                // Another node's end of the same session may have taken the device out.
+                if *check {
+                    commands.push(devices("SADD", ids));
+                }
+            }
+            Job::Unregister => commands.push(script(REMOVE, ids, instance)),
+        }
+    }
+    let mut answers = link.run(commands).await?.into_iter();
+    let mut outcomes = Vec::with_capacity(jobs.len());
+    let mut updates = Vec::new();
+    let mut gone = Vec::new();
+    for (ids, job) in jobs {
+        let Some(first) = answers.next() else { return Ok(vec![Outcome::Failed; jobs.len()]) };
+        let second = match job {
+            Job::Register | Job::Refresh { check: true } => answers.next(),
+            Job::Refresh { check: false } | Job::Unregister => None,
+        };
+        let was = match (holder(first), second) {
+            (Ok(was), None | Some(Ok(_))) => was,
+            (Err(_), _) | (Ok(_), Some(Err(_))) => {
+                outcomes.push(Outcome::Failed);
+                continue;
+            }
+        };
+        outcomes.push(match (job, was) {
+            (Job::Register, was) => {
+                if was.is_none() {
+                    updates.push(update(ids.user(), PresenceStatus::Online));
+                }
+                Outcome::Done
+            }
+            (Job::Refresh { .. } | Job::Unregister, None) => Outcome::Vanished,
+            (Job::Refresh { .. } | Job::Unregister, Some(holder)) if holder != instance => {
+                Outcome::Elsewhere
+            }
+            (Job::Refresh { .. }, Some(_)) => Outcome::Done,
+            (Job::Unregister, Some(_)) => {
+                gone.push(ids);
+                Outcome::Done
+            }
+        });
+    }
+    updates.extend(take_out(link, &gone).await?);
+    if !updates.is_empty() {
+        link.run(updates).await?;
+    }
+    Ok(outcomes)
+}
+
+/// Takes devices whose registration is gone out of their users' sets; returns the updates of the
+/// users who have no live session any more.
+async fn take_out(link: &RedisLink, gone: &[&SessionIds]) -> Result<Vec<Cmd>, RedisFault> {
+    if gone.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut commands = Vec::with_capacity(2 * gone.len());
+    for ids in gone {
+        commands.push(devices("SREM", ids));
+        let mut rest = redis::cmd("SMEMBERS");
+        rest.arg(devices_key(ids.user()));
+        commands.push(rest);
+    }
+    let answers = link.run(commands).await?;
+    let mut others: Vec<SessionIds> = Vec::new();
+    let mut left = Vec::with_capacity(gone.len());
+    for (ids, answer) in gone.iter().zip(answers.into_iter().skip(1).step_by(2)) {
+        let names: Vec<String> =
+            answer.and_then(|rest| Ok(Vec::from_redis_value(rest)?)).unwrap_or_default();
+        let from = others.len();
+        // Sets of users with the usual handful of devices; the names were bounded when they came.
+        others.extend(names.iter().map(|device| SessionIds::new(ids.user(), device)));
+        left.push((*ids, from..others.len()));
+    }
+
+    // A device stays in the set when its node crashed: only a registration says that it is live.
+    let mut alive = Vec::new();
+    if !others.is_empty() {
+        let exists = |ids: &SessionIds| {
+            let mut command = redis::cmd("EXISTS");
+            command.arg(session_key(ids));
+            command
+        };
+        for answer in link.run(others.iter().map(exists).collect()).await? {
+            // In doubt the user is not said to be gone.
+            alive.push(answer.and_then(|found| Ok(bool::from_redis_value(found)?)).unwrap_or(true));
+        }
+    }
+    let mut commands = Vec::new();
+    for (ids, range) in left {
+        if !alive[range.clone()].contains(&true) {
+            commands.push(update(ids.user(), PresenceStatus::Offline));
+        }
+        for index in range.filter(|index| !alive[*index]) {
+            commands.push(devices("SREM", &others[index]));
+        }
+    }
+    Ok(commands)
+}

@@ -12,6 +12,7 @@ pub mod ports;
 pub mod presence;
 pub mod proto;
 pub mod redis;
+pub mod resume;
 pub mod sessions;
 pub mod stream_key;
 pub mod timestamp;

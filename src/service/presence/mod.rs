@@ -84,10 +84,13 @@ crate::counters! {
     }
 }
 
+/// What is carried out together.
+type Jobs = Vec<(SessionIds, Job)>;
+
 /// Carries jobs out.
 trait Backend: Send + Sync + 'static {
     /// Outcomes, one for each job in its place.
-    fn perform(&self, jobs: Vec<(SessionIds, Job)>) -> BoxFuture<Vec<Outcome>>;
+    fn perform(&self, jobs: Jobs) -> BoxFuture<Vec<Outcome>>;
 
     /// Jobs it is given at once.
     fn batch(&self) -> usize;
@@ -219,7 +222,7 @@ impl Presence {
 
 /// The task: keeps up to `calls_max` calls under way.
 async fn tell(shared: Arc<Shared>, backend: Arc<dyn Backend>, calls_max: usize) {
-    let mut calls: JoinSet<(Vec<(SessionIds, Job)>, Vec<Outcome>)> = JoinSet::new();
+    let mut calls: JoinSet<(Jobs, Vec<Outcome>)> = JoinSet::new();
     loop {
         let mut wake = None;
         while calls.len() < calls_max {
@@ -251,7 +254,7 @@ async fn tell(shared: Arc<Shared>, backend: Arc<dyn Backend>, calls_max: usize) 
 }
 
 /// Up to `batch` jobs, and when to look again if there are none.
-fn take(shared: &Shared, batch: usize) -> (Vec<(SessionIds, Job)>, Option<Instant>) {
+fn take(shared: &Shared, batch: usize) -> (Jobs, Option<Instant>) {
     let mut queue = shared.lock();
     let now = Instant::now();
     let mut jobs = Vec::new();
@@ -270,7 +273,7 @@ fn take(shared: &Shared, batch: usize) -> (Vec<(SessionIds, Job)>, Option<Instan
     (jobs, wake)
 }
 
-fn settle(shared: &Shared, jobs: Vec<(SessionIds, Job)>, outcomes: Vec<Outcome>) {
+fn settle(shared: &Shared, jobs: Jobs, outcomes: Vec<Outcome>) {
     assert_eq!(jobs.len(), outcomes.len(), "an outcome for each job");
     let counters = &shared.counters;
     counters.under_way.sub(jobs.len() as u64);

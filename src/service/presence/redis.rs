@@ -16,8 +16,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use prost::Message as _;
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
-use super::Backend;
 use super::queue::{Job, Outcome};
+use super::{Backend, Jobs};
 use crate::service::directory::SessionIds;
 use crate::service::ports::BoxFuture;
 use crate::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
@@ -55,7 +55,7 @@ impl Written {
 }
 
 impl Backend for Written {
-    fn perform(&self, jobs: Vec<(SessionIds, Job)>) -> BoxFuture<Vec<Outcome>> {
+    fn perform(&self, jobs: Jobs) -> BoxFuture<Vec<Outcome>> {
         let link = self.link.clone();
         let instance = Arc::clone(&self.instance);
         Box::pin(async move {

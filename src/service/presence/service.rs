@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use tonic::{Code, Status};
 
-use super::Backend;
 use super::queue::{Job, Outcome};
+use super::{Backend, Jobs};
 use crate::service::directory::SessionIds;
 use crate::service::neighbours::PresenceService;
 use crate::service::ports::BoxFuture;
@@ -23,7 +23,7 @@ impl Told {
 }
 
 impl Backend for Told {
-    fn perform(&self, jobs: Vec<(SessionIds, Job)>) -> BoxFuture<Vec<Outcome>> {
+    fn perform(&self, jobs: Jobs) -> BoxFuture<Vec<Outcome>> {
         let service = self.service.clone();
         let instance = Arc::clone(&self.instance);
         Box::pin(async move {

@@ -1,7 +1,8 @@
 //! Who is let in, and what the end of a session undoes.
 
 use super::manager::Manager;
-use super::records::{NEVER, Phase};
+use super::messages::expiry;
+use super::records::Phase;
 use super::{CheckedFor, Request, Stage};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Hello, Refusal, ShardCommand};
@@ -12,7 +13,7 @@ use crate::service::directory::SessionIds;
 /// Contract §3.
 const IDS_MISSING: &str = "missing user_id or device_id";
 /// Contract §3.
-const REPLACED: Close = Close::new(CloseCode::SESSION_REPLACED, "session_replaced");
+pub(super) const REPLACED: Close = Close::new(CloseCode::SESSION_REPLACED, "session_replaced");
 /// When a refused user may try again, seconds: about when a dead session of his has been noticed.
 const USER_LIMIT_RETRY_AFTER_S: u32 = 60;
 /// When to try again on a node that is going, seconds: the balancer has another one by then.
@@ -84,6 +85,7 @@ impl Manager {
                     Err(failure) => self.refuse(shard, connection, failure.refusal()),
                 }
             }
+            CheckedFor::FreshToken => self.on_token_checked(shard, connection, outcome),
         }
     }
 
@@ -109,13 +111,17 @@ impl Manager {
         let Some(record) = self.records[shard.index()].get(connection) else { return };
         record.ids = Some(ids.clone());
         record.phase = Phase::Live;
-        record.expires_s =
-            identity.expires_at_s.map_or(NEVER, |at| u32::try_from(at).unwrap_or(NEVER));
+        record.expires_s = expiry(&identity);
 
-        // The directory first: an event that finds the session from here on is held by the shard
-        // until catch-up is complete, so none falls between the two.
-        let replaced = self.directory.insert(ids, address);
+        // The session begins when the shard carries the admission out: from then on it holds live
+        // events until catch-up is complete. An event that is routed to the session before that
+        // was there before the session, and catch-up, which can only be asked for later, has it.
         self.send(shard, ShardCommand::Admit { connection });
+        let replaced = self.directory.insert(ids.clone(), address);
+        let accepted = self.presence.opened(&ids, replaced.is_some());
+        if let Some(record) = self.records[shard.index()].get(connection) {
+            record.registration_owed = !accepted;
+        }
         self.counters.admitted.add(1);
         self.counters.sessions.add(1);
         if let Some(old) = replaced
@@ -148,8 +154,11 @@ impl Manager {
         self.counters.sessions.sub(1);
         self.counters.ended.add(1);
         let address = SessionAddress { shard, encoding: record.encoding, connection };
-        // A session that was replaced is not there any more: its successor stays.
-        self.directory.remove(&ids, address);
+        self.catching_up.forget(shard, connection);
+        // A session that was replaced is not there any more: its successor stays, registered.
+        if self.directory.remove(&ids, address) {
+            self.presence.ended(&ids);
+        }
     }
 }
 

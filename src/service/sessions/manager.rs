@@ -7,20 +7,27 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
+use super::catching_up::CatchingUp;
 use super::links::Link;
 use super::records::{Phase, Records};
 use super::stopping::Departure;
+use super::sweep::Sweep;
 use super::{Request, SessionConfig, SessionCounters, SessionPorts, Stage};
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::ids::ShardId;
 use crate::service::auth::Authenticator;
 use crate::service::bell::AsyncBell;
 use crate::service::directory::Directory;
+use crate::service::presence::Presence;
+use crate::service::resume::{CatchUp, Resume};
+use crate::service::timestamp::unix_ms;
 
 /// Between two looks at what is due.
 pub(super) const TICK: Duration = Duration::from_millis(100);
 /// Until a full ring is tried again: a shard rings no bell when it has made room.
 const FULL_RING_RETRY: Duration = Duration::from_millis(1);
+/// In which the expiry of every token is looked at once: so late at most is a session closed.
+const EXPIRY_SWEEP: Duration = Duration::from_secs(2);
 /// Reports taken from one shard in one turn, so that no shard starves another.
 const REPORTS_PER_TURN_MAX: usize = 256;
 /// Requests taken in one turn.
@@ -35,6 +42,13 @@ pub(super) struct Manager {
     pub(super) counters: Arc<SessionCounters>,
     /// For the tasks that the manager starts; weak, so that it ends with its last handle.
     pub(super) own_requests: mpsc::WeakSender<Request>,
+    pub(super) presence: Presence,
+    pub(super) resume: Resume,
+    pub(super) catching_up: CatchingUp,
+    /// For the catch-ups that the manager begins.
+    pub(super) catch_ups_out: mpsc::Sender<CatchUp>,
+    pub(super) refreshing: Sweep,
+    pub(super) expiring: Sweep,
     pub(super) departure: Departure,
     stage: Arc<AtomicU8>,
 }
@@ -45,6 +59,7 @@ impl Manager {
         ports: SessionPorts,
         counters: Arc<SessionCounters>,
         own_requests: mpsc::WeakSender<Request>,
+        catch_ups_out: mpsc::Sender<CatchUp>,
         stage: Arc<AtomicU8>,
     ) -> Self {
         let count = u16::try_from(ports.shards.len()).expect("shards are numbered in 16 bits");
@@ -56,19 +71,31 @@ impl Manager {
             auth: ports.auth,
             counters,
             own_requests,
+            refreshing: Sweep::new(ports.presence.refresh_interval()),
+            expiring: Sweep::new(EXPIRY_SWEEP),
+            presence: ports.presence,
+            resume: ports.resume,
+            catching_up: CatchingUp::default(),
+            catch_ups_out,
             departure: Departure::default(),
             stage,
         }
     }
 
-    pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>, bell: AsyncBell) {
+    pub(super) async fn run(
+        mut self,
+        mut requests: mpsc::Receiver<Request>,
+        mut catch_ups: mpsc::Receiver<CatchUp>,
+        bell: AsyncBell,
+    ) {
         let mut next_tick = Instant::now() + TICK;
         while self.stage() != Stage::Stopped {
             self.take_reports();
-            self.take_requests(&mut requests);
-            if Instant::now() >= next_tick {
-                next_tick = Instant::now() + TICK;
-                self.tick(Instant::now());
+            self.take_requests(&mut requests, &mut catch_ups);
+            let now = Instant::now();
+            if now >= next_tick {
+                next_tick = now + TICK;
+                self.tick(now, unix_ms() / 1000);
             }
             self.flush();
 
@@ -80,19 +107,17 @@ impl Manager {
             }
             let full = self.links.iter().any(|link| link.waiting() > 0);
             let wake = if full { Instant::now() + FULL_RING_RETRY } else { next_tick };
-            let request = tokio::select! {
-                () = bell.rung() => None,
+            tokio::select! {
+                () = bell.rung() => {}
                 request = requests.recv() => match request {
-                    Some(request) => Some(request),
+                    Some(request) => self.on_request(request),
                     // Every handle is gone: nobody is left to order an end, so this is it.
                     None => return,
                 },
-                () = sleep_until(wake.min(next_tick)) => None,
-            };
-            bell.awake();
-            if let Some(request) = request {
-                self.on_request(request);
+                Some(step) = catch_ups.recv() => self.on_catch_up(step),
+                () = sleep_until(wake.min(next_tick)) => {}
             }
+            bell.awake();
         }
     }
 
@@ -109,10 +134,18 @@ impl Manager {
         }
     }
 
-    fn take_requests(&mut self, requests: &mut mpsc::Receiver<Request>) {
+    fn take_requests(
+        &mut self,
+        requests: &mut mpsc::Receiver<Request>,
+        catch_ups: &mut mpsc::Receiver<CatchUp>,
+    ) {
         for _ in 0..REQUESTS_PER_TURN_MAX {
             let Ok(request) = requests.try_recv() else { break };
             self.on_request(request);
+        }
+        for _ in 0..REQUESTS_PER_TURN_MAX {
+            let Ok(step) = catch_ups.try_recv() else { break };
+            self.on_catch_up(step);
         }
     }
 
@@ -121,10 +154,12 @@ impl Manager {
             ShardReport::Opened { connection, hello } => self.on_opened(shard, connection, hello),
             ShardReport::Ended { connection, .. } => self.on_ended(shard, connection),
             ShardReport::Stopped => self.on_stopped(shard),
-            ShardReport::Message { .. } => self.counters.messages_ignored.add(1),
-            ShardReport::Resume { .. }
-            | ShardReport::GraceExpired { .. }
-            | ShardReport::Done { .. } => {}
+            ShardReport::Message { connection, text } => self.on_message(shard, connection, &text),
+            ShardReport::Resume { connection, conversation, after } => {
+                self.on_resume(shard, connection, conversation, after);
+            }
+            ShardReport::GraceExpired { connection } => self.on_grace_expired(shard, connection),
+            ShardReport::Done { ticket } => self.on_done(ticket),
         }
     }
 
@@ -137,7 +172,10 @@ impl Manager {
         }
     }
 
-    pub(super) fn tick(&mut self, now: Instant) {
+    pub(super) fn tick(&mut self, now: Instant, unix_s: u64) {
+        self.end_replaced_elsewhere();
+        self.sweep_tokens(unix_s, now);
+        self.sweep_presence(now);
         self.depart(now);
     }
 
@@ -155,6 +193,7 @@ impl Manager {
         if std::mem::replace(&mut link.stopped, true) {
             return;
         }
+        self.catching_up.forget_shard(shard);
         for slot in 0..self.records[shard.index()].len() {
             let held = self.records[shard.index()].at(slot).map(|(address, _)| address);
             if let Some(address) = held {
@@ -195,6 +234,7 @@ impl Manager {
             return false;
         }
         record.phase = Phase::Closing;
+        self.catching_up.forget(shard, connection);
         self.send(shard, ShardCommand::Close { connection, close, why });
         true
     }

@@ -10,10 +10,13 @@
 //! ```
 
 mod admission;
+mod catching_up;
 mod links;
 mod manager;
+mod messages;
 mod records;
 mod stopping;
+mod sweep;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +35,8 @@ use crate::handoff::Doorbell;
 use crate::service::auth::{AuthFailure, Authenticator, Identity};
 use crate::service::bell::AsyncBell;
 use crate::service::directory::Directory;
+use crate::service::presence::Presence;
+use crate::service::resume::Resume;
 
 /// Settings of the session manager.
 #[derive(Clone, Debug)]
@@ -41,11 +46,17 @@ pub struct SessionConfig {
     /// While draining each client is told to wait for up to this long before it reconnects, each
     /// for another time, so that the other nodes are not stormed.
     pub reconnect_spread: Duration,
+    /// How long presence may take at the end to be told of all ends.
+    pub unregister_timeout: Duration,
 }
 
 impl Default for SessionConfig {
     fn default() -> Self {
-        Self { sessions_per_user_max: 32, reconnect_spread: Duration::from_secs(5) }
+        Self {
+            sessions_per_user_max: 32,
+            reconnect_spread: Duration::from_secs(5),
+            unregister_timeout: Duration::from_secs(5),
+        }
     }
 }
 
@@ -59,6 +70,10 @@ pub struct SessionPorts {
     pub directory: Arc<Directory>,
     /// Who clients are.
     pub auth: Arc<Authenticator>,
+    /// Who is told of sessions.
+    pub presence: Presence,
+    /// What sessions missed.
+    pub resume: Resume,
 }
 
 crate::counters! {
@@ -73,7 +88,12 @@ crate::counters! {
         Counter refused_user_limit: "Handshakes refused with 429: the user has too many sessions",
         Counter refused_unavailable: "Handshakes refused with 503: stopping, or no keys to check tokens with",
         Counter replaced: "Sessions closed because the same user and device connected again here",
+        Counter replaced_elsewhere: "Sessions closed because the same user and device connected to another node",
         Counter ended: "Sessions that ended",
+        Counter resumes_too_late: "Sessions closed because they asked to resume after they had gone live (4408)",
+        Counter tokens_refreshed: "Fresh tokens accepted from sessions",
+        Counter tokens_refused: "Fresh tokens refused",
+        Counter tokens_expired: "Sessions closed because their token expired (4401)",
         Counter messages_ignored: "Client messages that carried no meaning",
         Counter reports_stale: "Reports about connections that had ended before",
         Counter shards_lost: "Shards that went without reporting that they stopped",
@@ -112,15 +132,21 @@ enum Request {
 enum CheckedFor {
     /// A handshake waits.
     Admission(Box<crate::domain::command::Hello>),
+    /// A session has sent a fresh one.
+    FreshToken,
 }
 
 /// Requests that may wait for the session manager; who sends more waits.
 const REQUESTS_WAITING_MAX: usize = 1024;
+/// Steps of catch-ups that may wait for the session manager; who has more waits.
+const CATCH_UPS_WAITING_MAX: usize = 256;
 
 /// The application's hold on the session manager.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct SessionHandle {
     requests: mpsc::Sender<Request>,
+    presence: Presence,
+    unregister_timeout: Duration,
     stage: Arc<AtomicU8>,
 }
 
@@ -135,15 +161,16 @@ impl SessionHandle {
         }
     }
 
-    /// Ends all sessions as `ending` says and waits until every shard has stopped. A later order
-    /// takes the place of an earlier one that is still being carried out; both return when the
-    /// last shard has stopped.
+    /// Ends all sessions as `ending` says and waits until every shard has stopped and presence has
+    /// been told. A later order takes the place of an earlier one that is still being carried out;
+    /// both return at the same end.
     pub async fn end(&self, ending: Ending) {
         let (ended, wait) = oneshot::channel();
         if self.requests.send(Request::End { ending, ended }).await.is_ok() {
             // An error means that the manager has ended, which is what is waited for.
             let _ = wait.await;
         }
+        self.presence.close(self.unregister_timeout).await;
     }
 }
 
@@ -163,14 +190,18 @@ impl SessionManager {
         let bell = AsyncBell::new(Arc::clone(&ports.bell))?;
         let (requests, receiver) = mpsc::channel(REQUESTS_WAITING_MAX);
         let stage = Arc::new(AtomicU8::new(Stage::Serving as u8));
+        let presence = ports.presence.clone();
+        let unregister_timeout = config.unregister_timeout;
+        let (catch_ups_out, catch_ups) = mpsc::channel(CATCH_UPS_WAITING_MAX);
         let manager = manager::Manager::new(
             config,
             ports,
             counters,
             requests.downgrade(),
+            catch_ups_out,
             Arc::clone(&stage),
         );
-        tokio::spawn(manager.run(receiver, bell));
-        Ok(SessionHandle { requests, stage })
+        tokio::spawn(manager.run(receiver, catch_ups, bell));
+        Ok(SessionHandle { requests, presence, unregister_timeout, stage })
     }
 }

@@ -23,6 +23,19 @@ pub(super) enum Phase {
     Closing,
 }
 
+/// Where a session stands with what it missed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Resume {
+    /// Its first message may still come.
+    Awaited,
+    /// Catching up.
+    Running,
+    /// Caught up; later requests carry no meaning (contract §3).
+    Done,
+    /// It went live without asking: asking now is too late.
+    TooLate,
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Record {
@@ -33,6 +46,13 @@ pub(super) struct Record {
     pub(super) expires_s: u32,
     pub(super) encoding: Encoding,
     pub(super) phase: Phase,
+    pub(super) resume: Resume,
+    /// A fresh token of its own is being checked: one at a time.
+    pub(super) token_in_check: bool,
+    /// Presence had no room for its registration: the next sweep offers it again.
+    pub(super) registration_owed: bool,
+    /// How often its registration was refreshed, modulo 256.
+    pub(super) refreshes: u8,
 }
 
 const FREE: Record = Record {
@@ -41,6 +61,10 @@ const FREE: Record = Record {
     expires_s: NEVER,
     encoding: Encoding::Binary,
     phase: Phase::Free,
+    resume: Resume::Awaited,
+    token_in_check: false,
+    registration_owed: false,
+    refreshes: 0,
 };
 
 /// The records of one shard, by slot. Grows to the highest slot that was used.

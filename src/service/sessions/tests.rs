@@ -17,6 +17,8 @@ use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::auth::Authenticator;
 use crate::service::directory::{Directory, SessionIds};
+use crate::service::presence::Presence;
+use crate::service::resume::Resume;
 
 /// Slots of the rings under test: few, so that they fill.
 const RING_SLOTS: usize = 4;
@@ -58,12 +60,15 @@ impl Bench {
             shards: ports,
             directory: Arc::clone(&directory),
             auth: Authenticator::trust(),
+            presence: Presence::off(),
+            resume: Resume::off(),
         };
         let manager = Manager::new(
             config,
             ports,
             Arc::clone(&counters),
             requests.downgrade(),
+            mpsc::channel(1).0,
             Arc::new(AtomicU8::new(Stage::Serving as u8)),
         );
         Self { manager, shards, directory, counters, _requests: requests }
@@ -119,6 +124,11 @@ impl Bench {
             panic!("{commands:?}");
         };
         (refusal.status, refusal.body.to_string())
+    }
+
+    fn says(&mut self, shard: usize, connection: ConnectionKey, text: &str) -> Vec<ShardCommand> {
+        self.report(shard, ShardReport::Message { connection, text: text.into() });
+        self.commands(shard)
     }
 
     fn order(&mut self, ending: Ending, now: Instant) -> oneshot::Receiver<()> {
@@ -253,7 +263,7 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
     assert_eq!(bench.manager.stage(), Stage::Draining);
     let mut told = Vec::new();
     for tick in 1..10 {
-        bench.manager.tick(begun + Duration::from_secs(tick));
+        bench.manager.tick(begun + Duration::from_secs(tick), 0);
         let commands = [bench.commands(0), bench.commands(1)];
         told.extend(commands.iter().flat_map(|commands| closes(commands)));
         assert_eq!(told.len(), tick as usize * 10, "in {tick} s");
@@ -272,7 +282,7 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
     }
     assert!(told.iter().any(|one| one.2 != told[0].2), "all told the same time");
 
-    bench.manager.tick(begun + Duration::from_secs(10));
+    bench.manager.tick(begun + Duration::from_secs(10), 0);
     let commands = bench.commands(0);
     assert!(matches!(commands[..], [ShardCommand::Stop { .. }]), "{commands:?}");
 }
@@ -294,4 +304,64 @@ fn shard_that_goes_without_a_word_takes_its_sessions_along() {
     assert_eq!(bench.directory.find(&SessionIds::new("alice", "phone")), None);
     assert_eq!(bench.directory.len(), 1);
     assert_eq!(bench.counters.shards_lost.get(), 1);
+}
+
+#[test]
+fn without_a_message_service_nothing_was_missed() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    let answer = bench.says(0, key(0, 0), r#"{"last_sequences": {"c": 5}}"#);
+    let [ShardCommand::Release { ref delivered, .. }] = answer[..] else { panic!("{answer:?}") };
+    assert!(delivered.is_empty());
+    // Contract §3: later messages carry no meaning.
+    assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
+    assert!(bench.says(0, key(0, 0), "hello").is_empty());
+    assert_eq!(bench.counters.messages_ignored.get(), 2);
+}
+
+#[test]
+fn grpc_session_is_answered_for_each_conversation_it_names() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    for (conversation, after) in [("a", 0), ("b", 7)] {
+        let conversation_key = crate::service::stream_key::stream_key(conversation);
+        let connection = key(0, 0);
+        let conversation = conversation.into();
+        bench.report(0, ShardReport::Resume { connection, conversation, after });
+        let answer = bench.commands(0);
+        let [ShardCommand::Release { ref delivered, .. }] = answer[..] else {
+            panic!("{answer:?}");
+        };
+        assert_eq!((delivered[0].stream, delivered[0].sequence), (conversation_key, after));
+    }
+}
+
+#[test]
+fn first_message_that_asks_for_nothing_puts_the_session_live() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    let answer = bench.says(0, key(0, 0), "{}");
+    assert!(matches!(answer[..], [ShardCommand::Release { .. }]), "{answer:?}");
+    assert_eq!(bench.counters.messages_ignored.get(), 1);
+    let told = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
+    assert_eq!(told[0].1, CloseCode::RESUME_TOO_LATE);
+}
+
+#[test]
+fn resume_request_after_the_grace_is_too_late() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.report(0, ShardReport::GraceExpired { connection: key(0, 0) });
+    let told = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
+    assert_eq!(told[0].1, CloseCode::RESUME_TOO_LATE);
+    assert_eq!(bench.counters.resumes_too_late.get(), 1);
+}
+
+#[test]
+fn session_that_was_told_to_close_is_not_listened_to() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.open(0, key(1, 0), "alice", "phone");
+    bench.commands(0);
+    assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
 }

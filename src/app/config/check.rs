@@ -1,15 +1,33 @@
 //! What no setting shows alone: pieces that are missing, and settings that contradict each other.
 
-use super::value::{AuthMode, PresenceMode, RoutingMode};
+use super::value::{AuthMode, Name, PresenceMode, RoutingMode, Value as _};
 use super::{Layers, Profile, Settings};
+use crate::protocol::upgrade::origin::{BadOrigin, Origins};
+use crate::service::redis::{RedisAddress, RedisAddressError};
 
 /// Bytes of an HS256 key: as long as its hash (RFC 7518 §3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;
 
 impl Settings {
+    /// Which origins' pages may connect.
+    pub fn origin_rule(&self) -> Result<Origins, BadOrigin> {
+        match self.origins.as_slice() {
+            [] => Ok(Origins::Any),
+            origins => Origins::parse(origins.iter().map(Name::as_str)),
+        }
+    }
+
     /// Whether Redis is configured.
     pub fn has_redis(&self) -> bool {
-        self.redis_url.is_some() || self.redis_addr.is_some()
+        self.redis_url.is_some() || !self.redis_addr.is_empty()
+    }
+
+    /// Where Redis is, if anywhere.
+    pub fn redis(&self) -> Option<Result<RedisAddress, RedisAddressError>> {
+        self.has_redis().then(|| match &self.redis_url {
+            Some(url) => RedisAddress::parse(url.expose()),
+            None => RedisAddress::parse(&self.redis_addr.show()),
+        })
     }
 
     /// How several nodes share the work: what was chosen, or what fits.
@@ -45,6 +63,12 @@ pub(super) fn missing_pieces(settings: &Settings, layers: &mut Layers) {
         }
     }
     tokens(settings, layers);
+    if let Err(error) = settings.origin_rule() {
+        layers.fault("origins", error.to_string());
+    }
+    if let Some(Err(error)) = settings.redis() {
+        layers.fault("redis_url", format!("is not understood: {error}"));
+    }
     if settings.presence() == PresenceMode::Service && settings.presence_svc_addr.is_none() {
         let why = "is missing, and presence_mode is `service`";
         layers.fault("presence_svc_addr", why.to_owned());
@@ -110,6 +134,8 @@ mod tests {
         let dev = |flags: &[_]| subjects(Profile::Dev, flags);
         assert_eq!(dev(&[("presence_mode", "service")]), ["PRESENCE_SVC_ADDR"]);
         assert_eq!(dev(&[("presence_mode", "redis")]), ["REDIS_ADDR"]);
+        assert_eq!(dev(&[("redis_url", "http://redis:1")]), ["--redis-url"]);
+        assert_eq!(dev(&[("origins", "example.com")]), ["--origins"]);
         assert_eq!(dev(&[("idle_timeout", "54s")]), ["--idle-timeout"]);
         assert_eq!(dev(&[("kafka_topics", "")]), ["--kafka-topics"]);
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);

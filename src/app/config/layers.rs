@@ -18,7 +18,9 @@ pub enum Source {
     /// The TOML file.
     File(PathBuf),
     /// The table.
-    Default(Profile),
+    Default,
+    /// The table, where `dev` has a default of its own.
+    DevDefault,
 }
 
 impl fmt::Display for Source {
@@ -27,8 +29,8 @@ impl fmt::Display for Source {
             Self::Flag => f.write_str("command line"),
             Self::Environment(name) => write!(f, "environment {name}"),
             Self::File(path) => write!(f, "file {}", path.display()),
-            Self::Default(Profile::Serve) => f.write_str("default"),
-            Self::Default(Profile::Dev) => f.write_str("default of dev"),
+            Self::Default => f.write_str("default"),
+            Self::DevDefault => f.write_str("default of dev"),
         }
     }
 }
@@ -186,7 +188,10 @@ impl Layers {
         if let Some(text) = self.file.get(setting.name) {
             return (text.clone(), Source::File(self.file_path.clone()));
         }
-        (setting.default_for(self.profile).to_owned(), Source::Default(self.profile))
+        match (self.profile, setting.dev_default) {
+            (Profile::Dev, Some(default)) => (default.to_owned(), Source::DevDefault),
+            (Profile::Dev | Profile::Serve, _) => (setting.default.to_owned(), Source::Default),
+        }
     }
 
     /// The value of the setting from the highest layer that has one. Called once for each setting,
@@ -217,7 +222,9 @@ impl Layers {
             }
             Source::Environment(name) => (name.clone(), format!("{name}={}", setting.example)),
             Source::File(_) => (name.to_owned(), toml_line(setting, setting.example)),
-            Source::Default(_) => (setting.env(), format!("{}={}", setting.env(), setting.example)),
+            Source::Default | Source::DevDefault => {
+                (setting.env(), format!("{}={}", setting.env(), setting.example))
+            }
         };
         self.faults.push(Fault { subject, origin: source.to_string(), problem, example });
     }
@@ -329,7 +336,7 @@ mod tests {
         assert_eq!(get("shards"), ("3", Source::Flag));
         assert_eq!(get("kafka_brokers"), ("env:1", Source::Environment("KAFKA_BROKERS".into())));
         assert_eq!(get("routers"), ("2", Source::File(file.path().into())));
-        assert_eq!(get("ping_interval"), ("54s", Source::Default(Profile::Serve)));
+        assert_eq!(get("ping_interval"), ("54s", Source::Default));
     }
 
     #[test]
@@ -360,7 +367,7 @@ mod tests {
         let text = Faults(faults).to_string();
         assert!(text.contains("6 faults"), "{text}");
         assert!(text.contains("--shards (command line): `many` is not a whole number, nor `auto`"));
-        assert!(text.contains("`0` is not between 1 and 65536"), "{text}");
+        assert!(text.contains("`0` is not between 2 and 32766"), "{text}");
     }
 
     #[test]

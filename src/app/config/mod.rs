@@ -2,6 +2,8 @@
 //! place and checked whole. Every fault is reported, all at once.
 
 mod check;
+#[cfg(test)]
+mod deployments;
 mod layers;
 mod print;
 mod table;
@@ -37,8 +39,6 @@ pub struct Setting {
     pub kind: &'static str,
     /// How the value is written in TOML.
     pub toml: Toml,
-    /// Whether the value is never shown.
-    pub secret: bool,
     /// Default of `serve`, as text.
     pub default: &'static str,
     /// Default of `dev`, where it is another.
@@ -47,8 +47,6 @@ pub struct Setting {
     pub bounds: Option<(&'static str, &'static str)>,
     /// A right value.
     pub example: &'static str,
-    /// Reads a text as this setting and checks the bounds.
-    pub check: fn(&Setting, &str) -> Result<(), String>,
 }
 
 impl Setting {
@@ -66,14 +64,6 @@ impl Setting {
     pub fn description(&self) -> String {
         self.doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
     }
-
-    /// The default under a profile.
-    pub fn default_for(&self, profile: Profile) -> &'static str {
-        match profile {
-            Profile::Dev => self.dev_default.unwrap_or(self.default),
-            Profile::Serve => self.default,
-        }
-    }
 }
 
 /// Reads a text as a `T` and checks it against the bounds of the setting.
@@ -86,10 +76,6 @@ fn read_text<T: Value>(setting: &Setting, text: &str) -> Result<T, String> {
         }
     }
     Ok(value)
-}
-
-fn check_text<T: Value>(setting: &Setting, text: &str) -> Result<(), String> {
-    read_text::<T>(setting, text).map(drop)
 }
 
 /// Reads and checks everything.
@@ -130,9 +116,10 @@ mod tests {
                 texts.extend([min, max]);
             }
             for text in texts {
-                if let Err(problem) = (setting.check)(setting, text) {
-                    panic!("{}: `{text}` {problem}", setting.name);
-                }
+                let mut layers =
+                    Layers::new(Profile::Dev).with_flags([(setting.name, text.into())]);
+                Settings::resolve(&mut layers);
+                assert_eq!(layers.finish().1, [], "{}", setting.name);
             }
             assert!(!setting.example.is_empty(), "{}", setting.name);
             assert!(setting.description().ends_with('.'), "{}", setting.name);

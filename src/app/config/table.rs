@@ -28,12 +28,10 @@ macro_rules! settings {
             doc: &[$($doc),+],
             kind: <$kind as Value>::KIND,
             toml: <$kind as Value>::TOML,
-            secret: <$kind as Value>::SECRET,
             default: $default,
             dev_default: settings!(@optional $($dev)?),
             bounds: settings!(@optional $(($min, $max))?),
             example: $example,
-            check: super::check_text::<$kind>,
         },)+)+];
 
         /// The values, typed.
@@ -83,29 +81,38 @@ settings! {
         service_threads: Auto<Count> = "auto", from "1" to "256", example "2";
     }
     "Limits" {
-        /// Connections this node holds at most; more are answered 503. `auto`: what the
-        /// descriptor limit allows each shard, at most 65536 for each.
+        /// Connections this node holds at most; more are answered 503. Divided among the shards, each
+        /// with an eighth to spare because the kernel does not spread them evenly. `auto`: what
+        /// the descriptor limit allows each shard, at most 65536 for each.
         connections_max: Auto<Count> = "auto", from "1" to "16777216", example "200000";
-        /// Sessions of one user; one more is answered 429.
+        /// Sessions of one user, over all devices; one more is answered 429.
         connections_per_user: Count = "32", from "1" to "65536", example "32";
-        /// Connections from one address; one more is answered 429. 0: no limit (behind a proxy all
-        /// clients share its address).
-        connections_per_address: Count = "0", from "0" to "16777216", example "200";
+        /// Connections from one address (an IPv6 client is its /64); one more is answered 429.
+        /// 0: no limit, as behind a proxy.
+        connections_per_address: Count = "20000", from "0" to "16777216", example "200";
         /// New connections each second; more are answered 503. 0: no limit.
         handshakes_per_second: Count = "20000", from "0" to "10000000", example "5000";
         /// New connections each second from one address; more are answered 429. 0: no limit.
-        handshakes_per_second_per_address: Count = "0", from "0" to "10000000", example "20";
-        /// Messages a client may send each second, on average and in one burst; more close it
-        /// with 1008.
-        inbound_messages_per_second: Count = "20", from "1" to "1000000", example "20";
-        /// Bytes a client may send each second, on average and in one burst; more close it with 1008.
-        inbound_bytes_per_second: Size = "128KiB", from "1KiB" to "1GiB", example "128KiB";
+        handshakes_per_second_per_address: Count = "2000", from "0" to "10000000", example "20";
+        /// Frames a client may send in any second; one more closes it with 1008.
+        inbound_messages_per_second: Count = "100", from "1" to "65535", example "20";
+        /// Bytes a client may send in any second; more close it with 1008.
+        inbound_bytes_per_second: Size = "256KiB", from "4KiB" to "1GiB", example "256KiB";
         /// One message from a client, after decompression; a larger one closes it with 1009.
-        message_bytes_max: Size = "64KiB", from "1KiB" to "16MiB", example "64KiB";
+        message_bytes_max: Size = "64KiB", from "1KiB" to "1GiB", example "64KiB";
         /// Events waiting for a client that reads too slowly; one more closes it with 1011.
-        queue_messages_max: Count = "128", from "1" to "65536", example "128";
+        queue_messages_max: Count = "128", from "2" to "32766", example "128";
         /// Bytes waiting for such a client; more close it with 1011.
         queue_bytes_max: Size = "1MiB", from "16KiB" to "1GiB", example "1MiB";
+        /// Live events waiting for a client that is catching up; one more closes it with 1013.
+        hold_messages_max: Count = "1024", from "1" to "32766", example "1024";
+        /// Bytes waiting for such a client; more close it with 1013.
+        hold_bytes_max: Size = "1MiB", from "16KiB" to "1GiB", example "1MiB";
+        /// Events that may wait in one shard for anybody. At this number it takes no more, and the
+        /// Kafka partitions concerned pause.
+        shard_events_max: Count = "262144", from "1" to "16777216", example "262144";
+        /// Bytes of those events. With the shards, the greatest part of the memory bound.
+        shard_event_bytes_max: Size = "256MiB", from "1MiB" to "1024GiB", example "256MiB";
         /// Send buffer the kernel keeps for each client (`SO_SNDBUF`; the kernel doubles it).
         /// 0: the kernel grows it as it likes, up to megabytes for each stalled reader.
         so_sndbuf: Size = "64KiB", from "0" to "64MiB", example "64KiB";
@@ -113,16 +120,19 @@ settings! {
     "Times" {
         /// From accepting a connection to its complete upgrade request; later is answered 408.
         handshake_timeout: Duration = "10s", from "100ms" to "5m", example "10s";
-        /// A client that was silent this long is pinged.
+        /// A client that was silent this long is pinged (up to a ninth earlier, so that clients
+        /// that came together are not pinged together).
         ping_interval: Duration = "54s", from "1s" to "1h", example "54s";
         /// A client that was silent this long is dropped. More than the ping interval.
         idle_timeout: Duration = "60s", from "2s" to "2h", example "60s";
         /// A client that took nothing of what waits for it for this long is dropped.
-        write_timeout: Duration = "30s", from "100ms" to "10m", example "30s";
+        write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";
         /// How long a client may take to answer a close frame.
         close_timeout: Duration = "5s", from "100ms" to "1m", example "5s";
         /// How long a session's live events wait for its first message (the resume request).
-        resume_grace: Duration = "5s", from "0s" to "5m", example "5s";
+        resume_grace: Duration = "10s", from "0s" to "5m", example "10s";
+        /// How long a session may take to catch up; then it is closed with 1013.
+        catch_up_timeout: Duration = "5m", from "1s" to "1h", example "5m";
     }
     "WebSocket" {
         /// Origins that browsers may connect from. Empty: any.
@@ -157,8 +167,8 @@ settings! {
         membership_lifetime: Duration = "1h", from "1s" to "24h", example "1h";
     }
     "Redis" {
-        /// Redis as host:port. `redis_url` says more and wins.
-        redis_addr: Option<PeerAddress> = "", example "redis:6379";
+        /// Redis as host:port; several are nodes of a cluster. `redis_url` says more and wins.
+        redis_addr: Vec<PeerAddress> = "", example "redis:6379";
         /// Redis as a URL: `redis://`, `rediss://` (TLS), `redis+cluster://` or
         /// `rediss+cluster://`, with user, password and database. Empty with `redis_addr` empty:
         /// no Redis.

@@ -1,6 +1,11 @@
 //! Configuration, wiring, shutdown, telemetry, the command line.
 
 pub mod admin;
+pub mod cli;
 pub mod config;
+pub mod dev;
+pub mod node;
 pub mod publish;
+pub mod serve;
+pub mod tail;
 pub mod telemetry;

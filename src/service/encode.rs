@@ -214,8 +214,8 @@ impl JsonPayload {
     }
 }
 
-/// `None`: a string in it is not UTF-8, or its timestamp is outside of what JSON can say.
-fn json(record: &Record<'_>) -> Option<Vec<u8>> {
+/// The text of a JSON session's message. `None`: a string in it is not UTF-8, or its timestamp is outside of what JSON can say.
+pub fn json(record: &Record<'_>) -> Option<Vec<u8>> {
     let envelope = EventEnvelope::decode(record.value).ok()?;
     let event_type = match EventType::try_from(record.event_type) {
         Ok(known) => JsonEventType::Known(known),

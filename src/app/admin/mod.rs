@@ -4,7 +4,6 @@ mod exposition;
 mod requests;
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -17,7 +16,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 pub use exposition::{FamilyKind, Page};
-pub use requests::Requests;
+pub use requests::{Requests, answered};
 
 /// The type Prometheus asks for.
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -45,7 +44,7 @@ pub struct Admin {
 
 impl Admin {
     /// What is missing before this node serves clients, a line each.
-    fn missing(&self) -> Vec<String> {
+    pub fn missing(&self) -> Vec<String> {
         let draining = self.drain.borrow().then(|| "draining".to_owned());
         draining.into_iter().chain(self.checks.iter().filter_map(|check| check())).collect()
     }
@@ -57,14 +56,6 @@ impl Admin {
 /// The listener failed.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) -> io::Result<()> {
     axum::serve(listener, router(admin)).await
-}
-
-/// Binds the admin port.
-///
-/// # Errors
-/// The address is taken or not this machine's.
-pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await
 }
 
 fn router(admin: Arc<Admin>) -> axum::Router {
@@ -128,6 +119,7 @@ async fn try_page(State(admin): State<Arc<Admin>>) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -146,7 +138,7 @@ mod tests {
     }
 
     async fn start(admin: Admin) -> SocketAddr {
-        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(serve(listener, Arc::new(admin)));
         address

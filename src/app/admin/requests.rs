@@ -67,7 +67,8 @@ impl Requests {
     }
 }
 
-fn answered(page: &mut Page, method: &str, path: &str, status: &str, count: u64) {
+/// Adds a sample of `http_requests_total`: the public port's come from the shards.
+pub fn answered(page: &mut Page, method: &str, path: &str, status: &str, count: u64) {
     let labels = [("method", method), ("path", path), ("status", status)];
     #[allow(clippy::cast_precision_loss, reason = "exact to 2^53")]
     let count = count as f64;

@@ -1,0 +1,211 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Arg, ArgMatches, Args as _, Command};
+
+use super::config::{self, Layers, Loaded, Profile, Setting, TABLE, Value};
+use super::{dev, publish, serve, tail};
+
+const ABOUT: &str = "Pushes each RealChat event to every connected device of every member";
+
+const LONG_ABOUT: &str = "\
+Delivery holds the client connections of a RealChat back end: it reads events from Kafka and pushes
+each one over WebSocket (or gRPC) to every connected device of every member of its conversation.
+
+To see it work, with nothing else installed:
+
+    delivery dev                                       # in one terminal
+    delivery tail --user alice --device phone          # in another
+
+To send something of your own through it (the broker's address is in dev's start-up message):
+
+    delivery publish --brokers 127.0.0.1:PORT message --conversation demo --sender bob \"Hello\"";
+
+const SERVE_ABOUT: &str = "\
+Serves clients, with production defaults.
+
+Every setting below is also an environment variable (--http-port is HTTP_PORT) and a line of the TOML file
+named by --config (http_port = \"8083\"). A flag wins over the environment, the environment over the file.
+What is needed at least: --kafka-brokers, and --jwt-secret or another key (or --auth-mode trust).";
+
+const DEV_ABOUT: &str = "\
+Serves clients with nothing else installed: Kafka is embedded (it keeps nothing), there is no Redis and no
+other service, everybody may connect as anybody, and only this machine can connect. A demo conversation
+talks once a second. Every setting of `serve` can still be set.";
+
+const CONFIG_ABOUT: &str = "\
+Prints the configuration in force as a TOML file, with the source of each value, secrets masked. Exits with 2
+if `serve` would refuse it. Takes the same flags as `serve`.";
+
+/// Exit status for a command line or configuration that is not valid.
+pub const INVALID: u8 = 2;
+
+/// Runs the command that the arguments name.
+pub fn run() -> ExitCode {
+    let matches = command().get_matches();
+    let (name, matches) = matches.subcommand().expect("a subcommand is required");
+    match name {
+        "serve" => with_settings(matches, Profile::Serve, serve::run),
+        "dev" => with_settings(matches, Profile::Dev, dev::run),
+        "config" if matches.get_flag("reference") => {
+            print!("{}", config::reference());
+            ExitCode::SUCCESS
+        }
+        "config" => {
+            let profile = if matches.get_flag("dev") { Profile::Dev } else { Profile::Serve };
+            with_settings(matches, profile, |loaded| {
+                print!("{}", config::effective(&loaded));
+                Ok(())
+            })
+        }
+        "publish" => finish(publish::run(&parsed(matches))),
+        "tail" => finish(tail::run(&parsed(matches))),
+        other => unreachable!("`{other}` is not a subcommand of `command`"),
+    }
+}
+
+fn parsed<T: clap::FromArgMatches>(matches: &ArgMatches) -> T {
+    T::from_arg_matches(matches).unwrap_or_else(|error| error.exit())
+}
+
+fn with_settings(
+    matches: &ArgMatches,
+    profile: Profile,
+    run: impl FnOnce(Loaded) -> Result<(), String>,
+) -> ExitCode {
+    match config::load(layers(matches, profile)) {
+        Ok(loaded) => finish(run(loaded)),
+        Err(faults) => {
+            eprintln!("delivery: {faults}");
+            ExitCode::from(INVALID)
+        }
+    }
+}
+
+fn finish(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("delivery: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn layers(matches: &ArgMatches, profile: Profile) -> Layers {
+    let mut layers = Layers::new(profile);
+    if let Some(path) = matches.get_one::<PathBuf>("config") {
+        layers = layers.with_file(path);
+    }
+    layers.with_environment(|name| std::env::var_os(name)).with_flags(flags(matches))
+}
+
+fn flags(matches: &ArgMatches) -> Vec<(&'static str, String)> {
+    let no_demo = matches!(matches.try_get_one::<bool>("no-demo"), Ok(Some(true)));
+    let given = TABLE.iter().filter_map(|setting| {
+        let text = matches.get_one::<String>(setting.name)?;
+        Some((setting.name, text.clone()))
+    });
+    given.chain(no_demo.then(|| ("dev_demo", "false".to_owned()))).collect()
+}
+
+fn command() -> Command {
+    let no_demo = Arg::new("no-demo")
+        .long("no-demo")
+        .help("Leave out the demo conversation")
+        .action(clap::ArgAction::SetTrue);
+    let reference = Arg::new("reference")
+        .long("reference")
+        .help("Print the reference of all settings (Markdown) instead")
+        .action(clap::ArgAction::SetTrue);
+    let dev_defaults = Arg::new("dev")
+        .long("dev")
+        .help("Begin with the defaults of `dev` instead of those of `serve`")
+        .action(clap::ArgAction::SetTrue);
+    let config_command = Command::new("config").arg(reference).arg(dev_defaults);
+    Command::new("delivery")
+        .about(ABOUT)
+        .long_about(LONG_ABOUT)
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(setting_flags(about(Command::new("dev").arg(no_demo), DEV_ABOUT)))
+        .subcommand(setting_flags(about(Command::new("serve"), SERVE_ABOUT)))
+        .subcommand(setting_flags(about(config_command, CONFIG_ABOUT)))
+        .subcommand(about(publish::Publish::augment_args(Command::new("publish")), publish::ABOUT))
+        .subcommand(about(tail::Tail::augment_args(Command::new("tail")), tail::ABOUT))
+}
+
+/// Its first sentence is the short help.
+fn about(command: Command, text: &'static str) -> Command {
+    let first = text.split(['.', ':']).next().expect("split yields one piece at least");
+    command.about(first.replace('\n', " ")).long_about(text)
+}
+
+fn setting_flags(command: Command) -> Command {
+    let file = Arg::new("config")
+        .long("config")
+        .value_name("FILE")
+        .value_parser(clap::value_parser!(PathBuf))
+        .help("TOML file with settings");
+    TABLE.iter().fold(command.arg(file), |command, setting| command.arg(setting_flag(setting)))
+}
+
+fn setting_flag(setting: &'static Setting) -> Arg {
+    let mut help = format!("{} [{}", setting.description(), setting.env());
+    match (setting.default, setting.dev_default) {
+        ("", None) => {}
+        (default, None) => help.push_str(&format!(", default {default}")),
+        (default, Some(dev)) => help.push_str(&format!(", default {default}, with dev {dev}")),
+    }
+    help.push(']');
+    // Made once per process; clap wants names that live as long.
+    let arg = Arg::new(setting.name)
+        .long(&*setting.flag().leak())
+        .help(help)
+        .help_heading(setting.group)
+        .value_name("VALUE");
+    // `--echo` alone switches it on.
+    if setting.kind == <bool as Value>::KIND {
+        return arg.num_args(0..=1).default_missing_value("true");
+    }
+    arg.allow_hyphen_values(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn loaded(arguments: &[&str]) -> Loaded {
+        let matches = command().get_matches_from(arguments);
+        let (_, matches) = matches.subcommand().unwrap();
+        config::load(Layers::new(Profile::Dev).with_flags(flags(matches))).unwrap()
+    }
+
+    #[test]
+    fn command_line_is_well_formed() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn every_setting_is_a_flag_of_serve_dev_and_config() {
+        for name in ["serve", "dev", "config"] {
+            for setting in TABLE {
+                let flag = format!("--{}", setting.flag());
+                let matches =
+                    command().get_matches_from(["delivery", name, &flag, setting.example]);
+                let (_, matches) = matches.subcommand().unwrap();
+                assert_eq!(matches.get_one::<String>(setting.name).unwrap(), setting.example);
+            }
+        }
+    }
+
+    #[test]
+    fn switch_needs_no_value() {
+        let loaded = loaded(&["delivery", "dev", "--echo", "--deflate", "false", "--no-demo"]);
+        let settings = loaded.settings;
+        assert!(settings.echo && !settings.deflate && !settings.dev_demo);
+    }
+}

@@ -1,0 +1,196 @@
+//! `delivery dev`: the same node with nothing else installed.
+
+mod demo;
+mod kafka;
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::config::{AuthMode, ListenAddress, Loaded, PeerAddress, Settings, Value as _};
+use super::node::{self, Addresses, Plan};
+use demo::Demo;
+use kafka::EmbeddedKafka;
+
+/// The page served at `/try`; [`PORT_MARK`] stands for the WebSocket port.
+const TRY_PAGE: &str = include_str!("try.html");
+const PORT_MARK: &str = "{{WEBSOCKET_PORT}}";
+
+/// Runs until it is told to stop.
+///
+/// # Errors
+/// Something could not be started; says what, and what to do.
+pub fn run(loaded: Loaded) -> Result<(), String> {
+    let mut settings = loaded.settings;
+    stay_private(&settings)?;
+    let embedded = if settings.kafka_brokers.is_empty() {
+        let kafka = EmbeddedKafka::start(&settings.kafka_topics)?;
+        settings.kafka_brokers = Vec::<PeerAddress>::parse(&kafka.brokers())?;
+        Some(kafka)
+    } else {
+        None
+    };
+    // A Kafka of somebody else's is not talked into.
+    let demo_wanted = settings.dev_demo && embedded.is_some();
+    let mut demo = None;
+    let told = settings.clone();
+    let plan = Plan {
+        ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        try_page: Some(|addresses: &Addresses| {
+            TRY_PAGE.replace(PORT_MARK, &addresses.websocket.port().to_string())
+        }),
+        settings,
+    };
+    node::run(plan, |addresses| {
+        println!("{}", greeting(&told, addresses, embedded.is_some(), demo_wanted));
+        if demo_wanted {
+            demo = Demo::start(&told).inspect_err(|why| tracing::error!("no demo: {why}")).ok();
+        }
+    })
+}
+
+/// Trusting everybody is for this machine only.
+fn stay_private(settings: &Settings) -> Result<(), String> {
+    let listens = [
+        ("HTTP_PORT", Some(settings.http_port)),
+        ("HTTP_ADDR", Some(settings.http_addr)),
+        ("GRPC_ADDR", settings.grpc_addr),
+    ];
+    let public = |address: ListenAddress| address.ip.is_some_and(|ip| !ip.is_loopback());
+    for (name, address) in listens {
+        if let Some(address) = address
+            && public(address)
+            && settings.auth_mode == AuthMode::Trust
+        {
+            return Err(format!(
+                "{name}: {} is open to other machines, and `dev` lets anybody connect as anybody\n      \
+                 example: {name}=127.0.0.1:{}, or AUTH_MODE=jwt with JWT_SECRET, or `delivery serve`",
+                address.show(),
+                address.port
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// What is running, what it is not, and what to try next: every line can be pasted as it is.
+fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> String {
+    let brokers = settings.kafka_brokers.show();
+    let program = program();
+    let (websocket, admin) = (at.websocket, at.admin);
+    let mut out = format!(
+        "\nDelivery is running, for trying it out (stop it with Ctrl-C).\n\n  \
+         WebSocket  ws://{websocket}/ws\n  \
+         admin      http://{admin}/health/ready  http://{admin}/metrics\n"
+    );
+    if let Some(grpc) = at.grpc {
+        out += &format!("  gRPC       {grpc}  (DeliveryApi.Connect)\n");
+    }
+    out += &format!("  Kafka      {brokers}{}\n", if embedded { "  (embedded)" } else { "" });
+    if embedded {
+        out += "\nKafka is a mock inside this process (librdkafka's). It keeps nothing: when the process ends, \
+                its events\nare gone, and before that it forgets what is more than 5 MiB old in a partition.\n";
+    }
+    out += &missing(settings);
+    let user = if demo {
+        out += "\nThe conversation `demo` (alice, bob, carol) says something once a second. Watch it as one of them:\n";
+        "alice"
+    } else {
+        out += &format!(
+            "\nCreate a conversation, then watch it as one of its members:\n\n    \
+             {program} publish --brokers {brokers} create --conversation demo --members alice,bob,carol\n"
+        );
+        "alice"
+    };
+    let url = format!("ws://{websocket}/ws?user_id={user}&device_id=phone");
+    out += &format!(
+        "\n  in a browser:\n    http://{admin}/try\n\
+         \n  with this program, in another terminal:\n    \
+         {program} tail --url {websocket} --user {user} --device phone\n\
+         \n  with websocat:\n    websocat --protocol realchat.v1.json '{url}'\n\
+         \n  with Python (pip install websockets):\n    \
+         python3 -c \"from websockets.sync.client import connect\n\
+         for event in connect('{url}', subprotocols=['realchat.v1.json']): print(event)\"\n\
+         \nSay something yourself:\n\n    \
+         {program} publish --brokers {brokers} message --conversation demo --sender bob \"Hello\"\n"
+    );
+    out
+}
+
+/// What `serve` would have and this has not, in words.
+fn missing(settings: &Settings) -> String {
+    let mut without = Vec::new();
+    if !settings.has_redis() {
+        without.push("no Redis (one node only)");
+    }
+    if settings.msg_svc_addr.is_none() {
+        without.push("no message service (nothing is caught up after a reconnect)");
+    }
+    if settings.conv_svc_addr.is_none() {
+        without.push("no conversation service (members come from events alone)");
+    }
+    if settings.presence_svc_addr.is_none() {
+        without.push("no presence service");
+    }
+    let mut out = String::new();
+    if !without.is_empty() {
+        out += &format!("There is {}.\n", without.join(",\n"));
+    }
+    if settings.auth_mode == AuthMode::Trust {
+        out += "Anybody on this machine may connect as anybody.\n";
+    }
+    out
+}
+
+/// How this program was called, so that the lines work as printed.
+fn program() -> String {
+    let name = std::env::args().next().unwrap_or_else(|| "delivery".to_owned());
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
+    if name.chars().all(plain) { name } else { format!("'{}'", name.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::{Layers, Profile, load};
+    use super::*;
+
+    fn settings(flags: &[(&'static str, &str)]) -> Settings {
+        let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
+        load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings
+    }
+
+    #[test]
+    fn trust_stays_on_this_machine() {
+        assert!(stay_private(&settings(&[])).is_ok());
+        assert!(stay_private(&settings(&[("http_port", "127.0.0.1:0")])).is_ok());
+        for name in ["http_port", "http_addr", "grpc_addr"] {
+            let why = stay_private(&settings(&[(name, "0.0.0.0:8083")])).unwrap_err();
+            assert!(why.starts_with(&name.to_uppercase()), "{why}");
+        }
+        let secret = "0123456789abcdef0123456789abcdef";
+        let jwt = [("auth_mode", "jwt"), ("jwt_secret", secret), ("http_port", "0.0.0.0:1")];
+        assert!(stay_private(&settings(&jwt)).is_ok());
+    }
+
+    #[test]
+    fn greeting_has_the_real_ports_and_says_what_is_missing() {
+        let mut settings = settings(&[]);
+        settings.kafka_brokers = Vec::<PeerAddress>::parse("127.0.0.1:40001").unwrap();
+        let at = Addresses {
+            websocket: "127.0.0.1:40002".parse().unwrap(),
+            admin: "127.0.0.1:40003".parse().unwrap(),
+            grpc: Some("127.0.0.1:40004".parse().unwrap()),
+        };
+        let text = greeting(&settings, &at, true, true);
+        for part in [
+            "--brokers 127.0.0.1:40001 message",
+            "ws://127.0.0.1:40002/ws?user_id=alice",
+            "--url 127.0.0.1:40002",
+            "http://127.0.0.1:40003/try",
+            "127.0.0.1:40004",
+            "keeps nothing",
+            "no Redis",
+            "anybody",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+    }
+}

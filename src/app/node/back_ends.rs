@@ -1,0 +1,175 @@
+//! The services that this node asks and tells, as far as they are configured. All connect in the
+//! background and again when they were away.
+
+use std::sync::Arc;
+
+use super::metrics::component;
+use crate::app::admin::Samples;
+use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
+use crate::service::auth::Authenticator;
+use crate::service::encode::CompressionConfig;
+use crate::service::neighbours::{
+    ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
+};
+use crate::service::presence::{Presence, PresenceConfig, PresenceTarget};
+use crate::service::redis::{self, RedisConfig, RedisLink};
+use crate::service::resume::{Membership, Resume, ResumeConfig};
+
+/// See the module.
+pub(super) struct BackEnds {
+    pub auth: Arc<Authenticator>,
+    pub conversations: Option<ConversationService>,
+    pub redis: Option<RedisLink>,
+    pub presence: Presence,
+    pub resume: Resume,
+    /// The metrics of all of them.
+    pub samples: Vec<Samples>,
+}
+
+impl BackEnds {
+    /// Makes them, for a node of this name. Needs the runtime.
+    ///
+    /// # Errors
+    /// A key or an address cannot be used.
+    pub(super) fn start(settings: &Settings, instance: &Arc<str>) -> Result<Self, String> {
+        let mut samples = Vec::new();
+        let conversations = neighbour(
+            settings,
+            ("CONV_SVC_ADDR", "conversation_service_"),
+            settings.conv_svc_addr.as_ref(),
+            ConversationService::new,
+            &mut samples,
+        )?;
+        let messages = neighbour(
+            settings,
+            ("MSG_SVC_ADDR", "message_service_"),
+            settings.msg_svc_addr.as_ref(),
+            MessageService::new,
+            &mut samples,
+        )?;
+        let redis = redis_link(settings, &mut samples)?;
+        let presence = presence(settings, instance, redis.as_ref(), &mut samples)?;
+        let resume = resume(settings, messages, conversations.as_ref(), &mut samples);
+        let auth = authenticator(settings)?;
+        Ok(Self { auth, conversations, redis, presence, resume, samples })
+    }
+}
+
+/// When compression pays.
+pub(super) fn compression(settings: &Settings) -> CompressionConfig {
+    CompressionConfig {
+        threshold_bytes: settings.deflate_threshold.bytes(),
+        ..CompressionConfig::default()
+    }
+}
+
+/// One of the gRPC services, if it has an address.
+fn neighbour<T, E: std::fmt::Display>(
+    settings: &Settings,
+    (setting, prefix): (&str, &'static str),
+    address: Option<&GrpcAddress>,
+    make: impl FnOnce(&NeighbourConfig, Arc<NeighbourCounters>) -> Result<T, E>,
+    samples: &mut Vec<Samples>,
+) -> Result<Option<T>, String> {
+    let Some(address) = address else { return Ok(None) };
+    let config = NeighbourConfig {
+        call_timeout: settings.call_timeout,
+        ..NeighbourConfig::new(address.url())
+    };
+    let counters = Arc::new(NeighbourCounters::default());
+    let made = make(&config, Arc::clone(&counters))
+        .map_err(|error| format!("{setting}: {} cannot be used: {error}", config.url))?;
+    samples.push(component(prefix, move |visit| counters.visit(visit)));
+    Ok(Some(made))
+}
+
+fn redis_link(
+    settings: &Settings,
+    samples: &mut Vec<Samples>,
+) -> Result<Option<RedisLink>, String> {
+    let Some(address) = settings.redis() else { return Ok(None) };
+    let address = address.map_err(|error| error.to_string())?;
+    let counters = Arc::default();
+    let link = redis::connect(RedisConfig::new(address), Arc::clone(&counters));
+    samples.push(component("", move |visit| counters.visit(visit)));
+    Ok(Some(link))
+}
+
+fn presence(
+    settings: &Settings,
+    instance: &Arc<str>,
+    redis: Option<&RedisLink>,
+    samples: &mut Vec<Samples>,
+) -> Result<Presence, String> {
+    let target = match settings.presence() {
+        PresenceMode::Off => return Ok(Presence::off()),
+        PresenceMode::Redis => {
+            PresenceTarget::Redis(redis.expect("checked with the settings").clone())
+        }
+        PresenceMode::Service => {
+            let address = settings.presence_svc_addr.as_ref();
+            let names = ("PRESENCE_SVC_ADDR", "presence_service_");
+            let service = neighbour(settings, names, address, PresenceService::new, samples)?;
+            PresenceTarget::Service(service.expect("checked with the settings"))
+        }
+    };
+    let config = PresenceConfig {
+        refresh_interval: settings.presence_refresh,
+        ..PresenceConfig::new(Arc::clone(instance))
+    };
+    let counters = Arc::default();
+    let presence = Presence::spawn(config, target, Arc::clone(&counters));
+    samples.push(component("presence_", move |visit| counters.visit(visit)));
+    Ok(presence)
+}
+
+fn resume(
+    settings: &Settings,
+    messages: Option<MessageService>,
+    conversations: Option<&ConversationService>,
+    samples: &mut Vec<Samples>,
+) -> Resume {
+    let Some(messages) = messages else {
+        tracing::warn!("MSG_SVC_ADDR is not set: what a client missed is not caught up");
+        return Resume::off();
+    };
+    let membership = match (conversations, settings.auth_mode) {
+        (Some(service), _) => Membership::Checked {
+            listing: Arc::new(service.clone()),
+            source: Arc::new(service.clone()),
+        },
+        (None, AuthMode::Trust) => Membership::Unchecked,
+        (None, AuthMode::Jwt) => {
+            tracing::warn!(
+                "CONV_SVC_ADDR is not set, so nobody can say who may read what: what a client \
+                 missed is not caught up"
+            );
+            return Resume::off();
+        }
+    };
+    let defaults = ResumeConfig::default();
+    let config = ResumeConfig {
+        calls_max: settings.resume_calls_max.size(),
+        // A chunk must not overflow the queue that it is put into.
+        chunk_messages_max: defaults
+            .chunk_messages_max
+            .min(settings.queue_messages_max.size().div_ceil(2)),
+        chunk_bytes_max: defaults.chunk_bytes_max.min(settings.queue_bytes_max.bytes() / 2),
+        compression: compression(settings),
+        ..defaults
+    };
+    let counters = Arc::default();
+    let resume = Resume::new(config, Arc::new(messages), membership, Arc::clone(&counters));
+    samples.push(component("resume_", move |visit| counters.visit(visit)));
+    resume
+}
+
+fn authenticator(settings: &Settings) -> Result<Arc<Authenticator>, String> {
+    match settings.auth_mode {
+        AuthMode::Trust => {
+            tracing::warn!("AUTH_MODE=trust: anybody can connect as anybody");
+            Ok(Authenticator::trust())
+        }
+        AuthMode::Jwt => Err("AUTH_MODE=jwt: tokens cannot be checked yet".to_owned()),
+    }
+}

@@ -1,0 +1,99 @@
+//! The rings between the shards and their peers on the service side: one pair for each shard and
+//! peer, one doorbell for each sleeper.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::limits::HANDOFF_RING_SLOTS;
+use crate::handoff::{Consumer, Doorbell, Producer, ring};
+
+/// A peer's rings to one shard.
+pub(super) struct PeerEnd {
+    pub commands: Producer<ShardCommand>,
+    pub reports: Consumer<ShardReport>,
+}
+
+/// A shard's rings to one peer.
+pub(super) struct ShardEnd {
+    pub commands: Consumer<ShardCommand>,
+    pub reports: Producer<ShardReport>,
+}
+
+/// Everything of one shard: the session manager's rings first, then the routers'.
+pub(super) struct ShardSide {
+    pub bell: Arc<Doorbell>,
+    pub peers: Vec<ShardEnd>,
+}
+
+/// Everything of one peer: by shard number.
+pub(super) struct PeerSide {
+    pub bell: Arc<Doorbell>,
+    pub shards: Vec<PeerEnd>,
+}
+
+/// All rings of a node.
+pub(super) struct Mesh {
+    pub shards: Vec<ShardSide>,
+    pub session_manager: PeerSide,
+    pub routers: Vec<PeerSide>,
+}
+
+impl Mesh {
+    /// For so many shards (the gRPC hub counted, if there is one) and routers.
+    ///
+    /// # Errors
+    /// The process is out of file descriptors.
+    pub(super) fn new(shards: usize, routers: usize) -> io::Result<Self> {
+        let bell = || Doorbell::new().map(Arc::new);
+        let mut shard_sides = Vec::with_capacity(shards);
+        for _ in 0..shards {
+            shard_sides.push(ShardSide { bell: bell()?, peers: Vec::new() });
+        }
+        let mut connect = || -> io::Result<PeerSide> {
+            let bell = bell()?;
+            let mut ends = Vec::with_capacity(shards);
+            for shard in &mut shard_sides {
+                let (to_shard, commands) = ring(HANDOFF_RING_SLOTS, Arc::clone(&shard.bell));
+                let (reports, from_shard) = ring(HANDOFF_RING_SLOTS, Arc::clone(&bell));
+                shard.peers.push(ShardEnd { commands, reports });
+                ends.push(PeerEnd { commands: to_shard, reports: from_shard });
+            }
+            Ok(PeerSide { bell, shards: ends })
+        };
+        let session_manager = connect()?;
+        let routers = (0..routers).map(|_| connect()).collect::<io::Result<_>>()?;
+        Ok(Self { shards: shard_sides, session_manager, routers })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ids::ConnectionKey;
+    use crate::handoff::Pushed;
+
+    #[test]
+    fn each_peer_reaches_each_shard_over_rings_of_their_own() {
+        let mut mesh = Mesh::new(3, 2).unwrap();
+        let peers = std::iter::once(&mut mesh.session_manager).chain(&mut mesh.routers);
+        for (peer, side) in peers.enumerate() {
+            for (shard, end) in side.shards.iter_mut().enumerate() {
+                let slot = u32::try_from(10 * peer + shard).unwrap();
+                let connection = ConnectionKey { slot, generation: 0 };
+                let pushed = end.commands.push(ShardCommand::Admit { connection });
+                assert!(matches!(pushed, Pushed::Accepted));
+            }
+        }
+        for (shard, side) in mesh.shards.iter_mut().enumerate() {
+            assert_eq!(side.peers.len(), 3);
+            for (peer, end) in side.peers.iter_mut().enumerate() {
+                let Some(ShardCommand::Admit { connection }) = end.commands.pop() else {
+                    panic!("nothing came")
+                };
+                assert_eq!(connection.slot as usize, 10 * peer + shard);
+                assert!(end.commands.is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The shards: started all or not at all, watched to their end.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::interval;
+
+use super::mesh::ShardSide;
+use super::sizing::Sizing;
+use crate::app::config::{Count, Settings, Size};
+use crate::domain::ids::ShardId;
+use crate::protocol::upgrade::UpgradeRules;
+use crate::reactor::config::ShardConfig;
+use crate::reactor::counters::ShardCounters;
+use crate::reactor::gate::{Gate, GateConfig};
+use crate::reactor::shard::{PeerRings, ShardLinks};
+use crate::reactor::thread::{ShardHandle, spawn};
+
+/// Receive buffers of a shard, of which only those in use are resident: 2 MiB.
+const RECEIVE_BUFFERS: u16 = 512;
+/// How often the threads are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The running shards.
+pub(super) struct Shards {
+    handles: Vec<ShardHandle>,
+    pub counters: Vec<Arc<ShardCounters>>,
+}
+
+/// What all shards are told.
+pub(super) fn shard_config(settings: &Settings, sizing: &Sizing) -> ShardConfig {
+    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let bytes = |size: Size| u32::try_from(size.0).unwrap_or(u32::MAX);
+    let frames = |count: Count| u16::try_from(count.0).unwrap_or(u16::MAX);
+    ShardConfig {
+        connections_max: sizing.connections_per_shard,
+        handshake_ms_max: ms(settings.handshake_timeout),
+        resume_grace_ms: ms(settings.resume_grace),
+        catch_up_ms_max: ms(settings.catch_up_timeout),
+        ping_after_ms: ms(settings.ping_interval),
+        ping_spread_ms: ms(settings.ping_interval / 9),
+        idle_ms_max: ms(settings.idle_timeout),
+        write_ms_max: ms(settings.write_timeout),
+        close_ms_max: ms(settings.close_timeout),
+        queue_frames_max: frames(settings.queue_messages_max),
+        queue_bytes_max: bytes(settings.queue_bytes_max),
+        hold_frames_max: frames(settings.hold_messages_max),
+        hold_bytes_max: bytes(settings.hold_bytes_max),
+        events_max: settings.shard_events_max.u32(),
+        event_bytes_max: settings.shard_event_bytes_max.0,
+        inbound_frames_per_s_max: frames(settings.inbound_messages_per_second),
+        inbound_bytes_per_s_max: bytes(settings.inbound_bytes_per_second),
+        message_bytes_max: bytes(settings.message_bytes_max),
+        receive_buffers: RECEIVE_BUFFERS,
+        upgrade: UpgradeRules {
+            echo: settings.echo,
+            deflate: settings.deflate,
+            origins: settings.origin_rule().expect("checked with the settings"),
+            ..UpgradeRules::default()
+        },
+        ..ShardConfig::default()
+    }
+}
+
+/// Limits that all shards keep together.
+pub(super) fn gate_config(settings: &Settings) -> GateConfig {
+    let limit = |count: Count| match count.u32() {
+        0 => u32::MAX,
+        limit => limit,
+    };
+    GateConfig {
+        connections_per_address_max: limit(settings.connections_per_address),
+        handshakes_per_address_per_s_max: limit(settings.handshakes_per_second_per_address),
+        handshakes_per_s_max: limit(settings.handshakes_per_second),
+    }
+}
+
+impl Shards {
+    /// Starts one thread per listener.
+    ///
+    /// # Errors
+    /// A ring cannot be set up: says what to do. Shards that did start end by themselves, because
+    /// their peers are gone.
+    pub(super) fn start(
+        config: &ShardConfig,
+        gate: GateConfig,
+        listeners: Vec<OwnedFd>,
+        sides: Vec<ShardSide>,
+    ) -> Result<Self, String> {
+        assert_eq!(listeners.len(), sides.len());
+        let gate = Arc::new(Gate::new(gate));
+        let mut shards = Self { handles: Vec::new(), counters: Vec::new() };
+        for (number, (listener, side)) in (0..).zip(listeners.into_iter().zip(sides)) {
+            let counters = Arc::new(ShardCounters::default());
+            shards.counters.push(Arc::clone(&counters));
+            let links = links(side, Arc::clone(&gate), counters);
+            let handle = spawn(ShardId(number), config.clone(), listener, links);
+            shards.handles.push(handle.map_err(|error| error.to_string())?);
+        }
+        Ok(shards)
+    }
+
+    /// Waits until one of them has ended although nobody told it to; says which.
+    pub(super) async fn lost(&self) -> usize {
+        let mut look = interval(LOOK);
+        loop {
+            look.tick().await;
+            if let Some(number) = self.handles.iter().position(ShardHandle::is_finished) {
+                return number;
+            }
+        }
+    }
+
+    /// Waits for their ends, which have been reported.
+    ///
+    /// # Errors
+    /// The first that had failed, and why.
+    pub(super) fn join(self) -> Result<(), String> {
+        let ends = self.handles.into_iter().map(ShardHandle::join).enumerate();
+        let mut failed = ends.filter_map(|(number, end)| {
+            end.err().map(|error| format!("shard {number} failed: {error}"))
+        });
+        failed.next().map_or(Ok(()), Err)
+    }
+}
+
+fn links(side: ShardSide, gate: Arc<Gate>, counters: Arc<ShardCounters>) -> ShardLinks {
+    let peers = side.peers.into_iter();
+    let peers =
+        peers.map(|end| PeerRings { commands: end.commands, reports: end.reports }).collect();
+    ShardLinks { peers, bell: side.bell, gate, counters }
+}

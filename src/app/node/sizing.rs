@@ -1,0 +1,157 @@
+//! How many threads and how large their tables: from the settings, the cores and the descriptor
+//! limit.
+
+use std::num::NonZero;
+use std::thread::available_parallelism;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::app::config::{Auto, Settings};
+use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
+use crate::reactor::config::ShardConfig;
+
+/// Connections of a shard if nothing is said and the descriptor limit allows it.
+const CONNECTIONS_PER_SHARD_AUTO: u32 = 65_536;
+/// Files of a shard's table beside its slots: the listener, the doorbell, and room to spare.
+const TABLE_EXTRA: u32 = 16;
+/// Descriptors the process itself uses (Kafka, Redis, gRPC, admin, the rings): what is left over
+/// goes to nobody, since sockets of clients take none.
+const DESCRIPTORS_OWN: u64 = 1024;
+
+/// The threads of the process, and the connections of each shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sizing {
+    pub shards: u16,
+    pub routers: u16,
+    pub service_threads: usize,
+    pub connections_per_shard: u32,
+}
+
+/// What the machine gives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Machine {
+    /// Cores this process may use.
+    pub cores: usize,
+    /// `RLIMIT_NOFILE`, raised as far as it goes.
+    pub descriptors: u64,
+}
+
+impl Machine {
+    /// Looks, and raises the soft descriptor limit to the hard one.
+    pub(super) fn look() -> Self {
+        let limit = getrlimit(Resource::Nofile);
+        let wanted = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        let raised = setrlimit(Resource::Nofile, wanted).is_ok();
+        let reached = if raised { limit.maximum } else { limit.current };
+        Self {
+            cores: available_parallelism().map_or(1, NonZero::get),
+            descriptors: reached.unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl Sizing {
+    /// Decides.
+    ///
+    /// # Errors
+    /// The tables would be larger than the descriptor limit allows; says what to do.
+    pub(super) fn decide(settings: &Settings, machine: Machine) -> Result<Self, String> {
+        // One core in eight for routing and Kafka, which cost about a tenth of what the sends do.
+        let left_over = machine.cores.saturating_sub((machine.cores / 8).max(1)).max(1);
+        let shards = match settings.shards {
+            Auto::Auto => left_over.min(1024),
+            Auto::Given(count) => count.size(),
+        };
+        let service_threads = match settings.service_threads {
+            Auto::Auto => (machine.cores / 8).max(2),
+            Auto::Given(count) => count.size(),
+        };
+        let refusals = ShardConfig::default().slots_max() - ShardConfig::default().connections_max;
+        let beside = refusals + TABLE_EXTRA;
+        let table_max = machine.descriptors.min(u64::from(CONNECTIONS_PER_SHARD_MAX));
+        let table_max = u32::try_from(table_max).expect("at most 2^20").saturating_sub(beside);
+        let connections_per_shard = match settings.connections_max {
+            Auto::Auto => table_max.min(CONNECTIONS_PER_SHARD_AUTO),
+            Auto::Given(count) => {
+                let even = count.0.div_ceil(shards as u64);
+                // The kernel spreads connections by a hash, not evenly.
+                let spare = if shards > 1 { even / 8 } else { 0 };
+                u32::try_from(even + spare).unwrap_or(u32::MAX)
+            }
+        };
+        if connections_per_shard > table_max || connections_per_shard == 0 {
+            return Err(too_many(connections_per_shard, shards, beside, machine));
+        }
+        if machine.descriptors < DESCRIPTORS_OWN {
+            let have = machine.descriptors;
+            return Err(format!(
+                "the descriptor limit (RLIMIT_NOFILE) is {have}, and {DESCRIPTORS_OWN} are needed\n      \
+                 example: ulimit -n 65536; in systemd LimitNOFILE=65536; in Docker --ulimit nofile=65536"
+            ));
+        }
+        Ok(Self {
+            shards: u16::try_from(shards).expect("the table bounds shards to 1024"),
+            routers: u16::try_from(settings.routers.0).expect("the table bounds routers to 64"),
+            service_threads,
+            connections_per_shard,
+        })
+    }
+}
+
+fn too_many(connections: u32, shards: usize, beside: u32, machine: Machine) -> String {
+    let needed = u64::from(connections) + u64::from(beside);
+    let have = machine.descriptors;
+    let most =
+        u64::from(CONNECTIONS_PER_SHARD_MAX).min(have).saturating_sub(u64::from(beside)).max(1);
+    let all = u64::from(connections) * shards as u64;
+    let mut remedies = vec![format!("more shards: --shards {}", all.div_ceil(most))];
+    if needed <= u64::from(CONNECTIONS_PER_SHARD_MAX) {
+        remedies.push(format!(
+            "a higher limit: `ulimit -n {needed}`, in systemd LimitNOFILE={needed}, in Docker \
+             --ulimit nofile={needed}"
+        ));
+    }
+    remedies.push(format!("fewer connections: --connections-max {}", most * shards as u64));
+    format!(
+        "connections_max: {connections} connections on each of {shards} shards need a table of {needed} \
+         sockets, but the descriptor limit (RLIMIT_NOFILE, hard) is {have} and a table has at most \
+         {CONNECTIONS_PER_SHARD_MAX}\n      give it {}",
+        remedies.join("\n      or ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::app::config::{Layers, Profile, load};
+
+    fn decide(
+        flags: &[(&'static str, &str)],
+        cores: usize,
+        descriptors: u64,
+    ) -> Result<Sizing, String> {
+        let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
+        let settings = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings;
+        Sizing::decide(&settings, Machine { cores, descriptors })
+    }
+
+    #[test]
+    fn one_core_in_eight_is_left_to_the_rest() {
+        let shards = |cores| decide(&[], cores, 1 << 20).unwrap().shards;
+        assert_eq!([1, 2, 4, 8, 16, 64].map(shards), [1, 1, 3, 7, 14, 56]);
+        assert_eq!(decide(&[("shards", "7")], 2, 1 << 20).unwrap().shards, 7);
+    }
+
+    #[test]
+    fn tables_fit_the_descriptor_limit_or_the_message_says_what_would() {
+        assert_eq!(decide(&[], 2, 20_000).unwrap().connections_per_shard, 20_000 - 304);
+        assert_eq!(decide(&[], 2, 1 << 20).unwrap().connections_per_shard, 65_536);
+        let flags = [("connections_max", "800000"), ("shards", "8")];
+        assert_eq!(decide(&flags, 8, 1 << 20).unwrap().connections_per_shard, 112_500);
+        let why = decide(&flags, 8, 20_000).unwrap_err();
+        assert!(why.contains("LimitNOFILE=112804") && why.contains("--shards 46"), "{why}");
+        let shards = [("connections_max", "800000"), ("shards", "46")];
+        assert!(decide(&shards, 8, 20_000).is_ok());
+        assert!(decide(&[("connections_max", "10")], 2, 100).is_err());
+    }
+}

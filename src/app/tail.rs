@@ -1,0 +1,353 @@
+//! `delivery tail`: a client that prints what it is sent, one JSON line per event.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write as _};
+use std::net::TcpStream;
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use tungstenite::client::IntoClientRequest as _;
+use tungstenite::http::{HeaderValue, Response};
+use tungstenite::stream::MaybeTlsStream;
+use tungstenite::{Message, WebSocket};
+
+use crate::domain::close::CloseCode;
+use crate::service::encode;
+use crate::service::envelope::{self, Body};
+
+/// The help text.
+pub const ABOUT: &str = "\
+Connects as a client and prints one JSON line per event.
+
+    delivery tail --user alice --device phone
+    delivery tail --user bob --device desk --url node-1:8083 --token \"$TOKEN\" | jq .payload
+
+When the connection ends it reconnects, names the last sequence it has of each conversation, and so
+misses no message. What it does is told on standard error; events go to standard output.";
+
+/// Without anything from the server for this long the client pings; after two it reconnects.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// To establish a connection.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+/// The first wait before reconnecting, and the longest.
+const BACKOFF: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(10)];
+
+/// The arguments.
+#[derive(Args, Debug)]
+pub struct Tail {
+    /// Connect as this user
+    #[arg(long)]
+    user: String,
+    /// …on this device: a second connection of the same user and device replaces the first
+    #[arg(long)]
+    device: String,
+    /// The server: host:port or ws://host:port/ws
+    #[arg(long, default_value = "127.0.0.1:8083")]
+    url: String,
+    /// Token to show (AUTH_MODE=jwt)
+    #[arg(long, env = "DELIVERY_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// Leave after so many events
+    #[arg(long)]
+    count: Option<u64>,
+}
+
+/// Runs until it has seen enough.
+///
+/// # Errors
+/// The server refuses this client for good.
+pub fn run(tail: &Tail) -> Result<(), String> {
+    let mut seen = Seen::default();
+    let mut backoff = Backoff::new();
+    loop {
+        let events_before = seen.events;
+        match session(tail, &mut seen) {
+            Ended::Enough => return Ok(()),
+            Ended::ForGood(why) => return Err(why),
+            Ended::ForNow { why, wait } => {
+                if seen.events > events_before {
+                    backoff = Backoff::new();
+                }
+                let wait = wait.unwrap_or_else(|| backoff.next());
+                eprintln!("{why}; reconnecting in {} ms", wait.as_millis());
+                thread::sleep(wait);
+            }
+        }
+    }
+}
+
+/// What this client has.
+#[derive(Debug, Default)]
+struct Seen {
+    /// The last sequence of each conversation.
+    last: BTreeMap<String, i64>,
+    events: u64,
+}
+
+impl Seen {
+    fn resume_request(&self) -> String {
+        serde_json::json!({ "last_sequences": self.last }).to_string()
+    }
+
+    fn note(&mut self, value: &[u8]) {
+        self.events += 1;
+        if let Ok(record) = envelope::decode(value)
+            && let Body::MessageSent { conversation, sequence } = record.body
+        {
+            let last = self.last.entry(conversation.to_owned()).or_default();
+            *last = sequence.max(*last);
+        }
+    }
+}
+
+/// How a session came to its end.
+enum Ended {
+    Enough,
+    /// Trying again would not help.
+    ForGood(String),
+    /// Trying again may help; the server may have said when.
+    ForNow {
+        why: String,
+        wait: Option<Duration>,
+    },
+}
+
+fn for_now(why: String) -> Ended {
+    Ended::ForNow { why, wait: None }
+}
+
+type Socket = WebSocket<MaybeTlsStream<TcpStream>>;
+
+fn session(tail: &Tail, seen: &mut Seen) -> Ended {
+    let mut socket = match connect(tail) {
+        Ok(socket) => socket,
+        Err(ended) => return ended,
+    };
+    eprintln!("connected to {} as {}/{}", tail.url, tail.user, tail.device);
+    if let Err(error) = socket.send(Message::text(seen.resume_request())) {
+        return for_now(error.to_string());
+    }
+    let mut silences = 0;
+    loop {
+        match socket.read() {
+            Ok(Message::Binary(value)) => {
+                silences = 0;
+                seen.note(&value);
+                // Standard output gone (as with `| head`) is a reader that has seen enough.
+                if print_line(&value).is_err() || tail.count.is_some_and(|max| seen.events >= max) {
+                    // The server learns of the end from the close frame or from the socket's end.
+                    let _ = socket.close(None);
+                    return Ended::Enough;
+                }
+            }
+            Ok(Message::Close(frame)) => {
+                let (code, reason) =
+                    frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+                return closed(CloseCode(code), &reason);
+            }
+            Ok(_) => silences = 0,
+            Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                silences += 1;
+                if silences == 2 {
+                    return for_now("the server is silent".to_owned());
+                }
+                if let Err(error) = socket.send(Message::Ping(Vec::new().into())) {
+                    return for_now(error.to_string());
+                }
+            }
+            Err(error) => return for_now(format!("connection lost: {error}")),
+        }
+    }
+}
+
+fn connect(tail: &Tail) -> Result<Socket, Ended> {
+    let (authority, url) = target(&tail.url, &tail.user, &tail.device).map_err(Ended::ForGood)?;
+    let mut request = url
+        .into_client_request()
+        .map_err(|error| Ended::ForGood(format!("{}: {error}", tail.url)))?;
+    request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("realchat.v1"));
+    if let Some(token) = &tail.token {
+        let value = HeaderValue::from_str(&format!("Bearer {token}"))
+            .map_err(|_| Ended::ForGood("the token holds a control character".to_owned()))?;
+        request.headers_mut().insert("authorization", value);
+    }
+    let stream = open(&authority).map_err(|error| for_now(format!("{authority}: {error}")))?;
+    match tungstenite::client(request, MaybeTlsStream::Plain(stream)) {
+        Ok((socket, _)) => Ok(socket),
+        Err(tungstenite::HandshakeError::Failure(tungstenite::Error::Http(response))) => {
+            Err(refused(&response))
+        }
+        Err(error) => Err(for_now(format!("{authority}: {error}"))),
+    }
+}
+
+fn open(authority: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in std::net::ToSocketAddrs::to_socket_addrs(authority)? {
+        match TcpStream::connect_timeout(&address, CONNECT_MAX) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                stream.set_read_timeout(Some(SILENCE_MAX))?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// The `host:port` and the whole URL to ask for.
+fn target(url: &str, user: &str, device: &str) -> Result<(String, String), String> {
+    let rest = match url.split_once("://") {
+        None => url,
+        Some(("ws" | "http", rest)) => rest,
+        Some((scheme, _)) => {
+            return Err(format!("`{scheme}://` is not spoken here: give ws://host:port/ws"));
+        }
+    };
+    let (authority, path) = match rest.split_once('/') {
+        None | Some((_, "")) => (rest.trim_end_matches('/'), "ws"),
+        Some((authority, path)) => (authority, path),
+    };
+    if path.contains('?') {
+        return Err("the URL has a query; user and device have flags of their own".to_owned());
+    }
+    let port_missing =
+        authority.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err());
+    let authority = if port_missing { format!("{authority}:80") } else { authority.to_owned() };
+    let (user, device) = (query_value(user), query_value(device));
+    let url = format!("ws://{authority}/{path}?user_id={user}&device_id={device}");
+    Ok((authority, url))
+}
+
+/// Percent-encodes everything but the unreserved characters (RFC 3986 §2.3).
+fn query_value(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
+            other => format!("%{other:02X}"),
+        })
+        .collect()
+}
+
+/// The handshake was answered with something else than 101.
+fn refused(response: &Response<Option<Vec<u8>>>) -> Ended {
+    let status = response.status();
+    let body = response.body().as_deref().unwrap_or_default();
+    let why = format!("refused with {status}: {}", String::from_utf8_lossy(body).trim());
+    let wait = response
+        .headers()
+        .get("retry-after")
+        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .map(Duration::from_secs);
+    if status.is_client_error() && !matches!(status.as_u16(), 408 | 429) {
+        return Ended::ForGood(why);
+    }
+    Ended::ForNow { why, wait }
+}
+
+/// What a client does after each close code: `docs/guarantees.md`.
+fn closed(code: CloseCode, reason: &str) -> Ended {
+    let why = format!("closed with {} {reason}", code.0);
+    match code {
+        CloseCode::SESSION_REPLACED | CloseCode::TOKEN_EXPIRED => Ended::ForGood(why),
+        CloseCode::PROTOCOL_ERROR
+        | CloseCode::UNSUPPORTED_DATA
+        | CloseCode::INVALID_PAYLOAD
+        | CloseCode::MESSAGE_TOO_BIG => Ended::ForGood(why),
+        CloseCode::SERVICE_RESTART => Ended::ForNow { why, wait: wait_asked(reason) },
+        _ => for_now(why),
+    }
+}
+
+/// The time in `draining; reconnect in N ms`.
+fn wait_asked(reason: &str) -> Option<Duration> {
+    let ms = reason.split_once("reconnect in ")?.1.split(' ').next()?.parse().ok()?;
+    Some(Duration::from_millis(ms))
+}
+
+fn print_line(value: &[u8]) -> io::Result<()> {
+    let json = envelope::decode(value).ok().and_then(|record| encode::json(&record));
+    let line = json.unwrap_or_else(|| {
+        format!("{{\"unreadable\":\"{} bytes that are no EventEnvelope\"}}", value.len()).into()
+    });
+    let mut out = io::stdout().lock();
+    out.write_all(&line)?;
+    out.write_all(b"\n")?;
+    out.flush()
+}
+
+/// Waits that double, each shortened at random so that clients do not come back together.
+#[derive(Debug)]
+struct Backoff(Duration);
+
+impl Backoff {
+    fn new() -> Self {
+        Self(BACKOFF[0])
+    }
+
+    fn next(&mut self) -> Duration {
+        let wait = self.0.mul_f64(rand::random_range(0.5..=1.0));
+        self.0 = (self.0 * 2).min(BACKOFF[1]);
+        wait
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn url_forms() {
+        let url = |text| target(text, "a b", "d&1").map(|(_, url)| url);
+        let query = "?user_id=a%20b&device_id=d%261";
+        for text in ["h:1", "ws://h:1", "ws://h:1/", "http://h:1/ws"] {
+            assert_eq!(url(text).unwrap(), format!("ws://h:1/ws{query}"), "{text}");
+        }
+        assert_eq!(url("h").unwrap(), format!("ws://h:80/ws{query}"));
+        assert_eq!(url("[::1]:8083").unwrap(), format!("ws://[::1]:8083/ws{query}"));
+        assert_eq!(url("h:1/chat/ws").unwrap(), format!("ws://h:1/chat/ws{query}"));
+        assert!(url("wss://h:1/ws").is_err());
+        assert!(url("ws://h:1/ws?user_id=x").is_err());
+    }
+
+    #[test]
+    fn resume_names_the_highest_sequence_of_each_conversation() {
+        let mut seen = Seen::default();
+        for (conversation, sequence) in [("a", 5), ("b", 2), ("a", 4)] {
+            let now = crate::service::timestamp::Timestamp::default();
+            let record = crate::app::publish::sent("t", conversation, "u", sequence, "x", now);
+            seen.note(&record.value);
+        }
+        assert_eq!(seen.resume_request(), r#"{"last_sequences":{"a":5,"b":2}}"#);
+        assert_eq!(seen.events, 3);
+    }
+
+    #[test]
+    fn close_codes_say_what_to_do() {
+        let ended = |code, reason| match closed(code, reason) {
+            Ended::ForNow { wait, .. } => (false, wait),
+            Ended::ForGood(_) => (true, None),
+            Ended::Enough => unreachable!("nobody has seen enough"),
+        };
+        assert!(ended(CloseCode::SESSION_REPLACED, "session_replaced").0);
+        assert!(ended(CloseCode::TOKEN_EXPIRED, "token expired").0);
+        assert_eq!(ended(CloseCode::GOING_AWAY, "server stopping"), (false, None));
+        let wait = Some(Duration::from_millis(1500));
+        assert_eq!(
+            ended(CloseCode::SERVICE_RESTART, "draining; reconnect in 1500 ms"),
+            (false, wait)
+        );
+    }
+
+    #[test]
+    fn backoff_grows_to_its_bound() {
+        let mut backoff = Backoff::new();
+        let waits: Vec<_> = (0..12).map(|_| backoff.next()).collect();
+        assert!(waits[0] <= BACKOFF[0] && waits[0] >= BACKOFF[0] / 2);
+        assert!(waits[11] >= BACKOFF[1] / 2 && waits[11] <= BACKOFF[1]);
+    }
+}

@@ -21,6 +21,8 @@
 mod queue;
 mod redis;
 mod service;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;

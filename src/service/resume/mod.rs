@@ -23,6 +23,8 @@
 
 mod job;
 mod page;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -1,0 +1,98 @@
+//! One event on its way to streams, and the word that goes back when it has reached them all.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::Notify;
+
+use crate::domain::close::EndReason;
+use crate::domain::command::Ticket;
+use crate::domain::event::{Encoding, Event};
+use crate::domain::ids::ConnectionKey;
+
+/// Who wants to know when a delivery is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Origin {
+    /// Index of the peer that sent the command.
+    pub(super) peer: usize,
+    /// Its ticket.
+    pub(super) ticket: Ticket,
+}
+
+/// What happens outside the hub's task and concerns it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Signal {
+    /// No stream holds this delivery any more.
+    Done(Origin),
+    /// Neither the reader nor the writer of a stream is there any more.
+    Gone(ConnectionKey, EndReason),
+}
+
+/// Signals that wait for the hub. Bounded by what they stand for: one for each delivery under way
+/// (see [`Signals::deliveries`]) and one for each stream.
+#[derive(Debug, Default)]
+pub(super) struct Signals {
+    waiting: Mutex<Vec<Signal>>,
+    deliveries: AtomicUsize,
+    /// Woken at every signal and at the end of every delivery.
+    pub(super) wake: Notify,
+}
+
+impl Signals {
+    pub(super) fn send(&self, signal: Signal) {
+        self.waiting.lock().expect("no holder panics").push(signal);
+        self.wake.notify_one();
+    }
+
+    /// All that wait, in order.
+    pub(super) fn take(&self) -> Vec<Signal> {
+        std::mem::take(&mut *self.waiting.lock().expect("no holder panics"))
+    }
+
+    /// Deliveries that some stream still holds.
+    pub(super) fn deliveries(&self) -> usize {
+        self.deliveries.load(Ordering::Relaxed)
+    }
+}
+
+/// An event for one or more streams. When the last of them has let go of it, whether it was sent
+/// or the stream ended, the issuer of its ticket hears of it.
+#[derive(Debug)]
+pub(crate) struct Delivery {
+    event: Arc<Event>,
+    origin: Option<Origin>,
+    signals: Arc<Signals>,
+}
+
+impl Delivery {
+    /// `None`: the event cannot be expressed on a stream, so there is nothing to send.
+    pub(super) fn new(
+        event: Arc<Event>,
+        origin: Option<Origin>,
+        signals: &Arc<Signals>,
+    ) -> Option<Arc<Self>> {
+        event.frame(Encoding::Stream)?;
+        signals.deliveries.fetch_add(1, Ordering::Relaxed);
+        Some(Arc::new(Self { event, origin, signals: Arc::clone(signals) }))
+    }
+
+    /// A serialized `DeliveryEvent`.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.event.frame(Encoding::Stream).unwrap_or_default()
+    }
+
+    /// The event.
+    pub(crate) fn event(&self) -> &Event {
+        &self.event
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        self.signals.deliveries.fetch_sub(1, Ordering::Relaxed);
+        match self.origin {
+            Some(origin) => self.signals.send(Signal::Done(origin)),
+            None => self.signals.wake.notify_one(),
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What ends a stream, in the words of gRPC (`docs/grpc.md` has the table for clients).
+
+use tonic::{Code, Status};
+
+use crate::domain::close::{Close, CloseCode};
+use crate::domain::command::Refusal;
+
+/// Standard metadata by which a server asks a client to wait before it tries again.
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
+
+/// The status that says what a WebSocket close code says.
+pub(super) fn of_close(close: &Close) -> Status {
+    let code = match close.code {
+        CloseCode::SESSION_REPLACED => Code::Aborted,
+        CloseCode::TOKEN_EXPIRED => Code::Unauthenticated,
+        CloseCode::POLICY_VIOLATION | CloseCode::MESSAGE_TOO_BIG => Code::ResourceExhausted,
+        CloseCode::PROTOCOL_ERROR | CloseCode::UNSUPPORTED_DATA | CloseCode::INVALID_PAYLOAD => {
+            Code::InvalidArgument
+        }
+        CloseCode::RESUME_TOO_LATE => Code::FailedPrecondition,
+        CloseCode::NORMAL
+        | CloseCode::GOING_AWAY
+        | CloseCode::SERVICE_RESTART
+        | CloseCode::TRY_AGAIN_LATER => Code::Unavailable,
+        // Includes 1011, a fault of ours: overflow has a status of its own before it comes here.
+        _ => Code::Internal,
+    };
+    Status::new(code, close.reason.clone())
+}
+
+/// The status that says what an HTTP refusal of an upgrade says.
+pub(super) fn of_refusal(refusal: &Refusal) -> Status {
+    let code = match refusal.status {
+        400 => Code::InvalidArgument,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        429 => Code::ResourceExhausted,
+        502..=504 => Code::Unavailable,
+        _ => Code::Internal,
+    };
+    let mut status = Status::new(code, refusal.body.clone());
+    if let Some(seconds) = refusal.retry_after_s {
+        status.metadata_mut().insert(PUSHBACK, (u64::from(seconds) * 1000).into());
+    }
+    status
+}
+
+/// The stream was not read fast enough.
+pub(super) fn overflow() -> Status {
+    Status::resource_exhausted("backpressure overflow: too many events were waiting; reconnect")
+}
+
+/// Nothing of what waited was read for the stall timeout.
+pub(super) fn stalled() -> Status {
+    Status::resource_exhausted("the stream was not read for too long; reconnect")
+}
+
+/// Live events overflowed while conversations were being caught up.
+pub(super) fn catch_up_overflow() -> Status {
+    Status::unavailable("catch-up overflow: reconnect and resume")
+}
+
+/// The node is going, or is not there yet.
+pub(super) fn not_serving() -> Status {
+    Status::unavailable("this node is not accepting sessions: connect to another one")
+}
+
+/// The node holds as many streams as it may.
+pub(super) fn full() -> Status {
+    Status::resource_exhausted("this node holds as many streams as it may: connect to another one")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn close_codes_of_the_contract_have_their_status() {
+        for (code, expected) in [
+            (CloseCode::SESSION_REPLACED, Code::Aborted),
+            (CloseCode::TOKEN_EXPIRED, Code::Unauthenticated),
+            (CloseCode::SERVICE_RESTART, Code::Unavailable),
+            (CloseCode::TRY_AGAIN_LATER, Code::Unavailable),
+            (CloseCode::INTERNAL_ERROR, Code::Internal),
+        ] {
+            let status = of_close(&Close::new(code, "the reason"));
+            assert_eq!((status.code(), status.message()), (expected, "the reason"));
+        }
+    }
+
+    #[test]
+    fn refusal_brings_its_wait() {
+        let refusal =
+            Refusal { status: 429, body: "too many sessions".into(), retry_after_s: Some(60) };
+        let status = of_refusal(&refusal);
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(status.metadata().get(PUSHBACK).unwrap(), "60000");
+    }
+}

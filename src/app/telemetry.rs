@@ -59,7 +59,7 @@ impl LogSink {
         &self.counters
     }
 
-    /// Waits until what was logged so far is out, at most [`FLUSH_MAX`].
+    /// Waits until what was logged so far is out, at most a second.
     pub fn flush(&self) {
         let (sender, done) = sync_channel(0);
         if self.lines.try_send(Line::Flush(sender)).is_ok() {

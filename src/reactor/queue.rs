@@ -33,6 +33,9 @@ impl Default for NodePool {
 }
 
 impl NodePool {
+    /// Memory of one queued frame beside the frame itself, bytes.
+    pub const NODE_BYTES: usize = size_of::<Node>();
+
     /// Nodes in use: frames that wait, in all queues together.
     pub fn used(&self) -> usize {
         self.used

@@ -48,6 +48,9 @@ enum Content<T> {
 }
 
 impl<T> Slab<T> {
+    /// Memory of one slot, bytes.
+    pub const ENTRY_BYTES: usize = size_of::<Entry<T>>();
+
     /// An empty slab of at most `limit` slots; nothing is allocated yet.
     pub fn new(limit: usize) -> Self {
         assert!(limit > 0);

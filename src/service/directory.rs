@@ -68,6 +68,10 @@ impl Default for Directory {
 }
 
 impl Directory {
+    /// Memory of one session beside its ids, bytes: an entry, its tag, and the eighth of the table
+    /// that stays empty.
+    pub const ENTRY_BYTES: usize = (size_of::<Entry>() + 1) * 8 / 7;
+
     /// An empty one.
     pub fn new() -> Self {
         let parts = (0..PARTS).map(|_| RwLock::new(HashTable::new())).collect();

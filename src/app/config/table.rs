@@ -162,9 +162,15 @@ settings! {
         /// How long a record that cannot be routed is retried while the rest of its partition waits.
         route_retry_max: Duration = "30s", from "0s" to "1h", example "30s";
         /// Conversations whose members are remembered.
-        membership_cache_max: Count = "1000000", from "1" to "100000000", example "1000000";
-        /// How long they are remembered without an event.
-        membership_lifetime: Duration = "1h", from "1s" to "24h", example "1h";
+        membership_cache_max: Count = "200000", from "1" to "100000000", example "1000000";
+        /// Members remembered, summed over those conversations; 16 bytes each.
+        membership_members_max: Count = "4000000", from "1" to "1000000000", example "20000000";
+        /// How long members are remembered before the conversation service is asked again. Without
+        /// that service they are not forgotten.
+        membership_lifetime: Duration = "10m", from "1s" to "24h", example "10m";
+        /// Bytes of records that are fetched from Kafka ahead of being routed, all partitions
+        /// together.
+        kafka_fetch_max: Size = "64MiB", from "1MiB" to "16GiB", example "64MiB";
     }
     "Redis" {
         /// Redis as host:port; several are nodes of a cluster. `redis_url` says more and wins.

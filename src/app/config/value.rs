@@ -255,7 +255,7 @@ pub struct Count(pub u64);
 impl Count {
     /// As a table size. Every bound in the table fits.
     pub fn size(self) -> usize {
-        usize::try_from(self.0).expect("64-bit machines only: lib.rs asserts it")
+        usize::try_from(self.0).expect("64-bit machines only: asserted in lib.rs")
     }
 
     /// As a 32-bit number; more is taken for the greatest.
@@ -289,7 +289,7 @@ pub struct Size(pub u64);
 impl Size {
     /// In bytes.
     pub fn bytes(self) -> usize {
-        usize::try_from(self.0).expect("64-bit machines only: lib.rs asserts it")
+        usize::try_from(self.0).expect("64-bit machines only: asserted in lib.rs")
     }
 }
 

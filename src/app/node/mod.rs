@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{interval, timeout};
 
 use self::back_ends::BackEnds;
+use self::ledger::Ledger;
 use self::mesh::{Mesh, PeerEnd};
 use self::shards::{Shards, gate_config, shard_config};
 use self::signals::Signals;
@@ -87,7 +88,16 @@ async fn live(
 ) -> Result<(), String> {
     let Plan { settings, ip, try_page } = plan;
     let mut signals = Signals::catch().map_err(|error| format!("no signals: {error}"))?;
-    ledger::announce(&settings, &sizing);
+    let config = shard_config(&settings, &sizing);
+    tracing::info!(
+        "{} shards of {} connections, {} routers, {} service threads",
+        sizing.shards,
+        sizing.connections_per_shard,
+        sizing.routers,
+        sizing.service_threads
+    );
+    let ledger = Ledger::new(&settings, &sizing, &config);
+    ledger.announce();
     // Several TLS providers may be linked; this one is meant. An error means that it is set already.
     let _ = rustls::crypto::ring::default_provider().install_default();
 
@@ -101,7 +111,6 @@ async fn live(
 
     let mesh = Mesh::new(usize::from(sizing.shards), usize::from(sizing.routers))
         .map_err(|error| format!("no descriptors for the rings: {error}"))?;
-    let config = shard_config(&settings, &sizing);
     let shards = Shards::start(&config, gate_config(&settings), listeners, mesh.shards)?;
 
     // Their rings must live as long as the shards.
@@ -143,6 +152,7 @@ async fn live(
             let counters = Arc::clone(&session_counters);
             let mut samples = back_ends.samples;
             samples.extend([
+                ledger.samples(),
                 metrics::shards(shards.counters.clone(), session_counters),
                 metrics::component("session_", move |visit| counters.visit(visit)),
                 metrics::component("", move |visit| log.visit(visit)),

@@ -38,6 +38,9 @@ use crate::service::directory::Directory;
 use crate::service::presence::Presence;
 use crate::service::resume::Resume;
 
+/// Memory that the session manager holds for each connection, bytes.
+pub const RECORD_BYTES: usize = records::RECORD_BYTES;
+
 /// Settings of the session manager.
 #[derive(Clone, Debug)]
 pub struct SessionConfig {

@@ -55,6 +55,9 @@ pub(super) struct Record {
     pub(super) refreshes: u8,
 }
 
+/// Memory of one connection, bytes.
+pub(super) const RECORD_BYTES: usize = size_of::<Record>();
+
 const FREE: Record = Record {
     ids: None,
     generation: 0,

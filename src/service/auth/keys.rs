@@ -1,0 +1,169 @@
+//! Keys to verify tokens with. Each key has one algorithm, given by what kind of key it is; the
+//! token's header only has to agree. So a public key can never be taken for an HMAC secret.
+
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
+use jsonwebtoken::{Algorithm, DecodingKey, Header};
+
+use crate::domain::command::Secret;
+
+/// Keys of one set that are used; a larger set is not read to its end.
+const KEYS_MAX: usize = 64;
+/// Keys tried for one token.
+const CANDIDATES_MAX: usize = 4;
+/// Bytes of an uncompressed point of P-256 (SEC 1, §2.3.3).
+const P256_POINT_BYTES: usize = 65;
+/// Bytes of an Ed25519 public key (RFC 8032).
+const ED25519_BYTES: usize = 32;
+
+/// Why a key cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// It is a private key, which has no place here.
+    #[error("the key file holds a private key: give the public key alone")]
+    Private,
+    /// It is not PEM of a kind that is understood.
+    #[error("the key file holds no PEM public key of type RSA, EC P-256 or Ed25519")]
+    Unknown,
+    /// An empty secret.
+    #[error("the secret is empty")]
+    Empty,
+}
+
+/// A key and the one algorithm that it is for.
+#[derive(Clone)]
+pub(super) struct Key {
+    pub(super) id: Option<String>,
+    pub(super) algorithm: Algorithm,
+    pub(super) key: DecodingKey,
+}
+
+/// Some keys.
+#[derive(Clone, Default)]
+pub(super) struct KeySet {
+    keys: Vec<Key>,
+}
+
+/// What a set has for a token.
+pub(super) enum Found<'a> {
+    /// Try these.
+    Candidates(Vec<&'a Key>),
+    /// Keys of other kinds only.
+    OtherAlgorithm,
+    /// None of that id.
+    Unknown,
+}
+
+impl std::fmt::Debug for KeySet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} keys", self.keys.len())
+    }
+}
+
+impl KeySet {
+    pub(super) fn of_secret(secret: &Secret) -> Result<Self, KeyError> {
+        if secret.expose().is_empty() {
+            return Err(KeyError::Empty);
+        }
+        let key = DecodingKey::from_secret(secret.expose().as_bytes());
+        Ok(Self { keys: vec![Key { id: None, algorithm: Algorithm::HS256, key }] })
+    }
+
+    /// All public keys of a PEM file: more than one while keys are being rotated.
+    pub(super) fn of_pem(pem: &[u8]) -> Result<Self, KeyError> {
+        let text = std::str::from_utf8(pem).map_err(|_| KeyError::Unknown)?;
+        let mut keys = Vec::new();
+        for (at, _) in text.match_indices("-----BEGIN ").take(KEYS_MAX) {
+            let rest = &text[at..];
+            let end = rest[1..].find("-----BEGIN ").map_or(rest.len(), |next| next + 1);
+            keys.push(of_pem_block(&rest[..end])?);
+        }
+        if keys.is_empty() { Err(KeyError::Unknown) } else { Ok(Self { keys }) }
+    }
+
+    /// The usable keys of a JWKS document (RFC 7517 §5). Those that are not are passed over, as
+    /// the RFC asks.
+    pub(super) fn of_jwks(document: &str) -> Option<Self> {
+        #[derive(serde::Deserialize)]
+        struct Document {
+            keys: Vec<serde_json::Value>,
+        }
+        let document: Document = serde_json::from_str(document).ok()?;
+        let keys: Vec<_> = (document.keys.into_iter())
+            .filter_map(|key| of_jwk(&serde_json::from_value(key).ok()?))
+            .take(KEYS_MAX)
+            .collect();
+        (!keys.is_empty()).then_some(Self { keys })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// The keys that may have signed a token with this header. A key without an id fits any token
+    /// of its algorithm, and so does any key for a token without one.
+    pub(super) fn find(&self, header: &Header) -> Found<'_> {
+        let of_id = |key: &&Key| match (&key.id, &header.kid) {
+            (Some(id), Some(wanted)) => id == wanted,
+            (None, _) | (_, None) => true,
+        };
+        let mut fitting = self.keys.iter().filter(of_id).peekable();
+        if fitting.peek().is_none() {
+            return Found::Unknown;
+        }
+        let candidates: Vec<_> =
+            fitting.filter(|key| key.algorithm == header.alg).take(CANDIDATES_MAX).collect();
+        if candidates.is_empty() { Found::OtherAlgorithm } else { Found::Candidates(candidates) }
+    }
+}
+
+fn of_pem_block(block: &str) -> Result<Key, KeyError> {
+    if block.lines().next().is_some_and(|label| label.contains("PRIVATE")) {
+        return Err(KeyError::Private);
+    }
+    let pem = block.as_bytes();
+    let (algorithm, key) = if let Ok(key) = DecodingKey::from_ed_pem(pem) {
+        (Algorithm::EdDSA, key)
+    } else if let Ok(key) = DecodingKey::from_ec_pem(pem) {
+        (Algorithm::ES256, key)
+    } else if let Ok(key) = DecodingKey::from_rsa_pem(pem) {
+        (Algorithm::RS256, key)
+    } else {
+        return Err(KeyError::Unknown);
+    };
+    let length = key.try_get_as_bytes().map_or(0, <[u8]>::len);
+    match algorithm {
+        Algorithm::ES256 if length != P256_POINT_BYTES => Err(KeyError::Unknown),
+        Algorithm::EdDSA if length != ED25519_BYTES => Err(KeyError::Unknown),
+        _ => Ok(Key { id: None, algorithm, key }),
+    }
+}
+
+fn of_jwk(jwk: &Jwk) -> Option<Key> {
+    let algorithm = match &jwk.algorithm {
+        AlgorithmParameters::RSA(_) => Algorithm::RS256,
+        AlgorithmParameters::EllipticCurve(key) if key.curve == EllipticCurve::P256 => {
+            Algorithm::ES256
+        }
+        AlgorithmParameters::OctetKeyPair(key) if key.curve == EllipticCurve::Ed25519 => {
+            Algorithm::EdDSA
+        }
+        // Other curves; secrets, which nobody publishes; kinds that are not known.
+        _ => return None,
+    };
+    let common = &jwk.common;
+    let for_other_use =
+        common.public_key_use.as_ref().is_some_and(|purpose| *purpose != PublicKeyUse::Signature);
+    let for_other_algorithm = common.key_algorithm.is_some_and(|named| {
+        !matches!(
+            (named, algorithm),
+            (KeyAlgorithm::RS256, Algorithm::RS256)
+                | (KeyAlgorithm::ES256, Algorithm::ES256)
+                | (KeyAlgorithm::EdDSA, Algorithm::EdDSA)
+        )
+    });
+    if for_other_use || for_other_algorithm {
+        return None;
+    }
+    let key = DecodingKey::from_jwk(jwk).ok()?;
+    Some(Key { id: common.key_id.clone(), algorithm, key })
+}

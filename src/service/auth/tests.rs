@@ -1,0 +1,395 @@
+//! Tokens of every kind, right and wrong, and a publisher of keys that rotates, fails and hangs.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use jsonwebtoken::jwk::Jwk;
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// A key made for these tests; it guards nothing.
+const RSA_PRIVATE: &str = include_str!("testdata/rsa_private.pem");
+const RSA_PUBLIC: &str = include_str!("testdata/rsa_public.pem");
+const SECRET: &str = "a secret of these tests, of 32 bytes or more";
+
+/// A pair of keys and what they sign with.
+struct Signer {
+    algorithm: Algorithm,
+    private: EncodingKey,
+    public_pem: String,
+}
+
+impl Signer {
+    fn rsa() -> Self {
+        Self {
+            algorithm: Algorithm::RS256,
+            private: EncodingKey::from_rsa_pem(RSA_PRIVATE.as_bytes()).unwrap(),
+            public_pem: RSA_PUBLIC.to_owned(),
+        }
+    }
+
+    fn ec() -> Self {
+        let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        Self {
+            algorithm: Algorithm::ES256,
+            private: EncodingKey::from_ec_pem(pair.serialize_pem().as_bytes()).unwrap(),
+            public_pem: pair.public_key_pem(),
+        }
+    }
+
+    fn ed() -> Self {
+        let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        Self {
+            algorithm: Algorithm::EdDSA,
+            private: EncodingKey::from_ed_der(&pair.serialize_der()),
+            public_pem: pair.public_key_pem(),
+        }
+    }
+
+    fn sign(&self, kid: Option<&str>, claims: &Value) -> Secret {
+        let header = Header { kid: kid.map(str::to_owned), ..Header::new(self.algorithm) };
+        Secret::new(jsonwebtoken::encode(&header, claims, &self.private).unwrap())
+    }
+
+    fn jwk(&self, kid: &str) -> Value {
+        let mut jwk = Jwk::from_encoding_key(&self.private, self.algorithm).unwrap();
+        jwk.common.key_id = Some(kid.to_owned());
+        serde_json::to_value(jwk).unwrap()
+    }
+}
+
+fn now_s() -> u64 {
+    unix_ms() / 1000
+}
+
+fn claims() -> Value {
+    json!({ "sub": "alice", "iss": "realchat-auth", "aud": "realchat", "exp": now_s() + 600 })
+}
+
+fn with(name: &str, value: Value) -> Value {
+    let mut claims = claims();
+    claims[name] = value;
+    claims
+}
+
+fn without(name: &str) -> Value {
+    let mut claims = claims();
+    claims.as_object_mut().unwrap().remove(name);
+    claims
+}
+
+fn rules() -> ClaimRules {
+    ClaimRules {
+        issuer: Some("realchat-auth".into()),
+        audience: Some("realchat".into()),
+        leeway: Duration::from_secs(30),
+    }
+}
+
+fn jwt(source: KeySource) -> Arc<Authenticator> {
+    Authenticator::jwt(source, rules(), Arc::default()).unwrap()
+}
+
+fn hs256() -> Arc<Authenticator> {
+    jwt(KeySource::Secret(Secret::new(SECRET.into())))
+}
+
+fn hs256_token(claims: &Value) -> Secret {
+    let key = EncodingKey::from_secret(SECRET.as_bytes());
+    Secret::new(jsonwebtoken::encode(&Header::new(Algorithm::HS256), claims, &key).unwrap())
+}
+
+/// An unsigned part of a token.
+fn part(value: &Value) -> String {
+    BASE64URL.encode(value.to_string())
+}
+
+async fn check(auth: &Authenticator, token: &Secret, user: &str) -> Result<Identity, AuthFailure> {
+    match auth.check(Some(token), user) {
+        Checked::Now(outcome) => outcome,
+        Checked::Later(outcome) => outcome.await,
+    }
+}
+
+#[tokio::test]
+async fn token_of_each_algorithm_says_who_its_bearer_is() {
+    let found = check(&hs256(), &hs256_token(&claims()), "alice").await.unwrap();
+    assert_eq!(found.user, "alice");
+    assert!(found.expires_at_s.unwrap() >= now_s() + 600, "the leeway is added");
+    for signer in [Signer::rsa(), Signer::ec(), Signer::ed()] {
+        let auth = jwt(KeySource::Pem(signer.public_pem.clone().into_bytes()));
+        for user in ["alice", ""] {
+            let found = check(&auth, &signer.sign(None, &claims()), user).await;
+            assert_eq!(found.map(|found| found.user), Ok("alice".into()), "{:?}", signer.algorithm);
+        }
+    }
+}
+
+#[tokio::test]
+async fn nobody_connects_as_somebody_else() {
+    let token = hs256_token(&claims());
+    let refused = check(&hs256(), &token, "bob").await.unwrap_err();
+    assert_eq!((refused, refused.status()), (AuthFailure::SomebodyElse, 403));
+    let Checked::Now(missing) = hs256().check(None, "alice") else { panic!("not at once") };
+    assert_eq!(missing, Err(AuthFailure::TokenMissing));
+    assert_eq!(AuthFailure::TokenMissing.status(), 401);
+}
+
+#[tokio::test]
+async fn claims_that_do_not_fit_are_told_apart() {
+    let long = "x".repeat(ID_BYTES_MAX + 1);
+    for (claims, expected) in [
+        (with("exp", json!(now_s() - 31)), AuthFailure::Expired),
+        (with("exp", json!(-5)), AuthFailure::Expired),
+        (without("exp"), AuthFailure::ExpiryMissing),
+        (with("exp", json!("tomorrow")), AuthFailure::Malformed),
+        (with("nbf", json!(now_s() + 60)), AuthFailure::NotYetValid),
+        (with("iss", json!("elsewhere")), AuthFailure::IssuerRefused),
+        (without("iss"), AuthFailure::IssuerRefused),
+        (with("aud", json!("others")), AuthFailure::AudienceRefused),
+        (with("aud", json!([])), AuthFailure::AudienceRefused),
+        (without("aud"), AuthFailure::AudienceRefused),
+        (without("sub"), AuthFailure::SubjectUnusable),
+        (with("sub", json!("")), AuthFailure::SubjectUnusable),
+        (with("sub", json!("a\nb")), AuthFailure::SubjectUnusable),
+        (with("sub", json!(long)), AuthFailure::SubjectUnusable),
+        (with("sub", json!(5)), AuthFailure::Malformed),
+    ] {
+        let found = check(&hs256(), &hs256_token(&claims), "").await;
+        assert_eq!(found, Err(expected), "{claims}");
+    }
+    for claims in [
+        with("exp", json!(now_s() - 5)),
+        with("exp", json!(now_s() as f64 + 0.5)),
+        with("exp", json!(1e300)),
+        with("nbf", json!(now_s() + 5)),
+        with("aud", json!(["others", "realchat"])),
+    ] {
+        assert!(check(&hs256(), &hs256_token(&claims), "").await.is_ok(), "{claims}");
+    }
+}
+
+#[tokio::test]
+async fn algorithms_cannot_be_confused() {
+    let rsa = Signer::rsa();
+    let auth = jwt(KeySource::Pem(rsa.public_pem.clone().into_bytes()));
+    // The public key, which everybody has, taken for an HMAC secret.
+    let forged = EncodingKey::from_secret(rsa.public_pem.as_bytes());
+    let forged = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims(), &forged).unwrap();
+    let refused = check(&auth, &Secret::new(forged), "").await;
+    assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
+
+    for algorithm in ["none", "None", "nOnE", "HS255", ""] {
+        let header = part(&json!({ "alg": algorithm, "typ": "JWT" }));
+        for signature in ["", "AAAA"] {
+            let token = Secret::new(format!("{header}.{}.{signature}", part(&claims())));
+            for auth in [&auth, &hs256()] {
+                let refused = check(auth, &token, "").await;
+                assert_eq!(refused, Err(AuthFailure::AlgorithmRefused), "{algorithm}");
+            }
+        }
+    }
+    // A stronger hash of the same family is another algorithm all the same.
+    let key = EncodingKey::from_secret(SECRET.as_bytes());
+    let token = jsonwebtoken::encode(&Header::new(Algorithm::HS512), &claims(), &key).unwrap();
+    let refused = check(&hs256(), &Secret::new(token), "").await;
+    assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
+}
+
+#[tokio::test]
+async fn tampering_breaks_the_signature_and_rubbish_is_malformed() {
+    let token = hs256_token(&claims());
+    let parts: Vec<_> = token.expose().split('.').collect();
+    let tampered = format!("{}.{}.{}", parts[0], part(&with("sub", json!("bob"))), parts[2]);
+    let refused = check(&hs256(), &Secret::new(tampered), "").await;
+    assert_eq!(refused, Err(AuthFailure::SignatureWrong));
+    let critical = part(&json!({ "alg": "HS256", "crit": ["b64"], "b64": false }));
+    for rubbish in [
+        String::new(),
+        ".".into(),
+        "..".into(),
+        "a.b".into(),
+        "a.b.c.d".into(),
+        "\u{1f980}.\u{1f980}.\u{1f980}".into(),
+        format!("{}.{}", parts[0], parts[1]),
+        format!("{critical}.{}.{}", parts[1], parts[2]),
+    ] {
+        let refused = check(&hs256(), &Secret::new(rubbish.clone()), "").await;
+        assert_eq!(refused, Err(AuthFailure::Malformed), "{rubbish}");
+    }
+}
+
+#[test]
+fn key_files_are_read_for_what_they_are() {
+    let (ec, ed) = (Signer::ec(), Signer::ed());
+    let both = format!("{}\n{}", ec.public_pem, ed.public_pem);
+    assert_eq!(KeySet::of_pem(both.as_bytes()).unwrap().len(), 2);
+    let private = KeySet::of_pem(RSA_PRIVATE.as_bytes()).unwrap_err();
+    assert_eq!(private, KeyError::Private);
+    let p384 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+    for bad in [b"".as_slice(), b"rubbish", b"\xff", p384.public_key_pem().as_bytes()] {
+        assert_eq!(KeySet::of_pem(bad).unwrap_err(), KeyError::Unknown);
+    }
+    assert_eq!(KeySet::of_secret(&Secret::new(String::new())).unwrap_err(), KeyError::Empty);
+}
+
+#[test]
+fn published_keys_that_cannot_be_used_are_passed_over() {
+    let mut for_encryption = Signer::ec().jwk("b");
+    for_encryption["use"] = json!("enc");
+    let mut for_another_algorithm = Signer::ec().jwk("c");
+    for_another_algorithm["alg"] = json!("ES384");
+    let secret = json!({ "kty": "oct", "kid": "d", "k": "c2VjcmV0", "alg": "HS256" });
+    let unknown = json!({ "kty": "AKP", "kid": "e" });
+    let keys = json!({ "keys": [
+        Signer::ec().jwk("a"), for_encryption, for_another_algorithm, secret, unknown, 7
+    ]});
+    assert_eq!(KeySet::of_jwks(&keys.to_string()).unwrap().len(), 1);
+    for useless in ["", "[]", "{}", r#"{"keys": []}"#, r#"{"keys": [{"kty": "oct", "k": "eA"}]}"#] {
+        assert!(KeySet::of_jwks(useless).is_none(), "{useless}");
+    }
+}
+
+#[test]
+fn refusals_tell_no_secret() {
+    let auth = hs256();
+    let shown = format!("{auth:?}");
+    assert!(!shown.contains("secret of these tests"), "{shown}");
+    let refusal = AuthFailure::KeysUnavailable.refusal();
+    assert_eq!((refusal.status, refusal.retry_after_s), (503, Some(5)));
+}
+
+/// Serves a document over HTTP, each request on its own connection.
+struct Publisher {
+    url: String,
+    document: Arc<Mutex<String>>,
+    requests: Arc<AtomicU64>,
+}
+
+impl Publisher {
+    fn start(document: Value) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/keys", listener.local_addr().unwrap());
+        let document = Arc::new(Mutex::new(document.to_string()));
+        let requests = Arc::new(AtomicU64::new(0));
+        let (shown, counted) = (Arc::clone(&document), Arc::clone(&requests));
+        // Ends with the process: nothing tells it that the test is over.
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let _ = stream.read(&mut [0; 4096]);
+                counted.fetch_add(1, Ordering::SeqCst);
+                let body = shown.lock().unwrap().clone();
+                let status = if body.is_empty() { "500 Oops" } else { "200 OK" };
+                let length = body.len();
+                let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n");
+                let _ = write!(stream, "{head}Connection: close\r\n\r\n{body}");
+            }
+        });
+        Self { url, document, requests }
+    }
+
+    fn publish(&self, keys: &[Value]) {
+        *self.document.lock().unwrap() = json!({ "keys": keys }).to_string();
+    }
+
+    fn authenticator(&self) -> (Arc<Authenticator>, Arc<AuthCounters>) {
+        let counters = Arc::new(AuthCounters::default());
+        let config = JwksConfig::new(Secret::new(self.url.clone()));
+        let auth =
+            Authenticator::jwt(KeySource::Jwks(config), rules(), Arc::clone(&counters)).unwrap();
+        (auth, counters)
+    }
+}
+
+#[tokio::test]
+async fn rotation_of_published_keys_is_survived_with_one_fetch_for_all() {
+    let (old, new) = (Signer::ec(), Signer::rsa());
+    let publisher = Publisher::start(json!({ "keys": [old.jwk("old")] }));
+    let (auth, counters) = publisher.authenticator();
+    let token = old.sign(Some("old"), &claims());
+    assert!(check(&auth, &token, "").await.is_ok());
+    assert!(auth.is_ready());
+
+    publisher.publish(&[old.jwk("old"), new.jwk("new")]);
+    let before = publisher.requests.load(Ordering::SeqCst);
+    let mut checks = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        let (auth, token) = (Arc::clone(&auth), new.sign(Some("new"), &claims()));
+        checks.spawn(async move { check(&auth, &token, "alice").await });
+    }
+    for outcome in checks.join_all().await {
+        assert_eq!(outcome.map(|found| found.user), Ok("alice".into()));
+    }
+    assert_eq!(publisher.requests.load(Ordering::SeqCst), before + 1);
+    assert_eq!(counters.jwks_keys.get(), 2);
+
+    // Made-up key ids cost no further fetch for a while, and do not disturb the others.
+    for made_up in ["x", "y", "z"] {
+        let refused = check(&auth, &new.sign(Some(made_up), &claims()), "").await;
+        assert_eq!(refused, Err(AuthFailure::KeyUnknown));
+    }
+    assert_eq!(publisher.requests.load(Ordering::SeqCst), before + 1);
+    assert!(check(&auth, &token, "").await.is_ok());
+}
+
+#[tokio::test]
+async fn key_id_of_one_key_does_not_admit_anothers_signature() {
+    let (ours, theirs) = (Signer::ec(), Signer::ec());
+    let publisher = Publisher::start(json!({ "keys": [ours.jwk("a")] }));
+    let (auth, _) = publisher.authenticator();
+    let refused = check(&auth, &theirs.sign(Some("a"), &claims()), "").await;
+    assert_eq!(refused, Err(AuthFailure::SignatureWrong));
+    // A token without a key id is tried with what there is.
+    assert!(check(&auth, &ours.sign(None, &claims()), "").await.is_ok());
+    let refused = check(&auth, &hs256_token(&claims()), "").await;
+    assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
+}
+
+#[tokio::test]
+async fn publisher_that_fails_later_leaves_the_keys_that_there_are() {
+    let (old, new) = (Signer::ec(), Signer::ec());
+    let publisher = Publisher::start(json!({ "keys": [old.jwk("old")] }));
+    let (auth, counters) = publisher.authenticator();
+    assert!(check(&auth, &old.sign(Some("old"), &claims()), "").await.is_ok());
+    for broken in ["", "rubbish", r#"{"keys": []}"#] {
+        *publisher.document.lock().unwrap() = broken.to_owned();
+        let refused = check(&auth, &new.sign(Some("new"), &claims()), "").await;
+        assert_eq!(refused, Err(AuthFailure::KeyUnknown));
+        assert!(check(&auth, &old.sign(Some("old"), &claims()), "").await.is_ok());
+    }
+    assert_eq!(counters.jwks_failures.get(), 1, "one fetch, then none for a while");
+}
+
+#[tokio::test]
+async fn without_keys_clients_are_told_to_try_again() {
+    // A port that nobody listens on.
+    let url = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        format!("http://user:password@{}/keys", listener.local_addr().unwrap())
+    };
+    let counters = Arc::new(AuthCounters::default());
+    let source = KeySource::Jwks(JwksConfig::new(Secret::new(url)));
+    let auth = Authenticator::jwt(source, rules(), Arc::clone(&counters)).unwrap();
+    assert!(!auth.is_ready());
+    let refused = check(&auth, &Signer::ec().sign(Some("a"), &claims()), "").await;
+    assert_eq!(refused, Err(AuthFailure::KeysUnavailable));
+    assert_eq!(counters.keys_unavailable.get(), 1);
+    assert!(!format!("{auth:?}").contains("password"));
+}
+
+#[tokio::test]
+async fn trust_believes_the_claim_but_needs_one() {
+    let auth = Authenticator::trust();
+    let found = check(&auth, &Secret::new("anything".into()), "alice").await;
+    assert_eq!(found, Ok(Identity { user: "alice".into(), expires_at_s: None }));
+    let Checked::Now(found) = auth.check(None, "") else { panic!("not at once") };
+    assert_eq!(found, Err(AuthFailure::UserMissing));
+}

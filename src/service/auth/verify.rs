@@ -1,0 +1,144 @@
+//! A token's signature and claims.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use jsonwebtoken::errors::ErrorKind;
+use jsonwebtoken::{Header, Validation};
+use serde::Deserialize;
+
+use super::keys::{Found, Key, KeySet};
+use super::{AuthFailure, Identity, usable_user};
+
+/// What claims must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClaimRules {
+    /// `iss` must be this; `None`: any.
+    pub issuer: Option<String>,
+    /// `aud` must be or contain this; `None`: any.
+    pub audience: Option<String>,
+    /// How far `exp` and `nbf` are stretched, for clocks that differ.
+    pub leeway: Duration,
+}
+
+#[derive(Deserialize)]
+struct Claims {
+    sub: Option<String>,
+    iss: Option<String>,
+    aud: Option<Audience>,
+    exp: Option<NumericDate>,
+    nbf: Option<NumericDate>,
+}
+
+/// One or several (RFC 7519 §4.1.3).
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Audience {
+    One(String),
+    Several(Vec<String>),
+}
+
+/// Unix time in seconds, maybe with a fraction (RFC 7519 §2).
+#[derive(Clone, Copy, Deserialize)]
+#[serde(transparent)]
+struct NumericDate(f64);
+
+impl NumericDate {
+    /// Rounded down; the nearest that fits.
+    fn seconds(self) -> u64 {
+        self.0 as u64
+    }
+}
+
+/// The header of a token, unverified: for finding the key.
+pub(super) fn header(token: &str) -> Result<Header, AuthFailure> {
+    let header = jsonwebtoken::decode_header(token).map_err(|error| match error.kind() {
+        // `none` and whatever else is not an algorithm of ours.
+        ErrorKind::InvalidAlgorithmName => AuthFailure::AlgorithmRefused,
+        ErrorKind::Json(error) if error.to_string().contains("unknown variant") => {
+            AuthFailure::AlgorithmRefused
+        }
+        _ => AuthFailure::Malformed,
+    })?;
+    // RFC 7515 §4.1.11: extensions that must be understood, and none is.
+    if header.crit.is_some() { Err(AuthFailure::Malformed) } else { Ok(header) }
+}
+
+/// Verifies a token: the signature first, so that what is said of claims is said to their bearer
+/// only.
+pub(super) fn verify(
+    token: &str,
+    header: &Header,
+    keys: &KeySet,
+    rules: &ClaimRules,
+    claimed_user: &str,
+    unix_s: u64,
+) -> Result<Identity, AuthFailure> {
+    let candidates = match keys.find(header) {
+        Found::Candidates(candidates) => candidates,
+        Found::OtherAlgorithm => return Err(AuthFailure::AlgorithmRefused),
+        Found::Unknown => return Err(AuthFailure::KeyUnknown),
+    };
+    let mut failure = AuthFailure::KeyUnknown;
+    for key in candidates {
+        match claims(token, key) {
+            Ok(claims) => return identity(claims, rules, claimed_user, unix_s),
+            Err(why) => failure = why,
+        }
+    }
+    Err(failure)
+}
+
+/// The claims of a token that this key has signed.
+fn claims(token: &str, key: &Key) -> Result<Claims, AuthFailure> {
+    let mut validation = Validation::new(key.algorithm);
+    // The signature only: claims are judged below, against the time that the caller has.
+    validation.validate_exp = false;
+    validation.validate_nbf = false;
+    validation.validate_aud = false;
+    validation.required_spec_claims = HashSet::new();
+    match jsonwebtoken::decode::<Claims>(token, &key.key, &validation) {
+        Ok(token) => Ok(token.claims),
+        Err(error) => Err(match error.kind() {
+            ErrorKind::InvalidAlgorithm => AuthFailure::AlgorithmRefused,
+            ErrorKind::InvalidSignature => AuthFailure::SignatureWrong,
+            _ => AuthFailure::Malformed,
+        }),
+    }
+}
+
+fn identity(
+    claims: Claims,
+    rules: &ClaimRules,
+    claimed_user: &str,
+    unix_s: u64,
+) -> Result<Identity, AuthFailure> {
+    let leeway_s = rules.leeway.as_secs();
+    let expires_at_s =
+        claims.exp.ok_or(AuthFailure::ExpiryMissing)?.seconds().saturating_add(leeway_s);
+    if expires_at_s < unix_s {
+        return Err(AuthFailure::Expired);
+    }
+    if claims.nbf.is_some_and(|nbf| nbf.seconds() > unix_s.saturating_add(leeway_s)) {
+        return Err(AuthFailure::NotYetValid);
+    }
+    if rules.issuer.is_some() && claims.iss != rules.issuer {
+        return Err(AuthFailure::IssuerRefused);
+    }
+    if let Some(wanted) = &rules.audience {
+        let meant = match &claims.aud {
+            None => false,
+            Some(Audience::One(one)) => one == wanted,
+            Some(Audience::Several(several)) => several.contains(wanted),
+        };
+        if !meant {
+            return Err(AuthFailure::AudienceRefused);
+        }
+    }
+    let user = claims.sub.unwrap_or_default();
+    usable_user(&user).map_err(|_| AuthFailure::SubjectUnusable)?;
+    if !claimed_user.is_empty() && claimed_user != user {
+        return Err(AuthFailure::SomebodyElse);
+    }
+    Ok(Identity { user, expires_at_s: Some(expires_at_s) })
+}

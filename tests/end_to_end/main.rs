@@ -3,7 +3,10 @@
 
 #[path = "../support/mod.rs"]
 mod support;
+#[path = "../data/upgrade_cases.rs"]
+mod upgrade_cases;
 
 mod clients;
 mod delivery_to_all;
+mod door;
 mod faults;

@@ -110,8 +110,13 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Without clients.
+    /// Without clients. Lets this process, and what it starts from now on, have as many
+    /// descriptors as it may.
     pub fn new() -> Self {
+        use rustix::process::{Resource, getrlimit, setrlimit};
+        let limit = getrlimit(Resource::Nofile);
+        let limit = rustix::process::Rlimit { current: limit.maximum, ..limit };
+        setrlimit(Resource::Nofile, limit).expect("up to the maximum");
         Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC).expect("epoll"),
             clients: Vec::new(),

@@ -1,0 +1,345 @@
+//! Every limit of the public port through a real socket: what breaks it is answered as documented, is
+//! counted, and the next client is served.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use super::serves_the_next_client;
+use crate::support::client::{Client, Heard};
+use crate::support::fleet::{Connect, dial, masked_frame};
+use crate::support::node::{Node, NodeBuilder};
+use crate::support::publisher::{Publisher, new_topic};
+use crate::support::services::kafka_brokers;
+use crate::support::wait::until;
+
+/// For what the server does by itself at a deadline of a second or so.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Connects and expects an HTTP answer other than 101; returns it whole.
+#[track_caller]
+fn refused(node: &Node, user: &str, device: &str) -> (u16, String) {
+    match Client::connect(&Connect::session(node.public, user, device)).hear() {
+        Heard::Refused(status, answer) => (status, answer),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[track_caller]
+fn retry_after(answer: &str) -> u32 {
+    let value = answer.lines().find_map(|line| line.strip_prefix("Retry-After: "));
+    value.expect("has Retry-After").trim().parse().expect("seconds")
+}
+
+/// Waits until the sum over the shards of this counter is at least `least`.
+#[track_caller]
+fn counted(node: &Node, counter: &str, labels: &[&str], least: f64) {
+    until(SOON, counter, || (node.metrics().sum(counter, labels) >= least).then_some(()));
+}
+
+#[track_caller]
+fn ended(node: &Node, reason: &str) {
+    let label = format!("reason=\"{reason}\"");
+    counted(node, "delivery_connections_ended_total", &[&label], 1.0);
+}
+
+#[test]
+fn connections_in_all() {
+    let node = NodeBuilder::dev().set("CONNECTIONS_MAX", 2).start();
+    let mut first = Client::session(node.public, "a", "1");
+    let _second = Client::session(node.public, "b", "1");
+    let (status, answer) = refused(&node, "c", "1");
+    assert_eq!(status, 503, "{answer}");
+    assert!(retry_after(&answer) >= 1);
+    counted(&node, "delivery_shard_refused_full_total", &[], 1.0);
+    first.close(1000);
+    first.hear_end();
+    until(SOON, "the slot is free again", || {
+        let mut next = Client::connect(&Connect::session(node.public, "d", "1"));
+        matches!(next.hear(), Heard::Open(_)).then_some(())
+    });
+}
+
+#[test]
+fn connections_of_one_user() {
+    let node = NodeBuilder::dev().set("CONNECTIONS_PER_USER", 2).start();
+    let mut first = Client::session(node.public, "a", "1");
+    let _second = Client::session(node.public, "a", "2");
+    let (status, answer) = refused(&node, "a", "3");
+    assert_eq!(status, 429, "{answer}");
+    assert!(retry_after(&answer) >= 1);
+    counted(&node, "delivery_sessions_refused_user_limit_total", &[], 1.0);
+    // The same device again is no further session: it replaces.
+    let _again = Client::session(node.public, "a", "1");
+    assert_eq!(first.hear_end(), Heard::Closed(4000, "session_replaced".into()));
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn connections_from_one_address() {
+    let node = NodeBuilder::dev().set("CONNECTIONS_PER_ADDRESS", 2).start();
+    let mut first = Client::session(node.public, "a", "1");
+    let _second = Client::session(node.public, "b", "1");
+    let (status, answer) = refused(&node, "c", "1");
+    assert_eq!(status, 429, "{answer}");
+    assert!(retry_after(&answer) >= 1);
+    counted(&node, "delivery_shard_refused_address_count_total", &[], 1.0);
+    first.close(1000);
+    first.hear_end();
+    until(SOON, "the address may connect again", || {
+        let mut next = Client::connect(&Connect::session(node.public, "d", "1"));
+        matches!(next.hear(), Heard::Open(_)).then_some(())
+    });
+}
+
+/// Connects until one is refused, and then until one is let in again.
+fn handshake_rate(setting: &str, status: u16, counter: &str) {
+    let node = NodeBuilder::dev().set(setting, 2).start();
+    let answer = (0..100)
+        .find_map(|number| {
+            let connect = Connect::session(node.public, "a", &number.to_string());
+            match Client::connect(&connect).hear() {
+                Heard::Refused(status, answer) => Some((status, answer)),
+                _ => None,
+            }
+        })
+        .expect("one is refused");
+    assert_eq!(answer.0, status, "{}", answer.1);
+    assert!(retry_after(&answer.1) >= 1);
+    counted(&node, counter, &[], 1.0);
+    until(SOON, "the rate allows another", || {
+        let mut next = Client::connect(&Connect::session(node.public, "b", "1"));
+        matches!(next.hear(), Heard::Open(_)).then_some(())
+    });
+}
+
+#[test]
+fn handshakes_each_second_in_all() {
+    handshake_rate("HANDSHAKES_PER_SECOND", 503, "delivery_shard_refused_total_rate_total");
+}
+
+#[test]
+fn handshakes_each_second_from_one_address() {
+    let counter = "delivery_shard_refused_address_rate_total";
+    handshake_rate("HANDSHAKES_PER_SECOND_PER_ADDRESS", 429, counter);
+}
+
+#[test]
+fn messages_each_second() {
+    let node = NodeBuilder::dev().set("INBOUND_MESSAGES_PER_SECOND", 5).start();
+    let mut client = Client::session(node.public, "chatty", "phone");
+    for _ in 0..200 {
+        if !client.send_text("hello") {
+            break;
+        }
+    }
+    assert!(matches!(client.hear_end(), Heard::Closed(1008, reason) if !reason.is_empty()));
+    counted(&node, "delivery_shard_inbound_rate_exceeded_total", &[], 1.0);
+    ended(&node, "peer_at_fault");
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn bytes_each_second() {
+    let node = NodeBuilder::dev()
+        .set("INBOUND_BYTES_PER_SECOND", "1KiB")
+        .set("INBOUND_MESSAGES_PER_SECOND", 1_000_000)
+        .start();
+    let mut client = Client::session(node.public, "wordy", "phone");
+    for _ in 0..200 {
+        if !client.send(2, &[0; 1000]) {
+            break;
+        }
+    }
+    assert!(matches!(client.hear_end(), Heard::Closed(1008, reason) if !reason.is_empty()));
+    counted(&node, "delivery_shard_inbound_rate_exceeded_total", &[], 1.0);
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn size_of_a_message() {
+    let node = NodeBuilder::dev().set("MESSAGE_BYTES_MAX", "1KiB").start();
+    let mut whole = Client::session(node.public, "a", "phone");
+    whole.send(2, &[0; 1025]);
+    assert!(matches!(whole.hear_end(), Heard::Closed(1009, _)));
+
+    let mut in_parts = Client::session(node.public, "b", "phone");
+    let parts = [masked_frame(false, 2, &[0; 600]), masked_frame(false, 0, &[0; 600])].concat();
+    in_parts.stream().write_all(&parts).expect("a fresh socket takes it");
+    assert!(matches!(in_parts.hear_end(), Heard::Closed(1009, _)));
+
+    // The announced length alone is enough: nothing is allocated for it.
+    let mut announced = Client::session(node.public, "c", "phone");
+    announced
+        .stream()
+        .write_all(&[0x82, 0xff, 0, 0, 0x10, 0, 0, 0, 0, 0, 1, 2, 3, 4])
+        .expect("a fresh socket takes it");
+    assert!(matches!(announced.hear_end(), Heard::Closed(1009, _)));
+
+    let mut allowed = Client::session(node.public, "d", "phone");
+    assert!(allowed.send(2, &[0; 1024]));
+    allowed.send(9, b"");
+    assert_eq!(allowed.hear(), Heard::Pong(Vec::new()));
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn time_for_the_handshake() {
+    let node = NodeBuilder::dev().set("HANDSHAKE_TIMEOUT", "500ms").start();
+    let connect = Connect::session(node.public, "late", "phone");
+    let mut stream = dial(&connect).expect("the server accepts");
+    stream.write_all(&connect.request().as_bytes()[..40]).expect("a fresh socket takes it");
+    let mut client = Client::adopt(stream);
+    assert!(matches!(client.hear(), Heard::Refused(408, _)));
+    counted(&node, "delivery_shard_handshake_timeouts_total", &[], 1.0);
+    ended(&node, "handshake_timeout");
+
+    // One that says nothing at all is let go too.
+    let mut silent = Client::adopt(dial(&connect).expect("the server accepts"));
+    assert!(matches!(silent.hear(), Heard::Refused(408, _) | Heard::Gone));
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn silence_after_the_handshake() {
+    let node = NodeBuilder::dev().set("PING_INTERVAL", "1s").set("IDLE_TIMEOUT", "3s").start();
+    let mut alive = Client::session(node.public, "alive", "phone");
+    let connect = Connect::session(node.public, "dead", "phone");
+    let mut dead = Client::opened(&Connect { answers_pings: false, ..connect });
+    assert_eq!(dead.hear(), Heard::Ping);
+    assert!(matches!(dead.hear_end(), Heard::Gone | Heard::Closed(..)));
+    ended(&node, "peer_silent");
+    // The one that answers is there still, though it said nothing of its own.
+    assert_eq!(alive.hear(), Heard::Ping);
+    alive.send(9, b"here");
+    while alive.hear() != Heard::Pong(b"here".to_vec()) {}
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn time_for_the_answer_to_a_close_frame() {
+    let node =
+        NodeBuilder::dev().set("CLOSE_TIMEOUT", "300ms").set("MESSAGE_BYTES_MAX", "1KiB").start();
+    let client = Client::session(node.public, "rude", "phone");
+    let mut stream = client.stream().try_clone().expect("a second handle");
+    // Too big: the server closes with 1009, and this client never answers.
+    stream.write_all(&masked_frame(true, 2, &[0; 2000])).expect("a fresh socket takes it");
+    ended(&node, "peer_at_fault");
+    let active = || node.metrics().sum("websocket_connections_active", &[]);
+    until(SOON, "the connection is gone", || (active() == 0.0).then_some(()));
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn origins() {
+    let node =
+        NodeBuilder::dev().set("ORIGINS", "https://chat.example.com,https://*.example.org").start();
+    let from = |origin: &str| {
+        let connect = Connect::session(node.public, "a", "browser");
+        let headers =
+            if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
+        Client::connect(&Connect { headers, ..connect }).hear()
+    };
+    for allowed in ["https://chat.example.com", "https://www.example.org"] {
+        assert!(matches!(from(allowed), Heard::Open(_)), "{allowed}");
+    }
+    for refused in ["https://evil.example", "http://chat.example.com", "null"] {
+        assert!(matches!(from(refused), Heard::Refused(403, _)), "{refused}");
+    }
+    serves_the_next_client(node.public);
+}
+
+#[test]
+fn echo_is_off_unless_switched_on() {
+    let node = NodeBuilder::dev().set("ECHO", false).start();
+    let connect = Connect { target: "/echo".into(), ..Connect::session(node.public, "", "") };
+    assert!(matches!(Client::connect(&connect).hear(), Heard::Refused(404, _)));
+    let node = NodeBuilder::dev().start();
+    let connect = Connect { address: node.public, first_message: None, ..connect };
+    let mut client = Client::opened(&connect);
+    client.send_text("hello");
+    assert_eq!(client.hear(), Heard::Text("hello".into()));
+    client.send(2, &[7; 300]);
+    assert_eq!(client.hear(), Heard::Binary(vec![7; 300]));
+}
+
+/// A node on a real Kafka, with one conversation of `stalled` and `honest`.
+fn node_with_a_room(node: NodeBuilder) -> (Node, Publisher) {
+    let brokers = kafka_brokers();
+    let topic = new_topic(&brokers, "limits", 1);
+    let node = node.set("KAFKA_BROKERS", &brokers).set("KAFKA_TOPICS", &topic).start();
+    let mut publisher = Publisher::new(&brokers, &topic);
+    publisher.created("room", &["stalled".into(), "honest".into()]);
+    (node, publisher)
+}
+
+/// Publishes until the stalled client's session has ended, which is how the server says so.
+fn stalls(node: &Node, publisher: &mut Publisher, content: &str, reason: &str) {
+    let mut honest = Client::session(node.public, "honest", "phone");
+    assert!(matches!(honest.hear(), Heard::Binary(_)), "the creation");
+    let connect = Connect::session(node.public, "stalled", "phone");
+    // Open, and then not read from.
+    let mut stalled = Client::opened(&Connect { receive_buffer: Some(2304), ..connect });
+    let label = format!("reason=\"{reason}\"");
+    let has_ended = || node.metrics().sum("delivery_connections_ended_total", &[&label]) >= 1.0;
+    let mut sequence = 0;
+    until(Duration::from_secs(60), reason, || {
+        for _ in 0..16 {
+            sequence += 1;
+            publisher.message("room", sequence, "honest", content);
+            assert!(matches!(honest.hear(), Heard::Binary(_)), "the honest one notices nothing");
+        }
+        has_ended().then_some(())
+    });
+    assert!(matches!(stalled.hear_end(), Heard::Closed(1011, _) | Heard::Gone));
+    serves_the_next_client(node.public);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn messages_waiting_for_a_slow_reader() {
+    let (node, mut publisher) = node_with_a_room(NodeBuilder::serve().set("SO_SNDBUF", "4608"));
+    stalls(&node, &mut publisher, &"x".repeat(500), "queue_overflow");
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn bytes_waiting_for_a_slow_reader() {
+    let (node, mut publisher) = node_with_a_room(
+        NodeBuilder::serve()
+            .set("SO_SNDBUF", "4608")
+            .set("QUEUE_MESSAGES_MAX", 65_536)
+            .set("QUEUE_BYTES_MAX", "16KiB"),
+    );
+    stalls(&node, &mut publisher, &"x".repeat(1000), "queue_overflow");
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn time_without_progress_of_a_send() {
+    let (node, mut publisher) = node_with_a_room(
+        NodeBuilder::serve()
+            .set("SO_SNDBUF", "4608")
+            .set("WRITE_TIMEOUT", "1s")
+            .set("QUEUE_MESSAGES_MAX", 65_536)
+            .set("QUEUE_BYTES_MAX", "1GiB"),
+    );
+    stalls(&node, &mut publisher, &"x".repeat(500), "write_timeout");
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn client_without_a_first_message_goes_live_after_the_grace() {
+    let (node, mut publisher) = node_with_a_room(NodeBuilder::serve().set("RESUME_GRACE", "1s"));
+    let connect = Connect::session(node.public, "honest", "phone");
+    let mut client = Client::opened(&Connect { first_message: None, ..connect });
+    publisher.message("room", 1, "stalled", "held, then released");
+    publisher.flush(SOON);
+    let mut messages = 0;
+    while messages < 1 {
+        let Heard::Binary(payload) = client.hear() else { panic!("not an event") };
+        messages += u64::from(crate::support::tally::Tally::default().saw(&payload).is_some());
+    }
+    // What comes too late is told, not skipped in silence.
+    client.send_text(r#"{"last_sequences":{}}"#);
+    assert!(matches!(client.hear_end(), Heard::Closed(4408, _)));
+}

@@ -1,6 +1,7 @@
 //! What the tests share: a client fleet and its tally, a producer, services, processes.
 #![allow(dead_code, unreachable_pub, reason = "shared by test targets that each use a part")]
 
+pub mod back_end;
 pub mod client;
 pub mod fleet;
 pub mod neighbours;

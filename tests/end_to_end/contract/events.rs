@@ -1,0 +1,215 @@
+//! Contract §2 and §3: which events reach whom, and as what bytes.
+
+use std::time::Duration;
+
+use delivery::service::proto::shared::v1::EventType;
+use prost::Message as _;
+
+use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
+use crate::support::client::{Client, Heard};
+use crate::support::neighbours::{Manner, Method};
+use crate::support::publisher::envelope;
+use crate::support::wait::until;
+
+const SOON: Duration = Duration::from_secs(20);
+/// Long enough for what should not come to have come.
+const A_WHILE: Duration = Duration::from_millis(500);
+
+fn names(users: &[&str]) -> Vec<String> {
+    users.iter().map(|user| (*user).to_owned()).collect()
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn every_member_gets_it_on_every_device_the_sender_included() {
+    let mut back_end = BackEnd::start("members", 1);
+    let node = back_end.node().start();
+    let session = |user, device| Client::session(node.public, user, device);
+    let mut members =
+        [session("alice", "phone"), session("alice", "desk"), session("bob", "phone")];
+    let mut stranger = session("mallory", "phone");
+    back_end.publisher.created("room", &names(&["alice", "bob"]));
+    back_end.publisher.message("room", 1, "alice", "hello");
+    for member in &mut members {
+        assert_eq!(event_type(member), EventType::ConversationCreated);
+        assert_eq!(message(member), ("room".into(), 1));
+    }
+    hears_nothing(&mut stranger, A_WHILE);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn unknown_conversation_is_asked_for_once() {
+    let mut back_end = BackEnd::start("unknown", 1);
+    back_end.neighbours.known().converse("old", &["alice", "bob"], 0);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    for sequence in 1..=20 {
+        back_end.publisher.message("old", sequence, "bob", "hello");
+    }
+    for sequence in 1..=20 {
+        assert_eq!(message(&mut alice), ("old".into(), sequence));
+    }
+    assert_eq!(back_end.neighbours.known().count(Method::Members), 1);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn added_member_gets_the_event_that_adds_him_and_all_after_it() {
+    let mut back_end = BackEnd::start("added", 1);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    let mut carol = Client::session(node.public, "carol", "phone");
+    back_end.publisher.created("room", &names(&["alice", "bob"]));
+    back_end.publisher.message("room", 1, "alice", "before");
+    back_end.publisher.membership("room", "carol", true);
+    back_end.publisher.message("room", 2, "alice", "after");
+    assert_eq!(event_type(&mut carol), EventType::MembershipChanged);
+    assert_eq!(message(&mut carol), ("room".into(), 2));
+    assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
+    assert_eq!(message(&mut alice), ("room".into(), 1));
+    assert_eq!(event_type(&mut alice), EventType::MembershipChanged);
+    assert_eq!(message(&mut alice), ("room".into(), 2));
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn member_added_while_the_list_was_not_cached_silences_nobody() {
+    let mut back_end = BackEnd::start("added-uncached", 1);
+    // The conversation service knows the new member already, as it does when it publishes that.
+    back_end.neighbours.known().converse("old", &["alice", "bob", "carol"], 0);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    let mut carol = Client::session(node.public, "carol", "phone");
+    back_end.publisher.membership("old", "carol", true);
+    back_end.publisher.message("old", 1, "alice", "hello");
+    for member in [&mut alice, &mut carol] {
+        assert_eq!(event_type(member), EventType::MembershipChanged);
+        assert_eq!(message(member), ("old".into(), 1));
+    }
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn removed_member_gets_the_event_that_removes_him_and_nothing_after_it() {
+    let mut back_end = BackEnd::start("removed", 1);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    let mut bob = Client::session(node.public, "bob", "phone");
+    back_end.publisher.created("room", &names(&["alice", "bob"]));
+    back_end.publisher.membership("room", "bob", false);
+    for sequence in 1..=5 {
+        back_end.publisher.message("room", sequence, "alice", "gone");
+    }
+    back_end.publisher.created("other", &names(&["bob"]));
+    assert_eq!(event_type(&mut bob), EventType::ConversationCreated);
+    assert_eq!(event_type(&mut bob), EventType::MembershipChanged);
+    // The same partition: had anything of the room come, it would have come before this.
+    assert_eq!(event_type(&mut bob), EventType::ConversationCreated);
+    assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
+    assert_eq!(event_type(&mut alice), EventType::MembershipChanged);
+    assert_eq!(message(&mut alice), ("room".into(), 1));
+    hears_nothing(&mut bob, A_WHILE);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn bytes_are_those_of_the_record() {
+    let mut back_end = BackEnd::start("bytes", 1);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    back_end.publisher.created("room", &names(&["alice"]));
+    event(&mut alice);
+    // With a field that no version of ours knows: 15, varint, 5.
+    let mut value =
+        envelope(EventType::MessageDeleted, vec![10, 4, b'r', b'o', b'o', b'm']).encode_to_vec();
+    value.extend([0x78, 5]);
+    back_end.publisher.publish_bytes("room", &value);
+    assert_eq!(event(&mut alice).0, value);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn deletions_and_receipts_reach_the_members() {
+    let mut back_end = BackEnd::start("kinds", 1);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    back_end.publisher.created("room", &names(&["alice", "bob"]));
+    back_end.publisher.message("room", 1, "bob", "hello");
+    back_end.publisher.receipt("room", "alice", 1);
+    back_end.publisher.deleted("room", "room-1");
+    for expected in [
+        EventType::ConversationCreated,
+        EventType::MessageSent,
+        EventType::ReadReceiptUpdated,
+        EventType::MessageDeleted,
+    ] {
+        assert_eq!(event_type(&mut alice), expected);
+    }
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn record_that_cannot_be_decoded_is_counted_logged_and_passed() {
+    let mut back_end = BackEnd::start("garbage", 1);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    back_end.publisher.publish_bytes("room", b"\xff\xff\xff no envelope");
+    back_end.publisher.created("room", &names(&["alice"]));
+    assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
+    let log = node.log();
+    let line = log.lines().find(|line| line.contains(&back_end.topic) && line.contains("offset"));
+    assert!(line.is_some(), "the log names topic, partition and offset: {log}");
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn unroutable_conversation_stalls_only_its_own_partition() {
+    let mut back_end = BackEnd::start("stalls", 16);
+    back_end.neighbours.known().converse("lost", &["alice"], 0);
+    back_end.neighbours.set(Method::Members, Manner::Hanging);
+    let node = back_end.node().set("CALL_TIMEOUT", "300ms").start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    back_end.publisher.message("lost", 1, "alice", "waits");
+    back_end.neighbours.wait(SOON, |known| known.count(Method::Members) >= 2);
+    // Other partitions move on: of these rooms all but those beside `lost` arrive.
+    for number in 0..64 {
+        back_end.publisher.created(&format!("room-{number}"), &names(&["alice"]));
+    }
+    let mut created = 0;
+    while created < 48 {
+        assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
+        created += 1;
+    }
+    back_end.neighbours.set(Method::Members, Manner::Well);
+    until(SOON, "the waiting message comes", || {
+        (event_type(&mut alice) == EventType::MessageSent).then_some(())
+    });
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn later_messages_of_a_client_carry_no_meaning() {
+    let mut back_end = BackEnd::start("meaningless", 1);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    for text in ["hello", "{}", r#"{"unknown": 1}"#, "[]", "{\"last_sequences\":"] {
+        assert!(alice.send_text(text));
+    }
+    assert!(alice.send(2, b"binary too"));
+    back_end.publisher.created("room", &names(&["alice"]));
+    assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn stopping_node_closes_its_sessions_and_leaves_with_zero() {
+    let back_end = BackEnd::start("stop", 1);
+    let mut node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    back_end.neighbours.wait(SOON, |known| known.registrations.len() == 1);
+    let status = node.stop(SOON);
+    assert!(matches!(alice.hear_end(), Heard::Closed(1001, _)));
+    assert!(status.success(), "{status}");
+    assert!(back_end.neighbours.known().registrations.is_empty(), "unregistered");
+}

@@ -1,0 +1,10 @@
+//! The contract, sentence by sentence: `docs/contract.md` says which test proves which.
+
+mod events;
+mod nodes;
+mod presence;
+mod resume;
+mod settings;
+mod stream;
+mod tokens;
+mod wire;

@@ -1,0 +1,169 @@
+//! Contract §3: what a client missed is caught up, in order, at the socket's pace, and never twice.
+
+use std::time::Duration;
+
+use delivery::service::proto::message::v1::MessageSentEvent;
+use delivery::service::proto::shared::v1::EventType;
+use prost::Message as _;
+use tonic::Code;
+
+use crate::support::back_end::{BackEnd, event, knows, message, resuming};
+use crate::support::client::{Client, Heard};
+use crate::support::fleet::Connect;
+use crate::support::neighbours::{Call, FakeNeighbours, Manner, Method};
+use crate::support::node::NodeBuilder;
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn neighbours_with(conversation: &str, members: &[&str], messages: i64) -> FakeNeighbours {
+    let neighbours = FakeNeighbours::start();
+    neighbours.known().converse(conversation, members, messages);
+    neighbours
+}
+
+#[test]
+fn conversation_named_is_caught_up_from_its_sequence_in_pages_of_100() {
+    let neighbours = neighbours_with("room", &["alice"], 250);
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let mut alice = resuming(node.public, "alice", "phone", r#"{"room": 7}"#);
+    for sequence in 8..=250 {
+        assert_eq!(message(&mut alice), ("room".into(), sequence));
+    }
+    neighbours.wait(SOON, |known| known.count(Method::Sync) >= 3);
+    let known = neighbours.known();
+    let pages: Vec<_> = known
+        .calls
+        .iter()
+        .filter_map(|call| match call {
+            Call::Sync { conversation, after, page_size } => {
+                Some((conversation.as_str(), *after, *page_size))
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(pages, [("room", 7, 100), ("room", 107, 100), ("room", 207, 100)]);
+}
+
+#[test]
+fn conversation_not_named_is_caught_up_from_its_beginning() {
+    let neighbours = neighbours_with("listed", &["alice", "bob"], 3);
+    neighbours.known().converse("of-others", &["bob"], 3);
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let mut alice = resuming(node.public, "alice", "phone", "{}");
+    for sequence in 1..=3 {
+        assert_eq!(message(&mut alice), ("listed".into(), sequence));
+    }
+    let on_behalf_of = Some("alice".to_owned());
+    let listed = Call::List { user: "alice".into(), on_behalf_of };
+    assert!(neighbours.known().calls.contains(&listed), "asked with x-user-id");
+    let calls = &neighbours.known().calls;
+    let of_others = |call: &Call| matches!(call, Call::Sync { conversation, .. } if conversation == "of-others");
+    assert!(!calls.iter().any(of_others));
+}
+
+#[test]
+fn caught_up_message_is_an_envelope_of_its_own() {
+    let neighbours = neighbours_with("room", &["alice"], 1);
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let mut alice = resuming(node.public, "alice", "phone", "{}");
+    let (_, envelope) = event(&mut alice);
+    assert_eq!(envelope.event_type(), EventType::MessageSent);
+    assert_eq!(envelope.schema_version, 1);
+    let inner = MessageSentEvent::decode(envelope.payload).expect("a MessageSentEvent");
+    let sent = inner.message.expect("has a message");
+    assert_eq!(sent, crate::support::neighbours::message("room", 1));
+    assert_eq!(envelope.occurred_at, sent.sent_at);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn live_events_wait_for_the_catch_up_and_come_once_in_order() {
+    let mut back_end = BackEnd::start("seam", 1);
+    back_end.neighbours.known().converse("room", &["alice"], 150);
+    back_end.neighbours.set(Method::Sync, Manner::Late(Duration::from_millis(300)));
+    let node = back_end.node().start();
+    // Another device shows when the live events have been routed.
+    let mut witness = resuming(node.public, "alice", "witness", r#"{"room": 150}"#);
+    let mut alice = resuming(node.public, "alice", "phone", r#"{"room": 0}"#);
+    back_end.neighbours.wait(SOON, |known| known.in_flight.get(&Method::Sync).copied() >= Some(1));
+    // The first ten are caught up too: published while the pages are being fetched.
+    for sequence in 141..=170 {
+        back_end.publisher.message("room", sequence, "alice", "live");
+    }
+    for sequence in 141..=170 {
+        let (_, seen) = message(&mut witness);
+        assert_eq!(seen, sequence);
+    }
+    for sequence in 1..=170 {
+        assert_eq!(message(&mut alice), ("room".into(), sequence));
+    }
+}
+
+#[test]
+fn failed_catch_up_is_told_to_the_client() {
+    let neighbours = neighbours_with("room", &["alice"], 3);
+    neighbours.set(Method::Sync, Manner::Failing(Code::Unavailable));
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let mut alice = resuming(node.public, "alice", "phone", "{}");
+    let Heard::Closed(1013, reason) = alice.hear_end() else { panic!("not told") };
+    assert!(!reason.is_empty());
+
+    // It comes back for the next attempt.
+    neighbours.set(Method::Sync, Manner::Well);
+    let mut alice = resuming(node.public, "alice", "phone", "{}");
+    assert_eq!(message(&mut alice), ("room".into(), 1));
+}
+
+#[test]
+fn hanging_message_service_ends_the_catch_up_by_its_deadline() {
+    let neighbours = neighbours_with("room", &["alice"], 3);
+    neighbours.set(Method::Sync, Manner::Hanging);
+    let node = knows(NodeBuilder::dev(), &neighbours).set("CALL_TIMEOUT", "200ms").start();
+    let mut alice = resuming(node.public, "alice", "phone", "{}");
+    assert!(matches!(alice.hear_end(), Heard::Closed(1013, _)));
+}
+
+#[test]
+fn catch_up_goes_no_faster_than_the_socket() {
+    // Far more than the queue of 128 holds: a catch-up that does not wait would end the session.
+    let neighbours = neighbours_with("room", &["alice"], 5_000);
+    let node = knows(NodeBuilder::dev(), &neighbours).set("SO_SNDBUF", "4608").start();
+    let connect = Connect::session(node.public, "alice", "phone");
+    let mut alice = Client::opened(&Connect { receive_buffer: Some(2304), ..connect });
+    neighbours.wait(SOON, |known| known.count(Method::Sync) >= 1);
+    for sequence in 1..=5_000 {
+        assert_eq!(message(&mut alice), ("room".into(), sequence));
+    }
+}
+
+#[test]
+fn many_that_come_at_once_keep_the_calls_in_flight_bounded() {
+    use crate::support::fleet::{Fleet, Seen};
+    use crate::support::tally::Tally;
+
+    const CLIENTS: usize = 500;
+    let neighbours = neighbours_with("room", &["nobody"], 5);
+    neighbours.set(Method::Sync, Manner::Late(Duration::from_millis(20)));
+    let node = knows(NodeBuilder::dev(), &neighbours).set("RESUME_CALLS_MAX", 8).start();
+    let mut fleet = Fleet::new();
+    for number in 0..CLIENTS {
+        let connect = Connect::session(node.public, &format!("user-{number}"), "phone");
+        let first_message = Some(r#"{"last_sequences":{"room":0}}"#.to_owned());
+        fleet.connect(&Connect { first_message, ..connect }).expect("the server accepts");
+    }
+    let mut tallies = vec![Tally::default(); CLIENTS];
+    crate::support::wait::until(Duration::from_secs(60), "all have caught up", || {
+        fleet.turn(Duration::from_millis(50), &mut |client, seen| match seen {
+            Seen::Binary(payload) => {
+                tallies[client].saw(payload);
+            }
+            Seen::Open(_) | Seen::Ping => {}
+            other => panic!("client {client}: {other:?}"),
+        });
+        tallies.iter().all(|tally| tally.messages == 5).then_some(())
+    });
+    let known = neighbours.known();
+    assert!(known.in_flight_peak[&Method::Sync] <= 8, "{:?}", known.in_flight_peak);
+    let list_peak = known.in_flight_peak[&Method::List];
+    assert!(list_peak <= 8, "{list_peak} lists at once");
+}

@@ -1,0 +1,101 @@
+//! What stands around a node in a RealChat deployment: Kafka, and the neighbours of the contract.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use delivery::service::proto::message::v1::MessageSentEvent;
+use delivery::service::proto::shared::v1::{EventEnvelope, EventType};
+use prost::Message as _;
+
+use super::client::{Client, Heard};
+use super::fleet::Connect;
+use super::neighbours::FakeNeighbours;
+use super::node::NodeBuilder;
+use super::publisher::{Publisher, new_topic};
+use super::services::kafka_brokers;
+
+/// See the module.
+pub struct BackEnd {
+    /// Where the events are.
+    pub brokers: String,
+    /// A topic of this test's own.
+    pub topic: String,
+    /// The producer of the events.
+    pub publisher: Publisher,
+    /// Conversation, message and presence service.
+    pub neighbours: FakeNeighbours,
+}
+
+impl BackEnd {
+    /// On the Kafka of the environment, one topic with this many partitions.
+    pub fn start(name: &str, partitions: i32) -> Self {
+        let brokers = kafka_brokers();
+        let topic = new_topic(&brokers, name, partitions);
+        let publisher = Publisher::new(&brokers, &topic);
+        Self { publisher, brokers, topic, neighbours: FakeNeighbours::start() }
+    }
+
+    /// A node that knows all of it.
+    pub fn node(&self) -> NodeBuilder {
+        knows(NodeBuilder::serve(), &self.neighbours)
+            .set("KAFKA_BROKERS", &self.brokers)
+            .set("KAFKA_TOPICS", &self.topic)
+            .set("KAFKA_GROUP", &self.topic)
+    }
+}
+
+/// Tells a node where the neighbours are.
+pub fn knows(node: NodeBuilder, neighbours: &FakeNeighbours) -> NodeBuilder {
+    node.set("MSG_SVC_ADDR", neighbours.address())
+        .set("CONV_SVC_ADDR", neighbours.address())
+        .set("PRESENCE_SVC_ADDR", neighbours.address())
+}
+
+/// A session that resumes from these positions, `{"conversation": sequence, …}`.
+pub fn resuming(address: SocketAddr, user: &str, device: &str, positions: &str) -> Client {
+    let first_message = Some(format!(r#"{{"last_sequences":{positions}}}"#));
+    Client::opened(&Connect { first_message, ..Connect::session(address, user, device) })
+}
+
+/// The next event of a client, as it came and decoded.
+#[track_caller]
+pub fn event(client: &mut Client) -> (Vec<u8>, EventEnvelope) {
+    loop {
+        match client.hear() {
+            Heard::Binary(payload) => {
+                let envelope = EventEnvelope::decode(&*payload).expect("an EventEnvelope");
+                return (payload, envelope);
+            }
+            Heard::Ping => {}
+            other => panic!("not an event: {other:?}"),
+        }
+    }
+}
+
+/// The next event, which must be a message: its conversation and sequence.
+#[track_caller]
+pub fn message(client: &mut Client) -> (String, i64) {
+    let (_, envelope) = event(client);
+    assert_eq!(envelope.event_type(), EventType::MessageSent);
+    let event = MessageSentEvent::decode(envelope.payload).expect("a MessageSentEvent");
+    let message = event.message.expect("has a message");
+    (message.conversation_id, message.sequence)
+}
+
+/// The type of the next event.
+#[track_caller]
+pub fn event_type(client: &mut Client) -> EventType {
+    event(client).1.event_type()
+}
+
+/// Hears no event for this long. For what must not come: a later event that does come says more.
+#[track_caller]
+pub fn hears_nothing(client: &mut Client, time: Duration) {
+    let deadline = Instant::now() + time;
+    while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+        match client.hear_within(left) {
+            None | Some(Heard::Ping) => {}
+            Some(other) => panic!("heard {other:?}"),
+        }
+    }
+}

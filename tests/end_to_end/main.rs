@@ -7,6 +7,7 @@ mod support;
 mod upgrade_cases;
 
 mod clients;
+mod contract;
 mod delivery_to_all;
 mod door;
 mod faults;

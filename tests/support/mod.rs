@@ -9,6 +9,7 @@ pub mod node;
 pub mod own_services;
 pub mod proxy;
 pub mod publisher;
+pub mod registry;
 pub mod services;
 pub mod tally;
 pub mod wait;

@@ -117,7 +117,8 @@ const METHODS: &[&str] = &[
 ];
 
 fn files() -> Vec<prost_types::FileDescriptorProto> {
-    let set = FileDescriptorSet::decode(delivery::service::proto::DESCRIPTORS).expect("descriptors");
+    let set =
+        FileDescriptorSet::decode(delivery::service::proto::DESCRIPTORS).expect("descriptors");
     set.file.into_iter().filter(|file| file.package().starts_with("realchat.")).collect()
 }
 
@@ -174,8 +175,8 @@ fn enums_have_the_values_of_the_contract() {
 #[test]
 fn conversation_keeps_the_number_of_is_group_reserved() {
     let files = files();
-    let messages = files.iter().flat_map(|file| &file.message_type);
-    let conversation = messages.filter(|message| message.name() == "Conversation").next().expect("declared");
+    let mut messages = files.iter().flat_map(|file| &file.message_type);
+    let conversation = messages.find(|message| message.name() == "Conversation").expect("declared");
     let reserved = &conversation.reserved_range;
     assert!(reserved.iter().any(|range| range.start() <= 2 && range.end() > 2));
 }

@@ -1,0 +1,148 @@
+//! Contract §4: who tells the presence service what, and when.
+
+use std::time::Duration;
+
+use tonic::Code;
+
+use crate::support::back_end::knows;
+use crate::support::client::{Client, Heard};
+use crate::support::neighbours::{Call, FakeNeighbours, Manner, Method};
+use crate::support::node::{Node, NodeBuilder};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn node(neighbours: &FakeNeighbours) -> NodeBuilder {
+    knows(NodeBuilder::dev(), neighbours).set("INSTANCE_ID", "node-under-test")
+}
+
+fn register(user: &str) -> Call {
+    let (user, device) = (user.to_owned(), "phone".to_owned());
+    Call::Register { user, device, instance: "node-under-test".into() }
+}
+
+fn unregister(user: &str) -> Call {
+    Call::Unregister { user: user.into(), device: "phone".into() }
+}
+
+fn has(neighbours: &FakeNeighbours, call: &Call) {
+    neighbours.wait(SOON, |known| known.calls.contains(call));
+}
+
+#[test]
+fn session_is_registered_refreshed_and_unregistered() {
+    let neighbours = FakeNeighbours::start();
+    let node = node(&neighbours).set("PRESENCE_REFRESH", "1s").start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    has(&neighbours, &register("alice"));
+    has(&neighbours, &Call::Refresh { user: "alice".into(), device: "phone".into() });
+    alice.close(1000);
+    alice.hear_end();
+    has(&neighbours, &unregister("alice"));
+    assert!(neighbours.known().registrations.is_empty());
+}
+
+/// Connects and registers.
+fn registered(node: &Node, neighbours: &FakeNeighbours, user: &str) -> Client {
+    let client = Client::session(node.public, user, "phone");
+    has(neighbours, &register(user));
+    client
+}
+
+#[test]
+fn every_kind_of_end_unregisters() {
+    let neighbours = FakeNeighbours::start();
+    let mut node = node(&neighbours)
+        .set("PING_INTERVAL", "1s")
+        .set("IDLE_TIMEOUT", "2s")
+        .set("MESSAGE_BYTES_MAX", "1KiB")
+        .start();
+
+    let mut closed = registered(&node, &neighbours, "closed");
+    closed.close(1000);
+    has(&neighbours, &unregister("closed"));
+
+    let mut gone = registered(&node, &neighbours, "gone");
+    gone.abort();
+    has(&neighbours, &unregister("gone"));
+
+    let mut at_fault = registered(&node, &neighbours, "at-fault");
+    at_fault.send(2, &[0; 2000]);
+    has(&neighbours, &unregister("at-fault"));
+
+    // Stays connected and answers nothing.
+    let _silent = registered(&node, &neighbours, "silent");
+    has(&neighbours, &unregister("silent"));
+
+    let _stopped = registered(&node, &neighbours, "stopped");
+    node.stop(SOON);
+    has(&neighbours, &unregister("stopped"));
+}
+
+#[test]
+fn end_of_a_replaced_session_does_not_unregister_its_successor() {
+    let neighbours = FakeNeighbours::start();
+    let node = node(&neighbours).start();
+    let mut first = registered(&node, &neighbours, "alice");
+    for _ in 0..10 {
+        let second = Client::session(node.public, "alice", "phone");
+        assert_eq!(first.hear_end(), Heard::Closed(4000, "session_replaced".into()));
+        first = second;
+    }
+    // A later session's calls come after whatever the ends above might have caused.
+    let mut marker = registered(&node, &neighbours, "marker");
+    marker.close(1000);
+    has(&neighbours, &unregister("marker"));
+    let known = neighbours.known();
+    assert!(!known.calls.contains(&unregister("alice")));
+    assert!(known.registrations.contains_key(&("alice".to_owned(), "phone".to_owned())));
+}
+
+#[test]
+fn session_that_came_and_went_while_presence_was_away_costs_at_most_one_call() {
+    let neighbours = FakeNeighbours::start();
+    for method in [Method::Register, Method::Unregister, Method::Refresh] {
+        neighbours.set(method, Manner::Failing(Code::Unavailable));
+    }
+    let node = node(&neighbours).start();
+    for number in 0..50 {
+        let mut client = Client::session(node.public, &format!("user-{number}"), "phone");
+        client.close(1000);
+        client.hear_end();
+    }
+    let stays = Client::session(node.public, "stays", "phone");
+    neighbours.known().calls.clear();
+    for method in [Method::Register, Method::Unregister, Method::Refresh] {
+        neighbours.set(method, Manner::Well);
+    }
+    has(&neighbours, &register("stays"));
+    let known = neighbours.known();
+    for number in 0..50 {
+        let user = format!("user-{number}");
+        let of_user = |call: &&Call| match call {
+            Call::Register { user: of, .. } | Call::Unregister { user: of, .. } => *of == user,
+            _ => false,
+        };
+        // The call under way when presence came back, and at most one for the end.
+        assert!(known.calls.iter().filter(of_user).count() <= 2, "{user}");
+        assert!(!known.registrations.contains_key(&(user, "phone".to_owned())));
+    }
+    drop(known);
+    drop(stays);
+}
+
+#[test]
+fn hanging_presence_delays_nobody() {
+    let neighbours = FakeNeighbours::start();
+    for method in [Method::Register, Method::Unregister, Method::Refresh] {
+        neighbours.set(method, Manner::Hanging);
+    }
+    let node = node(&neighbours).start();
+    for number in 0..200 {
+        let mut client = Client::session(node.public, &format!("user-{number}"), "phone");
+        assert!(client.send(9, b"here"));
+        assert_eq!(client.hear(), Heard::Pong(b"here".to_vec()));
+    }
+    neighbours.wait(SOON, |known| known.count(Method::Register) >= 1);
+    let known = neighbours.known();
+    assert!(known.in_flight_peak[&Method::Register] <= 64, "bounded: {:?}", known.in_flight_peak);
+}

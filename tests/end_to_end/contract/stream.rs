@@ -1,0 +1,168 @@
+//! Contract §1, `DeliveryApi.Connect`: a gRPC session is a session like any other.
+
+use std::time::Duration;
+
+use delivery::service::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
+use delivery::service::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use delivery::service::proto::shared::v1::EventType;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status, Streaming};
+
+use crate::support::back_end::{BackEnd, event_type, knows};
+use crate::support::client::{Client, Heard};
+use crate::support::neighbours::{Call, FakeNeighbours, Method};
+use crate::support::node::{Node, NodeBuilder};
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A stream of one session, used from a test without a runtime.
+struct Stream {
+    runtime: Runtime,
+    requests: mpsc::Sender<DeliveryConnectRequest>,
+    events: Streaming<DeliveryEvent>,
+}
+
+fn first(user: &str, device: &str) -> DeliveryConnectRequest {
+    DeliveryConnectRequest { user_id: user.into(), device_id: device.into(), ..Default::default() }
+}
+
+async fn channel(node: &Node) -> Channel {
+    let endpoint = Endpoint::from_shared(format!("http://{}", node.grpc)).expect("an address");
+    endpoint.connect().await.expect("the server accepts")
+}
+
+impl Stream {
+    fn connect(node: &Node, request: DeliveryConnectRequest) -> Result<Self, Status> {
+        let runtime = Runtime::new().expect("a runtime");
+        let (requests, receiver) = mpsc::channel(16);
+        let events = runtime.block_on(async {
+            requests.send(request).await.expect("room");
+            let mut client = DeliveryApiClient::new(channel(node).await);
+            client.connect(Request::new(ReceiverStream::new(receiver))).await
+        })?;
+        Ok(Self { runtime, requests, events: events.into_inner() })
+    }
+
+    fn say(&self, request: DeliveryConnectRequest) {
+        self.requests.blocking_send(request).expect("the stream is open");
+    }
+
+    /// The next event, or how the stream ended.
+    fn hear(&mut self) -> Result<DeliveryEvent, Status> {
+        let next = tokio::time::timeout(SOON, self.events.message());
+        let next = self.runtime.block_on(async { next.await.expect("in time") });
+        next.map(|event| event.expect("an event, not the end"))
+    }
+}
+
+/// The status of a session that is not admitted, whenever it comes.
+#[track_caller]
+fn refused(node: &Node, request: DeliveryConnectRequest) -> Status {
+    match Stream::connect(node, request) {
+        Err(status) => status,
+        Ok(mut stream) => stream.hear().expect_err("not admitted"),
+    }
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn stream_gets_messages_as_they_are_sent() {
+    let mut back_end = BackEnd::start("stream", 1);
+    let node = back_end.node().start();
+    let mut alice = Stream::connect(&node, first("alice", "phone")).expect("admitted");
+    let mut beside = Client::session(node.public, "alice", "desk");
+    back_end.neighbours.wait(SOON, |known| known.registrations.len() == 2);
+    back_end.publisher.created("room", &["alice".into()]);
+    assert_eq!(event_type(&mut beside), EventType::ConversationCreated);
+    for sequence in 1..=3 {
+        back_end.publisher.message("room", sequence, "alice", "hello");
+    }
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        let event = alice.hear().expect("open");
+        assert_eq!(event.conversation_id, "room");
+        if let Some(message) = event.message {
+            assert_eq!((message.sequence, message.content.as_str()), (event.sequence, "hello"));
+            seen.push(event.sequence);
+        }
+    }
+    assert_eq!(seen, [1, 2, 3]);
+}
+
+#[test]
+fn conversation_named_for_the_first_time_is_resumed_from_its_sequence() {
+    let neighbours = FakeNeighbours::start();
+    neighbours.known().converse("room", &["alice"], 150);
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let request = DeliveryConnectRequest {
+        conversation_id: "room".into(),
+        last_received_sequence: 40,
+        ..first("alice", "phone")
+    };
+    let mut alice = Stream::connect(&node, request.clone()).expect("admitted");
+    for sequence in 41..=150 {
+        let event = alice.hear().expect("open");
+        assert_eq!((event.conversation_id.as_str(), event.sequence), ("room", sequence));
+    }
+    // Named again it is an acknowledgement: nothing is fetched for it.
+    let pages = neighbours.known().count(Method::Sync);
+    alice.say(DeliveryConnectRequest { last_received_sequence: 150, ..request });
+    neighbours.known().converse("second", &["alice"], 1);
+    alice.say(DeliveryConnectRequest {
+        conversation_id: "second".into(),
+        ..first("alice", "phone")
+    });
+    let event = alice.hear().expect("open");
+    assert_eq!((event.conversation_id.as_str(), event.sequence), ("second", 1));
+    let known = neighbours.known();
+    let of_room =
+        |call: &&Call| matches!(call, Call::Sync { conversation, .. } if conversation == "room");
+    assert_eq!(known.calls.iter().filter(of_room).count(), pages);
+}
+
+#[test]
+fn stream_and_socket_replace_each_other() {
+    let neighbours = FakeNeighbours::start();
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let mut socket = Client::session(node.public, "alice", "phone");
+    let mut stream = Stream::connect(&node, first("alice", "phone")).expect("admitted");
+    assert_eq!(socket.hear_end(), Heard::Closed(4000, "session_replaced".into()));
+    let _socket = Client::session(node.public, "alice", "phone");
+    assert_eq!(stream.hear().expect_err("replaced").code(), Code::Aborted);
+    neighbours.wait(SOON, |known| known.registrations.len() == 1);
+    assert_eq!(neighbours.known().count(Method::Unregister), 0);
+}
+
+#[test]
+fn statuses_say_what_is_wrong() {
+    let node = NodeBuilder::dev().set("CONNECTIONS_PER_USER", 1).start();
+    assert_eq!(refused(&node, first("", "phone")).code(), Code::InvalidArgument);
+    assert_eq!(refused(&node, first("alice", "")).code(), Code::InvalidArgument);
+    let _first = Client::session(node.public, "alice", "phone");
+    assert_eq!(refused(&node, first("alice", "desk")).code(), Code::ResourceExhausted);
+
+    let node = NodeBuilder::dev()
+        .set("AUTH_MODE", "jwt")
+        .set("JWT_SECRET", "a key for tests of at least thirty-two bytes")
+        .start();
+    assert_eq!(refused(&node, first("alice", "phone")).code(), Code::Unauthenticated);
+}
+
+#[test]
+fn health_service_says_serving() {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus;
+    use tonic_health::pb::health_client::HealthClient;
+
+    let node = NodeBuilder::dev().start();
+    let runtime = Runtime::new().expect("a runtime");
+    let status = runtime.block_on(async {
+        let mut client = HealthClient::new(channel(&node).await);
+        let request = HealthCheckRequest { service: "realchat.delivery.v1.DeliveryApi".into() };
+        client.check(request).await.expect("answers").into_inner().status()
+    });
+    assert_eq!(status, ServingStatus::Serving);
+}

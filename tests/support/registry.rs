@@ -1,0 +1,86 @@
+//! The keys and channels of contract §4, looked at from outside.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use prost::Message as _;
+use redis::Commands as _;
+
+/// For a message on a channel.
+const HEARS_WITHIN: Duration = Duration::from_secs(20);
+
+/// A Redis, with keys under names that no other test uses.
+pub struct Registry {
+    client: redis::Client,
+    connection: redis::Connection,
+}
+
+impl Registry {
+    /// Connects to `host:port`.
+    pub fn new(address: &str) -> Self {
+        let client = redis::Client::open(format!("redis://{address}")).expect("an address");
+        let connection = client.get_connection().expect("Redis answers");
+        Self { client, connection }
+    }
+
+    /// `session:{user}:{device}`: the instance that holds it.
+    pub fn instance_of(&mut self, user: &str, device: &str) -> Option<String> {
+        self.connection.get(format!("session:{user}:{device}")).expect("Redis answers")
+    }
+
+    /// How long that key still lives, seconds.
+    pub fn lives_for(&mut self, user: &str, device: &str) -> i64 {
+        self.connection.ttl(format!("session:{user}:{device}")).expect("Redis answers")
+    }
+
+    /// `presence:user:{user}:devices`.
+    pub fn devices_of(&mut self, user: &str) -> BTreeSet<String> {
+        self.connection.smembers(format!("presence:user:{user}:devices")).expect("Redis answers")
+    }
+
+    /// Writes the registration of a session as the presence service does.
+    pub fn register(&mut self, user: &str, device: &str, instance: &str) {
+        let key = format!("session:{user}:{device}");
+        let (): () = self.connection.set_ex(key, instance, 60).expect("Redis answers");
+        let key = format!("presence:user:{user}:devices");
+        let (): () = self.connection.sadd(key, device).expect("Redis answers");
+    }
+
+    /// Publishes on `presence:updates`, as the presence service does.
+    pub fn announce(&mut self, user: &str, status: PresenceStatus) {
+        let event = PresenceUpdateEvent {
+            user_id: user.into(),
+            status: status.into(),
+            occurred_at: 1_700_000_000,
+        };
+        let _: u64 = self
+            .connection
+            .publish("presence:updates", event.encode_to_vec())
+            .expect("Redis answers");
+    }
+
+    /// Hands a record's value to an instance. Returns how many listened.
+    pub fn hand_over(&mut self, instance: &str, value: &[u8]) -> u64 {
+        self.connection.publish(format!("delivery:{instance}"), value).expect("Redis answers")
+    }
+
+    /// A connection that listens on a channel.
+    pub fn listen(&self, channel: &str) -> Listener {
+        let mut connection = self.client.get_connection().expect("Redis answers");
+        connection.set_read_timeout(Some(HEARS_WITHIN)).expect("a socket");
+        connection.as_pubsub().subscribe(channel).expect("subscribes");
+        Listener(connection)
+    }
+}
+
+/// See [`Registry::listen`].
+pub struct Listener(redis::Connection);
+
+impl Listener {
+    /// The next message's bytes.
+    pub fn hear(&mut self) -> Vec<u8> {
+        let mut pubsub = self.0.as_pubsub();
+        pubsub.get_message().expect("a message in time").get_payload_bytes().to_vec()
+    }
+}

@@ -1,4 +1,5 @@
 //! The tree keeps its shape: layers, deployment files, and documents that name what exists.
 
+mod docs;
 mod layers;
 mod source;

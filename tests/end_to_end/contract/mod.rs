@@ -5,6 +5,7 @@ mod nodes;
 mod presence;
 mod resume;
 mod settings;
+mod storm;
 mod stream;
 mod tokens;
 mod wire;

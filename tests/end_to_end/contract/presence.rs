@@ -41,6 +41,21 @@ fn session_is_registered_refreshed_and_unregistered() {
     assert!(neighbours.known().registrations.is_empty());
 }
 
+#[test]
+fn node_without_a_name_gets_one_at_each_start() {
+    let neighbours = FakeNeighbours::start();
+    let mut names = std::collections::BTreeSet::new();
+    for number in 0..2 {
+        let node = knows(NodeBuilder::dev(), &neighbours).set("INSTANCE_ID", "").start();
+        let user = format!("user-{number}");
+        let _session = Client::session(node.public, &user, "phone");
+        let key = (user, "phone".to_owned());
+        neighbours.wait(SOON, |known| known.registrations.contains_key(&key));
+        names.insert(neighbours.known().registrations[&key].clone());
+    }
+    assert!(names.len() == 2 && names.iter().all(|name| !name.is_empty()), "{names:?}");
+}
+
 /// Connects and registers.
 fn registered(node: &Node, neighbours: &FakeNeighbours, user: &str) -> Client {
     let client = Client::session(node.public, user, "phone");

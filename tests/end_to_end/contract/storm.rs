@@ -1,0 +1,150 @@
+//! Issue “A citizen of RealChat”, show 3: ten thousand sessions, all dropped at once and back within
+//! five seconds.
+
+use std::time::{Duration, Instant};
+
+use crate::support::back_end::BackEnd;
+use crate::support::fleet::{Connect, Fleet, Seen};
+use crate::support::neighbours::Method;
+use crate::support::node::Node;
+use crate::support::publisher::message;
+use crate::support::tally::{Tally, resume_request};
+
+const SESSIONS: usize = 10_000;
+const ROOM: usize = 20;
+const BACK_WITHIN: Duration = Duration::from_secs(5);
+const SETTLED_WITHIN: Duration = Duration::from_secs(180);
+/// `RESUME_CALLS_MAX` as it is by default.
+const RESUME_CALLS_MAX: usize = 64;
+/// What presence may have in flight at once.
+const PRESENCE_CALLS_MAX: usize = 64;
+
+struct Storm {
+    back_end: BackEnd,
+    fleet: Fleet,
+    /// Session by client: the first `SESSIONS` clients, then those that came back.
+    tallies: Vec<Tally>,
+    sequence: i64,
+}
+
+impl Storm {
+    fn user(session: usize) -> String {
+        format!("user-{session}")
+    }
+
+    fn rooms() -> impl Iterator<Item = String> {
+        (0..SESSIONS / ROOM).map(|room| format!("room-{room}"))
+    }
+
+    fn connect(&mut self, node: &Node, session: usize) {
+        let first_message = Some(resume_request(&self.tallies[session]));
+        let connect = Connect::session(node.public, &Self::user(session), "phone");
+        self.fleet.connect(&Connect { first_message, ..connect }).expect("the server accepts");
+    }
+
+    /// One message to every room; the message service has it first.
+    fn publish(&mut self) {
+        self.sequence += 1;
+        for room in Self::rooms() {
+            let stored = message(&room, self.sequence, "user-0", "hello");
+            self.back_end.neighbours.known().messages.entry(room.clone()).or_default().push(stored);
+            self.back_end.publisher.message(&room, self.sequence, "user-0", "hello");
+        }
+    }
+
+    fn turn(&mut self) {
+        let Self { fleet, tallies, .. } = self;
+        fleet.turn(Duration::from_millis(10), &mut |client, seen| match seen {
+            Seen::Binary(payload) => {
+                tallies[client % SESSIONS].saw(payload);
+            }
+            Seen::Open(_) | Seen::Ping => {}
+            other => panic!("client {client}: {other:?}"),
+        });
+    }
+
+    fn until_all_have_all(&mut self) {
+        let deadline = Instant::now() + SETTLED_WITHIN;
+        let sequence = self.sequence as u64;
+        while self.tallies.iter().any(|tally| tally.messages < sequence) {
+            let behind = || self.tallies.iter().filter(|tally| tally.messages < sequence).count();
+            assert!(Instant::now() < deadline, "{} sessions miss something", behind());
+            self.turn();
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
+    let back_end = BackEnd::start("storm", 3);
+    for room in 0..SESSIONS / ROOM {
+        let members = (0..ROOM).map(|member| Storm::user(room * ROOM + member)).collect();
+        back_end.neighbours.known().members.insert(format!("room-{room}"), members);
+    }
+    let node = back_end.node().start();
+    let tallies = vec![Tally::default(); SESSIONS];
+    let mut storm = Storm { back_end, fleet: Fleet::new(), tallies, sequence: 0 };
+    for session in 0..SESSIONS {
+        storm.connect(&node, session);
+        if session % 200 == 0 {
+            storm.turn();
+        }
+    }
+    storm.publish();
+    storm.until_all_have_all();
+    let registered =
+        |known: &crate::support::neighbours::Known| known.registrations.len() == SESSIONS;
+    storm.back_end.neighbours.wait(SETTLED_WITHIN, registered);
+    {
+        let mut known = storm.back_end.neighbours.known();
+        known.calls.clear();
+        known.in_flight_peak.clear();
+    }
+
+    (0..SESSIONS).for_each(|client| storm.fleet.abort(client));
+    storm.publish();
+    let began = Instant::now();
+    for session in 0..SESSIONS {
+        storm.connect(&node, session);
+        // Spread over the five seconds, with events of their rooms among them.
+        while began.elapsed() < BACK_WITHIN.mul_f64(session as f64 / SESSIONS as f64) {
+            storm.turn();
+        }
+        if session % (SESSIONS / 5) == 0 {
+            storm.publish();
+        }
+    }
+    let back_after = began.elapsed();
+    storm.until_all_have_all();
+    let settled_after = began.elapsed();
+    storm.back_end.neighbours.wait(SETTLED_WITHIN, registered);
+
+    let known = storm.back_end.neighbours.known();
+    println!("{SESSIONS} back after {back_after:.1?}, all caught up after {settled_after:.1?}");
+    for method in [
+        Method::Register,
+        Method::Unregister,
+        Method::Refresh,
+        Method::List,
+        Method::Sync,
+        Method::Members,
+    ] {
+        let peak = known.in_flight_peak.get(&method).copied().unwrap_or(0);
+        println!("{method:?}: {} calls, at most {peak} in flight", known.count(method));
+        let bound = match method {
+            Method::List | Method::Sync => RESUME_CALLS_MAX,
+            _ => PRESENCE_CALLS_MAX,
+        };
+        assert!(peak <= bound, "{method:?}: {peak} in flight");
+    }
+    // Who was gone for a moment costs at most one call to leave and one to come back.
+    assert!(known.count(Method::Register) + known.count(Method::Unregister) <= 2 * SESSIONS);
+    drop(known);
+    for tally in &storm.tallies {
+        assert_eq!(tally.messages, storm.sequence as u64, "nothing twice");
+        for stream in tally.streams.values() {
+            assert_eq!((stream.duplicates, stream.out_of_order, stream.missing.len()), (0, 0, 0));
+        }
+    }
+}

@@ -330,3 +330,26 @@ clients! {
     chromium_json_deflate: chromium, "realchat.v1.json", true;
     chromium_without_subprotocol: chromium, "-", true;
 }
+
+/// Stubs generated from `proto/` by another implementation.
+#[test]
+#[ignore = "needs the clients: tests/run clients"]
+fn python_grpc_stubs_catch_up_and_leave() {
+    use crate::support::back_end::knows;
+    use crate::support::neighbours::FakeNeighbours;
+
+    let neighbours = FakeNeighbours::start();
+    neighbours.known().converse("room", &["alice"], 5);
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let mut client = Client::program(
+        Command::new(installed(".services/clients/python/bin/python"))
+            .arg(installed("tests/clients/stream.py"))
+            .args([&node.grpc.to_string(), "alice", "laptop", "room", "2"]),
+    );
+    for sequence in 3..=5 {
+        let expected = format!("event room {sequence} message {sequence} of room");
+        assert_eq!(client.line(), expected);
+    }
+    client.close();
+    assert_eq!(client.line(), "ended");
+}

@@ -1,0 +1,64 @@
+"""A gRPC session with stubs generated from proto/: stream.py ADDRESS USER DEVICE [CONVERSATION SEQUENCE]
+
+Prints one line per event: conversation, sequence, content. Ends when its input ends, or when the
+server ends the stream (then with the status).
+
+    python3 -m venv env && env/bin/pip install grpcio-tools
+    env/bin/python tests/clients/stream.py 127.0.0.1:50054 alice laptop
+"""
+
+import pathlib
+import queue
+import sys
+import tempfile
+import threading
+
+import grpc
+import grpc_tools
+from grpc_tools import protoc
+
+PROTO = pathlib.Path(__file__).resolve().parents[2] / "proto"
+WELL_KNOWN = pathlib.Path(grpc_tools.__file__).parent / "_proto"
+
+
+def generated_stubs():
+    """Compiles proto/ into a folder of its own and imports what came out."""
+    out = tempfile.mkdtemp(prefix="delivery-stubs-")
+    files = [str(path) for path in PROTO.rglob("*.proto")]
+    includes = [f"-I{PROTO}", f"-I{WELL_KNOWN}"]
+    assert protoc.main(["protoc", *includes, f"--python_out={out}", f"--grpc_python_out={out}", *files]) == 0
+    sys.path.insert(0, out)
+    from realchat.delivery.v1 import delivery_api_pb2, delivery_api_pb2_grpc
+
+    return delivery_api_pb2, delivery_api_pb2_grpc
+
+
+def main(address, user, device, conversation="", sequence="0"):
+    messages, services = generated_stubs()
+    requests = queue.SimpleQueue()
+    requests.put(
+        messages.DeliveryConnectRequest(
+            user_id=user,
+            device_id=device,
+            conversation_id=conversation,
+            last_received_sequence=int(sequence),
+        )
+    )
+
+    def end_with_input():
+        sys.stdin.read()
+        requests.put(None)
+
+    threading.Thread(target=end_with_input, daemon=True).start()
+    with grpc.insecure_channel(address) as channel:
+        stub = services.DeliveryApiStub(channel)
+        try:
+            for event in stub.Connect(iter(requests.get, None)):
+                content = event.message.content if event.HasField("message") else "-"
+                print("event", event.conversation_id, event.sequence, content, flush=True)
+            print("ended", flush=True)
+        except grpc.RpcError as error:
+            print("status", error.code().name, error.details(), flush=True)
+
+
+main(*sys.argv[1:])

@@ -210,7 +210,7 @@ fn leaves_in_good_order(node: &Node, publisher: &mut Publisher, client: &mut Cli
         }
     }
     super::support::wait::until(LINE_WITHIN, "the session has ended", || {
-        let ended = node.metrics().sum("delivery_connections_ended_total", &["closed_by_peer"]);
+        let ended = node.metrics().sum("delivery_shard_ended_total", &["closed_by_peer"]);
         (ended >= 1.0).then_some(())
     });
 }

@@ -6,6 +6,4 @@ mod presence;
 mod resume;
 mod settings;
 mod storm;
-mod stream;
-mod tokens;
 mod wire;

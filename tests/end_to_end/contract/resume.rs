@@ -62,6 +62,17 @@ fn conversation_not_named_is_caught_up_from_its_beginning() {
 }
 
 #[test]
+fn nobody_reads_a_conversation_by_naming_it() {
+    let neighbours = neighbours_with("secret", &["bob"], 3);
+    neighbours.known().converse("room", &["alice"], 1);
+    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let mut alice = resuming(node.public, "alice", "phone", r#"{"secret": 0}"#);
+    assert_eq!(message(&mut alice), ("room".into(), 1));
+    crate::support::back_end::hears_nothing(&mut alice, Duration::from_millis(500));
+    assert!(neighbours.known().calls.contains(&Call::Members { conversation: "secret".into() }));
+}
+
+#[test]
 fn caught_up_message_is_an_envelope_of_its_own() {
     let neighbours = neighbours_with("room", &["alice"], 1);
     let node = knows(NodeBuilder::dev(), &neighbours).start();
@@ -142,12 +153,14 @@ fn many_that_come_at_once_keep_the_calls_in_flight_bounded() {
     use crate::support::tally::Tally;
 
     const CLIENTS: usize = 500;
-    let neighbours = neighbours_with("room", &["nobody"], 5);
+    let users: Vec<_> = (0..CLIENTS).map(|number| format!("user-{number}")).collect();
+    let members: Vec<_> = users.iter().map(String::as_str).collect();
+    let neighbours = neighbours_with("room", &members, 5);
     neighbours.set(Method::Sync, Manner::Late(Duration::from_millis(20)));
     let node = knows(NodeBuilder::dev(), &neighbours).set("RESUME_CALLS_MAX", 8).start();
     let mut fleet = Fleet::new();
-    for number in 0..CLIENTS {
-        let connect = Connect::session(node.public, &format!("user-{number}"), "phone");
+    for user in &users {
+        let connect = Connect::session(node.public, user, "phone");
         let first_message = Some(r#"{"last_sequences":{"room":0}}"#.to_owned());
         fleet.connect(&Connect { first_message, ..connect }).expect("the server accepts");
     }
@@ -162,6 +175,7 @@ fn many_that_come_at_once_keep_the_calls_in_flight_bounded() {
         });
         tallies.iter().all(|tally| tally.messages == 5).then_some(())
     });
+
     let known = neighbours.known();
     assert!(known.in_flight_peak[&Method::Sync] <= 8, "{:?}", known.in_flight_peak);
     let list_peak = known.in_flight_peak[&Method::List];

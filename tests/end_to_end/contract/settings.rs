@@ -76,7 +76,7 @@ fn defaults_are_those_of_the_contract() {
         "conversation.events.v1",
         "delivery-service-group",
         "54s",
-        "60s",
+        "1m",
         "128",
     ] {
         assert!(printed.contains(value), "{value} is not in effect:\n{printed}");

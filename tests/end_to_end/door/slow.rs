@@ -189,7 +189,7 @@ fn honest_clients_notice_nothing_of_ten_thousand_slow_ones() {
     assert!(memory_peak < MEMORY_MAX, "{} MiB", memory_peak >> 20);
     let metrics = node.metrics();
     let ended = |reason: &str| {
-        metrics.sum("delivery_connections_ended_total", &[&format!("reason=\"{reason}\"")])
+        metrics.sum("delivery_shard_ended_total", &[&format!("reason=\"{reason}\"")])
     };
     assert_eq!(ended("handshake_timeout"), 2.0 * SLOW_OF_EACH as f64);
     assert!(

@@ -78,6 +78,9 @@ impl Encoder {
         appended_at_ms: u64,
     ) -> Event {
         let mut event = Event::new(position(record), appended_at_ms);
+        if let Some(conversation) = record.conversation() {
+            event = event.of_stream(stream_key(conversation));
+        }
         let either = |plain, deflated| wanted.contains(plain) || wanted.contains(deflated);
         if either(Encoding::Binary, Encoding::BinaryDeflate) {
             let forms = [Encoding::Binary, Encoding::BinaryDeflate];

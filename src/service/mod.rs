@@ -1,10 +1,5 @@
 //! The tokio side: users, conversations and back ends. Never touches a client socket.
 
-#[cfg(test)]
-#[path = "../../tests/support/neighbours.rs"]
-#[allow(dead_code, unreachable_pub, missing_docs, reason = "shared with the tests of the whole")]
-pub(crate) mod fakes;
-
 pub mod auth;
 pub mod bell;
 pub mod client_message;
@@ -13,6 +8,7 @@ pub mod encode;
 pub mod envelope;
 pub mod grpc;
 pub mod hub;
+pub mod membership;
 pub mod neighbours;
 pub mod offsets;
 pub mod ports;
@@ -20,6 +16,12 @@ pub mod presence;
 pub mod proto;
 pub mod redis;
 pub mod resume;
+pub mod router;
 pub mod sessions;
 pub mod stream_key;
 pub mod timestamp;
+
+#[cfg(test)]
+#[path = "../../tests/support/neighbours.rs"]
+#[allow(dead_code, unreachable_pub, missing_docs, reason = "shared with the tests of the whole")]
+pub(crate) mod fakes;

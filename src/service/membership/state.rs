@@ -1,0 +1,343 @@
+//! What is known of one conversation's members: a pure state machine.
+//!
+//! ```text
+//!            lookup                     answer
+//! Unknown ──────────► Fetching ─────────────────────► Known ──┐ change known to be newer:
+//!    ▲                 │  ▲  │ failed      lifetime    │  ▲   │ applied
+//!    │                 │  │  │ ◄───────────────────────┤  └───┘
+//!    │                 │  │  └──► Failing ──┐          │
+//!    │                 │  └─────────────────┘ lookup   │
+//!    │                 └─► Absent (the service knows of no such conversation)
+//!    └──────────────────────────────── change that may or may not be in the list
+//! ```
+//!
+//! **Why a list is never behind the log that was read.** Each change counts when it is read for the
+//! first time on this node ([`Marks`]): it is applied to whatever is known then, and what is asked
+//! for later includes it, because the service publishes a change after it has stored it. For the
+//! same reason an answer includes every change that was published before the question, and none
+//! that was made after the answer; of one that was appended between the two, or so near to them that
+//! clocks cannot tell, it may or may not include: the list is dropped and asked for again. A change
+//! that comes while a question is under way makes its answer doubtful in the same way, so the
+//! question is asked once more; after [`FETCH_ROUNDS_MAX`] rounds of a conversation that
+//! changes faster than it can be asked for, the changes are applied to the last answer, and from there
+//! on the log decides.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Members of one conversation, sorted, each once.
+pub type Members = Arc<[Arc<str>]>;
+
+/// How often a question is repeated because changes arrived while it was under way.
+pub(super) const FETCH_ROUNDS_MAX: u8 = 3;
+/// Changes remembered while a question is under way. With more than that the answer is not used.
+const CHANGES_MAX: usize = 256;
+
+/// Where in the logs a change stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPlace {
+    /// Index of the topic among those that this node reads.
+    pub topic: u16,
+    /// The partition.
+    pub partition: i32,
+    /// The offset.
+    pub offset: i64,
+}
+
+/// How far each partition has been read on this node, by whichever reader was first.
+#[derive(Debug, Default)]
+pub(super) struct Marks(HashMap<(u16, i32), i64>);
+
+impl Marks {
+    /// Whether this is read for the first time; if so it counts as read from now on.
+    pub(super) fn advance(&mut self, place: LogPlace) -> bool {
+        let next = self.0.entry((place.topic, place.partition)).or_insert(0);
+        let first = place.offset >= *next;
+        *next = place.offset.saturating_add(1).max(*next);
+        first
+    }
+}
+
+/// One user joined or left.
+#[derive(Clone, Debug)]
+pub(super) struct Change {
+    /// Who.
+    pub(super) user: Arc<str>,
+    /// Joined, or left.
+    pub(super) added: bool,
+    /// Read from the log, so in its order; not handed over by another node.
+    pub(super) in_order: bool,
+    /// When it was appended, Unix time in ms.
+    pub(super) appended_at_ms: u64,
+}
+
+/// What a list rests on.
+#[derive(Clone, Copy, Debug)]
+enum Basis {
+    /// What the log says up to a place, and each change after it.
+    Log,
+    /// An answer of the conversation service: asked at, answered at; and each change after it.
+    Answer { asked_at_ms: u64, answered_at_ms: u64 },
+}
+
+#[derive(Debug)]
+pub(super) enum State {
+    Unknown,
+    Fetching(Fetching),
+    Failing { retry_at_ms: u64, failures: u32 },
+    Absent { until_ms: u64 },
+    Known(Known),
+}
+
+/// A question under way.
+#[derive(Debug)]
+pub(super) struct Fetching {
+    id: u64,
+    asked_at_ms: u64,
+    round: u8,
+    /// What arrived meanwhile.
+    changes: Vec<Change>,
+    /// Questions before this one that failed in a row.
+    failures: u32,
+    /// The list that has come to the end of its lifetime. It is as complete as it was, so it serves
+    /// until the answer comes, and on if none comes.
+    outlived: Option<Known>,
+}
+
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) members: Members,
+    basis: Basis,
+    pub(super) since_ms: u64,
+}
+
+/// What a state machine needs to know of the node.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    /// How far the clocks of this node and of whoever stamps records may be apart.
+    pub(super) clock_skew_ms: u64,
+    /// Whether there is a conversation service to ask.
+    pub(super) can_ask: bool,
+}
+
+/// What became of an answer.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Answered {
+    /// The state holds it.
+    Settled,
+    /// Ask again: changes came meanwhile.
+    AskAgain,
+    /// Nobody waits for it any more.
+    Stale,
+}
+
+impl State {
+    /// References to members held.
+    pub(super) fn weight(&self) -> usize {
+        match self {
+            Self::Known(known) => known.members.len(),
+            Self::Fetching(fetching) => {
+                fetching.outlived.as_ref().map_or(0, |known| known.members.len())
+            }
+            Self::Unknown | Self::Failing { .. } | Self::Absent { .. } => 0,
+        }
+    }
+
+    /// The list to be used now: complete as far as the log has been followed.
+    pub(super) fn members(&self) -> Option<&Members> {
+        match self {
+            Self::Known(known) => Some(&known.members),
+            Self::Fetching(fetching) => fetching.outlived.as_ref().map(|known| &known.members),
+            Self::Unknown | Self::Failing { .. } | Self::Absent { .. } => None,
+        }
+    }
+
+    /// Question `id` is asked.
+    pub(super) fn ask(&mut self, id: u64, now_ms: u64) {
+        let (failures, outlived) = match std::mem::replace(self, Self::Unknown) {
+            Self::Known(known) => (0, Some(known)),
+            Self::Failing { failures, .. } => (failures, None),
+            Self::Unknown | Self::Absent { .. } => (0, None),
+            Self::Fetching(_) => unreachable!("one question at a time"),
+        };
+        *self = Self::Fetching(Fetching {
+            id,
+            asked_at_ms: now_ms,
+            round: 1,
+            changes: Vec::new(),
+            failures,
+            outlived,
+        });
+    }
+
+    /// A creation event with everybody in it.
+    pub(super) fn created(&mut self, members: Members, at_ms: u64, now_ms: u64, rules: Rules) {
+        // What an old creation says may have been overtaken by changes that this node has not read
+        // yet; who can ask does better.
+        if rules.can_ask && at_ms.saturating_add(rules.clock_skew_ms) < now_ms {
+            return;
+        }
+        // An answer is not older than the creation it knew of.
+        if matches!(self, Self::Known(Known { basis: Basis::Answer { .. }, .. })) {
+            return;
+        }
+        *self = Self::Known(Known { members, basis: Basis::Log, since_ms: now_ms });
+    }
+
+    /// A change. Returns whether the list was dropped because of it.
+    pub(super) fn change(&mut self, change: Change, rules: Rules) -> bool {
+        match self {
+            Self::Unknown | Self::Failing { .. } => false,
+            // Whoever changes it knows it: ask again at the next need.
+            Self::Absent { .. } => {
+                *self = Self::Unknown;
+                false
+            }
+            Self::Fetching(fetching) => {
+                let dropped = fetching
+                    .outlived
+                    .as_mut()
+                    .is_some_and(|known| known.change(&change, rules) == Applied::Dropped);
+                if dropped {
+                    fetching.outlived = None;
+                }
+                // One more than can be used marks the overflow.
+                if fetching.changes.len() <= CHANGES_MAX {
+                    fetching.changes.push(change);
+                }
+                dropped
+            }
+            Self::Known(known) => {
+                let dropped = known.change(&change, rules) == Applied::Dropped;
+                if dropped {
+                    *self = Self::Unknown;
+                }
+                dropped
+            }
+        }
+    }
+
+    /// The answer to question `id`.
+    pub(super) fn answered(
+        &mut self,
+        id: u64,
+        members: Members,
+        now_ms: u64,
+        rules: Rules,
+    ) -> Answered {
+        let Some(fetching) = self.question(id) else { return Answered::Stale };
+        let asked_at_ms = fetching.asked_at_ms;
+        let changes = &mut fetching.changes;
+        let doubtful = changes.iter().any(|change| {
+            !change.in_order
+                || change.appended_at_ms.saturating_add(rules.clock_skew_ms) >= asked_at_ms
+        });
+        if doubtful && fetching.round < FETCH_ROUNDS_MAX {
+            fetching.round += 1;
+            fetching.asked_at_ms = now_ms;
+            changes.clear();
+            return Answered::AskAgain;
+        }
+        if !doubtful {
+            let basis = Basis::Answer { asked_at_ms, answered_at_ms: now_ms };
+            *self = Self::Known(Known { members, basis, since_ms: now_ms });
+            return Answered::Settled;
+        }
+        if changes.len() > CHANGES_MAX || changes.iter().any(|change| !change.in_order) {
+            let failures = fetching.failures + 1;
+            *self = Self::Failing { retry_at_ms: now_ms, failures };
+            return Answered::Settled;
+        }
+        // All of them, those that are in the answer for certain too: one that is not may precede
+        // them. What is undone thereby the log says again: from their place on it decides.
+        let members = changes.iter().fold(members, |members, change| applied(&members, change));
+        *self = Self::Known(Known { members, basis: Basis::Log, since_ms: now_ms });
+        Answered::Settled
+    }
+
+    /// Question `id` failed. A list that has only outlived its time is kept for another.
+    pub(super) fn failed(&mut self, id: u64, now_ms: u64, pause_ms: impl FnOnce(u32) -> u64) {
+        let Some(fetching) = self.question(id) else { return };
+        let failures = fetching.failures + 1;
+        *self = match fetching.outlived.take() {
+            Some(known) => Self::Known(Known { since_ms: now_ms, ..known }),
+            None => Self::Failing { retry_at_ms: now_ms + pause_ms(failures), failures },
+        };
+    }
+
+    /// The service answered that there is no such conversation.
+    pub(super) fn absent(&mut self, id: u64, until_ms: u64) {
+        let Some(fetching) = self.question(id) else { return };
+        // It was changed while it was asked for, so it exists by now.
+        let exists = !fetching.changes.is_empty();
+        *self = if exists { Self::Unknown } else { Self::Absent { until_ms } };
+    }
+
+    /// `None`: nobody waits for question `id` any more.
+    fn question(&mut self, id: u64) -> Option<&mut Fetching> {
+        match self {
+            Self::Fetching(fetching) if fetching.id == id => Some(fetching),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Applied {
+    Kept,
+    Dropped,
+}
+
+enum Verdict {
+    Newer,
+    Included,
+    Unsure,
+}
+
+impl Known {
+    fn change(&mut self, change: &Change, rules: Rules) -> Applied {
+        match self.judge(change, rules) {
+            Verdict::Newer => {
+                self.members = applied(&self.members, change);
+                Applied::Kept
+            }
+            Verdict::Included => Applied::Kept,
+            Verdict::Unsure => Applied::Dropped,
+        }
+    }
+
+    fn judge(&self, change: &Change, rules: Rules) -> Verdict {
+        if !change.in_order {
+            // It stands in the log as well. Who can ask need not wait until it is read there.
+            return if rules.can_ask { Verdict::Unsure } else { Verdict::Included };
+        }
+        match self.basis {
+            Basis::Log => Verdict::Newer,
+            Basis::Answer { asked_at_ms, answered_at_ms } => {
+                let (at, skew) = (change.appended_at_ms, rules.clock_skew_ms);
+                if at.saturating_add(skew) < asked_at_ms {
+                    Verdict::Included
+                } else if at > answered_at_ms.saturating_add(skew) {
+                    Verdict::Newer
+                } else {
+                    Verdict::Unsure
+                }
+            }
+        }
+    }
+}
+
+/// The list with one change: a copy, because readers hold the old one.
+fn applied(members: &Members, change: &Change) -> Members {
+    match (members.binary_search(&change.user), change.added) {
+        (Ok(_), true) | (Err(_), false) => Arc::clone(members),
+        (Err(at), true) => {
+            let (before, after) = members.split_at(at);
+            before.iter().chain([&change.user]).chain(after).cloned().collect()
+        }
+        (Ok(at), false) => members[..at].iter().chain(&members[at + 1..]).cloned().collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

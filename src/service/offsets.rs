@@ -37,6 +37,11 @@ impl OffsetWindow {
         Self { entries: VecDeque::new(), first: 0, next: start, records_max }
     }
 
+    /// The lowest offset that can be taken.
+    pub fn next(&self) -> i64 {
+        self.next
+    }
+
     /// Whether a record can be taken. If not, the partition waits for its oldest record.
     pub fn has_room(&self) -> bool {
         self.entries.len() < self.records_max

@@ -270,6 +270,7 @@ impl Queue {
                 }
             }
             entry.place = Place::UnderWay;
+            entry.check = false;
             self.under_way += 1;
             let Some(ids) = self.waiting.pop_front() else { return Next::Nothing };
             return Next::Do(ids, job);
@@ -296,7 +297,8 @@ impl Queue {
         let settled = match (outcome, job) {
             (Outcome::Done, Job::Register | Job::Refresh { .. }) => {
                 entry.held = if anew { Held::Unknown } else { Held::Present };
-                entry.want == Want::Online && !anew
+                // A check that was asked for meanwhile is still to be made.
+                entry.want == Want::Online && !anew && !entry.check
             }
             (Outcome::Done | Outcome::Elsewhere | Outcome::Vanished, Job::Unregister)
             | (Outcome::Vanished, Job::Register | Job::Refresh { .. }) => {
@@ -315,6 +317,7 @@ impl Queue {
                 if anew || matches!(job, Job::Register | Job::Unregister) {
                     entry.held = Held::Unknown;
                 }
+                entry.check |= job == Job::Refresh { check: true };
                 let wait = backoff(RETRY_MIN, RETRY_MAX, u32::from(entry.attempts), chance);
                 entry.attempts = entry.attempts.saturating_add(1);
                 entry.place = Place::Delayed;
@@ -328,7 +331,6 @@ impl Queue {
         } else {
             entry.place = Place::Waiting;
             entry.attempts = 0;
-            entry.check = false;
             entry.since = now;
             self.waiting.push_back(ids);
         }
@@ -491,6 +493,18 @@ mod tests {
         bench.queue.opened(&ids(0), false, bench.now);
         bench.finish(Job::Unregister, Outcome::Done);
         bench.does(Job::Register, Outcome::Done);
+        assert!(bench.is_idle());
+    }
+
+    #[test]
+    fn check_that_is_asked_for_meanwhile_is_made_afterwards() {
+        let mut bench = Bench::new();
+        bench.queue.opened(&ids(0), false, bench.now);
+        assert_eq!(bench.next(), Some(Job::Register));
+        bench.queue.refresh(&ids(0), true, bench.now);
+        bench.finish(Job::Register, Outcome::Done);
+        bench.fails(Job::Refresh { check: true });
+        bench.does(Job::Refresh { check: true }, Outcome::Done);
         assert!(bench.is_idle());
     }
 

@@ -113,9 +113,8 @@ impl Manager {
         record.phase = Phase::Live;
         record.expires_s = expiry(&identity);
 
-        // The session begins when the shard carries the admission out: from then on it holds live
-        // events until catch-up is complete. An event that is routed to the session before that
-        // was there before the session, and catch-up, which can only be asked for later, has it.
+        // The shard holds what is routed to the session from here on, also before it has carried
+        // the admission out; what was routed before is in the catch-up that is yet to be asked for.
         self.send(shard, ShardCommand::Admit { connection });
         let replaced = self.directory.insert(ids.clone(), address);
         let accepted = self.presence.opened(&ids, replaced.is_some());

@@ -1,5 +1,7 @@
 //! The manager against plain rings in place of shards, driven turn by turn without a clock.
 
+mod among_others;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
@@ -11,14 +13,14 @@ use tokio::time::Instant;
 use super::manager::Manager;
 use super::{Ending, Request, SessionConfig, SessionCounters, SessionPorts, ShardPort, Stage};
 use crate::domain::close::{CloseCode, EndReason};
-use crate::domain::command::{Hello, ShardCommand, ShardReport};
+use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
 use crate::domain::event::Encoding;
 use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::auth::Authenticator;
 use crate::service::directory::{Directory, SessionIds};
 use crate::service::presence::Presence;
-use crate::service::resume::Resume;
+use crate::service::resume::{CatchUp, Resume};
 
 /// Slots of the rings under test: few, so that they fill.
 const RING_SLOTS: usize = 4;
@@ -28,13 +30,31 @@ struct Shard {
     reports: Producer<ShardReport>,
 }
 
+/// Whom the manager asks and tells.
+struct Others {
+    auth: Arc<Authenticator>,
+    presence: Presence,
+    resume: Resume,
+}
+
+impl Default for Others {
+    fn default() -> Self {
+        Self { auth: Authenticator::trust(), presence: Presence::off(), resume: Resume::off() }
+    }
+}
+
 struct Bench {
     manager: Manager,
     shards: Vec<Option<Shard>>,
     directory: Arc<Directory>,
     counters: Arc<SessionCounters>,
+    /// What other tasks send the manager.
+    requests: mpsc::Receiver<Request>,
+    catch_ups: mpsc::Receiver<CatchUp>,
+    /// Time for the manager, which passes only when told to.
+    clock: Instant,
     /// Keeps the manager's channel open.
-    _requests: mpsc::Sender<Request>,
+    _requests_in: mpsc::Sender<Request>,
 }
 
 impl Bench {
@@ -43,6 +63,10 @@ impl Bench {
     }
 
     fn with(shards: usize, config: SessionConfig) -> Self {
+        Self::among(Others::default(), shards, config)
+    }
+
+    fn among(others: Others, shards: usize, config: SessionConfig) -> Self {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (ports, shards) = (0..shards)
             .map(|_| {
@@ -54,24 +78,27 @@ impl Bench {
             .unzip();
         let directory = Arc::new(Directory::new());
         let counters = Arc::new(SessionCounters::default());
-        let (requests, _) = mpsc::channel(1);
+        let (requests_in, requests) = mpsc::channel(16);
+        let (catch_ups_in, catch_ups) = mpsc::channel(16);
         let ports = SessionPorts {
             bell,
             shards: ports,
             directory: Arc::clone(&directory),
-            auth: Authenticator::trust(),
-            presence: Presence::off(),
-            resume: Resume::off(),
+            auth: others.auth,
+            presence: others.presence,
+            resume: others.resume,
         };
         let manager = Manager::new(
             config,
             ports,
             Arc::clone(&counters),
-            requests.downgrade(),
-            mpsc::channel(1).0,
+            requests_in.downgrade(),
+            catch_ups_in,
             Arc::new(AtomicU8::new(Stage::Serving as u8)),
         );
-        Self { manager, shards, directory, counters, _requests: requests }
+        let _requests_in = requests_in;
+        let clock = Instant::now();
+        Self { manager, shards, directory, counters, requests, catch_ups, clock, _requests_in }
     }
 
     fn report(&mut self, shard: usize, report: ShardReport) {
@@ -81,10 +108,20 @@ impl Bench {
     }
 
     fn open(&mut self, shard: usize, connection: ConnectionKey, user: &str, device: &str) {
+        self.open_with(shard, connection, (user, device), None);
+    }
+
+    fn open_with(
+        &mut self,
+        shard: usize,
+        connection: ConnectionKey,
+        (user, device): (&str, &str),
+        token: Option<Secret>,
+    ) {
         let hello = Box::new(Hello {
             user_id: user.into(),
             device_id: device.into(),
-            token: None,
+            token,
             address: IpAddr::from([127, 0, 0, 1]),
             encoding: Encoding::Binary,
         });

@@ -397,4 +397,53 @@ mod tests {
         assert_eq!(&*encode_close_reply(None), b"\x88\x00");
         assert_eq!(&*encode_close_reply(Some(CloseCode::GOING_AWAY)), b"\x88\x02\x03\xe9");
     }
+
+    /// What a client library makes of bytes from the server.
+    fn read_by_tungstenite(bytes: &[u8]) -> tungstenite::Message {
+        use tungstenite::protocol::{Role, WebSocketContext};
+        struct ReadOnly<'a>(&'a [u8]);
+        impl std::io::Read for ReadOnly<'_> {
+            fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+                self.0.read(buffer)
+            }
+        }
+        impl std::io::Write for ReadOnly<'_> {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut wire = ReadOnly(bytes);
+        let message = WebSocketContext::new(Role::Client, None).read(&mut wire);
+        assert!(wire.0.is_empty());
+        message.expect("a message")
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_client_reads_what_was_written(
+            text in ".{0,60}",
+            count in proptest::prop_oneof![0usize..300, 65_500usize..65_600],
+        ) {
+            use tungstenite::Message;
+            let read = read_by_tungstenite(&encode(Opcode::Text, false, text.as_bytes()));
+            assert_eq!(read, Message::text(text.clone()));
+            let bytes = vec![0xa5; count];
+            let read = read_by_tungstenite(&encode(Opcode::Binary, false, &bytes));
+            assert_eq!(read, Message::binary(bytes.clone()));
+            let control = &bytes[..count.min(CONTROL_PAYLOAD_BYTES_MAX)];
+            assert_eq!(read_by_tungstenite(&encode_ping(&bytes)), Message::Ping(control.to_vec().into()));
+            assert_eq!(read_by_tungstenite(&encode_pong(&bytes)), Message::Pong(control.to_vec().into()));
+            let close = Close { code: CloseCode::SESSION_REPLACED, reason: text.into() };
+            match read_by_tungstenite(&encode_close(&close)) {
+                Message::Close(Some(frame)) => {
+                    assert_eq!(u16::from(frame.code), 4000);
+                    assert!(close.reason.starts_with(frame.reason.as_str()));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
 }

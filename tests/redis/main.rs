@@ -1,4 +1,6 @@
 //! What crosses the wire to Redis, against a real `redis-server`.
 
 mod link;
+mod nodes;
 mod server;
+mod subscriptions;

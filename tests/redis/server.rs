@@ -79,8 +79,7 @@ impl Server {
     }
 
     fn own_every_slot(&self) {
-        let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
-        let mut connection = client.get_connection().unwrap();
+        let mut connection = self.connection();
         redis::cmd("CLUSTER")
             .arg(&["ADDSLOTSRANGE", "0", "16383"])
             .exec(&mut connection)
@@ -92,6 +91,11 @@ impl Server {
             }
             std::thread::yield_now();
         }
+    }
+
+    /// A connection for the test's own commands; for a server without password and TLS.
+    pub(crate) fn connection(&self) -> redis::Connection {
+        redis::Client::open(("127.0.0.1", self.port)).unwrap().get_connection().unwrap()
     }
 
     /// Stops it as a crash would.

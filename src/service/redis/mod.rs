@@ -2,7 +2,22 @@
 //! the presence service publish.
 
 mod address;
+mod cluster;
 mod link;
+mod locations;
+mod nodes;
+mod registry;
+mod subscriptions;
 
 pub use address::{RedisAddress, RedisAddressError};
 pub use link::{RedisConfig, RedisFault, RedisLink, RedisLinkCounters, connect};
+pub use locations::{Locations, LocationsConfig};
+pub use nodes::{Nodes, NodesConfig, NodesCounters};
+pub use subscriptions::{
+    PresenceUpdates, Sinks, SubscriptionCounters, Subscriptions, SubscriptionsConfig,
+};
+
+/// The channel on which an instance is handed records (contract §4).
+fn channel_of(instance: &str) -> String {
+    format!("delivery:{instance}")
+}

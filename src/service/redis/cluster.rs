@@ -1,0 +1,99 @@
+//! Which node of a cluster owns a channel.
+//!
+//! A cluster passes every message on to all its nodes, but `PUBLISH` counts only the listeners of
+//! the node that it was sent to. The publisher's commands go to the owner of the channel's slot, so
+//! the subscriber listens there too, and "reached nobody" means in a cluster what it means elsewhere.
+
+use redis::cluster_routing::Slot;
+use redis::{ConnectionAddr, ConnectionInfo, FromRedisValue, Value, cmd};
+
+use super::address::RedisAddress;
+use super::link::RedisLink;
+
+/// Where to subscribe to a channel: the one server, or the owner of the channel's slot. `None`: no
+/// node owns it now, or nobody could be asked.
+pub(super) async fn home(link: &RedisLink, channel: &str) -> Option<ConnectionInfo> {
+    let nodes = match &link.config().address {
+        RedisAddress::Single(node) => return Some((**node).clone()),
+        RedisAddress::Cluster(nodes) => nodes,
+    };
+    let seed = nodes.first()?;
+    let mut slots = cmd("CLUSTER");
+    slots.arg("SLOTS");
+    let answer = link.run(vec![slots]).await.ok()?.pop()?.ok()?;
+    let (host, port) = owner(&answer, Slot::for_key(channel))?;
+    // A node that does not know its own name is the one that was asked.
+    let host = if host.is_empty() || host == "?" { host_of(seed).to_owned() } else { host };
+    Some(at(seed, &host, port))
+}
+
+/// The owner of a slot in an answer to `CLUSTER SLOTS`:
+/// `[[first, last, [host, port, …], replica…]…]`.
+fn owner(answer: &Value, slot: Slot) -> Option<(String, u16)> {
+    let Value::Array(ranges) = answer else { return None };
+    ranges.iter().find_map(|range| {
+        let Value::Array(range) = range else { return None };
+        let [first, last, Value::Array(node), ..] = &range[..] else { return None };
+        let number = |value: &Value| u16::from_redis_value_ref(value).ok();
+        // A slot does not tell its number, but it can be compared.
+        if !(number(first)?..=number(last)?).any(|number| Slot::new(number) == Some(slot)) {
+            return None;
+        }
+        let [host, port, ..] = &node[..] else { return None };
+        let host = match host {
+            Value::Nil => String::new(),
+            host => String::from_redis_value_ref(host).ok()?,
+        };
+        Some((host, number(port)?))
+    })
+}
+
+/// The same node settings for another host and port.
+fn at(node: &ConnectionInfo, host: &str, port: u16) -> ConnectionInfo {
+    let address = match node.addr() {
+        ConnectionAddr::TcpTls { insecure, tls_params, .. } => ConnectionAddr::TcpTls {
+            host: host.to_owned(),
+            port,
+            insecure: *insecure,
+            tls_params: tls_params.clone(),
+        },
+        _ => ConnectionAddr::Tcp(host.to_owned(), port),
+    };
+    node.clone().set_addr(address)
+}
+
+fn host_of(node: &ConnectionInfo) -> &str {
+    match node.addr() {
+        ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. } => host,
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(first: i64, last: i64, host: Value, port: i64) -> Value {
+        let node = Value::Array(vec![host, Value::Int(port), Value::BulkString(b"id".into())]);
+        Value::Array(vec![Value::Int(first), Value::Int(last), node])
+    }
+
+    fn slot(number: u16) -> Slot {
+        Slot::new(number).unwrap()
+    }
+
+    #[test]
+    fn owner_is_found_by_slot() {
+        let answer = Value::Array(vec![
+            range(0, 8_191, Value::BulkString(b"a".into()), 7_000),
+            range(8_192, 16_383, Value::Nil, 7_001),
+        ]);
+        assert_eq!(owner(&answer, slot(8_191)), Some(("a".into(), 7_000)));
+        assert_eq!(owner(&answer, slot(8_192)), Some((String::new(), 7_001)));
+        let half = Value::Array(vec![range(0, 1, Value::BulkString(b"a".into()), 7_000)]);
+        assert_eq!(owner(&half, slot(2)), None);
+        for malformed in [Value::Nil, Value::Array(vec![Value::Nil])] {
+            assert_eq!(owner(&malformed, slot(0)), None);
+        }
+    }
+}

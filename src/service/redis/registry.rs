@@ -1,0 +1,102 @@
+//! Asking the registry of the presence service where users are (contract §4).
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use redis::{FromRedisValue, RedisResult, Value, cmd};
+
+use super::link::{RedisFault, RedisLink};
+use super::locations::Instances;
+
+/// Devices of one user that are looked at; a set that outgrew this is the registry's fault.
+const DEVICES_MAX: usize = 64;
+/// Instances that are kept so that one name is one allocation.
+const NAMES_MAX: usize = 1024;
+/// Users asked for in one go.
+pub(super) const USERS_AT_ONCE: usize = 1024;
+
+/// Asks, and knows the names of instances.
+pub(super) struct Registry {
+    link: RedisLink,
+    own: Arc<str>,
+    names: HashSet<Arc<str>>,
+    none: Instances,
+}
+
+impl Registry {
+    pub(super) fn new(link: RedisLink, own: Arc<str>) -> Self {
+        Self { link, own, names: HashSet::new(), none: Arc::from([]) }
+    }
+
+    /// For each of at most [`USERS_AT_ONCE`] users the other instances that hold sessions of him,
+    /// in two round trips: his devices, then the instance of each. `None` for a user whose keys
+    /// could not be read.
+    pub(super) async fn look_up(
+        &mut self,
+        users: &[Arc<str>],
+    ) -> Result<Vec<Option<Instances>>, RedisFault> {
+        assert!(users.len() <= USERS_AT_ONCE);
+        let mut commands = Vec::with_capacity(users.len());
+        for user in users {
+            let mut members = cmd("SMEMBERS");
+            members.arg(format!("presence:user:{user}:devices"));
+            commands.push(members);
+        }
+        let devices: Vec<Option<Vec<String>>> =
+            self.link.run(commands).await?.into_iter().map(value).collect();
+
+        let mut commands = Vec::new();
+        for (user, devices) in users.iter().zip(&devices) {
+            for device in devices.iter().flatten().take(DEVICES_MAX) {
+                let mut get = cmd("GET");
+                get.arg(format!("session:{user}:{device}"));
+                commands.push(get);
+            }
+        }
+        let holders =
+            if commands.is_empty() { Vec::new() } else { self.link.run(commands).await? };
+
+        let mut holders = holders.into_iter();
+        let mut found = Vec::with_capacity(users.len());
+        for devices in devices {
+            let Some(devices) = devices else {
+                found.push(None);
+                continue;
+            };
+            let own = holders.by_ref().take(devices.len().min(DEVICES_MAX));
+            // A key that is gone is a session that was not refreshed: nobody holds it.
+            let holders: Option<Vec<Option<String>>> = own.map(value).collect();
+            found.push(holders.map(|holders| self.others(holders.into_iter().flatten())));
+        }
+        Ok(found)
+    }
+
+    /// Every instance but this one, none twice.
+    fn others(&mut self, holders: impl Iterator<Item = String>) -> Instances {
+        let mut others: Vec<Arc<str>> = Vec::new();
+        for holder in holders {
+            let known = others.iter().any(|other| **other == *holder);
+            if !holder.is_empty() && *holder != *self.own && !known {
+                others.push(self.name(holder));
+            }
+        }
+        if others.is_empty() { Arc::clone(&self.none) } else { others.into() }
+    }
+
+    fn name(&mut self, instance: String) -> Arc<str> {
+        if let Some(known) = self.names.get(instance.as_str()) {
+            return Arc::clone(known);
+        }
+        if self.names.len() >= NAMES_MAX {
+            self.names.clear();
+        }
+        let name: Arc<str> = instance.into();
+        self.names.insert(Arc::clone(&name));
+        name
+    }
+}
+
+/// `None`: an error, or not of the kind that the key is said to be.
+fn value<T: FromRedisValue>(answer: RedisResult<Value>) -> Option<T> {
+    answer.ok().and_then(|value| T::from_redis_value(value).ok())
+}

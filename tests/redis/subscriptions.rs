@@ -1,0 +1,152 @@
+//! What is published for this node comes, in order, and gaps are told.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use delivery::handoff::Pushed;
+use delivery::service::ports::{RouterInbox, RouterInput};
+use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use delivery::service::redis::{
+    PresenceUpdates, RedisLink, Sinks, SubscriptionCounters, Subscriptions, SubscriptionsConfig,
+};
+use prost::Message as _;
+use tokio::sync::mpsc;
+
+use super::link::{config, linked, until};
+use super::server::{Options, Server};
+
+struct Router(mpsc::Sender<RouterInput>);
+
+impl RouterInbox for Router {
+    fn send(&self, input: RouterInput) -> Pushed<RouterInput> {
+        match self.0.try_send(input) {
+            Ok(()) => Pushed::Accepted,
+            Err(mpsc::error::TrySendError::Full(input)) => Pushed::Full(input),
+            Err(mpsc::error::TrySendError::Closed(input)) => Pushed::Closed(input),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Presence {
+    updated: AtomicU64,
+    missed: AtomicU64,
+}
+
+impl PresenceUpdates for Presence {
+    fn updated(&self, _payload: &[u8]) {
+        self.updated.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn missed(&self) {
+        self.missed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A subscribed instance, and what came for it.
+pub(crate) struct Inbox {
+    inputs: mpsc::Receiver<RouterInput>,
+    counters: Arc<SubscriptionCounters>,
+    presence: Arc<Presence>,
+    subscriptions: Subscriptions,
+}
+
+impl Inbox {
+    /// The next record that was handed over.
+    pub(crate) async fn next(&mut self) -> String {
+        match self.inputs.recv().await.unwrap() {
+            RouterInput::Remote { value } => String::from_utf8(value.to_vec()).unwrap(),
+            RouterInput::ToUsers { .. } => panic!("not a hand-off"),
+        }
+    }
+}
+
+pub(crate) async fn listening(link: &RedisLink, instance: &str) -> Inbox {
+    with(SubscriptionsConfig::new(instance.into()), link, 8).await
+}
+
+async fn with(config: SubscriptionsConfig, link: &RedisLink, router_slots: usize) -> Inbox {
+    let (router, inputs) = mpsc::channel(router_slots);
+    let presence = Arc::new(Presence::default());
+    let counters = Arc::new(SubscriptionCounters::default());
+    let sinks = Sinks { router: Arc::new(Router(router)), presence: vec![presence.clone()] };
+    let subscriptions = Subscriptions::start(config, link.clone(), sinks, Arc::clone(&counters));
+    until(|| subscriptions.is_up(), tokio::task::yield_now).await;
+    Inbox { inputs, counters, presence, subscriptions }
+}
+
+fn publish(server: &Server, channel: &str, value: &[u8]) -> u64 {
+    redis::cmd("PUBLISH").arg(channel).arg(value).query(&mut server.connection()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gap_is_counted_and_the_subscription_restored() {
+    let Some(mut server) = Server::start(Options::default()) else { return };
+    let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
+    let mut inbox = listening(&link, "n1").await;
+    assert_eq!(publish(&server, "delivery:n1", b"one"), 1);
+    assert_eq!(inbox.next().await, "one");
+    assert_eq!(inbox.counters.redis_subscription_gaps.get(), 0);
+
+    server.kill();
+    until(|| !inbox.subscriptions.is_up(), tokio::task::yield_now).await;
+    let server = Server::start_on(server.port, Options::default()).expect("the port is ours");
+    until(|| inbox.subscriptions.is_up(), tokio::task::yield_now).await;
+    assert_eq!(publish(&server, "delivery:n1", b"two"), 1);
+    assert_eq!(inbox.next().await, "two");
+    assert_eq!(inbox.counters.redis_subscription_gaps.get(), 1);
+    assert!(inbox.counters.redis_subscription_gap_ms.get() > 0);
+    assert_eq!(inbox.presence.missed.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connection_is_given_up() {
+    let Some(server) = Server::start(Options::default()) else { return };
+    let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
+    let quick = SubscriptionsConfig {
+        ping_interval: std::time::Duration::from_millis(10),
+        ..SubscriptionsConfig::new("n1".into())
+    };
+    let inbox = with(quick, &link, 8).await;
+    server.signal(rustix::process::Signal::STOP);
+    until(|| !inbox.subscriptions.is_up(), tokio::task::yield_now).await;
+    server.signal(rustix::process::Signal::CONT);
+    until(|| inbox.subscriptions.is_up(), tokio::task::yield_now).await;
+    assert_eq!(inbox.counters.redis_subscription_gaps.get(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn router_that_is_busy_is_waited_for_within_bounds() {
+    let Some(server) = Server::start(Options::default()) else { return };
+    let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
+    let few = SubscriptionsConfig { records_max: 4, ..SubscriptionsConfig::new("n1".into()) };
+    let mut inbox = with(few, &link, 1).await;
+    for n in 0..20 {
+        publish(&server, "delivery:n1", n.to_string().as_bytes());
+    }
+    until(|| inbox.counters.redis_hand_offs.get() == 20, tokio::task::yield_now).await;
+    // One in the router, one at its door, four in the queue; which of the first few depends on how
+    // soon they were moved on.
+    let dropped = inbox.counters.redis_hand_offs_dropped.get();
+    assert!((14..=16).contains(&dropped), "{dropped}");
+    let mut came = Vec::new();
+    for _ in 0..20 - dropped {
+        came.push(inbox.next().await.parse::<u64>().unwrap());
+    }
+    assert!(came.is_sorted(), "{came:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn change_of_presence_is_told_to_those_who_want_to_know() {
+    let Some(server) = Server::start(Options::default()) else { return };
+    let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
+    let inbox = listening(&link, "n1").await;
+    let update = PresenceUpdateEvent {
+        user_id: "alice".into(),
+        status: PresenceStatus::Online.into(),
+        occurred_at: 1_700_000_000,
+    };
+    assert_eq!(publish(&server, "presence:updates", &update.encode_to_vec()), 1);
+    until(|| inbox.presence.updated.load(Ordering::Relaxed) == 1, tokio::task::yield_now).await;
+    assert_eq!(inbox.counters.redis_hand_offs.get(), 0);
+}

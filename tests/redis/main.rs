@@ -2,5 +2,6 @@
 
 mod link;
 mod nodes;
+mod presence;
 mod server;
 mod subscriptions;

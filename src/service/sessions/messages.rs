@@ -15,8 +15,7 @@ use crate::service::client_message::{self, ClientMessage};
 use crate::service::resume::Scope;
 
 /// What a client is told that asks too late.
-const TOO_LATE: Close =
-    Close::new(CloseCode::RESUME_TOO_LATE, "resume request came too late: reconnect, ask first");
+const TOO_LATE: Close = Close::new(CloseCode::RESUME_TOO_LATE, "resume request too late");
 
 impl Manager {
     pub(super) fn on_message(&mut self, shard: ShardId, connection: ConnectionKey, text: &str) {

@@ -21,9 +21,9 @@ pub enum Ending {
 }
 
 /// What sessions are told that are closed at once.
-const STOPPED: Close = Close::new(CloseCode::GOING_AWAY, "server closing");
+const STOPPED: Close = Close::new(CloseCode::GOING_AWAY, "server stopping");
 /// What sessions are told that a drain did not come to.
-const DRAINED: Close = Close::new(CloseCode::SERVICE_RESTART, "draining: reconnect in 0 ms");
+const DRAINED: Close = Close::new(CloseCode::SERVICE_RESTART, "draining; reconnect in 0 ms");
 
 /// The state of a departure.
 #[derive(Debug, Default)]
@@ -93,7 +93,7 @@ impl Manager {
             let Some((address, record)) = self.records[shard].at(slot) else { continue };
             if record.phase == Phase::Live {
                 let wait_ms = rand::random_range(0..=spread_ms);
-                let reason = format!("draining: reconnect in {wait_ms} ms").into();
+                let reason = format!("draining; reconnect in {wait_ms} ms").into();
                 let close = Close { code: CloseCode::SERVICE_RESTART, reason };
                 self.close(address.shard, address.connection, close, EndReason::Draining);
                 told += 1;

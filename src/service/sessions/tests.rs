@@ -309,7 +309,7 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
     for (_, code, reason) in &told {
         assert_eq!(*code, CloseCode::SERVICE_RESTART);
         let wait_ms: u128 = reason
-            .strip_prefix("draining: reconnect in ")
+            .strip_prefix("draining; reconnect in ")
             .unwrap()
             .strip_suffix(" ms")
             .unwrap()

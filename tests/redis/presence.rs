@@ -1,0 +1,214 @@
+//! Presence written directly (`PRESENCE_MODE=redis`): what other services read of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use delivery::service::directory::SessionIds;
+use delivery::service::presence::{Presence, PresenceConfig, PresenceCounters, PresenceTarget};
+use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use delivery::service::redis::RedisLink;
+use prost::Message as _;
+use redis::{FromRedisValue, Value, cmd};
+use tokio_stream::StreamExt as _;
+
+use super::link::{PATIENCE, config, linked, until};
+use super::server::{Options, Server};
+
+struct Node {
+    presence: Presence,
+    counters: Arc<PresenceCounters>,
+    link: RedisLink,
+}
+
+impl Node {
+    async fn new(instance: &str, address: &str) -> Self {
+        let (link, _) = linked(config(address)).await;
+        let counters = Arc::new(PresenceCounters::default());
+        let target = PresenceTarget::Redis(link.clone());
+        let config = PresenceConfig::new(instance.into());
+        let presence = Presence::spawn(config, target, Arc::clone(&counters));
+        Self { presence, counters, link }
+    }
+
+    /// Waits until so many registrations, refreshes and ends have been told in all.
+    async fn told(&self, registered: u64, refreshed: u64, unregistered: u64) {
+        let wanted = (registered, refreshed, unregistered);
+        let counters = &self.counters;
+        let told =
+            || (counters.registered.get(), counters.refreshed.get(), counters.unregistered.get());
+        until(|| told() == wanted, tokio::task::yield_now).await;
+    }
+
+    async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> T {
+        let mut command = cmd(words[0]);
+        command.arg(&words[1..]);
+        let answer = self.link.run(vec![command]).await.unwrap().remove(0).unwrap();
+        T::from_redis_value(answer).unwrap()
+    }
+
+    async fn holder(&self, user: &str, device: &str) -> Option<String> {
+        self.ask(&["GET", &format!("session:{user}:{device}")]).await
+    }
+
+    async fn devices(&self, user: &str) -> Vec<String> {
+        let mut devices: Vec<String> =
+            self.ask(&["SMEMBERS", &format!("presence:user:{user}:devices")]).await;
+        devices.sort();
+        devices
+    }
+}
+
+/// Hears what is published on `presence:updates`.
+struct Listener {
+    updates: redis::aio::PubSub,
+}
+
+impl Listener {
+    async fn new(port: u16) -> Self {
+        let client = redis::Client::open(("127.0.0.1", port)).unwrap();
+        let mut updates = client.get_async_pubsub().await.unwrap();
+        updates.subscribe("presence:updates").await.unwrap();
+        Self { updates }
+    }
+
+    async fn next(&mut self) -> (String, PresenceStatus) {
+        let mut messages = self.updates.on_message();
+        let next = tokio::time::timeout(PATIENCE, messages.next()).await;
+        let message = next.expect("an update").expect("connected");
+        let event = PresenceUpdateEvent::decode(message.get_payload_bytes()).unwrap();
+        assert!(event.occurred_at > 1_700_000_000, "Unix seconds");
+        (event.user_id.clone(), event.status())
+    }
+}
+
+fn ids(user: &str, device: &str) -> SessionIds {
+    SessionIds::new(user, device)
+}
+
+/// One server and a cluster, each with two nodes.
+async fn everywhere<F: Future<Output = ()>>(test: impl Fn(u16, Node, Node) -> F) {
+    for cluster in [false, true] {
+        let Some(server) = Server::start(Options { cluster, ..Options::default() }) else { return };
+        let scheme = if cluster { "redis+cluster" } else { "redis" };
+        let address = format!("{scheme}://127.0.0.1:{}", server.port);
+        let (one, two) = (Node::new("node-1", &address).await, Node::new("node-2", &address).await);
+        test(server.port, one, two).await;
+    }
+}
+
+#[tokio::test]
+async fn keys_and_updates_are_those_of_the_contract() {
+    everywhere(|port, one, _two| async move {
+        let mut updates = Listener::new(port).await;
+        one.presence.opened(&ids("alice", "phone"), false);
+        one.told(1, 0, 0).await;
+        assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
+        assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
+        let lifetime_s: i64 = one.ask(&["TTL", "session:alice:phone"]).await;
+        assert!((55..=60).contains(&lifetime_s), "{lifetime_s}");
+
+        one.presence.opened(&ids("alice", "desk"), false);
+        one.told(2, 0, 0).await;
+        assert_eq!(one.devices("alice").await, ["desk", "phone"]);
+        assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
+
+        one.presence.ended(&ids("alice", "phone"));
+        one.told(2, 0, 1).await;
+        assert_eq!(one.holder("alice", "phone").await, None);
+        assert_eq!(one.devices("alice").await, ["desk"]);
+        one.presence.ended(&ids("alice", "desk"));
+        one.told(2, 0, 2).await;
+        // The end of the first device was no change of the user's presence.
+        assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
+        assert!(one.devices("alice").await.is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn refresh_keeps_a_registration_alive_and_makes_a_lost_one_again() {
+    everywhere(|_, one, _two| async move {
+        one.presence.opened(&ids("alice", "phone"), false);
+        one.told(1, 0, 0).await;
+        let _: bool = one.ask(&["EXPIRE", "session:alice:phone", "7"]).await;
+        one.presence.refresh(&ids("alice", "phone"), 1);
+        one.told(1, 1, 0).await;
+        let lifetime_s: i64 = one.ask(&["TTL", "session:alice:phone"]).await;
+        assert!(lifetime_s > 50, "{lifetime_s}");
+
+        let _: Value = one.ask(&["DEL", "session:alice:phone"]).await;
+        one.presence.refresh(&ids("alice", "phone"), 1);
+        one.told(2, 1, 0).await;
+        assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
+        assert_eq!(one.counters.vanished.get(), 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn session_that_moved_is_neither_taken_back_nor_unregistered() {
+    everywhere(|_, one, two| async move {
+        one.presence.opened(&ids("alice", "phone"), false);
+        one.told(1, 0, 0).await;
+        two.presence.opened(&ids("alice", "phone"), false);
+        two.told(1, 0, 0).await;
+
+        one.presence.refresh(&ids("alice", "phone"), 1);
+        let mut replaced = Vec::new();
+        until(
+            || {
+                replaced.extend(one.presence.take_replaced());
+                !replaced.is_empty()
+            },
+            tokio::task::yield_now,
+        )
+        .await;
+        assert_eq!(replaced, [ids("alice", "phone")]);
+        one.presence.ended(&ids("alice", "phone"));
+        one.told(1, 0, 1).await;
+        assert_eq!(two.holder("alice", "phone").await.as_deref(), Some("node-2"));
+        assert_eq!(two.devices("alice").await, ["phone"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
+    everywhere(|port, one, _two| async move {
+        let mut updates = Listener::new(port).await;
+        let _: Value = one.ask(&["SADD", "presence:user:alice:devices", "ghost"]).await;
+        one.presence.opened(&ids("alice", "phone"), false);
+        one.told(1, 0, 0).await;
+        assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
+        one.presence.ended(&ids("alice", "phone"));
+        one.told(1, 0, 1).await;
+        assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
+        assert!(one.devices("alice").await.is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn redis_that_was_away_is_told_the_newest_state() {
+    let Some(mut server) = Server::start(Options::default()) else { return };
+    let node = Node::new("node-1", &format!("127.0.0.1:{}", server.port)).await;
+    server.kill();
+    until(|| !node.link.is_up(), tokio::task::yield_now).await;
+    for user in 0..1_000 {
+        node.presence.opened(&ids(&format!("stays-{user}"), "phone"), false);
+        node.presence.opened(&ids(&format!("goes-{user}"), "phone"), false);
+        node.presence.ended(&ids(&format!("goes-{user}"), "phone"));
+    }
+    until(|| node.counters.failures.get() > 0, tokio::task::yield_now).await;
+    let Some(_server) = Server::start_on(server.port, Options::default()) else {
+        panic!("the port was free a moment ago");
+    };
+    until(
+        || node.counters.registered.get() == 1_000,
+        || tokio::time::sleep(Duration::from_millis(5)),
+    )
+    .await;
+    assert_eq!(node.holder("stays-7", "phone").await.as_deref(), Some("node-1"));
+    let sessions: Vec<String> = node.ask(&["KEYS", "session:*"]).await;
+    assert_eq!(sessions.len(), 1_000);
+}

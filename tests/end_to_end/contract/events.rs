@@ -211,5 +211,5 @@ fn stopping_node_closes_its_sessions_and_leaves_with_zero() {
     let status = node.stop(SOON);
     assert!(matches!(alice.hear_end(), Heard::Closed(1001, _)));
     assert!(status.success(), "{status}");
-    assert!(back_end.neighbours.known().registrations.is_empty(), "unregistered");
+    back_end.neighbours.wait(SOON, |known| known.registrations.is_empty());
 }

@@ -38,7 +38,7 @@ fn session_is_registered_refreshed_and_unregistered() {
     alice.close(1000);
     alice.hear_end();
     has(&neighbours, &unregister("alice"));
-    assert!(neighbours.known().registrations.is_empty());
+    neighbours.wait(SOON, |known| known.registrations.is_empty());
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod support;
 #[path = "../data/upgrade_cases.rs"]
 mod upgrade_cases;
 
+mod back_pressure;
 mod clients;
 mod contract;
 mod delivery_to_all;

@@ -1,0 +1,113 @@
+//! Issue “Guarantees”, show 4: every client stalled and Kafka at full speed. Memory stays under the
+//! bound that the node computes from its settings; once the clients read again, nothing was lost.
+
+use std::time::{Duration, Instant};
+
+use super::support::fleet::{Connect, Fleet, Seen};
+use super::support::node::NodeBuilder;
+use super::support::publisher::{Publisher, new_topic};
+use super::support::services::kafka_brokers;
+use super::support::tally::Tally;
+use super::support::wait::until;
+
+const ROOMS: usize = 200;
+const MEMBERS: usize = 5;
+const SESSIONS: usize = ROOMS * MEMBERS;
+/// Twice what the shard may hold.
+const EVENTS: usize = 64 * 1024;
+const EVENT_BYTES: usize = 2 * 1024;
+const PROGRESS_WITHIN: Duration = Duration::from_secs(60);
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
+    let brokers = kafka_brokers();
+    let topic = new_topic(&brokers, "back-pressure", 3);
+    let node = NodeBuilder::serve()
+        .set("KAFKA_BROKERS", &brokers)
+        .set("KAFKA_TOPICS", &topic)
+        .set("KAFKA_GROUP", &topic)
+        .set("CONNECTIONS_MAX", SESSIONS + 50)
+        .set("QUEUE_MESSAGES_MAX", 65_535)
+        .set("QUEUE_BYTES_MAX", "1GiB")
+        .set("SHARD_EVENT_BYTES_MAX", "64MiB")
+        .set("KAFKA_FETCH_MAX", "16MiB")
+        .set("SO_SNDBUF", "4608")
+        .set("WRITE_TIMEOUT", "10m")
+        .start();
+    let mut publisher = Publisher::new(&brokers, &topic);
+    let user = |session: usize| format!("user-{session}");
+    let room = |number: usize| format!("room-{number}");
+    for number in 0..ROOMS {
+        let members: Vec<_> = (0..MEMBERS).map(|member| user(number * MEMBERS + member)).collect();
+        publisher.created(&room(number), &members);
+    }
+    publisher.flush(PROGRESS_WITHIN);
+
+    let mut fleet = Fleet::new();
+    for session in 0..SESSIONS {
+        let connect = Connect::session(node.public, &user(session), "phone");
+        let connect = Connect { receive_buffer: Some(2304), ..connect };
+        fleet.connect(&connect).expect("the server accepts");
+    }
+    let mut tallies = vec![Tally::default(); SESSIONS];
+    let mut ended = Vec::new();
+    let mut turn = |fleet: &mut Fleet| {
+        fleet.turn(Duration::from_millis(10), &mut |client, seen| match seen {
+            Seen::Binary(payload) => {
+                tallies[client].saw(payload);
+            }
+            Seen::Open(_) | Seen::Ping => {}
+            other => ended.push(format!("client {client}: {other:?}")),
+        });
+        assert!(ended.is_empty(), "{ended:?}");
+        tallies.iter().map(|tally| tally.messages).sum::<u64>()
+    };
+    let deadline = Instant::now() + PROGRESS_WITHIN;
+    while fleet.open_count() < SESSIONS {
+        assert!(Instant::now() < deadline, "{} open", fleet.open_count());
+        turn(&mut fleet);
+    }
+
+    (0..SESSIONS).for_each(|client| fleet.stall(client));
+    let content = "x".repeat(EVENT_BYTES);
+    for event in 0..EVENTS {
+        let number = event % ROOMS;
+        publisher.message(
+            &room(number),
+            (event / ROOMS + 1) as i64,
+            &user(number * MEMBERS),
+            &content,
+        );
+    }
+    publisher.flush(PROGRESS_WITHIN);
+    let mut peak = 0;
+    until(PROGRESS_WITHIN, "the shard takes no more", || {
+        peak = peak.max(node.resident_bytes());
+        (node.metrics().sum("delivery_shard_intake_paused_total", &[]) >= 1.0).then_some(())
+    });
+    let bound = node.metrics().sum("delivery_memory_bound_bytes", &[]) as u64;
+    peak = peak.max(node.resident_bytes());
+
+    (0..SESSIONS).for_each(|client| fleet.unstall(client));
+    let expected = (EVENTS * MEMBERS) as u64;
+    let mut progress = (0, Instant::now());
+    loop {
+        let received = turn(&mut fleet);
+        if received == expected {
+            break;
+        }
+        if received > progress.0 {
+            progress = (received, Instant::now());
+        }
+        assert!(progress.1.elapsed() < PROGRESS_WITHIN, "stalled at {received} of {expected}");
+    }
+    peak = peak.max(node.resident_bytes());
+    println!("peak {} MiB, bound {} MiB", peak >> 20, bound >> 20);
+    assert!(peak <= bound, "{peak} bytes resident, {bound} promised");
+    for tally in &tallies {
+        for stream in tally.streams.values() {
+            assert_eq!((stream.duplicates, stream.out_of_order, stream.missing.len()), (0, 0, 0));
+        }
+    }
+}

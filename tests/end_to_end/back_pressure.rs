@@ -28,7 +28,7 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
         .set("KAFKA_TOPICS", &topic)
         .set("KAFKA_GROUP", &topic)
         .set("CONNECTIONS_MAX", SESSIONS + 50)
-        .set("QUEUE_MESSAGES_MAX", 65_535)
+        .set("QUEUE_MESSAGES_MAX", 32_766)
         .set("QUEUE_BYTES_MAX", "1GiB")
         .set("SHARD_EVENT_BYTES_MAX", "64MiB")
         .set("KAFKA_FETCH_MAX", "16MiB")

@@ -317,7 +317,7 @@ fn bytes_waiting_for_a_slow_reader() {
     let (node, mut publisher) = node_with_a_room(
         NodeBuilder::serve()
             .set("SO_SNDBUF", "4608")
-            .set("QUEUE_MESSAGES_MAX", 65_536)
+            .set("QUEUE_MESSAGES_MAX", 32_766)
             .set("QUEUE_BYTES_MAX", "16KiB"),
     );
     stalls(&node, &mut publisher, &"x".repeat(1000), "queue_overflow");
@@ -330,7 +330,7 @@ fn time_without_progress_of_a_send() {
         NodeBuilder::serve()
             .set("SO_SNDBUF", "4608")
             .set("WRITE_TIMEOUT", "1s")
-            .set("QUEUE_MESSAGES_MAX", 65_536)
+            .set("QUEUE_MESSAGES_MAX", 32_766)
             .set("QUEUE_BYTES_MAX", "1GiB"),
     );
     stalls(&node, &mut publisher, &"x".repeat(500), "write_timeout");

@@ -13,6 +13,7 @@ pub mod neighbours;
 pub mod offsets;
 pub mod ports;
 pub mod presence;
+pub mod presence_fanout;
 pub mod proto;
 pub mod redis;
 pub mod resume;

@@ -20,7 +20,7 @@ mod task;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::Status;
@@ -32,6 +32,7 @@ use crate::domain::counters::{LatencyHistogram, SharedCounter};
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::handoff::{Consumer, Doorbell, Producer};
+use crate::service::timestamp::unix_ms;
 
 pub(crate) use delivery::Delivery;
 pub use outbox::OutboxLimits;
@@ -115,10 +116,9 @@ impl HubMetrics {
         if event.appended_at_ms == 0 {
             return;
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let latency_ms = unix_ms().saturating_sub(event.appended_at_ms);
         let _writer = self.latency_writer.lock().expect("no holder panics");
-        self.latency.record(now_ms.saturating_sub(event.appended_at_ms), 1);
+        self.latency.record(latency_ms, 1);
     }
 }
 

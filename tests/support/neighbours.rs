@@ -183,19 +183,26 @@ impl Services {
             let in_flight = *in_flight;
             let peak = known.in_flight_peak.entry(method).or_default();
             *peak = in_flight.max(*peak);
-            known.manners.get(&method).copied().unwrap_or(Manner::Well)
+            let manner = known.manners.get(&method).copied().unwrap_or(Manner::Well);
+            if manner == Manner::Well {
+                // Recorded and carried out at once: whoever sees the call sees what it did.
+                *known.in_flight.entry(method).or_default() -= 1;
+                let answer = answer(&mut known).map(Response::new);
+                drop(known);
+                self.0.told();
+                return answer;
+            }
+            manner
         };
         let _in_flight = InFlight(&self.0, method);
         self.0.told();
         match manner {
-            Manner::Well => {}
+            Manner::Well => unreachable!("answered above"),
             Manner::Failing(code) => return Err(Status::new(code, "told to fail")),
             Manner::Hanging => pending().await,
             Manner::Late(after) => tokio::time::sleep(after).await,
         }
-        let answer = answer(&mut self.0.lock()).map(Response::new);
-        self.0.told();
-        answer
+        answer(&mut self.0.lock()).map(Response::new)
     }
 }
 

@@ -12,6 +12,9 @@ use crate::service::proto::shared::v1::EventType;
 /// Why a record is not an `EventEnvelope` with the event it names. The publisher's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EnvelopeError {
+    /// No value (a tombstone), or an empty one.
+    #[error("empty")]
+    Empty,
     /// A field ends after the record does.
     #[error("truncated")]
     Truncated,
@@ -113,6 +116,9 @@ impl<'a> Record<'a> {
 /// # Errors
 /// See [`EnvelopeError`]. Nothing of such a record can be trusted.
 pub fn decode(value: &[u8]) -> Result<Record<'_>, EnvelopeError> {
+    if value.is_empty() {
+        return Err(EnvelopeError::Empty);
+    }
     let mut event_type = 0;
     let mut payload = &[][..];
     let mut fields = Fields::new(value);

@@ -162,8 +162,9 @@ impl Membership {
     }
 
     /// A part of the membership log was lost to this node (retention, truncation): nothing that is
-    /// cached can be trusted.
+    /// cached can be trusted, and nothing is cached before [`Membership::follow`].
     pub fn forget_all(&self) {
+        self.following.store(false, Ordering::Release);
         *self.marks.lock().expect("no holder panics") = Marks::default();
         self.cache.clear();
     }

@@ -8,6 +8,7 @@ pub mod encode;
 pub mod envelope;
 pub mod grpc;
 pub mod hub;
+pub mod kafka;
 pub mod membership;
 pub mod neighbours;
 pub mod offsets;

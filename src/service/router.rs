@@ -170,8 +170,9 @@ impl RouterControl {
 
     /// Takes a partition back. The router takes nothing more from it at once, lets what is under way
     /// finish for at most `grace`, and drops its source. The receiver is told when that is so (or
-    /// the router has ended); from then on the partition's progress does not change.
-    pub fn revoke(&self, log: LogName, grace: Duration) -> Receiver<()> {
+    /// the router has ended), and whether all of it was finished; from then on the partition's
+    /// progress does not change.
+    pub fn revoke(&self, log: LogName, grace: Duration) -> Receiver<bool> {
         let (done, told) = sync_channel(1);
         let deadline_ms = crate::service::timestamp::unix_ms() + grace.as_millis() as u64;
         self.command(LaneCommand::Revoke(log, Revoked { deadline_ms, done }));
@@ -238,4 +239,4 @@ fn order_of(input: &RouterInput) -> usize {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

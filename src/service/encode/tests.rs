@@ -84,7 +84,7 @@ fn json_holds_the_inner_event() {
 fn json_of_a_kind_unknown_here_keeps_the_bytes() {
     let value = [0x08, 0x1f, 0x22, 0x02, 0xff, 0xfe];
     assert_eq!(text(&value), r#"{"eventType":31,"payload":"//4="}"#);
-    assert_eq!(text(&[]), "{}");
+    assert_eq!(text(&[0x08, 0x00]), "{}");
     assert_eq!(on_stream(&value), None);
 }
 

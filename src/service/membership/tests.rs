@@ -179,5 +179,7 @@ fn lost_log_means_everything_is_forgotten() {
     node.membership.created("a", &["x"], place, now, now);
     node.membership.forget_all();
     assert_eq!(node.counters.members.get(), 0);
+    assert!(matches!(node.membership.lookup("a", now), Lookup::Pending));
+    node.membership.follow();
     assert_eq!(node.members("a", now), ["a", "b"]);
 }

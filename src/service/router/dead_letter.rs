@@ -62,9 +62,12 @@ pub struct DeadLetter<'a> {
     pub reason: Reason,
 }
 
+/// Called once when a dead letter is stored, or never can be.
+pub type LetterDone = Box<dyn FnOnce() + Send + Sync>;
+
 /// Takes records that were given up.
 pub trait DeadLetters: Send + Sync {
     /// Never blocks. `done` is called once when the record is stored, or never can be (counted
     /// there). `false`: nothing more is taken at the moment, and `done` will not be called.
-    fn send(&self, letter: DeadLetter<'_>, done: Box<dyn FnOnce() + Send>) -> bool;
+    fn send(&self, letter: DeadLetter<'_>, done: LetterDone) -> bool;
 }

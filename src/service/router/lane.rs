@@ -16,20 +16,27 @@ use crate::service::router::record::{OwnedRecord, RawRecord, RecordSource};
 pub struct Progress(AtomicI64);
 
 impl Progress {
-    /// Nothing read yet: the offset to start from.
-    pub fn new(start: i64) -> Self {
-        Self(AtomicI64::new(start))
+    /// Nothing read yet: the offset to start from, if it is known.
+    pub fn new(start: Option<i64>) -> Self {
+        Self(AtomicI64::new(start.unwrap_or(UNKNOWN)))
     }
 
-    /// The lowest offset that is not done.
-    pub fn committable(&self) -> i64 {
-        self.0.load(Ordering::Acquire)
+    /// The lowest offset that is not done; `None` if nothing has been read and nobody knows where
+    /// reading starts.
+    pub fn committable(&self) -> Option<i64> {
+        match self.0.load(Ordering::Acquire) {
+            UNKNOWN => None,
+            offset => Some(offset),
+        }
     }
 
     pub(super) fn set(&self, committable: i64) {
         self.0.store(committable, Ordering::Release);
     }
 }
+
+/// No offset.
+const UNKNOWN: i64 = -1;
 
 /// One partition of one topic.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -55,8 +62,8 @@ pub struct Assignment {
     pub log: LogName,
     /// Where its records come from.
     pub source: Box<dyn RecordSource>,
-    /// The offset that `source` starts from.
-    pub start: i64,
+    /// The offset that `source` starts from, if it is known.
+    pub start: Option<i64>,
     /// Where the router writes how far it has got.
     pub progress: Arc<Progress>,
 }
@@ -112,7 +119,8 @@ pub(super) struct LogLane {
 #[derive(Debug)]
 pub(super) struct Revoked {
     pub(super) deadline_ms: u64,
-    pub(super) done: SyncSender<()>,
+    /// Whether all of it was done.
+    pub(super) done: SyncSender<bool>,
 }
 
 impl LogLane {

@@ -3,4 +3,4 @@
 
 mod routing;
 mod waiting;
-mod world;
+pub(crate) mod world;

@@ -137,7 +137,7 @@ impl Router {
 
     fn assign(&mut self, assignment: Assignment) {
         let Assignment { log, source, start, progress } = assignment;
-        let window = OffsetWindow::new(start, self.core.config.window_records_max);
+        let window = OffsetWindow::new(start.unwrap_or(0), self.core.config.window_records_max);
         let key = self.core.next_lane_key(self.lanes.vacant_key());
         let log = LogLane { log, source, window, progress, revoked: None };
         self.lanes.insert(Lane::new(key, Some(log)));
@@ -150,7 +150,7 @@ impl Router {
         });
         match lane.and_then(|lane| lane.log.as_mut()) {
             Some(lane) => lane.revoked = Some(revoked),
-            None => drop(revoked.done.try_send(())),
+            None => drop(revoked.done.try_send(true)),
         }
     }
 
@@ -172,10 +172,11 @@ impl Router {
             .collect();
         for slot in finished {
             let lane = self.lanes.remove(slot);
-            if let Some(LogLane { source, revoked: Some(revoked), .. }) = lane.log {
+            let waiting = lane.len();
+            if let Some(LogLane { source, window, revoked: Some(revoked), .. }) = lane.log {
                 // The source goes first: who is told may close what it belongs to.
                 drop(source);
-                let _ = revoked.done.try_send(());
+                let _ = revoked.done.try_send(window.len() <= waiting);
             }
             self.core.counters.partitions.set(self.lanes.len() as u64);
         }

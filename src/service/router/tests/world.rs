@@ -21,7 +21,7 @@ use crate::service::proto::conversation::v1::{
 };
 use crate::service::proto::message::v1::Message;
 use crate::service::proto::shared::v1::{EventEnvelope, EventType};
-use crate::service::router::dead_letter::{DeadLetter, DeadLetters};
+use crate::service::router::dead_letter::{DeadLetter, DeadLetters, LetterDone};
 use crate::service::router::{
     Assignment, LogName, Progress, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
     RouterCounters, RouterParts, ShardLink,
@@ -95,7 +95,7 @@ impl RemoteNodes for Nodes {
 pub(super) struct Letters(pub(super) Mutex<Vec<(i64, &'static str)>>);
 
 impl DeadLetters for Letters {
-    fn send(&self, letter: DeadLetter<'_>, done: Box<dyn FnOnce() + Send>) -> bool {
+    fn send(&self, letter: DeadLetter<'_>, done: LetterDone) -> bool {
         self.0.lock().unwrap().push((letter.raw.offset, letter.reason.label()));
         done();
         true
@@ -259,11 +259,11 @@ impl World {
 
     /// Gives the router a partition.
     pub(super) fn assign(&self, partition: i32) -> (Log, Arc<Progress>) {
-        let (log, progress) = (Log::default(), Arc::new(Progress::new(0)));
+        let (log, progress) = (Log::default(), Arc::new(Progress::new(Some(0))));
         self.control.assign(Assignment {
             log: name(partition),
             source: Box::new(log.clone()),
-            start: 0,
+            start: Some(0),
             progress: Arc::clone(&progress),
         });
         (log, progress)
@@ -339,7 +339,7 @@ pub(super) fn name(partition: i32) -> LogName {
     LogName { topic: "events".into(), topic_index: 0, partition }
 }
 
-pub(super) fn message(conversation: &str, sequence: i64) -> Vec<u8> {
+pub(crate) fn message(conversation: &str, sequence: i64) -> Vec<u8> {
     encode::caught_up(Message {
         conversation_id: conversation.into(),
         sequence,
@@ -347,7 +347,7 @@ pub(super) fn message(conversation: &str, sequence: i64) -> Vec<u8> {
     })
 }
 
-pub(super) fn created(conversation: &str, members: &[&str]) -> Vec<u8> {
+pub(crate) fn created(conversation: &str, members: &[&str]) -> Vec<u8> {
     let event = ConversationCreatedEvent {
         conversation: Some(Conversation {
             conversation_id: conversation.into(),
@@ -358,7 +358,7 @@ pub(super) fn created(conversation: &str, members: &[&str]) -> Vec<u8> {
     envelope(EventType::ConversationCreated, event.encode_to_vec())
 }
 
-pub(super) fn changed(conversation: &str, user: &str, added: bool) -> Vec<u8> {
+pub(crate) fn changed(conversation: &str, user: &str, added: bool) -> Vec<u8> {
     let event = MembershipChangedEvent {
         conversation_id: conversation.into(),
         user_id: user.into(),

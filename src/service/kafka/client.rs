@@ -1,0 +1,143 @@
+//! What all clients have in common: properties, log lines, errors, statistics.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use rdkafka::ClientConfig;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use serde::Deserialize;
+
+use crate::service::kafka::{KafkaConfig, Shared};
+
+/// A broker that has not said a word for this long, although it is asked twice a second, is taken for
+/// unreachable, µs.
+const SILENCE_US_MAX: i64 = 15_000_000;
+
+/// Properties of every consumer; see librdkafka's documentation for each.
+pub(super) fn consumer_properties(config: &KafkaConfig, group: &str) -> ClientConfig {
+    let mut properties = common_properties(config);
+    properties
+        .set("group.id", group)
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        // Without it a partition whose queue was full for a moment pauses for a whole second.
+        .set("fetch.queue.backoff.ms", "10")
+        .set("queued.max.messages.kbytes", config.prefetch_kib.to_string())
+        .set("fetch.wait.max.ms", "500")
+        .set("topic.metadata.refresh.interval.ms", config.discovery_interval_ms.to_string())
+        .set("statistics.interval.ms", "2000");
+    properties
+}
+
+/// Properties of every client.
+pub(super) fn common_properties(config: &KafkaConfig) -> ClientConfig {
+    let mut properties = ClientConfig::new();
+    properties
+        .set("bootstrap.servers", &config.brokers)
+        .set("client.id", &config.client_id)
+        .set("socket.nagle.disable", "true")
+        .set("socket.keepalive.enable", "true")
+        .set("reconnect.backoff.max.ms", "2000")
+        // Brokers close idle connections; that is no news.
+        .set("log.connection.close", "false");
+    properties
+}
+
+/// The user's own properties win.
+pub(super) fn with_user_properties(
+    mut properties: ClientConfig,
+    config: &KafkaConfig,
+) -> ClientConfig {
+    for (name, value) in &config.properties {
+        properties.set(name, value);
+    }
+    properties
+}
+
+/// A log line of librdkafka. Most of its errors are about a connection that it makes again by itself.
+pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
+    match level {
+        RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+            tracing::error!(target: "librdkafka", facility, "{message}");
+        }
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning => {
+            tracing::warn!(target: "librdkafka", facility, "{message}");
+        }
+        RDKafkaLogLevel::Notice => tracing::info!(target: "librdkafka", facility, "{message}"),
+        RDKafkaLogLevel::Info => tracing::debug!(target: "librdkafka", facility, "{message}"),
+        RDKafkaLogLevel::Debug => tracing::trace!(target: "librdkafka", facility, "{message}"),
+    }
+}
+
+/// The part of librdkafka's statistics that is used.
+#[derive(Deserialize)]
+struct Statistics {
+    #[serde(default)]
+    brokers: HashMap<String, Broker>,
+    #[serde(default)]
+    topics: HashMap<String, Topic>,
+}
+
+#[derive(Deserialize)]
+struct Broker {
+    state: String,
+    /// µs since the last bytes came; -1: none yet.
+    #[serde(default)]
+    rxidle: i64,
+}
+
+#[derive(Deserialize)]
+struct Topic {
+    #[serde(default)]
+    partitions: HashMap<String, Partition>,
+}
+
+#[derive(Deserialize)]
+struct Partition {
+    partition: i32,
+    /// Below 0: not known.
+    #[serde(default)]
+    hi_offset: i64,
+}
+
+/// The reader's eyes and ears.
+#[derive(Clone)]
+pub(super) struct Observer {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Observer {
+    pub(super) fn error(&self, error: &KafkaError, reason: &str) {
+        self.shared.counters.errors.add(1);
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            self.shared.status.unreachable(reason.to_owned());
+        }
+        tracing::warn!(%error, reason, "Kafka");
+    }
+
+    pub(super) fn statistics(&self, json: &[u8]) {
+        let statistics: Statistics = match serde_json::from_slice(json) {
+            Ok(statistics) => statistics,
+            Err(error) => {
+                tracing::warn!(%error, "statistics of librdkafka not understood");
+                return;
+            }
+        };
+        let heard =
+            |broker: &Broker| broker.state == "UP" && (0..SILENCE_US_MAX).contains(&broker.rxidle);
+        let status = &self.shared.status;
+        if statistics.brokers.values().any(heard) {
+            status.reached();
+        } else {
+            status.unreachable("no broker answers".to_owned());
+        }
+        for (topic, Topic { partitions }) in &statistics.topics {
+            for partition in partitions.values().filter(|partition| partition.hi_offset >= 0) {
+                if let Some(log) = self.shared.log_name(topic, partition.partition) {
+                    status.ends_at(&log, partition.hi_offset);
+                }
+            }
+        }
+    }
+}

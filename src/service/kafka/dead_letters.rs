@@ -1,0 +1,119 @@
+//! The dead-letter topic: records that could not be routed, as they were, with headers that say why.
+//!
+//! | header | value |
+//! | --- | --- |
+//! | `delivery-reason` | `undecodable`, `no_conversation`, `no_such_conversation`, `members_unknown`, `members_unavailable` |
+//! | `delivery-error` | the same in words |
+//! | `delivery-topic`, `delivery-partition`, `delivery-offset` | where the record stands |
+
+use std::sync::Arc;
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer};
+
+use crate::service::kafka::{KafkaConfig, KafkaCounters, KafkaStartError, client};
+use crate::service::router::dead_letter::{DeadLetter, DeadLetters, LetterDone};
+
+struct LetterContext {
+    counters: Arc<KafkaCounters>,
+}
+
+impl ClientContext for LetterContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        client::log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.counters.errors.add(1);
+        tracing::debug!(%error, reason, "dead-letter topic");
+    }
+}
+
+impl ProducerContext for LetterContext {
+    type DeliveryOpaque = Box<LetterDone>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, done: Box<LetterDone>) {
+        match result {
+            Ok(_) => self.counters.dead_letters_stored.add(1),
+            Err((error, _)) => self.failed(error),
+        }
+        done();
+    }
+}
+
+impl LetterContext {
+    fn failed(&self, error: &KafkaError) {
+        self.counters.dead_letters_failed.add(1);
+        tracing::warn!(%error, "dead letter not stored");
+    }
+}
+
+/// See the module.
+pub struct DeadLetterTopic {
+    topic: String,
+    producer: ThreadedProducer<LetterContext>,
+    counters: Arc<KafkaCounters>,
+}
+
+impl DeadLetterTopic {
+    /// A producer to `topic`, with the brokers and properties of `config`. It keeps at most 10,000
+    /// letters, each for at most 30 s.
+    ///
+    /// # Errors
+    /// librdkafka refuses a property.
+    pub fn new(
+        topic: String,
+        config: &KafkaConfig,
+        counters: Arc<KafkaCounters>,
+    ) -> Result<Self, KafkaStartError> {
+        let mut properties = client::common_properties(config);
+        properties
+            .set("message.timeout.ms", "30000")
+            .set("queue.buffering.max.messages", "10000")
+            .set("linger.ms", "5")
+            .set("enable.idempotence", "true");
+        let properties = client::with_user_properties(properties, config);
+        let context = LetterContext { counters: Arc::clone(&counters) };
+        let producer = ThreadedProducer::from_config_and_context(&properties, context)?;
+        Ok(Self { topic, producer, counters })
+    }
+}
+
+impl DeadLetters for DeadLetterTopic {
+    fn send(&self, letter: DeadLetter<'_>, done: LetterDone) -> bool {
+        let error = letter.reason.to_string();
+        let partition = letter.log.partition.to_string();
+        let offset = letter.raw.offset.to_string();
+        let headers = [
+            ("delivery-reason", letter.reason.label()),
+            ("delivery-error", &error),
+            ("delivery-topic", &letter.log.topic),
+            ("delivery-partition", &partition),
+            ("delivery-offset", &offset),
+        ]
+        .into_iter()
+        .fold(OwnedHeaders::new_with_capacity(5), |headers, (key, value)| {
+            headers.insert(Header { key, value: Some(value) })
+        });
+        let mut record: BaseRecord<'_, [u8], [u8], Box<LetterDone>> =
+            BaseRecord::with_opaque_to(&self.topic, Box::new(done))
+                .payload(letter.raw.value)
+                .headers(headers);
+        if let Some(key) = letter.raw.key {
+            record = record.key(key);
+        }
+        match self.producer.send(record) {
+            Ok(()) => true,
+            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => false,
+            Err((error, record)) => {
+                self.counters.dead_letters_failed.add(1);
+                tracing::warn!(%error, "dead letter not taken");
+                (record.delivery_opaque)();
+                true
+            }
+        }
+    }
+}

@@ -186,6 +186,17 @@ impl Stage {
     }
 }
 
+impl Stage {
+    /// The queue of [`Stage::held`].
+    pub fn held_queue(&self) -> Option<&SendQueue> {
+        match self {
+            Self::Deciding(deciding) => Some(&deciding.held),
+            Self::Holding(holding) => Some(&holding.queue),
+            _ => None,
+        }
+    }
+}
+
 /// While a session catches up, and while what was held then leaves at the socket's pace.
 #[derive(Debug)]
 pub struct Holding {
@@ -268,6 +279,11 @@ impl Flight {
     /// Whether nothing is in flight.
     pub fn is_none(self) -> bool {
         self.0 == 0
+    }
+
+    /// Whether each of these is in the other set too.
+    pub fn is_within(self, other: Self) -> bool {
+        self.0 & !other.0 == 0
     }
 
     /// Whether any of these is.

@@ -10,6 +10,7 @@ pub mod listener;
 pub mod queue;
 pub mod rate;
 pub mod shard;
+pub mod simulation;
 pub mod slab;
 pub mod thread;
 pub mod wheel;

@@ -131,6 +131,17 @@ impl SendQueue {
         self.bytes as usize
     }
 
+    /// Events among the frames. Walks the list.
+    pub fn events(&self, pool: &NodePool) -> usize {
+        let mut events = 0;
+        let mut node = self.front;
+        while node != NONE {
+            events += usize::from(pool.outgoing(node).as_event().is_some());
+            node = pool.nodes[node as usize].next;
+        }
+        events
+    }
+
     /// Whether the front frame has been sent in part: it must be completed before anything else.
     pub fn is_mid_frame(&self) -> bool {
         self.front_sent > 0

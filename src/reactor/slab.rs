@@ -118,6 +118,32 @@ impl<T> Slab<T> {
         }
     }
 
+    /// The value of this slot and generation; `None` if it is gone.
+    pub fn get(&self, key: ConnectionKey) -> Option<&T> {
+        let slot = key.slot as usize;
+        let entries = self.chunks.get(slot / CHUNK_SLOTS)?.entries.as_deref()?;
+        let entry = &entries[slot % CHUNK_SLOTS];
+        match &entry.content {
+            Content::Used(value) if entry.generation == key.generation => Some(value),
+            _ => None,
+        }
+    }
+
+    /// All values in use, the lowest slot first.
+    pub fn iter(&self) -> impl Iterator<Item = (ConnectionKey, &T)> {
+        self.chunks.iter().enumerate().flat_map(|(number, chunk)| {
+            let entries = chunk.entries.as_deref().unwrap_or_default().iter().enumerate();
+            let used = entries.filter_map(move |(within, entry)| match &entry.content {
+                Content::Used(value) => {
+                    let slot = (number * CHUNK_SLOTS + within) as u32;
+                    Some((ConnectionKey { slot, generation: entry.generation }, value))
+                }
+                Content::Free(_) => None,
+            });
+            used.take(chunk.used)
+        })
+    }
+
     /// The value in this slot, whatever its generation; for lists that are linked by slots.
     ///
     /// # Panics

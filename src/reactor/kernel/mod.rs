@@ -21,6 +21,7 @@
 //! by both kernels. The slot of the key is also the number of the socket in the kernel's file
 //! table, so there is no second table to look into.
 
+pub mod simulated;
 mod uring;
 
 use std::io;

@@ -32,6 +32,10 @@ impl Default for Accepting {
 }
 
 impl Accepting {
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
     pub(super) fn retry_at_ms(&self) -> Option<u64> {
         self.retry_at_ms.filter(|_| self.open)
     }

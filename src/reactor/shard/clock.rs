@@ -8,7 +8,7 @@ use crate::domain::command::ShardReport;
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::upgrade::Refused;
 use crate::reactor::config::ShardConfig;
-use crate::reactor::connection::{Connection, Filter, Flags, Stage};
+use crate::reactor::connection::{Connection, Filter, Flags, Flight, Stage};
 use crate::reactor::kernel::{HowToClose, Kernel};
 use crate::reactor::wheel::{TICK_MS, Tick};
 use std::rc::Rc;
@@ -65,28 +65,46 @@ impl<K: Kernel> Shard<K> {
             &Stage::Lingering(why) if overdue => self.terminate(key, why, HowToClose::Orderly),
             Stage::Handshake(_) | Stage::Deciding(_) | Stage::Ending(_) | Stage::Lingering(_) => {}
             Stage::Holding(_) | Stage::Filtering(_) | Stage::Live | Stage::Echo(_) => {
-                if connection.flags.has(Flags::STALLED) && overdue {
+                // If the socket has room again, its next send decides.
+                let stalled = connection.flags.has(Flags::STALLED);
+                if stalled && overdue && connection.flight.any(Flight::ROOM) {
                     self.terminate(key, EndReason::WriteTimeout, HowToClose::Abort);
-                } else if now >= connection.heard + ticks(config.idle_ms_max) {
-                    self.terminate(key, EndReason::PeerSilent, HowToClose::Abort);
-                } else {
-                    self.look_at_ping(key);
+                } else if !self.is_silent(key) {
                     self.look_at_catch_up(key);
                 }
             }
         }
     }
 
-    /// Contract §3: a silent client is pinged. Not one whose queue waits for it to read.
-    fn look_at_ping(&mut self, key: ConnectionKey) {
+    /// Contract §3: a silent client is pinged (not one whose queue waits for it to read), then
+    /// dropped. From the ping it has the whole time between the two, however late the ping is: a
+    /// process that was stopped for a minute does not drop everybody. Returns whether it is gone.
+    fn is_silent(&mut self, key: ConnectionKey) -> bool {
         let now = self.now;
-        let due = ping_due(&self.config, key);
+        let ping_due = ping_due(&self.config, key);
+        let idle = ticks(self.config.idle_ms_max);
         let connection = self.slab.get_mut(key).expect("still here");
-        let overdue = now >= connection.heard + due;
-        if overdue && !connection.flags.set(Flags::PINGED) && connection.queue.is_empty() {
+        let pinged = connection.flags.has(Flags::PINGED);
+        if now < connection.heard + if pinged { idle } else { ping_due } {
+            return false;
+        }
+        if connection.flags.has(Flags::READABLE) || connection.flight.any(Flight::RECEIVE) {
+            // It has spoken; we have not listened yet.
+            connection.heard = now;
+            connection.flags.clear(Flags::PINGED);
+            return false;
+        }
+        if pinged {
+            self.terminate(key, EndReason::PeerSilent, HowToClose::Abort);
+            return true;
+        }
+        connection.flags.set(Flags::PINGED);
+        connection.heard = now - ping_due;
+        if connection.queue.is_empty() {
             self.counters.counts.pings_sent.add(1);
             self.push(key, Rc::clone(&self.ping));
         }
+        false
     }
 
     fn look_at_catch_up(&mut self, key: ConnectionKey) {
@@ -124,7 +142,7 @@ fn ping_due(config: &ShardConfig, key: ConnectionKey) -> Tick {
 }
 
 /// The earliest deadline, by the stage; `None`: it waits for the kernel only.
-fn next_deadline(
+pub(super) fn next_deadline(
     connection: &Connection,
     key: ConnectionKey,
     config: &ShardConfig,

@@ -11,6 +11,7 @@
 //! - `reports`: what the service side is told.
 
 mod accept;
+mod audit;
 mod clock;
 mod ending;
 mod intake;

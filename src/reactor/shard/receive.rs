@@ -227,6 +227,8 @@ impl<K: Kernel> Shard<K> {
                 self.counters.counts.messages_passed.add(1);
                 let report = ShardReport::Message { connection: key, text: text.into() };
                 self.reports.push(SESSION_MANAGER, report);
+                // The deadline of catch-up may come before that of the first message.
+                self.schedule(key);
             }
             None => self.counters.counts.messages_discarded.add(1),
         }

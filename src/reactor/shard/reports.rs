@@ -15,6 +15,9 @@ use crate::reactor::kernel::Kernel;
 /// each slot.
 pub const PENDING_REPORTS_MAX: usize = 1024;
 
+/// Reports to the session manager that one turn may add to them: of what completions it has.
+const REPORTS_PER_TURN_MAX: usize = 1024;
+
 /// The report rings and what did not fit into them.
 #[derive(Debug)]
 pub(super) struct Reports {
@@ -83,6 +86,12 @@ impl Reports {
     /// Whether so many wait for the session manager that nothing may happen that needs another.
     pub(super) fn are_too_many(&self) -> bool {
         self.peers[SESSION_MANAGER].pending.len() >= PENDING_REPORTS_MAX
+    }
+
+    /// Checks the bound of what waits.
+    pub(super) fn audit(&self, slots: usize) {
+        let waiting = self.peers[SESSION_MANAGER].pending.len();
+        assert!(waiting <= PENDING_REPORTS_MAX + REPORTS_PER_TURN_MAX + slots, "{waiting} reports");
     }
 
     /// Reports the end of the shard to all peers, after everything else. Returns whether all is in

@@ -1,0 +1,598 @@
+//! A kernel without an operating system: sockets are byte queues, time stands still until it is
+//! moved, and every freedom that a real kernel has is taken, as the seed decides: completions come
+//! late and in another order, sends are short or take nothing, receives are short or find no
+//! buffer, accepts fail, watches end by themselves or tell of nothing.
+//!
+//! It also holds the shard to its duties: one request of a kind per connection, no request on a
+//! file that is not open under that key, nothing in flight on a file that is closed.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::{Deref, DerefMut};
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+use super::{Completion, HowToClose, Kernel, Received, Wait};
+use crate::domain::ids::ConnectionKey;
+use crate::domain::limits::RECEIVE_BUFFER_BYTES;
+use crate::domain::outgoing::SendBuffer;
+use crate::reactor::connection::Flight;
+use crate::reactor::simulation::random::Random;
+
+/// How often each freedom is taken, of 256 times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// A request does not complete yet.
+    pub late: u8,
+    /// A send takes a part.
+    pub short_send: u8,
+    /// A send takes nothing.
+    pub zero_send: u8,
+    /// A receive takes a part of what fits.
+    pub short_receive: u8,
+    /// A receive finds no buffer.
+    pub no_buffer: u8,
+    /// An accept fails.
+    pub accept_failure: u8,
+    /// A watch ends by itself.
+    pub watch_ends: u8,
+    /// A watch tells of nothing.
+    pub spurious: u8,
+}
+
+/// Number of a socket, counted from the beginning; one per client connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SocketId(pub usize);
+
+/// A connection between a client and the shard, as the network sees it.
+#[derive(Debug)]
+struct Socket {
+    address: SocketAddr,
+    /// From the client, not yet received.
+    inbound: VecDeque<u8>,
+    /// The client's half has ended.
+    inbound_ended: bool,
+    /// To the client, not yet read.
+    outbound: usize,
+    /// How much of it fits.
+    outbound_capacity: usize,
+    /// To the client, not yet looked at by the simulation.
+    sent: Vec<u8>,
+    /// Our half has ended.
+    outbound_ended: bool,
+    /// Reset by the client.
+    reset: bool,
+    /// Closed by the shard.
+    closed: bool,
+    /// When the shard last received something.
+    received_at_ms: u64,
+    /// Something arrived since the watch last told.
+    news: bool,
+    /// The file it is, once accepted.
+    file: Option<u32>,
+}
+
+/// A place in the file table.
+#[derive(Debug)]
+struct File {
+    key: ConnectionKey,
+    socket: Option<SocketId>,
+    in_flight: Flight,
+    /// A cancel has been carried out: watches complete for the last time.
+    cancelled: bool,
+}
+
+#[derive(Debug)]
+enum Request {
+    Accept(ConnectionKey),
+    Receive(ConnectionKey),
+    Send(ConnectionKey, SendBuffer),
+    Room(ConnectionKey),
+    Watch(ConnectionKey),
+    Shutdown(ConnectionKey),
+    Cancel(ConnectionKey),
+    Close(ConnectionKey, HowToClose),
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct SimulatedKernel {
+    random: Random,
+    /// What may go wrong; changed at will.
+    pub faults: Faults,
+    now_ms: u64,
+    unix_ms: u64,
+    listening: bool,
+    files: Vec<Option<File>>,
+    sockets: Vec<Socket>,
+    /// Connected, not accepted.
+    backlog: VecDeque<SocketId>,
+    requests: Vec<Request>,
+    completions: VecDeque<Completion<SimulatedLease>>,
+    buffers: usize,
+    buffers_free: Rc<Cell<usize>>,
+    waits: Wait,
+}
+
+/// A receive buffer of the simulated kernel.
+#[derive(Debug)]
+pub struct SimulatedLease {
+    bytes: Vec<u8>,
+    free: Rc<Cell<usize>>,
+}
+
+impl Deref for SimulatedLease {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl DerefMut for SimulatedLease {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+impl Drop for SimulatedLease {
+    fn drop(&mut self) {
+        self.free.set(self.free.get() + 1);
+    }
+}
+
+/// A day and a bit: what the trait promises of the clock's zero.
+const START_MS: u64 = 100_000_000;
+/// Any time in this century.
+const UNIX_START_MS: u64 = 1_800_000_000_000;
+
+impl SimulatedKernel {
+    /// A kernel with this many receive buffers.
+    pub fn new(seed: u64, buffers: usize) -> Self {
+        Self {
+            random: Random::new(seed),
+            faults: Faults::default(),
+            now_ms: START_MS,
+            unix_ms: UNIX_START_MS,
+            listening: true,
+            files: Vec::new(),
+            sockets: Vec::new(),
+            backlog: VecDeque::new(),
+            requests: Vec::new(),
+            completions: VecDeque::new(),
+            buffers,
+            buffers_free: Rc::new(Cell::new(buffers)),
+            waits: Wait::No,
+        }
+    }
+
+    /// Lets time pass.
+    pub fn pass(&mut self, ms: u64) {
+        self.now_ms += ms;
+        self.unix_ms = self.unix_ms.saturating_add(ms);
+    }
+
+    /// Sets the Unix clock forwards or back, as an administrator does.
+    pub fn step_unix_clock(&mut self, ms: i64) {
+        self.unix_ms = self.unix_ms.saturating_add_signed(ms);
+    }
+
+    /// Until when the shard sleeps, if it does.
+    pub fn sleeps_until_ms(&self) -> Option<u64> {
+        match self.waits {
+            Wait::UntilMs(at) if at > self.now_ms => Some(at),
+            Wait::No | Wait::UntilMs(_) | Wait::Forever => None,
+        }
+    }
+
+    /// Whether the wait of the last `enter` would be over by itself.
+    pub fn is_awake(&self) -> bool {
+        !self.completions.is_empty()
+            || match self.waits {
+                Wait::No => true,
+                Wait::UntilMs(at) => at <= self.now_ms,
+                Wait::Forever => false,
+            }
+    }
+
+    /// A client connects. `None`: nobody listens.
+    pub fn connect(&mut self, address: Ipv4Addr, outbound_capacity: usize) -> Option<SocketId> {
+        if !self.listening {
+            return None;
+        }
+        let id = SocketId(self.sockets.len());
+        self.sockets.push(Socket {
+            address: SocketAddr::from((address, 1024)),
+            inbound: VecDeque::new(),
+            inbound_ended: false,
+            outbound: 0,
+            outbound_capacity,
+            sent: Vec::new(),
+            outbound_ended: false,
+            reset: false,
+            closed: false,
+            received_at_ms: self.now_ms,
+            news: false,
+            file: None,
+        });
+        self.backlog.push_back(id);
+        Some(id)
+    }
+
+    /// The client sends. After its end, a reset or the shard's close it goes nowhere.
+    pub fn client_sends(&mut self, id: SocketId, bytes: &[u8]) {
+        let socket = &mut self.sockets[id.0];
+        let open = !socket.inbound_ended && !socket.reset && !socket.closed;
+        if open && !bytes.is_empty() {
+            socket.inbound.extend(bytes);
+            socket.news = true;
+        }
+    }
+
+    /// The client ends its half.
+    pub fn client_ends(&mut self, id: SocketId) {
+        let socket = &mut self.sockets[id.0];
+        socket.inbound_ended = true;
+        socket.news = true;
+    }
+
+    /// The client resets the connection. What it sent before may be lost.
+    pub fn client_resets(&mut self, id: SocketId) {
+        let lost = self.random.chance(128);
+        let socket = &mut self.sockets[id.0];
+        socket.reset = true;
+        socket.news = true;
+        if lost {
+            socket.inbound.clear();
+        }
+    }
+
+    /// The client reads up to `limit` bytes, which makes room.
+    pub fn client_reads(&mut self, id: SocketId, limit: usize) {
+        let socket = &mut self.sockets[id.0];
+        socket.outbound -= socket.outbound.min(limit);
+    }
+
+    /// What the shard has sent since this was last asked, in order.
+    pub fn take_sent(&mut self, id: SocketId) -> Vec<u8> {
+        std::mem::take(&mut self.sockets[id.0].sent)
+    }
+
+    /// Bytes that the client has not read.
+    pub fn unread(&self, id: SocketId) -> usize {
+        self.sockets[id.0].outbound
+    }
+
+    /// Bytes that the shard has not received.
+    pub fn unreceived(&self, id: SocketId) -> usize {
+        self.sockets[id.0].inbound.len()
+    }
+
+    /// When the shard last received something of it.
+    pub fn received_at_ms(&self, id: SocketId) -> u64 {
+        self.sockets[id.0].received_at_ms
+    }
+
+    /// Whether the shard's half has ended, or all of it.
+    pub fn server_ended(&self, id: SocketId) -> bool {
+        let socket = &self.sockets[id.0];
+        socket.outbound_ended || socket.closed
+    }
+
+    /// Whether it has been accepted and something can be exchanged.
+    pub fn is_open(&self, id: SocketId) -> bool {
+        let socket = &self.sockets[id.0];
+        socket.file.is_some() && !socket.reset
+    }
+
+    /// Whether the shard has closed it.
+    pub fn is_closed(&self, id: SocketId) -> bool {
+        self.sockets[id.0].closed
+    }
+
+    /// What is in flight on a file, to be compared with what the shard believes.
+    pub fn in_flight(&self, key: ConnectionKey) -> Flight {
+        match self.files.get(key.slot as usize) {
+            Some(Some(file)) if file.key == key => file.in_flight,
+            _ => Flight::default(),
+        }
+    }
+
+    /// Files that are open or being accepted.
+    pub fn files_open(&self) -> usize {
+        self.files.iter().flatten().count()
+    }
+
+    /// Receive buffers that are lent.
+    pub fn buffers_lent(&self) -> usize {
+        self.buffers - self.buffers_free.get()
+    }
+
+    /// Receive buffers in completions that have not been handed over.
+    pub fn leases_waiting(&self) -> usize {
+        let lent = |completion: &&Completion<SimulatedLease>| {
+            matches!(completion, Completion::Received { received: Received::Data { .. }, .. })
+        };
+        self.completions.iter().filter(lent).count()
+    }
+
+    /// Requests and completions that have not been handed over.
+    pub fn pending(&self) -> usize {
+        self.requests.len() + self.completions.len()
+    }
+
+    /// Lets requests complete, or some of them, in an order of the seed's choice.
+    pub fn progress(&mut self) {
+        let mut index = 0;
+        while index < self.requests.len() {
+            // A swap brings another request here: the order gets mixed by itself.
+            if self.random.chance(self.faults.late) || !self.try_complete(index) {
+                index += 1;
+            }
+        }
+    }
+
+    /// Whether the request has completed and is gone from the list.
+    fn try_complete(&mut self, index: usize) -> bool {
+        match &self.requests[index] {
+            Request::Accept(key) => {
+                let key = *key;
+                self.try_accept(index, key)
+            }
+            Request::Watch(key) => {
+                let key = *key;
+                self.try_watch(index, key)
+            }
+            Request::Room(key) => {
+                let key = *key;
+                self.try_room(index, key)
+            }
+            Request::Receive(_)
+            | Request::Send(..)
+            | Request::Shutdown(_)
+            | Request::Cancel(_)
+            | Request::Close(..) => {
+                match self.requests.swap_remove(index) {
+                    Request::Receive(key) => self.complete_receive(key),
+                    Request::Send(key, buffer) => self.complete_send(key, buffer),
+                    Request::Shutdown(connection) => {
+                        self.end(connection, Flight::SHUTDOWN);
+                        self.socket(connection).outbound_ended = true;
+                        self.completions.push_back(Completion::ShutDown { connection });
+                    }
+                    Request::Cancel(connection) => {
+                        self.end(connection, Flight::CANCEL);
+                        self.file(connection).cancelled = true;
+                        self.completions.push_back(Completion::Cancelled { connection });
+                    }
+                    Request::Close(key, how) => self.complete_close(key, how),
+                    Request::Accept(_) | Request::Watch(_) | Request::Room(_) => unreachable!(),
+                }
+                true
+            }
+        }
+    }
+
+    fn try_accept(&mut self, index: usize, connection: ConnectionKey) -> bool {
+        let failure = if !self.listening {
+            Some(Errno::CANCELED)
+        } else if self.random.chance(self.faults.accept_failure) {
+            Some(self.random.pick(&[Errno::CONNABORTED, Errno::NFILE, Errno::NOMEM]))
+        } else {
+            None
+        };
+        if let Some(error) = failure {
+            self.requests.swap_remove(index);
+            self.files[connection.slot as usize] = None;
+            self.completions.push_back(Completion::AcceptFailed { connection, error });
+            return true;
+        }
+        let Some(id) = self.backlog.pop_front() else { return false };
+        self.requests.swap_remove(index);
+        self.end(connection, Flight::ACCEPT);
+        self.file(connection).socket = Some(id);
+        let socket = &mut self.sockets[id.0];
+        socket.file = Some(connection.slot);
+        self.completions.push_back(Completion::Accepted { connection, peer: socket.address });
+        true
+    }
+
+    fn try_watch(&mut self, index: usize, connection: ConnectionKey) -> bool {
+        let cancelled = self.file(connection).cancelled;
+        let ends = cancelled || self.random.chance(self.faults.watch_ends);
+        let spurious = self.random.chance(self.faults.spurious);
+        let socket = self.socket(connection);
+        if !socket.news && !ends && !spurious {
+            return false;
+        }
+        socket.news = false;
+        let broken = socket.reset;
+        self.completions.push_back(Completion::Readable { connection, armed: !ends, broken });
+        if ends {
+            // What is there when a new watch begins is told at once.
+            self.socket(connection).news = true;
+            self.end(connection, Flight::POLL);
+            self.requests.swap_remove(index);
+        }
+        ends
+    }
+
+    fn try_room(&mut self, index: usize, connection: ConnectionKey) -> bool {
+        let cancelled = self.file(connection).cancelled;
+        let spurious = self.random.chance(self.faults.spurious);
+        let socket = self.socket(connection);
+        let room = socket.outbound < socket.outbound_capacity || socket.reset;
+        if !room && !cancelled && !spurious {
+            return false;
+        }
+        self.end(connection, Flight::ROOM);
+        self.requests.swap_remove(index);
+        self.completions.push_back(Completion::Writable { connection });
+        true
+    }
+
+    fn complete_receive(&mut self, connection: ConnectionKey) {
+        self.end(connection, Flight::RECEIVE);
+        let short = self.random.chance(self.faults.short_receive);
+        let no_buffer = self.random.chance(self.faults.no_buffer) || self.buffers_free.get() == 0;
+        let part = self.random.below(64) + 1;
+        let free = Rc::clone(&self.buffers_free);
+        let now_ms = self.now_ms;
+        let socket = self.socket(connection);
+        let there = socket.inbound.len();
+        let received = if no_buffer {
+            Received::NoBuffers
+        } else if there > 0 {
+            let length = there.min(if short { part } else { RECEIVE_BUFFER_BYTES });
+            let bytes = socket.inbound.drain(..length).collect();
+            socket.received_at_ms = now_ms;
+            free.set(free.get() - 1);
+            let more = there > length || socket.inbound_ended;
+            Received::Data { lease: SimulatedLease { bytes, free }, more }
+        } else if socket.reset {
+            Received::Failed(Errno::CONNRESET)
+        } else if socket.inbound_ended {
+            Received::End
+        } else {
+            Received::Nothing
+        };
+        self.completions.push_back(Completion::Received { connection, received });
+    }
+
+    fn complete_send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
+        self.end(connection, Flight::SEND);
+        let zero = self.random.chance(self.faults.zero_send);
+        let short = self.random.chance(self.faults.short_send);
+        let asked = buffer.bytes().len();
+        let part = self.random.below(asked) + 1;
+        let socket = self.socket(connection);
+        assert!(!socket.outbound_ended, "sent after the end of our half");
+        let room = socket.outbound_capacity - socket.outbound;
+        let taken = asked.min(room).min(if short { part } else { asked });
+        let result = if socket.reset {
+            Err(Errno::CONNRESET)
+        } else if taken == 0 || zero {
+            Err(Errno::AGAIN)
+        } else {
+            socket.sent.extend_from_slice(&buffer.bytes()[..taken]);
+            socket.outbound += taken;
+            Ok(taken)
+        };
+        self.completions.push_back(Completion::Sent { connection, buffer, result });
+    }
+
+    fn complete_close(&mut self, connection: ConnectionKey, how: HowToClose) {
+        self.end(connection, Flight::CLOSE);
+        assert!(self.file(connection).in_flight.is_none(), "closed with something in flight");
+        let socket = self.socket(connection);
+        socket.closed = true;
+        socket.file = None;
+        // A reset destroys what the client has not read; closing over unread bytes is one too.
+        if how == HowToClose::Abort || !socket.inbound.is_empty() {
+            socket.reset = true;
+        }
+        socket.inbound = VecDeque::new();
+        self.files[connection.slot as usize] = None;
+        self.completions.push_back(Completion::Closed { connection });
+    }
+
+    fn file(&mut self, key: ConnectionKey) -> &mut File {
+        let file = self.files[key.slot as usize].as_mut().expect("an open file");
+        assert_eq!(file.key, key, "the file is another connection's");
+        file
+    }
+
+    fn socket(&mut self, key: ConnectionKey) -> &mut Socket {
+        let id = self.file(key).socket.expect("accepted");
+        &mut self.sockets[id.0]
+    }
+
+    fn end(&mut self, key: ConnectionKey, one: Flight) {
+        self.file(key).in_flight.end(one);
+    }
+
+    fn request(&mut self, key: ConnectionKey, one: Flight, request: Request) {
+        let file = self.file(key);
+        assert!(!file.in_flight.any(Flight::CLOSE), "a request on a file that is being closed");
+        file.in_flight.begin(one);
+        self.requests.push(request);
+    }
+}
+
+impl Kernel for SimulatedKernel {
+    type Lease = SimulatedLease;
+
+    fn now_ms(&self) -> u64 {
+        self.now_ms
+    }
+
+    fn unix_ms(&self) -> u64 {
+        self.unix_ms
+    }
+
+    fn receive_buffers(&self) -> usize {
+        self.buffers
+    }
+
+    fn accept(&mut self, connection: ConnectionKey) {
+        let slot = connection.slot as usize;
+        if self.files.len() <= slot {
+            self.files.resize_with(slot + 1, || None);
+        }
+        assert!(self.files[slot].is_none(), "accept into a place that is taken");
+        let in_flight = Flight::default();
+        self.files[slot] =
+            Some(File { key: connection, socket: None, in_flight, cancelled: false });
+        self.request(connection, Flight::ACCEPT, Request::Accept(connection));
+    }
+
+    fn stop_accepting(&mut self) {
+        self.listening = false;
+        for id in self.backlog.drain(..) {
+            self.sockets[id.0].closed = true;
+            self.sockets[id.0].reset = true;
+        }
+    }
+
+    fn poll_readable(&mut self, connection: ConnectionKey) {
+        self.request(connection, Flight::POLL, Request::Watch(connection));
+        self.socket(connection).news = true;
+    }
+
+    fn receive(&mut self, connection: ConnectionKey) {
+        self.request(connection, Flight::RECEIVE, Request::Receive(connection));
+    }
+
+    fn send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
+        self.request(connection, Flight::SEND, Request::Send(connection, buffer));
+    }
+
+    fn poll_writable(&mut self, connection: ConnectionKey) {
+        self.request(connection, Flight::ROOM, Request::Room(connection));
+    }
+
+    fn shutdown(&mut self, connection: ConnectionKey) {
+        self.request(connection, Flight::SHUTDOWN, Request::Shutdown(connection));
+    }
+
+    fn cancel(&mut self, connection: ConnectionKey) {
+        self.request(connection, Flight::CANCEL, Request::Cancel(connection));
+    }
+
+    fn close(&mut self, connection: ConnectionKey, how: HowToClose) {
+        self.request(connection, Flight::CLOSE, Request::Close(connection, how));
+    }
+
+    fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        self.waits = wait;
+        self.progress();
+        Ok(())
+    }
+
+    fn next_completion(&mut self) -> Option<Completion<SimulatedLease>> {
+        self.completions.pop_front()
+    }
+}

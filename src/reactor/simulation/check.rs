@@ -1,0 +1,326 @@
+//! What is promised, and whether it is so.
+
+use super::client::{Kind, Reading, number_of};
+use super::trace::{Act, note};
+use super::wire::{self, Said};
+use super::{PEERS, World};
+use crate::domain::close::EndReason;
+use crate::domain::command::ShardReport;
+use crate::domain::ids::ConnectionKey;
+use crate::reactor::shard::SESSION_MANAGER;
+use crate::reactor::wheel::TICK_MS;
+
+impl World {
+    /// A peer takes some of its reports.
+    pub(super) fn take_reports(&mut self, peer: usize, limit: usize) {
+        for _ in 0..limit {
+            let Some(report) = self.service.report(peer) else { return };
+            self.take_report(peer, report);
+        }
+    }
+
+    fn take_report(&mut self, peer: usize, report: ShardReport) {
+        assert!(!self.service.peers[peer].stopped, "a report after the last: {report:?}");
+        match report {
+            ShardReport::Done { ticket } => self.done(peer, ticket.0.get()),
+            ShardReport::Stopped => self.service.peers[peer].stopped = true,
+            report => {
+                assert_eq!(peer, SESSION_MANAGER, "not for a router: {report:?}");
+                self.take_session_report(report);
+            }
+        }
+    }
+
+    fn take_session_report(&mut self, report: ShardReport) {
+        match report {
+            ShardReport::Opened { connection, hello } => {
+                let number = number_of(&hello.user_id);
+                note(Act::Report(number, "Opened", connection.slot as usize));
+                let client = &mut self.clients[number];
+                assert!(
+                    matches!(client.kind, Kind::Session { .. }) && client.session.key.is_none()
+                );
+                client.session.key = Some(connection);
+                assert!(self.by_key.insert(connection, number).is_none(), "a key is used again");
+                self.undecided.push(number);
+                self.directory.push(number);
+                self.reports_opened += 1;
+            }
+            ShardReport::Message { connection, text } => {
+                let number = self.open_session(connection);
+                note(Act::Report(number, "Message", text.len()));
+                let expected = self.clients[number].texts.pop_front();
+                assert_eq!(expected.as_deref(), Some(&*text), "a message out of order or altered");
+                self.reports_message += 1;
+                self.resume(number);
+            }
+            ShardReport::GraceExpired { connection } => {
+                let number = self.open_session(connection);
+                note(Act::Report(number, "GraceExpired", 0));
+                let session = &mut self.clients[number].session;
+                assert!(session.admitted_at_ms.is_some() && !session.grace_expired);
+                session.grace_expired = true;
+                self.reports_grace += 1;
+            }
+            ShardReport::Ended { connection, why } => {
+                let number = self.open_session(connection);
+                note(Act::Report(number, why.label(), 0));
+                self.check_reason(number, why);
+                self.clients[number].session.ended = Some(why);
+                self.clients[number].session.settle();
+                self.directory.retain(|other| *other != number);
+                self.undecided.retain(|other| *other != number);
+                self.graves.push(connection);
+                self.reports_ended += 1;
+            }
+            ShardReport::Resume { .. } => panic!("only the stream hub asks for that"),
+            ShardReport::Done { .. } | ShardReport::Stopped => unreachable!("handled before"),
+        }
+    }
+
+    /// The client of a key that has been opened and not ended.
+    fn open_session(&self, connection: ConnectionKey) -> usize {
+        let number = *self.by_key.get(&connection).expect("a report about nobody");
+        assert!(self.clients[number].session.ended.is_none(), "a report after the end");
+        number
+    }
+
+    /// The first message: what it missed is looked up.
+    fn resume(&mut self, number: usize) {
+        if !std::mem::replace(&mut self.clients[number].session.resume_asked, true) {
+            for _ in 0..self.random.below(4) {
+                let missed = self.service.catch_up(&mut self.random);
+                self.clients[number].session.catch_up.extend(missed);
+            }
+        }
+    }
+
+    fn done(&mut self, peer: usize, ticket: u64) {
+        note(Act::Report(peer, "Done", ticket as usize));
+        let done = self.service.outstanding.remove(&ticket).expect("done once, and asked for");
+        assert_eq!(done.peer, peer, "another peer's ticket");
+        if peer == SESSION_MANAGER {
+            let number = self.by_key[&done.recipients[0]];
+            self.clients[number].session.catch_up_in_flight -= 1;
+        }
+        // What is still to be seen by somebody who has not ended would have been reported early.
+        for key in done.recipients {
+            let Some(number) = self.by_key.get(&key) else { continue };
+            self.clients[*number].session.presume_done(peer, done.number);
+        }
+    }
+
+    /// Everything that reached a wire since the last look.
+    pub(super) fn read_wires(&mut self) {
+        let mut index = 0;
+        while index < self.active.len() {
+            let number = self.active[index];
+            let socket = self.clients[number].socket;
+            let sent = self.kernel().take_sent(socket);
+            if !sent.is_empty() {
+                self.clients[number].wire.push(&sent);
+                while let Some(said) = self.clients[number].wire.next() {
+                    self.said(number, said);
+                }
+            }
+            if self.kernel().is_closed(socket) {
+                self.clients[number].over = true;
+                self.active.swap_remove(index);
+            } else {
+                index += 1;
+            }
+        }
+    }
+
+    fn said(&mut self, number: usize, said: Said) {
+        match said {
+            Said::Answer(status) => {
+                note(Act::Wire(number, "answer", status.into()));
+                let client = &mut self.clients[number];
+                let lawful = match client.kind {
+                    Kind::Session { .. } => {
+                        status != 101 || client.session.admitted_at_ms.is_some()
+                    }
+                    Kind::Echo => true,
+                    Kind::Bad | Kind::Endless => status != 101,
+                };
+                assert!(lawful, "answered {status}");
+                client.answered = Some(status);
+            }
+            Said::Frame(wire::CLOSE, payload) => {
+                let code = payload.first_chunk().map_or(1005, |code| u16::from_be_bytes(*code));
+                note(Act::Wire(number, "close", code.into()));
+                self.check_close(number, code);
+                self.clients[number].session.close_seen = Some(code);
+            }
+            Said::Frame(wire::PING, payload) => {
+                note(Act::Wire(number, "ping", 0));
+                assert!(payload.is_empty());
+                self.check_ping(number);
+                let client = &mut self.clients[number];
+                if client.may_speak() && (client.reading == Reading::Prompt || self.resting) {
+                    client.pongs(&mut self.random);
+                }
+            }
+            Said::Frame(wire::PONG, payload) => {
+                note(Act::Wire(number, "pong", 0));
+                let pings = &mut self.clients[number].pings;
+                while pings.pop_front().expect("a pong without a ping") != payload {}
+            }
+            Said::Frame(opcode, payload) if self.clients[number].kind == Kind::Echo => {
+                assert_eq!(opcode, wire::BINARY);
+                let expected = self.clients[number].echoes.pop_front();
+                assert_eq!(expected, Some(payload), "not an echo");
+            }
+            Said::Frame(wire::TEXT, payload) if payload.first() == Some(&b't') => {
+                let expected = self.clients[number].session.texts.pop_front();
+                assert_eq!(expected.map(String::into_bytes), Some(payload), "another text");
+            }
+            Said::Frame(opcode, payload) => self.saw_event(number, opcode, &payload),
+        }
+    }
+
+    fn saw_event(&mut self, number: usize, opcode: u8, payload: &[u8]) {
+        let event = wire::event_number(payload);
+        note(Act::Wire(number, "event", event));
+        let now_ms = self.now_ms();
+        let client = &mut self.clients[number];
+        let json = client.kind == Kind::Session { json: true };
+        assert_eq!(opcode, if json { wire::TEXT } else { wire::BINARY }, "the other encoding");
+        // Which peer's it is: the one that has it outstanding or queued for this session.
+        let session = &mut client.session;
+        let has = |queue: &std::collections::VecDeque<super::session::ModelEvent>| {
+            queue.iter().any(|model| model.number == event)
+        };
+        let peer = session.addressed.iter().position(has);
+        let peer = peer.expect("an event that was not addressed to it, or comes twice");
+        session.sees(peer, event, now_ms, self.limits);
+        self.wire_events += 1;
+        self.summary.received += 1;
+    }
+
+    /// Contract §3: no ping to one that just spoke.
+    fn check_ping(&mut self, number: usize) {
+        if self.setup.faults.late > 0 && !self.resting {
+            return;
+        }
+        let socket = self.clients[number].socket;
+        let heard_at_ms = self.kernel().received_at_ms(socket);
+        let silent_ms = self.now_ms() - heard_at_ms;
+        let config = &self.setup.config;
+        let least = config.ping_after_ms - config.ping_spread_ms - 2 * TICK_MS;
+        assert!(
+            silent_ms >= least || self.clients[number].deeds.read_slowly,
+            "pinged after {silent_ms} ms"
+        );
+    }
+
+    /// Each close code has its reason.
+    fn check_close(&self, number: usize, code: u16) {
+        let client = &self.clients[number];
+        let (deeds, session) = (client.deeds, &client.session);
+        let lawful = match code {
+            1000 | 1005 => deeds.closed,
+            1001 => self.stopping,
+            1002 | 1007 | 1009 => deeds.broke_protocol,
+            1008 => client.frames > self.setup.config.inbound_frames_per_s_max.into(),
+            1011 => client.kind != Kind::Echo,
+            1013 => session.admitted_at_ms.is_some(),
+            4000 => session.closed_by_service,
+            _ => false,
+        };
+        assert!(lawful, "closed with {code}");
+    }
+
+    /// Each way to end has its cause.
+    fn check_reason(&self, number: usize, why: EndReason) {
+        let Some(shard) = &self.shard else { return assert!(self.stopping) };
+        let now_ms = self.now_ms();
+        let heard_at_ms = shard.kernel().received_at_ms(self.clients[number].socket);
+        let client = &self.clients[number];
+        let (deeds, session) = (client.deeds, &client.session);
+        let lawful = match why {
+            EndReason::ClosedByPeer => deeds.closed,
+            EndReason::PeerGone => deeds.ended,
+            EndReason::PeerReset => deeds.reset,
+            EndReason::PeerSilent => {
+                let late = self.setup.faults.late > 0;
+                late || now_ms - heard_at_ms >= self.setup.config.idle_ms_max - TICK_MS
+            }
+            EndReason::PeerAtFault => {
+                deeds.broke_protocol
+                    || client.frames > self.setup.config.inbound_frames_per_s_max.into()
+            }
+            EndReason::QueueOverflow => true,
+            EndReason::WriteTimeout => session.admitted_at_ms.is_some(),
+            // An admission may have crossed it on its way.
+            EndReason::HandshakeTimeout => !session.resume_asked,
+            EndReason::Refused => session.refused,
+            EndReason::ClosedByService => session.closed_by_service,
+            EndReason::Draining => self.stopping,
+            // Catch-up took too long.
+            EndReason::ServerFault => session.released_at_ms.is_none_or(|at| at <= now_ms),
+        };
+        assert!(lawful, "ended as {}", why.label());
+    }
+
+    /// The shard and the kernel agree about what is in flight.
+    pub(super) fn check_kernel(&mut self) {
+        let shard = self.shard.as_ref().expect("running");
+        let mut slots = 0;
+        for (key, flight) in shard.flights() {
+            slots += 1;
+            // The kernel has ended what the shard has not been told of yet.
+            assert!(shard.kernel().in_flight(key).is_within(flight), "{key:?}: {flight:?}");
+        }
+        assert_eq!(slots, shard.slots_used());
+        assert_eq!(shard.kernel().buffers_lent(), shard.kernel().leases_waiting());
+    }
+
+    pub(super) fn check_counters(&mut self) {
+        let counts = &self.counters.counts;
+        assert!(counts.deliveries_sent.get() <= self.wire_events, "sent more than there is");
+        assert!(counts.events_taken.get() <= self.service.pushed.0);
+        assert!(counts.deliveries.get() <= self.service.pushed.1);
+        assert!(counts.messages_passed.get() >= self.reports_message);
+        assert!(counts.grace_expired.get() >= self.reports_grace);
+        assert_eq!(counts.completions_stale.get(), 0);
+    }
+
+    /// Nothing is left of a shard that has stopped.
+    pub(super) fn check_stopped(&mut self) {
+        let shard = self.shard.as_ref().expect("just stopped");
+        assert_eq!(shard.slots_used(), 0, "slots leak");
+        assert_eq!(shard.staging_out(), 0, "staging buffers leak");
+        assert_eq!(shard.kernel().files_open(), 0, "files leak");
+        assert_eq!(shard.kernel().buffers_lent(), 0, "receive buffers leak");
+        assert_eq!(shard.kernel().pending(), 0, "requests leak");
+        assert_eq!(self.gate.connections(), 0, "the gate counts somebody who is gone");
+        let counts = &self.counters.counts;
+        for gauge in [
+            &counts.sessions,
+            &counts.echoes,
+            &counts.handshakes,
+            &counts.events_held,
+            &counts.event_bytes_held,
+            &counts.frames_queued,
+            &counts.slots_used,
+        ] {
+            assert_eq!(gauge.get(), 0);
+        }
+        let ended: u64 = self.counters.ended.iter().map(|counter| counter.get()).sum();
+        assert_eq!(ended, counts.accepted.get(), "an end for each that was accepted");
+    }
+
+    /// After everything.
+    pub(super) fn check_end(&mut self) {
+        assert!((0..PEERS).all(|peer| self.service.peers[peer].stopped), "not told of the end");
+        assert_eq!(self.reports_opened, self.reports_ended);
+        let counts = &self.counters.counts;
+        assert_eq!(counts.messages_passed.get(), self.reports_message);
+        assert_eq!(counts.grace_expired.get(), self.reports_grace);
+        assert_eq!(counts.events_taken.get(), self.service.pushed.0);
+        assert_eq!(counts.deliveries.get(), self.service.pushed.1);
+        assert!(self.service.outstanding.is_empty(), "a ticket is lost");
+    }
+}

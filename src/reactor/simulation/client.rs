@@ -1,0 +1,209 @@
+//! A client: honest, slow, broken or hostile, as the seed decides; and what it has the right to
+//! expect.
+
+use std::collections::VecDeque;
+
+use super::random::Random;
+use super::session::Session;
+use super::wire::{self, Wire, client_frame};
+use crate::reactor::kernel::simulated::SocketId;
+
+/// What it came for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A session, with JSON or without.
+    Session { json: bool },
+    /// `/echo`.
+    Echo,
+    /// A request that is refused.
+    Bad,
+    /// A request that never ends.
+    Endless,
+}
+
+/// How it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// All there is.
+    Prompt,
+    /// A little now and then.
+    Slow,
+    /// Not at all.
+    Stalled,
+}
+
+/// What it has done that explains how it ends.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Deeds {
+    pub(super) ended: bool,
+    pub(super) reset: bool,
+    pub(super) closed: bool,
+    pub(super) broke_protocol: bool,
+    /// It reads so little that a queue may overflow or a write time out.
+    pub(super) read_slowly: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) socket: SocketId,
+    pub(super) kind: Kind,
+    pub(super) reading: Reading,
+    /// To be sent: the request, later cut frames.
+    pub(super) outbox: VecDeque<u8>,
+    pub(super) wire: Wire,
+    pub(super) answered: Option<u16>,
+    pub(super) deeds: Deeds,
+    pub(super) session: Session,
+    /// Texts that the session manager must be told of, in order.
+    pub(super) texts: VecDeque<String>,
+    /// Payloads of pings that may be answered.
+    pub(super) pings: VecDeque<Vec<u8>>,
+    /// What must be echoed.
+    pub(super) echoes: VecDeque<Vec<u8>>,
+    /// Nothing more is expected of it, or from it.
+    pub(super) over: bool,
+    /// Frames it has said.
+    pub(super) frames: usize,
+    serial: u32,
+}
+
+const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
+
+impl Client {
+    pub(super) fn new(number: usize, socket: SocketId, kind: Kind, random: &mut Random) -> Self {
+        let reading = match random.below(16) {
+            0 => Reading::Stalled,
+            1..=3 => Reading::Slow,
+            _ => Reading::Prompt,
+        };
+        let mut client = Self {
+            socket,
+            kind,
+            reading,
+            outbox: VecDeque::new(),
+            wire: Wire::default(),
+            answered: None,
+            deeds: Deeds { read_slowly: reading != Reading::Prompt, ..Deeds::default() },
+            session: Session::default(),
+            texts: VecDeque::new(),
+            pings: VecDeque::new(),
+            echoes: VecDeque::new(),
+            over: false,
+            frames: 0,
+            serial: 0,
+        };
+        client.outbox.extend(request(number, kind).into_bytes());
+        // Some do not wait for the answer.
+        if matches!(kind, Kind::Session { .. }) && random.chance(32) {
+            client.says_text(random);
+        }
+        client
+    }
+
+    fn key(random: &mut Random) -> [u8; 4] {
+        (random.draw() as u32).to_be_bytes()
+    }
+
+    /// Whether it may still send frames.
+    pub(super) fn may_speak(&self) -> bool {
+        let Deeds { ended, reset, closed, broke_protocol, .. } = self.deeds;
+        let has_session_or_echo = matches!(self.kind, Kind::Session { .. } | Kind::Echo);
+        has_session_or_echo && !(self.over || ended || reset || closed || broke_protocol)
+    }
+
+    /// Queues a text that must reach the session manager, perhaps in fragments.
+    pub(super) fn says_text(&mut self, random: &mut Random) {
+        self.serial += 1;
+        let text =
+            format!("{{\"n\":{},\"pad\":\"{}\"}}", self.serial, "x".repeat(random.below(200)));
+        let cut = random.below(text.len());
+        let bytes = text.as_bytes();
+        if random.chance(64) {
+            self.frame(false, wire::TEXT, &bytes[..cut], random);
+            if random.chance(128) {
+                self.pings_it(random);
+            }
+            self.frame(true, 0, &bytes[cut..], random);
+        } else {
+            self.frame(true, wire::TEXT, bytes, random);
+        }
+        self.texts.push_back(text);
+    }
+
+    /// Queues a message without meaning.
+    pub(super) fn says_nothing(&mut self, random: &mut Random) {
+        // The first message is the resume request whatever it is, so it is not one of these.
+        if self.serial > 0 {
+            self.frame(true, wire::BINARY, &vec![1; random.below(300)], random);
+        }
+    }
+
+    pub(super) fn pings_it(&mut self, random: &mut Random) {
+        let payload = vec![random.draw() as u8; random.below(126)];
+        self.frame(true, wire::PING, &payload, random);
+        self.pings.push_back(payload);
+    }
+
+    pub(super) fn pongs(&mut self, random: &mut Random) {
+        self.frame(true, wire::PONG, &[], random);
+    }
+
+    pub(super) fn says_echo(&mut self, random: &mut Random) {
+        let length = if random.chance(16) { random.below(30_000) } else { random.below(200) };
+        let payload = vec![random.draw() as u8; length];
+        self.frame(true, wire::BINARY, &payload, random);
+        self.echoes.push_back(payload);
+    }
+
+    pub(super) fn closes(&mut self, random: &mut Random) {
+        let payload: &[u8] = if random.chance(128) { &[] } else { &[3, 232] };
+        self.frame(true, wire::CLOSE, payload, random);
+        self.deeds.closed = true;
+    }
+
+    /// Breaks RFC 6455: an unmasked frame, a reserved opcode, a continuation of nothing.
+    pub(super) fn breaks_protocol(&mut self, random: &mut Random) {
+        let bad: &[u8] = random.pick(&[&[0x81, 0x01, b'x'][..], &[0x83, 0x80, 0, 0, 0, 0]]);
+        self.outbox.extend(bad);
+        self.deeds.broke_protocol = true;
+    }
+
+    /// Sends more than the rate allows.
+    pub(super) fn floods(&mut self, random: &mut Random) {
+        for _ in 0..200 {
+            self.frame(true, wire::PONG, &[], random);
+        }
+    }
+
+    fn frame(&mut self, fin: bool, opcode: u8, payload: &[u8], random: &mut Random) {
+        self.frames += 1;
+        self.outbox.extend(client_frame(fin, opcode, payload, Self::key(random)));
+    }
+
+    /// It closes back when it is closed.
+    pub(super) fn answers_close(&mut self, random: &mut Random) {
+        if self.may_speak() {
+            self.closes(random);
+        }
+    }
+}
+
+/// The number of the client that calls itself this.
+pub(super) fn number_of(user_id: &str) -> usize {
+    user_id.strip_prefix('u').and_then(|number| number.parse().ok()).expect("a user of ours")
+}
+
+fn request(number: usize, kind: Kind) -> String {
+    let (path, protocol) = match kind {
+        Kind::Session { json: false } | Kind::Bad | Kind::Endless => ("/ws", ""),
+        Kind::Session { json: true } => ("/ws", "Sec-WebSocket-Protocol: realchat.v1.json\r\n"),
+        Kind::Echo => ("/echo", ""),
+    };
+    let version = if kind == Kind::Bad { 12 } else { 13 };
+    let end = if kind == Kind::Endless { "" } else { "\r\n" };
+    format!(
+        "GET {path}?user_id=u{number}&device_id=d HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\
+         Connection: Upgrade\r\n{protocol}Sec-WebSocket-Key: {KEY}\r\n\
+         Sec-WebSocket-Version: {version}\r\n{end}"
+    )
+}

@@ -1,0 +1,202 @@
+//! The service side: a session manager and two routers, each with its rings, slow or quick as the
+//! seed decides.
+
+use std::collections::VecDeque;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+
+use super::session::ModelEvent;
+use super::trace::{Act, note};
+use super::wire;
+use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
+use crate::domain::event::{Encoding, Event};
+use crate::domain::ids::{ConnectionKey, StreamKey, StreamPosition};
+use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::protocol::frame::{self, Opcode};
+use crate::reactor::shard::PeerRings;
+use crate::reactor::simulation::random::Random;
+
+/// Session manager and routers.
+pub(super) const PEERS: usize = 3;
+/// Conversations per router.
+const STREAMS: u64 = 4;
+
+/// A peer's end of its rings.
+#[derive(Debug)]
+pub(super) struct Peer {
+    commands: Producer<ShardCommand>,
+    reports: Consumer<ShardReport>,
+    /// What found the ring full, in order.
+    pub(super) backlog: VecDeque<ShardCommand>,
+    /// The last sequence of each conversation.
+    sequences: [i64; STREAMS as usize],
+    pub(super) stopped: bool,
+}
+
+/// What a delivery was about, until it is done.
+#[derive(Debug)]
+pub(super) struct Outstanding {
+    pub(super) peer: usize,
+    pub(super) recipients: Vec<ConnectionKey>,
+    pub(super) number: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) peers: Vec<Peer>,
+    pub(super) outstanding: HashMap<u64, Outstanding>,
+    next_number: u64,
+    /// Something was published since the shard's last turn.
+    pub(super) rang: bool,
+    /// Deliveries pushed, and their recipients.
+    pub(super) pushed: (u64, u64),
+}
+
+impl Service {
+    /// The service and the shard's ends of the rings.
+    pub(super) fn new(slots: usize, shard_bell: &Arc<Doorbell>) -> (Self, Vec<PeerRings>) {
+        let bell = Arc::new(Doorbell::new().expect("a descriptor"));
+        let (peers, rings) = (0..PEERS)
+            .map(|_| {
+                let (commands, taken) = ring(slots, Arc::clone(shard_bell));
+                let (given, reports) = ring(slots, Arc::clone(&bell));
+                let peer = Peer {
+                    commands,
+                    reports,
+                    backlog: VecDeque::new(),
+                    sequences: [0; STREAMS as usize],
+                    stopped: false,
+                };
+                (peer, PeerRings { commands: taken, reports: given })
+            })
+            .unzip();
+        let service = Self {
+            peers,
+            outstanding: HashMap::new(),
+            next_number: 0,
+            rang: false,
+            pushed: (0, 0),
+        };
+        (service, rings)
+    }
+
+    /// Pushes in order; what does not fit waits here, as it would in a paused partition.
+    pub(super) fn command(&mut self, peer: usize, command: ShardCommand) {
+        self.peers[peer].backlog.push_back(command);
+        self.push_backlog(peer);
+    }
+
+    pub(super) fn push_backlog(&mut self, peer: usize) {
+        let Peer { commands, backlog, .. } = &mut self.peers[peer];
+        while let Some(command) = backlog.pop_front() {
+            match commands.push(command) {
+                Pushed::Accepted => self.rang = true,
+                Pushed::Full(command) => {
+                    backlog.push_front(command);
+                    break;
+                }
+                Pushed::Closed(_) => {}
+            }
+        }
+        commands.publish();
+    }
+
+    pub(super) fn report(&mut self, peer: usize) -> Option<ShardReport> {
+        self.peers[peer].reports.pop()
+    }
+
+    /// Whether all that was said has been taken, both ways.
+    pub(super) fn is_idle(&self) -> bool {
+        let quiet = |peer: &Peer| peer.backlog.is_empty() && peer.reports.is_empty();
+        self.peers.iter().all(quiet)
+    }
+
+    /// A live event of one of this router's conversations; now and then an old one again.
+    pub(super) fn live_event(&mut self, peer: usize, random: &mut Random) -> ModelEvent {
+        let stream = random.below(STREAMS as usize);
+        let sequence = &mut self.peers[peer].sequences[stream];
+        let again = random.chance(8);
+        if !again {
+            *sequence += 1;
+        }
+        let position = StreamPosition {
+            stream: StreamKey(peer as u64 * STREAMS + stream as u64),
+            sequence: if again { (*sequence - random.below(5) as i64).max(1) } else { *sequence },
+        };
+        self.event(DeliveryClass::Live, Some(position).filter(|_| !random.chance(40)), random)
+    }
+
+    /// Caught-up messages of one conversation: from some way back to perhaps a little ahead of what
+    /// the router has seen.
+    pub(super) fn catch_up(&mut self, random: &mut Random) -> Vec<ModelEvent> {
+        let peer = 1 + random.below(PEERS - 1);
+        let stream = random.below(STREAMS as usize);
+        let last = self.peers[peer].sequences[stream] + random.below(3) as i64;
+        let first = (last - random.below(6) as i64).max(1);
+        (first..=last)
+            .map(|sequence| {
+                let stream = StreamKey(peer as u64 * STREAMS + stream as u64);
+                let position = StreamPosition { stream, sequence };
+                self.event(DeliveryClass::CatchUp, Some(position), random)
+            })
+            .collect()
+    }
+
+    fn event(
+        &mut self,
+        class: DeliveryClass,
+        position: Option<StreamPosition>,
+        random: &mut Random,
+    ) -> ModelEvent {
+        self.next_number += 1;
+        // Caught-up messages can always be written; some live events not for all.
+        let expressible = class == DeliveryClass::CatchUp || !random.chance(12);
+        ModelEvent { number: self.next_number, class, position, expressible }
+    }
+
+    /// Delivers it to all of these at once.
+    pub(super) fn deliver(
+        &mut self,
+        peer: usize,
+        event: &ModelEvent,
+        recipients: &[(ConnectionKey, Encoding)],
+        unix_ms: u64,
+        random: &mut Random,
+    ) {
+        let padding = match random.below(64) {
+            0 => random.below(40_000),
+            1..=8 => random.below(3_000),
+            _ => random.below(200),
+        };
+        let payload = wire::event_payload(event.number, padding);
+        let mut ready = Event::new(event.position, unix_ms);
+        if event.expressible {
+            ready = ready
+                .with_frame(Encoding::Binary, frame::encode(Opcode::Binary, false, &payload))
+                .with_frame(Encoding::Json, frame::encode(Opcode::Text, false, &payload));
+        }
+        let ticket = (event.class == DeliveryClass::CatchUp || random.chance(230))
+            .then(|| Ticket(NonZeroU64::new(event.number).expect("counted from 1")));
+        if ticket.is_some() {
+            let recipients = recipients.iter().map(|(key, _)| *key).collect();
+            let outstanding = Outstanding { peer, recipients, number: event.number };
+            self.outstanding.insert(event.number, outstanding);
+        }
+        note(Act::Pushes(recipients.len(), "Deliver", event.number as usize));
+        self.pushed.0 += 1;
+        self.pushed.1 += recipients.len() as u64;
+        let recipients = match recipients {
+            [(key, encoding)] => Recipients::One(*key, *encoding),
+            many => Recipients::Many(many.into()),
+        };
+        let command = ShardCommand::Deliver {
+            event: Arc::new(ready),
+            recipients,
+            class: event.class,
+            ticket,
+        };
+        self.command(peer, command);
+    }
+}

@@ -1,0 +1,170 @@
+//! What the service side has asked for one session, and what the session may therefore see.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::domain::close::EndReason;
+use crate::domain::command::DeliveryClass;
+use crate::domain::ids::{ConnectionKey, StreamPosition};
+
+/// An event of the model.
+#[derive(Clone, Debug)]
+pub(super) struct ModelEvent {
+    pub(super) number: u64,
+    pub(super) class: DeliveryClass,
+    pub(super) position: Option<StreamPosition>,
+    /// There is a frame for sessions of this kind.
+    pub(super) expressible: bool,
+}
+
+/// The shard's deadlines that decide what may be seen, ms.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) resume_grace_ms: u64,
+    pub(super) dedupe_ms: u64,
+}
+
+/// The model of one session.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    pub(super) key: Option<ConnectionKey>,
+    pub(super) admitted_at_ms: Option<u64>,
+    pub(super) refused: bool,
+    pub(super) closed_by_service: bool,
+    pub(super) released_at_ms: Option<u64>,
+    pub(super) grace_expired: bool,
+    pub(super) ended: Option<EndReason>,
+    /// Per peer, what was addressed to it and has not been seen, in the order of that peer.
+    pub(super) addressed: Vec<VecDeque<ModelEvent>>,
+    pub(super) seen: u64,
+    /// Texts of the service that must arrive.
+    pub(super) texts: VecDeque<String>,
+    /// What catch-up delivered and no live event has surpassed.
+    filter: BTreeMap<u64, i64>,
+    /// An event was missing that only the filter explains.
+    relied_on_filter: bool,
+    /// It saw something that only the end of the grace explains.
+    presumes_grace_expired: bool,
+    pub(super) close_seen: Option<u16>,
+    /// Catch-up that waits for earlier catch-up to be done.
+    pub(super) catch_up: VecDeque<ModelEvent>,
+    pub(super) catch_up_in_flight: usize,
+    pub(super) delivered: Vec<StreamPosition>,
+    pub(super) resume_asked: bool,
+    /// Reported done before it was seen: lawful only if the session ended.
+    presumed: BTreeSet<u64>,
+    /// It was seen after that: lawful only if the session was ending with a send in flight.
+    done_early: bool,
+}
+
+impl Session {
+    pub(super) fn address(&mut self, peer: usize, event: ModelEvent) {
+        if self.addressed.len() <= peer {
+            self.addressed.resize_with(peer + 1, VecDeque::new);
+        }
+        self.addressed[peer].push_back(event);
+    }
+
+    pub(super) fn release(&mut self, now_ms: u64) {
+        self.released_at_ms = Some(now_ms);
+        for position in &self.delivered {
+            let known = self.filter.entry(position.stream.0).or_insert(i64::MIN);
+            *known = (*known).max(position.sequence);
+        }
+    }
+
+    /// Whether the filter drops this event; one that it lets through ends its memory.
+    fn covers(&mut self, event: &ModelEvent) -> bool {
+        let Some(position) = event.position.filter(|_| event.class == DeliveryClass::Live) else {
+            return false;
+        };
+        match self.filter.get(&position.stream.0) {
+            Some(delivered) if position.sequence <= *delivered => true,
+            Some(_) => {
+                self.filter.remove(&position.stream.0);
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// The session received this event: it was addressed to it, in this order, and nothing before
+    /// it is missing.
+    pub(super) fn sees(&mut self, peer: usize, number: u64, now_ms: u64, limits: Limits) {
+        self.seen += 1;
+        loop {
+            let event = self.addressed.get_mut(peer).and_then(VecDeque::pop_front);
+            let event = event.expect("an event that was not addressed to it, or comes twice");
+            let covered = self.covers(&event);
+            if event.number != number {
+                self.misses(&event, covered);
+                continue;
+            }
+            assert!(event.expressible, "an event without a frame");
+            self.done_early |= self.presumed.remove(&number);
+            if event.class == DeliveryClass::Live {
+                self.sees_live(covered, now_ms, limits);
+            }
+            return;
+        }
+    }
+
+    fn misses(&mut self, event: &ModelEvent, covered: bool) {
+        if event.expressible {
+            assert!(covered, "lost: {event:?}");
+            self.relied_on_filter = true;
+            self.presumed.remove(&event.number);
+        }
+    }
+
+    fn sees_live(&mut self, covered: bool, now_ms: u64, limits: Limits) {
+        let caught_up = self.addressed.first().is_none_or(VecDeque::is_empty);
+        let lawful = self
+            .released_at_ms
+            .is_some_and(|at_ms| caught_up && (!covered || now_ms >= at_ms + limits.dedupe_ms));
+        if !lawful && !self.grace_expired {
+            // Only the end of the grace explains it; its report must follow.
+            let grace_over =
+                self.admitted_at_ms.is_some_and(|at_ms| now_ms >= at_ms + limits.resume_grace_ms);
+            assert!(grace_over, "a live event before the end of catch-up, or a duplicate of it");
+            self.presumes_grace_expired = true;
+        }
+    }
+
+    /// Nothing more will come: if it has not ended, nothing is missing.
+    pub(super) fn settle(&mut self) {
+        self.settle_filter();
+        if self.ended.is_some() || self.close_seen.is_some() || self.admitted_at_ms.is_none() {
+            return;
+        }
+        for peer in 0..self.addressed.len() {
+            while let Some(event) = self.addressed[peer].pop_front() {
+                let covered = self.covers(&event);
+                self.misses(&event, covered);
+            }
+        }
+        self.settle_filter();
+        assert!(!self.done_early && self.presumed.is_empty(), "reported done too early");
+        assert!(self.texts.is_empty(), "a text of the service is lost");
+    }
+
+    fn settle_filter(&self) {
+        assert!(!(self.relied_on_filter && self.grace_expired), "dropped without a filter");
+        assert!(!self.presumes_grace_expired || self.grace_expired, "live too early");
+    }
+
+    /// A delivery to it has been reported done.
+    pub(super) fn presume_done(&mut self, peer: usize, number: u64) {
+        let waits = self
+            .addressed
+            .get(peer)
+            .and_then(|queue| queue.iter().find(|event| event.number == number));
+        if waits.is_some_and(|event| event.expressible) {
+            self.presumed.insert(number);
+        }
+    }
+
+    /// Whether nothing more is to be expected of it while everybody rests.
+    pub(super) fn is_settled(&self) -> bool {
+        self.ended.is_some() || self.released_at_ms.is_some() || self.grace_expired
+    }
+}

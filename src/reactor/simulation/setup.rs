@@ -1,0 +1,101 @@
+//! What differs from seed to seed: limits small enough to be met, faults rare or frequent, crowds
+//! large or small.
+
+use super::random::Random;
+use crate::protocol::upgrade::UpgradeRules;
+use crate::reactor::config::ShardConfig;
+use crate::reactor::gate::GateConfig;
+use crate::reactor::kernel::simulated::Faults;
+
+#[derive(Clone, Debug)]
+pub(super) struct Setup {
+    pub(super) config: ShardConfig,
+    pub(super) gate: GateConfig,
+    pub(super) faults: Faults,
+    pub(super) ring_slots: usize,
+    pub(super) clients_max: usize,
+    /// Addresses the clients come from.
+    pub(super) addresses: usize,
+    /// How often many come at once, of 256.
+    pub(super) storm: u8,
+    /// How often somebody leaves without a word, of 256.
+    pub(super) leaving: u8,
+    /// Events a router pushes at once.
+    pub(super) burst: usize,
+    /// Caught-up events in flight per session.
+    pub(super) catch_up_window: usize,
+    /// How often the service closes, of 256.
+    pub(super) service_closes: u8,
+    /// Most of the time that passes at once, ms.
+    pub(super) pace_ms: u64,
+    /// How often the clocks jump, of 256.
+    pub(super) clock_jumps: u8,
+}
+
+impl Setup {
+    pub(super) fn draw(random: &mut Random) -> Self {
+        let clients_max = random.pick(&[2, 8, 24, 60]);
+        Self {
+            config: config(random),
+            gate: GateConfig {
+                connections_per_address_max: random.pick(&[3, 1_000, 1_000]),
+                handshakes_per_address_per_s_max: random.pick(&[5, 1_000, 1_000]),
+                handshakes_per_s_max: random.pick(&[8, 1_000, 1_000]),
+            },
+            faults: faults(random),
+            ring_slots: random.pick(&[2, 8, 64]),
+            clients_max,
+            addresses: random.pick(&[1, 10]),
+            storm: random.pick(&[0, 10, 100]),
+            leaving: random.pick(&[0, 20, 200]),
+            burst: random.pick(&[1, 3, 20]),
+            catch_up_window: random.pick(&[1, 3, 50]),
+            service_closes: random.pick(&[2, 30]),
+            pace_ms: random.pick(&[200, 2_000, 20_000]),
+            clock_jumps: random.pick(&[0, 20, 128]),
+        }
+    }
+}
+
+fn config(random: &mut Random) -> ShardConfig {
+    ShardConfig {
+        connections_max: random.pick(&[4, 100, 100]),
+        refusals_max: random.pick(&[1, 8]),
+        accepts_max: random.pick(&[1, 4]),
+        receive_buffers: random.pick(&[1, 4, 64]),
+        handshake_ms_max: random.pick(&[1_000, 10_000]),
+        resume_grace_ms: random.pick(&[500, 10_000]),
+        catch_up_ms_max: random.pick(&[2_000, 300_000]),
+        dedupe_ms: random.pick(&[1_000, 300_000]),
+        write_ms_max: random.pick(&[500, 10_000]),
+        close_ms_max: random.pick(&[500, 5_000]),
+        linger_ms_max: random.pick(&[100, 1_000]),
+        queue_frames_max: random.pick(&[4, 16, 128, 128]),
+        queue_bytes_max: random.pick(&[16 * 1024, 1024 * 1024, 1024 * 1024]),
+        hold_frames_max: random.pick(&[3, 30, 1_024, 1_024]),
+        hold_bytes_max: random.pick(&[8 * 1024, 1024 * 1024, 1024 * 1024]),
+        events_max: random.pick(&[5, 50, 100_000]),
+        event_bytes_max: random.pick(&[20_000, 1 << 30]),
+        inbound_frames_per_s_max: random.pick(&[30, 150]),
+        upgrade: UpgradeRules { echo: true, ..UpgradeRules::default() },
+        ..ShardConfig::default()
+    }
+}
+
+/// A third of the seeds knows no faults: there, what is wrong is wrong without an excuse.
+fn faults(random: &mut Random) -> Faults {
+    if random.chance(85) {
+        return Faults::default();
+    }
+    let rate = |random: &mut Random| random.pick(&[0, 2, 30, 120]);
+    Faults {
+        late: random.pick(&[0, 20, 128, 230]),
+        short_send: rate(random),
+        zero_send: rate(random),
+        short_receive: rate(random),
+        no_buffer: rate(random),
+        accept_failure: rate(random),
+        watch_ends: rate(random),
+        spurious: rate(random),
+    }
+}

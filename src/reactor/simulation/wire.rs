@@ -1,0 +1,113 @@
+//! The client's end of the wire: what the shard sent, as a client reads it.
+
+/// One thing that the shard said.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Said {
+    /// The head of an HTTP answer.
+    Answer(u16),
+    /// A frame.
+    Frame(u8, Vec<u8>),
+}
+
+/// Reads a stream piece by piece.
+#[derive(Debug, Default)]
+pub(super) struct Wire {
+    buffer: Vec<u8>,
+    state: State,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Head,
+    Frames,
+    /// The body of an HTTP error.
+    Body,
+    /// After a close frame.
+    Closed,
+}
+
+pub(super) const TEXT: u8 = 1;
+pub(super) const BINARY: u8 = 2;
+pub(super) const CLOSE: u8 = 8;
+pub(super) const PING: u8 = 9;
+pub(super) const PONG: u8 = 10;
+
+impl Wire {
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        assert!(self.state != State::Closed || bytes.is_empty(), "bytes after a close frame");
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next thing that is whole.
+    pub(super) fn next(&mut self) -> Option<Said> {
+        match self.state {
+            State::Head => {
+                let end = self.buffer.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
+                let status = std::str::from_utf8(&self.buffer[9..12]).expect("a status line");
+                let status = status.parse().expect("a status");
+                self.state = if status == 101 { State::Frames } else { State::Body };
+                self.buffer.drain(..end);
+                Some(Said::Answer(status))
+            }
+            State::Frames => self.frame(),
+            State::Body => None,
+            State::Closed => {
+                assert!(self.buffer.is_empty(), "bytes after a close frame");
+                None
+            }
+        }
+    }
+
+    fn frame(&mut self) -> Option<Said> {
+        let [first, second, rest @ ..] = &self.buffer[..] else { return None };
+        assert_eq!(first & 0xF0, 0x80, "a whole, uncompressed frame");
+        let (header, length) = match second {
+            126 => (4, u16::from_be_bytes(rest.get(..2)?.try_into().unwrap()) as usize),
+            127 => (10, u64::from_be_bytes(rest.get(..8)?.try_into().unwrap()) as usize),
+            length => (2, *length as usize),
+        };
+        assert!(*second < 128, "a server does not mask");
+        let opcode = first & 0x0F;
+        let payload = self.buffer.get(header..header + length)?.to_vec();
+        self.buffer.drain(..header + length);
+        if opcode == CLOSE {
+            self.state = State::Closed;
+        }
+        Some(Said::Frame(opcode, payload))
+    }
+}
+
+/// A masked client frame.
+pub(super) fn client_frame(fin: bool, opcode: u8, payload: &[u8], key: [u8; 4]) -> Vec<u8> {
+    let mut frame = vec![if fin { 0x80 } else { 0 } | opcode];
+    match payload.len() {
+        length @ 0..=125 => frame.push(0x80 | length as u8),
+        length @ 126..=65_535 => {
+            frame.push(0x80 | 126);
+            frame.extend_from_slice(&(length as u16).to_be_bytes());
+        }
+        length => {
+            frame.push(0x80 | 127);
+            frame.extend_from_slice(&(length as u64).to_be_bytes());
+        }
+    }
+    frame.extend_from_slice(&key);
+    frame.extend(payload.iter().zip(key.iter().cycle()).map(|(byte, key)| byte ^ key));
+    frame
+}
+
+/// The payload of an event: its number, then bytes that follow from it, so that a splice shows.
+pub(super) fn event_payload(number: u64, padding: usize) -> Vec<u8> {
+    let mut payload = number.to_be_bytes().to_vec();
+    payload.extend((0..padding).map(|index| (number as u8) ^ (index as u8)));
+    payload
+}
+
+/// The number of an event, if its payload is whole and its own.
+pub(super) fn event_number(payload: &[u8]) -> u64 {
+    let (number, padding) = payload.split_first_chunk::<8>().expect("an event");
+    let number = u64::from_be_bytes(*number);
+    assert_eq!(event_payload(number, padding.len()), payload, "spliced frames");
+    number
+}

@@ -7,6 +7,7 @@ use super::{PEERS, World};
 use crate::domain::close::EndReason;
 use crate::domain::command::ShardReport;
 use crate::domain::ids::ConnectionKey;
+use crate::reactor::kernel::simulated::Faults;
 use crate::reactor::shard::SESSION_MANAGER;
 use crate::reactor::wheel::TICK_MS;
 
@@ -201,7 +202,7 @@ impl World {
 
     /// Contract §3: no ping to one that just spoke.
     fn check_ping(&mut self, number: usize) {
-        if self.setup.faults.late > 0 && !self.resting {
+        if self.setup.faults != Faults::default() {
             return;
         }
         let socket = self.clients[number].socket;

@@ -20,7 +20,7 @@ use super::{GrpcConfig, GrpcCounters};
 use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
 use crate::domain::event::Encoding;
-use crate::domain::limits::ID_BYTES_MAX;
+use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::service::hub::{Admitted, Delivery, HubHandle, Mention};
 use crate::service::proto::delivery::v1::DeliveryConnectRequest;
 
@@ -95,6 +95,9 @@ impl Shared {
         let address =
             request.remote_addr().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address| address.ip());
         let token = bearer(request.metadata());
+        if token.as_ref().is_some_and(|token| token.expose().len() > TOKEN_BYTES_MAX) {
+            return Err(self.malformed("the token is longer than 8 KiB"));
+        }
         let mut requests = request.into_inner();
         let first = match timeout(deadline, requests.message()).await {
             Ok(Ok(Some(first))) => first,
@@ -137,6 +140,9 @@ impl Shared {
         let ids = [&request.user_id, &request.device_id, &request.conversation_id];
         if ids.iter().any(|id| id.len() > ID_BYTES_MAX) {
             return Err(self.malformed("an id is longer than 256 bytes"));
+        }
+        if ids.iter().any(|id| id.chars().any(char::is_control)) {
+            return Err(self.malformed("an id holds a control character"));
         }
         if request.last_received_sequence < 0 {
             return Err(self.malformed("last_received_sequence is negative"));

@@ -221,7 +221,7 @@ async fn first_request_must_name_user_and_device() {
 async fn requests_out_of_bounds_are_the_clients_fault() {
     let mut port = Port::default().await;
     for (user, conversation, sequence) in
-        [("", "c", -1), ("bob", "c", 0), ("", "x".repeat(257).as_str(), 0)]
+        [("", "c", -1), ("bob", "c", 0), ("", "x".repeat(257).as_str(), 0), ("", "c\n", 0)]
     {
         let (mut session, connection) = port.session().await;
         say(&session.requests, user, "", conversation, sequence).await;
@@ -232,7 +232,11 @@ async fn requests_out_of_bounds_are_the_clients_fault() {
     session.name(&"x".repeat(5_000), 0).await;
     assert_eq!(session.next().await.unwrap_err().code(), Code::OutOfRange);
     assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
-    assert_eq!(port.counters.grpc_calls_malformed.get(), 4);
+    let token = format!("Bearer {}", "x".repeat(9_000));
+    let call = port.call(Some(&token));
+    call.say("alice", "desk", "", 0).await;
+    assert_eq!(call.refused().await.code(), Code::InvalidArgument);
+    assert_eq!(port.counters.grpc_calls_malformed.get(), 6);
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! What crosses the wire to Redis, against a real `redis-server`.
 
+mod announcer;
 mod link;
 mod nodes;
 mod presence;

@@ -14,17 +14,20 @@ use super::server::{Options, Server};
 use super::subscriptions::{Inbox, listening};
 
 /// The node under test is `here`.
-struct Bench {
+pub(crate) struct Bench {
     server: Server,
-    link: RedisLink,
-    nodes: Nodes,
-    counters: Arc<NodesCounters>,
+    pub(crate) link: RedisLink,
+    pub(crate) nodes: Nodes,
+    pub(crate) counters: Arc<NodesCounters>,
     done: mpsc::UnboundedReceiver<()>,
     tell: mpsc::UnboundedSender<()>,
 }
 
 impl Bench {
-    async fn new(options: Options<'static>, change: impl FnOnce(&mut NodesConfig)) -> Option<Self> {
+    pub(crate) async fn new(
+        options: Options<'static>,
+        change: impl FnOnce(&mut NodesConfig),
+    ) -> Option<Self> {
         let server = Server::start(options)?;
         let scheme = if options.cluster { "redis+cluster" } else { "redis" };
         let (link, _) = linked(config(&format!("{scheme}://127.0.0.1:{}", server.port))).await;
@@ -39,7 +42,7 @@ impl Bench {
     }
 
     /// What the presence service does when a session is registered.
-    fn register(&self, user: &str, device: &str, instance: &str) {
+    pub(crate) fn register(&self, user: &str, device: &str, instance: &str) {
         let mut connection = self.server.connection();
         redis::cmd("SET")
             .arg(format!("session:{user}:{device}"))
@@ -62,12 +65,12 @@ impl Bench {
         self.nodes.forward(Bytes::copy_from_slice(value.as_bytes()), &users, done)
     }
 
-    async fn handed_over(&mut self, value: &str, users: &[&str]) {
+    pub(crate) async fn handed_over(&mut self, value: &str, users: &[&str]) {
         assert_eq!(self.forward(value, users), Forwarding::Pending);
         self.done.recv().await.unwrap();
     }
 
-    async fn node(&self, instance: &str) -> Inbox {
+    pub(crate) async fn node(&self, instance: &str) -> Inbox {
         listening(&self.link, instance).await
     }
 }

@@ -7,7 +7,8 @@ use delivery::handoff::Pushed;
 use delivery::service::ports::{RouterInbox, RouterInput};
 use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
 use delivery::service::redis::{
-    PresenceUpdates, RedisLink, Sinks, SubscriptionCounters, Subscriptions, SubscriptionsConfig,
+    Locations, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters, Subscriptions,
+    SubscriptionsConfig,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -73,6 +74,21 @@ async fn with(config: SubscriptionsConfig, link: &RedisLink, router_slots: usize
     let subscriptions = Subscriptions::start(config, link.clone(), sinks, Arc::clone(&counters));
     until(|| subscriptions.is_up(), tokio::task::yield_now).await;
     Inbox { inputs, counters, presence, subscriptions }
+}
+
+/// Subscriptions of an instance that only keep what it remembers true.
+pub(crate) async fn remembering(
+    link: &RedisLink,
+    instance: &str,
+    locations: &Arc<Locations>,
+) -> (Subscriptions, Arc<SubscriptionCounters>) {
+    let (router, _) = mpsc::channel(1);
+    let counters = Arc::new(SubscriptionCounters::default());
+    let sinks = Sinks { router: Arc::new(Router(router)), presence: vec![locations.clone()] };
+    let config = SubscriptionsConfig::new(instance.into());
+    let subscriptions = Subscriptions::start(config, link.clone(), sinks, Arc::clone(&counters));
+    until(|| subscriptions.is_up(), tokio::task::yield_now).await;
+    (subscriptions, counters)
 }
 
 fn publish(server: &Server, channel: &str, value: &[u8]) -> u64 {

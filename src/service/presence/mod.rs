@@ -35,7 +35,7 @@ use self::queue::{Job, Next, Outcome, Queue};
 use crate::service::directory::SessionIds;
 use crate::service::neighbours::PresenceService;
 use crate::service::ports::BoxFuture;
-use crate::service::redis::RedisLink;
+use crate::service::redis::{Announcer, RedisLink};
 
 /// How often registrations are refreshed (contract §4).
 pub const REFRESH_INTERVAL: Duration = Duration::from_secs(20);
@@ -53,6 +53,8 @@ pub struct PresenceConfig {
     pub sessions_waiting_max: usize,
     /// Calls to the presence service under way at once.
     pub calls_max: usize,
+    /// Who tells the other nodes of a registration (`ROUTING_MODE=group`).
+    pub announcer: Option<Announcer>,
 }
 
 impl PresenceConfig {
@@ -63,6 +65,7 @@ impl PresenceConfig {
             refresh_interval: REFRESH_INTERVAL,
             sessions_waiting_max: 100_000,
             calls_max: 64,
+            announcer: None,
         }
     }
 }
@@ -111,6 +114,7 @@ struct Shared {
     news: Notify,
     settled: Notify,
     counters: Arc<PresenceCounters>,
+    announcer: Option<Announcer>,
 }
 
 impl Shared {
@@ -143,6 +147,7 @@ impl Presence {
             news: Notify::new(),
             settled: Notify::new(),
             counters,
+            announcer: config.announcer,
         });
         let instance = Arc::clone(&config.instance);
         let (backend, calls): (Arc<dyn Backend>, usize) = match target {
@@ -282,7 +287,12 @@ fn settle(shared: &Shared, jobs: Jobs, outcomes: Vec<Outcome>) {
     let mut queue = shared.lock();
     for ((ids, job), outcome) in jobs.into_iter().zip(outcomes) {
         match (outcome, job) {
-            (Outcome::Done, Job::Register) => counters.registered.add(1),
+            (Outcome::Done, Job::Register) => {
+                counters.registered.add(1);
+                if let Some(announcer) = &shared.announcer {
+                    announcer.registered(ids.user());
+                }
+            }
             (Outcome::Done, Job::Refresh { .. }) => counters.refreshed.add(1),
             (Outcome::Done | Outcome::Elsewhere | Outcome::Vanished, Job::Unregister) => {
                 counters.unregistered.add(1);

@@ -2,6 +2,7 @@
 //! the presence service publish.
 
 mod address;
+mod announcer;
 mod cluster;
 mod link;
 mod locations;
@@ -10,6 +11,7 @@ mod registry;
 mod subscriptions;
 
 pub use address::{RedisAddress, RedisAddressError};
+pub use announcer::Announcer;
 pub use link::{RedisConfig, RedisFault, RedisLink, RedisLinkCounters, connect};
 pub use locations::{Locations, LocationsConfig};
 pub use nodes::{Nodes, NodesConfig, NodesCounters};

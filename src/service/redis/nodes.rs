@@ -78,6 +78,8 @@ counters! {
         Counter redis_publishes_failed: "Publishes without an answer",
         Counter redis_publishes_unheard: "Publishes that reached nobody: that instance was not listening",
         Counter redis_publishes_again: "Publishes to where a user was found at the second look-up",
+        Counter redis_moves_announced: "Users whose registration here the other nodes were told of",
+        Counter redis_moves_unannounced: "Users of whom they were not told because Redis failed or was away",
     }
 }
 

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use prost::Message as _;
 use redis::aio::{PubSubSink, PubSubStream};
 use redis::{ConnectionInfo, Msg, RedisResult, Value};
 use tokio::sync::mpsc;
@@ -24,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::StreamExt as _;
 
+use super::announcer::{self, Moves};
 use super::cluster;
 use super::link::{RedisConfig, RedisLink, category};
 use super::locations::Locations;
@@ -77,6 +79,7 @@ counters! {
         Counter redis_hand_offs_dropped: "Records handed over and dropped because too many waited for the router",
         Gauge redis_hand_offs_waiting: "Records handed over that wait for the router",
         Counter redis_presence_updates: "Changes of presence that were published",
+        Counter redis_moves_heard: "Users whom nodes, this one included, said to have registered",
     }
 }
 
@@ -86,6 +89,10 @@ pub trait PresenceUpdates: Send + Sync + 'static {
     fn updated(&self, payload: &[u8]);
     /// Changes may have been missed.
     fn missed(&self);
+    /// Another node says that it has registered a session of this user (see [`super::Announcer`]).
+    fn moved(&self, user: &str) {
+        let _ = user;
+    }
 }
 
 /// Where what comes goes.
@@ -100,13 +107,17 @@ pub struct Sinks {
 impl PresenceUpdates for Locations {
     fn updated(&self, payload: &[u8]) {
         use crate::service::proto::presence::v1::PresenceUpdateEvent;
-        if let Ok(event) = <PresenceUpdateEvent as prost::Message>::decode(payload) {
+        if let Ok(event) = PresenceUpdateEvent::decode(payload) {
             self.forget(&event.user_id);
         }
     }
 
     fn missed(&self) {
         self.forget_all();
+    }
+
+    fn moved(&self, user: &str) {
+        self.forget(user);
     }
 }
 
@@ -248,6 +259,7 @@ impl Reader {
         }
         if !self.sinks.presence.is_empty() {
             channels.push(PRESENCE_UPDATES);
+            channels.push(announcer::CHANNEL);
         }
         channels
     }
@@ -322,15 +334,33 @@ impl Reader {
     }
 
     fn take(&self, message: &Msg) {
-        if message.get_channel_name() == PRESENCE_UPDATES {
-            self.counters.redis_presence_updates.add(1);
-            for sink in &self.sinks.presence {
-                sink.updated(message.get_payload_bytes());
+        let payload = message.get_payload_bytes();
+        match message.get_channel_name() {
+            PRESENCE_UPDATES => {
+                self.counters.redis_presence_updates.add(1);
+                self.sinks.presence.iter().for_each(|sink| sink.updated(payload));
             }
-            return;
+            announcer::CHANNEL => self.take_moves(payload),
+            _ => self.take_record(payload),
         }
+    }
+
+    fn take_moves(&self, payload: &[u8]) {
+        // What cannot be read is from a node of another time; to forget too much does no harm.
+        let everybody = Moves { users: Vec::new(), everybody: true };
+        let moves = Moves::decode(payload).unwrap_or(everybody);
+        self.counters.redis_moves_heard.add(moves.users.len() as u64);
+        for sink in &self.sinks.presence {
+            if moves.everybody {
+                sink.missed();
+            }
+            moves.users.iter().for_each(|user| sink.moved(user));
+        }
+    }
+
+    fn take_record(&self, payload: &[u8]) {
         self.counters.redis_hand_offs.add(1);
-        let value = Bytes::copy_from_slice(message.get_payload_bytes());
+        let value = Bytes::copy_from_slice(payload);
         let bytes = value.len();
         let waiting = self.waiting_bytes.load(Ordering::Relaxed);
         let fits = waiting == 0 || waiting + bytes <= self.config.bytes_max;
@@ -360,7 +390,6 @@ mod tests {
     use super::*;
     use crate::service::proto::presence::v1::PresenceUpdateEvent;
     use crate::service::redis::LocationsConfig;
-    use prost::Message as _;
 
     #[test]
     fn place_of_a_user_whose_presence_changed_is_unknown() {

@@ -1,0 +1,38 @@
+//! A session that moves: the other nodes hear of it, and send its events to where it is.
+
+use std::sync::Arc;
+
+use delivery::service::directory::SessionIds;
+use delivery::service::presence::{Presence, PresenceConfig, PresenceCounters, PresenceTarget};
+use delivery::service::redis::{Announcer, NodesCounters};
+
+use super::link::until;
+use super::nodes::Bench;
+use super::server::Options;
+use super::subscriptions::remembering;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn session_that_moved_gets_its_events_where_it_is_at_once() {
+    // What is remembered is believed for an hour here, so that only the announcement can help.
+    let Some(mut bench) = Bench::new(Options::default(), |_| {}).await else { return };
+    let (_subscriptions, heard) = remembering(&bench.link, "here", bench.nodes.locations()).await;
+    let (mut old, mut new) = (bench.node("n1").await, bench.node("n2").await);
+    bench.register("alice", "phone", "n1");
+    bench.handed_over("one", &["alice"]).await;
+    assert_eq!(old.next().await, "one");
+
+    let counters = Arc::new(NodesCounters::default());
+    let config = PresenceConfig {
+        announcer: Some(Announcer::start(bench.link.clone(), Arc::clone(&counters))),
+        ..PresenceConfig::new("n2".into())
+    };
+    let target = PresenceTarget::Redis(bench.link.clone());
+    let presence = Presence::spawn(config, target, Arc::new(PresenceCounters::default()));
+    assert!(presence.opened(&SessionIds::new("alice", "phone"), false));
+    until(|| heard.redis_moves_heard.get() > 0, tokio::task::yield_now).await;
+
+    bench.handed_over("two", &["alice"]).await;
+    assert_eq!(new.next().await, "two");
+    assert_eq!(counters.redis_moves_announced.get(), 1);
+    assert_eq!(bench.counters.redis_lookups.get(), 2);
+}

@@ -7,6 +7,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::super::SessionManager;
 use super::*;
 use crate::domain::command::{DeliveryClass, Ticket};
 use crate::domain::ids::StreamPosition;
@@ -401,4 +402,76 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
     }
     let position = |name: &String| StreamPosition { stream: stream_key(name), sequence: 3 };
     assert!(names.iter().map(position).all(|position| released.contains(&position)));
+}
+
+/// A shard that admits whom it is told to, echoes tickets, and stops when told to.
+fn run_shard(mut shard: Shard, sessions: u32) {
+    for slot in 0..sessions {
+        let hello = Box::new(Hello {
+            user_id: format!("user-{slot}"),
+            device_id: "phone".into(),
+            token: None,
+            address: IpAddr::from([127, 0, 0, 1]),
+            encoding: Encoding::Binary,
+        });
+        let mut report = ShardReport::Opened { connection: key(slot, 0), hello };
+        while let Pushed::Full(back) = shard.reports.push(report) {
+            shard.reports.publish();
+            std::thread::yield_now();
+            report = back;
+        }
+    }
+    shard.reports.publish();
+    let mut admitted = 0;
+    loop {
+        match shard.commands.pop() {
+            Some(ShardCommand::Admit { .. }) => admitted += 1,
+            Some(ShardCommand::Stop { .. }) => break,
+            Some(_) => {}
+            None => std::thread::yield_now(),
+        }
+    }
+    assert_eq!(admitted, sessions);
+    assert!(matches!(shard.reports.push(ShardReport::Stopped), Pushed::Accepted));
+    shard.reports.publish();
+}
+
+#[tokio::test]
+async fn manager_task_wakes_for_its_shards_and_ends_with_them() {
+    const SESSIONS: u32 = 500;
+    let bell = Arc::new(Doorbell::new().unwrap());
+    let mut ports = Vec::new();
+    let mut threads = Vec::new();
+    for _ in 0..2 {
+        let (commands, shard_commands) = ring(RING_SLOTS, Arc::new(Doorbell::new().unwrap()));
+        let (shard_reports, reports) = ring(64, Arc::clone(&bell));
+        ports.push(ShardPort { commands, reports });
+        let shard = Shard { commands: shard_commands, reports: shard_reports };
+        threads.push(std::thread::spawn(move || run_shard(shard, SESSIONS)));
+    }
+    let directory = Arc::new(Directory::new());
+    let others = Others::default();
+    let ports = SessionPorts {
+        bell,
+        shards: ports,
+        directory: Arc::clone(&directory),
+        auth: others.auth,
+        presence: others.presence,
+        resume: others.resume,
+    };
+    let counters = Arc::new(SessionCounters::default());
+    let config = SessionConfig::default();
+    let handle = SessionManager::spawn(config, ports, Arc::clone(&counters)).unwrap();
+    assert_eq!(handle.stage(), Stage::Serving);
+    while counters.admitted.get() < 2 * u64::from(SESSIONS) {
+        tokio::task::yield_now().await;
+    }
+    // The same users and devices on both shards: the newer ones are there.
+    assert_eq!(directory.len(), SESSIONS as usize);
+    handle.end(Ending::Stop).await;
+    assert_eq!(handle.stage(), Stage::Stopped);
+    assert!(directory.is_empty());
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    // Once more, when there is nobody left to ask.
+    handle.end(Ending::Stop).await;
 }

@@ -30,10 +30,10 @@
 //!
 //! # The way of one Kafka record
 //!
-//! 1. `service::kafka` gives each partition to a router; `service::router` polls it on its own
+//! 1. [`service::kafka`] gives each partition to a router; [`service::router`] polls it on its own
 //!    thread, so that the order of the partition is the order of everything after it.
 //! 2. [`service::envelope`] reads what the record says, once and without a copy.
-//! 3. `service::membership` knows the members of its conversation completely, or asks
+//! 3. [`service::membership`] knows the members of its conversation completely, or asks
 //!    ([`service::neighbours`]) while the other partitions go on.
 //! 4. [`service::directory`] knows the members' sessions here: shard, slot, generation, encoding.
 //!    Members elsewhere are reached through [`service::redis`].

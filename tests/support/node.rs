@@ -21,7 +21,7 @@ const LAST_LINES: usize = 40;
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// The binary under test: `DELIVERY_BIN`, or the one cargo built with the tests.
-fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     std::env::var_os("DELIVERY_BIN")
         .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_delivery")), PathBuf::from)
 }

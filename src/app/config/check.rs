@@ -94,6 +94,12 @@ fn tokens(settings: &Settings, layers: &mut Layers) {
                    jwks_url (or auth_mode `trust`, where anybody connects as anybody)";
         layers.fault("jwt_secret", why.to_owned());
     }
+    if given > 1 {
+        let why = "is one of several keys: give only one of jwt_secret, jwt_key_file, jwks_url";
+        // Of several the last is a file or a URL: it can be named without telling a secret.
+        let name = if settings.jwks_url.is_some() { "jwks_url" } else { "jwt_key_file" };
+        layers.fault(name, why.to_owned());
+    }
     if let Some(secret) = &settings.jwt_secret
         && settings.auth_mode == AuthMode::Jwt
         && secret.expose().len() < JWT_SECRET_BYTES_MIN
@@ -141,6 +147,9 @@ mod tests {
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("auth_mode", "jwt"), ("jwt_secret", "short")]), ["--jwt-secret"]);
         assert_eq!(dev(&[("jwt_key_file", "/nonexistent")]), ["--jwt-key-file"]);
+        let secret = "0123456789abcdef0123456789abcdef";
+        let two = [("jwt_secret", secret), ("jwks_url", "https://auth/keys"), ("auth_mode", "jwt")];
+        assert_eq!(dev(&two), ["--jwks-url"]);
     }
 
     #[test]

@@ -168,9 +168,8 @@ settings! {
         /// How long members are remembered before the conversation service is asked again. Without
         /// that service they are not forgotten.
         membership_lifetime: Duration = "10m", from "1s" to "24h", example "10m";
-        /// Bytes of records that are fetched from Kafka ahead of being routed, all partitions
-        /// together.
-        kafka_fetch_max: Size = "64MiB", from "1MiB" to "16GiB", example "64MiB";
+        /// Fetched from Kafka ahead of being routed, for each partition.
+        kafka_prefetch: Size = "4MiB", from "64KiB" to "1GiB", example "4MiB";
     }
     "Redis" {
         /// Redis as host:port; several are nodes of a cluster. `redis_url` says more and wins.

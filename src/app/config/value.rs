@@ -153,6 +153,11 @@ impl SecretUrl {
         self.0.expose()
     }
 
+    /// The same, still wrapped.
+    pub fn secret(&self) -> &Secret {
+        &self.0
+    }
+
     /// The URL with its password masked.
     pub fn masked(&self) -> String {
         let url = self.expose();

@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use super::metrics::component;
+use super::other_nodes::OtherNodes;
 use crate::app::admin::Samples;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
-use crate::service::auth::Authenticator;
+use crate::service::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
 use crate::service::encode::CompressionConfig;
 use crate::service::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
@@ -19,7 +20,8 @@ use crate::service::resume::{Membership, Resume, ResumeConfig};
 pub(super) struct BackEnds {
     pub auth: Arc<Authenticator>,
     pub conversations: Option<ConversationService>,
-    pub redis: Option<RedisLink>,
+    /// `None`: no Redis.
+    pub other_nodes: Option<OtherNodes>,
     pub presence: Presence,
     pub resume: Resume,
     /// The metrics of all of them.
@@ -50,8 +52,9 @@ impl BackEnds {
         let redis = redis_link(settings, &mut samples)?;
         let presence = presence(settings, instance, redis.as_ref(), &mut samples)?;
         let resume = resume(settings, messages, conversations.as_ref(), &mut samples);
-        let auth = authenticator(settings)?;
-        Ok(Self { auth, conversations, redis, presence, resume, samples })
+        let other_nodes = redis.map(|link| OtherNodes::new(settings, instance, link, &mut samples));
+        let auth = authenticator(settings, &mut samples)?;
+        Ok(Self { auth, conversations, other_nodes, presence, resume, samples })
     }
 }
 
@@ -164,12 +167,33 @@ fn resume(
     resume
 }
 
-fn authenticator(settings: &Settings) -> Result<Arc<Authenticator>, String> {
-    match settings.auth_mode {
-        AuthMode::Trust => {
-            tracing::warn!("AUTH_MODE=trust: anybody can connect as anybody");
-            Ok(Authenticator::trust())
-        }
-        AuthMode::Jwt => Err("AUTH_MODE=jwt: tokens cannot be checked yet".to_owned()),
+fn authenticator(
+    settings: &Settings,
+    samples: &mut Vec<Samples>,
+) -> Result<Arc<Authenticator>, String> {
+    if settings.auth_mode == AuthMode::Trust {
+        tracing::warn!("AUTH_MODE=trust: anybody can connect as anybody");
+        return Ok(Authenticator::trust());
     }
+    let (setting, source) = match (&settings.jwt_secret, &settings.jwt_key_file, &settings.jwks_url)
+    {
+        (Some(secret), ..) => ("JWT_SECRET", KeySource::Secret(secret.clone())),
+        (_, Some(path), _) => {
+            let pem = std::fs::read(path)
+                .map_err(|error| format!("JWT_KEY_FILE: {}: {error}", path.display()))?;
+            ("JWT_KEY_FILE", KeySource::Pem(pem))
+        }
+        (_, _, Some(url)) => ("JWKS_URL", KeySource::Jwks(JwksConfig::new(url.secret().clone()))),
+        (None, None, None) => unreachable!("checked with the settings"),
+    };
+    let rules = ClaimRules {
+        issuer: settings.jwt_issuer.as_ref().map(ToString::to_string),
+        audience: settings.jwt_audience.as_ref().map(ToString::to_string),
+        leeway: settings.jwt_leeway,
+    };
+    let counters = Arc::default();
+    let auth = Authenticator::jwt(source, rules, Arc::clone(&counters))
+        .map_err(|error| format!("{setting}: {error}"))?;
+    samples.push(component("auth_", move |visit| counters.visit(visit)));
+    Ok(auth)
 }

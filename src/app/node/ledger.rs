@@ -23,6 +23,9 @@ const MEMBER_BYTES: usize = 16;
 /// The program itself and its threads' stacks as far as they are touched, bytes.
 const PROCESS_BYTES: u64 = 64 << 20;
 
+/// Partitions that are reckoned with: how many there are is Kafka's business.
+const PARTITIONS: u64 = 64;
+
 /// Named amounts, bytes.
 type Amounts = Vec<(&'static str, u64)>;
 
@@ -71,7 +74,7 @@ impl Ledger {
             ("rings", shards * peers * rings as u64),
             ("members", members as u64),
             ("catch_up", (resume.pages_bytes_max + resume.requests_bytes_max) as u64),
-            ("kafka_fetch", settings.kafka_fetch_max.0),
+            ("kafka_prefetch", PARTITIONS * settings.kafka_prefetch.0),
         ];
         Self { session, bound }
     }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::app::admin::{FamilyKind, Page, Samples};
 use crate::domain::close::EndReason;
-use crate::domain::counters::{Kind, LATENCY_BUCKETS_MS};
+use crate::domain::counters::{Kind, LATENCY_BUCKETS_MS, LatencyHistogram};
 use crate::reactor::counters::ShardCounters;
+use crate::service::hub::HubMetrics;
 use crate::service::sessions::SessionCounters;
 
 /// What the `counters!` macro calls for each field.
@@ -42,8 +43,28 @@ fn number(value: u64) -> f64 {
     value as f64
 }
 
+/// The samples of one of several: each field with a label that says which.
+pub(super) fn numbered(
+    prefix: &'static str,
+    label: &'static str,
+    number: usize,
+    visit: impl Fn(Visit<'_>) + Send + Sync + 'static,
+) -> Samples {
+    let number = number.to_string();
+    Box::new(move |page| {
+        let labels = [(label, number.as_str())];
+        visit(&mut |kind, field, help, value| {
+            sample(page, kind, prefix, field, help, &labels, value);
+        });
+    })
+}
+
 /// The shards, one by one, and what they are together.
-pub(super) fn shards(all: Vec<Arc<ShardCounters>>, sessions: Arc<SessionCounters>) -> Samples {
+pub(super) fn shards(
+    all: Vec<Arc<ShardCounters>>,
+    hub: Option<Arc<HubMetrics>>,
+    sessions: Arc<SessionCounters>,
+) -> Samples {
     Box::new(move |page| {
         for (shard, counters) in all.iter().enumerate() {
             let shard = shard.to_string();
@@ -57,8 +78,17 @@ pub(super) fn shards(all: Vec<Arc<ShardCounters>>, sessions: Arc<SessionCounters
                 page.sample(FamilyKind::Counter, ENDED, "Connections that ended.", &labels, value);
             }
         }
+        if let Some(hub) = &hub {
+            for why in EndReason::ALL {
+                let value = number(hub.ended[why as usize].get());
+                let (help, labels) = ("gRPC sessions that ended.", [("reason", why.label())]);
+                let name = "delivery_stream_ended_total";
+                page.sample(FamilyKind::Counter, name, help, &labels, value);
+            }
+        }
         active(page, &all);
-        latency(page, &all);
+        let histograms = all.iter().map(|shard| &shard.latency);
+        latency(page, histograms.chain(hub.as_ref().map(|hub| &hub.latency)));
         upgrades(page, &all, &sessions);
     })
 }
@@ -75,11 +105,11 @@ fn active(page: &mut Page, all: &[Arc<ShardCounters>]) {
     page.sample(FamilyKind::Gauge, "websocket_connections_active", help, &[], open);
 }
 
-fn latency(page: &mut Page, all: &[Arc<ShardCounters>]) {
+fn latency<'a>(page: &mut Page, all: impl Iterator<Item = &'a LatencyHistogram>) {
     let mut counts = [0; LATENCY_BUCKETS_MS.len() + 1];
     let mut sum_ms = 0;
-    for counters in all {
-        let (buckets, sum) = counters.latency.read();
+    for histogram in all {
+        let (buckets, sum) = histogram.read();
         counts.iter_mut().zip(buckets).for_each(|(total, bucket)| *total += bucket);
         sum_ms += sum;
     }
@@ -135,7 +165,7 @@ mod tests {
         sessions.refused_forbidden.add(5);
 
         let mut page = Page::new("push");
-        shards(vec![Arc::clone(&shard), Arc::default()], Arc::clone(&sessions))(&mut page);
+        shards(vec![Arc::clone(&shard), Arc::default()], None, Arc::clone(&sessions))(&mut page);
         component("session_", move |visit| sessions.visit(visit))(&mut page);
         let text = page.render();
         for line in [

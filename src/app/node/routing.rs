@@ -1,0 +1,186 @@
+//! From Kafka to the shards: the membership cache, the router threads, the Kafka threads.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::back_ends::{BackEnds, compression};
+use super::mesh::PeerSide;
+use super::metrics::{component, numbered};
+use super::other_nodes::OtherNodes;
+use crate::app::admin::{Check, FamilyKind, Samples};
+use crate::app::config::{Name, RoutingMode, Settings, Value as _};
+use crate::service::directory::Directory;
+use crate::service::kafka::{
+    self, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaStatus,
+};
+use crate::service::membership::{Membership, MembershipConfig};
+use crate::service::ports::ConversationSource;
+use crate::service::router::dead_letter::DeadLetters;
+use crate::service::router::{
+    Router, RouterConfig, RouterControl, RouterCounters, RouterParts, ShardLink,
+};
+
+/// The running threads.
+pub(super) struct Routing {
+    kafka: Kafka,
+    controls: Vec<RouterControl>,
+    threads: Vec<JoinHandle<()>>,
+    status: Arc<KafkaStatus>,
+}
+
+impl Routing {
+    /// Starts everything; Kafka is connected to in the background.
+    ///
+    /// # Errors
+    /// A Kafka property is wrong, or there is no thread to be had.
+    pub(super) fn start(
+        settings: &Settings,
+        instance: &Arc<str>,
+        sides: Vec<PeerSide>,
+        directory: &Arc<Directory>,
+        back_ends: &mut BackEnds,
+    ) -> Result<Self, String> {
+        let samples = &mut back_ends.samples;
+        let source = back_ends
+            .conversations
+            .clone()
+            .map(|service| -> Arc<dyn ConversationSource> { Arc::new(service) });
+        let membership = membership(settings, source, samples);
+        let kafka_config = kafka_config(settings, instance);
+        let kafka_counters = Arc::new(KafkaCounters::default());
+        let dead_letters = dead_letters(settings, &kafka_config, &kafka_counters)?;
+        let mut controls = Vec::new();
+        let mut threads = Vec::new();
+        for (number, side) in sides.into_iter().enumerate() {
+            let counters = Arc::new(RouterCounters::default());
+            let links = side.shards.into_iter();
+            let (router, control) = Router::new(RouterParts {
+                config: router_config(settings),
+                counters: Arc::clone(&counters),
+                bell: side.bell,
+                links: links
+                    .map(|end| ShardLink { commands: end.commands, reports: end.reports })
+                    .collect(),
+                directory: Arc::clone(directory),
+                membership: Arc::clone(&membership),
+                remote: back_ends.other_nodes.as_ref().and_then(OtherNodes::remote),
+                dead_letters: dead_letters.clone(),
+            });
+            let thread = router.spawn(format!("router-{number}"));
+            threads
+                .push(thread.map_err(|error| format!("no thread for router {number}: {error}"))?);
+            controls.push(control);
+            samples.push(numbered("router_", "router", number, move |visit| counters.visit(visit)));
+        }
+        let status = Arc::new(KafkaStatus::default());
+        let kafka = Kafka::start(
+            kafka_config,
+            controls.clone(),
+            membership,
+            Arc::clone(&status),
+            Arc::clone(&kafka_counters),
+        )
+        .map_err(|error| error.to_string())?;
+        samples.push(component("kafka_", move |visit| kafka_counters.visit(visit)));
+        samples.push(lag(Arc::clone(&status)));
+        Ok(Self { kafka, controls, threads, status })
+    }
+
+    /// Ready when there are partitions to read, or it is known that there are none for this node.
+    pub(super) fn check(&self) -> Check {
+        let status = Arc::clone(&self.status);
+        Box::new(move || status.missing().map(|what| format!("kafka: {what}")))
+    }
+
+    /// The ways into the routers.
+    pub(super) fn controls(&self) -> &[RouterControl] {
+        &self.controls
+    }
+
+    /// Commits what is done, leaves the group, ends the threads. What is under way may finish for
+    /// at most `grace`. Blocks.
+    pub(super) fn stop(self, grace: Duration) {
+        self.kafka.stop(grace);
+        self.controls.iter().for_each(RouterControl::stop);
+        for thread in self.threads {
+            // What a panic said has been printed by its hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn router_config(settings: &Settings) -> RouterConfig {
+    RouterConfig {
+        route_retry_max_ms: millis(settings.route_retry_max),
+        compression: compression(settings),
+        ..RouterConfig::default()
+    }
+}
+
+fn membership(
+    settings: &Settings,
+    source: Option<Arc<dyn ConversationSource>>,
+    samples: &mut Vec<Samples>,
+) -> Arc<Membership> {
+    let config = MembershipConfig {
+        conversations_max: settings.membership_cache_max.size(),
+        members_max: settings.membership_members_max.size(),
+        lifetime_ms: millis(settings.membership_lifetime),
+        ..MembershipConfig::default()
+    };
+    let counters = Arc::default();
+    let runtime = tokio::runtime::Handle::current();
+    let membership = Membership::new(config, source, runtime, Arc::clone(&counters));
+    samples.push(component("membership_", move |visit| counters.visit(visit)));
+    membership
+}
+
+fn kafka_config(settings: &Settings, instance: &Arc<str>) -> KafkaConfig {
+    let properties = settings.kafka_properties.iter();
+    KafkaConfig {
+        topics: settings.kafka_topics.iter().map(Name::to_string).collect(),
+        mode: match settings.routing() {
+            RoutingMode::Group => kafka::RoutingMode::Group,
+            RoutingMode::Broadcast => kafka::RoutingMode::Broadcast,
+        },
+        group: settings.kafka_group.to_string(),
+        client_id: instance.to_string(),
+        properties: properties
+            .filter_map(|property| property.as_str().split_once('='))
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect(),
+        prefetch_kib: u32::try_from(settings.kafka_prefetch.0 >> 10).unwrap_or(u32::MAX),
+        tracing: settings.tracing_enabled,
+        ..KafkaConfig::new(settings.kafka_brokers.show())
+    }
+}
+
+fn dead_letters(
+    settings: &Settings,
+    config: &KafkaConfig,
+    counters: &Arc<KafkaCounters>,
+) -> Result<Option<Arc<dyn DeadLetters>>, String> {
+    let Some(topic) = &settings.dead_letter_topic else { return Ok(None) };
+    let letters = DeadLetterTopic::new(topic.to_string(), config, Arc::clone(counters))
+        .map_err(|error| format!("DEAD_LETTER_TOPIC: {error}"))?;
+    Ok(Some(Arc::new(letters)))
+}
+
+/// `kafka_consumer_lag` (contract §6).
+fn lag(status: Arc<KafkaStatus>) -> Samples {
+    Box::new(move |page| {
+        for partition in status.lags() {
+            let number = partition.partition.to_string();
+            let labels = [("topic", &*partition.topic), ("partition", number.as_str())];
+            let help = "Records of the partition that are not delivered yet.";
+            #[allow(clippy::cast_precision_loss, reason = "exact to 2^53")]
+            let lag = partition.lag as f64;
+            page.sample(FamilyKind::Gauge, "kafka_consumer_lag", help, &labels, lag);
+        }
+    })
+}

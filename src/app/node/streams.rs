@@ -1,0 +1,86 @@
+//! The gRPC port: the hub that is one more shard, and the server in front of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::mesh::ShardSide;
+use super::metrics::component;
+use crate::app::admin::Samples;
+use crate::app::config::Settings;
+use crate::service::grpc::{self, GrpcConfig, GrpcCounters};
+use crate::service::hub::{HubConfig, HubMetrics, HubPeer, hub};
+
+/// Beyond its own time to shut down.
+const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
+
+/// The running port.
+pub(super) struct Streams {
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<()>,
+    shutdown_max: Duration,
+    pub metrics: Arc<HubMetrics>,
+}
+
+impl Streams {
+    /// Starts hub and server on the current runtime.
+    ///
+    /// # Errors
+    /// The hub's doorbell cannot be waited on.
+    pub(super) fn start(
+        settings: &Settings,
+        listener: TcpListener,
+        side: ShardSide,
+    ) -> Result<(Self, Vec<Samples>), String> {
+        let peers = side.peers.into_iter();
+        let peers =
+            peers.map(|end| HubPeer { commands: end.commands, reports: end.reports }).collect();
+        let metrics = Arc::new(HubMetrics::default());
+        let config = HubConfig {
+            stall_timeout: settings.write_timeout,
+            close_timeout: settings.close_timeout,
+            ..HubConfig::default()
+        };
+        let (handle, hub) = hub(config, peers, side.bell, Arc::clone(&metrics))
+            .map_err(|error| format!("the gRPC hub did not start: {error}"))?;
+        tokio::spawn(hub.run());
+
+        let config = GrpcConfig {
+            handshake_timeout: settings.handshake_timeout,
+            keepalive_interval: settings.ping_interval,
+            keepalive_timeout: settings.idle_timeout.saturating_sub(settings.ping_interval),
+            ..GrpcConfig::default()
+        };
+        let shutdown_max = config.shutdown_timeout + SHUTDOWN_SLACK;
+        let counters = Arc::new(GrpcCounters::default());
+        let (stop, stopped) = oneshot::channel();
+        let served = grpc::serve(config, listener, handle, Arc::clone(&counters), async {
+            // An error is as good: the node is gone.
+            let _ = stopped.await;
+        });
+        let server = tokio::spawn(async {
+            if let Err(error) = served.await {
+                tracing::error!("gRPC is not served any more: {error}");
+            }
+        });
+        let hub_metrics = Arc::clone(&metrics);
+        let samples = vec![
+            component("", move |visit| hub_metrics.counters.visit(visit)),
+            component("", move |visit| counters.visit(visit)),
+        ];
+        Ok((Self { stop, server, shutdown_max, metrics }, samples))
+    }
+
+    /// Ends the server, whose sessions have ended.
+    pub(super) async fn stop(self) {
+        // Nobody to tell: the server has ended before, and said why.
+        let _ = self.stop.send(());
+        if timeout(self.shutdown_max, self.server).await.is_err() {
+            tracing::warn!("gRPC connections were still open and are left");
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A node that needs nothing else: started, listened to, told to go.
+
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::support::node::{Node, NodeBuilder, binary, free_port};
+use crate::support::wait::until;
+use crate::tail::Tail;
+
+/// To leave, on a machine that does much else.
+const LEAVES_WITHIN: Duration = Duration::from_secs(20);
+
+fn publish(node: &Node, arguments: &[&str]) {
+    let log = node.log();
+    let brokers = log.split("--brokers ").nth(1).unwrap().split(' ').next().unwrap();
+    let output = Command::new(binary())
+        .args(["publish", "--brokers", brokers])
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn demo_talks_to_whoever_listens() {
+    let node = NodeBuilder::dev().set("DEV_DEMO", "true").start();
+    let tail = Tail::connect(&node, "carol", &["--count", "4"]);
+    let mut last = 0;
+    let mut messages = 0;
+    while let Some(event) = tail.event() {
+        // Whether it was there before the conversation was created is chance.
+        if event["eventType"] == "EVENT_TYPE_CONVERSATION_CREATED" {
+            continue;
+        }
+        assert_eq!(event["eventType"], "EVENT_TYPE_MESSAGE_SENT");
+        let message = &event["payload"]["message"];
+        assert_eq!(message["conversationId"], "demo");
+        let sequence: i64 = message["sequence"].as_str().unwrap().parse().unwrap();
+        assert!(sequence > last);
+        (last, messages) = (sequence, messages + 1);
+    }
+    assert!(messages >= 3);
+}
+
+#[test]
+fn published_events_reach_the_members_of_the_moment() {
+    let node = NodeBuilder::dev().start();
+    let alice = Tail::connect(&node, "alice", &["--count", "5"]);
+    let bob = Tail::connect(&node, "bob", &["--count", "4"]);
+    let team =
+        |event: &'static [&str]| [&event[..1], &["--conversation", "team"], &event[1..]].concat();
+    let both: [(&[&str], &str); 4] = [
+        (&["create", "--members", "alice,bob"], "CONVERSATION_CREATED"),
+        (&["message", "--sender", "bob", "Hello"], "MESSAGE_SENT"),
+        (&["read", "--user", "alice", "--sequence", "1"], "READ_RECEIPT_UPDATED"),
+        (&["remove", "--user", "bob"], "MEMBERSHIP_CHANGED"),
+    ];
+    for (event, kind) in both {
+        publish(&node, &team(event));
+        // Messages and conversations are two topics, between which there is no order but this.
+        assert_eq!([alice.kind(), bob.kind()], [Some(kind.into()), Some(kind.into())]);
+    }
+    assert_eq!(bob.kind(), None);
+    publish(&node, &team(&["delete", "--message-id", "m"]));
+    assert_eq!(alice.kind().as_deref(), Some("MESSAGE_DELETED"));
+    assert_eq!(alice.kind(), None);
+}
+
+#[test]
+fn signal_ends_sessions_with_1001_and_the_process_with_0() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut node = NodeBuilder::dev().start();
+        let tail = Tail::connect(&node, "alice", &[]);
+        node.signal(signal);
+        let notice = tail.notice();
+        assert!(notice.starts_with("closed with 1001 "), "{notice}");
+        let status = until(LEAVES_WITHIN, "the node leaves", || node.ended());
+        assert_eq!(status.code(), Some(0), "{}", node.log());
+    }
+}
+
+#[test]
+fn drain_tells_sessions_when_to_come_back_and_a_signal_cuts_it_short() {
+    let mut node = NodeBuilder::dev().set("DRAIN_PERIOD", "1h").start();
+    let _first = Tail::connect(&node, "alice", &[]);
+    let _second = Tail::connect(&node, "bob", &[]);
+    assert_eq!(node.post("/admin/drain").unwrap().status, 202);
+    until(LEAVES_WITHIN, "readiness turns off", || {
+        node.get("/health/ready").filter(|answer| answer.status == 503)
+    });
+    assert!(node.get("/health/ready").unwrap().body.contains("draining"));
+    node.signal(Signal::TERM);
+    let status = until(LEAVES_WITHIN, "the node leaves", || node.ended());
+    assert_eq!(status.code(), Some(128 + 15), "{}", node.log());
+}
+
+/// Every word of a file that looks like one of our metrics.
+fn metric_names(text: &str) -> Vec<&str> {
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let words = text.split(|c| !word(c));
+    let ours = ["delivery_", "kafka_", "websocket_", "message_delivery_", "http_", "process_"];
+    words.filter(|w| ours.iter().any(|prefix| w.starts_with(prefix)) && !w.ends_with('_')).collect()
+}
+
+#[test]
+fn alerts_and_dashboard_name_only_metrics_that_exist() {
+    // Nobody answers there: every part is configured, none has to be there.
+    let mut settings = NodeBuilder::dev();
+    let nobody = format!("127.0.0.1:{}", free_port());
+    for name in ["REDIS_ADDR", "MSG_SVC_ADDR", "CONV_SVC_ADDR", "PRESENCE_SVC_ADDR"] {
+        settings = settings.set(name, &nobody);
+    }
+    let node = settings.set("ROUTING_MODE", "broadcast").spawn();
+    let page = until(LEAVES_WITHIN, "the page with Kafka's lag", || {
+        let page = node.get("/metrics")?.body;
+        page.contains("\nkafka_consumer_lag{").then_some(page)
+    });
+    let mut names: Vec<&str> = page.lines().filter_map(|line| line.split('{').next()).collect();
+    names.extend(names.clone().iter().filter_map(|name| name.strip_suffix("_bucket")));
+    for file in ["deploy/prometheus/alerts.yaml", "deploy/grafana/delivery.json"] {
+        let text = std::fs::read_to_string(file).unwrap();
+        let found = metric_names(&text);
+        assert!(found.len() > 10, "{file}");
+        let unknown: Vec<_> = found.iter().filter(|name| !names.contains(name)).collect();
+        assert!(unknown.is_empty(), "{file}: {unknown:?}");
+    }
+}

@@ -1,0 +1,80 @@
+//! `delivery tail` as a child process.
+
+use std::io::{BufRead as _, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::node::{Node, binary};
+
+/// For the next line, on a machine that does much else.
+const LINE_WITHIN: Duration = Duration::from_secs(60);
+
+/// A running tail; killed when dropped.
+pub(crate) struct Tail {
+    child: Child,
+    notices: Receiver<String>,
+    events: Receiver<String>,
+}
+
+/// The lines of a pipe, so that a missing one fails the test instead of stopping it.
+fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = channel();
+    thread::spawn(move || {
+        let mut lines = BufReader::new(pipe).lines().map_while(Result::ok);
+        // Ends with the pipe, or with the test that no longer listens.
+        lines.all(|line| sender.send(line).is_ok())
+    });
+    lines
+}
+
+impl Tail {
+    /// Starts it and waits until it is connected.
+    pub(crate) fn connect(node: &Node, user: &str, more: &[&str]) -> Self {
+        let mut child = Command::new(binary())
+            .args(["tail", "--user", user, "--device", "desk", "--url"])
+            .arg(node.public.to_string())
+            .args(more)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let notices = lines(child.stderr.take().unwrap());
+        let events = lines(child.stdout.take().unwrap());
+        let tail = Self { child, notices, events };
+        let notice = tail.notice();
+        assert!(notice.starts_with("connected to "), "{notice}");
+        tail
+    }
+
+    /// The next line of what it says about itself.
+    pub(crate) fn notice(&self) -> String {
+        self.notices.recv_timeout(LINE_WITHIN).expect("a line on standard error")
+    }
+
+    /// The next event; `None`: it has ended.
+    pub(crate) fn event(&self) -> Option<Value> {
+        match self.events.recv_timeout(LINE_WITHIN) {
+            Ok(line) => Some(serde_json::from_str(&line).unwrap()),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("no event within {LINE_WITHIN:?}"),
+        }
+    }
+
+    /// The kind of the next event, without its common beginning.
+    pub(crate) fn kind(&self) -> Option<String> {
+        let event = self.event()?;
+        Some(event["eventType"].as_str().unwrap().trim_start_matches("EVENT_TYPE_").to_owned())
+    }
+}
+
+impl Drop for Tail {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,52 @@
+//! Delivery as a contender: see `delivery_bench::ours`.
+
+use clap::Parser;
+use delivery_bench::control::{self, Prepared, Ready, Sessions, Word, word};
+use delivery_bench::ours::{OurConfig, Ours};
+use delivery_bench::usage;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Parser)]
+struct Arguments {
+    /// Shards.
+    #[arg(long, default_value_t = 1)]
+    shards: u16,
+    /// Connections of each shard.
+    #[arg(long, default_value_t = 16_000)]
+    connections: u32,
+    /// SO_SNDBUF, bytes; 0: the system's default.
+    #[arg(long, default_value_t = 128 * 1024)]
+    send_buffer_bytes: usize,
+    /// Core to run on.
+    #[arg(long)]
+    core: Option<usize>,
+}
+
+fn main() -> std::io::Result<()> {
+    let arguments = Arguments::parse();
+    if let Some(core) = arguments.core {
+        usage::pin(core)?;
+    }
+    let words = control::commands(|| {});
+    let mut ours = Ours::start(OurConfig {
+        shards: arguments.shards,
+        connections: arguments.connections,
+        send_buffer_bytes: arguments.send_buffer_bytes,
+    })?;
+    control::answer(&Ready { ready: ours.address.to_string() });
+    while let Ok(line) = words.recv() {
+        match word(&line) {
+            Some(Word::Sessions) => control::answer(&Sessions { sessions: ours.sessions() }),
+            Some(Word::Prepare(plan)) => {
+                control::answer(&Prepared { prepared: ours.prepare(plan) });
+            }
+            Some(Word::Push(plan)) => control::answer(&ours.push(plan)),
+            Some(Word::Echo(_)) => {}
+            Some(Word::Quit) => break,
+            None => eprintln!("unknown word: {line}"),
+        }
+    }
+    std::process::exit(0)
+}

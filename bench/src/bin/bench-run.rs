@@ -1,0 +1,63 @@
+//! The conductor; `bench/run` builds everything and calls it.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use delivery_bench::conductor::{Contender, Plan, WORKS, run};
+
+#[derive(Parser)]
+struct Arguments {
+    /// Servers, in the order of the table: bare, epoll, tokio, tokio-uring, delivery, or NAME=COMMAND.
+    #[arg(long, value_delimiter = ',', default_value = "bare,epoll,tokio,tokio-uring,delivery")]
+    servers: Vec<String>,
+    /// Works: push, groups, burst, paced, echo.
+    #[arg(long, value_delimiter = ',')]
+    works: Vec<String>,
+    /// How often each.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Sessions.
+    #[arg(long, default_value_t = 10_000)]
+    sessions: usize,
+    /// Core of the server.
+    #[arg(long, default_value_t = 0)]
+    server_core: usize,
+    /// Core of the client.
+    #[arg(long, default_value_t = 1)]
+    client_core: usize,
+    /// Where the table and the plots go.
+    #[arg(long, default_value = "results")]
+    output: PathBuf,
+}
+
+fn main() -> std::io::Result<()> {
+    let arguments = Arguments::parse();
+    let here = std::env::current_exe()?;
+    let beside = |name: &str| here.with_file_name(name).display().to_string();
+    let contender = |name: &String| match name.split_once('=') {
+        Some((name, command)) => Contender {
+            name: name.to_owned(),
+            command: command.split_whitespace().map(str::to_owned).collect(),
+        },
+        None if name == "delivery" => {
+            Contender { name: name.clone(), command: vec![beside("bench-delivery")] }
+        }
+        None => {
+            Contender { name: name.clone(), command: vec![beside("bench-server"), name.clone()] }
+        }
+    };
+    let works = WORKS
+        .into_iter()
+        .filter(|work| arguments.works.is_empty() || arguments.works.iter().any(|w| w == work.name))
+        .collect();
+    run(&Plan {
+        contenders: arguments.servers.iter().map(contender).collect(),
+        works,
+        rounds: arguments.rounds,
+        sessions: arguments.sessions,
+        client: beside("bench-client").into(),
+        server_core: arguments.server_core,
+        client_core: arguments.client_core,
+        output: arguments.output,
+    })
+}

@@ -1,0 +1,86 @@
+//! The upgrade request of a session.
+
+use std::net::SocketAddr;
+
+use serde::Serialize;
+
+use crate::names;
+
+/// What the client is to be.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// The server.
+    pub server: SocketAddr,
+    /// Number of the first session: processes side by side take different ones.
+    pub first: usize,
+    /// Sessions.
+    pub sessions: usize,
+    /// `/ws` or `/echo`.
+    pub path: String,
+    /// Connections per second; 0: as fast as they go.
+    pub connect_rate: u64,
+    /// Sent as the first message of a session; empty: none.
+    pub hello: String,
+    /// `Sec-WebSocket-Protocol`, if any.
+    pub protocol: Option<String>,
+    /// Offer permessage-deflate.
+    pub deflate: bool,
+    /// Secret of the HS256 tokens to carry.
+    pub token_secret: Option<String>,
+    /// `iss` and `aud` of the tokens.
+    pub token_issuer: Option<String>,
+    /// See [`ClientConfig::token_issuer`].
+    pub token_audience: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Claims<'a> {
+    sub: &'a str,
+    exp: u64,
+    iat: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iss: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    aud: Option<&'a str>,
+}
+
+/// The upgrade request of session `number`.
+pub(super) fn upgrade_request(config: &ClientConfig, number: usize) -> Vec<u8> {
+    let user = names::user(number);
+    let mut request = format!(
+        "GET {}?user_id={user}&device_id={} HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\n\
+             Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+             Sec-WebSocket-Version: 13\r\n",
+        config.path,
+        names::device(number),
+        config.server,
+    );
+    if let Some(protocol) = &config.protocol {
+        request += &format!("Sec-WebSocket-Protocol: {protocol}\r\n");
+    }
+    if config.deflate {
+        request += "Sec-WebSocket-Extensions: permessage-deflate; \
+                        server_no_context_takeover; client_no_context_takeover\r\n";
+    }
+    if let Some(secret) = &config.token_secret {
+        request += &format!("Authorization: Bearer {}\r\n", token(config, &user, secret));
+    }
+    request += "\r\n";
+    request.into_bytes()
+}
+
+fn token(config: &ClientConfig, user: &str, secret: &str) -> String {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let claims = Claims {
+        sub: user,
+        iat: now,
+        exp: now + 24 * 3600,
+        iss: config.token_issuer.as_deref(),
+        aud: config.token_audience.as_deref(),
+    };
+    let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
+    jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key)
+        .expect("plain claims under HS256")
+}

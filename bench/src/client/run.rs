@@ -1,0 +1,427 @@
+//! The client's loop.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use flate2::{Decompress, FlushDecompress};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use rustix::io::Errno;
+use serde::Serialize;
+
+use super::dial::Dialer;
+use super::echo::Echo;
+use super::net;
+use super::request::{ClientConfig, upgrade_request};
+use super::session::{Phase, Session};
+use super::tally::Tally;
+use crate::clock::now_ns;
+use crate::control;
+use crate::frame;
+use crate::payload::Stamp;
+
+/// Handshakes under way at a time, so that the server's backlog is not what is measured.
+const DIALING_MAX: usize = 512;
+const EVENTS_MAX: usize = 512;
+const READ_BYTES: usize = 256 * 1024;
+const COMMAND: u64 = u64::MAX;
+
+/// See [`super`].
+pub struct Client {
+    config: ClientConfig,
+    epoll: OwnedFd,
+    sessions: Vec<Session>,
+    open: usize,
+    dialer: Dialer,
+    echo: Option<Echo>,
+    stalled: bool,
+    tally: Tally,
+    buffer: Vec<u8>,
+    inflater: Decompress,
+    inflated: Vec<u8>,
+    commands: Receiver<String>,
+    _command_bell: Arc<OwnedFd>,
+}
+
+#[derive(Serialize)]
+struct Done {
+    done: &'static str,
+}
+
+impl Client {
+    /// A client that has not connected yet.
+    ///
+    /// # Errors
+    /// The system gives no epoll or eventfd.
+    pub fn new(config: ClientConfig) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        epoll::add(&epoll, &*bell, EventData::new_u64(COMMAND), EventFlags::IN | EventFlags::ET)?;
+        let ringer = Arc::clone(&bell);
+        let commands = control::commands(move || {
+            // The only failure is a counter that is full, which wakes as well.
+            let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes());
+        });
+        Ok(Self {
+            sessions: (0..config.sessions).map(|_| Session::down()).collect(),
+            config,
+            epoll,
+            open: 0,
+            dialer: Dialer::default(),
+            echo: None,
+            stalled: false,
+            tally: Tally::default(),
+            buffer: vec![0; READ_BYTES],
+            inflater: Decompress::new(false),
+            inflated: Vec::new(),
+            commands,
+            _command_bell: bell,
+        })
+    }
+
+    /// Connects, then does as it is told until its input ends.
+    ///
+    /// # Errors
+    /// The system's, of epoll.
+    pub fn run(mut self) -> io::Result<()> {
+        let all = (0..self.config.sessions as u32).collect();
+        self.dialer.start("connect", all, self.config.connect_rate);
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENTS_MAX);
+        loop {
+            self.dial();
+            if let Some(dialed) = self.dialer.finished() {
+                control::answer(&dialed);
+            }
+            self.pace_echo();
+            let wait_ms = if self.dialer.is_busy() || self.echo.is_some() { 1 } else { 1000 };
+            let timeout = Timespec { tv_sec: wait_ms / 1000, tv_nsec: wait_ms % 1000 * 1_000_000 };
+            events.clear();
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                Some(&timeout),
+            ) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            for event in &events {
+                match { event.data }.u64() {
+                    COMMAND => {}
+                    index => self.ready(index as usize, event.flags),
+                }
+            }
+            if !self.obey() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn obey(&mut self) -> bool {
+        loop {
+            let line = match self.commands.try_recv() {
+                Ok(line) => line,
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            };
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let number =
+                |at: usize| words.get(at).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+            match words.first().copied() {
+                Some("quit") => return false,
+                Some("report") => control::answer(&self.tally.report(self.open)),
+                Some("reset") => {
+                    self.tally = Tally::default();
+                    for session in self.sessions.iter_mut().filter(|s| s.phase == Phase::Open) {
+                        session.mark = 0;
+                    }
+                    control::answer(&Done { done: "reset" });
+                }
+                Some("echo") => {
+                    self.echo = Some(Echo::new(number(2) as usize, number(3)));
+                    self.send_echoes(number(1) as usize);
+                }
+                Some("churn") => self.churn(number(1) as usize),
+                Some("storm") => {
+                    let all = (0..self.sessions.len() as u32).collect();
+                    for index in 0..self.sessions.len() {
+                        self.close(index);
+                    }
+                    self.dialer.storm(all, number(1));
+                }
+                Some("stall") => {
+                    self.stalled = true;
+                    control::answer(&Done { done: "stall" });
+                }
+                Some("unstall") => {
+                    self.stalled = false;
+                    for index in 0..self.sessions.len() {
+                        self.read(index);
+                    }
+                    control::answer(&Done { done: "unstall" });
+                }
+                _ => eprintln!("unknown word: {line}"),
+            }
+        }
+    }
+
+    fn churn(&mut self, count: usize) {
+        // Spread over all, another set each time.
+        let step = (self.sessions.len() / count.max(1)).max(1);
+        let from = now_ns() as usize % step;
+        let chosen: Vec<u32> =
+            (from..self.sessions.len()).step_by(step).take(count).map(|n| n as u32).collect();
+        for index in &chosen {
+            self.close(*index as usize);
+        }
+        self.dialer.start("churn", chosen, 0);
+    }
+
+    fn dial(&mut self) {
+        while let Some(index) = self.dialer.next(DIALING_MAX) {
+            let index = index as usize;
+            let began = now_ns();
+            let begun =
+                net::begin(self.config.server, self.config.first + index).and_then(|socket| {
+                    let flags =
+                        EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+                    epoll::add(&self.epoll, &socket, EventData::new_u64(index as u64), flags)?;
+                    Ok(socket)
+                });
+            match begun {
+                Ok(socket) => {
+                    self.sessions[index] = Session {
+                        socket: Some(socket),
+                        mark: began,
+                        phase: Phase::Dialing,
+                        ..Session::down()
+                    };
+                }
+                Err(error) => {
+                    eprintln!("session {index}: {error}");
+                    self.tally.refused += 1;
+                    self.dialer.failed();
+                }
+            }
+        }
+    }
+
+    fn ready(&mut self, index: usize, flags: EventFlags) {
+        if self.sessions[index].phase == Phase::Dialing {
+            if flags.intersects(EventFlags::ERR | EventFlags::HUP) {
+                return self.lose(index);
+            }
+            if flags.contains(EventFlags::OUT) {
+                self.sessions[index].phase = Phase::Upgrading;
+                let request = upgrade_request(&self.config, self.config.first + index);
+                self.write(index, &request);
+            }
+        }
+        if flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
+        {
+            self.read(index);
+        }
+    }
+
+    /// What the load sends is far smaller than a socket's buffer.
+    fn write(&mut self, index: usize, bytes: &[u8]) {
+        let Some(socket) = &self.sessions[index].socket else { return };
+        match rustix::io::write(socket.as_fd(), bytes) {
+            Ok(count) if count == bytes.len() => {}
+            Ok(_) | Err(Errno::AGAIN) => panic!("a socket that takes no {} bytes", bytes.len()),
+            Err(_) => self.lose(index),
+        }
+    }
+
+    fn read(&mut self, index: usize) {
+        loop {
+            if self.stalled && self.sessions[index].phase == Phase::Open {
+                return;
+            }
+            let session = &mut self.sessions[index];
+            let Some(socket) = &session.socket else { return };
+            let kept = session.partial.as_ref().map_or(0, |partial| partial.len());
+            if let Some(partial) = session.partial.take() {
+                if self.buffer.len() < kept + READ_BYTES / 2 {
+                    self.buffer.resize(kept + READ_BYTES, 0);
+                }
+                self.buffer[..kept].copy_from_slice(&partial);
+            }
+            let room = self.buffer.len() - kept;
+            let count = match rustix::io::read(socket, &mut self.buffer[kept..]) {
+                Ok(0) => return self.lose(index),
+                Ok(count) => count,
+                Err(Errno::AGAIN) => 0,
+                Err(_) => return self.lose(index),
+            };
+            self.tally.bytes += count as u64;
+            let buffer = std::mem::take(&mut self.buffer);
+            let used = self.consume(index, &buffer[..kept + count]);
+            let rest = &buffer[used..kept + count];
+            if !rest.is_empty() && self.sessions[index].socket.is_some() {
+                self.sessions[index].partial = Some(Box::new(rest.to_vec()));
+            }
+            self.buffer = buffer;
+            if count < room {
+                return;
+            }
+        }
+    }
+
+    /// Returns how many bytes were used up.
+    fn consume(&mut self, index: usize, input: &[u8]) -> usize {
+        let mut used = 0;
+        if self.sessions[index].phase == Phase::Upgrading {
+            let Some(head) = frame::head_end(input) else { return 0 };
+            if !input.starts_with(b"HTTP/1.1 101") {
+                if self.tally.refused < 3 {
+                    eprintln!("refused: {}", String::from_utf8_lossy(&input[..head]).trim());
+                }
+                self.lose(index);
+                return input.len();
+            }
+            used = head;
+            self.opened(index);
+        }
+        while let Some(frame) = frame::parse(&input[used..]) {
+            used += frame.total;
+            self.frame(index, frame);
+        }
+        used
+    }
+
+    fn opened(&mut self, index: usize) {
+        let began = std::mem::take(&mut self.sessions[index].mark);
+        self.sessions[index].phase = Phase::Open;
+        self.open += 1;
+        if !self.config.hello.is_empty() {
+            let mut hello = Vec::new();
+            frame::put_masked(&mut hello, frame::TEXT, self.config.hello.as_bytes());
+            self.write(index, &hello);
+        }
+        if self.dialer.opened(index as u32, began) {
+            self.close(index);
+        }
+    }
+
+    fn frame(&mut self, index: usize, frame: frame::Frame<'_>) {
+        match frame.opcode {
+            frame::TEXT | frame::BINARY => {}
+            frame::PING => {
+                self.tally.pings += 1;
+                let mut pong = Vec::new();
+                frame::put_masked(&mut pong, frame::PONG, frame.payload);
+                return self.write(index, &pong);
+            }
+            frame::CLOSE => {
+                if self.tally.closed < 3 {
+                    let code =
+                        frame.payload.first_chunk().map_or(0, |code| u16::from_be_bytes(*code));
+                    let reason =
+                        String::from_utf8_lossy(frame.payload.get(2..).unwrap_or_default());
+                    eprintln!("session {index} closed by the server: {code} {reason}");
+                }
+                return;
+            }
+            _ => return,
+        }
+        let payload =
+            if frame.compressed { self.inflate(frame.payload) } else { frame.payload.to_vec() };
+        if self.sessions[index].waits {
+            self.sessions[index].waits = false;
+            if let Some(echo) = &mut self.echo {
+                echo.came_back(&payload);
+                if !echo.is_over() {
+                    self.send_echoes(1);
+                }
+            }
+            return;
+        }
+        let now = now_ns();
+        self.tally.messages += 1;
+        self.tally.first_ns.get_or_insert(now);
+        self.tally.last_ns = now;
+        match Stamp::find(&payload) {
+            None => self.tally.unstamped += 1,
+            Some(stamp) => {
+                self.tally.latency.record(now.saturating_sub(stamp.intended_ns));
+                self.tally.order(&mut self.sessions[index].mark, stamp.sequence);
+            }
+        }
+    }
+
+    fn inflate(&mut self, payload: &[u8]) -> Vec<u8> {
+        let mut input = payload.to_vec();
+        input.extend_from_slice(&[0, 0, 0xff, 0xff]); // RFC 7692 §7.2.2
+        self.inflater.reset(false);
+        self.inflated.clear();
+        self.inflated.reserve(1 << 20);
+        // A payload that does not inflate has no stamp, and is counted as such.
+        let _ = self.inflater.decompress_vec(&input, &mut self.inflated, FlushDecompress::Sync);
+        std::mem::take(&mut self.inflated)
+    }
+
+    fn send_echoes(&mut self, count: usize) {
+        let Some(mut echo) = self.echo.take() else { return };
+        let mut tried = 0;
+        let mut sent = 0;
+        while sent < count && tried < self.sessions.len() {
+            let index = echo.turn;
+            echo.turn = (echo.turn + 1) % self.sessions.len();
+            tried += 1;
+            if self.sessions[index].phase != Phase::Open || self.sessions[index].waits {
+                continue;
+            }
+            self.sessions[index].waits = true;
+            echo.under_way += 1;
+            sent += 1;
+            let mut bytes = Vec::new();
+            frame::put_masked(&mut bytes, frame::BINARY, &echo.payload());
+            self.write(index, &bytes);
+        }
+        self.echo = Some(echo);
+    }
+
+    fn pace_echo(&mut self) {
+        if self.echo.as_ref().is_some_and(|echo| echo.is_over() && echo.under_way == 0)
+            && let Some(echo) = self.echo.take()
+        {
+            control::answer(&echo.report());
+        }
+    }
+
+    /// Our own close: a close frame, then the end.
+    fn close(&mut self, index: usize) {
+        if self.sessions[index].phase == Phase::Open {
+            let mut bytes = Vec::new();
+            frame::put_masked(&mut bytes, frame::CLOSE, &1000_u16.to_be_bytes());
+            self.write(index, &bytes);
+        }
+        if self.sessions[index].phase == Phase::Open {
+            self.open -= 1;
+        }
+        self.sessions[index] = Session::down();
+    }
+
+    /// The other side ended it, or it never came up.
+    fn lose(&mut self, index: usize) {
+        match self.sessions[index].phase {
+            Phase::Down => {}
+            Phase::Dialing | Phase::Upgrading => {
+                self.tally.refused += 1;
+                self.dialer.failed();
+            }
+            Phase::Open => {
+                self.tally.closed += 1;
+                self.open -= 1;
+                if self.sessions[index].waits
+                    && let Some(echo) = &mut self.echo
+                {
+                    echo.under_way -= 1;
+                }
+            }
+        }
+        self.sessions[index] = Session::down();
+    }
+}

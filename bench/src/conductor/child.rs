@@ -1,0 +1,93 @@
+//! A server or a client as a process that is told words and answers in JSON.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// Longest that an answer may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// See the module. Ended when dropped.
+pub(super) struct Worker {
+    child: Child,
+    words: ChildStdin,
+    answers: Receiver<Value>,
+    name: String,
+}
+
+impl Worker {
+    pub(super) fn start(command: &[String]) -> io::Result<Self> {
+        let (program, arguments) = command.split_first().expect("a program");
+        let mut child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|error| io::Error::other(format!("{program}: {error}")))?;
+        let words = child.stdin.take().expect("piped");
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        let (sender, answers) = channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                match serde_json::from_str(&line) {
+                    Ok(value) => {
+                        if sender.send(value).is_err() {
+                            return;
+                        }
+                    }
+                    Err(_) => eprintln!("{line}"),
+                }
+            }
+        });
+        Ok(Self { child, words, answers, name: program.clone() })
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(super) fn tell(&mut self, word: &str) -> io::Result<()> {
+        writeln!(self.words, "{word}")?;
+        self.words.flush()
+    }
+
+    /// The next answer that has a member of this name.
+    pub(super) fn expect(&self, member: &str) -> io::Result<Value> {
+        loop {
+            let answer = self.answers.recv_timeout(PATIENCE).map_err(|_| {
+                io::Error::other(format!("{} does not answer with {member:?}", self.name))
+            })?;
+            if answer.get(member).is_some() {
+                return Ok(answer);
+            }
+        }
+    }
+
+    pub(super) fn ask(&mut self, word: &str, member: &str) -> io::Result<Value> {
+        self.tell(word)?;
+        self.expect(member)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.tell("quit");
+        for _ in 0..100 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A number of an answer; 0 if it is missing.
+pub(super) fn number(answer: &Value, member: &str) -> f64 {
+    answer.get(member).and_then(Value::as_f64).unwrap_or(0.0)
+}

@@ -1,0 +1,75 @@
+//! What was measured: numbers by work, server and metric.
+
+use std::collections::BTreeMap;
+
+/// What a number is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Metric {
+    /// Processor time per message: the process, and the core's thread for deferred interrupts.
+    CpuUs,
+    /// The same without what making the events took.
+    CpuServingUs,
+    /// The part of it that is the thread for deferred interrupts.
+    SoftirqUs,
+    /// Messages per second.
+    PerSecond,
+    /// Median latency, µs.
+    P50Us,
+    /// 99th percentile, µs.
+    P99Us,
+    /// Messages lost, doubled, out of order or without a stamp.
+    Wrong,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Samples(BTreeMap<(&'static str, String, Metric), Vec<f64>>);
+
+/// Several runs of one thing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    /// The one in the middle.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The greatest.
+    pub max: f64,
+}
+
+impl Samples {
+    /// Adds a number.
+    pub fn add(&mut self, work: &'static str, contender: &str, metric: Metric, value: f64) {
+        self.0.entry((work, contender.to_owned(), metric)).or_default().push(value);
+    }
+
+    /// All numbers of one thing, as one.
+    pub fn summary(&self, work: &'static str, contender: &str, metric: Metric) -> Option<Summary> {
+        let mut values = self.0.get(&(work, contender.to_owned(), metric))?.clone();
+        values.sort_by(f64::total_cmp);
+        let middle = values.len() / 2;
+        let median = if values.len().is_multiple_of(2) {
+            f64::midpoint(values[middle - 1], values[middle])
+        } else {
+            values[middle]
+        };
+        Some(Summary { median, min: *values.first()?, max: *values.last()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_of_even_and_odd() {
+        let mut samples = Samples::default();
+        for value in [3.0, 1.0, 2.0, 10.0] {
+            samples.add("push", "a", Metric::CpuUs, value);
+        }
+        let summary = samples.summary("push", "a", Metric::CpuUs).unwrap();
+        assert_eq!(summary, Summary { median: 2.5, min: 1.0, max: 10.0 });
+        samples.add("push", "a", Metric::CpuUs, 2.6);
+        assert_eq!(samples.summary("push", "a", Metric::CpuUs).unwrap().median, 2.6);
+        assert_eq!(samples.summary("push", "b", Metric::CpuUs), None);
+    }
+}

@@ -1,0 +1,182 @@
+//! Which event goes to whom, and when. Every server pulls from the same generator.
+
+use std::ops::Range;
+use std::str::FromStr;
+
+use crate::clock::now_ns;
+use crate::payload::{Stamp, Template};
+
+/// What is to be pushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// How many sessions get each event: they are divided into so many conversations of this size.
+    pub group: usize,
+    /// Events for one conversation in a row, before the next one's turn.
+    pub burst: usize,
+    /// Events in all.
+    pub events: u64,
+    /// Events per second; 0: as fast as they are taken.
+    pub rate: u64,
+    /// Bytes of each value.
+    pub bytes: usize,
+}
+
+impl FromStr for Plan {
+    type Err = String;
+
+    /// `GROUP BURST EVENTS RATE BYTES`
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers: Result<Vec<u64>, _> = text.split_whitespace().map(str::parse).collect();
+        match numbers.as_deref() {
+            Ok(&[group, burst, events, rate, bytes]) if group > 0 && burst > 0 => Ok(Self {
+                group: group as usize,
+                burst: burst as usize,
+                events,
+                rate,
+                bytes: bytes as usize,
+            }),
+            _ => Err(format!("want GROUP BURST EVENTS RATE BYTES, got {text:?}")),
+        }
+    }
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} {} {} {}", self.group, self.burst, self.events, self.rate, self.bytes)
+    }
+}
+
+/// Conversations of different sizes have different numbers.
+const NUMBERS_PER_SIZE: usize = 10_000;
+
+/// The number of the conversation that is number `at` among those of its size.
+pub fn conversation(group: usize, at: usize) -> usize {
+    group * NUMBERS_PER_SIZE + at
+}
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// Its conversation.
+    pub conversation: usize,
+    /// The sessions that get it.
+    pub sessions: Range<usize>,
+    /// The serialized envelope.
+    pub value: Vec<u8>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Generator {
+    plan: Plan,
+    template: Template,
+    sessions: usize,
+    conversations: u64,
+    produced: u64,
+    started_ns: u64,
+}
+
+impl Generator {
+    /// A generator for sessions 0 to `sessions`, exclusive.
+    pub fn new(plan: Plan, sessions: usize) -> Self {
+        let conversations = (sessions / plan.group).max(1) as u64;
+        let template = Template::new(plan.bytes);
+        Self { plan, template, sessions, conversations, produced: 0, started_ns: now_ns() }
+    }
+
+    /// Whether all events were taken.
+    pub fn is_finished(&self) -> bool {
+        self.produced == self.plan.events
+    }
+
+    /// Messages that the events so far amount to.
+    pub fn messages(&self) -> u64 {
+        self.produced * self.plan.group.min(self.sessions) as u64
+    }
+
+    /// Processor time that making all events takes, ns, from a sample: for servers that make them
+    /// in their own loop.
+    pub fn total_cost_ns(&self) -> u64 {
+        const SAMPLES: u64 = 10_000;
+        let plan = Plan { events: SAMPLES, rate: 0, ..self.plan };
+        let mut sample = Self::new(plan, self.sessions);
+        let before = crate::usage::thread_ns();
+        while let Some(item) = sample.next_due() {
+            std::hint::black_box(item);
+        }
+        (crate::usage::thread_ns() - before) * self.plan.events / SAMPLES
+    }
+
+    /// When the next event is due, ns; `None`: at once.
+    pub fn due_ns(&self) -> Option<u64> {
+        if self.plan.rate == 0 {
+            return None;
+        }
+        Some(
+            self.started_ns
+                + (u128::from(self.produced) * 1_000_000_000 / u128::from(self.plan.rate)) as u64,
+        )
+    }
+
+    /// The next event, if there is one and it is due.
+    pub fn next_due(&mut self) -> Option<Item> {
+        if self.is_finished() {
+            return None;
+        }
+        let now = now_ns();
+        let intended_ns = match self.due_ns() {
+            Some(due) if due > now => return None,
+            Some(due) => due,
+            None => now,
+        };
+        let burst = self.plan.burst as u64;
+        let turn = self.produced / burst;
+        let conversation = (turn % self.conversations) as usize;
+        // Each conversation has had `burst` events in each round that is over.
+        let sequence = turn / self.conversations * burst + self.produced % burst + 1;
+        self.produced += 1;
+        let first = conversation * self.plan.group;
+        let stamp = Stamp { sequence, intended_ns };
+        let number = self::conversation(self.plan.group, conversation);
+        Some(Item {
+            conversation: number,
+            sessions: first..(first + self.plan.group).min(self.sessions),
+            value: self.template.envelope(number, stamp),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(plan: &str, sessions: usize) -> Vec<(Range<usize>, u64)> {
+        let mut generator = Generator::new(plan.parse().unwrap(), sessions);
+        std::iter::from_fn(|| generator.next_due())
+            .map(|item| (item.sessions, Stamp::find(&item.value).unwrap().sequence))
+            .collect()
+    }
+
+    #[test]
+    fn each_session_in_turn_with_its_own_sequence() {
+        assert_eq!(run("1 1 5 0 128", 2), [(0..1, 1), (1..2, 1), (0..1, 2), (1..2, 2), (0..1, 3)]);
+    }
+
+    #[test]
+    fn bursts_stay_together() {
+        assert_eq!(run("1 2 5 0 128", 2), [(0..1, 1), (0..1, 2), (1..2, 1), (1..2, 2), (0..1, 3)]);
+    }
+
+    #[test]
+    fn groups_cover_all_sessions() {
+        assert_eq!(run("3 1 3 0 128", 6), [(0..3, 1), (3..6, 1), (0..3, 2)]);
+        assert_eq!(run("100 1 1 0 128", 6), [(0..6, 1)]);
+    }
+
+    #[test]
+    fn rate_holds_events_back() {
+        let mut generator = Generator::new("1 1 2 1 128".parse().unwrap(), 1);
+        assert!(generator.next_due().is_some());
+        assert!(generator.next_due().is_none() && !generator.is_finished());
+    }
+}

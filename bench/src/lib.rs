@@ -1,0 +1,15 @@
+//! What the load client, the comparison servers and the conductor share.
+
+pub mod client;
+pub mod clock;
+pub mod conductor;
+pub mod control;
+pub mod frame;
+pub mod generator;
+pub mod histogram;
+pub mod names;
+#[cfg(feature = "delivery")]
+pub mod ours;
+pub mod payload;
+pub mod servers;
+pub mod usage;

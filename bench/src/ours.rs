@@ -1,0 +1,298 @@
+//! Delivery itself, wired as `app` wires it but for Kafka: a router reads a partition that the
+//! generator writes.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use delivery::domain::command::{ShardCommand, ShardReport};
+use delivery::domain::ids::ShardId;
+use delivery::domain::limits::HANDOFF_RING_SLOTS;
+use delivery::handoff::{Consumer, Doorbell, Producer, ring};
+use delivery::protocol::upgrade::UpgradeRules;
+use delivery::reactor::config::ShardConfig;
+use delivery::reactor::counters::ShardCounters;
+use delivery::reactor::gate::{Gate, GateConfig};
+use delivery::reactor::listener::{ListenerConfig, listen_all};
+use delivery::reactor::shard::{PeerRings, ShardLinks};
+use delivery::reactor::thread::{ShardHandle, spawn};
+use delivery::service::auth::Authenticator;
+use delivery::service::directory::Directory;
+use delivery::service::membership::{Membership, MembershipConfig};
+use delivery::service::presence::Presence;
+use delivery::service::resume::Resume;
+use delivery::service::router::{
+    Assignment, LogName, Progress, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
+    RouterParts, ShardLink,
+};
+use delivery::service::sessions::{
+    SessionConfig, SessionHandle, SessionManager, SessionPorts, ShardPort,
+};
+
+use crate::clock::now_ns;
+use crate::control::Pushed;
+use crate::generator::{Generator, Plan, conversation};
+use crate::names;
+use crate::payload::creation;
+
+const POLL: Duration = Duration::from_micros(200);
+
+/// What the partition holds at the moment.
+#[derive(Default)]
+struct Log {
+    /// Creation events, in turn.
+    creations: std::vec::IntoIter<Vec<u8>>,
+    generator: Option<Generator>,
+    offset: i64,
+}
+
+/// The router's end of it.
+struct Source(Arc<Mutex<Log>>, Arc<AtomicI64>);
+
+impl RecordSource for Source {
+    fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool {
+        let mut log = self.0.lock().expect("no holder panics");
+        let value = match log.creations.next() {
+            Some(value) => value,
+            None => match log.generator.as_mut().and_then(Generator::next_due) {
+                Some(item) => item.value,
+                None => return false,
+            },
+        };
+        let offset = log.offset;
+        log.offset += 1;
+        drop(log);
+        take(RawRecord { offset, appended_at_ms: 0, key: None, value: &value, traceparent: None });
+        self.1.store(offset + 1, Ordering::Release);
+        true
+    }
+}
+
+/// How it is built.
+#[derive(Clone, Copy, Debug)]
+pub struct OurConfig {
+    /// Shards.
+    pub shards: u16,
+    /// Connections of each.
+    pub connections: u32,
+    /// `SO_SNDBUF`, bytes; 0: the system's default.
+    pub send_buffer_bytes: usize,
+}
+
+/// Delivery, running.
+pub struct Ours {
+    /// Where it listens.
+    pub address: SocketAddr,
+    log: Arc<Mutex<Log>>,
+    taken: Arc<AtomicI64>,
+    progress: Arc<Progress>,
+    router: RouterControl,
+    counters: Vec<Arc<ShardCounters>>,
+    /// Sizes of conversations that have been made.
+    prepared: Vec<usize>,
+    _sessions: SessionHandle,
+    _shards: Vec<ShardHandle>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+type PeerEnd = (Producer<ShardCommand>, Consumer<ShardReport>);
+
+fn peer(
+    bell: &Arc<Doorbell>,
+    bells: &[Arc<Doorbell>],
+    shards: &mut [Vec<PeerRings>],
+) -> Vec<PeerEnd> {
+    let mut ends = Vec::new();
+    for (shard_bell, rings) in bells.iter().zip(shards) {
+        let (to, commands) = ring(HANDOFF_RING_SLOTS, Arc::clone(shard_bell));
+        let (reports, from) = ring(HANDOFF_RING_SLOTS, Arc::clone(bell));
+        rings.push(PeerRings { commands, reports });
+        ends.push((to, from));
+    }
+    ends
+}
+
+impl Ours {
+    /// Starts it on a free port.
+    ///
+    /// # Errors
+    /// What could not be had.
+    pub fn start(config: OurConfig) -> io::Result<Self> {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let within = runtime.enter();
+        let mut listen = ListenerConfig::new(SocketAddr::from(([127, 0, 0, 1], 0)));
+        listen.send_buffer_bytes =
+            (config.send_buffer_bytes > 0).then_some(config.send_buffer_bytes);
+        let count = usize::from(config.shards);
+        let (listeners, address) = listen_all(&listen, count).map_err(io::Error::other)?;
+
+        let bells: Vec<_> =
+            (0..count).map(|_| Doorbell::new().map(Arc::new)).collect::<io::Result<_>>()?;
+        let mut rings: Vec<Vec<PeerRings>> = (0..count).map(|_| Vec::new()).collect();
+        let manager_bell = Arc::new(Doorbell::new()?);
+        let manager = peer(&manager_bell, &bells, &mut rings);
+        let router_bell = Arc::new(Doorbell::new()?);
+        let routes = peer(&router_bell, &bells, &mut rings);
+
+        let gate = Arc::new(Gate::new(GateConfig {
+            connections_per_address_max: u32::MAX,
+            handshakes_per_address_per_s_max: u32::MAX,
+            handshakes_per_s_max: u32::MAX,
+        }));
+        let shard_config = ShardConfig {
+            connections_max: config.connections,
+            upgrade: UpgradeRules { echo: true, ..UpgradeRules::default() },
+            ..ShardConfig::default()
+        };
+        let mut counters = Vec::new();
+        let mut shards = Vec::new();
+        for (number, ((listener, peers), bell)) in
+            (0..).zip(listeners.into_iter().zip(rings).zip(&bells))
+        {
+            let counts = Arc::new(ShardCounters::default());
+            counters.push(Arc::clone(&counts));
+            let links = ShardLinks {
+                peers,
+                bell: Arc::clone(bell),
+                gate: Arc::clone(&gate),
+                counters: counts,
+            };
+            let shard = spawn(ShardId(number), shard_config.clone(), listener, links);
+            shards.push(shard.map_err(io::Error::other)?);
+        }
+
+        let directory = Arc::new(Directory::new());
+        let sessions = SessionManager::spawn(
+            SessionConfig::default(),
+            SessionPorts {
+                bell: manager_bell,
+                shards: manager
+                    .into_iter()
+                    .map(|(commands, reports)| ShardPort { commands, reports })
+                    .collect(),
+                directory: Arc::clone(&directory),
+                auth: Authenticator::trust(),
+                presence: Presence::off(),
+                resume: Resume::off(),
+            },
+            Arc::default(),
+        )?;
+        let membership = Membership::new(
+            MembershipConfig { conversations_max: 4_000_000, ..MembershipConfig::default() },
+            None,
+            runtime.handle().clone(),
+            Arc::default(),
+        );
+        let (thread, router) = Router::new(RouterParts {
+            config: RouterConfig::default(),
+            counters: Arc::default(),
+            bell: router_bell,
+            links: routes
+                .into_iter()
+                .map(|(commands, reports)| ShardLink { commands, reports })
+                .collect(),
+            directory,
+            membership: Arc::clone(&membership),
+            remote: None,
+            dead_letters: None,
+        });
+        thread.spawn("router".to_owned())?;
+        membership.follow();
+
+        let (log, taken) = (Arc::new(Mutex::new(Log::default())), Arc::new(AtomicI64::new(0)));
+        let progress = Arc::new(Progress::new(0));
+        router.assign(Assignment {
+            log: LogName { topic: "bench".into(), topic_index: 0, partition: 0 },
+            source: Box::new(Source(Arc::clone(&log), Arc::clone(&taken))),
+            start: 0,
+            progress: Arc::clone(&progress),
+        });
+        drop(within);
+        Ok(Self {
+            address,
+            log,
+            taken,
+            progress,
+            router,
+            counters,
+            prepared: Vec::new(),
+            _sessions: sessions,
+            _shards: shards,
+            _runtime: runtime,
+        })
+    }
+
+    /// Sessions that are open.
+    pub fn sessions(&self) -> usize {
+        self.counters.iter().map(|counters| counters.counts.sessions.get() as usize).sum()
+    }
+
+    /// Makes the conversations that a plan needs. Returns whether there was anything to do.
+    pub fn prepare(&mut self, plan: Plan) -> bool {
+        if self.prepared.contains(&plan.group) {
+            return false;
+        }
+        self.prepared.push(plan.group);
+        let sessions = self.sessions();
+        let creations: Vec<Vec<u8>> = (0..(sessions / plan.group).max(1))
+            .map(|at| {
+                let first = at * plan.group;
+                let members = first..(first + plan.group).min(sessions);
+                creation(conversation(plan.group, at), members.map(names::user))
+            })
+            .collect();
+        let until = {
+            let mut log = self.log.lock().expect("no holder panics");
+            let until = log.offset + creations.len() as i64;
+            log.creations = creations.into_iter();
+            until
+        };
+        self.router.bell().ring();
+        self.wait_until(until);
+        true
+    }
+
+    /// Every record below this offset is done: sent on each socket concerned.
+    fn wait_until(&self, offset: i64) {
+        while self.progress.committable() < offset {
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Pushes a plan.
+    pub fn push(&self, plan: Plan) -> Pushed {
+        let generator = Generator::new(plan, self.sessions());
+        let generator_ns = generator.total_cost_ns();
+        let started_ns = now_ns();
+        let until = {
+            let mut log = self.log.lock().expect("no holder panics");
+            log.generator = Some(generator);
+            log.offset + plan.events as i64
+        };
+        self.router.bell().ring();
+        while self.taken.load(Ordering::Acquire) < until {
+            let due = {
+                let log = self.log.lock().expect("no holder panics");
+                log.generator.as_ref().and_then(Generator::due_ns)
+            };
+            match due {
+                // The source is not empty until it is done.
+                None => std::thread::sleep(POLL),
+                Some(due) => {
+                    std::thread::sleep(Duration::from_nanos(due.saturating_sub(now_ns())));
+                    self.router.bell().ring();
+                }
+            }
+        }
+        self.wait_until(until);
+        Pushed {
+            messages: plan.events * plan.group.min(self.sessions()) as u64,
+            elapsed_ns: now_ns() - started_ns,
+            generator_ns,
+            retries: 0,
+        }
+    }
+}

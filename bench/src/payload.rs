@@ -1,0 +1,188 @@
+//! The event that all servers push: a serialized `EventEnvelope` of an exact length, with a stamp
+//! that the client finds again in any encoding.
+//!
+//! ```text
+//! … metadata_json = "bench:" | sequence: 16 hex digits | intended time, ns: 16 hex digits
+//! ```
+
+/// Marks the stamp.
+const MARK: &[u8] = b"bench:";
+const DIGITS: usize = 16;
+/// Shortest value that a [`Template`] can make.
+pub const BYTES_MIN: usize = 80;
+
+/// What the client reads from an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Counts the events of one session, from 1.
+    pub sequence: u64,
+    /// When the event was meant to be injected, [`now_ns`](crate::clock::now_ns): a generator that
+    /// is late does not make the latency look better.
+    pub intended_ns: u64,
+}
+
+impl Stamp {
+    /// The text that carries it.
+    pub fn text(self) -> String {
+        format!("bench:{:016x}{:016x}", self.sequence, self.intended_ns)
+    }
+
+    /// Finds it.
+    pub fn find(payload: &[u8]) -> Option<Self> {
+        // Nearly always at the very end; a JSON encoding has more after it.
+        let length = MARK.len() + 2 * DIGITS;
+        let tail = payload.len().checked_sub(length)?;
+        let at = if payload[tail..].starts_with(MARK) {
+            tail
+        } else {
+            memchr::memmem::find(payload, MARK)?
+        };
+        let digits = payload.get(at + MARK.len()..at + length)?;
+        Some(Self { sequence: hex(&digits[..DIGITS])?, intended_ns: hex(&digits[DIGITS..])? })
+    }
+}
+
+fn hex(digits: &[u8]) -> Option<u64> {
+    digits.iter().try_fold(0_u64, |number, digit| {
+        Some(number << 4 | u64::from(char::from(*digit).to_digit(16)?))
+    })
+}
+
+/// A value of an exact length, made once and stamped for each event.
+#[derive(Clone, Debug)]
+pub struct Template {
+    value: Vec<u8>,
+    conversation_at: usize,
+    sequence_at: usize,
+    stamp_at: usize,
+}
+
+const CONVERSATION_DIGITS: usize = 7;
+/// `Message.sequence` is a varint stretched to this many bytes, so that lengths do not depend on it.
+const SEQUENCE_BYTES: usize = 5;
+
+impl Template {
+    /// `MESSAGE_SENT` of exactly `bytes` (at least [`BYTES_MIN`]), its message padded in `content`.
+    pub fn new(bytes: usize) -> Self {
+        assert!(bytes >= BYTES_MIN, "{bytes}");
+        // One byte more of content may make two or three more of the whole, where a length grows;
+        // nanoseconds of another size then make up for it.
+        for padding in (0..=bytes - BYTES_MIN).rev() {
+            for nanos in [None, Some(1), Some(200), Some(20_000), Some(3_000_000)] {
+                let value = build(padding, nanos);
+                if value.len() == bytes {
+                    return Self::locate(value);
+                }
+            }
+        }
+        unreachable!("every length from {BYTES_MIN} on can be met");
+    }
+
+    fn locate(value: Vec<u8>) -> Self {
+        let find = |what: &[u8]| memchr::memmem::find(&value, what).expect("built so");
+        Self {
+            conversation_at: find(b"c0000000") + 1,
+            sequence_at: find(&[4 << 3, 0x80, 0x80, 0x80, 0x80, 0]) + 1,
+            stamp_at: find(MARK),
+            value,
+        }
+    }
+
+    /// The event of one conversation.
+    pub fn envelope(&self, conversation: usize, stamp: Stamp) -> Vec<u8> {
+        let mut value = self.value.clone();
+        let name = format!("{conversation:0CONVERSATION_DIGITS$}");
+        value[self.conversation_at..][..CONVERSATION_DIGITS].copy_from_slice(name.as_bytes());
+        for (n, byte) in value[self.sequence_at..][..SEQUENCE_BYTES].iter_mut().enumerate() {
+            let more = if n + 1 < SEQUENCE_BYTES { 0x80 } else { 0 };
+            *byte = (stamp.sequence >> (7 * n)) as u8 & 0x7f | more;
+        }
+        let text = stamp.text();
+        value[self.stamp_at..][..text.len()].copy_from_slice(text.as_bytes());
+        value
+    }
+}
+
+/// `CONVERSATION_CREATED` for conversation number `conversation` with these members.
+pub fn creation(conversation: usize, members: impl Iterator<Item = String>) -> Vec<u8> {
+    let mut named = Vec::new();
+    text(&mut named, 1, format!("c{conversation:0CONVERSATION_DIGITS$}").as_bytes());
+    let mut event = Vec::new();
+    text(&mut event, 1, &named);
+    for member in members {
+        text(&mut event, 2, member.as_bytes());
+    }
+    let mut envelope = Vec::with_capacity(event.len() + 32);
+    varint_field(&mut envelope, 1, 1);
+    varint_field(&mut envelope, 2, 1);
+    text(&mut envelope, 4, &event);
+    envelope
+}
+
+fn build(padding: usize, nanos: Option<u64>) -> Vec<u8> {
+    let mut message = Vec::with_capacity(96 + padding);
+    text(&mut message, 1, b"m");
+    text(&mut message, 2, format!("c{:0CONVERSATION_DIGITS$}", 0).as_bytes());
+    text(&mut message, 3, b"u");
+    varint(&mut message, 4 << 3);
+    message.extend_from_slice(&[0x80, 0x80, 0x80, 0x80, 0]);
+    text(&mut message, 6, &vec![b'x'; padding]);
+    text(&mut message, 7, Stamp { sequence: 0, intended_ns: 0 }.text().as_bytes());
+    let mut event = Vec::with_capacity(message.len() + 8);
+    text(&mut event, 1, &message);
+    let mut timestamp = Vec::new();
+    varint_field(&mut timestamp, 1, 1_700_000_000);
+    if let Some(nanos) = nanos {
+        varint_field(&mut timestamp, 2, nanos);
+    }
+    let mut envelope = Vec::with_capacity(event.len() + 32);
+    varint_field(&mut envelope, 1, 10);
+    varint_field(&mut envelope, 2, 1);
+    text(&mut envelope, 3, &timestamp);
+    text(&mut envelope, 4, &event);
+    envelope
+}
+
+fn varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+fn varint_field(out: &mut Vec<u8>, field: u64, value: u64) {
+    varint(out, field << 3);
+    varint(out, value);
+}
+
+fn text(out: &mut Vec<u8>, field: u64, bytes: &[u8]) {
+    varint(out, field << 3 | 2);
+    varint(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_length_can_be_met_and_carries_its_stamp() {
+        for bytes in (BYTES_MIN..600).chain([1024, 16_384, 16_500, 20_000]) {
+            let template = Template::new(bytes);
+            for sequence in [1, 127, 128, 1 << 34] {
+                let stamp = Stamp { sequence, intended_ns: 0xdead_beef };
+                let value = template.envelope(12, stamp);
+                assert_eq!((value.len(), Stamp::find(&value)), (bytes, Some(stamp)));
+            }
+        }
+    }
+
+    #[test]
+    fn stamp_is_found_within_json() {
+        let stamp = Stamp { sequence: 3, intended_ns: 4 };
+        let json = format!(r#"{{"metadataJson":"{}","sentAt":null}}"#, stamp.text());
+        assert_eq!(Stamp::find(json.as_bytes()), Some(stamp));
+        assert_eq!(Stamp::find(b"{}"), None);
+    }
+}

@@ -1,0 +1,173 @@
+//! The epoll loop, and the frame around the bare ring: both take connections the same way.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use rustix::io::Errno;
+
+use super::bare;
+use super::table::{COMMAND, LISTENER, Table};
+use crate::clock::now_ns;
+use crate::control::{self, Prepared, Pushed, Sessions, Word, word};
+use crate::frame;
+use crate::generator::{Generator, Plan};
+
+const EVENTS_MAX: usize = 512;
+/// Events sent between two looks at the sockets.
+const BATCH: usize = 256;
+
+/// How it sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Engine {
+    /// `send(2)`.
+    Send,
+    /// A ring.
+    Uring,
+}
+
+struct Server {
+    table: Table,
+    engine: Engine,
+    push: Option<Push>,
+}
+
+struct Push {
+    generator: Generator,
+    started_ns: u64,
+    messages: u64,
+    generator_ns: u64,
+}
+
+/// Until the standard input ends.
+pub(super) fn run(listener: TcpListener, capacity: usize, engine: Engine) -> io::Result<()> {
+    let table = Table::new(listener, capacity)?;
+    let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+    let flags = EventFlags::IN | EventFlags::ET;
+    epoll::add(table.epoll(), &*bell, EventData::new_u64(COMMAND), flags)?;
+    let ringer = Arc::clone(&bell);
+    let words = control::commands(move || {
+        let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes()); // fails only when full: rung
+    });
+    Server { table, engine, push: None }.serve(&words)
+}
+
+impl Server {
+    fn serve(&mut self, words: &Receiver<String>) -> io::Result<()> {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENTS_MAX);
+        loop {
+            let wait = self.advance();
+            events.clear();
+            match epoll::wait(
+                self.table.epoll(),
+                rustix::buffer::spare_capacity(&mut events),
+                wait.as_ref(),
+            ) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            for event in &events {
+                match { event.data }.u64() {
+                    LISTENER => self.table.accept()?,
+                    COMMAND => {}
+                    number => {
+                        let flags = event.flags;
+                        if flags.contains(EventFlags::OUT) {
+                            self.table.flush(number as usize);
+                        }
+                        if flags != EventFlags::OUT {
+                            self.table.read(number as usize);
+                        }
+                    }
+                }
+            }
+            if !self.obey(words)? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn obey(&mut self, words: &Receiver<String>) -> io::Result<bool> {
+        loop {
+            let line = match words.try_recv() {
+                Ok(line) => line,
+                Err(TryRecvError::Empty) => return Ok(true),
+                Err(TryRecvError::Disconnected) => return Ok(false),
+            };
+            match word(&line) {
+                Some(Word::Sessions) => control::answer(&Sessions { sessions: self.table.open }),
+                Some(Word::Prepare(_)) => control::answer(&Prepared { prepared: false }),
+                Some(Word::Push(plan)) => self.begin(plan)?,
+                Some(Word::Echo(ms)) if self.engine == Engine::Uring => {
+                    let descriptors: Vec<i32> = self.table.descriptors().collect();
+                    bare::echo(&descriptors, ms)?;
+                }
+                Some(Word::Echo(_)) => {}
+                Some(Word::Quit) => return Ok(false),
+                None => eprintln!("unknown word: {line}"),
+            }
+        }
+    }
+
+    fn begin(&mut self, plan: Plan) -> io::Result<()> {
+        let generator = Generator::new(plan, self.table.open);
+        match self.engine {
+            Engine::Send => {
+                let generator_ns = generator.total_cost_ns();
+                self.push =
+                    Some(Push { generator, started_ns: now_ns(), messages: 0, generator_ns });
+                Ok(())
+            }
+            Engine::Uring => {
+                let descriptors: Vec<i32> = (0..self.table.open)
+                    .map(|session| self.table.of(session).map_or(-1, |c| c.socket.as_raw_fd()))
+                    .collect();
+                control::answer(&bare::push(generator, &descriptors)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// Pushes what is due; returns how long epoll may wait then.
+    fn advance(&mut self) -> Option<Timespec> {
+        let no_wait = Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        let Some(push) = &mut self.push else { return None };
+        let mut frames = Vec::new();
+        for _ in 0..BATCH {
+            let Some(item) = push.generator.next_due() else { break };
+            frames.clear();
+            frame::put(&mut frames, frame::BINARY, &item.value);
+            for session in item.sessions {
+                push.messages += 1;
+                if let Some(connection) = self.table.of(session) {
+                    let number = connection.socket.as_raw_fd() as usize;
+                    self.table.send(number, &frames);
+                }
+            }
+        }
+        if push.generator.is_finished() {
+            if self.table.unsent > 0 {
+                return None; // epoll tells when they can be sent
+            }
+            control::answer(&Pushed {
+                messages: push.messages,
+                elapsed_ns: now_ns() - push.started_ns,
+                generator_ns: push.generator_ns,
+                retries: 0,
+            });
+            self.push = None;
+            return None;
+        }
+        match push.generator.due_ns().map(|due| due.saturating_sub(now_ns())) {
+            None | Some(0) => no_wait,
+            Some(wait) => Some(Timespec {
+                tv_sec: (wait / 1_000_000_000) as i64,
+                tv_nsec: (wait % 1_000_000_000) as i64,
+            }),
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! The comparison servers: one job, one protocol, each the way its kind is usually written. See [`Word`](crate::control::Word) for what they are told.
+
+mod bare;
+mod epoll;
+mod table;
+mod tokio_tungstenite;
+mod tokio_uring_tungstenite;
+
+use std::io;
+use std::net::TcpListener;
+
+use clap::ValueEnum;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+/// Which one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// io_uring and nothing else: the limit.
+    Bare,
+    /// epoll and `send(2)`.
+    Epoll,
+    /// tokio, a task per connection, tungstenite.
+    Tokio,
+    /// tokio-uring, a task per connection, tungstenite.
+    TokioUring,
+}
+
+/// Runs it until its standard input ends. `capacity`: sessions at most.
+///
+/// # Errors
+/// The system's.
+pub fn run(kind: Kind, capacity: usize) -> io::Result<()> {
+    let listener = listen()?;
+    match kind {
+        Kind::Bare => epoll::run(listener, capacity, epoll::Engine::Uring),
+        Kind::Epoll => epoll::run(listener, capacity, epoll::Engine::Send),
+        Kind::Tokio => tokio_tungstenite::run(listener, capacity),
+        Kind::TokioUring => tokio_uring_tungstenite::run(listener, capacity),
+    }
+}
+
+/// On a free port, with a backlog and a send buffer like Delivery's.
+fn listen() -> io::Result<TcpListener> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+    rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
+    rustix::net::sockopt::set_socket_send_buffer_size(&socket, 128 * 1024)?;
+    rustix::net::bind(&socket, &std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 0))?;
+    rustix::net::listen(&socket, 4096)?;
+    let listener = TcpListener::from(socket);
+    crate::control::answer(&crate::control::Ready { ready: listener.local_addr()?.to_string() });
+    Ok(listener)
+}

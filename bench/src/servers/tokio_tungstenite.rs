@@ -1,0 +1,168 @@
+//! The usual way: tokio, a task per connection, tungstenite, a channel per session.
+
+use std::io;
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ::tokio_tungstenite::{WebSocketStream, accept_hdr_async_with_config};
+use futures_util::{SinkExt, StreamExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc::{Receiver, Sender, channel, error::TrySendError};
+use tungstenite::handshake::server::{Request, Response};
+use tungstenite::protocol::WebSocketConfig;
+use tungstenite::{Bytes, Message};
+
+use crate::clock::now_ns;
+use crate::control::{self, Prepared, Pushed, Sessions, Word, word};
+use crate::generator::{Generator, Item, Plan};
+use crate::names;
+use crate::usage;
+
+/// Messages that wait for one session, as in Delivery.
+const QUEUE: usize = 128;
+
+struct Shared {
+    /// Sender of session `index`.
+    sessions: Mutex<Vec<Option<Sender<Bytes>>>>,
+    open: AtomicUsize,
+    sent: AtomicU64,
+}
+
+/// Until the standard input ends.
+pub(super) fn run(listener: TcpListener, capacity: usize) -> io::Result<()> {
+    // One worker: the server has one core.
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let shared = Arc::new(Shared {
+        sessions: Mutex::new(vec![None; capacity]),
+        open: AtomicUsize::new(0),
+        sent: AtomicU64::new(0),
+    });
+    runtime.spawn(accept(listener, Arc::clone(&shared)));
+    let words = control::commands(|| {});
+    while let Ok(line) = words.recv() {
+        match word(&line) {
+            Some(Word::Sessions) => {
+                control::answer(&Sessions { sessions: shared.open.load(Ordering::Relaxed) });
+            }
+            Some(Word::Prepare(_)) => control::answer(&Prepared { prepared: false }),
+            Some(Word::Push(plan)) => control::answer(&push(plan, &shared)),
+            Some(Word::Echo(_)) => {}
+            Some(Word::Quit) => break,
+            None => eprintln!("unknown word: {line}"),
+        }
+    }
+    Ok(())
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    loop {
+        let (stream, _) = listener.accept().await?;
+        tokio::spawn(serve(stream, Arc::clone(&shared)));
+    }
+}
+
+async fn serve(stream: TcpStream, shared: Arc<Shared>) {
+    let mut session = None;
+    #[expect(clippy::result_large_err, reason = "tungstenite's own signature")]
+    let note = |request: &Request, response: Response| {
+        session = names::index_of(request.uri().to_string().as_bytes());
+        Ok(response)
+    };
+    // Buffers as small as they get: the default of 128 KiB for each session would not be fair.
+    let config = WebSocketConfig::default().read_buffer_size(4096).write_buffer_size(0);
+    let Ok(socket) = accept_hdr_async_with_config(stream, note, Some(config)).await else { return };
+    let (sender, receiver) = channel(QUEUE);
+    if let Some(session) = session
+        && let Some(place) = shared.sessions.lock().expect("no holder panics").get_mut(session)
+    {
+        *place = Some(sender);
+    }
+    shared.open.fetch_add(1, Ordering::Relaxed);
+    converse(socket, receiver, &shared).await;
+    shared.open.fetch_sub(1, Ordering::Relaxed);
+}
+
+async fn converse(
+    mut socket: WebSocketStream<TcpStream>,
+    mut events: Receiver<Bytes>,
+    shared: &Shared,
+) {
+    loop {
+        tokio::select! {
+            event = events.recv() => {
+                let Some(event) = event else { return };
+                let mut count = 1;
+                if socket.feed(Message::Binary(event)).await.is_err() {
+                    return;
+                }
+                // What waits goes out with it.
+                while let Ok(event) = events.try_recv() {
+                    count += 1;
+                    if socket.feed(Message::Binary(event)).await.is_err() {
+                        return;
+                    }
+                }
+                if socket.flush().await.is_err() {
+                    return;
+                }
+                shared.sent.fetch_add(count, Ordering::Relaxed);
+            }
+            message = socket.next() => match message {
+                Some(Ok(message @ Message::Binary(_))) => {
+                    if socket.send(message).await.is_err() {
+                        return;
+                    }
+                }
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return,
+            },
+        }
+    }
+}
+
+/// On the calling thread, which is the one that reads the words.
+fn push(plan: Plan, shared: &Shared) -> Pushed {
+    let sessions: Vec<Option<Sender<Bytes>>> =
+        shared.sessions.lock().expect("no holder panics").clone();
+    let open = shared.open.load(Ordering::Relaxed);
+    let cpu = usage::thread_ns();
+    let started_ns = now_ns();
+    let before = shared.sent.load(Ordering::Relaxed);
+    let mut generator = Generator::new(plan, open);
+    let (mut messages, mut retries) = (0, 0);
+    while !generator.is_finished() {
+        let Some(Item { sessions: recipients, value, .. }) = generator.next_due() else {
+            let wait = generator.due_ns().map_or(0, |due| due.saturating_sub(now_ns()));
+            std::thread::sleep(Duration::from_nanos(wait));
+            continue;
+        };
+        let value = Bytes::from(value);
+        for sender in sessions[recipients].iter().flatten() {
+            messages += 1;
+            let mut event = value.clone();
+            while let Err(TrySendError::Full(back)) = sender.try_send(event) {
+                retries += 1;
+                event = back;
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+        // As far ahead as Delivery's rings let a router be.
+        while messages - (shared.sent.load(Ordering::Relaxed) - before) > 8192 {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+    while shared.sent.load(Ordering::Relaxed) - before < messages {
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    Pushed {
+        messages,
+        elapsed_ns: now_ns() - started_ns,
+        generator_ns: usage::thread_ns() - cpu,
+        retries,
+    }
+}

@@ -1,0 +1,103 @@
+//! Processor time and memory of a process, and of the core that serves its sockets.
+
+use std::fs;
+use std::io;
+
+use rustix::process::Pid;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+/// Restricts the calling thread, and the threads it makes from here on, to one core.
+///
+/// # Errors
+/// There is no such core.
+pub fn pin(core: usize) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(core);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Nanoseconds that all threads of a process have run.
+///
+/// # Errors
+/// There is no such process, or the kernel keeps no schedule statistics.
+pub fn process_ns(pid: u32) -> io::Result<u64> {
+    let mut total = 0;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread that ended meanwhile is not there any more.
+        total += run_ns(&thread?.path().join("schedstat")).unwrap_or(0);
+    }
+    Ok(total)
+}
+
+/// Nanoseconds that the calling thread has run.
+pub fn thread_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Nanoseconds that the thread for deferred interrupts of a core has run: the kernel's share of
+/// loopback traffic that the process itself is not charged with.
+///
+/// # Errors
+/// The kernel does not show its threads here.
+pub fn softirq_ns(core: usize) -> io::Result<u64> {
+    let wanted = format!("ksoftirqd/{core}");
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let is_it = fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == wanted);
+        if is_it {
+            return run_ns(&path.join("schedstat"));
+        }
+    }
+    Err(io::Error::other(format!("no thread {wanted}")))
+}
+
+fn run_ns(schedstat: &std::path::Path) -> io::Result<u64> {
+    fs::read_to_string(schedstat)?
+        .split_whitespace()
+        .next()
+        .and_then(|first| first.parse().ok())
+        .ok_or_else(|| io::Error::other("schedstat of an unknown form"))
+}
+
+/// Resident memory of a process, bytes.
+///
+/// # Errors
+/// There is no such process.
+pub fn resident_bytes(pid: u32) -> io::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    kib_of(&status, "VmRSS:").ok_or_else(|| io::Error::other("no VmRSS"))
+}
+
+/// Kernel memory in slabs, of the whole machine, bytes.
+///
+/// # Errors
+/// `/proc` is not mounted.
+pub fn slab_bytes() -> io::Result<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    kib_of(&meminfo, "Slab:").ok_or_else(|| io::Error::other("no Slab"))
+}
+
+fn kib_of(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find(|line| line.starts_with(name))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+/// The process of a child as [`Pid`], to end it.
+pub fn pid_of(id: u32) -> Option<Pid> {
+    Pid::from_raw(i32::try_from(id).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_process_has_run_and_takes_memory() {
+        let me = std::process::id();
+        assert!(thread_ns() > 0);
+        assert!(process_ns(me).is_ok());
+        assert!(resident_bytes(me).unwrap() > 100_000);
+        assert!(slab_bytes().unwrap() > 0);
+    }
+}

@@ -1,7 +1,6 @@
 //! One call of `Connect`: its handshake, its reader and its writer.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -16,6 +15,7 @@ use tonic::server::{Grpc, NamedService, StreamingService};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::codec::EventCodec;
+use super::connections::{Fate, Peer};
 use super::{GrpcConfig, GrpcCounters};
 use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
@@ -92,8 +92,8 @@ impl Shared {
     ) -> Result<Writer, Status> {
         self.counters.grpc_calls.add(1);
         let deadline = self.config.handshake_timeout;
-        let address =
-            request.remote_addr().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address| address.ip());
+        let peer: Peer =
+            request.extensions().get::<Peer>().expect("of a connection of ours").clone();
         let token = bearer(request.metadata());
         if token.as_ref().is_some_and(|token| token.expose().len() > TOKEN_BYTES_MAX) {
             return Err(self.malformed("the token is longer than 8 KiB"));
@@ -117,7 +117,7 @@ impl Shared {
             user_id: first.user_id.clone(),
             device_id: first.device_id.clone(),
             token,
-            address,
+            address: peer.address,
             encoding: Encoding::Stream,
         });
         let session = match timeout(deadline, self.hub.open(hello)).await {
@@ -130,7 +130,7 @@ impl Shared {
         let writer_gone = Arc::new(Notify::new());
         let writer =
             Writer { session: Arc::clone(&session), gone: Arc::clone(&writer_gone), over: false };
-        let reader = Reader { shared: self, session, requests, writer_gone };
+        let reader = Reader { shared: self, session, requests, writer_gone, fate: peer.fate };
         tokio::spawn(reader.run(first));
         Ok(writer)
     }
@@ -197,6 +197,7 @@ struct Reader {
     session: Arc<Admitted>,
     requests: Streaming<DeliveryConnectRequest>,
     writer_gone: Arc<Notify>,
+    fate: Arc<Fate>,
 }
 
 impl Reader {
@@ -219,9 +220,9 @@ impl Reader {
                     next = self.requests.message() => match next {
                         Ok(Some(request)) => break request,
                         Ok(None) => return self.half_closed().await,
-                        Err(status) => return self.failed(status),
+                        Err(status) => return self.failed(status).await,
                     },
-                    () = self.writer_gone.notified() => return,
+                    () = self.writer_gone.notified() => return self.over().await,
                     () = sleep_until(pause), if opening => {
                         opening = false;
                         self.session.outbox.open_up(Instant::now());
@@ -265,9 +266,15 @@ impl Reader {
     async fn half_closed(self) {
         self.session.outbox.open_up(Instant::now());
         self.writer_gone.notified().await;
+        self.over().await;
     }
 
-    fn failed(self, status: Status) {
+    /// The stream has ended, for whatever reason. If it was ours, the hub knows a better one.
+    async fn over(self) {
+        self.session.ended(self.fate.of_stream().await);
+    }
+
+    async fn failed(self, status: Status) {
         match status.code() {
             Code::Cancelled => self.session.ended(EndReason::ClosedByPeer),
             // Said by our own decoder.
@@ -275,7 +282,7 @@ impl Reader {
                 self.shared.counters.grpc_calls_malformed.add(1);
                 self.fault(status);
             }
-            _ => self.session.ended(EndReason::PeerReset),
+            _ => self.over().await,
         }
     }
 

@@ -300,24 +300,59 @@ async fn client_that_cancels_is_told_from_one_that_vanishes() {
     let mut port = Port::default().await;
     let (session, connection) = port.session().await;
     drop(session);
-    // This client says that it has nothing more to say before it resets its stream.
-    let why = port.ended(connection).await;
-    assert!(matches!(why, EndReason::ClosedByPeer | EndReason::PeerGone), "{why:?}");
+    assert_eq!(port.ended(connection).await, EndReason::ClosedByPeer);
 
-    // Through a relay that can be cut: the client's socket goes without a word on the stream.
-    let relay = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (address, behind) = (relay.local_addr().unwrap(), port.address);
-    let cut = tokio::spawn(async move {
-        let (mut client, _) = relay.accept().await.unwrap();
-        let mut server = TcpStream::connect(behind).await.unwrap();
-        let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
-    });
+    // Through a relay that ends: the client's socket goes without a word on the stream.
+    let (address, cut) = relay(port.address, Cut::Close).await;
     port.channel = channel(address).await;
     let (session, connection) = port.session().await;
-    cut.abort();
+    cut.send(()).unwrap();
     let why = port.ended(connection).await;
-    assert_eq!(why, EndReason::PeerReset);
+    assert!(matches!(why, EndReason::PeerGone | EndReason::PeerReset), "{why:?}");
     drop(session);
+}
+
+/// What becomes of both sockets of a relay that is cut.
+#[derive(Clone, Copy, PartialEq)]
+enum Cut {
+    /// They are closed.
+    Close,
+    /// They stay open and nobody reads them: a network that is gone.
+    Silence,
+}
+
+/// A relay in front of the port, and what cuts it.
+async fn relay(behind: SocketAddr, cut: Cut) -> (SocketAddr, oneshot::Sender<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (now, told) = oneshot::channel();
+    tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await.unwrap();
+        let mut server = TcpStream::connect(behind).await.unwrap();
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut client, &mut server) => return,
+            _ = told => {}
+        }
+        if cut == Cut::Silence {
+            std::future::pending::<()>().await;
+        }
+    });
+    (address, now)
+}
+
+#[tokio::test]
+async fn peer_that_answers_no_ping_is_given_up() {
+    let config = GrpcConfig {
+        keepalive_interval: Duration::from_millis(50),
+        keepalive_timeout: Duration::from_millis(50),
+        ..GrpcConfig::default()
+    };
+    let mut port = Port::open(config, HubConfig::default()).await;
+    let (address, cut) = relay(port.address, Cut::Silence).await;
+    port.channel = channel(address).await;
+    let (_session, connection) = port.session().await;
+    cut.send(()).unwrap();
+    assert_eq!(port.ended(connection).await, EndReason::PeerSilent);
 }
 
 #[tokio::test]

@@ -31,6 +31,10 @@ impl<K: Kernel> Shard<K> {
         let peers = self.commands.len();
         let mut budget = DELIVERIES_PER_TURN_MAX;
         let mut left = Left::default();
+        if self.reports.are_final() {
+            // The last report may wait for room; nothing may follow it.
+            return left;
+        }
         for turn in 0..peers {
             let peer = (self.first_peer + turn) % peers;
             for _ in 0..HANDOFF_BATCH_MAX {
@@ -125,15 +129,9 @@ impl<K: Kernel> Shard<K> {
     ) -> Result<(), Outcome> {
         let connection = self.slab.get_mut(key).ok_or(Outcome::Stale)?;
         let holds = match connection.stage {
-            Stage::Live => false,
+            Stage::Live | Stage::Filtering(_) => false,
             Stage::Deciding(_) if class == DeliveryClass::Live => true,
             Stage::Holding(_) => class == DeliveryClass::Live,
-            Stage::Filtering(_) => {
-                if class == DeliveryClass::Live {
-                    filter(&mut connection.stage, outgoing)?;
-                }
-                false
-            }
             // Nobody catches up before the 101.
             Stage::Accepting | Stage::Handshake(_) | Stage::Deciding(_) | Stage::Echo(_) => {
                 return Err(Outcome::Stale);
@@ -147,6 +145,9 @@ impl<K: Kernel> Shard<K> {
             None | Some(0) => return Err(Outcome::Skipped),
             Some(length) => length,
         };
+        if class == DeliveryClass::Live {
+            filter(&mut connection.stage, outgoing)?;
+        }
         if holds {
             return self.hold(key, outgoing, length);
         }

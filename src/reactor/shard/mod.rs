@@ -238,7 +238,8 @@ impl<K: Kernel> Shard<K> {
             return self.kernel.enter(Wait::No);
         }
         self.bell.about_to_sleep();
-        let wait = if self.commands_wait(left.intake_paused) { Wait::No } else { self.wait() };
+        let more = !self.reports.are_final() && self.commands_wait(left.intake_paused);
+        let wait = if more { Wait::No } else { self.wait() };
         if wait != Wait::No {
             self.counters.counts.waits.add(1);
         }

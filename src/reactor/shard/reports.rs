@@ -88,6 +88,11 @@ impl Reports {
         self.peers[SESSION_MANAGER].pending.len() >= PENDING_REPORTS_MAX
     }
 
+    /// Whether the end of the shard has been reported, or waits to be.
+    pub(super) fn are_final(&self) -> bool {
+        self.stopped
+    }
+
     /// Checks the bound of what waits.
     pub(super) fn audit(&self, slots: usize) {
         let waiting = self.peers[SESSION_MANAGER].pending.len();

@@ -103,6 +103,10 @@ struct World {
     /// Requests that the session manager has not decided on yet.
     undecided: Vec<usize>,
     stopping: bool,
+    /// The shard was stopped while everything went on.
+    stopped_early: bool,
+    /// The session manager has died: nobody takes its reports.
+    abandoned: bool,
     /// Clients have stopped acting and read everything.
     resting: bool,
     summary: Summary,
@@ -121,8 +125,12 @@ struct World {
 pub fn run(seed: u64, steps: u64) -> Summary {
     trace::begin(seed);
     let mut world = World::new(seed);
+    let stop_at = world.setup.stops_early.then(|| world.random.below(steps as usize + 1) as u64);
     for step in 0..steps {
         trace::step(step);
+        if stop_at == Some(step) {
+            world.begin_to_stop();
+        }
         world.step();
     }
     world.rest();
@@ -165,6 +173,8 @@ impl World {
             graves: Vec::new(),
             undecided: Vec::new(),
             stopping: false,
+            stopped_early: false,
+            abandoned: false,
             resting: false,
             summary: Summary::default(),
             wire_events: 0,
@@ -192,6 +202,9 @@ impl World {
     /// Something happens, then the shard runs if it is awake.
     fn step(&mut self) {
         match self.random.below(100) {
+            0 if self.random.chance(self.setup.stops_accepting) => {
+                self.service.command(SESSION_MANAGER, ShardCommand::StopAccepting);
+            }
             0..=5 => self.connect(),
             6..=7 if self.random.chance(self.setup.storm) => {
                 for _ in 0..20 {
@@ -527,7 +540,7 @@ impl World {
             self.kernel().faults = Faults::default();
         }
         let mut steps = 0;
-        while self.shard.is_some() {
+        while self.shard.is_some() && !self.stopping {
             let Some(unrest) = self.unrest() else { return };
             steps += 1;
             assert!(steps < SETTLE_STEPS_MAX, "stuck: {unrest}");
@@ -580,17 +593,27 @@ impl World {
         conditions.into_iter().find(|(moves, _)| *moves).map(|(_, what)| what)
     }
 
-    /// The shard is told to stop, or its session manager is gone.
-    fn stop(&mut self) {
-        if self.shard.is_none() {
+    /// The shard is told to stop, or its session manager dies.
+    fn begin_to_stop(&mut self) {
+        if std::mem::replace(&mut self.stopping, true) {
             return;
         }
-        for number in self.by_key.values() {
-            self.clients[*number].session.settle();
+        self.stopped_early = !self.resting;
+        self.abandoned = self.random.chance(64);
+        if self.abandoned {
+            self.service.abandon(SESSION_MANAGER);
+        } else {
+            let close = Close::new(CloseCode::GOING_AWAY, "server closing");
+            self.service.command(SESSION_MANAGER, ShardCommand::Stop { close });
         }
-        self.stopping = true;
-        let close = Close::new(CloseCode::GOING_AWAY, "server closing");
-        self.service.command(SESSION_MANAGER, ShardCommand::Stop { close });
+    }
+
+    /// Stops the shard, if that has not happened yet, and takes the last reports.
+    fn stop(&mut self) {
+        if !self.stopping {
+            self.by_key.values().for_each(|number| self.clients[*number].session.settle());
+        }
+        self.begin_to_stop();
         let mut steps = 0;
         while self.shard.is_some() || !self.service.is_idle() {
             steps += 1;
@@ -598,6 +621,7 @@ impl World {
             if self.shard.is_some() {
                 self.rest_step();
             } else {
+                (0..PEERS).for_each(|peer| self.service.push_backlog(peer));
                 (0..PEERS).for_each(|peer| self.take_reports(peer, usize::MAX));
             }
         }

@@ -103,6 +103,16 @@ impl Service {
         commands.publish();
     }
 
+    /// This peer's thread dies: its ends of the rings are dropped.
+    pub(super) fn abandon(&mut self, peer: usize) {
+        let bell = Arc::new(Doorbell::new().expect("a descriptor"));
+        let peer = &mut self.peers[peer];
+        peer.commands = ring(1, Arc::clone(&bell)).0;
+        peer.reports = ring(1, bell).1;
+        peer.backlog.clear();
+        self.rang = true;
+    }
+
     pub(super) fn report(&mut self, peer: usize) -> Option<ShardReport> {
         self.peers[peer].reports.pop()
     }

@@ -74,7 +74,9 @@ impl Session {
 
     /// Whether the filter drops this event; one that it lets through ends its memory.
     fn covers(&mut self, event: &ModelEvent) -> bool {
-        let Some(position) = event.position.filter(|_| event.class == DeliveryClass::Live) else {
+        let Some(position) =
+            event.position.filter(|_| event.class == DeliveryClass::Live && event.expressible)
+        else {
             return false;
         };
         match self.filter.get(&position.stream.0) {

@@ -24,6 +24,10 @@ pub(super) struct Setup {
     pub(super) burst: usize,
     /// Caught-up events in flight per session.
     pub(super) catch_up_window: usize,
+    /// The shard is stopped while everything goes on.
+    pub(super) stops_early: bool,
+    /// How often it is told to stop accepting, of 256: once is enough.
+    pub(super) stops_accepting: u8,
     /// How often the service closes, of 256.
     pub(super) service_closes: u8,
     /// Most of the time that passes at once, ms.
@@ -50,6 +54,8 @@ impl Setup {
             leaving: random.pick(&[0, 20, 200]),
             burst: random.pick(&[1, 3, 20]),
             catch_up_window: random.pick(&[1, 3, 50]),
+            stops_early: random.chance(40),
+            stops_accepting: random.pick(&[0, 0, 0, 0, 0, 0, 0, 3]),
             service_closes: random.pick(&[2, 30]),
             pace_ms: random.pick(&[200, 2_000, 20_000]),
             clock_jumps: random.pick(&[0, 20, 128]),

@@ -125,8 +125,9 @@ counters! {
     pub struct KafkaCounters of SharedCounter {
         Counter rebalances: "Times that the group changed who reads what.",
         Counter partitions_left_unfinished: "Partitions given up with records under way, for the next owner to send again.",
-        Counter commits: "Commits of offsets that the broker accepted.",
-        Counter commits_failed: "Commits of offsets that failed; each is repeated with the next.",
+        Counter commits: "Commits of offsets that the broker was asked for.",
+        Counter commits_repeated: "Offsets of partitions asked for again because they did not show as committed.",
+        Counter commits_failed: "Commits at the end of a partition (or of everything) that failed: its next owner sends again what was done since the last one.",
         Counter errors: "Errors that librdkafka reported; it recovers by itself.",
         Counter membership_records: "Records read for the membership cache.",
         Counter membership_records_undecodable: "Records of membership topics that are not an event envelope.",

@@ -37,7 +37,7 @@ impl ClientContext for BroadcastContext {
     }
 
     fn stats_raw(&self, json: &[u8]) {
-        self.0.statistics(json);
+        self.0.statistics(json, |_, _| {});
     }
 }
 

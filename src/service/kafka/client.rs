@@ -9,6 +9,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use serde::Deserialize;
 
 use crate::service::kafka::{KafkaConfig, Shared};
+use crate::service::router::LogName;
 
 /// A broker that has not said a word for this long, although it is asked twice a second, is taken for
 /// unreachable, µs.
@@ -44,7 +45,7 @@ pub(super) fn common_properties(config: &KafkaConfig) -> ClientConfig {
     properties
 }
 
-/// The user's own properties win.
+/// The user's own properties win. Also sets which log lines are made.
 pub(super) fn with_user_properties(
     mut properties: ClientConfig,
     config: &KafkaConfig,
@@ -52,6 +53,14 @@ pub(super) fn with_user_properties(
     for (name, value) in &config.properties {
         properties.set(name, value);
     }
+    // Which lines are written is for `tracing` to decide; but debug lines are made by the thousand,
+    // so they are made only if somebody asked for a debug context.
+    let debugging = config.properties.iter().any(|(name, _)| name == "debug");
+    properties.set_log_level(if debugging {
+        RDKafkaLogLevel::Debug
+    } else {
+        RDKafkaLogLevel::Info
+    });
     properties
 }
 
@@ -99,6 +108,9 @@ struct Partition {
     /// Below 0: not known.
     #[serde(default)]
     hi_offset: i64,
+    /// What the broker has accepted. Below 0: nothing.
+    #[serde(default)]
+    committed_offset: i64,
 }
 
 /// The reader's eyes and ears.
@@ -116,7 +128,8 @@ impl Observer {
         tracing::warn!(%error, reason, "Kafka");
     }
 
-    pub(super) fn statistics(&self, json: &[u8]) {
+    /// Calls `committed` with each partition and the offset that the broker has accepted for it.
+    pub(super) fn statistics(&self, json: &[u8], mut committed: impl FnMut(LogName, i64)) {
         let statistics: Statistics = match serde_json::from_slice(json) {
             Ok(statistics) => statistics,
             Err(error) => {
@@ -136,6 +149,7 @@ impl Observer {
             for partition in partitions.values().filter(|partition| partition.hi_offset >= 0) {
                 if let Some(log) = self.shared.log_name(topic, partition.partition) {
                     status.ends_at(&log, partition.hi_offset);
+                    committed(log, partition.committed_offset);
                 }
             }
         }

@@ -8,7 +8,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
 use rdkafka::consumer::base_consumer::BaseConsumer;
 use rdkafka::consumer::{CommitMode, Consumer, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
@@ -28,8 +28,9 @@ const LEAVE: Duration = Duration::from_secs(5);
 /// A partition that is ours.
 struct Owned {
     progress: Arc<Progress>,
-    /// What the broker has accepted.
-    committed: Option<i64>,
+    /// What the broker was last asked to commit. It does not answer in between; the statistics tell
+    /// what it has accepted.
+    sent: Option<i64>,
 }
 
 pub(super) struct GroupContext {
@@ -49,7 +50,16 @@ impl ClientContext for GroupContext {
     }
 
     fn stats_raw(&self, json: &[u8]) {
-        self.observer.statistics(json);
+        let mut owned = self.owned();
+        self.observer.statistics(json, |log, committed| {
+            // Sent and not accepted, or still on its way: it is sent once more.
+            if let Some(owned) = owned.get_mut(&log)
+                && owned.sent.is_some_and(|sent| sent != committed)
+            {
+                owned.sent = None;
+                self.shared().counters.commits_repeated.add(1);
+            }
+        });
     }
 }
 
@@ -78,14 +88,6 @@ impl ConsumerContext for GroupContext {
         if let Err(error) = result {
             self.shared().counters.errors.add(1);
             tracing::warn!(%error, "rebalance");
-        }
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        match result {
-            Ok(()) => self.committed(offsets),
-            Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => {}
-            Err(error) => self.not_committed(&error),
         }
     }
 }
@@ -133,7 +135,7 @@ impl GroupContext {
         }
         for (log, start, source) in sources {
             let progress = Arc::new(Progress::new(start));
-            let owned = Owned { progress: Arc::clone(&progress), committed: None };
+            let owned = Owned { progress: Arc::clone(&progress), sent: None };
             self.owned().insert(log.clone(), owned);
             let shared = self.shared();
             shared.status.reads(log.clone(), Arc::clone(&progress), None);
@@ -237,8 +239,8 @@ impl GroupContext {
         logs.iter().for_each(|log| drop(owned.remove(log)));
     }
 
-    /// Commits what is done of the partitions that are ours and that `which` picks, as far as the
-    /// broker does not have it yet.
+    /// Commits what is done of the partitions that are ours and that `which` picks: what is new of
+    /// it, or at the end (`Sync`) all of it.
     fn commit(
         &self,
         consumer: &BaseConsumer<Self>,
@@ -246,43 +248,28 @@ impl GroupContext {
         mode: CommitMode,
     ) {
         let mut offsets = TopicPartitionList::new();
-        for (log, owned) in self.owned().iter().filter(|(log, _)| which(log)) {
+        for (log, owned) in self.owned().iter_mut().filter(|(log, _)| which(log)) {
             let Some(offset) = owned.progress.committable() else { continue };
-            if owned.committed != Some(offset)
-                && let Err(error) =
-                    offsets.add_partition_offset(&log.topic, log.partition, Offset::Offset(offset))
-            {
+            let is_last = matches!(mode, CommitMode::Sync);
+            if owned.sent == Some(offset) && !is_last {
+                continue;
+            }
+            owned.sent = Some(offset);
+            let place = Offset::Offset(offset);
+            if let Err(error) = offsets.add_partition_offset(&log.topic, log.partition, place) {
                 tracing::warn!(%error, topic = &*log.topic, "offset not taken");
             }
         }
         if offsets.count() == 0 {
             return;
         }
-        match (consumer.commit(&offsets, mode), mode) {
-            (Ok(()), CommitMode::Sync) => self.committed(&offsets),
-            // The callback tells.
-            (Ok(()), CommitMode::Async) => {}
-            (Err(error), _) => self.not_committed(&error),
-        }
-    }
-
-    fn committed(&self, offsets: &TopicPartitionList) {
-        self.shared().counters.commits.add(1);
-        let mut owned = self.owned();
-        for element in offsets.elements() {
-            let (Offset::Offset(offset), Ok(())) = (element.offset(), element.error()) else {
-                continue;
-            };
-            let log = self.shared().log_name(element.topic(), element.partition());
-            if let Some(owned) = log.and_then(|log| owned.get_mut(&log)) {
-                owned.committed = Some(offset);
+        match consumer.commit(&offsets, mode) {
+            Ok(()) => self.shared().counters.commits.add(1),
+            Err(error) => {
+                self.shared().counters.commits_failed.add(1);
+                tracing::warn!(%error, "offsets not committed");
             }
         }
-    }
-
-    fn not_committed(&self, error: &KafkaError) {
-        self.shared().counters.commits_failed.add(1);
-        tracing::warn!(%error, "offsets not committed; they are with the next commit");
     }
 }
 

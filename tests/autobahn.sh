@@ -90,13 +90,15 @@ setup() {
 
 # --- the server ----------------------------------------------------------------------------------
 
-server=
-stop_server() {
-  [ -n "$server" ] || return 0
-  kill "$server" 2>/dev/null || true
-  wait "$server" 2>/dev/null || true
+# What runs beside this script: ended with it, however it ends.
+server= client=
+stop_all() {
+  local pid
+  for pid in $client $server; do kill "$pid" 2>/dev/null || true; done
+  for pid in $client $server; do wait "$pid" 2>/dev/null || true; done
 }
-trap stop_server EXIT
+trap stop_all EXIT
+trap 'exit 130' INT TERM
 
 # Starts `delivery dev` on a free port and sets url.
 start_server() {
@@ -136,7 +138,10 @@ fi
 export PYTHONWARNINGS=ignore # of what TLS would need
 "$home/suite/bin/python" "$here/cases.py" "$out" "$url" "$@" || { say "no such case: $*"; exit 2; }
 status=0
-timeout -k 5 "$limit_s" "$home/suite/bin/wstest" -m fuzzingclient -s "$out/spec.json" >"$out/wstest.log" 2>&1 || status=$?
+timeout -k 5 "$limit_s" "$home/suite/bin/wstest" -m fuzzingclient -s "$out/spec.json" >"$out/wstest.log" 2>&1 &
+client=$!
+wait "$client" || status=$?
+client=
 if grep -m1 '^Connection to .* failed' "$out/wstest.log" >&2 && ! grep -q '^Running test case' "$out/wstest.log"; then exit 2; fi
 [ "$status" = 0 ] || say "the fuzzing client ended with status $status (124: over ${limit_s} s): $out/wstest.log"
 env -u LD_LIBRARY_PATH python3 "$here/verdict.py" "$out" && [ "$status" = 0 ]

@@ -13,7 +13,7 @@ use crate::service::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
 };
 use crate::service::presence::{Presence, PresenceConfig, PresenceTarget};
-use crate::service::redis::{self, RedisConfig, RedisLink};
+use crate::service::redis::{self, Announcer, RedisConfig, RedisLink};
 use crate::service::resume::{Membership, Resume, ResumeConfig};
 
 /// See the module.
@@ -50,9 +50,11 @@ impl BackEnds {
             &mut samples,
         )?;
         let redis = redis_link(settings, &mut samples)?;
-        let presence = presence(settings, instance, redis.as_ref(), &mut samples)?;
+        let other_nodes =
+            redis.clone().map(|link| OtherNodes::new(settings, instance, link, &mut samples));
+        let announcer = other_nodes.as_ref().and_then(OtherNodes::announcer);
+        let presence = presence(settings, instance, redis.as_ref(), announcer, &mut samples)?;
         let resume = resume(settings, messages, conversations.as_ref(), &mut samples);
-        let other_nodes = redis.map(|link| OtherNodes::new(settings, instance, link, &mut samples));
         let auth = authenticator(settings, &mut samples)?;
         Ok(Self { auth, conversations, other_nodes, presence, resume, samples })
     }
@@ -102,6 +104,7 @@ fn presence(
     settings: &Settings,
     instance: &Arc<str>,
     redis: Option<&RedisLink>,
+    announcer: Option<Announcer>,
     samples: &mut Vec<Samples>,
 ) -> Result<Presence, String> {
     let target = match settings.presence() {
@@ -118,6 +121,7 @@ fn presence(
     };
     let config = PresenceConfig {
         refresh_interval: settings.presence_refresh,
+        announcer,
         ..PresenceConfig::new(Arc::clone(instance))
     };
     let counters = Arc::default();

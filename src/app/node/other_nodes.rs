@@ -11,8 +11,8 @@ use crate::service::neighbours::ConversationService;
 use crate::service::ports::{RemoteNodes, RouterInbox};
 use crate::service::presence_fanout::{PresenceFanout, PresenceFanoutConfig, PresenceFanoutParts};
 use crate::service::redis::{
-    Nodes, NodesConfig, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters, Subscriptions,
-    SubscriptionsConfig,
+    Announcer, Nodes, NodesConfig, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters,
+    Subscriptions, SubscriptionsConfig,
 };
 use crate::service::router::{RouterControl, RouterHandle};
 
@@ -21,6 +21,7 @@ pub(super) struct OtherNodes {
     link: RedisLink,
     /// `None`: every node reads everything itself (`broadcast`).
     nodes: Option<Arc<Nodes>>,
+    announcer: Option<Announcer>,
 }
 
 /// The way in; it ends with this value.
@@ -37,14 +38,20 @@ impl OtherNodes {
         link: RedisLink,
         samples: &mut Vec<Samples>,
     ) -> Self {
-        let nodes = (settings.routing() == RoutingMode::Group).then(|| {
-            let counters = Arc::default();
-            let config = NodesConfig::new(Arc::clone(instance));
-            let nodes = Nodes::new(config, link.clone(), Arc::clone(&counters));
-            samples.push(component("", move |visit| counters.visit(visit)));
-            Arc::new(nodes)
-        });
-        Self { link, nodes }
+        if settings.routing() != RoutingMode::Group {
+            return Self { link, nodes: None, announcer: None };
+        }
+        let counters = Arc::default();
+        let config = NodesConfig::new(Arc::clone(instance));
+        let nodes = Nodes::new(config, link.clone(), Arc::clone(&counters));
+        let announcer = Announcer::start(link.clone(), Arc::clone(&counters));
+        samples.push(component("", move |visit| counters.visit(visit)));
+        Self { link, nodes: Some(Arc::new(nodes)), announcer: Some(announcer) }
+    }
+
+    /// For presence: tells the other nodes of registrations.
+    pub(super) fn announcer(&self) -> Option<Announcer> {
+        self.announcer.clone()
     }
 
     /// For the routers.

@@ -13,7 +13,7 @@ use super::metrics::component;
 use crate::app::admin::Samples;
 use crate::app::config::Settings;
 use crate::service::grpc::{self, GrpcConfig, GrpcCounters};
-use crate::service::hub::{HubConfig, HubMetrics, HubPeer, hub};
+use crate::service::hub::{HubConfig, HubMetrics, HubPeer, OutboxLimits, hub};
 
 /// Beyond its own time to shut down.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
@@ -40,7 +40,13 @@ impl Streams {
         let peers =
             peers.map(|end| HubPeer { commands: end.commands, reports: end.reports }).collect();
         let metrics = Arc::new(HubMetrics::default());
+        let outbox = OutboxLimits {
+            live_messages_max: settings.queue_messages_max.size(),
+            live_bytes_max: settings.queue_bytes_max.bytes(),
+            ..OutboxLimits::default()
+        };
         let config = HubConfig {
+            outbox,
             stall_timeout: settings.write_timeout,
             close_timeout: settings.close_timeout,
             ..HubConfig::default()

@@ -1,6 +1,7 @@
 //! The keys and channels of contract §4, looked at from outside.
 
 use std::collections::BTreeSet;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
@@ -65,22 +66,34 @@ impl Registry {
         self.connection.publish(format!("delivery:{instance}"), value).expect("Redis answers")
     }
 
-    /// A connection that listens on a channel.
+    /// Listens on a channel from now on.
     pub fn listen(&self, channel: &str) -> Listener {
         let mut connection = self.client.get_connection().expect("Redis answers");
-        connection.set_read_timeout(Some(HEARS_WITHIN)).expect("a socket");
-        connection.as_pubsub().subscribe(channel).expect("subscribes");
-        Listener(connection)
+        let channel = channel.to_owned();
+        let (sender, messages) = mpsc::channel();
+        let (ready, subscribed) = mpsc::channel();
+        // Ends with the test: the subscription borrows the connection, so both live here.
+        std::thread::spawn(move || {
+            let mut pubsub = connection.as_pubsub();
+            pubsub.subscribe(channel).expect("subscribes");
+            let _ = ready.send(());
+            while let Ok(message) = pubsub.get_message() {
+                if sender.send(message.get_payload_bytes().to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        subscribed.recv().expect("subscribes");
+        Listener(messages)
     }
 }
 
 /// See [`Registry::listen`].
-pub struct Listener(redis::Connection);
+pub struct Listener(mpsc::Receiver<Vec<u8>>);
 
 impl Listener {
     /// The next message's bytes.
     pub fn hear(&mut self) -> Vec<u8> {
-        let mut pubsub = self.0.as_pubsub();
-        pubsub.get_message().expect("a message in time").get_payload_bytes().to_vec()
+        self.0.recv_timeout(HEARS_WITHIN).expect("a message in time")
     }
 }

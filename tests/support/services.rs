@@ -2,7 +2,7 @@
 
 fn from_environment(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| {
-        panic!("{name} is not set: run `tests/run services`, or set it to a server of your own")
+        panic!("{name} is not set: run `tests/run end_to_end`, or set it to a server of your own")
     })
 }
 

@@ -6,4 +6,6 @@ mod presence;
 mod resume;
 mod settings;
 mod storm;
+mod stream;
+mod tokens;
 mod wire;

@@ -52,9 +52,9 @@ impl Stream {
 
     /// The next event, or how the stream ended.
     fn hear(&mut self) -> Result<DeliveryEvent, Status> {
-        let next = tokio::time::timeout(SOON, self.events.message());
-        let next = self.runtime.block_on(async { next.await.expect("in time") });
-        next.map(|event| event.expect("an event, not the end"))
+        let events = &mut self.events;
+        let next = async { tokio::time::timeout(SOON, events.message()).await.expect("in time") };
+        self.runtime.block_on(next).map(|event| event.expect("an event, not the end"))
     }
 }
 

@@ -52,6 +52,7 @@ crate::counters! {
         Gauge events_held: "Events that wait for a recipient.",
         Gauge event_bytes_held: "Bytes of their frames.",
         Gauge frames_queued: "Frames that wait in all queues.",
+        Counter intake_waits: "Turns in which events waited for the queue of a socket that keeps up.",
         Counter intake_paused: "Turns in which the rings were left alone because too many events wait.",
         Counter turns: "Turns of the loop.",
         Counter waits: "Turns that waited for something to happen.",

@@ -13,10 +13,13 @@ use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::domain::outgoing::{Origin, Outgoing};
 use crate::protocol::frame::{self, Opcode};
 use crate::protocol::upgrade::Refused;
-use crate::reactor::connection::{Filter, Stage};
+use crate::reactor::connection::{Filter, Flags, Stage};
 use crate::reactor::kernel::Kernel;
 use crate::reactor::queue::SendQueue;
 
+/// How long a socket may take nothing before its client counts as a slow reader, ticks: a burst
+/// fills the socket of the quickest reader for a moment.
+const STALL_TICKS_MAX: u32 = 2;
 /// Recipients served in one turn, after which the rings wait for the next. One event may exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
 const HOLD_OVERFLOW: Close = Close::new(
@@ -40,6 +43,10 @@ impl<K: Kernel> Shard<K> {
             for _ in 0..HANDOFF_BATCH_MAX {
                 if peer != SESSION_MANAGER && self.holds_too_much() {
                     left.intake_paused = true;
+                    break;
+                }
+                if peer != SESSION_MANAGER && self.is_crowded() {
+                    self.counters.counts.intake_waits.add(1);
                     break;
                 }
                 if budget == 0 {
@@ -66,6 +73,27 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn commands_wait(&self, intake_paused: bool) -> bool {
         let considered = if intake_paused { SESSION_MANAGER + 1 } else { self.commands.len() };
         self.commands[..considered].iter().any(|ring| !ring.is_empty())
+    }
+
+    /// A queue fills in one turn when events come in a burst, and a socket takes one batch a turn.
+    /// That makes nobody a slow reader: the rings wait until the queue has room again, or until
+    /// its socket has taken nothing for [`STALL_TICKS_MAX`], which is what overflow is for.
+    fn is_crowded(&mut self) -> bool {
+        self.crowded = self.crowded.filter(|key| self.fills_up(*key));
+        self.crowded.is_some()
+    }
+
+    fn fills_up(&self, key: ConnectionKey) -> bool {
+        let Some(connection) = self.slab.get(key) else { return false };
+        let (frames_max, bytes_max) = (self.config.queue_frames_max, self.config.queue_bytes_max);
+        let queue = &connection.queue;
+        let nearly_full = queue.frames() >= usize::from(frames_max) * 3 / 4
+            || queue.bytes() >= bytes_max as usize / 4 * 3;
+        // The limit of a stalled socket is that far from its last progress.
+        let limit = self.after(self.config.write_ms_max);
+        let slow = connection.flags.has(Flags::STALLED)
+            && connection.limit.saturating_add(STALL_TICKS_MAX) <= limit;
+        nearly_full && connection.stage.is_open() && !slow
     }
 
     fn holds_too_much(&self) -> bool {
@@ -160,6 +188,9 @@ impl<K: Kernel> Shard<K> {
         }
         queue.push(&mut self.nodes, Rc::clone(outgoing));
         self.mark_dirty(key);
+        if self.crowded.is_none() && self.fills_up(key) {
+            self.crowded = Some(key);
+        }
         Ok(())
     }
 

@@ -114,6 +114,9 @@ pub struct Shard<K: Kernel> {
     /// Connections that the gate has let in and whose slot is not free yet.
     admitted: u32,
     first_peer: usize,
+    /// A session whose queue is nearly full although its socket takes what it gets: the routers'
+    /// rings wait for it.
+    crowded: Option<ConnectionKey>,
     stopping: Option<Stopping>,
 }
 
@@ -165,6 +168,7 @@ impl<K: Kernel> Shard<K> {
             accepting: accept::Accepting::default(),
             admitted: 0,
             first_peer: 0,
+            crowded: None,
             stopping: None,
             kernel,
             config,

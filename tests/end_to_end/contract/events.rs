@@ -192,7 +192,6 @@ fn unroutable_conversation_stalls_only_its_own_partition() {
 fn burst_does_not_take_a_quick_reader_for_a_slow_one() {
     const BURST: i64 = 2_000;
     let mut back_end = BackEnd::start("burst", 1);
-    back_end.publisher.created("room", &names(&["alice"]));
     back_end.neighbours.known().converse("room", &["alice"], 0);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");

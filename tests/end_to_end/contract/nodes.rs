@@ -181,14 +181,14 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
     nodes.registered(&alice, 0);
     nodes.registered(&bob, 0);
     nodes.registered(&mallory, 0);
-    // Connecting was a change too; what is meant here is marked by its status.
-    nodes.registry.announce(&alice, PresenceStatus::Unspecified);
+    // Connecting was a change too; this one says the opposite.
+    nodes.registry.announce(&alice, PresenceStatus::Offline);
     let is_it = |envelope: &delivery::service::proto::shared::v1::EventEnvelope| {
         assert_eq!(envelope.event_type(), EventType::PresenceUpdated);
         assert_eq!(envelope.schema_version, 1);
         let update =
             PresenceUpdateEvent::decode(&*envelope.payload).expect("a PresenceUpdateEvent");
-        update.user_id == alice && update.status() == PresenceStatus::Unspecified
+        update.user_id == alice && update.status() == PresenceStatus::Offline
     };
     while !is_it(&event(&mut bob_hears).1) {}
     // Once, although they share two conversations; not to alice herself, not to a stranger.

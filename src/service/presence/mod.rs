@@ -14,9 +14,10 @@
 //!   registration that names another instance alone. What remains is the time between the answer
 //!   and the call, some milliseconds; B finds it out when it checks its registration.
 //!
-//! Each session's registration is checked at its first refresh and at every third from then on: one
-//! that is gone is made again, one that names another instance means that the session was replaced
-//! there, and ends here with 4000 as if it had been replaced here.
+//! Each session's registration is checked at its first refresh, at every third from then on, and when
+//! another node announces that it has registered the user (`ROUTING_MODE=group`): one that is gone is
+//! made again, one that names another instance means that the session was replaced there, and ends
+//! here with 4000 as if it had been replaced here.
 
 mod queue;
 mod redis;
@@ -198,6 +199,14 @@ impl Presence {
         }
         shared.news.notify_one();
         accepted
+    }
+
+    /// Another node may have taken this session over: its registration is to be looked at now.
+    pub fn recheck(&self, ids: &SessionIds) {
+        let Some(shared) = &self.shared else { return };
+        // Without room it is looked at with a later refresh.
+        let _ = shared.lock().refresh(ids, true, Instant::now());
+        shared.news.notify_one();
     }
 
     /// The sessions found to be held by another node since the last time.

@@ -6,7 +6,7 @@
 //! while one announcement is on its way go together in the next.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use prost::Message as _;
 use redis::cmd;
@@ -23,6 +23,9 @@ const USERS_AT_ONCE: usize = 4_096;
 /// Users that wait; of more the others are told to forget everybody.
 const USERS_MAX: usize = 65_536;
 
+/// Tells this process's announcements from those of the others.
+pub(super) static ORIGIN: LazyLock<u64> = LazyLock::new(rand::random);
+
 /// What is published on [`CHANNEL`].
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Moves {
@@ -32,6 +35,9 @@ pub(super) struct Moves {
     /// There were too many to name.
     #[prost(bool, tag = "2")]
     pub(super) everybody: bool,
+    /// Of the process that says so.
+    #[prost(uint64, tag = "3")]
+    pub(super) origin: u64,
 }
 
 #[derive(Debug, Default)]
@@ -105,7 +111,7 @@ async fn announce(shared: Arc<Shared>, link: RedisLink, counters: Arc<NodesCount
 fn take(waiting: &mut Waiting) -> Option<Moves> {
     if std::mem::take(&mut waiting.everybody) {
         waiting.users.clear();
-        return Some(Moves { users: Vec::new(), everybody: true });
+        return Some(Moves { users: Vec::new(), everybody: true, origin: *ORIGIN });
     }
     if waiting.users.is_empty() {
         return None;
@@ -119,7 +125,7 @@ fn take(waiting: &mut Waiting) -> Option<Moves> {
         }
         users
     };
-    Some(Moves { users, everybody: false })
+    Some(Moves { users, everybody: false, origin: *ORIGIN })
 }
 
 #[cfg(test)]
@@ -147,7 +153,8 @@ mod tests {
     fn too_many_are_everybody() {
         let mut waiting = waiting(3);
         waiting.everybody = true;
-        assert_eq!(take(&mut waiting), Some(Moves { users: Vec::new(), everybody: true }));
+        let everybody = Moves { users: Vec::new(), everybody: true, origin: *ORIGIN };
+        assert_eq!(take(&mut waiting), Some(everybody));
         assert_eq!(take(&mut waiting), None);
     }
 }

@@ -89,8 +89,12 @@ pub trait PresenceUpdates: Send + Sync + 'static {
     fn updated(&self, payload: &[u8]);
     /// Changes may have been missed.
     fn missed(&self);
-    /// Another node says that it has registered a session of this user (see [`super::Announcer`]).
+    /// A node says that it has registered a session of this user (see [`super::Announcer`]).
     fn moved(&self, user: &str) {
+        let _ = user;
+    }
+    /// The same, and it is another node than this one.
+    fn moved_elsewhere(&self, user: &str) {
         let _ = user;
     }
 }
@@ -347,7 +351,7 @@ impl Reader {
 
     fn take_moves(&self, payload: &[u8]) {
         // What cannot be read is from a node of another time; to forget too much does no harm.
-        let everybody = Moves { users: Vec::new(), everybody: true };
+        let everybody = Moves { users: Vec::new(), everybody: true, origin: 0 };
         let moves = Moves::decode(payload).unwrap_or(everybody);
         self.counters.redis_moves_heard.add(moves.users.len() as u64);
         for sink in &self.sinks.presence {
@@ -355,6 +359,9 @@ impl Reader {
                 sink.missed();
             }
             moves.users.iter().for_each(|user| sink.moved(user));
+            if moves.origin != *announcer::ORIGIN {
+                moves.users.iter().for_each(|user| sink.moved_elsewhere(user));
+            }
         }
     }
 

@@ -168,6 +168,7 @@ impl Manager {
             Request::Checked { shard, connection, outcome, what_for } => {
                 self.on_checked(shard, connection, outcome, what_for);
             }
+            Request::MovedElsewhere(user) => self.recheck(&user),
             Request::End { ending, ended } => self.on_end(ending, ended, Instant::now()),
         }
     }

@@ -36,6 +36,7 @@ use crate::service::auth::{AuthFailure, Authenticator, Identity};
 use crate::service::bell::AsyncBell;
 use crate::service::directory::Directory;
 use crate::service::presence::Presence;
+use crate::service::redis::PresenceUpdates;
 use crate::service::resume::Resume;
 
 /// Memory that the session manager holds for each connection, bytes.
@@ -127,6 +128,8 @@ enum Request {
         outcome: Result<Identity, AuthFailure>,
         what_for: CheckedFor,
     },
+    /// Another node has registered a session of this user.
+    MovedElsewhere(Box<str>),
     /// End all sessions; answered when every shard has stopped.
     End { ending: Ending, ended: oneshot::Sender<()> },
 }
@@ -174,6 +177,18 @@ impl SessionHandle {
             let _ = wait.await;
         }
         self.presence.close(self.unregister_timeout).await;
+    }
+}
+
+impl PresenceUpdates for SessionHandle {
+    fn updated(&self, _payload: &[u8]) {}
+
+    fn missed(&self) {}
+
+    /// If it is a session of this node that has moved, it ends here. What finds no room is found
+    /// out with the next refreshes.
+    fn moved_elsewhere(&self, user: &str) {
+        let _ = self.requests.try_send(Request::MovedElsewhere(user.into()));
     }
 }
 

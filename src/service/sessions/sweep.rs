@@ -59,6 +59,18 @@ impl Manager {
         }
     }
 
+    /// Has presence look whether this node still holds the user's sessions.
+    pub(super) fn recheck(&mut self, user: &str) {
+        let mut here = Vec::new();
+        self.directory.sessions_of(user, |address| here.push(address));
+        for address in here {
+            let record = self.records[address.shard.index()].get(address.connection);
+            if let Some(ids) = record.and_then(|record| record.ids.as_ref()) {
+                self.presence.recheck(ids);
+            }
+        }
+    }
+
     /// Ends the sessions that presence found to be held by another node: the newer connection
     /// wins, wherever it is.
     pub(super) fn end_replaced_elsewhere(&mut self) {

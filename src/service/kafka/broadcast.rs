@@ -88,6 +88,10 @@ impl BroadcastReader {
     /// that was appended since this node started.
     fn discover(&mut self) -> KafkaResult<()> {
         let shared = Arc::clone(&self.shared);
+        // Everything is asked before anything new is read: a broker answers a connection in order,
+        // and a fetch that waits for records holds up the questions behind it.
+        let mut new = Vec::new();
+        let mut counts = Vec::new();
         for topic in &shared.config.topics {
             let count = partition_count(&self.consumer, topic)?;
             let known = self.known.get(topic).copied();
@@ -98,15 +102,15 @@ impl BroadcastReader {
                     None => end,
                     Some(_) => self.first_since_start(topic, partition)?.unwrap_or(end),
                 };
-                self.assign(log, start, end)?;
-                // One by one: after a failure the rest is still new. The first time they are all
-                // from the end, so the topic counts as known only after its last.
-                if known.is_some() {
-                    self.known.insert(topic.clone(), partition + 1);
-                }
+                new.push((log, start, end));
             }
-            self.known.entry(topic.clone()).or_insert(count);
+            counts.push((topic.clone(), count.max(known.unwrap_or(0))));
         }
+        // After a failure all of them are still new; those that are assigned by then stay so.
+        for (log, start, end) in new {
+            self.assign(log, start, end)?;
+        }
+        self.known.extend(counts);
         shared.status.assigned();
         shared.status.reached();
         Ok(())

@@ -146,11 +146,7 @@ impl Node {
             discovery_interval_ms: 200,
             revoke_grace_ms: 500,
             // The mock broker lets a fetch wait its full time, whatever is appended meanwhile.
-            properties: vec![
-                ("fetch.wait.max.ms".into(), "10".into()),
-                ("session.timeout.ms".into(), "2000".into()),
-                ("heartbeat.interval.ms".into(), "200".into()),
-            ],
+            properties: vec![("fetch.wait.max.ms".into(), "10".into())],
             ..KafkaConfig::new(cluster.mock.bootstrap_servers())
         };
         let counters = Arc::<KafkaCounters>::default();

@@ -15,6 +15,7 @@ use crate::service::redis::{
     Subscriptions, SubscriptionsConfig,
 };
 use crate::service::router::{RouterControl, RouterHandle};
+use crate::service::sessions::SessionHandle;
 
 /// The way out; it is there before the routers, which use it.
 pub(super) struct OtherNodes {
@@ -60,10 +61,12 @@ impl OtherNodes {
     }
 
     /// Subscribes to what other nodes and the presence service publish. A change of presence goes
-    /// to those here whom `conversations` says it concerns; without that service to nobody.
+    /// to those here whom `conversations` says it concerns; without that service to nobody. Sessions
+    /// that have moved to another node end here.
     pub(super) fn listen(
         &self,
         instance: &Arc<str>,
+        sessions: &SessionHandle,
         routers: &[RouterControl],
         directory: &Arc<Directory>,
         conversations: Option<&ConversationService>,
@@ -73,6 +76,7 @@ impl OtherNodes {
         let mut presence: Vec<Arc<dyn PresenceUpdates>> = Vec::new();
         if let Some(nodes) = &self.nodes {
             presence.push(Arc::clone(nodes.locations()) as Arc<dyn PresenceUpdates>);
+            presence.push(Arc::new(sessions.clone()));
         }
         if let Some(service) = conversations {
             let parts = PresenceFanoutParts {

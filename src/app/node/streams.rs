@@ -43,10 +43,15 @@ impl Streams {
         let outbox = OutboxLimits {
             live_messages_max: settings.queue_messages_max.size(),
             live_bytes_max: settings.queue_bytes_max.bytes(),
+            hold_messages_max: settings.hold_messages_max.size(),
+            hold_bytes_max: settings.hold_bytes_max.bytes(),
             ..OutboxLimits::default()
         };
         let config = HubConfig {
             outbox,
+            deliveries_max: settings.shard_events_max.size(),
+            deliveries_bytes_max: settings.shard_event_bytes_max.bytes(),
+            catch_up_timeout: settings.catch_up_timeout,
             stall_timeout: settings.write_timeout,
             close_timeout: settings.close_timeout,
             ..HubConfig::default()

@@ -369,7 +369,8 @@ async fn client_with_nothing_more_to_say_goes_on_listening() {
 
 #[tokio::test]
 async fn stream_that_is_not_read_ends_as_exhausted_and_holds_nothing_back() {
-    let limits = OutboxLimits { live_messages_max: 16, ..OutboxLimits::default() };
+    let limits =
+        OutboxLimits { live_messages_max: 16, hold_messages_max: 16, ..OutboxLimits::default() };
     let hub_config = HubConfig { outbox: limits, ..HubConfig::default() };
     let mut port = Port::open(GrpcConfig::default(), hub_config).await;
     let (mut session, connection) = port.session().await;

@@ -34,6 +34,7 @@ pub(super) enum Signal {
 pub(super) struct Signals {
     waiting: Mutex<Vec<Signal>>,
     deliveries: AtomicUsize,
+    bytes: AtomicUsize,
     /// Woken at every signal and at the end of every delivery.
     pub(super) wake: Notify,
 }
@@ -53,6 +54,11 @@ impl Signals {
     pub(super) fn deliveries(&self) -> usize {
         self.deliveries.load(Ordering::Relaxed)
     }
+
+    /// Their bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
 }
 
 /// An event for one or more streams. When the last of them has let go of it, whether it was sent
@@ -71,8 +77,9 @@ impl Delivery {
         origin: Option<Origin>,
         signals: &Arc<Signals>,
     ) -> Option<Arc<Self>> {
-        event.frame(Encoding::Stream)?;
+        let bytes = event.frame(Encoding::Stream)?.len();
         signals.deliveries.fetch_add(1, Ordering::Relaxed);
+        signals.bytes.fetch_add(bytes, Ordering::Relaxed);
         Some(Arc::new(Self { event, origin, signals: Arc::clone(signals) }))
     }
 
@@ -90,6 +97,7 @@ impl Delivery {
 impl Drop for Delivery {
     fn drop(&mut self) {
         self.signals.deliveries.fetch_sub(1, Ordering::Relaxed);
+        self.signals.bytes.fetch_sub(self.bytes().len(), Ordering::Relaxed);
         match self.origin {
             Some(origin) => self.signals.send(Signal::Done(origin)),
             None => self.signals.wake.notify_one(),

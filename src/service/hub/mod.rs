@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tonic::Status;
 
 use crate::counters;
@@ -53,20 +54,27 @@ pub struct HubConfig {
     pub streams_max: usize,
     /// Deliveries under way at a time; at the bound no more commands are taken from the rings.
     pub deliveries_max: usize,
+    /// Their bytes, likewise; one may exceed it.
+    pub deliveries_bytes_max: usize,
     /// A stream of which nothing was read for this long while something waited is ended.
     pub stall_timeout: Duration,
+    /// A stream of whose conversations none was caught up for this long is ended.
+    pub catch_up_timeout: Duration,
     /// For a stream that is being ended to take what is queued and its status.
     pub close_timeout: Duration,
 }
 
 impl Default for HubConfig {
-    /// 10,000 streams, 262,144 deliveries, 30 s without progress, 5 s to end.
+    /// 10,000 streams, 262,144 deliveries or 256 MiB, 30 s without progress, 5 min to catch up, 5 s
+    /// to end.
     fn default() -> Self {
         Self {
             outbox: OutboxLimits::default(),
             streams_max: 10_000,
             deliveries_max: 1 << 18,
+            deliveries_bytes_max: 256 << 20,
             stall_timeout: Duration::from_secs(30),
+            catch_up_timeout: Duration::from_secs(300),
             close_timeout: Duration::from_secs(5),
         }
     }
@@ -90,6 +98,7 @@ counters! {
         Counter stream_resumes: "Conversations whose catch-up a stream asked for",
         Counter stream_acknowledgements: "Later mentions of a conversation: acknowledgements",
         Counter stream_overflows: "Streams ended because too much waited",
+        Counter stream_catch_up_timeouts: "Streams ended because their catch-up got nowhere",
         Counter stream_stalls: "Streams ended because nothing was read from them",
         Gauge stream_deliveries: "Deliveries that some stream still holds",
     }
@@ -237,7 +246,7 @@ impl Admitted {
     pub(crate) async fn mention(&self, conversation: String, sequence: i64) -> Mention {
         let stream = crate::service::stream_key::stream_key(&conversation);
         let counters = &self.hub.metrics.counters;
-        let mention = self.outbox.mention(stream, sequence);
+        let mention = self.outbox.mention(stream, sequence, Instant::now());
         match mention {
             Mention::Acknowledged => counters.stream_acknowledgements.add(1),
             Mention::TooMany => {}

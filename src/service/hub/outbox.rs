@@ -27,10 +27,14 @@ use crate::domain::ids::{StreamKey, StreamPosition};
 /// The bounds of one stream.
 #[derive(Clone, Debug)]
 pub struct OutboxLimits {
-    /// Live events that wait, held ones included (contract §3: 128).
+    /// Live events that wait to be read (contract §3: 128).
     pub live_messages_max: usize,
     /// Their bytes. One event may exceed it if nothing else waits.
     pub live_bytes_max: usize,
+    /// Live events that wait for catch-up.
+    pub hold_messages_max: usize,
+    /// Their bytes, likewise.
+    pub hold_bytes_max: usize,
     /// Caught-up messages that wait. Catch-up is paced by what was sent, so this is reached only
     /// if the pace is not kept.
     pub catch_up_messages_max: usize,
@@ -41,11 +45,14 @@ pub struct OutboxLimits {
 }
 
 impl Default for OutboxLimits {
-    /// 128 live events or 1 MiB, 1,024 caught-up messages or 8 MiB, 4,096 conversations.
+    /// 128 live events or 1 MiB, 1,024 held ones or 1 MiB, 1,024 caught-up messages or 8 MiB, 4,096
+    /// conversations.
     fn default() -> Self {
         Self {
             live_messages_max: 128,
             live_bytes_max: 1 << 20,
+            hold_messages_max: 1024,
+            hold_bytes_max: 1 << 20,
             catch_up_messages_max: 1024,
             catch_up_bytes_max: 8 << 20,
             conversations_max: 4096,
@@ -111,17 +118,32 @@ impl Load {
     }
 }
 
+/// What something in the queue counts as.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Live,
+    CatchUp,
+    /// Was held. Bounded by what may be held, because it comes all at once.
+    Released,
+}
+
 #[derive(Debug)]
 struct State {
     limits: OutboxLimits,
-    queue: VecDeque<(DeliveryClass, Arc<Delivery>)>,
+    queue: VecDeque<(Kind, Arc<Delivery>)>,
     held: VecDeque<Arc<Delivery>>,
-    /// Live events in `queue` and `held`.
+    /// Live events in `queue`.
     live: Load,
+    /// Live events in `held`.
+    holding: Load,
     /// Caught-up messages in `queue`.
     catch_up: Load,
     conversations: HashMap<StreamKey, Conversation>,
     opening: bool,
+    /// Conversations that are being caught up.
+    resuming: usize,
+    /// Since when none of them was completed.
+    resuming_since: Option<Instant>,
     /// Since when something waits and nothing was taken.
     waiting_since: Option<Instant>,
     end: Option<Status>,
@@ -140,9 +162,12 @@ impl Outbox {
             queue: VecDeque::new(),
             held: VecDeque::new(),
             live: Load::default(),
+            holding: Load::default(),
             catch_up: Load::default(),
             conversations: HashMap::new(),
             opening: true,
+            resuming: 0,
+            resuming_since: None,
             waiting_since: None,
             end: None,
             waker: None,
@@ -154,7 +179,7 @@ impl Outbox {
     }
 
     /// The client names a conversation.
-    pub(crate) fn mention(&self, stream: StreamKey, sequence: i64) -> Mention {
+    pub(crate) fn mention(&self, stream: StreamKey, sequence: i64, now: Instant) -> Mention {
         let mut state = self.state();
         if let Some(conversation) = state.conversations.get_mut(&stream) {
             conversation.covered = conversation.covered.max(sequence);
@@ -164,6 +189,8 @@ impl Outbox {
             return Mention::TooMany;
         }
         state.conversations.insert(stream, Conversation { covered: sequence, resuming: true });
+        state.resuming += 1;
+        state.resuming_since.get_or_insert(now);
         Mention::Resume
     }
 
@@ -179,40 +206,12 @@ impl Outbox {
             return Delivered::Ended;
         }
         let bytes = delivery.bytes().len();
-        let limits = &state.limits;
         match class {
-            DeliveryClass::CatchUp => {
-                let (messages, most) = (limits.catch_up_messages_max, limits.catch_up_bytes_max);
-                if !state.catch_up.takes(bytes, messages, most) {
-                    return Delivered::CatchUpOverflow;
-                }
-                state.catch_up.add(bytes);
-            }
-            DeliveryClass::Live => {
-                if state.is_duplicate(delivery) {
-                    return Delivered::Duplicate;
-                }
-                let (messages, most) = (limits.live_messages_max, limits.live_bytes_max);
-                if !state.live.takes(bytes, messages, most) {
-                    let all_queued = state.held.is_empty();
-                    return if all_queued {
-                        Delivered::Overflow
-                    } else {
-                        Delivered::CatchUpOverflow
-                    };
-                }
-                state.live.add(bytes);
-                if state.holds(delivery) {
-                    state.held.push_back(Arc::clone(delivery));
-                    state.cut_opening_short(now);
-                    return Delivered::Held;
-                }
-            }
+            DeliveryClass::CatchUp => state.take_caught_up(delivery, bytes, now),
+            DeliveryClass::Live if state.is_duplicate(delivery) => Delivered::Duplicate,
+            DeliveryClass::Live if state.holds(delivery) => state.hold(delivery, bytes, now),
+            DeliveryClass::Live => state.take_live(delivery, bytes, now),
         }
-        state.queue.push_back((class, Arc::clone(delivery)));
-        state.waiting_since.get_or_insert(now);
-        state.wake();
-        Delivered::Queued
     }
 
     /// Catch-up of these conversations is complete up to these positions.
@@ -221,9 +220,12 @@ impl Outbox {
         for position in delivered {
             if let Some(conversation) = state.conversations.get_mut(&position.stream) {
                 conversation.covered = conversation.covered.max(position.sequence);
-                conversation.resuming = false;
+                if std::mem::replace(&mut conversation.resuming, false) {
+                    state.resuming -= 1;
+                }
             }
         }
+        state.resuming_since = (state.resuming > 0).then_some(now);
         state.let_go(now);
     }
 
@@ -242,10 +244,9 @@ impl Outbox {
         let mut state = self.state();
         let mut dropped = VecDeque::new();
         if state.end.is_none() {
-            for delivery in std::mem::take(&mut state.held) {
-                state.live.sub(delivery.bytes().len());
-                dropped.push_back(delivery);
-            }
+            dropped = std::mem::take(&mut state.held);
+            state.holding = Load::default();
+            state.resuming_since = None;
             state.end = Some(status);
         }
         if at_once {
@@ -266,11 +267,12 @@ impl Outbox {
         now: Instant,
     ) -> Poll<Result<Arc<Delivery>, Status>> {
         let mut state = self.state();
-        if let Some((class, delivery)) = state.queue.pop_front() {
+        if let Some((kind, delivery)) = state.queue.pop_front() {
             let bytes = delivery.bytes().len();
-            match class {
-                DeliveryClass::Live => state.live.sub(bytes),
-                DeliveryClass::CatchUp => state.catch_up.sub(bytes),
+            match kind {
+                Kind::Live => state.live.sub(bytes),
+                Kind::CatchUp => state.catch_up.sub(bytes),
+                Kind::Released => {}
             }
             state.waiting_since = (!state.queue.is_empty()).then_some(now);
             return Poll::Ready(Ok(delivery));
@@ -289,9 +291,62 @@ impl Outbox {
     pub(super) fn waiting_since(&self) -> Option<Instant> {
         self.state().waiting_since
     }
+
+    /// Since when conversations are being caught up without any being completed.
+    pub(super) fn resuming_since(&self) -> Option<Instant> {
+        self.state().resuming_since
+    }
 }
 
 impl State {
+    fn take_caught_up(
+        &mut self,
+        delivery: &Arc<Delivery>,
+        bytes: usize,
+        now: Instant,
+    ) -> Delivered {
+        let OutboxLimits { catch_up_messages_max, catch_up_bytes_max, .. } = self.limits;
+        if !self.catch_up.takes(bytes, catch_up_messages_max, catch_up_bytes_max) {
+            return Delivered::CatchUpOverflow;
+        }
+        self.catch_up.add(bytes);
+        self.enqueue(Kind::CatchUp, Arc::clone(delivery), now);
+        self.wake();
+        Delivered::Queued
+    }
+
+    fn take_live(&mut self, delivery: &Arc<Delivery>, bytes: usize, now: Instant) -> Delivered {
+        let OutboxLimits { live_messages_max, live_bytes_max, .. } = self.limits;
+        if !self.live.takes(bytes, live_messages_max, live_bytes_max) {
+            return Delivered::Overflow;
+        }
+        self.live.add(bytes);
+        self.enqueue(Kind::Live, Arc::clone(delivery), now);
+        self.wake();
+        Delivered::Queued
+    }
+
+    fn hold(&mut self, delivery: &Arc<Delivery>, bytes: usize, now: Instant) -> Delivered {
+        let OutboxLimits { hold_messages_max, hold_bytes_max, .. } = self.limits;
+        if !self.holding.takes(bytes, hold_messages_max, hold_bytes_max) {
+            return Delivered::CatchUpOverflow;
+        }
+        self.holding.add(bytes);
+        self.held.push_back(Arc::clone(delivery));
+        // The opening wait is a convenience: it ends before what waits for it endangers the session.
+        let endangered = self.holding.messages > hold_messages_max / 2
+            || self.holding.bytes > hold_bytes_max / 2;
+        if endangered && std::mem::replace(&mut self.opening, false) {
+            self.let_go(now);
+        }
+        Delivered::Held
+    }
+
+    fn enqueue(&mut self, kind: Kind, delivery: Arc<Delivery>, now: Instant) {
+        self.queue.push_back((kind, delivery));
+        self.waiting_since.get_or_insert(now);
+    }
+
     /// Whether the client has this live event. While its catch-up runs nobody knows.
     fn is_duplicate(&self, delivery: &Delivery) -> bool {
         let Some(position) = delivery.event().position else { return false };
@@ -305,24 +360,16 @@ impl State {
         self.opening || delivery.event().stream.as_ref().is_some_and(resuming)
     }
 
-    /// The opening wait is a convenience: it ends before what waits for it endangers the session.
-    fn cut_opening_short(&mut self, now: Instant) {
-        if self.opening && self.live.messages > self.limits.live_messages_max / 2 {
-            self.opening = false;
-            self.let_go(now);
-        }
-    }
-
     /// Moves what need not be held any more to the queue, less what catch-up delivered.
     fn let_go(&mut self, now: Instant) {
         for delivery in std::mem::take(&mut self.held) {
             if self.holds(&delivery) {
                 self.held.push_back(delivery);
-            } else if self.is_duplicate(&delivery) {
-                self.live.sub(delivery.bytes().len());
-            } else {
-                self.queue.push_back((DeliveryClass::Live, delivery));
-                self.waiting_since.get_or_insert(now);
+                continue;
+            }
+            self.holding.sub(delivery.bytes().len());
+            if !self.is_duplicate(&delivery) {
+                self.enqueue(Kind::Released, delivery, now);
             }
         }
         self.wake();

@@ -60,6 +60,11 @@ pub(super) fn catch_up_overflow() -> Status {
     Status::unavailable("catch-up overflow: reconnect and resume")
 }
 
+/// No conversation was caught up for the catch-up timeout.
+pub(super) fn catch_up_timeout() -> Status {
+    Status::unavailable("catch-up took too long: reconnect and resume")
+}
+
 /// The node is going, or is not there yet.
 pub(super) fn not_serving() -> Status {
     Status::unavailable("this node is not accepting sessions: connect to another one")

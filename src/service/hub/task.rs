@@ -172,6 +172,7 @@ impl Hub {
     /// Whether so much is under way that no more is taken in.
     fn is_full(&self) -> bool {
         self.signals.deliveries() >= self.config.deliveries_max
+            || self.signals.bytes() >= self.config.deliveries_bytes_max
     }
 
     fn is_backlogged(&self) -> bool {
@@ -383,6 +384,7 @@ impl Hub {
     /// Ends what stalls, and forgets what took too long to end or to be asked for.
     fn sweep(&mut self, now: Instant) {
         let mut stalled = Vec::new();
+        let mut behind = Vec::new();
         let mut over = Vec::new();
         let mut unanswered = Vec::new();
         for (connection, session) in self.sessions.iter_mut() {
@@ -390,9 +392,14 @@ impl Hub {
                 Phase::Asking(reply) if reply.is_closed() => unanswered.push(connection),
                 Phase::Ending { why, until } if *until <= now => over.push((connection, *why)),
                 Phase::Live => {
-                    let since = session.outbox.waiting_since();
-                    if since.is_some_and(|since| since + self.config.stall_timeout <= now) {
+                    let for_too_long = |since: Option<Instant>, limit| {
+                        since.is_some_and(|since| since + limit <= now)
+                    };
+                    let (config, outbox) = (&self.config, &session.outbox);
+                    if for_too_long(outbox.waiting_since(), config.stall_timeout) {
                         stalled.push(connection);
+                    } else if for_too_long(outbox.resuming_since(), config.catch_up_timeout) {
+                        behind.push(connection);
                     }
                 }
                 Phase::Asking(_) | Phase::Ending { .. } => {}
@@ -401,6 +408,10 @@ impl Hub {
         for connection in stalled {
             self.metrics.counters.stream_stalls.add(1);
             self.end(connection, status::stalled(), EndReason::WriteTimeout, true);
+        }
+        for connection in behind {
+            self.metrics.counters.stream_catch_up_timeouts.add(1);
+            self.end(connection, status::catch_up_timeout(), EndReason::ClosedByService, true);
         }
         for (connection, why) in over {
             self.forget(connection, why);

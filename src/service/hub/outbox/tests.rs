@@ -55,7 +55,7 @@ fn open() -> Outbox {
 #[test]
 fn live_events_wait_for_their_own_conversation_only() {
     let outbox = open();
-    assert_eq!(outbox.mention(StreamKey(1), 4), Mention::Resume);
+    assert_eq!(outbox.mention(StreamKey(1), 4, Instant::now()), Mention::Resume);
     assert_eq!(live(&outbox, &message(1, 6)), Delivered::Held);
     assert_eq!(live(&outbox, &message(2, 70)), Delivered::Queued);
     assert_eq!(caught_up(&outbox, &message(1, 5)), Delivered::Queued);
@@ -70,26 +70,46 @@ fn live_events_wait_for_their_own_conversation_only() {
 #[test]
 fn what_the_client_acknowledged_is_not_sent_to_it() {
     let outbox = open();
-    assert_eq!(outbox.mention(StreamKey(1), 4), Mention::Resume);
+    assert_eq!(outbox.mention(StreamKey(1), 4, Instant::now()), Mention::Resume);
     release(&outbox, 1, 4);
-    assert_eq!(outbox.mention(StreamKey(1), 9), Mention::Acknowledged);
+    assert_eq!(outbox.mention(StreamKey(1), 9, Instant::now()), Mention::Acknowledged);
     assert_eq!(live(&outbox, &message(1, 9)), Delivered::Duplicate);
     assert_eq!(live(&outbox, &message(1, 10)), Delivered::Queued);
 }
 
 #[test]
-fn live_events_are_bounded_in_number_wherever_they_wait() {
-    let outbox = open();
-    let _ = outbox.mention(StreamKey(1), 0);
-    for sequence in 1..=64 {
-        assert_eq!(live(&outbox, &message(1, sequence)), Delivered::Held);
+fn held_events_have_bounds_of_their_own() {
+    let limits = OutboxLimits { hold_messages_max: 2, ..OutboxLimits::default() };
+    let outbox = Outbox::new(limits);
+    outbox.open_up(Instant::now());
+    let _ = outbox.mention(StreamKey(1), 0, Instant::now());
+    for sequence in 1..=128 {
         assert_eq!(live(&outbox, &message(2, sequence)), Delivered::Queued);
     }
-    assert_eq!(live(&outbox, &message(2, 65)), Delivered::CatchUpOverflow);
+    assert_eq!(live(&outbox, &message(2, 129)), Delivered::Overflow);
+    assert_eq!(live(&outbox, &message(1, 1)), Delivered::Held);
+    assert_eq!(live(&outbox, &message(1, 2)), Delivered::Held);
+    assert_eq!(live(&outbox, &message(1, 3)), Delivered::CatchUpOverflow);
+    // What is released does not count as what is read too slowly.
     release(&outbox, 1, 0);
-    assert_eq!(live(&outbox, &message(2, 65)), Delivered::Overflow);
     drop(take(&outbox));
-    assert_eq!(live(&outbox, &message(2, 65)), Delivered::Queued);
+    assert_eq!(live(&outbox, &message(2, 129)), Delivered::Queued);
+    assert_eq!(live(&outbox, &message(1, 3)), Delivered::Overflow);
+}
+
+#[test]
+fn catch_up_that_gets_nowhere_is_seen() {
+    let (outbox, start) = (open(), Instant::now());
+    let later = |seconds| start + std::time::Duration::from_secs(seconds);
+    assert_eq!(outbox.resuming_since(), None);
+    let _ = outbox.mention(StreamKey(1), 0, later(1));
+    let _ = outbox.mention(StreamKey(2), 0, later(2));
+    assert_eq!(outbox.resuming_since(), Some(later(1)));
+    let position = StreamPosition { stream: StreamKey(2), sequence: 0 };
+    outbox.release(&[position], later(3));
+    assert_eq!(outbox.resuming_since(), Some(later(3)));
+    outbox.release(&[StreamPosition { stream: StreamKey(1), sequence: 0 }], later(4));
+    assert_eq!(outbox.resuming_since(), None);
 }
 
 #[test]
@@ -119,15 +139,15 @@ fn caught_up_messages_have_bounds_of_their_own() {
 fn conversations_of_a_session_are_bounded() {
     let limits = OutboxLimits { conversations_max: 1, ..OutboxLimits::default() };
     let outbox = Outbox::new(limits);
-    assert_eq!(outbox.mention(StreamKey(1), 0), Mention::Resume);
-    assert_eq!(outbox.mention(StreamKey(2), 0), Mention::TooMany);
-    assert_eq!(outbox.mention(StreamKey(1), 1), Mention::Acknowledged);
+    assert_eq!(outbox.mention(StreamKey(1), 0, Instant::now()), Mention::Resume);
+    assert_eq!(outbox.mention(StreamKey(2), 0, Instant::now()), Mention::TooMany);
+    assert_eq!(outbox.mention(StreamKey(1), 1, Instant::now()), Mention::Acknowledged);
 }
 
 #[test]
 fn busy_opening_ends_before_it_fills_the_queue() {
-    let outbox = Outbox::new(OutboxLimits { live_messages_max: 4, ..OutboxLimits::default() });
-    let _ = outbox.mention(StreamKey(2), 0);
+    let outbox = Outbox::new(OutboxLimits { hold_messages_max: 4, ..OutboxLimits::default() });
+    let _ = outbox.mention(StreamKey(2), 0, Instant::now());
     for sequence in 1..=2 {
         assert_eq!(live(&outbox, &message(1, sequence)), Delivered::Held);
     }
@@ -140,7 +160,7 @@ fn busy_opening_ends_before_it_fills_the_queue() {
 #[test]
 fn end_follows_what_is_queued_and_never_what_is_held() {
     let outbox = open();
-    let _ = outbox.mention(StreamKey(1), 0);
+    let _ = outbox.mention(StreamKey(1), 0, Instant::now());
     let _ = live(&outbox, &message(2, 1));
     let _ = live(&outbox, &message(1, 1));
     assert_eq!(outbox.end(Status::aborted("first"), false), 1);
@@ -270,7 +290,7 @@ proptest! {
                     if opening && !oracle.resuming.contains_key(&conversation) {
                         let after = (oracle.newest[&conversation] - back).max(0);
                         prop_assert_eq!(
-                            outbox.mention(StreamKey(conversation), after),
+                            outbox.mention(StreamKey(conversation), after, Instant::now()),
                             Mention::Resume
                         );
                         oracle.resuming.insert(conversation, Some(after));
@@ -306,6 +326,8 @@ proptest! {
         }
         let state = outbox.state();
         prop_assert_eq!((state.live.messages, state.live.bytes), (0, 0));
+        prop_assert_eq!((state.holding.messages, state.holding.bytes), (0, 0));
+        prop_assert_eq!(state.resuming, 0);
         prop_assert_eq!((state.catch_up.messages, state.catch_up.bytes), (0, 0));
     }
 }

@@ -205,6 +205,30 @@ async fn stream_that_is_not_read_is_ended_after_the_stall_timeout() {
 }
 
 #[tokio::test]
+async fn catch_up_that_nobody_completes_ends_its_stream() {
+    let (handle, mut hub, [mut manager, _router]) = rig(HubConfig::default(), 64);
+    let session = admitted(&mut hub, &handle, &mut manager).await;
+    session.mention("c".into(), 0).await;
+    assert!(matches!(report(&mut hub, &mut manager).await, ShardReport::Resume { .. }));
+    hub.sweep(Instant::now() + hub.config.catch_up_timeout / 2);
+    hub.sweep(Instant::now() + hub.config.catch_up_timeout);
+    assert_eq!(next(&session).unwrap_err().code(), Code::Unavailable);
+    assert_eq!(handle.metrics().counters.stream_catch_up_timeouts.get(), 1);
+}
+
+#[tokio::test]
+async fn deliveries_are_bounded_in_bytes_too() {
+    let config = HubConfig { deliveries_bytes_max: 10, ..HubConfig::default() };
+    let (handle, mut hub, [mut manager, mut router]) = rig(config, 64);
+    let session = admitted(&mut hub, &handle, &mut manager).await;
+    for sequence in 1..=3 {
+        router.deliver(key(&session), event(STREAM, sequence, b"event"), DeliveryClass::Live, 0);
+    }
+    hub.turn();
+    assert_eq!((hub.signals.deliveries(), hub.signals.bytes()), (2, 10));
+}
+
+#[tokio::test]
 async fn caller_that_went_before_its_admission_leaves_no_session() {
     let (handle, mut hub, [mut manager, _router]) = rig(HubConfig::default(), 64);
     let opening = opening(&handle);

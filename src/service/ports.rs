@@ -96,7 +96,7 @@ pub trait RemoteNodes: Send + Sync + 'static {
     /// Hands a record's value to each node that holds one of these users, once per node. `users`
     /// is every member: one who is here may have a second device elsewhere. Never blocks; values
     /// reach one node in the order of the calls.
-    fn forward(&self, value: Bytes, users: &[Arc<str>], done: ForwardDone) -> Forwarding;
+    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding;
 }
 
 /// For a node that serves only its own sessions (`ROUTING_MODE=broadcast`, or no Redis).
@@ -104,7 +104,7 @@ pub trait RemoteNodes: Send + Sync + 'static {
 pub struct NoRemoteNodes;
 
 impl RemoteNodes for NoRemoteNodes {
-    fn forward(&self, _value: Bytes, _users: &[Arc<str>], _done: ForwardDone) -> Forwarding {
+    fn forward(&self, _value: &[u8], _users: &[Arc<str>], _done: ForwardDone) -> Forwarding {
         Forwarding::Nobody
     }
 }

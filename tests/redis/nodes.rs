@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use delivery::service::ports::{Forwarding, RemoteNodes};
 use delivery::service::redis::{Nodes, NodesConfig, NodesCounters, RedisLink};
 use rustix::process::Signal;
@@ -62,7 +61,7 @@ impl Bench {
         let done = Box::new(move || {
             let _ = tell.send(());
         });
-        self.nodes.forward(Bytes::copy_from_slice(value.as_bytes()), &users, done)
+        self.nodes.forward(value.as_bytes(), &users, done)
     }
 
     pub(crate) async fn handed_over(&mut self, value: &str, users: &[&str]) {

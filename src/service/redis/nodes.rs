@@ -101,7 +101,7 @@ struct Job {
 }
 
 impl Job {
-    fn weight(value: &Bytes, users: &[Arc<str>]) -> usize {
+    fn weight(value: &[u8], users: &[Arc<str>]) -> usize {
         value.len() + size_of_val(users)
     }
 }
@@ -159,7 +159,7 @@ impl Nodes {
 }
 
 impl RemoteNodes for Nodes {
-    fn forward(&self, value: Bytes, users: &[Arc<str>], done: ForwardDone) -> Forwarding {
+    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
         let (shared, now) = (&self.shared, Instant::now());
         let counters = &shared.counters;
         let concerned = |user: &&Arc<str>| {
@@ -174,7 +174,7 @@ impl RemoteNodes for Nodes {
             counters.redis_forwards_refused_down.add(1);
             return Forwarding::Refused;
         }
-        let weight = Job::weight(&value, &users);
+        let weight = Job::weight(value, &users);
         let waiting = shared.waiting_bytes.fetch_add(weight, Ordering::Relaxed);
         let Ok(place) = self.jobs.try_reserve() else {
             shared.waiting_bytes.fetch_sub(weight, Ordering::Relaxed);
@@ -189,6 +189,7 @@ impl RemoteNodes for Nodes {
         counters.redis_forwards.add(1);
         counters.redis_forwards_bytes.add(weight as u64);
         counters.redis_forwards_waiting.add(1);
+        let value = Bytes::copy_from_slice(value);
         place.send((Job { value, users, shared: Arc::clone(shared) }, Done(Some(done))));
         Forwarding::Pending
     }

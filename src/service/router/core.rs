@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-
 use crate::domain::command::Ticket;
 use crate::handoff::Doorbell;
 use crate::service::directory::Directory;
@@ -247,7 +245,6 @@ impl Core {
             let _ = returned.send(Returned::Forward(ticket));
             bell.ring();
         });
-        let value = Bytes::copy_from_slice(value);
         let forwarding = match audience {
             Audience::Members(members, None) => remote.forward(value, members, done),
             Audience::Members(members, Some(other)) => {

@@ -83,8 +83,11 @@ pub(super) struct Nodes {
 }
 
 impl RemoteNodes for Nodes {
-    fn forward(&self, value: Bytes, users: &[Arc<str>], done: ForwardDone) -> Forwarding {
-        self.handed.lock().unwrap().push((value, users.iter().map(|id| id.to_string()).collect()));
+    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
+        self.handed
+            .lock()
+            .unwrap()
+            .push((Bytes::copy_from_slice(value), users.iter().map(|id| id.to_string()).collect()));
         self.pending.lock().unwrap().push(done);
         Forwarding::Pending
     }

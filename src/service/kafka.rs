@@ -175,6 +175,16 @@ impl Shared {
         })
     }
 
+    /// The brokers did not say which partitions there are. That matters as long as this keeps the node
+    /// from reading at all; later it is only the look for new ones that failed.
+    fn not_told(&self, error: &rdkafka::error::KafkaError, reading: bool) {
+        if reading {
+            tracing::debug!(%error, "partitions not told");
+        } else if self.status.cannot_begin(error.to_string()) {
+            tracing::warn!(%error, "reading cannot begin; this is tried until it can");
+        }
+    }
+
     /// The router that a partition belongs to.
     fn router(&self, log: &LogName) -> &RouterControl {
         let number = usize::from(log.topic_index) + log.partition.unsigned_abs() as usize;

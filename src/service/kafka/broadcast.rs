@@ -72,7 +72,7 @@ impl BroadcastReader {
             if Instant::now() >= next {
                 let discovered = self.discover();
                 if let Err(error) = &discovered {
-                    tracing::debug!(%error, "partitions not told");
+                    self.shared.not_told(error, !self.known.is_empty());
                 }
                 next = Instant::now() + if discovered.is_ok() { interval } else { RETRY };
             }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::service::kafka::{KafkaConfig, Shared};
 use crate::service::router::LogName;
 
-/// A broker that has not said a word for this long, although it is asked twice a second, is taken for
+/// A broker that has not said a word for this long, although it is always being asked, is taken for
 /// unreachable, µs.
 const SILENCE_US_MAX: i64 = 15_000_000;
 
@@ -25,7 +25,9 @@ pub(super) fn consumer_properties(config: &KafkaConfig, group: &str) -> ClientCo
         // Without it a partition whose queue was full for a moment pauses for a whole second.
         .set("fetch.queue.backoff.ms", "10")
         .set("queued.max.messages.kbytes", config.prefetch_kib.to_string())
-        .set("fetch.wait.max.ms", "500")
+        // A real broker answers as soon as something is appended; the embedded one of `dev` lets
+        // every fetch wait this long.
+        .set("fetch.wait.max.ms", "100")
         .set("topic.metadata.refresh.interval.ms", config.discovery_interval_ms.to_string())
         .set("statistics.interval.ms", "2000");
     properties

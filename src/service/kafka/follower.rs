@@ -93,7 +93,7 @@ impl Follower {
             if Instant::now() >= next {
                 let discovered = self.discover();
                 if let Err(error) = &discovered {
-                    tracing::debug!(%error, "partitions of membership topics not told");
+                    self.shared.not_told(error, self.followed);
                 }
                 all_known |= discovered.is_ok();
                 next = Instant::now() + if discovered.is_ok() { interval } else { RETRY };

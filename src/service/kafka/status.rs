@@ -89,6 +89,13 @@ impl KafkaStatus {
         state.last_error = Some(reason);
     }
 
+    /// As [`KafkaStatus::unreachable`]; returns whether the reason is a new one.
+    pub(super) fn cannot_begin(&self, reason: String) -> bool {
+        let mut state = self.state();
+        state.connected = false;
+        state.last_error.replace(reason.clone()) != Some(reason)
+    }
+
     pub(super) fn following(&self, following: bool) {
         self.state().following = following;
     }

@@ -145,8 +145,6 @@ impl Node {
             commit_interval_ms: 50,
             discovery_interval_ms: 200,
             revoke_grace_ms: 500,
-            // The mock broker lets a fetch wait its full time, whatever is appended meanwhile.
-            properties: vec![("fetch.wait.max.ms".into(), "10".into())],
             ..KafkaConfig::new(cluster.mock.bootstrap_servers())
         };
         let counters = Arc::<KafkaCounters>::default();

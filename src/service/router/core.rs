@@ -54,6 +54,13 @@ pub(super) enum Place<'a> {
     },
 }
 
+/// When a record was tried first, and when it is tried now; Unix time in ms.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    since_ms: u64,
+    now_ms: u64,
+}
+
 /// Everything a router needs but its lanes.
 pub(super) struct Core {
     pub(super) config: RouterConfig,
@@ -87,7 +94,14 @@ impl Core {
     }
 
     /// Routes a record of a partition, or one that another node handed over.
-    pub(super) fn route(&mut self, raw: RawRecord<'_>, place: Place<'_>, now_ms: u64) -> Step {
+    /// `since_ms` is when it was tried first.
+    pub(super) fn route(
+        &mut self,
+        raw: RawRecord<'_>,
+        place: Place<'_>,
+        since_ms: u64,
+        now_ms: u64,
+    ) -> Step {
         let record = match envelope::decode(raw.value) {
             Ok(record) => record,
             Err(error) => return Step::Unroutable(Reason::Undecodable(error)),
@@ -98,7 +112,8 @@ impl Core {
             return Step::Unroutable(Reason::NoConversation);
         };
         self.trace(raw, place, conversation);
-        let audience = match self.audience(raw, place, &record, conversation, now_ms) {
+        let times = Times { since_ms, now_ms };
+        let audience = match self.audience(raw, place, &record, conversation, times) {
             Ok(audience) => audience,
             Err(step) => return step,
         };
@@ -156,8 +171,9 @@ impl Core {
         place: Place<'_>,
         record: &'a Record<'a>,
         conversation: &str,
-        now_ms: u64,
+        times: Times,
     ) -> Result<Audience<'a>, Step> {
+        let now_ms = times.now_ms;
         let log_place = match place {
             Place::Log { log, .. } => Some(log.place(raw.offset)),
             Place::Remote { .. } => None,
@@ -200,7 +216,7 @@ impl Core {
             Lookup::Absent => Err(Step::Unroutable(Reason::NoSuchConversation)),
             // Nobody can be asked. The creation may stand in a partition that is read a little
             // later than this one; if it does not come, whom the event itself names still gets it.
-            Lookup::Unknown if self.may_still_come(raw, now_ms) => Err(Step::Wait(Wait::Members)),
+            Lookup::Unknown if self.may_still_come(raw, times) => Err(Step::Wait(Wait::Members)),
             Lookup::Unknown => match other {
                 Some(user) if !user.is_empty() => {
                     self.counters.records_members_unknown.add(1);
@@ -211,8 +227,11 @@ impl Core {
         }
     }
 
-    fn may_still_come(&self, raw: RawRecord<'_>, now_ms: u64) -> bool {
-        now_ms < raw.appended_at_ms.saturating_add(self.config.creation_wait_ms)
+    /// By the age of the record, so that a backlog of such conversations is not held up at each; but
+    /// a clock that is ahead of ours holds up nothing for longer either.
+    fn may_still_come(&self, raw: RawRecord<'_>, times: Times) -> bool {
+        let from_ms = raw.appended_at_ms.min(times.since_ms);
+        times.now_ms < from_ms.saturating_add(self.config.creation_wait_ms)
     }
 
     fn gather(&mut self, user: &str) {

@@ -81,7 +81,7 @@ impl Core {
         since_ms: u64,
         now_ms: u64,
     ) -> Step {
-        let reason = match self.route(raw, place, now_ms) {
+        let reason = match self.route(raw, place, since_ms, now_ms) {
             Step::Unroutable(reason) => reason,
             Step::Wait(Wait::Members)
                 if now_ms >= since_ms.saturating_add(self.config.route_retry_max_ms) =>

@@ -101,6 +101,13 @@ fn without_a_conversation_service_a_creation_that_is_read_later_is_waited_for() 
     world.settle();
     assert_eq!(world.counters.records_members_unknown.get(), 2);
     world.until("passed", |_| progress.committable() == Some(3));
+
+    // A publisher whose clock is an hour ahead holds up its partition no longer.
+    messages.append_at(3, unix_ms() + 3_600_000, None, message("never", 3));
+    world.settle();
+    assert_eq!(progress.committable(), Some(3));
+    world.ahead_ms += 2_001;
+    world.until("passed", |_| progress.committable() == Some(4));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
+use std::time::Duration;
 
 use io_uring::{IoUring, Probe};
 use rustix::io::Errno;
@@ -19,6 +20,8 @@ pub(super) const EXTRA_FILES: u32 = 2;
 /// The kernel's own bound of a completion queue.
 const COMPLETIONS_MAX: u32 = 1 << 16;
 const COMPLETIONS_MIN: u32 = 1 << 12;
+/// Pauses between attempts at a ring for which memory is not free at the moment, ms.
+const MEMORY_PAUSES_MS: [u64; 6] = [10, 20, 50, 100, 300, 1_000];
 const UNPRIVILEGED_SETTING: &str = "/proc/sys/kernel/io_uring_disabled";
 
 /// What a ring is made for.
@@ -170,13 +173,27 @@ fn create(config: &RingConfig) -> Result<IoUring, SetupError> {
     cooperative.setup_single_issuer().setup_coop_taskrun();
     let mut refused = None;
     for attempt in [deferred, cooperative, builder()] {
-        match attempt.build(config.submissions) {
+        match build_patiently(&attempt, config.submissions) {
             Ok(ring) => return Ok(ring),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = Some(error),
             Err(error) => return Err(explain(error)),
         }
     }
     Err(explain(refused.expect("three attempts were made")))
+}
+
+/// The kernel takes the pages of a ring in one go and says ENOMEM if so many are not free at that
+/// moment, though most of what is used be page cache: reclaiming it takes a moment.
+fn build_patiently(builder: &io_uring::Builder, submissions: u32) -> io::Result<IoUring> {
+    let mut pauses = MEMORY_PAUSES_MS.into_iter();
+    loop {
+        match (builder.build(submissions), pauses.next()) {
+            (Err(error), Some(pause_ms)) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                std::thread::sleep(Duration::from_millis(pause_ms));
+            }
+            (built, _) => return built,
+        }
+    }
 }
 
 /// Room for a completion of every operation that [`Ring`](super::Ring) lets into flight (half) and

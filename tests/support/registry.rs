@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
 use prost::Message as _;
@@ -53,7 +53,7 @@ impl Registry {
         let event = PresenceUpdateEvent {
             user_id: user.into(),
             status: status.into(),
-            occurred_at: 1_700_000_000,
+            occurred_at: UNIX_EPOCH.elapsed().expect("after 1970").as_secs() as i64,
         };
         let _: u64 = self
             .connection

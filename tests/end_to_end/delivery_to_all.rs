@@ -17,6 +17,7 @@ const AHEAD_PER_SESSION: u64 = 16;
 const PROGRESS_WITHIN: Duration = Duration::from_secs(30);
 
 struct Run {
+    node: Node,
     world: World,
     fleet: Fleet,
     tallies: Vec<Tally>,
@@ -25,14 +26,14 @@ struct Run {
 
 impl Run {
     /// Connects every session of the world and waits until all are open.
-    fn connect(node: &Node, world: World, receive_buffer: Option<usize>) -> Self {
+    fn connect(node: Node, world: World, receive_buffer: Option<usize>) -> Self {
         let mut fleet = Fleet::new();
         for (user, device) in &world.sessions {
             let connect = Connect { receive_buffer, ..Connect::session(node.public, user, device) };
             fleet.connect(&connect).expect("the server accepts");
         }
         let tallies = vec![Tally::default(); world.sessions.len()];
-        let mut run = Self { world, fleet, tallies, ended: Vec::new() };
+        let mut run = Self { node, world, fleet, tallies, ended: Vec::new() };
         let deadline = Instant::now() + PROGRESS_WITHIN;
         while run.fleet.open_count() < run.tallies.len() {
             assert!(Instant::now() < deadline, "{} sessions open", run.fleet.open_count());
@@ -50,7 +51,8 @@ impl Run {
             Seen::Open(_) | Seen::Ping => {}
             other => ended.push(format!("client {client}: {other:?}")),
         });
-        assert!(self.ended.is_empty(), "{:?}", self.ended);
+        let why = || self.node.metrics().nonzero("delivery_shard_");
+        assert!(self.ended.is_empty(), "{:?}\n{:#?}", self.ended, why());
     }
 
     fn received(&self) -> u64 {
@@ -153,7 +155,7 @@ fn every_session_receives_its_own(
         .set("KAFKA_TOPICS", &topic)
         .set("KAFKA_GROUP", &topic)
         .start();
-    let mut run = Run::connect(&node, World::new(1, 200, 100, 2_000), receive_buffer);
+    let mut run = Run::connect(node, World::new(1, 200, 100, 2_000), receive_buffer);
     let began = Instant::now();
     let mut publisher = Publisher::new(&brokers, &topic);
     let published = run.publish(&mut publisher, events);

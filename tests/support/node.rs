@@ -305,6 +305,12 @@ impl Metrics {
         grown.filter(|(_, by)| *by > 0.0).collect()
     }
 
+    /// The series that begin so and are not 0.
+    pub fn nonzero(&self, prefix: &str) -> Vec<(String, f64)> {
+        let wanted = |sample: &&(String, f64)| sample.0.starts_with(prefix) && sample.1 != 0.0;
+        self.samples.iter().filter(wanted).cloned().collect()
+    }
+
     /// Whether a series of this name is there.
     pub fn has(&self, name: &str) -> bool {
         self.samples.iter().any(|(series, _)| series.split('{').next() == Some(name))

@@ -130,7 +130,7 @@ settings! {
         /// How long a client may take to answer a close frame.
         close_timeout: Duration = "5s", from "100ms" to "1m", example "5s";
         /// How long a session's live events wait for its first message (the resume request).
-        resume_grace: Duration = "10s", from "0s" to "5m", example "10s";
+        resume_grace: Duration = "10s", dev "500ms", from "0s" to "5m", example "10s";
         /// How long a session may take to catch up; then it is closed with 1013.
         catch_up_timeout: Duration = "5m", from "1s" to "1h", example "5m";
     }

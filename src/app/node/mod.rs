@@ -14,6 +14,7 @@ mod sizing;
 mod streams;
 
 use std::future::pending;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -102,8 +103,11 @@ impl Ports {
     async fn bind(settings: &Settings, ip: IpAddr, sizing: &Sizing) -> Result<Self, String> {
         let mut public = ListenerConfig::new(settings.http_port.or(ip));
         public.send_buffer_bytes = (settings.so_sndbuf.0 > 0).then(|| settings.so_sndbuf.bytes());
-        let (shards, websocket) = listen_all(&public, usize::from(sizing.shards))
-            .map_err(|error| format!("HTTP_PORT: {error}"))?;
+        let (shards, websocket) =
+            listen_all(&public, usize::from(sizing.shards)).map_err(|error| {
+                let example = settings.http_port.port.saturating_add(1);
+                format!("HTTP_PORT: {error}\n      example: HTTP_PORT={example}")
+            })?;
         let admin = bind("HTTP_ADDR", settings.http_addr.or(ip)).await?;
         let grpc = match settings.grpc_addr {
             Some(address) => Some(bind("GRPC_ADDR", address.or(ip)).await?),
@@ -296,8 +300,14 @@ fn instance_id(settings: &Settings) -> Arc<str> {
 }
 
 async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
-    let listener = TcpListener::bind(address).await;
-    listener.map_err(|error| format!("{setting}: cannot listen on {address}: {error}"))
+    TcpListener::bind(address).await.map_err(|error| {
+        let taken = error.kind() == io::ErrorKind::AddrInUse;
+        let hint = if taken { "; 0 stands for any free port" } else { "" };
+        let example = address.port().saturating_add(if taken { 1 } else { 0 });
+        format!(
+            "{setting}: cannot listen on {address}: {error}{hint}\n      example: {setting}={example}"
+        )
+    })
 }
 
 fn local(listener: &TcpListener) -> SocketAddr {

@@ -218,7 +218,6 @@ impl Reader {
             match self.subscribe().await {
                 Ok(subscribed) => {
                     attempt = 0;
-                    self.counters.redis_subscribed.set(1);
                     if let Some(last_sign) = last_sign {
                         let gap = last_sign.elapsed();
                         self.counters.redis_subscription_gaps.add(1);
@@ -230,6 +229,8 @@ impl Reader {
                         );
                     }
                     self.sinks.presence.iter().for_each(|sink| sink.missed());
+                    // Up only now: who sees that finds the gap counted and nothing old remembered.
+                    self.counters.redis_subscribed.set(1);
                     last_sign = Some(self.read(subscribed).await);
                     self.counters.redis_subscribed.set(0);
                 }

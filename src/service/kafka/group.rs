@@ -285,7 +285,9 @@ impl GroupReader {
             .set("partition.assignment.strategy", "cooperative-sticky")
             // Only for places that retention has taken away.
             .set("auto.offset.reset", "earliest")
-            .set("session.timeout.ms", "15000");
+            .set("session.timeout.ms", "15000")
+            // How soon a node hears that the group is changing: what the others wait for.
+            .set("heartbeat.interval.ms", "1000");
         let properties = client::with_user_properties(properties, &shared.config);
         let context = GroupContext {
             observer: Observer { shared: Arc::clone(&shared) },

@@ -203,11 +203,11 @@ impl Ours {
         membership.follow();
 
         let (log, taken) = (Arc::new(Mutex::new(Log::default())), Arc::new(AtomicI64::new(0)));
-        let progress = Arc::new(Progress::new(0));
+        let progress = Arc::new(Progress::new(Some(0)));
         router.assign(Assignment {
             log: LogName { topic: "bench".into(), topic_index: 0, partition: 0 },
             source: Box::new(Source(Arc::clone(&log), Arc::clone(&taken))),
-            start: 0,
+            start: Some(0),
             progress: Arc::clone(&progress),
         });
         drop(within);
@@ -257,7 +257,7 @@ impl Ours {
 
     /// Every record below this offset is done: sent on each socket concerned.
     fn wait_until(&self, offset: i64) {
-        while self.progress.committable() < offset {
+        while self.progress.committable() < Some(offset) {
             std::thread::sleep(POLL);
         }
     }

@@ -67,11 +67,19 @@ pub(super) fn await_writable(key: ConnectionKey) -> Entry {
         .user_data(token(Operation::AwaitWritable, key))
 }
 
-/// Cancels everything that waits on the socket.
-pub(super) fn cancel(key: ConnectionKey) -> Entry {
-    opcode::AsyncCancel2::new(CancelBuilder::fd(Fixed(key.slot)).all())
+/// Cancels the connection's watch, if it is armed. By token: the kernel finds that by its hash,
+/// while it searches all that waits in the ring for a file.
+pub(super) fn cancel_watch(key: ConnectionKey) -> Entry {
+    opcode::AsyncCancel::new(token(Operation::Watch, key))
         .build()
-        .user_data(token(Operation::Cancel, key))
+        .user_data(token(Operation::CancelWatch, key))
+}
+
+/// Cancels the connection's wait for room, if there is one.
+pub(super) fn cancel_wait(key: ConnectionKey) -> Entry {
+    opcode::AsyncCancel::new(token(Operation::AwaitWritable, key))
+        .build()
+        .user_data(token(Operation::CancelWait, key))
 }
 
 /// Ends our half of the stream.
@@ -120,7 +128,7 @@ pub(super) fn cancel_everything() -> Entry {
 /// The operations without which nothing works here, by number and name.
 pub(super) const NEEDED: [(u8, &str); 8] = [
     (opcode::Accept::CODE, "IORING_OP_ACCEPT"),
-    (opcode::AsyncCancel2::CODE, "IORING_OP_ASYNC_CANCEL"),
+    (opcode::AsyncCancel::CODE, "IORING_OP_ASYNC_CANCEL"),
     (opcode::Close::CODE, "IORING_OP_CLOSE"),
     (opcode::Connect::CODE, "IORING_OP_CONNECT"),
     (opcode::PollAdd::CODE, "IORING_OP_POLL_ADD"),

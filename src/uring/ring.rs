@@ -179,10 +179,11 @@ impl Ring {
         self.push(operation::await_writable(connection));
     }
 
-    /// Ends what waits on the socket; each operation still completes.
+    /// Ends what waits on the socket (the watch, the wait for room); each still completes.
     pub fn cancel(&mut self, connection: ConnectionKey) {
         self.check(connection);
-        self.push(operation::cancel(connection));
+        self.push(operation::cancel_watch(connection));
+        self.push(operation::cancel_wait(connection));
     }
 
     /// Ends our half of the stream (FIN) after what was sent.
@@ -347,7 +348,8 @@ impl Ring {
             Operation::AwaitWritable => {
                 Completion::Writable { connection, result: result.map(drop) }
             }
-            Operation::Cancel => Completion::Cancelled { connection },
+            // The second of the two.
+            Operation::CancelWait => Completion::Cancelled { connection },
             Operation::Shutdown => Completion::ShutDown { connection, result: result.map(drop) },
             Operation::Close => Completion::Closed { connection, result: result.map(drop) },
             Operation::WatchDoorbell => {
@@ -361,7 +363,9 @@ impl Ring {
                 self.set_file(self.listener_file(), -1).expect("any file may be taken out");
                 return None;
             }
-            Operation::CancelEverything | Operation::Dissolve => return None,
+            Operation::CancelWatch | Operation::CancelEverything | Operation::Dissolve => {
+                return None;
+            }
         })
     }
 

@@ -12,13 +12,14 @@ pub(super) enum Operation {
     Receive = 3,
     Send = 4,
     AwaitWritable = 5,
-    Cancel = 6,
+    CancelWatch = 6,
     Shutdown = 7,
     Close = 8,
     WatchDoorbell = 9,
     CancelAccepts = 10,
     CancelEverything = 11,
     Dissolve = 12,
+    CancelWait = 13,
 }
 
 impl Operation {
@@ -29,13 +30,14 @@ impl Operation {
             3 => Self::Receive,
             4 => Self::Send,
             5 => Self::AwaitWritable,
-            6 => Self::Cancel,
+            6 => Self::CancelWatch,
             7 => Self::Shutdown,
             8 => Self::Close,
             9 => Self::WatchDoorbell,
             10 => Self::CancelAccepts,
             11 => Self::CancelEverything,
             12 => Self::Dissolve,
+            13 => Self::CancelWait,
             _ => return None,
         })
     }
@@ -91,7 +93,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_is_decoded(number in 1_u8..=12, slot: u32, generation in 0..=GENERATION_MAX) {
+        fn what_is_encoded_is_decoded(number in 1_u8..=13, slot: u32, generation in 0..=GENERATION_MAX) {
             let operation = Operation::from_number(number).unwrap();
             prop_assert_eq!(operation as u8, number);
             let token = Token { operation, key: ConnectionKey { slot, generation } };

@@ -7,13 +7,18 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_tcp_nodelay;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
-/// Connections from one source address: the system has some 28,000 ports for each.
-const PER_SOURCE: usize = 15_000;
+/// Connections from one source address: few enough that the system finds a free port at once.
+const PER_SOURCE: usize = 2_000;
+/// Source addresses of one process: those after it take others, because the ports of closed
+/// connections stay taken for a minute.
+const SOURCES: u32 = 1 << 12;
+/// 127.0.0.0/8 without its first addresses.
+const FIRST: u32 = (127 << 24) + 256;
 
-/// The source address of session `index`: 127.0.1.1 and on.
-pub(super) fn source_of(index: usize) -> Ipv4Addr {
-    let number = u32::try_from(index / PER_SOURCE).expect("few sources") + 256 + 1;
-    Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 0, 0, 0)) + number)
+/// The source address of the process' session `index`.
+pub(super) fn source_of(process: u32, index: usize) -> Ipv4Addr {
+    let number = (index / PER_SOURCE) as u32 % (SOURCES - 1);
+    Ipv4Addr::from(FIRST + process % (SOURCES - 1) * SOURCES + number)
 }
 
 /// Begins to connect session `index`.
@@ -21,7 +26,8 @@ pub(super) fn begin(server: SocketAddr, index: usize) -> rustix::io::Result<Owne
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
     if server.ip().is_loopback() {
-        bind(&socket, &SocketAddrV4::new(source_of(index), 0))?;
+        let source = source_of(std::process::id(), index);
+        bind(&socket, &SocketAddrV4::new(source, 0))?;
     }
     set_tcp_nodelay(&socket, true)?;
     match connect(&socket, &server) {
@@ -36,8 +42,9 @@ mod tests {
 
     #[test]
     fn sources_are_loopback_and_change_in_time() {
-        assert_eq!(source_of(0), Ipv4Addr::new(127, 0, 1, 1));
-        assert_eq!(source_of(PER_SOURCE), Ipv4Addr::new(127, 0, 1, 2));
-        assert!(source_of(1_000_000).is_loopback());
+        assert_eq!(source_of(0, 0), Ipv4Addr::new(127, 0, 1, 0));
+        assert_eq!(source_of(0, PER_SOURCE), Ipv4Addr::new(127, 0, 1, 1));
+        assert_ne!(source_of(1, 0), source_of(2, 0));
+        assert!(source_of(u32::MAX, usize::MAX).is_loopback());
     }
 }

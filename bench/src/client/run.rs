@@ -183,7 +183,7 @@ impl Client {
             let index = index as usize;
             let began = now_ns();
             let begun =
-                net::begin(self.config.server, self.config.first + index).and_then(|socket| {
+                net::begin(self.config.server, index).and_then(|socket| {
                     let flags =
                         EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
                     epoll::add(&self.epoll, &socket, EventData::new_u64(index as u64), flags)?;

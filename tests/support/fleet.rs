@@ -52,7 +52,8 @@ enum Phase {
 
 #[derive(Debug)]
 struct Client {
-    stream: TcpStream,
+    /// Gone when the client is: a test with many clients has no descriptors to spare.
+    stream: Option<TcpStream>,
     phase: Phase,
     /// Sent as soon as the connection is open.
     first_message: Option<String>,
@@ -149,7 +150,7 @@ impl Fleet {
         )?;
         let phase = Phase::Handshaking;
         self.clients.push(Client {
-            stream,
+            stream: Some(stream),
             phase,
             first_message,
             partial: Vec::new(),
@@ -220,14 +221,14 @@ impl Fleet {
 
     /// Stops reading, as a stalled program does: the socket's buffers fill.
     pub fn stall(&mut self, id: ClientId) {
-        epoll::delete(&self.epoll, &self.clients[id].stream).expect("was added");
+        epoll::delete(&self.epoll, self.stream(id)).expect("was added");
     }
 
     /// Reads again after [`Fleet::stall`].
     pub fn unstall(&mut self, id: ClientId) {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
         let data = epoll::EventData::new_u64(id as u64);
-        epoll::add(&self.epoll, &self.clients[id].stream, data, flags).expect("was not added");
+        epoll::add(&self.epoll, self.stream(id), data, flags).expect("was not added");
     }
 
     /// Ends the connection without a close frame; with a reset if anything was unread.
@@ -237,7 +238,7 @@ impl Fleet {
 
     /// The socket, to be rude with.
     pub fn stream(&self, id: ClientId) -> &TcpStream {
-        &self.clients[id].stream
+        self.clients[id].stream.as_ref().expect("not over")
     }
 }
 
@@ -263,20 +264,24 @@ pub fn dial(connect: &Connect) -> io::Result<TcpStream> {
 impl Client {
     fn end(&mut self, epoll: &OwnedFd) {
         self.phase = Phase::Over;
-        // Fails if the client was stalled, that is not watched.
-        let _ = epoll::delete(epoll, &self.stream);
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        if let Some(stream) = self.stream.take() {
+            // Fails if the client was stalled, that is not watched.
+            let _ = epoll::delete(epoll, &stream);
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
         self.partial = Vec::new();
     }
 
     fn send(&mut self, opcode: u8, payload: &[u8]) -> bool {
         let frame = masked_frame(true, opcode, payload);
-        matches!(self.stream.write(&frame), Ok(written) if written == frame.len())
+        let Some(stream) = &mut self.stream else { return false };
+        matches!(stream.write(&frame), Ok(written) if written == frame.len())
     }
 
     /// Reads what is there. `false`: the connection is over, and that has been told.
     fn read(&mut self, scratch: &mut [u8], on: &mut impl FnMut(Seen<'_>)) -> bool {
-        match self.stream.read(scratch) {
+        let Some(stream) = &mut self.stream else { return false };
+        match stream.read(scratch) {
             Ok(0) => {
                 on(Seen::Gone);
                 false

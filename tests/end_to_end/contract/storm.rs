@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::back_end::BackEnd;
 use crate::support::fleet::{Connect, Fleet, Seen};
-use crate::support::neighbours::Method;
+use crate::support::neighbours::{Manner, Method};
 use crate::support::node::Node;
 use crate::support::publisher::message;
 use crate::support::tally::{Tally, resume_request};
@@ -14,6 +14,8 @@ const SESSIONS: usize = 10_000;
 const ROOM: usize = 20;
 const BACK_WITHIN: Duration = Duration::from_secs(5);
 const SETTLED_WITHIN: Duration = Duration::from_secs(180);
+/// How long a neighbour takes to answer.
+const ANSWER_TIME: Duration = Duration::from_millis(5);
 /// `RESUME_CALLS_MAX` as it is by default.
 const RESUME_CALLS_MAX: usize = 64;
 /// What presence may have in flight at once.
@@ -84,6 +86,12 @@ fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
     }
     // All of them come from one address here.
     let node = back_end.node().set("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0").start();
+    // Answers that take a moment, as over a network: otherwise none would ever be in flight.
+    for method in
+        [Method::Register, Method::Unregister, Method::Refresh, Method::List, Method::Sync]
+    {
+        back_end.neighbours.set(method, Manner::Late(ANSWER_TIME));
+    }
     let tallies = vec![Tally::default(); SESSIONS];
     let mut storm = Storm { back_end, fleet: Fleet::new(), tallies, sequence: 0 };
     for session in 0..SESSIONS {

@@ -122,7 +122,7 @@ impl ShardConfig {
             (
                 self.slots_max() <= CONNECTIONS_PER_SHARD_MAX,
                 "connections_max",
-                "at most 2^20 - 2 · 10^3",
+                "with refusals_max and accepts_max at most 1048576",
             ),
             (self.refusals_max > 0, "refusals_max", "at least 1"),
             (

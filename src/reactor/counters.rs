@@ -48,7 +48,6 @@ crate::counters! {
         Counter grace_expired: "Sessions that went live without a resume request.",
         Counter commands_stale: "Commands for a connection that was gone.",
         Counter reports_delayed: "Reports that found their ring full.",
-        Counter completions_stale: "Completions for a connection that was gone; never expected.",
         Gauge events_held: "Events that wait for a recipient.",
         Gauge event_bytes_held: "Bytes of their frames.",
         Gauge frames_queued: "Frames that wait in all queues.",

@@ -19,6 +19,7 @@ pub struct Slab<T> {
     used: usize,
     /// No chunk below this one has a free slot.
     first_with_room: usize,
+    allocated_chunks: usize,
     empty_chunks: usize,
 }
 
@@ -54,7 +55,14 @@ impl<T> Slab<T> {
     /// An empty slab of at most `limit` slots; nothing is allocated yet.
     pub fn new(limit: usize) -> Self {
         assert!(limit > 0);
-        Self { chunks: Vec::new(), limit, used: 0, first_with_room: 0, empty_chunks: 0 }
+        Self {
+            chunks: Vec::new(),
+            limit,
+            used: 0,
+            first_with_room: 0,
+            allocated_chunks: 0,
+            empty_chunks: 0,
+        }
     }
 
     /// Slots in use.
@@ -64,7 +72,7 @@ impl<T> Slab<T> {
 
     /// Slots that memory is held for.
     pub fn allocated(&self) -> usize {
-        self.chunks.iter().filter(|chunk| chunk.entries.is_some()).count() * CHUNK_SLOTS
+        self.allocated_chunks * CHUNK_SLOTS
     }
 
     /// Bytes of one slot.
@@ -94,6 +102,7 @@ impl<T> Slab<T> {
         let chunk = &mut self.chunks[index];
         if chunk.entries.is_none() {
             chunk.allocate();
+            self.allocated_chunks += 1;
         } else if chunk.used == 0 {
             self.empty_chunks -= 1;
         }
@@ -183,6 +192,7 @@ impl<T> Slab<T> {
                 self.empty_chunks += 1;
             } else {
                 chunk.entries = None;
+                self.allocated_chunks -= 1;
             }
         }
         Some(value)

@@ -319,6 +319,21 @@ impl SimulatedKernel {
         self.completions.iter().filter(lent).count()
     }
 
+    /// Connections with something to receive (bytes, an end, a failure) of which the shard has been
+    /// told everything, and which it has not asked for.
+    pub fn unasked(&self) -> Vec<ConnectionKey> {
+        if !self.completions.is_empty() {
+            return Vec::new();
+        }
+        let unasked = |file: &&File| {
+            let Some(id) = file.socket else { return false };
+            let socket = &self.sockets[id.0];
+            let something = !socket.inbound.is_empty() || socket.inbound_ended || socket.reset;
+            something && !socket.news && !file.in_flight.any(Flight::RECEIVE)
+        };
+        self.files.iter().flatten().filter(unasked).map(|file| file.key).collect()
+    }
+
     /// Requests and completions that have not been handed over.
     pub fn pending(&self) -> usize {
         self.requests.len() + self.completions.len()

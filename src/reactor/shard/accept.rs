@@ -44,12 +44,13 @@ impl Accepting {
 impl<K: Kernel> Shard<K> {
     /// Keeps accepts in flight as long as there are slots for their clients.
     pub(super) fn arm_accepts(&mut self) {
-        if !self.accepting.open || self.reports.are_too_many() {
-            return;
-        }
         match self.accepting.retry_at_ms {
             Some(at) if self.kernel.now_ms() < at => return,
+            // What is past is no reason to wake up.
             _ => self.accepting.retry_at_ms = None,
+        }
+        if !self.accepting.open || self.reports.are_too_many() {
+            return;
         }
         while self.accepting.in_flight < self.config.accepts_max {
             let Some(key) = self.slab.insert(Connection::accepting()) else { return };

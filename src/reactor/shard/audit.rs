@@ -73,6 +73,15 @@ impl<K: Kernel> Shard<K> {
         self.slab.iter().map(|(key, connection)| (key, connection.flight))
     }
 
+    /// Whether it knows that there is something to receive of this connection, or will not care.
+    pub fn will_receive(&self, key: ConnectionKey) -> bool {
+        self.slab.get(key).is_none_or(|connection| {
+            let flags = connection.flags;
+            let known = flags.has(Flags::READABLE) || flags.has(Flags::PEER_ENDED);
+            known || connection.stage.is_over()
+        })
+    }
+
     /// Staging buffers that are out.
     pub fn staging_out(&self) -> usize {
         self.staging.out()

@@ -30,7 +30,6 @@ const HOLD_OVERFLOW: Close = Close::new(
 impl<K: Kernel> Shard<K> {
     /// Takes a bounded batch from each ring, beginning with another one each turn.
     pub(super) fn take_commands(&mut self) -> Left {
-        self.tally.unix_ms = self.kernel.unix_ms();
         let peers = self.commands.len();
         let mut budget = DELIVERIES_PER_TURN_MAX;
         let mut left = Left::default();

@@ -19,6 +19,8 @@ mod receive;
 mod reports;
 mod send;
 mod tally;
+#[cfg(test)]
+mod tests;
 mod upgrade;
 
 use std::collections::VecDeque;
@@ -267,6 +269,7 @@ impl<K: Kernel> Shard<K> {
         let now = Tick::try_from(ms / TICK_MS).expect("two years of ticks");
         // A clock that stands still or jumps ahead is fine; one that steps back is ignored.
         self.now = self.now.max(now);
+        self.tally.unix_ms = self.kernel.unix_ms();
     }
 
     /// In ticks, rounded up.

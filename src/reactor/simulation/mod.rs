@@ -12,7 +12,7 @@ mod service;
 mod session;
 mod setup;
 pub mod trace;
-mod wire;
+pub(in crate::reactor) mod wire;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -657,9 +657,8 @@ mod tests {
         (first..first + SEEDS).for_each(|seed| total.add(&run(seed, STEPS)));
         assert!(total.steps >= SEEDS * STEPS);
         // What these runs are there to meet, they have met.
-        let never = ["completions_stale"];
         for (name, count) in total.counts {
-            assert_eq!(count == 0, never.contains(&name), "{name}: {count}");
+            assert!(count > 0, "{name} never happened");
         }
     }
 

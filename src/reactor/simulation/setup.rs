@@ -94,10 +94,12 @@ fn faults(random: &mut Random) -> Faults {
         return Faults::default();
     }
     let rate = |random: &mut Random| random.pick(&[0, 2, 30, 120]);
+    // In some, what is sent leaves at once, so that it can be judged by its time.
+    let sends = if random.chance(85) { 0 } else { u8::MAX };
     Faults {
-        late: random.pick(&[0, 20, 128, 230]),
-        short_send: rate(random),
-        zero_send: rate(random),
+        late: sends & random.pick(&[0, 20, 128, 230]),
+        short_send: sends & rate(random),
+        zero_send: sends & rate(random),
         short_receive: rate(random),
         no_buffer: rate(random),
         accept_failure: rate(random),

@@ -2,7 +2,7 @@
 
 /// One thing that the shard said.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Said {
+pub(in crate::reactor) enum Said {
     /// The head of an HTTP answer.
     Answer(u16),
     /// A frame.
@@ -11,7 +11,7 @@ pub(super) enum Said {
 
 /// Reads a stream piece by piece.
 #[derive(Debug, Default)]
-pub(super) struct Wire {
+pub(in crate::reactor) struct Wire {
     buffer: Vec<u8>,
     state: State,
 }
@@ -27,20 +27,20 @@ enum State {
     Closed,
 }
 
-pub(super) const TEXT: u8 = 1;
-pub(super) const BINARY: u8 = 2;
-pub(super) const CLOSE: u8 = 8;
-pub(super) const PING: u8 = 9;
-pub(super) const PONG: u8 = 10;
+pub(in crate::reactor) const TEXT: u8 = 1;
+pub(in crate::reactor) const BINARY: u8 = 2;
+pub(in crate::reactor) const CLOSE: u8 = 8;
+pub(in crate::reactor) const PING: u8 = 9;
+pub(in crate::reactor) const PONG: u8 = 10;
 
 impl Wire {
-    pub(super) fn push(&mut self, bytes: &[u8]) {
+    pub(in crate::reactor) fn push(&mut self, bytes: &[u8]) {
         assert!(self.state != State::Closed || bytes.is_empty(), "bytes after a close frame");
         self.buffer.extend_from_slice(bytes);
     }
 
     /// The next thing that is whole.
-    pub(super) fn next(&mut self) -> Option<Said> {
+    pub(in crate::reactor) fn next(&mut self) -> Option<Said> {
         match self.state {
             State::Head => {
                 let end = self.buffer.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
@@ -79,7 +79,12 @@ impl Wire {
 }
 
 /// A masked client frame.
-pub(super) fn client_frame(fin: bool, opcode: u8, payload: &[u8], key: [u8; 4]) -> Vec<u8> {
+pub(in crate::reactor) fn client_frame(
+    fin: bool,
+    opcode: u8,
+    payload: &[u8],
+    key: [u8; 4],
+) -> Vec<u8> {
     let mut frame = vec![if fin { 0x80 } else { 0 } | opcode];
     match payload.len() {
         length @ 0..=125 => frame.push(0x80 | length as u8),
@@ -98,14 +103,14 @@ pub(super) fn client_frame(fin: bool, opcode: u8, payload: &[u8], key: [u8; 4]) 
 }
 
 /// The payload of an event: its number, then bytes that follow from it, so that a splice shows.
-pub(super) fn event_payload(number: u64, padding: usize) -> Vec<u8> {
+pub(in crate::reactor) fn event_payload(number: u64, padding: usize) -> Vec<u8> {
     let mut payload = number.to_be_bytes().to_vec();
     payload.extend((0..padding).map(|index| (number as u8) ^ (index as u8)));
     payload
 }
 
 /// The number of an event, if its payload is whole and its own.
-pub(super) fn event_number(payload: &[u8]) -> u64 {
+pub(in crate::reactor) fn event_number(payload: &[u8]) -> u64 {
     let (number, padding) = payload.split_first_chunk::<8>().expect("an event");
     let number = u64::from_be_bytes(*number);
     assert_eq!(event_payload(number, padding.len()), payload, "spliced frames");

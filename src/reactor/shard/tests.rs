@@ -1,0 +1,357 @@
+//! One promise at a time, on the simulated kernel without faults. All of them together, under
+//! faults, are the simulation's matter.
+
+use std::net::Ipv4Addr;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use super::*;
+use crate::domain::close::EndReason;
+use crate::domain::command::{DeliveryClass, Recipients, Refusal, Ticket};
+use crate::domain::event::{Encoding, Event};
+use crate::domain::ids::{StreamKey, StreamPosition};
+use crate::handoff::{Pushed, ring};
+use crate::protocol::frame::Opcode;
+use crate::reactor::gate::GateConfig;
+use crate::reactor::kernel::simulated::{SimulatedKernel, SocketId};
+use crate::reactor::simulation::wire::{CLOSE, PING, Said, TEXT, Wire, client_frame};
+
+struct Rig {
+    shard: Shard<SimulatedKernel>,
+    commands: Producer<ShardCommand>,
+    reports: Consumer<ShardReport>,
+    counters: Arc<ShardCounters>,
+}
+
+struct Client {
+    socket: SocketId,
+    wire: Wire,
+}
+
+impl Rig {
+    fn new(config: ShardConfig) -> Self {
+        let bell = Arc::new(Doorbell::new().unwrap());
+        let (commands, taken) = ring(64, Arc::clone(&bell));
+        let (given, reports) = ring(64, Arc::clone(&bell));
+        let counters = Arc::new(ShardCounters::default());
+        let links = ShardLinks {
+            peers: vec![PeerRings { commands: taken, reports: given }],
+            bell,
+            gate: Arc::new(Gate::new(GateConfig::default())),
+            counters: Arc::clone(&counters),
+        };
+        let mut shard = Shard::new(SimulatedKernel::new(1, 8), config, links);
+        shard.turn().unwrap();
+        Self { shard, commands, reports, counters }
+    }
+
+    fn turns(&mut self) {
+        for _ in 0..8 {
+            self.shard.kernel_mut().progress();
+            self.shard.turn().unwrap();
+            self.shard.audit();
+        }
+    }
+
+    /// Lets time pass in steps of a tick, so that nothing is noticed late.
+    fn pass(&mut self, ms: u64) {
+        for _ in 0..ms.div_ceil(TICK_MS) {
+            self.shard.kernel_mut().pass(TICK_MS);
+            self.turns();
+        }
+    }
+
+    fn connect(&mut self, capacity: usize) -> Client {
+        let socket = self.shard.kernel_mut().connect(Ipv4Addr::LOCALHOST, capacity).unwrap();
+        self.turns();
+        Client { socket, wire: Wire::default() }
+    }
+
+    fn sends(&mut self, client: &Client, bytes: &[u8]) {
+        self.shard.kernel_mut().client_sends(client.socket, bytes);
+        self.turns();
+    }
+
+    fn command(&mut self, command: ShardCommand) {
+        assert!(matches!(self.commands.push(command), Pushed::Accepted));
+        self.turns();
+    }
+
+    fn hears(&mut self, client: &mut Client) -> Option<Said> {
+        client.wire.push(&self.shard.kernel_mut().take_sent(client.socket));
+        client.wire.next()
+    }
+
+    /// A session up to the session manager's decision.
+    fn knocks(&mut self, capacity: usize) -> (Client, ConnectionKey) {
+        let client = self.connect(capacity);
+        let request = "GET /ws?user_id=u&device_id=d HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\
+                       Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                       Sec-WebSocket-Version: 13\r\n\r\n";
+        self.sends(&client, request.as_bytes());
+        loop {
+            let report = self.reports.pop().expect("a report of the request");
+            if let ShardReport::Opened { connection, .. } = report {
+                return (client, connection);
+            }
+        }
+    }
+
+    /// A session that holds live events back.
+    fn session(&mut self, capacity: usize) -> (Client, ConnectionKey) {
+        let (mut client, connection) = self.knocks(capacity);
+        self.command(ShardCommand::Admit { connection });
+        assert_eq!(self.hears(&mut client), Some(Said::Answer(101)));
+        (client, connection)
+    }
+
+    fn live(&mut self, capacity: usize) -> (Client, ConnectionKey) {
+        let (client, connection) = self.session(capacity);
+        self.command(ShardCommand::Release { connection, delivered: Box::default() });
+        (client, connection)
+    }
+
+    fn delivers(&mut self, to: ConnectionKey, sequence: i64, class: DeliveryClass) {
+        let position = StreamPosition { stream: StreamKey(1), sequence };
+        let frame = frame::encode(Opcode::Binary, false, &sequence.to_be_bytes());
+        let event = Event::new(Some(position), 0).with_frame(Encoding::Binary, frame);
+        self.command(ShardCommand::Deliver {
+            event: Arc::new(event),
+            recipients: Recipients::One(to, Encoding::Binary),
+            class,
+            ticket: NonZeroU64::new(sequence as u64).map(Ticket),
+        });
+    }
+
+    /// The sequences of the events that came, and what ended them.
+    fn events(&mut self, client: &mut Client) -> Vec<i64> {
+        let mut sequences = Vec::new();
+        while let Some(Said::Frame(_, payload)) = self.hears(client) {
+            sequences.push(i64::from_be_bytes(payload.try_into().unwrap()));
+        }
+        sequences
+    }
+
+    fn done(&mut self) -> Vec<u64> {
+        let mut tickets = Vec::new();
+        while let Some(ShardReport::Done { ticket }) = self.reports.pop() {
+            tickets.push(ticket.0.get());
+        }
+        tickets
+    }
+
+    fn ended(&mut self) -> EndReason {
+        loop {
+            if let ShardReport::Ended { why, .. } = self.reports.pop().expect("an end") {
+                return why;
+            }
+        }
+    }
+}
+
+fn closed_with(said: Option<Said>) -> u16 {
+    let Some(Said::Frame(CLOSE, payload)) = said else { panic!("{said:?} is no close") };
+    u16::from_be_bytes([payload[0], payload[1]])
+}
+
+#[test]
+fn live_events_wait_for_the_release_and_duplicates_are_dropped() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, key) = rig.session(100_000);
+    for sequence in [3, 4] {
+        rig.delivers(key, sequence, DeliveryClass::Live);
+    }
+    rig.delivers(key, 1, DeliveryClass::CatchUp);
+    assert_eq!(rig.events(&mut client), [1]);
+    let delivered = Box::new([StreamPosition { stream: StreamKey(1), sequence: 4 }]);
+    rig.command(ShardCommand::Release { connection: key, delivered });
+    rig.delivers(key, 2, DeliveryClass::Live);
+    rig.delivers(key, 5, DeliveryClass::Live);
+    rig.delivers(key, 6, DeliveryClass::Live);
+    assert_eq!(rig.events(&mut client), [5, 6]);
+    assert_eq!(rig.done(), [1, 3, 4, 2, 5, 6]);
+    assert_eq!(rig.counters.counts.deliveries_duplicate.get(), 3);
+}
+
+#[test]
+fn live_events_wait_from_the_moment_the_service_knows_the_session() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, connection) = rig.knocks(100_000);
+    rig.delivers(connection, 1, DeliveryClass::Live);
+    rig.command(ShardCommand::Admit { connection });
+    rig.command(ShardCommand::Release { connection, delivered: Box::default() });
+    assert_eq!(rig.hears(&mut client), Some(Said::Answer(101)));
+    assert_eq!(rig.events(&mut client), [1]);
+}
+
+#[test]
+fn session_without_a_first_message_goes_live_after_the_grace() {
+    let mut rig = Rig::new(ShardConfig { resume_grace_ms: 1_000, ..ShardConfig::default() });
+    let (mut client, key) = rig.session(100_000);
+    rig.delivers(key, 1, DeliveryClass::Live);
+    rig.pass(900);
+    assert!(rig.events(&mut client).is_empty());
+    rig.pass(200);
+    assert_eq!(rig.events(&mut client), [1]);
+    assert!(matches!(rig.reports.pop(), Some(ShardReport::GraceExpired { .. })));
+}
+
+#[test]
+fn delivery_is_done_when_the_socket_has_taken_all_of_it() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, key) = rig.live(400);
+    rig.shard.kernel_mut().client_reads(client.socket, usize::MAX);
+    for sequence in 1..=45 {
+        rig.delivers(key, sequence, DeliveryClass::Live);
+    }
+    // Ten bytes each: forty fit into the socket.
+    assert_eq!(rig.done().last(), Some(&40));
+    rig.shard.kernel_mut().client_reads(client.socket, usize::MAX);
+    rig.turns();
+    assert_eq!(rig.done(), [41, 42, 43, 44, 45]);
+    assert_eq!(rig.events(&mut client), (1..=45).collect::<Vec<_>>());
+}
+
+#[test]
+fn full_queue_completes_its_frame_and_closes_with_1011() {
+    let mut rig = Rig::new(ShardConfig { queue_frames_max: 4, ..ShardConfig::default() });
+    let (mut client, key) = rig.live(205);
+    rig.shard.kernel_mut().client_reads(client.socket, usize::MAX);
+    for sequence in 1..=30 {
+        rig.delivers(key, sequence, DeliveryClass::Live);
+    }
+    rig.shard.kernel_mut().client_reads(client.socket, usize::MAX);
+    rig.turns();
+    for sequence in 1..=21_i64 {
+        let Some(Said::Frame(_, payload)) = rig.hears(&mut client) else { panic!() };
+        assert_eq!(payload, sequence.to_be_bytes());
+    }
+    assert_eq!(closed_with(rig.hears(&mut client)), 1011);
+    assert_eq!(rig.done().len(), 30, "what was given up is done too");
+}
+
+#[test]
+fn reader_that_stalls_is_given_up_after_the_write_timeout() {
+    let mut rig = Rig::new(ShardConfig { write_ms_max: 1_000, ..ShardConfig::default() });
+    let (client, key) = rig.live(400);
+    for sequence in 1..=50 {
+        rig.delivers(key, sequence, DeliveryClass::Live);
+    }
+    rig.pass(900);
+    assert!(!rig.shard.kernel().is_closed(client.socket));
+    rig.pass(200);
+    assert!(rig.shard.kernel().is_closed(client.socket));
+    assert_eq!(rig.ended(), EndReason::WriteTimeout);
+}
+
+#[test]
+fn silent_client_is_pinged_then_dropped_and_a_talking_one_is_not() {
+    let config = ShardConfig { ping_spread_ms: 0, ..ShardConfig::default() };
+    let mut rig = Rig::new(config);
+    let (mut silent, _) = rig.live(100_000);
+    let (mut talking, _) = rig.live(100_000);
+    rig.pass(53_000);
+    rig.sends(&talking, &client_frame(true, 10, &[], [1; 4]));
+    assert_eq!(rig.hears(&mut silent), None);
+    rig.pass(1_100);
+    assert_eq!(rig.hears(&mut silent), Some(Said::Frame(PING, Vec::new())));
+    rig.pass(5_800);
+    assert!(!rig.shard.kernel().is_closed(silent.socket));
+    rig.pass(200);
+    assert!(rig.shard.kernel().is_closed(silent.socket));
+    assert_eq!(rig.ended(), EndReason::PeerSilent);
+    assert_eq!(rig.hears(&mut talking), None, "it just spoke");
+}
+
+#[test]
+fn shard_that_slept_long_pings_before_it_drops() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, _) = rig.live(100_000);
+    rig.shard.kernel_mut().pass(600_000);
+    rig.turns();
+    assert_eq!(rig.hears(&mut client), Some(Said::Frame(PING, Vec::new())));
+    rig.pass(5_000);
+    rig.sends(&client, &client_frame(true, 10, &[], [1; 4]));
+    rig.pass(5_000);
+    assert!(!rig.shard.kernel().is_closed(client.socket));
+}
+
+#[test]
+fn unfinished_request_is_answered_408() {
+    let mut rig = Rig::new(ShardConfig { handshake_ms_max: 1_000, ..ShardConfig::default() });
+    let mut client = rig.connect(100_000);
+    rig.sends(&client, b"GET /ws?user_id=u&dev");
+    rig.pass(900);
+    assert_eq!(rig.hears(&mut client), None);
+    rig.pass(200);
+    assert_eq!(rig.hears(&mut client), Some(Said::Answer(408)));
+    assert!(rig.shard.kernel().server_ended(client.socket));
+    rig.pass(2_000);
+    assert!(rig.shard.kernel().is_closed(client.socket));
+}
+
+#[test]
+fn full_shard_answers_503_and_serves_the_next_when_a_slot_is_free() {
+    let mut rig = Rig::new(ShardConfig { connections_max: 1, ..ShardConfig::default() });
+    let (first, key) = rig.live(100_000);
+    let mut second = rig.connect(100_000);
+    assert_eq!(rig.hears(&mut second), Some(Said::Answer(503)));
+    rig.shard.kernel_mut().client_resets(first.socket);
+    rig.turns();
+    let (_, next) = rig.live(100_000);
+    assert_ne!(next, key);
+}
+
+#[test]
+fn refused_request_is_answered_and_its_end_reported() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, connection) = rig.knocks(100_000);
+    let refusal = Refusal { status: 401, body: "no".into(), retry_after_s: None };
+    rig.command(ShardCommand::Refuse { connection, refusal });
+    assert_eq!(rig.hears(&mut client), Some(Said::Answer(401)));
+    rig.shard.kernel_mut().client_ends(client.socket);
+    rig.turns();
+    assert_eq!(rig.ended(), EndReason::Refused);
+}
+
+#[test]
+fn inbound_rate_is_closed_with_1008_and_a_broken_frame_with_1002() {
+    let mut rig = Rig::new(ShardConfig { inbound_frames_per_s_max: 3, ..ShardConfig::default() });
+    let (mut client, _) = rig.live(100_000);
+    for _ in 0..3 {
+        rig.sends(&client, &client_frame(true, 10, &[], [1; 4]));
+    }
+    assert_eq!(rig.hears(&mut client), None);
+    rig.sends(&client, &client_frame(true, 10, &[], [1; 4]));
+    assert_eq!(closed_with(rig.hears(&mut client)), 1008);
+    let (mut client, _) = rig.live(100_000);
+    rig.sends(&client, &[0x81, 0x01, b'x']);
+    assert_eq!(closed_with(rig.hears(&mut client)), 1002);
+}
+
+#[test]
+fn first_message_and_control_messages_go_up_and_others_are_discarded() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (client, _) = rig.live(100_000);
+    for text in [&b"hello"[..], b"hello again", b"{\"access_token\":\"x\"}"] {
+        rig.sends(&client, &client_frame(true, TEXT, text, [7; 4]));
+    }
+    let mut texts = Vec::new();
+    while let Some(ShardReport::Message { text, .. }) = rig.reports.pop() {
+        texts.push(String::from(text));
+    }
+    assert_eq!(texts, ["hello", "{\"access_token\":\"x\"}"]);
+    assert_eq!(rig.counters.counts.messages_discarded.get(), 1);
+}
+
+#[test]
+fn close_of_the_client_is_answered_with_its_code() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, _) = rig.live(100_000);
+    rig.sends(&client, &client_frame(true, CLOSE, &[0x0B, 0xB8], [7; 4]));
+    assert_eq!(closed_with(rig.hears(&mut client)), 3000);
+    assert!(rig.shard.kernel().server_ended(client.socket));
+    rig.shard.kernel_mut().client_ends(client.socket);
+    rig.turns();
+    assert_eq!(rig.ended(), EndReason::ClosedByPeer);
+}

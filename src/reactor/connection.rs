@@ -342,6 +342,9 @@ impl Flags {
     pub const PEER_ENDED: Self = Self(1 << 9);
     /// Its socket has failed; what came before is still to be received.
     pub const BROKEN: Self = Self(1 << 10);
+    /// The rings have waited for its queue long enough: nothing waits for it any more until it has
+    /// read most of what it holds.
+    pub const SLOW: Self = Self(1 << 11);
 
     /// Whether all of these are set.
     pub fn has(self, one: Self) -> bool {

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::tally::Outcome;
-use super::{Left, SESSION_MANAGER, Shard};
+use super::{Crowded, Left, SESSION_MANAGER, Shard};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
 use crate::domain::event::Event;
@@ -20,6 +20,9 @@ use crate::reactor::queue::SendQueue;
 /// How long a socket may take nothing before its client counts as a slow reader, ticks: a burst
 /// fills the socket of the quickest reader for a moment.
 const STALL_TICKS_MAX: u32 = 2;
+/// How long the rings wait for one queue, ticks; then its client counts as a slow reader until it
+/// has read most of what waits. One that takes a little now and then cannot hold up the others.
+const CROWD_TICKS_MAX: u32 = 8;
 /// Recipients served in one turn, after which the rings wait for the next. One event may exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
 const HOLD_OVERFLOW: Close = Close::new(
@@ -46,6 +49,7 @@ impl<K: Kernel> Shard<K> {
                 }
                 if peer != SESSION_MANAGER && self.is_crowded() {
                     self.counters.counts.intake_waits.add(1);
+                    left.intake_waits = true;
                     break;
                 }
                 if budget == 0 {
@@ -64,13 +68,14 @@ impl<K: Kernel> Shard<K> {
         {
             self.stop(Close::new(CloseCode::GOING_AWAY, "server closing"));
         }
-        left.work = self.commands_wait(left.intake_paused);
+        left.work = self.commands_wait(left);
         left
     }
 
     /// Whether there is anything in the rings that would be taken.
-    pub(super) fn commands_wait(&self, intake_paused: bool) -> bool {
-        let considered = if intake_paused { SESSION_MANAGER + 1 } else { self.commands.len() };
+    pub(super) fn commands_wait(&self, left: Left) -> bool {
+        let routers_wait = left.intake_paused || left.intake_waits;
+        let considered = if routers_wait { SESSION_MANAGER + 1 } else { self.commands.len() };
         self.commands[..considered].iter().any(|ring| !ring.is_empty())
     }
 
@@ -78,7 +83,13 @@ impl<K: Kernel> Shard<K> {
     /// That makes nobody a slow reader: the rings wait until the queue has room again, or until
     /// its socket has taken nothing for [`STALL_TICKS_MAX`], which is what overflow is for.
     fn is_crowded(&mut self) -> bool {
-        self.crowded = self.crowded.filter(|key| self.fills_up(*key));
+        let Some(Crowded { key, since }) = self.crowded else { return false };
+        if !self.fills_up(key) {
+            self.crowded = None;
+        } else if self.now >= since + CROWD_TICKS_MAX {
+            self.crowded = None;
+            self.connection(key).expect("its queue was looked at").flags.set(Flags::SLOW);
+        }
         self.crowded.is_some()
     }
 
@@ -90,8 +101,9 @@ impl<K: Kernel> Shard<K> {
             || queue.bytes() >= bytes_max as usize / 4 * 3;
         // The limit of a stalled socket is that far from its last progress.
         let limit = self.after(self.config.write_ms_max);
-        let slow = connection.flags.has(Flags::STALLED)
+        let stalls = connection.flags.has(Flags::STALLED)
             && connection.limit.saturating_add(STALL_TICKS_MAX) <= limit;
+        let slow = stalls || connection.flags.has(Flags::SLOW);
         nearly_full && connection.stage.is_open() && !slow
     }
 
@@ -188,7 +200,7 @@ impl<K: Kernel> Shard<K> {
         queue.push(&mut self.nodes, Rc::clone(outgoing));
         self.mark_dirty(key);
         if self.crowded.is_none() && self.fills_up(key) {
-            self.crowded = Some(key);
+            self.crowded = Some(Crowded { key, since: self.now });
         }
         Ok(())
     }

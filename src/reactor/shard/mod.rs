@@ -118,7 +118,7 @@ pub struct Shard<K: Kernel> {
     first_peer: usize,
     /// A session whose queue is nearly full although its socket takes what it gets: the routers'
     /// rings wait for it.
-    crowded: Option<ConnectionKey>,
+    crowded: Option<Crowded>,
     stopping: Option<Stopping>,
 }
 
@@ -130,12 +130,21 @@ struct Stopping {
     cursor: u32,
 }
 
+/// A session that the rings wait for.
+#[derive(Clone, Copy, Debug)]
+struct Crowded {
+    key: ConnectionKey,
+    since: Tick,
+}
+
 /// What is left to be done although the turn is over.
 #[derive(Clone, Copy, Debug, Default)]
 struct Left {
     work: bool,
     /// The rings are left alone: nothing in them is a reason to stay awake.
     intake_paused: bool,
+    /// The same, until a socket has taken something, or for a tick.
+    intake_waits: bool,
 }
 
 impl<K: Kernel> Shard<K> {
@@ -244,8 +253,8 @@ impl<K: Kernel> Shard<K> {
             return self.kernel.enter(Wait::No);
         }
         self.bell.about_to_sleep();
-        let more = !self.reports.are_final() && self.commands_wait(left.intake_paused);
-        let wait = if more { Wait::No } else { self.wait() };
+        let more = !self.reports.are_final() && self.commands_wait(left);
+        let wait = if more { Wait::No } else { self.wait(left) };
         if wait != Wait::No {
             self.counters.counts.waits.add(1);
         }
@@ -254,11 +263,12 @@ impl<K: Kernel> Shard<K> {
         entered
     }
 
-    fn wait(&self) -> Wait {
+    fn wait(&self, left: Left) -> Wait {
         let timer = self.wheel.next_due().map(|tick| self.began_ms + u64::from(tick) * TICK_MS);
         let retry = self.reports.are_pending().then(|| self.kernel.now_ms() + REPORT_RETRY_MS);
         let accept = self.accepting.retry_at_ms();
-        match [timer, retry, accept].into_iter().flatten().min() {
+        let crowd = left.intake_waits.then(|| self.kernel.now_ms() + TICK_MS);
+        match [timer, retry, accept, crowd].into_iter().flatten().min() {
             Some(at) => Wait::UntilMs(at),
             None => Wait::Forever,
         }

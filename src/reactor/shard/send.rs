@@ -172,12 +172,16 @@ impl<K: Kernel> Shard<K> {
 
     /// All that was asked for has been taken.
     fn progressed(&mut self, key: ConnectionKey) {
+        let quarter = usize::from(self.config.queue_frames_max / 4);
         let connection = self.connection(key).expect("still here");
         connection.flags.clear(Flags::STALLED);
         if matches!(connection.stage, Stage::Holding(_)) {
             self.release_some(key);
         }
         let connection = self.connection(key).expect("still here");
+        if connection.queue.frames() <= quarter {
+            connection.flags.clear(Flags::SLOW);
+        }
         if connection.queue.is_empty() {
             self.settle(key);
         } else {

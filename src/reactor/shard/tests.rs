@@ -19,6 +19,8 @@ use crate::reactor::simulation::wire::{CLOSE, PING, Said, TEXT, Wire, client_fra
 struct Rig {
     shard: Shard<SimulatedKernel>,
     commands: Producer<ShardCommand>,
+    /// A router's.
+    routed: Producer<ShardCommand>,
     reports: Consumer<ShardReport>,
     counters: Arc<ShardCounters>,
 }
@@ -33,16 +35,21 @@ impl Rig {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (commands, taken) = ring(64, Arc::clone(&bell));
         let (given, reports) = ring(64, Arc::clone(&bell));
+        let (routed, taken_too) = ring(64, Arc::clone(&bell));
+        let (unread, _) = ring(64, Arc::clone(&bell));
         let counters = Arc::new(ShardCounters::default());
         let links = ShardLinks {
-            peers: vec![PeerRings { commands: taken, reports: given }],
+            peers: vec![
+                PeerRings { commands: taken, reports: given },
+                PeerRings { commands: taken_too, reports: unread },
+            ],
             bell,
             gate: Arc::new(Gate::new(GateConfig::default())),
             counters: Arc::clone(&counters),
         };
         let mut shard = Shard::new(SimulatedKernel::new(1, 8), config, links);
         shard.turn().unwrap();
-        Self { shard, commands, reports, counters }
+        Self { shard, commands, routed, reports, counters }
     }
 
     fn turns(&mut self) {
@@ -112,15 +119,13 @@ impl Rig {
     }
 
     fn delivers(&mut self, to: ConnectionKey, sequence: i64, class: DeliveryClass) {
-        let position = StreamPosition { stream: StreamKey(1), sequence };
-        let frame = frame::encode(Opcode::Binary, false, &sequence.to_be_bytes());
-        let event = Event::new(Some(position), 0).with_frame(Encoding::Binary, frame);
-        self.command(ShardCommand::Deliver {
-            event: Arc::new(event),
-            recipients: Recipients::One(to, Encoding::Binary),
-            class,
-            ticket: NonZeroU64::new(sequence as u64).map(Ticket),
-        });
+        self.command(delivery(to, sequence, class));
+    }
+
+    /// A router pushes; the shard has its turn later.
+    fn routes(&mut self, to: ConnectionKey, sequence: i64) {
+        let command = delivery(to, sequence, DeliveryClass::Live);
+        assert!(matches!(self.routed.push(command), Pushed::Accepted));
     }
 
     /// The sequences of the events that came, and what ended them.
@@ -146,6 +151,18 @@ impl Rig {
                 return why;
             }
         }
+    }
+}
+
+fn delivery(to: ConnectionKey, sequence: i64, class: DeliveryClass) -> ShardCommand {
+    let position = StreamPosition { stream: StreamKey(1), sequence };
+    let frame = frame::encode(Opcode::Binary, false, &sequence.to_be_bytes());
+    let event = Event::new(Some(position), 0).with_frame(Encoding::Binary, frame);
+    ShardCommand::Deliver {
+        event: Arc::new(event),
+        recipients: Recipients::One(to, Encoding::Binary),
+        class,
+        ticket: NonZeroU64::new(sequence as u64).map(Ticket),
     }
 }
 
@@ -354,4 +371,29 @@ fn close_of_the_client_is_answered_with_its_code() {
     rig.shard.kernel_mut().client_ends(client.socket);
     rig.turns();
     assert_eq!(rig.ended(), EndReason::ClosedByPeer);
+}
+
+#[test]
+fn burst_is_no_slow_reader_and_a_trickling_one_holds_the_rings_up_only_so_long() {
+    let mut rig = Rig::new(ShardConfig { queue_frames_max: 8, ..ShardConfig::default() });
+    let (mut quick, key) = rig.live(100_000);
+    for sequence in 1..=60 {
+        rig.routes(key, sequence);
+    }
+    rig.turns();
+    rig.pass(TICK_MS);
+    assert_eq!(rig.events(&mut quick), (1..=60).collect::<Vec<_>>());
+    let (trickling, slow) = rig.live(160);
+    rig.shard.kernel_mut().client_reads(trickling.socket, usize::MAX);
+    for sequence in 1..=30 {
+        rig.routes(slow, sequence);
+    }
+    rig.routes(key, 61);
+    for _ in 0..20 {
+        rig.shard.kernel_mut().client_reads(trickling.socket, 1);
+        rig.pass(TICK_MS);
+    }
+    assert_eq!(rig.events(&mut quick), [61], "held up by another's queue");
+    assert!(rig.counters.counts.intake_waits.get() > 0);
+    assert_eq!(rig.counters.counts.queue_overflows.get(), 1);
 }

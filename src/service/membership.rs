@@ -179,9 +179,16 @@ impl Membership {
     }
 
     /// The members of a conversation. If they are not known they are asked for, once for all who
-    /// wait.
-    pub fn lookup(self: &Arc<Self>, conversation: &str, now_ms: u64) -> Lookup {
-        if let Some(members) = self.cache.members(conversation, now_ms) {
+    /// wait. `at` is the place of the record they are for, if it stands in a log that is followed:
+    /// the follower may have read on, and what follows in the record's own partition does not
+    /// concern it yet.
+    pub fn lookup(
+        self: &Arc<Self>,
+        conversation: &str,
+        at: Option<LogPlace>,
+        now_ms: u64,
+    ) -> Lookup {
+        if let Some(members) = self.cache.members(conversation, at, now_ms) {
             return Lookup::Members(members);
         }
         if self.source.is_none() {
@@ -190,13 +197,19 @@ impl Membership {
         if !self.following.load(Ordering::Acquire) {
             return Lookup::Pending;
         }
-        self.cache.with(conversation, |key, state| self.ask_if_due(key, state, now_ms))
+        self.cache.with(conversation, |key, state| self.ask_if_due(key, state, at, now_ms))
     }
 
-    fn ask_if_due(self: &Arc<Self>, key: &Arc<str>, state: &mut State, now_ms: u64) -> Lookup {
+    fn ask_if_due(
+        self: &Arc<Self>,
+        key: &Arc<str>,
+        state: &mut State,
+        at: Option<LogPlace>,
+        now_ms: u64,
+    ) -> Lookup {
         match state {
             State::Unknown => {}
-            State::Fetching(_) => return found(state).unwrap_or(Lookup::Pending),
+            State::Fetching(_) => return found(state, at).unwrap_or(Lookup::Pending),
             State::Failing { retry_at_ms, .. } if now_ms < *retry_at_ms => {
                 return Lookup::Failing { retry_at_ms: *retry_at_ms };
             }
@@ -204,11 +217,11 @@ impl Membership {
             State::Absent { until_ms } if now_ms < *until_ms => return Lookup::Absent,
             State::Absent { .. } => {}
             State::Known(known) if self.cache.is_current(known, now_ms) => {
-                return Lookup::Members(Arc::clone(&known.members));
+                return Lookup::Members(known.members(at));
             }
             State::Known(_) => {}
         }
-        let meanwhile = found(state).unwrap_or(Lookup::Pending);
+        let meanwhile = found(state, at).unwrap_or(Lookup::Pending);
         if self.fetches.fetch_add(1, Ordering::Relaxed) >= self.config.fetches_max {
             self.fetches.fetch_sub(1, Ordering::Relaxed);
             return meanwhile;
@@ -312,7 +325,7 @@ impl Membership {
             return;
         }
         let user = self.cache.intern_one(user);
-        let change = Change { user, added, in_order: place.is_some(), appended_at_ms };
+        let change = Change { user, added, place, appended_at_ms };
         let rules = self.rules();
         let dropped = self.cache.with_existing(conversation, |state| state.change(change, rules));
         if dropped == Some(true) {
@@ -327,8 +340,8 @@ impl Membership {
     }
 }
 
-fn found(state: &State) -> Option<Lookup> {
-    state.members().map(|members| Lookup::Members(Arc::clone(members)))
+fn found(state: &State, at: Option<LogPlace>) -> Option<Lookup> {
+    state.members(at).map(Lookup::Members)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
-use crate::service::membership::state::{Known, Members, State};
+use crate::service::membership::state::{Known, LogPlace, Members, State};
 use crate::service::membership::{MembershipConfig, MembershipCounters};
 
 /// Locks are spread over this many parts.
@@ -67,7 +67,12 @@ impl Cache {
     }
 
     /// The list, if it is known and current: the way of almost every record.
-    pub(super) fn members(&self, conversation: &str, now_ms: u64) -> Option<Members> {
+    pub(super) fn members(
+        &self,
+        conversation: &str,
+        at: Option<LogPlace>,
+        now_ms: u64,
+    ) -> Option<Members> {
         let part = self.part(conversation).read().expect("no holder panics");
         let entry = part.entries.get(conversation)?;
         match &entry.state {
@@ -76,7 +81,7 @@ impl Cache {
                 if !entry.used.load(Ordering::Relaxed) {
                     entry.used.store(true, Ordering::Relaxed);
                 }
-                Some(Arc::clone(&known.members))
+                Some(known.members(at))
             }
             _ => None,
         }

@@ -33,7 +33,10 @@ pub(super) const FETCH_ROUNDS_MAX: u8 = 3;
 /// Changes remembered while a question is under way. With more than that the answer is not used.
 const CHANGES_MAX: usize = 256;
 
-/// Where in the logs a change stands.
+/// Changes remembered with a list, for records that stand before them; the oldest goes first.
+const RECENT_MAX: usize = 16;
+
+/// Where in the logs a record stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogPlace {
     /// Index of the topic among those that this node reads.
@@ -42,6 +45,14 @@ pub struct LogPlace {
     pub partition: i32,
     /// The offset.
     pub offset: i64,
+}
+
+impl LogPlace {
+    /// Whether this comes later than `other` in the same partition. Between partitions there is no
+    /// order.
+    fn is_after(self, other: LogPlace) -> bool {
+        (self.topic, self.partition) == (other.topic, other.partition) && self.offset > other.offset
+    }
 }
 
 /// How far each partition has been read on this node, by whichever reader was first.
@@ -65,8 +76,8 @@ pub(super) struct Change {
     pub(super) user: Arc<str>,
     /// Joined, or left.
     pub(super) added: bool,
-    /// Read from the log, so in its order; not handed over by another node.
-    pub(super) in_order: bool,
+    /// Where it was read from the log, so in its order; `None` if another node handed it over.
+    pub(super) place: Option<LogPlace>,
     /// When it was appended, Unix time in ms.
     pub(super) appended_at_ms: u64,
 }
@@ -106,9 +117,12 @@ pub(super) struct Fetching {
 
 #[derive(Debug)]
 pub(super) struct Known {
-    pub(super) members: Members,
+    members: Members,
     basis: Basis,
     pub(super) since_ms: u64,
+    /// The last changes that made a difference, in the order of the log: a router may still be at
+    /// records before them when the follower has read them.
+    recent: Vec<(LogPlace, Change)>,
 }
 
 /// What a state machine needs to know of the node.
@@ -143,11 +157,12 @@ impl State {
         }
     }
 
-    /// The list to be used now: complete as far as the log has been followed.
-    pub(super) fn members(&self) -> Option<&Members> {
+    /// The list to be used now: complete as far as the log has been followed, or as it was at a
+    /// place of the log.
+    pub(super) fn members(&self, at: Option<LogPlace>) -> Option<Members> {
         match self {
-            Self::Known(known) => Some(&known.members),
-            Self::Fetching(fetching) => fetching.outlived.as_ref().map(|known| &known.members),
+            Self::Known(known) => Some(known.members(at)),
+            Self::Fetching(fetching) => fetching.outlived.as_ref().map(|known| known.members(at)),
             Self::Unknown | Self::Failing { .. } | Self::Absent { .. } => None,
         }
     }
@@ -181,7 +196,7 @@ impl State {
         if matches!(self, Self::Known(Known { basis: Basis::Answer { .. }, .. })) {
             return;
         }
-        *self = Self::Known(Known { members, basis: Basis::Log, since_ms: now_ms });
+        *self = Self::Known(Known::new(members, Basis::Log, now_ms));
     }
 
     /// A change. Returns whether the list was dropped because of it.
@@ -229,7 +244,7 @@ impl State {
         let asked_at_ms = fetching.asked_at_ms;
         let changes = &mut fetching.changes;
         let doubtful = changes.iter().any(|change| {
-            !change.in_order
+            change.place.is_none()
                 || change.appended_at_ms.saturating_add(rules.clock_skew_ms) >= asked_at_ms
         });
         if doubtful && fetching.round < FETCH_ROUNDS_MAX {
@@ -240,18 +255,20 @@ impl State {
         }
         if !doubtful {
             let basis = Basis::Answer { asked_at_ms, answered_at_ms: now_ms };
-            *self = Self::Known(Known { members, basis, since_ms: now_ms });
+            *self = Self::Known(Known::new(members, basis, now_ms));
             return Answered::Settled;
         }
-        if changes.len() > CHANGES_MAX || changes.iter().any(|change| !change.in_order) {
+        if changes.len() > CHANGES_MAX || changes.iter().any(|change| change.place.is_none()) {
             let failures = fetching.failures + 1;
             *self = Self::Failing { retry_at_ms: now_ms, failures };
             return Answered::Settled;
         }
         // All of them, those that are in the answer for certain too: one that is not may precede
         // them. What is undone thereby the log says again: from their place on it decides.
-        let members = changes.iter().fold(members, |members, change| applied(&members, change));
-        *self = Self::Known(Known { members, basis: Basis::Log, since_ms: now_ms });
+        let members = changes
+            .iter()
+            .fold(members, |members, change| with(&members, &change.user, change.added));
+        *self = Self::Known(Known::new(members, Basis::Log, now_ms));
         Answered::Settled
     }
 
@@ -295,10 +312,35 @@ enum Verdict {
 }
 
 impl Known {
+    fn new(members: Members, basis: Basis, since_ms: u64) -> Self {
+        Self { members, basis, since_ms, recent: Vec::new() }
+    }
+
+    /// The newest list, or the one that held for a record at `at`: whoever left later in its
+    /// partition was still there, whoever joined later was not yet.
+    pub(super) fn members(&self, at: Option<LogPlace>) -> Members {
+        let later = self
+            .recent
+            .iter()
+            .rev()
+            .take_while(|(place, _)| at.is_some_and(|at| place.is_after(at)));
+        later.fold(Arc::clone(&self.members), |members, (_, change)| {
+            with(&members, &change.user, !change.added)
+        })
+    }
+
     fn change(&mut self, change: &Change, rules: Rules) -> Applied {
         match self.judge(change, rules) {
             Verdict::Newer => {
-                self.members = applied(&self.members, change);
+                let members = with(&self.members, &change.user, change.added);
+                let differs = !Arc::ptr_eq(&members, &self.members);
+                if let (Some(place), true) = (change.place, differs) {
+                    if self.recent.len() == RECENT_MAX {
+                        self.recent.remove(0);
+                    }
+                    self.recent.push((place, change.clone()));
+                }
+                self.members = members;
                 Applied::Kept
             }
             Verdict::Included => Applied::Kept,
@@ -307,7 +349,7 @@ impl Known {
     }
 
     fn judge(&self, change: &Change, rules: Rules) -> Verdict {
-        if !change.in_order {
+        if change.place.is_none() {
             // It stands in the log as well. Who can ask need not wait until it is read there.
             return if rules.can_ask { Verdict::Unsure } else { Verdict::Included };
         }
@@ -327,13 +369,13 @@ impl Known {
     }
 }
 
-/// The list with one change: a copy, because readers hold the old one.
-fn applied(members: &Members, change: &Change) -> Members {
-    match (members.binary_search(&change.user), change.added) {
+/// The list with or without a user: a copy, because readers hold the old one.
+fn with(members: &Members, user: &Arc<str>, is_member: bool) -> Members {
+    match (members.binary_search(user), is_member) {
         (Ok(_), true) | (Err(_), false) => Arc::clone(members),
         (Err(at), true) => {
             let (before, after) = members.split_at(at);
-            before.iter().chain([&change.user]).chain(after).cloned().collect()
+            before.iter().chain([user]).chain(after).cloned().collect()
         }
         (Ok(at), false) => members[..at].iter().chain(&members[at + 1..]).cloned().collect(),
     }

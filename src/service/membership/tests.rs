@@ -58,7 +58,7 @@ impl Node {
     fn members(&self, conversation: &str, now_ms: u64) -> Vec<String> {
         for _ in 0..1000 {
             self.bell.about_to_sleep();
-            match self.membership.lookup(conversation, now_ms) {
+            match self.membership.lookup(conversation, None, now_ms) {
                 Lookup::Members(members) => {
                     self.bell.awake();
                     return members.iter().map(|id| id.to_string()).collect();
@@ -78,7 +78,7 @@ fn asked_once_for_all_who_wait() {
     node.membership.follow();
     let now = unix_ms();
     for _ in 0..100 {
-        assert!(matches!(node.membership.lookup("a", now), Lookup::Pending));
+        assert!(matches!(node.membership.lookup("a", None, now), Lookup::Pending));
     }
     node.service.gate.as_ref().unwrap().add_permits(10);
     assert_eq!(node.members("a", now), ["a", "b"]);
@@ -89,7 +89,7 @@ fn asked_once_for_all_who_wait() {
 #[test]
 fn nothing_is_asked_before_the_changes_are_followed() {
     let node = Node::new(MembershipConfig::default(), false);
-    assert!(matches!(node.membership.lookup("a", unix_ms()), Lookup::Pending));
+    assert!(matches!(node.membership.lookup("a", None, unix_ms()), Lookup::Pending));
     assert_eq!(node.counters.fetches_under_way.get(), 0);
     node.membership.follow();
     assert_eq!(node.members("a", unix_ms()), ["a", "b"]);
@@ -101,7 +101,10 @@ fn questions_under_way_are_bounded() {
     node.membership.follow();
     let now = unix_ms();
     for conversation in 0..10 {
-        assert!(matches!(node.membership.lookup(&conversation.to_string(), now), Lookup::Pending));
+        assert!(matches!(
+            node.membership.lookup(&conversation.to_string(), None, now),
+            Lookup::Pending
+        ));
     }
     assert_eq!(node.counters.fetches_under_way.get(), 3);
     node.service.gate.as_ref().unwrap().add_permits(10);
@@ -133,7 +136,9 @@ fn cache_stays_within_its_bounds() {
     let large: Vec<_> = (0..500).map(|n| format!("member-{n}")).collect();
     let large: Vec<_> = large.iter().map(String::as_str).collect();
     node.membership.created("large", &large, place(2000), now, now);
-    assert!(matches!(node.membership.lookup("large", now), Lookup::Members(m) if m.len() == 500));
+    assert!(
+        matches!(node.membership.lookup("large", None, now), Lookup::Members(m) if m.len() == 500)
+    );
 }
 
 #[test]
@@ -144,7 +149,7 @@ fn what_is_used_outlives_what_is_not() {
     for offset in 0..500 {
         let place = LogPlace { topic: 0, partition: 0, offset };
         node.membership.created(&format!("c-{offset}"), &["a"], place, now, now);
-        assert!(matches!(node.membership.lookup("c-0", now), Lookup::Members(_)), "{offset}");
+        assert!(matches!(node.membership.lookup("c-0", None, now), Lookup::Members(_)), "{offset}");
     }
 }
 
@@ -179,7 +184,7 @@ fn lost_log_means_everything_is_forgotten() {
     node.membership.created("a", &["x"], place, now, now);
     node.membership.forget_all();
     assert_eq!(node.counters.members.get(), 0);
-    assert!(matches!(node.membership.lookup("a", now), Lookup::Pending));
+    assert!(matches!(node.membership.lookup("a", None, now), Lookup::Pending));
     node.membership.follow();
     assert_eq!(node.members("a", now), ["a", "b"]);
 }

@@ -205,7 +205,7 @@ impl Core {
             | Body::PresenceUpdated { .. }
             | Body::Unknown => {}
         }
-        match self.membership.lookup(conversation, now_ms) {
+        match self.membership.lookup(conversation, log_place, now_ms) {
             Lookup::Members(members) => {
                 let other = other.filter(|user| {
                     !user.is_empty() && members.binary_search_by(|m| (**m).cmp(user)).is_err()

@@ -181,7 +181,7 @@ impl Core {
             // It brings its members along.
             && !matches!(record.body, Body::ConversationCreated { .. })
         {
-            let _ = self.membership.lookup(conversation, now_ms);
+            let _ = self.membership.lookup(conversation, None, now_ms);
         }
     }
 }

@@ -64,6 +64,9 @@ impl NodeBuilder {
             .set("GRPC_ADDR", local(free_port()))
             .set("SHARDS", 1)
             .set("AUTH_MODE", "trust")
+            // All clients of a test come from one address.
+            .set("CONNECTIONS_PER_ADDRESS", 0)
+            .set("HANDSHAKES_PER_SECOND_PER_ADDRESS", 0)
     }
 
     /// Sets one.

@@ -9,12 +9,16 @@ use crate::support::node::{Node, NodeBuilder, binary, free_port};
 use crate::support::wait::until;
 use crate::tail::Tail;
 
-/// To leave, on a machine that does much else.
-const LEAVES_WITHIN: Duration = Duration::from_secs(20);
+/// For a message or to leave, on a machine that does much else.
+const WITHIN: Duration = Duration::from_secs(20);
 
 fn publish(node: &Node, arguments: &[&str]) {
-    let log = node.log();
-    let brokers = log.split("--brokers ").nth(1).unwrap().split(' ').next().unwrap();
+    let brokers = until(WITHIN, "the start-up message names its Kafka", || {
+        let log = node.log();
+        let (brokers, _) = log.split_once("--brokers ")?.1.split_once(' ')?;
+        Some(brokers.to_owned())
+    });
+    let brokers = brokers.as_str();
     let output = Command::new(binary())
         .args(["publish", "--brokers", brokers])
         .args(arguments)
@@ -76,7 +80,7 @@ fn signal_ends_sessions_with_1001_and_the_process_with_0() {
         node.signal(signal);
         let notice = tail.notice();
         assert!(notice.starts_with("closed with 1001 "), "{notice}");
-        let status = until(LEAVES_WITHIN, "the node leaves", || node.ended());
+        let status = until(WITHIN, "the node leaves", || node.ended());
         assert_eq!(status.code(), Some(0), "{}", node.log());
     }
 }
@@ -87,12 +91,12 @@ fn drain_tells_sessions_when_to_come_back_and_a_signal_cuts_it_short() {
     let _first = Tail::connect(&node, "alice", &[]);
     let _second = Tail::connect(&node, "bob", &[]);
     assert_eq!(node.post("/admin/drain").unwrap().status, 202);
-    until(LEAVES_WITHIN, "readiness turns off", || {
+    until(WITHIN, "readiness turns off", || {
         node.get("/health/ready").filter(|answer| answer.status == 503)
     });
     assert!(node.get("/health/ready").unwrap().body.contains("draining"));
     node.signal(Signal::TERM);
-    let status = until(LEAVES_WITHIN, "the node leaves", || node.ended());
+    let status = until(WITHIN, "the node leaves", || node.ended());
     assert_eq!(status.code(), Some(128 + 15), "{}", node.log());
 }
 
@@ -113,7 +117,7 @@ fn alerts_and_dashboard_name_only_metrics_that_exist() {
         settings = settings.set(name, &nobody);
     }
     let node = settings.set("ROUTING_MODE", "broadcast").spawn();
-    let page = until(LEAVES_WITHIN, "the page with Kafka's lag", || {
+    let page = until(WITHIN, "the page with Kafka's lag", || {
         let page = node.get("/metrics")?.body;
         page.contains("\nkafka_consumer_lag{").then_some(page)
     });

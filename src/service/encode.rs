@@ -256,8 +256,11 @@ fn delivery_event(record: &Record<'_>) -> Option<Vec<u8>> {
                 DeliveryEvent { conversation_id: conversation.to_owned(), sequence, message: None };
             let mut out = Vec::with_capacity(record.payload.len() + 2 * conversation.len() + 24);
             head.encode(&mut out).ok()?;
-            // Field 3 is a message as field 1 of the payload is: its bytes need no second look,
-            // and fields that this program does not know are kept.
+            // Routing reads two fields only. A client's library reads them all, and would end the
+            // stream over a text that is not UTF-8.
+            MessageSentEvent::decode(record.payload).ok()?;
+            // Field 3 is a message as field 1 of the payload is: its bytes go on as they are, and
+            // with them fields that this program does not know.
             for message in repeated(record.payload, 1).ok()? {
                 encode_key(3, WireType::LengthDelimited, &mut out);
                 encode_varint(message.len() as u64, &mut out);

@@ -100,6 +100,16 @@ fn what_json_cannot_say_is_left_out_and_the_rest_still_goes() {
 }
 
 #[test]
+fn stream_is_spared_what_its_clients_cannot_read() {
+    let sent = caught_up(message("hello"));
+    let at = sent.windows(5).position(|bytes| bytes == b"alice").unwrap();
+    let mut not_utf8 = sent;
+    not_utf8[at] = 0xff;
+    assert_eq!(encode(&not_utf8, only(Encoding::Stream)).frame(Encoding::Stream), None);
+    assert!(encode(&not_utf8, all()).frame(Encoding::Binary).is_some());
+}
+
+#[test]
 fn stream_carries_messages_and_deletions() {
     let mut sent = caught_up(message("hello"));
     assert_eq!(

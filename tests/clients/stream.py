@@ -45,20 +45,22 @@ def main(address, user, device, conversation="", sequence="0"):
         )
     )
 
-    def end_with_input():
-        sys.stdin.read()
-        requests.put(None)
-
-    threading.Thread(target=end_with_input, daemon=True).start()
     with grpc.insecure_channel(address) as channel:
-        stub = services.DeliveryApiStub(channel)
+        events = services.DeliveryApiStub(channel).Connect(iter(requests.get, None))
+
+        def end_with_input():
+            sys.stdin.read()
+            events.cancel()
+
+        threading.Thread(target=end_with_input, daemon=True).start()
         try:
-            for event in stub.Connect(iter(requests.get, None)):
+            for event in events:
                 content = event.message.content if event.HasField("message") else "-"
                 print("event", event.conversation_id, event.sequence, content, flush=True)
             print("ended", flush=True)
         except grpc.RpcError as error:
-            print("status", error.code().name, error.details(), flush=True)
+            ours = error.code() == grpc.StatusCode.CANCELLED
+            print(*(["ended"] if ours else ["status", error.code().name, error.details()]), flush=True)
 
 
 main(*sys.argv[1:])

@@ -109,7 +109,7 @@ fn serve_one(mut stream: TcpStream, lines: &Sender<String>, close: bool) -> Opti
     let mut length = 0;
     loop {
         let mut header = String::new();
-        reader.read_line(&mut header).ok().filter(|count| *count > 2)?;
+        reader.read_line(&mut header).ok().filter(|count| *count > 0)?;
         if let Some(value) = header.to_ascii_lowercase().strip_prefix("content-length:") {
             length = value.trim().parse().ok()?;
         }
@@ -164,7 +164,10 @@ fn feels_at_home(client: impl FnOnce(&str, &str, bool) -> Client, protocol: &str
     publisher.created("room", &["reader".into()]);
     for sequence in 1..=MESSAGES {
         // Below and above the threshold for compressing, and longer than 16 bits count.
-        let length = [10, 300, 5_000, 70_000][sequence as usize % 4];
+        let length = match sequence {
+            _ if sequence % 50 == 0 => 70_000,
+            _ => [10, 300, 2_000, 5_000][sequence as usize % 4],
+        };
         publisher.message("room", sequence, "reader", &"Grüße, мир! ".repeat(length / 12 + 1));
     }
     publisher.flush(LINE_WITHIN);

@@ -376,6 +376,8 @@ impl Scene {
             }
         }
         let missed_live = lost;
+        // Catch-up fills gaps, out of order and with what is there already: told apart from disorder.
+        let live = self.totals();
         let longest_stall = self.longest_stall;
         if lost > 0 {
             self.drop_sessions(1);
@@ -385,7 +387,7 @@ impl Scene {
         }
         let outcome = Outcome {
             published: self.publisher.sent(),
-            totals: self.totals(),
+            totals: Totals { lost: self.totals().lost, ..live },
             missed_live,
             longest_stall,
             reconnects: self.reconnects,

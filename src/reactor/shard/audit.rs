@@ -82,6 +82,11 @@ impl<K: Kernel> Shard<K> {
         })
     }
 
+    /// Whether it has been pinged since it was last heard.
+    pub fn is_pinged(&self, key: ConnectionKey) -> bool {
+        self.slab.get(key).is_some_and(|connection| connection.flags.has(Flags::PINGED))
+    }
+
     /// Staging buffers that are out.
     pub fn staging_out(&self) -> usize {
         self.staging.out()

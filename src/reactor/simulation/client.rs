@@ -39,8 +39,6 @@ pub(super) struct Deeds {
     pub(super) reset: bool,
     pub(super) closed: bool,
     pub(super) broke_protocol: bool,
-    /// It reads so little that a queue may overflow or a write time out.
-    pub(super) read_slowly: bool,
 }
 
 #[derive(Debug)]
@@ -62,6 +60,8 @@ pub(super) struct Client {
     pub(super) echoes: VecDeque<Vec<u8>>,
     /// Nothing more is expected of it, or from it.
     pub(super) over: bool,
+    /// It has been pinged and has not been heard since, as the shard sees it.
+    pub(super) pinged: bool,
     /// Frames it has said.
     pub(super) frames: usize,
     serial: u32,
@@ -83,12 +83,13 @@ impl Client {
             outbox: VecDeque::new(),
             wire: Wire::default(),
             answered: None,
-            deeds: Deeds { read_slowly: reading != Reading::Prompt, ..Deeds::default() },
+            deeds: Deeds::default(),
             session: Session::default(),
             texts: VecDeque::new(),
             pings: VecDeque::new(),
             echoes: VecDeque::new(),
             over: false,
+            pinged: false,
             frames: 0,
             serial: 0,
         };

@@ -235,6 +235,7 @@ impl World {
         let turn = shard.turn().expect("a simulated ring does not fail");
         shard.audit();
         self.check_kernel();
+        self.check_pings();
         self.read_wires();
         self.check_counters();
         if turn == Turn::Stopped {

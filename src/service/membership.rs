@@ -3,7 +3,8 @@
 //! Shared by all routers of the node. A list is cached only because every change of it reaches this
 //! cache: the follower (`kafka::follower`) reads the membership topics on every node, whoever of a
 //! group delivers their records. A router that comes upon a change first applies it too, so that
-//! what it routes next obeys it. See [`state`] for how answers and changes are reconciled.
+//! what it routes next obeys it. How answers and changes are reconciled is
+//! told in `membership/state.rs`.
 
 mod cache;
 mod state;

@@ -7,7 +7,9 @@
 
 mod check;
 mod client;
+mod manager;
 pub mod random;
+mod rest;
 mod service;
 mod session;
 mod setup;
@@ -408,83 +410,6 @@ impl World {
         recipients
     }
 
-    fn manager_acts(&mut self) {
-        if self.shard.is_none() {
-            return;
-        }
-        self.service.push_backlog(SESSION_MANAGER);
-        match self.random.below(8) {
-            0..=3 => self.take_reports(SESSION_MANAGER, 4),
-            4..=5 => (0..3).for_each(|_| self.decide()),
-            6 => self.catch_up(),
-            _ => self.meddle(),
-        }
-    }
-
-    /// Lets one in, or not.
-    fn decide(&mut self) {
-        if self.undecided.is_empty() {
-            return;
-        }
-        let number = self.undecided.swap_remove(self.random.below(self.undecided.len()));
-        let now_ms = self.now_ms();
-        let session = &mut self.clients[number].session;
-        let Some(connection) = session.key else { return };
-        let command = match self.random.below(16) {
-            0 => return,
-            1 => {
-                session.refused = true;
-                let body = "not you".into();
-                let refusal = Refusal { status: 401, body, retry_after_s: None };
-                ShardCommand::Refuse { connection, refusal }
-            }
-            _ => {
-                session.admitted_at_ms = Some(now_ms);
-                self.summary.admitted += 1;
-                ShardCommand::Admit { connection }
-            }
-        };
-        note(Act::Pushes(number, "decision", 0));
-        self.service.command(SESSION_MANAGER, command);
-    }
-
-    /// Goes on with somebody's catch-up.
-    fn catch_up(&mut self) {
-        for index in 0..self.directory.len() {
-            let number = self.directory[index];
-            if self.random.chance(64) {
-                self.catch_up_one(number);
-            }
-        }
-    }
-
-    /// Sends the next of what a session missed, at the pace at which it is done; then releases it.
-    fn catch_up_one(&mut self, number: usize) {
-        let unix_ms = self.unix_ms();
-        let now_ms = self.now_ms();
-        let client = &mut self.clients[number];
-        let session = &mut client.session;
-        let Some(key) = session.key else { return };
-        if !session.resume_asked || session.released_at_ms.is_some() {
-            return;
-        }
-        while session.catch_up_in_flight < self.setup.catch_up_window {
-            let Some(event) = session.catch_up.pop_front() else { break };
-            session.catch_up_in_flight += 1;
-            session.delivered.extend(event.position);
-            session.address(SESSION_MANAGER, event.clone());
-            let to = [(key, encoding(client.kind))];
-            self.service.deliver(SESSION_MANAGER, &event, &to, unix_ms, &mut self.random);
-        }
-        if session.catch_up.is_empty() {
-            session.release(now_ms);
-            let delivered = session.delivered.clone().into();
-            note(Act::Pushes(number, "Release", session.delivered.len()));
-            let command = ShardCommand::Release { connection: key, delivered };
-            self.service.command(SESSION_MANAGER, command);
-        }
-    }
-
     /// Texts and closes of the service's own.
     fn meddle(&mut self) {
         if self.directory.is_empty() || self.resting {
@@ -531,101 +456,6 @@ impl World {
             self.kernel().pass(ms);
         }
         self.summary.passed_ms += ms;
-    }
-
-    /// Everybody stops acting, reads and takes what there is, until nothing moves; whoever has not
-    /// ended then has everything.
-    fn rest(&mut self) {
-        self.resting = true;
-        if self.shard.is_some() {
-            self.kernel().faults = Faults::default();
-        }
-        let mut steps = 0;
-        while self.shard.is_some() && !self.stopping {
-            let Some(unrest) = self.unrest() else { return };
-            steps += 1;
-            assert!(steps < SETTLE_STEPS_MAX, "stuck: {unrest}");
-            self.rest_step();
-        }
-    }
-
-    fn rest_step(&mut self) {
-        for index in 0..self.active.len() {
-            self.read_all(self.active[index]);
-        }
-        for peer in 0..PEERS {
-            self.service.push_backlog(peer);
-            self.take_reports(peer, usize::MAX);
-        }
-        while !self.undecided.is_empty() {
-            self.decide();
-        }
-        for index in 0..self.directory.len() {
-            self.catch_up_one(self.directory[index]);
-        }
-        self.turn();
-        if self.shard.as_ref().is_some_and(|shard| !shard.kernel().is_awake()) {
-            // Whatever the shard still waits for, it has said until when.
-            let until = self.kernel().sleeps_until_ms();
-            let now_ms = self.now_ms();
-            self.pass(until.map_or(1, |at_ms| (at_ms - now_ms).min(100)));
-        }
-    }
-
-    /// What still moves.
-    fn unrest(&mut self) -> Option<&'static str> {
-        let unread = (0..self.active.len()).any(|index| {
-            let socket = self.clients[self.active[index]].socket;
-            let unsaid = !self.clients[self.active[index]].outbox.is_empty();
-            let kernel = self.kernel();
-            kernel.is_open(socket)
-                && (unsaid || kernel.unread(socket) > 0 || kernel.unreceived(socket) > 0)
-        });
-        let unsettled =
-            self.by_key.values().any(|number| !self.clients[*number].session.is_settled());
-        let conditions = [
-            (unread, "a client has something to read or to say"),
-            (!self.service.outstanding.is_empty(), "a delivery is not done"),
-            (!self.service.is_idle(), "a ring is not empty"),
-            (!self.undecided.is_empty(), "a request is not decided on"),
-            (self.counters.counts.frames_queued.get() > 0, "a queue is not empty"),
-            (unsettled, "a session is neither live nor ended"),
-        ];
-        conditions.into_iter().find(|(moves, _)| *moves).map(|(_, what)| what)
-    }
-
-    /// The shard is told to stop, or its session manager dies.
-    fn begin_to_stop(&mut self) {
-        if std::mem::replace(&mut self.stopping, true) {
-            return;
-        }
-        self.stopped_early = !self.resting;
-        self.abandoned = self.random.chance(64);
-        if self.abandoned {
-            self.service.abandon(SESSION_MANAGER);
-        } else {
-            let close = Close::new(CloseCode::GOING_AWAY, "server closing");
-            self.service.command(SESSION_MANAGER, ShardCommand::Stop { close });
-        }
-    }
-
-    /// Stops the shard, if that has not happened yet, and takes the last reports.
-    fn stop(&mut self) {
-        if !self.stopping {
-            self.by_key.values().for_each(|number| self.clients[*number].session.settle());
-        }
-        self.begin_to_stop();
-        let mut steps = 0;
-        while self.shard.is_some() || !self.service.is_idle() {
-            steps += 1;
-            assert!(steps < SETTLE_STEPS_MAX, "does not stop");
-            if self.shard.is_some() {
-                self.rest_step();
-            } else {
-                (0..PEERS).for_each(|peer| self.service.push_backlog(peer));
-                (0..PEERS).for_each(|peer| self.take_reports(peer, usize::MAX));
-            }
-        }
     }
 }
 

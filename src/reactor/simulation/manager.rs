@@ -1,0 +1,82 @@
+//! What the session manager does: decides, catches up, closes.
+
+use super::*;
+
+impl World {
+    pub(super) fn manager_acts(&mut self) {
+        if self.shard.is_none() {
+            return;
+        }
+        self.service.push_backlog(SESSION_MANAGER);
+        match self.random.below(8) {
+            0..=3 => self.take_reports(SESSION_MANAGER, 4),
+            4..=5 => (0..3).for_each(|_| self.decide()),
+            6 => self.catch_up(),
+            _ => self.meddle(),
+        }
+    }
+
+    /// Lets one in, or not.
+    pub(super) fn decide(&mut self) {
+        if self.undecided.is_empty() {
+            return;
+        }
+        let number = self.undecided.swap_remove(self.random.below(self.undecided.len()));
+        let now_ms = self.now_ms();
+        let session = &mut self.clients[number].session;
+        let Some(connection) = session.key else { return };
+        let command = match self.random.below(16) {
+            0 => return,
+            1 => {
+                session.refused = true;
+                let body = "not you".into();
+                let refusal = Refusal { status: 401, body, retry_after_s: None };
+                ShardCommand::Refuse { connection, refusal }
+            }
+            _ => {
+                session.admitted_at_ms = Some(now_ms);
+                self.summary.admitted += 1;
+                ShardCommand::Admit { connection }
+            }
+        };
+        note(Act::Pushes(number, "decision", 0));
+        self.service.command(SESSION_MANAGER, command);
+    }
+
+    /// Goes on with somebody's catch-up.
+    pub(super) fn catch_up(&mut self) {
+        for index in 0..self.directory.len() {
+            let number = self.directory[index];
+            if self.random.chance(64) {
+                self.catch_up_one(number);
+            }
+        }
+    }
+
+    /// Sends the next of what a session missed, at the pace at which it is done; then releases it.
+    pub(super) fn catch_up_one(&mut self, number: usize) {
+        let unix_ms = self.unix_ms();
+        let now_ms = self.now_ms();
+        let client = &mut self.clients[number];
+        let session = &mut client.session;
+        let Some(key) = session.key else { return };
+        if !session.resume_asked || session.released_at_ms.is_some() {
+            return;
+        }
+        while session.catch_up_in_flight < self.setup.catch_up_window {
+            let Some(event) = session.catch_up.pop_front() else { break };
+            session.catch_up_in_flight += 1;
+            session.delivered.extend(event.position);
+            session.address(SESSION_MANAGER, event.clone());
+            let to = [(key, encoding(client.kind))];
+            self.service.deliver(SESSION_MANAGER, &event, &to, unix_ms, &mut self.random);
+        }
+        if session.catch_up.is_empty() {
+            session.release(now_ms);
+            let delivered = session.delivered.clone().into();
+            note(Act::Pushes(number, "Release", session.delivered.len()));
+            let command = ShardCommand::Release { connection: key, delivered };
+            self.service.command(SESSION_MANAGER, command);
+        }
+    }
+}

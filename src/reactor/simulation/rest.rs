@@ -1,0 +1,100 @@
+//! The end of a run: everybody rests, then the shard stops, and nothing may be left.
+
+use super::*;
+
+impl World {
+    /// Everybody stops acting, reads and takes what there is, until nothing moves; whoever has not
+    /// ended then has everything.
+    pub(super) fn rest(&mut self) {
+        self.resting = true;
+        if self.shard.is_some() {
+            self.kernel().faults = Faults::default();
+        }
+        let mut steps = 0;
+        while self.shard.is_some() && !self.stopping {
+            let Some(unrest) = self.unrest() else { return };
+            steps += 1;
+            assert!(steps < SETTLE_STEPS_MAX, "stuck: {unrest}");
+            self.rest_step();
+        }
+    }
+
+    pub(super) fn rest_step(&mut self) {
+        for index in 0..self.active.len() {
+            self.read_all(self.active[index]);
+        }
+        for peer in 0..PEERS {
+            self.service.push_backlog(peer);
+            self.take_reports(peer, usize::MAX);
+        }
+        while !self.undecided.is_empty() {
+            self.decide();
+        }
+        for index in 0..self.directory.len() {
+            self.catch_up_one(self.directory[index]);
+        }
+        self.turn();
+        if self.shard.as_ref().is_some_and(|shard| !shard.kernel().is_awake()) {
+            // Whatever the shard still waits for, it has said until when.
+            let until = self.kernel().sleeps_until_ms();
+            let now_ms = self.now_ms();
+            self.pass(until.map_or(1, |at_ms| (at_ms - now_ms).min(100)));
+        }
+    }
+
+    /// What still moves.
+    pub(super) fn unrest(&mut self) -> Option<&'static str> {
+        let unread = (0..self.active.len()).any(|index| {
+            let socket = self.clients[self.active[index]].socket;
+            let unsaid = !self.clients[self.active[index]].outbox.is_empty();
+            let kernel = self.kernel();
+            kernel.is_open(socket)
+                && (unsaid || kernel.unread(socket) > 0 || kernel.unreceived(socket) > 0)
+        });
+        let unsettled =
+            self.by_key.values().any(|number| !self.clients[*number].session.is_settled());
+        let conditions = [
+            (unread, "a client has something to read or to say"),
+            (!self.service.outstanding.is_empty(), "a delivery is not done"),
+            (!self.service.is_idle(), "a ring is not empty"),
+            (!self.undecided.is_empty(), "a request is not decided on"),
+            (self.counters.counts.frames_queued.get() > 0, "a queue is not empty"),
+            (unsettled, "a session is neither live nor ended"),
+        ];
+        conditions.into_iter().find(|(moves, _)| *moves).map(|(_, what)| what)
+    }
+
+    /// The shard is told to stop, or its session manager dies.
+    pub(super) fn begin_to_stop(&mut self) {
+        if std::mem::replace(&mut self.stopping, true) {
+            return;
+        }
+        self.stopped_early = !self.resting;
+        self.abandoned = self.random.chance(64);
+        if self.abandoned {
+            self.service.abandon(SESSION_MANAGER);
+        } else {
+            let close = Close::new(CloseCode::GOING_AWAY, "server closing");
+            self.service.command(SESSION_MANAGER, ShardCommand::Stop { close });
+        }
+    }
+
+    /// Stops the shard, if that has not happened yet, and takes the last reports.
+    pub(super) fn stop(&mut self) {
+        if !self.stopping {
+            self.by_key.values().for_each(|number| self.clients[*number].session.settle());
+        }
+        self.begin_to_stop();
+        let mut steps = 0;
+        while self.shard.is_some() || !self.service.is_idle() {
+            steps += 1;
+            assert!(steps < SETTLE_STEPS_MAX, "does not stop");
+            if self.shard.is_some() {
+                self.rest_step();
+            } else {
+                (0..PEERS).for_each(|peer| self.service.push_backlog(peer));
+                (0..PEERS).for_each(|peer| self.take_reports(peer, usize::MAX));
+            }
+        }
+    }
+}

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::source::{code_of, crate_imports, read, report, root, rust_files, without_tests};
 
-/// What each layer may import of ours (`docs/architecture.md`).
+/// What each layer may import of ours (the map in `src/lib.rs`).
 const LAYERS: [(&str, &[&str]); 7] = [
     ("domain", &["domain"]),
     ("protocol", &["protocol", "domain"]),

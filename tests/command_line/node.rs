@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::support::node::{Node, NodeBuilder, binary, free_port};
+use crate::support::node::{Node, NodeBuilder, binary};
+use crate::support::ports::free_port;
 use crate::support::wait::until;
 use crate::tail::Tail;
 

@@ -1,11 +1,12 @@
 //! A `redis-server` of a test's own: on a free port of loopback, gone with the test.
 
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
+
+use crate::ports::free_port;
 
 /// How a server is set up beyond its port.
 #[derive(Clone, Copy, Default)]
@@ -29,7 +30,7 @@ pub(crate) struct Server {
 impl Server {
     /// Starts one. `None`, with a word about it, where `redis-server` is not installed.
     pub(crate) fn start(options: Options<'_>) -> Option<Self> {
-        // The port is free now; another process may take it before the server does.
+        // The port was free when it was given out; another process may have taken it since.
         (0..5).find_map(|_| Self::start_on(free_port(), options)).or_else(|| {
             match Command::new("redis-server").arg("--version").output() {
                 Ok(_) => panic!("redis-server does not start"),
@@ -116,8 +117,4 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }

@@ -7,6 +7,7 @@ pub mod fleet;
 pub mod neighbours;
 pub mod node;
 pub mod own_services;
+pub mod ports;
 pub mod proxy;
 pub mod publisher;
 pub mod registry;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::ports::free_port;
 use super::wait::until;
 
 /// To be ready, on a machine that does much else.
@@ -24,12 +25,6 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 pub fn binary() -> PathBuf {
     std::env::var_os("DELIVERY_BIN")
         .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_delivery")), PathBuf::from)
-}
-
-/// A port nobody listens on.
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("bound").port()
 }
 
 fn local(port: u16) -> SocketAddr {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::node::free_port;
+use super::ports::free_port;
 use super::wait::until;
 
 /// From its start to its first answer.

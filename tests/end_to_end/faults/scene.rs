@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::support::fleet::{ClientId, Connect, Fleet, Seen};
 use crate::support::neighbours::FakeNeighbours;
-use crate::support::node::{Metrics, Node, NodeBuilder, free_port};
+use crate::support::node::{Metrics, Node, NodeBuilder};
 use crate::support::own_services::OwnService;
+use crate::support::ports::free_port;
 use crate::support::proxy::Proxy;
 use crate::support::publisher::{Publisher, message, new_topic};
 use crate::support::tally::{Tally, Totals, resume_request};

@@ -85,6 +85,8 @@ pub enum Manner {
     Hanging,
     /// As the contract says, after this time.
     Late(Duration),
+    /// As the contract says, but not before it is told to behave otherwise.
+    Held,
 }
 
 /// What the services know and have been asked.
@@ -201,6 +203,12 @@ impl Services {
             Manner::Failing(code) => return Err(Status::new(code, "told to fail")),
             Manner::Hanging => pending().await,
             Manner::Late(after) => tokio::time::sleep(after).await,
+            Manner::Held => {
+                let mut changes = self.0.changes.subscribe();
+                while self.0.lock().manners.get(&method) == Some(&Manner::Held) {
+                    changes.changed().await.expect("the sender lives as long as we do");
+                }
+            }
         }
         answer(&mut self.0.lock()).map(Response::new)
     }
@@ -435,6 +443,7 @@ impl FakeNeighbours {
     /// How a method answers from now on.
     pub fn set(&self, method: Method, manner: Manner) {
         self.shared.lock().manners.insert(method, manner);
+        self.shared.told();
     }
 
     /// What is known, to look at and to change.

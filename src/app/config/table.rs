@@ -194,6 +194,9 @@ settings! {
         presence_refresh: Duration = "20s", from "1s" to "55s", example "20s";
         /// Deadline of one call to a neighbour.
         call_timeout: Duration = "2s", from "50ms" to "1m", example "2s";
+        /// How long a client's catch-up waits for its registration, so that other nodes hand over
+        /// what comes next (`ROUTING_MODE=group`); then it goes on without, and is counted.
+        registration_wait: Duration = "2s", from "0s" to "5m", example "2s";
         /// Calls for catch-up under way at once, all clients together.
         resume_calls_max: Count = "64", from "1" to "4096", example "64";
     }

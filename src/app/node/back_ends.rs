@@ -12,8 +12,8 @@ use crate::service::encode::CompressionConfig;
 use crate::service::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
 };
-use crate::service::presence::{Presence, PresenceConfig, PresenceTarget};
-use crate::service::redis::{self, Announcer, RedisConfig, RedisLink};
+use crate::service::presence::{Presence, PresenceConfig, PresenceTarget, ReachConfig};
+use crate::service::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
 use crate::service::resume::{Membership, Resume, ResumeConfig};
 
 /// See the module.
@@ -119,7 +119,12 @@ fn presence(
             PresenceTarget::Service(service.expect("checked with the settings"))
         }
     };
+    let reach = announcer.is_some().then(|| ReachConfig {
+        lookup_lifetime: LocationsConfig::default().lifetime(),
+        registration_wait: settings.registration_wait,
+    });
     let config = PresenceConfig {
+        reach,
         refresh_interval: settings.presence_refresh,
         announcer,
         ..PresenceConfig::new(Arc::clone(instance))

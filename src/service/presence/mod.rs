@@ -20,6 +20,7 @@
 //! here with 4000 as if it had been replaced here.
 
 mod queue;
+mod reach;
 mod redis;
 mod service;
 #[cfg(test)]
@@ -33,6 +34,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use self::queue::{Job, Next, Outcome, Queue};
+use self::reach::Pledge;
+pub use self::reach::{Reach, ReachConfig, Standing};
 use crate::service::directory::SessionIds;
 use crate::service::neighbours::PresenceService;
 use crate::service::ports::BoxFuture;
@@ -56,6 +59,8 @@ pub struct PresenceConfig {
     pub calls_max: usize,
     /// Who tells the other nodes of a registration (`ROUTING_MODE=group`).
     pub announcer: Option<Announcer>,
+    /// When the other nodes know of it (`ROUTING_MODE=group`).
+    pub reach: Option<ReachConfig>,
 }
 
 impl PresenceConfig {
@@ -67,6 +72,7 @@ impl PresenceConfig {
             sessions_waiting_max: 100_000,
             calls_max: 64,
             announcer: None,
+            reach: None,
         }
     }
 }
@@ -129,12 +135,13 @@ impl Shared {
 pub struct Presence {
     shared: Option<Arc<Shared>>,
     refresh_interval: Duration,
+    reach: Option<ReachConfig>,
 }
 
 impl Presence {
     /// Nobody is told (`PRESENCE_MODE=off`).
     pub fn off() -> Self {
-        Self { shared: None, refresh_interval: REFRESH_INTERVAL }
+        Self { shared: None, refresh_interval: REFRESH_INTERVAL, reach: None }
     }
 
     /// Starts the task that tells the target, on the current runtime.
@@ -160,7 +167,11 @@ impl Presence {
             }
         };
         tokio::spawn(tell(Arc::clone(&shared), backend, calls));
-        Self { shared: Some(shared), refresh_interval: config.refresh_interval }
+        Self {
+            shared: Some(shared),
+            refresh_interval: config.refresh_interval,
+            reach: config.reach,
+        }
     }
 
     /// How often each session is to be refreshed.
@@ -169,10 +180,27 @@ impl Presence {
     }
 
     /// A session was admitted; `replaced`: in the place of another one of this node. Returns false
-    /// if presence has no room for it: offer it again at the next refresh.
+    /// if presence has no room for it (offer it again at the next refresh), and how far other nodes
+    /// know it, if there are any that hand events over.
+    pub fn admitted(&self, ids: &SessionIds, replaced: bool) -> (bool, Option<Arc<Reach>>) {
+        let reach = self.reach.map(|config| Arc::new(Reach::new(config, Instant::now())));
+        let pledge = reach.clone().map(Pledge::new);
+        (self.open(ids, replaced, pledge), reach)
+    }
+
+    /// The same for a session for which there was no room before.
     pub fn opened(&self, ids: &SessionIds, replaced: bool) -> bool {
+        self.open(ids, replaced, None)
+    }
+
+    fn open(&self, ids: &SessionIds, replaced: bool, pledge: Option<Pledge>) -> bool {
         let Some(shared) = &self.shared else { return true };
-        let accepted = shared.lock().opened(ids, replaced, Instant::now());
+        let mut queue = shared.lock();
+        let accepted = queue.opened(ids, replaced, Instant::now());
+        if let Some(pledge) = pledge {
+            queue.pledge(ids, pledge);
+        }
+        drop(queue);
         if !accepted {
             shared.counters.overflowed_registrations.add(1);
         }

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::reach::Pledge;
 use crate::service::directory::SessionIds;
 
 /// First wait before a failed call is tried again; doubles each time.
@@ -104,6 +105,8 @@ struct Entry {
     anew: bool,
     attempts: u8,
     since: Instant,
+    /// Who waits for the registration.
+    pledge: Option<Pledge>,
 }
 
 /// See the module.
@@ -198,6 +201,16 @@ impl Queue {
         }
     }
 
+    /// To be kept when the session that was just [opened](Queue::opened) is registered.
+    pub(super) fn pledge(&mut self, ids: &SessionIds, pledge: Pledge) {
+        if let Some(entry) = self.entries.get_mut(ids) {
+            if self.failures_in_row >= FAILURES_IN_ROW_MAX {
+                pledge.put_off();
+            }
+            entry.pledge = Some(pledge);
+        }
+    }
+
     /// A session has ended and nobody took its place here. Returns false if there is no room: the
     /// registration will end by itself.
     pub(super) fn ended(&mut self, ids: &SessionIds, now: Instant) -> bool {
@@ -234,7 +247,8 @@ impl Queue {
 
     fn insert(&mut self, ids: &SessionIds, want: Want, held: Held, check: bool, now: Instant) {
         let place = Place::Waiting;
-        let entry = Entry { want, held, place, check, anew: false, attempts: 0, since: now };
+        let entry =
+            Entry { want, held, place, check, anew: false, attempts: 0, since: now, pledge: None };
         self.entries.insert(ids.clone(), entry);
         self.waiting.push_back(ids.clone());
     }
@@ -294,6 +308,11 @@ impl Queue {
             return;
         };
         let anew = std::mem::take(&mut entry.anew);
+        if (outcome, job, anew) == (Outcome::Done, Job::Register, false)
+            && let Some(pledge) = entry.pledge.take()
+        {
+            pledge.keep(now);
+        }
         let settled = match (outcome, job) {
             (Outcome::Done, Job::Register | Job::Refresh { .. }) => {
                 entry.held = if anew { Held::Unknown } else { Held::Present };
@@ -399,12 +418,19 @@ fn job(entry: &Entry, closing: bool, now: Instant) -> Option<Job> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::reach::{Reach, ReachConfig, Standing};
     use super::*;
     use proptest::prelude::*;
+    use std::sync::Arc;
 
     fn ids(user: usize) -> SessionIds {
         SessionIds::new(&format!("user-{user}"), "phone")
     }
+
+    const REACH: ReachConfig = ReachConfig {
+        lookup_lifetime: Duration::from_secs(1),
+        registration_wait: Duration::from_secs(2),
+    };
 
     /// A queue, and its time, which passes only when told to.
     struct Bench {
@@ -432,6 +458,14 @@ mod tests {
         fn does(&mut self, job: Job, outcome: Outcome) {
             assert_eq!(self.next(), Some(job));
             self.finish(job, outcome);
+        }
+
+        /// A session that somebody waits for.
+        fn admits(&mut self, user: usize, replaced: bool) -> Arc<Reach> {
+            let reach = Arc::new(Reach::new(REACH, self.now));
+            self.queue.opened(&ids(user), replaced, self.now);
+            self.queue.pledge(&ids(user), Pledge::new(Arc::clone(&reach)));
+            reach
         }
 
         fn is_idle(&mut self) -> bool {
@@ -602,6 +636,43 @@ mod tests {
         bench.does(Job::Unregister, Outcome::Done);
         assert_eq!(bench.queue.ends_untold(), 0);
         assert!(bench.is_idle());
+    }
+
+    #[test]
+    fn who_waits_for_a_registration_hears_of_his_own_only() {
+        let mut bench = Bench::new();
+        let first = bench.admits(0, false);
+        assert_eq!(bench.next(), Some(Job::Register));
+        // The device connects again while its first registration is under way.
+        let second = bench.admits(0, true);
+        assert_eq!(first.standing(bench.now), Standing::Unreached, "it is over with that one");
+        bench.finish(Job::Register, Outcome::Done);
+        assert_eq!(second.standing(bench.now), Standing::Open(bench.now + REACH.registration_wait));
+        bench.does(Job::Register, Outcome::Failed);
+        bench.now += RETRY_MIN;
+        bench.does(Job::Register, Outcome::Done);
+        assert_eq!(second.standing(bench.now), Standing::Open(bench.now + REACH.lookup_lifetime));
+        assert!(bench.is_idle());
+    }
+
+    #[test]
+    fn nobody_waits_for_a_registration_that_will_take_long_or_never_come() {
+        let mut bench = Bench::new();
+        let refused = bench.admits(0, false);
+        bench.does(Job::Register, Outcome::Rejected);
+        assert_eq!(refused.standing(bench.now), Standing::Unreached);
+
+        bench.queue.opened(&ids(0), false, bench.now);
+        (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(Job::Register));
+        let late = bench.admits(0, false);
+        assert_eq!(late.standing(bench.now), Standing::Unreached, "presence is known to be away");
+        bench.now += PROBE_MAX;
+        bench.does(Job::Register, Outcome::Done);
+        let reached = bench.now + REACH.lookup_lifetime;
+        assert_eq!(late.standing(reached), Standing::Reached, "it counts when it comes");
+
+        let mut full = Bench { queue: Queue::new(0), now: bench.now };
+        assert_eq!(full.admits(0, false).standing(full.now), Standing::Unreached);
     }
 
     #[derive(Clone, Debug)]

@@ -224,3 +224,27 @@ async fn presence_that_is_off_costs_nothing() {
     assert!(presence.take_replaced().is_empty());
     presence.close(Duration::ZERO).await;
 }
+
+#[tokio::test]
+async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
+    let fake = FakeNeighbours::start();
+    let reach = ReachConfig {
+        lookup_lifetime: Duration::from_secs(1),
+        registration_wait: Duration::from_secs(60),
+    };
+    let config = PresenceConfig { reach: Some(reach), ..PresenceConfig::new("node-1".into()) };
+    let node = Node::with(config, &fake, Duration::from_secs(20));
+    let (accepted, reach) = node.presence.admitted(&phone("alice"), false);
+    assert!(accepted);
+    node.settled().await;
+    let until = reach.unwrap().standing(Instant::now());
+    let Standing::Open(until) = until else { panic!("{until:?}") };
+    let left = until.duration_since(Instant::now());
+    assert!(left <= Duration::from_secs(1), "what it waits for now is the look-ups: {left:?}");
+
+    fake.set(Method::Register, Manner::Failing(Code::InvalidArgument));
+    let (_, reach) = node.presence.admitted(&phone("bob"), false);
+    reach.unwrap().decided().await;
+    let (_, reach) = Presence::off().admitted(&phone("carol"), false);
+    assert!(reach.is_none(), "nobody knows of it, ever");
+}

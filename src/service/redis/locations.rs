@@ -40,6 +40,13 @@ impl Default for LocationsConfig {
     }
 }
 
+impl LocationsConfig {
+    /// How long an answer is believed at most, from when the registry was asked.
+    pub fn lifetime(&self) -> Duration {
+        self.elsewhere_ttl.max(self.nowhere_ttl)
+    }
+}
+
 /// The other instances that hold a user, none twice; mostly none at all.
 pub(super) type Instances = Arc<[Arc<str>]>;
 
@@ -68,9 +75,11 @@ pub struct Locations {
     any_gone: AtomicBool,
 }
 
-/// From before a question is asked until its answer is remembered.
+/// From before a question is asked until its answer is remembered: an answer is as old as its
+/// question, because nobody knows when in between it was true.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Asked {
+    at: Instant,
     forgotten: u64,
 }
 
@@ -116,23 +125,18 @@ impl Locations {
     }
 
     /// To be called before the registry is asked for a user.
-    pub(super) fn ask(&self, user: &str) -> Asked {
-        Asked { forgotten: self.part(user).read().expect("no holder panics").forgotten }
+    pub(super) fn ask(&self, user: &str, now: Instant) -> Asked {
+        let forgotten = self.part(user).read().expect("no holder panics").forgotten;
+        Asked { at: now, forgotten }
     }
 
     /// Remembers an answer, unless something was forgotten since it was asked for.
-    pub(super) fn remember(
-        &self,
-        user: Arc<str>,
-        asked: Asked,
-        instances: Instances,
-        now: Instant,
-    ) {
+    pub(super) fn remember(&self, user: Arc<str>, asked: Asked, instances: Instances) {
         let mut part = self.part(&user).write().expect("no holder panics");
         if part.forgotten != asked.forgotten {
             return;
         }
-        part.young.insert(user, Entry { instances, since: now });
+        part.young.insert(user, Entry { instances, since: asked.at });
         if part.young.len() > (self.config.users_max / PARTS / 2).max(1) {
             let capacity = part.young.len();
             part.old = std::mem::replace(&mut part.young, HashMap::with_capacity(capacity));
@@ -202,7 +206,7 @@ mod tests {
     }
 
     fn learn(locations: &Locations, user: &str, instances: &[&str], now: Instant) {
-        locations.remember(user.into(), locations.ask(user), at(instances), now);
+        locations.remember(user.into(), locations.ask(user, now), at(instances));
     }
 
     #[test]
@@ -216,6 +220,16 @@ mod tests {
         assert_eq!(locations.find("bob", later(1)), Some(at(&[])));
         assert_eq!(locations.find("bob", later(2)), None);
         assert_eq!(locations.find("carol", now), None);
+    }
+
+    #[test]
+    fn answer_is_as_old_as_its_question() {
+        let (locations, now) = (locations(), Instant::now());
+        let asked = locations.ask("bob", now);
+        let late = now + Duration::from_millis(1_999);
+        locations.remember("bob".into(), asked, at(&[]));
+        assert_eq!(locations.find("bob", late), Some(at(&[])));
+        assert_eq!(locations.find("bob", now + Duration::from_secs(2)), None);
     }
 
     #[test]
@@ -236,13 +250,13 @@ mod tests {
     #[test]
     fn answer_from_before_a_change_is_not_remembered() {
         let (locations, now) = (locations(), Instant::now());
-        let asked = locations.ask("alice");
+        let asked = locations.ask("alice", now);
         locations.forget("alice");
-        locations.remember("alice".into(), asked, at(&["n1"]), now);
+        locations.remember("alice".into(), asked, at(&["n1"]));
         assert_eq!(locations.find("alice", now), None);
-        let asked = locations.ask("alice");
+        let asked = locations.ask("alice", now);
         locations.forget_all();
-        locations.remember("alice".into(), asked, at(&["n1"]), now);
+        locations.remember("alice".into(), asked, at(&["n1"]));
         assert!(locations.is_empty());
     }
 

@@ -275,18 +275,19 @@ impl Forwarder {
         }
         for users in unknown.chunks(USERS_AT_ONCE) {
             self.shared.counters.redis_lookups.add(users.len() as u64);
-            let asked: Vec<_> = users.iter().map(|user| self.shared.locations.ask(user)).collect();
+            let now = Instant::now();
+            let asked: Vec<_> =
+                users.iter().map(|user| self.shared.locations.ask(user, now)).collect();
             let found = self.registry.look_up(users).await.inspect_err(|_| {
                 self.shared.counters.redis_lookups_failed.add(users.len() as u64);
             })?;
-            let now = Instant::now();
             for ((user, asked), instances) in users.iter().zip(asked).zip(found) {
                 let Some(instances) = instances else {
                     self.shared.counters.redis_lookups_failed.add(1);
                     continue;
                 };
                 let locations = &self.shared.locations;
-                locations.remember(Arc::clone(user), asked, Arc::clone(&instances), now);
+                locations.remember(Arc::clone(user), asked, Arc::clone(&instances));
                 places.insert(Arc::clone(user), instances);
             }
         }

@@ -403,7 +403,7 @@ mod tests {
     fn place_of_a_user_whose_presence_changed_is_unknown() {
         let (locations, now) = (Locations::new(LocationsConfig::default()), Instant::now());
         for user in ["alice", "bob"] {
-            locations.remember(user.into(), locations.ask(user), Arc::from([]), now);
+            locations.remember(user.into(), locations.ask(user, now), Arc::from([]));
         }
         let event = PresenceUpdateEvent { user_id: "alice".into(), ..Default::default() };
         locations.updated(&event.encode_to_vec());

@@ -1,23 +1,23 @@
 //! One session's catch-up, a task.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, SemaphorePermit, mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::page::{chunks, in_order};
+use super::places::Places;
 use super::{CatchUp, Failure, Membership, PAGE_MESSAGES, ResumeRequest, Scope, Shared, Step};
 use crate::domain::counters::SharedCounter;
 use crate::domain::event::Event;
 use crate::domain::ids::{SessionAddress, StreamPosition};
-use crate::service::client_message::LastSequence;
 use crate::service::ports::{BoxFuture, ConversationListing, NeighbourError};
+use crate::service::presence::{Reach, Standing};
 use crate::service::proto::message::v1::Message;
-use crate::service::stream_key::stream_key;
 
 /// First wait before a failed call is tried again; doubles each time, with up to half of it less
 /// by chance.
@@ -26,13 +26,20 @@ const RETRY_MIN: Duration = Duration::from_millis(200);
 /// or too slow.
 const FULL_PAGE_ATTEMPTS: u32 = 2;
 
-/// A conversation and the last sequence that the client has of it.
-type Wanted = (Arc<str>, i64);
+/// A conversation that was caught up.
+struct CaughtUp {
+    conversation: Arc<str>,
+    sequence: i64,
+    /// What happened after its last page was asked for comes live.
+    is_final: bool,
+}
 
 struct Job {
     shared: Arc<Shared>,
     user: Arc<str>,
     address: SessionAddress,
+    /// `None`: no other node hands anything over.
+    reach: Option<Arc<Reach>>,
     out: mpsc::Sender<CatchUp>,
     /// One page at a time goes to the socket: together they would overflow its queue.
     socket: Mutex<()>,
@@ -69,90 +76,103 @@ impl Drop for Held {
 
 /// Catches one session up, and says how it ended.
 pub(super) async fn run(shared: Arc<Shared>, request: ResumeRequest, out: mpsc::Sender<CatchUp>) {
-    let ResumeRequest { ids, address, scope } = request;
-    let step = {
-        let waiting = OnGauge::new(&shared.counters.waiting);
-        let Ok(_turn) = shared.sessions.acquire().await else { return }; // Never closed.
-        drop(waiting);
-        let _running = OnGauge::new(&shared.counters.running);
-        let job = Arc::new(Job {
-            shared: Arc::clone(&shared),
-            user: Arc::from(ids.user()),
-            address,
-            out: out.clone(),
-            socket: Mutex::new(()),
-        });
-        match job.catch_up(scope).await {
-            Ok(delivered) => {
-                shared.counters.completed.add(1);
-                Step::Complete { delivered }
-            }
-            Err(failure) => {
-                match failure {
-                    Failure::Conversations | Failure::Messages => {
-                        shared.counters.failed_neighbour.add(1);
-                    }
-                    Failure::TooSlow => shared.counters.failed_slow.add(1),
-                    Failure::Gone => {}
+    let ResumeRequest { ids, address, scope, reach } = request;
+    let job = Arc::new(Job {
+        shared: Arc::clone(&shared),
+        user: Arc::from(ids.user()),
+        address,
+        reach,
+        out: out.clone(),
+        socket: Mutex::new(()),
+    });
+    let step = match job.catch_up(scope).await {
+        Ok(delivered) => {
+            shared.counters.completed.add(1);
+            Step::Complete { delivered }
+        }
+        Err(failure) => {
+            match failure {
+                Failure::Conversations | Failure::Messages => {
+                    shared.counters.failed_neighbour.add(1);
                 }
-                let Some(close) = failure.close() else { return };
-                Step::Failed(close)
+                Failure::TooSlow => shared.counters.failed_slow.add(1),
+                Failure::Gone => {}
             }
+            let Some(close) = failure.close() else { return };
+            Step::Failed(close)
         }
     };
     // An error means that the session manager has ended, and the session with it.
     let _ = out.send(CatchUp { address, step }).await;
 }
 
+/// A place among the sessions that catch up at once.
+struct Turn<'a> {
+    _place: SemaphorePermit<'a>,
+    _running: OnGauge<'a>,
+}
+
+impl Shared {
+    async fn turn(&self) -> Result<Turn<'_>, Failure> {
+        let waiting = OnGauge::new(&self.counters.waiting);
+        // Never closed.
+        let place = self.sessions.acquire().await.map_err(|_| Failure::Gone)?;
+        drop(waiting);
+        Ok(Turn { _place: place, _running: OnGauge::new(&self.counters.running) })
+    }
+}
+
 impl Job {
     async fn catch_up(self: Arc<Self>, scope: Scope) -> Result<Box<[StreamPosition]>, Failure> {
-        // A gRPC session is owed an answer about its conversation whatever came of it.
-        let (wanted, owed) = match scope {
-            Scope::Session(named) => (self.wanted_of_session(named).await?, None),
-            Scope::Conversation { conversation, after } => {
-                let conversation: Arc<str> = conversation.into();
-                let position =
-                    StreamPosition { stream: stream_key(&conversation), sequence: after };
-                let member = self.is_member(&conversation).await?;
-                let wanted = if member { vec![(conversation, after)] } else { Vec::new() };
-                (wanted, Some(position))
+        let mut turn = self.shared.turn().await?;
+        let mut places = Places::new(scope);
+        while !self.round(&mut places).await? {
+            // Who waits for other nodes to know the session keeps nobody from his turn, unless the
+            // places that it keeps meanwhile find no room.
+            let Some(reach) = &self.reach else { break };
+            let bytes = u32::try_from(places.bytes()).unwrap_or(u32::MAX);
+            let budget = Arc::clone(&self.shared.requests_bytes);
+            if let Ok(kept) = budget.try_acquire_many_owned(bytes) {
+                drop(turn);
+                reach.decided().await;
+                turn = self.shared.turn().await?;
+                drop(kept);
+            } else {
+                reach.decided().await;
             }
-        };
-        let mut delivered = self.conversations(wanted).await?;
-        if let Some(owed) = owed {
-            if delivered.is_empty() {
-                delivered.push(owed);
-            }
-        } else {
-            delivered.retain(|position| position.sequence > 0);
         }
-        Ok(delivered.into_boxed_slice())
+        drop(turn);
+        if self.standing() == Standing::Unreached {
+            self.shared.counters.unreached.add(1);
+        }
+        Ok(places.delivered())
     }
 
-    /// Which conversations are to be caught up, and from where.
-    async fn wanted_of_session(
-        self: &Arc<Self>,
-        named: Vec<LastSequence>,
-    ) -> Result<Vec<Wanted>, Failure> {
-        let named = named.into_iter().map(|named| (Arc::from(named.conversation), named.sequence));
-        let Membership::Checked { listing, .. } = &self.shared.membership else {
-            return Ok(named.collect());
-        };
-        let mut named: HashMap<Arc<str>, i64> = named.collect();
-        let listed = self.list(listing).await?;
-        let mut wanted: Vec<Wanted> = listed
-            .into_iter()
-            .map(|conversation| {
-                let after = named.remove(&conversation).unwrap_or(0);
-                (conversation, after)
-            })
-            .collect();
-        for (conversation, after) in named {
-            if self.is_member(&conversation).await? {
-                wanted.push((conversation, after));
+    /// Whether other nodes hand over what is routed from now on.
+    fn standing(&self) -> Standing {
+        self.reach.as_ref().map_or(Standing::Reached, |reach| reach.standing(Instant::now()))
+    }
+
+    /// Whether there is nothing to wait for.
+    fn is_decided(&self) -> bool {
+        !matches!(self.standing(), Standing::Open(_))
+    }
+
+    /// Asks for what is missing. Returns whether what happened since comes live.
+    async fn round(self: &Arc<Self>, places: &mut Places) -> Result<bool, Failure> {
+        let is_last = self.is_decided();
+        if let Membership::Checked { listing, .. } = &self.shared.membership {
+            let listed = if places.is_session { self.list(listing).await? } else { Vec::new() };
+            places.listed(&listed);
+            for conversation in places.doubtful(&listed) {
+                let is_member = self.is_member(&conversation).await?;
+                if places.judged(&conversation, is_member) {
+                    self.shared.counters.conversations_refused.add(1);
+                }
             }
         }
-        Ok(wanted)
+        self.conversations(places).await?;
+        Ok(is_last)
     }
 
     async fn list(&self, listing: &Arc<dyn ConversationListing>) -> Result<Vec<Arc<str>>, Failure> {
@@ -172,20 +192,12 @@ impl Job {
         let Membership::Checked { source, .. } = &self.shared.membership else { return Ok(true) };
         let ask = |_| source.members(Arc::clone(conversation));
         let members = self.ask(ask, Failure::Conversations).await?.unwrap_or_default();
-        let member = members.contains(&self.user);
-        if !member {
-            self.shared.counters.conversations_refused.add(1);
-        }
-        Ok(member)
+        Ok(members.contains(&self.user))
     }
 
     /// Catches conversations up, a few side by side.
-    async fn conversations(
-        self: &Arc<Self>,
-        wanted: Vec<Wanted>,
-    ) -> Result<Vec<StreamPosition>, Failure> {
-        let mut wanted = VecDeque::from(wanted);
-        let mut delivered = Vec::with_capacity(wanted.len());
+    async fn conversations(self: &Arc<Self>, places: &mut Places) -> Result<(), Failure> {
+        let mut wanted = VecDeque::from(places.wanted());
         let mut running = JoinSet::new();
         loop {
             while running.len() < self.shared.config.conversations_at_once
@@ -194,9 +206,13 @@ impl Job {
                 running.spawn(Arc::clone(self).conversation(conversation, after));
             }
             match running.join_next().await {
-                None => return Ok(delivered),
+                None => return Ok(()),
                 // The rest is aborted with the set.
-                Some(done) => delivered.push(done.unwrap_or(Err(Failure::Gone))?),
+                Some(done) => {
+                    let CaughtUp { conversation, sequence, is_final } =
+                        done.unwrap_or(Err(Failure::Gone))?;
+                    places.caught_up(&conversation, sequence, is_final);
+                }
             }
         }
     }
@@ -206,9 +222,11 @@ impl Job {
         self: Arc<Self>,
         conversation: Arc<str>,
         after: i64,
-    ) -> Result<StreamPosition, Failure> {
+    ) -> Result<CaughtUp, Failure> {
         let mut sequence = after;
+        let mut is_final;
         loop {
+            is_final = self.is_decided();
             let (messages, asked, held) = self.page(&conversation, sequence).await?;
             let is_last = messages.len() < usize::from(asked);
             let messages = in_order(messages, sequence);
@@ -232,7 +250,7 @@ impl Job {
             }
         }
         self.shared.counters.conversations.add(1);
-        Ok(StreamPosition { stream: stream_key(&conversation), sequence })
+        Ok(CaughtUp { conversation, sequence, is_final })
     }
 
     /// One page, how many messages were asked for, and what it holds of the budget.

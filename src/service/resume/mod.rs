@@ -18,11 +18,16 @@
 //! - **Failures** are retried a few times and then told: the session is closed with 1013 and a
 //!   reason, and the client resumes from what it has. Nothing is skipped in silence.
 //!
+//! - **Other nodes** (`ROUTING_MODE=group`) hand a session's events over once they can know of it
+//!   ([`Reach`]). What is with the message service is sent at once; when they do, what happened
+//!   meanwhile is asked for, and only then the session goes live. It waits without a turn.
+//!
 //! The shard holds the session's live events meanwhile. [`Step::Complete`] says what was sent, so
 //! that nothing of it is sent again.
 
 mod job;
 mod page;
+mod places;
 #[cfg(test)]
 mod tests;
 
@@ -39,6 +44,7 @@ use crate::service::client_message::LastSequence;
 use crate::service::directory::SessionIds;
 use crate::service::encode::{CompressionConfig, Encoder};
 use crate::service::ports::{ConversationListing, ConversationSource, MessageSource};
+use crate::service::presence::Reach;
 
 /// Messages asked for at once (contract §3).
 const PAGE_MESSAGES: u16 = 100;
@@ -96,6 +102,7 @@ crate::counters! {
         Counter refused: "Catch-ups refused because too many waited (1013)",
         Counter failed_neighbour: "Catch-ups given up because a neighbouring service did not answer (1013)",
         Counter failed_slow: "Catch-ups given up because the client read too slowly (1013)",
+        Counter unreached: "Catch-ups completed before this node was registered for the session: what other nodes route until then comes with the next",
         Counter retries: "Calls tried again",
         Counter conversations: "Conversations caught up",
         Counter conversations_refused: "Conversations named by clients who are not members",
@@ -145,6 +152,8 @@ pub struct ResumeRequest {
     pub address: SessionAddress,
     /// What for.
     pub scope: Scope,
+    /// How far other nodes know the session; `None`: none hands anything over.
+    pub reach: Option<Arc<Reach>>,
 }
 
 /// From a catch-up to the session manager.

@@ -1,5 +1,7 @@
 //! Catch-up against services that record what they are asked; the test is the session manager.
 
+mod other_nodes;
+
 use std::collections::HashMap;
 
 use prost::Message as _;
@@ -43,6 +45,10 @@ impl Bench {
     }
 
     fn begin(&self, slot: u32, user: &str, scope: Scope) -> Begun {
+        self.begin_among(slot, user, scope, None)
+    }
+
+    fn begin_among(&self, slot: u32, user: &str, scope: Scope, reach: Option<Arc<Reach>>) -> Begun {
         let address = SessionAddress {
             shard: ShardId(0),
             // Its frame is the bare message.
@@ -50,7 +56,7 @@ impl Bench {
             connection: ConnectionKey { slot, generation: 0 },
         };
         let ids = SessionIds::new(user, "phone");
-        self.resume.begin(ResumeRequest { ids, address, scope }, self.out.clone())
+        self.resume.begin(ResumeRequest { ids, address, scope, reach }, self.out.clone())
     }
 
     fn begin_session(&self, slot: u32, user: &str, named: &[(&str, i64)]) {

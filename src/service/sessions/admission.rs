@@ -117,7 +117,10 @@ impl Manager {
         // the admission out; what was routed before is in the catch-up that is yet to be asked for.
         self.send(shard, ShardCommand::Admit { connection });
         let replaced = self.directory.insert(ids.clone(), address);
-        let accepted = self.presence.opened(&ids, replaced.is_some());
+        let (accepted, reach) = self.presence.admitted(&ids, replaced.is_some());
+        if let Some(reach) = reach {
+            self.catching_up.expect(shard, connection, reach);
+        }
         if let Some(record) = self.records[shard.index()].get(connection) {
             record.registration_owed = !accepted;
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use slab::Slab;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use super::manager::Manager;
 use super::records::Resume;
@@ -15,6 +16,7 @@ use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId, StreamPosition};
 use crate::service::client_message::CONVERSATIONS_NAMED_MAX;
+use crate::service::presence::{Reach, Standing};
 use crate::service::resume::{Begun, CatchUp, ResumeRequest, Scope, Step};
 
 /// Catch-ups of one session at once: a WebSocket session has one for all its conversations, a
@@ -35,13 +37,43 @@ struct CatchUps {
 #[derive(Debug, Default)]
 pub(super) struct CatchingUp {
     sessions: HashMap<(ShardId, u32), CatchUps>,
+    /// How far the sessions are known that may still ask (`ROUTING_MODE=group`).
+    reaches: HashMap<(ShardId, u32), Arc<Reach>>,
     /// Chunks under way, by ticket: which shard has it, and who waits for it.
     chunks: Slab<(ShardId, oneshot::Sender<()>)>,
 }
 
 impl CatchingUp {
+    /// A session was admitted.
+    pub(super) fn expect(&mut self, shard: ShardId, connection: ConnectionKey, reach: Arc<Reach>) {
+        self.reaches.insert((shard, connection.slot), reach);
+    }
+
+    /// A session will not ask for what it missed, or not again.
+    pub(super) fn expect_nothing(&mut self, shard: ShardId, connection: ConnectionKey) {
+        self.reaches.remove(&(shard, connection.slot));
+    }
+
+    /// How far a session is known that asks for this.
+    fn reach(&mut self, address: SessionAddress, scope: &Scope) -> Option<Arc<Reach>> {
+        let key = (address.shard, address.connection.slot);
+        match scope {
+            // Once in its life.
+            Scope::Session(_) => self.reaches.remove(&key),
+            Scope::Conversation { .. } => {
+                let reach = Arc::clone(self.reaches.get(&key)?);
+                if reach.standing(Instant::now()) == Standing::Reached {
+                    self.reaches.remove(&key);
+                    return None;
+                }
+                Some(reach)
+            }
+        }
+    }
+
     /// A session has ended, or is about to: what it missed is nobody's any more.
     pub(super) fn forget(&mut self, shard: ShardId, connection: ConnectionKey) {
+        self.reaches.remove(&(shard, connection.slot));
         if let Some(catch_ups) = self.sessions.remove(&(shard, connection.slot)) {
             for task in catch_ups.tasks {
                 task.abort();
@@ -87,7 +119,8 @@ impl Manager {
             }),
         };
         record.resume = Resume::Running;
-        let request = ResumeRequest { ids, address, scope };
+        let reach = self.catching_up.reach(address, &scope);
+        let request = ResumeRequest { ids, address, scope, reach };
         match self.resume.begin(request, self.catch_ups_out.clone()) {
             Begun::Running(task) => {
                 let catch_ups =

@@ -54,6 +54,7 @@ impl Manager {
         };
         if record.resume == Resume::Awaited {
             record.resume = Resume::TooLate;
+            self.catching_up.expect_nothing(shard, connection);
         }
     }
 
@@ -74,6 +75,7 @@ impl Manager {
     fn go_live(&mut self, shard: ShardId, connection: ConnectionKey, resume: Resume) {
         if let Some(record) = self.records[shard.index()].get(connection) {
             record.resume = resume;
+            self.catching_up.expect_nothing(shard, connection);
             self.send(shard, ShardCommand::Release { connection, delivered: Box::default() });
         }
     }

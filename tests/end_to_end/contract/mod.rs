@@ -4,6 +4,7 @@ mod events;
 mod nodes;
 mod presence;
 mod resume;
+mod seam;
 mod settings;
 mod storm;
 mod stream;

@@ -18,18 +18,18 @@ const SOON: Duration = Duration::from_secs(20);
 const A_WHILE: Duration = Duration::from_millis(500);
 
 /// Users, instances and topics named after the test, since all share one Redis.
-struct Nodes {
-    back_end: BackEnd,
-    registry: Registry,
+pub(super) struct Nodes {
+    pub(super) back_end: BackEnd,
+    pub(super) registry: Registry,
     name: &'static str,
 }
 
 impl Nodes {
-    fn new(name: &'static str) -> Self {
+    pub(super) fn new(name: &'static str) -> Self {
         Self { back_end: BackEnd::start(name, 6), registry: Registry::new(&redis_addr()), name }
     }
 
-    fn builder(&self, number: usize) -> NodeBuilder {
+    pub(super) fn builder(&self, number: usize) -> NodeBuilder {
         self.back_end
             .node()
             .set("REDIS_ADDR", redis_addr())
@@ -41,11 +41,11 @@ impl Nodes {
         self.builder(number).start()
     }
 
-    fn instance(&self, number: usize) -> String {
+    pub(super) fn instance(&self, number: usize) -> String {
         format!("{}-{number}", self.name)
     }
 
-    fn user(&self, name: &str) -> String {
+    pub(super) fn user(&self, name: &str) -> String {
         format!("{}-{name}", self.name)
     }
 

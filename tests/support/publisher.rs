@@ -16,7 +16,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::DeliveryResult;
+use rdkafka::message::{DeliveryResult, Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 
 #[derive(Debug, Default)]
@@ -71,8 +71,17 @@ impl Publisher {
 
     /// Publishes any bytes.
     pub fn publish_bytes(&mut self, key: &str, value: &[u8]) {
+        self.publish_with(key, value, &[]);
+    }
+
+    /// Publishes any bytes, with headers.
+    pub fn publish_with(&mut self, key: &str, value: &[u8], headers: &[(&str, &str)]) {
         loop {
-            let record = BaseRecord::to(&self.topic).key(key).payload(value);
+            let mut given = OwnedHeaders::new();
+            for &(key, value) in headers {
+                given = given.insert(Header { key, value: Some(value) });
+            }
+            let record = BaseRecord::to(&self.topic).key(key).payload(value).headers(given);
             match self.producer.send(record) {
                 Ok(()) => break,
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => {

@@ -45,6 +45,35 @@ fn named_tests(page: &str) -> Vec<(usize, Vec<&str>)> {
     .collect()
 }
 
+/// The test `module::name` of `tests/end_to_end`, from its attributes to its name.
+fn end_to_end_test(named: &str) -> Option<String> {
+    let (modules, name) = named.rsplit_once("::")?;
+    let path = format!("tests/end_to_end/{}.rs", modules.replace("::", "/"));
+    let source = root().join(&path).exists().then(|| read(Path::new(&path)))?;
+    let (before, _) = source.split_once(&format!("\nfn {name}()"))?;
+    let from = before.rfind("\n\n").unwrap_or(0);
+    before[from..].contains("#[test]").then(|| before[from..].to_owned())
+}
+
+#[test]
+fn tests_of_the_whole_are_where_the_page_says_and_marked_if_they_need_kafka() {
+    let page = read(Path::new("docs/contract.md"));
+    let mut findings = Vec::new();
+    for (line, named) in named_tests(&page) {
+        for name in named.into_iter().filter(|name| name.contains("::")) {
+            let Some(test) = end_to_end_test(name) else {
+                findings.push(format!("docs/contract.md:{line}: {name} is not in its module"));
+                continue;
+            };
+            let row = page.lines().nth(line - 1).unwrap_or_default();
+            if row.contains(&format!("● `{name}`")) != test.contains("#[ignore") {
+                findings.push(format!("docs/contract.md:{line}: {name} has the wrong mark"));
+            }
+        }
+    }
+    report(&findings);
+}
+
 #[test]
 fn every_sentence_of_the_contract_names_a_test_that_exists() {
     let page = Path::new("docs/contract.md");

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use delivery::service::proto::message::v1::MessageSentEvent;
 use delivery::service::proto::shared::v1::EventType;
 use prost::Message as _;
 
 use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
 use crate::support::client::{Client, Heard};
 use crate::support::neighbours::{Manner, Method};
-use crate::support::publisher::envelope;
+use crate::support::publisher::{envelope, message as new_message};
 use crate::support::wait::until;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -185,6 +186,51 @@ fn unroutable_conversation_stalls_only_its_own_partition() {
     until(SOON, "the waiting message comes", || {
         (event_type(&mut alice) == EventType::MessageSent).then_some(())
     });
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn trace_of_a_record_is_found_in_the_log() {
+    const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let mut back_end = BackEnd::start("traced", 1);
+    back_end.neighbours.known().converse("room", &["alice"], 0);
+    let node = back_end
+        .node()
+        .set("TRACING_ENABLED", "true")
+        .set("LOG_LEVEL", "info,delivery::service::router=debug")
+        .start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    let sent = MessageSentEvent { message: Some(new_message("room", 1, "alice", "traced")) };
+    let value = envelope(EventType::MessageSent, sent.encode_to_vec()).encode_to_vec();
+    back_end.publisher.publish_with("room", &value, &[("traceparent", TRACE)]);
+    assert_eq!(event(&mut alice).0, value);
+    until(SOON, "the log names the trace", || {
+        let log = node.log();
+        log.lines().any(|line| line.contains(TRACE) && line.contains("room")).then_some(())
+    });
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn events_cost_presence_no_question() {
+    let mut back_end = BackEnd::start("unasked", 1);
+    back_end.neighbours.known().converse("room", &["alice", "bob", "carol"], 0);
+    let node = back_end.node().start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    back_end.neighbours.wait(SOON, |known| known.count(Method::Register) == 1);
+    for sequence in 1..=100 {
+        back_end.publisher.message("room", sequence, "alice", "hello");
+    }
+    for sequence in 1..=100 {
+        assert_eq!(message(&mut alice), ("room".into(), sequence));
+    }
+    let known = back_end.neighbours.known();
+    assert_eq!(
+        known.count(Method::Devices) + known.count(Method::Presence),
+        0,
+        "{:?}",
+        known.calls
+    );
 }
 
 #[test]

@@ -111,6 +111,25 @@ fn live_events_wait_for_the_catch_up_and_come_once_in_order() {
 }
 
 #[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn what_waits_behind_a_catch_up_is_bounded() {
+    let mut back_end = BackEnd::start("held", 1);
+    back_end.neighbours.known().converse("room", &["alice"], 1);
+    back_end.neighbours.set(Method::Sync, Manner::Held);
+    let node = back_end.node().set("HOLD_MESSAGES_MAX", 4).start();
+    let mut alice = resuming(node.public, "alice", "phone", "{}");
+    back_end.neighbours.wait(SOON, |known| known.in_flight.get(&Method::Sync) == Some(&1));
+    for sequence in 2..=6 {
+        back_end.publisher.message("room", sequence, "alice", "live");
+    }
+    assert!(matches!(alice.hear_end(), Heard::Closed(1013, _)), "told, not grown and not skipped");
+    // What it asks for with its next attempt is all there is.
+    back_end.neighbours.set(Method::Sync, Manner::Well);
+    let mut alice = resuming(node.public, "alice", "phone", "{}");
+    assert_eq!(message(&mut alice), ("room".into(), 1));
+}
+
+#[test]
 fn failed_catch_up_is_told_to_the_client() {
     let neighbours = neighbours_with("room", &["alice"], 3);
     neighbours.set(Method::Sync, Manner::Failing(Code::Unavailable));

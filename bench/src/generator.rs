@@ -72,6 +72,8 @@ pub struct Generator {
     template: Template,
     sessions: usize,
     conversations: u64,
+    /// Events of the plans before.
+    before: u64,
     produced: u64,
     started_ns: u64,
 }
@@ -79,9 +81,20 @@ pub struct Generator {
 impl Generator {
     /// A generator for sessions 0 to `sessions`, exclusive.
     pub fn new(plan: Plan, sessions: usize) -> Self {
+        Self::after(0, plan, sessions)
+    }
+
+    /// The same, going on after so many events of earlier plans with the same group and burst: the
+    /// sequences of a conversation have no gap between them.
+    pub fn after(before: u64, plan: Plan, sessions: usize) -> Self {
         let conversations = (sessions / plan.group).max(1) as u64;
         let template = Template::new(plan.bytes);
-        Self { plan, template, sessions, conversations, produced: 0, started_ns: now_ns() }
+        Self { plan, template, sessions, conversations, before, produced: 0, started_ns: now_ns() }
+    }
+
+    /// Sessions that get each event.
+    pub fn group(&self) -> usize {
+        self.plan.group
     }
 
     /// Whether all events were taken.
@@ -92,6 +105,40 @@ impl Generator {
     /// Messages that the events so far amount to.
     pub fn messages(&self) -> u64 {
         self.produced * self.plan.group.min(self.sessions) as u64
+    }
+
+    /// Events so far, those of earlier plans included.
+    pub fn total(&self) -> u64 {
+        self.before + self.produced
+    }
+
+    /// The last sequence of conversation number `at`, 0 for none.
+    pub fn last_sequence(&self, at: usize) -> u64 {
+        let burst = self.plan.burst as u64;
+        let (turns, rest) = (self.total() / burst, self.total() % burst);
+        let (rounds, turn) = (turns / self.conversations, turns % self.conversations);
+        rounds * burst
+            + match (at as u64).cmp(&turn) {
+                std::cmp::Ordering::Less => burst,
+                std::cmp::Ordering::Equal => rest,
+                std::cmp::Ordering::Greater => 0,
+            }
+    }
+
+    /// When the event of conversation `at` with this sequence was due, ns; `None`: in an earlier
+    /// plan, or the plan has no rate.
+    pub fn due_of(&self, at: usize, sequence: u64) -> Option<u64> {
+        let burst = self.plan.burst as u64;
+        let turn = (sequence - 1) / burst * self.conversations + at as u64;
+        let number = turn * burst + (sequence - 1) % burst;
+        if self.plan.rate == 0 {
+            return None;
+        }
+        Some(self.due_ns_of(number.checked_sub(self.before)?))
+    }
+
+    fn due_ns_of(&self, number: u64) -> u64 {
+        self.started_ns + (u128::from(number) * 1_000_000_000 / u128::from(self.plan.rate)) as u64
     }
 
     /// Processor time that making all events takes, ns, from a sample: for servers that make them
@@ -109,13 +156,7 @@ impl Generator {
 
     /// When the next event is due, ns; `None`: at once.
     pub fn due_ns(&self) -> Option<u64> {
-        if self.plan.rate == 0 {
-            return None;
-        }
-        Some(
-            self.started_ns
-                + (u128::from(self.produced) * 1_000_000_000 / u128::from(self.plan.rate)) as u64,
-        )
+        (self.plan.rate > 0).then(|| self.due_ns_of(self.produced))
     }
 
     /// The next event, if there is one and it is due.
@@ -130,10 +171,11 @@ impl Generator {
             None => now,
         };
         let burst = self.plan.burst as u64;
-        let turn = self.produced / burst;
+        let number = self.total();
+        let turn = number / burst;
         let conversation = (turn % self.conversations) as usize;
         // Each conversation has had `burst` events in each round that is over.
-        let sequence = turn / self.conversations * burst + self.produced % burst + 1;
+        let sequence = turn / self.conversations * burst + number % burst + 1;
         self.produced += 1;
         let first = conversation * self.plan.group;
         let stamp = Stamp { sequence, intended_ns };
@@ -171,6 +213,29 @@ mod tests {
     fn groups_cover_all_sessions() {
         assert_eq!(run("3 1 3 0 128", 6), [(0..3, 1), (3..6, 1), (0..3, 2)]);
         assert_eq!(run("100 1 1 0 128", 6), [(0..6, 1)]);
+    }
+
+    #[test]
+    fn a_later_plan_goes_on_where_the_last_one_ended() {
+        for plan in ["1 1 7 1000000 128", "1 3 10 1000000 128", "2 2 5 1000000 128"] {
+            let plan: Plan = plan.parse().unwrap();
+            let mut last = std::collections::HashMap::new();
+            let mut before = 0;
+            for _ in 0..3 {
+                let mut generator = Generator::after(before, plan, 5);
+                while !generator.is_finished() {
+                    let due = generator.due_ns();
+                    let Some(item) = generator.next_due() else { continue };
+                    let at = item.conversation - conversation(plan.group, 0);
+                    let stamp = Stamp::find(&item.value).unwrap();
+                    assert_eq!(stamp.sequence, last.get(&at).unwrap_or(&0) + 1);
+                    last.insert(at, stamp.sequence);
+                    assert_eq!(generator.last_sequence(at), stamp.sequence);
+                    assert_eq!(generator.due_of(at, stamp.sequence), due);
+                }
+                before = generator.total();
+            }
+        }
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! Latencies in buckets of at most 1.6 % width: 64 for each power of two.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 const SUB_BITS: u32 = 6;
 const SUB: u64 = 1 << SUB_BITS;
 
 /// Counts of nanoseconds.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Histogram {
     counts: Vec<u64>,
     total: u64,
@@ -56,6 +56,23 @@ impl Histogram {
         self.max_ns = self.max_ns.max(ns);
     }
 
+    /// Adds the counts of another one.
+    pub fn add(&mut self, other: &Self) {
+        if other.counts.len() > self.counts.len() {
+            self.counts.resize(other.counts.len(), 0);
+        }
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
+        }
+        self.total += other.total;
+        self.max_ns = self.max_ns.max(other.max_ns);
+    }
+
+    /// How many were counted.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
     /// The value that `share` of all are at most, ns.
     pub fn quantile(&self, share: f64) -> u64 {
         let wanted = (self.total as f64 * share).ceil() as u64;
@@ -95,6 +112,18 @@ mod tests {
             assert!(last.is_none_or(|last| last <= at));
             last = Some(at);
         }
+    }
+
+    #[test]
+    fn added_counts_are_as_if_counted_together() {
+        let (mut first, mut second, mut both) =
+            (Histogram::default(), Histogram::default(), Histogram::default());
+        for value in 1..=100_u64 {
+            (if value % 3 == 0 { &mut first } else { &mut second }).record(value * value);
+            both.record(value * value);
+        }
+        first.add(&second);
+        assert_eq!((first.percentiles(), first.total()), (both.percentiles(), 100));
     }
 
     #[test]

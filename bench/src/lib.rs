@@ -1,5 +1,7 @@
 //! What the load client, the comparison servers and the conductor share.
 
+#[cfg(feature = "delivery")]
+pub mod backend;
 pub mod client;
 pub mod clock;
 pub mod conductor;

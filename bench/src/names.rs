@@ -10,11 +10,15 @@ pub fn device(index: usize) -> String {
     format!("device-{index:09}")
 }
 
+/// The session of [`user`].
+pub fn number(user: &str) -> Option<usize> {
+    user.get(24..36)?.parse().ok()
+}
+
 /// The session of a request for [`user`], from the bytes of its request line.
 pub fn index_of(request: &[u8]) -> Option<usize> {
     let at = memchr::memmem::find(request, b"user_id=")? + b"user_id=".len();
-    let user = request.get(at..at + 36)?;
-    std::str::from_utf8(&user[24..]).ok()?.parse().ok()
+    number(std::str::from_utf8(request.get(at..at + 36)?).ok()?)
 }
 
 #[cfg(test)]
@@ -24,6 +28,7 @@ mod tests {
     #[test]
     fn lengths_are_those_of_real_ids_and_numbers_come_back() {
         assert_eq!((user(7).len(), device(7).len()), (36, 16));
+        assert_eq!((number(&user(7)), number("somebody")), (Some(7), None));
         let request = format!("GET /ws?user_id={}&device_id=x HTTP/1.1", user(123_456));
         assert_eq!(index_of(request.as_bytes()), Some(123_456));
         assert_eq!(index_of(b"GET /ws?user_id=short"), None);

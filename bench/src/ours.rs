@@ -79,6 +79,8 @@ pub struct OurConfig {
     pub connections: u32,
     /// `SO_SNDBUF`, bytes; 0: the system's default.
     pub send_buffer_bytes: usize,
+    /// Silence after which a client is pinged, ms.
+    pub ping_after_ms: u64,
 }
 
 /// Delivery, running.
@@ -144,6 +146,9 @@ impl Ours {
         }));
         let shard_config = ShardConfig {
             connections_max: config.connections,
+            ping_after_ms: config.ping_after_ms,
+            ping_spread_ms: config.ping_after_ms / 9,
+            idle_ms_max: config.ping_after_ms + config.ping_after_ms / 9,
             upgrade: UpgradeRules { echo: true, ..UpgradeRules::default() },
             ..ShardConfig::default()
         };

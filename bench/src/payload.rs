@@ -103,10 +103,20 @@ impl Template {
     }
 }
 
+/// The id of conversation number `conversation`.
+pub fn conversation_id(conversation: usize) -> String {
+    format!("c{conversation:0CONVERSATION_DIGITS$}")
+}
+
+/// The number of the conversation with this id.
+pub fn conversation_number(id: &str) -> Option<usize> {
+    id.strip_prefix('c')?.parse().ok()
+}
+
 /// `CONVERSATION_CREATED` for conversation number `conversation` with these members.
 pub fn creation(conversation: usize, members: impl Iterator<Item = String>) -> Vec<u8> {
     let mut named = Vec::new();
-    text(&mut named, 1, format!("c{conversation:0CONVERSATION_DIGITS$}").as_bytes());
+    text(&mut named, 1, conversation_id(conversation).as_bytes());
     let mut event = Vec::new();
     text(&mut event, 1, &named);
     for member in members {
@@ -176,6 +186,13 @@ mod tests {
                 assert_eq!((value.len(), Stamp::find(&value)), (bytes, Some(stamp)));
             }
         }
+    }
+
+    #[test]
+    fn conversations_have_their_numbers_in_their_ids() {
+        assert_eq!(conversation_id(12), "c0000012");
+        assert_eq!(conversation_number("c0000012"), Some(12));
+        assert_eq!(conversation_number("general"), None);
     }
 
     #[test]

@@ -78,6 +78,27 @@ pub fn slab_bytes() -> io::Result<u64> {
     kib_of(&meminfo, "Slab:").ok_or_else(|| io::Error::other("no Slab"))
 }
 
+/// Memory that can be had without swapping, bytes.
+///
+/// # Errors
+/// `/proc` is not mounted.
+pub fn available_bytes() -> io::Result<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    kib_of(&meminfo, "MemAvailable:").ok_or_else(|| io::Error::other("no MemAvailable"))
+}
+
+/// Memory of the buffers of all TCP sockets of the machine, bytes.
+///
+/// # Errors
+/// `/proc` is not mounted.
+pub fn socket_buffer_bytes() -> io::Result<u64> {
+    let sockets = fs::read_to_string("/proc/net/sockstat")?;
+    let line = sockets.lines().find(|line| line.starts_with("TCP:"));
+    line.and_then(|line| line.rsplit_once(" mem ")?.1.trim().parse::<u64>().ok())
+        .map(|pages| pages * 4096)
+        .ok_or_else(|| io::Error::other("sockstat of an unknown form"))
+}
+
 fn kib_of(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find(|line| line.starts_with(name))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
@@ -99,5 +120,7 @@ mod tests {
         assert!(process_ns(me).is_ok());
         assert!(resident_bytes(me).unwrap() > 100_000);
         assert!(slab_bytes().unwrap() > 0);
+        assert!(available_bytes().unwrap() > 0);
+        assert!(socket_buffer_bytes().is_ok());
     }
 }

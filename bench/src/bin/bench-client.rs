@@ -26,6 +26,13 @@ struct Arguments {
     /// First message of a session; empty: none.
     #[arg(long, default_value = r#"{"last_sequences":{}}"#)]
     hello: String,
+    /// A session that connects again resumes from the last sequence it has of its conversation, of
+    /// which there is one for so many sessions; 0: it sends the hello again.
+    #[arg(long, default_value_t = 0)]
+    resume_group: usize,
+    /// SO_RCVBUF of each socket, bytes; 0: the system's.
+    #[arg(long, default_value_t = 0)]
+    receive_buffer_bytes: usize,
     /// Subprotocol to ask for.
     #[arg(long)]
     protocol: Option<String>,
@@ -58,6 +65,8 @@ fn main() -> std::io::Result<()> {
         path: arguments.path,
         connect_rate: arguments.connect_rate,
         hello: arguments.hello,
+        resume_group: arguments.resume_group,
+        receive_buffer_bytes: arguments.receive_buffer_bytes,
         protocol: arguments.protocol,
         deflate: arguments.deflate,
         token_secret: arguments.token_secret,

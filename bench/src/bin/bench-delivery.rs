@@ -19,6 +19,9 @@ struct Arguments {
     /// SO_SNDBUF, bytes; 0: the system's default.
     #[arg(long, default_value_t = 128 * 1024)]
     send_buffer_bytes: usize,
+    /// Silence after which a client is pinged, ms; dropped a ninth later.
+    #[arg(long, default_value_t = 54_000)]
+    ping_after_ms: u64,
     /// Core to run on.
     #[arg(long)]
     core: Option<usize>,
@@ -34,6 +37,7 @@ fn main() -> std::io::Result<()> {
         shards: arguments.shards,
         connections: arguments.connections,
         send_buffer_bytes: arguments.send_buffer_bytes,
+        ping_after_ms: arguments.ping_after_ms,
     })?;
     control::answer(&Ready { ready: ours.address.to_string() });
     while let Ok(line) = words.recv() {

@@ -2,38 +2,104 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
-use delivery_bench::conductor::{ScalePlan, scale};
+use clap::{Parser, ValueEnum};
+use delivery_bench::conductor::{Presence, ScalePlan, ScaleWork, scale};
 
 #[derive(Parser)]
 struct Arguments {
+    /// What is to be found out.
+    #[arg(value_enum, default_value = "hold")]
+    work: Work,
     /// Sessions in all.
     #[arg(long, default_value_t = 200_000)]
     sessions: usize,
-    /// Connections of one shard: as many as RLIMIT_NOFILE lets its file table hold.
-    #[arg(long, default_value_t = 19_700)]
-    connections_per_shard: u32,
-    /// Seconds of pushing while 1 % reconnect every ten seconds; 0: one event to each only.
+    /// Memory growth is counted from here; the sessions that stay in a storm.
+    #[arg(long, default_value_t = 20_000)]
+    base: usize,
+    /// Who is told of sessions.
+    #[arg(long, value_enum, default_value = "redis")]
+    presence: To,
+    /// Sessions that come again are caught up, by a message and a conversation service.
+    #[arg(long)]
+    catch_up: bool,
+    /// Connects and disconnects of a storm.
+    #[arg(long, default_value_t = 1_000_000)]
+    storm: usize,
+    /// Seconds of pushing while 1 % come again every ten seconds; 0: one event to each only.
     #[arg(long, default_value_t = 0)]
     push_s: u64,
     /// Events per second meanwhile.
     #[arg(long, default_value_t = 5_000)]
     rate: u64,
-    /// Where the report goes.
+    /// Sessions that get each event.
+    #[arg(long, default_value_t = 1)]
+    group: usize,
+    /// Kafka brokers; without them one is started, from what `tests/run setup` has fetched.
+    #[arg(long)]
+    brokers: Option<String>,
+    /// More settings of the node, NAME=VALUE.
+    #[arg(long = "set")]
+    settings: Vec<String>,
+    /// The node's program; the one that was built with this one if left out.
+    #[arg(long)]
+    node: Option<PathBuf>,
+    /// Where the report and the logs go.
     #[arg(long, default_value = "results")]
     output: PathBuf,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Work {
+    /// Cost, speed and completeness of many sessions.
+    Hold,
+    /// What a storm of connects and disconnects leaves behind.
+    Storm,
+    /// What readers that do not read take.
+    Stall,
+    /// A message among 1,000 sessions and among many.
+    Cost,
+    /// Latency with heartbeats and without.
+    Heartbeat,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum To {
+    /// Redis.
+    Redis,
+    /// The presence service.
+    Service,
+    /// Nobody.
+    Off,
+}
+
 fn main() -> std::io::Result<()> {
     let arguments = Arguments::parse();
-    let here = std::env::current_exe()?;
+    let programs = std::env::current_exe()?.with_file_name("");
+    let node = arguments.node.unwrap_or_else(|| programs.join("delivery"));
     scale(&ScalePlan {
+        work: match arguments.work {
+            Work::Hold => ScaleWork::Hold,
+            Work::Storm => ScaleWork::Storm,
+            Work::Stall => ScaleWork::Stall,
+            Work::Cost => ScaleWork::Cost,
+            Work::Heartbeat => ScaleWork::Heartbeat,
+        },
         sessions: arguments.sessions,
-        connections_per_shard: arguments.connections_per_shard,
+        base: arguments.base,
+        presence: match arguments.presence {
+            To::Redis => Presence::Redis,
+            To::Service => Presence::Service,
+            To::Off => Presence::Off,
+        },
+        catch_up: arguments.catch_up,
+        storm: arguments.storm,
         push_s: arguments.push_s,
         rate: arguments.rate,
-        server: here.with_file_name("bench-delivery"),
-        client: here.with_file_name("bench-client"),
+        group: arguments.group,
+        brokers: arguments.brokers,
+        settings: arguments.settings,
+        programs,
+        node,
         output: arguments.output,
     })
 }

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | `reset` | forgets counts and sequences |
 //! | `report` | prints the counts since the last reset |
+//! | `latency` | prints the whole histogram of latencies since then, to be added to those of other clients |
 //! | `echo WINDOW BYTES MS` | sends messages, `WINDOW` of them under way at a time, and waits for each to come back |
 //! | `churn COUNT` | closes so many sessions and connects them again |
 //! | `storm COUNT` | connects and closes so many times in all |

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
-use rustix::net::sockopt::set_tcp_nodelay;
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_tcp_nodelay};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
 /// Connections from one source address: few enough that the system finds a free port at once.
@@ -15,21 +15,28 @@ const SOURCES: u32 = 1 << 12;
 /// 127.0.0.0/8 without its first addresses.
 const FIRST: u32 = (127 << 24) + 256;
 
-/// The source address of the process' session `index`.
-pub(super) fn source_of(process: u32, index: usize) -> Ipv4Addr {
-    let number = (index / PER_SOURCE) as u32 % (SOURCES - 1);
+/// The source address of the process' connection number `number`.
+pub(super) fn source_of(process: u32, number: usize) -> Ipv4Addr {
+    let number = (number / PER_SOURCE) as u32 % (SOURCES - 1);
     Ipv4Addr::from(FIRST + process % (SOURCES - 1) * SOURCES + number)
 }
 
-/// Begins to connect session `index`.
-pub(super) fn begin(server: SocketAddr, index: usize) -> rustix::io::Result<OwnedFd> {
+/// Begins to connect, for the time number `number` in this process.
+pub(super) fn begin(
+    server: SocketAddr,
+    number: usize,
+    receive_buffer_bytes: usize,
+) -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
     if server.ip().is_loopback() {
-        let source = source_of(std::process::id(), index);
+        let source = source_of(std::process::id(), number);
         bind(&socket, &SocketAddrV4::new(source, 0))?;
     }
     set_tcp_nodelay(&socket, true)?;
+    if receive_buffer_bytes > 0 {
+        set_socket_recv_buffer_size(&socket, receive_buffer_bytes)?;
+    }
     match connect(&socket, &server) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),

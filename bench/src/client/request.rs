@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 
+use crate::generator::conversation;
 use crate::names;
+use crate::payload::conversation_id;
 
 /// What the client is to be.
 #[derive(Clone, Debug)]
@@ -21,6 +23,11 @@ pub struct ClientConfig {
     pub connect_rate: u64,
     /// Sent as the first message of a session; empty: none.
     pub hello: String,
+    /// A session that connects again says which sequence it has of its conversation, if it has one
+    /// (there is one conversation for so many sessions); 0: it says [`ClientConfig::hello`] again.
+    pub resume_group: usize,
+    /// `SO_RCVBUF` of each socket, bytes; 0: the system's.
+    pub receive_buffer_bytes: usize,
     /// `Sec-WebSocket-Protocol`, if any.
     pub protocol: Option<String>,
     /// Offer permessage-deflate.
@@ -67,6 +74,15 @@ pub(super) fn upgrade_request(config: &ClientConfig, number: usize) -> Vec<u8> {
     }
     request += "\r\n";
     request.into_bytes()
+}
+
+/// The first message of session `number`, which has received up to `mark` of its conversation.
+pub(super) fn hello(config: &ClientConfig, number: usize, mark: u32) -> String {
+    if config.resume_group == 0 || mark == 0 {
+        return config.hello.clone();
+    }
+    let conversation = conversation(config.resume_group, number / config.resume_group);
+    format!(r#"{{"last_sequences":{{"{}":{mark}}}}}"#, conversation_id(conversation))
 }
 
 fn token(config: &ClientConfig, user: &str, secret: &str) -> String {

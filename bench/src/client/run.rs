@@ -14,12 +14,13 @@ use serde::Serialize;
 use super::dial::Dialer;
 use super::echo::Echo;
 use super::net;
-use super::request::{ClientConfig, upgrade_request};
+use super::request::{ClientConfig, hello, upgrade_request};
 use super::session::{Phase, Session};
 use super::tally::Tally;
 use crate::clock::now_ns;
 use crate::control;
 use crate::frame;
+use crate::histogram::Histogram;
 use crate::payload::Stamp;
 
 /// Handshakes under way at a time, so that the server's backlog is not what is measured.
@@ -35,6 +36,8 @@ pub struct Client {
     sessions: Vec<Session>,
     open: usize,
     dialer: Dialer,
+    /// Connects begun.
+    dialed: usize,
     echo: Option<Echo>,
     stalled: bool,
     tally: Tally,
@@ -48,6 +51,11 @@ pub struct Client {
 #[derive(Serialize)]
 struct Done {
     done: &'static str,
+}
+
+#[derive(Serialize)]
+struct Latency<'a> {
+    latency: &'a Histogram,
 }
 
 impl Client {
@@ -70,6 +78,7 @@ impl Client {
             epoll,
             open: 0,
             dialer: Dialer::default(),
+            dialed: 0,
             echo: None,
             stalled: false,
             tally: Tally::default(),
@@ -131,10 +140,11 @@ impl Client {
             match words.first().copied() {
                 Some("quit") => return false,
                 Some("report") => control::answer(&self.tally.report(self.open)),
+                Some("latency") => control::answer(&Latency { latency: &self.tally.latency }),
                 Some("reset") => {
                     self.tally = Tally::default();
-                    for session in self.sessions.iter_mut().filter(|s| s.phase == Phase::Open) {
-                        session.mark = 0;
+                    if self.config.resume_group == 0 {
+                        self.sessions.iter_mut().for_each(|session| session.mark = 0);
                     }
                     control::answer(&Done { done: "reset" });
                 }
@@ -182,18 +192,19 @@ impl Client {
         while let Some(index) = self.dialer.next(DIALING_MAX) {
             let index = index as usize;
             let began = now_ns();
-            let begun =
-                net::begin(self.config.server, index).and_then(|socket| {
-                    let flags =
-                        EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-                    epoll::add(&self.epoll, &socket, EventData::new_u64(index as u64), flags)?;
-                    Ok(socket)
-                });
+            let buffer = self.config.receive_buffer_bytes;
+            let begun = net::begin(self.config.server, self.dialed, buffer).and_then(|socket| {
+                let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+                epoll::add(&self.epoll, &socket, EventData::new_u64(index as u64), flags)?;
+                Ok(socket)
+            });
+            self.dialed += 1;
             match begun {
                 Ok(socket) => {
                     self.sessions[index] = Session {
                         socket: Some(socket),
-                        mark: began,
+                        began_ns: began,
+                        mark: self.sessions[index].mark,
                         phase: Phase::Dialing,
                         ..Session::down()
                     };
@@ -292,15 +303,16 @@ impl Client {
     }
 
     fn opened(&mut self, index: usize) {
-        let began = std::mem::take(&mut self.sessions[index].mark);
+        let Session { began_ns, mark, .. } = self.sessions[index];
         self.sessions[index].phase = Phase::Open;
         self.open += 1;
-        if !self.config.hello.is_empty() {
-            let mut hello = Vec::new();
-            frame::put_masked(&mut hello, frame::TEXT, self.config.hello.as_bytes());
-            self.write(index, &hello);
+        let hello = hello(&self.config, self.config.first + index, mark);
+        if !hello.is_empty() {
+            let mut message = Vec::new();
+            frame::put_masked(&mut message, frame::TEXT, hello.as_bytes());
+            self.write(index, &message);
         }
-        if self.dialer.opened(index as u32, began) {
+        if self.dialer.opened(index as u32, began_ns) {
             self.close(index);
         }
     }
@@ -346,7 +358,7 @@ impl Client {
             None => self.tally.unstamped += 1,
             Some(stamp) => {
                 self.tally.latency.record(now.saturating_sub(stamp.intended_ns));
-                self.tally.order(&mut self.sessions[index].mark, stamp.sequence);
+                self.tally.order(&mut self.sessions[index].mark, stamp.sequence as u32);
             }
         }
     }
@@ -401,7 +413,13 @@ impl Client {
         if self.sessions[index].phase == Phase::Open {
             self.open -= 1;
         }
-        self.sessions[index] = Session::down();
+        self.down(index);
+    }
+
+    /// Closes the socket; what the session has received stays known.
+    fn down(&mut self, index: usize) {
+        let mark = self.sessions[index].mark;
+        self.sessions[index] = Session { mark, ..Session::down() };
     }
 
     /// The other side ended it, or it never came up.
@@ -422,6 +440,6 @@ impl Client {
                 }
             }
         }
-        self.sessions[index] = Session::down();
+        self.down(index);
     }
 }

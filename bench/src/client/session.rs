@@ -7,11 +7,11 @@ use std::os::fd::OwnedFd;
 pub(super) enum Phase {
     /// No socket.
     Down,
-    /// Connecting; `mark` is when it began.
+    /// Connecting.
     Dialing,
-    /// The request is sent; `mark` is when the connect began.
+    /// The request is sent.
     Upgrading,
-    /// Open; `mark` is the last sequence received, 0 for none.
+    /// Open.
     Open,
 }
 
@@ -22,7 +22,10 @@ pub(super) struct Session {
     /// The beginning of a frame or of an answer; boxed, so that a session without one stays small.
     #[expect(clippy::box_collection, reason = "a word instead of three per idle session")]
     pub(super) partial: Option<Box<Vec<u8>>>,
-    pub(super) mark: u64,
+    /// When the connect began, ns.
+    pub(super) began_ns: u64,
+    /// The last sequence received, 0 for none.
+    pub(super) mark: u32,
     pub(super) phase: Phase,
     /// An echo is under way.
     pub(super) waits: bool,
@@ -30,7 +33,7 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn down() -> Self {
-        Self { socket: None, partial: None, mark: 0, phase: Phase::Down, waits: false }
+        Self { socket: None, partial: None, began_ns: 0, mark: 0, phase: Phase::Down, waits: false }
     }
 }
 

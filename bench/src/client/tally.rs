@@ -69,11 +69,11 @@ impl Tally {
     }
 
     /// Places a sequence number after the last one of its session (0: none known yet).
-    pub(super) fn order(&mut self, last: &mut u64, sequence: u64) {
+    pub(super) fn order(&mut self, last: &mut u32, sequence: u32) {
         if *last == 0 || sequence == *last + 1 {
             *last = sequence;
         } else if sequence > *last {
-            self.gaps += sequence - *last - 1;
+            self.gaps += u64::from(sequence - *last - 1);
             *last = sequence;
         } else if sequence == *last {
             self.duplicates += 1;

@@ -56,8 +56,13 @@ impl Worker {
 
     /// The next answer that has a member of this name.
     pub(super) fn expect(&self, member: &str) -> io::Result<Value> {
+        self.expect_within(member, PATIENCE)
+    }
+
+    /// The same, with another patience.
+    pub(super) fn expect_within(&self, member: &str, patience: Duration) -> io::Result<Value> {
         loop {
-            let answer = self.answers.recv_timeout(PATIENCE).map_err(|_| {
+            let answer = self.answers.recv_timeout(patience).map_err(|_| {
                 io::Error::other(format!("{} does not answer with {member:?}", self.name))
             })?;
             if answer.get(member).is_some() {

@@ -13,7 +13,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use samples::{Metric, Samples, Summary};
-pub use scale::{ScalePlan, run as scale};
+pub use scale::{Presence, ScalePlan, Work as ScaleWork, run as scale};
 pub use work::{WORKS, Work};
 
 /// A server that takes part.

@@ -1,0 +1,210 @@
+//! The clients, in as many processes as it takes.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::super::child::{Worker, number};
+use super::memory;
+use super::node::{TOKEN_AUDIENCE, TOKEN_ISSUER, TOKEN_SECRET};
+use crate::histogram::Histogram;
+
+/// Sessions of one process.
+pub(super) const PER_CLIENT: usize = 15_000;
+/// Processes that connect at the same time: each has some hundred handshakes under way.
+const DIALING: usize = 2;
+const ARRIVAL_MAX: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(100);
+
+/// How the clients are started.
+#[derive(Clone, Debug)]
+pub(super) struct FleetConfig {
+    pub(super) program: PathBuf,
+    pub(super) server: String,
+    /// Carry tokens.
+    pub(super) tokens: bool,
+    /// More arguments.
+    pub(super) arguments: Vec<String>,
+}
+
+/// See the module. They end with it.
+pub(super) struct Fleet {
+    config: FleetConfig,
+    clients: Vec<Worker>,
+    sessions: usize,
+    /// Sessions of one process, and the number of the first of all.
+    per_process: usize,
+    first: usize,
+}
+
+/// How connecting went.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Dialed {
+    pub(super) opened: f64,
+    pub(super) failed: f64,
+    pub(super) seconds: f64,
+    /// Worst of the processes' handshake times, ms.
+    pub(super) p99_ms: f64,
+    pub(super) max_ms: f64,
+}
+
+/// What all clients have received since the last reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Received {
+    pub(super) open: f64,
+    pub(super) messages: f64,
+    pub(super) gaps: f64,
+    pub(super) duplicates: f64,
+    pub(super) reordered: f64,
+    pub(super) unstamped: f64,
+    pub(super) closed: f64,
+    pub(super) refused: f64,
+    pub(super) pings: f64,
+}
+
+impl Received {
+    /// Messages that are not as they should be.
+    pub(super) fn wrong(&self) -> f64 {
+        self.gaps + self.duplicates + self.reordered + self.unstamped
+    }
+}
+
+impl Fleet {
+    pub(super) fn new(config: FleetConfig) -> Self {
+        Self { config, clients: Vec::new(), sessions: 0, per_process: PER_CLIENT, first: 0 }
+    }
+
+    /// So many sessions in each process from here on, and the number of the first of all.
+    pub(super) fn per_process(&mut self, sessions: usize, first: usize) {
+        (self.per_process, self.first) = (sessions, first);
+    }
+
+    pub(super) fn sessions(&self) -> usize {
+        self.sessions
+    }
+
+    /// Connects until there are so many sessions, some processes at a time.
+    pub(super) fn grow(&mut self, sessions: usize) -> io::Result<Dialed> {
+        let from = Instant::now();
+        let mut all = Dialed::default();
+        let mut dialing = self.clients.len();
+        while self.sessions < sessions || dialing < self.clients.len() {
+            while self.sessions < sessions && self.clients.len() - dialing < DIALING {
+                memory::watch()?;
+                let count = self.per_process.min(sessions - self.sessions);
+                self.clients.push(self.start(self.sessions, count)?);
+                self.sessions += count;
+            }
+            let dialed = self.clients[dialing].expect("dialed")?;
+            dialing += 1;
+            all.add(&dialed);
+        }
+        all.seconds = from.elapsed().as_secs_f64();
+        if all.failed > 0.0 {
+            return Err(io::Error::other(format!("{} sessions did not come up", all.failed)));
+        }
+        Ok(all)
+    }
+
+    fn start(&self, first: usize, count: usize) -> io::Result<Worker> {
+        let mut command = vec![
+            self.config.program.display().to_string(),
+            format!("--server={}", self.config.server),
+            format!("--first={}", self.first + first),
+            format!("--sessions={count}"),
+        ];
+        if self.config.tokens {
+            command.push(format!("--token-secret={TOKEN_SECRET}"));
+            command.push(format!("--token-issuer={TOKEN_ISSUER}"));
+            command.push(format!("--token-audience={TOKEN_AUDIENCE}"));
+        }
+        command.extend(self.config.arguments.iter().cloned());
+        Worker::start(&command)
+    }
+
+    /// Tells all the same and waits for the answers, which have this member.
+    pub(super) fn ask(&mut self, word: &str, member: &str) -> io::Result<Vec<Value>> {
+        self.tell(word)?;
+        self.clients.iter().map(|client| client.expect(member)).collect()
+    }
+
+    pub(super) fn tell(&mut self, word: &str) -> io::Result<()> {
+        self.clients.iter_mut().try_for_each(|client| client.tell(word))
+    }
+
+    pub(super) fn expect_within(&self, member: &str, patience: Duration) -> io::Result<Vec<Value>> {
+        self.clients.iter().map(|client| client.expect_within(member, patience)).collect()
+    }
+
+    /// One in so many sessions of each process closes and connects again.
+    pub(super) fn churn(&mut self, one_in: usize) -> io::Result<Dialed> {
+        let from = Instant::now();
+        let mut all = Dialed::default();
+        for dialed in self.ask(&format!("churn {}", self.per_process / one_in), "dialed")? {
+            all.add(&dialed);
+        }
+        all.seconds = from.elapsed().as_secs_f64();
+        Ok(all)
+    }
+
+    pub(super) fn received(&mut self) -> io::Result<Received> {
+        let mut all = Received::default();
+        for report in self.ask("report", "messages")? {
+            all.open += number(&report, "open");
+            all.messages += number(&report, "messages");
+            all.gaps += number(&report, "gaps");
+            all.duplicates += number(&report, "duplicates");
+            all.reordered += number(&report, "reordered");
+            all.unstamped += number(&report, "unstamped");
+            all.closed += number(&report, "closed");
+            all.refused += number(&report, "refused");
+            all.pings += number(&report, "pings");
+        }
+        Ok(all)
+    }
+
+    /// Waits until all have so many messages, or nothing has come for long.
+    pub(super) fn receive(&mut self, messages: f64) -> io::Result<Received> {
+        let mut last = Received::default();
+        let mut since = Instant::now();
+        loop {
+            let seen = self.received()?;
+            if seen.messages >= messages || since.elapsed() > ARRIVAL_MAX {
+                return Ok(seen);
+            }
+            if seen.messages > last.messages {
+                (last, since) = (seen, Instant::now());
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// The latencies of all together.
+    pub(super) fn latency(&mut self) -> io::Result<Histogram> {
+        let mut all = Histogram::default();
+        for answer in self.ask("latency", "latency")? {
+            let one: Histogram = serde_json::from_value(answer["latency"].clone())?;
+            all.add(&one);
+        }
+        Ok(all)
+    }
+
+    /// All end at once.
+    pub(super) fn leave(&mut self) -> io::Result<()> {
+        self.tell("quit")?;
+        self.clients.clear();
+        self.sessions = 0;
+        Ok(())
+    }
+}
+
+impl Dialed {
+    fn add(&mut self, answer: &Value) {
+        self.opened += number(answer, "opened");
+        self.failed += number(answer, "failed");
+        self.p99_ms = self.p99_ms.max(number(&answer["handshake_us"], "p99") / 1000.0);
+        self.max_ms = self.max_ms.max(number(&answer["handshake_us"], "max") / 1000.0);
+    }
+}

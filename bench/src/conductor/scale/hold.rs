@@ -1,0 +1,256 @@
+//! A real node with many sessions: speed, memory, completeness.
+
+use std::io;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use super::super::child::number;
+use super::fleet::Fleet;
+use super::memory::{Reading, beyond_the_sockets, watch};
+use super::node::Node;
+use super::services::Services;
+use super::{Report, SETTLE, ScalePlan};
+use crate::generator;
+use crate::usage;
+
+/// For presence to have been told of everybody, and for the node to have read what is in Kafka.
+const CATCH_UP_MAX: Duration = Duration::from_secs(180);
+/// How long the sessions are left in peace to see what that costs.
+const IDLE: Duration = Duration::from_secs(20);
+/// Of the sessions so many per cent come again, each so many seconds.
+const CHURN_ONE_IN: usize = 100;
+const CHURN_EVERY: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(100);
+
+struct Run<'a> {
+    plan: &'a ScalePlan,
+    report: &'a mut Report,
+    services: Services,
+    node: Node,
+    fleet: Fleet,
+}
+
+/// Runs it.
+pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
+    let (services, node) = plan.node()?;
+    // A first connect has nothing to catch up with; one that comes again says what it has.
+    let resume_group = if plan.catch_up { plan.group } else { 0 };
+    let arguments = vec!["--hello={}".to_owned(), format!("--resume-group={resume_group}")];
+    let fleet = plan.clients_of(&node, arguments);
+    report.note(&format!(
+        "{} sessions in {} shards, tokens, presence: {:?}, catch-up: {}",
+        plan.sessions,
+        plan.shards(),
+        plan.presence,
+        plan.catch_up
+    ));
+    let mut run = Run { plan, report, services, node, fleet };
+    let empty = run.read()?;
+    let base = run.connect(&empty)?;
+    run.idle()?;
+    run.one_each()?;
+    if plan.push_s > 0 {
+        run.push_while_they_come_and_go()?;
+    }
+    run.leave(&empty, &base)
+}
+
+impl Run<'_> {
+    fn read(&self) -> io::Result<Reading> {
+        Reading::take(self.node.id())
+    }
+
+    /// Presence knows of everybody; says how long that took, s.
+    fn presence(&mut self) -> io::Result<f64> {
+        let from = Instant::now();
+        let wanted = self.fleet.sessions() as u64;
+        loop {
+            let held = self.services.registered()?;
+            if held.is_none_or(|held| held == wanted) {
+                return Ok(from.elapsed().as_secs_f64());
+            }
+            if from.elapsed() > CATCH_UP_MAX {
+                let text = format!("presence holds {held:?} of {wanted} sessions");
+                return Err(io::Error::other(text));
+            }
+            sleep(POLL);
+        }
+    }
+
+    fn connect(&mut self, empty: &Reading) -> io::Result<Reading> {
+        let base = self.plan.base.min(self.plan.sessions / 2);
+        self.fleet.grow(base)?;
+        self.presence()?;
+        sleep(SETTLE);
+        let before = self.read()?;
+        let cpu = usage::process_ns(self.node.id())?;
+        let dialed = self.fleet.grow(self.plan.sessions)?;
+        let late = self.presence()?;
+        let cpu = usage::process_ns(self.node.id())? - cpu;
+        self.report.note(&format!(
+            "connected {} in {:.1} s: {:.0} a second; handshakes p99 {:.0} ms, at most {:.0} ms (worst process); \
+             presence had all of them {late:.1} s later; {:.0} µs of the node's processor time each",
+            dialed.opened,
+            dialed.seconds,
+            dialed.opened / dialed.seconds,
+            dialed.p99_ms,
+            dialed.max_ms,
+            cpu as f64 / dialed.opened / 1000.0
+        ));
+        sleep(SETTLE);
+        let after = self.read()?;
+        self.memory(empty, &before, &after, (base, self.plan.sessions))?;
+        Ok(before)
+    }
+
+    fn memory(
+        &mut self,
+        empty: &Reading,
+        before: &Reading,
+        after: &Reading,
+        (from, to): (usize, usize),
+    ) -> io::Result<()> {
+        let grown = (to - from) as f64;
+        let resident = (after.resident as f64 - before.resident as f64) / grown;
+        let ledger = self.node.metric("delivery_memory_session_bytes", "")?;
+        self.report.note(&format!(
+            "process memory: {} MB without sessions, {} MB with {from}, {} MB with {to}: {resident:.0} B a session \
+             (the ledger says {ledger:.0} B)",
+            empty.resident / 1_000_000,
+            before.resident / 1_000_000,
+            after.resident / 1_000_000,
+        ));
+        for (part, bytes) in self.node.metrics("delivery_memory_session_bytes")? {
+            self.report.note(&format!("    ledger {part}: {bytes:.0} B"));
+        }
+        let slab = (after.slab as f64 - before.slab as f64) / grown;
+        let growth = after.growth(before, grown);
+        let caches: Vec<_> =
+            growth.iter().map(|(name, bytes)| format!("{name} {bytes:.0}")).collect();
+        self.report.note(&format!(
+            "kernel slabs a session, both ends: {slab:.0} B ({}); of these neither the sockets' own \
+             nor the client's: {:.0} B",
+            caches.join(", "),
+            beyond_the_sockets(&growth)
+        ));
+        self.report.note(&format!("machine: {} MiB available", usage::available_bytes()? >> 20));
+        Ok(())
+    }
+
+    fn idle(&mut self) -> io::Result<()> {
+        let cpu = usage::process_ns(self.node.id())?;
+        let from = Instant::now();
+        sleep(IDLE);
+        let used = (usage::process_ns(self.node.id())? - cpu) as f64;
+        let share = used / from.elapsed().as_nanos() as f64 * 100.0;
+        self.report.note(&format!(
+            "left in peace for {} s (heartbeats, presence refreshed): {share:.1} % of a core",
+            IDLE.as_secs()
+        ));
+        Ok(())
+    }
+
+    /// The node has read everything that is in Kafka.
+    fn drained(&self) -> io::Result<()> {
+        let from = Instant::now();
+        while self.node.metric("kafka_consumer_lag", "")? > 0.0 {
+            if from.elapsed() > CATCH_UP_MAX {
+                return Err(io::Error::other("the node does not get through what is in Kafka"));
+            }
+            sleep(POLL);
+        }
+        Ok(())
+    }
+
+    fn one_each(&mut self) -> io::Result<()> {
+        let group = self.plan.group;
+        let events = (self.plan.sessions / group) as u64;
+        let once = generator::Plan { group, burst: 1, events, rate: 0, bytes: 128 };
+        self.services.backend.ask(&format!("prepare {once}"), "prepared")?;
+        self.drained()?;
+        sleep(SETTLE);
+        let with_members = self.read()?.resident;
+        self.fleet.ask("reset", "done")?;
+        let cpu = usage::process_ns(self.node.id())?;
+        let from = Instant::now();
+        let pushed = self.services.backend.ask(&format!("push {once}"), "elapsed_ns")?;
+        let messages = number(&pushed, "messages");
+        let seen = self.fleet.receive(messages)?;
+        let seconds = from.elapsed().as_secs_f64();
+        let cpu = usage::process_ns(self.node.id())? - cpu;
+        self.report.note(&format!(
+            "one event to each through Kafka, conversations of {group}: {} of {messages} received, {} wrong, in \
+             {seconds:.1} s; {:.2} µs of the node's processor time each ({} MB with the members of {events} \
+             conversations remembered)",
+            seen.messages,
+            seen.wrong(),
+            cpu as f64 / messages / 1000.0,
+            with_members / 1_000_000,
+        ));
+        Ok(())
+    }
+
+    /// One per cent reconnects every ten seconds.
+    fn push_while_they_come_and_go(&mut self) -> io::Result<()> {
+        let (rate, seconds) = (self.plan.rate, self.plan.push_s);
+        let group = self.plan.group;
+        let plan = generator::Plan { group, burst: 1, events: rate * seconds, rate, bytes: 128 };
+        self.fleet.ask("reset", "done")?;
+        let cpu = usage::process_ns(self.node.id())?;
+        self.services.backend.tell(&format!("push {plan}"))?;
+        let (mut churned, mut failed, mut slowest) = (0.0, 0.0, 0.0_f64);
+        for _ in 0..seconds / CHURN_EVERY.as_secs() {
+            watch()?;
+            let from = Instant::now();
+            let dialed = self.fleet.churn(CHURN_ONE_IN)?;
+            churned += dialed.opened;
+            failed += dialed.failed;
+            slowest = slowest.max(dialed.max_ms);
+            sleep(CHURN_EVERY.saturating_sub(from.elapsed()));
+        }
+        let pushed = self.services.backend.expect_within("elapsed_ns", CATCH_UP_MAX)?;
+        let messages = number(&pushed, "messages");
+        let seen = self.fleet.receive(messages)?;
+        let cpu = usage::process_ns(self.node.id())? - cpu;
+        let caught_up = self.node.metric("delivery_resume_messages_total", "")?;
+        let latency = self.fleet.latency()?.percentiles();
+        self.report.note(&format!(
+            "{rate} events a second through Kafka for {seconds} s while 1 % come again every 10 s ({churned:.0} did, \
+             slowest handshake {slowest:.0} ms): {} of {messages} received ({caught_up:.0} of them by catch-up), {} lost, \
+             {} twice, {} out of order; {} sessions failed to come again, {} were closed by the node, {} are open",
+            seen.messages, seen.gaps, seen.duplicates, seen.reordered, failed + seen.refused, seen.closed, seen.open
+        ));
+        self.report.note(&format!(
+            "    latency, append to read: p50 {:.2} ms, p99 {:.2} ms, p99.9 {:.2} ms, at most {:.0} ms; {:.1} % of a core",
+            latency.p50 / 1000.0,
+            latency.p99 / 1000.0,
+            latency.p999 / 1000.0,
+            latency.max / 1000.0,
+            cpu as f64 / (seconds as f64 * 1e9) * 100.0
+        ));
+        Ok(())
+    }
+
+    fn leave(&mut self, empty: &Reading, base: &Reading) -> io::Result<()> {
+        let from = Instant::now();
+        self.fleet.leave()?;
+        while self.node.metric("websocket_connections_active", "")? > 0.0 {
+            if from.elapsed() > CATCH_UP_MAX {
+                return Err(io::Error::other("sessions stay although their clients are gone"));
+            }
+            sleep(POLL);
+        }
+        let gone = from.elapsed().as_secs_f64();
+        let presence = self.presence()?;
+        sleep(SETTLE);
+        let now = self.read()?.resident / 1_000_000;
+        self.report.note(&format!(
+            "all left at once: none known {gone:.1} s later, presence told another {presence:.1} s later; process memory \
+             {now} MB ({} MB before the first came, {} MB with {})",
+            empty.resident / 1_000_000,
+            base.resident / 1_000_000,
+            self.plan.base
+        ));
+        Ok(())
+    }
+}

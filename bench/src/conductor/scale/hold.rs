@@ -241,12 +241,18 @@ impl Run<'_> {
             sleep(POLL);
         }
         let gone = from.elapsed().as_secs_f64();
-        let presence = self.presence()?;
+        while self.node.metric("delivery_presence_waiting", "")? > 0.0
+            || self.node.metric("delivery_presence_under_way", "")? > 0.0
+        {
+            sleep(POLL);
+        }
+        let told = from.elapsed().as_secs_f64();
+        let untold = self.node.metric("delivery_presence_overflowed_ends_total", "")?;
         sleep(SETTLE);
         let now = self.read()?.resident / 1_000_000;
         self.report.note(&format!(
-            "all left at once: none known {gone:.1} s later, presence told another {presence:.1} s later; process memory \
-             {now} MB ({} MB before the first came, {} MB with {})",
+            "all left at once: none known {gone:.1} s later, presence told {told:.1} s later ({untold:.0} ends left to the \
+             lifetime of their registrations); process memory {now} MB ({} MB before the first came, {} MB with {})",
             empty.resident / 1_000_000,
             base.resident / 1_000_000,
             self.plan.base

@@ -9,14 +9,19 @@ use crate::usage;
 /// A run ends by itself below this, bytes: what else runs on the machine is not to be killed.
 const AVAILABLE_MIN: u64 = 3 << 29;
 const PAGE: u64 = 4096;
-/// Caches that hold what a socket is made of, and what the client keeps for each of its own.
-const SOCKETS: [&str; 9] = [
+/// Caches that hold what a socket is made of, and what the client's epoll keeps for each of its own
+/// (an `eventpoll_pwq` is of a size with an `anon_vma_chain`, whose cache the kernel may use for it).
+const SOCKETS: [&str; 13] = [
     "TCP",
     "sock_inode_cache",
     "filp",
     "dentry",
+    "lsm_inode_cache",
+    "lsm_file_cache",
     "eventpoll_epi",
     "eventpoll_pwq",
+    "anon_vma_chain",
+    "ep_head",
     "tcp_bind_bucket",
     "tcp_bind2_bucket",
     "tw_sock_TCP",

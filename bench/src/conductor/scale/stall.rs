@@ -2,6 +2,7 @@
 //! pushed to them, against what the settings say.
 
 use std::io;
+use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -50,14 +51,19 @@ pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
         sleep(STEP_SETTLE);
         let now = Reading::take(node.id())?;
         let open = node.metric("websocket_connections_active", "")?;
-        let each = |now: u64, before: u64| (now as f64 - before as f64) / plan.sessions as f64;
+        let sessions = plan.sessions as f64;
+        let each = |now: u64, before: u64| (now as f64 - before as f64) / sessions;
+        let (mean, most) = send_queues(&node.address).unwrap_or((f64::NAN, f64::NAN));
         report.row(&[
             number as f64 * STEP_EVENTS as f64,
             open,
             each(now.resident, before.resident),
+            node.metric("delivery_shard_event_bytes_held", "")? / sessions,
+            mean,
+            most,
             each(now.socket_buffers, before.socket_buffers),
             each(now.slab, before.slab),
-            node.metric("delivery_shard_events", "")?,
+            node.metric("delivery_shard_queue_overflows_total", "")?,
             node.metric("kafka_consumer_lag", "")?,
         ]);
         if open == 0.0 {
@@ -74,4 +80,38 @@ pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
         (after.socket_buffers as f64 - before.socket_buffers as f64) / 1e6
     ));
     Ok(())
+}
+
+/// What the kernel charges the server's sockets for unsent and unacknowledged output, bytes: the
+/// mean and the most. `None`: there is no `ss`.
+fn send_queues(server: &str) -> Option<(f64, f64)> {
+    let port = server.rsplit_once(':')?.1;
+    let filter = ["-tmnH", "state", "established", "sport", "=", &format!(":{port}")];
+    let sockets = Command::new("ss").args(filter).output().ok()?;
+    let (mut count, mut sum, mut most) = (0.0, 0.0, 0.0_f64);
+    for queued in String::from_utf8_lossy(&sockets.stdout).lines().filter_map(queued) {
+        count += 1.0;
+        sum += queued;
+        most = most.max(queued);
+    }
+    (count > 0.0).then(|| (sum / count, most))
+}
+
+/// `w` of `skmem:(r0,rb131072,t0,tb87040,f0,w0,o0,bl0,d0)`.
+fn queued(line: &str) -> Option<f64> {
+    let memory = line.split_once("skmem:(")?.1.split_once(')')?.0;
+    memory.split(',').find_map(|field| field.strip_prefix('w')?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queued_output_is_found() {
+        let line =
+            "0 0 127.0.0.1:1 127.0.0.1:2\t skmem:(r0,rb131072,t0,tb87040,f4,w1280,o0,bl0,d0)";
+        assert_eq!(queued(line), Some(1280.0));
+        assert_eq!(queued("nothing"), None);
+    }
 }

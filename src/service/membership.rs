@@ -19,7 +19,7 @@ use crate::counters;
 use crate::handoff::Doorbell;
 use crate::service::membership::cache::Cache;
 use crate::service::membership::state::{Answered, Change, Marks, Rules, State};
-use crate::service::ports::{ConversationSource, NeighbourError};
+use crate::service::ports::{ConversationSource, MembershipChanges, NeighbourError};
 use crate::service::timestamp::unix_ms;
 
 pub use crate::service::membership::state::{LogPlace, Members};
@@ -108,6 +108,7 @@ pub struct Membership {
     config: MembershipConfig,
     counters: Arc<MembershipCounters>,
     bells: RwLock<Vec<Arc<Doorbell>>>,
+    watchers: RwLock<Vec<Arc<dyn MembershipChanges>>>,
     /// Held while a change is applied: whoever finds it read may rely on its having been applied.
     marks: Mutex<Marks>,
     following: AtomicBool,
@@ -136,11 +137,17 @@ impl Membership {
             config,
             counters,
             bells: RwLock::default(),
+            watchers: RwLock::default(),
             marks: Mutex::default(),
             following: AtomicBool::new(false),
             fetches: AtomicUsize::new(0),
             fetch_ids: AtomicU64::new(0),
         })
+    }
+
+    /// Adds one who is told of every change from now on.
+    pub fn watch(&self, watcher: Arc<dyn MembershipChanges>) {
+        self.watchers.write().expect("no holder panics").push(watcher);
     }
 
     /// Adds one who is woken when a list has arrived: a router.
@@ -324,6 +331,9 @@ impl Membership {
         let mut marks = self.marks.lock().expect("no holder panics");
         if place.is_some_and(|place| !marks.advance(place)) {
             return;
+        }
+        for watcher in &*self.watchers.read().expect("no holder panics") {
+            watcher.changed(user);
         }
         let user = self.cache.intern_one(user);
         let change = Change { user, added, place, appended_at_ms };

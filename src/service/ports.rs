@@ -30,6 +30,12 @@ pub trait ConversationSource: Send + Sync + 'static {
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>>;
 }
 
+/// Told of every change of membership that is read or handed over. Must not block.
+pub trait MembershipChanges: Send + Sync + 'static {
+    /// This user was added to a conversation or removed from one.
+    fn changed(&self, user: &str);
+}
+
 /// Which conversations a user belongs to (the conversation service; contract §1).
 pub trait ConversationListing: Send + Sync + 'static {
     /// All conversations of one user, as the service reports them.

@@ -30,7 +30,8 @@ use crate::handoff::Pushed;
 use crate::service::directory::Directory;
 use crate::service::encode;
 use crate::service::ports::{
-    ConversationListing, ConversationSource, NeighbourError, RouterInbox, RouterInput,
+    ConversationListing, ConversationSource, MembershipChanges, NeighbourError, RouterInbox,
+    RouterInput,
 };
 use crate::service::proto::presence::v1::PresenceUpdateEvent;
 use crate::service::redis::PresenceUpdates;
@@ -54,8 +55,8 @@ pub struct PresenceFanoutConfig {
     pub attempts_max: u32,
     /// Wait before the second attempt; doubles, plus up to half of it by chance.
     pub retry_wait: Duration,
-    /// How long it is believed who shares a conversation with a user: a member who was removed or
-    /// added is seen as such after at most this.
+    /// How long it is believed who shares a conversation with a user. A member who was added is
+    /// told after at most this; one who was removed is told nothing more from his removal on.
     pub remembered: Duration,
     /// What is remembered: users, with each who shares a conversation with them counted too; some
     /// 60 bytes each.
@@ -181,6 +182,13 @@ impl PresenceUpdates for PresenceFanout {
     fn missed(&self) {}
 }
 
+impl MembershipChanges for PresenceFanout {
+    fn changed(&self, user: &str) {
+        let mut acquaintances = self.shared.acquaintances.lock().expect("no holder panics");
+        acquaintances.changed(user, Instant::now());
+    }
+}
+
 impl Shared {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().expect("no holder panics")
@@ -261,10 +269,12 @@ impl Shared {
         let mut wait = self.config.retry_wait;
         for attempt in 1..=self.config.attempts_max {
             self.counters.presence_look_ups.add(1);
+            let asked = Instant::now();
             match self.look_up(user).await {
                 Ok(found) => {
                     let mut acquaintances = self.acquaintances.lock().expect("no holder panics");
-                    acquaintances.remember(Arc::clone(user), Arc::clone(&found), Instant::now());
+                    let (user, now) = (Arc::clone(user), Instant::now());
+                    acquaintances.remember(user, Arc::clone(&found), asked, now);
                     self.counters.presence_remembered.set(acquaintances.weight() as u64);
                     return Some(found);
                 }

@@ -210,7 +210,7 @@ fn start(
     let mut samples = back_ends.samples;
     let from_other_nodes = back_ends.other_nodes.as_ref().map(|others| {
         let service = back_ends.conversations.as_ref();
-        others.listen(&instance, &sessions, routing.controls(), &directory, service, &mut samples)
+        others.listen(&instance, &sessions, &routing, &directory, service, &mut samples)
     });
     let log = Arc::clone(log.counters());
     let hub = streams.as_ref().map(|streams| Arc::clone(&streams.metrics));

@@ -4,17 +4,18 @@
 use std::sync::Arc;
 
 use super::metrics::component;
+use super::routing::Routing;
 use crate::app::admin::{Check, Samples};
 use crate::app::config::{RoutingMode, Settings};
 use crate::service::directory::Directory;
 use crate::service::neighbours::ConversationService;
-use crate::service::ports::{RemoteNodes, RouterInbox};
+use crate::service::ports::{MembershipChanges, RemoteNodes, RouterInbox};
 use crate::service::presence_fanout::{PresenceFanout, PresenceFanoutConfig, PresenceFanoutParts};
 use crate::service::redis::{
     Announcer, Nodes, NodesConfig, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters,
     Subscriptions, SubscriptionsConfig,
 };
-use crate::service::router::{RouterControl, RouterHandle};
+use crate::service::router::RouterHandle;
 use crate::service::sessions::SessionHandle;
 
 /// The way out; it is there before the routers, which use it.
@@ -67,12 +68,12 @@ impl OtherNodes {
         &self,
         instance: &Arc<str>,
         sessions: &SessionHandle,
-        routers: &[RouterControl],
+        routing: &Routing,
         directory: &Arc<Directory>,
         conversations: Option<&ConversationService>,
         samples: &mut Vec<Samples>,
     ) -> FromOtherNodes {
-        let router: Arc<dyn RouterInbox> = Arc::new(RouterHandle::new(routers.to_vec()));
+        let router: Arc<dyn RouterInbox> = Arc::new(RouterHandle::new(routing.controls().to_vec()));
         let mut presence: Vec<Arc<dyn PresenceUpdates>> = Vec::new();
         if let Some(nodes) = &self.nodes {
             presence.push(Arc::clone(nodes.locations()) as Arc<dyn PresenceUpdates>);
@@ -87,9 +88,10 @@ impl OtherNodes {
             };
             let counters = Arc::default();
             let config = PresenceFanoutConfig::default();
-            let fan_out = PresenceFanout::new(config, parts, Arc::clone(&counters));
+            let fan_out = Arc::new(PresenceFanout::new(config, parts, Arc::clone(&counters)));
             samples.push(component("", move |visit| counters.visit(visit)));
-            presence.push(Arc::new(fan_out));
+            routing.membership().watch(Arc::clone(&fan_out) as Arc<dyn MembershipChanges>);
+            presence.push(fan_out);
         }
         let sinks = Sinks { router, presence };
         let config = SubscriptionsConfig {

@@ -27,6 +27,7 @@ pub(super) struct Routing {
     controls: Vec<RouterControl>,
     threads: Vec<JoinHandle<()>>,
     status: Arc<KafkaStatus>,
+    membership: Arc<Membership>,
 }
 
 impl Routing {
@@ -77,20 +78,25 @@ impl Routing {
         let kafka = Kafka::start(
             kafka_config,
             controls.clone(),
-            membership,
+            Arc::clone(&membership),
             Arc::clone(&status),
             Arc::clone(&kafka_counters),
         )
         .map_err(|error| error.to_string())?;
         samples.push(component("kafka_", move |visit| kafka_counters.visit(visit)));
         samples.push(lag(Arc::clone(&status)));
-        Ok(Self { kafka, controls, threads, status })
+        Ok(Self { kafka, controls, threads, status, membership })
     }
 
     /// Ready when there are partitions to read, or it is known that there are none for this node.
     pub(super) fn check(&self) -> Check {
         let status = Arc::clone(&self.status);
         Box::new(move || status.missing().map(|what| format!("kafka: {what}")))
+    }
+
+    /// Who belongs to what.
+    pub(super) fn membership(&self) -> &Arc<Membership> {
+        &self.membership
     }
 
     /// The ways into the routers.

@@ -203,6 +203,38 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
 
 #[test]
 #[ignore = "needs Kafka and Redis: tests/run end_to_end"]
+fn removed_member_hears_no_more_of_who_is_there() {
+    let mut nodes = Nodes::new("gone");
+    let [alice, bob, carol] = ["alice", "bob", "carol"].map(|name| nodes.user(name));
+    nodes.back_end.neighbours.known().converse("gone-room", &[&alice, &bob, &carol], 0);
+    let node = nodes.start(0);
+    let mut bob_hears = Client::session(node.public, &bob, "phone");
+    let mut carol_hears = Client::session(node.public, &carol, "phone");
+    nodes.registered(&bob, 0);
+    nodes.registered(&carol, 0);
+    let status_of_alice = |client: &mut Client| loop {
+        let (_, envelope) = event(client);
+        let update = PresenceUpdateEvent::decode(&*envelope.payload);
+        if envelope.event_type() == EventType::PresenceUpdated
+            && let Some(update) = update.ok().filter(|update| update.user_id == alice)
+        {
+            return update.status();
+        }
+    };
+    nodes.registry.announce(&alice, PresenceStatus::Offline);
+    assert_eq!(status_of_alice(&mut bob_hears), PresenceStatus::Offline);
+
+    // The conversation service has it first.
+    nodes.back_end.neighbours.known().members.get_mut("gone-room").expect("made").remove(&bob);
+    nodes.back_end.publisher.membership("gone-room", &bob, false);
+    while event_type(&mut bob_hears) != EventType::MembershipChanged {}
+    nodes.registry.announce(&alice, PresenceStatus::Online);
+    while status_of_alice(&mut carol_hears) != PresenceStatus::Online {}
+    hears_nothing(&mut bob_hears, A_WHILE);
+}
+
+#[test]
+#[ignore = "needs Kafka and Redis: tests/run end_to_end"]
 fn session_replaced_across_nodes_leaves_the_successor_registered() {
     let mut nodes = Nodes::new("replaced");
     let alice = nodes.user("alice");

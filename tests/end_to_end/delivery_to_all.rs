@@ -10,6 +10,8 @@ use super::support::services::kafka_brokers;
 use super::support::tally::{Tally, Totals};
 use super::support::world::{Chance, World};
 
+/// Messages of a run.
+const EVENTS: usize = 100_000;
 /// Deliveries published and not yet received, at most, on average per session: far below the 128
 /// that end a session, so that what is tested is delivery and not overflow.
 const AHEAD_PER_SESSION: u64 = 16;
@@ -81,8 +83,8 @@ impl Run {
         }
     }
 
-    /// Announces every conversation, then sends `events` messages to conversations by chance.
-    fn publish(&mut self, publisher: &mut Publisher, events: usize) -> BTreeMap<String, i64> {
+    /// Announces every conversation, then sends `EVENTS` messages to conversations by chance.
+    fn publish(&mut self, publisher: &mut Publisher) -> BTreeMap<String, i64> {
         let devices = self
             .world
             .devices()
@@ -105,7 +107,7 @@ impl Run {
         let mut chance = Chance::new(7);
         let mut last = vec![0; conversations.len()];
         let mut expected = 0;
-        for _ in 0..events {
+        for _ in 0..EVENTS {
             let number = chance.below(conversations.len());
             let (conversation, members) = &conversations[number];
             let sender = &members[chance.below(members.len())];
@@ -144,7 +146,6 @@ impl Run {
 /// One whole run: 200 conversations, 2,000 sessions, three partitions.
 fn every_session_receives_its_own(
     name: &str,
-    events: usize,
     node: NodeBuilder,
     receive_buffer: Option<usize>,
 ) -> Metrics {
@@ -158,9 +159,9 @@ fn every_session_receives_its_own(
     let mut run = Run::connect(node, World::new(1, 200, 100, 2_000), receive_buffer);
     let began = Instant::now();
     let mut publisher = Publisher::new(&brokers, &topic);
-    let published = run.publish(&mut publisher, events);
+    let published = run.publish(&mut publisher, EVENTS);
     println!(
-        "{name}: {events} events, {} deliveries in {:.1} s",
+        "{name}: {EVENTS} events, {} deliveries in {:.1} s",
         run.received(),
         began.elapsed().as_secs_f32()
     );
@@ -171,29 +172,19 @@ fn every_session_receives_its_own(
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn hundred_thousand_events_reach_every_device_of_every_member() {
-    every_session_receives_its_own("one-shard", 100_000, NodeBuilder::serve(), None);
+    every_session_receives_its_own("one-shard", NodeBuilder::serve(), None);
 }
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn two_shards_deliver_the_same() {
-    every_session_receives_its_own(
-        "two-shards",
-        20_000,
-        NodeBuilder::serve().set("SHARDS", 2),
-        None,
-    );
+    every_session_receives_its_own("two-shards", NodeBuilder::serve().set("SHARDS", 2), None);
 }
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn seven_shards_deliver_the_same() {
-    every_session_receives_its_own(
-        "seven-shards",
-        20_000,
-        NodeBuilder::serve().set("SHARDS", 7),
-        None,
-    );
+    every_session_receives_its_own("seven-shards", NodeBuilder::serve().set("SHARDS", 7), None);
 }
 
 #[test]
@@ -204,7 +195,7 @@ fn short_sends_tear_no_frame() {
         .set("SHARDS", 2)
         .set("SO_SNDBUF", 4_608)
         .set("QUEUE_MESSAGES_MAX", 4_096);
-    let metrics = every_session_receives_its_own("short-sends", 20_000, node, Some(2_304));
+    let metrics = every_session_receives_its_own("short-sends", node, Some(2_304));
     let short = metrics.sum("delivery_shard_sends_short_total", &[]);
     println!("{short} of {} sends were short", metrics.sum("delivery_shard_sends_total", &[]));
     assert!(short > 0.0);

@@ -36,7 +36,8 @@ use crate::counters;
 use crate::service::membership::Membership;
 use crate::service::router::{LogName, RouterControl};
 
-pub use crate::service::kafka::dead_letters::DeadLetterTopic;
+pub use crate::service::kafka::client::partition_bytes_max;
+pub use crate::service::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
 pub use crate::service::kafka::status::{KafkaStatus, PartitionLag};
 
 /// How several nodes share the work (design decision 7).
@@ -128,7 +129,7 @@ counters! {
         Counter commits: "Commits of offsets that the broker was asked for.",
         Counter commits_repeated: "Offsets of partitions asked for again because they did not show as committed.",
         Counter commits_failed: "Commits at the end of a partition (or of everything) that failed: its next owner sends again what was done since the last one.",
-        Counter errors: "Errors that librdkafka reported; it recovers by itself.",
+        Counter errors: "Errors that librdkafka reported, each once; it recovers by itself.",
         Counter membership_records: "Records read for the membership cache.",
         Counter membership_records_undecodable: "Records of membership topics that are not an event envelope.",
         Counter membership_restarts: "Times that the membership log was lost to this node and its cache began anew.",

@@ -77,8 +77,8 @@ impl BroadcastReader {
                 next = Instant::now() + if discovered.is_ok() { interval } else { RETRY };
             }
             if let Some(Err(error)) = self.consumer.poll(POLL) {
-                self.shared.counters.errors.add(1);
-                tracing::warn!(%error, "Kafka");
+                // The error callback has counted it and told of it.
+                tracing::debug!(%error, "Kafka");
             }
         }
         self.stop();
@@ -140,7 +140,6 @@ impl BroadcastReader {
             log.partition,
             Arc::clone(router.bell()),
             self.shared.config.tracing,
-            Arc::clone(&self.shared.counters),
         )
         .ok_or_else(|| KafkaError::Subscription(format!("no queue for {log:?}")))?;
         let mut added = TopicPartitionList::new();

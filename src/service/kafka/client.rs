@@ -8,12 +8,33 @@ use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use serde::Deserialize;
 
-use crate::service::kafka::{KafkaConfig, Shared};
+use crate::service::kafka::{KafkaConfig, KafkaCounters, Shared};
 use crate::service::router::LogName;
 
 /// A broker that has not said a word for this long, although it is always being asked, is taken for
 /// unreachable, µs.
 const SILENCE_US_MAX: i64 = 15_000_000;
+
+/// What a partition may be sent in one answer of a broker, bytes; a larger record comes all the same.
+const FETCH_BYTES: u64 = 1 << 20;
+/// What librdkafka keeps for each record beside its bytes (`rd_kafka_op_t`).
+pub(super) const RECORD_OVERHEAD_BYTES: u64 = 320;
+/// A partition's queue holds one record for so many bytes of prefetch.
+const PREFETCH_BYTES_PER_RECORD: u64 = 512;
+/// Records are not smaller than this in the long run: an envelope with its ids, a key, the frame
+/// around them.
+const RECORD_BYTES_MIN: u64 = 128;
+
+fn prefetch_records(prefetch_kib: u32) -> u64 {
+    (u64::from(prefetch_kib) * 1024 / PREFETCH_BYTES_PER_RECORD).max(1)
+}
+
+/// What librdkafka holds at most of a partition whose records are not taken, bytes: a full queue, and
+/// one answer that was under way when it became full. A record, and a batch that inflates, may exceed it.
+pub fn partition_bytes_max(prefetch_kib: u32) -> u64 {
+    let records = prefetch_records(prefetch_kib) + FETCH_BYTES / RECORD_BYTES_MIN;
+    u64::from(prefetch_kib) * 1024 + FETCH_BYTES + records * RECORD_OVERHEAD_BYTES
+}
 
 /// Properties of every consumer; see librdkafka's documentation for each.
 pub(super) fn consumer_properties(config: &KafkaConfig, group: &str) -> ClientConfig {
@@ -25,6 +46,9 @@ pub(super) fn consumer_properties(config: &KafkaConfig, group: &str) -> ClientCo
         // Without it a partition whose queue was full for a moment pauses for a whole second.
         .set("fetch.queue.backoff.ms", "10")
         .set("queued.max.messages.kbytes", config.prefetch_kib.to_string())
+        // The bytes say nothing of what librdkafka keeps for each record beside it.
+        .set("queued.min.messages", prefetch_records(config.prefetch_kib).to_string())
+        .set("fetch.message.max.bytes", FETCH_BYTES.to_string())
         // A real broker answers as soon as something is appended; the embedded one of `dev` lets
         // every fetch wait this long.
         .set("fetch.wait.max.ms", "100")
@@ -81,6 +105,17 @@ pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     }
 }
 
+/// Counts what the error callback of a client is told. The callback hears every error, also each that
+/// `poll` then returns, so nobody else counts. `false`: the end of a partition was reached, which
+/// comes the same way and is no error.
+pub(super) fn count_error(counters: &KafkaCounters, error: &KafkaError) -> bool {
+    let is_error = error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF);
+    if is_error {
+        counters.errors.add(1);
+    }
+    is_error
+}
+
 /// The part of librdkafka's statistics that is used.
 #[derive(Deserialize)]
 struct Statistics {
@@ -123,7 +158,9 @@ pub(super) struct Observer {
 
 impl Observer {
     pub(super) fn error(&self, error: &KafkaError, reason: &str) {
-        self.shared.counters.errors.add(1);
+        if !count_error(&self.shared.counters, error) {
+            return;
+        }
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.shared.status.unreachable(reason.to_owned());
         }
@@ -155,5 +192,20 @@ impl Observer {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_of_a_partition_is_no_error() {
+        let counters = KafkaCounters::default();
+        assert!(!count_error(&counters, &KafkaError::Global(RDKafkaErrorCode::PartitionEOF)));
+        assert_eq!(counters.errors.get(), 0);
+        let transport = KafkaError::Global(RDKafkaErrorCode::BrokerTransportFailure);
+        assert!(count_error(&counters, &transport));
+        assert_eq!(counters.errors.get(), 1);
     }
 }

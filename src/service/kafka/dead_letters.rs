@@ -17,6 +17,14 @@ use rdkafka::producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedPro
 use crate::service::kafka::{KafkaConfig, KafkaCounters, KafkaStartError, client};
 use crate::service::router::dead_letter::{DeadLetter, DeadLetters, LetterDone};
 
+/// Letters that wait for the broker.
+const LETTERS_MAX: u64 = 10_000;
+/// Their bytes.
+const LETTERS_BYTES_MAX: u64 = 64 << 20;
+/// Memory of the letters that wait, bytes.
+pub const DEAD_LETTERS_BYTES_MAX: u64 =
+    LETTERS_BYTES_MAX + LETTERS_MAX * client::RECORD_OVERHEAD_BYTES;
+
 struct LetterContext {
     counters: Arc<KafkaCounters>,
 }
@@ -27,7 +35,7 @@ impl ClientContext for LetterContext {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.counters.errors.add(1);
+        client::count_error(&self.counters, &error);
         tracing::debug!(%error, reason, "dead-letter topic");
     }
 }
@@ -60,7 +68,7 @@ pub struct DeadLetterTopic {
 
 impl DeadLetterTopic {
     /// A producer to `topic`, with the brokers and properties of `config`. It keeps at most 10,000
-    /// letters, each for at most 30 s.
+    /// letters or 64 MiB, each for at most 30 s.
     ///
     /// # Errors
     /// librdkafka refuses a property.
@@ -72,7 +80,8 @@ impl DeadLetterTopic {
         let mut properties = client::common_properties(config);
         properties
             .set("message.timeout.ms", "30000")
-            .set("queue.buffering.max.messages", "10000")
+            .set("queue.buffering.max.messages", LETTERS_MAX.to_string())
+            .set("queue.buffering.max.kbytes", (LETTERS_BYTES_MAX / 1024).to_string())
             .set("linger.ms", "5")
             .set("enable.idempotence", "true");
         let properties = client::with_user_properties(properties, config);

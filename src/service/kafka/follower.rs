@@ -38,8 +38,9 @@ impl ClientContext for FollowerContext {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.0.counters.errors.add(1);
-        tracing::debug!(%error, reason, "membership topics");
+        if client::count_error(&self.0.counters, &error) {
+            tracing::debug!(%error, reason, "membership topics");
+        }
     }
 
     fn stats_raw(&self, _json: &[u8]) {}
@@ -114,10 +115,7 @@ impl Follower {
                     all_known = false;
                     next = Instant::now();
                 }
-                Some(Err(error)) => {
-                    self.shared.counters.errors.add(1);
-                    tracing::warn!(%error, "membership topics");
-                }
+                Some(Err(error)) => tracing::warn!(%error, "membership topics"),
             }
             self.see_how_far();
         }

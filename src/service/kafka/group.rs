@@ -183,9 +183,8 @@ impl GroupContext {
         let consumer = self.consumer.get()?.upgrade()?;
         let shared = self.shared();
         let bell = Arc::clone(shared.router(log).bell());
-        let counters = Arc::clone(&shared.counters);
         let tracing = shared.config.tracing;
-        PartitionSource::new(&consumer, &log.topic, log.partition, bell, tracing, counters)
+        PartitionSource::new(&consumer, &log.topic, log.partition, bell, tracing)
     }
 
     fn revoke(
@@ -328,10 +327,8 @@ impl GroupReader {
                 let (topic, partition) = (message.topic(), message.partition());
                 tracing::error!(topic, partition, "record outside of its partition's queue");
             }
-            Some(Err(error)) => {
-                self.shared.counters.errors.add(1);
-                tracing::warn!(%error, "Kafka");
-            }
+            // The error callback has counted it and told of it.
+            Some(Err(error)) => tracing::debug!(%error, "Kafka"),
         }
     }
 

@@ -10,7 +10,6 @@ use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 
 use crate::handoff::Doorbell;
-use crate::service::kafka::KafkaCounters;
 use crate::service::router::{RawRecord, RecordSource};
 
 /// A queue that was empty is looked into at every so manieth poll, in case its call was missed.
@@ -24,7 +23,6 @@ pub(super) struct PartitionSource<C: ConsumerContext + 'static> {
     ready: Arc<AtomicBool>,
     polls: u32,
     tracing: bool,
-    counters: Arc<KafkaCounters>,
 }
 
 impl<C: ConsumerContext + 'static> PartitionSource<C> {
@@ -36,7 +34,6 @@ impl<C: ConsumerContext + 'static> PartitionSource<C> {
         partition: i32,
         bell: Arc<Doorbell>,
         tracing: bool,
-        counters: Arc<KafkaCounters>,
     ) -> Option<Self> {
         let mut queue = consumer.split_partition_queue(topic, partition)?;
         let ready = Arc::new(AtomicBool::new(true));
@@ -47,7 +44,7 @@ impl<C: ConsumerContext + 'static> PartitionSource<C> {
                 bell.ring();
             }
         });
-        Some(Self { queue, ready, polls: 0, tracing, counters })
+        Some(Self { queue, ready, polls: 0, tracing })
     }
 }
 
@@ -70,10 +67,8 @@ impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
                     return true;
                 }
                 Some(Err(KafkaError::PartitionEOF(_))) => {}
-                Some(Err(error)) => {
-                    self.counters.errors.add(1);
-                    tracing::warn!(%error, "partition");
-                }
+                // The error callback has counted it.
+                Some(Err(error)) => tracing::warn!(%error, "partition"),
             }
         }
     }

@@ -282,6 +282,7 @@ fn group_commits_what_is_done_and_a_successor_goes_on_from_there() {
     assert_eq!(cluster.committed(CONVERSATIONS), 1);
 }
 
+/// Promise: “The offset follows delivery.”
 #[test]
 fn what_is_not_done_is_not_committed_and_sent_again_by_the_successor() {
     let cluster = Cluster::new();

@@ -143,7 +143,7 @@ enum CheckedFor {
 }
 
 /// Requests that may wait for the session manager; who sends more waits.
-const REQUESTS_WAITING_MAX: usize = 1024;
+pub const REQUESTS_WAITING_MAX: usize = 1024;
 /// Steps of catch-ups that may wait for the session manager; who has more waits.
 const CATCH_UPS_WAITING_MAX: usize = 256;
 

@@ -320,6 +320,10 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
     assert!(told.iter().any(|one| one.2 != told[0].2), "all told the same time");
 
     bench.manager.tick(begun + Duration::from_secs(10), 0);
+    let commands = [bench.commands(0), bench.commands(1)];
+    told.extend(commands.iter().flat_map(|commands| closes(commands)));
+    assert_eq!(told.len(), 100, "all told when the period is over");
+    bench.manager.tick(begun + Duration::from_secs(11), 0);
     let commands = bench.commands(0);
     assert!(matches!(commands[..], [ShardCommand::Stop { .. }]), "{commands:?}");
 }

@@ -14,7 +14,7 @@ use super::config::{LogFormat, Settings};
 use crate::counters;
 
 /// Lines that may wait for the sink.
-const LINES_WAITING_MAX: usize = 8_192;
+pub const LINES_WAITING_MAX: usize = 8_192;
 /// How long the last lines may take to get out when the process leaves.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 

@@ -1,5 +1,8 @@
 //! An event, encoded once for all its recipients.
 
+use std::sync::Arc;
+
+use crate::domain::budget::{Charge, EventBudget};
 use crate::domain::ids::{StreamKey, StreamPosition};
 
 /// How the events of a session are written. Fixed at the handshake.
@@ -77,13 +80,19 @@ pub struct Event {
     /// When the event was appended to its log, Unix time in ms; 0 where unknown. For the latency
     /// histogram.
     pub appended_at_ms: u64,
+    /// What it takes of its maker's budget; `None`: it is bounded otherwise.
+    charge: Option<Charge>,
 }
 
 impl Event {
+    /// Memory of an event beside its frames and the lists of its recipients, bytes: itself, its
+    /// counts, and what each shard that holds it keeps.
+    pub const OVERHEAD_BYTES: u64 = 512;
+
     /// An event without frames yet.
     pub fn new(position: Option<StreamPosition>, appended_at_ms: u64) -> Self {
         let stream = position.map(|position| position.stream);
-        Self { frames: Default::default(), position, stream, appended_at_ms }
+        Self { frames: Default::default(), position, stream, appended_at_ms, charge: None }
     }
 
     /// Says which conversation an event without a position belongs to.
@@ -96,6 +105,13 @@ impl Event {
     /// Adds the ready bytes for one encoding: a whole frame, header and payload.
     pub fn with_frame(mut self, encoding: Encoding, frame: Box<[u8]>) -> Self {
         self.frames[encoding.index()] = Some(frame);
+        self
+    }
+
+    /// Charges its bytes, and `beside` more for what travels with it, to a budget as long as it
+    /// lives.
+    pub fn charged_to(mut self, budget: &Arc<EventBudget>, beside: u64) -> Self {
+        self.charge = Some(budget.charge(self.bytes() + Self::OVERHEAD_BYTES + beside));
         self
     }
 

@@ -1,5 +1,6 @@
 //! Nouns: ids, events, what crosses the hand-off, limits, counters. Imports nothing of ours.
 
+pub mod budget;
 pub mod close;
 pub mod command;
 pub mod counters;

@@ -32,7 +32,7 @@ use crate::service::proto::presence::v1::{
 
 /// One answer of a neighbour, bytes: the member list of a very large conversation, or a page of
 /// large messages. A larger one is refused while it arrives.
-const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
+pub const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Calls in a row without any answer after which the connection is given up.
 const SILENT_CALLS_MAX: u32 = 3;
 /// How much later than ours the deadline is that a neighbour is told.

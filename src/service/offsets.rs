@@ -30,6 +30,9 @@ pub struct OffsetWindow {
 }
 
 impl OffsetWindow {
+    /// Memory of one record, bytes.
+    pub const ENTRY_BYTES: usize = size_of::<Entry>();
+
     /// A window over a partition that is read from offset `start`, of at most `records_max`
     /// records.
     pub fn new(start: i64, records_max: usize) -> Self {

@@ -76,6 +76,17 @@ pub enum RouterInput {
     },
 }
 
+impl RouterInput {
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>()
+            + match self {
+                Self::Remote { value } => value.len(),
+                Self::ToUsers { value, users } => value.len() + size_of_val(&users[..]),
+            }
+    }
+}
+
 /// The way into a router.
 pub trait RouterInbox: Send + Sync + 'static {
     /// Never blocks. What is handed over by one caller is routed in the order it came.

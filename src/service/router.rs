@@ -27,6 +27,7 @@ mod turn;
 
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::time::Duration;
 
@@ -36,6 +37,7 @@ use crate::service::directory::Directory;
 use crate::service::encode::CompressionConfig;
 use crate::service::envelope::{self, Body};
 use crate::service::membership::Membership;
+use crate::service::offsets::OffsetWindow;
 use crate::service::ports::{RemoteNodes, RouterInbox, RouterInput};
 use crate::service::router::dead_letter::DeadLetters;
 use crate::service::router::lane::Revoked;
@@ -44,6 +46,9 @@ pub use crate::service::router::lane::{Assignment, LogName, Progress};
 pub use crate::service::router::links::ShardLink;
 pub use crate::service::router::record::{RawRecord, RecordSource};
 pub use crate::service::router::thread::Router;
+
+/// Memory of one record that is under way beside its event, bytes. Windows grow by doubling.
+pub const RECORD_UNDER_WAY_BYTES: usize = 2 * (OffsetWindow::ENTRY_BYTES + flight::ENTRY_BYTES);
 
 /// Bounds and times of one router. All have defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +59,9 @@ pub struct RouterConfig {
     pub lookahead_records_max: usize,
     /// The same in bytes; one record may go beyond.
     pub lookahead_bytes_max: usize,
+    /// Memory of the events on their way to sockets, in rings, shards and hub together, bytes; one
+    /// may go beyond. At the bound nothing more is routed.
+    pub event_bytes_max: u64,
     /// Records of one lane that are routed before the next lane has its turn.
     pub batch_max: usize,
     /// How long a record whose members cannot be had waits at the front of its lane, ms.
@@ -67,6 +75,9 @@ pub struct RouterConfig {
     pub forward_deadline_ms: u64,
     /// Inputs from elsewhere than Kafka that may wait.
     pub inbox_slots: usize,
+    /// Their bytes, and again those of the inputs that were taken in and wait for members; one may go
+    /// beyond.
+    pub inbox_bytes_max: usize,
     /// When to compress.
     pub compression: CompressionConfig,
 }
@@ -77,12 +88,14 @@ impl Default for RouterConfig {
             window_records_max: 8192,
             lookahead_records_max: 256,
             lookahead_bytes_max: 1 << 20,
+            event_bytes_max: 256 << 20,
             batch_max: 128,
             route_retry_max_ms: 30_000,
             creation_wait_ms: 2_000,
             forwards_max: 8192,
             forward_deadline_ms: 5_000,
             inbox_slots: 4096,
+            inbox_bytes_max: 32 << 20,
             compression: CompressionConfig::default(),
         }
     }
@@ -109,9 +122,11 @@ counters! {
         Counter forwards_expired: "Hand-offs to other nodes that had not ended at their deadline.",
         Counter waits_for_members: "Times that a lane began to wait for the members of a conversation.",
         Counter waits_for_room: "Times that a record found the ring to a shard full.",
+        Counter waits_for_memory: "Looks at a partition that was not read because the events under way took all their memory.",
         Gauge partitions: "Partitions that this router reads.",
         Gauge records_under_way: "Records that shards or other nodes have not yet reported done.",
         Gauge records_waiting: "Records that wait in lanes.",
+        Gauge event_bytes: "Memory of the events on their way to sockets.",
     }
 }
 
@@ -147,19 +162,30 @@ enum LaneCommand {
 pub struct RouterControl {
     lanes: Sender<LaneCommand>,
     inbox: SyncSender<RouterInput>,
+    /// Bytes of what waits in `inbox`.
+    inbox_bytes: Arc<AtomicUsize>,
+    inbox_bytes_max: usize,
     bell: Arc<Doorbell>,
 }
 
 struct ControlEnds {
     lanes: Receiver<LaneCommand>,
     inbox: Receiver<RouterInput>,
+    inbox_bytes: Arc<AtomicUsize>,
 }
 
-fn control(bell: Arc<Doorbell>, inbox_slots: usize) -> (RouterControl, ControlEnds) {
+fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, ControlEnds) {
     let (lanes_sender, lanes) = channel();
-    let (inbox_sender, inbox) = sync_channel(inbox_slots);
-    let control = RouterControl { lanes: lanes_sender, inbox: inbox_sender, bell };
-    (control, ControlEnds { lanes, inbox })
+    let (inbox_sender, inbox) = sync_channel(config.inbox_slots);
+    let inbox_bytes = Arc::<AtomicUsize>::default();
+    let control = RouterControl {
+        lanes: lanes_sender,
+        inbox: inbox_sender,
+        inbox_bytes: Arc::clone(&inbox_bytes),
+        inbox_bytes_max: config.inbox_bytes_max,
+        bell,
+    };
+    (control, ControlEnds { lanes, inbox, inbox_bytes })
 }
 
 impl RouterControl {
@@ -214,7 +240,18 @@ impl RouterHandle {
 impl RouterInbox for RouterHandle {
     fn send(&self, input: RouterInput) -> Pushed<RouterInput> {
         let router = &self.routers[order_of(&input) % self.routers.len()];
-        match router.inbox.try_send(input) {
+        let bytes = input.bytes();
+        // Counted first: whoever takes it out subtracts at once.
+        let waiting = router.inbox_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if waiting > 0 && waiting + bytes > router.inbox_bytes_max {
+            router.inbox_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            return Pushed::Full(input);
+        }
+        let sent = router.inbox.try_send(input);
+        if sent.is_err() {
+            router.inbox_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        match sent {
             Ok(()) => {
                 router.bell.ring();
                 Pushed::Accepted

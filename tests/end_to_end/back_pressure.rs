@@ -3,8 +3,17 @@
 
 use std::time::{Duration, Instant};
 
+use delivery::service::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
+use delivery::service::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Endpoint;
+use tonic::{Request, Streaming};
+
 use super::support::fleet::{Connect, Fleet, Seen};
-use super::support::node::NodeBuilder;
+use super::support::node::{Node, NodeBuilder};
 use super::support::publisher::{Publisher, new_topic};
 use super::support::services::kafka_brokers;
 use super::support::tally::Tally;
@@ -16,9 +25,63 @@ const SESSIONS: usize = ROOMS * MEMBERS;
 /// Twice what the shard may hold.
 const EVENTS: usize = 64 * 1024;
 const EVENT_BYTES: usize = 2 * 1024;
+/// What a gRPC client lets the server send before it reads, bytes.
+const STREAM_WINDOW: u32 = 16 * 1024;
 /// Without an event taken in for so long, the intake has stopped.
 const STANDS_STILL: Duration = Duration::from_secs(3);
 const PROGRESS_WITHIN: Duration = Duration::from_secs(60);
+
+/// gRPC sessions, each on a connection of its own, that read nothing until they are told to.
+struct Streams {
+    runtime: Runtime,
+    /// Requests end a stream when they end.
+    _requests: Vec<mpsc::Sender<DeliveryConnectRequest>>,
+    events: Vec<Streaming<DeliveryEvent>>,
+}
+
+impl Streams {
+    fn connect(node: &Node, users: impl Iterator<Item = String>) -> Self {
+        let runtime = Runtime::new().expect("a runtime");
+        let endpoint = Endpoint::from_shared(format!("http://{}", node.grpc)).expect("an address");
+        let endpoint = endpoint
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(STREAM_WINDOW);
+        let mut streams = Self { runtime, _requests: Vec::new(), events: Vec::new() };
+        for user_id in users {
+            let (requests, receiver) = mpsc::channel(1);
+            let first = DeliveryConnectRequest {
+                user_id,
+                device_id: "phone".into(),
+                ..DeliveryConnectRequest::default()
+            };
+            let events = streams.runtime.block_on(async {
+                requests.send(first).await.expect("room");
+                let channel = endpoint.connect().await.expect("the server accepts");
+                let mut client = DeliveryApiClient::new(channel);
+                client.connect(Request::new(ReceiverStream::new(receiver))).await
+            });
+            streams._requests.push(requests);
+            streams.events.push(events.expect("admitted").into_inner());
+        }
+        streams
+    }
+
+    /// Reads each to its last message; in order and none twice.
+    fn read(&mut self, last: i64) -> Vec<JoinHandle<()>> {
+        let events = std::mem::take(&mut self.events).into_iter();
+        let read = |mut events: Streaming<DeliveryEvent>| async move {
+            let mut sequence = 0;
+            while sequence < last {
+                let event = events.message().await.expect("it goes on").expect("not its end");
+                if event.message.is_some() {
+                    assert_eq!(event.sequence, sequence + 1);
+                    sequence = event.sequence;
+                }
+            }
+        };
+        events.map(|events| self.runtime.spawn(read(events))).collect()
+    }
+}
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
@@ -33,15 +96,19 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
         .set("QUEUE_MESSAGES_MAX", 32_766)
         .set("QUEUE_BYTES_MAX", "1GiB")
         .set("SHARD_EVENT_BYTES_MAX", "64MiB")
-        .set("KAFKA_FETCH_MAX", "16MiB")
+        .set("KAFKA_PREFETCH", "16MiB")
         .set("SO_SNDBUF", "4608")
         .set("WRITE_TIMEOUT", "10m")
         .start();
     let mut publisher = Publisher::new(&brokers, &topic);
     let user = |session: usize| format!("user-{session}");
+    // One in each room, beside those that come by WebSocket.
+    let streaming = |number: usize| format!("streaming-{number}");
     let room = |number: usize| format!("room-{number}");
     for number in 0..ROOMS {
-        let members: Vec<_> = (0..MEMBERS).map(|member| user(number * MEMBERS + member)).collect();
+        let mut members: Vec<_> =
+            (0..MEMBERS).map(|member| user(number * MEMBERS + member)).collect();
+        members.push(streaming(number));
         publisher.created(&room(number), &members);
     }
     publisher.flush(PROGRESS_WITHIN);
@@ -71,6 +138,8 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
         turn(&mut fleet);
     }
 
+    let mut streams = Streams::connect(&node, (0..ROOMS).map(streaming));
+
     (0..SESSIONS).for_each(|client| fleet.stall(client));
     let content = "x".repeat(EVENT_BYTES);
     for event in 0..EVENTS {
@@ -96,10 +165,17 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
         (taken.1.elapsed() > STANDS_STILL).then_some(())
     });
     assert!(taken.0 < EVENTS as f64, "everything was taken in: nothing pressed back");
-    let bound = node.metrics().sum("delivery_memory_bound_bytes", &[]) as u64;
+    let metrics = node.metrics();
+    let bound = metrics.sum("delivery_memory_bound_bytes", &[]) as u64;
+    let events_bound = metrics.sum("delivery_memory_bound_bytes", &["part=\"events\""]);
+    let events = metrics.sum("delivery_router_event_bytes", &[]);
+    assert!(events > 0.0 && events <= events_bound, "{events} of {events_bound}");
+    assert!(metrics.sum("delivery_stream_deliveries", &[]) > 0.0, "no stream holds anything");
     peak = peak.max(node.resident_bytes());
 
     (0..SESSIONS).for_each(|client| fleet.unstall(client));
+    let last = |number: usize| (EVENTS + ROOMS - 1 - number) / ROOMS;
+    let reading = streams.read(last(ROOMS - 1) as i64);
     let expected = (EVENTS * MEMBERS) as u64;
     let mut progress = (0, Instant::now());
     loop {
@@ -113,6 +189,12 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
         assert!(progress.1.elapsed() < PROGRESS_WITHIN, "stalled at {received} of {expected}");
     }
     peak = peak.max(node.resident_bytes());
+    for stream in reading {
+        let done = async { tokio::time::timeout(PROGRESS_WITHIN, stream).await };
+        let done = streams.runtime.block_on(done);
+        done.expect("in time").expect("every message, in order");
+    }
+    println!("events {} MiB of {} MiB", events as u64 >> 20, events_bound as u64 >> 20);
     println!("peak {} MiB, bound {} MiB", peak >> 20, bound >> 20);
     assert!(peak <= bound, "{peak} bytes resident, {bound} promised");
     for tally in &tallies {

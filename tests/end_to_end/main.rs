@@ -12,3 +12,4 @@ mod contract;
 mod delivery_to_all;
 mod door;
 mod faults;
+mod pages;

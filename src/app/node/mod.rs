@@ -190,7 +190,7 @@ fn start(
     let streams = match ports.grpc {
         Some(listener) => {
             let side = mesh.shards.pop().expect("one more for it");
-            let (streams, samples) = Streams::start(&settings, listener, side)?;
+            let (streams, samples) = Streams::start(&settings, sizing, listener, side)?;
             back_ends.samples.extend(samples);
             Some(streams)
         }
@@ -206,7 +206,8 @@ fn start(
         &back_ends,
         Arc::clone(&counters),
     )?;
-    let routing = Routing::start(&settings, &instance, mesh.routers, &directory, &mut back_ends)?;
+    let routing =
+        Routing::start(&settings, sizing, &instance, mesh.routers, &directory, &mut back_ends)?;
     let mut samples = back_ends.samples;
     let from_other_nodes = back_ends.other_nodes.as_ref().map(|others| {
         let service = back_ends.conversations.as_ref();
@@ -215,7 +216,7 @@ fn start(
     let log = Arc::clone(log.counters());
     let hub = streams.as_ref().map(|streams| Arc::clone(&streams.metrics));
     samples.extend([
-        ledger.samples(),
+        ledger.samples(routing.partitions()),
         process::samples(),
         metrics::shards(shards.counters.clone(), hub, Arc::clone(&counters)),
         metrics::component("session_", move |visit| counters.visit(visit)),

@@ -8,6 +8,7 @@ use super::back_ends::{BackEnds, compression};
 use super::mesh::PeerSide;
 use super::metrics::{component, numbered};
 use super::other_nodes::OtherNodes;
+use super::sizing::Sizing;
 use crate::app::admin::{Check, FamilyKind, Samples};
 use crate::app::config::{Name, RoutingMode, Settings, Value as _};
 use crate::service::directory::Directory;
@@ -37,6 +38,7 @@ impl Routing {
     /// A Kafka property is wrong, or there is no thread to be had.
     pub(super) fn start(
         settings: &Settings,
+        sizing: &Sizing,
         instance: &Arc<str>,
         sides: Vec<PeerSide>,
         directory: &Arc<Directory>,
@@ -57,7 +59,7 @@ impl Routing {
             let counters = Arc::new(RouterCounters::default());
             let links = side.shards.into_iter();
             let (router, control) = Router::new(RouterParts {
-                config: router_config(settings),
+                config: router_config(settings, sizing),
                 counters: Arc::clone(&counters),
                 bell: side.bell,
                 links: links
@@ -99,6 +101,12 @@ impl Routing {
         &self.membership
     }
 
+    /// Tells how many partitions this node reads.
+    pub(super) fn partitions(&self) -> impl Fn() -> usize + Send + Sync + 'static {
+        let status = Arc::clone(&self.status);
+        move || status.partitions()
+    }
+
     /// The ways into the routers.
     pub(super) fn controls(&self) -> &[RouterControl] {
         &self.controls
@@ -120,8 +128,11 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn router_config(settings: &Settings) -> RouterConfig {
+/// One of several routers has its part of what all shards, the gRPC hub counted, may hold.
+pub(super) fn router_config(settings: &Settings, sizing: &Sizing) -> RouterConfig {
+    let shards = u64::from(sizing.shards) + u64::from(settings.grpc_addr.is_some());
     RouterConfig {
+        event_bytes_max: shards * settings.shard_event_bytes_max.0 / u64::from(sizing.routers),
         route_retry_max_ms: millis(settings.route_retry_max),
         compression: compression(settings),
         ..RouterConfig::default()
@@ -146,6 +157,11 @@ fn membership(
     membership
 }
 
+/// `kafka_prefetch`, KiB.
+pub(super) fn prefetch_kib(settings: &Settings) -> u32 {
+    u32::try_from(settings.kafka_prefetch.0 >> 10).unwrap_or(u32::MAX)
+}
+
 fn kafka_config(settings: &Settings, instance: &Arc<str>) -> KafkaConfig {
     let properties = settings.kafka_properties.iter();
     KafkaConfig {
@@ -160,7 +176,7 @@ fn kafka_config(settings: &Settings, instance: &Arc<str>) -> KafkaConfig {
             .filter_map(|property| property.as_str().split_once('='))
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect(),
-        prefetch_kib: u32::try_from(settings.kafka_prefetch.0 >> 10).unwrap_or(u32::MAX),
+        prefetch_kib: prefetch_kib(settings),
         tracing: settings.tracing_enabled,
         ..KafkaConfig::new(settings.kafka_brokers.show())
     }

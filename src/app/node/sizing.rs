@@ -18,6 +18,9 @@ const TABLE_EXTRA: u32 = 16;
 /// goes to nobody, since sockets of clients take none.
 const DESCRIPTORS_OWN: u64 = 1024;
 
+/// gRPC streams at most: each is a task and buffers, where a socket is a slot.
+const STREAMS_MAX: usize = 10_000;
+
 /// The threads of the process, and the connections of each shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sizing {
@@ -25,6 +28,15 @@ pub(super) struct Sizing {
     pub routers: u16,
     pub service_threads: usize,
     pub connections_per_shard: u32,
+}
+
+impl Sizing {
+    /// gRPC streams, and connections that carry them: as many as sockets, within a bound of their
+    /// own.
+    pub(super) fn streams_max(&self) -> usize {
+        let sockets = u64::from(self.shards) * u64::from(self.connections_per_shard);
+        usize::try_from(sockets).unwrap_or(usize::MAX).min(STREAMS_MAX)
+    }
 }
 
 /// What the machine gives.

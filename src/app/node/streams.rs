@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::mesh::ShardSide;
 use super::metrics::component;
+use super::sizing::Sizing;
 use crate::app::admin::Samples;
 use crate::app::config::Settings;
 use crate::service::grpc::{self, GrpcConfig, GrpcCounters};
@@ -17,6 +18,17 @@ use crate::service::hub::{HubConfig, HubMetrics, HubPeer, OutboxLimits, hub};
 
 /// Beyond its own time to shut down.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
+
+/// The bounds of each stream.
+pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
+    OutboxLimits {
+        live_messages_max: settings.queue_messages_max.size(),
+        live_bytes_max: settings.queue_bytes_max.bytes(),
+        hold_messages_max: settings.hold_messages_max.size(),
+        hold_bytes_max: settings.hold_bytes_max.bytes(),
+        ..OutboxLimits::default()
+    }
+}
 
 /// The running port.
 pub(super) struct Streams {
@@ -33,6 +45,7 @@ impl Streams {
     /// The hub's doorbell cannot be waited on.
     pub(super) fn start(
         settings: &Settings,
+        sizing: &Sizing,
         listener: TcpListener,
         side: ShardSide,
     ) -> Result<(Self, Vec<Samples>), String> {
@@ -40,15 +53,9 @@ impl Streams {
         let peers =
             peers.map(|end| HubPeer { commands: end.commands, reports: end.reports }).collect();
         let metrics = Arc::new(HubMetrics::default());
-        let outbox = OutboxLimits {
-            live_messages_max: settings.queue_messages_max.size(),
-            live_bytes_max: settings.queue_bytes_max.bytes(),
-            hold_messages_max: settings.hold_messages_max.size(),
-            hold_bytes_max: settings.hold_bytes_max.bytes(),
-            ..OutboxLimits::default()
-        };
         let config = HubConfig {
-            outbox,
+            outbox: outbox_limits(settings),
+            streams_max: sizing.streams_max(),
             deliveries_max: settings.shard_events_max.size(),
             deliveries_bytes_max: settings.shard_event_bytes_max.bytes(),
             catch_up_timeout: settings.catch_up_timeout,
@@ -61,6 +68,7 @@ impl Streams {
         tokio::spawn(hub.run());
 
         let config = GrpcConfig {
+            connections_max: sizing.streams_max(),
             handshake_timeout: settings.handshake_timeout,
             keepalive_interval: settings.ping_interval,
             keepalive_timeout: settings.idle_timeout.saturating_sub(settings.ping_interval),

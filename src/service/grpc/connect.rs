@@ -25,7 +25,7 @@ use crate::service::hub::{Admitted, Delivery, HubHandle, Mention};
 use crate::service::proto::delivery::v1::DeliveryConnectRequest;
 
 /// One request, bytes: four fields, three of them bounded ids.
-const REQUEST_BYTES_MAX: usize = 4 * ID_BYTES_MAX;
+pub const REQUEST_BYTES_MAX: usize = 4 * ID_BYTES_MAX;
 /// The path of the one method.
 const CONNECT: &str = "/realchat.delivery.v1.DeliveryApi/Connect";
 

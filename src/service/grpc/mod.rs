@@ -22,6 +22,8 @@ use crate::counters;
 use crate::service::hub::HubHandle;
 use crate::service::proto::DESCRIPTORS;
 
+pub use connect::REQUEST_BYTES_MAX;
+
 use connect::ConnectService;
 
 /// Accepted connections that wait for HTTP/2 to begin.
@@ -123,6 +125,8 @@ pub async fn serve(
         .http2_keepalive_interval(Some(config.keepalive_interval))
         .http2_keepalive_timeout(Some(config.keepalive_timeout))
         .max_concurrent_streams(config.streams_per_connection_max)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_max_header_list_size(HEADER_BYTES_MAX);
     let served = server
         .add_service(health_service)
@@ -144,6 +148,18 @@ pub async fn serve(
     reporting.abort();
     Ok(outcome?)
 }
+
+/// What a client may send on one stream before it is read, bytes: requests are of
+/// [`REQUEST_BYTES_MAX`] at most.
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+/// The same on all streams of one connection together.
+const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
+/// What hyper takes for one stream from its writer before the socket does, bytes (its default).
+const STREAM_SEND_BYTES: u64 = 400 * 1024;
+/// Memory of one stream in the HTTP/2 server, bytes.
+pub const STREAM_BYTES_MAX: u64 = STREAM_SEND_BYTES + STREAM_WINDOW_BYTES as u64;
+/// Memory of one connection beside its streams, bytes: headers, frames being read and written.
+pub const CONNECTION_BYTES_MAX: u64 = 4 * HEADER_BYTES_MAX as u64;
 
 /// Headers of one call, bytes: room for a token and what proxies add.
 const HEADER_BYTES_MAX: u32 = 16 * 1024;

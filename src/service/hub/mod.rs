@@ -43,7 +43,7 @@ pub use task::Hub;
 use delivery::{Signal, Signals};
 
 /// Requests of all streams that wait for the hub's task; readers wait when it is full.
-const INPUTS_MAX: usize = 1024;
+pub const INPUTS_MAX: usize = 1024;
 
 /// Settings of the hub.
 #[derive(Clone, Debug)]

@@ -60,6 +60,18 @@ impl Default for OutboxLimits {
     }
 }
 
+impl OutboxLimits {
+    /// Memory of one stream at these limits beside the events themselves, bytes. Queues and tables
+    /// grow by doubling.
+    pub fn memory_max(&self) -> usize {
+        let entries =
+            self.live_messages_max + 2 * self.hold_messages_max + self.catch_up_messages_max;
+        let queues = entries * size_of::<(Kind, Arc<Delivery>)>();
+        let conversations = self.conversations_max * size_of::<(StreamKey, Conversation)>();
+        size_of::<State>() + 2 * (queues + conversations)
+    }
+}
+
 /// What became of a delivery.
 #[must_use = "an ignored overflow is a lost message"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@ pub(super) const CHANNEL: &str = "delivery-moves";
 /// Users in one announcement.
 const USERS_AT_ONCE: usize = 4_096;
 /// Users that wait; of more the others are told to forget everybody.
-const USERS_MAX: usize = 65_536;
+pub const USERS_MAX: usize = 65_536;
 
 /// Tells this process's announcements from those of the others.
 pub(super) static ORIGIN: LazyLock<u64> = LazyLock::new(rand::random);

@@ -11,7 +11,7 @@ mod registry;
 mod subscriptions;
 
 pub use address::{RedisAddress, RedisAddressError};
-pub use announcer::Announcer;
+pub use announcer::{Announcer, USERS_MAX as MOVES_MAX};
 pub use link::{RedisConfig, RedisFault, RedisLink, RedisLinkCounters, connect};
 pub use locations::{Locations, LocationsConfig};
 pub use nodes::{Nodes, NodesConfig, NodesCounters};

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use crate::domain::budget::EventBudget;
 use crate::domain::command::Ticket;
 use crate::handoff::Doorbell;
 use crate::service::directory::Directory;
@@ -72,6 +73,8 @@ pub(super) struct Core {
     pub(super) remote: Option<Arc<dyn RemoteNodes>>,
     pub(super) dead_letters: Option<Arc<dyn DeadLetters>>,
     pub(super) encoder: Encoder,
+    /// Of the events that are on their way.
+    pub(super) budget: Arc<EventBudget>,
     pub(super) returned: Sender<Returned>,
     pub(super) bell: Arc<Doorbell>,
     pub(super) warned: Option<Instant>,
@@ -239,12 +242,22 @@ impl Core {
         self.directory.sessions_of(user, |session| links.gather(session));
     }
 
+    /// Whether another event may be made.
+    pub(super) fn has_memory(&self) -> bool {
+        let has_room = self.budget.has_room();
+        if !has_room {
+            self.counters.waits_for_memory.add(1);
+        }
+        has_room
+    }
+
     /// Encodes for those who were gathered and pushes. Returns the shards that will report.
     fn deliver(&mut self, record: &Record<'_>, appended_at_ms: u64, ticket: Option<Ticket>) -> u32 {
         if self.links.concerned() == 0 {
             return 0;
         }
         let event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
+        let event = event.charged_to(&self.budget, self.links.recipients_bytes());
         self.counters.deliveries.add(self.links.concerned() as u64);
         self.counters.recipients.add(self.links.recipients() as u64);
         self.links.deliver(&Arc::new(event), ticket)

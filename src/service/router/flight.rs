@@ -55,6 +55,9 @@ pub(super) struct Flights {
     forwards: usize,
 }
 
+/// Memory of one record that is under way and of its hand-off's deadline, bytes.
+pub(super) const ENTRY_BYTES: usize = 2 * size_of::<Flight>() + size_of::<(u64, Ticket)>();
+
 /// What a report led to.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Reported {

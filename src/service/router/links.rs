@@ -70,6 +70,11 @@ impl Links {
         self.recipients
     }
 
+    /// Memory of the lists of recipients, bytes.
+    pub(super) fn recipients_bytes(&self) -> u64 {
+        (self.recipients * size_of::<(ConnectionKey, Encoding)>()) as u64
+    }
+
     /// Shards among the gathered sessions.
     pub(super) fn concerned(&self) -> usize {
         self.concerned.len()

@@ -2,11 +2,13 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 
 use slab::Slab;
 
+use crate::domain::budget::EventBudget;
 use crate::service::encode::Encoder;
 use crate::service::offsets::OffsetWindow;
 use crate::service::ports::RouterInput;
@@ -38,14 +40,15 @@ pub struct Router {
     inbox_lanes: Vec<Lane>,
     commands: Receiver<LaneCommand>,
     inbox: Receiver<RouterInput>,
+    inbox_bytes: Arc<AtomicUsize>,
     returned: Receiver<Returned>,
 }
 
 impl Router {
     /// A router and the way to reach it.
     pub fn new(parts: RouterParts) -> (Self, RouterControl) {
-        let (control, ControlEnds { lanes: commands, inbox }) =
-            control(Arc::clone(&parts.bell), parts.config.inbox_slots);
+        let (control, ControlEnds { lanes: commands, inbox, inbox_bytes }) =
+            control(Arc::clone(&parts.bell), &parts.config);
         let (returned_sender, returned) = channel();
         parts.membership.wake(Arc::clone(&parts.bell));
         let core = Core {
@@ -58,13 +61,15 @@ impl Router {
             remote: parts.remote,
             dead_letters: parts.dead_letters,
             encoder: Encoder::new(parts.config.compression),
+            budget: EventBudget::new(parts.config.event_bytes_max),
             returned: returned_sender,
             bell: parts.bell,
             warned: None,
             lane_serial: 0,
         };
         let inbox_lanes = (0..INBOX_LANES).map(|_| Lane::new(LaneKey(u64::MAX), None)).collect();
-        let router = Self { core, lanes: Slab::new(), inbox_lanes, commands, inbox, returned };
+        let router =
+            Self { core, lanes: Slab::new(), inbox_lanes, commands, inbox, inbox_bytes, returned };
         (router, control)
     }
 
@@ -108,6 +113,7 @@ impl Router {
         let counters = &self.core.counters;
         counters.records_under_way.set(self.core.flights.len() as u64);
         let waiting = self.lanes.iter().map(|(_, lane)| lane).chain(&self.inbox_lanes);
+        counters.event_bytes.set(self.core.budget.held());
         counters.records_waiting.set(waiting.map(|lane| lane.len() as u64).sum());
         ControlFlow::Continue(moved)
     }
@@ -119,7 +125,9 @@ impl Router {
             lane.waiting.is_some() || lane.log.as_ref().is_some_and(|log| log.revoked.is_some())
         });
         let inbox_waits = self.inbox_lanes.iter().any(|lane| lane.waiting.is_some());
-        if timed || waits || inbox_waits { RETRY_SLEEP_MS } else { SLEEP_MS_MAX }
+        // Events without a ticket (from other nodes, presence) report to nobody when they are gone.
+        let full = !self.core.budget.has_room();
+        if timed || waits || inbox_waits || full { RETRY_SLEEP_MS } else { SLEEP_MS_MAX }
     }
 
     fn take_commands(&mut self) -> ControlFlow<(), bool> {
@@ -229,7 +237,8 @@ impl Router {
     fn take_inbox(&mut self, now_ms: u64) -> bool {
         let mut moved = false;
         for _ in 0..self.core.config.batch_max {
-            let full = |lane: &Lane| lane.len() >= INBOX_LANE_MAX;
+            let bytes_max = self.core.config.inbox_bytes_max / INBOX_LANES;
+            let full = |lane: &Lane| lane.len() >= INBOX_LANE_MAX || lane.bytes() >= bytes_max;
             if let Some(lane) = self.inbox_lanes.iter_mut().find(|lane| full(lane)) {
                 match lane.waiting {
                     // Others must not wait for a conversation that cannot be routed.
@@ -242,6 +251,7 @@ impl Router {
                 }
             }
             let Ok(input) = self.inbox.try_recv() else { break };
+            self.inbox_bytes.fetch_sub(input.bytes(), Ordering::Relaxed);
             moved = true;
             let lane = &mut self.inbox_lanes[order_of(&input) % INBOX_LANES];
             let (value, origin) = match input {

@@ -35,6 +35,9 @@ impl Core {
         {
             return false;
         }
+        if lane.is_empty() || !self.has_memory() {
+            return false;
+        }
         let (Some(pending), log) = lane.front() else { return false };
         let first = pending.since_ms.is_none();
         let since_ms = *pending.since_ms.get_or_insert(now_ms);
@@ -98,6 +101,9 @@ impl Core {
     fn take(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
         let key = &mut lane.key;
         let Some(log) = lane.log.as_mut().filter(|log| log.takes()) else { return false };
+        if !self.has_memory() {
+            return false;
+        }
         let LogLane { log, source, window, progress, .. } = log;
         let mut waits = None;
         let took = source.poll(&mut |raw| {

@@ -139,6 +139,27 @@ fn full_ring_stops_its_partitions_and_room_lets_them_go_on() {
 }
 
 #[test]
+fn events_under_way_take_no_more_memory_than_they_may() {
+    let mut world = World::new(With { event_bytes: Some(1), ..With::default() });
+    let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 1));
+    let (log, _) = world.assign(0);
+    let (other, _) = world.assign(1);
+    log.append(0, created("c", &["alice"]));
+    world.settle();
+    other.append(0, created("d", &["bob"]));
+    world.settle();
+    assert_eq!(other.len(), 1, "one may go beyond, and nothing follows it");
+    assert!(world.counters.event_bytes.get() > 0);
+    assert!(world.counters.waits_for_memory.get() > 0);
+    // Whoever has it in hand lets go of it.
+    assert_eq!(world.taken(0), [[alice]]);
+    world.settle();
+    assert_eq!(world.taken(1), [[bob]]);
+    world.settle();
+    assert_eq!(world.counters.event_bytes.get(), 0);
+}
+
+#[test]
 fn window_bounds_what_is_under_way() {
     let mut world = World::new(With { window: Some(2), ..With::default() });
     world.connect("alice", "a", 0);

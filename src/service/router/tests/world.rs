@@ -189,6 +189,8 @@ pub(super) struct With {
     pub(super) letters: bool,
     /// Records of a partition under way.
     pub(super) window: Option<usize>,
+    /// Memory of events on their way.
+    pub(super) event_bytes: Option<u64>,
 }
 
 impl World {
@@ -222,6 +224,7 @@ impl World {
         let (router, control) = Router::new(RouterParts {
             config: RouterConfig {
                 window_records_max: with.window.unwrap_or(defaults.window_records_max),
+                event_bytes_max: with.event_bytes.unwrap_or(defaults.event_bytes_max),
                 ..defaults
             },
             counters: Arc::clone(&counters),

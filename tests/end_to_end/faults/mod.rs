@@ -4,6 +4,7 @@
 mod scene;
 mod table;
 
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -12,7 +13,7 @@ use tonic::Code;
 use crate::support::neighbours::{Manner, Method};
 use crate::support::node::NodeBuilder;
 use crate::support::proxy::Proxy;
-use scene::{Outcome, Scene};
+use scene::{Outcome, Scene, Size, USUAL};
 
 const WARM_UP: Duration = Duration::from_secs(5);
 const AFTERWARDS: Duration = Duration::from_secs(10);
@@ -42,71 +43,101 @@ fn nothing_missed_live(outcome: &Outcome) {
     assert_eq!(outcome.missed_live, 0, "missed by sessions that stayed: {outcome:?}");
 }
 
+/// The same, and the other nodes saw no more handshakes than they are told to expect.
+fn nothing_lost_and_nobody_stormed(outcome: &Outcome) {
+    nothing_lost_in_order(outcome);
+    for drain in &outcome.drains {
+        assert!(drain.sessions > 0, "nobody was there: {outcome:?}");
+        assert!(drain.handshakes_per_s <= drain.budget_per_s, "a storm: {outcome:?}");
+    }
+}
+
+/// Each with what shows it on the metrics page of a node, which is what its row says.
 macro_rules! faults {
-    ($($name:ident($scene:ident: $nodes:literal, $adapt:expr) $fault:block => $judge:ident;)+) => {$(
-        #[test]
-        #[ignore = "needs Kafka, Redis and minutes: tests/run faults"]
-        fn $name() {
-            let mut $scene = Scene::start($nodes, $adapt);
-            $scene.run(WARM_UP);
-            $fault
-            $scene.run(AFTERWARDS);
-            $judge(&$scene.finish(stringify!($name)));
-        }
-    )+};
+    ($($name:ident($scene:ident: $nodes:literal, $size:expr, $adapt:expr) $fault:block
+        => $judge:ident, shown by [$($metric:literal),*];)+) => {
+        $(
+            #[test]
+            #[ignore = "needs Kafka, Redis and minutes: tests/run faults"]
+            fn $name() {
+                let mut $scene = Scene::start($nodes, $size, $adapt);
+                $scene.run(WARM_UP);
+                $fault
+                $scene.run(AFTERWARDS);
+                let outcome = $scene.finish(stringify!($name));
+                $judge(&outcome);
+                let metrics: &[&str] = &[$($metric),*];
+                for metric in metrics {
+                    assert!(outcome.shows(metric), "{metric} did not grow: {outcome:?}");
+                }
+            }
+        )+
+
+        /// In the order of the table.
+        const SHOWN_BY: &[(&str, &[&str])] = &[$((stringify!($name), &[$($metric),*])),+];
+    };
 }
 
 faults! {
-    no_fault(scene: 2, plain) {
+    // Promise: “At least once to every session that stays.”
+    no_fault(scene: 2, USUAL, plain) {
         scene.run(seconds(20));
-    } => nothing_missed_live;
+    } => nothing_missed_live, shown by [];
 
-    no_fault_broadcast(scene: 2, broadcast) {
+    no_fault_broadcast(scene: 2, USUAL, broadcast) {
         scene.run(seconds(20));
-    } => nothing_missed_live;
+    } => nothing_missed_live, shown by [];
 
-    node_killed(scene: 2, plain) {
+    node_killed(scene: 2, USUAL, plain) {
         scene.kill_node(0);
         scene.run(seconds(20));
         scene.start_node(0);
         scene.run_until_ready(0);
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_kafka_rebalances_total"];
 
-    node_killed_broadcast(scene: 2, broadcast) {
+    node_killed_broadcast(scene: 2, USUAL, broadcast) {
         scene.kill_node(0);
         scene.run(seconds(20));
         scene.start_node(0);
         scene.run_until_ready(0);
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by [];
 
-    node_stopped_for_30_s(scene: 2, plain) {
+    node_stopped_for_30_s(scene: 2, USUAL, plain) {
         scene.nodes[0].as_ref().expect("running").signal(Signal::STOP);
         scene.run(seconds(30));
         scene.nodes[0].as_ref().expect("running").signal(Signal::CONT);
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by [];
 
-    kafka_killed_and_back(scene: 2, plain) {
+    // Promise: “Sockets stay up, readiness says what is missing, and work resumes by itself,”
+    kafka_killed_and_back(scene: 2, USUAL, plain) {
         scene.kafka.kill();
         scene.run(seconds(10));
         scene.kafka.launch();
         scene.run(seconds(20));
-    } => nothing_missed_live;
+    } => nothing_missed_live, shown by ["delivery_kafka_errors_total"];
 
-    kafka_unreachable_for_60_s(scene: 2, plain) {
+    kafka_unreachable_for_60_s(scene: 2, USUAL, plain) {
         scene.kafka_proxy.cut();
         scene.run(seconds(60));
         scene.kafka_proxy.heal();
         scene.run(seconds(10));
-    } => nothing_missed_live;
+    } => nothing_missed_live, shown by ["delivery_kafka_errors_total"];
 
-    redis_killed_and_back(scene: 2, plain) {
+    redis_killed_and_back(scene: 2, USUAL, plain) {
         scene.redis.kill();
         scene.run(seconds(15));
         scene.redis.launch();
         scene.run(seconds(30));
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_redis_commands_failed_total"];
 
-    presence_down(scene: 2, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
+    redis_unreachable_for_30_s(scene: 2, USUAL, plain) {
+        scene.redis_proxy.cut();
+        scene.run(seconds(30));
+        scene.redis_proxy.heal();
+        scene.run(seconds(15));
+    } => nothing_lost_in_order, shown by ["delivery_redis_commands_failed_total", "delivery_redis_subscription_gaps_total"];
+
+    presence_down(scene: 2, USUAL, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
             scene.neighbours.set(method, Manner::Failing(Code::Unavailable));
         }
@@ -115,9 +146,9 @@ faults! {
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
             scene.neighbours.set(method, Manner::Well);
         }
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_presence_failures_total"];
 
-    presence_hanging(scene: 2, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
+    presence_hanging(scene: 2, USUAL, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
             scene.neighbours.set(method, Manner::Hanging);
         }
@@ -126,39 +157,39 @@ faults! {
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
             scene.neighbours.set(method, Manner::Well);
         }
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_presence_failures_total"];
 
-    conversation_service_down(scene: 2, plain) {
+    conversation_service_down(scene: 2, USUAL, plain) {
         scene.neighbours.set(Method::Members, Manner::Failing(Code::Unavailable));
         scene.neighbours.set(Method::List, Manner::Failing(Code::Unavailable));
         scene.drop_sessions(3);
         scene.run(seconds(20));
         scene.neighbours.set(Method::Members, Manner::Well);
         scene.neighbours.set(Method::List, Manner::Well);
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_conversation_service_failures_total"];
 
-    message_service_hanging(scene: 2, plain) {
-        scene.neighbours.set(Method::Sync, Manner::Hanging);
-        scene.drop_sessions(3);
-        scene.run(seconds(20));
-        scene.neighbours.set(Method::Sync, Manner::Well);
-    } => nothing_lost_in_order;
-
-    message_service_down(scene: 2, plain) {
+    message_service_down(scene: 2, USUAL, plain) {
         scene.neighbours.set(Method::Sync, Manner::Failing(Code::Unavailable));
         scene.drop_sessions(3);
         scene.run(seconds(20));
         scene.neighbours.set(Method::Sync, Manner::Well);
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_message_service_failures_total"];
 
-    node_added_and_removed(scene: 2, plain) {
+    message_service_hanging(scene: 2, USUAL, plain) {
+        scene.neighbours.set(Method::Sync, Manner::Hanging);
+        scene.drop_sessions(3);
+        scene.run(seconds(20));
+        scene.neighbours.set(Method::Sync, Manner::Well);
+    } => nothing_lost_in_order, shown by ["delivery_message_service_timeouts_total"];
+
+    node_added_and_removed(scene: 2, USUAL, plain) {
         scene.add_node(|node| node.set("INSTANCE_ID", "node-2"));
         scene.run_until_ready(2);
         scene.run(seconds(10));
         scene.stop_node(2, seconds(30));
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_kafka_rebalances_total"];
 
-    client_network_cut_without_fin(scene: 2, |_, node| {
+    client_network_cut_without_fin(scene: 2, USUAL, |_, node| {
         node.set("PING_INTERVAL", "4s").set("IDLE_TIMEOUT", "8s")
     }) {
         let proxy = Proxy::start(scene.nodes[0].as_ref().expect("running").public);
@@ -168,19 +199,48 @@ faults! {
         scene.run(seconds(3));
         scene.desert(proxy.address);
         scene.run(seconds(15));
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_shard_ended_total{reason=\"peer_silent\"}"];
 
-    disk_full_for_logs(scene: 2, |_, node| node.output("/dev/full").set("LOG_LEVEL", "debug")) {
+    disk_full_for_logs(scene: 2, USUAL, |_, node| node.output("/dev/full").set("LOG_LEVEL", "debug")) {
         scene.drop_sessions(3);
         scene.run(seconds(15));
-    } => nothing_lost_in_order;
+    } => nothing_lost_in_order, shown by ["delivery_log_write_errors_total"];
 
-    three_nodes_rolled(scene: 3, |_, node| node.set("DRAIN_PERIOD", "5s")) {
+    // Promise: “No storm after a drain.”
+    three_nodes_rolled(scene: 3, Size { sessions: 3_000, conversations: 600 }, |_, node| {
+        node.set("DRAIN_PERIOD", "10s")
+    }) {
         for number in 0..3 {
-            scene.stop_node(number, seconds(30));
+            scene.drain_node(number, seconds(10));
             scene.start_node(number);
             scene.run_until_ready(number);
             scene.run(seconds(3));
         }
-    } => nothing_lost_in_order;
+    } => nothing_lost_and_nobody_stormed, shown by [];
+}
+
+/// Each row of the table names the metrics by which its test sees that the fault shows, in the order
+/// of the tests.
+#[test]
+fn table_says_what_the_tests_see() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/faults.md");
+    let page = std::fs::read_to_string(path).expect("the page");
+    let rows: Vec<_> = page
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| fault |"))
+        .filter(|line| !line.starts_with("| ---"))
+        .take(SHOWN_BY.len() + 1)
+        .collect();
+    assert_eq!(rows.len(), SHOWN_BY.len(), "one row for each test");
+    for (row, (test, metrics)) in rows.iter().zip(SHOWN_BY) {
+        let shown = row.trim_end_matches(['|', ' ']).rsplit(" | ").next().unwrap_or_default();
+        let named: Vec<_> = shown.split('`').skip(1).step_by(2).collect();
+        for metric in *metrics {
+            assert!(named.contains(metric), "{test} sees {metric}; its row: {row}");
+        }
+        // The rest are gauges and what is seen beside the metrics page.
+        let counters = named.iter().filter(|name| name.contains("_total"));
+        let unseen: Vec<_> = counters.filter(|name| !metrics.contains(*name)).collect();
+        assert!(unseen.is_empty(), "{test} sees nothing of {unseen:?}");
+    }
 }

@@ -1,6 +1,8 @@
 //! A small RealChat under steady load: Kafka, Redis and neighbours of our own, some Delivery nodes,
 //! and clients that reconnect and resume as `docs/guarantees.md` tells them to.
 
+mod drain;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -14,10 +16,20 @@ use crate::support::publisher::{Publisher, message, new_topic};
 use crate::support::tally::{Tally, Totals, resume_request};
 use crate::support::world::{Chance, World};
 
+use drain::{Drained, told_to_wait};
+
+/// How much of everything.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Size {
+    pub(super) sessions: usize,
+    pub(super) conversations: usize,
+}
+
+/// Of a row of the table unless it says otherwise.
+pub(super) const USUAL: Size = Size { sessions: 300, conversations: 60 };
+
 /// Messages published each second.
 const RATE: u32 = 200;
-const SESSIONS: usize = 300;
-const CONVERSATIONS: usize = 60;
 const MEMBERS_MAX: usize = 30;
 /// From the end of a session to the next attempt: a back-off with jitter between these.
 const BACK_OFF_MS: (usize, usize) = (100, 600);
@@ -36,7 +48,7 @@ struct Session {
     /// The connection, open or opening, with the time it was begun.
     client: Option<(ClientId, Instant)>,
     reconnect_at: Option<Instant>,
-    /// The node to try next.
+    /// The node to try next, or the one that it is connected to.
     node: usize,
     /// Connects through this instead of directly to its first node.
     through: Option<std::net::SocketAddr>,
@@ -51,6 +63,22 @@ pub(super) struct Outcome {
     pub(super) missed_live: u64,
     pub(super) longest_stall: Duration,
     pub(super) reconnects: u64,
+    /// Counters that grew, all nodes together.
+    pub(super) grown: BTreeMap<String, f64>,
+    /// What the other nodes saw of each drain.
+    pub(super) drains: Vec<Drained>,
+}
+
+impl Outcome {
+    /// Whether a counter grew, given as on a page: with one label or without.
+    pub(super) fn shows(&self, metric: &str) -> bool {
+        let (name, label) = metric.split_once('{').unwrap_or((metric, "}"));
+        let label = label.trim_end_matches('}');
+        self.grown.keys().any(|series| {
+            let (own, labels) = series.split_once('{').unwrap_or((series, ""));
+            own == name && labels.contains(label)
+        })
+    }
 }
 
 /// See the module.
@@ -58,6 +86,7 @@ pub(super) struct Scene {
     pub(super) kafka: OwnService,
     pub(super) kafka_proxy: Proxy,
     pub(super) redis: OwnService,
+    pub(super) redis_proxy: Proxy,
     pub(super) neighbours: FakeNeighbours,
     builders: Vec<NodeBuilder>,
     pub(super) nodes: Vec<Option<Node>>,
@@ -65,6 +94,9 @@ pub(super) struct Scene {
     fleet: Fleet,
     sessions: Vec<Session>,
     owners: Vec<usize>,
+    /// When each connection was answered with 101, and by which node.
+    handshakes: Vec<(Instant, usize)>,
+    drains: Vec<Drained>,
     publisher: Publisher,
     conversations: Vec<String>,
     last: Vec<i64>,
@@ -80,15 +112,20 @@ pub(super) struct Scene {
 
 impl Scene {
     /// Starts everything and waits until all sessions are open. `adapt` changes a node's settings.
-    pub(super) fn start(nodes: usize, adapt: impl Fn(usize, NodeBuilder) -> NodeBuilder) -> Self {
+    pub(super) fn start(
+        nodes: usize,
+        size: Size,
+        adapt: impl Fn(usize, NodeBuilder) -> NodeBuilder,
+    ) -> Self {
         let port = free_port();
         let kafka_proxy = Proxy::start(([127, 0, 0, 1], port).into());
         let kafka = OwnService::kafka(port, kafka_proxy.address);
         let redis = OwnService::redis();
+        let redis_proxy = Proxy::start(redis.address);
         let neighbours = FakeNeighbours::start();
         let brokers = kafka_proxy.address.to_string();
         let topic = new_topic(&brokers, "faults", 6);
-        let world = World::new(3, CONVERSATIONS, MEMBERS_MAX, SESSIONS);
+        let world = World::new(3, size.conversations, MEMBERS_MAX, size.sessions);
         neighbours.known().members = world
             .conversations
             .iter()
@@ -101,7 +138,7 @@ impl Scene {
                     .set("KAFKA_BROKERS", &brokers)
                     .set("KAFKA_TOPICS", &topic)
                     .set("KAFKA_GROUP", &topic)
-                    .set("REDIS_ADDR", redis.address)
+                    .set("REDIS_ADDR", redis_proxy.address)
                     .set("MSG_SVC_ADDR", neighbours.address())
                     .set("CONV_SVC_ADDR", neighbours.address())
                     .set("PRESENCE_SVC_ADDR", neighbours.address())
@@ -118,7 +155,7 @@ impl Scene {
             tally: Tally::default(),
             client: None,
             reconnect_at: Some(Instant::now()),
-            node: number % nodes,
+            node: number,
             through: None,
         });
         let mut scene = Self {
@@ -129,6 +166,8 @@ impl Scene {
             world,
             fleet: Fleet::new(),
             owners: Vec::new(),
+            handshakes: Vec::new(),
+            drains: Vec::new(),
             chance: Chance::new(11),
             began: Instant::now(),
             next_message_at: Instant::now(),
@@ -141,6 +180,7 @@ impl Scene {
             kafka,
             kafka_proxy,
             redis,
+            redis_proxy,
             neighbours,
         };
         scene.settle("all sessions are open", CONNECTED_WITHIN, |scene| scene.all_open());
@@ -189,10 +229,11 @@ impl Scene {
 
     /// Reads what came, and lets sessions whose time has come reconnect.
     fn turn(&mut self) {
-        let Self { fleet, sessions, owners, began, longest_stall, endings, chance, .. } = self;
+        let Self { fleet, sessions, owners, began, longest_stall, endings, .. } = self;
+        let Self { chance, handshakes, .. } = self;
         fleet.turn(Duration::from_millis(2), &mut |client, seen| {
             let session = &mut sessions[owners[client]];
-            let code = match seen {
+            let (code, reason) = match seen {
                 Seen::Binary(payload) => {
                     if let Some(content) = session.tally.saw(payload) {
                         let sent = content.split(' ').next().and_then(|ms| ms.parse().ok());
@@ -201,15 +242,22 @@ impl Scene {
                     }
                     return;
                 }
-                Seen::Closed(code, _) => code,
-                Seen::Refused(status, _) => status,
-                Seen::Gone => 0,
-                Seen::Open(_) | Seen::Text(_) | Seen::Ping | Seen::Pong(_) => return,
+                Seen::Closed(code, reason) => (code, reason),
+                Seen::Refused(status, _) => (status, ""),
+                Seen::Gone => (0, ""),
+                Seen::Open(_) => {
+                    handshakes.push((Instant::now(), session.node));
+                    return;
+                }
+                Seen::Text(_) | Seen::Ping | Seen::Pong(_) => return,
             };
             // The end of a connection that was given up already is no news.
             if session.client.is_some_and(|(id, _)| id == client) {
                 *endings.entry(code).or_default() += 1;
-                session.retry_later(chance);
+                match told_to_wait(reason) {
+                    Some(wait) => session.retry_after(wait),
+                    None => session.retry_later(chance),
+                }
             }
         });
         let now = Instant::now();
@@ -228,14 +276,17 @@ impl Scene {
         }
     }
 
+    /// Connects to the next node that accepts, as behind a load balancer.
     fn reconnect(&mut self, number: usize) {
         let session = &mut self.sessions[number];
-        let node = self.nodes[session.node].as_ref();
-        let address = session.through.or(node.map(|node| node.public));
-        let connected = address.and_then(|address| {
+        let (nodes, fleet) = (&self.nodes, &mut self.fleet);
+        let connected = (0..nodes.len()).find_map(|_| {
+            session.node = (session.node + 1) % nodes.len();
+            let node = nodes[session.node].as_ref();
+            let address = session.through.or(node.map(|node| node.public))?;
             let first_message = Some(resume_request(&session.tally));
             let connect = Connect::session(address, &session.user, &session.device);
-            self.fleet.connect(&Connect { first_message, ..connect }).ok()
+            fleet.connect(&Connect { first_message, ..connect }).ok()
         });
         self.reconnects += 1;
         match connected {
@@ -247,7 +298,6 @@ impl Scene {
             }
             None => session.retry_later(&mut self.chance),
         }
-        session.node = (session.node + 1) % self.nodes.len();
     }
 
     /// Gives up the connections of the sessions of this node as a client does that hears nothing,
@@ -392,8 +442,10 @@ impl Scene {
             missed_live,
             longest_stall,
             reconnects: self.reconnects,
+            grown: self.changed_counters(),
+            drains: std::mem::take(&mut self.drains),
         };
-        super::table::write(name, &outcome, &self.endings, &self.changed_counters());
+        super::table::write(name, &outcome, &self.endings);
         outcome
     }
 
@@ -412,7 +464,11 @@ impl Scene {
 impl Session {
     fn retry_later(&mut self, chance: &mut Chance) {
         let wait = BACK_OFF_MS.0 + chance.below(BACK_OFF_MS.1 - BACK_OFF_MS.0);
+        self.retry_after(Duration::from_millis(wait as u64));
+    }
+
+    fn retry_after(&mut self, wait: Duration) {
         self.client = None;
-        self.reconnect_at = Some(Instant::now() + Duration::from_millis(wait as u64));
+        self.reconnect_at = Some(Instant::now() + wait);
     }
 }

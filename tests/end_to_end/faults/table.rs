@@ -12,13 +12,8 @@ use super::scene::Outcome;
 const ORDINARY: [&str; 4] = ["_bucket", "_sum", "_count", "_bytes"];
 
 /// Prints a row, and appends it to `faults.md` in the target folder.
-pub(super) fn write(
-    name: &str,
-    outcome: &Outcome,
-    endings: &BTreeMap<u16, u64>,
-    counters: &BTreeMap<String, f64>,
-) {
-    let Outcome { published, totals, missed_live, longest_stall, reconnects } = outcome;
+pub(super) fn write(name: &str, outcome: &Outcome, endings: &BTreeMap<u16, u64>) {
+    let Outcome { published, totals, missed_live, longest_stall, reconnects, .. } = outcome;
     let endings = endings.iter().map(|(code, count)| match code {
         0 => format!("{count} × no close frame"),
         _ => format!("{count} × {code}"),
@@ -33,8 +28,11 @@ pub(super) fn write(
         longest_stall.as_secs_f32(),
         endings.join(", ")
     );
+    for drain in &outcome.drains {
+        writeln!(row, "    {drain:?}").expect("a string takes it");
+    }
     print!("{row}");
-    for (series, value) in counters {
+    for (series, value) in &outcome.grown {
         let metric = series.split('{').next().unwrap_or(series);
         if metric.starts_with("delivery_") && !ORDINARY.iter().any(|end| metric.ends_with(end)) {
             writeln!(row, "    {series} +{value}").expect("a string takes it");

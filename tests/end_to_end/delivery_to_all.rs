@@ -169,6 +169,7 @@ fn every_session_receives_its_own(
     run.node.metrics()
 }
 
+/// Promise: “In order per conversation.”
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn hundred_thousand_events_reach_every_device_of_every_member() {

@@ -1,9 +1,9 @@
-//! Documents that name tests name tests that exist.
+//! Documents that name tests name tests that exist, and what they promise is quoted by tests.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::source::{read, report, root, rust_files};
+use super::source::{read, report, root, rust_files, without_tests};
 
 /// The names of all test functions of the tree.
 fn tests() -> BTreeSet<String> {
@@ -95,5 +95,127 @@ fn every_sentence_of_the_contract_names_a_test_that_exists() {
         }
     }
     assert!(rows > 40, "only {rows} rows");
+    report(&findings);
+}
+
+/// What a comment of a test quotes from `docs/guarantees.md`.
+const QUOTE: &str = "Promise: “";
+
+/// Each quote with where it stands; none without a test right after it.
+fn quotes() -> Vec<(String, String)> {
+    let mut quotes = Vec::new();
+    for path in ["src", "tests"].into_iter().flat_map(rust_files) {
+        let source = read(&path);
+        let lines: Vec<_> = source.lines().collect();
+        for (number, line) in lines.iter().enumerate().filter(|(_, line)| line.contains(QUOTE)) {
+            let Some(quote) = line.trim().strip_prefix("// ").or(line.trim().strip_prefix("/// "))
+            else {
+                continue;
+            };
+            let Some(quote) = quote.strip_prefix(QUOTE).and_then(|quote| quote.strip_suffix('”'))
+            else {
+                continue;
+            };
+            let after = &lines[number + 1..lines.len().min(number + 8)];
+            let is_test = |line: &str| {
+                ["#[test]", "#[tokio::test", "(scene: "].iter().any(|mark| line.contains(mark))
+            };
+            assert!(after.iter().any(|line| is_test(line)), "no test after {line}");
+            quotes.push((format!("{}:{}", path.display(), number + 1), quote.to_owned()));
+        }
+    }
+    quotes
+}
+
+#[test]
+fn every_promise_is_quoted_by_a_test_and_every_quote_is_a_promise() {
+    let page = read(Path::new("docs/guarantees.md"));
+    let page = page.split_whitespace().collect::<Vec<_>>().join(" ");
+    // The promises are what is in bold.
+    let promises: Vec<_> = page.split("**").skip(1).step_by(2).collect();
+    assert!(promises.len() >= 8, "only {promises:?}");
+    let quotes = quotes();
+    let mut findings = Vec::new();
+    for promise in &promises {
+        if !quotes.iter().any(|(_, quote)| quote == promise) {
+            findings.push(format!("no test quotes “{promise}”"));
+        }
+    }
+    for (place, quote) in &quotes {
+        if !promises.contains(&quote.as_str()) {
+            findings.push(format!("{place}: not a promise of docs/guarantees.md: “{quote}”"));
+        }
+    }
+    report(&findings);
+}
+
+/// The constants of `CloseCode` by name.
+fn close_codes() -> Vec<(String, String)> {
+    let source = read(Path::new("src/domain/close.rs"));
+    let constants = source.lines().filter_map(|line| {
+        let (name, value) = line.trim().strip_prefix("pub const ")?.split_once(": Self = Self(")?;
+        Some((name.to_owned(), value.trim_end_matches(");").to_owned()))
+    });
+    constants.collect()
+}
+
+/// `Close::new(CloseCode::NAME, "reason")` wherever the program says it.
+fn closes() -> Vec<(String, String)> {
+    let mut closes = Vec::new();
+    for path in rust_files("src") {
+        let source = read(&path);
+        for call in without_tests(&source).split("CloseCode::").skip(1) {
+            let Some((name, rest)) = call.split_once(',') else { continue };
+            let reason = rest.trim_start().strip_prefix('"').and_then(|rest| rest.split_once('"'));
+            if let Some((reason, _)) = reason
+                && name.chars().all(|c| c.is_ascii_uppercase() || c == '_')
+            {
+                closes.push((name.to_owned(), reason.to_owned()));
+            }
+        }
+    }
+    closes
+}
+
+#[test]
+fn every_close_code_and_fixed_reason_is_in_the_table_for_clients() {
+    let page = read(Path::new("docs/guarantees.md"));
+    let rows: Vec<(&str, &str)> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.split_once(" | "))
+        .filter(|(code, _)| code.len() == 4 && code.bytes().all(|b| b.is_ascii_digit()))
+        .map(|(code, rest)| (code, rest.split(" |").next().unwrap_or_default()))
+        .collect();
+    let codes = close_codes();
+    assert!(codes.len() >= 13, "{codes:?}");
+    let mut findings = Vec::new();
+    for (name, code) in &codes {
+        if !rows.iter().any(|(row, _)| row == code) {
+            findings.push(format!("{code} ({name}) is not in the table"));
+        }
+    }
+    for (row, _) in &rows {
+        if !codes.iter().any(|(_, code)| code == row) {
+            findings.push(format!("no such close code: {row}"));
+        }
+    }
+    let closes = closes();
+    assert!(closes.len() >= 8, "{closes:?}");
+    for (name, reason) in &closes {
+        let code = codes.iter().find(|(known, _)| known == name).map(|(_, code)| code.as_str());
+        let Some((row, reasons)) = rows.iter().find(|(row, _)| Some(*row) == code) else {
+            findings.push(format!("{name} “{reason}” has no row"));
+            continue;
+        };
+        // A row without words of its own says what the reason is about.
+        let listed: Vec<_> = reasons.split('`').skip(1).step_by(2).collect();
+        if !listed.is_empty()
+            && !listed
+                .iter()
+                .any(|known| reason.starts_with(known.split(" N ").next().unwrap_or(known)))
+        {
+            findings.push(format!("{row}: the reason “{reason}” is not among {listed:?}"));
+        }
+    }
     report(&findings);
 }

@@ -20,6 +20,7 @@ fn names(users: &[&str]) -> Vec<String> {
     users.iter().map(|user| (*user).to_owned()).collect()
 }
 
+/// Promise: “At least once to every session that stays.”
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn every_member_gets_it_on_every_device_the_sender_included() {
@@ -73,6 +74,7 @@ fn added_member_gets_the_event_that_adds_him_and_all_after_it() {
     }
 }
 
+/// Promise: “Members are complete or unknown.”
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn member_added_while_the_list_was_not_cached_silences_nobody() {

@@ -86,6 +86,7 @@ fn caught_up_message_is_an_envelope_of_its_own() {
     assert_eq!(envelope.occurred_at, sent.sent_at);
 }
 
+/// Promise: “A session is live from its 101 on.”
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn live_events_wait_for_the_catch_up_and_come_once_in_order() {

@@ -56,6 +56,7 @@ impl Nodes {
     }
 }
 
+/// Promise: “A session that asks to resume misses no message.”
 #[test]
 #[ignore = "needs Kafka and Redis: tests/run end_to_end"]
 fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {

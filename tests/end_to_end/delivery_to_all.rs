@@ -159,7 +159,7 @@ fn every_session_receives_its_own(
     let mut run = Run::connect(node, World::new(1, 200, 100, 2_000), receive_buffer);
     let began = Instant::now();
     let mut publisher = Publisher::new(&brokers, &topic);
-    let published = run.publish(&mut publisher, EVENTS);
+    let published = run.publish(&mut publisher);
     println!(
         "{name}: {EVENTS} events, {} deliveries in {:.1} s",
         run.received(),

@@ -22,7 +22,7 @@ use prost::encoding::{WireType, encode_key, encode_varint};
 use serde::Serialize;
 
 use crate::domain::event::{Encoding, EncodingSet, Event};
-use crate::domain::ids::StreamPosition;
+use crate::domain::ids::{StreamKey, StreamPosition};
 use crate::protocol::deflate::{Compressor, WINDOW_BITS_MAX};
 use crate::protocol::frame::{self, Opcode};
 use crate::service::envelope::{Body, Record, repeated};
@@ -77,9 +77,10 @@ impl Encoder {
         wanted: EncodingSet,
         appended_at_ms: u64,
     ) -> Event {
-        let mut event = Event::new(position(record), appended_at_ms);
-        if let Some(conversation) = record.conversation() {
-            event = event.of_stream(stream_key(conversation));
+        let stream = record.conversation().map(stream_key);
+        let mut event = Event::new(position(record, stream), appended_at_ms);
+        if let Some(stream) = stream {
+            event = event.of_stream(stream);
         }
         let either = |plain, deflated| wanted.contains(plain) || wanted.contains(deflated);
         if either(Encoding::Binary, Encoding::BinaryDeflate) {
@@ -132,12 +133,10 @@ impl Encoder {
 }
 
 /// The place of a message within its conversation. Sequences count from 1 (contract §1).
-fn position(record: &Record<'_>) -> Option<StreamPosition> {
+fn position(record: &Record<'_>, stream: Option<StreamKey>) -> Option<StreamPosition> {
     match record.body {
-        Body::MessageSent { conversation, sequence }
-            if sequence > 0 && !conversation.is_empty() =>
-        {
-            Some(StreamPosition { stream: stream_key(conversation), sequence })
+        Body::MessageSent { sequence, .. } if sequence > 0 => {
+            Some(StreamPosition { stream: stream?, sequence })
         }
         _ => None,
     }

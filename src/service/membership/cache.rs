@@ -1,10 +1,12 @@
 //! The bounded map behind [`Membership`](super::Membership): spread over parts, each with a lock of
 //! its own and the second-chance rule for what must go.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
+
+use hashbrown::HashTable;
 
 use crate::service::membership::state::{Known, LogPlace, Members, State};
 use crate::service::membership::{MembershipConfig, MembershipCounters};
@@ -14,6 +16,9 @@ const PARTS: usize = 16;
 
 #[derive(Debug)]
 struct Entry {
+    conversation: Arc<str>,
+    /// Of the conversation: drawn once, used for the part and within it.
+    hash: u64,
     state: State,
     /// Read since the hand of the clock passed.
     used: AtomicBool,
@@ -21,10 +26,16 @@ struct Entry {
 
 #[derive(Debug, Default)]
 struct Part {
-    entries: HashMap<Arc<str>, Entry>,
-    /// Each key of `entries` once: the clock.
-    order: VecDeque<Arc<str>>,
+    entries: HashTable<Entry>,
+    /// Each conversation of `entries` once, with its hash: the clock.
+    order: VecDeque<(u64, Arc<str>)>,
     members: usize,
+}
+
+impl Part {
+    fn find(&self, hash: u64, conversation: &str) -> Option<&Entry> {
+        self.entries.find(hash, |entry| *entry.conversation == *conversation)
+    }
 }
 
 #[derive(Debug)]
@@ -62,8 +73,11 @@ impl Cache {
         }
     }
 
-    fn part(&self, conversation: &str) -> &RwLock<Part> {
-        &self.parts[self.hasher.hash_one(conversation) as usize % PARTS]
+    /// The hash of a conversation, and its part.
+    fn part(&self, conversation: &str) -> (u64, &RwLock<Part>) {
+        let hash = self.hasher.hash_one(conversation);
+        // The table uses the low bits for its groups and the high seven for its tags.
+        (hash, &self.parts[(hash >> 48) as usize % PARTS])
     }
 
     /// The list, if it is known and current: the way of almost every record.
@@ -73,8 +87,9 @@ impl Cache {
         at: Option<LogPlace>,
         now_ms: u64,
     ) -> Option<Members> {
-        let part = self.part(conversation).read().expect("no holder panics");
-        let entry = part.entries.get(conversation)?;
+        let (hash, part) = self.part(conversation);
+        let part = part.read().expect("no holder panics");
+        let entry = part.find(hash, conversation)?;
         match &entry.state {
             State::Known(known) if self.is_current(known, now_ms) => {
                 // A store only if it changes something: the line stays shared between routers.
@@ -90,9 +105,17 @@ impl Cache {
     /// Whether a list has not outlived its time. What is taken off the lifetime is drawn from the
     /// moment the list came, so it is the same at each look.
     pub(super) fn is_current(&self, known: &Known, now_ms: u64) -> bool {
+        if !self.ends {
+            return true;
+        }
         let lifetime = self.config.lifetime_ms;
+        let age = now_ms.saturating_sub(known.since_ms);
+        // Nothing is taken off more than a quarter: the draw is for the last one only.
+        if age < lifetime - lifetime / 4 {
+            return true;
+        }
         let spread = self.hasher.hash_one(known.since_ms) % (lifetime / 4).max(1);
-        !self.ends || now_ms < known.since_ms.saturating_add(lifetime - spread)
+        age < lifetime - spread
     }
 
     /// Lets `act` on the state of a conversation, made unknown if it was not here.
@@ -101,18 +124,20 @@ impl Cache {
         conversation: &str,
         act: impl FnOnce(&Arc<str>, &mut State) -> T,
     ) -> T {
-        let mut guard = self.part(conversation).write().expect("no holder panics");
+        let (hash, part) = self.part(conversation);
+        let mut guard = part.write().expect("no holder panics");
         let part = &mut *guard;
-        if !part.entries.contains_key(conversation) {
-            let key: Arc<str> = conversation.into();
-            part.order.push_back(Arc::clone(&key));
-            let entry = Entry { state: State::Unknown, used: AtomicBool::new(false) };
-            part.entries.insert(key, entry);
+        if part.find(hash, conversation).is_none() {
+            let conversation: Arc<str> = conversation.into();
+            part.order.push_back((hash, Arc::clone(&conversation)));
+            let entry =
+                Entry { conversation, hash, state: State::Unknown, used: AtomicBool::new(false) };
+            part.entries.insert_unique(hash, entry, |entry| entry.hash);
             self.counters.conversations.add(1);
         }
-        let (key, _) = part.entries.get_key_value(conversation).expect("just made sure");
-        let key = Arc::clone(key);
-        let entry = part.entries.get_mut(conversation).expect("just made sure");
+        let entry = part.entries.find_mut(hash, |entry| *entry.conversation == *conversation);
+        let entry = entry.expect("just made sure");
+        let key = Arc::clone(&entry.conversation);
         let result = self.act(&mut part.members, entry, |state| act(&key, state));
         self.evict(part, &key);
         result
@@ -124,9 +149,10 @@ impl Cache {
         conversation: &str,
         act: impl FnOnce(&mut State) -> T,
     ) -> Option<T> {
-        let mut guard = self.part(conversation).write().expect("no holder panics");
+        let (hash, part) = self.part(conversation);
+        let mut guard = part.write().expect("no holder panics");
         let part = &mut *guard;
-        let entry = part.entries.get_mut(conversation)?;
+        let entry = part.entries.find_mut(hash, |entry| *entry.conversation == *conversation)?;
         Some(self.act(&mut part.members, entry, act))
     }
 
@@ -153,16 +179,18 @@ impl Cache {
         let mut looks = 2 * part.order.len();
         while (part.entries.len() > conversations_max || part.members > members_max) && looks > 0 {
             looks -= 1;
-            let Some(key) = part.order.pop_front() else { break };
-            let entry = &part.entries[&key];
+            let Some((hash, key)) = part.order.pop_front() else { break };
+            let found = part.entries.find_entry(hash, |entry| *entry.conversation == *key);
+            let found = found.unwrap_or_else(|_| unreachable!("the clock holds the keys"));
+            let entry = found.get();
             let stays = key == *keep
                 || matches!(entry.state, State::Fetching(_))
                 || entry.used.swap(false, Ordering::Relaxed);
             if stays {
-                part.order.push_back(key);
+                part.order.push_back((hash, key));
                 continue;
             }
-            let entry = part.entries.remove(&key).expect("the clock holds the keys");
+            let (entry, _) = found.remove();
             part.members -= entry.state.weight();
             self.counters.members.sub(entry.state.weight() as u64);
             self.counters.conversations.sub(1);
@@ -175,7 +203,7 @@ impl Cache {
         for part in &self.parts {
             let mut guard = part.write().expect("no holder panics");
             let part = &mut *guard;
-            for entry in part.entries.values_mut() {
+            for entry in part.entries.iter_mut() {
                 self.act(&mut part.members, entry, |state| *state = State::Unknown);
             }
         }

@@ -27,7 +27,13 @@ impl Doorbell {
     /// Sleeper: announces that it is about to wait. Every ring must be looked into once more
     /// between this and the wait.
     pub fn about_to_sleep(&self) {
-        self.flag.about_to_sleep();
+        self.flag.about_to_sleep(false);
+    }
+
+    /// The same, but [`Doorbell::nudge`] does not wake it: for a sleeper that looks into its rings
+    /// again before long, and has no use for what it is nudged for until then.
+    pub fn about_to_sleep_soundly(&self) {
+        self.flag.about_to_sleep(true);
     }
 
     /// Sleeper: awake again. The eventfd is not read here: a ringer may have cleared the flag and
@@ -40,9 +46,20 @@ impl Doorbell {
     /// Ringer: wakes the sleeper if it sleeps. Call it after the push.
     pub fn ring(&self) {
         if self.flag.must_ring() {
-            // The only failure is EAGAIN at 2^64 - 1 unread rings, which is as good as a ring.
-            let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+            self.wake();
         }
+    }
+
+    /// Ringer: the same unless the sleeper sleeps soundly.
+    pub fn nudge(&self) {
+        if self.flag.must_nudge() {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        // The only failure is EAGAIN at 2^64 - 1 unread rings, which is as good as a ring.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }
 
     /// Sleeper: waits for a ring, at most `timeout_ms`. For threads that have no other thing to
@@ -76,6 +93,22 @@ mod tests {
         let bell = Doorbell::new().unwrap();
         bell.about_to_sleep();
         bell.ring();
+        bell.wait(u32::MAX);
+        bell.awake();
+    }
+
+    #[test]
+    fn nudge_wakes_only_the_light_sleeper() {
+        let bell = Doorbell::new().unwrap();
+        bell.about_to_sleep_soundly();
+        bell.nudge();
+        let unread = rustix::io::read(&bell.event, &mut [0; 8]);
+        assert_eq!(unread, Err(rustix::io::Errno::AGAIN));
+        bell.ring();
+        bell.wait(u32::MAX);
+        bell.awake();
+        bell.about_to_sleep();
+        bell.nudge();
         bell.wait(u32::MAX);
         bell.awake();
     }

@@ -62,6 +62,13 @@ impl<T> Producer<T> {
         }
     }
 
+    /// The same for what can wait: [`Doorbell::nudge`].
+    pub fn publish_quietly(&mut self) {
+        if !std::mem::replace(&mut self.rung, true) {
+            self.bell.nudge();
+        }
+    }
+
     /// Free slots: at least this many pushes will be accepted.
     pub fn free(&self) -> usize {
         self.ring.slots()

@@ -19,17 +19,20 @@ use super::atomic::{AtomicBool, Ordering, fence};
 #[derive(Debug)]
 pub(super) struct SleepFlag {
     sleeping: AtomicBool,
+    /// Written before `sleeping` is raised, and so seen by whoever sees that.
+    soundly: AtomicBool,
 }
 
 impl SleepFlag {
     /// Of an owner that is awake.
     pub(super) fn new() -> Self {
-        Self { sleeping: AtomicBool::new(false) }
+        Self { sleeping: AtomicBool::new(false), soundly: AtomicBool::new(false) }
     }
 
     /// Sleeper: from here on, whoever has pushed will ring, or the push is seen by a look that
-    /// follows.
-    pub(super) fn about_to_sleep(&self) {
+    /// follows; if it sleeps soundly, only whoever pushes what cannot wait.
+    pub(super) fn about_to_sleep(&self, soundly: bool) {
+        self.soundly.store(soundly, Ordering::Relaxed);
         self.sleeping.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
     }
@@ -42,6 +45,16 @@ impl SleepFlag {
     /// Ringer, after its push: whether to ring. Of several ringers one is told to.
     pub(super) fn must_ring(&self) -> bool {
         fence(Ordering::SeqCst);
+        self.wakes()
+    }
+
+    /// Ringer, after a push that can wait: whether to ring.
+    pub(super) fn must_nudge(&self) -> bool {
+        fence(Ordering::SeqCst);
+        !self.soundly.load(Ordering::Relaxed) && self.wakes()
+    }
+
+    fn wakes(&self) -> bool {
         self.sleeping.load(Ordering::Relaxed)
             && self
                 .sleeping

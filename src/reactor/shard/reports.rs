@@ -60,7 +60,7 @@ impl Reports {
 
     /// Pushes what waits and fits, and wakes the peers.
     pub(super) fn publish(&mut self) {
-        for peer in &mut self.peers {
+        for (number, peer) in self.peers.iter_mut().enumerate() {
             while let Some(report) = peer.pending.pop_front() {
                 match peer.ring.push(report) {
                     Pushed::Accepted => {}
@@ -74,7 +74,13 @@ impl Reports {
             if peer.pending.is_empty() && peer.pending.capacity() > PENDING_REPORTS_MAX {
                 peer.pending = VecDeque::new();
             }
-            peer.ring.publish();
+            if number == SESSION_MANAGER {
+                peer.ring.publish();
+            } else {
+                // A router that waits for no report has time until its next record: at low rates
+                // every second of its wakings would be for an offset that nobody commits yet.
+                peer.ring.publish_quietly();
+            }
         }
     }
 

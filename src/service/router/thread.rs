@@ -89,7 +89,11 @@ impl Router {
                 ControlFlow::Continue(false) => {}
             }
             let bell = Arc::clone(&self.core.bell);
-            bell.about_to_sleep();
+            if self.waits_for_reports() {
+                bell.about_to_sleep();
+            } else {
+                bell.about_to_sleep_soundly();
+            }
             let found = self.turn(unix_ms());
             if found == ControlFlow::Continue(false) {
                 bell.wait(self.sleep_ms());
@@ -128,6 +132,18 @@ impl Router {
         // Events without a ticket (from other nodes, presence) report to nobody when they are gone.
         let full = !self.core.budget.has_room();
         if timed || waits || inbox_waits || full { RETRY_SLEEP_MS } else { SLEEP_MS_MAX }
+    }
+
+    /// Whether a report may let anything move: a record that waits for room in a ring, a partition
+    /// with too much under way, one that is to be given up. Otherwise it only moves an offset, which
+    /// is early enough when the router wakes for the next record or after [`SLEEP_MS_MAX`].
+    fn waits_for_reports(&self) -> bool {
+        let held_up = |lane: &Lane| {
+            let log = lane.log.as_ref();
+            !lane.is_empty()
+                || log.is_some_and(|log| log.revoked.is_some() || !log.window.has_room())
+        };
+        self.lanes.iter().any(|(_, lane)| held_up(lane)) || self.inbox_lanes.iter().any(held_up)
     }
 
     fn take_commands(&mut self) -> ControlFlow<(), bool> {

@@ -27,7 +27,7 @@ trait Protocol: Send + Sync + 'static {
 
 impl Protocol for SleepFlag {
     fn about_to_sleep(&self) {
-        self.about_to_sleep();
+        self.about_to_sleep(false);
     }
     fn awake(&self) {
         self.awake();
@@ -149,6 +149,32 @@ fn shard_in_its_ring_is_woken_for_every_push() {
 fn two_ringers_wake_one_sleeper() {
     model(Some(3), || run(SleepFlag::new, 2, 1, Waiting::Level));
     model(Some(3), || run(SleepFlag::new, 2, 1, Waiting::Edge));
+}
+
+/// A push that can wait is seen by whoever sleeps lightly, also if it slept soundly before.
+#[test]
+fn nudge_is_not_lost_on_a_light_sleeper() {
+    model(None, || {
+        let shared = Arc::new((SleepFlag::new(), EventFd::default(), AtomicUsize::new(0)));
+        let ringer = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                shared.2.store(1, Ordering::Release);
+                if shared.0.must_nudge() {
+                    shared.1.write();
+                }
+            }
+        });
+        for soundly in [true, false] {
+            shared.0.about_to_sleep(soundly);
+            if shared.2.load(Ordering::Acquire) == 0 && !soundly {
+                shared.1.wait(Waiting::Level);
+            }
+            shared.0.awake();
+        }
+        assert_eq!(shared.2.load(Ordering::Acquire), 1);
+        ringer.join().unwrap();
+    });
 }
 
 /// The protocol without its fences: the model must find the sleeper that nobody wakes.

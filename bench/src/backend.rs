@@ -259,6 +259,7 @@ impl Backend {
             elapsed_ns: now_ns() - started_ns,
             generator_ns: 0,
             retries: 0,
+            sends: None,
         }
     }
 

@@ -39,6 +39,15 @@ pub fn commands(wake: impl Fn() + Send + 'static) -> Receiver<String> {
 pub struct Ready {
     /// Where.
     pub ready: String,
+    /// Its process: whose processor time counts.
+    pub pid: u32,
+}
+
+impl Ready {
+    /// This process listens.
+    pub fn here(address: &impl ToString) -> Self {
+        Self { ready: address.to_string(), pid: std::process::id() }
+    }
 }
 
 /// A server has handed out all events of a plan.
@@ -52,6 +61,8 @@ pub struct Pushed {
     pub generator_ns: u64,
     /// Sends that the socket took only in part or not at once.
     pub retries: u64,
+    /// Sends in all, where they are counted: fewer than messages if those that waited went together.
+    pub sends: Option<u64>,
 }
 
 /// How many sessions are open.
@@ -103,7 +114,7 @@ mod tests {
     #[test]
     fn words_are_understood() {
         assert_eq!(word("sessions"), Some(Word::Sessions));
-        let plan = Plan { group: 1, burst: 2, events: 3, rate: 4, bytes: 128 };
+        let plan = Plan { group: 1, burst: 2, events: 3, rate: 4, at_once: 5, bytes: 128 };
         assert_eq!(word(&format!("push {plan}")), Some(Word::Push(plan)));
         assert_eq!(word("push 1"), None);
         assert_eq!(word("echo 500"), Some(Word::Echo(500)));

@@ -17,6 +17,8 @@ pub struct Plan {
     pub events: u64,
     /// Events per second; 0: as fast as they are taken.
     pub rate: u64,
+    /// How many become due together, at that rate: as they come from a log, by the handful.
+    pub at_once: u64,
     /// Bytes of each value.
     pub bytes: usize,
 }
@@ -24,25 +26,31 @@ pub struct Plan {
 impl FromStr for Plan {
     type Err = String;
 
-    /// `GROUP BURST EVENTS RATE BYTES`
+    /// `GROUP BURST EVENTS RATE AT_ONCE BYTES`
     fn from_str(text: &str) -> Result<Self, String> {
         let numbers: Result<Vec<u64>, _> = text.split_whitespace().map(str::parse).collect();
         match numbers.as_deref() {
-            Ok(&[group, burst, events, rate, bytes]) if group > 0 && burst > 0 => Ok(Self {
-                group: group as usize,
-                burst: burst as usize,
-                events,
-                rate,
-                bytes: bytes as usize,
-            }),
-            _ => Err(format!("want GROUP BURST EVENTS RATE BYTES, got {text:?}")),
+            Ok(&[group, burst, events, rate, at_once, bytes])
+                if group > 0 && burst > 0 && at_once > 0 =>
+            {
+                Ok(Self {
+                    group: group as usize,
+                    burst: burst as usize,
+                    events,
+                    rate,
+                    at_once,
+                    bytes: bytes as usize,
+                })
+            }
+            _ => Err(format!("want GROUP BURST EVENTS RATE AT_ONCE BYTES, got {text:?}")),
         }
     }
 }
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {} {} {} {}", self.group, self.burst, self.events, self.rate, self.bytes)
+        let Self { group, burst, events, rate, at_once, bytes } = self;
+        write!(f, "{group} {burst} {events} {rate} {at_once} {bytes}")
     }
 }
 
@@ -138,7 +146,17 @@ impl Generator {
     }
 
     fn due_ns_of(&self, number: u64) -> u64 {
-        self.started_ns + (u128::from(number) * 1_000_000_000 / u128::from(self.plan.rate)) as u64
+        due_ns(self.plan, self.started_ns, number)
+    }
+
+    /// When the handfuls are due, ns, without looking at the generator again; none if all may be
+    /// taken at once.
+    pub fn schedule(&self) -> impl Iterator<Item = u64> + use<> {
+        let (plan, started_ns) = (self.plan, self.started_ns);
+        let events = if plan.rate > 0 { plan.events } else { 0 };
+        (0..events)
+            .step_by(plan.at_once as usize)
+            .map(move |number| due_ns(plan, started_ns, number))
     }
 
     /// Processor time that making all events takes, ns, from a sample: for servers that make them
@@ -188,6 +206,12 @@ impl Generator {
     }
 }
 
+/// When event number `number` of a plan with a rate is due, ns.
+fn due_ns(plan: Plan, started_ns: u64, number: u64) -> u64 {
+    let before = u128::from(number - number % plan.at_once) * 1_000_000_000;
+    started_ns + (before / u128::from(plan.rate)) as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -201,23 +225,29 @@ mod tests {
 
     #[test]
     fn each_session_in_turn_with_its_own_sequence() {
-        assert_eq!(run("1 1 5 0 128", 2), [(0..1, 1), (1..2, 1), (0..1, 2), (1..2, 2), (0..1, 3)]);
+        assert_eq!(
+            run("1 1 5 0 1 128", 2),
+            [(0..1, 1), (1..2, 1), (0..1, 2), (1..2, 2), (0..1, 3)]
+        );
     }
 
     #[test]
     fn bursts_stay_together() {
-        assert_eq!(run("1 2 5 0 128", 2), [(0..1, 1), (0..1, 2), (1..2, 1), (1..2, 2), (0..1, 3)]);
+        assert_eq!(
+            run("1 2 5 0 1 128", 2),
+            [(0..1, 1), (0..1, 2), (1..2, 1), (1..2, 2), (0..1, 3)]
+        );
     }
 
     #[test]
     fn groups_cover_all_sessions() {
-        assert_eq!(run("3 1 3 0 128", 6), [(0..3, 1), (3..6, 1), (0..3, 2)]);
-        assert_eq!(run("100 1 1 0 128", 6), [(0..6, 1)]);
+        assert_eq!(run("3 1 3 0 1 128", 6), [(0..3, 1), (3..6, 1), (0..3, 2)]);
+        assert_eq!(run("100 1 1 0 1 128", 6), [(0..6, 1)]);
     }
 
     #[test]
     fn a_later_plan_goes_on_where_the_last_one_ended() {
-        for plan in ["1 1 7 1000000 128", "1 3 10 1000000 128", "2 2 5 1000000 128"] {
+        for plan in ["1 1 7 1000000 1 128", "1 3 10 1000000 1 128", "2 2 5 1000000 1 128"] {
             let plan: Plan = plan.parse().unwrap();
             let mut last = std::collections::HashMap::new();
             let mut before = 0;
@@ -240,8 +270,20 @@ mod tests {
 
     #[test]
     fn rate_holds_events_back() {
-        let mut generator = Generator::new("1 1 2 1 128".parse().unwrap(), 1);
+        let mut generator = Generator::new("1 1 2 1 1 128".parse().unwrap(), 1);
         assert!(generator.next_due().is_some());
         assert!(generator.next_due().is_none() && !generator.is_finished());
+    }
+
+    #[test]
+    fn handful_is_due_together() {
+        let mut generator = Generator::new("1 1 4 1 3 128".parse().unwrap(), 1);
+        let handful: Vec<_> = std::iter::from_fn(|| generator.next_due()).collect();
+        let due = |item: &Item| Stamp::find(&item.value).unwrap().intended_ns;
+        let first = due(&handful[0]);
+        assert_eq!(handful.len(), 3);
+        assert!(handful.iter().all(|item| due(item) == first));
+        assert_eq!(generator.due_ns(), Some(first + 3_000_000_000));
+        assert_eq!(generator.schedule().collect::<Vec<_>>(), [first, first + 3_000_000_000]);
     }
 }

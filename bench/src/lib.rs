@@ -6,9 +6,12 @@ pub mod client;
 pub mod clock;
 pub mod conductor;
 pub mod control;
+pub mod flame;
 pub mod frame;
 pub mod generator;
 pub mod histogram;
+#[cfg(feature = "delivery")]
+pub mod kafka;
 pub mod names;
 #[cfg(feature = "delivery")]
 pub mod ours;

@@ -25,6 +25,9 @@ struct Arguments {
     /// Core to run on.
     #[arg(long)]
     core: Option<usize>,
+    /// Core of the thread that says when the next event is due.
+    #[arg(long)]
+    own_core: Option<usize>,
 }
 
 fn main() -> std::io::Result<()> {
@@ -39,7 +42,10 @@ fn main() -> std::io::Result<()> {
         send_buffer_bytes: arguments.send_buffer_bytes,
         ping_after_ms: arguments.ping_after_ms,
     })?;
-    control::answer(&Ready { ready: ours.address.to_string() });
+    if let Some(core) = arguments.own_core {
+        usage::pin(core)?;
+    }
+    control::answer(&Ready::here(&ours.address));
     while let Ok(line) = words.recv() {
         match word(&line) {
             Some(Word::Sessions) => control::answer(&Sessions { sessions: ours.sessions() }),

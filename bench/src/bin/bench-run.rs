@@ -3,14 +3,19 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use delivery_bench::conductor::{Contender, Plan, WORKS, run};
+use delivery_bench::conductor::{Contender, Plan, Role, WORKS, run};
 
 #[derive(Parser)]
 struct Arguments {
-    /// Servers, in the order of the table: bare, epoll, tokio, tokio-uring, delivery, or NAME=COMMAND.
-    #[arg(long, value_delimiter = ',', default_value = "bare,epoll,tokio,tokio-uring,delivery")]
+    /// Servers, in the order of the table: bare, epoll, tokio, tokio-uring, delivery, kafka, or
+    /// NAME=COMMAND, a build of bench-delivery.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "bare,epoll,tokio,tokio-uring,delivery,kafka"
+    )]
     servers: Vec<String>,
-    /// Works: push, groups, burst, paced, echo.
+    /// Works: push, groups, burst, flood, latency, slow, json, kib, deflate, echo.
     #[arg(long, value_delimiter = ',')]
     works: Vec<String>,
     /// How often each.
@@ -28,23 +33,27 @@ struct Arguments {
     /// Where the table and the plots go.
     #[arg(long, default_value = "results")]
     output: PathBuf,
+    /// Record the server's core with perf during each work, into this folder; see bench-flame.
+    #[arg(long)]
+    profile: Option<PathBuf>,
 }
 
 fn main() -> std::io::Result<()> {
     let arguments = Arguments::parse();
     let here = std::env::current_exe()?;
     let beside = |name: &str| here.with_file_name(name).display().to_string();
-    let contender = |name: &String| match name.split_once('=') {
-        Some((name, command)) => Contender {
-            name: name.to_owned(),
-            command: command.split_whitespace().map(str::to_owned).collect(),
-        },
-        None if name == "delivery" => {
-            Contender { name: name.clone(), command: vec![beside("bench-delivery")] }
-        }
-        None => {
-            Contender { name: name.clone(), command: vec![beside("bench-server"), name.clone()] }
-        }
+    let contender = |name: &String| {
+        let (name, role, command) = match name.split_once('=') {
+            Some((name, command)) => {
+                (name, Role::Delivery, command.split_whitespace().map(str::to_owned).collect())
+            }
+            None if name == "delivery" => {
+                (name.as_str(), Role::Delivery, vec![beside("bench-delivery")])
+            }
+            None if name == "kafka" => (name.as_str(), Role::Kafka, vec![beside("bench-kafka")]),
+            None => (name.as_str(), Role::Other, vec![beside("bench-server"), name.clone()]),
+        };
+        Contender { name: name.to_owned(), role, command }
     };
     let works = WORKS
         .into_iter()
@@ -59,5 +68,6 @@ fn main() -> std::io::Result<()> {
         server_core: arguments.server_core,
         client_core: arguments.client_core,
         output: arguments.output,
+        profile: arguments.profile,
     })
 }

@@ -1,10 +1,12 @@
 //! Runs servers and clients against each other, in turn and again, and writes down what came out.
 
 mod child;
+mod growth;
 mod plot;
 mod samples;
 mod scale;
 mod table;
+mod targets;
 mod trial;
 mod work;
 
@@ -12,15 +14,29 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+pub use growth::{GrowthPlan, run as growth};
 pub use samples::{Metric, Samples, Summary};
 pub use scale::{Presence, ScalePlan, Work as ScaleWork, run as scale};
-pub use work::{WORKS, Work};
+pub use work::{WORKS, Wire, Work};
+
+/// What a server is able to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// To push the bytes that it is given, and to echo.
+    Other,
+    /// All works: Delivery, events injected at its router.
+    Delivery,
+    /// Pushes: Delivery, events from Kafka.
+    Kafka,
+}
 
 /// A server that takes part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contender {
     /// Its name in the table.
     pub name: String,
+    /// Its kind.
+    pub role: Role,
     /// Program and arguments; the core is added.
     pub command: Vec<String>,
 }
@@ -44,6 +60,8 @@ pub struct Plan {
     pub client_core: usize,
     /// Where the table and the plots go.
     pub output: PathBuf,
+    /// Where `perf` recordings of each work go: then it is not the figures that count.
+    pub profile: Option<PathBuf>,
 }
 
 /// Runs everything, interleaved: each round runs each server once, every other round backwards.
@@ -64,7 +82,11 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     }
     fs::create_dir_all(&plan.output)?;
     let names: Vec<&str> = plan.contenders.iter().map(|c| c.name.as_str()).collect();
-    let text = table::markdown(&plan.works, &names, &samples);
+    let text = format!(
+        "{}\n{}",
+        targets::markdown(&samples),
+        table::markdown(&plan.works, &names, &samples)
+    );
     println!("{text}");
     fs::write(plan.output.join("results.md"), &text)?;
     for work in &plan.works {

@@ -13,10 +13,14 @@ pub enum Metric {
     SoftirqUs,
     /// Messages per second.
     PerSecond,
+    /// Messages per send, where sends are counted.
+    PerSend,
     /// Median latency, µs.
     P50Us,
     /// 99th percentile, µs.
     P99Us,
+    /// 99.9th percentile, µs.
+    P999Us,
     /// Messages lost, doubled, out of order or without a stamp.
     Wrong,
 }
@@ -44,7 +48,19 @@ impl Samples {
 
     /// All numbers of one thing, as one.
     pub fn summary(&self, work: &'static str, contender: &str, metric: Metric) -> Option<Summary> {
-        let mut values = self.0.get(&(work, contender.to_owned(), metric))?.clone();
+        Some(Summary::of(self.values(work, contender, metric)?))
+    }
+
+    /// All numbers of one thing, by round.
+    pub fn values(&self, work: &'static str, contender: &str, metric: Metric) -> Option<&[f64]> {
+        Some(self.0.get(&(work, contender.to_owned(), metric))?)
+    }
+}
+
+impl Summary {
+    /// Of at least one number.
+    pub fn of(values: &[f64]) -> Self {
+        let mut values = values.to_vec();
         values.sort_by(f64::total_cmp);
         let middle = values.len() / 2;
         let median = if values.len().is_multiple_of(2) {
@@ -52,7 +68,7 @@ impl Samples {
         } else {
             values[middle]
         };
-        Some(Summary { median, min: *values.first()?, max: *values.last()? })
+        Self { median, min: values[0], max: values[values.len() - 1] }
     }
 }
 

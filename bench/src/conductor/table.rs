@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::samples::{Metric, Samples, Summary};
 use super::work::Work;
 
-/// Markdown. Ratios are of medians, to the first of `contenders`.
+/// Markdown. Ratios are of medians, to the first of `contenders` that does the work.
 pub(super) fn markdown(works: &[Work], contenders: &[&str], samples: &Samples) -> String {
     let mut text = String::new();
     let out = &mut text;
@@ -13,11 +13,11 @@ pub(super) fn markdown(works: &[Work], contenders: &[&str], samples: &Samples) -
         let _ = writeln!(out, "### {}\n", work.title);
         let _ = writeln!(
             out,
-            "| server | CPU per message, ratio | µs (least to most) | without making events | of it ksoftirqd | messages/s | p50 µs | p99 µs | wrong |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            "| server | CPU per message, ratio | µs (least to most) | without making events | of it ksoftirqd | messages/s | per send | p50 µs | p99 µs | p99.9 µs | wrong |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         );
         let first =
-            contenders.first().and_then(|name| samples.summary(work.name, name, Metric::CpuUs));
+            contenders.iter().find_map(|name| samples.summary(work.name, name, Metric::CpuUs));
         for name in contenders {
             let of = |metric| samples.summary(work.name, name, metric);
             let Some(cpu) = of(Metric::CpuUs) else { continue };
@@ -25,13 +25,16 @@ pub(super) fn markdown(works: &[Work], contenders: &[&str], samples: &Samples) -
             let median = |metric| of(metric).map_or(f64::NAN, |summary| summary.median);
             let _ = writeln!(
                 out,
-                "| {name} | **{ratio:.2}** | {} | {:.2} | {:.2} | {:.0} | {:.0} | {:.0} | {:.0} |",
+                "| {name} | **{ratio:.2}** | {} | {:.2} | {:.2} | {:.0} | {} | {:.0} | {:.0} | {:.0} | {:.0} |",
                 spread(cpu),
                 median(Metric::CpuServingUs),
                 median(Metric::SoftirqUs),
                 median(Metric::PerSecond),
+                of(Metric::PerSend)
+                    .map_or("–".to_owned(), |sends| format!("{:.1}", sends.median)),
                 median(Metric::P50Us),
                 median(Metric::P99Us),
+                median(Metric::P999Us),
                 of(Metric::Wrong).map_or(f64::NAN, |summary| summary.max),
             );
         }

@@ -1,14 +1,15 @@
 //! One server, once: its sessions connected, every work done.
 
 use std::io;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::child::{Worker, number};
 use super::samples::{Metric, Samples};
-use super::work::{Task, Work};
-use super::{Contender, Plan};
+use super::work::{Task, Wire, Work};
+use super::{Contender, Plan, Role};
 use crate::generator;
 use crate::usage;
 
@@ -18,66 +19,75 @@ const ARRIVAL_MAX: Duration = Duration::from_secs(20);
 const SETTLE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(20);
 
+/// `perf record`, until it is dropped.
+struct Recording(Child);
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if let Some(pid) = usage::pid_of(self.0.id()) {
+            // It writes the rest and ends. If it has ended already, nothing is lost.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+/// The server at work.
+struct Field<'a> {
+    plan: &'a Plan,
+    server: Worker,
+    address: String,
+    /// The process whose time counts.
+    pid: u32,
+}
+
 pub(super) fn run(plan: &Plan, contender: &Contender, samples: &mut Samples) -> io::Result<()> {
     let mut command = contender.command.clone();
     command.extend(["--core".into(), plan.server_core.to_string()]);
-    let mut server = Worker::start(&command)?;
-    let address = server.expect("ready")?["ready"].as_str().unwrap_or_default().to_owned();
-    let is_push = |work: &&Work| matches!(work.task, Task::Push(_));
-    if plan.works.iter().any(|work| is_push(&work)) {
-        let mut client = connect(plan, &address, "/ws", r#"{"last_sequences":{}}"#)?;
-        settle(plan, &mut server)?;
-        for work in plan.works.iter().filter(is_push) {
-            let Task::Push(pushes) = work.task else { continue };
-            server.ask(&format!("prepare {pushes}"), "prepared")?;
-            std::thread::sleep(SETTLE);
+    if contender.role != Role::Other {
+        command.extend(["--own-core".into(), plan.client_core.to_string()]);
+    }
+    let server = Worker::start(&command)?;
+    let ready = server.expect("ready")?;
+    let address = ready["ready"].as_str().unwrap_or_default().to_owned();
+    let mut field = Field { plan, server, address, pid: number(&ready, "pid") as u32 };
+    let works: Vec<&Work> = plan.works.iter().filter(|work| work.suits(contender.role)).collect();
+    for wire in Wire::ALL {
+        let pushes: Vec<_> = works
+            .iter()
+            .filter(|work| work.wire == wire)
+            .filter_map(|work| match work.task {
+                Task::Push(pushes) => Some((work.name, pushes)),
+                Task::Echo { .. } => None,
+            })
+            .collect();
+        if pushes.is_empty() {
+            continue;
+        }
+        let mut client = field.connect("/ws", r#"{"last_sequences":{}}"#, wire)?;
+        field.settle(plan.sessions)?;
+        for (name, pushes) in pushes {
             // Warm: caches, queues, the system's own buffers.
-            let warm = generator::Plan { events: pushes.events / 10, rate: 0, ..pushes };
-            push(plan, &mut server, &mut client, warm)?;
-            push(plan, &mut server, &mut client, pushes)?.record(work.name, contender, samples);
+            let warm = generator::Plan { events: pushes.events / 10, ..pushes };
+            field.push(&mut client, warm)?;
+            let recording = field.recording(name, contender)?;
+            let outcome = field.push(&mut client, pushes)?;
+            drop(recording);
+            outcome.record(name, contender, samples);
         }
+        drop(client);
+        field.settle(0)?;
     }
-    for work in &plan.works {
+    for work in works {
         let Task::Echo { window, bytes, ms } = work.task else { continue };
-        let mut client = connect(plan, &address, "/echo", "")?;
-        echo(plan, &mut server, &mut client, (window, bytes, ms / 10))?;
-        echo(plan, &mut server, &mut client, (window, bytes, ms))?
-            .record(work.name, contender, samples);
+        let mut client = field.connect("/echo", "", work.wire)?;
+        field.echo(&mut client, (window, bytes, ms / 10))?;
+        let recording = field.recording(work.name, contender)?;
+        let outcome = field.echo(&mut client, (window, bytes, ms))?;
+        drop(recording);
+        outcome.record(work.name, contender, samples);
     }
     Ok(())
-}
-
-fn connect(plan: &Plan, address: &str, path: &str, hello: &str) -> io::Result<Worker> {
-    let client = Worker::start(&[
-        plan.client.display().to_string(),
-        format!("--server={address}"),
-        format!("--sessions={}", plan.sessions),
-        format!("--core={}", plan.client_core),
-        format!("--path={path}"),
-        format!("--hello={hello}"),
-    ])?;
-    let dialed = client.expect("dialed")?;
-    if number(&dialed, "failed") > 0.0 {
-        return Err(io::Error::other(format!("not all sessions came up: {dialed}")));
-    }
-    Ok(client)
-}
-
-/// Waits until the server knows every session.
-fn settle(plan: &Plan, server: &mut Worker) -> io::Result<()> {
-    let from = Instant::now();
-    while number(&server.ask("sessions", "sessions")?, "sessions") < plan.sessions as f64 {
-        if from.elapsed() > ARRIVAL_MAX {
-            return Err(io::Error::other("the server does not know all sessions"));
-        }
-        std::thread::sleep(POLL);
-    }
-    Ok(())
-}
-
-/// Processor time used up to now, ns: of the process, and of the core's deferred interrupts.
-fn used(plan: &Plan, server: &Worker) -> io::Result<(u64, u64)> {
-    Ok((usage::process_ns(server.id())?, usage::softirq_ns(plan.server_core)?))
 }
 
 struct Outcome {
@@ -86,6 +96,7 @@ struct Outcome {
     softirq_ns: f64,
     generator_ns: f64,
     elapsed_ns: f64,
+    sends: Option<f64>,
     wrong: f64,
     latency: Value,
 }
@@ -99,70 +110,126 @@ impl Outcome {
         add(Metric::CpuServingUs, per(total - self.generator_ns));
         add(Metric::SoftirqUs, per(self.softirq_ns));
         add(Metric::PerSecond, self.messages / self.elapsed_ns * 1e9);
+        if let Some(sends) = self.sends {
+            add(Metric::PerSend, self.messages / sends);
+        }
         add(Metric::P50Us, number(&self.latency, "p50"));
         add(Metric::P99Us, number(&self.latency, "p99"));
+        add(Metric::P999Us, number(&self.latency, "p999"));
         add(Metric::Wrong, self.wrong);
     }
 }
 
-fn push(
-    plan: &Plan,
-    server: &mut Worker,
-    client: &mut Worker,
-    pushes: generator::Plan,
-) -> io::Result<Outcome> {
-    client.ask("reset", "done")?;
-    let before = used(plan, server)?;
-    let pushed = server.ask(&format!("push {pushes}"), "elapsed_ns")?;
-    let messages = number(&pushed, "messages");
-    let from = Instant::now();
-    let report = loop {
-        let report = client.ask("report", "messages")?;
-        if number(&report, "messages") >= messages || from.elapsed() > ARRIVAL_MAX {
-            break report;
+impl Field<'_> {
+    fn connect(&self, path: &str, hello: &str, wire: Wire) -> io::Result<Worker> {
+        let mut command = vec![
+            self.plan.client.display().to_string(),
+            format!("--server={}", self.address),
+            format!("--sessions={}", self.plan.sessions),
+            format!("--core={}", self.plan.client_core),
+            format!("--path={path}"),
+            format!("--hello={hello}"),
+        ];
+        command.extend(wire.arguments().iter().map(|argument| (*argument).to_owned()));
+        let client = Worker::start(&command)?;
+        let dialed = client.expect("dialed")?;
+        if number(&dialed, "failed") > 0.0 {
+            return Err(io::Error::other(format!("not all sessions came up: {dialed}")));
         }
-        std::thread::sleep(POLL);
-    };
-    let after = used(plan, server)?;
-    let wrong = ["gaps", "duplicates", "reordered", "unstamped", "closed"]
-        .iter()
-        .map(|member| number(&report, member))
-        .sum::<f64>()
-        + (messages - number(&report, "messages")).abs();
-    if wrong > 0.0 {
-        eprintln!("  something is wrong: {pushed} {report}");
+        Ok(client)
     }
-    Ok(Outcome {
-        messages,
-        process_ns: (after.0 - before.0) as f64,
-        softirq_ns: (after.1 - before.1) as f64,
-        generator_ns: number(&pushed, "generator_ns"),
-        elapsed_ns: number(&pushed, "elapsed_ns"),
-        wrong,
-        latency: report["latency_us"].clone(),
-    })
-}
 
-fn echo(
-    plan: &Plan,
-    server: &mut Worker,
-    client: &mut Worker,
-    (window, bytes, ms): (usize, usize, u64),
-) -> io::Result<Outcome> {
-    // Some need a head start: to arm every socket.
-    server.tell(&format!("echo {}", ms + 1000))?;
-    std::thread::sleep(Duration::from_millis(200));
-    let before = used(plan, server)?;
-    let echoed = client.ask(&format!("echo {window} {bytes} {ms}"), "echoed")?;
-    let after = used(plan, server)?;
-    std::thread::sleep(Duration::from_millis(1000));
-    Ok(Outcome {
-        messages: number(&echoed, "echoed"),
-        process_ns: (after.0 - before.0) as f64,
-        softirq_ns: (after.1 - before.1) as f64,
-        generator_ns: 0.0,
-        elapsed_ns: number(&echoed, "elapsed_ns"),
-        wrong: 0.0,
-        latency: echoed["latency_us"].clone(),
-    })
+    /// Records all that runs on the server's core, if that is wanted.
+    fn recording(&self, work: &str, contender: &Contender) -> io::Result<Option<Recording>> {
+        let Some(folder) = &self.plan.profile else { return Ok(None) };
+        std::fs::create_dir_all(folder)?;
+        let child = Command::new("perf")
+            .args(["record", "--quiet", "--freq=1999", "--call-graph=dwarf,4096"])
+            .arg(format!("--cpu={}", self.plan.server_core))
+            .arg("--output")
+            .arg(folder.join(format!("{}-{work}.data", contender.name)))
+            .stderr(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(SETTLE);
+        Ok(Some(Recording(child)))
+    }
+
+    /// Waits until the server has so many sessions.
+    fn settle(&mut self, sessions: usize) -> io::Result<()> {
+        let from = Instant::now();
+        while number(&self.server.ask("sessions", "sessions")?, "sessions") != sessions as f64 {
+            if from.elapsed() > ARRIVAL_MAX {
+                let why = format!("the server does not come to {sessions} sessions");
+                return Err(io::Error::other(why));
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    /// Processor time used up to now, ns: of the process, and of the core's deferred interrupts.
+    fn used(&self) -> io::Result<(u64, u64)> {
+        Ok((usage::process_ns(self.pid)?, usage::softirq_ns(self.plan.server_core)?))
+    }
+
+    fn push(&mut self, client: &mut Worker, pushes: generator::Plan) -> io::Result<Outcome> {
+        if self.server.ask(&format!("prepare {pushes}"), "prepared")?["prepared"] == true {
+            std::thread::sleep(SETTLE);
+        }
+        client.ask("reset", "done")?;
+        let before = self.used()?;
+        let pushed = self.server.ask(&format!("push {pushes}"), "elapsed_ns")?;
+        let messages = number(&pushed, "messages");
+        let from = Instant::now();
+        let report = loop {
+            let report = client.ask("report", "messages")?;
+            if number(&report, "messages") >= messages || from.elapsed() > ARRIVAL_MAX {
+                break report;
+            }
+            std::thread::sleep(POLL);
+        };
+        let after = self.used()?;
+        let wrong = ["gaps", "duplicates", "reordered", "unstamped", "closed"]
+            .iter()
+            .map(|member| number(&report, member))
+            .sum::<f64>()
+            + (messages - number(&report, "messages")).abs();
+        if wrong > 0.0 {
+            eprintln!("  something is wrong: {pushed} {report}");
+        }
+        Ok(Outcome {
+            messages,
+            process_ns: (after.0 - before.0) as f64,
+            softirq_ns: (after.1 - before.1) as f64,
+            generator_ns: number(&pushed, "generator_ns"),
+            elapsed_ns: number(&report, "span_ns"),
+            sends: pushed["sends"].as_f64(),
+            wrong,
+            latency: report["latency_us"].clone(),
+        })
+    }
+
+    fn echo(
+        &mut self,
+        client: &mut Worker,
+        (window, bytes, ms): (usize, usize, u64),
+    ) -> io::Result<Outcome> {
+        // Some need a head start: to arm every socket.
+        self.server.tell(&format!("echo {}", ms + 1000))?;
+        std::thread::sleep(Duration::from_millis(200));
+        let before = self.used()?;
+        let echoed = client.ask(&format!("echo {window} {bytes} {ms}"), "echoed")?;
+        let after = self.used()?;
+        std::thread::sleep(Duration::from_millis(1000));
+        Ok(Outcome {
+            messages: number(&echoed, "echoed"),
+            process_ns: (after.0 - before.0) as f64,
+            softirq_ns: (after.1 - before.1) as f64,
+            generator_ns: 0.0,
+            elapsed_ns: number(&echoed, "elapsed_ns"),
+            sends: None,
+            wrong: 0.0,
+            latency: echoed["latency_us"].clone(),
+        })
+    }
 }

@@ -29,9 +29,46 @@ fn ring() -> io::Result<IoUring> {
 
 /// A send, or what is left of one.
 struct Send {
-    descriptor: i32,
-    frame: Rc<Vec<u8>>,
+    session: usize,
+    frames: Rc<Vec<u8>>,
     from: usize,
+}
+
+/// What is to be sent, in order.
+struct Waiting {
+    sends: VecDeque<Send>,
+    /// The batch that each session was last part of.
+    batch_of: Vec<u64>,
+    batch: u64,
+}
+
+impl Waiting {
+    fn new(sessions: usize) -> Self {
+        Self { sends: VecDeque::new(), batch_of: vec![0; sessions], batch: 0 }
+    }
+
+    /// Events in a row for one session go out as one send from one buffer.
+    fn push(&mut self, session: usize, frame: &Rc<Vec<u8>>) {
+        match self.sends.back_mut() {
+            Some(last) if last.session == session => {
+                Rc::make_mut(&mut last.frames).extend_from_slice(frame);
+            }
+            _ => self.sends.push_back(Send { session, frames: Rc::clone(frame), from: 0 }),
+        }
+    }
+
+    /// The next sends that may be under way together: never two of one socket, of which a short
+    /// one would be spliced into by the other.
+    fn next_batch(&mut self, into: &mut Vec<Send>) {
+        self.batch += 1;
+        while into.len() < ENTRIES as usize
+            && self.sends.front().is_some_and(|send| self.batch_of[send.session] != self.batch)
+        {
+            let send = self.sends.pop_front().expect("looked at");
+            self.batch_of[send.session] = self.batch;
+            into.push(send);
+        }
+    }
 }
 
 /// Pushes until the generator is through: as many sends per submission as fit.
@@ -40,25 +77,23 @@ pub(super) fn push(mut generator: Generator, descriptors: &[i32]) -> io::Result<
     let mut ring = ring()?;
     let started_ns = now_ns();
     let mut messages = 0;
-    let mut retries = 0;
-    let mut waiting: VecDeque<Send> = VecDeque::new();
-    let mut later: Vec<Send> = Vec::new();
-    let mut in_flight: Vec<Option<Send>> = (0..ENTRIES).map(|_| None).collect();
+    let (mut retries, mut sends) = (0, 0);
+    let mut waiting = Waiting::new(descriptors.len());
+    let mut in_flight: Vec<Send> = Vec::with_capacity(ENTRIES as usize);
+    let mut results = [0; ENTRIES as usize];
     loop {
-        while waiting.len() < ENTRIES as usize {
+        while waiting.sends.len() < ENTRIES as usize {
             let Some(item) = generator.next_due() else { break };
             let mut frame = Vec::with_capacity(item.value.len() + 10);
             frame::put(&mut frame, frame::BINARY, &item.value);
             let frame = Rc::new(frame);
             for session in item.sessions {
                 messages += 1;
-                let send =
-                    Send { descriptor: descriptors[session], frame: Rc::clone(&frame), from: 0 };
-                waiting.push_back(send);
+                waiting.push(session, &frame);
             }
         }
-        let batch = waiting.len().min(ENTRIES as usize);
-        if batch == 0 && later.is_empty() {
+        waiting.next_batch(&mut in_flight);
+        if in_flight.is_empty() {
             if generator.is_finished() {
                 break;
             }
@@ -66,38 +101,48 @@ pub(super) fn push(mut generator: Generator, descriptors: &[i32]) -> io::Result<
             std::thread::sleep(Duration::from_nanos(wait));
             continue;
         }
-        for (place, send) in waiting.drain(..batch).enumerate() {
-            let bytes = &send.frame[send.from..];
-            let entry = opcode::Send::new(Fd(send.descriptor), bytes.as_ptr(), bytes.len() as u32)
+        for (place, send) in in_flight.iter().enumerate() {
+            let bytes = &send.frames[send.from..];
+            let descriptor = Fd(descriptors[send.session]);
+            let entry = opcode::Send::new(descriptor, bytes.as_ptr(), bytes.len() as u32)
                 .flags(FLAGS)
                 .build()
                 .user_data(place as u64);
-            in_flight[place] = Some(send);
-            // SAFETY: the bytes belong to a frame that `in_flight` keeps until its completion has
-            // been reaped below; a send with MSG_DONTWAIT completes within the `enter`. The queue is
-            // empty before a batch and as long as one.
+            // SAFETY: the bytes belong to frames that `in_flight` keeps, unchanged, until all
+            // completions have been reaped below; a send with MSG_DONTWAIT completes within the
+            // `enter`. The queue is empty before a batch and as long as one.
             unsafe { ring.submission().push(&entry).expect("a batch fits") };
         }
-        ring.submit_and_wait(batch)?;
+        sends += in_flight.len() as u64;
+        ring.submit_and_wait(in_flight.len())?;
+        let mut completed = 0;
         for entry in ring.completion() {
-            let mut send = in_flight[entry.user_data() as usize].take().expect("completes once");
-            let sent = entry.result();
-            if sent == -libc::EAGAIN {
+            results[entry.user_data() as usize] = entry.result();
+            completed += 1;
+        }
+        assert_eq!(completed, in_flight.len(), "a send is still under way");
+        // Tried again before newer ones, so that no frame is cut in two by another. A socket that
+        // failed is the client's to count.
+        for (place, mut send) in in_flight.drain(..).enumerate().rev() {
+            let sent = match results[place] {
+                error if error == -libc::EAGAIN => 0,
+                error if error < 0 => continue,
+                sent => sent as usize,
+            };
+            send.from += sent;
+            if send.from < send.frames.len() {
                 retries += 1;
-                later.push(send);
-            } else if sent >= 0 && send.from + (sent as usize) < send.frame.len() {
-                retries += 1;
-                send.from += sent as usize;
-                later.push(send);
+                waiting.sends.push_front(send);
             }
         }
-        assert!(in_flight[..batch].iter().all(Option::is_none), "a send is still under way");
-        // Tried again before newer ones, so that no frame is cut in two by another.
-        for send in later.drain(..).rev() {
-            waiting.push_front(send);
-        }
     }
-    Ok(Pushed { messages, elapsed_ns: now_ns() - started_ns, generator_ns, retries })
+    Ok(Pushed {
+        messages,
+        elapsed_ns: now_ns() - started_ns,
+        generator_ns,
+        retries,
+        sends: Some(sends),
+    })
 }
 
 /// A buffer per socket, for the time of an echo run.

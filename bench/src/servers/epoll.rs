@@ -158,6 +158,7 @@ impl Server {
                 elapsed_ns: now_ns() - push.started_ns,
                 generator_ns: push.generator_ns,
                 retries: 0,
+                sends: Some(push.messages),
             });
             self.push = None;
             return None;

@@ -48,6 +48,6 @@ fn listen() -> io::Result<TcpListener> {
     rustix::net::bind(&socket, &std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, 0))?;
     rustix::net::listen(&socket, 4096)?;
     let listener = TcpListener::from(socket);
-    crate::control::answer(&crate::control::Ready { ready: listener.local_addr()?.to_string() });
+    crate::control::answer(&crate::control::Ready::here(&listener.local_addr()?));
     Ok(listener)
 }

@@ -164,5 +164,6 @@ fn push(plan: Plan, shared: &Shared) -> Pushed {
         elapsed_ns: now_ns() - started_ns,
         generator_ns: usage::thread_ns() - cpu,
         retries,
+        sends: None,
     }
 }

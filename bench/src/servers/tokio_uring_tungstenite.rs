@@ -229,5 +229,5 @@ async fn push(plan: Plan, shared: &Shared) -> Pushed {
     while shared.sent.get() - before < messages {
         tokio::time::sleep(PARK).await;
     }
-    Pushed { messages, elapsed_ns: now_ns() - started_ns, generator_ns, retries }
+    Pushed { messages, elapsed_ns: now_ns() - started_ns, generator_ns, retries, sends: None }
 }

@@ -60,7 +60,7 @@ fn measure(plan: &ScalePlan, sessions: usize, shards: usize) -> io::Result<Vec<f
     fleet.grow(sessions)?;
     // Whole rounds, so that every session gets as many.
     let events = (MESSAGES.div_ceil(sessions) * sessions) as u64;
-    let push = generator::Plan { group: 1, burst: 1, events, rate: 0, bytes: 128 };
+    let push = generator::Plan { group: 1, burst: 1, events, rate: 0, at_once: 1, bytes: 128 };
     server.ask(&format!("prepare {push}"), "prepared")?;
     sleep(SETTLE);
     let mut costs = Vec::new();

@@ -29,7 +29,8 @@ pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
         let (mut server, mut fleet) = plan.parts(plan.shards(), &arguments)?;
         fleet.grow(plan.sessions)?;
         let events = plan.rate * plan.push_s;
-        let push = generator::Plan { group: 1, burst: 1, events, rate: plan.rate, bytes: 128 };
+        let push =
+            generator::Plan { group: 1, burst: 1, events, rate: plan.rate, at_once: 1, bytes: 128 };
         server.ask(&format!("prepare {push}"), "prepared")?;
         sleep(HEARTBEATS_BEGIN);
         fleet.ask("reset", "done")?;

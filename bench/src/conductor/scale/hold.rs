@@ -165,7 +165,7 @@ impl Run<'_> {
     fn one_each(&mut self) -> io::Result<()> {
         let group = self.plan.group;
         let events = (self.plan.sessions / group) as u64;
-        let once = generator::Plan { group, burst: 1, events, rate: 0, bytes: 128 };
+        let once = generator::Plan { group, burst: 1, events, rate: 0, at_once: 1, bytes: 128 };
         self.services.backend.ask(&format!("prepare {once}"), "prepared")?;
         self.drained()?;
         sleep(SETTLE);
@@ -194,7 +194,14 @@ impl Run<'_> {
     fn push_while_they_come_and_go(&mut self) -> io::Result<()> {
         let (rate, seconds) = (self.plan.rate, self.plan.push_s);
         let group = self.plan.group;
-        let plan = generator::Plan { group, burst: 1, events: rate * seconds, rate, bytes: 128 };
+        let plan = generator::Plan {
+            group,
+            burst: 1,
+            events: rate * seconds,
+            rate,
+            at_once: 1,
+            bytes: 128,
+        };
         self.fleet.ask("reset", "done")?;
         let cpu = usage::process_ns(self.node.id())?;
         self.services.backend.tell(&format!("push {plan}"))?;

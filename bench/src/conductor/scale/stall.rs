@@ -28,7 +28,14 @@ pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
     fleet.grow(plan.sessions)?;
     fleet.ask("stall", "done")?;
     let events = STEP_EVENTS * (plan.sessions / plan.group) as u64;
-    let step = generator::Plan { group: plan.group, burst: 1, events, rate: 0, bytes: EVENT_BYTES };
+    let step = generator::Plan {
+        group: plan.group,
+        burst: 1,
+        events,
+        rate: 0,
+        at_once: 1,
+        bytes: EVENT_BYTES,
+    };
     services.backend.ask(&format!("prepare {step}"), "prepared")?;
     sleep(SETTLE);
     let before = Reading::take(node.id())?;

@@ -1,0 +1,159 @@
+//! What Delivery is to reach, and whether it did: ratios within one run.
+
+use std::fmt::Write as _;
+
+use super::samples::{Metric, Samples, Summary};
+
+/// A number of the table: work, server, metric.
+type Figure = (&'static str, &'static str, Metric);
+
+/// One target.
+struct Target {
+    title: &'static str,
+    figure: Figure,
+    /// What it is divided by; `None`: the figure itself is bounded.
+    by: Option<Figure>,
+    at_most: f64,
+}
+
+use Metric::{CpuServingUs, CpuUs, P99Us};
+
+const fn ratio(title: &'static str, figure: Figure, by: Figure, at_most: f64) -> Target {
+    Target { title, figure, by: Some(by), at_most }
+}
+
+/// Both make the events themselves, but for Kafka's: there what making them costs is left out of
+/// what it is compared with.
+const TARGETS: [Target; 12] = [
+    ratio(
+        "push, one recipient each, to bare",
+        ("push", "delivery", CpuUs),
+        ("push", "bare", CpuUs),
+        1.10,
+    ),
+    ratio(
+        "push, one recipient each, to tungstenite",
+        ("push", "delivery", CpuUs),
+        ("push", "tokio", CpuUs),
+        0.70,
+    ),
+    ratio(
+        "the same from Kafka, to bare",
+        ("push", "kafka", CpuUs),
+        ("push", "bare", CpuServingUs),
+        1.35,
+    ),
+    ratio(
+        "from Kafka, conversations of 100, to bare",
+        ("groups", "kafka", CpuUs),
+        ("groups", "bare", CpuServingUs),
+        1.05,
+    ),
+    ratio(
+        "8 events waiting per session, to one",
+        ("burst", "delivery", CpuUs),
+        ("push", "delivery", CpuUs),
+        0.25,
+    ),
+    ratio("echo, to bare", ("echo", "delivery", CpuUs), ("echo", "bare", CpuUs), 1.15),
+    ratio("echo, to tungstenite", ("echo", "delivery", CpuUs), ("echo", "tokio", CpuUs), 0.50),
+    ratio(
+        "1 KiB of JSON, conversations of 100: deflate to none",
+        ("deflate", "delivery", CpuUs),
+        ("kib", "delivery", CpuUs),
+        1.30,
+    ),
+    ratio(
+        "conversations of 100: JSON to binary",
+        ("json", "delivery", CpuUs),
+        ("groups", "delivery", CpuUs),
+        1.10,
+    ),
+    ratio(
+        "conversations of 100, to bare (no target)",
+        ("groups", "delivery", CpuUs),
+        ("groups", "bare", CpuUs),
+        f64::INFINITY,
+    ),
+    Target {
+        title: "p99 from injection to the client's read, µs",
+        figure: ("latency", "delivery", P99Us),
+        by: None,
+        at_most: 1_000.0,
+    },
+    Target {
+        title: "p99 from before Kafka's append to the client's read, µs (5,000 a second)",
+        figure: ("slow", "kafka", P99Us),
+        by: None,
+        at_most: 10_000.0,
+    },
+];
+
+/// Markdown: those of which there are figures. The spread is that of the rounds' own ratios.
+pub(super) fn markdown(samples: &Samples) -> String {
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "| target | at most | measured | by round | |\n| --- | --- | --- | --- | --- |"
+    );
+    for target in &TARGETS {
+        let Some((measured, rounds)) = measure(target, samples) else { continue };
+        let digits = if target.by.is_some() { 2 } else { 0 };
+        let verdict = match measured / target.at_most {
+            _ if target.at_most.is_infinite() => String::new(),
+            share if share <= 1.0 => "met".to_owned(),
+            share => format!("missed by {:.0} %", (share - 1.0) * 100.0),
+        };
+        let at_most = match target.at_most {
+            limit if limit.is_infinite() => "–".to_owned(),
+            limit => format!("{limit:.digits$}"),
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {at_most} | **{measured:.digits$}** | {:.digits$} to {:.digits$} | {verdict} |",
+            target.title, rounds.min, rounds.max
+        );
+    }
+    text
+}
+
+/// The ratio of the medians, and the ratios of the rounds.
+fn measure(target: &Target, samples: &Samples) -> Option<(f64, Summary)> {
+    let values = |(work, server, metric): Figure| samples.values(work, server, metric);
+    let of = values(target.figure)?;
+    let Some(by) = target.by else {
+        let summary = Summary::of(of);
+        return Some((summary.median, summary));
+    };
+    let by = values(by)?;
+    let ratios: Vec<f64> = of.iter().zip(by).map(|(of, by)| of / by).collect();
+    Some((Summary::of(of).median / Summary::of(by).median, Summary::of(&ratios)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conductor::WORKS;
+
+    #[test]
+    fn figures_are_of_works_that_exist() {
+        let figures = TARGETS.iter().flat_map(|target| [Some(target.figure), target.by]);
+        for (work, ..) in figures.flatten() {
+            assert!(WORKS.iter().any(|known| known.name == work), "{work}");
+        }
+    }
+
+    #[test]
+    fn verdicts() {
+        let mut samples = Samples::default();
+        for (ours, bare) in [(5.5, 5.0), (6.0, 6.0), (5.0, 5.5)] {
+            samples.add("push", "delivery", CpuUs, ours);
+            samples.add("push", "bare", CpuUs, bare);
+            samples.add("latency", "delivery", P99Us, 1_500.0);
+        }
+        let text = markdown(&samples);
+        assert!(text.contains("| 1.10 | **1.00** | 0.91 to 1.10 | met |"), "{text}");
+        assert!(text.contains("| 1000 | **1500** | 1500 to 1500 | missed by 50 % |"), "{text}");
+        assert_eq!(text.lines().count(), 4);
+    }
+}

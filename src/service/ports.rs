@@ -114,6 +114,10 @@ pub trait RemoteNodes: Send + Sync + 'static {
     /// is every member: one who is here may have a second device elsewhere. Never blocks; values
     /// reach one node in the order of the calls.
     fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding;
+
+    /// Whether the next value may be offered now. `false` only while those before it take all the
+    /// room and get on: what is away or stands still is not waited for.
+    fn has_room(&self) -> bool;
 }
 
 /// For a node that serves only its own sessions (`ROUTING_MODE=broadcast`, or no Redis).
@@ -123,5 +127,9 @@ pub struct NoRemoteNodes;
 impl RemoteNodes for NoRemoteNodes {
     fn forward(&self, _value: &[u8], _users: &[Arc<str>], _done: ForwardDone) -> Forwarding {
         Forwarding::Nobody
+    }
+
+    fn has_room(&self) -> bool {
+        true
     }
 }

@@ -122,6 +122,7 @@ counters! {
         Counter forwards_expired: "Hand-offs to other nodes that had not ended at their deadline.",
         Counter waits_for_members: "Times that a lane began to wait for the members of a conversation.",
         Counter waits_for_room: "Times that a record found the ring to a shard full.",
+        Counter waits_for_hand_offs: "Times that a record found too many hand-offs to other nodes under way.",
         Counter waits_for_memory: "Looks at a partition that was not read because the events under way took all their memory.",
         Gauge partitions: "Partitions that this router reads.",
         Gauge records_under_way: "Records that shards or other nodes have not yet reported done.",

@@ -7,6 +7,7 @@ mod cluster;
 mod link;
 mod locations;
 mod nodes;
+mod pace;
 mod registry;
 mod subscriptions;
 

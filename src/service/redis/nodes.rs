@@ -11,8 +11,9 @@
 //! asked for once however many records wait for the answer, and what is published to one instance
 //! keeps the order in which it was handed in, also where a first attempt reached nobody.
 //!
-//! A record that cannot be handed over is counted and let go: a Redis that is away or slow must
-//! not hold back the partition of users who are right here.
+//! A full queue that gets on is waited for ([`RemoteNodes::has_room`]): a backlog is handed over at
+//! the pace of Redis. A record that cannot be handed over is counted and let go: a Redis that is away
+//! or stands still must not hold back the partition of users who are right here.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use tokio::time::Instant;
 
 use super::link::{RedisFault, RedisLink};
 use super::locations::{Instances, Locations, LocationsConfig};
+use super::pace::Pace;
 use super::registry::{Registry, USERS_AT_ONCE};
 use crate::counters;
 use crate::service::ports::{ForwardDone, Forwarding, RemoteNodes};
@@ -34,6 +36,8 @@ use crate::service::ports::{ForwardDone, Forwarding, RemoteNodes};
 const BATCH_RECORDS_MAX: usize = 512;
 /// `PUBLISH` commands sent together.
 const PUBLISHES_AT_ONCE: usize = 512;
+/// Places of the queue kept for the routers that find room at the same moment.
+const PLACES_KEPT: usize = 64;
 /// Their bytes; one record may exceed it alone.
 const PUBLISH_BYTES_AT_ONCE: usize = 4 << 20;
 
@@ -120,6 +124,7 @@ struct Shared {
     locations: Arc<Locations>,
     counters: Arc<NodesCounters>,
     waiting_bytes: AtomicUsize,
+    pace: Pace,
 }
 
 /// The nodes beside this one, through Redis.
@@ -144,6 +149,7 @@ impl Nodes {
             link: link.clone(),
             counters,
             waiting_bytes: AtomicUsize::new(0),
+            pace: Pace::new(Instant::now()),
         });
         let (jobs, queue) = mpsc::channel(config.records_max);
         let registry = Registry::new(link, config.instance);
@@ -193,6 +199,14 @@ impl RemoteNodes for Nodes {
         place.send((Job { value, users, shared: Arc::clone(shared) }, Done(Some(done))));
         Forwarding::Pending
     }
+
+    fn has_room(&self) -> bool {
+        let shared = &self.shared;
+        let kept = PLACES_KEPT.min(self.jobs.max_capacity() / 2);
+        let has_room = self.jobs.capacity() > kept
+            && shared.waiting_bytes.load(Ordering::Relaxed) < self.bytes_max;
+        has_room || !shared.link.is_up() || !shared.pace.gets_on(Instant::now())
+    }
 }
 
 /// Where the users of a batch are, as far as known.
@@ -215,7 +229,10 @@ impl Forwarder {
         let mut taken = Vec::with_capacity(BATCH_RECORDS_MAX);
         while queue.recv_many(&mut taken, BATCH_RECORDS_MAX).await > 0 {
             let (batch, done): (Vec<_>, Vec<_>) = taken.drain(..).unzip();
-            if self.hand_over(&batch).await.is_err() {
+            self.shared.pace.begins(Instant::now());
+            let handed_over = self.hand_over(&batch).await;
+            self.shared.pace.ends(handed_over.is_ok(), Instant::now());
+            if handed_over.is_err() {
                 self.shared.counters.redis_forwards_failed.add(batch.len() as u64);
             }
             drop(done);

@@ -132,6 +132,10 @@ impl Core {
             self.counters.waits_for_room.add(1);
             return Step::Wait(Wait::Room(shard));
         }
+        if matches!(place, Place::Log { .. }) && !self.other_nodes_have_room() {
+            self.counters.waits_for_hand_offs.add(1);
+            return Step::Wait(Wait::HandOffs);
+        }
         match place {
             Place::Log { record: place, .. } => {
                 let ticket = self.flights.open(place);
@@ -249,6 +253,12 @@ impl Core {
             self.counters.waits_for_memory.add(1);
         }
         has_room
+    }
+
+    /// Whether the next record finds room on its way to other nodes. Checked before anybody here is
+    /// served: a record that waits is routed again from the start.
+    pub(super) fn other_nodes_have_room(&self) -> bool {
+        self.remote.as_ref().is_none_or(|remote| remote.has_room())
     }
 
     /// Encodes for those who were gathered and pushes. Returns the shards that will report.

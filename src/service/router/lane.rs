@@ -92,6 +92,8 @@ pub(super) enum Wait {
     Members,
     /// The ring to this shard is full.
     Room(ShardId),
+    /// Too much is on its way to other nodes.
+    HandOffs,
     /// The dead-letter producer takes nothing at the moment.
     DeadLetter,
 }

@@ -263,7 +263,7 @@ impl Router {
                         lane.waiting = None;
                         self.core.counters.remote_given_up.add(1);
                     }
-                    Some(Wait::Room(_) | Wait::DeadLetter) | None => break,
+                    Some(Wait::Room(_) | Wait::HandOffs | Wait::DeadLetter) | None => break,
                 }
             }
             let Ok(input) = self.inbox.try_recv() else { break };

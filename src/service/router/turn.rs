@@ -30,12 +30,12 @@ impl Core {
 
     /// Routes the record at the front. Returns whether it has left the lane.
     pub(super) fn turn_front(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
-        if let Some(Wait::Room(shard)) = lane.waiting
-            && !self.links.has_room(shard)
-        {
-            return false;
-        }
-        if lane.is_empty() || !self.has_memory() {
+        let in_vain = match lane.waiting {
+            Some(Wait::Room(shard)) => !self.links.has_room(shard),
+            Some(Wait::HandOffs) => !self.other_nodes_have_room(),
+            Some(Wait::Members | Wait::DeadLetter) | None => false,
+        };
+        if in_vain || lane.is_empty() || !self.has_memory() {
             return false;
         }
         let (Some(pending), log) = lane.front() else { return false };

@@ -196,7 +196,8 @@ faults! {
         scene.reconnect_through(proxy.address, 4);
         scene.run(seconds(5));
         proxy.cut();
-        scene.run(seconds(3));
+        // Longer than the node waits for a sign of life: it buries them before they come again.
+        scene.run(seconds(12));
         scene.desert(proxy.address);
         scene.run(seconds(15));
     } => nothing_lost_in_order, shown by ["delivery_shard_ended_total{reason=\"peer_silent\"}"];

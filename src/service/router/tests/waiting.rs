@@ -219,3 +219,24 @@ fn revoked_partition_is_let_go_when_its_time_is_over() {
     assert_eq!((progress.committable(), successor.committable()), (Some(0), Some(0)));
     assert_eq!(world.counters.records_under_way.get(), 0);
 }
+
+#[test]
+fn backlog_waits_for_other_nodes_that_get_on() {
+    let mut world = World::new(With { nodes: true, ..With::default() });
+    let alice = world.connect("alice", "a", 0);
+    let (log, _) = world.assign(0);
+    log.append(0, created("c", &["alice", "bob"]));
+    world.settle();
+    assert_eq!(world.taken(0), [[alice]]);
+    world.nodes.full.store(true, Ordering::Relaxed);
+    log.append(1, message("c", 1));
+    log.append(2, message("c", 2));
+    world.settle();
+    assert!(world.taken(0).is_empty(), "nobody is served twice, so nobody is served yet");
+    assert_eq!(world.nodes.handed.lock().unwrap().len(), 1);
+    assert_eq!(world.counters.waits_for_hand_offs.get(), 1);
+    world.nodes.full.store(false, Ordering::Relaxed);
+    world.settle();
+    assert_eq!(world.taken(0), [[alice], [alice]]);
+    assert_eq!(world.nodes.handed.lock().unwrap().len(), 3);
+}

@@ -80,6 +80,8 @@ impl ConversationSource for Source {
 pub(super) struct Nodes {
     pub(super) handed: Mutex<Vec<(Bytes, Vec<String>)>>,
     pub(super) pending: Mutex<Vec<ForwardDone>>,
+    /// Takes no more for the time being.
+    pub(super) full: AtomicBool,
 }
 
 impl RemoteNodes for Nodes {
@@ -90,6 +92,10 @@ impl RemoteNodes for Nodes {
             .push((Bytes::copy_from_slice(value), users.iter().map(|id| id.to_string()).collect()));
         self.pending.lock().unwrap().push(done);
         Forwarding::Pending
+    }
+
+    fn has_room(&self) -> bool {
+        !self.full.load(Ordering::Relaxed)
     }
 }
 

@@ -178,6 +178,7 @@ impl Manager {
         self.sweep_tokens(unix_s, now);
         self.sweep_presence(now);
         self.depart(now);
+        self.records.iter_mut().for_each(Records::shrink);
     }
 
     pub(super) fn flush(&mut self) {

@@ -70,7 +70,11 @@ const FREE: Record = Record {
     refreshes: 0,
 };
 
-/// The records of one shard, by slot. Grows to the highest slot that was used.
+/// Records that are kept although all free, so that a small node does not allocate all the time.
+const KEPT: usize = 1024;
+
+/// The records of one shard, by slot. Grows to the highest slot in use, and goes back with
+/// [`Records::shrink`].
 #[derive(Debug)]
 pub(super) struct Records {
     shard: ShardId,
@@ -126,6 +130,16 @@ impl Records {
         Some(record)
     }
 
+    /// Gives back what lies above the highest slot in use. Shards fill the lowest slots first, so
+    /// after a storm that is nearly everything.
+    pub(super) fn shrink(&mut self) {
+        let used = self.slots.iter().rposition(|record| record.phase != Phase::Free);
+        self.slots.truncate(used.map_or(0, |last| last + 1));
+        if self.slots.capacity() > KEPT && self.slots.len() < self.slots.capacity() / 4 {
+            self.slots.shrink_to((2 * self.slots.len()).max(KEPT));
+        }
+    }
+
     /// Ends a record and hands out what it held.
     pub(super) fn close(&mut self, connection: ConnectionKey) -> Option<Record> {
         self.get(connection).map(|record| std::mem::replace(record, FREE))
@@ -156,6 +170,22 @@ mod tests {
         assert!(records.get(key(3, 1)).is_none());
         assert_eq!(records.at(3).unwrap().0.connection, key(3, 2));
         assert!(records.at(2).is_none());
+    }
+
+    #[test]
+    fn memory_goes_back_after_a_storm_and_sessions_stay() {
+        let mut records = Records::new(ShardId(0));
+        for slot in 0..50_000 {
+            records.open(key(slot, 1), Encoding::Binary).unwrap();
+        }
+        for slot in (0..50_000).filter(|slot| *slot != 7) {
+            records.close(key(slot, 1)).unwrap();
+        }
+        records.shrink();
+        assert_eq!(records.len(), 8);
+        assert!(records.slots.capacity() <= KEPT, "{}", records.slots.capacity());
+        assert!(records.get(key(7, 1)).is_some() && records.get(key(8, 1)).is_none());
+        assert!(records.open(key(49_999, 2), Encoding::Binary).is_some());
     }
 
     #[test]

@@ -121,7 +121,7 @@ faults! {
         scene.run(seconds(60));
         scene.kafka_proxy.heal();
         scene.run(seconds(10));
-    } => nothing_missed_live, shown by ["delivery_kafka_errors_total"];
+    } => nothing_missed_live, shown by ["delivery_kafka_rebalances_total"];
 
     redis_killed_and_back(scene: 2, USUAL, plain) {
         scene.redis.kill();

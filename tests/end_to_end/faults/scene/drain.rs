@@ -43,7 +43,7 @@ impl Scene {
         };
         let handshakes_per_s = new.iter().map(in_second).max().unwrap_or(0);
         let pace = sessions as f64 / period.max(RECONNECT_SPREAD).as_secs_f64();
-        let budget_per_s = (pace * 1.1).ceil() as usize;
+        let budget_per_s = (pace * 1.25).ceil() as usize;
         self.drains.push(Drained { sessions, handshakes_per_s, budget_per_s });
     }
 

@@ -30,7 +30,7 @@ const KAFKA_PATIENCE: Duration = Duration::from_secs(60);
 const READY_PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
 /// What the consumer has to have read before it counts as idle again.
-const RECORDS: &str = "delivery_router_records";
+const RECORDS: &str = "delivery_router_records_total";
 const SESSIONS: &str = "delivery_shard_sessions";
 
 /// What it needs.
@@ -90,7 +90,10 @@ impl Served {
         let (address, admin) = (free_address()?, free_address()?);
         // The child inherits the core; this process then leaves it.
         usage::pin(setting.server_core)?;
-        let server = Command::new(&setting.program)
+        // It ends with this process, however that ends.
+        let server = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(&setting.program)
             .arg("serve")
             .env("HTTP_PORT", address.to_string())
             .env("HTTP_ADDR", admin.to_string())
@@ -169,7 +172,7 @@ impl Served {
     fn metric(&self, name: &str) -> io::Result<u64> {
         let (_, page) = self.get("/metrics")?;
         let samples = page.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ', '_']))
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
         });
         let values = samples.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
         Ok(values.sum::<f64>() as u64)

@@ -51,6 +51,9 @@ struct Arguments {
     /// Core to run on.
     #[arg(long)]
     core: Option<usize>,
+    /// Look for messages again and again instead of being woken for them.
+    #[arg(long)]
+    never_sleep: bool,
 }
 
 fn main() -> std::io::Result<()> {
@@ -72,6 +75,7 @@ fn main() -> std::io::Result<()> {
         token_secret: arguments.token_secret,
         token_issuer: arguments.token_issuer,
         token_audience: arguments.token_audience,
+        never_sleep: arguments.never_sleep,
     })?
     .run()
 }

@@ -30,6 +30,10 @@ struct Arguments {
     /// Core of the client.
     #[arg(long, default_value_t = 1)]
     client_core: usize,
+    /// Let the client look for messages again and again, so that the server does not pay for
+    /// waking it. Nothing else may want the client's core then.
+    #[arg(long)]
+    client_never_sleeps: bool,
     /// Where the table and the plots go.
     #[arg(long, default_value = "results")]
     output: PathBuf,
@@ -67,6 +71,7 @@ fn main() -> std::io::Result<()> {
         client: beside("bench-client").into(),
         server_core: arguments.server_core,
         client_core: arguments.client_core,
+        client_never_sleeps: arguments.client_never_sleeps,
         output: arguments.output,
         profile: arguments.profile,
     })

@@ -38,6 +38,9 @@ pub struct ClientConfig {
     pub token_issuer: Option<String>,
     /// See [`ClientConfig::token_issuer`].
     pub token_audience: Option<String>,
+    /// Look for messages again and again instead of being woken for them: on loopback it is the
+    /// sender who pays for waking the receiver.
+    pub never_sleep: bool,
 }
 
 #[derive(Serialize)]

@@ -104,7 +104,11 @@ impl Client {
                 control::answer(&dialed);
             }
             self.pace_echo();
-            let wait_ms = if self.dialer.is_busy() || self.echo.is_some() { 1 } else { 1000 };
+            let wait_ms = match self.config.never_sleep {
+                true => 0,
+                false if self.dialer.is_busy() || self.echo.is_some() => 1,
+                false => 1000,
+            };
             let timeout = Timespec { tv_sec: wait_ms / 1000, tv_nsec: wait_ms % 1000 * 1_000_000 };
             events.clear();
             match epoll::wait(

@@ -58,6 +58,8 @@ pub struct Plan {
     pub server_core: usize,
     /// Core of the client.
     pub client_core: usize,
+    /// Whether the client looks for messages again and again instead of being woken for them.
+    pub client_never_sleeps: bool,
     /// Where the table and the plots go.
     pub output: PathBuf,
     /// Where `perf` recordings of each work go: then it is not the figures that count.

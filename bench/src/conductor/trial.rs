@@ -130,6 +130,9 @@ impl Field<'_> {
             format!("--path={path}"),
             format!("--hello={hello}"),
         ];
+        if self.plan.client_never_sleeps {
+            command.push("--never-sleep".to_owned());
+        }
         command.extend(wire.arguments().iter().map(|argument| (*argument).to_owned()));
         let client = Worker::start(&command)?;
         let dialed = client.expect("dialed")?;

@@ -195,7 +195,9 @@ fn short_sends_tear_no_frame() {
     let node = NodeBuilder::serve()
         .set("SHARDS", 2)
         .set("SO_SNDBUF", 4_608)
-        .set("QUEUE_MESSAGES_MAX", 4_096);
+        .set("QUEUE_MESSAGES_MAX", 4_096)
+        // A ping waits its turn behind all that.
+        .set("IDLE_TIMEOUT", "5m");
     let metrics = every_session_receives_its_own("short-sends", node, Some(2_304));
     let short = metrics.sum("delivery_shard_sends_short_total", &[]);
     println!("{short} of {} sends were short", metrics.sum("delivery_shard_sends_total", &[]));

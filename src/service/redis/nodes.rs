@@ -34,10 +34,10 @@ use crate::service::ports::{ForwardDone, Forwarding, RemoteNodes};
 
 /// Records taken from the queue together.
 const BATCH_RECORDS_MAX: usize = 512;
-/// `PUBLISH` commands sent together.
-const PUBLISHES_AT_ONCE: usize = 512;
 /// Places of the queue kept for the routers that find room at the same moment.
 const PLACES_KEPT: usize = 64;
+/// `PUBLISH` commands sent together.
+const PUBLISHES_AT_ONCE: usize = 512;
 /// Their bytes; one record may exceed it alone.
 const PUBLISH_BYTES_AT_ONCE: usize = 4 << 20;
 

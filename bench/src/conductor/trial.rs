@@ -15,8 +15,9 @@ use crate::usage;
 
 /// Longest wait for messages that are still on their way.
 const ARRIVAL_MAX: Duration = Duration::from_secs(20);
-/// What preparing sent to the clients has arrived after this.
-const SETTLE: Duration = Duration::from_millis(500);
+/// What was sent to the clients before has arrived after this, and their TCP counts as silent (RTO,
+/// 200 ms or somewhat more): see the length of a work.
+const SETTLE: Duration = Duration::from_millis(1000);
 const POLL: Duration = Duration::from_millis(20);
 
 /// `perf record`, until it is dropped.
@@ -176,9 +177,8 @@ impl Field<'_> {
     }
 
     fn push(&mut self, client: &mut Worker, pushes: generator::Plan) -> io::Result<Outcome> {
-        if self.server.ask(&format!("prepare {pushes}"), "prepared")?["prepared"] == true {
-            std::thread::sleep(SETTLE);
-        }
+        self.server.ask(&format!("prepare {pushes}"), "prepared")?;
+        std::thread::sleep(SETTLE);
         client.ask("reset", "done")?;
         let before = self.used()?;
         let pushed = self.server.ask(&format!("push {pushes}"), "elapsed_ns")?;

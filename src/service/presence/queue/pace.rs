@@ -1,0 +1,65 @@
+//! Whether the other side is there at all, from how the last calls went.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Failures in a row after which the whole queue slows down to one call at a time.
+pub(super) const FAILURES_IN_ROW_MAX: u32 = 8;
+/// First wait between such single calls; doubles each time.
+const PROBE_MIN: Duration = Duration::from_millis(200);
+/// Longest such wait.
+pub(super) const PROBE_MAX: Duration = Duration::from_secs(5);
+
+/// Doubling from `min` to `max`, at `chance` (0 to 1) between half and the whole of it.
+pub(super) fn backoff(min: Duration, max: Duration, attempt: u32, chance: f64) -> Duration {
+    let whole = min.saturating_mul(1 << attempt.min(16)).min(max);
+    whole.mul_f64(0.5 + chance / 2.0)
+}
+
+/// What may be begun now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Leave {
+    /// A call.
+    Go,
+    /// None before the outcome of the one under way.
+    AfterOutcome,
+    /// None before then.
+    At(Instant),
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    failures_in_row: u32,
+    probe_at: Option<Instant>,
+}
+
+impl Pace {
+    /// Takes the outcome of a call in. `chance`: 0 to 1.
+    pub(super) fn ended(&mut self, failed: bool, chance: f64, now: Instant) {
+        if !failed {
+            *self = Self::default();
+            return;
+        }
+        self.failures_in_row = self.failures_in_row.saturating_add(1);
+        if let Some(over) = self.failures_in_row.checked_sub(FAILURES_IN_ROW_MAX) {
+            self.probe_at = Some(now + backoff(PROBE_MIN, PROBE_MAX, over, chance));
+        }
+    }
+
+    /// The other side is known to be away.
+    pub(super) fn is_away(&self) -> bool {
+        self.failures_in_row >= FAILURES_IN_ROW_MAX
+    }
+
+    /// Whether a call may begin beside so many that are under way.
+    pub(super) fn leave(&self, under_way: usize, now: Instant) -> Leave {
+        match self.probe_at {
+            _ if !self.is_away() => Leave::Go,
+            _ if under_way > 0 => Leave::AfterOutcome,
+            Some(at) if at > now => Leave::At(at),
+            Some(_) | None => Leave::Go,
+        }
+    }
+}

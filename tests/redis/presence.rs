@@ -189,6 +189,46 @@ async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
 }
 
 #[tokio::test]
+async fn no_key_outlives_what_renews_it() {
+    everywhere(|_, one, _two| async move {
+        let set = "presence:user:alice:devices";
+        one.presence.opened(&ids("alice", "phone"), false);
+        one.told(1, 0, 0).await;
+        let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
+        assert_eq!(keys.len(), 2, "{keys:?}");
+        let lifetime_s: i64 = one.ask(&["TTL", set]).await;
+        assert!((3_590..=3_600).contains(&lifetime_s), "{lifetime_s}");
+
+        // A check renews it; a refresh in between need not.
+        let _: bool = one.ask(&["EXPIRE", set, "700"]).await;
+        one.presence.refresh(&ids("alice", "phone"), 1);
+        one.told(1, 1, 0).await;
+        assert!(one.ask::<i64>(&["TTL", set]).await <= 700);
+        one.presence.refresh(&ids("alice", "phone"), 0);
+        one.told(1, 2, 0).await;
+        assert!(one.ask::<i64>(&["TTL", set]).await > 3_000);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn end_after_the_lifetime_leaves_nothing_and_is_published() {
+    everywhere(|port, one, _two| async move {
+        let mut updates = Listener::new(port).await;
+        one.presence.opened(&ids("alice", "phone"), false);
+        one.told(1, 0, 0).await;
+        assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
+        let _: Value = one.ask(&["DEL", "session:alice:phone"]).await;
+        one.presence.ended(&ids("alice", "phone"));
+        one.told(1, 0, 1).await;
+        assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
+        let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
+        assert!(keys.is_empty(), "{keys:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn redis_that_was_away_is_told_the_newest_state() {
     let Some(mut server) = Server::start(Options::default()) else { return };
     let node = Node::new("node-1", &format!("127.0.0.1:{}", server.port)).await;

@@ -4,8 +4,11 @@
 //! | key or channel | what |
 //! | --- | --- |
 //! | `session:{user}:{device}` | the instance, for 60 s |
-//! | `presence:user:{user}:devices` | set of devices |
+//! | `presence:user:{user}:devices` | set of devices, for an hour from the last time that one of them was registered or checked |
 //! | `presence:updates` | a `PresenceUpdateEvent` when a session appears that was not registered anywhere (online), and when the last live session of a user goes (offline) |
+//!
+//! No key outlives what renews it: a node that crashes, or that presence had no room to hear the ends
+//! of, leaves nothing in Redis for good.
 //!
 //! Each command or script touches one key, so that all of it works in a cluster. The commands of a
 //! batch go out together, in rounds where one depends on the answer of another.
@@ -30,6 +33,10 @@ pub(super) const BATCHES_MAX: usize = 4;
 
 /// Lifetime of a registration, seconds (contract §4).
 const LIFETIME_S: u32 = 60;
+/// Lifetime of a set of devices, seconds. Registrations and checks renew it, and a check is at worst
+/// every third refresh, 55 s apart: only a set that nobody keeps comes to its end.
+const DEVICES_LIFETIME_S: u32 = 3_600;
+const _: () = assert!(DEVICES_LIFETIME_S > 10 * 3 * LIFETIME_S);
 /// Where changes are published (contract §4).
 const UPDATES: &str = "presence:updates";
 
@@ -104,6 +111,16 @@ fn devices(name: &str, ids: &SessionIds) -> Cmd {
     command
 }
 
+/// Puts the device into its user's set, which gets its whole lifetime again.
+fn keep_device(ids: &SessionIds) -> [Cmd; KEEP_COMMANDS] {
+    let mut expire = redis::cmd("EXPIRE");
+    expire.arg(devices_key(ids.user())).arg(DEVICES_LIFETIME_S);
+    [devices("SADD", ids), expire]
+}
+
+/// Commands of [`keep_device`].
+const KEEP_COMMANDS: usize = 2;
+
 /// The instance in an answer, if one is.
 fn holder(answer: RedisResult<Value>) -> RedisResult<Option<String>> {
     Ok(FromRedisValue::from_redis_value(answer?)?)
@@ -114,20 +131,20 @@ async fn batch(
     instance: &str,
     jobs: &[(SessionIds, Job)],
 ) -> Result<Vec<Outcome>, RedisFault> {
-    let mut commands = Vec::with_capacity(2 * jobs.len());
+    let mut commands = Vec::with_capacity((1 + KEEP_COMMANDS) * jobs.len());
     for (ids, job) in jobs {
         match job {
             Job::Register => {
                 let mut set = redis::cmd("SET");
                 set.arg(session_key(ids)).arg(instance).arg("EX").arg(LIFETIME_S).arg("GET");
                 commands.push(set);
-                commands.push(devices("SADD", ids));
+                commands.extend(keep_device(ids));
             }
             Job::Refresh { check } => {
                 commands.push(script(EXTEND, ids, instance));
                 // Another node's end of the same session may have taken the device out.
                 if *check {
-                    commands.push(devices("SADD", ids));
+                    commands.extend(keep_device(ids));
                 }
             }
             Job::Unregister => commands.push(script(REMOVE, ids, instance)),
@@ -139,13 +156,14 @@ async fn batch(
     let mut gone = Vec::new();
     for (ids, job) in jobs {
         let Some(first) = answers.next() else { return Ok(vec![Outcome::Failed; jobs.len()]) };
-        let second = match job {
-            Job::Register | Job::Refresh { check: true } => answers.next(),
-            Job::Refresh { check: false } | Job::Unregister => None,
+        let kept = match job {
+            Job::Register | Job::Refresh { check: true } => KEEP_COMMANDS,
+            Job::Refresh { check: false } | Job::Unregister => 0,
         };
-        let was = match (holder(first), second) {
-            (Ok(was), None | Some(Ok(_))) => was,
-            (Err(_), _) | (Ok(_), Some(Err(_))) => {
+        let well = answers.by_ref().take(kept).filter(Result::is_ok).count() == kept;
+        let was = match holder(first) {
+            Ok(was) if well => was,
+            Ok(_) | Err(_) => {
                 outcomes.push(Outcome::Failed);
                 continue;
             }
@@ -157,7 +175,12 @@ async fn batch(
                 }
                 Outcome::Done
             }
-            (Job::Refresh { .. } | Job::Unregister, None) => Outcome::Vanished,
+            (Job::Refresh { .. }, None) => Outcome::Vanished,
+            // Its lifetime was over, or it was removed by an attempt that failed after that.
+            (Job::Unregister, None) => {
+                gone.push(ids);
+                Outcome::Vanished
+            }
             (Job::Refresh { .. } | Job::Unregister, Some(holder)) if holder != instance => {
                 Outcome::Elsewhere
             }

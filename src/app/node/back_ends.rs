@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::metrics::component;
 use super::other_nodes::OtherNodes;
+use super::sizing::Sizing;
 use crate::app::admin::Samples;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
 use crate::service::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
@@ -33,7 +34,11 @@ impl BackEnds {
     ///
     /// # Errors
     /// A key or an address cannot be used.
-    pub(super) fn start(settings: &Settings, instance: &Arc<str>) -> Result<Self, String> {
+    pub(super) fn start(
+        settings: &Settings,
+        sizing: &Sizing,
+        instance: &Arc<str>,
+    ) -> Result<Self, String> {
         let mut samples = Vec::new();
         let conversations = neighbour(
             settings,
@@ -53,7 +58,8 @@ impl BackEnds {
         let other_nodes =
             redis.clone().map(|link| OtherNodes::new(settings, instance, link, &mut samples));
         let announcer = other_nodes.as_ref().and_then(OtherNodes::announcer);
-        let presence = presence(settings, instance, redis.as_ref(), announcer, &mut samples)?;
+        let presence =
+            presence(settings, sizing, instance, redis.as_ref(), announcer, &mut samples)?;
         let resume = resume(settings, messages, conversations.as_ref(), &mut samples);
         let auth = authenticator(settings, &mut samples)?;
         Ok(Self { auth, conversations, other_nodes, presence, resume, samples })
@@ -102,6 +108,7 @@ fn redis_link(
 
 fn presence(
     settings: &Settings,
+    sizing: &Sizing,
     instance: &Arc<str>,
     redis: Option<&RedisLink>,
     announcer: Option<Announcer>,
@@ -127,12 +134,19 @@ fn presence(
         reach,
         refresh_interval: settings.presence_refresh,
         announcer,
-        ..PresenceConfig::new(Arc::clone(instance))
+        ..presence_config(Arc::clone(instance), sizing)
     };
     let counters = Arc::default();
     let presence = Presence::spawn(config, target, Arc::clone(&counters));
     samples.push(component("presence_", move |visit| counters.visit(visit)));
     Ok(presence)
+}
+
+/// The bounds of presence: all sessions may leave at once.
+pub(super) fn presence_config(instance: Arc<str>, sizing: &Sizing) -> PresenceConfig {
+    let config = PresenceConfig::new(instance);
+    let ends_waiting_max = config.ends_waiting_max.max(sizing.sessions_max());
+    PresenceConfig { ends_waiting_max, ..config }
 }
 
 fn resume(

@@ -3,6 +3,7 @@
 //!
 //! Each row of `docs/queues.md` names the part that covers it; a test compares the two.
 
+use super::back_ends::presence_config;
 use super::routing::{prefetch_kib, router_config};
 use super::sizing::Sizing;
 use super::streams::outbox_limits;
@@ -25,7 +26,6 @@ use crate::service::hub::{INPUTS_MAX, OutboxLimits};
 use crate::service::kafka;
 use crate::service::membership::{Members, MembershipConfig};
 use crate::service::neighbours::ANSWER_BYTES_MAX;
-use crate::service::presence::PresenceConfig;
 use crate::service::presence_fanout::PresenceFanoutConfig;
 use crate::service::redis::{LocationsConfig, MOVES_MAX, NodesConfig, SubscriptionsConfig};
 use crate::service::resume::ResumeConfig;
@@ -80,7 +80,7 @@ impl Ledger {
         let mut fixed = vec![("process", PROCESS_BYTES)];
         fixed.extend(shards(sizing, shard));
         fixed.extend(routing(settings, sizing));
-        fixed.extend(neighbours(settings));
+        fixed.extend(neighbours(settings, sizing));
         fixed.extend(streams(settings, sizing));
         let router = router_config(settings, sizing);
         let prefetch = kafka::partition_bytes_max(prefetch_kib(settings));
@@ -203,9 +203,10 @@ fn routing(settings: &Settings, sizing: &Sizing) -> Amounts {
 }
 
 /// What waits for presence and for the other nodes.
-fn neighbours(settings: &Settings) -> Amounts {
-    let presence = PresenceConfig::new("".into());
-    let mut amounts = vec![("presence", presence.sessions_waiting_max as u64 * PRESENCE_BYTES)];
+fn neighbours(settings: &Settings, sizing: &Sizing) -> Amounts {
+    let presence = presence_config("".into(), sizing);
+    let waiting = presence.sessions_waiting_max + presence.ends_waiting_max;
+    let mut amounts = vec![("presence", waiting as u64 * PRESENCE_BYTES)];
     if settings.redis_addr.is_empty() {
         return amounts;
     }

@@ -181,7 +181,7 @@ fn start(
     let _ = rustls::crypto::ring::default_provider().install_default();
 
     let instance = instance_id(&settings);
-    let mut back_ends = BackEnds::start(&settings, &instance)?;
+    let mut back_ends = BackEnds::start(&settings, sizing, &instance)?;
     let streams_wanted = usize::from(ports.grpc.is_some());
     let mut mesh =
         Mesh::new(usize::from(sizing.shards) + streams_wanted, usize::from(sizing.routers))

@@ -31,6 +31,11 @@ pub(super) struct Sizing {
 }
 
 impl Sizing {
+    /// Sockets and gRPC streams.
+    pub(super) fn sessions_max(&self) -> usize {
+        usize::from(self.shards) * self.connections_per_shard as usize + self.streams_max()
+    }
+
     /// gRPC streams, and connections that carry them: as many as sockets, within a bound of their
     /// own.
     pub(super) fn streams_max(&self) -> usize {

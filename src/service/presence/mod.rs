@@ -3,7 +3,8 @@
 //! The session manager says what happens to sessions; a task of its own tells the presence service
 //! (`PRESENCE_MODE=service`), or writes the same to Redis directly (`redis`). What is told is always
 //! the newest state; while the other side is away at most [`PresenceConfig::sessions_waiting_max`]
-//! sessions wait, and the rest is found again by the refresh sweep. Nothing here delays a delivery.
+//! sessions and [`PresenceConfig::ends_waiting_max`] ends wait; the rest of the sessions is found again
+//! by the refresh sweep. Nothing here delays a delivery.
 //!
 //! # One session, two nodes
 //! A client that moves from node A to node B is registered by B while A may still hold its dead
@@ -33,7 +34,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use self::queue::{Job, Next, Outcome, Queue};
+use self::queue::{Job, Limits, Next, Outcome, Queue};
 use self::reach::Pledge;
 pub use self::reach::{Reach, ReachConfig, Standing};
 use crate::service::directory::SessionIds;
@@ -53,8 +54,11 @@ pub struct PresenceConfig {
     pub instance: Arc<str>,
     /// How often each session's registration is refreshed: well below its lifetime of 60 s.
     pub refresh_interval: Duration,
-    /// Sessions that may wait to be told of; about 150 bytes each.
+    /// Sessions that may wait to be registered or refreshed; some 300 bytes each.
     pub sessions_waiting_max: usize,
+    /// Ends that may wait beside them: not fewer than the sessions of this node, so that all of them
+    /// can leave at once.
+    pub ends_waiting_max: usize,
     /// Calls to the presence service under way at once.
     pub calls_max: usize,
     /// Who tells the other nodes of a registration (`ROUTING_MODE=group`).
@@ -64,12 +68,13 @@ pub struct PresenceConfig {
 }
 
 impl PresenceConfig {
-    /// The defaults for an instance: every 20 s, 100,000 waiting, 64 calls.
+    /// The defaults for an instance: every 20 s, 100,000 and 100,000 ends waiting, 64 calls.
     pub fn new(instance: Arc<str>) -> Self {
         Self {
             instance,
             refresh_interval: REFRESH_INTERVAL,
             sessions_waiting_max: 100_000,
+            ends_waiting_max: 100_000,
             calls_max: 64,
             announcer: None,
             reach: None,
@@ -150,8 +155,10 @@ impl Presence {
         target: PresenceTarget,
         counters: Arc<PresenceCounters>,
     ) -> Self {
+        let limits =
+            Limits { sessions_max: config.sessions_waiting_max, ends_max: config.ends_waiting_max };
         let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue::new(config.sessions_waiting_max)),
+            queue: Mutex::new(Queue::new(limits)),
             news: Notify::new(),
             settled: Notify::new(),
             counters,
@@ -252,7 +259,7 @@ impl Presence {
         shared.lock().close();
         shared.news.notify_one();
         let told = async {
-            while shared.lock().ends_untold() > 0 {
+            while shared.lock().has_ends_untold() {
                 shared.settled.notified().await;
             }
         };

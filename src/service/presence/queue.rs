@@ -39,6 +39,16 @@ pub(super) enum Next {
     Nothing,
 }
 
+/// How many sessions may wait.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Sessions that have begun or are to be refreshed; the latter take half of it.
+    pub(super) sessions_max: usize,
+    /// Ends. They have room of their own: a crowd that leaves does not keep the next one from being
+    /// registered.
+    pub(super) ends_max: usize,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Queue {
@@ -46,7 +56,9 @@ pub(super) struct Queue {
     waiting: VecDeque<SessionIds>,
     delayed: BinaryHeap<Reverse<Due>>,
     under_way: usize,
-    entries_max: usize,
+    /// Entries of sessions that have ended.
+    ends: usize,
+    limits: Limits,
     pace: Pace,
     /// Sessions found to be held by another node, until somebody asks.
     replaced: HashSet<SessionIds>,
@@ -54,13 +66,14 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new(entries_max: usize) -> Self {
+    pub(super) fn new(limits: Limits) -> Self {
         Self {
             entries: HashMap::new(),
             waiting: VecDeque::new(),
             delayed: BinaryHeap::new(),
             under_way: 0,
-            entries_max,
+            ends: 0,
+            limits,
             pace: Pace::default(),
             replaced: HashSet::new(),
             closing: false,
@@ -72,13 +85,24 @@ impl Queue {
         self.entries.len()
     }
 
+    /// Those among them that have not ended.
+    fn others(&self) -> usize {
+        self.entries.len() - self.ends
+    }
+
+    /// Entries change sides, so the whole is bounded too.
+    fn has_room(&self) -> bool {
+        self.entries.len() < self.limits.sessions_max + self.limits.ends_max
+    }
+
     /// A session has been admitted. `registered`: presence holds it already, from a predecessor on
     /// this node. Returns false if there is no room.
     pub(super) fn opened(&mut self, ids: &SessionIds, registered: bool, now: Instant) -> bool {
         self.replaced.remove(ids);
-        let room = self.entries.len() < self.entries_max && !self.closing;
+        let room = self.has_room() && self.others() < self.limits.sessions_max && !self.closing;
         match self.entries.get_mut(ids) {
             Some(entry) => {
+                self.ends -= usize::from(entry.want == Want::Offline);
                 entry.opened();
                 true
             }
@@ -104,9 +128,10 @@ impl Queue {
     /// A session has ended and nobody took its place here. Returns false if there is no room: the
     /// registration will end by itself.
     pub(super) fn ended(&mut self, ids: &SessionIds, now: Instant) -> bool {
-        let room = self.entries.len() < self.entries_max;
+        let room = self.has_room() && self.ends < self.limits.ends_max;
         match self.entries.get_mut(ids) {
             Some(entry) => {
+                self.ends += usize::from(entry.want == Want::Online);
                 entry.want = Want::Offline;
                 true
             }
@@ -121,7 +146,7 @@ impl Queue {
     /// A session is to be refreshed. Refreshes take no more than half of the room. Returns false
     /// if there is none.
     pub(super) fn refresh(&mut self, ids: &SessionIds, check: bool, now: Instant) -> bool {
-        let room = self.entries.len() < self.entries_max / 2 && !self.closing;
+        let room = self.has_room() && self.others() < self.limits.sessions_max / 2 && !self.closing;
         match self.entries.get_mut(ids) {
             Some(entry) => {
                 entry.check |= check;
@@ -136,6 +161,7 @@ impl Queue {
     }
 
     fn insert(&mut self, ids: &SessionIds, entry: Entry) {
+        self.ends += usize::from(entry.want == Want::Offline);
         self.entries.insert(ids.clone(), entry);
         self.waiting.push_back(ids.clone());
     }
@@ -158,8 +184,8 @@ impl Queue {
                 continue;
             };
             let Some(job) = entry.job(self.closing, now) else {
-                self.entries.remove(ids);
-                self.waiting.pop_front();
+                let Some(ids) = self.waiting.pop_front() else { break };
+                self.remove(&ids);
                 continue;
             };
             match self.pace.leave(self.under_way, now) {
@@ -202,7 +228,9 @@ impl Queue {
     }
 
     fn remove(&mut self, ids: &SessionIds) {
-        self.entries.remove(ids);
+        if let Some(entry) = self.entries.remove(ids) {
+            self.ends -= usize::from(entry.want == Want::Offline);
+        }
         self.shrink();
     }
 
@@ -222,13 +250,14 @@ impl Queue {
         }
     }
 
-    /// Ends that presence has not been told of.
+    /// Ends that presence has not been told of, and what is under way.
     pub(super) fn ends_untold(&self) -> usize {
-        let untold = |entry: &&Entry| {
-            entry.place == Place::UnderWay
-                || (entry.want == Want::Offline && entry.held != Held::Absent)
-        };
-        self.entries.values().filter(untold).count()
+        self.entries.values().filter(|entry| entry.is_untold()).count()
+    }
+
+    /// Whether there are any: asked after each outcome, so it does not count them all.
+    pub(super) fn has_ends_untold(&self) -> bool {
+        self.entries.values().any(Entry::is_untold)
     }
 
     /// Gives back what a storm took.

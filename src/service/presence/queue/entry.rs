@@ -122,6 +122,11 @@ impl Entry {
         }
     }
 
+    /// Whether presence may hold something that it must not.
+    pub(super) fn is_untold(&self) -> bool {
+        self.place == Place::UnderWay || (self.want == Want::Offline && self.held != Held::Absent)
+    }
+
     /// Its job is given out.
     pub(super) fn begin(&mut self) {
         self.place = Place::UnderWay;

@@ -17,6 +17,10 @@ const REACH: ReachConfig = ReachConfig {
     registration_wait: Duration::from_secs(2),
 };
 
+fn limits(max: usize) -> Limits {
+    Limits { sessions_max: max, ends_max: max }
+}
+
 /// A queue, and its time, which passes only when told to.
 struct Bench {
     queue: Queue,
@@ -25,7 +29,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self { queue: Queue::new(100), now: Instant::now() }
+        Self { queue: Queue::new(limits(100)), now: Instant::now() }
     }
 
     fn next(&mut self) -> Option<Job> {
@@ -173,7 +177,7 @@ fn session_that_came_back_meanwhile_is_not_taken_for_the_replaced_one() {
 
 #[test]
 fn presence_that_is_away_is_tried_one_call_at_a_time() {
-    let mut queue = Queue::new(1000);
+    let mut queue = Queue::new(limits(1000));
     let mut now = Instant::now();
     for user in 0..500 {
         queue.opened(&ids(user), false, now);
@@ -200,13 +204,32 @@ fn presence_that_is_away_is_tried_one_call_at_a_time() {
 
 #[test]
 fn room_is_bounded_and_refreshes_leave_half_of_it() {
-    let mut queue = Queue::new(10);
+    let mut queue = Queue::new(Limits { sessions_max: 10, ends_max: 20 });
     let now = Instant::now();
     assert_eq!((0..10).filter(|user| queue.refresh(&ids(*user), false, now)).count(), 5);
     assert_eq!((10..20).filter(|user| queue.opened(&ids(*user), false, now)).count(), 5);
-    assert!(!queue.ended(&ids(30), now));
+    assert_eq!((30..60).filter(|user| queue.ended(&ids(*user), now)).count(), 20);
     assert!(queue.ended(&ids(0), now), "coalesced: no room needed");
-    assert_eq!(queue.len(), 10);
+    assert!(!queue.ended(&ids(60), now));
+    assert!(!queue.opened(&ids(60), false, now), "the whole is bounded too");
+    assert_eq!(queue.len(), 30);
+}
+
+#[test]
+fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
+    let mut queue = Queue::new(Limits { sessions_max: 10, ends_max: 1_000 });
+    let now = Instant::now();
+    assert!((0..1_000).all(|user| queue.ended(&ids(user), now)));
+    assert!((1_000..1_010).all(|user| queue.opened(&ids(user), false, now)));
+    assert!(!queue.opened(&ids(1_010), false, now));
+    // Who is back is registered, and is no end any more.
+    assert!((0..5).all(|user| queue.opened(&ids(user), false, now)));
+    assert!((2_000..2_010).filter(|user| queue.ended(&ids(*user), now)).count() == 0);
+    for _ in 0..1_010 {
+        let Next::Do(ids, job) = queue.next(now) else { panic!("there is something to do") };
+        queue.finish(ids, job, Outcome::Done, 0.5, now);
+    }
+    assert_eq!((queue.len(), queue.ends), (0, 0));
 }
 
 #[test]
@@ -256,7 +279,7 @@ fn nobody_waits_for_a_registration_that_will_take_long_or_never_come() {
     let reached = bench.now + REACH.lookup_lifetime;
     assert_eq!(late.standing(reached), Standing::Reached, "it counts when it comes");
 
-    let mut full = Bench { queue: Queue::new(0), now: bench.now };
+    let mut full = Bench { queue: Queue::new(limits(0)), now: bench.now };
     assert_eq!(full.admits(0, false).standing(full.now), Standing::Unreached);
 }
 
@@ -300,7 +323,7 @@ fn carry_out(registered: &mut HashSet<SessionIds>, ids: &SessionIds, job: Job) {
 proptest! {
     #[test]
     fn presence_ends_up_with_what_is_connected(steps in steps()) {
-        let mut queue = Queue::new(100);
+        let mut queue = Queue::new(limits(100));
         let mut now = Instant::now();
         let mut connected = HashSet::new();
         let mut registered = HashSet::new();
@@ -341,6 +364,8 @@ proptest! {
             }
             let placed = queue.waiting.len() + queue.delayed.len() + under_way.len();
             prop_assert_eq!(queue.entries.len(), placed);
+            let ends = queue.entries.values().filter(|entry| entry.want == Want::Offline).count();
+            prop_assert_eq!(queue.ends, ends);
         }
         for (ids, job) in under_way {
             queue.finish(ids, job, Outcome::Failed, 0.5, now);

@@ -7,12 +7,12 @@ use delivery_bench::conductor::{Contender, Plan, Role, WORKS, run};
 
 #[derive(Parser)]
 struct Arguments {
-    /// Servers, in the order of the table: bare, epoll, tokio, tokio-uring, delivery, kafka, or
-    /// NAME=COMMAND, a build of bench-delivery.
+    /// Servers, in the order of the table: bare, epoll, tokio, tokio-defaults, tokio-uring, delivery,
+    /// kafka, or NAME=COMMAND, a build of bench-delivery.
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "bare,epoll,tokio,tokio-uring,delivery,kafka"
+        default_value = "bare,epoll,tokio,tokio-defaults,tokio-uring,delivery,kafka"
     )]
     servers: Vec<String>,
     /// Works: push, groups, burst, flood, latency, slow, json, kib, deflate, echo.

@@ -24,7 +24,7 @@ const fn ratio(title: &'static str, figure: Figure, by: Figure, at_most: f64) ->
 
 /// Both make the events themselves, but for Kafka's: there what making them costs is left out of
 /// what it is compared with.
-const TARGETS: [Target; 12] = [
+const TARGETS: [Target; 14] = [
     ratio(
         "push, one recipient each, to bare",
         ("push", "delivery", CpuUs),
@@ -32,7 +32,13 @@ const TARGETS: [Target; 12] = [
         1.10,
     ),
     ratio(
-        "push, one recipient each, to tungstenite",
+        "push, one recipient each, to tungstenite as it comes",
+        ("push", "delivery", CpuUs),
+        ("push", "tokio-defaults", CpuUs),
+        0.70,
+    ),
+    ratio(
+        "push, one recipient each, to tungstenite with small buffers",
         ("push", "delivery", CpuUs),
         ("push", "tokio", CpuUs),
         0.70,
@@ -56,7 +62,18 @@ const TARGETS: [Target; 12] = [
         0.25,
     ),
     ratio("echo, to bare", ("echo", "delivery", CpuUs), ("echo", "bare", CpuUs), 1.15),
-    ratio("echo, to tungstenite", ("echo", "delivery", CpuUs), ("echo", "tokio", CpuUs), 0.50),
+    ratio(
+        "echo, to tungstenite as it comes",
+        ("echo", "delivery", CpuUs),
+        ("echo", "tokio-defaults", CpuUs),
+        0.50,
+    ),
+    ratio(
+        "echo, to tungstenite with small buffers",
+        ("echo", "delivery", CpuUs),
+        ("echo", "tokio", CpuUs),
+        0.50,
+    ),
     ratio(
         "1 KiB of JSON, conversations of 100: deflate to none",
         ("deflate", "delivery", CpuUs),

@@ -12,6 +12,8 @@ use std::net::TcpListener;
 use clap::ValueEnum;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use self::tokio_tungstenite::Buffers;
+
 /// Which one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
@@ -21,6 +23,8 @@ pub enum Kind {
     Epoll,
     /// tokio, a task per connection, tungstenite.
     Tokio,
+    /// The same, with the buffers that tungstenite has unless told otherwise.
+    TokioDefaults,
     /// tokio-uring, a task per connection, tungstenite.
     TokioUring,
 }
@@ -34,7 +38,8 @@ pub fn run(kind: Kind, capacity: usize) -> io::Result<()> {
     match kind {
         Kind::Bare => epoll::run(listener, capacity, epoll::Engine::Uring),
         Kind::Epoll => epoll::run(listener, capacity, epoll::Engine::Send),
-        Kind::Tokio => tokio_tungstenite::run(listener, capacity),
+        Kind::Tokio => tokio_tungstenite::run(listener, capacity, Buffers::Small),
+        Kind::TokioDefaults => tokio_tungstenite::run(listener, capacity, Buffers::Defaults),
         Kind::TokioUring => tokio_uring_tungstenite::run(listener, capacity),
     }
 }

@@ -23,7 +23,26 @@ use crate::usage;
 /// Messages that wait for one session, as in Delivery.
 const QUEUE: usize = 128;
 
+/// The two ways to run it.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Buffers {
+    /// As small as they get: the server at its best.
+    Small,
+    /// tungstenite's own: 128 KiB to read into and 128 KiB to write from, for each session.
+    Defaults,
+}
+
+impl Buffers {
+    fn config(self) -> WebSocketConfig {
+        match self {
+            Self::Small => WebSocketConfig::default().read_buffer_size(4096).write_buffer_size(0),
+            Self::Defaults => WebSocketConfig::default(),
+        }
+    }
+}
+
 struct Shared {
+    buffers: Buffers,
     /// Sender of session `index`.
     sessions: Mutex<Vec<Option<Sender<Bytes>>>>,
     open: AtomicUsize,
@@ -31,11 +50,12 @@ struct Shared {
 }
 
 /// Until the standard input ends.
-pub(super) fn run(listener: TcpListener, capacity: usize) -> io::Result<()> {
+pub(super) fn run(listener: TcpListener, capacity: usize, buffers: Buffers) -> io::Result<()> {
     // One worker: the server has one core.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let shared = Arc::new(Shared {
+        buffers,
         sessions: Mutex::new(vec![None; capacity]),
         open: AtomicUsize::new(0),
         sent: AtomicU64::new(0),
@@ -73,8 +93,7 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         session = names::index_of(request.uri().to_string().as_bytes());
         Ok(response)
     };
-    // Buffers as small as they get: the default of 128 KiB for each session would not be fair.
-    let config = WebSocketConfig::default().read_buffer_size(4096).write_buffer_size(0);
+    let config = shared.buffers.config();
     let Ok(socket) = accept_hdr_async_with_config(stream, note, Some(config)).await else { return };
     let (sender, receiver) = channel(QUEUE);
     if let Some(session) = session

@@ -12,4 +12,5 @@ mod contract;
 mod delivery_to_all;
 mod door;
 mod faults;
+mod ledger;
 mod pages;

@@ -3,6 +3,7 @@
 
 pub mod back_end;
 pub mod client;
+pub mod crowd;
 pub mod fleet;
 pub mod neighbours;
 pub mod node;

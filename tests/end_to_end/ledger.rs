@@ -1,0 +1,240 @@
+//! What the ledger says of a session, held against what the process and the kernel take for it while
+//! a hundred thousand come.
+//!
+//! One number after start-up says little: pools, tables and threads take their memory with the first
+//! sessions, and tables double. So memory is read at two counts, at both of which the 64 parts of the
+//! directory are nine tenths full and the records of a shard four fifths of a power of two: between
+//! them each table doubles once, and the slope is what a session costs on average. What a table
+//! outgrew the allocator may keep for a while; that is as much again as the tables have grown.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use crate::support::crowd::{Crowd, descriptors};
+use crate::support::node::{Node, NodeBuilder};
+use crate::support::wait::until;
+
+/// Sessions at most, and of one shard.
+const SESSIONS: usize = 102_400;
+const PER_SHARD: usize = 12_800;
+/// Shards at most, where the descriptor limit makes their tables small.
+const SHARDS_MAX: usize = 32;
+/// Files of a shard beside those of its sessions, refusals and reserve included.
+const FILES_BESIDE: usize = 512;
+/// The kernel's memory for both ends of a connection, and that the machine should have many times.
+const CONNECTION_BYTES: u64 = 10_000;
+const MEMORY_SHARE: u64 = 4;
+
+/// Measured to reckoned; the least without what tables outgrew, the most with it. The allocator rounds
+/// up (to 80 bytes for the ids), and what handshakes needed for a moment is not given back at once.
+/// Forgetting the smallest part, 32 bytes, would be beyond the upper one.
+const LEAST: f64 = 0.95;
+const MOST: f64 = 1.18;
+/// The parts that are tables.
+const TABLES: [&str; 2] = ["directory", "record"];
+/// Issue “A million quiet connections, and the fastest push”: bytes of a session.
+const BUDGET: f64 = 400.0;
+/// Slab growth by cache to the ledger: structures differ between kernels.
+const CACHES: RangeInclusive<f64> = 0.8..=1.2;
+/// Of all slabs of the machine, in which others live as well.
+const ALL_SLABS: RangeInclusive<f64> = 0.7..=1.4;
+/// Readings of the slabs: what others do in the middle of one moves the median of all little.
+const STEPS: usize = 12;
+
+/// Memory stays the same within this for so many looks: it has settled.
+const SETTLED_BYTES: f64 = 32.0 * 1024.0;
+const SETTLED_LOOKS: usize = 40;
+const SETTLED_WITHIN: Duration = Duration::from_secs(30);
+const ADMITTED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Of which caches a socket is made.
+const SOCKET: [&str; 6] =
+    ["TCP", "sock_inode_cache", "filp", "dentry", "lsm_inode_cache", "lsm_file_cache"];
+/// What the kernel remembers of a poll that waits.
+const WATCH: &str = "io_kiocb";
+
+/// As many sessions as the machine lets a test have; the numbers keep their relations.
+struct Size {
+    shards: usize,
+    few: usize,
+    many: usize,
+}
+
+impl Size {
+    fn of_this_machine() -> Self {
+        let limit = usize::try_from(descriptors()).unwrap_or(usize::MAX);
+        let available = bytes_of(&read("/proc/meminfo"), "MemAvailable:") as u64;
+        let (mut per_shard, mut many) = (PER_SHARD, SESSIONS);
+        // The kernel spreads connections by a hash, not evenly.
+        while per_shard + per_shard / 4 + FILES_BESIDE > limit {
+            per_shard /= 2;
+            assert!(per_shard > 0, "the descriptor limit is {limit}: no server starts with that");
+        }
+        while many / per_shard > SHARDS_MAX
+            || many as u64 * CONNECTION_BYTES > available / MEMORY_SHARE
+        {
+            many /= 2;
+        }
+        let shards = (many / per_shard).max(1);
+        Self { shards, few: many * 77 / 160, many }
+    }
+}
+
+/// One moment.
+#[derive(Clone, Debug)]
+struct Reading {
+    sessions: f64,
+    /// The process' own memory, swapped or not; its program text comes and goes.
+    process: f64,
+    /// Slots that the shards have memory for: by chunks of 1,024.
+    slots: f64,
+}
+
+impl Reading {
+    fn take(node: &Node, sessions: usize) -> Self {
+        let look = || {
+            let rollup = read(&format!("/proc/{}/smaps_rollup", node.pid().as_raw_nonzero()));
+            bytes_of(&rollup, "Anonymous:") + bytes_of(&rollup, "Swap:")
+        };
+        let (mut process, mut looks) = (look(), 0);
+        until(SETTLED_WITHIN, "memory settles", || {
+            let now = look();
+            looks = if (now - process).abs() > SETTLED_BYTES { 0 } else { looks + 1 };
+            process = if looks == 0 { now } else { process };
+            (looks == SETTLED_LOOKS).then_some(())
+        });
+        let slots = node.metrics().sum("delivery_shard_slots_allocated", &[]);
+        Self { sessions: sessions as f64, process, slots }
+    }
+
+    /// Bytes of the process, and slots, for each session since `before`.
+    fn since(&self, before: &Self) -> (f64, f64) {
+        let sessions = self.sessions - before.sessions;
+        ((self.process - before.process) / sessions, (self.slots - before.slots) / sessions)
+    }
+}
+
+/// The kernel's slabs: all of the machine, and by cache where one may look.
+struct Slabs {
+    all: f64,
+    caches: BTreeMap<String, f64>,
+}
+
+impl Slabs {
+    fn read() -> Self {
+        // Only root may.
+        let caches = std::fs::read_to_string("/proc/slabinfo").unwrap_or_default();
+        let all = bytes_of(&read("/proc/meminfo"), "Slab:");
+        Self { all, caches: caches.lines().filter_map(cache).collect() }
+    }
+
+    /// `None`: nobody tells.
+    fn of(&self, names: &[&str]) -> Option<f64> {
+        let known = names.iter().filter_map(|name| self.caches.get(*name));
+        self.caches.contains_key(names[0]).then(|| known.sum())
+    }
+}
+
+/// Name and bytes in use of a line of `/proc/slabinfo`.
+fn cache(line: &str) -> Option<(String, f64)> {
+    let fields: Vec<_> = line.split_whitespace().collect();
+    let number = |at: usize| fields.get(at)?.parse::<f64>().ok();
+    Some(((*fields.first()?).to_owned(), number(2)? * number(3)?))
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+fn bytes_of(text: &str, name: &str) -> f64 {
+    let line = text.lines().find(|line| line.starts_with(name));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok());
+    kib.unwrap_or_else(|| panic!("no {name}")) * 1024.0
+}
+
+/// Connects until there are so many, all of them admitted.
+fn grow(crowd: &mut Crowd, node: &Node, sessions: usize) {
+    crowd.grow(sessions);
+    let ended = || node.metrics().nonzero("delivery_shard_ended_total");
+    until(ADMITTED_WITHIN, "all sessions are admitted", || {
+        assert_eq!(ended(), [], "a session has ended");
+        let active = node.metrics().sum("websocket_connections_active", &[]);
+        (active == sessions as f64).then_some(())
+    });
+}
+
+/// Bytes of a session in the kernel's slabs, by `what` grows: the median over the steps.
+fn slope(steps: &[(usize, Slabs)], what: impl Fn(&Slabs) -> Option<f64>) -> Option<f64> {
+    let each = |pair: &[(usize, Slabs)]| {
+        let sessions = (pair[1].0 - pair[0].0) as f64;
+        Some((what(&pair[1].1)? - what(&pair[0].1)?) / sessions)
+    };
+    let mut each: Vec<f64> = steps.windows(2).map(each).collect::<Option<_>>()?;
+    each.sort_by(f64::total_cmp);
+    Some(each[each.len() / 2])
+}
+
+#[track_caller]
+fn assert_within(what: &str, measured: f64, (least, most): (f64, f64)) {
+    println!("{what}: {measured:.0} B a session, {least:.0} to {most:.0} B by the ledger");
+    assert!(
+        (least..=most).contains(&measured),
+        "{what}: a session takes {measured:.0} B, and by the ledger {least:.0} to {most:.0} B"
+    );
+}
+
+#[test]
+#[ignore = "loads the machine: tests/run end_to_end"]
+fn session_takes_what_the_ledger_says() {
+    // The node inherits it: a huge page that the kernel makes of small ones is no session's.
+    rustix::thread::disable_transparent_huge_pages(true).expect("Linux has this");
+    let size = Size::of_this_machine();
+    let node = NodeBuilder::dev()
+        .set("SHARDS", size.shards)
+        // The crowd answers no pings.
+        .set("PING_INTERVAL", "1h")
+        .set("IDLE_TIMEOUT", "2h")
+        .start();
+    let metrics = node.metrics();
+    let part =
+        |part: &str| metrics.sum("delivery_memory_session_bytes", &[&format!("part=\"{part}\"")]);
+    let all = metrics.sum("delivery_memory_session_bytes", &[]);
+
+    let mut crowd = Crowd::new(node.public);
+    grow(&mut crowd, &node, size.few);
+    let few = Reading::take(&node, size.few);
+    let mut slabs = vec![(size.few, Slabs::read())];
+    for step in 1..=STEPS {
+        let sessions = size.few + (size.many - size.few) * step / STEPS;
+        grow(&mut crowd, &node, sessions);
+        slabs.push((sessions, Slabs::read()));
+    }
+    let (measured, slots) = Reading::take(&node, size.many).since(&few);
+    // Slots come by the chunk.
+    let reckoned = all + part("slot") * (slots - 1.0);
+    let outgrown: f64 = TABLES.into_iter().map(part).sum();
+    assert_within("process", measured, (LEAST * reckoned, MOST * (reckoned + outgrown)));
+    assert!(measured <= BUDGET, "{measured:.0} B a session");
+
+    let name = "delivery_memory_session_kernel_bytes";
+    let kernel = |part: &str| metrics.sum(name, &[&format!("part=\"{part}\"")]);
+    // The other end is a socket in a table, too, but watched by nobody.
+    let both = 2.0 * metrics.sum(name, &[]) - kernel("watch");
+    let around = |reckoned: f64, range: &RangeInclusive<f64>| {
+        (reckoned * range.start(), reckoned * range.end())
+    };
+    let measured = slope(&slabs, |slabs| Some(slabs.all)).expect("everybody may look");
+    assert_within("slabs, both ends", measured, around(both, &ALL_SLABS));
+    let sockets = slope(&slabs, |slabs| slabs.of(&SOCKET));
+    let watches = slope(&slabs, |slabs| slabs.of(&[WATCH]));
+    for (what, measured, reckoned) in [
+        ("sockets, both ends", sockets, 2.0 * kernel("socket")),
+        ("watch", watches, kernel("watch")),
+    ] {
+        match measured {
+            Some(measured) => assert_within(what, measured, around(reckoned, &CACHES)),
+            None => println!("{what}: only root may look at /proc/slabinfo"),
+        }
+    }
+}

@@ -12,6 +12,9 @@ struct Arguments {
     /// Sessions at most.
     #[arg(long, default_value_t = 16_384)]
     capacity: usize,
+    /// Let `bare` keep its sockets in file tables of its rings, for more sessions than descriptors.
+    #[arg(long)]
+    park: bool,
     /// Core to run on.
     #[arg(long)]
     core: Option<usize>,
@@ -22,5 +25,5 @@ fn main() -> std::io::Result<()> {
     if let Some(core) = arguments.core {
         usage::pin(core)?;
     }
-    run(arguments.kind, arguments.capacity)
+    run(arguments.kind, arguments.capacity, arguments.park)
 }

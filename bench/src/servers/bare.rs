@@ -10,22 +10,11 @@ use std::time::Duration;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
+use super::rings::{ENTRIES, FLAGS, Rings, ring};
 use crate::clock::now_ns;
 use crate::control::Pushed;
 use crate::frame;
 use crate::generator::Generator;
-
-const ENTRIES: u32 = 256;
-const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-
-fn ring() -> io::Result<IoUring> {
-    IoUring::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_submit_all()
-        .setup_cqsize(32_768)
-        .build(ENTRIES)
-}
 
 /// A send, or what is left of one.
 struct Send {
@@ -72,13 +61,12 @@ impl Waiting {
 }
 
 /// Pushes until the generator is through: as many sends per submission as fit.
-pub(super) fn push(mut generator: Generator, descriptors: &[i32]) -> io::Result<Pushed> {
+pub(super) fn push(mut generator: Generator, rings: &mut Rings) -> io::Result<Pushed> {
     let generator_ns = generator.total_cost_ns();
-    let mut ring = ring()?;
     let started_ns = now_ns();
     let mut messages = 0;
     let (mut retries, mut sends) = (0, 0);
-    let mut waiting = Waiting::new(descriptors.len());
+    let mut waiting = Waiting::new(rings.sessions());
     let mut in_flight: Vec<Send> = Vec::with_capacity(ENTRIES as usize);
     let mut results = [0; ENTRIES as usize];
     loop {
@@ -103,24 +91,12 @@ pub(super) fn push(mut generator: Generator, descriptors: &[i32]) -> io::Result<
         }
         for (place, send) in in_flight.iter().enumerate() {
             let bytes = &send.frames[send.from..];
-            let descriptor = Fd(descriptors[send.session]);
-            let entry = opcode::Send::new(descriptor, bytes.as_ptr(), bytes.len() as u32)
-                .flags(FLAGS)
-                .build()
-                .user_data(place as u64);
             // SAFETY: the bytes belong to frames that `in_flight` keeps, unchanged, until all
-            // completions have been reaped below; a send with MSG_DONTWAIT completes within the
-            // `enter`. The queue is empty before a batch and as long as one.
-            unsafe { ring.submission().push(&entry).expect("a batch fits") };
+            // completions have been reaped below.
+            unsafe { rings.send(send.session, bytes, place) };
         }
         sends += in_flight.len() as u64;
-        ring.submit_and_wait(in_flight.len())?;
-        let mut completed = 0;
-        for entry in ring.completion() {
-            results[entry.user_data() as usize] = entry.result();
-            completed += 1;
-        }
-        assert_eq!(completed, in_flight.len(), "a send is still under way");
+        rings.submit(&mut results)?;
         // Tried again before newer ones, so that no frame is cut in two by another. A socket that
         // failed is the client's to count.
         for (place, mut send) in in_flight.drain(..).enumerate().rev() {

@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 
 use super::bare;
+use super::rings::Rings;
 use super::table::{COMMAND, LISTENER, Table};
 use crate::clock::now_ns;
 use crate::control::{self, Prepared, Pushed, Sessions, Word, word};
@@ -33,6 +34,8 @@ pub(super) enum Engine {
 struct Server {
     table: Table,
     engine: Engine,
+    /// Where sockets go as soon as their sessions are open, if they do.
+    parking: Option<Rings>,
     push: Option<Push>,
 }
 
@@ -43,8 +46,14 @@ struct Push {
     generator_ns: u64,
 }
 
-/// Until the standard input ends.
-pub(super) fn run(listener: TcpListener, capacity: usize, engine: Engine) -> io::Result<()> {
+/// Until the standard input ends. `park`: a ring keeps its sockets in tables of its own.
+pub(super) fn run(
+    listener: TcpListener,
+    capacity: usize,
+    engine: Engine,
+    park: bool,
+) -> io::Result<()> {
+    let parking = park.then(|| Rings::parking(capacity)).transpose()?;
     let table = Table::new(listener, capacity)?;
     let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let flags = EventFlags::IN | EventFlags::ET;
@@ -53,7 +62,7 @@ pub(super) fn run(listener: TcpListener, capacity: usize, engine: Engine) -> io:
     let words = control::commands(move || {
         let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes()); // fails only when full: rung
     });
-    Server { table, engine, push: None }.serve(&words)
+    Server { table, engine, parking, push: None }.serve(&words)
 }
 
 impl Server {
@@ -79,8 +88,12 @@ impl Server {
                         if flags.contains(EventFlags::OUT) {
                             self.table.flush(number as usize);
                         }
-                        if flags != EventFlags::OUT {
-                            self.table.read(number as usize);
+                        if flags != EventFlags::OUT
+                            && let Some(session) = self.table.read(number as usize)
+                            && let Some(rings) = &mut self.parking
+                            && let Some(socket) = self.table.take(session)
+                        {
+                            rings.park(session, &socket)?;
                         }
                     }
                 }
@@ -99,7 +112,7 @@ impl Server {
                 Err(TryRecvError::Disconnected) => return Ok(false),
             };
             match word(&line) {
-                Some(Word::Sessions) => control::answer(&Sessions { sessions: self.table.open }),
+                Some(Word::Sessions) => control::answer(&Sessions { sessions: self.sessions() }),
                 Some(Word::Prepare(_)) => control::answer(&Prepared { prepared: false }),
                 Some(Word::Push(plan)) => self.begin(plan)?,
                 Some(Word::Echo(ms)) if self.engine == Engine::Uring => {
@@ -113,8 +126,12 @@ impl Server {
         }
     }
 
+    fn sessions(&self) -> usize {
+        self.parking.as_ref().map_or(self.table.open, Rings::sessions)
+    }
+
     fn begin(&mut self, plan: Plan) -> io::Result<()> {
-        let generator = Generator::new(plan, self.table.open);
+        let generator = Generator::new(plan, self.sessions());
         match self.engine {
             Engine::Send => {
                 let generator_ns = generator.total_cost_ns();
@@ -123,10 +140,17 @@ impl Server {
                 Ok(())
             }
             Engine::Uring => {
-                let descriptors: Vec<i32> = (0..self.table.open)
-                    .map(|session| self.table.of(session).map_or(-1, |c| c.socket.as_raw_fd()))
-                    .collect();
-                control::answer(&bare::push(generator, &descriptors)?);
+                let pushed = match &mut self.parking {
+                    Some(rings) => bare::push(generator, rings)?,
+                    None => {
+                        let descriptor = |session| {
+                            self.table.of(session).map_or(-1, |found| found.socket.as_raw_fd())
+                        };
+                        let descriptors = (0..self.table.open).map(descriptor).collect();
+                        bare::push(generator, &mut Rings::of(descriptors)?)?
+                    }
+                };
+                control::answer(&pushed);
                 Ok(())
             }
         }

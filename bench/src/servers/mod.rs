@@ -2,6 +2,7 @@
 
 mod bare;
 mod epoll;
+mod rings;
 mod table;
 mod tokio_tungstenite;
 mod tokio_uring_tungstenite;
@@ -29,15 +30,16 @@ pub enum Kind {
     TokioUring,
 }
 
-/// Runs it until its standard input ends. `capacity`: sessions at most.
+/// Runs it until its standard input ends. `capacity`: sessions at most. `park`: the bare one keeps
+/// sockets in tables of its rings, so that there may be more of them than descriptors.
 ///
 /// # Errors
 /// The system's.
-pub fn run(kind: Kind, capacity: usize) -> io::Result<()> {
+pub fn run(kind: Kind, capacity: usize, park: bool) -> io::Result<()> {
     let listener = listen()?;
     match kind {
-        Kind::Bare => epoll::run(listener, capacity, epoll::Engine::Uring),
-        Kind::Epoll => epoll::run(listener, capacity, epoll::Engine::Send),
+        Kind::Bare => epoll::run(listener, capacity, epoll::Engine::Uring, park),
+        Kind::Epoll => epoll::run(listener, capacity, epoll::Engine::Send, false),
         Kind::Tokio => tokio_tungstenite::run(listener, capacity, Buffers::Small),
         Kind::TokioDefaults => tokio_tungstenite::run(listener, capacity, Buffers::Defaults),
         Kind::TokioUring => tokio_uring_tungstenite::run(listener, capacity),

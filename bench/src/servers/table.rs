@@ -23,6 +23,7 @@ pub(super) struct Connection {
     /// What the socket did not take.
     pub(super) unsent: Vec<u8>,
     open: bool,
+    session: Option<usize>,
 }
 
 /// All of them.
@@ -71,8 +72,13 @@ impl Table {
             if number >= self.connections.len() {
                 self.connections.resize_with(number + 1, || None);
             }
-            self.connections[number] =
-                Some(Connection { socket, partial: Vec::new(), unsent: Vec::new(), open: false });
+            self.connections[number] = Some(Connection {
+                socket,
+                partial: Vec::new(),
+                unsent: Vec::new(),
+                open: false,
+                session: None,
+            });
         }
     }
 
@@ -87,17 +93,20 @@ impl Table {
         self.by_session.iter().flatten().map(|number| *number as i32)
     }
 
-    /// Reads what is there, answers it.
-    pub(super) fn read(&mut self, number: usize) {
-        let Some(Some(connection)) = self.connections.get_mut(number) else { return };
+    /// Reads what is there, answers it. Returns the session if it has said its hello: nothing more
+    /// is to be expected of it.
+    pub(super) fn read(&mut self, number: usize) -> Option<usize> {
+        let connection = self.connections.get_mut(number)?.as_mut()?;
         let kept = connection.partial.len();
         self.buffer[..kept].copy_from_slice(&connection.partial);
         let into = &mut self.buffer[kept..];
         let count = match rustix::net::recv(&connection.socket, into, RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return self.lose(number),
-            Ok((count, _)) => count,
-            Err(Errno::AGAIN) => return,
-            Err(_) => return self.lose(number),
+            Ok((count @ 1.., _)) => count,
+            Err(Errno::AGAIN) => return None,
+            Ok((0, _)) | Err(_) => {
+                self.lose(number);
+                return None;
+            }
         };
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut used = 0;
@@ -107,7 +116,7 @@ impl Table {
             let Some(head) = frame::head_end(input) else {
                 connection.partial = input.to_vec();
                 self.buffer = buffer;
-                return;
+                return None;
             };
             if let Some(answer) = frame::upgrade_answer(&input[..head]) {
                 answers = answer;
@@ -117,14 +126,15 @@ impl Table {
                     && let Some(place) = self.by_session.get_mut(session)
                 {
                     *place = Some(number as u32);
+                    connection.session = Some(session);
                 }
             }
             used = head;
         }
-        let mut closing = false;
+        let (mut closing, mut hello) = (false, None);
         while let Some(found) = frame::parse_masked(&mut input[used..]) {
             match found.opcode {
-                // The hello of a session that does not echo is text.
+                frame::TEXT => hello = connection.session,
                 frame::BINARY => frame::put(&mut answers, frame::BINARY, found.payload),
                 frame::PING => frame::put(&mut answers, frame::PONG, found.payload),
                 frame::CLOSE => closing = true,
@@ -140,7 +150,21 @@ impl Table {
         }
         if closing {
             self.lose(number);
+            return None;
         }
+        hello
+    }
+
+    /// Hands over the socket of an open session, which is no longer watched. `None`: it still has
+    /// something to send.
+    pub(super) fn take(&mut self, session: usize) -> Option<OwnedFd> {
+        let place = self.by_session.get_mut(session)?;
+        let number = (*place)? as usize;
+        let connection = self.connections[number].take_if(|taken| taken.unsent.is_empty())?;
+        *place = None;
+        // Closing the descriptor would not end the watch: somebody else keeps the file.
+        epoll::delete(&self.epoll, &connection.socket).expect("a connection of ours is in the set");
+        Some(connection.socket)
     }
 
     /// Sends what the socket takes and keeps the rest.

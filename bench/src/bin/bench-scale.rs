@@ -56,8 +56,6 @@ enum Work {
     Storm,
     /// What readers that do not read take.
     Stall,
-    /// A message among 1,000 sessions and among many.
-    Cost,
     /// Latency with heartbeats and without.
     Heartbeat,
 }
@@ -81,7 +79,6 @@ fn main() -> std::io::Result<()> {
             Work::Hold => ScaleWork::Hold,
             Work::Storm => ScaleWork::Storm,
             Work::Stall => ScaleWork::Stall,
-            Work::Cost => ScaleWork::Cost,
             Work::Heartbeat => ScaleWork::Heartbeat,
         },
         sessions: arguments.sessions,

@@ -1,124 +1,238 @@
-//! What a message costs as the sessions of one server grow in number.
+//! What a message costs as the sessions of one server grow in number: Delivery and the bare ring side
+//! by side, at a steady pace and as fast as it goes.
 
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use super::child::{Worker, number};
+use super::lines::{Line, lines};
 use super::samples::Summary;
+use super::scale::fleet::{Fleet, FleetConfig, PER_CLIENT};
 use crate::generator;
 use crate::usage;
 
-/// Sessions of one client process.
-const PER_CLIENT: usize = 15_000;
 /// Sessions of one shard on average; see `PER_SHARD` of `scale`.
 const PER_SHARD: usize = 17_000;
 /// Connections of one shard: what a file table of `RLIMIT_NOFILE` 20,000 holds.
 const CONNECTIONS: usize = 19_700;
 /// Messages of one measurement; more sessions get one each.
-const MESSAGES: u64 = 256_000;
-/// As the works of `bench-run`.
-const RATE: u64 = 64_000;
-const AT_ONCE: u64 = 512;
+const MESSAGES: usize = 200_000;
+/// Messages to a session in a row. A client's TCP acknowledges the first 16 segments after a silence
+/// at once, on the core that sends; later ones at the client's read, on its own core. All are to be
+/// of the first kind, whatever the number of sessions.
+const IN_A_ROW: usize = 15;
+/// A silence: longer than the retransmission timeout, 200 ms.
+const SILENCE: Duration = Duration::from_secs(1);
 const ARRIVAL_MAX: Duration = Duration::from_secs(60);
-const SETTLE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(20);
+
+/// How fast, and so many at once.
+struct Pace {
+    name: &'static str,
+    title: &'static str,
+    rate: u64,
+    at_once: u64,
+}
+
+/// The first as the works of `bench-run`.
+const PACES: [Pace; 2] = [
+    Pace {
+        name: "growth",
+        title: "64,000 messages a second, by handfuls of 512",
+        rate: 64_000,
+        at_once: 512,
+    },
+    Pace { name: "growth-flood", title: "as fast as it goes", rate: 0, at_once: 1 },
+];
+
+/// A server that takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GrowthServer {
+    /// `bare`: the bare ring, its sockets in file tables. `bare:plain`: with descriptors, of which
+    /// there are not many.
+    Bare {
+        /// In file tables.
+        park: bool,
+    },
+    /// `delivery`, with as many shards as the sessions need. `delivery:12`: with so many.
+    Delivery {
+        /// That many.
+        shards: Option<usize>,
+    },
+}
+
+impl FromStr for GrowthServer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':').unwrap_or((text, "")) {
+            ("bare", "") => Ok(Self::Bare { park: true }),
+            ("bare", "plain") => Ok(Self::Bare { park: false }),
+            ("delivery", "") => Ok(Self::Delivery { shards: None }),
+            ("delivery", shards) => match shards.parse() {
+                Ok(shards @ 1..) => Ok(Self::Delivery { shards: Some(shards) }),
+                _ => Err(format!("{shards:?} is no number of shards")),
+            },
+            _ => Err(format!("want bare, bare:plain, delivery or delivery:SHARDS, got {text:?}")),
+        }
+    }
+}
+
+impl GrowthServer {
+    fn name(self) -> String {
+        match self {
+            Self::Bare { park: true } => "bare".to_owned(),
+            Self::Bare { park: false } => "bare, descriptors".to_owned(),
+            Self::Delivery { shards: None } => "delivery".to_owned(),
+            Self::Delivery { shards: Some(shards) } => format!("delivery, {shards} shards"),
+        }
+    }
+
+    fn command(self, plan: &GrowthPlan, sessions: usize) -> Vec<String> {
+        let program = |name: &str| plan.programs.join(name).display().to_string();
+        let mut command = match self {
+            Self::Bare { park } => {
+                let mut command = vec![program("bench-server"), "bare".to_owned()];
+                command.push(format!("--capacity={sessions}"));
+                command.extend(park.then(|| "--park".to_owned()));
+                command
+            }
+            Self::Delivery { shards } => vec![
+                program("bench-delivery"),
+                format!("--shards={}", shards.unwrap_or_else(|| sessions.div_ceil(PER_SHARD))),
+                format!("--connections={CONNECTIONS}"),
+            ],
+        };
+        command.push(format!("--core={}", plan.server_core));
+        command
+    }
+}
 
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct GrowthPlan {
-    /// Numbers of sessions; ratios are to the first.
+    /// The servers; ratios are to the first.
+    pub servers: Vec<GrowthServer>,
+    /// Numbers of sessions; growth is counted from the first.
     pub sessions: Vec<usize>,
     /// How often each.
     pub rounds: usize,
-    /// Shards; `None`: as many as the sessions need.
-    pub shards: Option<usize>,
-    /// The server's program.
-    pub server: PathBuf,
-    /// The client's program.
-    pub client: PathBuf,
+    /// Client processes, the same for all numbers, so that the server has as many to wake; `None`:
+    /// what the most sessions need.
+    pub clients: Option<usize>,
+    /// The folder of the programs.
+    pub programs: PathBuf,
     /// Core of the server.
     pub server_core: usize,
     /// Core of the clients.
     pub client_core: usize,
-    /// Where the table goes.
+    /// Where the tables and the plots go.
     pub output: PathBuf,
 }
 
-/// Runs it, the numbers in turn and then again.
+/// µs for each message, one for each round: by pace, server and number of sessions.
+type Costs = Vec<Vec<Vec<Vec<f64>>>>;
+
+/// Runs it: the numbers in turn, at each number the servers in turn; every other round backwards.
 ///
 /// # Errors
 /// A program cannot be started or does not answer, sessions do not come up, messages are lost.
 pub fn run(plan: &GrowthPlan) -> io::Result<()> {
-    let mut costs = vec![Vec::new(); plan.sessions.len()];
+    let empty = vec![vec![Vec::new(); plan.sessions.len()]; plan.servers.len()];
+    let mut costs: Costs = vec![empty; PACES.len()];
     for round in 0..plan.rounds {
-        let mut order: Vec<usize> = (0..plan.sessions.len()).collect();
+        let mut order: Vec<(usize, usize)> = (0..plan.sessions.len())
+            .flat_map(|at| (0..plan.servers.len()).map(move |server| (at, server)))
+            .collect();
         if round % 2 == 1 {
             order.reverse();
         }
-        for at in order {
-            let cost = measure(plan, plan.sessions[at])?;
-            eprintln!("round {}: {} sessions: {cost:.2} µs", round + 1, plan.sessions[at]);
-            costs[at].push(cost);
+        for (at, server) in order {
+            let (sessions, contender) = (plan.sessions[at], plan.servers[server]);
+            let found = measure(plan, contender, sessions)?;
+            eprintln!(
+                "round {}: {}, {sessions} sessions: {found:.2?} µs",
+                round + 1,
+                contender.name()
+            );
+            for (costs, found) in costs.iter_mut().zip(found) {
+                costs[server][at].push(found);
+            }
         }
     }
-    let text = table(plan, &costs);
-    println!("{text}");
     fs::create_dir_all(&plan.output)?;
-    let shards = plan.shards.map_or_else(String::new, |shards| format!("-{shards}-shards"));
-    fs::write(plan.output.join(format!("growth{shards}.md")), &text)
-}
-
-fn shards_of(plan: &GrowthPlan, sessions: usize) -> usize {
-    plan.shards.unwrap_or_else(|| sessions.div_ceil(PER_SHARD))
-}
-
-fn table(plan: &GrowthPlan, costs: &[Vec<f64>]) -> String {
     let mut text = String::new();
+    for (pace, costs) in PACES.iter().zip(&costs) {
+        let _ = writeln!(text, "### One recipient each, {}\n", pace.title);
+        table(&mut text, plan, costs);
+        let svg = plot(plan, pace, costs);
+        fs::write(plan.output.join(format!("{}.svg", pace.name)), svg)?;
+    }
+    println!("{text}");
+    fs::write(plan.output.join("growth.md"), &text)
+}
+
+fn table(text: &mut String, plan: &GrowthPlan, costs: &[Vec<Vec<f64>>]) {
     let _ = writeln!(
         text,
-        "| sessions | shards | CPU per message, ratio | µs (least to most) |\n| --- | --- | --- | --- |"
+        "| server | sessions | CPU per message, µs (least to most) | to that of {} | to {} |\n\
+         | --- | ---: | ---: | ---: | ---: |",
+        plan.sessions[0],
+        plan.servers[0].name()
     );
-    let first = Summary::of(&costs[0]).median;
-    for (sessions, costs) in plan.sessions.iter().zip(costs) {
-        let Summary { median, min, max } = Summary::of(costs);
-        let _ = writeln!(
-            text,
-            "| {sessions} | {} | **{:.2}** | {median:.2} ({min:.2} to {max:.2}) |",
-            shards_of(plan, *sessions),
-            median / first,
-        );
+    for (server, own) in plan.servers.iter().zip(costs) {
+        for (at, sessions) in plan.sessions.iter().enumerate() {
+            let Summary { median, min, max } = Summary::of(&own[at]);
+            let _ = writeln!(
+                text,
+                "| {} | {sessions} | {median:.2} ({min:.2} to {max:.2}) | **{:.2}** | {:.2} |",
+                server.name(),
+                median / Summary::of(&own[0]).median,
+                median / Summary::of(&costs[0][at]).median,
+            );
+        }
     }
-    text
+    let _ = writeln!(text);
 }
 
-/// µs per message, of the process and of its core's deferred interrupts.
-fn measure(plan: &GrowthPlan, sessions: usize) -> io::Result<f64> {
-    let shards = shards_of(plan, sessions);
-    let mut server = Worker::start(&[
-        plan.server.display().to_string(),
-        format!("--shards={shards}"),
-        format!("--connections={CONNECTIONS}"),
-        format!("--core={}", plan.server_core),
-    ])?;
+fn plot(plan: &GrowthPlan, pace: &Pace, costs: &[Vec<Vec<f64>>]) -> String {
+    let drawn: Vec<Line> = plan
+        .servers
+        .iter()
+        .zip(costs)
+        .map(|(server, own)| Line {
+            name: server.name(),
+            points: plan
+                .sessions
+                .iter()
+                .zip(own)
+                .map(|(sessions, costs)| (*sessions as f64, Summary::of(costs)))
+                .collect(),
+        })
+        .collect();
+    let subtitle =
+        "CPU µs per message, process and ksoftirqd, against sessions; median, least to most";
+    lines(&format!("push, one recipient each, {}", pace.title), subtitle, &drawn)
+}
+
+/// µs per message at each pace, of the process and of its core's deferred interrupts.
+fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::Result<Vec<f64>> {
+    let mut server = Worker::start(&contender.command(plan, sessions))?;
     let address = server.expect("ready")?["ready"].as_str().unwrap_or_default().to_owned();
-    let mut clients = Vec::new();
-    for first in (0..sessions).step_by(PER_CLIENT) {
-        let client = Worker::start(&[
-            plan.client.display().to_string(),
-            format!("--server={address}"),
-            format!("--first={first}"),
-            format!("--sessions={}", PER_CLIENT.min(sessions - first)),
-            format!("--core={}", plan.client_core),
-        ])?;
-        let dialed = client.expect("dialed")?;
-        if number(&dialed, "failed") > 0.0 {
-            return Err(io::Error::other(format!("not all sessions came up: {dialed}")));
-        }
-        clients.push(client);
-    }
+    let mut fleet = Fleet::new(FleetConfig {
+        program: plan.programs.join("bench-client"),
+        server: address,
+        tokens: false,
+        arguments: vec![format!("--core={}", plan.client_core)],
+    });
+    let most = plan.sessions.iter().copied().max().unwrap_or(sessions);
+    let clients = plan.clients.unwrap_or_else(|| most.div_ceil(PER_CLIENT));
+    fleet.per_process(sessions.div_ceil(clients).min(PER_CLIENT), 0);
+    fleet.grow(sessions)?;
     let from = Instant::now();
     while number(&server.ask("sessions", "sessions")?, "sessions") < sessions as f64 {
         if from.elapsed() > ARRIVAL_MAX {
@@ -126,45 +240,51 @@ fn measure(plan: &GrowthPlan, sessions: usize) -> io::Result<f64> {
         }
         std::thread::sleep(POLL);
     }
-    let events = MESSAGES.max(sessions as u64);
-    let pushes =
-        generator::Plan { group: 1, burst: 1, events, rate: RATE, at_once: AT_ONCE, bytes: 128 };
-    server.ask(&format!("prepare {pushes}"), "prepared")?;
-    std::thread::sleep(SETTLE);
-    // Every session once: what it then costs is not its first time.
-    push(&mut server, &mut clients, generator::Plan { events: sessions as u64, ..pushes })?;
     let used = |server: &Worker| {
         Ok::<_, io::Error>(usage::process_ns(server.id())? + usage::softirq_ns(plan.server_core)?)
     };
-    let before = used(&server)?;
-    push(&mut server, &mut clients, pushes)?;
-    Ok((used(&server)? - before) as f64 / events as f64 / 1000.0)
+    let in_a_row = IN_A_ROW.min(MESSAGES.div_ceil(sessions));
+    let events = (in_a_row * sessions) as u64;
+    let mut costs = Vec::new();
+    for Pace { rate, at_once, .. } in PACES {
+        let pushes = generator::Plan { group: 1, burst: 1, events, rate, at_once, bytes: 128 };
+        server.ask(&format!("prepare {pushes}"), "prepared")?;
+        // Every session once: what it then costs is not its first time.
+        let once = generator::Plan { events: sessions as u64, ..pushes };
+        push(&mut server, &mut fleet, once)?;
+        let (mut ns, mut messages) = (0, 0);
+        while messages < MESSAGES as u64 {
+            std::thread::sleep(SILENCE);
+            let before = used(&server)?;
+            push(&mut server, &mut fleet, pushes)?;
+            ns += used(&server)? - before;
+            messages += events;
+        }
+        costs.push(ns as f64 / messages as f64 / 1000.0);
+    }
+    Ok(costs)
 }
 
 /// Pushes, until all of it has arrived.
-fn push(server: &mut Worker, clients: &mut [Worker], pushes: generator::Plan) -> io::Result<()> {
-    for client in &mut *clients {
-        client.ask("reset", "done")?;
-    }
+fn push(server: &mut Worker, fleet: &mut Fleet, pushes: generator::Plan) -> io::Result<()> {
+    fleet.ask("reset", "done")?;
     server.ask(&format!("push {pushes}"), "elapsed_ns")?;
-    let from = Instant::now();
-    loop {
-        let (mut messages, mut wrong) = (0.0, 0.0);
-        for client in &mut *clients {
-            let report = client.ask("report", "messages")?;
-            messages += number(&report, "messages");
-            for member in ["gaps", "duplicates", "reordered", "unstamped", "closed"] {
-                wrong += number(&report, member);
-            }
-        }
-        if wrong > 0.0 || from.elapsed() > ARRIVAL_MAX {
-            let events = pushes.events;
-            let why = format!("{messages} of {events} messages came, {wrong} are wrong");
-            return Err(io::Error::other(why));
-        }
-        if messages >= pushes.events as f64 {
-            return Ok(());
-        }
-        std::thread::sleep(POLL);
+    let seen = fleet.receive(pushes.events as f64)?;
+    if seen.messages != pushes.events as f64 || seen.wrong() + seen.closed > 0.0 {
+        return Err(io::Error::other(format!("not all came as they should: {seen:?}")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_understood() {
+        assert_eq!("bare".parse(), Ok(GrowthServer::Bare { park: true }));
+        assert_eq!("delivery:12".parse(), Ok(GrowthServer::Delivery { shards: Some(12) }));
+        assert!("delivery:0".parse::<GrowthServer>().is_err());
+        assert!("epoll".parse::<GrowthServer>().is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 mod child;
 mod growth;
+mod lines;
 mod plot;
 mod samples;
 mod scale;
@@ -14,7 +15,7 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-pub use growth::{GrowthPlan, run as growth};
+pub use growth::{GrowthPlan, GrowthServer, run as growth};
 pub use samples::{Metric, Samples, Summary};
 pub use scale::{Presence, ScalePlan, Work as ScaleWork, run as scale};
 pub use work::{WORKS, Wire, Work};

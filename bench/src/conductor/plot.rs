@@ -5,11 +5,14 @@ use std::fmt::Write as _;
 use super::samples::{Metric, Samples};
 use super::work::Work;
 
-const WIDTH: f64 = 640.0;
+pub(super) const WIDTH: f64 = 640.0;
 const LABEL: f64 = 130.0;
 const BAR: f64 = 26.0;
 const GAP: f64 = 12.0;
-const TOP: f64 = 48.0;
+pub(super) const TOP: f64 = 48.0;
+
+/// Of every picture.
+pub(super) const STYLE: &str = "<style>text{fill:#24292f}line{stroke:#24292f}@media(prefers-color-scheme:dark){text{fill:#e6edf3}line{stroke:#e6edf3}}</style>";
 
 /// Processor time per message, one bar per server.
 pub(super) fn bars(work: &Work, contenders: &[&str], samples: &Samples) -> String {
@@ -25,7 +28,7 @@ pub(super) fn bars(work: &Work, contenders: &[&str], samples: &Samples) -> Strin
     let _ = writeln!(
         out,
         r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="14">
-<style>text{{fill:#24292f}}line{{stroke:#24292f}}@media(prefers-color-scheme:dark){{text{{fill:#e6edf3}}line{{stroke:#e6edf3}}}}</style>
+{STYLE}
 <text x="0" y="18" font-weight="bold">{}</text>
 <text x="0" y="36" font-size="12">CPU µs per message, process and ksoftirqd; median, least to most</text>"##,
         work.title
@@ -35,7 +38,7 @@ pub(super) fn bars(work: &Work, contenders: &[&str], samples: &Samples) -> Strin
         let middle = y + BAR / 2.0;
         let end = LABEL + summary.median * scale;
         let (least, greatest) = (LABEL + summary.min * scale, LABEL + summary.max * scale);
-        let colour = if name.starts_with("delivery") { "#d1242f" } else { "#6e7781" };
+        let colour = colour(name);
         let _ = writeln!(
             out,
             r##"<text x="0" y="{:.1}">{name}</text><rect x="{LABEL}" y="{y:.1}" width="{:.1}" height="{BAR}" fill="{colour}"/><line x1="{least:.1}" x2="{greatest:.1}" y1="{middle:.1}" y2="{middle:.1}" stroke-width="2"/><text x="{:.1}" y="{:.1}">{:.2}</text>"##,
@@ -48,6 +51,11 @@ pub(super) fn bars(work: &Work, contenders: &[&str], samples: &Samples) -> Strin
     }
     svg.push_str("</svg>\n");
     svg
+}
+
+/// Of what is drawn for a server.
+pub(super) fn colour(name: &str) -> &'static str {
+    if name.starts_with("delivery") { "#d1242f" } else { "#6e7781" }
 }
 
 #[cfg(test)]

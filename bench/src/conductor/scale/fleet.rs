@@ -12,7 +12,7 @@ use super::node::{TOKEN_AUDIENCE, TOKEN_ISSUER, TOKEN_SECRET};
 use crate::histogram::Histogram;
 
 /// Sessions of one process.
-pub(super) const PER_CLIENT: usize = 15_000;
+pub(in crate::conductor) const PER_CLIENT: usize = 15_000;
 /// Processes that connect at the same time: each has some hundred handshakes under way.
 const DIALING: usize = 2;
 const ARRIVAL_MAX: Duration = Duration::from_secs(120);
@@ -20,17 +20,17 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// How the clients are started.
 #[derive(Clone, Debug)]
-pub(super) struct FleetConfig {
-    pub(super) program: PathBuf,
-    pub(super) server: String,
+pub(in crate::conductor) struct FleetConfig {
+    pub(in crate::conductor) program: PathBuf,
+    pub(in crate::conductor) server: String,
     /// Carry tokens.
-    pub(super) tokens: bool,
+    pub(in crate::conductor) tokens: bool,
     /// More arguments.
-    pub(super) arguments: Vec<String>,
+    pub(in crate::conductor) arguments: Vec<String>,
 }
 
 /// See the module. They end with it.
-pub(super) struct Fleet {
+pub(in crate::conductor) struct Fleet {
     config: FleetConfig,
     clients: Vec<Worker>,
     sessions: usize,
@@ -41,52 +41,61 @@ pub(super) struct Fleet {
 
 /// How connecting went.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Dialed {
-    pub(super) opened: f64,
-    pub(super) failed: f64,
-    pub(super) seconds: f64,
+pub(in crate::conductor) struct Dialed {
+    pub(in crate::conductor) opened: f64,
+    pub(in crate::conductor) failed: f64,
+    pub(in crate::conductor) seconds: f64,
     /// Worst of the processes' handshake times, ms.
-    pub(super) p99_ms: f64,
-    pub(super) max_ms: f64,
+    pub(in crate::conductor) p99_ms: f64,
+    pub(in crate::conductor) max_ms: f64,
 }
 
 /// What all clients have received since the last reset.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Received {
-    pub(super) open: f64,
-    pub(super) messages: f64,
-    pub(super) gaps: f64,
-    pub(super) duplicates: f64,
-    pub(super) reordered: f64,
-    pub(super) unstamped: f64,
-    pub(super) closed: f64,
-    pub(super) refused: f64,
-    pub(super) pings: f64,
+pub(in crate::conductor) struct Received {
+    pub(in crate::conductor) open: f64,
+    pub(in crate::conductor) messages: f64,
+    pub(in crate::conductor) gaps: f64,
+    pub(in crate::conductor) duplicates: f64,
+    pub(in crate::conductor) reordered: f64,
+    pub(in crate::conductor) unstamped: f64,
+    pub(in crate::conductor) closed: f64,
+    pub(in crate::conductor) refused: f64,
+    pub(in crate::conductor) pings: f64,
 }
 
 impl Received {
     /// Messages that are not as they should be.
-    pub(super) fn wrong(&self) -> f64 {
+    pub(in crate::conductor) fn wrong(&self) -> f64 {
         self.gaps + self.duplicates + self.reordered + self.unstamped
     }
 }
 
 impl Fleet {
-    pub(super) fn new(config: FleetConfig) -> Self {
+    pub(in crate::conductor) fn new(config: FleetConfig) -> Self {
         Self { config, clients: Vec::new(), sessions: 0, per_process: PER_CLIENT, first: 0 }
     }
 
     /// So many sessions in each process from here on, and the number of the first of all.
-    pub(super) fn per_process(&mut self, sessions: usize, first: usize) {
+    pub(in crate::conductor) fn per_process(&mut self, sessions: usize, first: usize) {
         (self.per_process, self.first) = (sessions, first);
     }
 
-    pub(super) fn sessions(&self) -> usize {
+    pub(in crate::conductor) fn sessions(&self) -> usize {
         self.sessions
     }
 
     /// Connects until there are so many sessions, some processes at a time.
-    pub(super) fn grow(&mut self, sessions: usize) -> io::Result<Dialed> {
+    pub(in crate::conductor) fn grow(&mut self, sessions: usize) -> io::Result<Dialed> {
+        self.grow_seen(sessions, || Ok(()))
+    }
+
+    /// The same; `seen` is called whenever a process has all of its sessions.
+    pub(in crate::conductor) fn grow_seen(
+        &mut self,
+        sessions: usize,
+        mut seen: impl FnMut() -> io::Result<()>,
+    ) -> io::Result<Dialed> {
         let from = Instant::now();
         let mut all = Dialed::default();
         let mut dialing = self.clients.len();
@@ -100,6 +109,7 @@ impl Fleet {
             let dialed = self.clients[dialing].expect("dialed")?;
             dialing += 1;
             all.add(&dialed);
+            seen()?;
         }
         all.seconds = from.elapsed().as_secs_f64();
         if all.failed > 0.0 {
@@ -125,21 +135,25 @@ impl Fleet {
     }
 
     /// Tells all the same and waits for the answers, which have this member.
-    pub(super) fn ask(&mut self, word: &str, member: &str) -> io::Result<Vec<Value>> {
+    pub(in crate::conductor) fn ask(&mut self, word: &str, member: &str) -> io::Result<Vec<Value>> {
         self.tell(word)?;
         self.clients.iter().map(|client| client.expect(member)).collect()
     }
 
-    pub(super) fn tell(&mut self, word: &str) -> io::Result<()> {
+    pub(in crate::conductor) fn tell(&mut self, word: &str) -> io::Result<()> {
         self.clients.iter_mut().try_for_each(|client| client.tell(word))
     }
 
-    pub(super) fn expect_within(&self, member: &str, patience: Duration) -> io::Result<Vec<Value>> {
+    pub(in crate::conductor) fn expect_within(
+        &self,
+        member: &str,
+        patience: Duration,
+    ) -> io::Result<Vec<Value>> {
         self.clients.iter().map(|client| client.expect_within(member, patience)).collect()
     }
 
     /// One in so many sessions of each process closes and connects again.
-    pub(super) fn churn(&mut self, one_in: usize) -> io::Result<Dialed> {
+    pub(in crate::conductor) fn churn(&mut self, one_in: usize) -> io::Result<Dialed> {
         let from = Instant::now();
         let mut all = Dialed::default();
         for dialed in self.ask(&format!("churn {}", self.per_process / one_in), "dialed")? {
@@ -149,7 +163,7 @@ impl Fleet {
         Ok(all)
     }
 
-    pub(super) fn received(&mut self) -> io::Result<Received> {
+    pub(in crate::conductor) fn received(&mut self) -> io::Result<Received> {
         let mut all = Received::default();
         for report in self.ask("report", "messages")? {
             all.open += number(&report, "open");
@@ -166,7 +180,7 @@ impl Fleet {
     }
 
     /// Waits until all have so many messages, or nothing has come for long.
-    pub(super) fn receive(&mut self, messages: f64) -> io::Result<Received> {
+    pub(in crate::conductor) fn receive(&mut self, messages: f64) -> io::Result<Received> {
         let mut last = Received::default();
         let mut since = Instant::now();
         loop {
@@ -182,7 +196,7 @@ impl Fleet {
     }
 
     /// The latencies of all together.
-    pub(super) fn latency(&mut self) -> io::Result<Histogram> {
+    pub(in crate::conductor) fn latency(&mut self) -> io::Result<Histogram> {
         let mut all = Histogram::default();
         for answer in self.ask("latency", "latency")? {
             let one: Histogram = serde_json::from_value(answer["latency"].clone())?;
@@ -192,7 +206,7 @@ impl Fleet {
     }
 
     /// All end at once.
-    pub(super) fn leave(&mut self) -> io::Result<()> {
+    pub(in crate::conductor) fn leave(&mut self) -> io::Result<()> {
         self.tell("quit")?;
         self.clients.clear();
         self.sessions = 0;

@@ -1,10 +1,13 @@
 //! A real node with many sessions: speed, memory, completeness.
 
+use std::fs;
 use std::io;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::super::child::number;
+use super::super::lines::{Line, lines};
+use super::super::samples::Summary;
 use super::fleet::Fleet;
 use super::memory::{Reading, beyond_the_sockets, watch};
 use super::node::Node;
@@ -84,7 +87,12 @@ impl Run<'_> {
         sleep(SETTLE);
         let before = self.read()?;
         let cpu = usage::process_ns(self.node.id())?;
-        let dialed = self.fleet.grow(self.plan.sessions)?;
+        let mut samples = Vec::new();
+        let dialed = self.fleet.grow_seen(self.plan.sessions, || {
+            let sessions = self.node.metric("websocket_connections_active", "")?;
+            samples.push((sessions, usage::resident_bytes(self.node.id())? as f64));
+            Ok(())
+        })?;
         let late = self.presence()?;
         let cpu = usage::process_ns(self.node.id())? - cpu;
         self.report.note(&format!(
@@ -99,8 +107,34 @@ impl Run<'_> {
         ));
         sleep(SETTLE);
         let after = self.read()?;
+        samples.push((self.plan.sessions as f64, after.resident as f64));
         self.memory(empty, &before, &after, (base, self.plan.sessions))?;
+        self.plot((base as f64, before.resident as f64), &samples)?;
         Ok(before)
+    }
+
+    /// Memory of a session against their number, each counted from `base`: sessions and bytes.
+    fn plot(&self, base: (f64, f64), samples: &[(f64, f64)]) -> io::Result<()> {
+        let ledger = self.node.metric("delivery_memory_session_bytes", "")?;
+        let points: Vec<_> = samples
+            .iter()
+            .filter(|(sessions, _)| *sessions > base.0)
+            .map(|(sessions, bytes)| {
+                (*sessions, Summary::of(&[(bytes - base.1) / (sessions - base.0)]))
+            })
+            .collect();
+        let ends = [points.first(), points.last()].into_iter().flatten();
+        let reckoned = ends.map(|(sessions, _)| (*sessions, Summary::of(&[ledger]))).collect();
+        let svg = lines(
+            "memory of the process for each session",
+            &format!("bytes, from {:.0} sessions on, while they connect; the last at rest", base.0),
+            &[
+                Line { name: "ledger".to_owned(), points: reckoned },
+                Line { name: "delivery".to_owned(), points },
+            ],
+        );
+        let name = format!("hold-{}-memory.svg", self.plan.sessions);
+        fs::write(self.plan.output.join(name), svg)
     }
 
     fn memory(

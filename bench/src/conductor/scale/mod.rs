@@ -2,8 +2,7 @@
 //! what a storm and readers that do not read leave behind.
 
 mod child;
-mod cost;
-mod fleet;
+pub(super) mod fleet;
 mod heartbeat;
 mod hold;
 mod memory;
@@ -43,8 +42,6 @@ pub enum Work {
     Storm,
     /// What readers that do not read take.
     Stall,
-    /// What a message costs among few and among many sessions.
-    Cost,
     /// Whether heartbeats show in the latency.
     Heartbeat,
 }
@@ -93,7 +90,6 @@ pub fn run(plan: &ScalePlan) -> io::Result<()> {
         Work::Hold => hold::run(plan, &mut report),
         Work::Storm => storm::run(plan, &mut report),
         Work::Stall => stall::run(plan, &mut report),
-        Work::Cost => cost::run(plan, &mut report),
         Work::Heartbeat => heartbeat::run(plan, &mut report),
     };
     // What was found before it failed is worth keeping.

@@ -10,7 +10,7 @@ const LEFT: f64 = 48.0;
 const RIGHT: f64 = 150.0;
 const BOTTOM: f64 = 32.0;
 /// Horizontal lines, at most so many beside that of 0.
-const RULES: f64 = 5.0;
+const RULES: f64 = 8.0;
 /// Texts below and beside each other keep this distance.
 const TEXT_HEIGHT: f64 = 17.0;
 const TEXT_WIDTH: f64 = 56.0;

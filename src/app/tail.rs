@@ -13,6 +13,7 @@ use tungstenite::stream::MaybeTlsStream;
 use tungstenite::{Message, WebSocket};
 
 use crate::domain::close::CloseCode;
+use crate::domain::counted::Counted;
 use crate::service::encode;
 use crate::service::envelope::{self, Body};
 
@@ -272,7 +273,7 @@ fn wait_asked(reason: &str) -> Option<Duration> {
 fn print_line(value: &[u8]) -> io::Result<()> {
     let json = envelope::decode(value).ok().and_then(|record| encode::json(&record));
     let line = json.unwrap_or_else(|| {
-        format!("{{\"unreadable\":\"{} bytes that are no EventEnvelope\"}}", value.len()).into()
+        format!("{{\"unreadable\":\"no EventEnvelope: {}\"}}", Counted(value.len(), "byte")).into()
     });
     let mut out = io::stdout().lock();
     out.write_all(&line)?;

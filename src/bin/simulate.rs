@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use clap::Parser;
+use delivery::domain::counted::Counted;
 use delivery::reactor::simulation::{self, Summary, trace};
 
 /// Drives the shard's own code through every fault that a seed can think of. A failing seed fails
@@ -33,11 +34,14 @@ fn main() {
     }
     let Summary { steps, clients, admitted, received, passed_ms, .. } = total;
     println!(
-        "{} seeds from {}: {steps} steps, {clients} clients, {admitted} sessions, {received} events \
-         received, {} virtual hours; nothing found in {} s",
-        arguments.seeds,
+        "{} from {}: {}, {}, {}, {} received, {}; nothing found in {} s",
+        Counted(arguments.seeds, "seed"),
         arguments.seed,
-        passed_ms / 3_600_000,
+        Counted(steps, "step"),
+        Counted(clients, "client"),
+        Counted(admitted, "session"),
+        Counted(received, "event"),
+        Counted(passed_ms / 3_600_000, "virtual hour"),
         started.elapsed().as_secs(),
     );
 }

@@ -3,6 +3,7 @@
 pub mod budget;
 pub mod close;
 pub mod command;
+pub mod counted;
 pub mod counters;
 pub mod event;
 pub mod ids;

@@ -36,6 +36,7 @@ use self::streams::Streams;
 use super::admin::{self, Admin, Check, Requests, Samples};
 use super::config::Settings;
 use super::telemetry::{self, LogSink};
+use crate::domain::counted::Counted;
 use crate::reactor::listener::{ListenerConfig, listen_all};
 use crate::service::directory::Directory;
 use crate::service::sessions::{
@@ -228,11 +229,11 @@ fn start(
 
 fn announce(sizing: &Sizing, ledger: &Ledger) {
     tracing::info!(
-        "{} shards of {} connections, {} routers, {} service threads",
-        sizing.shards,
-        sizing.connections_per_shard,
-        sizing.routers,
-        sizing.service_threads
+        "{} of {}, {}, {}",
+        Counted(sizing.shards, "shard"),
+        Counted(sizing.connections_per_shard, "connection"),
+        Counted(sizing.routers, "router"),
+        Counted(sizing.service_threads, "service thread"),
     );
     ledger.announce();
 }

@@ -7,6 +7,7 @@ use std::thread::available_parallelism;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::app::config::{Auto, Settings};
+use crate::domain::counted::Counted;
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
 use crate::reactor::config::ShardConfig;
 
@@ -130,9 +131,11 @@ fn too_many(connections: u32, shards: usize, beside: u32, machine: Machine) -> S
     }
     remedies.push(format!("fewer connections: --connections-max {}", most * shards as u64));
     format!(
-        "connections_max: {connections} connections on each of {shards} shards need a table of {needed} \
-         sockets, but the descriptor limit (RLIMIT_NOFILE, hard) is {have} and a table has at most \
-         {CONNECTIONS_PER_SHARD_MAX}\n      give it {}",
+        "connections_max: {} on each of {} need a table of {needed} sockets, but the descriptor limit \
+         (RLIMIT_NOFILE, hard) is {have} and a table has at most {CONNECTIONS_PER_SHARD_MAX}\n      \
+         give it {}",
+        Counted(connections, "connection"),
+        Counted(shards, "shard"),
         remedies.join("\n      or ")
     )
 }

@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use crate::counters;
 use crate::service::membership::Membership;
+use crate::service::outage::Outage;
 use crate::service::router::{LogName, RouterControl};
 
 pub use crate::service::kafka::client::partition_bytes_max;
@@ -157,6 +158,9 @@ struct Shared {
     status: Arc<KafkaStatus>,
     counters: Arc<KafkaCounters>,
     topics: Vec<Arc<str>>,
+    /// What the log says of connections, of all clients together, and of other errors.
+    connections: Outage,
+    errors: Outage,
     stopping: AtomicBool,
     /// How long what is under way may finish at the end.
     stop_grace: Mutex<Duration>,
@@ -223,6 +227,8 @@ impl Kafka {
             status,
             counters,
             topics: topics.into_iter().map(Arc::from).collect(),
+            connections: Outage::default(),
+            errors: Outage::default(),
             stopping: AtomicBool::new(false),
             stop_grace: Mutex::new(Duration::from_millis(config.revoke_grace_ms)),
             config,

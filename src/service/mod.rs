@@ -12,6 +12,7 @@ pub mod kafka;
 pub mod membership;
 pub mod neighbours;
 pub mod offsets;
+pub mod outage;
 pub mod ports;
 pub mod presence;
 pub mod presence_fanout;

@@ -15,6 +15,7 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Response, Status};
 
+use crate::service::outage::Outage;
 use crate::service::ports::{
     BoxFuture, ConversationListing, ConversationSource, MessageSource, NeighbourError,
 };
@@ -110,6 +111,7 @@ struct Link {
     /// Calls in a row without an answer.
     silent: AtomicU32,
     renewed: Mutex<Instant>,
+    outage: Outage,
     counters: Arc<NeighbourCounters>,
 }
 
@@ -134,6 +136,7 @@ impl Link {
             call_timeout: config.call_timeout,
             silent: AtomicU32::new(0),
             renewed: Mutex::new(Instant::now()),
+            outage: Outage::default(),
             counters,
         })
     }
@@ -157,16 +160,42 @@ impl Link {
         match timeout(self.call_timeout, ask(channel, request)).await {
             Ok(answer) => {
                 self.silent.store(0, Ordering::Relaxed);
+                match &answer {
+                    Err(status) if status.code() == Code::Unavailable => {
+                        self.away(status.message())
+                    }
+                    Ok(_) | Err(_) => self.answers(),
+                }
                 answer.map(Response::into_inner).inspect_err(|_| self.counters.failures.add(1))
             }
             Err(_) => {
                 self.counters.failures.add(1);
                 self.counters.timeouts.add(1);
                 if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_CALLS_MAX {
+                    self.away("no answer in time");
                     self.renew();
                 }
                 Err(Status::deadline_exceeded("no answer in time"))
             }
+        }
+    }
+
+    /// For the log: host and port, which name the neighbour and hold no secret.
+    fn address(&self) -> String {
+        let uri = self.endpoint.uri();
+        let port = uri.port_u16().map_or_else(String::new, |port| format!(":{port}"));
+        format!("{}{port}", uri.host().unwrap_or_default())
+    }
+
+    fn away(&self, why: &str) {
+        if let Some(again) = self.outage.failed(Instant::now()) {
+            tracing::warn!(service = self.address(), why, "a service does not answer{again}");
+        }
+    }
+
+    fn answers(&self) {
+        if let Some(back) = self.outage.works(Instant::now()) {
+            tracing::info!(service = self.address(), "a service answers again {back}");
         }
     }
 

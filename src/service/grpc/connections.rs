@@ -11,11 +11,12 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::server::Connected;
 
 use super::GrpcCounters;
 use crate::domain::close::EndReason;
+use crate::service::outage::Outage;
 
 /// For a connection whose streams were told to be closed.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(20);
@@ -84,6 +85,7 @@ pub(super) async fn accept(
     counters: Arc<GrpcCounters>,
 ) {
     let places = Arc::new(Semaphore::new(connections_max));
+    let outage = Outage::default();
     loop {
         let stream = tokio::select! {
             stream = listener.accept() => stream,
@@ -93,7 +95,9 @@ pub(super) async fn accept(
             Ok((stream, _)) => stream,
             Err(error) => {
                 counters.grpc_accept_failures.add(1);
-                tracing::warn!(%error, "cannot accept a gRPC connection");
+                if let Some(again) = outage.failed(Instant::now()) {
+                    tracing::warn!(%error, "cannot accept a gRPC connection{again}");
+                }
                 sleep(ACCEPT_PAUSE).await;
                 continue;
             }

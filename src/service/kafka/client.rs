@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rdkafka::ClientConfig;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use crate::service::kafka::{KafkaConfig, KafkaCounters, Shared};
 use crate::service::router::LogName;
@@ -14,6 +16,10 @@ use crate::service::router::LogName;
 /// A broker that has not said a word for this long, although it is always being asked, is taken for
 /// unreachable, µs.
 const SILENCE_US_MAX: i64 = 15_000_000;
+
+/// Brokers are taken for reachable, all of them, when no connection has failed for this long: more
+/// than the longest wait of librdkafka before it connects again (`reconnect.backoff.max.ms`).
+const CALM: Duration = Duration::from_secs(5);
 
 /// What a partition may be sent in one answer of a broker, bytes; a larger record comes all the same.
 const FETCH_BYTES: u64 = 1 << 20;
@@ -90,9 +96,14 @@ pub(super) fn with_user_properties(
     properties
 }
 
-/// A log line of librdkafka. Most of its errors are about a connection that it makes again by itself.
+/// A log line of librdkafka.
 pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     match level {
+        // What becomes of its connections, which it makes again by itself: one line for each, for each
+        // client. The error callback hears the same and says it in a way that can be read.
+        RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning if facility == "FAIL" => {
+            tracing::debug!(target: "librdkafka", facility, "{message}");
+        }
         RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
             tracing::error!(target: "librdkafka", facility, "{message}");
         }
@@ -114,6 +125,39 @@ pub(super) fn count_error(counters: &KafkaCounters, error: &KafkaError) -> bool 
         counters.errors.add(1);
     }
     is_error
+}
+
+/// Whether the error is about connections, or else about what was asked over them.
+fn is_of_connections(error: &KafkaError) -> bool {
+    matches!(
+        error.rdkafka_error_code(),
+        Some(
+            RDKafkaErrorCode::AllBrokersDown
+                | RDKafkaErrorCode::Authentication
+                | RDKafkaErrorCode::BrokerTransportFailure
+                | RDKafkaErrorCode::OperationTimedOut
+                | RDKafkaErrorCode::Resolve
+                | RDKafkaErrorCode::SSL
+        )
+    )
+}
+
+impl Shared {
+    /// Counts what the error callback of a client was told, and says it as often as it can be read.
+    /// Returns whether it is an error at all.
+    pub(super) fn heard(&self, error: &KafkaError, reason: &str) -> bool {
+        if !count_error(&self.counters, error) {
+            return false;
+        }
+        if is_of_connections(error) {
+            if let Some(away) = self.connections.failed(Instant::now()) {
+                tracing::warn!(%error, reason, "Kafka is away, or part of it{away}");
+            }
+        } else if let Some(again) = self.errors.failed(Instant::now()) {
+            tracing::warn!(%error, reason, "Kafka{again}");
+        }
+        true
+    }
 }
 
 /// The part of librdkafka's statistics that is used.
@@ -158,13 +202,12 @@ pub(super) struct Observer {
 
 impl Observer {
     pub(super) fn error(&self, error: &KafkaError, reason: &str) {
-        if !count_error(&self.shared.counters, error) {
+        if !self.shared.heard(error, reason) {
             return;
         }
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.shared.status.unreachable(reason.to_owned());
         }
-        tracing::warn!(%error, reason, "Kafka");
     }
 
     /// Calls `committed` with each partition and the offset that the broker has accepted for it.
@@ -181,6 +224,9 @@ impl Observer {
         let status = &self.shared.status;
         if statistics.brokers.values().any(heard) {
             status.reached();
+            if let Some(back) = self.shared.connections.works_after(CALM, Instant::now()) {
+                tracing::info!("Kafka is back {back}");
+            }
         } else {
             status.unreachable("no broker answers".to_owned());
         }

@@ -12,9 +12,13 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{
+    BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer,
+};
+use tokio::time::Instant;
 
 use crate::service::kafka::{KafkaConfig, KafkaCounters, KafkaStartError, client};
+use crate::service::outage::Outage;
 use crate::service::router::dead_letter::{DeadLetter, DeadLetters, LetterDone};
 
 /// Letters that wait for the broker.
@@ -27,6 +31,7 @@ pub const DEAD_LETTERS_BYTES_MAX: u64 =
 
 struct LetterContext {
     counters: Arc<KafkaCounters>,
+    outage: Outage,
 }
 
 impl ClientContext for LetterContext {
@@ -45,7 +50,12 @@ impl ProducerContext for LetterContext {
 
     fn delivery(&self, result: &DeliveryResult<'_>, done: Box<LetterDone>) {
         match result {
-            Ok(_) => self.counters.dead_letters_stored.add(1),
+            Ok(_) => {
+                self.counters.dead_letters_stored.add(1);
+                if let Some(back) = self.outage.works(Instant::now()) {
+                    tracing::info!("dead letters are stored again {back}");
+                }
+            }
             Err((error, _)) => self.failed(error),
         }
         done();
@@ -55,7 +65,9 @@ impl ProducerContext for LetterContext {
 impl LetterContext {
     fn failed(&self, error: &KafkaError) {
         self.counters.dead_letters_failed.add(1);
-        tracing::warn!(%error, "dead letter not stored");
+        if let Some(again) = self.outage.failed(Instant::now()) {
+            tracing::warn!(%error, "dead letter not stored{again}");
+        }
     }
 }
 
@@ -63,7 +75,6 @@ impl LetterContext {
 pub struct DeadLetterTopic {
     topic: String,
     producer: ThreadedProducer<LetterContext>,
-    counters: Arc<KafkaCounters>,
 }
 
 impl DeadLetterTopic {
@@ -85,9 +96,9 @@ impl DeadLetterTopic {
             .set("linger.ms", "5")
             .set("enable.idempotence", "true");
         let properties = client::with_user_properties(properties, config);
-        let context = LetterContext { counters: Arc::clone(&counters) };
+        let context = LetterContext { counters, outage: Outage::default() };
         let producer = ThreadedProducer::from_config_and_context(&properties, context)?;
-        Ok(Self { topic, producer, counters })
+        Ok(Self { topic, producer })
     }
 }
 
@@ -118,8 +129,7 @@ impl DeadLetters for DeadLetterTopic {
             Ok(()) => true,
             Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => false,
             Err((error, record)) => {
-                self.counters.dead_letters_failed.add(1);
-                tracing::warn!(%error, "dead letter not taken");
+                self.producer.context().failed(&error);
                 (record.delivery_opaque)();
                 true
             }

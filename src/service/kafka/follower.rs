@@ -38,9 +38,7 @@ impl ClientContext for FollowerContext {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        if client::count_error(&self.0.counters, &error) {
-            tracing::debug!(%error, reason, "membership topics");
-        }
+        self.0.heard(&error, reason);
     }
 
     fn stats_raw(&self, _json: &[u8]) {}
@@ -115,7 +113,8 @@ impl Follower {
                     all_known = false;
                     next = Instant::now();
                 }
-                Some(Err(error)) => tracing::warn!(%error, "membership topics"),
+                // The error callback has counted it and told of it.
+                Some(Err(error)) => tracing::debug!(%error, "membership topics"),
             }
             self.see_how_far();
         }

@@ -266,7 +266,9 @@ impl GroupContext {
             Ok(()) => self.shared().counters.commits.add(1),
             Err(error) => {
                 self.shared().counters.commits_failed.add(1);
-                tracing::warn!(%error, "offsets not committed");
+                if let Some(again) = self.shared().errors.failed(tokio::time::Instant::now()) {
+                    tracing::warn!(%error, "offsets not committed{again}");
+                }
             }
         }
     }

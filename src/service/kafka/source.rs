@@ -67,8 +67,8 @@ impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
                     return true;
                 }
                 Some(Err(KafkaError::PartitionEOF(_))) => {}
-                // The error callback has counted it.
-                Some(Err(error)) => tracing::warn!(%error, "partition"),
+                // The error callback has counted it and told of it.
+                Some(Err(error)) => tracing::debug!(%error, "partition"),
             }
         }
     }

@@ -28,6 +28,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::address::RedisAddress;
 use crate::counters;
+use crate::service::outage::Outage;
 
 /// Commands of one call that are on the wire together, so that neither side buffers without bound.
 const PIPELINE_COMMANDS_MAX: usize = 512;
@@ -292,6 +293,8 @@ async fn settle(
 
 async fn supervise(shared: Arc<Shared>) {
     let mut attempt = 0;
+    let outage = Outage::default();
+    let address = &shared.config.address;
     loop {
         let opened = timeout(shared.config.connect_timeout, open(&shared.config)).await;
         match opened
@@ -300,12 +303,17 @@ async fn supervise(shared: Arc<Shared>) {
             Ok(connection) => {
                 let since = Instant::now();
                 shared.counters.redis_connections.add(1);
-                tracing::info!(address = %shared.config.address, "connected to Redis");
+                match outage.works(since) {
+                    Some(back) => tracing::info!(%address, "connected to Redis again {back}"),
+                    None => tracing::info!(%address, "connected to Redis"),
+                }
                 set(&shared, Some(connection.clone()));
                 let why = watch(&shared, &connection).await;
                 set(&shared, None);
                 shared.counters.redis_connection_losses.add(1);
-                tracing::warn!(address = %shared.config.address, why, "lost Redis");
+                if let Some(again) = outage.failed(Instant::now()) {
+                    tracing::warn!(%address, why, "lost Redis{again}");
+                }
                 // A connection that lasted starts from the shortest wait again; one that did not
                 // (a proxy that accepts for a server that is away) keeps doubling.
                 if since.elapsed() > shared.config.backoff_max {
@@ -315,7 +323,9 @@ async fn supervise(shared: Arc<Shared>) {
             Err(error) => {
                 shared.counters.redis_connection_failures.add(1);
                 let why = category(&error);
-                tracing::warn!(address = %shared.config.address, why, "cannot connect to Redis");
+                if let Some(again) = outage.failed(Instant::now()) {
+                    tracing::warn!(%address, why, "cannot connect to Redis{again}");
+                }
             }
         }
         sleep(shared.config.backoff(attempt)).await;

@@ -31,6 +31,7 @@ use super::link::{RedisConfig, RedisLink, category};
 use super::locations::Locations;
 use crate::counters;
 use crate::handoff::Pushed;
+use crate::service::outage::Outage;
 use crate::service::ports::{RouterInbox, RouterInput};
 
 /// The channel of the presence service.
@@ -214,10 +215,12 @@ impl Reader {
     async fn run(self: Arc<Self>) {
         let mut attempt = 0;
         let mut last_sign: Option<Instant> = None;
+        let outage = Outage::default();
         loop {
             match self.subscribe().await {
                 Ok(subscribed) => {
                     attempt = 0;
+                    let _ = outage.works(Instant::now());
                     if let Some(last_sign) = last_sign {
                         let gap = last_sign.elapsed();
                         self.counters.redis_subscription_gaps.add(1);
@@ -234,7 +237,11 @@ impl Reader {
                     last_sign = Some(self.read(subscribed).await);
                     self.counters.redis_subscribed.set(0);
                 }
-                Err(why) => tracing::warn!(why, "cannot subscribe to Redis"),
+                Err(why) => {
+                    if let Some(again) = outage.failed(Instant::now()) {
+                        tracing::warn!(why, "cannot subscribe to Redis{again}");
+                    }
+                }
             }
             sleep(self.link.config().backoff(attempt)).await;
             attempt = attempt.saturating_add(1);

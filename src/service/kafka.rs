@@ -37,7 +37,7 @@ use crate::service::membership::Membership;
 use crate::service::outage::Outage;
 use crate::service::router::{LogName, RouterControl};
 
-pub use crate::service::kafka::client::partition_bytes_max;
+pub use crate::service::kafka::client::{consumer_properties, partition_bytes_max};
 pub use crate::service::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
 pub use crate::service::kafka::status::{KafkaStatus, PartitionLag};
 

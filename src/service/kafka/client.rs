@@ -42,8 +42,9 @@ pub fn partition_bytes_max(prefetch_kib: u32) -> u64 {
     u64::from(prefetch_kib) * 1024 + FETCH_BYTES + records * RECORD_OVERHEAD_BYTES
 }
 
-/// Properties of every consumer; see librdkafka's documentation for each.
-pub(super) fn consumer_properties(config: &KafkaConfig, group: &str) -> ClientConfig {
+/// Properties of every consumer, but for the user's own ([`KafkaConfig::properties`]); see
+/// librdkafka's documentation for each.
+pub fn consumer_properties(config: &KafkaConfig, group: &str) -> ClientConfig {
     let mut properties = common_properties(config);
     properties
         .set("group.id", group)

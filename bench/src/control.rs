@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use serde::Serialize;
 
 use crate::generator::Plan;
+use crate::journey::Passage;
 
 /// Prints one answer.
 pub fn answer(value: &impl Serialize) {
@@ -77,6 +78,14 @@ pub struct Sessions {
 pub struct Prepared {
     /// Whether anything had to be done.
     pub prepared: bool,
+}
+
+/// What a server behind Kafka saw of the events that it has pushed one by one: said after
+/// [`Pushed`].
+#[derive(Debug, Serialize)]
+pub struct Passages {
+    /// One for each event.
+    pub passages: Vec<Passage>,
 }
 
 /// A word from the conductor to a server.

@@ -23,6 +23,13 @@ pub struct Plan {
     pub bytes: usize,
 }
 
+impl Plan {
+    /// Whether events are due one by one, to one session each: it is about latency then.
+    pub fn is_one_by_one(&self) -> bool {
+        self.rate > 0 && self.at_once == 1 && self.group == 1
+    }
+}
+
 impl FromStr for Plan {
     type Err = String;
 

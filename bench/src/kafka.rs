@@ -4,7 +4,14 @@
 //! As fast as it can: the events are written beforehand within a transaction, which the consumer
 //! does not see before its commit (`isolation.level=read_committed` is librdkafka's default), so
 //! that neither writing them nor the broker's reading them in is what is measured.
+//!
+//! One by one: it is kept when each record was sent, appended and acknowledged, and when a plain
+//! consumer got it ([`crate::journey`]).
 
+mod plain;
+mod trace;
+
+use std::collections::HashMap;
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
@@ -15,14 +22,17 @@ use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext};
 
 use crate::clock::now_ns;
 use crate::control::Pushed;
-use crate::generator::{Generator, Plan, conversation};
+use crate::generator::{Generator, Item, Plan, conversation};
+use crate::journey::Passage;
 use crate::names;
-use crate::payload::creation;
+use crate::payload::{Stamp, creation};
 use crate::usage;
+use plain::PlainConsumer;
+use trace::{TracedProducer, UNTRACED};
 
 /// As a small deployment has; records are spread over them by conversation.
 const PARTITIONS: i32 = 4;
@@ -49,6 +59,8 @@ pub struct Setting {
 /// See the module.
 pub struct Served {
     server: Child,
+    brokers: String,
+    server_core: usize,
     /// Where it listens.
     pub address: SocketAddr,
     admin: SocketAddr,
@@ -59,7 +71,11 @@ pub struct Served {
     at_once: BaseProducer,
     /// Writes each event when it is due. A millisecond of lingering keeps the broker, which shares
     /// its core with the client, from an answer per event; it is part of the latency.
-    paced: BaseProducer,
+    paced: TracedProducer,
+    /// Reads what is due one by one as well.
+    plain: Option<PlainConsumer>,
+    /// What was seen of the events of the last push.
+    passages: Vec<Passage>,
     /// Sizes of conversations that have been made.
     made: Vec<usize>,
     /// Events that are written and wait for their commit.
@@ -123,15 +139,26 @@ impl Served {
             .create::<BaseProducer>()
             .map_err(|error| failed(&error))?;
         at_once.init_transactions(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
-        let paced = client.set("linger.ms", "1").create().map_err(|error| failed(&error))?;
+        let paced = client
+            .set("linger.ms", "1")
+            // At most five requests under way, as Java's producer has it by default. Without that
+            // bound a broker that is behind for a moment gets more requests instead of larger ones,
+            // and stays behind.
+            .set("enable.idempotence", "true")
+            .create_with_context(trace::Trace::default())
+            .map_err(|error| failed(&error))?;
         let mut served = Self {
             server,
+            brokers: setting.brokers.clone(),
+            server_core: setting.server_core,
             address,
             admin,
             messages,
             conversations,
             at_once,
             paced,
+            plain: None,
+            passages: Vec::new(),
             made: Vec::new(),
             filled: None,
         };
@@ -186,8 +213,9 @@ impl Served {
         Ok(self.metric(SESSIONS)? as usize)
     }
 
-    /// Makes the conversations of a plan and, if it has no rate, writes its events. Always does
-    /// something: what is pushed has been read by the broker before.
+    /// Makes the conversations of a plan, and writes its events if it has no rate, or readies the
+    /// plain consumer if they are due one by one. Always does something: what is pushed has been read
+    /// by the broker before.
     ///
     /// # Errors
     /// Kafka's.
@@ -195,50 +223,41 @@ impl Served {
         let sessions = self.sessions()?;
         if !self.made.contains(&plan.group) {
             self.made.push(plan.group);
-            let count = (sessions / plan.group).max(1);
-            let until = self.metric(RECORDS)? + count as u64;
-            for at in 0..count {
-                let first = at * plan.group;
-                let members = first..(first + plan.group).min(sessions);
-                let number = conversation(plan.group, at);
-                let value = creation(number, members.map(names::user));
-                self.write(&self.paced, &self.conversations, number, &value)?;
-            }
-            self.paced.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
-            while self.metric(RECORDS)? < until {
-                std::thread::sleep(POLL);
-            }
+            self.make_conversations(plan.group, sessions)?;
         }
         if plan.rate == 0 {
             self.at_once.begin_transaction().map_err(|error| failed(&error))?;
             let mut generator = Generator::new(plan, sessions);
             while let Some(item) = generator.next_due() {
-                self.write(&self.at_once, &self.messages, item.conversation, &item.value)?;
+                let key = key(item.conversation);
+                let record = BaseRecord::to(&self.messages).key(&*key).payload(&*item.value);
+                write(&self.at_once, record)?;
             }
             self.at_once.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
             self.filled = Some(plan);
+        } else if plan.is_one_by_one() {
+            let topics = [&*self.messages, &*self.conversations];
+            self.plain = Some(PlainConsumer::start(&self.brokers, &topics, self.server_core)?);
         }
         Ok(())
     }
 
-    fn write(
-        &self,
-        producer: &BaseProducer,
-        topic: &str,
-        conversation: usize,
-        value: &[u8],
-    ) -> io::Result<()> {
-        let key = format!("c{conversation:07}");
-        loop {
-            match producer.send(BaseRecord::to(topic).key(&key).payload(value)) {
-                Ok(()) => break,
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => {
-                    producer.poll(POLL);
-                }
-                Err((error, _)) => return Err(failed(&error)),
-            }
+    fn make_conversations(&self, group: usize, sessions: usize) -> io::Result<()> {
+        let count = (sessions / group).max(1);
+        let until = self.metric(RECORDS)? + count as u64;
+        for at in 0..count {
+            let first = at * group;
+            let members = first..(first + group).min(sessions);
+            let number = conversation(group, at);
+            let value = creation(number, members.map(names::user));
+            let key = key(number);
+            let record = BaseRecord::with_opaque_to(&self.conversations, UNTRACED);
+            write(&self.paced, record.key(&*key).payload(&*value))?;
         }
-        producer.poll(Duration::ZERO);
+        self.paced.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
+        while self.metric(RECORDS)? < until {
+            std::thread::sleep(POLL);
+        }
         Ok(())
     }
 
@@ -255,26 +274,81 @@ impl Served {
             }
             self.at_once.commit_transaction(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
         } else {
-            let mut generator = Generator::new(plan, sessions);
-            while !generator.is_finished() {
-                let Some(item) = generator.next_due() else {
-                    let wait = generator.due_ns().map_or(0, |due| due.saturating_sub(now_ns()));
-                    self.paced.poll(Duration::ZERO);
-                    std::thread::sleep(Duration::from_nanos(wait));
-                    continue;
-                };
-                self.write(&self.paced, &self.messages, item.conversation, &item.value)?;
-            }
-            self.paced.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
+            self.push_paced(plan, sessions)?;
+        }
+        let elapsed_ns = now_ns() - started_ns;
+        if let Some(plain) = self.plain.take() {
+            self.passages = joined(self.paced.context().take(), plain.finish(plan.events));
         }
         Ok(Pushed {
             messages: plan.events * plan.group.min(sessions) as u64,
-            elapsed_ns: now_ns() - started_ns,
+            elapsed_ns,
             generator_ns: 0,
             retries: 0,
             sends: None,
         })
     }
+
+    fn push_paced(&self, plan: Plan, sessions: usize) -> io::Result<()> {
+        let mut generator = Generator::new(plan, sessions);
+        while !generator.is_finished() {
+            let Some(item) = generator.next_due() else {
+                let wait = generator.due_ns().map_or(0, |due| due.saturating_sub(now_ns()));
+                self.paced.poll(Duration::ZERO);
+                std::thread::sleep(Duration::from_nanos(wait));
+                continue;
+            };
+            let number = if plan.is_one_by_one() { self.trace(&item) } else { UNTRACED };
+            let key = key(item.conversation);
+            let record = BaseRecord::with_opaque_to(&self.messages, number);
+            write(&self.paced, record.key(&*key).payload(&*item.value))?;
+        }
+        self.paced.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))
+    }
+
+    fn trace(&self, item: &Item) -> usize {
+        let stamp = Stamp::find(&item.value).expect("every value has one");
+        self.paced.context().begin(item.sessions.start, stamp.sequence, stamp.intended_ns)
+    }
+
+    /// What was seen of the events of the last push, if they were due one by one.
+    pub fn passages(&mut self) -> Vec<Passage> {
+        std::mem::take(&mut self.passages)
+    }
+}
+
+fn key(conversation: usize) -> String {
+    format!("c{conversation:07}")
+}
+
+fn write<C: ProducerContext>(
+    producer: &BaseProducer<C>,
+    mut record: BaseRecord<'_, str, [u8], C::DeliveryOpaque>,
+) -> io::Result<()> {
+    loop {
+        match producer.send(record) {
+            Ok(()) => break,
+            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
+                producer.poll(POLL);
+                record = back;
+            }
+            Err((error, _)) => return Err(failed(&error)),
+        }
+    }
+    producer.poll(Duration::ZERO);
+    Ok(())
+}
+
+/// The passages with the moments at which the plain consumer read.
+fn joined(mut passages: Vec<Passage>, read: Vec<plain::Read>) -> Vec<Passage> {
+    let read: HashMap<_, _> =
+        read.into_iter().map(|(key, sequence, at_ns)| ((key, sequence), at_ns)).collect();
+    for passage in &mut passages {
+        let key = key(conversation(1, passage.session as usize)).into_bytes();
+        let at_ns = read.get(&(key, u64::from(passage.sequence)));
+        passage.consumed_ns = at_ns.copied().unwrap_or(0);
+    }
+    passages
 }
 
 fn make_topics(client: &ClientConfig, topics: &[&str]) -> io::Result<()> {
@@ -282,7 +356,10 @@ fn make_topics(client: &ClientConfig, topics: &[&str]) -> io::Result<()> {
         client.create().map_err(|error| failed(&error))?;
     let new: Vec<_> = topics
         .iter()
-        .map(|topic| NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1)))
+        .map(|topic| {
+            NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1))
+                .set("message.timestamp.type", "LogAppendTime")
+        })
         .collect();
     let options = AdminOptions::new().operation_timeout(Some(KAFKA_PATIENCE));
     let made = tokio::runtime::Builder::new_current_thread()

@@ -10,6 +10,7 @@ pub mod flame;
 pub mod frame;
 pub mod generator;
 pub mod histogram;
+pub mod journey;
 #[cfg(feature = "delivery")]
 pub mod kafka;
 pub mod names;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use delivery_bench::control::{self, Prepared, Ready, Sessions, Word, word};
+use delivery_bench::control::{self, Passages, Prepared, Ready, Sessions, Word, word};
 use delivery_bench::kafka::{Served, Setting};
 
 #[derive(Parser)]
@@ -40,7 +40,12 @@ fn main() -> std::io::Result<()> {
                 served.prepare(plan)?;
                 control::answer(&Prepared { prepared: true });
             }
-            Some(Word::Push(plan)) => control::answer(&served.push(plan)?),
+            Some(Word::Push(plan)) => {
+                control::answer(&served.push(plan)?);
+                if plan.is_one_by_one() {
+                    control::answer(&Passages { passages: served.passages() });
+                }
+            }
             Some(Word::Echo(_)) => {}
             Some(Word::Quit) => break,
             None => eprintln!("unknown word: {line}"),

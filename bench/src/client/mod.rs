@@ -5,6 +5,8 @@
 //! | word | does |
 //! | --- | --- |
 //! | `reset` | forgets counts and sequences |
+//! | `trace` | does the same, and notes each message from then on until the next reset |
+//! | `arrivals` | prints what was noted |
 //! | `report` | prints the counts since the last reset |
 //! | `latency` | prints the whole histogram of latencies since then, to be added to those of other clients |
 //! | `echo WINDOW BYTES MS` | sends messages, `WINDOW` of them under way at a time, and waits for each to come back |

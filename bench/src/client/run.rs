@@ -21,6 +21,7 @@ use crate::clock::now_ns;
 use crate::control;
 use crate::frame;
 use crate::histogram::Histogram;
+use crate::journey::Arrival;
 use crate::payload::Stamp;
 
 /// Handshakes under way at a time, so that the server's backlog is not what is measured.
@@ -49,8 +50,13 @@ pub struct Client {
 }
 
 #[derive(Serialize)]
-struct Done {
-    done: &'static str,
+struct Done<'a> {
+    done: &'a str,
+}
+
+#[derive(Serialize)]
+struct Arrivals<'a> {
+    arrivals: &'a [Arrival],
 }
 
 #[derive(Serialize)]
@@ -145,12 +151,17 @@ impl Client {
                 Some("quit") => return false,
                 Some("report") => control::answer(&self.tally.report(self.open)),
                 Some("latency") => control::answer(&Latency { latency: &self.tally.latency }),
-                Some("reset") => {
-                    self.tally = Tally::default();
+                Some("arrivals") => {
+                    let arrivals = self.tally.arrivals.as_deref().unwrap_or_default();
+                    control::answer(&Arrivals { arrivals });
+                }
+                Some(word @ ("reset" | "trace")) => {
+                    let arrivals = (word == "trace").then(Vec::new);
+                    self.tally = Tally { arrivals, ..Tally::default() };
                     if self.config.resume_group == 0 {
                         self.sessions.iter_mut().for_each(|session| session.mark = 0);
                     }
-                    control::answer(&Done { done: "reset" });
+                    control::answer(&Done { done: word });
                 }
                 Some("echo") => {
                     self.echo = Some(Echo::new(number(2) as usize, number(3)));
@@ -363,6 +374,10 @@ impl Client {
             Some(stamp) => {
                 self.tally.latency.record(now.saturating_sub(stamp.intended_ns));
                 self.tally.order(&mut self.sessions[index].mark, stamp.sequence as u32);
+                if let Some(arrivals) = &mut self.tally.arrivals {
+                    let (session, sequence) = (index as u32, stamp.sequence as u32);
+                    arrivals.push(Arrival { session, sequence, at_ns: now });
+                }
             }
         }
     }

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::histogram::{Histogram, Percentiles};
+use crate::journey::Arrival;
 
 /// Counts since the last report.
 #[derive(Debug, Default)]
@@ -19,6 +20,8 @@ pub(super) struct Tally {
     pub(super) latency: Histogram,
     pub(super) first_ns: Option<u64>,
     pub(super) last_ns: u64,
+    /// Each message, if that is wanted.
+    pub(super) arrivals: Option<Vec<Arrival>>,
 }
 
 /// The same, to be printed.

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::journey::Part;
+
 /// What a number is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Metric {
@@ -21,6 +23,10 @@ pub enum Metric {
     P99Us,
     /// 99.9th percentile, µs.
     P999Us,
+    /// Median of a part of the way through Kafka, µs.
+    PartP50Us(Part),
+    /// Its 99th percentile, µs.
+    PartP99Us(Part),
     /// Messages lost, doubled, out of order or without a stamp.
     Wrong,
 }

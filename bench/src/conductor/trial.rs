@@ -11,6 +11,7 @@ use super::samples::{Metric, Samples};
 use super::work::{Task, Wire, Work};
 use super::{Contender, Plan, Role};
 use crate::generator;
+use crate::journey::{self, Arrival, Durations, Part, Passage};
 use crate::usage;
 
 /// Longest wait for messages that are still on their way.
@@ -19,6 +20,8 @@ const ARRIVAL_MAX: Duration = Duration::from_secs(20);
 /// 200 ms or somewhat more): see the length of a work.
 const SETTLE: Duration = Duration::from_millis(1000);
 const POLL: Duration = Duration::from_millis(20);
+/// Seconds of what is measured that a broker gets beforehand.
+const BROKER_WARM_S: u64 = 20;
 
 /// `perf record`, until it is dropped.
 struct Recording(Child);
@@ -40,6 +43,7 @@ struct Field<'a> {
     address: String,
     /// The process whose time counts.
     pid: u32,
+    role: Role,
 }
 
 pub(super) fn run(plan: &Plan, contender: &Contender, samples: &mut Samples) -> io::Result<()> {
@@ -51,7 +55,8 @@ pub(super) fn run(plan: &Plan, contender: &Contender, samples: &mut Samples) -> 
     let server = Worker::start(&command)?;
     let ready = server.expect("ready")?;
     let address = ready["ready"].as_str().unwrap_or_default().to_owned();
-    let mut field = Field { plan, server, address, pid: number(&ready, "pid") as u32 };
+    let pid = number(&ready, "pid") as u32;
+    let mut field = Field { plan, server, address, pid, role: contender.role };
     let works: Vec<&Work> = plan.works.iter().filter(|work| work.suits(contender.role)).collect();
     for wire in Wire::ALL {
         let pushes: Vec<_> = works
@@ -68,9 +73,7 @@ pub(super) fn run(plan: &Plan, contender: &Contender, samples: &mut Samples) -> 
         let mut client = field.connect("/ws", r#"{"last_sequences":{}}"#, wire)?;
         field.settle(plan.sessions)?;
         for (name, pushes) in pushes {
-            // Warm: caches, queues, the system's own buffers.
-            let warm = generator::Plan { events: pushes.events / 10, ..pushes };
-            field.push(&mut client, warm)?;
+            field.push(&mut client, warm_up(pushes, contender.role))?;
             let recording = field.recording(name, contender)?;
             let outcome = field.push(&mut client, pushes)?;
             drop(recording);
@@ -91,6 +94,17 @@ pub(super) fn run(plan: &Plan, contender: &Contender, samples: &mut Samples) -> 
     Ok(())
 }
 
+/// What is pushed before anything is measured, to warm caches, queues, the system's own buffers. A
+/// broker is a JVM that compiles what it does often; while it does, on the core that it shares with
+/// the client and the producer, a single event waits for seconds.
+fn warm_up(pushes: generator::Plan, role: Role) -> generator::Plan {
+    let events = match role {
+        Role::Kafka if pushes.is_one_by_one() => pushes.rate * BROKER_WARM_S,
+        Role::Kafka | Role::Delivery | Role::Other => pushes.events / 10,
+    };
+    generator::Plan { events, ..pushes }
+}
+
 struct Outcome {
     messages: f64,
     process_ns: f64,
@@ -100,6 +114,8 @@ struct Outcome {
     sends: Option<f64>,
     wrong: f64,
     latency: Value,
+    /// Of the way through Kafka, if there was one and it was looked at.
+    parts: Vec<(Part, Durations)>,
 }
 
 impl Outcome {
@@ -118,6 +134,10 @@ impl Outcome {
         add(Metric::P99Us, number(&self.latency, "p99"));
         add(Metric::P999Us, number(&self.latency, "p999"));
         add(Metric::Wrong, self.wrong);
+        for (part, durations) in &self.parts {
+            add(Metric::PartP50Us(*part), durations.quantile_us(0.5));
+            add(Metric::PartP99Us(*part), durations.quantile_us(0.99));
+        }
     }
 }
 
@@ -179,9 +199,11 @@ impl Field<'_> {
     fn push(&mut self, client: &mut Worker, pushes: generator::Plan) -> io::Result<Outcome> {
         self.server.ask(&format!("prepare {pushes}"), "prepared")?;
         std::thread::sleep(SETTLE);
-        client.ask("reset", "done")?;
+        let traced = self.role == Role::Kafka && pushes.is_one_by_one();
+        client.ask(if traced { "trace" } else { "reset" }, "done")?;
         let before = self.used()?;
         let pushed = self.server.ask(&format!("push {pushes}"), "elapsed_ns")?;
+        let passages = if traced { self.server.expect("passages")? } else { Value::Null };
         let messages = number(&pushed, "messages");
         let from = Instant::now();
         let report = loop {
@@ -192,6 +214,15 @@ impl Field<'_> {
             std::thread::sleep(POLL);
         };
         let after = self.used()?;
+        let parts = match traced {
+            true => journey::parts(
+                &serde_json::from_value::<Vec<Passage>>(passages["passages"].clone())?,
+                &serde_json::from_value::<Vec<Arrival>>(
+                    client.ask("arrivals", "arrivals")?["arrivals"].clone(),
+                )?,
+            ),
+            false => Vec::new(),
+        };
         let wrong = ["gaps", "duplicates", "reordered", "unstamped", "closed"]
             .iter()
             .map(|member| number(&report, member))
@@ -209,6 +240,7 @@ impl Field<'_> {
             sends: pushed["sends"].as_f64(),
             wrong,
             latency: report["latency_us"].clone(),
+            parts,
         })
     }
 
@@ -232,6 +264,7 @@ impl Field<'_> {
             elapsed_ns: number(&echoed, "elapsed_ns"),
             sends: None,
             wrong: 0.0,
+            parts: Vec::new(),
             latency: echoed["latency_us"].clone(),
         })
     }

@@ -1,0 +1,88 @@
+//! A plain consumer: what librdkafka hands to a loop that does nothing else, with Delivery's
+//! settings, on Delivery's core, at the same time. What Delivery cannot be faster than.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use delivery::service::kafka::{KafkaConfig, consumer_properties};
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::KafkaResult;
+use rdkafka::message::Message as _;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use super::{KAFKA_PATIENCE, PARTITIONS, POLL, failed};
+use crate::clock::now_ns;
+use crate::payload::Stamp;
+use crate::usage;
+
+/// One wait for a record.
+const WAIT: Duration = Duration::from_millis(100);
+
+/// What was read: key, sequence, when.
+pub(super) type Read = (Vec<u8>, u64, u64);
+
+/// See the module. Reads from where the topics end when it is made.
+pub(super) struct PlainConsumer {
+    stopping: Arc<AtomicBool>,
+    read: Arc<AtomicU64>,
+    thread: JoinHandle<Vec<Read>>,
+}
+
+impl PlainConsumer {
+    /// # Errors
+    /// Kafka's.
+    pub(super) fn start(brokers: &str, topics: &[&str], core: usize) -> io::Result<Self> {
+        // Threads that the consumer starts inherit the core; this one then leaves it.
+        let own = rustix::thread::sched_getaffinity(None)?;
+        usage::pin(core)?;
+        let consumer = consumer(brokers, topics);
+        rustix::thread::sched_setaffinity(None, &own)?;
+        let consumer = consumer.map_err(|error| failed(&error))?;
+        let (stopping, read) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
+        let thread = std::thread::Builder::new().name("plain".into()).spawn({
+            let (stopping, read) = (Arc::clone(&stopping), Arc::clone(&read));
+            move || {
+                usage::pin(core).expect("it could be pinned before");
+                let mut records = Vec::new();
+                while !stopping.load(Ordering::Acquire) {
+                    let Some(Ok(message)) = consumer.poll(WAIT) else { continue };
+                    let at_ns = now_ns();
+                    let stamp = message.payload().and_then(Stamp::find);
+                    if let (Some(key), Some(stamp)) = (message.key(), stamp) {
+                        records.push((key.to_vec(), stamp.sequence, at_ns));
+                        read.fetch_add(1, Ordering::Release);
+                    }
+                }
+                records
+            }
+        })?;
+        Ok(Self { stopping, read, thread })
+    }
+
+    /// Waits for so many records, gives them out and ends.
+    pub(super) fn finish(self, records: u64) -> Vec<Read> {
+        let from = Instant::now();
+        while self.read.load(Ordering::Acquire) < records && from.elapsed() < KAFKA_PATIENCE {
+            std::thread::sleep(POLL);
+        }
+        self.stopping.store(true, Ordering::Release);
+        self.thread.join().unwrap_or_default()
+    }
+}
+
+fn consumer(brokers: &str, topics: &[&str]) -> KafkaResult<BaseConsumer> {
+    let consumer: BaseConsumer =
+        consumer_properties(&KafkaConfig::new(brokers), "bench-plain").create()?;
+    let mut places = TopicPartitionList::new();
+    for topic in topics {
+        for partition in 0..PARTITIONS {
+            let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_PATIENCE)?;
+            places.add_partition_offset(topic, partition, Offset::Offset(end))?;
+        }
+    }
+    consumer.assign(&places)?;
+    Ok(consumer)
+}

@@ -2,11 +2,11 @@
 //! its own and the second-chance rule for what must go.
 
 use std::collections::{HashSet, VecDeque};
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
-use hashbrown::HashTable;
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::service::membership::state::{Known, LogPlace, Members, State};
 use crate::service::membership::{MembershipConfig, MembershipCounters};
@@ -41,7 +41,8 @@ impl Part {
 #[derive(Debug)]
 pub(super) struct Cache {
     parts: Box<[RwLock<Part>]>,
-    hasher: RandomState,
+    /// Seeded anew in each process; see [`Directory`](crate::service::directory::Directory).
+    hasher: DefaultHashBuilder,
     /// One allocation for each user, however many conversations he is in.
     users: Mutex<Users>,
     config: MembershipConfig,
@@ -65,7 +66,7 @@ impl Cache {
     ) -> Self {
         Self {
             parts: (0..PARTS).map(|_| RwLock::default()).collect(),
-            hasher: RandomState::new(),
+            hasher: DefaultHashBuilder::default(),
             users: Mutex::default(),
             config,
             counters,

@@ -94,9 +94,15 @@ enum Basis {
 #[derive(Debug)]
 pub(super) enum State {
     Unknown,
-    Fetching(Fetching),
-    Failing { retry_at_ms: u64, failures: u32 },
-    Absent { until_ms: u64 },
+    /// Boxed: few are being asked for at a time, and the known ones lie closer together without it.
+    Fetching(Box<Fetching>),
+    Failing {
+        retry_at_ms: u64,
+        failures: u32,
+    },
+    Absent {
+        until_ms: u64,
+    },
     Known(Known),
 }
 
@@ -175,14 +181,14 @@ impl State {
             Self::Unknown | Self::Absent { .. } => (0, None),
             Self::Fetching(_) => unreachable!("one question at a time"),
         };
-        *self = Self::Fetching(Fetching {
+        *self = Self::Fetching(Box::new(Fetching {
             id,
             asked_at_ms: now_ms,
             round: 1,
             changes: Vec::new(),
             failures,
             outlived,
-        });
+        }));
     }
 
     /// A creation event with everybody in it.

@@ -18,8 +18,6 @@ use crate::support::wait::until;
 /// Sessions at most, and of one shard.
 const SESSIONS: usize = 102_400;
 const PER_SHARD: usize = 12_800;
-/// Shards at most, where the descriptor limit makes their tables small.
-const SHARDS_MAX: usize = 32;
 /// Files of a shard beside those of its sessions, refusals and reserve included.
 const FILES_BESIDE: usize = 512;
 /// The kernel's memory for both ends of a connection, and that the machine should have many times.
@@ -54,7 +52,7 @@ const SOCKET: [&str; 6] =
 /// What the kernel remembers of a poll that waits.
 const WATCH: &str = "io_kiocb";
 
-/// As many sessions as the machine lets a test have; the numbers keep their relations.
+/// As many sessions as the machine's memory lets a test have; the numbers keep their relations.
 struct Size {
     shards: usize,
     few: usize,
@@ -64,19 +62,19 @@ struct Size {
 impl Size {
     fn of_this_machine() -> Self {
         let limit = usize::try_from(descriptors()).unwrap_or(usize::MAX);
+        // The kernel spreads connections by a hash, not evenly. Smaller shards would not do: what
+        // each takes for itself, and touches bit by bit, would not be small beside its sessions.
+        let least = PER_SHARD + PER_SHARD / 4 + FILES_BESIDE;
+        assert!(
+            limit >= least,
+            "needs a hard limit of {least} descriptors (RLIMIT_NOFILE, `ulimit -Hn`), has {limit}"
+        );
         let available = bytes_of(&read("/proc/meminfo"), "MemAvailable:") as u64;
-        let (mut per_shard, mut many) = (PER_SHARD, SESSIONS);
-        // The kernel spreads connections by a hash, not evenly.
-        while per_shard + per_shard / 4 + FILES_BESIDE > limit {
-            per_shard /= 2;
-            assert!(per_shard > 0, "the descriptor limit is {limit}: no server starts with that");
-        }
-        while many / per_shard > SHARDS_MAX
-            || many as u64 * CONNECTION_BYTES > available / MEMORY_SHARE
-        {
+        let mut many = SESSIONS;
+        while many as u64 * CONNECTION_BYTES > available / MEMORY_SHARE && many > PER_SHARD {
             many /= 2;
         }
-        let shards = (many / per_shard).max(1);
+        let shards = many / PER_SHARD;
         Self { shards, few: many * 77 / 160, many }
     }
 }

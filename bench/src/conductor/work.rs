@@ -86,7 +86,7 @@ const LATENCY_RATE: u64 = 25_000;
 /// The same where a broker, its producer and the client share a core with ease.
 const SLOW_RATE: u64 = 5_000;
 /// Bytes of the value that becomes 1024 bytes of JSON.
-const JSON_KIB_BYTES: usize = 877;
+const JSON_KIB_BYTES: usize = 841;
 
 /// For conversations of `group`, so many in a row, by the handful.
 const fn push(group: usize, burst: usize, bytes: usize) -> Task {

@@ -30,26 +30,26 @@
 //!
 //! # The way of one Kafka record
 //!
-//! 1. [`service::kafka`] gives each partition to a router; [`service::router`] polls it on its own
+//! 1. [`service::routing::kafka`] gives each partition to a router; [`service::routing::router`] polls it on its own
 //!    thread, so that the order of the partition is the order of everything after it.
-//! 2. [`service::envelope`] reads what the record says, once and without a copy.
-//! 3. [`service::membership`] knows the members of its conversation completely, or asks
-//!    ([`service::neighbours`]) while the other partitions go on.
-//! 4. [`service::directory`] knows the members' sessions here: shard, slot, generation, encoding.
-//!    Members elsewhere are reached through [`service::redis`].
-//! 5. [`service::encode`] writes one immutable frame for each encoding among them.
+//! 2. [`service::events::envelope`] reads what the record says, once and without a copy.
+//! 3. [`service::members::membership`] knows the members of its conversation completely, or asks
+//!    ([`service::backends::neighbours`]) while the other partitions go on.
+//! 4. [`service::members::directory`] knows the members' sessions here: shard, slot, generation, encoding.
+//!    Members elsewhere are reached through [`service::backends::redis`].
+//! 5. [`service::events::encode`] writes one immutable frame for each encoding among them.
 //! 6. One [`domain::command::ShardCommand::Deliver`] for each shard concerned goes over a ring of
 //!    [`handoff`]; the doorbell wakes a shard that sleeps.
 //! 7. [`reactor::shard`] puts the frame into each recipient's [`reactor::queue`] and starts one send
 //!    for each; what waits meanwhile goes out together with the next.
 //! 8. [`uring`] hands the sends to the kernel. When the last recipient is done the shard reports
-//!    it, and [`service::offsets`] lets the offset move.
+//!    it, and [`service::routing::offsets`] lets the offset move.
 //!
 //! # The way of one client frame
 //!
 //! The kernel fills one of the shard's receive buffers; [`protocol::receiver`] unmasks in place;
-//! pings are answered in the shard; a text message goes up to [`service::sessions`], which resumes
-//! ([`service::resume`]) or renews a token ([`service::auth`]). [`service::presence`] hears of every
+//! pings are answered in the shard; a text message goes up to [`service::sessions::manager`], which resumes
+//! ([`service::sessions::resume`]) or renews a token ([`service::sessions::auth`]). [`service::sessions::presence`] hears of every
 //! beginning and end.
 //!
 //! # Where things are put together

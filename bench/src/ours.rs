@@ -17,16 +17,16 @@ use delivery::reactor::gate::{Gate, GateConfig};
 use delivery::reactor::listener::{ListenerConfig, listen_all};
 use delivery::reactor::shard::{PeerRings, ShardLinks};
 use delivery::reactor::thread::{ShardHandle, spawn};
-use delivery::service::auth::Authenticator;
-use delivery::service::directory::Directory;
-use delivery::service::membership::{Membership, MembershipConfig};
-use delivery::service::presence::Presence;
-use delivery::service::resume::Resume;
-use delivery::service::router::{
+use delivery::service::sessions::auth::Authenticator;
+use delivery::service::members::directory::Directory;
+use delivery::service::members::membership::{Membership, MembershipConfig};
+use delivery::service::sessions::presence::Presence;
+use delivery::service::sessions::resume::Resume;
+use delivery::service::routing::router::{
     Assignment, LogName, Progress, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
     RouterParts, ShardLink,
 };
-use delivery::service::sessions::{
+use delivery::service::sessions::manager::{
     SessionConfig, SessionHandle, SessionManager, SessionPorts, ShardPort,
 };
 

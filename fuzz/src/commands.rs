@@ -2,7 +2,7 @@
 //! reader that knows the documented shape.
 
 use delivery::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
-use delivery::service::client_message::{
+use delivery::service::sessions::client_message::{
     CLIENT_MESSAGE_BYTES_MAX, CONVERSATIONS_NAMED_MAX, ClientMessage, parse,
 };
 use serde_json::Value;

@@ -3,15 +3,15 @@
 
 use delivery::domain::event::{Encoding, EncodingSet};
 use delivery::protocol::deflate::Inflater;
-use delivery::service::encode::{CompressionConfig, Encoder};
-use delivery::service::envelope::{Body, EnvelopeError, Record, decode};
-use delivery::service::proto::conversation::v1::{
+use delivery::service::events::encode::{CompressionConfig, Encoder};
+use delivery::service::events::envelope::{Body, EnvelopeError, Record, decode};
+use delivery::service::events::proto::conversation::v1::{
     ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
 };
-use delivery::service::proto::delivery::v1::DeliveryEvent;
-use delivery::service::proto::message::v1::{MessageDeletedEvent, MessageSentEvent};
-use delivery::service::proto::presence::v1::PresenceUpdateEvent;
-use delivery::service::proto::shared::v1::{EventEnvelope, EventType};
+use delivery::service::events::proto::delivery::v1::DeliveryEvent;
+use delivery::service::events::proto::message::v1::{MessageDeletedEvent, MessageSentEvent};
+use delivery::service::events::proto::presence::v1::PresenceUpdateEvent;
+use delivery::service::events::proto::shared::v1::{EventEnvelope, EventType};
 use prost::Message as _;
 
 /// Checks the record that `data` is.

@@ -8,10 +8,10 @@ use prost::Message as _;
 use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 
-use crate::service::proto::conversation::v1 as conversation;
-use crate::service::proto::message::v1 as message;
-use crate::service::proto::shared::v1::{EventEnvelope, EventType};
-use crate::service::timestamp::Timestamp;
+use crate::service::events::proto::conversation::v1 as conversation;
+use crate::service::events::proto::message::v1 as message;
+use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use crate::service::events::timestamp::Timestamp;
 
 /// The help text.
 pub const ABOUT: &str = "\

@@ -14,8 +14,8 @@ use tungstenite::{Message, WebSocket};
 
 use crate::domain::close::CloseCode;
 use crate::domain::counted::Counted;
-use crate::service::encode;
-use crate::service::envelope::{self, Body};
+use crate::service::events::encode;
+use crate::service::events::envelope::{self, Body};
 
 /// The help text.
 pub const ABOUT: &str = "\
@@ -319,7 +319,7 @@ mod tests {
     fn resume_names_the_highest_sequence_of_each_conversation() {
         let mut seen = Seen::default();
         for (conversation, sequence) in [("a", 5), ("b", 2), ("a", 4)] {
-            let now = crate::service::timestamp::Timestamp::default();
+            let now = crate::service::events::timestamp::Timestamp::default();
             let record = crate::app::publish::sent("t", conversation, "u", sequence, "x", now);
             seen.note(&record.value);
         }

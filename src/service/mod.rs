@@ -1,28 +1,26 @@
 //! The tokio side: users, conversations and back ends. Never touches a client socket.
+//!
+//! Six floors. A module imports only from its own folder and from the floors below it; no two
+//! modules of a folder import each other in a circle (`tests/tree` checks both).
+//!
+//! | floor | folder | knows |
+//! | --- | --- | --- |
+//! | 6 | [`sessions`], [`streams`] | who is connected and may be; catch-up and presence; gRPC streams |
+//! | 5 | [`routing`] | from a Kafka record to the sessions that receive it |
+//! | 4 | [`members`] | who belongs to a conversation, which sessions a user has here |
+//! | 3 | [`backends`] | the other services and Redis: clients, reconnection, outages |
+//! | 2 | [`events`] | what a record says, and how each encoding writes it |
+//! | 1 | [`runtime`] | what every floor needs of tokio |
+//!
+//! `sessions` and `streams` do not import each other.
 
-pub mod auth;
-pub mod bell;
-pub mod client_message;
-pub mod directory;
-pub mod encode;
-pub mod envelope;
-pub mod grpc;
-pub mod hub;
-pub mod kafka;
-pub mod membership;
-pub mod neighbours;
-pub mod offsets;
-pub mod outage;
-pub mod ports;
-pub mod presence;
-pub mod presence_fanout;
-pub mod proto;
-pub mod redis;
-pub mod resume;
-pub mod router;
+pub mod backends;
+pub mod events;
+pub mod members;
+pub mod routing;
+pub mod runtime;
 pub mod sessions;
-pub mod stream_key;
-pub mod timestamp;
+pub mod streams;
 
 #[cfg(test)]
 #[path = "../../tests/support/neighbours.rs"]

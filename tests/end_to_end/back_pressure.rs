@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use delivery::service::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
-use delivery::service::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use delivery::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
+use delivery::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use delivery::service::directory::SessionIds;
-use delivery::service::presence::{Presence, PresenceConfig, PresenceCounters, PresenceTarget};
-use delivery::service::redis::{Announcer, NodesCounters};
+use delivery::service::backends::redis::{Announcer, NodesCounters};
+use delivery::service::members::directory::SessionIds;
+use delivery::service::sessions::presence::{
+    Presence, PresenceConfig, PresenceCounters, PresenceTarget,
+};
 
 use super::link::until;
 use super::nodes::Bench;

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use delivery::service::redis::{
+use delivery::service::backends::redis::{
     RedisAddress, RedisConfig, RedisFault, RedisLink, RedisLinkCounters, connect,
 };
 use redis::{Value, cmd};

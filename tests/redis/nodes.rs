@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use delivery::service::ports::{Forwarding, RemoteNodes};
-use delivery::service::redis::{Nodes, NodesConfig, NodesCounters, RedisLink};
+use delivery::service::backends::ports::{Forwarding, RemoteNodes};
+use delivery::service::backends::redis::{Nodes, NodesConfig, NodesCounters, RedisLink};
 use rustix::process::Signal;
 use tokio::sync::mpsc;
 

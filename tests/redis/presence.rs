@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use delivery::service::directory::SessionIds;
-use delivery::service::presence::{Presence, PresenceConfig, PresenceCounters, PresenceTarget};
-use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
-use delivery::service::redis::RedisLink;
+use delivery::service::backends::redis::RedisLink;
+use delivery::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use delivery::service::members::directory::SessionIds;
+use delivery::service::sessions::presence::{
+    Presence, PresenceConfig, PresenceCounters, PresenceTarget,
+};
 use prost::Message as _;
 use redis::{FromRedisValue, Value, cmd};
 use tokio_stream::StreamExt as _;

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use delivery::handoff::Pushed;
-use delivery::service::ports::{RouterInbox, RouterInput};
-use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
-use delivery::service::redis::{
+use delivery::service::backends::ports::{RouterInbox, RouterInput};
+use delivery::service::backends::redis::{
     Locations, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters, Subscriptions,
     SubscriptionsConfig,
 };
+use delivery::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
 use prost::Message as _;
 use tokio::sync::mpsc;
 

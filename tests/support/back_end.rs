@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use delivery::service::proto::message::v1::MessageSentEvent;
-use delivery::service::proto::shared::v1::{EventEnvelope, EventType};
+use delivery::service::events::proto::message::v1::MessageSentEvent;
+use delivery::service::events::proto::shared::v1::{EventEnvelope, EventType};
 use prost::Message as _;
 
 use super::client::{Client, Heard};

@@ -11,22 +11,28 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use delivery::service::proto::conversation::v1::conversation_api_server::{
+use delivery::service::events::proto::conversation::v1::conversation_api_server::{
     ConversationApi, ConversationApiServer,
 };
-use delivery::service::proto::conversation::v1::{
+use delivery::service::events::proto::conversation::v1::{
     Conversation, GetConversationRequest, GetConversationResponse, ListConversationsRequest,
     ListConversationsResponse,
 };
-use delivery::service::proto::message::v1::message_api_server::{MessageApi, MessageApiServer};
-use delivery::service::proto::message::v1::{Message, SyncMessagesRequest, SyncMessagesResponse};
-use delivery::service::proto::presence::v1::presence_api_server::{PresenceApi, PresenceApiServer};
-use delivery::service::proto::presence::v1::{
+use delivery::service::events::proto::message::v1::message_api_server::{
+    MessageApi, MessageApiServer,
+};
+use delivery::service::events::proto::message::v1::{
+    Message, SyncMessagesRequest, SyncMessagesResponse,
+};
+use delivery::service::events::proto::presence::v1::presence_api_server::{
+    PresenceApi, PresenceApiServer,
+};
+use delivery::service::events::proto::presence::v1::{
     DeviceInfo, GetPresenceRequest, GetPresenceResponse, GetUserDevicesRequest,
     GetUserDevicesResponse, RefreshSessionRequest, RefreshSessionResponse, RegisterSessionRequest,
     RegisterSessionResponse, UnregisterSessionRequest, UnregisterSessionResponse, UserPresence,
 };
-use delivery::service::timestamp::Timestamp;
+use delivery::service::events::timestamp::Timestamp;
 use tokio::sync::{oneshot, watch};
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Identity, Server, ServerTlsConfig};

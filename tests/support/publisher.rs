@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use delivery::service::proto::conversation::v1::{
+use delivery::service::events::proto::conversation::v1::{
     Conversation, ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
 };
-use delivery::service::proto::message::v1::{Message, MessageDeletedEvent, MessageSentEvent};
-use delivery::service::proto::shared::v1::{EventEnvelope, EventType};
-use delivery::service::timestamp::Timestamp;
+use delivery::service::events::proto::message::v1::{
+    Message, MessageDeletedEvent, MessageSentEvent,
+};
+use delivery::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use delivery::service::events::timestamp::Timestamp;
 use prost::Message as _;
 use rdkafka::ClientContext;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};

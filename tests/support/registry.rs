@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::mpsc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use delivery::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
 use prost::Message as _;
 use redis::Commands as _;
 

@@ -103,12 +103,12 @@ const PROCESS: [(&str, Layer); 22] = [
     ("cfree", Layer::Allocation),
     ("rd_kafka", Layer::Kafka),
     ("rdkafka", Layer::Kafka),
-    ("delivery::service::kafka", Layer::Kafka),
+    ("delivery::service::routing::kafka", Layer::Kafka),
     ("delivery_bench::generator", Layer::Generator),
     ("delivery_bench::payload", Layer::Generator),
     ("delivery_bench::ours::Source", Layer::Generator),
     ("<delivery_bench::ours", Layer::Generator),
-    ("delivery::service::encode", Layer::Encode),
+    ("delivery::service::events::encode", Layer::Encode),
     ("delivery::protocol::frame::encode", Layer::Encode),
     ("delivery::protocol::deflate", Layer::Encode),
     ("zlib_rs", Layer::Encode),
@@ -161,10 +161,10 @@ mod tests {
             Layer::Delivered
         );
         assert_eq!(
-            of(&["router", "delivery::service::router::Core", "_mi_page_malloc"]),
+            of(&["router", "delivery::service::routing::router::Core", "_mi_page_malloc"]),
             Layer::Allocation
         );
-        assert_eq!(of(&["router", "delivery::service::router::Core", "memcpy"]), Layer::Router);
+        assert_eq!(of(&["router", "delivery::service::routing::router::Core", "memcpy"]), Layer::Router);
         assert_eq!(of(&["rdk:broker1", "poll_loop"]), Layer::Kafka);
         assert_eq!(of(&["main", "std::rt"]), Layer::Other);
         assert_eq!(of(&["ksoftirqd/0", "anything"]), Layer::Delivered);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use delivery::service::kafka::{KafkaConfig, consumer_properties};
+use delivery::service::routing::kafka::{KafkaConfig, consumer_properties};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::KafkaResult;
 use rdkafka::message::Message as _;

@@ -3,7 +3,7 @@
 use super::value::{AuthMode, Name, PresenceMode, RoutingMode, Value as _};
 use super::{Layers, Profile, Settings};
 use crate::protocol::upgrade::origin::{BadOrigin, Origins};
-use crate::service::redis::{RedisAddress, RedisAddressError};
+use crate::service::backends::redis::{RedisAddress, RedisAddressError};
 
 /// Bytes of an HS256 key: as long as its hash (RFC 7518 §3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::app::config::{Settings, Value as _};
 use crate::app::publish::{Publisher, create, sent};
-use crate::service::timestamp::Timestamp;
+use crate::service::events::timestamp::Timestamp;
 
 const CONVERSATION: &str = "demo";
 const MEMBERS: [&str; 3] = ["alice", "bob", "carol"];

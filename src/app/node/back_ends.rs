@@ -8,14 +8,14 @@ use super::other_nodes::OtherNodes;
 use super::sizing::Sizing;
 use crate::app::admin::Samples;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
-use crate::service::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
-use crate::service::encode::CompressionConfig;
-use crate::service::neighbours::{
+use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
 };
-use crate::service::presence::{Presence, PresenceConfig, PresenceTarget, ReachConfig};
-use crate::service::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
-use crate::service::resume::{Membership, Resume, ResumeConfig};
+use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
+use crate::service::events::encode::CompressionConfig;
+use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
+use crate::service::sessions::presence::{Presence, PresenceConfig, PresenceTarget, ReachConfig};
+use crate::service::sessions::resume::{Membership, Resume, ResumeConfig};
 
 /// See the module.
 pub(super) struct BackEnds {

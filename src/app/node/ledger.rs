@@ -20,17 +20,19 @@ use crate::reactor::connection::Connection;
 use crate::reactor::queue::NodePool;
 use crate::reactor::shard::PENDING_REPORTS_MAX;
 use crate::reactor::slab::Slab;
-use crate::service::directory::Directory;
-use crate::service::grpc;
-use crate::service::hub::{INPUTS_MAX, OutboxLimits};
-use crate::service::kafka;
-use crate::service::membership::{Members, MembershipConfig};
-use crate::service::neighbours::ANSWER_BYTES_MAX;
-use crate::service::presence_fanout::PresenceFanoutConfig;
-use crate::service::redis::{LocationsConfig, MOVES_MAX, NodesConfig, SubscriptionsConfig};
-use crate::service::resume::ResumeConfig;
-use crate::service::router::RECORD_UNDER_WAY_BYTES;
-use crate::service::sessions;
+use crate::service::backends::neighbours::ANSWER_BYTES_MAX;
+use crate::service::backends::redis::{
+    LocationsConfig, MOVES_MAX, NodesConfig, SubscriptionsConfig,
+};
+use crate::service::members::directory::Directory;
+use crate::service::members::membership::{Members, MembershipConfig};
+use crate::service::routing::kafka;
+use crate::service::routing::router::RECORD_UNDER_WAY_BYTES;
+use crate::service::sessions::manager;
+use crate::service::sessions::presence_fanout::PresenceFanoutConfig;
+use crate::service::sessions::resume::ResumeConfig;
+use crate::service::streams::grpc;
+use crate::service::streams::hub::{INPUTS_MAX, OutboxLimits};
 
 /// The two counts of an `Arc`, and the length of the first id.
 const IDS_OVERHEAD: usize = 2 * size_of::<usize>() + 2;
@@ -78,7 +80,7 @@ impl Ledger {
     pub(super) fn new(settings: &Settings, sizing: &Sizing, shard: &ShardConfig) -> Self {
         let session = vec![
             ("slot", Slab::<Connection>::ENTRY_BYTES as u64),
-            ("record", sessions::RECORD_BYTES as u64),
+            ("record", manager::RECORD_BYTES as u64),
             ("directory", Directory::ENTRY_BYTES as u64),
             ("ids", (IDS_OVERHEAD + IDS_TYPICAL) as u64),
         ];
@@ -164,7 +166,7 @@ fn shards(sizing: &Sizing, shard: &ShardConfig) -> Amounts {
     let ring = HANDOFF_RING_SLOTS as u64;
     vec![
         ("slots", slots * Slab::<Connection>::ENTRY_BYTES as u64),
-        ("records", slots * sessions::RECORD_BYTES as u64),
+        ("records", slots * manager::RECORD_BYTES as u64),
         ("directory", connections * (Directory::ENTRY_BYTES as u64 * 2 + ids)),
         ("queues", connections * queue * NodePool::NODE_BYTES as u64),
         ("partial_messages", connections * inbound),
@@ -202,7 +204,7 @@ fn routing(settings: &Settings, sizing: &Sizing) -> Amounts {
         ),
         ("member_questions", membership.fetches_max as u64 * answer),
         ("catch_up", (resume.pages_bytes_max + resume.requests_bytes_max) as u64 + calls * answer),
-        ("tokens", (sessions::REQUESTS_WAITING_MAX * (TOKEN_BYTES_MAX + 2 * ID_BYTES_MAX)) as u64),
+        ("tokens", (manager::REQUESTS_WAITING_MAX * (TOKEN_BYTES_MAX + 2 * ID_BYTES_MAX)) as u64),
         (
             "dead_letters",
             match settings.dead_letter_topic {

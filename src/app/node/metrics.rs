@@ -6,8 +6,8 @@ use crate::app::admin::{FamilyKind, Page, Samples};
 use crate::domain::close::EndReason;
 use crate::domain::counters::{Kind, LATENCY_BUCKETS_MS, LatencyHistogram};
 use crate::reactor::counters::ShardCounters;
-use crate::service::hub::HubMetrics;
-use crate::service::sessions::SessionCounters;
+use crate::service::sessions::manager::SessionCounters;
+use crate::service::streams::hub::HubMetrics;
 
 /// What the `counters!` macro calls for each field.
 type Visit<'a> = &'a mut dyn FnMut(Kind, &'static str, &'static str, u64);

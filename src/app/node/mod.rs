@@ -38,8 +38,8 @@ use super::config::Settings;
 use super::telemetry::{self, LogSink};
 use crate::domain::counted::Counted;
 use crate::reactor::listener::{ListenerConfig, listen_all};
-use crate::service::directory::Directory;
-use crate::service::sessions::{
+use crate::service::members::directory::Directory;
+use crate::service::sessions::manager::{
     Ending, SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts, ShardPort,
     Stage,
 };

@@ -7,16 +7,18 @@ use super::metrics::component;
 use super::routing::Routing;
 use crate::app::admin::{Check, Samples};
 use crate::app::config::{RoutingMode, Settings};
-use crate::service::directory::Directory;
-use crate::service::neighbours::ConversationService;
-use crate::service::ports::{MembershipChanges, RemoteNodes, RouterInbox};
-use crate::service::presence_fanout::{PresenceFanout, PresenceFanoutConfig, PresenceFanoutParts};
-use crate::service::redis::{
+use crate::service::backends::neighbours::ConversationService;
+use crate::service::backends::ports::{MembershipChanges, RemoteNodes, RouterInbox};
+use crate::service::backends::redis::{
     Announcer, Nodes, NodesConfig, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters,
     Subscriptions, SubscriptionsConfig,
 };
-use crate::service::router::RouterHandle;
-use crate::service::sessions::SessionHandle;
+use crate::service::members::directory::Directory;
+use crate::service::routing::router::RouterHandle;
+use crate::service::sessions::manager::SessionHandle;
+use crate::service::sessions::presence_fanout::{
+    PresenceFanout, PresenceFanoutConfig, PresenceFanoutParts,
+};
 
 /// The way out; it is there before the routers, which use it.
 pub(super) struct OtherNodes {

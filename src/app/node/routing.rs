@@ -11,14 +11,14 @@ use super::other_nodes::OtherNodes;
 use super::sizing::Sizing;
 use crate::app::admin::{Check, FamilyKind, Samples};
 use crate::app::config::{Name, RoutingMode, Settings, Value as _};
-use crate::service::directory::Directory;
-use crate::service::kafka::{
+use crate::service::backends::ports::ConversationSource;
+use crate::service::members::directory::Directory;
+use crate::service::members::membership::{Membership, MembershipConfig};
+use crate::service::routing::kafka::{
     self, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaStatus,
 };
-use crate::service::membership::{Membership, MembershipConfig};
-use crate::service::ports::ConversationSource;
-use crate::service::router::dead_letter::DeadLetters;
-use crate::service::router::{
+use crate::service::routing::router::dead_letter::DeadLetters;
+use crate::service::routing::router::{
     Router, RouterConfig, RouterControl, RouterCounters, RouterParts, ShardLink,
 };
 

@@ -13,8 +13,8 @@ use super::metrics::component;
 use super::sizing::Sizing;
 use crate::app::admin::Samples;
 use crate::app::config::Settings;
-use crate::service::grpc::{self, GrpcConfig, GrpcCounters};
-use crate::service::hub::{HubConfig, HubMetrics, HubPeer, OutboxLimits, hub};
+use crate::service::streams::grpc::{self, GrpcConfig, GrpcCounters};
+use crate::service::streams::hub::{HubConfig, HubMetrics, HubPeer, OutboxLimits, hub};
 
 /// Beyond its own time to shut down.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);

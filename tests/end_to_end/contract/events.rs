@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use delivery::service::proto::message::v1::MessageSentEvent;
-use delivery::service::proto::shared::v1::EventType;
+use delivery::service::events::proto::message::v1::MessageSentEvent;
+use delivery::service::events::proto::shared::v1::EventType;
 use prost::Message as _;
 
 use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
@@ -199,7 +199,7 @@ fn trace_of_a_record_is_found_in_the_log() {
     let node = back_end
         .node()
         .set("TRACING_ENABLED", "true")
-        .set("LOG_LEVEL", "info,delivery::service::router=debug")
+        .set("LOG_LEVEL", "info,delivery::service::routing::router=debug")
         .start();
     let mut alice = Client::session(node.public, "alice", "phone");
     let sent = MessageSentEvent { message: Some(new_message("room", 1, "alice", "traced")) };

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use delivery::service::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
-use delivery::service::proto::shared::v1::EventType;
+use delivery::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use delivery::service::events::proto::shared::v1::EventType;
 use prost::Message as _;
 
 use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
@@ -151,7 +151,7 @@ fn record_handed_over_is_delivered_to_own_sessions_only() {
     nodes.back_end.neighbours.known().converse("taken-room", &[&alice, &bob], 0);
     let node = nodes.start(0);
     let mut session = Client::session(node.public, &alice, "phone");
-    let sent = delivery::service::proto::message::v1::MessageSentEvent {
+    let sent = delivery::service::events::proto::message::v1::MessageSentEvent {
         message: Some(new_message("taken-room", 1, &bob, "from elsewhere")),
     };
     let value = envelope(EventType::MessageSent, sent.encode_to_vec()).encode_to_vec();
@@ -183,7 +183,7 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
     nodes.registered(&mallory, 0);
     // Connecting was a change too; this one says the opposite.
     nodes.registry.announce(&alice, PresenceStatus::Offline);
-    let is_it = |envelope: &delivery::service::proto::shared::v1::EventEnvelope| {
+    let is_it = |envelope: &delivery::service::events::proto::shared::v1::EventEnvelope| {
         assert_eq!(envelope.event_type(), EventType::PresenceUpdated);
         assert_eq!(envelope.schema_version, 1);
         let update =
@@ -195,7 +195,8 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
     for client in [&mut bob_hears, &mut alice_hears, &mut mallory_hears] {
         while let Some(heard) = client.hear_within(A_WHILE) {
             let Heard::Binary(payload) = heard else { continue };
-            let envelope = delivery::service::proto::shared::v1::EventEnvelope::decode(&*payload);
+            let envelope =
+                delivery::service::events::proto::shared::v1::EventEnvelope::decode(&*payload);
             assert!(!is_it(&envelope.expect("an EventEnvelope")), "again, or to the wrong one");
         }
     }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use delivery::service::proto::message::v1::MessageSentEvent;
-use delivery::service::proto::shared::v1::EventType;
+use delivery::service::events::proto::message::v1::MessageSentEvent;
+use delivery::service::events::proto::shared::v1::EventType;
 use prost::Message as _;
 use tonic::Code;
 

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use delivery::service::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
-use delivery::service::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
-use delivery::service::proto::shared::v1::EventType;
+use delivery::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
+use delivery::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use delivery::service::events::proto::shared::v1::EventType;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;

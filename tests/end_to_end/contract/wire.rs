@@ -117,8 +117,8 @@ const METHODS: &[&str] = &[
 ];
 
 fn files() -> Vec<prost_types::FileDescriptorProto> {
-    let set =
-        FileDescriptorSet::decode(delivery::service::proto::DESCRIPTORS).expect("descriptors");
+    let set = FileDescriptorSet::decode(delivery::service::events::proto::DESCRIPTORS)
+        .expect("descriptors");
     set.file.into_iter().filter(|file| file.package().starts_with("realchat.")).collect()
 }
 

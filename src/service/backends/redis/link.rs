@@ -1,0 +1,374 @@
+//! One shared connection to Redis, kept up by a supervisor.
+//!
+//! ```text
+//!            connected                    a probe failed,
+//!   Down ──────────────────► Up           the connection broke
+//!    ▲  back-off with jitter  │ ─────────────────────────────┐
+//!    └────────────────────────┴──────────────────────────────┘
+//! ```
+//!
+//! While it is down every call fails at once: nobody waits for a Redis that is known to be away.
+//! While it is up a call waits at most [`RedisConfig::response_timeout`]; one that failed makes the
+//! supervisor probe at once instead of at the next interval.
+
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::cluster::ClusterClient;
+use redis::cluster_async::ClusterConnection;
+use redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, Pipeline, RedisError, RedisResult,
+    TlsCertificates, Value,
+};
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::address::RedisAddress;
+use crate::counters;
+use crate::service::backends::outage::Outage;
+
+/// Commands of one call that are on the wire together, so that neither side buffers without bound.
+const PIPELINE_COMMANDS_MAX: usize = 512;
+
+/// Settings of a link.
+#[derive(Clone, Debug)]
+pub struct RedisConfig {
+    /// Where Redis is.
+    pub address: RedisAddress,
+    /// Roots for `rediss`, PEM; `None`: the system's.
+    pub root_certificates: Option<Vec<u8>>,
+    /// For a connection to be made and greeted.
+    pub connect_timeout: Duration,
+    /// For the answers to one call.
+    pub response_timeout: Duration,
+    /// Between probes of a connection that works.
+    pub probe_interval: Duration,
+    /// First wait before connecting again; doubles each time, plus up to half of it by chance.
+    pub backoff_min: Duration,
+    /// Longest such wait.
+    pub backoff_max: Duration,
+}
+
+impl RedisConfig {
+    /// The defaults for an address: 1 s to connect, 500 ms to answer, a probe every 5 s, 100 ms to
+    /// 5 s between attempts.
+    pub fn new(address: RedisAddress) -> Self {
+        Self {
+            address,
+            root_certificates: None,
+            connect_timeout: Duration::from_secs(1),
+            response_timeout: Duration::from_millis(500),
+            probe_interval: Duration::from_secs(5),
+            backoff_min: Duration::from_millis(100),
+            backoff_max: Duration::from_secs(5),
+        }
+    }
+
+    /// A client for one node of these settings.
+    pub(super) fn client(&self, node: ConnectionInfo) -> RedisResult<Client> {
+        match (&self.root_certificates, node.addr()) {
+            (Some(roots), redis::ConnectionAddr::TcpTls { .. }) => {
+                Client::build_with_tls(node, certificates(roots))
+            }
+            _ => Client::open(node),
+        }
+    }
+
+    /// The wait before attempt `attempt` (from 0): exponential, with up to half of it more by
+    /// chance, so that the nodes of a fleet do not come back in step.
+    pub(super) fn backoff(&self, attempt: u32) -> Duration {
+        let base = self.backoff_min.saturating_mul(1 << attempt.min(16)).min(self.backoff_max);
+        base + base.mul_f64(rand::random_range(0.0..0.5))
+    }
+}
+
+fn certificates(roots: &[u8]) -> TlsCertificates {
+    TlsCertificates { client_tls: None, root_cert: Some(roots.to_vec()) }
+}
+
+/// Why a call has no answers.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RedisFault {
+    /// Redis is known to be away; nothing was sent.
+    #[error("Redis is not connected")]
+    Down,
+    /// No answer in time; it may have been carried out.
+    #[error("Redis did not answer in time")]
+    TimedOut,
+    /// The connection failed; it may have been carried out.
+    #[error("the connection to Redis failed: {0}")]
+    Failed(String),
+}
+
+counters! {
+    /// What a link to Redis went through.
+    pub struct RedisLinkCounters of SharedCounter {
+        Gauge redis_up: "1 while commands can be sent to Redis",
+        Counter redis_connections: "Connections to Redis that were made",
+        Counter redis_connection_failures: "Attempts to connect to Redis that failed",
+        Counter redis_connection_losses: "Working connections to Redis that were lost or given up",
+        Counter redis_commands: "Commands sent to Redis",
+        Counter redis_commands_failed: "Commands to Redis without an answer: connection lost or too late",
+        Counter redis_commands_refused: "Commands not sent because Redis was known to be away",
+    }
+}
+
+#[derive(Clone)]
+enum Connection {
+    Single(MultiplexedConnection),
+    Cluster(ClusterConnection),
+}
+
+struct Shared {
+    config: RedisConfig,
+    counters: Arc<RedisLinkCounters>,
+    connection: RwLock<Option<Connection>>,
+    suspect: Notify,
+}
+
+/// A handle on the shared connection; clones share it. The connection ends with the last of them.
+#[derive(Clone)]
+pub struct RedisLink {
+    shared: Arc<Shared>,
+    _supervisor: Arc<Supervisor>,
+}
+
+struct Supervisor(AbortHandle);
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Starts to connect in the background, and keeps at it. Needs a tokio runtime.
+pub fn connect(config: RedisConfig, counters: Arc<RedisLinkCounters>) -> RedisLink {
+    let shared = Arc::new(Shared {
+        config,
+        counters,
+        connection: RwLock::new(None),
+        suspect: Notify::new(),
+    });
+    let task = tokio::spawn(supervise(Arc::clone(&shared)));
+    RedisLink { shared, _supervisor: Arc::new(Supervisor(task.abort_handle())) }
+}
+
+impl RedisLink {
+    /// Whether commands can be sent: for readiness, and to fail early.
+    pub fn is_up(&self) -> bool {
+        self.shared.connection.read().expect("no holder panics").is_some()
+    }
+
+    /// The settings it was made with.
+    pub fn config(&self) -> &RedisConfig {
+        &self.shared.config
+    }
+
+    /// Sends commands together and returns their answers in order, an error of one command in its
+    /// place. Each command names keys of one slot at most; in a cluster each goes to the node of
+    /// its slot, so nothing is said of the order in which they are carried out there.
+    ///
+    /// # Errors
+    /// Redis is away, or the answers did not all come in time: what was carried out is unknown.
+    pub async fn run(&self, commands: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, RedisFault> {
+        let counters = &self.shared.counters;
+        let count = commands.len() as u64;
+        let connection = self.shared.connection.read().expect("no holder panics").clone();
+        let Some(connection) = connection else {
+            counters.redis_commands_refused.add(count);
+            return Err(RedisFault::Down);
+        };
+        counters.redis_commands.add(count);
+        let deadline = self.shared.config.response_timeout;
+        let answers = match timeout(deadline, connection.run(commands)).await {
+            Ok(Ok(answers)) => Ok(answers),
+            Ok(Err(error)) if error.is_timeout() => Err(RedisFault::TimedOut),
+            Ok(Err(error)) => Err(RedisFault::Failed(category(&error))),
+            Err(_) => Err(RedisFault::TimedOut),
+        };
+        let broken = match &answers {
+            Ok(answers) => answers.iter().filter(|answer| lost(answer)).count() as u64,
+            Err(_) => count,
+        };
+        if broken > 0 {
+            counters.redis_commands_failed.add(broken);
+            self.shared.suspect.notify_one();
+        }
+        answers
+    }
+}
+
+/// Whether an answer is the connection's failure rather than the server's word.
+fn lost(answer: &RedisResult<Value>) -> bool {
+    answer.as_ref().is_err_and(|error| error.is_io_error() || error.is_timeout())
+}
+
+/// The kind of an error without what the server said: that may quote a command's arguments.
+pub(super) fn category(error: &RedisError) -> String {
+    match error.code() {
+        Some(code) => code.to_owned(),
+        None => error.category().to_owned(),
+    }
+}
+
+impl Connection {
+    async fn run(self, commands: Vec<Cmd>) -> RedisResult<Vec<RedisResult<Value>>> {
+        match self {
+            Self::Single(connection) => pipelined(connection, commands).await,
+            Self::Cluster(connection) => routed(connection, commands).await,
+        }
+    }
+
+    async fn probe(&self) -> RedisResult<()> {
+        let ping = redis::cmd("PING");
+        match self {
+            Self::Single(connection) => {
+                connection.clone().send_packed_command(&ping).await.map(drop)
+            }
+            // Any node: a cluster that lost one of them still serves the others' slots.
+            Self::Cluster(connection) => {
+                let anywhere = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
+                connection.clone().route_command(ping, anywhere).await.map(drop)
+            }
+        }
+    }
+}
+
+async fn pipelined(
+    mut connection: MultiplexedConnection,
+    commands: Vec<Cmd>,
+) -> RedisResult<Vec<RedisResult<Value>>> {
+    let mut answers = Vec::with_capacity(commands.len());
+    let mut commands = commands.into_iter().peekable();
+    while commands.peek().is_some() {
+        let mut pipeline = Pipeline::new();
+        for command in commands.by_ref().take(PIPELINE_COMMANDS_MAX) {
+            pipeline.add_command(command);
+        }
+        pipeline.ignore_errors();
+        let part: Vec<RedisResult<Value>> = pipeline.query_async(&mut connection).await?;
+        answers.extend(part);
+    }
+    Ok(answers)
+}
+
+/// Side by side: the client writes to each node what has gathered for it.
+async fn routed(
+    connection: ClusterConnection,
+    commands: Vec<Cmd>,
+) -> RedisResult<Vec<RedisResult<Value>>> {
+    let mut answers: Vec<RedisResult<Value>> =
+        (0..commands.len()).map(|_| Ok(Value::Nil)).collect();
+    let mut running = JoinSet::new();
+    for (index, command) in commands.into_iter().enumerate() {
+        if running.len() == PIPELINE_COMMANDS_MAX {
+            settle(&mut running, &mut answers).await?;
+        }
+        let mut connection = connection.clone();
+        running.spawn(async move { (index, command.query_async(&mut connection).await) });
+    }
+    while !running.is_empty() {
+        settle(&mut running, &mut answers).await?;
+    }
+    Ok(answers)
+}
+
+/// Takes one answer. A node that cannot be reached fails its own commands, not the others'.
+async fn settle(
+    running: &mut JoinSet<(usize, RedisResult<Value>)>,
+    answers: &mut [RedisResult<Value>],
+) -> RedisResult<()> {
+    match running.join_next().await {
+        Some(Ok((index, answer))) => {
+            answers[index] = answer;
+            Ok(())
+        }
+        Some(Err(_)) => Err((redis::ErrorKind::Client, "a command was cancelled").into()),
+        None => Ok(()),
+    }
+}
+
+async fn supervise(shared: Arc<Shared>) {
+    let mut attempt = 0;
+    let outage = Outage::default();
+    let address = &shared.config.address;
+    loop {
+        let opened = timeout(shared.config.connect_timeout, open(&shared.config)).await;
+        match opened
+            .unwrap_or_else(|_| Err((redis::ErrorKind::Io, "connecting took too long").into()))
+        {
+            Ok(connection) => {
+                let since = Instant::now();
+                shared.counters.redis_connections.add(1);
+                match outage.works(since) {
+                    Some(back) => tracing::info!(%address, "connected to Redis again {back}"),
+                    None => tracing::info!(%address, "connected to Redis"),
+                }
+                set(&shared, Some(connection.clone()));
+                let why = watch(&shared, &connection).await;
+                set(&shared, None);
+                shared.counters.redis_connection_losses.add(1);
+                if let Some(again) = outage.failed(Instant::now()) {
+                    tracing::warn!(%address, why, "lost Redis{again}");
+                }
+                // A connection that lasted starts from the shortest wait again; one that did not
+                // (a proxy that accepts for a server that is away) keeps doubling.
+                if since.elapsed() > shared.config.backoff_max {
+                    attempt = 0;
+                }
+            }
+            Err(error) => {
+                shared.counters.redis_connection_failures.add(1);
+                let why = category(&error);
+                if let Some(again) = outage.failed(Instant::now()) {
+                    tracing::warn!(%address, why, "cannot connect to Redis{again}");
+                }
+            }
+        }
+        sleep(shared.config.backoff(attempt)).await;
+        attempt = attempt.saturating_add(1);
+    }
+}
+
+fn set(shared: &Shared, connection: Option<Connection>) {
+    shared.counters.redis_up.set(u64::from(connection.is_some()));
+    *shared.connection.write().expect("no holder panics") = connection;
+}
+
+/// Returns when the connection is no longer good, with the reason.
+async fn watch(shared: &Shared, connection: &Connection) -> String {
+    loop {
+        // Either way the answer is a probe.
+        let _ = timeout(shared.config.probe_interval, shared.suspect.notified()).await;
+        match timeout(shared.config.response_timeout, connection.probe()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return category(&error),
+            Err(_) => return "no answer to a probe".to_owned(),
+        }
+    }
+}
+
+async fn open(config: &RedisConfig) -> RedisResult<Connection> {
+    match &config.address {
+        RedisAddress::Single(node) => {
+            let client = config.client((**node).clone())?;
+            let settings = AsyncConnectionConfig::new()
+                .set_connection_timeout(Some(config.connect_timeout))
+                .set_response_timeout(Some(config.response_timeout));
+            let connection = client.get_multiplexed_async_connection_with_config(&settings).await?;
+            Ok(Connection::Single(connection))
+        }
+        RedisAddress::Cluster(nodes) => {
+            let mut builder = ClusterClient::builder(nodes.clone())
+                .connection_timeout(config.connect_timeout)
+                .response_timeout(config.response_timeout);
+            if let Some(roots) = &config.root_certificates {
+                builder = builder.certs(certificates(roots));
+            }
+            Ok(Connection::Cluster(builder.build()?.get_async_connection().await?))
+        }
+    }
+}

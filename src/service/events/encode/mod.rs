@@ -1,0 +1,293 @@
+//! One record, written once for each kind of session among its recipients (design decision 1).
+//!
+//! | session | what it is sent |
+//! | --- | --- |
+//! | binary | one binary message: the record's value, unchanged |
+//! | JSON | one text message: the envelope in proto3 JSON with the inner event in place of the bytes, `{"eventType":"EVENT_TYPE_MESSAGE_SENT","schemaVersion":1,"occurredAt":"2024-01-01T00:00:00Z","payload":{"message":{"messageId":"…","sequence":"7",…}}}`; the payload of a kind of event that this program does not know is base64 |
+//! | gRPC | one serialized `DeliveryEvent`, see below |
+//!
+//! `DeliveryEvent` has room for a message and its place in a conversation, so on the stream
+//!
+//! | event | becomes |
+//! | --- | --- |
+//! | message sent | all three fields |
+//! | message deleted | a message of `message_id`, `conversation_id` and `deleted_at` (when the event occurred), sequence 0 |
+//! | conversation created, membership changed | `conversation_id` alone: look it up again |
+//! | read receipt, presence, unknown kinds | nothing: the contract has no field that could say it |
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use prost::Message as _;
+use prost::encoding::{WireType, encode_key, encode_varint};
+use serde::Serialize;
+
+use crate::domain::event::{Encoding, EncodingSet, Event};
+use crate::domain::ids::{StreamKey, StreamPosition};
+use crate::protocol::deflate::{Compressor, WINDOW_BITS_MAX};
+use crate::protocol::frame::{self, Opcode};
+use crate::service::events::envelope::{Body, Record, repeated};
+use crate::service::events::proto::conversation::v1::{
+    ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
+};
+use crate::service::events::proto::delivery::v1::DeliveryEvent;
+use crate::service::events::proto::message::v1::{Message, MessageDeletedEvent, MessageSentEvent};
+use crate::service::events::proto::presence::v1::PresenceUpdateEvent;
+use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use crate::service::events::stream_key::stream_key;
+use crate::service::events::timestamp::Timestamp;
+
+/// `EventEnvelope.schema_version` of the envelopes that Delivery makes itself (contract §§3, 4).
+const SCHEMA_VERSION: i32 = 1;
+
+/// When compression is worth its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompressionConfig {
+    /// Messages below this size are sent uncompressed, bytes.
+    pub threshold_bytes: usize,
+    /// 1 (fast) to 9 (small).
+    pub level: u32,
+}
+
+impl Default for CompressionConfig {
+    /// 256 bytes: below it the deflate form of an envelope saves less than a TCP header.
+    fn default() -> Self {
+        Self { threshold_bytes: 256, level: 1 }
+    }
+}
+
+/// Writes events. One for each thread or task that encodes; the compressor (some 300 KiB) comes
+/// into being with the first session that wants it.
+#[derive(Debug)]
+pub struct Encoder {
+    config: CompressionConfig,
+    compressor: Option<Compressor>,
+}
+
+impl Encoder {
+    /// An encoder with these settings.
+    pub fn new(config: CompressionConfig) -> Self {
+        Self { config, compressor: None }
+    }
+
+    /// The event with a frame for each of the `wanted` encodings that can express it.
+    /// `appended_at_ms`: see [`Event::appended_at_ms`].
+    pub fn encode(
+        &mut self,
+        record: &Record<'_>,
+        wanted: EncodingSet,
+        appended_at_ms: u64,
+    ) -> Event {
+        let stream = record.conversation().map(stream_key);
+        let mut event = Event::new(position(record, stream), appended_at_ms);
+        if let Some(stream) = stream {
+            event = event.of_stream(stream);
+        }
+        let either = |plain, deflated| wanted.contains(plain) || wanted.contains(deflated);
+        if either(Encoding::Binary, Encoding::BinaryDeflate) {
+            let forms = [Encoding::Binary, Encoding::BinaryDeflate];
+            event = self.frames(event, Opcode::Binary, record.value, forms, wanted);
+        }
+        if either(Encoding::Json, Encoding::JsonDeflate)
+            && let Some(text) = json(record)
+        {
+            let forms = [Encoding::Json, Encoding::JsonDeflate];
+            event = self.frames(event, Opcode::Text, &text, forms, wanted);
+        }
+        if wanted.contains(Encoding::Stream)
+            && let Some(message) = delivery_event(record)
+        {
+            event = event.with_frame(Encoding::Stream, message.into_boxed_slice());
+        }
+        event
+    }
+
+    /// The compressed form if it is wanted and shorter; the plain one if it is wanted or needed
+    /// in the other's place.
+    fn frames(
+        &mut self,
+        mut event: Event,
+        opcode: Opcode,
+        message: &[u8],
+        [plain, deflated]: [Encoding; 2],
+        wanted: EncodingSet,
+    ) -> Event {
+        let compressed = if wanted.contains(deflated) { self.compress(message) } else { None };
+        if wanted.contains(plain) || compressed.is_none() {
+            event = event.with_frame(plain, frame::encode(opcode, false, message));
+        }
+        match compressed {
+            Some(payload) => event.with_frame(deflated, frame::encode(opcode, true, &payload)),
+            None => event,
+        }
+    }
+
+    fn compress(&mut self, message: &[u8]) -> Option<Vec<u8>> {
+        if message.len() < self.config.threshold_bytes {
+            return None;
+        }
+        if self.compressor.is_none() {
+            self.compressor = Compressor::new(self.config.level, WINDOW_BITS_MAX);
+        }
+        self.compressor.as_mut()?.compress(message)
+    }
+}
+
+/// The place of a message within its conversation. Sequences count from 1 (contract §1).
+fn position(record: &Record<'_>, stream: Option<StreamKey>) -> Option<StreamPosition> {
+    match record.body {
+        Body::MessageSent { sequence, .. } if sequence > 0 => {
+            Some(StreamPosition { stream: stream?, sequence })
+        }
+        _ => None,
+    }
+}
+
+/// The envelope in which a caught-up message is sent (contract §3), serialized.
+pub fn caught_up(message: Message) -> Vec<u8> {
+    let occurred_at = message.sent_at;
+    let payload = MessageSentEvent { message: Some(message) }.encode_to_vec();
+    envelope(EventType::MessageSent, occurred_at, payload)
+}
+
+/// The envelope in which a change of presence is sent (contract §4), serialized; `payload` is the
+/// serialized `PresenceUpdateEvent`.
+pub fn presence_updated(payload: Vec<u8>, occurred_at: Timestamp) -> Vec<u8> {
+    envelope(EventType::PresenceUpdated, Some(occurred_at), payload)
+}
+
+fn envelope(kind: EventType, occurred_at: Option<Timestamp>, payload: Vec<u8>) -> Vec<u8> {
+    EventEnvelope {
+        event_type: kind.into(),
+        schema_version: SCHEMA_VERSION,
+        occurred_at,
+        payload: payload.into(),
+    }
+    .encode_to_vec()
+}
+
+/// `EventEnvelope` in proto3 JSON, but with the inner event. Fields of default value are left out,
+/// as the mapping has it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct JsonEnvelope {
+    #[serde(skip_serializing_if = "JsonEventType::is_unspecified")]
+    event_type: JsonEventType,
+    #[serde(skip_serializing_if = "is_zero")]
+    schema_version: i32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    occurred_at: Option<Timestamp>,
+    #[serde(skip_serializing_if = "JsonPayload::is_empty")]
+    payload: JsonPayload,
+}
+
+fn is_zero(value: &i32) -> bool {
+    *value == 0
+}
+
+/// A name, or the number of a kind that has none here.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum JsonEventType {
+    Known(EventType),
+    Unknown(i32),
+}
+
+impl JsonEventType {
+    fn is_unspecified(&self) -> bool {
+        matches!(self, Self::Known(EventType::Unspecified))
+    }
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum JsonPayload {
+    ConversationCreated(ConversationCreatedEvent),
+    MembershipChanged(MembershipChangedEvent),
+    MessageSent(MessageSentEvent),
+    MessageDeleted(MessageDeletedEvent),
+    ReadReceiptUpdated(ReadReceiptUpdatedEvent),
+    PresenceUpdated(PresenceUpdateEvent),
+    Base64(String),
+}
+
+impl JsonPayload {
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Base64(text) if text.is_empty())
+    }
+}
+
+/// The text of a JSON session's message. `None`: a string in it is not UTF-8, or its timestamp is outside of what JSON can say.
+pub fn json(record: &Record<'_>) -> Option<Vec<u8>> {
+    let envelope = EventEnvelope::decode(record.value).ok()?;
+    let event_type = match EventType::try_from(record.event_type) {
+        Ok(known) => JsonEventType::Known(known),
+        Err(_) => JsonEventType::Unknown(record.event_type),
+    };
+    let inner = record.payload;
+    let payload = match record.body {
+        Body::ConversationCreated { .. } => {
+            JsonPayload::ConversationCreated(ConversationCreatedEvent::decode(inner).ok()?)
+        }
+        Body::MembershipChanged { .. } => {
+            JsonPayload::MembershipChanged(MembershipChangedEvent::decode(inner).ok()?)
+        }
+        Body::MessageSent { .. } => JsonPayload::MessageSent(MessageSentEvent::decode(inner).ok()?),
+        Body::MessageDeleted { .. } => {
+            JsonPayload::MessageDeleted(MessageDeletedEvent::decode(inner).ok()?)
+        }
+        Body::ReadReceiptUpdated { .. } => {
+            JsonPayload::ReadReceiptUpdated(ReadReceiptUpdatedEvent::decode(inner).ok()?)
+        }
+        Body::PresenceUpdated { .. } => {
+            JsonPayload::PresenceUpdated(PresenceUpdateEvent::decode(inner).ok()?)
+        }
+        Body::Unknown => JsonPayload::Base64(BASE64.encode(inner)),
+    };
+    let EventEnvelope { schema_version, occurred_at, .. } = envelope;
+    serde_json::to_vec(&JsonEnvelope { event_type, schema_version, occurred_at, payload }).ok()
+}
+
+/// A serialized `DeliveryEvent`; `None` where it has no way to say it (see the module).
+fn delivery_event(record: &Record<'_>) -> Option<Vec<u8>> {
+    match record.body {
+        Body::MessageSent { conversation, sequence } => {
+            let head =
+                DeliveryEvent { conversation_id: conversation.to_owned(), sequence, message: None };
+            let mut out = Vec::with_capacity(record.payload.len() + 2 * conversation.len() + 24);
+            head.encode(&mut out).ok()?;
+            // Routing reads two fields only. A client's library reads them all, and would end the
+            // stream over a text that is not UTF-8.
+            MessageSentEvent::decode(record.payload).ok()?;
+            // Field 3 is a message as field 1 of the payload is: its bytes go on as they are, and
+            // with them fields that this program does not know.
+            for message in repeated(record.payload, 1).ok()? {
+                encode_key(3, WireType::LengthDelimited, &mut out);
+                encode_varint(message.len() as u64, &mut out);
+                out.extend_from_slice(message);
+            }
+            Some(out)
+        }
+        Body::MessageDeleted { conversation, message_id } => {
+            let occurred_at = repeated(record.value, 3).ok()?.concat();
+            let message = Message {
+                message_id: message_id.to_owned(),
+                conversation_id: conversation.to_owned(),
+                deleted_at: Some(Timestamp::decode(&occurred_at[..]).ok()?),
+                ..Message::default()
+            };
+            let conversation_id = conversation.to_owned();
+            let event = DeliveryEvent { conversation_id, sequence: 0, message: Some(message) };
+            Some(event.encode_to_vec())
+        }
+        Body::ConversationCreated { conversation, .. }
+        | Body::MembershipChanged { conversation, .. } => {
+            let conversation_id = conversation.to_owned();
+            let event = DeliveryEvent { conversation_id, sequence: 0, message: None };
+            Some(event.encode_to_vec())
+        }
+        Body::ReadReceiptUpdated { .. } | Body::PresenceUpdated { .. } | Body::Unknown => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,245 @@
+//! What a record says, read once and without a copy: the kind of the event, its conversation, and
+//! what the router must know of it (contract §§1, 2).
+//!
+//! The payload is walked only as deep as routing needs; a string that nobody here reads is not
+//! checked. Whatever the bytes, [`decode`] returns and does not panic.
+
+mod wire;
+
+use crate::service::events::envelope::wire::Fields;
+use crate::service::events::proto::shared::v1::EventType;
+
+/// Why a record is not an `EventEnvelope` with the event it names. The publisher's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EnvelopeError {
+    /// No value (a tombstone), or an empty one.
+    #[error("empty")]
+    Empty,
+    /// A field ends after the record does.
+    #[error("truncated")]
+    Truncated,
+    /// A variable-length integer of more than 64 bits.
+    #[error("overlong integer")]
+    Varint,
+    /// Field number 0, or one beyond 29 bits.
+    #[error("invalid field number")]
+    Key,
+    /// A field is not of the type that the contract gives it.
+    #[error("wrong wire type")]
+    WireType,
+    /// A group that does not end, or groups nested deeper than anyone writes them.
+    #[error("malformed group")]
+    Group,
+    /// An id that is not UTF-8.
+    #[error("id is not UTF-8")]
+    Utf8,
+}
+
+/// A decoded record; everything borrowed from its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record<'a> {
+    /// The whole value, a serialized `EventEnvelope`: what a binary session is sent, unchanged.
+    pub value: &'a [u8],
+    /// `EventEnvelope.event_type` as it stands there; see [`Body::Unknown`].
+    pub event_type: i32,
+    /// `EventEnvelope.payload`: the serialized inner event.
+    pub payload: &'a [u8],
+    /// The inner event.
+    pub body: Body<'a>,
+}
+
+/// The inner event, as far as routing needs it. Ids may be empty: proto3 has no required fields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Body<'a> {
+    /// `ConversationCreatedEvent`.
+    ConversationCreated {
+        /// The new conversation.
+        conversation: &'a str,
+        /// Its complete member list, sorted, each once.
+        members: Vec<&'a str>,
+    },
+    /// `MembershipChangedEvent`.
+    MembershipChanged {
+        /// The conversation.
+        conversation: &'a str,
+        /// Who joined or left.
+        user: &'a str,
+        /// Joined, or left.
+        added: bool,
+    },
+    /// `MessageSentEvent`.
+    MessageSent {
+        /// The conversation.
+        conversation: &'a str,
+        /// The message's place in it; 0 if not given.
+        sequence: i64,
+    },
+    /// `MessageDeletedEvent`.
+    MessageDeleted {
+        /// The conversation.
+        conversation: &'a str,
+        /// Which message.
+        message_id: &'a str,
+    },
+    /// `ReadReceiptUpdatedEvent`.
+    ReadReceiptUpdated {
+        /// The conversation.
+        conversation: &'a str,
+    },
+    /// `PresenceUpdateEvent`: belongs to no conversation.
+    PresenceUpdated {
+        /// Whose presence changed.
+        user: &'a str,
+    },
+    /// A kind of event younger than this program, or none at all. It is routed by its record's
+    /// key and passed on unchanged.
+    Unknown,
+}
+
+impl<'a> Record<'a> {
+    /// The conversation named inside; `None` if the event names none.
+    pub fn conversation(&self) -> Option<&'a str> {
+        let id = match self.body {
+            Body::ConversationCreated { conversation, .. }
+            | Body::MembershipChanged { conversation, .. }
+            | Body::MessageSent { conversation, .. }
+            | Body::MessageDeleted { conversation, .. }
+            | Body::ReadReceiptUpdated { conversation } => conversation,
+            Body::PresenceUpdated { .. } | Body::Unknown => "",
+        };
+        (!id.is_empty()).then_some(id)
+    }
+}
+
+/// Decodes a record's value.
+///
+/// # Errors
+/// See [`EnvelopeError`]. Nothing of such a record can be trusted.
+pub fn decode(value: &[u8]) -> Result<Record<'_>, EnvelopeError> {
+    if value.is_empty() {
+        return Err(EnvelopeError::Empty);
+    }
+    let mut event_type = 0;
+    let mut payload = &[][..];
+    let mut fields = Fields::new(value);
+    while let Some((number, field)) = fields.next()? {
+        match number {
+            1 => event_type = field.integer()? as i32,
+            4 => payload = field.bytes()?,
+            _ => {}
+        }
+    }
+    let body = match EventType::try_from(event_type) {
+        Ok(EventType::ConversationCreated) => conversation_created(payload)?,
+        Ok(EventType::MembershipChanged) => membership_changed(payload)?,
+        Ok(EventType::MessageSent) => message_sent(payload)?,
+        Ok(EventType::MessageDeleted) => message_deleted(payload)?,
+        Ok(EventType::ReadReceiptUpdated) => {
+            Body::ReadReceiptUpdated { conversation: string_field(payload, 1)? }
+        }
+        Ok(EventType::PresenceUpdated) => Body::PresenceUpdated { user: string_field(payload, 1)? },
+        Ok(EventType::Unspecified) | Err(_) => Body::Unknown,
+    };
+    Ok(Record { value, event_type, payload, body })
+}
+
+/// Every occurrence of an embedded message or bytes field. One that is not repeated may still
+/// occur several times: the occurrences are to be merged, which is what concatenation does.
+pub(crate) fn repeated(message: &[u8], wanted: u32) -> Result<Vec<&[u8]>, EnvelopeError> {
+    let mut found = Vec::new();
+    let mut fields = Fields::new(message);
+    while let Some((number, field)) = fields.next()? {
+        if number == wanted {
+            found.push(field.bytes()?);
+        }
+    }
+    Ok(found)
+}
+
+/// A string field; the last occurrence counts.
+fn string_field(message: &[u8], wanted: u32) -> Result<&str, EnvelopeError> {
+    let mut found = "";
+    let mut fields = Fields::new(message);
+    while let Some((number, field)) = fields.next()? {
+        if number == wanted {
+            found = field.string()?;
+        }
+    }
+    Ok(found)
+}
+
+fn conversation_created(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+    let mut conversation = "";
+    let mut members = Vec::new();
+    let mut fields = Fields::new(payload);
+    while let Some((number, field)) = fields.next()? {
+        match number {
+            1 => {
+                let mut inner = Fields::new(field.bytes()?);
+                while let Some((number, field)) = inner.next()? {
+                    match number {
+                        1 => conversation = field.string()?,
+                        // The same people once more, as the conversation itself lists them.
+                        7 => members.push(field.string()?),
+                        8 => members.push(string_field(field.bytes()?, 1)?),
+                        _ => {}
+                    }
+                }
+            }
+            2 => members.push(field.string()?),
+            _ => {}
+        }
+    }
+    members.retain(|id| !id.is_empty());
+    members.sort_unstable();
+    members.dedup();
+    Ok(Body::ConversationCreated { conversation, members })
+}
+
+fn membership_changed(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+    let (mut conversation, mut user, mut added) = ("", "", false);
+    let mut fields = Fields::new(payload);
+    while let Some((number, field)) = fields.next()? {
+        match number {
+            1 => conversation = field.string()?,
+            2 => user = field.string()?,
+            3 => added = field.integer()? != 0,
+            _ => {}
+        }
+    }
+    Ok(Body::MembershipChanged { conversation, user, added })
+}
+
+fn message_sent(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+    let (mut conversation, mut sequence) = ("", 0);
+    let mut fields = Fields::new(payload);
+    while let Some((number, field)) = fields.next()? {
+        if number == 1 {
+            let mut message = Fields::new(field.bytes()?);
+            while let Some((number, field)) = message.next()? {
+                match number {
+                    2 => conversation = field.string()?,
+                    4 => sequence = field.integer()?.cast_signed(),
+                    _ => {}
+                }
+            }
+        }
+    }
+    Ok(Body::MessageSent { conversation, sequence })
+}
+
+fn message_deleted(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+    let (mut conversation, mut message_id) = ("", "");
+    let mut fields = Fields::new(payload);
+    while let Some((number, field)) = fields.next()? {
+        match number {
+            1 => conversation = field.string()?,
+            2 => message_id = field.string()?,
+            _ => {}
+        }
+    }
+    Ok(Body::MessageDeleted { conversation, message_id })
+}
+
+#[cfg(test)]
+mod tests;

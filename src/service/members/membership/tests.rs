@@ -1,0 +1,190 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::*;
+use crate::service::backends::ports::BoxFuture;
+
+/// Knows every conversation: its members are the conversation's own name and "b".
+#[derive(Default)]
+struct Service {
+    asked: AtomicUsize,
+    gate: Option<tokio::sync::Semaphore>,
+}
+
+struct Source(Arc<Service>);
+
+impl ConversationSource for Source {
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
+        let service = Arc::clone(&self.0);
+        Box::pin(async move {
+            service.asked.fetch_add(1, Ordering::Relaxed);
+            if let Some(gate) = &service.gate {
+                gate.acquire().await.expect("open").forget();
+            }
+            Ok(vec!["b".into(), conversation, "b".into(), "".into()])
+        })
+    }
+}
+
+struct Node {
+    membership: Arc<Membership>,
+    counters: Arc<MembershipCounters>,
+    service: Arc<Service>,
+    bell: Arc<Doorbell>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Node {
+    fn new(config: MembershipConfig, gated: bool) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_time()
+            .build()
+            .unwrap();
+        let gate = gated.then(|| tokio::sync::Semaphore::new(0));
+        let service = Arc::new(Service { gate, ..Service::default() });
+        let counters = Arc::<MembershipCounters>::default();
+        let membership = Membership::new(
+            config,
+            Some(Arc::new(Source(Arc::clone(&service)))),
+            runtime.handle().clone(),
+            Arc::clone(&counters),
+        );
+        let bell = Arc::new(Doorbell::new().unwrap());
+        membership.wake(Arc::clone(&bell));
+        Self { membership, counters, service, bell, _runtime: runtime }
+    }
+
+    /// The members, waited for on the bell as a router does.
+    fn members(&self, conversation: &str, now_ms: u64) -> Vec<String> {
+        for _ in 0..1000 {
+            self.bell.about_to_sleep();
+            match self.membership.lookup(conversation, None, now_ms) {
+                Lookup::Members(members) => {
+                    self.bell.awake();
+                    return members.iter().map(|id| id.to_string()).collect();
+                }
+                Lookup::Pending => self.bell.wait(1000),
+                other => panic!("{other:?}"),
+            }
+            self.bell.awake();
+        }
+        panic!("never answered");
+    }
+}
+
+#[test]
+fn asked_once_for_all_who_wait() {
+    let node = Node::new(MembershipConfig::default(), true);
+    node.membership.follow();
+    let now = unix_ms();
+    for _ in 0..100 {
+        assert!(matches!(node.membership.lookup("a", None, now), Lookup::Pending));
+    }
+    node.service.gate.as_ref().unwrap().add_permits(10);
+    assert_eq!(node.members("a", now), ["a", "b"]);
+    assert_eq!(node.service.asked.load(Ordering::Relaxed), 1);
+    assert_eq!(node.counters.members.get(), 2);
+}
+
+#[test]
+fn nothing_is_asked_before_the_changes_are_followed() {
+    let node = Node::new(MembershipConfig::default(), false);
+    assert!(matches!(node.membership.lookup("a", None, unix_ms()), Lookup::Pending));
+    assert_eq!(node.counters.fetches_under_way.get(), 0);
+    node.membership.follow();
+    assert_eq!(node.members("a", unix_ms()), ["a", "b"]);
+}
+
+#[test]
+fn questions_under_way_are_bounded() {
+    let node = Node::new(MembershipConfig { fetches_max: 3, ..Default::default() }, true);
+    node.membership.follow();
+    let now = unix_ms();
+    for conversation in 0..10 {
+        assert!(matches!(
+            node.membership.lookup(&conversation.to_string(), None, now),
+            Lookup::Pending
+        ));
+    }
+    assert_eq!(node.counters.fetches_under_way.get(), 3);
+    node.service.gate.as_ref().unwrap().add_permits(10);
+    for conversation in 0..10 {
+        node.members(&conversation.to_string(), now);
+    }
+}
+
+#[test]
+fn cache_stays_within_its_bounds() {
+    let config =
+        MembershipConfig { conversations_max: 160, members_max: 1600, ..Default::default() };
+    let node = Node::new(config, false);
+    let place = |offset| LogPlace { topic: 0, partition: 0, offset };
+    let now = unix_ms();
+    let names: Vec<_> = (0..40).map(|n| format!("user-{n}")).collect();
+    let members: Vec<_> = names.iter().map(String::as_str).collect();
+    for offset in 0..2000 {
+        node.membership.created(&format!("c-{offset}"), &members[..20], place(offset), now, now);
+        assert!(node.counters.conversations.get() <= 160);
+        assert!(node.counters.members.get() <= 1600);
+    }
+    // As many as the member bound lets in, part by part.
+    let held = node.counters.conversations.get();
+    assert!((48..=80).contains(&held), "{held}");
+    assert_eq!(node.counters.members.get(), held * 20);
+    assert_eq!(node.counters.evictions.get(), 2000 - held);
+    // One that is larger than its part's share is held all the same, alone in its part.
+    let large: Vec<_> = (0..500).map(|n| format!("member-{n}")).collect();
+    let large: Vec<_> = large.iter().map(String::as_str).collect();
+    node.membership.created("large", &large, place(2000), now, now);
+    assert!(
+        matches!(node.membership.lookup("large", None, now), Lookup::Members(m) if m.len() == 500)
+    );
+}
+
+#[test]
+fn what_is_used_outlives_what_is_not() {
+    let config = MembershipConfig { conversations_max: 160, ..Default::default() };
+    let node = Node::new(config, false);
+    let now = unix_ms();
+    for offset in 0..500 {
+        let place = LogPlace { topic: 0, partition: 0, offset };
+        node.membership.created(&format!("c-{offset}"), &["a"], place, now, now);
+        assert!(matches!(node.membership.lookup("c-0", None, now), Lookup::Members(_)), "{offset}");
+    }
+}
+
+#[test]
+fn list_at_the_end_of_its_lifetime_serves_while_it_is_asked_for_again() {
+    let config = MembershipConfig { lifetime_ms: 1000, ..Default::default() };
+    let node = Node::new(config, true);
+    node.membership.follow();
+    let now = unix_ms();
+    node.membership.created("a", &["x"], LogPlace { topic: 0, partition: 0, offset: 0 }, now, now);
+    assert_eq!(node.members("a", now + 749), ["x"]);
+    assert_eq!(node.service.asked.load(Ordering::Relaxed), 0);
+    assert_eq!(node.members("a", now + 1000), ["x"]);
+    assert_eq!(node.counters.fetches_under_way.get(), 1);
+    node.service.gate.as_ref().unwrap().add_permits(1);
+    while node.counters.fetches_under_way.get() > 0 {
+        node.bell.about_to_sleep();
+        if node.counters.fetches_under_way.get() > 0 {
+            node.bell.wait(1000);
+        }
+        node.bell.awake();
+    }
+    assert_eq!(node.members("a", now), ["a", "b"]);
+}
+
+#[test]
+fn lost_log_means_everything_is_forgotten() {
+    let node = Node::new(MembershipConfig::default(), false);
+    node.membership.follow();
+    let now = unix_ms();
+    let place = LogPlace { topic: 0, partition: 0, offset: 7 };
+    node.membership.created("a", &["x"], place, now, now);
+    node.membership.forget_all();
+    assert_eq!(node.counters.members.get(), 0);
+    assert!(matches!(node.membership.lookup("a", None, now), Lookup::Pending));
+    node.membership.follow();
+    assert_eq!(node.members("a", now), ["a", "b"]);
+}

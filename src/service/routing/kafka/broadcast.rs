@@ -1,0 +1,191 @@
+//! `broadcast`: every partition, from the end of the log.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use crate::service::events::timestamp::unix_ms;
+use crate::service::routing::kafka::client::{self, Observer};
+use crate::service::routing::kafka::source::PartitionSource;
+use crate::service::routing::kafka::{KafkaStartError, Shared};
+use crate::service::routing::router::{Assignment, LogName, Progress};
+
+/// One wait for events of the client.
+const POLL: Duration = Duration::from_millis(100);
+/// One question to the brokers.
+pub(super) const ASK: Duration = Duration::from_secs(3);
+/// How far the clocks of this node and the brokers may be apart, ms.
+const CLOCK_SKEW_MS: u64 = 5_000;
+/// Pause after one that failed.
+const RETRY: Duration = Duration::from_millis(500);
+
+pub(super) struct BroadcastContext(Observer);
+
+impl ClientContext for BroadcastContext {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        client::log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.0.error(&error, reason);
+    }
+
+    fn stats_raw(&self, json: &[u8]) {
+        self.0.statistics(json, |_, _| {});
+    }
+}
+
+impl ConsumerContext for BroadcastContext {}
+
+pub(super) struct BroadcastReader {
+    shared: Arc<Shared>,
+    consumer: Arc<BaseConsumer<BroadcastContext>>,
+    /// Per topic how many partitions are known.
+    known: HashMap<String, i32>,
+    /// Unix time, by which a record is older or younger than this node.
+    started_at_ms: u64,
+}
+
+impl BroadcastReader {
+    pub(super) fn new(shared: Arc<Shared>) -> Result<Self, KafkaStartError> {
+        // A group is needed to read at all; nothing is committed to it and nobody joins it.
+        let group = format!("{}.{}", shared.config.group, shared.config.client_id);
+        let mut properties = client::consumer_properties(&shared.config, &group);
+        properties.set("auto.offset.reset", "latest");
+        let properties = client::with_user_properties(properties, &shared.config);
+        let context = BroadcastContext(Observer { shared: Arc::clone(&shared) });
+        let consumer = Arc::new(BaseConsumer::from_config_and_context(&properties, context)?);
+        let started_at_ms = unix_ms().saturating_sub(CLOCK_SKEW_MS);
+        Ok(Self { shared, consumer, known: HashMap::new(), started_at_ms })
+    }
+
+    pub(super) fn run(mut self) {
+        let interval = Duration::from_millis(self.shared.config.discovery_interval_ms);
+        let mut next = Instant::now();
+        while !self.shared.is_stopping() {
+            if Instant::now() >= next {
+                let discovered = self.discover();
+                if let Err(error) = &discovered {
+                    self.shared.not_told(error, !self.known.is_empty());
+                }
+                next = Instant::now() + if discovered.is_ok() { interval } else { RETRY };
+            }
+            if let Some(Err(error)) = self.consumer.poll(POLL) {
+                // The error callback has counted it and told of it.
+                tracing::debug!(%error, "Kafka");
+            }
+        }
+        self.stop();
+    }
+
+    /// Assigns the partitions that are new: at the start from their end, later from the first record
+    /// that was appended since this node started.
+    fn discover(&mut self) -> KafkaResult<()> {
+        let shared = Arc::clone(&self.shared);
+        // Everything is asked before anything new is read: a broker answers a connection in order,
+        // and a fetch that waits for records holds up the questions behind it.
+        let mut new = Vec::new();
+        let mut counts = Vec::new();
+        for topic in &shared.config.topics {
+            let count = partition_count(&self.consumer, topic)?;
+            let known = self.known.get(topic).copied();
+            for partition in known.unwrap_or(0)..count {
+                let Some(log) = shared.log_name(topic, partition) else { continue };
+                let (_, end) = self.consumer.fetch_watermarks(topic, partition, ASK)?;
+                let start = match known {
+                    None => end,
+                    Some(_) => self.first_since_start(topic, partition)?.unwrap_or(end),
+                };
+                new.push((log, start, end));
+            }
+            counts.push((topic.clone(), count.max(known.unwrap_or(0))));
+        }
+        // After a failure all of them are still new; those that are assigned by then stay so.
+        for (log, start, end) in new {
+            self.assign(log, start, end)?;
+        }
+        self.known.extend(counts);
+        shared.status.assigned();
+        shared.status.reached();
+        Ok(())
+    }
+
+    /// A partition that is new to this node need not be new: a broker that has just started may tell
+    /// of no topics at all for a moment.
+    fn first_since_start(&self, topic: &str, partition: i32) -> KafkaResult<Option<i64>> {
+        let mut since = TopicPartitionList::new();
+        let started = i64::try_from(self.started_at_ms).unwrap_or(i64::MAX);
+        since.add_partition_offset(topic, partition, Offset::Offset(started))?;
+        let found = self.consumer.offsets_for_times(since, ASK)?;
+        Ok(match found.find_partition(topic, partition).map(|element| element.offset()) {
+            Some(Offset::Offset(offset)) => Some(offset),
+            _ => None,
+        })
+    }
+
+    fn assign(&self, log: LogName, start: i64, end: i64) -> KafkaResult<()> {
+        if self.consumer.assignment()?.find_partition(&log.topic, log.partition).is_some() {
+            return Ok(());
+        }
+        let router = self.shared.router(&log);
+        let source = PartitionSource::new(
+            &self.consumer,
+            &log.topic,
+            log.partition,
+            Arc::clone(router.bell()),
+            self.shared.config.tracing,
+        )
+        .ok_or_else(|| KafkaError::Subscription(format!("no queue for {log:?}")))?;
+        let mut added = TopicPartitionList::new();
+        added.add_partition_offset(&log.topic, log.partition, Offset::Offset(start))?;
+        self.consumer.incremental_assign(&added)?;
+        let progress = Arc::new(Progress::new(Some(start)));
+        self.shared.status.reads(log.clone(), Arc::clone(&progress), Some(end));
+        tracing::info!(topic = &*log.topic, partition = log.partition, start, "reading");
+        router.assign(Assignment { log, source: Box::new(source), start: Some(start), progress });
+        Ok(())
+    }
+
+    /// Lets what is under way finish: sessions that drain are to get it.
+    fn stop(self) {
+        let grace = *self.shared.stop_grace.lock().expect("no holder panics");
+        let assigned = self.consumer.assignment().unwrap_or_default();
+        let logs: Vec<_> = assigned
+            .elements()
+            .iter()
+            .filter_map(|element| self.shared.log_name(element.topic(), element.partition()))
+            .collect();
+        let told: Vec<_> = logs
+            .into_iter()
+            .map(|log| {
+                let told = self.shared.router(&log).revoke(log.clone(), grace);
+                (log, told)
+            })
+            .collect();
+        for (log, told) in told {
+            // An error: the router has ended and holds nothing.
+            let _ = told.recv_timeout(grace + Duration::from_secs(1));
+            self.shared.status.reads_no_more(&log);
+        }
+    }
+}
+
+/// How many partitions a topic has; 0 if there is no such topic (yet).
+pub(super) fn partition_count<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+) -> KafkaResult<i32> {
+    let metadata = consumer.fetch_metadata(Some(topic), ASK)?;
+    let count = metadata
+        .topics()
+        .iter()
+        .find(|found| found.name() == topic)
+        .map_or(0, |found| found.partitions().len());
+    Ok(i32::try_from(count).unwrap_or(i32::MAX))
+}

@@ -1,0 +1,95 @@
+//! One partition's queue as a router polls it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rdkafka::consumer::base_consumer::PartitionQueue;
+use rdkafka::consumer::{BaseConsumer, ConsumerContext};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
+
+use crate::handoff::Doorbell;
+use crate::service::routing::router::{RawRecord, RecordSource};
+
+/// A queue that was empty is looked into at every so manieth poll, in case its call was missed.
+const POLLS_BETWEEN_LOOKS: u32 = 16;
+/// Header with the W3C trace context.
+const TRACEPARENT: &str = "traceparent";
+
+pub(super) struct PartitionSource<C: ConsumerContext + 'static> {
+    queue: PartitionQueue<C>,
+    /// The queue is not known to be empty.
+    ready: Arc<AtomicBool>,
+    polls: u32,
+    tracing: bool,
+}
+
+impl<C: ConsumerContext + 'static> PartitionSource<C> {
+    /// Takes the partition's records out of the common queue. Before the partition is assigned:
+    /// what was fetched earlier would stay in the common queue, out of order.
+    pub(super) fn new(
+        consumer: &Arc<BaseConsumer<C>>,
+        topic: &str,
+        partition: i32,
+        bell: Arc<Doorbell>,
+        tracing: bool,
+    ) -> Option<Self> {
+        let mut queue = consumer.split_partition_queue(topic, partition)?;
+        let ready = Arc::new(AtomicBool::new(true));
+        queue.set_nonempty_callback({
+            let ready = Arc::clone(&ready);
+            move || {
+                ready.store(true, Ordering::Release);
+                bell.ring();
+            }
+        });
+        Some(Self { queue, ready, polls: 0, tracing })
+    }
+}
+
+impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
+    fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool {
+        if !self.ready.load(Ordering::Relaxed) {
+            self.polls = self.polls.wrapping_add(1);
+            if !self.polls.is_multiple_of(POLLS_BETWEEN_LOOKS) {
+                return false;
+            }
+        }
+        // Lowered before the look: what comes during it raises it again.
+        self.ready.store(false, Ordering::Release);
+        loop {
+            match self.queue.poll(Duration::ZERO) {
+                None => return false,
+                Some(Ok(message)) => {
+                    self.ready.store(true, Ordering::Release);
+                    hand_over(&message, self.tracing, take);
+                    return true;
+                }
+                Some(Err(KafkaError::PartitionEOF(_))) => {}
+                // The error callback has counted it and told of it.
+                Some(Err(error)) => tracing::debug!(%error, "partition"),
+            }
+        }
+    }
+}
+
+fn hand_over(message: &BorrowedMessage<'_>, tracing: bool, take: &mut dyn FnMut(RawRecord<'_>)) {
+    let traceparent = tracing
+        .then(|| message.headers())
+        .flatten()
+        .and_then(|headers| headers.iter().find(|header| header.key == TRACEPARENT))
+        .and_then(|header| std::str::from_utf8(header.value?).ok());
+    take(RawRecord {
+        offset: message.offset(),
+        appended_at_ms: appended_at_ms(message),
+        key: message.key(),
+        value: message.payload().unwrap_or_default(),
+        traceparent,
+    });
+}
+
+/// The record's timestamp, Unix time in ms; 0 if it has none.
+pub(super) fn appended_at_ms(message: &BorrowedMessage<'_>) -> u64 {
+    message.timestamp().to_millis().and_then(|ms| u64::try_from(ms).ok()).unwrap_or(0)
+}

@@ -1,0 +1,434 @@
+//! Against librdkafka's mock cluster: brokers that keep little and prove nothing about Kafka, but
+//! speak its protocol. The tests of the whole run against the real one.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::message::{Headers as _, Message as _};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer as _};
+use rdkafka::topic_partition_list::TopicPartitionList;
+
+use super::*;
+use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::event::Encoding;
+use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::service::members::directory::{Directory, SessionIds};
+use crate::service::members::membership::{MembershipConfig, MembershipCounters};
+use crate::service::routing::router::dead_letter::DeadLetters;
+use crate::service::routing::router::tests::world::{changed, created, message};
+use crate::service::routing::router::{
+    Router, RouterConfig, RouterCounters, RouterParts, ShardLink,
+};
+
+const MESSAGES: &str = "messaging.events.v1";
+const CONVERSATIONS: &str = "conversation.events.v1";
+const PARTITIONS: i32 = 3;
+/// Longer than anything takes, however slow the machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Cluster {
+    mock: MockCluster<'static, DefaultProducerContext>,
+    producer: BaseProducer,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let mock = MockCluster::new(1).unwrap();
+        for topic in [MESSAGES, CONVERSATIONS] {
+            mock.create_topic(topic, PARTITIONS, 1).unwrap();
+        }
+        let producer =
+            ClientConfig::new().set("bootstrap.servers", mock.bootstrap_servers()).create();
+        Self { mock, producer: producer.unwrap() }
+    }
+
+    fn publish(&self, topic: &str, conversation: &str, value: &[u8]) {
+        let record = BaseRecord::to(topic).key(conversation).payload(value);
+        self.producer.send(record).map_err(|(error, _)| error).unwrap();
+        self.producer.flush(PATIENCE).unwrap();
+    }
+
+    fn create(&self, conversation: &str, members: &[&str]) {
+        self.publish(CONVERSATIONS, conversation, &created(conversation, members));
+    }
+
+    fn say(&self, conversation: &str, sequence: i64) {
+        self.publish(MESSAGES, conversation, &message(conversation, sequence));
+    }
+
+    /// What the group has committed, summed over the partitions of a topic.
+    fn committed(&self, topic: &str) -> i64 {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", self.mock.bootstrap_servers())
+            .set("group.id", "test")
+            .create()
+            .unwrap();
+        let mut partitions = TopicPartitionList::new();
+        partitions.add_partition_range(topic, 0, PARTITIONS - 1);
+        let committed = consumer.committed_offsets(partitions, PATIENCE).unwrap();
+        committed
+            .elements()
+            .iter()
+            .filter_map(|found| found.offset().to_raw())
+            .filter(|o| *o > 0)
+            .sum()
+    }
+}
+
+struct Node {
+    kafka: Kafka,
+    status: Arc<KafkaStatus>,
+    counters: Arc<KafkaCounters>,
+    router_counters: Arc<RouterCounters>,
+    router: RouterControl,
+    router_thread: JoinHandle<()>,
+    /// The value of each delivery.
+    delivered: Receiver<Vec<u8>>,
+    /// While set, the shard reports nothing done.
+    stalled: Arc<AtomicBool>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+/// A shard whose sessions take everything at once.
+fn shard(
+    mut commands: Consumer<ShardCommand>,
+    mut reports: Producer<ShardReport>,
+    bell: Arc<Doorbell>,
+    stalled: Arc<AtomicBool>,
+) -> Receiver<Vec<u8>> {
+    let (sender, delivered) = channel();
+    std::thread::spawn(move || {
+        while !commands.is_abandoned() || !commands.is_empty() {
+            while let Some(command) = commands.pop() {
+                let ShardCommand::Deliver { event, ticket, .. } = command else { panic!() };
+                let value = event.frame(Encoding::Binary).unwrap()[2..].to_vec();
+                let _ = sender.send(value);
+                if let Some(ticket) = ticket
+                    && !stalled.load(Ordering::Relaxed)
+                {
+                    assert!(!matches!(reports.push(ShardReport::Done { ticket }), Pushed::Full(_)));
+                }
+            }
+            reports.publish();
+            bell.about_to_sleep();
+            if commands.is_empty() {
+                bell.wait(100);
+            }
+            bell.awake();
+        }
+    });
+    delivered
+}
+
+impl Node {
+    fn start(cluster: &Cluster, mode: RoutingMode, name: &str) -> Self {
+        Self::start_with(cluster, mode, name, None)
+    }
+
+    fn start_with(cluster: &Cluster, mode: RoutingMode, name: &str, letters: Option<&str>) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build();
+        let runtime = runtime.unwrap();
+        let membership = Membership::new(
+            MembershipConfig::default(),
+            None,
+            runtime.handle().clone(),
+            Arc::<MembershipCounters>::default(),
+        );
+        let config = KafkaConfig {
+            mode,
+            group: "test".into(),
+            client_id: name.into(),
+            commit_interval_ms: 50,
+            discovery_interval_ms: 200,
+            revoke_grace_ms: 500,
+            ..KafkaConfig::new(cluster.mock.bootstrap_servers())
+        };
+        let counters = Arc::<KafkaCounters>::default();
+        let dead_letters = letters.map(|topic| {
+            let topic = DeadLetterTopic::new(topic.into(), &config, Arc::clone(&counters));
+            Arc::new(topic.unwrap()) as Arc<dyn DeadLetters>
+        });
+        let (bell, shard_bell) =
+            (Arc::new(Doorbell::new().unwrap()), Arc::new(Doorbell::new().unwrap()));
+        let (commands, taken) = ring(1024, Arc::clone(&shard_bell));
+        let (reports, reported) = ring(4096, Arc::clone(&bell));
+        let stalled = Arc::<AtomicBool>::default();
+        let delivered = shard(taken, reports, shard_bell, Arc::clone(&stalled));
+        let directory = Arc::new(Directory::new());
+        let address = SessionAddress {
+            shard: ShardId(0),
+            encoding: Encoding::Binary,
+            connection: ConnectionKey { slot: 0, generation: 0 },
+        };
+        directory.insert(SessionIds::new("alice", "phone"), address);
+        let router_counters = Arc::<RouterCounters>::default();
+        let (router, control) = Router::new(RouterParts {
+            config: RouterConfig::default(),
+            counters: Arc::clone(&router_counters),
+            bell,
+            links: vec![ShardLink { commands, reports: reported }],
+            directory,
+            membership: Arc::clone(&membership),
+            remote: None,
+            dead_letters,
+        });
+        let router_thread = router.spawn("router".into()).unwrap();
+        let status = Arc::<KafkaStatus>::default();
+        let kafka = Kafka::start(
+            config,
+            vec![control.clone()],
+            membership,
+            Arc::clone(&status),
+            Arc::clone(&counters),
+        );
+        Self {
+            kafka: kafka.unwrap(),
+            status,
+            counters,
+            router_counters,
+            router: control,
+            router_thread,
+            delivered,
+            stalled,
+            _runtime: runtime,
+        }
+    }
+
+    fn ready(self) -> Self {
+        until("ready", || self.status.missing().is_none());
+        self
+    }
+
+    fn next(&self) -> Vec<u8> {
+        self.delivered.recv_timeout(PATIENCE).expect("delivered")
+    }
+
+    fn stop(self, grace: Duration) {
+        self.kafka.stop(grace);
+        self.router.stop();
+        self.router_thread.join().unwrap();
+        assert!(self.status.missing().is_some());
+    }
+}
+
+/// Waits for what no channel tells: looks again and again, for as long as it takes.
+fn until(what: &str, mut reached: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !reached() {
+        assert!(std::time::Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn broadcast_reads_from_the_end_and_knows_what_was_created_before() {
+    let cluster = Cluster::new();
+    cluster.create("c", &["alice"]);
+    cluster.say("c", 1);
+    let node = Node::start(&cluster, RoutingMode::Broadcast, "one").ready();
+    assert_eq!(node.status.partitions(), 2 * PARTITIONS as usize);
+    cluster.publish(CONVERSATIONS, "c", &changed("c", "bob", true));
+    assert_eq!(node.next(), changed("c", "bob", true));
+    for sequence in 2..5 {
+        cluster.say("c", sequence);
+        assert_eq!(node.next(), message("c", sequence));
+    }
+    until("lag known", || {
+        let lags = node.status.lags();
+        lags.len() == 2 * PARTITIONS as usize && lags.iter().all(|lag| lag.lag == 0)
+    });
+    node.stop(Duration::from_secs(5));
+    assert_eq!(cluster.committed(MESSAGES), 0);
+}
+
+#[test]
+fn broadcast_finds_a_topic_that_is_made_later() {
+    let mock = MockCluster::new(1).unwrap();
+    mock.create_topic(CONVERSATIONS, 1, 1).unwrap();
+    let producer = ClientConfig::new().set("bootstrap.servers", mock.bootstrap_servers()).create();
+    let cluster = Cluster { mock, producer: producer.unwrap() };
+    let node = Node::start(&cluster, RoutingMode::Broadcast, "one").ready();
+    cluster.create("c", &["alice"]);
+    assert_eq!(node.next(), created("c", &["alice"]));
+    cluster.mock.create_topic(MESSAGES, PARTITIONS, 1).unwrap();
+    cluster.say("c", 1);
+    until("found", || node.status.partitions() == 1 + PARTITIONS as usize);
+    cluster.say("c", 2);
+    while node.next() != message("c", 2) {}
+    node.stop(Duration::from_secs(5));
+}
+
+#[test]
+fn group_commits_what_is_done_and_a_successor_goes_on_from_there() {
+    let cluster = Cluster::new();
+    let node = Node::start(&cluster, RoutingMode::Group, "one").ready();
+    cluster.create("c", &["alice"]);
+    assert_eq!(node.next(), created("c", &["alice"]));
+    for sequence in 1..11 {
+        cluster.say("c", sequence);
+        assert_eq!(node.next(), message("c", sequence));
+    }
+    until("committed", || cluster.committed(MESSAGES) == 10);
+    node.stop(Duration::from_secs(5));
+    cluster.say("c", 11);
+    let node = Node::start(&cluster, RoutingMode::Group, "two");
+    assert_eq!(node.next(), message("c", 11));
+    node.stop(Duration::from_secs(5));
+    assert_eq!(cluster.committed(MESSAGES), 11);
+    assert_eq!(cluster.committed(CONVERSATIONS), 1);
+}
+
+/// Promise: “The offset follows delivery.”
+#[test]
+fn what_is_not_done_is_not_committed_and_sent_again_by_the_successor() {
+    let cluster = Cluster::new();
+    let node = Node::start(&cluster, RoutingMode::Group, "one").ready();
+    cluster.create("c", &["alice"]);
+    cluster.say("c", 1);
+    assert!([node.next(), node.next()].contains(&message("c", 1)));
+    until("committed", || cluster.committed(MESSAGES) == 1);
+    node.stalled.store(true, Ordering::Relaxed);
+    cluster.say("c", 2);
+    cluster.say("c", 3);
+    assert_eq!([node.next(), node.next()], [message("c", 2), message("c", 3)]);
+    let counters = Arc::clone(&node.counters);
+    node.stop(Duration::from_millis(100));
+    assert_eq!(counters.partitions_left_unfinished.get(), 1);
+    assert_eq!(cluster.committed(MESSAGES), 1);
+    let node = Node::start(&cluster, RoutingMode::Group, "two");
+    assert_eq!([node.next(), node.next()], [message("c", 2), message("c", 3)]);
+    node.stop(Duration::from_secs(5));
+    assert_eq!(cluster.committed(MESSAGES), 3);
+}
+
+#[test]
+fn nodes_of_a_group_share_the_partitions_and_one_takes_over_from_the_other() {
+    let cluster = Cluster::new();
+    let conversations: Vec<_> = (0..12).map(|n| format!("c-{n}")).collect();
+    for conversation in &conversations {
+        cluster.create(conversation, &["alice"]);
+    }
+    let first = Node::start(&cluster, RoutingMode::Group, "one").ready();
+    assert_eq!(first.status.partitions(), 2 * PARTITIONS as usize);
+    let second = Node::start(&cluster, RoutingMode::Group, "two");
+    until("shared", || {
+        first.status.partitions() == PARTITIONS as usize
+            && second.status.partitions() == PARTITIONS as usize
+    });
+    let mut received: HashMap<Vec<u8>, usize> = HashMap::new();
+    // Whichever partitions a node was given, something stands in one of them.
+    for sequence in 1..4 {
+        for conversation in &conversations {
+            cluster.say(conversation, sequence);
+            let joined = changed(conversation, &format!("user-{sequence}"), true);
+            cluster.publish(CONVERSATIONS, conversation, &joined);
+        }
+    }
+    let count = |received: &mut HashMap<Vec<u8>, usize>, nodes: &[&Node], expected| {
+        until("all received", || {
+            for value in nodes.iter().flat_map(|node| node.delivered.try_iter()) {
+                *received.entry(value).or_default() += 1;
+            }
+            received.len() == expected
+        });
+    };
+    count(&mut received, &[&first, &second], 72);
+    assert!(received.values().all(|times| *times == 1), "{received:?}");
+    assert!(first.router_counters.deliveries.get() > 0);
+    assert!(second.router_counters.deliveries.get() > 0);
+
+    first.stop(Duration::from_secs(5));
+    until("taken over", || second.status.partitions() == 2 * PARTITIONS as usize);
+    conversations.iter().for_each(|conversation| cluster.say(conversation, 4));
+    count(&mut received, &[&second], 84);
+    assert!(received.values().all(|times| *times == 1), "{received:?}");
+    second.stop(Duration::from_secs(5));
+    assert_eq!(cluster.committed(MESSAGES), 48);
+}
+
+#[test]
+fn record_that_is_no_envelope_goes_to_the_dead_letters_and_the_next_is_delivered() {
+    let cluster = Cluster::new();
+    cluster.mock.create_topic("dead", 1, 1).unwrap();
+    let node = Node::start_with(&cluster, RoutingMode::Group, "one", Some("dead")).ready();
+    cluster.create("c", &["alice"]);
+    assert_eq!(node.next(), created("c", &["alice"]));
+    cluster.publish(MESSAGES, "c", b"\x0c");
+    cluster.say("c", 1);
+    assert_eq!(node.next(), message("c", 1));
+    until("stored", || node.counters.dead_letters_stored.get() == 1);
+    until("committed", || cluster.committed(MESSAGES) == 2);
+
+    let reader: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", cluster.mock.bootstrap_servers())
+        .set("group.id", "reader")
+        .create()
+        .unwrap();
+    let mut partition = TopicPartitionList::new();
+    partition
+        .add_partition_offset("dead", 0, rdkafka::topic_partition_list::Offset::Beginning)
+        .unwrap();
+    reader.assign(&partition).unwrap();
+    let letter = reader.poll(PATIENCE).expect("stored").unwrap();
+    assert_eq!((letter.key(), letter.payload()), (Some(&b"c"[..]), Some(&b"\x0c"[..])));
+    let headers: HashMap<_, _> = letter
+        .headers()
+        .unwrap()
+        .iter()
+        .map(|header| (header.key, std::str::from_utf8(header.value.unwrap()).unwrap()))
+        .collect();
+    assert_eq!(headers["delivery-reason"], "undecodable");
+    assert_eq!(headers["delivery-topic"], MESSAGES);
+    assert_eq!(headers["delivery-offset"], "0");
+    node.stop(Duration::from_secs(5));
+}
+
+#[test]
+fn broker_that_goes_away_shows_in_readiness_and_reading_goes_on_when_it_is_back() {
+    let cluster = Cluster::new();
+    let node = Node::start(&cluster, RoutingMode::Broadcast, "one").ready();
+    cluster.create("c", &["alice"]);
+    assert_eq!(node.next(), created("c", &["alice"]));
+    cluster.mock.broker_down(1).unwrap();
+    until("not ready", || node.status.missing().is_some());
+    cluster.mock.broker_up(1).unwrap();
+    until("ready again", || node.status.missing().is_none());
+    cluster.say("c", 1);
+    assert_eq!(node.next(), message("c", 1));
+    node.stop(Duration::from_secs(5));
+}
+
+#[test]
+fn property_that_does_not_exist_is_refused_with_its_name() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let membership = Membership::new(
+        MembershipConfig::default(),
+        None,
+        runtime.handle().clone(),
+        Arc::<MembershipCounters>::default(),
+    );
+    let bell = Arc::new(Doorbell::new().unwrap());
+    let (_router, control) = Router::new(RouterParts {
+        config: RouterConfig::default(),
+        counters: Arc::default(),
+        bell,
+        links: Vec::new(),
+        directory: Arc::new(Directory::new()),
+        membership: Arc::clone(&membership),
+        remote: None,
+        dead_letters: None,
+    });
+    let config = KafkaConfig {
+        properties: vec![("no.such.property".into(), "1".into())],
+        ..KafkaConfig::new("127.0.0.1:1")
+    };
+    let refused =
+        Kafka::start(config, vec![control], membership, Arc::default(), Arc::default()).err();
+    assert!(refused.unwrap().to_string().contains("no.such.property"));
+}

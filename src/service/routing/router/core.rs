@@ -1,0 +1,378 @@
+//! What happens to one record: who receives it, where they are, and on which ring it goes.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use crate::domain::budget::EventBudget;
+use crate::domain::command::Ticket;
+use crate::handoff::Doorbell;
+use crate::service::backends::ports::{Forwarding, RemoteNodes};
+use crate::service::events::encode::Encoder;
+use crate::service::events::envelope::{self, Body, Record};
+use crate::service::members::directory::Directory;
+use crate::service::members::membership::{Lookup, Members, Membership};
+use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetters, Reason};
+use crate::service::routing::router::flight::{Flights, LaneKey, LogRecord};
+use crate::service::routing::router::lane::{LogName, Wait};
+use crate::service::routing::router::links::Links;
+use crate::service::routing::router::record::RawRecord;
+use crate::service::routing::router::{RouterConfig, RouterCounters};
+
+/// At most one warning about records in this time; the counters have them all.
+const WARNING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A ticket that comes back from elsewhere than a shard.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Returned {
+    Forward(Ticket),
+    DeadLetter(Ticket),
+}
+
+/// What became of a record.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Nothing is left to do.
+    Done,
+    /// A ticket is out for it.
+    Flying,
+    /// It has to wait, and so has what follows it in its lane.
+    Wait(Wait),
+    /// It cannot be routed now; `Members` may help.
+    Unroutable(Reason),
+}
+
+/// Where the record at hand stands.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place<'a> {
+    /// In a partition.
+    Log { log: &'a LogName, record: LogRecord },
+    /// Handed over by another node.
+    Remote {
+        /// Not tried before: what it says of membership has still to be applied. (In a partition
+        /// the offset tells.)
+        first: bool,
+    },
+}
+
+/// When a record was tried first, and when it is tried now; Unix time in ms.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    since_ms: u64,
+    now_ms: u64,
+}
+
+/// Everything a router needs but its lanes.
+pub(super) struct Core {
+    pub(super) config: RouterConfig,
+    pub(super) counters: Arc<RouterCounters>,
+    pub(super) links: Links,
+    pub(super) flights: Flights,
+    pub(super) directory: Arc<Directory>,
+    pub(super) membership: Arc<Membership>,
+    pub(super) remote: Option<Arc<dyn RemoteNodes>>,
+    pub(super) dead_letters: Option<Arc<dyn DeadLetters>>,
+    pub(super) encoder: Encoder,
+    /// Of the events that are on their way.
+    pub(super) budget: Arc<EventBudget>,
+    pub(super) returned: Sender<Returned>,
+    pub(super) bell: Arc<Doorbell>,
+    pub(super) warned: Option<Instant>,
+    pub(super) lane_serial: u32,
+}
+
+/// Who receives an event.
+enum Audience<'a> {
+    /// A list, and perhaps one more who is not on it: whom the event adds or removes.
+    Members(Members, Option<&'a str>),
+    /// The list of the creation event itself.
+    Named(&'a [&'a str]),
+}
+
+impl Core {
+    /// A key that no lane in this slot has had.
+    pub(super) fn next_lane_key(&mut self, slot: usize) -> LaneKey {
+        self.lane_serial = self.lane_serial.wrapping_add(1);
+        LaneKey::new(self.lane_serial, slot)
+    }
+
+    /// Routes a record of a partition, or one that another node handed over.
+    /// `since_ms` is when it was tried first.
+    pub(super) fn route(
+        &mut self,
+        raw: RawRecord<'_>,
+        place: Place<'_>,
+        since_ms: u64,
+        now_ms: u64,
+    ) -> Step {
+        let record = match envelope::decode(raw.value) {
+            Ok(record) => record,
+            Err(error) => return Step::Unroutable(Reason::Undecodable(error)),
+        };
+        let key = raw.key.and_then(|key| std::str::from_utf8(key).ok());
+        let conversation = record.conversation().or(key.filter(|key| !key.is_empty()));
+        let Some(conversation) = conversation else {
+            return Step::Unroutable(Reason::NoConversation);
+        };
+        self.trace(raw, place, conversation);
+        let times = Times { since_ms, now_ms };
+        let audience = match self.audience(raw, place, &record, conversation, times) {
+            Ok(audience) => audience,
+            Err(step) => return step,
+        };
+        self.links.clear();
+        match &audience {
+            Audience::Members(members, other) => {
+                members.iter().for_each(|user| self.gather(user));
+                other.iter().for_each(|user| self.gather(user));
+            }
+            Audience::Named(users) => users.iter().for_each(|user| self.gather(user)),
+        }
+        if let Some(shard) = self.links.full() {
+            self.counters.waits_for_room.add(1);
+            return Step::Wait(Wait::Room(shard));
+        }
+        if matches!(place, Place::Log { .. }) && !self.other_nodes_have_room() {
+            self.counters.waits_for_hand_offs.add(1);
+            return Step::Wait(Wait::HandOffs);
+        }
+        match place {
+            Place::Log { record: place, .. } => {
+                let ticket = self.flights.open(place);
+                for _ in 0..self.deliver(&record, raw.appended_at_ms, Some(ticket)) {
+                    self.flights.expect(ticket);
+                }
+                self.forward(raw.value, &audience, ticket, now_ms);
+                match self.flights.seal(ticket) {
+                    Some(_) => Step::Done,
+                    None => Step::Flying,
+                }
+            }
+            Place::Remote { .. } => {
+                self.deliver(&record, raw.appended_at_ms, None);
+                Step::Done
+            }
+        }
+    }
+
+    /// Routes an envelope to exactly these users.
+    pub(super) fn route_to_users(&mut self, value: &[u8], users: &[Arc<str>]) -> Step {
+        let Ok(record) = envelope::decode(value) else {
+            self.counters.records_undecodable.add(1);
+            return Step::Done;
+        };
+        self.links.clear();
+        users.iter().for_each(|user| self.gather(user));
+        if let Some(shard) = self.links.full() {
+            self.counters.waits_for_room.add(1);
+            return Step::Wait(Wait::Room(shard));
+        }
+        self.deliver(&record, 0, None);
+        Step::Done
+    }
+
+    /// Applies what the event says of membership, then tells who receives it.
+    fn audience<'a>(
+        &mut self,
+        raw: RawRecord<'_>,
+        place: Place<'_>,
+        record: &'a Record<'a>,
+        conversation: &str,
+        times: Times,
+    ) -> Result<Audience<'a>, Step> {
+        let now_ms = times.now_ms;
+        let log_place = match place {
+            Place::Log { log, .. } => Some(log.place(raw.offset)),
+            Place::Remote { .. } => None,
+        };
+        let mut other = None;
+        match &record.body {
+            Body::ConversationCreated { members, .. } => {
+                if let Some(place) = log_place {
+                    self.membership.created(
+                        conversation,
+                        members,
+                        place,
+                        raw.appended_at_ms,
+                        now_ms,
+                    );
+                }
+                return Ok(Audience::Named(members));
+            }
+            &Body::MembershipChanged { user, added, .. } => {
+                if !matches!(place, Place::Remote { first: false }) {
+                    let at_ms = if raw.appended_at_ms == 0 { now_ms } else { raw.appended_at_ms };
+                    self.membership.changed(conversation, user, added, log_place, at_ms);
+                }
+                other = Some(user);
+            }
+            Body::MessageSent { .. }
+            | Body::MessageDeleted { .. }
+            | Body::ReadReceiptUpdated { .. }
+            | Body::PresenceUpdated { .. }
+            | Body::Unknown => {}
+        }
+        match self.membership.lookup(conversation, log_place, now_ms) {
+            Lookup::Members(members) => {
+                let other = other.filter(|user| {
+                    !user.is_empty() && members.binary_search_by(|m| (**m).cmp(user)).is_err()
+                });
+                Ok(Audience::Members(members, other))
+            }
+            Lookup::Pending | Lookup::Failing { .. } => Err(Step::Wait(Wait::Members)),
+            Lookup::Absent => Err(Step::Unroutable(Reason::NoSuchConversation)),
+            // Nobody can be asked. The creation may stand in a partition that is read a little
+            // later than this one; if it does not come, whom the event itself names still gets it.
+            Lookup::Unknown if self.may_still_come(raw, times) => Err(Step::Wait(Wait::Members)),
+            Lookup::Unknown => match other {
+                Some(user) if !user.is_empty() => {
+                    self.counters.records_members_unknown.add(1);
+                    Ok(Audience::Members(Members::from([]), Some(user)))
+                }
+                _ => Err(Step::Unroutable(Reason::MembersUnknown)),
+            },
+        }
+    }
+
+    /// By the age of the record, so that a backlog of such conversations is not held up at each; but
+    /// a clock that is ahead of ours holds up nothing for longer either.
+    fn may_still_come(&self, raw: RawRecord<'_>, times: Times) -> bool {
+        let from_ms = raw.appended_at_ms.min(times.since_ms);
+        times.now_ms < from_ms.saturating_add(self.config.creation_wait_ms)
+    }
+
+    fn gather(&mut self, user: &str) {
+        let links = &mut self.links;
+        self.directory.sessions_of(user, |session| links.gather(session));
+    }
+
+    /// Whether another event may be made.
+    pub(super) fn has_memory(&self) -> bool {
+        let has_room = self.budget.has_room();
+        if !has_room {
+            self.counters.waits_for_memory.add(1);
+        }
+        has_room
+    }
+
+    /// Whether the next record finds room on its way to other nodes. Checked before anybody here is
+    /// served: a record that waits is routed again from the start.
+    pub(super) fn other_nodes_have_room(&self) -> bool {
+        self.remote.as_ref().is_none_or(|remote| remote.has_room())
+    }
+
+    /// Encodes for those who were gathered and pushes. Returns the shards that will report.
+    fn deliver(&mut self, record: &Record<'_>, appended_at_ms: u64, ticket: Option<Ticket>) -> u32 {
+        if self.links.concerned() == 0 {
+            return 0;
+        }
+        let event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
+        let event = event.charged_to(&self.budget, self.links.recipients_bytes());
+        self.counters.deliveries.add(self.links.concerned() as u64);
+        self.counters.recipients.add(self.links.recipients() as u64);
+        self.links.deliver(&Arc::new(event), ticket)
+    }
+
+    /// Hands the value to the other nodes, after the users here have been served. A user who is here
+    /// may have another device there, so all members are named.
+    fn forward(&mut self, value: &[u8], audience: &Audience<'_>, ticket: Ticket, now_ms: u64) {
+        let Some(remote) = &self.remote else { return };
+        if self.flights.forwards() >= self.config.forwards_max {
+            self.counters.forwards_refused.add(1);
+            return;
+        }
+        let (returned, bell) = (self.returned.clone(), Arc::clone(&self.bell));
+        let done = Box::new(move || {
+            // A router that has ended waits for nothing.
+            let _ = returned.send(Returned::Forward(ticket));
+            bell.ring();
+        });
+        let forwarding = match audience {
+            Audience::Members(members, None) => remote.forward(value, members, done),
+            Audience::Members(members, Some(other)) => {
+                let users: Vec<_> = members.iter().cloned().chain([Arc::from(*other)]).collect();
+                remote.forward(value, &users, done)
+            }
+            Audience::Named(users) => {
+                let users: Vec<_> = users.iter().map(|user| Arc::from(*user)).collect();
+                remote.forward(value, &users, done)
+            }
+        };
+        match forwarding {
+            Forwarding::Nobody => {}
+            Forwarding::Refused => self.counters.forwards_refused.add(1),
+            Forwarding::Pending => {
+                self.counters.forwards.add(1);
+                self.flights.expect_forward(ticket, now_ms + self.config.forward_deadline_ms);
+            }
+        }
+    }
+
+    /// Gives a record up: to the dead-letter topic, or counted and passed.
+    pub(super) fn give_up(&mut self, raw: RawRecord<'_>, place: Place<'_>, reason: Reason) -> Step {
+        let Place::Log { log, record } = place else {
+            self.counters.remote_given_up.add(1);
+            return Step::Done;
+        };
+        let Some(dead_letters) = &self.dead_letters else {
+            self.count_given_up(reason);
+            self.warn(log, raw.offset, reason);
+            return Step::Done;
+        };
+        let ticket = self.flights.open(record);
+        let (returned, bell) = (self.returned.clone(), Arc::clone(&self.bell));
+        let done = Box::new(move || {
+            let _ = returned.send(Returned::DeadLetter(ticket));
+            bell.ring();
+        });
+        let letter = DeadLetter { log, raw, reason };
+        if !dead_letters.send(letter, done) {
+            let sealed = self.flights.seal(ticket);
+            debug_assert!(sealed.is_some());
+            return Step::Wait(Wait::DeadLetter);
+        }
+        self.flights.expect(ticket);
+        self.counters.dead_letters.add(1);
+        self.count_given_up(reason);
+        self.warn(log, raw.offset, reason);
+        Step::Flying
+    }
+
+    fn count_given_up(&self, reason: Reason) {
+        match reason {
+            Reason::Undecodable(_) => self.counters.records_undecodable.add(1),
+            Reason::NoConversation => self.counters.records_without_conversation.add(1),
+            Reason::NoSuchConversation => self.counters.records_conversation_absent.add(1),
+            Reason::MembersUnknown => self.counters.records_members_unknown.add(1),
+            Reason::MembersUnavailable => self.counters.records_members_unavailable.add(1),
+        }
+    }
+
+    fn warn(&mut self, log: &LogName, offset: i64, reason: Reason) {
+        let now = Instant::now();
+        if self.warned.is_some_and(|at| now.duration_since(at) < WARNING_INTERVAL) {
+            return;
+        }
+        self.warned = Some(now);
+        tracing::warn!(
+            topic = &*log.topic,
+            partition = log.partition,
+            offset,
+            %reason,
+            "record not delivered (further ones within a second are only counted)"
+        );
+    }
+
+    fn trace(&self, raw: RawRecord<'_>, place: Place<'_>, conversation: &str) {
+        if let (Some(traceparent), Place::Log { log, .. }) = (raw.traceparent, place) {
+            tracing::debug!(
+                traceparent,
+                topic = &*log.topic,
+                partition = log.partition,
+                offset = raw.offset,
+                conversation,
+                "routing"
+            );
+        }
+    }
+}

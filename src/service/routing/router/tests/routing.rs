@@ -1,0 +1,182 @@
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::world::{With, World, changed, created, message};
+use crate::handoff::Pushed;
+use crate::service::backends::ports::{RouterInbox as _, RouterInput};
+use crate::service::routing::router::RouterHandle;
+
+#[test]
+fn record_goes_once_to_each_shard_concerned_and_counts_when_all_report() {
+    let mut world = World::new(With::default());
+    let phone = world.connect("alice", "phone", 0);
+    let desk = world.connect("alice", "desk", 1);
+    let bob = world.connect("bob", "phone", 1);
+    world.connect("eve", "phone", 1);
+    let (log, progress) = world.assign(0);
+    log.append(5, created("c", &["alice", "bob"]));
+    log.append(7, message("c", 1));
+    world.settle();
+
+    let first = world.delivered(0);
+    let second = world.delivered(1);
+    assert_eq!(first.iter().map(|event| &event.slots[..]).collect::<Vec<_>>(), [[phone], [phone]]);
+    assert_eq!(second.len(), 2);
+    assert_eq!(second[1].slots, [desk, bob]);
+    assert_eq!(second[1].value, message("c", 1), "unchanged");
+    assert!(world.conversations.asked().is_empty(), "the creation told the members");
+
+    assert_eq!(progress.committable(), Some(0));
+    world.report(1, second[1].ticket.unwrap());
+    world.report(0, first[1].ticket.unwrap());
+    world.report(0, first[0].ticket.unwrap());
+    world.settle();
+    assert_eq!(progress.committable(), Some(0), "one shard has not sent the first");
+    world.report(1, second[0].ticket.unwrap());
+    world.settle();
+    assert_eq!(progress.committable(), Some(8));
+    assert_eq!(world.counters.recipients.get(), 6);
+}
+
+#[test]
+fn record_for_nobody_here_is_done_at_once() {
+    let mut world = World::new(With::default());
+    world.conversations.set("c", &["zoe"]);
+    let (log, progress) = world.assign(0);
+    log.append(0, message("c", 1));
+    world.until("done", |_| progress.committable() == Some(1));
+    assert_eq!(world.counters.deliveries.get(), 0);
+}
+
+#[test]
+fn added_and_removed_users_get_the_event_that_concerns_them_and_the_removed_nothing_after_it() {
+    let mut world = World::new(With::default());
+    let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 0));
+    let (log, _) = world.assign(0);
+    log.append(0, created("c", &["alice"]));
+    log.append(1, changed("c", "bob", true));
+    log.append(2, message("c", 1));
+    log.append(3, changed("c", "bob", false));
+    world.settle();
+    assert_eq!(world.taken(0), [vec![alice], vec![alice, bob], vec![alice, bob], vec![alice, bob]]);
+    log.append(4, message("c", 2));
+    world.settle();
+    assert_eq!(world.taken(0), [[alice]]);
+    // Read again, as by a new owner of the partition: the list is not set back.
+    log.append(1, changed("c", "bob", true));
+    log.append(5, message("c", 3));
+    world.settle();
+    assert_eq!(world.taken(0), [vec![alice, bob], vec![alice]]);
+    assert_eq!(world.counters.records_repeated.get(), 1);
+}
+
+#[test]
+fn change_of_a_conversation_that_is_not_cached_leads_to_the_whole_list() {
+    let mut world = World::new(With::default());
+    let alice = world.connect("alice", "a", 0);
+    let bob = world.connect("bob", "b", 0);
+    world.conversations.set("c", &["alice", "bob"]);
+    let (log, _) = world.assign(0);
+    log.append(0, changed("c", "bob", true));
+    log.append(1, message("c", 1));
+    world.until("delivered", |world| world.counters.deliveries.get() == 2);
+    assert_eq!(world.taken(0), [[alice, bob], [alice, bob]]);
+}
+
+#[test]
+fn all_members_are_named_to_other_nodes_and_the_record_waits_for_them() {
+    let mut world = World::new(With { nodes: true, ..With::default() });
+    world.connect("alice", "a", 0);
+    let (log, progress) = world.assign(0);
+    log.append(0, created("c", &["alice", "bob"]));
+    log.append(1, changed("c", "carol", false));
+    world.settle();
+    assert_eq!(world.taken(0).len(), 2, "users here do not wait for other nodes");
+    world.settle();
+    {
+        let handed = world.nodes.handed.lock().unwrap();
+        assert_eq!(
+            handed[0],
+            (created("c", &["alice", "bob"]).into(), vec!["alice".into(), "bob".into()])
+        );
+        assert_eq!(handed[1].1, ["alice", "bob", "carol"], "the removed hears of it");
+    }
+    assert_eq!(progress.committable(), Some(0));
+    let done = world.nodes.pending.lock().unwrap().remove(0);
+    done();
+    world.settle();
+    assert_eq!(progress.committable(), Some(1));
+    // The other node never says a word: its deadline passes.
+    world.ahead_ms = 60_000;
+    world.settle();
+    assert_eq!(progress.committable(), Some(2));
+    assert_eq!(world.counters.forwards_expired.get(), 1);
+}
+
+#[test]
+fn record_of_another_node_goes_to_sessions_here_and_no_further() {
+    let mut world = World::new(With { nodes: true, ..With::default() });
+    let alice = world.connect("alice", "a", 0);
+    world.conversations.set("c", &["alice", "bob"]);
+    let handle = RouterHandle::new(vec![world.control.clone()]);
+    for sequence in 1..4 {
+        let input = RouterInput::Remote { value: message("c", sequence).into() };
+        assert_eq!(handle.send(input), Pushed::Accepted);
+    }
+    world.until("delivered", |world| world.counters.deliveries.get() == 3);
+    let delivered = world.delivered(0);
+    let values: Vec<_> = delivered.iter().map(|event| event.value.clone()).collect();
+    assert_eq!(values, [message("c", 1), message("c", 2), message("c", 3)]);
+    assert!(delivered.iter().all(|event| event.slots == [alice] && event.ticket.is_none()));
+    assert!(world.nodes.handed.lock().unwrap().is_empty());
+}
+
+#[test]
+fn removal_handed_over_by_another_node_counts_before_it_is_read_here() {
+    let mut world = World::new(With::default());
+    let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 0));
+    let (log, _) = world.assign(0);
+    log.append(0, created("c", &["alice", "bob"]));
+    world.settle();
+    world.taken(0);
+    world.conversations.set("c", &["alice"]);
+    let handle = RouterHandle::new(vec![world.control.clone()]);
+    for value in [changed("c", "bob", false), message("c", 1)] {
+        assert_eq!(handle.send(RouterInput::Remote { value: value.into() }), Pushed::Accepted);
+    }
+    world.until("delivered", |world| world.counters.deliveries.get() == 3);
+    assert_eq!(world.taken(0), [vec![alice, bob], vec![alice]]);
+}
+
+#[test]
+fn event_with_its_recipients_needs_no_conversation() {
+    let mut world = World::new(With::default());
+    let bob = world.connect("bob", "b", 1);
+    world.connect("alice", "a", 0);
+    let handle = RouterHandle::new(vec![world.control.clone()]);
+    let value: Bytes = message("", 0).into();
+    let users = vec![Arc::from("bob"), Arc::from("zoe")];
+    assert_eq!(handle.send(RouterInput::ToUsers { value, users }), Pushed::Accepted);
+    world.settle();
+    assert_eq!(world.taken(1), [[bob]]);
+    assert!(world.taken(0).is_empty());
+}
+
+#[test]
+fn kind_of_event_unknown_here_is_routed_by_the_record_key() {
+    let mut world = World::new(With { letters: true, ..With::default() });
+    let alice = world.connect("alice", "a", 0);
+    let (log, progress) = world.assign(0);
+    log.append(0, created("c", &["alice"]));
+    log.append_at(1, 0, Some("c"), vec![0x08, 0x1f]);
+    log.append_at(2, 0, None, vec![0x08, 0x1f]);
+    log.append_at(3, 0, Some("c"), vec![0x0c]);
+    log.append(4, message("c", 1));
+    world.settle();
+    assert_eq!(world.taken(0), [[alice], [alice], [alice]]);
+    world.settle();
+    assert_eq!(*world.letters.0.lock().unwrap(), [(2, "no_conversation"), (3, "undecodable")]);
+    assert_eq!(world.counters.records_undecodable.get(), 1);
+    assert_eq!(progress.committable(), Some(5));
+}

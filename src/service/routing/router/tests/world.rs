@@ -1,0 +1,390 @@
+use std::collections::{HashMap, VecDeque};
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use prost::Message as _;
+
+use crate::domain::command::{ShardCommand, ShardReport, Ticket};
+use crate::domain::event::Encoding;
+use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::service::backends::ports::{
+    BoxFuture, ConversationSource, ForwardDone, Forwarding, NeighbourError, RemoteNodes,
+};
+use crate::service::events::encode;
+use crate::service::events::proto::conversation::v1::{
+    Conversation, ConversationCreatedEvent, MembershipChangedEvent,
+};
+use crate::service::events::proto::message::v1::Message;
+use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use crate::service::events::timestamp::unix_ms;
+use crate::service::members::directory::{Directory, SessionIds};
+use crate::service::members::membership::{Membership, MembershipConfig, MembershipCounters};
+use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetters, LetterDone};
+use crate::service::routing::router::{
+    Assignment, LogName, Progress, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
+    RouterCounters, RouterParts, ShardLink,
+};
+
+pub(super) const RING_SLOTS: usize = 4;
+const SHARDS: u16 = 2;
+
+/// A conversation service: answers from a table, fails, or does not answer until it is opened.
+#[derive(Default)]
+pub(super) struct Conversations {
+    pub(super) table: Mutex<HashMap<String, Vec<&'static str>>>,
+    pub(super) asked: Mutex<Vec<String>>,
+    pub(super) failing: AtomicBool,
+    gate: Option<tokio::sync::Semaphore>,
+}
+
+impl Conversations {
+    pub(super) fn set(&self, conversation: &str, members: &[&'static str]) {
+        self.table.lock().unwrap().insert(conversation.into(), members.to_vec());
+    }
+
+    /// Lets `answers` questions be answered.
+    pub(super) fn open(&self, answers: usize) {
+        self.gate.as_ref().unwrap().add_permits(answers);
+    }
+
+    pub(super) fn asked(&self) -> Vec<String> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+struct Source(Arc<Conversations>);
+
+impl ConversationSource for Source {
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
+        let service = Arc::clone(&self.0);
+        Box::pin(async move {
+            service.asked.lock().unwrap().push(conversation.to_string());
+            if let Some(gate) = &service.gate {
+                gate.acquire().await.unwrap().forget();
+            }
+            if service.failing.load(Ordering::Relaxed) {
+                return Err(NeighbourError::Unavailable("told to fail".into()));
+            }
+            let table = service.table.lock().unwrap();
+            let members = table.get(&*conversation).ok_or(NeighbourError::NotFound)?;
+            Ok(members.iter().map(|id| Arc::from(*id)).collect())
+        })
+    }
+}
+
+/// Other nodes: keeps what is handed over, and reports it when the test says so.
+#[derive(Default)]
+pub(super) struct Nodes {
+    pub(super) handed: Mutex<Vec<(Bytes, Vec<String>)>>,
+    pub(super) pending: Mutex<Vec<ForwardDone>>,
+    /// Takes no more for the time being.
+    pub(super) full: AtomicBool,
+}
+
+impl RemoteNodes for Nodes {
+    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
+        self.handed
+            .lock()
+            .unwrap()
+            .push((Bytes::copy_from_slice(value), users.iter().map(|id| id.to_string()).collect()));
+        self.pending.lock().unwrap().push(done);
+        Forwarding::Pending
+    }
+
+    fn has_room(&self) -> bool {
+        !self.full.load(Ordering::Relaxed)
+    }
+}
+
+/// Where dead letters go: offset and label of each. Stored at once.
+#[derive(Default)]
+pub(super) struct Letters(pub(super) Mutex<Vec<(i64, &'static str)>>);
+
+impl DeadLetters for Letters {
+    fn send(&self, letter: DeadLetter<'_>, done: LetterDone) -> bool {
+        self.0.lock().unwrap().push((letter.raw.offset, letter.reason.label()));
+        done();
+        true
+    }
+}
+
+/// A partition: the test appends, the router takes.
+#[derive(Clone, Default)]
+pub(super) struct Log(Arc<Mutex<VecDeque<Appended>>>);
+
+#[derive(Debug)]
+struct Appended {
+    offset: i64,
+    at_ms: u64,
+    key: Option<String>,
+    value: Vec<u8>,
+}
+
+impl Log {
+    pub(super) fn append(&self, offset: i64, value: Vec<u8>) {
+        self.append_at(offset, unix_ms(), None, value);
+    }
+
+    pub(super) fn append_at(&self, offset: i64, at_ms: u64, key: Option<&str>, value: Vec<u8>) {
+        let key = key.map(String::from);
+        self.0.lock().unwrap().push_back(Appended { offset, at_ms, key, value });
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+}
+
+impl RecordSource for Log {
+    fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool {
+        let Some(record) = self.0.lock().unwrap().pop_front() else { return false };
+        take(RawRecord {
+            offset: record.offset,
+            appended_at_ms: record.at_ms,
+            key: record.key.as_ref().map(String::as_bytes),
+            value: &record.value,
+            traceparent: None,
+        });
+        true
+    }
+}
+
+pub(super) struct Shard {
+    commands: Consumer<ShardCommand>,
+    reports: Producer<ShardReport>,
+}
+
+/// One delivery as a shard sees it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Delivered {
+    /// The slots of the recipients, sorted.
+    pub(super) slots: Vec<u32>,
+    /// The record's value, from the binary frame (short ones only).
+    pub(super) value: Vec<u8>,
+    pub(super) ticket: Option<Ticket>,
+}
+
+pub(super) struct World {
+    pub(super) router: Router,
+    pub(super) control: RouterControl,
+    pub(super) counters: Arc<RouterCounters>,
+    pub(super) conversations: Arc<Conversations>,
+    pub(super) nodes: Arc<Nodes>,
+    pub(super) letters: Arc<Letters>,
+    pub(super) shards: Vec<Shard>,
+    directory: Arc<Directory>,
+    bell: Arc<Doorbell>,
+    slots: u32,
+    /// Added to the time.
+    pub(super) ahead_ms: u64,
+    _runtime: tokio::runtime::Runtime,
+}
+
+#[derive(Clone, Copy, Default)]
+pub(super) struct With {
+    /// No conversation service.
+    pub(super) alone: bool,
+    /// The conversation service answers only when told to.
+    pub(super) gated: bool,
+    /// Other nodes.
+    pub(super) nodes: bool,
+    /// A dead-letter topic.
+    pub(super) letters: bool,
+    /// Records of a partition under way.
+    pub(super) window: Option<usize>,
+    /// Memory of events on their way.
+    pub(super) event_bytes: Option<u64>,
+}
+
+impl World {
+    pub(super) fn new(with: With) -> Self {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build();
+        let runtime = runtime.unwrap();
+        let gate = with.gated.then(|| tokio::sync::Semaphore::new(0));
+        let conversations = Arc::new(Conversations { gate, ..Conversations::default() });
+        let source = (!with.alone).then(|| Arc::new(Source(Arc::clone(&conversations))) as Arc<_>);
+        let membership = Membership::new(
+            MembershipConfig { retry_ms_min: 1, retry_ms_max: 2, ..MembershipConfig::default() },
+            source,
+            runtime.handle().clone(),
+            Arc::<MembershipCounters>::default(),
+        );
+        membership.follow();
+        let bell = Arc::new(Doorbell::new().unwrap());
+        let (links, shards) = (0..SHARDS)
+            .map(|_| {
+                let (commands, taken) = ring(RING_SLOTS, Arc::new(Doorbell::new().unwrap()));
+                let (reports, reported) = ring(64, Arc::clone(&bell));
+                let link = ShardLink { commands, reports: reported };
+                (link, Shard { commands: taken, reports })
+            })
+            .unzip();
+        let (nodes, letters) = (Arc::<Nodes>::default(), Arc::<Letters>::default());
+        let directory = Arc::new(Directory::new());
+        let counters = Arc::<RouterCounters>::default();
+        let defaults = RouterConfig::default();
+        let (router, control) = Router::new(RouterParts {
+            config: RouterConfig {
+                window_records_max: with.window.unwrap_or(defaults.window_records_max),
+                event_bytes_max: with.event_bytes.unwrap_or(defaults.event_bytes_max),
+                ..defaults
+            },
+            counters: Arc::clone(&counters),
+            bell: Arc::clone(&bell),
+            links,
+            directory: Arc::clone(&directory),
+            membership,
+            remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
+            dead_letters: with.letters.then(|| Arc::clone(&letters) as Arc<_>),
+        });
+        Self {
+            router,
+            control,
+            counters,
+            conversations,
+            nodes,
+            letters,
+            shards,
+            directory,
+            bell,
+            slots: 0,
+            ahead_ms: 0,
+            _runtime: runtime,
+        }
+    }
+
+    /// A session of `user` on `shard`; returns its slot.
+    pub(super) fn connect(&mut self, user: &str, device: &str, shard: u16) -> u32 {
+        self.slots += 1;
+        let address = SessionAddress {
+            shard: ShardId(shard),
+            encoding: Encoding::Binary,
+            connection: ConnectionKey { slot: self.slots, generation: 0 },
+        };
+        assert_eq!(self.directory.insert(SessionIds::new(user, device), address), None);
+        self.slots
+    }
+
+    /// Gives the router a partition.
+    pub(super) fn assign(&self, partition: i32) -> (Log, Arc<Progress>) {
+        let (log, progress) = (Log::default(), Arc::new(Progress::new(Some(0))));
+        self.control.assign(Assignment {
+            log: name(partition),
+            source: Box::new(log.clone()),
+            start: Some(0),
+            progress: Arc::clone(&progress),
+        });
+        (log, progress)
+    }
+
+    /// One turn. Returns whether anything moved.
+    pub(super) fn turn(&mut self) -> bool {
+        match self.router.turn(unix_ms() + self.ahead_ms) {
+            ControlFlow::Continue(moved) => moved,
+            ControlFlow::Break(()) => panic!("stopped"),
+        }
+    }
+
+    /// Turns until nothing moves.
+    pub(super) fn settle(&mut self) {
+        for _ in 0..1000 {
+            if !self.turn() {
+                return;
+            }
+        }
+        panic!("it never rests");
+    }
+
+    /// Turns, and sleeps on the bell in between, until `reached`.
+    pub(super) fn until(&mut self, what: &str, reached: impl Fn(&mut Self) -> bool) {
+        for _ in 0..2000 {
+            self.settle();
+            if reached(self) {
+                return;
+            }
+            self.bell.about_to_sleep();
+            if !self.turn() && !reached(self) {
+                self.bell.wait(5);
+            }
+            self.bell.awake();
+        }
+        panic!("never: {what}");
+    }
+
+    /// What a shard finds in its ring.
+    pub(super) fn delivered(&mut self, shard: usize) -> Vec<Delivered> {
+        let mut delivered = Vec::new();
+        while let Some(command) = self.shards[shard].commands.pop() {
+            let ShardCommand::Deliver { event, recipients, ticket, .. } = command else {
+                panic!("{command:?}");
+            };
+            let mut slots: Vec<_> = recipients.iter().map(|(key, _)| key.slot).collect();
+            slots.sort_unstable();
+            let value = event.frame(Encoding::Binary).unwrap()[2..].to_vec();
+            delivered.push(Delivered { slots, value, ticket });
+        }
+        delivered
+    }
+
+    /// The slots of each event that a shard finds in its ring; all are reported done.
+    pub(super) fn taken(&mut self, shard: usize) -> Vec<Vec<u32>> {
+        let delivered = self.delivered(shard);
+        for ticket in delivered.iter().filter_map(|event| event.ticket) {
+            self.report(shard, ticket);
+        }
+        delivered.into_iter().map(|event| event.slots).collect()
+    }
+
+    pub(super) fn report(&mut self, shard: usize, ticket: Ticket) {
+        assert!(matches!(
+            self.shards[shard].reports.push(ShardReport::Done { ticket }),
+            Pushed::Accepted
+        ));
+    }
+}
+
+pub(super) fn name(partition: i32) -> LogName {
+    LogName { topic: "events".into(), topic_index: 0, partition }
+}
+
+pub(crate) fn message(conversation: &str, sequence: i64) -> Vec<u8> {
+    encode::caught_up(Message {
+        conversation_id: conversation.into(),
+        sequence,
+        ..Message::default()
+    })
+}
+
+pub(crate) fn created(conversation: &str, members: &[&str]) -> Vec<u8> {
+    let event = ConversationCreatedEvent {
+        conversation: Some(Conversation {
+            conversation_id: conversation.into(),
+            ..Conversation::default()
+        }),
+        participant_user_ids: members.iter().map(|id| id.to_string()).collect(),
+    };
+    envelope(EventType::ConversationCreated, event.encode_to_vec())
+}
+
+pub(crate) fn changed(conversation: &str, user: &str, added: bool) -> Vec<u8> {
+    let event = MembershipChangedEvent {
+        conversation_id: conversation.into(),
+        user_id: user.into(),
+        added,
+    };
+    envelope(EventType::MembershipChanged, event.encode_to_vec())
+}
+
+fn envelope(kind: EventType, payload: Vec<u8>) -> Vec<u8> {
+    let envelope = EventEnvelope {
+        event_type: kind.into(),
+        schema_version: 1,
+        occurred_at: None,
+        payload: payload.into(),
+    };
+    envelope.encode_to_vec()
+}

@@ -1,0 +1,475 @@
+//! The manager with those whom it asks and tells: tokens, presence, catch-up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::super::SessionManager;
+use super::*;
+use crate::domain::command::{DeliveryClass, Ticket};
+use crate::domain::ids::StreamPosition;
+use crate::service::backends::neighbours::{
+    ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
+};
+use crate::service::events::stream_key::stream_key;
+use crate::service::events::timestamp::unix_ms;
+use crate::service::fakes::{FakeNeighbours, Known, Manner, Method};
+use crate::service::sessions::auth::{AuthCounters, ClaimRules, KeySource};
+use crate::service::sessions::presence::{PresenceConfig, PresenceTarget};
+use crate::service::sessions::resume::{Membership, ResumeConfig, ResumeCounters};
+
+const SECRET: &str = "a secret of these tests, of 32 bytes or more";
+const PEM: &[u8] = include_bytes!("../../auth/testdata/rsa_public.pem");
+const PRIVATE: &[u8] = include_bytes!("../../auth/testdata/rsa_private.pem");
+/// Leeway of the tokens under test, seconds.
+const LEEWAY_S: u64 = 30;
+
+fn auth(source: KeySource) -> Others {
+    let rules = ClaimRules { issuer: None, audience: None, leeway: Duration::from_secs(LEEWAY_S) };
+    let auth = Authenticator::jwt(source, rules, Arc::<AuthCounters>::default()).unwrap();
+    Others { auth, ..Others::default() }
+}
+
+fn claims(user: &str, exp: u64) -> Value {
+    json!({ "sub": user, "exp": exp })
+}
+
+fn hs256(user: &str, exp: u64) -> Secret {
+    let key = EncodingKey::from_secret(SECRET.as_bytes());
+    let header = Header::new(Algorithm::HS256);
+    Secret::new(jsonwebtoken::encode(&header, &claims(user, exp), &key).unwrap())
+}
+
+fn rs256(user: &str, exp: u64) -> Secret {
+    let key = EncodingKey::from_rsa_pem(PRIVATE).unwrap();
+    let header = Header::new(Algorithm::RS256);
+    Secret::new(jsonwebtoken::encode(&header, &claims(user, exp), &key).unwrap())
+}
+
+fn with_secret() -> Bench {
+    let source = KeySource::Secret(Secret::new(SECRET.into()));
+    Bench::among(auth(source), 1, SessionConfig::default())
+}
+
+fn with_public_key() -> Bench {
+    Bench::among(auth(KeySource::Pem(PEM.to_vec())), 1, SessionConfig::default())
+}
+
+fn now_s() -> u64 {
+    unix_ms() / 1000
+}
+
+/// Looks at every token, as two ticks a whole sweep apart do.
+fn sweep(bench: &mut Bench, unix_s: u64) -> Vec<ShardCommand> {
+    for _ in 0..2 {
+        bench.clock += Duration::from_secs(10);
+        bench.manager.tick(bench.clock, unix_s);
+    }
+    bench.commands(0)
+}
+
+fn fresh_token(bench: &mut Bench, token: &Secret) -> Vec<ShardCommand> {
+    let text = json!({ "access_token": token.expose() }).to_string();
+    bench.says(0, key(0, 0), &text)
+}
+
+fn text_of(commands: &[ShardCommand]) -> Value {
+    let [ShardCommand::SendText { text, .. }] = commands else { panic!("{commands:?}") };
+    serde_json::from_str(text).unwrap()
+}
+
+/// A session with a token that is past its first message.
+fn admit_with(bench: &mut Bench, token: Secret) {
+    bench.open_with(0, key(0, 0), ("", "phone"), Some(token));
+    assert!(matches!(bench.commands(0)[..], [ShardCommand::Admit { .. }]));
+    let live = bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
+    assert!(matches!(live[..], [ShardCommand::Release { .. }]));
+}
+
+#[test]
+fn token_decides_who_is_admitted() {
+    let mut bench = with_secret();
+    let exp = now_s() + 600;
+    for (slot, user, token, status) in [
+        (0, "alice", None, 401),
+        (1, "alice", Some(Secret::new("rubbish".into())), 401),
+        (2, "alice", Some(hs256("alice", 5)), 401),
+        (3, "bob", Some(hs256("alice", exp)), 403),
+    ] {
+        bench.open_with(0, key(slot, 0), (user, "phone"), token);
+        assert_eq!(bench.refused(0).0, status);
+    }
+    assert!(bench.directory.is_empty());
+    bench.open_with(0, key(4, 0), ("", "phone"), Some(hs256("alice", exp)));
+    assert!(matches!(bench.commands(0)[..], [ShardCommand::Admit { .. }]));
+    assert!(bench.directory.find(&SessionIds::new("alice", "phone")).is_some());
+    assert_eq!(bench.counters.refused_unauthorized.get(), 3);
+    assert_eq!(bench.counters.refused_forbidden.get(), 1);
+}
+
+#[tokio::test]
+async fn check_that_takes_time_is_made_apart_and_finds_its_connection_again() {
+    let mut bench = with_public_key();
+    for (slot, user) in [(0, "alice"), (1, "bob"), (2, "carol")] {
+        let token = rs256(user, now_s() + 600);
+        bench.open_with(0, key(slot, 7), (user, "phone"), Some(token));
+    }
+    assert!(bench.commands(0).is_empty(), "nobody is admitted before the check");
+    // Bob goes, and another connection takes his slot, while his token is being checked.
+    bench.end(0, key(1, 7));
+    bench.open_with(0, key(1, 8), ("dave", "phone"), None);
+    assert_eq!(bench.refused(0).0, 401);
+    for _ in 0..3 {
+        let request = bench.requests.recv().await.unwrap();
+        bench.manager.on_request(request);
+    }
+    let admitted: Vec<_> = (bench.commands(0).iter())
+        .map(|command| match command {
+            ShardCommand::Admit { connection } => *connection,
+            command => panic!("{command:?}"),
+        })
+        .collect();
+    assert_eq!(admitted.len(), 2);
+    assert!(admitted.contains(&key(0, 7)) && admitted.contains(&key(2, 7)));
+    assert_eq!(bench.directory.len(), 2);
+}
+
+#[test]
+fn session_ends_with_its_token() {
+    let mut bench = with_secret();
+    let exp = now_s() + 600;
+    admit_with(&mut bench, hs256("alice", exp));
+    assert!(sweep(&mut bench, exp + LEEWAY_S).is_empty());
+    let told = closes(&sweep(&mut bench, exp + LEEWAY_S + 1));
+    assert_eq!(told, [(key(0, 0), CloseCode::TOKEN_EXPIRED, "token expired".into())]);
+    assert!(sweep(&mut bench, exp + LEEWAY_S + 2).is_empty(), "told once");
+    assert_eq!(bench.counters.tokens_expired.get(), 1);
+}
+
+#[test]
+fn fresh_token_in_time_keeps_the_session() {
+    let mut bench = with_secret();
+    let exp = now_s() + 600;
+    admit_with(&mut bench, hs256("alice", exp));
+    let answer = fresh_token(&mut bench, &hs256("alice", exp + 1000));
+    assert_eq!(text_of(&answer), json!({ "token_expires_at": exp + 1000 + LEEWAY_S }));
+    assert!(sweep(&mut bench, exp + LEEWAY_S + 1).is_empty());
+    assert!(!closes(&sweep(&mut bench, exp + 1000 + LEEWAY_S + 1)).is_empty());
+}
+
+#[test]
+fn fresh_token_of_somebody_else_or_of_no_use_changes_nothing() {
+    let mut bench = with_secret();
+    let exp = now_s() + 600;
+    admit_with(&mut bench, hs256("alice", exp));
+    for token in [hs256("bob", exp + 1000), hs256("alice", 5), Secret::new("rubbish".into())] {
+        let answer = text_of(&fresh_token(&mut bench, &token));
+        let error = answer["error"].as_str().unwrap();
+        assert!(!error.contains(token.expose()), "{error}");
+    }
+    assert_eq!(bench.counters.tokens_refused.get(), 3);
+    assert!(!closes(&sweep(&mut bench, exp + LEEWAY_S + 1)).is_empty());
+}
+
+#[tokio::test]
+async fn fresh_token_in_check_when_the_old_one_expires_is_waited_for() {
+    let mut bench = with_public_key();
+    let exp = now_s() + 600;
+    bench.open_with(0, key(0, 0), ("alice", "phone"), Some(rs256("alice", exp)));
+    let request = bench.requests.recv().await.unwrap();
+    bench.manager.on_request(request);
+    bench.commands(0);
+    let text = json!({ "access_token": rs256("alice", exp + 1000).expose(), "last_sequences": {} });
+    let live = bench.says(0, key(0, 0), &text.to_string());
+    assert!(matches!(live[..], [ShardCommand::Release { .. }]), "{live:?}");
+    assert!(sweep(&mut bench, exp + LEEWAY_S + 1).is_empty());
+    // A second one while the first is in check is not looked at.
+    assert!(fresh_token(&mut bench, &rs256("alice", exp)).is_empty());
+    let request = bench.requests.recv().await.unwrap();
+    bench.manager.on_request(request);
+    let answer = text_of(&bench.commands(0));
+    assert_eq!(answer, json!({ "token_expires_at": exp + 1000 + LEEWAY_S }));
+}
+
+/// A node with a presence service of its own name.
+fn with_presence(fake: &FakeNeighbours, instance: &str) -> Bench {
+    let service = NeighbourConfig::new(fake.url());
+    let service = PresenceService::new(&service, Arc::<NeighbourCounters>::default()).unwrap();
+    let config = PresenceConfig::new(instance.into());
+    let presence = Presence::spawn(config, PresenceTarget::Service(service), Arc::default());
+    let others = Others { presence, ..Others::default() };
+    Bench::among(others, 1, SessionConfig::default())
+}
+
+/// Whether alice's phone is registered with this instance.
+fn registered(instance: &str) -> impl Fn(&Known) -> bool {
+    let wanted = instance.to_owned();
+    move |known| {
+        let held = known.registrations.get(&("alice".to_owned(), "phone".to_owned()));
+        held.is_some_and(|held| *held == wanted)
+    }
+}
+
+#[tokio::test]
+async fn end_of_a_replaced_session_unregisters_nobody() {
+    let fake = FakeNeighbours::start();
+    let mut bench = with_presence(&fake, "node-1");
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    fake.until(registered("node-1")).await;
+    bench.open(0, key(1, 0), "alice", "phone");
+    bench.end(0, key(0, 0));
+    fake.until(|known| known.count(Method::Register) == 2).await;
+    bench.end(0, key(1, 0));
+    fake.until(|known| known.registrations.is_empty()).await;
+    assert_eq!(fake.known().count(Method::Unregister), 1);
+}
+
+#[tokio::test]
+async fn session_that_moved_to_another_node_ends_here_and_stays_there() {
+    let fake = FakeNeighbours::start();
+    let (mut one, mut two) = (with_presence(&fake, "node-1"), with_presence(&fake, "node-2"));
+    one.admitted(0, key(0, 0), "alice", "phone");
+    fake.until(registered("node-1")).await;
+    two.admitted(0, key(0, 0), "alice", "phone");
+    fake.until(registered("node-2")).await;
+
+    one.manager.on_request(Request::MovedElsewhere("alice".into()));
+    let told = loop {
+        // The check under way finds the other node's name; the next tick acts on it.
+        fake.until(|known| known.count(Method::Devices) > 0).await;
+        tokio::task::yield_now().await;
+        one.manager.tick(one.clock, 0);
+        let told = closes(&one.commands(0));
+        if !told.is_empty() {
+            break told;
+        }
+    };
+    assert_eq!(told, [(key(0, 0), CloseCode::SESSION_REPLACED, "session_replaced".into())]);
+    assert!(one.directory.is_empty());
+    assert_eq!(one.counters.replaced_elsewhere.get(), 1);
+    one.end(0, key(0, 0));
+    assert_eq!(fake.known().count(Method::Unregister), 0);
+    assert!(registered("node-2")(&fake.known()));
+}
+
+#[tokio::test]
+async fn refreshes_are_spread_over_the_interval() {
+    const SESSIONS: u32 = 200;
+    let fake = FakeNeighbours::start();
+    let mut bench = with_presence(&fake, "node-1");
+    for slot in 0..SESSIONS {
+        bench.admitted(0, key(slot, 0), &format!("user-{slot}"), "phone");
+    }
+    fake.until(|known| known.count(Method::Register) == SESSIONS as usize).await;
+    let begun = Instant::now();
+    bench.manager.tick(begun, 0);
+    for quarter in 1..=4_u32 {
+        bench.manager.tick(begun + Duration::from_secs(5) * quarter, 0);
+        let due = (SESSIONS / 4 * quarter) as usize;
+        fake.until(|known| known.count(Method::Refresh) == due).await;
+    }
+}
+
+fn with_resume(fake: &FakeNeighbours, config: ResumeConfig) -> Bench {
+    let neighbour = NeighbourConfig::new(fake.url());
+    let counters = Arc::<NeighbourCounters>::default;
+    let service = Arc::new(ConversationService::new(&neighbour, counters()).unwrap());
+    let messages = Arc::new(MessageService::new(&neighbour, counters()).unwrap());
+    let membership = Membership::Checked { listing: service.clone(), source: service };
+    let counters = Arc::<ResumeCounters>::default();
+    let resume = Resume::new(config, messages, membership, counters);
+    Bench::among(Others { resume, ..Others::default() }, 1, SessionConfig::default())
+}
+
+/// The next step of a catch-up, as commands.
+async fn caught_up(bench: &mut Bench) -> Vec<ShardCommand> {
+    let step = bench.catch_ups.recv().await.unwrap();
+    bench.manager.on_catch_up(step);
+    bench.commands(0)
+}
+
+/// The sequences of a chunk and the ticket of its last message.
+fn chunk(commands: &[ShardCommand]) -> (Vec<i64>, Ticket) {
+    let mut sequences = Vec::new();
+    let mut last = None;
+    for command in commands {
+        let ShardCommand::Deliver { event, class: DeliveryClass::CatchUp, ticket, .. } = command
+        else {
+            panic!("{command:?}");
+        };
+        assert!(last.is_none(), "the ticket is on the last");
+        sequences.push(event.position.unwrap().sequence);
+        last = *ticket;
+    }
+    (sequences, last.expect("a ticket on the last"))
+}
+
+#[tokio::test]
+async fn catch_up_goes_chunk_by_chunk_and_ends_with_the_release() {
+    let fake = FakeNeighbours::start();
+    fake.known().converse("c", &["alice"], 10);
+    let config = ResumeConfig { chunk_messages_max: 4, ..ResumeConfig::default() };
+    let mut bench = with_resume(&fake, config);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    let answer = bench.says(0, key(0, 0), r#"{"last_sequences": {"c": 2}}"#);
+    assert!(answer.is_empty(), "{answer:?}");
+    for expected in [vec![3, 4, 5, 6], vec![7, 8, 9, 10]] {
+        let (sequences, ticket) = chunk(&caught_up(&mut bench).await);
+        assert_eq!(sequences, expected);
+        bench.report(0, ShardReport::Done { ticket });
+    }
+    let release = caught_up(&mut bench).await;
+    let [ShardCommand::Release { ref delivered, .. }] = release[..] else { panic!("{release:?}") };
+    let position = StreamPosition { stream: stream_key("c"), sequence: 10 };
+    assert_eq!(**delivered, [position]);
+    // Asking again carries no meaning.
+    assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
+}
+
+#[tokio::test]
+async fn failed_catch_up_closes_the_session_with_the_reason() {
+    let fake = FakeNeighbours::start();
+    fake.known().converse("c", &["alice"], 10);
+    fake.set(Method::Sync, Manner::Failing(tonic::Code::Internal));
+    let mut bench = with_resume(&fake, ResumeConfig { attempts_max: 1, ..ResumeConfig::default() });
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
+    let told = closes(&caught_up(&mut bench).await);
+    assert_eq!(told[0].1, CloseCode::TRY_AGAIN_LATER);
+    assert!(told[0].2.contains("message service"));
+}
+
+#[tokio::test]
+async fn session_that_ends_while_it_catches_up_stops_asking() {
+    let fake = FakeNeighbours::start();
+    fake.known().converse("c", &["alice"], 10);
+    fake.set(Method::Sync, Manner::Hanging);
+    let mut bench = with_resume(&fake, ResumeConfig::default());
+    for replaced in [false, true] {
+        bench.admitted(0, key(0, 0), "alice", "phone");
+        bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
+        fake.until(|known| known.in_flight.get(&Method::Sync) == Some(&1)).await;
+        if replaced {
+            bench.open(0, key(1, 0), "alice", "phone");
+        } else {
+            bench.end(0, key(0, 0));
+        }
+        fake.until(|known| known.in_flight[&Method::Sync] == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn chunk_for_a_session_that_has_ended_is_not_delivered() {
+    let fake = FakeNeighbours::start();
+    fake.known().converse("c", &["alice"], 10);
+    let mut bench = with_resume(&fake, ResumeConfig::default());
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
+    let step = bench.catch_ups.recv().await.unwrap();
+    bench.end(0, key(0, 0));
+    bench.admitted(0, key(0, 1), "bob", "phone");
+    bench.manager.on_catch_up(step);
+    assert!(bench.commands(0).is_empty(), "bob has taken the slot");
+}
+
+#[tokio::test]
+async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end() {
+    let fake = FakeNeighbours::start();
+    let names: Vec<_> = (0..20).map(|n| format!("c-{n}")).collect();
+    names.iter().for_each(|name| fake.known().converse(name, &["alice"], 3));
+    fake.set(Method::Sync, Manner::Hanging);
+    let mut bench = with_resume(&fake, ResumeConfig::default());
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    for name in &names {
+        let (connection, conversation) = (key(0, 0), name.as_str().into());
+        bench.report(0, ShardReport::Resume { connection, conversation, after: 3 });
+    }
+    fake.until(|known| known.in_flight.get(&Method::Sync) == Some(&4)).await;
+    assert_eq!(fake.known().count(Method::Members), 4, "the others wait their turn");
+    fake.set(Method::Sync, Manner::Well);
+    // The four that hang are given up at their deadline and tried again.
+    let mut released = Vec::new();
+    while released.len() < names.len() {
+        for command in caught_up(&mut bench).await {
+            let ShardCommand::Release { delivered, .. } = command else { panic!("{command:?}") };
+            released.push(delivered[0]);
+        }
+    }
+    let position = |name: &String| StreamPosition { stream: stream_key(name), sequence: 3 };
+    assert!(names.iter().map(position).all(|position| released.contains(&position)));
+}
+
+/// A shard that admits whom it is told to, echoes tickets, and stops when told to.
+fn run_shard(mut shard: Shard, sessions: u32) {
+    for slot in 0..sessions {
+        let hello = Box::new(Hello {
+            user_id: format!("user-{slot}"),
+            device_id: "phone".into(),
+            token: None,
+            address: IpAddr::from([127, 0, 0, 1]),
+            encoding: Encoding::Binary,
+        });
+        let mut report = ShardReport::Opened { connection: key(slot, 0), hello };
+        while let Pushed::Full(back) = shard.reports.push(report) {
+            shard.reports.publish();
+            std::thread::yield_now();
+            report = back;
+        }
+    }
+    shard.reports.publish();
+    let mut admitted = 0;
+    loop {
+        match shard.commands.pop() {
+            Some(ShardCommand::Admit { .. }) => admitted += 1,
+            Some(ShardCommand::Stop { .. }) => break,
+            Some(_) => {}
+            None => std::thread::yield_now(),
+        }
+    }
+    assert_eq!(admitted, sessions);
+    assert!(matches!(shard.reports.push(ShardReport::Stopped), Pushed::Accepted));
+    shard.reports.publish();
+}
+
+#[tokio::test]
+async fn manager_task_wakes_for_its_shards_and_ends_with_them() {
+    const SESSIONS: u32 = 500;
+    let bell = Arc::new(Doorbell::new().unwrap());
+    let mut ports = Vec::new();
+    let mut threads = Vec::new();
+    for _ in 0..2 {
+        let (commands, shard_commands) = ring(RING_SLOTS, Arc::new(Doorbell::new().unwrap()));
+        let (shard_reports, reports) = ring(64, Arc::clone(&bell));
+        ports.push(ShardPort { commands, reports });
+        let shard = Shard { commands: shard_commands, reports: shard_reports };
+        threads.push(std::thread::spawn(move || run_shard(shard, SESSIONS)));
+    }
+    let directory = Arc::new(Directory::new());
+    let others = Others::default();
+    let ports = SessionPorts {
+        bell,
+        shards: ports,
+        directory: Arc::clone(&directory),
+        auth: others.auth,
+        presence: others.presence,
+        resume: others.resume,
+    };
+    let counters = Arc::new(SessionCounters::default());
+    let config = SessionConfig::default();
+    let handle = SessionManager::spawn(config, ports, Arc::clone(&counters)).unwrap();
+    assert_eq!(handle.stage(), Stage::Serving);
+    while counters.admitted.get() < 2 * u64::from(SESSIONS) {
+        tokio::task::yield_now().await;
+    }
+    // The same users and devices on both shards: the newer ones are there.
+    assert_eq!(directory.len(), SESSIONS as usize);
+    handle.end(Ending::Stop).await;
+    assert_eq!(handle.stage(), Stage::Stopped);
+    assert!(directory.is_empty());
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    // Once more, when there is nobody left to ask.
+    handle.end(Ending::Stop).await;
+}

@@ -1,0 +1,408 @@
+//! The manager against plain rings in place of shards, driven turn by turn without a clock.
+
+mod among_others;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::state::Manager;
+use super::{Ending, Request, SessionConfig, SessionCounters, SessionPorts, ShardPort, Stage};
+use crate::domain::close::{CloseCode, EndReason};
+use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
+use crate::domain::event::Encoding;
+use crate::domain::ids::{ConnectionKey, ShardId};
+use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::service::members::directory::{Directory, SessionIds};
+use crate::service::sessions::auth::Authenticator;
+use crate::service::sessions::presence::Presence;
+use crate::service::sessions::resume::{CatchUp, Resume};
+
+/// Slots of the rings under test: few, so that they fill.
+const RING_SLOTS: usize = 4;
+
+struct Shard {
+    commands: Consumer<ShardCommand>,
+    reports: Producer<ShardReport>,
+}
+
+/// Whom the manager asks and tells.
+struct Others {
+    auth: Arc<Authenticator>,
+    presence: Presence,
+    resume: Resume,
+}
+
+impl Default for Others {
+    fn default() -> Self {
+        Self { auth: Authenticator::trust(), presence: Presence::off(), resume: Resume::off() }
+    }
+}
+
+struct Bench {
+    manager: Manager,
+    shards: Vec<Option<Shard>>,
+    directory: Arc<Directory>,
+    counters: Arc<SessionCounters>,
+    /// What other tasks send the manager.
+    requests: mpsc::Receiver<Request>,
+    catch_ups: mpsc::Receiver<CatchUp>,
+    /// Time for the manager, which passes only when told to.
+    clock: Instant,
+    /// Keeps the manager's channel open.
+    _requests_in: mpsc::Sender<Request>,
+}
+
+impl Bench {
+    fn new(shards: usize) -> Self {
+        Self::with(shards, SessionConfig::default())
+    }
+
+    fn with(shards: usize, config: SessionConfig) -> Self {
+        Self::among(Others::default(), shards, config)
+    }
+
+    fn among(others: Others, shards: usize, config: SessionConfig) -> Self {
+        let bell = Arc::new(Doorbell::new().unwrap());
+        let (ports, shards) = (0..shards)
+            .map(|_| {
+                let (commands, shard_commands) = ring(RING_SLOTS, Arc::clone(&bell));
+                let (shard_reports, reports) = ring(1024, Arc::clone(&bell));
+                let shard = Shard { commands: shard_commands, reports: shard_reports };
+                (ShardPort { commands, reports }, Some(shard))
+            })
+            .unzip();
+        let directory = Arc::new(Directory::new());
+        let counters = Arc::new(SessionCounters::default());
+        let (requests_in, requests) = mpsc::channel(16);
+        let (catch_ups_in, catch_ups) = mpsc::channel(16);
+        let ports = SessionPorts {
+            bell,
+            shards: ports,
+            directory: Arc::clone(&directory),
+            auth: others.auth,
+            presence: others.presence,
+            resume: others.resume,
+        };
+        let manager = Manager::new(
+            config,
+            ports,
+            Arc::clone(&counters),
+            requests_in.downgrade(),
+            catch_ups_in,
+            Arc::new(AtomicU8::new(Stage::Serving as u8)),
+        );
+        let _requests_in = requests_in;
+        let clock = Instant::now();
+        Self { manager, shards, directory, counters, requests, catch_ups, clock, _requests_in }
+    }
+
+    fn report(&mut self, shard: usize, report: ShardReport) {
+        let pushed = self.shards[shard].as_mut().unwrap().reports.push(report);
+        assert!(matches!(pushed, Pushed::Accepted));
+        self.manager.take_reports();
+    }
+
+    fn open(&mut self, shard: usize, connection: ConnectionKey, user: &str, device: &str) {
+        self.open_with(shard, connection, (user, device), None);
+    }
+
+    fn open_with(
+        &mut self,
+        shard: usize,
+        connection: ConnectionKey,
+        (user, device): (&str, &str),
+        token: Option<Secret>,
+    ) {
+        let hello = Box::new(Hello {
+            user_id: user.into(),
+            device_id: device.into(),
+            token,
+            address: IpAddr::from([127, 0, 0, 1]),
+            encoding: Encoding::Binary,
+        });
+        self.report(shard, ShardReport::Opened { connection, hello });
+    }
+
+    fn end(&mut self, shard: usize, connection: ConnectionKey) {
+        self.report(shard, ShardReport::Ended { connection, why: EndReason::PeerGone });
+    }
+
+    /// Everything the manager has sent to a shard, short rings notwithstanding.
+    fn commands(&mut self, shard: usize) -> Vec<ShardCommand> {
+        let mut all = Vec::new();
+        loop {
+            self.manager.flush();
+            let before = all.len();
+            let consumer = &mut self.shards[shard].as_mut().unwrap().commands;
+            all.extend(std::iter::from_fn(|| consumer.pop()));
+            if all.len() == before {
+                return all;
+            }
+        }
+    }
+
+    fn admitted(&mut self, shard: usize, connection: ConnectionKey, user: &str, device: &str) {
+        self.open(shard, connection, user, device);
+        let commands = self.commands(shard);
+        let [ShardCommand::Admit { connection: admitted }] = commands[..] else {
+            panic!("{commands:?}");
+        };
+        assert_eq!(admitted, connection);
+    }
+
+    fn refused(&mut self, shard: usize) -> (u16, String) {
+        let commands = self.commands(shard);
+        let [ShardCommand::Refuse { ref refusal, .. }] = commands[..] else {
+            panic!("{commands:?}");
+        };
+        (refusal.status, refusal.body.to_string())
+    }
+
+    fn says(&mut self, shard: usize, connection: ConnectionKey, text: &str) -> Vec<ShardCommand> {
+        self.report(shard, ShardReport::Message { connection, text: text.into() });
+        self.commands(shard)
+    }
+
+    fn order(&mut self, ending: Ending, now: Instant) -> oneshot::Receiver<()> {
+        let (ended, wait) = oneshot::channel();
+        self.manager.on_end(ending, ended, now);
+        wait
+    }
+}
+
+fn key(slot: u32, generation: u32) -> ConnectionKey {
+    ConnectionKey { slot, generation }
+}
+
+fn closes(commands: &[ShardCommand]) -> Vec<(ConnectionKey, CloseCode, String)> {
+    let close = |command: &ShardCommand| match command {
+        ShardCommand::Close { connection, close, .. } => {
+            Some((*connection, close.code, close.reason.to_string()))
+        }
+        _ => None,
+    };
+    commands.iter().filter_map(close).collect()
+}
+
+#[test]
+fn session_is_in_the_directory_from_its_admission_to_its_end() {
+    let mut bench = Bench::new(2);
+    bench.admitted(1, key(7, 3), "alice", "phone");
+    let found = bench.directory.find(&SessionIds::new("alice", "phone")).unwrap();
+    assert_eq!((found.shard, found.connection), (ShardId(1), key(7, 3)));
+    bench.end(1, key(7, 3));
+    assert!(bench.directory.is_empty());
+    assert_eq!((bench.counters.admitted.get(), bench.counters.sessions.get()), (1, 0));
+}
+
+#[test]
+fn missing_ids_are_refused_in_the_words_of_the_contract() {
+    let mut bench = Bench::new(1);
+    for (slot, (user, device)) in (0..).zip([("", "phone"), ("alice", ""), ("", "")]) {
+        bench.open(0, key(slot, 0), user, device);
+        assert_eq!(bench.refused(0), (400, "missing user_id or device_id".into()));
+        bench.end(0, key(slot, 0));
+    }
+    assert!(bench.directory.is_empty());
+    assert_eq!(bench.counters.refused_bad_request.get(), 3);
+}
+
+#[test]
+fn newer_connection_wins_and_the_older_end_leaves_it_alone() {
+    let mut bench = Bench::new(2);
+    bench.admitted(0, key(1, 0), "alice", "phone");
+    bench.admitted(1, key(1, 0), "alice", "phone");
+    let told = closes(&bench.commands(0));
+    assert_eq!(told, [(key(1, 0), CloseCode::SESSION_REPLACED, "session_replaced".into())]);
+    assert_eq!(bench.counters.replaced.get(), 1);
+
+    bench.end(0, key(1, 0));
+    let found = bench.directory.find(&SessionIds::new("alice", "phone")).unwrap();
+    assert_eq!(found.shard, ShardId(1));
+    assert_eq!(bench.counters.sessions.get(), 1);
+}
+
+#[test]
+fn session_is_told_only_once_to_close() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(1, 0), "alice", "phone");
+    bench.open(0, key(2, 0), "alice", "phone");
+    bench.open(0, key(3, 0), "alice", "phone");
+    let told = closes(&bench.commands(0));
+    assert_eq!(told.iter().map(|told| told.0.slot).collect::<Vec<_>>(), [1, 2]);
+}
+
+#[test]
+fn user_has_a_limit_that_replacement_does_not_count_against() {
+    let config = SessionConfig { sessions_per_user_max: 2, ..SessionConfig::default() };
+    let mut bench = Bench::with(1, config);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.admitted(0, key(1, 0), "alice", "desk");
+    bench.open(0, key(2, 0), "alice", "fridge");
+    assert_eq!(bench.refused(0).0, 429);
+    bench.admitted(0, key(3, 0), "bob", "phone");
+    bench.open(0, key(4, 0), "alice", "desk");
+    let commands = bench.commands(0);
+    assert!(matches!(commands[0], ShardCommand::Admit { .. }), "{commands:?}");
+    bench.end(0, key(0, 0));
+    bench.admitted(0, key(5, 0), "alice", "fridge");
+}
+
+#[test]
+fn reports_about_earlier_uses_of_a_slot_change_nothing() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 5), "alice", "phone");
+    bench.end(0, key(0, 4));
+    bench.end(0, key(9, 0));
+    assert_eq!(bench.directory.len(), 1);
+    assert_eq!(bench.counters.reports_stale.get(), 2);
+}
+
+#[test]
+fn stop_closes_every_shard_and_ends_when_all_have_said_so() {
+    let mut bench = Bench::new(2);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    let mut wait = bench.order(Ending::Stop, Instant::now());
+    for shard in 0..2 {
+        let commands = bench.commands(shard);
+        let [ShardCommand::StopAccepting, ShardCommand::Stop { ref close }] = commands[..] else {
+            panic!("{commands:?}");
+        };
+        assert_eq!(close.code, CloseCode::GOING_AWAY);
+    }
+    bench.open(1, key(0, 0), "bob", "phone");
+    assert_eq!(bench.refused(1).0, 503);
+    bench.report(1, ShardReport::Stopped);
+    assert_eq!(bench.manager.stage(), Stage::Stopping);
+    assert!(wait.try_recv().is_err());
+    bench.end(0, key(0, 0));
+    bench.report(0, ShardReport::Stopped);
+    assert_eq!(bench.manager.stage(), Stage::Stopped);
+    assert!(wait.try_recv().is_ok());
+}
+
+#[test]
+fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
+    let spread = Duration::from_millis(5000);
+    let mut bench =
+        Bench::with(2, SessionConfig { reconnect_spread: spread, ..SessionConfig::default() });
+    for slot in 0..50 {
+        bench.admitted(0, key(slot, 0), &format!("user-{slot}"), "phone");
+        bench.admitted(1, key(slot, 0), &format!("other-{slot}"), "phone");
+    }
+    let begun = Instant::now();
+    let _wait = bench.order(Ending::Drain(Duration::from_secs(10)), begun);
+    assert_eq!(bench.manager.stage(), Stage::Draining);
+    let mut told = Vec::new();
+    for tick in 1..10 {
+        bench.manager.tick(begun + Duration::from_secs(tick), 0);
+        let commands = [bench.commands(0), bench.commands(1)];
+        told.extend(commands.iter().flat_map(|commands| closes(commands)));
+        assert_eq!(told.len(), tick as usize * 10, "in {tick} s");
+        assert_eq!(closes(&commands[0]).len(), closes(&commands[1]).len());
+    }
+    for (_, code, reason) in &told {
+        assert_eq!(*code, CloseCode::SERVICE_RESTART);
+        let wait_ms: u128 = reason
+            .strip_prefix("draining; reconnect in ")
+            .unwrap()
+            .strip_suffix(" ms")
+            .unwrap()
+            .parse()
+            .unwrap();
+        assert!(wait_ms <= spread.as_millis());
+    }
+    assert!(told.iter().any(|one| one.2 != told[0].2), "all told the same time");
+
+    bench.manager.tick(begun + Duration::from_secs(10), 0);
+    let commands = [bench.commands(0), bench.commands(1)];
+    told.extend(commands.iter().flat_map(|commands| closes(commands)));
+    assert_eq!(told.len(), 100, "all told when the period is over");
+    bench.manager.tick(begun + Duration::from_secs(11), 0);
+    let commands = bench.commands(0);
+    assert!(matches!(commands[..], [ShardCommand::Stop { .. }]), "{commands:?}");
+}
+
+#[test]
+fn drain_ends_early_when_nobody_is_left() {
+    let mut bench = Bench::new(1);
+    let _wait = bench.order(Ending::Drain(Duration::from_secs(600)), Instant::now());
+    assert_eq!(bench.manager.stage(), Stage::Stopping);
+}
+
+#[test]
+fn shard_that_goes_without_a_word_takes_its_sessions_along() {
+    let mut bench = Bench::new(2);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.admitted(1, key(0, 0), "bob", "phone");
+    bench.shards[0] = None;
+    bench.manager.take_reports();
+    assert_eq!(bench.directory.find(&SessionIds::new("alice", "phone")), None);
+    assert_eq!(bench.directory.len(), 1);
+    assert_eq!(bench.counters.shards_lost.get(), 1);
+}
+
+#[test]
+fn without_a_message_service_nothing_was_missed() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    let answer = bench.says(0, key(0, 0), r#"{"last_sequences": {"c": 5}}"#);
+    let [ShardCommand::Release { ref delivered, .. }] = answer[..] else { panic!("{answer:?}") };
+    assert!(delivered.is_empty());
+    // Contract §3: later messages carry no meaning.
+    assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
+    assert!(bench.says(0, key(0, 0), "hello").is_empty());
+    assert_eq!(bench.counters.messages_ignored.get(), 2);
+}
+
+#[test]
+fn grpc_session_is_answered_for_each_conversation_it_names() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    for (conversation, after) in [("a", 0), ("b", 7)] {
+        let conversation_key = crate::service::events::stream_key::stream_key(conversation);
+        let connection = key(0, 0);
+        let conversation = conversation.into();
+        bench.report(0, ShardReport::Resume { connection, conversation, after });
+        let answer = bench.commands(0);
+        let [ShardCommand::Release { ref delivered, .. }] = answer[..] else {
+            panic!("{answer:?}");
+        };
+        assert_eq!((delivered[0].stream, delivered[0].sequence), (conversation_key, after));
+    }
+}
+
+#[test]
+fn first_message_that_asks_for_nothing_puts_the_session_live() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    let answer = bench.says(0, key(0, 0), "{}");
+    assert!(matches!(answer[..], [ShardCommand::Release { .. }]), "{answer:?}");
+    assert_eq!(bench.counters.messages_ignored.get(), 1);
+    let told = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
+    assert_eq!(told[0].1, CloseCode::RESUME_TOO_LATE);
+}
+
+#[test]
+fn resume_request_after_the_grace_is_too_late() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.report(0, ShardReport::GraceExpired { connection: key(0, 0) });
+    let told = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
+    assert_eq!(told[0].1, CloseCode::RESUME_TOO_LATE);
+    assert_eq!(bench.counters.resumes_too_late.get(), 1);
+}
+
+#[test]
+fn session_that_was_told_to_close_is_not_listened_to() {
+    let mut bench = Bench::new(1);
+    bench.admitted(0, key(0, 0), "alice", "phone");
+    bench.open(0, key(1, 0), "alice", "phone");
+    bench.commands(0);
+    assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
+}

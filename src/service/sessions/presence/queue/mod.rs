@@ -1,0 +1,297 @@
+//! What presence has yet to be told, newest state only.
+//!
+//! An entry exists only while something is to be done for its session:
+//!
+//! ```text
+//!   opened, ended, refresh
+//!            │
+//!            ▼        next            finish: done, and nothing newer is wanted
+//!         waiting ─────────► under way ─────────────────────────────────────────► gone
+//!            ▲                  │
+//!            │ due              │ finish: failed, or something newer is wanted
+//!            └──── delayed ◄────┘
+//! ```
+//!
+//! Time and chance are arguments.
+
+mod entry;
+mod pace;
+#[cfg(test)]
+mod tests;
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+
+use tokio::time::Instant;
+
+use self::entry::{Entry, Held, Place, Then, Want};
+pub(super) use self::entry::{Job, Outcome};
+use self::pace::{Leave, Pace};
+use super::reach::Pledge;
+use crate::service::members::directory::SessionIds;
+
+/// What there is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    Do(SessionIds, Job),
+    /// Nothing before then.
+    At(Instant),
+    Nothing,
+}
+
+/// How many sessions may wait.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Sessions that have begun or are to be refreshed; the latter take half of it.
+    pub(super) sessions_max: usize,
+    /// Ends. They have room of their own: a crowd that leaves does not keep the next one from being
+    /// registered.
+    pub(super) ends_max: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Queue {
+    entries: HashMap<SessionIds, Entry>,
+    waiting: VecDeque<SessionIds>,
+    delayed: BinaryHeap<Reverse<Due>>,
+    under_way: usize,
+    /// Entries of sessions that have ended.
+    ends: usize,
+    limits: Limits,
+    pace: Pace,
+    /// Sessions found to be held by another node, until somebody asks.
+    replaced: HashSet<SessionIds>,
+    closing: bool,
+}
+
+impl Queue {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self {
+            entries: HashMap::new(),
+            waiting: VecDeque::new(),
+            delayed: BinaryHeap::new(),
+            under_way: 0,
+            ends: 0,
+            limits,
+            pace: Pace::default(),
+            replaced: HashSet::new(),
+            closing: false,
+        }
+    }
+
+    /// Sessions for which something is to be done.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Those among them that have not ended.
+    fn others(&self) -> usize {
+        self.entries.len() - self.ends
+    }
+
+    /// Entries change sides, so the whole is bounded too.
+    fn has_room(&self) -> bool {
+        self.entries.len() < self.limits.sessions_max + self.limits.ends_max
+    }
+
+    /// A session has been admitted. `registered`: presence holds it already, from a predecessor on
+    /// this node. Returns false if there is no room.
+    pub(super) fn opened(&mut self, ids: &SessionIds, registered: bool, now: Instant) -> bool {
+        self.replaced.remove(ids);
+        let room = self.has_room() && self.others() < self.limits.sessions_max && !self.closing;
+        match self.entries.get_mut(ids) {
+            Some(entry) => {
+                self.ends -= usize::from(entry.want == Want::Offline);
+                entry.opened();
+                true
+            }
+            None if !room => false,
+            None => {
+                let held = if registered { Held::Unknown } else { Held::Absent };
+                self.insert(ids, Entry::new(Want::Online, held, false, now));
+                true
+            }
+        }
+    }
+
+    /// To be kept when the session that was just [opened](Queue::opened) is registered.
+    pub(super) fn pledge(&mut self, ids: &SessionIds, pledge: Pledge) {
+        if let Some(entry) = self.entries.get_mut(ids) {
+            if self.pace.is_away() {
+                pledge.put_off();
+            }
+            entry.pledge = Some(pledge);
+        }
+    }
+
+    /// A session has ended and nobody took its place here. Returns false if there is no room: the
+    /// registration will end by itself.
+    pub(super) fn ended(&mut self, ids: &SessionIds, now: Instant) -> bool {
+        let room = self.has_room() && self.ends < self.limits.ends_max;
+        match self.entries.get_mut(ids) {
+            Some(entry) => {
+                self.ends += usize::from(entry.want == Want::Online);
+                entry.want = Want::Offline;
+                true
+            }
+            None if !room => false,
+            None => {
+                self.insert(ids, Entry::new(Want::Offline, Held::Present, false, now));
+                true
+            }
+        }
+    }
+
+    /// A session is to be refreshed. Refreshes take no more than half of the room. Returns false
+    /// if there is none.
+    pub(super) fn refresh(&mut self, ids: &SessionIds, check: bool, now: Instant) -> bool {
+        let room = self.has_room() && self.others() < self.limits.sessions_max / 2 && !self.closing;
+        match self.entries.get_mut(ids) {
+            Some(entry) => {
+                entry.check |= check;
+                true
+            }
+            None if !room => false,
+            None => {
+                self.insert(ids, Entry::new(Want::Online, Held::Present, check, now));
+                true
+            }
+        }
+    }
+
+    fn insert(&mut self, ids: &SessionIds, entry: Entry) {
+        self.ends += usize::from(entry.want == Want::Offline);
+        self.entries.insert(ids.clone(), entry);
+        self.waiting.push_back(ids.clone());
+    }
+
+    /// The next thing to do, if one may be done now. Must be answered with [`Queue::finish`].
+    pub(super) fn next(&mut self, now: Instant) -> Next {
+        while let Some(Reverse(due)) = self.delayed.peek() {
+            if due.at > now {
+                break;
+            }
+            let Some(Reverse(Due { ids, .. })) = self.delayed.pop() else { break };
+            if let Some(entry) = self.entries.get_mut(&ids) {
+                entry.place = Place::Waiting;
+            }
+            self.waiting.push_back(ids);
+        }
+        while let Some(ids) = self.waiting.front() {
+            let Some(entry) = self.entries.get_mut(ids) else {
+                self.waiting.pop_front();
+                continue;
+            };
+            let Some(job) = entry.job(self.closing, now) else {
+                let Some(ids) = self.waiting.pop_front() else { break };
+                self.remove(&ids);
+                continue;
+            };
+            match self.pace.leave(self.under_way, now) {
+                Leave::Go => {}
+                Leave::AfterOutcome => return Next::Nothing,
+                Leave::At(at) => return Next::At(at),
+            }
+            entry.begin();
+            self.under_way += 1;
+            let Some(ids) = self.waiting.pop_front() else { return Next::Nothing };
+            return Next::Do(ids, job);
+        }
+        self.delayed.peek().map_or(Next::Nothing, |Reverse(due)| Next::At(due.at))
+    }
+
+    /// Takes the outcome of what [`Queue::next`] gave out. `chance`: 0 to 1.
+    pub(super) fn finish(
+        &mut self,
+        ids: SessionIds,
+        job: Job,
+        outcome: Outcome,
+        chance: f64,
+        now: Instant,
+    ) {
+        self.under_way -= 1;
+        self.pace.ended(outcome == Outcome::Failed, chance, now);
+        let Some(entry) = self.entries.get_mut(&ids) else {
+            debug_assert!(false, "an entry stays while it is under way");
+            return;
+        };
+        match entry.end(job, outcome, chance, now) {
+            Then::Gone => self.remove(&ids),
+            Then::GoneElsewhere => {
+                self.remove(&ids);
+                self.replaced.insert(ids);
+            }
+            Then::Again => self.waiting.push_back(ids),
+            Then::Retry(wait) => self.delayed.push(Reverse(Due { at: now + wait, ids })),
+        }
+    }
+
+    fn remove(&mut self, ids: &SessionIds) {
+        if let Some(entry) = self.entries.remove(ids) {
+            self.ends -= usize::from(entry.want == Want::Offline);
+        }
+        self.shrink();
+    }
+
+    /// The sessions found to be held by another node since the last time.
+    pub(super) fn take_replaced(&mut self) -> Vec<SessionIds> {
+        self.replaced.drain().collect()
+    }
+
+    /// From here on only ends are told, and what failed before is tried once more at once.
+    pub(super) fn close(&mut self) {
+        self.closing = true;
+        for Reverse(Due { ids, .. }) in std::mem::take(&mut self.delayed) {
+            if let Some(entry) = self.entries.get_mut(&ids) {
+                entry.place = Place::Waiting;
+            }
+            self.waiting.push_back(ids);
+        }
+    }
+
+    /// Ends that presence has not been told of, and what is under way.
+    pub(super) fn ends_untold(&self) -> usize {
+        self.entries.values().filter(|entry| entry.is_untold()).count()
+    }
+
+    /// Whether there are any: asked after each outcome, so it does not count them all.
+    pub(super) fn has_ends_untold(&self) -> bool {
+        self.entries.values().any(Entry::is_untold)
+    }
+
+    /// Gives back what a storm took.
+    fn shrink(&mut self) {
+        if self.entries.capacity() > 1024 && self.entries.len() < self.entries.capacity() / 8 {
+            self.entries.shrink_to(self.entries.len() * 2);
+            self.waiting.shrink_to(self.waiting.len() * 2);
+            self.delayed.shrink_to(self.delayed.len() * 2);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Due {
+    at: Instant,
+    ids: SessionIds,
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.at == other.at
+    }
+}
+
+impl Eq for Due {}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.at.cmp(&other.at)
+    }
+}

@@ -1,0 +1,249 @@
+//! Writing presence to Redis in the presence service's place: the same keys, the same channel
+//! (contract §4).
+//!
+//! | key or channel | what |
+//! | --- | --- |
+//! | `session:{user}:{device}` | the instance, for 60 s |
+//! | `presence:user:{user}:devices` | set of devices, for an hour from the last time that one of them was registered or checked |
+//! | `presence:updates` | a `PresenceUpdateEvent` when a session appears that was not registered anywhere (online), and when the last live session of a user goes (offline) |
+//!
+//! No key outlives what renews it: a node that crashes, or that presence had no room to hear the ends
+//! of, leaves nothing in Redis for good.
+//!
+//! Each command or script touches one key, so that all of it works in a cluster. The commands of a
+//! batch go out together, in rounds where one depends on the answer of another.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prost::Message as _;
+use redis::{Cmd, FromRedisValue, RedisResult, Value};
+
+use super::queue::{Job, Outcome};
+use super::{Backend, Jobs};
+use crate::service::backends::ports::BoxFuture;
+use crate::service::backends::redis::{RedisFault, RedisLink};
+use crate::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use crate::service::members::directory::SessionIds;
+
+/// Sessions told of in one batch.
+pub(super) const BATCH: usize = 256;
+/// Batches under way at once.
+pub(super) const BATCHES_MAX: usize = 4;
+
+/// Lifetime of a registration, seconds (contract §4).
+const LIFETIME_S: u32 = 60;
+/// Lifetime of a set of devices, seconds. Registrations and checks renew it, and a check is at worst
+/// every third refresh, 55 s apart: only a set that nobody keeps comes to its end.
+const DEVICES_LIFETIME_S: u32 = 3_600;
+const _: () = assert!(DEVICES_LIFETIME_S > 10 * 3 * LIFETIME_S);
+/// Where changes are published (contract §4).
+const UPDATES: &str = "presence:updates";
+
+/// Extends the lifetime of a registration that is ours; returns whose it is.
+const EXTEND: &str = "local holder = redis.call('GET', KEYS[1]) \
+                      if holder == ARGV[1] then redis.call('EXPIRE', KEYS[1], ARGV[2]) end \
+                      return holder";
+/// Removes a registration that is ours; returns whose it was.
+const REMOVE: &str = "local holder = redis.call('GET', KEYS[1]) \
+                      if holder == ARGV[1] then redis.call('DEL', KEYS[1]) end \
+                      return holder";
+
+/// See the module.
+pub(super) struct Written {
+    link: RedisLink,
+    instance: Arc<str>,
+}
+
+impl Written {
+    pub(super) fn new(link: RedisLink, instance: Arc<str>) -> Self {
+        Self { link, instance }
+    }
+}
+
+impl Backend for Written {
+    fn perform(&self, jobs: Jobs) -> BoxFuture<Vec<Outcome>> {
+        let link = self.link.clone();
+        let instance = Arc::clone(&self.instance);
+        Box::pin(async move {
+            match batch(&link, &instance, &jobs).await {
+                Ok(outcomes) => outcomes,
+                // What was carried out is unknown; all of it can be repeated.
+                Err(_) => vec![Outcome::Failed; jobs.len()],
+            }
+        })
+    }
+
+    fn batch(&self) -> usize {
+        BATCH
+    }
+}
+
+fn session_key(ids: &SessionIds) -> String {
+    format!("session:{}:{}", ids.user(), ids.device())
+}
+
+fn devices_key(user: &str) -> String {
+    format!("presence:user:{user}:devices")
+}
+
+fn script(source: &str, ids: &SessionIds, instance: &str) -> Cmd {
+    let mut command = redis::cmd("EVAL");
+    command.arg(source).arg(1).arg(session_key(ids)).arg(instance).arg(LIFETIME_S);
+    command
+}
+
+fn update(user: &str, status: PresenceStatus) -> Cmd {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let event = PresenceUpdateEvent {
+        user_id: user.to_owned(),
+        status: status.into(),
+        occurred_at: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+    };
+    let mut command = redis::cmd("PUBLISH");
+    command.arg(UPDATES).arg(event.encode_to_vec());
+    command
+}
+
+fn devices(name: &str, ids: &SessionIds) -> Cmd {
+    let mut command = redis::cmd(name);
+    command.arg(devices_key(ids.user())).arg(ids.device());
+    command
+}
+
+/// Puts the device into its user's set, which gets its whole lifetime again.
+fn keep_device(ids: &SessionIds) -> [Cmd; KEEP_COMMANDS] {
+    let mut expire = redis::cmd("EXPIRE");
+    expire.arg(devices_key(ids.user())).arg(DEVICES_LIFETIME_S);
+    [devices("SADD", ids), expire]
+}
+
+/// Commands of [`keep_device`].
+const KEEP_COMMANDS: usize = 2;
+
+/// The instance in an answer, if one is.
+fn holder(answer: RedisResult<Value>) -> RedisResult<Option<String>> {
+    Ok(FromRedisValue::from_redis_value(answer?)?)
+}
+
+async fn batch(
+    link: &RedisLink,
+    instance: &str,
+    jobs: &[(SessionIds, Job)],
+) -> Result<Vec<Outcome>, RedisFault> {
+    let mut commands = Vec::with_capacity((1 + KEEP_COMMANDS) * jobs.len());
+    for (ids, job) in jobs {
+        match job {
+            Job::Register => {
+                let mut set = redis::cmd("SET");
+                set.arg(session_key(ids)).arg(instance).arg("EX").arg(LIFETIME_S).arg("GET");
+                commands.push(set);
+                commands.extend(keep_device(ids));
+            }
+            Job::Refresh { check } => {
+                commands.push(script(EXTEND, ids, instance));
+                // Another node's end of the same session may have taken the device out.
+                if *check {
+                    commands.extend(keep_device(ids));
+                }
+            }
+            Job::Unregister => commands.push(script(REMOVE, ids, instance)),
+        }
+    }
+    let mut answers = link.run(commands).await?.into_iter();
+    let mut outcomes = Vec::with_capacity(jobs.len());
+    let mut updates = Vec::new();
+    let mut gone = Vec::new();
+    for (ids, job) in jobs {
+        let Some(first) = answers.next() else { return Ok(vec![Outcome::Failed; jobs.len()]) };
+        let kept = match job {
+            Job::Register | Job::Refresh { check: true } => KEEP_COMMANDS,
+            Job::Refresh { check: false } | Job::Unregister => 0,
+        };
+        let well = answers.by_ref().take(kept).filter(Result::is_ok).count() == kept;
+        let was = match holder(first) {
+            Ok(was) if well => was,
+            Ok(_) | Err(_) => {
+                outcomes.push(Outcome::Failed);
+                continue;
+            }
+        };
+        outcomes.push(match (job, was) {
+            (Job::Register, was) => {
+                if was.is_none() {
+                    updates.push(update(ids.user(), PresenceStatus::Online));
+                }
+                Outcome::Done
+            }
+            (Job::Refresh { .. }, None) => Outcome::Vanished,
+            // Its lifetime was over, or it was removed by an attempt that failed after that.
+            (Job::Unregister, None) => {
+                gone.push(ids);
+                Outcome::Vanished
+            }
+            (Job::Refresh { .. } | Job::Unregister, Some(holder)) if holder != instance => {
+                Outcome::Elsewhere
+            }
+            (Job::Refresh { .. }, Some(_)) => Outcome::Done,
+            (Job::Unregister, Some(_)) => {
+                gone.push(ids);
+                Outcome::Done
+            }
+        });
+    }
+    updates.extend(take_out(link, &gone).await?);
+    if !updates.is_empty() {
+        link.run(updates).await?;
+    }
+    Ok(outcomes)
+}
+
+/// Takes devices whose registration is gone out of their users' sets; returns the updates of the
+/// users who have no live session any more.
+async fn take_out(link: &RedisLink, gone: &[&SessionIds]) -> Result<Vec<Cmd>, RedisFault> {
+    if gone.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut commands = Vec::with_capacity(2 * gone.len());
+    for ids in gone {
+        commands.push(devices("SREM", ids));
+        let mut rest = redis::cmd("SMEMBERS");
+        rest.arg(devices_key(ids.user()));
+        commands.push(rest);
+    }
+    let answers = link.run(commands).await?;
+    let mut others: Vec<SessionIds> = Vec::new();
+    let mut left = Vec::with_capacity(gone.len());
+    for (ids, answer) in gone.iter().zip(answers.into_iter().skip(1).step_by(2)) {
+        let names: Vec<String> =
+            answer.and_then(|rest| Ok(Vec::from_redis_value(rest)?)).unwrap_or_default();
+        let from = others.len();
+        // Sets of users with the usual handful of devices; the names were bounded when they came.
+        others.extend(names.iter().map(|device| SessionIds::new(ids.user(), device)));
+        left.push((*ids, from..others.len()));
+    }
+
+    // A device stays in the set when its node crashed: only a registration says that it is live.
+    let mut alive = Vec::new();
+    if !others.is_empty() {
+        let exists = |ids: &SessionIds| {
+            let mut command = redis::cmd("EXISTS");
+            command.arg(session_key(ids));
+            command
+        };
+        for answer in link.run(others.iter().map(exists).collect()).await? {
+            // In doubt the user is not said to be gone.
+            alive.push(answer.and_then(|found| Ok(bool::from_redis_value(found)?)).unwrap_or(true));
+        }
+    }
+    let mut commands = Vec::new();
+    for (ids, range) in left {
+        if !alive[range.clone()].contains(&true) {
+            commands.push(update(ids.user(), PresenceStatus::Offline));
+        }
+        for index in range.filter(|index| !alive[*index]) {
+            commands.push(devices("SREM", &others[index]));
+        }
+    }
+    Ok(commands)
+}

@@ -1,0 +1,250 @@
+//! Presence against a presence service that records what it is told.
+
+use super::*;
+use crate::service::backends::neighbours::{NeighbourConfig, NeighbourCounters};
+use crate::service::fakes::{Call, FakeNeighbours, Manner, Method};
+use tonic::Code;
+
+struct Node {
+    presence: Presence,
+    counters: Arc<PresenceCounters>,
+}
+
+impl Node {
+    fn new(instance: &str, fake: &FakeNeighbours) -> Self {
+        Self::with(PresenceConfig::new(instance.into()), fake, Duration::from_secs(20))
+    }
+
+    fn with(config: PresenceConfig, fake: &FakeNeighbours, call_timeout: Duration) -> Self {
+        let neighbour = NeighbourConfig { call_timeout, ..NeighbourConfig::new(fake.url()) };
+        let service = PresenceService::new(&neighbour, Arc::<NeighbourCounters>::default());
+        let counters = Arc::new(PresenceCounters::default());
+        let target = PresenceTarget::Service(service.unwrap());
+        let presence = Presence::spawn(config, target, Arc::clone(&counters));
+        Self { presence, counters }
+    }
+
+    fn shared(&self) -> &Shared {
+        self.presence.shared.as_ref().unwrap()
+    }
+
+    /// Waits until presence has been told everything.
+    async fn settled(&self) {
+        while self.shared().lock().len() > 0 {
+            self.shared().settled.notified().await;
+        }
+    }
+
+    /// What the next refresh finds out.
+    async fn checked(&self, ids: &SessionIds) {
+        assert!(self.presence.refresh(ids, 0));
+        self.settled().await;
+    }
+}
+
+fn phone(user: &str) -> SessionIds {
+    SessionIds::new(user, "phone")
+}
+
+fn registered(fake: &FakeNeighbours, user: &str) -> Option<String> {
+    fake.known().registrations.get(&(user.to_owned(), "phone".to_owned())).cloned()
+}
+
+#[tokio::test]
+async fn calls_are_those_of_the_contract() {
+    let fake = FakeNeighbours::start();
+    let node = Node::new("node-1", &fake);
+    let ids = phone("alice");
+    let (user, device) = ("alice".to_owned(), "phone".to_owned());
+    node.presence.opened(&ids, false);
+    node.settled().await;
+    let register = Call::Register {
+        user: user.clone(),
+        device: device.clone(),
+        instance: "node-1".to_owned(),
+    };
+    assert_eq!(fake.known().calls, [register]);
+
+    for nth in 0..6 {
+        node.presence.refresh(&ids, nth);
+        node.settled().await;
+    }
+    assert_eq!(fake.known().count(Method::Refresh), 6);
+    assert_eq!(fake.known().count(Method::Devices), 2, "the first and every third are checked");
+
+    node.presence.ended(&ids);
+    node.settled().await;
+    assert_eq!(fake.known().calls.last(), Some(&Call::Unregister { user, device }));
+    let counters = &node.counters;
+    assert_eq!(counters.registered.get(), 1);
+    assert_eq!(counters.refreshed.get(), 6);
+    assert_eq!(counters.unregistered.get(), 1);
+}
+
+#[tokio::test]
+async fn late_end_on_one_node_leaves_the_session_on_the_other() {
+    let fake = FakeNeighbours::start();
+    let (one, two) = (Node::new("node-1", &fake), Node::new("node-2", &fake));
+    let ids = phone("alice");
+    one.presence.opened(&ids, false);
+    one.settled().await;
+    two.presence.opened(&ids, false);
+    two.settled().await;
+    assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
+
+    one.presence.ended(&ids);
+    one.settled().await;
+    assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
+    assert_eq!(fake.known().count(Method::Unregister), 0);
+
+    two.presence.ended(&ids);
+    two.settled().await;
+    assert_eq!(registered(&fake, "alice"), None);
+}
+
+#[tokio::test]
+async fn node_learns_that_its_session_was_replaced_on_another() {
+    let fake = FakeNeighbours::start();
+    let (one, two) = (Node::new("node-1", &fake), Node::new("node-2", &fake));
+    let ids = phone("alice");
+    one.presence.opened(&ids, false);
+    one.settled().await;
+    one.checked(&ids).await;
+    assert_eq!(one.presence.take_replaced(), []);
+    two.presence.opened(&ids, false);
+    two.settled().await;
+    one.checked(&ids).await;
+    assert_eq!(one.presence.take_replaced(), [ids]);
+    assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
+}
+
+#[tokio::test]
+async fn registration_that_vanished_is_made_again() {
+    let fake = FakeNeighbours::start();
+    let node = Node::new("node-1", &fake);
+    let ids = phone("alice");
+    node.presence.opened(&ids, false);
+    node.settled().await;
+    fake.known().registrations.clear();
+    node.checked(&ids).await;
+    assert_eq!(registered(&fake, "alice").as_deref(), Some("node-1"));
+    assert_eq!(node.counters.vanished.get(), 1);
+}
+
+#[tokio::test]
+async fn what_came_and_went_while_presence_was_away_costs_at_most_one_call_each() {
+    const USERS: usize = 300;
+    let mut fake = FakeNeighbours::start();
+    fake.stop();
+    let node = Node::new("node-1", &fake);
+    let users: Vec<_> = (0..USERS).map(|user| phone(&format!("user-{user}"))).collect();
+    for round in 0..20 {
+        for ids in &users {
+            node.presence.opened(ids, round > 0);
+            node.presence.ended(ids);
+        }
+        tokio::task::yield_now().await;
+    }
+    let stays = phone("stays");
+    node.presence.opened(&stays, false);
+    while node.counters.failures.get() == 0 {
+        node.shared().settled.notified().await;
+    }
+    fake.restart();
+    node.settled().await;
+    let known = fake.known();
+    assert_eq!(known.count(Method::Register), 1);
+    assert!(known.count(Method::Unregister) + known.count(Method::Devices) <= 2 * USERS);
+    for ids in &users {
+        let of_user = known.calls.iter().filter(|call| match call {
+            Call::Register { user, .. } | Call::Unregister { user, .. } => *user == ids.user(),
+            _ => false,
+        });
+        assert!(of_user.count() <= 1);
+    }
+    assert_eq!(known.registrations.len(), 1);
+}
+
+#[tokio::test]
+async fn calls_under_way_are_bounded() {
+    let fake = FakeNeighbours::start();
+    fake.set(Method::Register, Manner::Hanging);
+    let config = PresenceConfig { calls_max: 7, ..PresenceConfig::new("node-1".into()) };
+    let node = Node::with(config, &fake, Duration::from_secs(20));
+    for user in 0..1000 {
+        node.presence.opened(&phone(&format!("user-{user}")), false);
+    }
+    fake.until(|known| known.in_flight.get(&Method::Register) == Some(&7)).await;
+    assert_eq!(fake.known().in_flight_peak[&Method::Register], 7);
+    assert_eq!(node.counters.under_way.get(), 7);
+}
+
+#[tokio::test]
+async fn what_presence_refuses_for_good_is_not_asked_again() {
+    let fake = FakeNeighbours::start();
+    fake.set(Method::Register, Manner::Failing(Code::InvalidArgument));
+    let node = Node::new("node-1", &fake);
+    node.presence.opened(&phone("alice"), false);
+    node.settled().await;
+    assert_eq!(fake.known().count(Method::Register), 1);
+    assert_eq!(node.counters.rejected.get(), 1);
+}
+
+#[tokio::test]
+async fn shutdown_tells_the_ends_and_nothing_else() {
+    let fake = FakeNeighbours::start();
+    let node = Node::new("node-1", &fake);
+    let users: Vec<_> = (0..100).map(|user| phone(&format!("user-{user}"))).collect();
+    assert!(users.iter().all(|ids| node.presence.opened(ids, false)));
+    node.settled().await;
+    users.iter().for_each(|ids| node.presence.ended(ids));
+    node.presence.close(Duration::from_secs(20)).await;
+    assert!(fake.known().registrations.is_empty());
+    assert!(!node.presence.opened(&phone("late"), false));
+    assert_eq!(node.counters.abandoned.get(), 0);
+}
+
+#[tokio::test]
+async fn shutdown_does_not_wait_for_ever() {
+    let fake = FakeNeighbours::start();
+    let node = Node::new("node-1", &fake);
+    node.presence.opened(&phone("alice"), false);
+    node.settled().await;
+    fake.set(Method::Devices, Manner::Hanging);
+    node.presence.ended(&phone("alice"));
+    node.presence.close(Duration::from_millis(50)).await;
+    assert_eq!(node.counters.abandoned.get(), 1);
+}
+
+#[tokio::test]
+async fn presence_that_is_off_costs_nothing() {
+    let presence = Presence::off();
+    assert!(presence.opened(&phone("alice"), false) && presence.refresh(&phone("alice"), 0));
+    presence.ended(&phone("alice"));
+    assert!(presence.take_replaced().is_empty());
+    presence.close(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
+    let fake = FakeNeighbours::start();
+    let reach = ReachConfig {
+        lookup_lifetime: Duration::from_secs(1),
+        registration_wait: Duration::from_secs(60),
+    };
+    let config = PresenceConfig { reach: Some(reach), ..PresenceConfig::new("node-1".into()) };
+    let node = Node::with(config, &fake, Duration::from_secs(20));
+    let (accepted, reach) = node.presence.admitted(&phone("alice"), false);
+    assert!(accepted);
+    node.settled().await;
+    let until = reach.unwrap().standing(Instant::now());
+    let Standing::Open(until) = until else { panic!("{until:?}") };
+    let left = until.duration_since(Instant::now());
+    assert!(left <= Duration::from_secs(1), "what it waits for now is the look-ups: {left:?}");
+
+    fake.set(Method::Register, Manner::Failing(Code::InvalidArgument));
+    let (_, reach) = node.presence.admitted(&phone("bob"), false);
+    reach.unwrap().decided().await;
+    let (_, reach) = Presence::off().admitted(&phone("carol"), false);
+    assert!(reach.is_none(), "nobody knows of it, ever");
+}

@@ -1,0 +1,383 @@
+//! Catch-up against services that record what they are asked; the test is the session manager.
+
+mod other_nodes;
+
+use std::collections::HashMap;
+
+use prost::Message as _;
+use tonic::Code;
+
+use super::*;
+use crate::domain::event::Encoding;
+use crate::domain::ids::{ConnectionKey, ShardId};
+use crate::service::backends::neighbours::{
+    ConversationService, MessageService, NeighbourConfig, NeighbourCounters,
+};
+use crate::service::backends::ports::{BoxFuture, NeighbourError};
+use crate::service::events::proto::delivery::v1::DeliveryEvent;
+use crate::service::events::proto::message::v1::Message;
+use crate::service::events::stream_key::stream_key;
+use crate::service::fakes::{Call, FakeNeighbours, Manner, Method};
+
+struct Bench {
+    fake: FakeNeighbours,
+    resume: Resume,
+    counters: Arc<ResumeCounters>,
+    out: mpsc::Sender<CatchUp>,
+    steps: mpsc::Receiver<CatchUp>,
+}
+
+impl Bench {
+    fn new(config: ResumeConfig) -> Self {
+        let fake = FakeNeighbours::start();
+        let neighbour = NeighbourConfig {
+            call_timeout: Duration::from_secs(20),
+            ..NeighbourConfig::new(fake.url())
+        };
+        let counters = Arc::<NeighbourCounters>::default;
+        let service = Arc::new(ConversationService::new(&neighbour, counters()).unwrap());
+        let messages = Arc::new(MessageService::new(&neighbour, counters()).unwrap());
+        let membership = Membership::Checked { listing: service.clone(), source: service };
+        let counters = Arc::new(ResumeCounters::default());
+        let resume = Resume::new(config, messages, membership, Arc::clone(&counters));
+        let (out, steps) = mpsc::channel(16);
+        Self { fake, resume, counters, out, steps }
+    }
+
+    fn begin(&self, slot: u32, user: &str, scope: Scope) -> Begun {
+        self.begin_among(slot, user, scope, None)
+    }
+
+    fn begin_among(&self, slot: u32, user: &str, scope: Scope, reach: Option<Arc<Reach>>) -> Begun {
+        let address = SessionAddress {
+            shard: ShardId(0),
+            // Its frame is the bare message.
+            encoding: Encoding::Stream,
+            connection: ConnectionKey { slot, generation: 0 },
+        };
+        let ids = SessionIds::new(user, "phone");
+        self.resume.begin(ResumeRequest { ids, address, scope, reach }, self.out.clone())
+    }
+
+    fn begin_session(&self, slot: u32, user: &str, named: &[(&str, i64)]) {
+        let begun = self.begin(slot, user, Scope::Session(positions(named)));
+        assert!(matches!(begun, Begun::Running(_)), "{begun:?}");
+    }
+
+    async fn step(&mut self) -> CatchUp {
+        self.steps.recv().await.expect("the bench holds a sender")
+    }
+
+    /// Takes everything at once, as a fast socket would, until one session is complete.
+    async fn complete(&mut self) -> (Vec<(String, i64)>, HashMap<StreamKeyOf, i64>) {
+        let mut messages = Vec::new();
+        loop {
+            match self.step().await.step {
+                Step::Chunk { events, sent } => {
+                    messages.extend(events.iter().map(|event| place(event)));
+                    sent.send(()).unwrap();
+                }
+                Step::Complete { delivered } => {
+                    let delivered = delivered.iter().map(|at| (at.stream.0, at.sequence));
+                    return (messages, delivered.collect());
+                }
+                Step::Failed(close) => panic!("{close:?}"),
+            }
+        }
+    }
+
+    async fn failed(&mut self) -> Close {
+        match self.step().await.step {
+            Step::Failed(close) => close,
+            step => panic!("{step:?}"),
+        }
+    }
+}
+
+type StreamKeyOf = u64;
+
+fn positions(named: &[(&str, i64)]) -> Vec<LastSequence> {
+    let position = |(conversation, sequence): &(&str, i64)| LastSequence {
+        conversation: (*conversation).into(),
+        sequence: *sequence,
+    };
+    named.iter().map(position).collect()
+}
+
+fn place(event: &Event) -> (String, i64) {
+    let event = DeliveryEvent::decode(event.frame(Encoding::Stream).unwrap()).unwrap();
+    (event.conversation_id, event.sequence)
+}
+
+fn of(conversation: &str, messages: &[(String, i64)]) -> Vec<i64> {
+    messages.iter().filter(|(of, _)| of == conversation).map(|(_, sequence)| *sequence).collect()
+}
+
+#[tokio::test]
+async fn everything_missed_is_sent_page_by_page_and_in_order() {
+    let mut bench = Bench::new(ResumeConfig::default());
+    bench.fake.known().converse("named", &["alice"], 250);
+    bench.fake.known().converse("listed", &["alice", "bob"], 100);
+    bench.fake.known().converse("up-to-date", &["alice"], 5);
+    bench.fake.known().converse("not-hers", &["bob"], 7);
+    bench.begin_session(1, "alice", &[("named", 20), ("up-to-date", 5)]);
+    let (messages, delivered) = bench.complete().await;
+
+    assert_eq!(of("named", &messages), (21..=250).collect::<Vec<_>>());
+    assert_eq!(of("listed", &messages), (1..=100).collect::<Vec<_>>());
+    assert_eq!(messages.len(), 330);
+    let expected = [("named", 250), ("listed", 100), ("up-to-date", 5)]
+        .map(|(conversation, sequence)| (stream_key(conversation).0, sequence));
+    assert_eq!(delivered, expected.into_iter().collect());
+
+    let known = bench.fake.known();
+    let list = Call::List { user: "alice".into(), on_behalf_of: Some("alice".into()) };
+    assert_eq!(known.calls[0], list);
+    let pages = |of: &str| -> Vec<i64> {
+        let after = |call: &Call| match call {
+            Call::Sync { conversation, after, page_size: 100 } if conversation == of => {
+                Some(*after)
+            }
+            _ => None,
+        };
+        known.calls.iter().filter_map(after).collect()
+    };
+    assert_eq!(pages("named"), [20, 120, 220]);
+    assert_eq!(pages("listed"), [0, 100], "a full page is followed by one more");
+    assert_eq!(pages("up-to-date"), [5]);
+    assert_eq!(known.count(Method::Members), 0, "all named ones were listed");
+    assert_eq!(bench.counters.messages.get(), 330);
+}
+
+#[tokio::test]
+async fn conversation_that_is_not_the_users_is_not_sent_by_being_named() {
+    let mut bench = Bench::new(ResumeConfig::default());
+    bench.fake.known().converse("removed-from", &["bob"], 50);
+    bench.begin_session(1, "alice", &[("removed-from", 3), ("unknown", 0)]);
+    let (messages, delivered) = bench.complete().await;
+    assert_eq!((messages.len(), delivered.len()), (0, 0));
+    assert_eq!(bench.fake.known().count(Method::Sync), 0);
+    assert_eq!(bench.counters.conversations_refused.get(), 2);
+}
+
+#[tokio::test]
+async fn pace_is_the_sockets() {
+    let config = ResumeConfig { chunk_messages_max: 10, ..ResumeConfig::default() };
+    let mut bench = Bench::new(config);
+    bench.fake.known().converse("a", &["alice"], 25);
+    bench.fake.known().converse("b", &["alice"], 25);
+    bench.begin_session(1, "alice", &[]);
+    let mut sizes = Vec::new();
+    loop {
+        match bench.step().await.step {
+            Step::Chunk { events, sent } => {
+                // However much is there already, the next chunk waits for this one.
+                bench.fake.until(|known| known.count(Method::Sync) == 2).await;
+                assert!(bench.steps.try_recv().is_err());
+                sizes.push(events.len());
+                sent.send(()).unwrap();
+            }
+            Step::Complete { .. } => break,
+            Step::Failed(close) => panic!("{close:?}"),
+        }
+    }
+    assert_eq!(sizes, [10, 10, 5, 10, 10, 5]);
+    assert_eq!(bench.counters.pages_bytes.get(), 0);
+}
+
+#[tokio::test]
+async fn socket_that_takes_nothing_ends_the_catch_up() {
+    let config = ResumeConfig { chunk_timeout: Duration::from_millis(20), ..Default::default() };
+    let mut bench = Bench::new(config);
+    bench.fake.known().converse("a", &["alice"], 5);
+    bench.begin_session(1, "alice", &[]);
+    let Step::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
+    let close = bench.failed().await;
+    assert_eq!(close.code, CloseCode::TRY_AGAIN_LATER);
+    assert!(close.reason.contains("reads too slowly"), "{close:?}");
+    assert!(sent.is_closed());
+    assert_eq!(bench.counters.failed_slow.get(), 1);
+    assert_eq!(bench.counters.pages_bytes.get(), 0);
+}
+
+#[tokio::test]
+async fn session_that_ended_is_dropped_without_a_word() {
+    let mut bench = Bench::new(ResumeConfig::default());
+    bench.fake.known().converse("a", &["alice"], 5);
+    bench.begin_session(1, "alice", &[]);
+    let Step::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
+    drop(sent);
+    bench.begin_session(2, "alice", &[]);
+    assert_eq!(bench.step().await.address.connection.slot, 2, "and nothing more of the first");
+}
+
+#[tokio::test]
+async fn failing_service_is_asked_a_few_times_and_then_the_client_is_told() {
+    for (method, text) in
+        [(Method::List, "conversation service"), (Method::Sync, "message service")]
+    {
+        let config = ResumeConfig { attempts_max: 2, ..ResumeConfig::default() };
+        let mut bench = Bench::new(config);
+        bench.fake.known().converse("a", &["alice"], 5);
+        bench.fake.set(method, Manner::Failing(Code::Internal));
+        bench.begin_session(1, "alice", &[]);
+        let close = bench.failed().await;
+        assert_eq!(close.code, CloseCode::TRY_AGAIN_LATER);
+        assert!(close.reason.contains(text), "{close:?}");
+        assert_eq!(bench.fake.known().count(method), 2);
+        assert_eq!(bench.counters.failed_neighbour.get(), 1);
+    }
+}
+
+#[tokio::test]
+async fn failure_that_passes_is_not_noticed() {
+    let mut bench = Bench::new(ResumeConfig { attempts_max: 100, ..ResumeConfig::default() });
+    bench.fake.known().converse("a", &["alice"], 5);
+    bench.fake.set(Method::Sync, Manner::Failing(Code::Unavailable));
+    bench.begin_session(1, "alice", &[]);
+    bench.fake.until(|known| known.count(Method::Sync) == 1).await;
+    bench.fake.set(Method::Sync, Manner::Well);
+    let (messages, _) = bench.complete().await;
+    assert_eq!(of("a", &messages), [1, 2, 3, 4, 5]);
+}
+
+#[tokio::test]
+async fn later_attempts_ask_for_less_and_still_get_everything() {
+    let mut bench = Bench::new(ResumeConfig::default());
+    bench.fake.known().converse("a", &["alice"], 130);
+    bench.fake.set(Method::Sync, Manner::Failing(Code::Unavailable));
+    bench.begin_session(1, "alice", &[]);
+    bench.fake.until(|known| known.count(Method::Sync) == 2).await;
+    bench.fake.set(Method::Sync, Manner::Well);
+    let (messages, _) = bench.complete().await;
+    assert_eq!(of("a", &messages), (1..=130).collect::<Vec<_>>());
+    let sizes: Vec<_> = (bench.fake.known().calls.iter())
+        .filter_map(|call| match call {
+            Call::Sync { after, page_size, .. } => Some((*after, *page_size)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(sizes, [(0, 100), (0, 100), (0, 25), (25, 100), (125, 100)]);
+}
+
+#[tokio::test]
+async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
+    const SESSIONS: u32 = 300;
+    let config = ResumeConfig {
+        calls_max: 8,
+        sessions_max: 20,
+        conversations_at_once: 3,
+        ..ResumeConfig::default()
+    };
+    let mut bench = Bench::new(config);
+    for conversation in 0..10 {
+        bench.fake.known().converse(&format!("c-{conversation}"), &["alice"], 3);
+    }
+    bench.fake.set(Method::Sync, Manner::Late(Duration::from_millis(1)));
+    for slot in 0..SESSIONS {
+        bench.begin_session(slot, "alice", &[]);
+    }
+    let mut complete = 0;
+    let mut messages = 0;
+    while complete < SESSIONS {
+        match bench.step().await.step {
+            Step::Chunk { events, sent } => {
+                messages += events.len();
+                sent.send(()).unwrap();
+            }
+            Step::Complete { .. } => complete += 1,
+            Step::Failed(close) => panic!("{close:?}"),
+        }
+    }
+    assert_eq!(messages, SESSIONS as usize * 30);
+    let known = bench.fake.known();
+    let peak = |method| known.in_flight_peak.get(&method).copied().unwrap_or(0);
+    assert!(peak(Method::Sync) <= 8 && peak(Method::List) <= 8);
+    assert!(peak(Method::Sync) >= 4, "they do run side by side");
+    assert_eq!(known.count(Method::Sync), SESSIONS as usize * 10);
+}
+
+#[tokio::test]
+async fn requests_beyond_the_budget_are_refused() {
+    let config = ResumeConfig { requests_bytes_max: 1000, ..ResumeConfig::default() };
+    let bench = Bench::new(config);
+    bench.fake.set(Method::List, Manner::Hanging);
+    let named = [("conversation-with-a-name-of-some-length", 1); 8];
+    bench.begin_session(1, "alice", &named);
+    let begun = bench.begin(2, "bob", Scope::Session(positions(&named)));
+    let Begun::Refused(close) = begun else { panic!("{begun:?}") };
+    assert_eq!(close.code, CloseCode::TRY_AGAIN_LATER);
+    assert_eq!(bench.counters.refused.get(), 1);
+}
+
+#[tokio::test]
+async fn aborted_catch_up_gives_everything_back() {
+    let bench = Bench::new(ResumeConfig { sessions_max: 1, ..ResumeConfig::default() });
+    bench.fake.known().converse("a", &["alice"], 5);
+    bench.fake.set(Method::Sync, Manner::Hanging);
+    let Begun::Running(task) = bench.begin(1, "alice", Scope::Session(Vec::new())) else {
+        panic!("not begun");
+    };
+    bench.fake.until(|known| known.count(Method::Sync) == 1).await;
+    task.abort();
+    bench.fake.until(|known| known.in_flight[&Method::Sync] == 0).await;
+    bench.fake.set(Method::Sync, Manner::Well);
+    bench.begin_session(2, "alice", &[]);
+    let mut bench = bench;
+    let (messages, _) = bench.complete().await;
+    assert_eq!(messages.len(), 5);
+    assert_eq!(bench.counters.waiting.get(), 0);
+}
+
+#[tokio::test]
+async fn grpc_session_resumes_one_conversation_and_is_answered_in_any_case() {
+    let mut bench = Bench::new(ResumeConfig::default());
+    bench.fake.known().converse("a", &["alice"], 5);
+    bench.fake.known().converse("b", &["bob"], 5);
+    for (conversation, after, expected, last) in
+        [("a", 3, vec![4, 5], 5), ("a", 5, vec![], 5), ("b", 2, vec![], 2), ("x", 0, vec![], 0)]
+    {
+        let scope = Scope::Conversation { conversation: conversation.into(), after };
+        assert!(matches!(bench.begin(1, "alice", scope), Begun::Running(_)));
+        let (messages, delivered) = bench.complete().await;
+        assert_eq!(of(conversation, &messages), expected);
+        assert_eq!(delivered, HashMap::from([(stream_key(conversation).0, last)]));
+    }
+    assert_eq!(bench.fake.known().count(Method::List), 0);
+}
+
+/// A message service that ignores what was asked for.
+struct Stuck;
+
+impl MessageSource for Stuck {
+    fn messages_after(
+        &self,
+        _user: Arc<str>,
+        conversation: Arc<str>,
+        _after: i64,
+        page_size: u16,
+    ) -> BoxFuture<Result<Vec<Message>, NeighbourError>> {
+        let message = crate::service::fakes::message(&conversation, 1);
+        Box::pin(async move { Ok(vec![message; page_size.into()]) })
+    }
+}
+
+#[tokio::test]
+async fn page_without_progress_is_a_failure_and_not_a_loop() {
+    let mut bench = Bench::new(ResumeConfig::default());
+    let (messages, counters) = (Arc::new(Stuck), Arc::clone(&bench.counters));
+    bench.resume = Resume::new(ResumeConfig::default(), messages, Membership::Unchecked, counters);
+    bench.begin_session(1, "alice", &[("a", 0)]);
+    let Step::Chunk { events, sent } = bench.step().await.step else { panic!("no chunk") };
+    assert_eq!(events.len(), 1, "a hundred messages that all claim the same place are one");
+    sent.send(()).unwrap();
+    assert_eq!(bench.failed().await.code, CloseCode::TRY_AGAIN_LATER);
+}
+
+#[test]
+fn reasons_fit_a_close_frame() {
+    for failure in [Failure::Conversations, Failure::Messages, Failure::TooSlow] {
+        let close = failure.close().unwrap();
+        assert!(close.reason.len() <= crate::domain::limits::CLOSE_REASON_BYTES_MAX);
+    }
+}

@@ -1,0 +1,461 @@
+use std::net::SocketAddr;
+
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_stream::StreamExt;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status, Streaming};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+use super::*;
+use crate::domain::close::{Close, CloseCode, EndReason};
+use crate::domain::command::{DeliveryClass, Hello, Refusal, ShardCommand, ShardReport};
+use crate::domain::ids::{ConnectionKey, StreamPosition};
+use crate::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
+use crate::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use crate::service::events::stream_key::stream_key;
+use crate::service::streams::hub::testing::{Peer, event, rig};
+use crate::service::streams::hub::{HubConfig, OutboxLimits};
+
+/// A served port, the peers of its hub, and a channel to it.
+struct Port {
+    manager: Peer,
+    router: Peer,
+    address: SocketAddr,
+    channel: Channel,
+    counters: Arc<GrpcCounters>,
+    shutdown: oneshot::Sender<()>,
+    served: JoinHandle<Result<(), GrpcError>>,
+}
+
+impl Port {
+    async fn open(config: GrpcConfig, hub_config: HubConfig) -> Self {
+        let (handle, hub, [manager, router]) = rig(hub_config, 4096);
+        tokio::spawn(hub.run());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let counters = Arc::new(GrpcCounters::default());
+        let (shutdown, until) = oneshot::channel::<()>();
+        let served = serve(config, listener, handle, Arc::clone(&counters), async {
+            let _ = until.await;
+        });
+        let served = tokio::spawn(served);
+        let channel = channel(address).await;
+        Self { manager, router, address, channel, counters, shutdown, served }
+    }
+
+    async fn default() -> Self {
+        Self::open(GrpcConfig::default(), HubConfig::default()).await
+    }
+
+    fn call(&self, token: Option<&str>) -> Call {
+        let (requests, receiver) = mpsc::channel(1024);
+        let mut request = Request::new(ReceiverStream::new(receiver));
+        if let Some(token) = token {
+            request.metadata_mut().insert("authorization", token.parse().unwrap());
+        }
+        let mut client = DeliveryApiClient::new(self.channel.clone());
+        let answer =
+            tokio::spawn(
+                async move { client.connect(request).await.map(tonic::Response::into_inner) },
+            );
+        Call { requests, answer }
+    }
+
+    /// A session of alice that is admitted.
+    async fn session(&mut self) -> (Session, ConnectionKey) {
+        let call = self.call(None);
+        call.say("alice", "desk", "", 0).await;
+        let connection = self.manager.opened().await;
+        self.manager.send(ShardCommand::Admit { connection });
+        let events = call.answer.await.unwrap().unwrap();
+        (Session { requests: call.requests, events }, connection)
+    }
+
+    async fn ended(&mut self, session: ConnectionKey) -> EndReason {
+        match self.manager.report().await {
+            ShardReport::Ended { connection, why } if connection == session => why,
+            other => panic!("not its end: {other:?}"),
+        }
+    }
+}
+
+async fn channel(address: SocketAddr) -> Channel {
+    Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap()
+}
+
+struct Call {
+    requests: mpsc::Sender<DeliveryConnectRequest>,
+    answer: JoinHandle<Result<Streaming<DeliveryEvent>, Status>>,
+}
+
+impl Call {
+    async fn say(&self, user: &str, device: &str, conversation: &str, sequence: i64) {
+        say(&self.requests, user, device, conversation, sequence).await;
+    }
+
+    async fn refused(self) -> Status {
+        self.answer.await.unwrap().expect_err("it was to be refused")
+    }
+}
+
+struct Session {
+    requests: mpsc::Sender<DeliveryConnectRequest>,
+    events: Streaming<DeliveryEvent>,
+}
+
+impl Session {
+    async fn name(&self, conversation: &str, sequence: i64) {
+        say(&self.requests, "", "", conversation, sequence).await;
+    }
+
+    async fn next(&mut self) -> Result<i64, Status> {
+        let event = self.events.next().await.expect("a stream ends with a status");
+        event.map(|event| event.sequence)
+    }
+}
+
+async fn say(
+    requests: &mpsc::Sender<DeliveryConnectRequest>,
+    user: &str,
+    device: &str,
+    conversation: &str,
+    sequence: i64,
+) {
+    let request = DeliveryConnectRequest {
+        user_id: user.into(),
+        device_id: device.into(),
+        conversation_id: conversation.into(),
+        last_received_sequence: sequence,
+    };
+    requests.send(request).await.unwrap();
+}
+
+fn message(conversation: &str, sequence: i64) -> crate::domain::event::Event {
+    let encoded = prost::Message::encode_to_vec(&DeliveryEvent {
+        conversation_id: conversation.into(),
+        sequence,
+        message: None,
+    });
+    event(stream_key(conversation), sequence, &encoded)
+}
+
+#[tokio::test]
+async fn hello_carries_ids_token_and_address() {
+    let mut port = Port::default().await;
+    let call = port.call(Some("Bearer the-token"));
+    call.say("alice", "desk", "", 0).await;
+    let ShardReport::Opened { hello, .. } = port.manager.report().await else { panic!() };
+    let Hello { user_id, device_id, token, address, .. } = *hello;
+    assert_eq!((user_id.as_str(), device_id.as_str()), ("alice", "desk"));
+    assert_eq!(token.unwrap().expose(), "the-token");
+    assert!(address.is_loopback());
+}
+
+#[tokio::test]
+async fn catch_up_and_live_events_meet_without_a_seam() {
+    let mut port = Port::default().await;
+    let call = port.call(None);
+    call.say("alice", "desk", "c", 1).await;
+    let connection = port.manager.opened().await;
+    // Live before anything else is known of the session.
+    port.router.deliver(connection, message("c", 3), DeliveryClass::Live, 1);
+    port.manager.send(ShardCommand::Admit { connection });
+    let events = call.answer.await.unwrap().unwrap();
+    let mut session = Session { requests: call.requests, events };
+
+    match port.manager.report().await {
+        ShardReport::Resume { conversation, after, .. } => {
+            assert_eq!((&*conversation, after), ("c", 1));
+        }
+        other => panic!("not a resume: {other:?}"),
+    }
+    port.router.deliver(connection, message("c", 4), DeliveryClass::Live, 2);
+    port.router.deliver(connection, message("other", 9), DeliveryClass::Live, 3);
+    for sequence in [2, 3] {
+        port.manager.deliver(connection, message("c", sequence), DeliveryClass::CatchUp, 7);
+        assert_eq!(session.next().await.unwrap(), sequence);
+        assert!(matches!(port.manager.report().await, ShardReport::Done { .. }));
+    }
+    port.manager.release(connection, StreamPosition { stream: stream_key("c"), sequence: 3 });
+    assert_eq!([session.next().await.unwrap(), session.next().await.unwrap()], [4, 9]);
+
+    // A later mention is an acknowledgement.
+    session.name("c", 4).await;
+    session.name("d", 0).await;
+    match port.manager.report().await {
+        ShardReport::Resume { conversation, after, .. } => {
+            assert_eq!((&*conversation, after), ("d", 0));
+        }
+        other => panic!("not a resume: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn first_request_must_name_user_and_device() {
+    let mut port = Port::default().await;
+    let call = port.call(None);
+    call.say("alice", "", "", 0).await;
+    assert_eq!(call.refused().await.code(), Code::InvalidArgument);
+    let call = port.call(None);
+    drop(call.requests);
+    let status = call.answer.await.unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    // Whether the user may be left out is the token's matter, so that is asked.
+    let call = port.call(None);
+    call.say("", "desk", "", 0).await;
+    let connection = port.manager.opened().await;
+    let refusal =
+        Refusal { status: 400, body: "missing user_id or device_id".into(), retry_after_s: None };
+    port.manager.send(ShardCommand::Refuse { connection, refusal });
+    assert_eq!(call.refused().await.code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn requests_out_of_bounds_are_the_clients_fault() {
+    let mut port = Port::default().await;
+    for (user, conversation, sequence) in
+        [("", "c", -1), ("bob", "c", 0), ("", "x".repeat(257).as_str(), 0), ("", "c\n", 0)]
+    {
+        let (mut session, connection) = port.session().await;
+        say(&session.requests, user, "", conversation, sequence).await;
+        assert_eq!(session.next().await.unwrap_err().code(), Code::InvalidArgument);
+        assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
+    }
+    let (mut session, connection) = port.session().await;
+    session.name(&"x".repeat(5_000), 0).await;
+    assert_eq!(session.next().await.unwrap_err().code(), Code::OutOfRange);
+    assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
+    let token = format!("Bearer {}", "x".repeat(9_000));
+    let call = port.call(Some(&token));
+    call.say("alice", "desk", "", 0).await;
+    assert_eq!(call.refused().await.code(), Code::InvalidArgument);
+    assert_eq!(port.counters.grpc_calls_malformed.get(), 6);
+}
+
+#[tokio::test]
+async fn flood_of_requests_ends_its_stream() {
+    let config = GrpcConfig { requests_burst: 3, requests_per_s: 0, ..GrpcConfig::default() };
+    let mut port = Port::open(config, HubConfig::default()).await;
+    let (mut session, connection) = port.session().await;
+    for _ in 0..3 {
+        session.name("", 0).await;
+    }
+    assert_eq!(session.next().await.unwrap_err().code(), Code::ResourceExhausted);
+    assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
+}
+
+#[tokio::test]
+async fn refusals_have_their_status() {
+    let mut port = Port::default().await;
+    for (http, code) in [
+        (401, Code::Unauthenticated),
+        (403, Code::PermissionDenied),
+        (429, Code::ResourceExhausted),
+        (503, Code::Unavailable),
+    ] {
+        let call = port.call(None);
+        call.say("alice", "desk", "", 0).await;
+        let connection = port.manager.opened().await;
+        let refusal = Refusal { status: http, body: "why".into(), retry_after_s: None };
+        port.manager.send(ShardCommand::Refuse { connection, refusal });
+        let status = call.refused().await;
+        assert_eq!((status.code(), status.message()), (code, "why"));
+        assert_eq!(port.ended(connection).await, EndReason::Refused);
+    }
+}
+
+#[tokio::test]
+async fn call_that_names_nobody_in_time_is_given_up() {
+    let config = GrpcConfig { handshake_timeout: Duration::ZERO, ..GrpcConfig::default() };
+    let port = Port::open(config, HubConfig::default()).await;
+    let call = port.call(None);
+    let Call { requests: _requests, answer } = call;
+    assert_eq!(answer.await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
+    assert_eq!(port.counters.grpc_calls_late.get(), 1);
+}
+
+#[tokio::test]
+async fn replaced_session_ends_as_aborted() {
+    let mut port = Port::default().await;
+    let (mut session, connection) = port.session().await;
+    port.manager.send(ShardCommand::Close {
+        connection,
+        close: Close::new(CloseCode::SESSION_REPLACED, "session_replaced"),
+        why: EndReason::ClosedByService,
+    });
+    let status = session.next().await.unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::Aborted, "session_replaced"));
+    assert_eq!(port.ended(connection).await, EndReason::ClosedByService);
+}
+
+#[tokio::test]
+async fn client_that_cancels_is_told_from_one_that_vanishes() {
+    let mut port = Port::default().await;
+    let (session, connection) = port.session().await;
+    drop(session);
+    assert_eq!(port.ended(connection).await, EndReason::ClosedByPeer);
+
+    // Through a relay that ends: the client's socket goes without a word on the stream.
+    let (address, cut) = relay(port.address, Cut::Close).await;
+    port.channel = channel(address).await;
+    let (session, connection) = port.session().await;
+    cut.send(()).unwrap();
+    let why = port.ended(connection).await;
+    assert!(matches!(why, EndReason::PeerGone | EndReason::PeerReset), "{why:?}");
+    drop(session);
+}
+
+/// What becomes of both sockets of a relay that is cut.
+#[derive(Clone, Copy, PartialEq)]
+enum Cut {
+    /// They are closed.
+    Close,
+    /// They stay open and nobody reads them: a network that is gone.
+    Silence,
+}
+
+/// A relay in front of the port, and what cuts it.
+async fn relay(behind: SocketAddr, cut: Cut) -> (SocketAddr, oneshot::Sender<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (now, told) = oneshot::channel();
+    tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await.unwrap();
+        let mut server = TcpStream::connect(behind).await.unwrap();
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut client, &mut server) => return,
+            _ = told => {}
+        }
+        if cut == Cut::Silence {
+            std::future::pending::<()>().await;
+        }
+    });
+    (address, now)
+}
+
+#[tokio::test]
+async fn peer_that_answers_no_ping_is_given_up() {
+    let config = GrpcConfig {
+        keepalive_interval: Duration::from_millis(50),
+        keepalive_timeout: Duration::from_millis(50),
+        ..GrpcConfig::default()
+    };
+    let mut port = Port::open(config, HubConfig::default()).await;
+    let (address, cut) = relay(port.address, Cut::Silence).await;
+    port.channel = channel(address).await;
+    let (_session, connection) = port.session().await;
+    cut.send(()).unwrap();
+    assert_eq!(port.ended(connection).await, EndReason::PeerSilent);
+}
+
+#[tokio::test]
+async fn client_with_nothing_more_to_say_goes_on_listening() {
+    let mut port = Port::default().await;
+    let (session, connection) = port.session().await;
+    let Session { requests, mut events } = session;
+    drop(requests);
+    for sequence in 1..=3 {
+        port.router.deliver(connection, message("c", sequence), DeliveryClass::Live, 1);
+        assert_eq!(events.next().await.unwrap().unwrap().sequence, sequence);
+    }
+}
+
+#[tokio::test]
+async fn stream_that_is_not_read_ends_as_exhausted_and_holds_nothing_back() {
+    let limits =
+        OutboxLimits { live_messages_max: 16, hold_messages_max: 16, ..OutboxLimits::default() };
+    let hub_config = HubConfig { outbox: limits, ..HubConfig::default() };
+    let mut port = Port::open(GrpcConfig::default(), hub_config).await;
+    let (mut session, connection) = port.session().await;
+    let (stream, large) = (stream_key("c"), vec![0; 64 * 1024]);
+    let encoded = prost::Message::encode_to_vec(&DeliveryEvent {
+        conversation_id: String::from_utf8(large).unwrap(),
+        ..DeliveryEvent::default()
+    });
+    // More than the windows of HTTP/2 and the bound take together.
+    for sequence in 1..=100 {
+        port.router.deliver(connection, event(stream, sequence, &encoded), DeliveryClass::Live, 1);
+    }
+    for _ in 0..100 {
+        assert!(matches!(port.router.report().await, ShardReport::Done { .. }));
+    }
+    let status = loop {
+        if let Err(status) = session.next().await {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert_eq!(port.ended(connection).await, EndReason::QueueOverflow);
+}
+
+#[tokio::test]
+async fn health_follows_the_doors() {
+    let mut port = Port::default().await;
+    let mut health = HealthClient::new(port.channel.clone());
+    let request = HealthCheckRequest { service: "realchat.delivery.v1.DeliveryApi".into() };
+    let mut updates = health.watch(request).await.unwrap().into_inner();
+    assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::Serving as i32);
+    port.manager.send(ShardCommand::StopAccepting);
+    assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::NotServing as i32);
+    let call = port.call(None);
+    call.say("alice", "desk", "", 0).await;
+    assert_eq!(call.refused().await.code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn reflection_names_what_is_served_and_nothing_else() {
+    let port = Port::default().await;
+    let mut reflection = ServerReflectionClient::new(port.channel.clone());
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let answers = reflection.server_reflection_info(tokio_stream::once(request)).await.unwrap();
+    let answer = answers.into_inner().next().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("not a list");
+    };
+    let mut names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(
+        names,
+        [
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1.ServerReflection",
+            "realchat.delivery.v1.DeliveryApi"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn connections_are_bounded() {
+    let config = GrpcConfig { connections_max: 1, ..GrpcConfig::default() };
+    let port = Port::open(config, HubConfig::default()).await;
+    let mut second = TcpStream::connect(port.address).await.unwrap();
+    let mut byte = [0];
+    let read = tokio::io::AsyncReadExt::read(&mut second, &mut byte).await;
+    assert!(matches!(read, Ok(0) | Err(_)), "it was to be closed");
+    assert_eq!(port.counters.grpc_connections_refused.get(), 1);
+    assert_eq!(port.counters.grpc_connections.get(), 1);
+}
+
+#[tokio::test]
+async fn shutdown_waits_for_the_streams_and_then_returns() {
+    let mut port = Port::default().await;
+    let (mut session, connection) = port.session().await;
+    port.shutdown.send(()).unwrap();
+    port.manager.send(ShardCommand::Close {
+        connection,
+        close: Close::new(CloseCode::SERVICE_RESTART, "draining; reconnect in 5 ms"),
+        why: EndReason::Draining,
+    });
+    assert_eq!(session.next().await.unwrap_err().code(), Code::Unavailable);
+    port.served.await.unwrap().unwrap();
+}

@@ -12,8 +12,9 @@
 mod failure;
 mod jwks;
 mod keys;
+mod signature;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod verify;
 
 use std::sync::Arc;
@@ -115,6 +116,7 @@ impl Authenticator {
         rules: ClaimRules,
         counters: Arc<AuthCounters>,
     ) -> Result<Arc<Self>, KeyError> {
+        signature::install();
         let keys = match source {
             KeySource::Secret(secret) => Keys::Secret(KeySet::of_secret(&secret)?),
             KeySource::Pem(pem) => Keys::Public(KeySet::of_pem(&pem)?),

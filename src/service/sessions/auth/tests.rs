@@ -8,8 +8,13 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use jsonwebtoken::jwk::Jwk;
-use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use jsonwebtoken::{Algorithm, Header};
+use ring::hmac;
+use ring::rand::SystemRandom;
+use ring::signature::{
+    ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256,
+    RsaKeyPair, RsaPublicKeyComponents,
+};
 use serde_json::{Value, json};
 
 use super::*;
@@ -19,49 +24,84 @@ const RSA_PRIVATE: &str = include_str!("testdata/rsa_private.pem");
 const RSA_PUBLIC: &str = include_str!("testdata/rsa_public.pem");
 const SECRET: &str = "a secret of these tests, of 32 bytes or more";
 
-/// A pair of keys and what they sign with.
-struct Signer {
+/// A pair of keys. Signs with its own code, so that the verifier is not its own oracle.
+pub(crate) struct Signer {
     algorithm: Algorithm,
-    private: EncodingKey,
+    private: Private,
     public_pem: String,
 }
 
+enum Private {
+    Hmac(hmac::Key),
+    Rsa(RsaKeyPair),
+    Ec(EcdsaKeyPair),
+    Ed(Ed25519KeyPair),
+}
+
 impl Signer {
-    fn rsa() -> Self {
-        Self {
-            algorithm: Algorithm::RS256,
-            private: EncodingKey::from_rsa_pem(RSA_PRIVATE.as_bytes()).unwrap(),
-            public_pem: RSA_PUBLIC.to_owned(),
-        }
+    pub(crate) fn hs256(secret: &str) -> Self {
+        let private = Private::Hmac(hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()));
+        Self { algorithm: Algorithm::HS256, private, public_pem: String::new() }
+    }
+
+    pub(crate) fn rsa() -> Self {
+        let pair = rcgen::KeyPair::from_pem(RSA_PRIVATE).unwrap();
+        let private = Private::Rsa(RsaKeyPair::from_pkcs8(&pair.serialize_der()).unwrap());
+        Self { algorithm: Algorithm::RS256, private, public_pem: RSA_PUBLIC.to_owned() }
     }
 
     fn ec() -> Self {
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
-        Self {
-            algorithm: Algorithm::ES256,
-            private: EncodingKey::from_ec_pem(pair.serialize_pem().as_bytes()).unwrap(),
-            public_pem: pair.public_key_pem(),
-        }
+        let signing = &ECDSA_P256_SHA256_FIXED_SIGNING;
+        let random = SystemRandom::new();
+        let private = EcdsaKeyPair::from_pkcs8(signing, &pair.serialize_der(), &random).unwrap();
+        let public_pem = pair.public_key_pem();
+        Self { algorithm: Algorithm::ES256, private: Private::Ec(private), public_pem }
     }
 
     fn ed() -> Self {
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
-        Self {
-            algorithm: Algorithm::EdDSA,
-            private: EncodingKey::from_ed_der(&pair.serialize_der()),
-            public_pem: pair.public_key_pem(),
-        }
+        let private = Ed25519KeyPair::from_pkcs8_maybe_unchecked(&pair.serialize_der()).unwrap();
+        let public_pem = pair.public_key_pem();
+        Self { algorithm: Algorithm::EdDSA, private: Private::Ed(private), public_pem }
     }
 
-    fn sign(&self, kid: Option<&str>, claims: &Value) -> Secret {
+    pub(crate) fn sign(&self, kid: Option<&str>, claims: &Value) -> Secret {
         let header = Header { kid: kid.map(str::to_owned), ..Header::new(self.algorithm) };
-        Secret::new(jsonwebtoken::encode(&header, claims, &self.private).unwrap())
+        let signed = format!("{}.{}", part(&serde_json::to_value(header).unwrap()), part(claims));
+        let message = signed.as_bytes();
+        let random = SystemRandom::new();
+        let signature = match &self.private {
+            Private::Hmac(key) => hmac::sign(key, message).as_ref().to_vec(),
+            Private::Rsa(pair) => {
+                let mut signature = vec![0; pair.public().modulus_len()];
+                pair.sign(&RSA_PKCS1_SHA256, &random, message, &mut signature).unwrap();
+                signature
+            }
+            Private::Ec(pair) => pair.sign(&random, message).unwrap().as_ref().to_vec(),
+            Private::Ed(pair) => pair.sign(message).as_ref().to_vec(),
+        };
+        Secret::new(format!("{signed}.{}", BASE64URL.encode(signature)))
     }
 
     fn jwk(&self, kid: &str) -> Value {
-        let mut jwk = Jwk::from_encoding_key(&self.private, self.algorithm).unwrap();
-        jwk.common.key_id = Some(kid.to_owned());
-        serde_json::to_value(jwk).unwrap()
+        let text = |bytes: &[u8]| BASE64URL.encode(bytes);
+        match &self.private {
+            Private::Hmac(_) => unreachable!("a secret is not published"),
+            Private::Rsa(pair) => {
+                let public = RsaPublicKeyComponents::<Vec<u8>>::from(pair.public());
+                json!({ "kid": kid, "kty": "RSA", "alg": "RS256", "n": text(&public.n), "e": text(&public.e) })
+            }
+            Private::Ec(pair) => {
+                // An uncompressed point (SEC 1, §2.3.3): 4, x, y.
+                let (x, y) = pair.public_key().as_ref()[1..].split_at(32);
+                json!({ "kid": kid, "kty": "EC", "alg": "ES256", "crv": "P-256", "x": text(x), "y": text(y) })
+            }
+            Private::Ed(pair) => {
+                let x = text(pair.public_key().as_ref());
+                json!({ "kid": kid, "kty": "OKP", "alg": "EdDSA", "crv": "Ed25519", "x": x })
+            }
+        }
     }
 }
 
@@ -102,8 +142,7 @@ fn hs256() -> Arc<Authenticator> {
 }
 
 fn hs256_token(claims: &Value) -> Secret {
-    let key = EncodingKey::from_secret(SECRET.as_bytes());
-    Secret::new(jsonwebtoken::encode(&Header::new(Algorithm::HS256), claims, &key).unwrap())
+    Signer::hs256(SECRET).sign(None, claims)
 }
 
 /// An unsigned part of a token.
@@ -181,9 +220,8 @@ async fn algorithms_cannot_be_confused() {
     let rsa = Signer::rsa();
     let auth = jwt(KeySource::Pem(rsa.public_pem.clone().into_bytes()));
     // The public key, which everybody has, taken for an HMAC secret.
-    let forged = EncodingKey::from_secret(rsa.public_pem.as_bytes());
-    let forged = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims(), &forged).unwrap();
-    let refused = check(&auth, &Secret::new(forged), "").await;
+    let forged = Signer::hs256(&rsa.public_pem).sign(None, &claims());
+    let refused = check(&auth, &forged, "").await;
     assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
 
     for algorithm in ["none", "None", "nOnE", "HS255", ""] {
@@ -197,9 +235,9 @@ async fn algorithms_cannot_be_confused() {
         }
     }
     // A stronger hash of the same family is another algorithm all the same.
-    let key = EncodingKey::from_secret(SECRET.as_bytes());
-    let token = jsonwebtoken::encode(&Header::new(Algorithm::HS512), &claims(), &key).unwrap();
-    let refused = check(&hs256(), &Secret::new(token), "").await;
+    let key = Private::Hmac(hmac::Key::new(hmac::HMAC_SHA512, SECRET.as_bytes()));
+    let stronger = Signer { algorithm: Algorithm::HS512, private: key, public_pem: String::new() };
+    let refused = check(&hs256(), &stronger.sign(None, &claims()), "").await;
     assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
 }
 

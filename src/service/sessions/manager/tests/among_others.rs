@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -17,13 +16,13 @@ use crate::service::backends::neighbours::{
 use crate::service::events::stream_key::stream_key;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::fakes::{FakeNeighbours, Known, Manner, Method};
+use crate::service::sessions::auth::tests::Signer;
 use crate::service::sessions::auth::{AuthCounters, ClaimRules, KeySource};
 use crate::service::sessions::presence::{PresenceConfig, PresenceTarget};
 use crate::service::sessions::resume::{Membership, ResumeConfig, ResumeCounters};
 
 const SECRET: &str = "a secret of these tests, of 32 bytes or more";
 const PEM: &[u8] = include_bytes!("../../auth/testdata/rsa_public.pem");
-const PRIVATE: &[u8] = include_bytes!("../../auth/testdata/rsa_private.pem");
 /// Leeway of the tokens under test, seconds.
 const LEEWAY_S: u64 = 30;
 
@@ -38,15 +37,11 @@ fn claims(user: &str, exp: u64) -> Value {
 }
 
 fn hs256(user: &str, exp: u64) -> Secret {
-    let key = EncodingKey::from_secret(SECRET.as_bytes());
-    let header = Header::new(Algorithm::HS256);
-    Secret::new(jsonwebtoken::encode(&header, &claims(user, exp), &key).unwrap())
+    Signer::hs256(SECRET).sign(None, &claims(user, exp))
 }
 
 fn rs256(user: &str, exp: u64) -> Secret {
-    let key = EncodingKey::from_rsa_pem(PRIVATE).unwrap();
-    let header = Header::new(Algorithm::RS256);
-    Secret::new(jsonwebtoken::encode(&header, &claims(user, exp), &key).unwrap())
+    Signer::rsa().sign(None, &claims(user, exp))
 }
 
 fn with_secret() -> Bench {

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use super::source::{code_of, crate_imports, read, report, root, rust_files, without_tests};
+use super::imports::Imports;
+use super::source::{code_of, read, report, root, rust_files, without_tests};
 
 /// What each layer may import of ours (the map in `src/lib.rs`).
 const LAYERS: [(&str, &[&str]); 7] = [
@@ -16,6 +17,17 @@ const LAYERS: [(&str, &[&str]); 7] = [
     ("reactor", &["reactor", "uring", "handoff", "protocol", "domain"]),
     ("service", &["service", "handoff", "protocol", "domain"]),
     ("app", &["app", "service", "reactor", "uring", "handoff", "protocol", "domain"]),
+];
+
+/// What each floor of the service side may import of the others (`src/service/mod.rs`).
+const FLOORS: [(&str, &[&str]); 7] = [
+    ("runtime", &[]),
+    ("events", &["runtime"]),
+    ("backends", &["events", "runtime"]),
+    ("members", &["backends", "events", "runtime"]),
+    ("routing", &["members", "backends", "events", "runtime"]),
+    ("sessions", &["routing", "members", "backends", "events", "runtime"]),
+    ("streams", &["routing", "members", "backends", "events", "runtime"]),
 ];
 
 /// Layers that take time and randomness as arguments and know no runtime, no log and no back end.
@@ -64,27 +76,38 @@ fn every_folder_is_a_layer_and_every_layer_is_on_the_map() {
     }
 }
 
-#[test]
-fn layers_import_downwards_only() {
-    let allowed: BTreeMap<_, _> = LAYERS.into_iter().collect();
+/// The modules of `parent` that import against `allowed`, which names for each what it may import.
+fn against(imports: &Imports, parent: &[&str], allowed: &[(&str, &[&str])]) -> Vec<String> {
+    let parent: Vec<String> = parent.iter().map(|&part| part.to_owned()).collect();
+    let allowed: BTreeMap<_, _> = allowed.iter().copied().collect();
     let mut findings = Vec::new();
-    for path in rust_files("src") {
-        let Some(layer) = layer_of(&path) else { continue };
-        let code = code_of(&read(&path));
-        for import in crate_imports(&code) {
-            // A macro of `counters!`'s kind lives at the root and belongs to the nouns.
-            let known = allowed.contains_key(import.as_str());
-            if known && !allowed[layer].contains(&import.as_str()) {
-                findings.push(format!("{}: {layer} imports {import}", path.display()));
-            }
+    for ((from, to), (example_from, example_to)) in imports.among_children_of(&parent) {
+        match allowed.get(from.as_str()) {
+            Some(lower) if lower.contains(&to.as_str()) => {}
+            Some(_) => findings.push(format!(
+                "{from} imports {to}: {} imports {}",
+                example_from.join("::"),
+                example_to.join("::")
+            )),
+            None => findings.push(format!("{from} is on no floor")),
         }
-        for (name, _) in LAYERS {
-            if code.contains(&format!("super::{name}::"))
-                && !root().join("src").join(layer).join(name).exists()
-            {
-                findings.push(format!("{}: climbs out of {layer} to {name}", path.display()));
-            }
-        }
+    }
+    findings
+}
+
+#[test]
+fn layers_and_floors_import_downwards_only() {
+    let imports = Imports::of("src");
+    let mut findings = against(&imports, &[], &LAYERS);
+    findings.extend(against(&imports, &["service"], &FLOORS));
+    report(&findings);
+}
+
+#[test]
+fn no_modules_import_each_other_in_a_circle() {
+    let mut findings = Vec::new();
+    for folder in ["src", "fuzz/src", "bench/src"] {
+        findings.extend(Imports::of(folder).cycles());
     }
     report(&findings);
 }

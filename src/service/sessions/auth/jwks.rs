@@ -11,8 +11,6 @@ use super::AuthCounters;
 use super::keys::{Found, KeySet};
 use crate::domain::command::Secret;
 
-/// Between two fetches for unknown keys: tokens with made-up key ids do not storm the publisher.
-const REFETCH_INTERVAL: Duration = Duration::from_secs(10);
 /// First wait before a failed refresh is tried again; doubles each time.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 /// A published document, bytes.
@@ -27,14 +25,22 @@ pub struct JwksConfig {
     pub url: Secret,
     /// Between two fetches.
     pub refresh: Duration,
+    /// Least time between two fetches for unknown keys, so that tokens with invented key ids do not
+    /// storm the publisher.
+    pub refetch_interval: Duration,
     /// For one fetch.
     pub timeout: Duration,
 }
 
 impl JwksConfig {
-    /// Every five minutes, with 5 s for a fetch.
+    /// Refreshes every five minutes, for unknown keys at most every 10 s; 5 s for a fetch.
     pub fn new(url: Secret) -> Self {
-        Self { url, refresh: Duration::from_secs(300), timeout: Duration::from_secs(5) }
+        Self {
+            url,
+            refresh: Duration::from_secs(300),
+            refetch_interval: Duration::from_secs(10),
+            timeout: Duration::from_secs(5),
+        }
     }
 }
 
@@ -97,7 +103,7 @@ impl Jwks {
         if let Some(keys) = self.knowing(header) {
             return Some(keys); // Another one's fetch brought it.
         }
-        if begun.is_none_or(|begun| begun.elapsed() >= REFETCH_INTERVAL) {
+        if begun.is_none_or(|begun| begun.elapsed() >= self.config.refetch_interval) {
             *begun = Some(Instant::now());
             self.fetch().await;
         }

@@ -1,20 +1,16 @@
 //! A node that needs nothing else: started, listened to, told to go.
 
 use std::process::Command;
-use std::time::Duration;
 
 use rustix::process::Signal;
 
 use crate::support::node::{Node, NodeBuilder, binary};
 use crate::support::ports::free_port;
-use crate::support::wait::until;
+use crate::support::wait::{SOON, until};
 use crate::tail::Tail;
 
-/// For a message or to leave, on a machine that does much else.
-const WITHIN: Duration = Duration::from_secs(20);
-
 fn publish(node: &Node, arguments: &[&str]) {
-    let brokers = until(WITHIN, "the start-up message names its Kafka", || {
+    let brokers = until(SOON, "the start-up message names its Kafka", || {
         let log = node.log();
         let (brokers, _) = log.split_once("--brokers ")?.1.split_once(' ')?;
         Some(brokers.to_owned())
@@ -81,7 +77,7 @@ fn signal_ends_sessions_with_1001_and_the_process_with_0() {
         node.signal(signal);
         let notice = tail.notice();
         assert!(notice.starts_with("closed with 1001 "), "{notice}");
-        let status = until(WITHIN, "the node leaves", || node.ended());
+        let status = until(SOON, "the node leaves", || node.ended());
         assert_eq!(status.code(), Some(0), "{}", node.log());
     }
 }
@@ -92,12 +88,12 @@ fn drain_tells_sessions_when_to_come_back_and_a_signal_cuts_it_short() {
     let _first = Tail::connect(&node, "alice", &[]);
     let _second = Tail::connect(&node, "bob", &[]);
     assert_eq!(node.post("/admin/drain").unwrap().status, 202);
-    until(WITHIN, "readiness turns off", || {
+    until(SOON, "readiness turns off", || {
         node.get("/health/ready").filter(|answer| answer.status == 503)
     });
     assert!(node.get("/health/ready").unwrap().body.contains("draining"));
     node.signal(Signal::TERM);
-    let status = until(WITHIN, "the node leaves", || node.ended());
+    let status = until(SOON, "the node leaves", || node.ended());
     assert_eq!(status.code(), Some(128 + 15), "{}", node.log());
 }
 
@@ -118,7 +114,7 @@ fn alerts_and_dashboard_name_only_metrics_that_exist() {
         settings = settings.set(name, &nobody);
     }
     let node = settings.set("ROUTING_MODE", "broadcast").spawn();
-    let page = until(WITHIN, "the page with Kafka's lag", || {
+    let page = until(SOON, "the page with Kafka's lag", || {
         let page = node.get("/metrics")?.body;
         page.contains("\nkafka_consumer_lag{").then_some(page)
     });

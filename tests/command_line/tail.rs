@@ -9,9 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::support::node::{Node, binary};
-
-/// For the next line, on a machine that does much else.
-const LINE_WITHIN: Duration = Duration::from_secs(60);
+use crate::support::wait::SOON;
 
 /// A running tail; killed when dropped.
 pub(crate) struct Tail {
@@ -52,15 +50,15 @@ impl Tail {
 
     /// The next line of what it says about itself.
     pub(crate) fn notice(&self) -> String {
-        self.notices.recv_timeout(LINE_WITHIN).expect("a line on standard error")
+        self.notices.recv_timeout(SOON).expect("a line on standard error")
     }
 
     /// The next event; `None`: it has ended.
     pub(crate) fn event(&self) -> Option<Value> {
-        match self.events.recv_timeout(LINE_WITHIN) {
+        match self.events.recv_timeout(SOON) {
             Ok(line) => Some(serde_json::from_str(&line).unwrap()),
             Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => panic!("no event within {LINE_WITHIN:?}"),
+            Err(RecvTimeoutError::Timeout) => panic!("no event within {SOON:?}"),
         }
     }
 

@@ -29,7 +29,7 @@ const EVENT_BYTES: usize = 2 * 1024;
 const STREAM_WINDOW: u32 = 16 * 1024;
 /// Without an event taken in for so long, the intake has stopped.
 const STANDS_STILL: Duration = Duration::from_secs(3);
-const PROGRESS_WITHIN: Duration = Duration::from_secs(60);
+const PROGRESS_WITHIN: Duration = Duration::from_secs(120);
 
 /// gRPC sessions, each on a connection of its own, that read nothing until they are told to.
 struct Streams {

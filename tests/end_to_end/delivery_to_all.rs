@@ -16,7 +16,7 @@ const EVENTS: usize = 100_000;
 /// that end a session, so that what is tested is delivery and not overflow.
 const AHEAD_PER_SESSION: u64 = 16;
 /// Without any progress for so long, the run has failed.
-const PROGRESS_WITHIN: Duration = Duration::from_secs(30);
+const PROGRESS_WITHIN: Duration = Duration::from_secs(120);
 
 struct Run {
     node: Node,
@@ -195,9 +195,7 @@ fn short_sends_tear_no_frame() {
     let node = NodeBuilder::serve()
         .set("SHARDS", 2)
         .set("SO_SNDBUF", 4_608)
-        .set("QUEUE_MESSAGES_MAX", 4_096)
-        // A ping waits its turn behind all that.
-        .set("IDLE_TIMEOUT", "5m");
+        .set("QUEUE_MESSAGES_MAX", 4_096);
     let metrics = every_session_receives_its_own("short-sends", node, Some(2_304));
     let short = metrics.sum("delivery_shard_sends_short_total", &[]);
     println!("{short} of {} sends were short", metrics.sum("delivery_shard_sends_total", &[]));

@@ -43,8 +43,8 @@ const STEPS: usize = 12;
 /// Memory stays the same within this for so many looks: it has settled.
 const SETTLED_BYTES: f64 = 32.0 * 1024.0;
 const SETTLED_LOOKS: usize = 40;
-const SETTLED_WITHIN: Duration = Duration::from_secs(30);
-const ADMITTED_WITHIN: Duration = Duration::from_secs(60);
+const SETTLED_WITHIN: Duration = Duration::from_secs(120);
+const ADMITTED_WITHIN: Duration = Duration::from_secs(120);
 
 /// Of which caches a socket is made.
 const SOCKET: [&str; 6] =

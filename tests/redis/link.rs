@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use super::server::{Options, Server};
 
 /// Longest a test waits for what must come.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Waits until `happened`, looking again after each round trip of `between`.
 pub(crate) async fn until<F: Future>(

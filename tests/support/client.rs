@@ -5,9 +5,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::fleet::{Connect, Fleet, Seen};
-
-/// For whatever a client waits for.
-const HEARS_WITHIN: Duration = Duration::from_secs(20);
+use super::wait::SOON;
 
 /// What a client saw, kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,7 +82,7 @@ impl Client {
     /// Waits for the next thing.
     #[track_caller]
     pub fn hear(&mut self) -> Heard {
-        self.hear_within(HEARS_WITHIN).expect("hears something in time")
+        self.hear_within(SOON).expect("hears something in time")
     }
 
     /// Waits for the next thing, but not longer.

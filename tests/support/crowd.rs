@@ -5,12 +5,12 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::os::fd::AsRawFd as _;
-use std::time::Duration;
 
 use io_uring::IoUring;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
 use super::fleet::{Connect, masked_frame};
+use super::wait::SOON;
 
 /// Handshakes under way at once.
 const AT_ONCE: usize = 64;
@@ -22,8 +22,6 @@ const DESCRIPTORS_OWN: u64 = 256;
 const PER_SOURCE: usize = 5_000;
 /// The first of the source addresses.
 const FIRST_SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 64, 1);
-/// For an answer, on a machine that does much else.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// An answer to an upgrade request is shorter.
 const HEAD_BYTES_MAX: usize = 1024;
 
@@ -75,7 +73,7 @@ impl Crowd {
         bind(&socket, &SocketAddrV4::new(source.into(), 0)).expect("a loopback address");
         connect(&socket, &self.server).expect("the server accepts");
         let mut stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(ANSWER_WITHIN)).expect("not zero");
+        stream.set_read_timeout(Some(SOON)).expect("not zero");
         let user = format!("5eed0000-0000-4000-8000-{number:012}");
         let request = Connect::session(self.server, &user, &format!("device-{number:09}"));
         stream.write_all(request.request().as_bytes()).expect("a fresh socket takes it");

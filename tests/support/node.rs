@@ -12,14 +12,10 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::ports::free_port;
-use super::wait::until;
+use super::wait::{SOON, until};
 
-/// To be ready, on a machine that does much else.
-const READY_WITHIN: Duration = Duration::from_secs(60);
 /// Of a node's output, shown when its test fails.
 const LAST_LINES: usize = 40;
-/// For an answer of the admin port.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// The binary under test: `DELIVERY_BIN`, or the one cargo built with the tests.
 pub fn binary() -> PathBuf {
@@ -59,6 +55,12 @@ impl NodeBuilder {
             .set("GRPC_ADDR", local(free_port()))
             .set("SHARDS", 1)
             .set("AUTH_MODE", "trust")
+            // No test may fail because the machine is slow: one that is about a time limit sets it.
+            .set("CALL_TIMEOUT", "60s")
+            .set("HANDSHAKE_TIMEOUT", "2m")
+            .set("IDLE_TIMEOUT", "10m")
+            .set("PING_INTERVAL", "5m")
+            .set("WRITE_TIMEOUT", "2m")
             // All clients of a test come from one address.
             .set("CONNECTIONS_PER_ADDRESS", 0)
             .set("HANDSHAKES_PER_SECOND_PER_ADDRESS", 0)
@@ -144,7 +146,7 @@ pub struct Node {
 impl Node {
     /// Waits for `200` of `/health/ready`.
     pub fn wait_ready(&mut self) {
-        until(READY_WITHIN, "the node is ready", || {
+        until(SOON, "the node is ready", || {
             if let Some(status) = self.child.try_wait().expect("our child") {
                 panic!("the node ended at once ({status}):\n{}", self.log());
             }
@@ -253,8 +255,8 @@ pub fn request(address: SocketAddr, method: &str, path: &str) -> std::io::Result
 
 /// Sends bytes and reads until the server closes.
 pub fn raw_request(address: SocketAddr, bytes: &[u8]) -> std::io::Result<Answer> {
-    let mut stream = TcpStream::connect_timeout(&address, ANSWER_WITHIN)?;
-    stream.set_read_timeout(Some(ANSWER_WITHIN))?;
+    let mut stream = TcpStream::connect_timeout(&address, SOON)?;
+    stream.set_read_timeout(Some(SOON))?;
     stream.write_all(bytes)?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;

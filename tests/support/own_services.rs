@@ -4,15 +4,11 @@ use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::ports::free_port;
-use super::wait::until;
-
-/// From its start to its first answer.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(90);
+use super::wait::{SOON, until};
 
 /// One service in a folder of its own; killed when dropped, and its folder removed.
 #[derive(Debug)]
@@ -51,7 +47,7 @@ impl OwnService {
     /// Starts it, again after [`OwnService::kill`], and waits until it answers.
     pub fn start(&mut self) {
         self.launch();
-        until(ANSWERS_WITHIN, self.script, || self.answers().then_some(()));
+        until(SOON, self.script, || self.answers().then_some(()));
     }
 
     /// Whether somebody listens.

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::mpsc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use delivery::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
 use prost::Message as _;
 use redis::Commands as _;
 
-/// For a message on a channel.
-const HEARS_WITHIN: Duration = Duration::from_secs(20);
+use super::wait::SOON;
 
 /// A Redis, with keys under names that no other test uses.
 pub struct Registry {
@@ -94,6 +93,6 @@ pub struct Listener(mpsc::Receiver<Vec<u8>>);
 impl Listener {
     /// The next message's bytes.
     pub fn hear(&mut self) -> Vec<u8> {
-        self.0.recv_timeout(HEARS_WITHIN).expect("a message in time")
+        self.0.recv_timeout(SOON).expect("a message in time")
     }
 }

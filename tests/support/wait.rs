@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+/// How long a test waits for what must happen. Reached only when it never happens: no test measures
+/// time with it, so it is far longer than any machine needs.
+pub const SOON: Duration = Duration::from_secs(120);
 /// Between two looks at something that cannot wake us (a page, a file, another process).
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 

@@ -10,9 +10,8 @@ use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, messag
 use crate::support::client::{Client, Heard};
 use crate::support::neighbours::{Manner, Method};
 use crate::support::publisher::{envelope, message as new_message};
-use crate::support::wait::until;
+use crate::support::wait::{SOON, until};
 
-const SOON: Duration = Duration::from_secs(20);
 /// Long enough for what should not come to have come.
 const A_WHILE: Duration = Duration::from_millis(500);
 

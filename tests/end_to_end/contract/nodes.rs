@@ -12,9 +12,8 @@ use crate::support::node::{Node, NodeBuilder};
 use crate::support::publisher::{envelope, message as new_message};
 use crate::support::registry::Registry;
 use crate::support::services::redis_addr;
-use crate::support::wait::until;
+use crate::support::wait::{SOON, until};
 
-const SOON: Duration = Duration::from_secs(20);
 const A_WHILE: Duration = Duration::from_millis(500);
 
 /// Users, instances and topics named after the test, since all share one Redis.

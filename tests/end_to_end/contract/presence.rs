@@ -1,6 +1,5 @@
 //! Contract §4: who tells the presence service what, and when.
 
-use std::time::Duration;
 
 use tonic::Code;
 
@@ -8,8 +7,7 @@ use crate::support::back_end::knows;
 use crate::support::client::{Client, Heard};
 use crate::support::neighbours::{Call, FakeNeighbours, Manner, Method};
 use crate::support::node::{Node, NodeBuilder};
-
-const SOON: Duration = Duration::from_secs(20);
+use crate::support::wait::SOON;
 
 fn node(neighbours: &FakeNeighbours) -> NodeBuilder {
     knows(NodeBuilder::dev(), neighbours).set("INSTANCE_ID", "node-under-test")

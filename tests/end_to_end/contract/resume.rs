@@ -12,8 +12,7 @@ use crate::support::client::{Client, Heard};
 use crate::support::fleet::Connect;
 use crate::support::neighbours::{Call, FakeNeighbours, Manner, Method};
 use crate::support::node::NodeBuilder;
-
-const SOON: Duration = Duration::from_secs(20);
+use crate::support::wait::SOON;
 
 fn neighbours_with(conversation: &str, members: &[&str], messages: i64) -> FakeNeighbours {
     let neighbours = FakeNeighbours::start();

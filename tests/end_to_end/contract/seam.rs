@@ -11,9 +11,8 @@ use crate::support::neighbours::{Call, Manner, Method};
 use crate::support::node::Node;
 use crate::support::publisher::message;
 use crate::support::tally::Tally;
-use crate::support::wait::until;
+use crate::support::wait::{SOON, until};
 
-const SOON: Duration = Duration::from_secs(20);
 const ROOMS: usize = 12;
 
 fn room(number: usize) -> String {

@@ -1,6 +1,5 @@
 //! Contract §1, `DeliveryApi.Connect`: a gRPC session is a session like any other.
 
-use std::time::Duration;
 
 use delivery::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
 use delivery::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
@@ -15,8 +14,7 @@ use crate::support::back_end::{BackEnd, event_type, knows};
 use crate::support::client::{Client, Heard};
 use crate::support::neighbours::{Call, FakeNeighbours, Method};
 use crate::support::node::{Node, NodeBuilder};
-
-const SOON: Duration = Duration::from_secs(20);
+use crate::support::wait::SOON;
 
 /// A stream of one session, used from a test without a runtime.
 struct Stream {

@@ -10,10 +10,7 @@ use crate::support::fleet::{Connect, Fleet, Seen, dial, masked_frame};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::publisher::{Publisher, new_topic};
 use crate::support::services::kafka_brokers;
-use crate::support::wait::until;
-
-/// For what the server does by itself at a deadline of a second or so.
-const SOON: Duration = Duration::from_secs(20);
+use crate::support::wait::{SOON, until};
 
 /// Connects and expects an HTTP answer other than 101; returns it whole.
 #[track_caller]

@@ -6,15 +6,13 @@ use std::time::Duration;
 
 use super::serves_the_next_client;
 use crate::support::node::NodeBuilder;
+use crate::support::wait::SOON;
 use crate::upgrade_cases::cases;
-
-/// For an answer; a server that waits for more bytes gives none.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Sends the bytes and reads to the end of the answer's head, and to its end if it is a refusal.
 fn answer(address: SocketAddr, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).expect("the server accepts");
-    stream.set_read_timeout(Some(ANSWERS_WITHIN)).expect("a socket");
+    stream.set_read_timeout(Some(SOON)).expect("a socket");
     // A server that has seen enough may close before it has read all.
     let _ = stream.write_all(request);
     let mut answer = Vec::new();
@@ -76,7 +74,7 @@ fn bytes_that_follow_the_request_at_once_are_not_lost() {
     let mut fleet = Fleet::new();
     fleet.adopt(stream, None, true).expect("a socket");
     let mut ponged = false;
-    crate::support::wait::until(ANSWERS_WITHIN, "the ping is answered", || {
+    crate::support::wait::until(SOON, "the ping is answered", || {
         fleet.turn(Duration::from_millis(50), &mut |_, seen| {
             ponged |= seen == Seen::Pong(b"in the same segment");
         });

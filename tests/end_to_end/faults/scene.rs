@@ -143,7 +143,13 @@ impl Scene {
                     .set("CONV_SVC_ADDR", neighbours.address())
                     .set("PRESENCE_SVC_ADDR", neighbours.address())
                     .set("PRESENCE_MODE", "redis")
-                    .set("ROUTING_MODE", "group");
+                    .set("ROUTING_MODE", "group")
+                    // Faults are met with the time limits of a production node.
+                    .set("CALL_TIMEOUT", "2s")
+                    .set("HANDSHAKE_TIMEOUT", "10s")
+                    .set("IDLE_TIMEOUT", "60s")
+                    .set("PING_INTERVAL", "54s")
+                    .set("WRITE_TIMEOUT", "10s");
                 adapt(number, node)
             })
             .collect();

@@ -1,6 +1,5 @@
 //! Contract §4: who tells the presence service what, and when.
 
-
 use tonic::Code;
 
 use crate::support::back_end::knows;

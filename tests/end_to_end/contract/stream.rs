@@ -1,6 +1,5 @@
 //! Contract §1, `DeliveryApi.Connect`: a gRPC session is a session like any other.
 
-
 use delivery::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
 use delivery::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
 use delivery::service::events::proto::shared::v1::EventType;

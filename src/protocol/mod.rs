@@ -19,7 +19,6 @@
 
 pub mod deflate;
 pub mod error;
-pub mod extension;
 pub mod frame;
 pub mod incoming;
 pub mod mask;

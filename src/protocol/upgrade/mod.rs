@@ -14,6 +14,7 @@
 //!   `bearer.TOKEN` of `Sec-WebSocket-Protocol`: `new WebSocket(url, ["realchat.v1", "bearer." + token])`.
 //!   It is never sent back, so a browser must offer a real subprotocol beside it.
 
+pub mod extension;
 pub mod list;
 pub mod origin;
 pub mod query;
@@ -29,7 +30,7 @@ use sha1::{Digest as _, Sha1};
 
 use crate::domain::command::Secret;
 use crate::domain::event::Encoding;
-use crate::protocol::extension::{self, DeflateParams};
+use crate::protocol::upgrade::extension::DeflateParams;
 use crate::protocol::upgrade::fields::Fields;
 use crate::protocol::upgrade::head::{Head, Scan};
 use crate::protocol::upgrade::origin::Origins;

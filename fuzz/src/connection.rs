@@ -1,35 +1,10 @@
 //! A whole connection: a stream of bytes cut at arbitrary places tells what it tells uncut, holds
 //! nothing when it ends between messages, and says what tungstenite says.
 
-use delivery::protocol::error::ProtocolError;
 use delivery::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules, Receiver, Scratch};
 
 use super::input::{Input, frames};
-use super::oracle;
-
-/// What a client said, owned.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
-    /// A text message.
-    Text(Vec<u8>),
-    /// A binary message.
-    Binary(Vec<u8>),
-    /// A ping.
-    Ping(Vec<u8>),
-    /// A pong.
-    Pong(Vec<u8>),
-    /// A close frame: code and reason.
-    Close(Option<(u16, String)>),
-}
-
-/// All that a stream told, how it ended, and what the receiver still holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// In order.
-    pub told: Vec<Told>,
-    /// The fault, if there was one.
-    pub fault: Option<ProtocolError>,
-}
+use super::oracle::{self, Outcome, Told};
 
 /// First byte: the rules and the kind of input. Second byte: how it is cut. Then the stream, as
 /// bytes or as a script of frames.

@@ -17,7 +17,29 @@ use delivery::protocol::error::ProtocolError;
 use tungstenite::protocol::{Role, WebSocketConfig, WebSocketContext};
 use tungstenite::{Error, Message};
 
-use super::connection::{Outcome, Told};
+/// What a client said, owned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// A text message.
+    Text(Vec<u8>),
+    /// A binary message.
+    Binary(Vec<u8>),
+    /// A ping.
+    Ping(Vec<u8>),
+    /// A pong.
+    Pong(Vec<u8>),
+    /// A close frame: code and reason.
+    Close(Option<(u16, String)>),
+}
+
+/// All that a stream told, how it ended, and what the receiver still holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// In order.
+    pub told: Vec<Told>,
+    /// The fault, if there was one.
+    pub fault: Option<ProtocolError>,
+}
 
 /// How tungstenite's reading ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,8 +5,16 @@ use crate::domain::close::CloseCode;
 use crate::protocol::deflate::{InflateError, Inflater};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{self, Opcode};
-use crate::protocol::receiver::ReceiveRules;
 use crate::protocol::utf8::{self, Utf8Checker};
+
+/// What holds for a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReceiveRules {
+    /// Longest message, bytes, as sent and once inflated.
+    pub message_bytes_max: usize,
+    /// permessage-deflate was negotiated.
+    pub deflate: bool,
+}
 
 /// Text or bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

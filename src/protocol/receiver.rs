@@ -15,16 +15,7 @@ use crate::protocol::frame::{ClientHeader, Context, HeaderStep};
 use crate::protocol::incoming::{Call, Message, Sink};
 use crate::protocol::mask;
 
-pub use crate::protocol::incoming::{Flow, Incoming, MessageKind, Scratch};
-
-/// What holds for a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ReceiveRules {
-    /// Longest message, bytes, as sent and once inflated.
-    pub message_bytes_max: usize,
-    /// permessage-deflate was negotiated.
-    pub deflate: bool,
-}
+pub use crate::protocol::incoming::{Flow, Incoming, MessageKind, ReceiveRules, Scratch};
 
 /// The receiving half of one connection.
 #[derive(Debug, Default)]

@@ -1,16 +1,16 @@
 //! The frame header decoder: what it reads, written again, is what it read; what it wants more of,
 //! it cannot have had enough of; a fault once seen stays.
 
-use delivery::protocol::frame::{ClientHeader, Context, HeaderStep};
+use delivery::protocol::frame::{ClientHeader, HeaderContext, HeaderStep};
 
 /// Checks the header at the front of `data` under every context.
 pub fn check(data: &[u8]) {
     for (deflate, message_open) in [(false, false), (false, true), (true, false), (true, true)] {
-        check_in(data, Context { deflate, message_open });
+        check_in(data, HeaderContext { deflate, message_open });
     }
 }
 
-fn check_in(data: &[u8], context: Context) {
+fn check_in(data: &[u8], context: HeaderContext) {
     let mut wanted = 1;
     for len in 0..=data.len().min(20) {
         let prefix = &data[..len];
@@ -19,13 +19,13 @@ fn check_in(data: &[u8], context: Context) {
                 assert!(total > len && total >= wanted, "asks for what it has, or for less");
                 wanted = total;
             }
-            Ok(HeaderStep::Whole(header, used)) => {
+            Ok(HeaderStep::Complete(header, used)) => {
                 assert!(used == len && wanted <= used, "whole later or earlier than announced");
                 assert_eq!(written(&header), prefix);
                 // Nothing behind the header changes it.
                 assert_eq!(
                     ClientHeader::decode(data, context),
-                    Ok(HeaderStep::Whole(header, used))
+                    Ok(HeaderStep::Complete(header, used))
                 );
                 return;
             }

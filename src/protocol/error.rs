@@ -1,13 +1,14 @@
-//! What a client can do wrong after the upgrade. Each error maps to exactly one close code.
+//! Protocol errors of a client after the upgrade. Each error maps to exactly one close code.
 
 use crate::domain::close::{Close, CloseCode};
 
-/// A client broke RFC 6455, RFC 7692 or a limit: the connection fails (RFC 6455 §7.1.7).
+/// A client violated RFC 6455, RFC 7692 or a limit. The server fails the connection (RFC 6455
+/// §7.1.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("{}", self.reason())]
 pub enum ProtocolError {
-    /// A reserved bit that no negotiated extension gives a meaning (RFC 6455 §5.2), or RSV1 on a
-    /// control or continuation frame (RFC 7692 §6.1).
+    /// A reserved bit that no negotiated extension defines (RFC 6455 §5.2), or RSV1 on a control or
+    /// continuation frame (RFC 7692 §6.1).
     ReservedBit,
     /// An opcode that RFC 6455 §5.2 reserves.
     ReservedOpcode,
@@ -17,33 +18,33 @@ pub enum ProtocolError {
     ControlFragmented,
     /// A control frame with a payload over 125 bytes (RFC 6455 §5.5).
     ControlTooLong,
-    /// A length in more bytes than it needs (RFC 6455 §5.2).
+    /// A length that is not in its shortest form (RFC 6455 §5.2).
     LengthNotShortest,
     /// A 64-bit length with its highest bit set (RFC 6455 §5.2).
     LengthOverflow,
     /// A continuation frame while no message is open (RFC 6455 §5.4).
     NothingToContinue,
-    /// A new message inside an unfinished one (RFC 6455 §5.4).
+    /// A new message before the open one is complete (RFC 6455 §5.4).
     MessageNotFinished,
-    /// A close frame of one byte: half a code (RFC 6455 §5.5.1).
+    /// A close frame with a payload of one byte: half a code (RFC 6455 §5.5.1).
     CloseCodeCut,
-    /// A close code that must not be on the wire (RFC 6455 §7.4).
+    /// A close code that must not be sent (RFC 6455 §7.4).
     CloseCodeInvalid,
     /// A close reason that is not UTF-8 (RFC 6455 §5.5.1).
     CloseReasonNotUtf8,
     /// A text message that is not UTF-8 (RFC 6455 §5.6, §8.1).
     TextNotUtf8,
-    /// A compressed message that is not whole DEFLATE blocks (RFC 7692 §7.2.2).
+    /// A compressed message that is not a sequence of complete DEFLATE blocks (RFC 7692 §7.2.2).
     NotDeflate,
-    /// A message over the limit, as sent or once inflated (RFC 6455 §10.4).
+    /// A message over the limit, as sent or after inflation (RFC 6455 §10.4).
     MessageTooBig,
 }
 
 impl ProtocolError {
-    /// How many there are.
+    /// Number of variants.
     pub const COUNT: usize = Self::ALL.len();
 
-    /// All of them, in the order of their numbers.
+    /// All variants, in declaration order.
     pub const ALL: [ProtocolError; 15] = [
         Self::ReservedBit,
         Self::ReservedOpcode,
@@ -62,7 +63,7 @@ impl ProtocolError {
         Self::MessageTooBig,
     ];
 
-    /// The one close code for it (RFC 6455 §7.4.1).
+    /// The close code of this error (RFC 6455 §7.4.1).
     pub const fn code(self) -> CloseCode {
         match self {
             Self::ReservedBit
@@ -83,12 +84,12 @@ impl ProtocolError {
         }
     }
 
-    /// The close frame that answers it: the code, and in words what was wrong.
+    /// The close to send: the code and the reason.
     pub const fn close(self) -> Close {
         Close::new(self.code(), self.reason())
     }
 
-    /// In words, also the reason of the close frame and a metric label.
+    /// Human-readable text: the reason of the close frame, the `Display` text and a metric label.
     pub const fn reason(self) -> &'static str {
         match self {
             Self::ReservedBit => "reserved bit set",
@@ -116,7 +117,7 @@ mod tests {
     use crate::domain::limits::CLOSE_REASON_BYTES_MAX;
 
     #[test]
-    fn each_is_listed_once_in_its_place_and_says_itself() {
+    fn all_lists_each_error_in_order_and_display_is_the_reason() {
         for (index, error) in ProtocolError::ALL.into_iter().enumerate() {
             assert_eq!(error as usize, index);
             assert_eq!(error.to_string(), error.reason());

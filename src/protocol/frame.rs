@@ -1,5 +1,4 @@
-//! Frames (RFC 6455 §5.2): the header of what a client sends, read and checked; whole frames of
-//! what the server sends, written.
+//! Frames (RFC 6455 §5.2): decodes and checks the headers of client frames; encodes server frames.
 //!
 //! ```text
 //!  byte 0            byte 1            0, 2 or 8 bytes     4 bytes, clients only
@@ -21,35 +20,35 @@ const RSV2_RSV3: u8 = 0x30;
 const OPCODE: u8 = 0x0f;
 const MASKED: u8 = 0x80;
 const LENGTH: u8 = 0x7f;
-/// The 7-bit length says: 16 bits follow.
+/// Value of the 7-bit length if a 16-bit length follows.
 const LENGTH_IS_16_BITS: u8 = 126;
-/// The 7-bit length says: 64 bits follow.
+/// Value of the 7-bit length if a 64-bit length follows.
 const LENGTH_IS_64_BITS: u8 = 127;
 
-/// What a frame is (RFC 6455 §5.2); the reserved ones have no value here.
+/// Type of a frame (RFC 6455 §5.2), without the reserved opcodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Opcode {
-    /// Goes on with the open message.
+    /// Continues the open message.
     Continuation = 0x0,
-    /// Begins a message of UTF-8.
+    /// Starts a text message (UTF-8).
     Text = 0x1,
-    /// Begins a message of bytes.
+    /// Starts a binary message.
     Binary = 0x2,
-    /// Begins the end.
+    /// Starts or answers the closing handshake.
     Close = 0x8,
-    /// Asks for a pong.
+    /// Requests a pong.
     Ping = 0x9,
     /// Answers a ping.
     Pong = 0xa,
 }
 
 impl Opcode {
-    /// Reads the lower four bits of `byte`.
+    /// Decodes the lower four bits of `byte`.
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::ReservedOpcode`] for those that RFC 6455 §5.2 reserves.
+    /// [`ProtocolError::ReservedOpcode`] for the opcodes that RFC 6455 §5.2 reserves.
     pub fn decode(byte: u8) -> Result<Self, ProtocolError> {
         Ok(match byte & OPCODE {
             0x0 => Self::Continuation,
@@ -68,47 +67,47 @@ impl Opcode {
     }
 }
 
-/// The header of a client's frame, lawful in itself.
+/// A valid header of a client's frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClientHeader {
     /// Last frame of its message.
     pub fin: bool,
     /// The message is compressed (RFC 7692 §6).
     pub rsv1: bool,
-    /// What it is.
+    /// Type of the frame.
     pub opcode: Opcode,
-    /// Payload, bytes; below 2⁶³.
+    /// Payload length, bytes; below 2⁶³.
     pub length: u64,
-    /// Unmasks the payload.
+    /// Key that unmasks the payload.
     pub key: MaskKey,
 }
 
-/// What of the connection's state decides whether a header is lawful.
+/// Connection state that the checks of a header depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Context {
+pub struct HeaderContext {
     /// permessage-deflate was negotiated.
     pub deflate: bool,
-    /// A message was begun and is not finished.
+    /// A fragmented message is incomplete.
     pub message_open: bool,
 }
 
-/// An answer of [`ClientHeader::decode`].
+/// Result of [`ClientHeader::decode`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeaderStep {
-    /// What is there is lawful but not whole: ask again with at least this many bytes.
+    /// The input is valid but incomplete. Call again with at least this many bytes.
     NeedMore(usize),
-    /// The header, and how many bytes it took.
-    Whole(ClientHeader, usize),
+    /// The header and its length in bytes.
+    Complete(ClientHeader, usize),
 }
 
 impl ClientHeader {
-    /// Reads the header at the front of `input`. Each byte is judged as soon as it is there, in
-    /// order, so the verdict does not depend on how much has arrived.
+    /// Decodes the header at the front of `input`. Checks the bytes in order, each as soon as it
+    /// arrives, so the error does not depend on how the input is split.
     ///
     /// # Errors
     ///
     /// The first [`ProtocolError`] in the order of the bytes.
-    pub fn decode(input: &[u8], context: Context) -> Result<HeaderStep, ProtocolError> {
+    pub fn decode(input: &[u8], context: HeaderContext) -> Result<HeaderStep, ProtocolError> {
         let Some(&first) = input.first() else { return Ok(HeaderStep::NeedMore(2)) };
         let opcode = check_first(first, context)?;
         let Some(&second) = input.get(1) else { return Ok(HeaderStep::NeedMore(2)) };
@@ -141,13 +140,13 @@ impl ClientHeader {
         let key = [key[0], key[1], key[2], key[3]];
         let fin = first & FIN != 0;
         let rsv1 = first & RSV1 != 0;
-        Ok(HeaderStep::Whole(Self { fin, rsv1, opcode, length, key }, total))
+        Ok(HeaderStep::Complete(Self { fin, rsv1, opcode, length, key }, total))
     }
 }
 
-fn check_first(first: u8, context: Context) -> Result<Opcode, ProtocolError> {
+fn check_first(first: u8, context: HeaderContext) -> Result<Opcode, ProtocolError> {
     // RFC 6455 §5.2: reserved bits MUST be 0 unless an extension defines them, else the endpoint
-    // MUST fail the connection. No extension that we know defines RSV2 and RSV3.
+    // MUST fail the connection. No extension that this server supports defines RSV2 or RSV3.
     if first & RSV2_RSV3 != 0 || (first & RSV1 != 0 && !context.deflate) {
         return Err(ProtocolError::ReservedBit);
     }
@@ -159,7 +158,7 @@ fn check_first(first: u8, context: Context) -> Result<Opcode, ProtocolError> {
             return Err(ProtocolError::ControlFragmented);
         }
     } else if opcode == Opcode::Continuation && !context.message_open {
-        // RFC 6455 §5.4: a continuation needs a message to continue.
+        // RFC 6455 §5.4: a continuation needs an open message.
         return Err(ProtocolError::NothingToContinue);
     } else if opcode != Opcode::Continuation && context.message_open {
         // RFC 6455 §5.4: fragments of one message MUST NOT be interleaved with those of another.
@@ -186,8 +185,8 @@ fn check_extended(length: u64, extended: usize) -> Result<(), ProtocolError> {
     if shortest { Ok(()) } else { Err(ProtocolError::LengthNotShortest) }
 }
 
-/// The header of an unfragmented server frame with `length` bytes of payload: an array and how much
-/// of it is used. Never masked (RFC 6455 §5.1).
+/// The header of an unfragmented server frame with `length` bytes of payload: an array and the number
+/// of bytes used. Never masked (RFC 6455 §5.1).
 pub fn header(opcode: Opcode, rsv1: bool, length: usize) -> ([u8; SERVER_HEADER_BYTES_MAX], usize) {
     let mut bytes = [0; SERVER_HEADER_BYTES_MAX];
     bytes[0] = FIN | if rsv1 { RSV1 } else { 0 } | opcode as u8;
@@ -216,17 +215,17 @@ pub fn encode(opcode: Opcode, rsv1: bool, payload: &[u8]) -> Box<[u8]> {
     frame.into_boxed_slice()
 }
 
-/// A ping; at most [`CONTROL_PAYLOAD_BYTES_MAX`] bytes of `payload` are sent.
+/// A ping frame. Truncates `payload` to [`CONTROL_PAYLOAD_BYTES_MAX`] bytes.
 pub fn encode_ping(payload: &[u8]) -> Box<[u8]> {
     encode(Opcode::Ping, false, &payload[..payload.len().min(CONTROL_PAYLOAD_BYTES_MAX)])
 }
 
-/// The pong for a ping with this payload, which it MUST repeat (RFC 6455 §5.5.3).
+/// The pong frame for a ping with this payload, which the pong MUST repeat (RFC 6455 §5.5.3).
 pub fn encode_pong(payload: &[u8]) -> Box<[u8]> {
     encode(Opcode::Pong, false, &payload[..payload.len().min(CONTROL_PAYLOAD_BYTES_MAX)])
 }
 
-/// A close frame. A reason over [`CLOSE_REASON_BYTES_MAX`] bytes is cut between two characters.
+/// A close frame. Truncates the reason to [`CLOSE_REASON_BYTES_MAX`] bytes at a character boundary.
 pub fn encode_close(close: &Close) -> Box<[u8]> {
     let mut end = close.reason.len().min(CLOSE_REASON_BYTES_MAX);
     while !close.reason.is_char_boundary(end) {
@@ -239,7 +238,7 @@ pub fn encode_close(close: &Close) -> Box<[u8]> {
     encode(Opcode::Close, false, &payload)
 }
 
-/// The answer to a client's close frame: its code again, if it had one (RFC 6455 §5.5.1).
+/// The close frame that answers a client's: repeats its code, if it has one (RFC 6455 §5.5.1).
 pub fn encode_close_reply(received: Option<CloseCode>) -> Box<[u8]> {
     match received {
         Some(code) => encode(Opcode::Close, false, &code.0.to_be_bytes()),
@@ -247,11 +246,11 @@ pub fn encode_close_reply(received: Option<CloseCode>) -> Box<[u8]> {
     }
 }
 
-/// Reads the payload of a client's close frame.
+/// Decodes the payload of a client's close frame; `None` if it is empty.
 ///
 /// # Errors
 ///
-/// [`ProtocolError`] for half a code, a code that must not be sent, a reason that is not UTF-8.
+/// [`ProtocolError`] for half a code, a code that must not be sent, or a reason that is not UTF-8.
 pub fn decode_close(payload: &[u8]) -> Result<Option<(CloseCode, &str)>, ProtocolError> {
     let (code, reason) = match payload {
         [] => return Ok(None),
@@ -268,9 +267,9 @@ pub fn decode_close(payload: &[u8]) -> Result<Option<(CloseCode, &str)>, Protoco
     }
 }
 
-/// Whether a code may stand in a close frame (RFC 6455 §7.4.1 and §7.4.2, and the codes registered
-/// since): 1004 has no meaning, 1005, 1006 and 1015 MUST NOT be sent, 1016 to 2999 are reserved for
-/// the protocol, below 1000 and above 4999 is nothing.
+/// Whether a close frame may contain this code (RFC 6455 §7.4.1 and §7.4.2, and the codes registered
+/// later). 1004 has no meaning; 1005, 1006 and 1015 MUST NOT be sent; 1016 to 2999 are reserved for
+/// the protocol; below 1000 and above 4999 are undefined.
 fn may_be_sent(code: u16) -> bool {
     matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999)
 }
@@ -285,10 +284,10 @@ const _: () = {
 mod tests {
     use super::*;
 
-    const IDLE: Context = Context { deflate: false, message_open: false };
+    const IDLE: HeaderContext = HeaderContext { deflate: false, message_open: false };
 
-    fn refused(input: &[u8], context: Context) -> ProtocolError {
-        ClientHeader::decode(input, context).expect_err("lawful")
+    fn refused(input: &[u8], context: HeaderContext) -> ProtocolError {
+        ClientHeader::decode(input, context).expect_err("must fail")
     }
 
     #[test]
@@ -302,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn length_form_changes_at_its_bounds() {
+    fn length_form_changes_at_its_limits() {
         assert_eq!(header(Opcode::Text, true, 125), ([0xc1, 125, 0, 0, 0, 0, 0, 0, 0, 0], 2));
         assert_eq!(header(Opcode::Text, false, 126), ([0x81, 126, 0, 126, 0, 0, 0, 0, 0, 0], 4));
         assert_eq!(header(Opcode::Text, false, 65535).1, 4);
@@ -319,7 +318,7 @@ mod tests {
             length: 5,
             key: [0x37, 0xfa, 0x21, 0x3d],
         };
-        assert_eq!(ClientHeader::decode(input, IDLE), Ok(HeaderStep::Whole(header, 6)));
+        assert_eq!(ClientHeader::decode(input, IDLE), Ok(HeaderStep::Complete(header, 6)));
         for cut in 0..6 {
             let wanted = if cut < 2 { 2 } else { 6 };
             assert_eq!(
@@ -331,12 +330,12 @@ mod tests {
     }
 
     #[test]
-    fn each_unlawful_header_has_its_error() {
+    fn each_invalid_header_has_its_error() {
         use ProtocolError::*;
-        let open = Context { message_open: true, ..IDLE };
-        let deflate = Context { deflate: true, ..IDLE };
-        let open_deflate = Context { deflate: true, message_open: true };
-        let table: [(&[u8], Context, ProtocolError); 18] = [
+        let open = HeaderContext { message_open: true, ..IDLE };
+        let deflate = HeaderContext { deflate: true, ..IDLE };
+        let open_deflate = HeaderContext { deflate: true, message_open: true };
+        let table: [(&[u8], HeaderContext, ProtocolError); 18] = [
             (b"\xc1", IDLE, ReservedBit),
             (b"\xa1", deflate, ReservedBit),
             (b"\x91", deflate, ReservedBit),
@@ -362,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn every_opcode_is_known_or_reserved() {
+    fn every_opcode_is_defined_or_reserved() {
         for byte in 0..=u8::MAX {
             match Opcode::decode(byte) {
                 Ok(opcode) => assert_eq!(opcode as u8, byte & 0x0f),
@@ -372,11 +371,11 @@ mod tests {
     }
 
     #[test]
-    fn close_codes_as_the_registry_has_them() {
-        let lawful: Vec<u16> = (0..=u16::MAX).filter(|code| may_be_sent(*code)).collect();
+    fn close_codes_match_the_registry() {
+        let valid: Vec<u16> = (0..=u16::MAX).filter(|code| may_be_sent(*code)).collect();
         let expected: Vec<u16> = [1000, 1001, 1002, 1003].into_iter().chain(1007..=1014).collect();
-        assert_eq!(lawful[..12], expected);
-        assert!(lawful[12..].iter().copied().eq(3000..=4999));
+        assert_eq!(valid[..12], expected);
+        assert!(valid[12..].iter().copied().eq(3000..=4999));
         assert_eq!(decode_close(b""), Ok(None));
         assert_eq!(decode_close(b"\x03"), Err(ProtocolError::CloseCodeCut));
         assert_eq!(decode_close(b"\x03\xed"), Err(ProtocolError::CloseCodeInvalid));
@@ -385,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn long_reason_is_cut_between_characters() {
+    fn long_reason_is_truncated_at_a_character_boundary() {
         let reason = format!("{}€", "x".repeat(CLOSE_REASON_BYTES_MAX - 1));
         let frame = encode_close(&Close { code: CloseCode::NORMAL, reason: reason.into() });
         assert_eq!(frame.len(), 2 + 2 + CLOSE_REASON_BYTES_MAX - 1);
@@ -393,12 +392,12 @@ mod tests {
     }
 
     #[test]
-    fn close_is_answered_with_its_code() {
+    fn close_reply_repeats_the_code() {
         assert_eq!(&*encode_close_reply(None), b"\x88\x00");
         assert_eq!(&*encode_close_reply(Some(CloseCode::GOING_AWAY)), b"\x88\x02\x03\xe9");
     }
 
-    /// What a client library makes of bytes from the server.
+    /// The message that a client library decodes from the server's bytes.
     fn read_by_tungstenite(bytes: &[u8]) -> tungstenite::Message {
         use tungstenite::protocol::{Role, WebSocketContext};
         struct ReadOnly<'a>(&'a [u8]);
@@ -423,7 +422,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn a_client_reads_what_was_written(
+        fn tungstenite_decodes_encoded_frames(
             text in ".{0,60}",
             count in proptest::prop_oneof![0usize..300, 65_500usize..65_600],
         ) {

@@ -1,5 +1,5 @@
-//! Whole things out of frames: messages put together, inflated and judged as text, control frames
-//! read; and the words in which they are told.
+//! Complete messages and control frames: the types that the receiver emits, and the checks before it
+//! emits them (inflation, UTF-8, close payload).
 
 use crate::domain::close::CloseCode;
 use crate::protocol::deflate::{InflateError, Inflater};
@@ -7,21 +7,21 @@ use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{self, Opcode};
 use crate::protocol::utf8::{self, Utf8Checker};
 
-/// What holds for a connection.
+/// Receive settings of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReceiveRules {
-    /// Longest message, bytes, as sent and once inflated.
+    /// Longest message, bytes, as sent and after inflation.
     pub message_bytes_max: usize,
     /// permessage-deflate was negotiated.
     pub deflate: bool,
 }
 
-/// Text or bytes.
+/// Type of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MessageKind {
-    /// UTF-8, checked.
+    /// Checked UTF-8.
     Text,
-    /// Anything.
+    /// Arbitrary bytes.
     Binary,
 }
 
@@ -34,8 +34,8 @@ impl MessageKind {
         }
     }
 
-    /// The kind of message that a data frame begins; `None` for a continuation.
-    pub(super) fn begun_by(opcode: Opcode) -> Option<Self> {
+    /// The kind of message that a data frame starts; `None` for a continuation.
+    pub(super) fn started_by(opcode: Opcode) -> Option<Self> {
         match opcode {
             Opcode::Text => Some(Self::Text),
             Opcode::Binary => Some(Self::Binary),
@@ -44,63 +44,62 @@ impl MessageKind {
     }
 }
 
-/// What a client said.
+/// A message or control frame of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Incoming<'a> {
-    /// A whole message, however it was cut.
+    /// A complete message, reassembled from its fragments.
     Message {
-        /// Text or bytes.
+        /// Text or binary.
         kind: MessageKind,
-        /// Unmasked, inflated; UTF-8 if it is text.
+        /// Unmasked and inflated; valid UTF-8 if the message is text.
         payload: &'a [u8],
-        /// It came compressed (RFC 7692 §6).
+        /// The client sent it compressed (RFC 7692 §6).
         compressed: bool,
     },
-    /// To be answered with a pong of the same payload (RFC 6455 §5.5.2).
+    /// The server must answer with a pong of the same payload (RFC 6455 §5.5.2).
     Ping(&'a [u8]),
-    /// An answer, or a heartbeat of the client's own (RFC 6455 §5.5.3).
+    /// The answer to a ping, or an unsolicited heartbeat (RFC 6455 §5.5.3).
     Pong(&'a [u8]),
-    /// The client closes; nothing follows. To be answered with a close frame, unless that is the
-    /// answer (RFC 6455 §5.5.1).
+    /// The client closes; nothing follows. The server must answer with a close frame, unless it has
+    /// sent one (RFC 6455 §5.5.1).
     Close(Option<(CloseCode, &'a str)>),
 }
 
-/// Whether to go on.
+/// Whether the receiver continues after it has emitted something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Flow {
-    /// Read on.
+    /// Decode the rest of the input.
     Continue,
-    /// Read nothing more of this connection: what is left of the input is thrown away.
+    /// Discard the rest of the input and everything that follows on this connection.
     Stop,
 }
 
-/// What all connections of a thread share for receiving.
+/// Receive state that all connections of a thread share.
 #[derive(Debug, Default)]
 pub struct Scratch {
     inflater: Option<Box<Inflater>>,
 }
 
-/// A message that is not finished.
+/// A message of which fragments are missing.
 #[derive(Debug)]
-pub(super) struct Message {
+pub(super) struct OpenMessage {
     pub(super) kind: MessageKind,
     pub(super) compressed: bool,
-    /// Unmasked, still compressed. Grows with what arrives, never with what is announced.
+    /// Unmasked, still compressed. Grows with the bytes received, not with the length announced.
     pub(super) bytes: Vec<u8>,
-    /// Of uncompressed text.
+    /// Checks uncompressed text.
     text: Utf8Checker,
 }
 
-impl Message {
-    /// Nothing of it has come yet.
+impl OpenMessage {
     pub(super) fn new(kind: MessageKind, compressed: bool) -> Self {
         Self { kind, compressed, bytes: Vec::new(), text: Utf8Checker::default() }
     }
 
-    /// Adds what came, unmasked. Text is judged at once, at the first byte that cannot be right
-    /// (RFC 6455 §8.1), unless it is compressed: inflating it piece by piece would take an inflater
-    /// for each half-sent message.
+    /// Appends unmasked bytes. Checks uncompressed text at once, so that the first invalid byte fails
+    /// (RFC 6455 §8.1). Compressed text is checked when it is complete: inflating piece by piece would
+    /// need one inflater per open message.
     pub(super) fn push(&mut self, piece: &[u8]) -> Result<(), ProtocolError> {
         if self.kind == MessageKind::Text && !self.compressed {
             self.text.push(piece).map_err(|_| ProtocolError::TextNotUtf8)?;
@@ -110,19 +109,20 @@ impl Message {
     }
 }
 
-/// Who is told.
+/// Receives what the receiver emits.
 pub(super) trait Sink: FnMut(Incoming<'_>) -> Flow {}
 impl<S: FnMut(Incoming<'_>) -> Flow> Sink for S {}
 
-/// What one call of [`Receiver::receive`](super::receiver::Receiver::receive) works with.
-pub(super) struct Call<'a, S> {
+/// Arguments of one [`Receiver::receive`](super::receiver::Receiver::receive) call. Checks complete
+/// messages and control frames and passes them to the sink.
+pub(super) struct Emitter<'a, S> {
     pub(super) rules: &'a ReceiveRules,
     pub(super) scratch: &'a mut Scratch,
     pub(super) sink: &'a mut S,
 }
 
-impl<S: Sink> Call<'_, S> {
-    /// A whole control frame.
+impl<S: Sink> Emitter<'_, S> {
+    /// Emits a complete control frame.
     pub(super) fn control(
         &mut self,
         opcode: Opcode,
@@ -133,7 +133,7 @@ impl<S: Sink> Call<'_, S> {
             Opcode::Pong => (self.sink)(Incoming::Pong(payload)),
             Opcode::Close => {
                 let close = frame::decode_close(payload)?;
-                // RFC 6455 §5.5.1: what follows a close frame is not processed.
+                // RFC 6455 §5.5.1: data after a close frame is not processed.
                 let (Flow::Continue | Flow::Stop) = (self.sink)(Incoming::Close(close));
                 Flow::Stop
             }
@@ -141,8 +141,8 @@ impl<S: Sink> Call<'_, S> {
         })
     }
 
-    /// A whole message that came in one piece.
-    pub(super) fn message(
+    /// Emits a message whose single frame is complete in the input.
+    pub(super) fn whole_message(
         &mut self,
         kind: MessageKind,
         compressed: bool,
@@ -151,17 +151,17 @@ impl<S: Sink> Call<'_, S> {
         if kind == MessageKind::Text && !compressed && utf8::as_text(payload).is_none() {
             return Err(ProtocolError::TextNotUtf8);
         }
-        self.tell(kind, compressed, payload)
+        self.message(kind, compressed, payload)
     }
 
-    /// A message whose last piece has come.
-    pub(super) fn finished(&mut self, message: Message) -> Result<Flow, ProtocolError> {
+    /// Emits a message whose last fragment has been appended.
+    pub(super) fn open_message(&mut self, message: OpenMessage) -> Result<Flow, ProtocolError> {
         message.text.finish().map_err(|_| ProtocolError::TextNotUtf8)?;
-        self.tell(message.kind, message.compressed, &message.bytes)
+        self.message(message.kind, message.compressed, &message.bytes)
     }
 
-    /// Inflates a compressed message and judges its text; uncompressed text has been judged.
-    fn tell(
+    /// Inflates a compressed message and checks its text. Uncompressed text is checked already.
+    fn message(
         &mut self,
         kind: MessageKind,
         compressed: bool,
@@ -171,13 +171,11 @@ impl<S: Sink> Call<'_, S> {
             return Ok((self.sink)(Incoming::Message { kind, payload, compressed }));
         }
         let inflater = self.scratch.inflater.get_or_insert_default();
-        let payload =
-            inflater.inflate(payload, self.rules.message_bytes_max).map_err(
-                |error| match error {
-                    InflateError::Corrupt => ProtocolError::NotDeflate,
-                    InflateError::TooBig => ProtocolError::MessageTooBig,
-                },
-            )?;
+        let payload = match inflater.inflate(payload, self.rules.message_bytes_max) {
+            Ok(payload) => payload,
+            Err(InflateError::Corrupt) => return Err(ProtocolError::NotDeflate),
+            Err(InflateError::TooBig) => return Err(ProtocolError::MessageTooBig),
+        };
         if kind == MessageKind::Text && utf8::as_text(payload).is_none() {
             return Err(ProtocolError::TextNotUtf8);
         }

@@ -1,10 +1,9 @@
-//! Masking (RFC 6455 §5.3), a machine word at a time.
+//! Masking (RFC 6455 §5.3), one machine word at a time.
 
-/// The four bytes that a client XORs its payload with.
+/// The four bytes that mask a client's payload.
 pub type MaskKey = [u8; 4];
 
-/// Bytes of one step of the wide loop: four machine words, which the compiler turns into vector
-/// instructions.
+/// Bytes per iteration of the wide loop: four machine words, which the compiler vectorises.
 const STRIDE_BYTES: usize = 32;
 
 /// XORs `payload` with `key`, in place. Masking and unmasking are the same operation.
@@ -12,7 +11,7 @@ pub fn apply(payload: &mut [u8], key: MaskKey) {
     apply_from(payload, key, 0);
 }
 
-/// Like [`apply`] for a piece that starts `offset` bytes into its payload.
+/// Like [`apply`], for a piece that starts at `offset` bytes of its payload.
 pub fn apply_from(payload: &mut [u8], key: MaskKey, offset: usize) {
     let key: MaskKey = std::array::from_fn(|i| key[(offset + i) % 4]);
     let word = u64::from_ne_bytes([key[0], key[1], key[2], key[3], key[0], key[1], key[2], key[3]]);
@@ -42,7 +41,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn same_as_byte_by_byte_from_any_offset(
+        fn equals_byte_by_byte_xor_at_any_offset(
             mut payload in proptest::collection::vec(any::<u8>(), 0..200),
             key in any::<[u8; 4]>(),
             offset in 0usize..9,

@@ -1,21 +1,21 @@
 //! RFC 6455 and its HTTP upgrade as pure functions and state machines: bytes in, events out. No
 //! I/O, no clock, no runtime, no unsafe.
 //!
-//! The way of a client's bytes:
+//! How a client's bytes are processed:
 //!
 //! ```text
 //!  request head ──► upgrade::parse ──► UpgradeRequest ──► upgrade::response_101
-//!                        │ not a lawful upgrade
+//!                        │ not a valid upgrade
 //!                        ▼
-//!                     Refused ──► upgrade::refusal (an HTTP answer, then the end)
+//!                     Refused ──► upgrade::response_refused (an HTTP error, then close)
 //!
-//!  frames ──► receiver::Receiver ──► Incoming (a whole message, a control frame)
-//!               frame: header checks, unmasking     │ a MUST of the RFC was broken
-//!               incoming, utf8, deflate: the payload ▼
-//!                                              ProtocolError ──► close frame
+//!  frames ──► receiver::Receiver ──► Incoming (a whole message or a control frame)
+//!               frame, mask: header checks, unmasking │ the client violates the RFC
+//!               incoming, utf8, deflate: payload      ▼
+//!                                                ProtocolError ──► close frame
 //! ```
 //!
-//! [`phase::Phase`] is the closing handshake; [`frame`] also writes what the server sends.
+//! [`phase::Phase`] is the closing handshake. [`frame`] also encodes the server's frames.
 
 pub mod deflate;
 pub mod error;

@@ -1,54 +1,55 @@
-//! The life of a connection as one table: the upgrade, then the closing handshake of RFC 6455 §7.
+//! Protocol state of a connection as one transition table: the upgrade, then the closing handshake of
+//! RFC 6455 §7.
 //!
 //! ```text
 //!   Upgrading ──UpgradeSent──► Open ──CloseSent──────► AwaitingPeer ─┐
 //!       │                       │                                    │ CloseReceived
 //!       │                       └──CloseReceived──► OwingEcho ───────┤
 //!       │                                               CloseSent    ▼
-//!       └────────────────── Aborted (from anywhere) ──────────────► Closed
+//!       └────────────────── Aborted (from any phase) ─────────────► Closed
 //! ```
 
-/// Where a connection stands.
+/// Protocol state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// The request is incomplete, or waits for the service's word.
+    /// The request is incomplete, or waits for the decision of the service.
     Upgrading,
-    /// The 101 has been handed to the socket: messages may flow both ways.
+    /// The 101 has been passed to the socket: both sides may send messages.
     Open,
-    /// We sent a close frame first: nothing else may be sent (RFC 6455 §5.5.1), and what the client
-    /// still sends is read only to find its close frame.
+    /// The server sent its close frame first. It may send nothing else (RFC 6455 §5.5.1) and reads
+    /// only to find the client's close frame.
     AwaitingPeer,
-    /// The client sent a close frame first: the answer is owed, nothing that follows is read.
+    /// The client sent its close frame first. The server must answer it and reads nothing more.
     OwingEcho,
-    /// Both close frames went, or the connection failed: only the TCP connection is left to close.
+    /// Both close frames were sent, or the connection failed: only TCP is left to close.
     Closed,
 }
 
-/// What moves a connection on.
+/// Input of the transition table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Signal {
-    /// The 101 answer was handed to the socket.
+    /// The 101 response was passed to the socket.
     UpgradeSent,
-    /// Our close frame was handed to the socket.
+    /// The server's close frame was passed to the socket.
     CloseSent,
     /// The client's close frame arrived.
     CloseReceived,
-    /// The upgrade was refused, the socket failed or ended, or a deadline passed.
+    /// The upgrade was refused, the socket failed or closed, or a deadline passed.
     Aborted,
 }
 
-/// A signal that cannot come in this phase: a fault of the caller, not of the client.
+/// A signal that is impossible in this phase: a bug of the caller, not an error of the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{signal:?} is impossible while {from:?}")]
 pub struct IllegalTransition {
-    /// The phase the connection was in.
+    /// Phase of the connection.
     pub from: Phase,
-    /// The signal that came.
+    /// The impossible signal.
     pub signal: Signal,
 }
 
 impl Phase {
-    /// All of them, in the order of life.
+    /// All phases, in declaration order.
     pub const ALL: [Phase; 5] =
         [Self::Upgrading, Self::Open, Self::AwaitingPeer, Self::OwingEcho, Self::Closed];
 
@@ -56,7 +57,7 @@ impl Phase {
     ///
     /// # Errors
     ///
-    /// [`IllegalTransition`] for a pair that the caller must never produce.
+    /// [`IllegalTransition`] for a pair that a correct caller never produces.
     pub fn next(self, signal: Signal) -> Result<Phase, IllegalTransition> {
         use {Phase::*, Signal::*};
         Ok(match (self, signal) {
@@ -75,7 +76,8 @@ impl Phase {
         })
     }
 
-    /// Whether messages and control frames may be sent (RFC 6455 §5.5.1: none after a close frame).
+    /// Whether the server may send messages and control frames (RFC 6455 §5.5.1: none after a close
+    /// frame).
     pub fn may_send(self) -> bool {
         match self {
             Self::Open => true,
@@ -83,7 +85,7 @@ impl Phase {
         }
     }
 
-    /// Whether arriving bytes are frames to be read.
+    /// Whether the server decodes received bytes as frames.
     pub fn reads_frames(self) -> bool {
         match self {
             Self::Open | Self::AwaitingPeer => true,
@@ -93,7 +95,7 @@ impl Phase {
 }
 
 impl Signal {
-    /// All of them.
+    /// All signals, in declaration order.
     pub const ALL: [Signal; 4] =
         [Self::UpgradeSent, Self::CloseSent, Self::CloseReceived, Self::Aborted];
 }
@@ -103,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_phase_and_signal_as_drawn() {
+    fn every_pair_of_phase_and_signal_matches_the_table() {
         let mut table = String::new();
         for from in Phase::ALL {
             for signal in Signal::ALL {
@@ -143,7 +145,7 @@ Closed Aborted Closed
     }
 
     #[test]
-    fn nothing_is_sent_outside_open_and_nothing_read_after_the_peers_close() {
+    fn sends_only_while_open_and_reads_until_the_peers_close() {
         let sends: Vec<_> = Phase::ALL.into_iter().filter(|p| p.may_send()).collect();
         let reads: Vec<_> = Phase::ALL.into_iter().filter(|p| p.reads_frames()).collect();
         assert_eq!(sends, [Phase::Open]);

@@ -1,18 +1,18 @@
-//! What a client sends after the upgrade: frames in, messages and control frames out.
+//! Receiving half of a connection after the upgrade: bytes in, messages and control frames out.
 //!
-//! A frame that is whole in the input is handed on without a copy. Only what is cut (a header, a
-//! control frame, a message) is kept, in one allocation that an idle connection does not have.
+//! A frame that is complete in the input is emitted without a copy. Only an incomplete header, control
+//! frame or message is stored, in one allocation that an idle connection does not have.
 //!
 //! ```text
-//!               ┌───────────────◄─ frame ends ──────────────┐
-//!  BetweenFrames ─ header cut ─► Header ─ header whole ─► Control │ Data
+//!               ┌────────────────◄─ frame complete ─────────────────┐
+//!  BetweenFrames ─ header split ─► Header ─ header complete ─► Control │ Data
 //! ```
 
 use crate::domain::limits::{CLIENT_HEADER_BYTES_MAX, CONTROL_PAYLOAD_BYTES_MAX};
 use crate::protocol::deflate;
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{ClientHeader, Context, HeaderStep};
-use crate::protocol::incoming::{Call, Message, Sink};
+use crate::protocol::frame::{ClientHeader, HeaderContext, HeaderStep};
+use crate::protocol::incoming::{Emitter, OpenMessage, Sink};
 use crate::protocol::mask;
 
 pub use crate::protocol::incoming::{Flow, Incoming, MessageKind, ReceiveRules, Scratch};
@@ -21,18 +21,18 @@ pub use crate::protocol::incoming::{Flow, Incoming, MessageKind, ReceiveRules, S
 #[derive(Debug, Default)]
 pub struct Receiver {
     partial: Option<Box<Partial>>,
-    ended: bool,
+    stopped: bool,
 }
 
-/// What is cut: the place within a frame, and the message the frame belongs to.
+/// Incomplete input: the position within a frame, and the message that the frame belongs to.
 #[derive(Debug)]
 struct Partial {
-    stage: Stage,
-    message: Option<Message>,
+    state: ReadState,
+    message: Option<OpenMessage>,
 }
 
 #[derive(Debug)]
-enum Stage {
+enum ReadState {
     BetweenFrames,
     Header { bytes: [u8; CLIENT_HEADER_BYTES_MAX], len: usize },
     Control { header: ClientHeader, bytes: [u8; CONTROL_PAYLOAD_BYTES_MAX], len: usize },
@@ -40,14 +40,15 @@ enum Stage {
 }
 
 impl Receiver {
-    /// Reads the next bytes of the connection, unmasking them in place, and tells `sink` what they
-    /// complete. However a stream is cut into inputs, what `sink` is told and the verdict are the
-    /// same. After an error, a close frame or [`Flow::Stop`] all input is ignored.
+    /// Decodes the next bytes of the connection, unmasks them in place, and passes each complete
+    /// message and control frame to `sink`. The calls of `sink` and the result do not depend on how
+    /// the stream is split into inputs. After an error, a close frame or [`Flow::Stop`] all input is
+    /// ignored.
     ///
     /// # Errors
     ///
-    /// The client broke a rule: send [`ProtocolError::close`] and end (RFC 6455 §7.1.7). What came
-    /// whole before the fault has been told.
+    /// The client violated the protocol: send [`ProtocolError::close`] and close (RFC 6455 §7.1.7).
+    /// `sink` has received everything that was complete before the error.
     pub fn receive(
         &mut self,
         input: &mut [u8],
@@ -55,20 +56,20 @@ impl Receiver {
         scratch: &mut Scratch,
         sink: &mut impl FnMut(Incoming<'_>) -> Flow,
     ) -> Result<(), ProtocolError> {
-        let mut call = Call { rules, scratch, sink };
+        let mut emitter = Emitter { rules, scratch, sink };
         let mut input = input;
-        while !self.ended && !input.is_empty() {
-            let step = match self.partial.as_deref_mut().map(|partial| &mut partial.stage) {
-                None | Some(Stage::BetweenFrames) => self.frame_start(input, &mut call),
-                Some(Stage::Header { .. }) => self.header_piece(input, &mut call),
-                Some(Stage::Control { .. }) => self.control_piece(input, &mut call),
-                Some(Stage::Data { .. }) => self.data_piece(input, &mut call),
+        while !self.stopped && !input.is_empty() {
+            let consumed = match self.partial.as_deref_mut().map(|partial| &mut partial.state) {
+                None | Some(ReadState::BetweenFrames) => self.frame_start(input, &mut emitter),
+                Some(ReadState::Header { .. }) => self.header_piece(input, &mut emitter),
+                Some(ReadState::Control { .. }) => self.control_piece(input, &mut emitter),
+                Some(ReadState::Data { .. }) => self.data_piece(input, &mut emitter),
             };
-            match step {
+            match consumed {
                 Ok((consumed, Flow::Continue)) => input = &mut input[consumed..],
-                Ok((_, Flow::Stop)) => self.end(),
+                Ok((_, Flow::Stop)) => self.stop(),
                 Err(error) => {
-                    self.end();
+                    self.stop();
                     return Err(error);
                 }
             }
@@ -76,108 +77,112 @@ impl Receiver {
         Ok(())
     }
 
-    /// Bytes held for what is cut, beyond the receiver itself: zero for an idle connection.
+    /// Heap memory for incomplete input, bytes: zero for an idle connection.
     pub fn held_bytes(&self) -> usize {
         self.partial.as_ref().map_or(0, |partial| {
             size_of::<Partial>() + partial.message.as_ref().map_or(0, |m| m.bytes.capacity())
         })
     }
 
-    fn end(&mut self) {
+    fn stop(&mut self) {
         self.partial = None;
-        self.ended = true;
+        self.stopped = true;
     }
 
     fn partial(&mut self) -> &mut Partial {
-        self.partial
-            .get_or_insert_with(|| Box::new(Partial { stage: Stage::BetweenFrames, message: None }))
+        let between = || Box::new(Partial { state: ReadState::BetweenFrames, message: None });
+        self.partial.get_or_insert_with(between)
     }
 
-    fn message(&self) -> Option<&Message> {
+    fn message(&self) -> Option<&OpenMessage> {
         self.partial.as_ref().and_then(|partial| partial.message.as_ref())
     }
 
-    /// A frame has ended: without an open message nothing is kept.
-    fn settle(&mut self) {
+    /// The current frame is complete. Without an open message nothing stays allocated.
+    fn frame_complete(&mut self) {
         match &mut self.partial {
-            Some(partial) if partial.message.is_some() => partial.stage = Stage::BetweenFrames,
+            Some(partial) if partial.message.is_some() => partial.state = ReadState::BetweenFrames,
             _ => self.partial = None,
         }
     }
 
-    fn context(&self, rules: &ReceiveRules) -> Context {
-        Context { deflate: rules.deflate, message_open: self.message().is_some() }
+    fn context(&self, rules: &ReceiveRules) -> HeaderContext {
+        HeaderContext { deflate: rules.deflate, message_open: self.message().is_some() }
     }
 
-    /// `input` begins with a frame.
-    fn frame_start<S: Sink>(&mut self, input: &mut [u8], call: &mut Call<'_, S>) -> Step {
-        match ClientHeader::decode(input, self.context(call.rules))? {
+    /// `input` starts with a frame.
+    fn frame_start<S: Sink>(&mut self, input: &mut [u8], emitter: &mut Emitter<'_, S>) -> Consumed {
+        match ClientHeader::decode(input, self.context(emitter.rules))? {
             HeaderStep::NeedMore(_) => {
                 let mut bytes = [0; CLIENT_HEADER_BYTES_MAX];
                 bytes[..input.len()].copy_from_slice(input);
-                self.partial().stage = Stage::Header { bytes, len: input.len() };
+                self.partial().state = ReadState::Header { bytes, len: input.len() };
                 Ok((input.len(), Flow::Continue))
             }
-            HeaderStep::Whole(header, used) => {
-                let (consumed, flow) = self.frame(header, &mut input[used..], call)?;
+            HeaderStep::Complete(header, used) => {
+                let (consumed, flow) = self.frame(header, &mut input[used..], emitter)?;
                 Ok((used + consumed, flow))
             }
         }
     }
 
-    /// `input` goes on with a header.
-    fn header_piece<S: Sink>(&mut self, input: &mut [u8], call: &mut Call<'_, S>) -> Step {
-        let context = self.context(call.rules);
-        let Stage::Header { bytes, len } = &mut self.partial().stage else { unreachable!() };
+    /// `input` continues a header.
+    fn header_piece<S: Sink>(
+        &mut self,
+        input: &mut [u8],
+        emitter: &mut Emitter<'_, S>,
+    ) -> Consumed {
+        let context = self.context(emitter.rules);
+        let ReadState::Header { bytes, len } = &mut self.partial().state else { unreachable!() };
         let before = *len;
         let taken = input.len().min(CLIENT_HEADER_BYTES_MAX - before);
         bytes[before..before + taken].copy_from_slice(&input[..taken]);
         *len = before + taken;
         match ClientHeader::decode(&bytes[..*len], context)? {
             HeaderStep::NeedMore(_) => Ok((taken, Flow::Continue)),
-            HeaderStep::Whole(header, used) => {
+            HeaderStep::Complete(header, used) => {
                 let used = used - before;
-                let (consumed, flow) = self.frame(header, &mut input[used..], call)?;
+                let (consumed, flow) = self.frame(header, &mut input[used..], emitter)?;
                 Ok((used + consumed, flow))
             }
         }
     }
 
-    /// `input` begins with the payload of this frame.
+    /// `input` starts with the payload of this frame.
     fn frame<S: Sink>(
         &mut self,
         header: ClientHeader,
         input: &mut [u8],
-        call: &mut Call<'_, S>,
-    ) -> Step {
+        emitter: &mut Emitter<'_, S>,
+    ) -> Consumed {
         if header.opcode.is_control() {
             let length = header.length as usize; // at most 125, checked with the header
             if let Some(payload) = input.get_mut(..length) {
                 mask::apply(payload, header.key);
-                self.settle();
-                return Ok((length, call.control(header.opcode, payload)?));
+                self.frame_complete();
+                return Ok((length, emitter.control(header.opcode, payload)?));
             }
-            self.partial().stage =
-                Stage::Control { header, bytes: [0; CONTROL_PAYLOAD_BYTES_MAX], len: 0 };
-            return self.control_piece(input, call);
+            self.partial().state =
+                ReadState::Control { header, bytes: [0; CONTROL_PAYLOAD_BYTES_MAX], len: 0 };
+            return self.control_piece(input, emitter);
         }
-        let length = self.admit_length(&header, call.rules)?;
-        if let Some(kind) = MessageKind::begun_by(header.opcode) {
+        let length = self.check_length(&header, emitter.rules)?;
+        if let Some(kind) = MessageKind::started_by(header.opcode) {
             if header.fin
                 && let Some(payload) = input.get_mut(..length)
             {
                 mask::apply(payload, header.key);
-                self.settle();
-                return Ok((length, call.message(kind, header.rsv1, payload)?));
+                self.frame_complete();
+                return Ok((length, emitter.whole_message(kind, header.rsv1, payload)?));
             }
-            self.partial().message = Some(Message::new(kind, header.rsv1));
+            self.partial().message = Some(OpenMessage::new(kind, header.rsv1));
         }
-        self.partial().stage = Stage::Data { header, length, received: 0 };
-        self.data_piece(input, call)
+        self.partial().state = ReadState::Data { header, length, received: 0 };
+        self.data_piece(input, emitter)
     }
 
-    /// Refuses what is too long before a byte of it is kept (RFC 6455 §10.4).
-    fn admit_length(
+    /// Rejects a message that is too long before any of it is stored (RFC 6455 §10.4).
+    fn check_length(
         &self,
         header: &ClientHeader,
         rules: &ReceiveRules,
@@ -196,9 +201,13 @@ impl Receiver {
         }
     }
 
-    /// `input` goes on with the payload of a control frame.
-    fn control_piece<S: Sink>(&mut self, input: &mut [u8], call: &mut Call<'_, S>) -> Step {
-        let Stage::Control { header, bytes, len } = &mut self.partial().stage else {
+    /// `input` continues the payload of a control frame.
+    fn control_piece<S: Sink>(
+        &mut self,
+        input: &mut [u8],
+        emitter: &mut Emitter<'_, S>,
+    ) -> Consumed {
+        let ReadState::Control { header, bytes, len } = &mut self.partial().state else {
             unreachable!()
         };
         let length = header.length as usize; // at most 125, checked with the header
@@ -210,13 +219,13 @@ impl Receiver {
         }
         mask::apply(&mut bytes[..length], header.key);
         let (opcode, bytes) = (header.opcode, *bytes);
-        self.settle();
-        Ok((taken, call.control(opcode, &bytes[..length])?))
+        self.frame_complete();
+        Ok((taken, emitter.control(opcode, &bytes[..length])?))
     }
 
-    /// `input` goes on with the payload of a data frame.
-    fn data_piece<S: Sink>(&mut self, input: &mut [u8], call: &mut Call<'_, S>) -> Step {
-        let Partial { stage: Stage::Data { header, length, received }, message: Some(message) } =
+    /// `input` continues the payload of a data frame.
+    fn data_piece<S: Sink>(&mut self, input: &mut [u8], emitter: &mut Emitter<'_, S>) -> Consumed {
+        let Partial { state: ReadState::Data { header, length, received }, message: Some(message) } =
             self.partial()
         else {
             unreachable!()
@@ -230,17 +239,17 @@ impl Receiver {
             return Ok((taken, Flow::Continue));
         }
         let message = if header.fin { self.partial().message.take() } else { None };
-        self.settle();
+        self.frame_complete();
         let flow = match message {
-            Some(message) => call.finished(message)?,
+            Some(message) => emitter.open_message(message)?,
             None => Flow::Continue,
         };
         Ok((taken, flow))
     }
 }
 
-/// Bytes consumed, and whether to go on.
-type Step = Result<(usize, Flow), ProtocolError>;
+/// Bytes consumed, and whether to continue.
+type Consumed = Result<(usize, Flow), ProtocolError>;
 
 const _: () = assert!(size_of::<Receiver>() <= 16);
 
@@ -250,8 +259,8 @@ mod tests {
 
     const RULES: ReceiveRules = ReceiveRules { message_bytes_max: 100, deflate: true };
 
-    /// What a stream told, as lines, and the verdict.
-    fn told(pieces: &mut [Vec<u8>]) -> (Vec<String>, Result<(), ProtocolError>, Receiver) {
+    /// What the receiver emits for a stream, as lines; the result; and the receiver.
+    fn receive(pieces: &mut [Vec<u8>]) -> (Vec<String>, Result<(), ProtocolError>, Receiver) {
         let mut receiver = Receiver::default();
         let mut scratch = Scratch::default();
         let mut lines = Vec::new();
@@ -276,7 +285,7 @@ mod tests {
         (lines, verdict, receiver)
     }
 
-    /// A client's frame with a mask of its own.
+    /// A client's frame, masked.
     fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
         let key = [0x11, first, 0x37, payload.len() as u8];
         let mut bytes = vec![first, 0x80 | payload.len() as u8];
@@ -290,22 +299,20 @@ mod tests {
         frames.iter().flat_map(|(first, payload)| frame(*first, payload)).collect()
     }
 
-    /// Checks that a stream tells `lines` and ends with `verdict`, uncut, byte by byte, and cut in
-    /// two at each place.
-    fn check(bytes: &[u8], lines: &[&str], verdict: Result<(), ProtocolError>) {
+    /// Checks what the receiver emits and returns for a stream: whole, byte by byte, and split in two
+    /// at each position.
+    fn check(bytes: &[u8], lines: &[&str], result: Result<(), ProtocolError>) {
         let cuts = (0..=bytes.len()).map(|at| vec![bytes[..at].to_vec(), bytes[at..].to_vec()]);
         let single: Vec<Vec<u8>> = bytes.iter().map(|byte| vec![*byte]).collect();
         for mut pieces in cuts.chain([single]) {
-            let got = told(&mut pieces);
-            assert_eq!(
-                (&got.0[..], got.1),
-                (&lines.iter().map(|l| l.to_string()).collect::<Vec<_>>()[..], verdict)
-            );
+            let (emitted, got, _) = receive(&mut pieces);
+            assert_eq!(emitted, lines);
+            assert_eq!(got, result);
         }
     }
 
     #[test]
-    fn fragments_with_control_frames_between() {
+    fn control_frames_between_fragments() {
         let bytes = stream(&[
             (0x01, b"Hel"),
             (0x89, b"p"),
@@ -329,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn compressed_messages_whole_and_in_fragments() {
+    fn compressed_messages_in_one_frame_and_in_fragments() {
         let bytes = stream(&[
             (0xc1, b"\xf2\x48\xcd\xc9\xc9\x07\x00"),
             (0x42, b"\xf2\x48"),
@@ -341,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn each_fault_is_found_after_what_came_whole() {
+    fn each_error_comes_after_the_complete_messages_before_it() {
         use ProtocolError::*;
         let big = [b'x'; 101];
         type Frames<'a> = &'a [(u8, &'a [u8])];
@@ -368,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_text_is_refused_in_the_middle_of_a_frame() {
+    fn invalid_text_fails_in_the_middle_of_a_frame() {
         let mut bytes = frame(0x81, b"ab\xffcd");
         bytes.truncate(6 + 3);
         check(&bytes, &[], Err(ProtocolError::TextNotUtf8));
@@ -377,26 +384,27 @@ mod tests {
     }
 
     #[test]
-    fn too_long_is_refused_at_the_header_before_anything_is_kept() {
-        let (lines, verdict, receiver) = told(&mut [b"\x82\xfe\xff\xff\x00\x00\x00\x00".to_vec()]);
-        assert_eq!((lines.len(), verdict), (0, Err(ProtocolError::MessageTooBig)));
+    fn too_long_message_fails_at_its_header() {
+        let (lines, result, receiver) =
+            receive(&mut [b"\x82\xfe\xff\xff\x00\x00\x00\x00".to_vec()]);
+        assert_eq!((lines.len(), result), (0, Err(ProtocolError::MessageTooBig)));
         assert_eq!(receiver.held_bytes(), 0);
     }
 
     #[test]
-    fn memory_follows_what_arrived_and_is_gone_when_idle() {
+    fn memory_grows_with_received_bytes_and_is_freed_when_idle() {
         let bytes = frame(0x82, &[7; 100]);
-        let held = |len: usize| told(&mut [bytes[..len].to_vec()]).2.held_bytes();
+        let held = |len: usize| receive(&mut [bytes[..len].to_vec()]).2.held_bytes();
         assert_eq!(held(0), 0);
         assert!(held(1) > 0);
         assert!(held(10) < held(1) + 16);
         assert_eq!(held(bytes.len()), 0);
-        let (_, _, receiver) = told(&mut [bytes[..50].to_vec(), bytes[50..].to_vec()]);
+        let (_, _, receiver) = receive(&mut [bytes[..50].to_vec(), bytes[50..].to_vec()]);
         assert_eq!(receiver.held_bytes(), 0);
     }
 
     #[test]
-    fn stop_throws_the_rest_away() {
+    fn stop_discards_the_rest() {
         let mut receiver = Receiver::default();
         let mut count = 0;
         let mut input = stream(&[(0x81, b"a"), (0x81, b"b"), (0xf3, b"")]);

@@ -17,18 +17,18 @@ use delivery::reactor::gate::{Gate, GateConfig};
 use delivery::reactor::listener::{ListenerConfig, listen_all};
 use delivery::reactor::shard::{PeerRings, ShardLinks};
 use delivery::reactor::thread::{ShardHandle, spawn};
-use delivery::service::sessions::auth::Authenticator;
 use delivery::service::members::directory::Directory;
 use delivery::service::members::membership::{Membership, MembershipConfig};
-use delivery::service::sessions::presence::Presence;
-use delivery::service::sessions::resume::Resume;
 use delivery::service::routing::router::{
-    Assignment, LogName, Progress, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
-    RouterParts, ShardLink,
+    Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
+    RouterParts, ShardLink, TopicPartition,
 };
+use delivery::service::sessions::auth::Authenticator;
 use delivery::service::sessions::manager::{
     SessionConfig, SessionHandle, SessionManager, SessionPorts, ShardPort,
 };
+use delivery::service::sessions::presence::Presence;
+use delivery::service::sessions::resume::Resume;
 
 use crate::clock::now_ns;
 use crate::control::Pushed;
@@ -87,7 +87,7 @@ pub struct Ours {
     /// Where it listens.
     pub address: SocketAddr,
     log: Arc<Mutex<Log>>,
-    progress: Arc<Progress>,
+    committable: Arc<CommittableOffset>,
     router: RouterControl,
     counters: Vec<Arc<ShardCounters>>,
     /// Sizes of conversations that have been made.
@@ -206,18 +206,18 @@ impl Ours {
         membership.follow();
 
         let log = Arc::new(Mutex::new(Log::default()));
-        let progress = Arc::new(Progress::new(Some(0)));
+        let committable = Arc::new(CommittableOffset::new(Some(0)));
         router.assign(Assignment {
-            log: LogName { topic: "bench".into(), topic_index: 0, partition: 0 },
+            log: TopicPartition { topic: "bench".into(), topic_index: 0, partition: 0 },
             source: Box::new(Source(Arc::clone(&log))),
             start: Some(0),
-            progress: Arc::clone(&progress),
+            committable: Arc::clone(&committable),
         });
         drop(within);
         Ok(Self {
             address,
             log,
-            progress,
+            committable,
             router,
             counters,
             prepared: Vec::new(),
@@ -263,7 +263,7 @@ impl Ours {
 
     /// Every record below this offset is done: sent on each socket concerned.
     fn wait_until(&self, offset: i64) {
-        while self.progress.committable() < Some(offset) {
+        while self.committable.get() < Some(offset) {
             std::thread::sleep(POLL);
         }
     }

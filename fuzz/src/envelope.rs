@@ -4,7 +4,7 @@
 use delivery::domain::event::{Encoding, EncodingSet};
 use delivery::protocol::deflate::Inflater;
 use delivery::service::events::encode::{CompressionConfig, Encoder};
-use delivery::service::events::envelope::{Body, EnvelopeError, Record, decode};
+use delivery::service::events::envelope::{DecodedEvent, EnvelopeError, EventBody, decode};
 use delivery::service::events::proto::conversation::v1::{
     ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
 };
@@ -50,10 +50,10 @@ fn inner_is_readable(envelope: &EventEnvelope) -> bool {
     }
 }
 
-fn check_body(record: &Record<'_>, envelope: &EventEnvelope) {
+fn check_body(record: &DecodedEvent<'_>, envelope: &EventEnvelope) {
     let payload = &envelope.payload[..];
     match &record.body {
-        Body::ConversationCreated { conversation, members } => {
+        EventBody::ConversationCreated { conversation, members } => {
             let event = ConversationCreatedEvent::decode(payload).expect("readable");
             let inner = event.conversation.unwrap_or_default();
             let mut expected: Vec<&str> =
@@ -65,35 +65,35 @@ fn check_body(record: &Record<'_>, envelope: &EventEnvelope) {
             expected.dedup();
             assert_eq!((*conversation, members), (&*inner.conversation_id, &expected));
         }
-        Body::MembershipChanged { conversation, user, added } => {
+        EventBody::MembershipChanged { conversation, user, added } => {
             let event = MembershipChangedEvent::decode(payload).expect("readable");
             let theirs = (&*event.conversation_id, &*event.user_id, event.added);
             assert_eq!((*conversation, *user, *added), theirs);
         }
-        Body::MessageSent { conversation, sequence } => {
+        EventBody::MessageSent { conversation, sequence } => {
             let event = MessageSentEvent::decode(payload).expect("readable");
             let message = event.message.unwrap_or_default();
             assert_eq!((*conversation, *sequence), (&*message.conversation_id, message.sequence));
         }
-        Body::MessageDeleted { conversation, message_id } => {
+        EventBody::MessageDeleted { conversation, message_id } => {
             let event = MessageDeletedEvent::decode(payload).expect("readable");
             let theirs = (&*event.conversation_id, &*event.message_id);
             assert_eq!((*conversation, *message_id), theirs);
         }
-        Body::ReadReceiptUpdated { conversation } => {
+        EventBody::ReadReceiptUpdated { conversation } => {
             let event = ReadReceiptUpdatedEvent::decode(payload).expect("readable");
             assert_eq!(*conversation, event.conversation_id);
         }
-        Body::PresenceUpdated { user } => {
+        EventBody::PresenceUpdated { user } => {
             let event = PresenceUpdateEvent::decode(payload).expect("readable");
             assert_eq!(*user, event.user_id);
         }
-        Body::Unknown => assert!(matches!(envelope.event_type(), EventType::Unspecified)),
+        EventBody::Unknown => assert!(matches!(envelope.event_type(), EventType::Unspecified)),
     }
 }
 
 /// Binary sessions get the record unchanged, JSON sessions get JSON, compressing ones the same.
-fn check_frames(record: &Record<'_>) {
+fn check_frames(record: &DecodedEvent<'_>) {
     let mut all = EncodingSet::default();
     Encoding::ALL.into_iter().for_each(|encoding| all.insert(encoding));
     let config = CompressionConfig { threshold_bytes: 16, level: 1 };

@@ -4,13 +4,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
-use prost::Message as _;
 use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 
+use crate::service::events::encode::encode_envelope;
 use crate::service::events::proto::conversation::v1 as conversation;
 use crate::service::events::proto::message::v1 as message;
-use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use crate::service::events::proto::shared::v1::EventType;
 use crate::service::events::timestamp::Timestamp;
 
 /// The help text.
@@ -243,13 +243,8 @@ fn wrap(
     now: Timestamp,
     what: String,
 ) -> Record {
-    let envelope = EventEnvelope {
-        event_type: kind.into(),
-        schema_version: 1,
-        occurred_at: Some(now),
-        payload: event.encode_to_vec().into(),
-    };
-    Record { topic: topic.to_owned(), key: key.to_owned(), value: envelope.encode_to_vec(), what }
+    let value = encode_envelope(kind, Some(now), event.encode_to_vec());
+    Record { topic: topic.to_owned(), key: key.to_owned(), value, what }
 }
 
 /// Keeps the broker's answer to the last record.
@@ -325,7 +320,10 @@ impl Publisher {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message as _;
+
     use super::*;
+    use crate::service::events::proto::shared::v1::EventEnvelope;
 
     #[test]
     fn record_is_keyed_by_its_conversation_and_wrapped_once() {

@@ -15,7 +15,7 @@ use tungstenite::{Message, WebSocket};
 use crate::domain::close::CloseCode;
 use crate::domain::counted::Counted;
 use crate::service::events::encode;
-use crate::service::events::envelope::{self, Body};
+use crate::service::events::envelope::{self, EventBody};
 
 /// The help text.
 pub const ABOUT: &str = "\
@@ -94,7 +94,7 @@ impl Seen {
     fn note(&mut self, value: &[u8]) {
         self.events += 1;
         if let Ok(record) = envelope::decode(value)
-            && let Body::MessageSent { conversation, sequence } = record.body
+            && let EventBody::MessageSent { conversation, sequence } = record.body
         {
             let last = self.last.entry(conversation.to_owned()).or_default();
             *last = sequence.max(*last);

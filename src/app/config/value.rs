@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::domain::command::Secret;
+pub use crate::service::routing::kafka::RoutingMode;
 
 /// A type of the settings table.
 pub trait Value: Sized {
@@ -457,13 +458,9 @@ impl<T: Value> Value for Vec<T> {
     }
 }
 
-/// Declares a setting that is one of a few words.
-macro_rules! choice {
-    ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident = $word:literal,)* }) => {
-        $(#[$outer])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($(#[$inner])* $variant,)* }
-
+/// Reads an enum as a setting that is one of a few words.
+macro_rules! words {
+    ($name:ident { $($variant:ident = $word:literal,)* }) => {
         impl Value for $name {
             const KIND: &'static str = concat!("one of:", $(" ", $word),*);
 
@@ -481,6 +478,19 @@ macro_rules! choice {
     };
 }
 
+/// Declares an enum that is read as one of a few words.
+macro_rules! choice {
+    ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident = $word:literal,)* }) => {
+        $(#[$outer])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$inner])* $variant,)* }
+
+        words! { $name { $($variant = $word,)* } }
+    };
+}
+
+words! { RoutingMode { Group = "group", Broadcast = "broadcast", } }
+
 choice! {
     /// Who may connect.
     AuthMode {
@@ -488,15 +498,6 @@ choice! {
         Jwt = "jwt",
         /// Everybody, as anybody.
         Trust = "trust",
-    }
-}
-choice! {
-    /// How several nodes share the work (`docs/operations.md`).
-    RoutingMode {
-        /// A consumer group shares the partitions; other nodes are reached through Redis.
-        Group = "group",
-        /// Every node reads everything and serves its own sessions.
-        Broadcast = "broadcast",
     }
 }
 choice! {

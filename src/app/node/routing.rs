@@ -10,14 +10,14 @@ use super::metrics::{component, numbered};
 use super::other_nodes::OtherNodes;
 use super::sizing::Sizing;
 use crate::app::admin::{Check, FamilyKind, Samples};
-use crate::app::config::{Name, RoutingMode, Settings, Value as _};
+use crate::app::config::{Name, Settings, Value as _};
 use crate::service::backends::ports::ConversationSource;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::routing::kafka::{
-    self, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaStatus,
+    DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaStatus,
 };
-use crate::service::routing::router::dead_letter::DeadLetters;
+use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::{
     Router, RouterConfig, RouterControl, RouterCounters, RouterParts, ShardLink,
 };
@@ -166,10 +166,7 @@ fn kafka_config(settings: &Settings, instance: &Arc<str>) -> KafkaConfig {
     let properties = settings.kafka_properties.iter();
     KafkaConfig {
         topics: settings.kafka_topics.iter().map(Name::to_string).collect(),
-        mode: match settings.routing() {
-            RoutingMode::Group => kafka::RoutingMode::Group,
-            RoutingMode::Broadcast => kafka::RoutingMode::Broadcast,
-        },
+        mode: settings.routing(),
         group: settings.kafka_group.to_string(),
         client_id: instance.to_string(),
         properties: properties
@@ -186,7 +183,7 @@ fn dead_letters(
     settings: &Settings,
     config: &KafkaConfig,
     counters: &Arc<KafkaCounters>,
-) -> Result<Option<Arc<dyn DeadLetters>>, String> {
+) -> Result<Option<Arc<dyn DeadLetterSink>>, String> {
     let Some(topic) = &settings.dead_letter_topic else { return Ok(None) };
     let letters = DeadLetterTopic::new(topic.to_string(), config, Arc::clone(counters))
         .map_err(|error| format!("DEAD_LETTER_TOPIC: {error}"))?;

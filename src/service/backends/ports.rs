@@ -119,17 +119,3 @@ pub trait RemoteNodes: Send + Sync + 'static {
     /// room and get on: what is away or stands still is not waited for.
     fn has_room(&self) -> bool;
 }
-
-/// For a node that serves only its own sessions (`ROUTING_MODE=broadcast`, or no Redis).
-#[derive(Debug)]
-pub struct NoRemoteNodes;
-
-impl RemoteNodes for NoRemoteNodes {
-    fn forward(&self, _value: &[u8], _users: &[Arc<str>], _done: ForwardDone) -> Forwarding {
-        Forwarding::Nobody
-    }
-
-    fn has_room(&self) -> bool {
-        true
-    }
-}

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 /// Names a record of the window until it is done: the count of records taken before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Taken(u64);
+pub struct WindowIndex(u64);
 
 #[derive(Clone, Copy, Debug)]
 struct Entry {
@@ -22,7 +22,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct OffsetWindow {
     entries: VecDeque<Entry>,
-    /// `Taken` of the first entry.
+    /// `WindowIndex` of the first entry.
     first: u64,
     /// Where to read on once everything is done.
     next: i64,
@@ -61,17 +61,17 @@ impl OffsetWindow {
     }
 
     /// Takes the next record. There is room; offsets ascend.
-    pub fn take(&mut self, offset: i64) -> Taken {
+    pub fn take(&mut self, offset: i64) -> WindowIndex {
         assert!(self.has_room());
         assert!(offset >= self.next, "{offset} after {}", self.next);
-        let taken = Taken(self.first + self.entries.len() as u64);
+        let taken = WindowIndex(self.first + self.entries.len() as u64);
         self.entries.push_back(Entry { offset, done: false });
         self.next = offset + 1;
         taken
     }
 
     /// A record is done: once each. Returns whether the committable offset has moved.
-    pub fn done(&mut self, taken: Taken) -> bool {
+    pub fn done(&mut self, taken: WindowIndex) -> bool {
         let index = taken.0.checked_sub(self.first).expect("done once") as usize;
         let entry = &mut self.entries[index];
         assert!(!entry.done, "done once");

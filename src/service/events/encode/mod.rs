@@ -25,7 +25,7 @@ use crate::domain::event::{Encoding, EncodingSet, Event};
 use crate::domain::ids::{StreamKey, StreamPosition};
 use crate::protocol::deflate::{Compressor, WINDOW_BITS_MAX};
 use crate::protocol::frame::{self, Opcode};
-use crate::service::events::envelope::{Body, Record, repeated};
+use crate::service::events::envelope::{DecodedEvent, EventBody, repeated};
 use crate::service::events::proto::conversation::v1::{
     ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
 };
@@ -73,7 +73,7 @@ impl Encoder {
     /// `appended_at_ms`: see [`Event::appended_at_ms`].
     pub fn encode(
         &mut self,
-        record: &Record<'_>,
+        record: &DecodedEvent<'_>,
         wanted: EncodingSet,
         appended_at_ms: u64,
     ) -> Event {
@@ -133,31 +133,24 @@ impl Encoder {
 }
 
 /// The place of a message within its conversation. Sequences count from 1 (contract §1).
-fn position(record: &Record<'_>, stream: Option<StreamKey>) -> Option<StreamPosition> {
+fn position(record: &DecodedEvent<'_>, stream: Option<StreamKey>) -> Option<StreamPosition> {
     match record.body {
-        Body::MessageSent { sequence, .. } if sequence > 0 => {
+        EventBody::MessageSent { sequence, .. } if sequence > 0 => {
             Some(StreamPosition { stream: stream?, sequence })
         }
         _ => None,
     }
 }
 
-/// The envelope in which a caught-up message is sent (contract §3), serialized.
-pub fn caught_up(message: Message) -> Vec<u8> {
-    let occurred_at = message.sent_at;
-    let payload = MessageSentEvent { message: Some(message) }.encode_to_vec();
-    envelope(EventType::MessageSent, occurred_at, payload)
-}
-
-/// The envelope in which a change of presence is sent (contract §4), serialized; `payload` is the
-/// serialized `PresenceUpdateEvent`.
-pub fn presence_updated(payload: Vec<u8>, occurred_at: Timestamp) -> Vec<u8> {
-    envelope(EventType::PresenceUpdated, Some(occurred_at), payload)
-}
-
-fn envelope(kind: EventType, occurred_at: Option<Timestamp>, payload: Vec<u8>) -> Vec<u8> {
+/// A serialized `EventEnvelope` made by Delivery itself (contract §§3, 4). `payload` is the
+/// serialized inner event.
+pub fn encode_envelope(
+    event_type: EventType,
+    occurred_at: Option<Timestamp>,
+    payload: Vec<u8>,
+) -> Vec<u8> {
     EventEnvelope {
-        event_type: kind.into(),
+        event_type: event_type.into(),
         schema_version: SCHEMA_VERSION,
         occurred_at,
         payload: payload.into(),
@@ -217,7 +210,7 @@ impl JsonPayload {
 }
 
 /// The text of a JSON session's message. `None`: a string in it is not UTF-8, or its timestamp is outside of what JSON can say.
-pub fn json(record: &Record<'_>) -> Option<Vec<u8>> {
+pub fn json(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     let envelope = EventEnvelope::decode(record.value).ok()?;
     let event_type = match EventType::try_from(record.event_type) {
         Ok(known) => JsonEventType::Known(known),
@@ -225,32 +218,34 @@ pub fn json(record: &Record<'_>) -> Option<Vec<u8>> {
     };
     let inner = record.payload;
     let payload = match record.body {
-        Body::ConversationCreated { .. } => {
+        EventBody::ConversationCreated { .. } => {
             JsonPayload::ConversationCreated(ConversationCreatedEvent::decode(inner).ok()?)
         }
-        Body::MembershipChanged { .. } => {
+        EventBody::MembershipChanged { .. } => {
             JsonPayload::MembershipChanged(MembershipChangedEvent::decode(inner).ok()?)
         }
-        Body::MessageSent { .. } => JsonPayload::MessageSent(MessageSentEvent::decode(inner).ok()?),
-        Body::MessageDeleted { .. } => {
+        EventBody::MessageSent { .. } => {
+            JsonPayload::MessageSent(MessageSentEvent::decode(inner).ok()?)
+        }
+        EventBody::MessageDeleted { .. } => {
             JsonPayload::MessageDeleted(MessageDeletedEvent::decode(inner).ok()?)
         }
-        Body::ReadReceiptUpdated { .. } => {
+        EventBody::ReadReceiptUpdated { .. } => {
             JsonPayload::ReadReceiptUpdated(ReadReceiptUpdatedEvent::decode(inner).ok()?)
         }
-        Body::PresenceUpdated { .. } => {
+        EventBody::PresenceUpdated { .. } => {
             JsonPayload::PresenceUpdated(PresenceUpdateEvent::decode(inner).ok()?)
         }
-        Body::Unknown => JsonPayload::Base64(BASE64.encode(inner)),
+        EventBody::Unknown => JsonPayload::Base64(BASE64.encode(inner)),
     };
     let EventEnvelope { schema_version, occurred_at, .. } = envelope;
     serde_json::to_vec(&JsonEnvelope { event_type, schema_version, occurred_at, payload }).ok()
 }
 
 /// A serialized `DeliveryEvent`; `None` where it has no way to say it (see the module).
-fn delivery_event(record: &Record<'_>) -> Option<Vec<u8>> {
+fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     match record.body {
-        Body::MessageSent { conversation, sequence } => {
+        EventBody::MessageSent { conversation, sequence } => {
             let head =
                 DeliveryEvent { conversation_id: conversation.to_owned(), sequence, message: None };
             let mut out = Vec::with_capacity(record.payload.len() + 2 * conversation.len() + 24);
@@ -267,7 +262,7 @@ fn delivery_event(record: &Record<'_>) -> Option<Vec<u8>> {
             }
             Some(out)
         }
-        Body::MessageDeleted { conversation, message_id } => {
+        EventBody::MessageDeleted { conversation, message_id } => {
             let occurred_at = repeated(record.value, 3).ok()?.concat();
             let message = Message {
                 message_id: message_id.to_owned(),
@@ -279,13 +274,15 @@ fn delivery_event(record: &Record<'_>) -> Option<Vec<u8>> {
             let event = DeliveryEvent { conversation_id, sequence: 0, message: Some(message) };
             Some(event.encode_to_vec())
         }
-        Body::ConversationCreated { conversation, .. }
-        | Body::MembershipChanged { conversation, .. } => {
+        EventBody::ConversationCreated { conversation, .. }
+        | EventBody::MembershipChanged { conversation, .. } => {
             let conversation_id = conversation.to_owned();
             let event = DeliveryEvent { conversation_id, sequence: 0, message: None };
             Some(event.encode_to_vec())
         }
-        Body::ReadReceiptUpdated { .. } | Body::PresenceUpdated { .. } | Body::Unknown => None,
+        EventBody::ReadReceiptUpdated { .. }
+        | EventBody::PresenceUpdated { .. }
+        | EventBody::Unknown => None,
     }
 }
 

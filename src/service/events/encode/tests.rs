@@ -25,6 +25,12 @@ fn message(content: &str) -> Message {
     }
 }
 
+fn sent(message: Message) -> Vec<u8> {
+    let occurred_at = message.sent_at;
+    let payload = MessageSentEvent { message: Some(message) }.encode_to_vec();
+    encode_envelope(EventType::MessageSent, occurred_at, payload)
+}
+
 fn encode(value: &[u8], wanted: EncodingSet) -> Event {
     Encoder::new(CompressionConfig::default()).encode(&decode(value).unwrap(), wanted, 5)
 }
@@ -46,7 +52,7 @@ fn on_stream(value: &[u8]) -> Option<DeliveryEvent> {
 
 #[test]
 fn binary_frame_is_the_record_unchanged() {
-    let mut value = caught_up(message("hello"));
+    let mut value = sent(message("hello"));
     value.extend([0xa0, 0x06, 0x01]); // an unknown field
     let event = encode(&value, only(Encoding::Binary));
     let frame = event.frame(Encoding::Binary).unwrap();
@@ -61,7 +67,7 @@ fn binary_frame_is_the_record_unchanged() {
 #[test]
 fn json_holds_the_inner_event() {
     assert_eq!(
-        text(&caught_up(message("hello"))),
+        text(&sent(message("hello"))),
         r#"{"eventType":"EVENT_TYPE_MESSAGE_SENT","schemaVersion":1,"occurredAt":"2023-11-14T22:13:20Z","payload":{"message":{"messageId":"m","conversationId":"c","senderUserId":"alice","sequence":"7","content":"hello","sentAt":"2023-11-14T22:13:20Z"}}}"#
     );
     let receipt = ReadReceiptUpdatedEvent {
@@ -70,12 +76,16 @@ fn json_holds_the_inner_event() {
         read_sequence: 7,
     };
     assert_eq!(
-        text(&envelope(EventType::ReadReceiptUpdated, None, receipt.encode_to_vec())),
+        text(&encode_envelope(EventType::ReadReceiptUpdated, None, receipt.encode_to_vec())),
         r#"{"eventType":"EVENT_TYPE_READ_RECEIPT_UPDATED","schemaVersion":1,"payload":{"conversationId":"c","userId":"bob","readSequence":"7"}}"#
     );
     let presence = PresenceUpdateEvent { user_id: "bob".into(), status: 1, occurred_at: 9 };
     assert_eq!(
-        text(&presence_updated(presence.encode_to_vec(), Timestamp { seconds: 9, nanos: 0 })),
+        text(&encode_envelope(
+            EventType::PresenceUpdated,
+            Some(Timestamp { seconds: 9, nanos: 0 }),
+            presence.encode_to_vec()
+        )),
         r#"{"eventType":"EVENT_TYPE_PRESENCE_UPDATED","schemaVersion":1,"occurredAt":"1970-01-01T00:00:09Z","payload":{"userId":"bob","status":"PRESENCE_STATUS_ONLINE","occurredAt":"9"}}"#
     );
 }
@@ -92,7 +102,7 @@ fn json_of_a_kind_unknown_here_keeps_the_bytes() {
 fn what_json_cannot_say_is_left_out_and_the_rest_still_goes() {
     let mut broken = message("");
     broken.sent_at = Some(Timestamp { seconds: i64::MAX, nanos: 0 });
-    let event = encode(&caught_up(broken), all());
+    let event = encode(&sent(broken), all());
     assert_eq!(event.frame(Encoding::Json), None);
     assert_eq!(event.frame(Encoding::JsonDeflate), None);
     assert!(event.frame(Encoding::Binary).is_some());
@@ -101,9 +111,8 @@ fn what_json_cannot_say_is_left_out_and_the_rest_still_goes() {
 
 #[test]
 fn stream_is_spared_what_its_clients_cannot_read() {
-    let sent = caught_up(message("hello"));
-    let at = sent.windows(5).position(|bytes| bytes == b"alice").unwrap();
-    let mut not_utf8 = sent;
+    let mut not_utf8 = sent(message("hello"));
+    let at = not_utf8.windows(5).position(|bytes| bytes == b"alice").unwrap();
     not_utf8[at] = 0xff;
     assert_eq!(encode(&not_utf8, only(Encoding::Stream)).frame(Encoding::Stream), None);
     assert!(encode(&not_utf8, all()).frame(Encoding::Binary).is_some());
@@ -111,9 +120,8 @@ fn stream_is_spared_what_its_clients_cannot_read() {
 
 #[test]
 fn stream_carries_messages_and_deletions() {
-    let mut sent = caught_up(message("hello"));
     assert_eq!(
-        on_stream(&sent),
+        on_stream(&sent(message("hello"))),
         Some(DeliveryEvent {
             conversation_id: "c".into(),
             sequence: 7,
@@ -126,8 +134,7 @@ fn stream_carries_messages_and_deletions() {
         MessageSentEvent { message: Some(Message { sequence: 8, ..Message::default() }) },
     ];
     let parts = parts.map(|part| part.encode_to_vec()).concat();
-    sent = envelope(EventType::MessageSent, None, parts);
-    let merged = on_stream(&sent).unwrap();
+    let merged = on_stream(&encode_envelope(EventType::MessageSent, None, parts)).unwrap();
     assert_eq!(
         (merged.sequence, merged.message),
         (8, Some(Message { sequence: 8, ..message("a") }))
@@ -136,7 +143,8 @@ fn stream_carries_messages_and_deletions() {
     let deleted =
         MessageDeletedEvent { conversation_id: "c".into(), message_id: "m".into() }.encode_to_vec();
     let at = Timestamp { seconds: 3, nanos: 4 };
-    let tombstone = on_stream(&envelope(EventType::MessageDeleted, Some(at), deleted)).unwrap();
+    let tombstone =
+        on_stream(&encode_envelope(EventType::MessageDeleted, Some(at), deleted)).unwrap();
     assert_eq!((tombstone.conversation_id.as_str(), tombstone.sequence), ("c", 0));
     assert_eq!(
         tombstone.message,
@@ -153,19 +161,19 @@ fn stream_carries_messages_and_deletions() {
 fn stream_hints_at_membership_and_is_silent_on_the_rest() {
     let change =
         MembershipChangedEvent { conversation_id: "c".into(), user_id: "bob".into(), added: true };
-    let value = envelope(EventType::MembershipChanged, None, change.encode_to_vec());
+    let value = encode_envelope(EventType::MembershipChanged, None, change.encode_to_vec());
     assert_eq!(
         on_stream(&value),
         Some(DeliveryEvent { conversation_id: "c".into(), ..DeliveryEvent::default() })
     );
     let receipt = ReadReceiptUpdatedEvent { conversation_id: "c".into(), ..Default::default() };
-    let value = envelope(EventType::ReadReceiptUpdated, None, receipt.encode_to_vec());
+    let value = encode_envelope(EventType::ReadReceiptUpdated, None, receipt.encode_to_vec());
     assert_eq!(on_stream(&value), None);
 }
 
 #[test]
 fn compressed_only_where_it_pays() {
-    let long = caught_up(message(&"ha ".repeat(300)));
+    let long = sent(message(&"ha ".repeat(300)));
     let event = encode(&long, only(Encoding::BinaryDeflate));
     let frame = event.frame(Encoding::BinaryDeflate).unwrap();
     assert_eq!(frame[0], 0xc2, "FIN, RSV1, binary");
@@ -174,7 +182,7 @@ fn compressed_only_where_it_pays() {
     let mut inflater = crate::protocol::deflate::Inflater::default();
     assert_eq!(inflater.inflate(payload(frame), long.len()).unwrap(), long);
 
-    let short = caught_up(message("ha"));
+    let short = sent(message("ha"));
     let event = encode(&short, only(Encoding::BinaryDeflate));
     assert_eq!(event.frame(Encoding::BinaryDeflate).unwrap()[0], 0x82, "below the threshold");
 

@@ -37,20 +37,20 @@ pub enum EnvelopeError {
 
 /// A decoded record; everything borrowed from its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record<'a> {
+pub struct DecodedEvent<'a> {
     /// The whole value, a serialized `EventEnvelope`: what a binary session is sent, unchanged.
     pub value: &'a [u8],
-    /// `EventEnvelope.event_type` as it stands there; see [`Body::Unknown`].
+    /// `EventEnvelope.event_type` as it stands there; see [`EventBody::Unknown`].
     pub event_type: i32,
     /// `EventEnvelope.payload`: the serialized inner event.
     pub payload: &'a [u8],
     /// The inner event.
-    pub body: Body<'a>,
+    pub body: EventBody<'a>,
 }
 
 /// The inner event, as far as routing needs it. Ids may be empty: proto3 has no required fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Body<'a> {
+pub enum EventBody<'a> {
     /// `ConversationCreatedEvent`.
     ConversationCreated {
         /// The new conversation.
@@ -96,16 +96,16 @@ pub enum Body<'a> {
     Unknown,
 }
 
-impl<'a> Record<'a> {
+impl<'a> DecodedEvent<'a> {
     /// The conversation named inside; `None` if the event names none.
     pub fn conversation(&self) -> Option<&'a str> {
         let id = match self.body {
-            Body::ConversationCreated { conversation, .. }
-            | Body::MembershipChanged { conversation, .. }
-            | Body::MessageSent { conversation, .. }
-            | Body::MessageDeleted { conversation, .. }
-            | Body::ReadReceiptUpdated { conversation } => conversation,
-            Body::PresenceUpdated { .. } | Body::Unknown => "",
+            EventBody::ConversationCreated { conversation, .. }
+            | EventBody::MembershipChanged { conversation, .. }
+            | EventBody::MessageSent { conversation, .. }
+            | EventBody::MessageDeleted { conversation, .. }
+            | EventBody::ReadReceiptUpdated { conversation } => conversation,
+            EventBody::PresenceUpdated { .. } | EventBody::Unknown => "",
         };
         (!id.is_empty()).then_some(id)
     }
@@ -115,7 +115,7 @@ impl<'a> Record<'a> {
 ///
 /// # Errors
 /// See [`EnvelopeError`]. Nothing of such a record can be trusted.
-pub fn decode(value: &[u8]) -> Result<Record<'_>, EnvelopeError> {
+pub fn decode(value: &[u8]) -> Result<DecodedEvent<'_>, EnvelopeError> {
     if value.is_empty() {
         return Err(EnvelopeError::Empty);
     }
@@ -135,12 +135,14 @@ pub fn decode(value: &[u8]) -> Result<Record<'_>, EnvelopeError> {
         Ok(EventType::MessageSent) => message_sent(payload)?,
         Ok(EventType::MessageDeleted) => message_deleted(payload)?,
         Ok(EventType::ReadReceiptUpdated) => {
-            Body::ReadReceiptUpdated { conversation: string_field(payload, 1)? }
+            EventBody::ReadReceiptUpdated { conversation: string_field(payload, 1)? }
         }
-        Ok(EventType::PresenceUpdated) => Body::PresenceUpdated { user: string_field(payload, 1)? },
-        Ok(EventType::Unspecified) | Err(_) => Body::Unknown,
+        Ok(EventType::PresenceUpdated) => {
+            EventBody::PresenceUpdated { user: string_field(payload, 1)? }
+        }
+        Ok(EventType::Unspecified) | Err(_) => EventBody::Unknown,
     };
-    Ok(Record { value, event_type, payload, body })
+    Ok(DecodedEvent { value, event_type, payload, body })
 }
 
 /// Every occurrence of an embedded message or bytes field. One that is not repeated may still
@@ -168,7 +170,7 @@ fn string_field(message: &[u8], wanted: u32) -> Result<&str, EnvelopeError> {
     Ok(found)
 }
 
-fn conversation_created(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+fn conversation_created(payload: &[u8]) -> Result<EventBody<'_>, EnvelopeError> {
     let mut conversation = "";
     let mut members = Vec::new();
     let mut fields = Fields::new(payload);
@@ -193,10 +195,10 @@ fn conversation_created(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
     members.retain(|id| !id.is_empty());
     members.sort_unstable();
     members.dedup();
-    Ok(Body::ConversationCreated { conversation, members })
+    Ok(EventBody::ConversationCreated { conversation, members })
 }
 
-fn membership_changed(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+fn membership_changed(payload: &[u8]) -> Result<EventBody<'_>, EnvelopeError> {
     let (mut conversation, mut user, mut added) = ("", "", false);
     let mut fields = Fields::new(payload);
     while let Some((number, field)) = fields.next()? {
@@ -207,10 +209,10 @@ fn membership_changed(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
             _ => {}
         }
     }
-    Ok(Body::MembershipChanged { conversation, user, added })
+    Ok(EventBody::MembershipChanged { conversation, user, added })
 }
 
-fn message_sent(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+fn message_sent(payload: &[u8]) -> Result<EventBody<'_>, EnvelopeError> {
     let (mut conversation, mut sequence) = ("", 0);
     let mut fields = Fields::new(payload);
     while let Some((number, field)) = fields.next()? {
@@ -225,10 +227,10 @@ fn message_sent(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
             }
         }
     }
-    Ok(Body::MessageSent { conversation, sequence })
+    Ok(EventBody::MessageSent { conversation, sequence })
 }
 
-fn message_deleted(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
+fn message_deleted(payload: &[u8]) -> Result<EventBody<'_>, EnvelopeError> {
     let (mut conversation, mut message_id) = ("", "");
     let mut fields = Fields::new(payload);
     while let Some((number, field)) = fields.next()? {
@@ -238,7 +240,7 @@ fn message_deleted(payload: &[u8]) -> Result<Body<'_>, EnvelopeError> {
             _ => {}
         }
     }
-    Ok(Body::MessageDeleted { conversation, message_id })
+    Ok(EventBody::MessageDeleted { conversation, message_id })
 }
 
 #[cfg(test)]

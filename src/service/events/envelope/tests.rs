@@ -28,7 +28,7 @@ fn golden_bytes() {
     let record = decode(&GOLDEN).unwrap();
     assert_eq!(record.event_type, 10);
     assert_eq!(record.payload, &GOLDEN[10..]);
-    assert_eq!(record.body, Body::MessageSent { conversation: "c", sequence: 7 });
+    assert_eq!(record.body, EventBody::MessageSent { conversation: "c", sequence: 7 });
     assert_eq!(record.conversation(), Some("c"));
     assert_eq!(repeated(&GOLDEN, 3).unwrap(), [&GOLDEN[6..8]]);
 }
@@ -47,7 +47,7 @@ fn unknown_kind_is_kept_whole() {
     let value = [0x08, 0x1f, 0x22, 0x01, 0xff];
     let record = decode(&value).unwrap();
     assert_eq!((record.event_type, record.payload), (31, &[0xff][..]));
-    assert_eq!((record.body.clone(), record.conversation()), (Body::Unknown, None));
+    assert_eq!((record.body.clone(), record.conversation()), (EventBody::Unknown, None));
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn created_lists_everybody_once_wherever_named() {
     let value = envelope(EventType::ConversationCreated as i32, created.encode_to_vec());
     assert_eq!(
         decode(&value).unwrap().body,
-        Body::ConversationCreated { conversation: "c", members: vec!["a", "b", "c", "d"] }
+        EventBody::ConversationCreated { conversation: "c", members: vec!["a", "b", "c", "d"] }
     );
 }
 
@@ -74,7 +74,10 @@ fn parts_of_one_message_are_merged() {
     let mut payload = part(Message { conversation_id: "c".into(), ..Message::default() });
     payload.extend(part(Message { sequence: -3, ..Message::default() }));
     let value = envelope(10, payload);
-    assert_eq!(decode(&value).unwrap().body, Body::MessageSent { conversation: "c", sequence: -3 });
+    assert_eq!(
+        decode(&value).unwrap().body,
+        EventBody::MessageSent { conversation: "c", sequence: -3 }
+    );
 }
 
 fn envelope(event_type: i32, payload: Vec<u8>) -> Vec<u8> {
@@ -88,7 +91,7 @@ fn envelope(event_type: i32, payload: Vec<u8>) -> Vec<u8> {
 }
 
 /// What prost makes of the same bytes, in our terms.
-fn oracle(value: &[u8]) -> Option<(i32, Vec<u8>, Body<'static>)> {
+fn oracle(value: &[u8]) -> Option<(i32, Vec<u8>, EventBody<'static>)> {
     fn leak(text: String) -> &'static str {
         text.leak()
     }
@@ -108,32 +111,35 @@ fn oracle(value: &[u8]) -> Option<(i32, Vec<u8>, Body<'static>)> {
                 .collect();
             members.sort_unstable();
             members.dedup();
-            Body::ConversationCreated { conversation: leak(conversation.conversation_id), members }
+            EventBody::ConversationCreated {
+                conversation: leak(conversation.conversation_id),
+                members,
+            }
         }
         2 => {
             let event = MembershipChangedEvent::decode(payload).ok()?;
             let (conversation, user) = (leak(event.conversation_id), leak(event.user_id));
-            Body::MembershipChanged { conversation, user, added: event.added }
+            EventBody::MembershipChanged { conversation, user, added: event.added }
         }
         10 => {
             let message = MessageSentEvent::decode(payload).ok()?.message.unwrap_or_default();
             let conversation = leak(message.conversation_id);
-            Body::MessageSent { conversation, sequence: message.sequence }
+            EventBody::MessageSent { conversation, sequence: message.sequence }
         }
         11 => {
             let event = MessageDeletedEvent::decode(payload).ok()?;
             let (conversation, message_id) = (leak(event.conversation_id), leak(event.message_id));
-            Body::MessageDeleted { conversation, message_id }
+            EventBody::MessageDeleted { conversation, message_id }
         }
         12 => {
             let event = ReadReceiptUpdatedEvent::decode(payload).ok()?;
-            Body::ReadReceiptUpdated { conversation: leak(event.conversation_id) }
+            EventBody::ReadReceiptUpdated { conversation: leak(event.conversation_id) }
         }
         20 => {
             let event = PresenceUpdateEvent::decode(payload).ok()?;
-            Body::PresenceUpdated { user: leak(event.user_id) }
+            EventBody::PresenceUpdated { user: leak(event.user_id) }
         }
-        _ => Body::Unknown,
+        _ => EventBody::Unknown,
     };
     Some((envelope.event_type, envelope.payload.to_vec(), body))
 }
@@ -228,7 +234,7 @@ proptest! {
         };
         let value = envelope(10, MessageSentEvent { message: Some(message) }.encode_to_vec());
         let record = decode(&value).unwrap();
-        prop_assert_eq!(record.body, Body::MessageSent { conversation: &conversation, sequence });
+        prop_assert_eq!(record.body, EventBody::MessageSent { conversation: &conversation, sequence });
         agree(&value[..cut.min(value.len())])?;
     }
 }

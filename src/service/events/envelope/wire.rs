@@ -8,7 +8,7 @@ const GROUP_DEPTH_MAX: u32 = 32;
 
 /// One field as it stands on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Value<'a> {
+pub(super) enum FieldValue<'a> {
     /// Wire type 0.
     Varint(u64),
     /// Wire type 2.
@@ -17,7 +17,7 @@ pub(super) enum Value<'a> {
     Other,
 }
 
-impl<'a> Value<'a> {
+impl<'a> FieldValue<'a> {
     /// `int64` and, truncated, `int32` and enums.
     pub(super) fn integer(self) -> Result<u64, EnvelopeError> {
         match self {
@@ -52,22 +52,22 @@ impl<'a> Fields<'a> {
     }
 
     /// The next field, or `None` at the end.
-    pub(super) fn next(&mut self) -> Result<Option<(u32, Value<'a>)>, EnvelopeError> {
+    pub(super) fn next(&mut self) -> Result<Option<(u32, FieldValue<'a>)>, EnvelopeError> {
         if self.rest.is_empty() {
             return Ok(None);
         }
         let (number, wire_type) = self.key()?;
         let value = match wire_type {
-            0 => Value::Varint(self.varint()?),
+            0 => FieldValue::Varint(self.varint()?),
             2 => {
                 let len = self.varint()?;
-                Value::Bytes(
+                FieldValue::Bytes(
                     self.take(usize::try_from(len).map_err(|_| EnvelopeError::Truncated)?)?,
                 )
             }
             _ => {
                 self.skip(number, wire_type)?;
-                Value::Other
+                FieldValue::Other
             }
         };
         Ok(Some((number, value)))
@@ -142,7 +142,7 @@ impl<'a> Fields<'a> {
 mod tests {
     use super::*;
 
-    fn all(bytes: &[u8]) -> Result<Vec<(u32, Value<'_>)>, EnvelopeError> {
+    fn all(bytes: &[u8]) -> Result<Vec<(u32, FieldValue<'_>)>, EnvelopeError> {
         let mut fields = Fields::new(bytes);
         let mut found = Vec::new();
         while let Some(field) = fields.next()? {
@@ -163,11 +163,11 @@ mod tests {
         assert_eq!(
             all(&message).unwrap(),
             [
-                (1, Value::Varint(150)),
-                (2, Value::Bytes(b"hi")),
-                (3, Value::Other),
-                (4, Value::Other),
-                (6, Value::Other),
+                (1, FieldValue::Varint(150)),
+                (2, FieldValue::Bytes(b"hi")),
+                (3, FieldValue::Other),
+                (4, FieldValue::Other),
+                (6, FieldValue::Other),
             ]
         );
     }

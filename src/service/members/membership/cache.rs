@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
-use crate::service::members::membership::state::{Known, LogPlace, Members, State};
+use crate::service::members::membership::state::{Known, LogPosition, Members, State};
 use crate::service::members::membership::{MembershipConfig, MembershipCounters};
 
 /// Locks are spread over this many parts.
@@ -85,7 +85,7 @@ impl Cache {
     pub(super) fn members(
         &self,
         conversation: &str,
-        at: Option<LogPlace>,
+        at: Option<LogPosition>,
         now_ms: u64,
     ) -> Option<Members> {
         let (hash, part) = self.part(conversation);

@@ -22,7 +22,7 @@ use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::cache::Cache;
 use crate::service::members::membership::state::{Answered, Change, Marks, Rules, State};
 
-pub use crate::service::members::membership::state::{LogPlace, Members};
+pub use crate::service::members::membership::state::{LogPosition, Members};
 
 /// How long "no such conversation" is believed, ms: a replica of the service may lag behind the
 /// event that made the conversation.
@@ -157,8 +157,8 @@ impl Membership {
 
     /// A partition of the membership topics is read from `place` on; what stands before it is in
     /// every answer from now on.
-    pub fn follow_from(&self, place: LogPlace) {
-        let before = LogPlace { offset: place.offset - 1, ..place };
+    pub fn follow_from(&self, place: LogPosition) {
+        let before = LogPosition { offset: place.offset - 1, ..place };
         self.marks.lock().expect("no holder panics").advance(before);
     }
 
@@ -193,7 +193,7 @@ impl Membership {
     pub fn lookup(
         self: &Arc<Self>,
         conversation: &str,
-        at: Option<LogPlace>,
+        at: Option<LogPosition>,
         now_ms: u64,
     ) -> Lookup {
         if let Some(members) = self.cache.members(conversation, at, now_ms) {
@@ -212,7 +212,7 @@ impl Membership {
         self: &Arc<Self>,
         key: &Arc<str>,
         state: &mut State,
-        at: Option<LogPlace>,
+        at: Option<LogPosition>,
         now_ms: u64,
     ) -> Lookup {
         match state {
@@ -301,7 +301,7 @@ impl Membership {
         &self,
         conversation: &str,
         members: &[&str],
-        place: LogPlace,
+        place: LogPosition,
         appended_at_ms: u64,
         now_ms: u64,
     ) {
@@ -325,7 +325,7 @@ impl Membership {
         conversation: &str,
         user: &str,
         added: bool,
-        place: Option<LogPlace>,
+        place: Option<LogPosition>,
         appended_at_ms: u64,
     ) {
         let mut marks = self.marks.lock().expect("no holder panics");
@@ -351,7 +351,7 @@ impl Membership {
     }
 }
 
-fn found(state: &State, at: Option<LogPlace>) -> Option<Lookup> {
+fn found(state: &State, at: Option<LogPosition>) -> Option<Lookup> {
     state.members(at).map(Lookup::Members)
 }
 

@@ -118,7 +118,7 @@ fn cache_stays_within_its_bounds() {
     let config =
         MembershipConfig { conversations_max: 160, members_max: 1600, ..Default::default() };
     let node = Node::new(config, false);
-    let place = |offset| LogPlace { topic: 0, partition: 0, offset };
+    let place = |offset| LogPosition { topic: 0, partition: 0, offset };
     let now = unix_ms();
     let names: Vec<_> = (0..40).map(|n| format!("user-{n}")).collect();
     let members: Vec<_> = names.iter().map(String::as_str).collect();
@@ -147,7 +147,7 @@ fn what_is_used_outlives_what_is_not() {
     let node = Node::new(config, false);
     let now = unix_ms();
     for offset in 0..500 {
-        let place = LogPlace { topic: 0, partition: 0, offset };
+        let place = LogPosition { topic: 0, partition: 0, offset };
         node.membership.created(&format!("c-{offset}"), &["a"], place, now, now);
         assert!(matches!(node.membership.lookup("c-0", None, now), Lookup::Members(_)), "{offset}");
     }
@@ -159,7 +159,13 @@ fn list_at_the_end_of_its_lifetime_serves_while_it_is_asked_for_again() {
     let node = Node::new(config, true);
     node.membership.follow();
     let now = unix_ms();
-    node.membership.created("a", &["x"], LogPlace { topic: 0, partition: 0, offset: 0 }, now, now);
+    node.membership.created(
+        "a",
+        &["x"],
+        LogPosition { topic: 0, partition: 0, offset: 0 },
+        now,
+        now,
+    );
     assert_eq!(node.members("a", now + 749), ["x"]);
     assert_eq!(node.service.asked.load(Ordering::Relaxed), 0);
     assert_eq!(node.members("a", now + 1000), ["x"]);
@@ -180,7 +186,7 @@ fn lost_log_means_everything_is_forgotten() {
     let node = Node::new(MembershipConfig::default(), false);
     node.membership.follow();
     let now = unix_ms();
-    let place = LogPlace { topic: 0, partition: 0, offset: 7 };
+    let place = LogPosition { topic: 0, partition: 0, offset: 7 };
     node.membership.created("a", &["x"], place, now, now);
     node.membership.forget_all();
     assert_eq!(node.counters.members.get(), 0);

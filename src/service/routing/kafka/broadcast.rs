@@ -14,7 +14,7 @@ use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::kafka::client::{self, Observer};
 use crate::service::routing::kafka::source::PartitionSource;
 use crate::service::routing::kafka::{KafkaStartError, Shared};
-use crate::service::routing::router::{Assignment, LogName, Progress};
+use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
 
 /// One wait for events of the client.
 const POLL: Duration = Duration::from_millis(100);
@@ -129,7 +129,7 @@ impl BroadcastReader {
         })
     }
 
-    fn assign(&self, log: LogName, start: i64, end: i64) -> KafkaResult<()> {
+    fn assign(&self, log: TopicPartition, start: i64, end: i64) -> KafkaResult<()> {
         if self.consumer.assignment()?.find_partition(&log.topic, log.partition).is_some() {
             return Ok(());
         }
@@ -145,10 +145,15 @@ impl BroadcastReader {
         let mut added = TopicPartitionList::new();
         added.add_partition_offset(&log.topic, log.partition, Offset::Offset(start))?;
         self.consumer.incremental_assign(&added)?;
-        let progress = Arc::new(Progress::new(Some(start)));
-        self.shared.status.reads(log.clone(), Arc::clone(&progress), Some(end));
+        let committable = Arc::new(CommittableOffset::new(Some(start)));
+        self.shared.status.reads(log.clone(), Arc::clone(&committable), Some(end));
         tracing::info!(topic = &*log.topic, partition = log.partition, start, "reading");
-        router.assign(Assignment { log, source: Box::new(source), start: Some(start), progress });
+        router.assign(Assignment {
+            log,
+            source: Box::new(source),
+            start: Some(start),
+            committable,
+        });
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::service::routing::kafka::{KafkaConfig, KafkaCounters, Shared};
-use crate::service::routing::router::LogName;
+use crate::service::routing::router::TopicPartition;
 
 /// A broker that has not said a word for this long, although it is always being asked, is taken for
 /// unreachable, µs.
@@ -212,7 +212,7 @@ impl Observer {
     }
 
     /// Calls `committed` with each partition and the offset that the broker has accepted for it.
-    pub(super) fn statistics(&self, json: &[u8], mut committed: impl FnMut(LogName, i64)) {
+    pub(super) fn statistics(&self, json: &[u8], mut committed: impl FnMut(TopicPartition, i64)) {
         let statistics: Statistics = match serde_json::from_slice(json) {
             Ok(statistics) => statistics,
             Err(error) => {

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::service::backends::outage::Outage;
 use crate::service::routing::kafka::{KafkaConfig, KafkaCounters, KafkaStartError, client};
-use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetters, LetterDone};
+use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterDone, DeadLetterSink};
 
 /// Letters that wait for the broker.
 const LETTERS_MAX: u64 = 10_000;
@@ -46,9 +46,9 @@ impl ClientContext for LetterContext {
 }
 
 impl ProducerContext for LetterContext {
-    type DeliveryOpaque = Box<LetterDone>;
+    type DeliveryOpaque = Box<DeadLetterDone>;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, done: Box<LetterDone>) {
+    fn delivery(&self, result: &DeliveryResult<'_>, done: Box<DeadLetterDone>) {
         match result {
             Ok(_) => {
                 self.counters.dead_letters_stored.add(1);
@@ -102,8 +102,8 @@ impl DeadLetterTopic {
     }
 }
 
-impl DeadLetters for DeadLetterTopic {
-    fn send(&self, letter: DeadLetter<'_>, done: LetterDone) -> bool {
+impl DeadLetterSink for DeadLetterTopic {
+    fn send(&self, letter: DeadLetter<'_>, done: DeadLetterDone) -> bool {
         let error = letter.reason.to_string();
         let partition = letter.log.partition.to_string();
         let offset = letter.raw.offset.to_string();
@@ -118,7 +118,7 @@ impl DeadLetters for DeadLetterTopic {
         .fold(OwnedHeaders::new_with_capacity(5), |headers, (key, value)| {
             headers.insert(Header { key, value: Some(value) })
         });
-        let mut record: BaseRecord<'_, [u8], [u8], Box<LetterDone>> =
+        let mut record: BaseRecord<'_, [u8], [u8], Box<DeadLetterDone>> =
             BaseRecord::with_opaque_to(&self.topic, Box::new(done))
                 .payload(letter.raw.value)
                 .headers(headers);

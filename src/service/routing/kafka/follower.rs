@@ -18,7 +18,7 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use crate::service::events::envelope::{self, Body};
+use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::kafka::broadcast::{ASK, partition_count};
 use crate::service::routing::kafka::client;
@@ -140,7 +140,7 @@ impl Follower {
             }
             for (partition, start, high) in ends {
                 if let Some(log) = self.shared.log_name(&topic, partition) {
-                    self.shared.membership.follow_from(log.place(start));
+                    self.shared.membership.follow_from(log.position(start));
                 }
                 if start < high && !self.followed {
                     self.behind.insert((topic.clone(), partition), high);
@@ -213,23 +213,23 @@ impl Shared {
         };
         let key = message.key().and_then(|key| std::str::from_utf8(key).ok());
         let Some(conversation) = record.conversation().or(key) else { return };
-        let (now_ms, place) = (unix_ms(), log.place(message.offset()));
+        let (now_ms, place) = (unix_ms(), log.position(message.offset()));
         let at_ms = match appended_at_ms(message) {
             0 => now_ms,
             at_ms => at_ms,
         };
         match &record.body {
-            Body::ConversationCreated { members, .. } => {
+            EventBody::ConversationCreated { members, .. } => {
                 self.membership.created(conversation, members, place, at_ms, now_ms);
             }
-            &Body::MembershipChanged { user, added, .. } => {
+            &EventBody::MembershipChanged { user, added, .. } => {
                 self.membership.changed(conversation, user, added, Some(place), at_ms);
             }
-            Body::MessageSent { .. }
-            | Body::MessageDeleted { .. }
-            | Body::ReadReceiptUpdated { .. }
-            | Body::PresenceUpdated { .. }
-            | Body::Unknown => {}
+            EventBody::MessageSent { .. }
+            | EventBody::MessageDeleted { .. }
+            | EventBody::ReadReceiptUpdated { .. }
+            | EventBody::PresenceUpdated { .. }
+            | EventBody::Unknown => {}
         }
     }
 }

@@ -16,7 +16,7 @@ use rdkafka::types::RDKafkaRespErr;
 use crate::service::routing::kafka::client::{self, Observer};
 use crate::service::routing::kafka::source::PartitionSource;
 use crate::service::routing::kafka::{FirstOffset, KafkaStartError, Shared};
-use crate::service::routing::router::{Assignment, LogName, Progress};
+use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
 
 /// One wait for events of the client.
 const POLL: Duration = Duration::from_millis(100);
@@ -27,7 +27,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 
 /// A partition that is ours.
 struct Owned {
-    progress: Arc<Progress>,
+    committable: Arc<CommittableOffset>,
     /// What the broker was last asked to commit. It does not answer in between; the statistics tell
     /// what it has accepted.
     sent: Option<i64>,
@@ -37,7 +37,7 @@ pub(super) struct GroupContext {
     observer: Observer,
     /// Set once, after the consumer is made; the callbacks need it shared to split off queues.
     consumer: OnceLock<Weak<BaseConsumer<GroupContext>>>,
-    owned: Mutex<HashMap<LogName, Owned>>,
+    owned: Mutex<HashMap<TopicPartition, Owned>>,
 }
 
 impl ClientContext for GroupContext {
@@ -97,11 +97,11 @@ impl GroupContext {
         &self.observer.shared
     }
 
-    fn owned(&self) -> std::sync::MutexGuard<'_, HashMap<LogName, Owned>> {
+    fn owned(&self) -> std::sync::MutexGuard<'_, HashMap<TopicPartition, Owned>> {
         self.owned.lock().expect("no holder panics")
     }
 
-    fn logs(&self, partitions: &TopicPartitionList) -> Vec<LogName> {
+    fn logs(&self, partitions: &TopicPartitionList) -> Vec<TopicPartition> {
         partitions
             .elements()
             .iter()
@@ -134,14 +134,14 @@ impl GroupContext {
             RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.assign(partitions)?,
         }
         for (log, start, source) in sources {
-            let progress = Arc::new(Progress::new(start));
-            let owned = Owned { progress: Arc::clone(&progress), sent: None };
+            let committable = Arc::new(CommittableOffset::new(start));
+            let owned = Owned { committable: Arc::clone(&committable), sent: None };
             self.owned().insert(log.clone(), owned);
             let shared = self.shared();
-            shared.status.reads(log.clone(), Arc::clone(&progress), None);
+            shared.status.reads(log.clone(), Arc::clone(&committable), None);
             tracing::info!(topic = &*log.topic, partition = log.partition, start, "assigned");
             let router = shared.router(&log);
-            router.assign(Assignment { log, source: Box::new(source), start, progress });
+            router.assign(Assignment { log, source: Box::new(source), start, committable });
         }
         self.shared().status.assigned();
         self.shared().status.reached();
@@ -179,7 +179,7 @@ impl GroupContext {
         }
     }
 
-    fn source(&self, log: &LogName) -> Option<PartitionSource<Self>> {
+    fn source(&self, log: &TopicPartition) -> Option<PartitionSource<Self>> {
         let consumer = self.consumer.get()?.upgrade()?;
         let shared = self.shared();
         let bell = Arc::clone(shared.router(log).bell());
@@ -216,7 +216,7 @@ impl GroupContext {
     fn give_up(
         &self,
         consumer: &BaseConsumer<Self>,
-        logs: Vec<LogName>,
+        logs: Vec<TopicPartition>,
         lost: bool,
         grace: Duration,
     ) {
@@ -243,12 +243,12 @@ impl GroupContext {
     fn commit(
         &self,
         consumer: &BaseConsumer<Self>,
-        which: impl Fn(&LogName) -> bool,
+        which: impl Fn(&TopicPartition) -> bool,
         mode: CommitMode,
     ) {
         let mut offsets = TopicPartitionList::new();
         for (log, owned) in self.owned().iter_mut().filter(|(log, _)| which(log)) {
-            let Some(offset) = owned.progress.committable() else { continue };
+            let Some(offset) = owned.committable.get() else { continue };
             let is_last = matches!(mode, CommitMode::Sync);
             if owned.sent == Some(offset) && !is_last {
                 continue;

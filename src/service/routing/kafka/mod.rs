@@ -35,7 +35,7 @@ use std::time::Duration;
 use crate::counters;
 use crate::service::backends::outage::Outage;
 use crate::service::members::membership::Membership;
-use crate::service::routing::router::{LogName, RouterControl};
+use crate::service::routing::router::{RouterControl, TopicPartition};
 
 pub use crate::service::routing::kafka::client::{consumer_properties, partition_bytes_max};
 pub use crate::service::routing::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
@@ -171,9 +171,9 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    fn log_name(&self, topic: &str, partition: i32) -> Option<LogName> {
+    fn log_name(&self, topic: &str, partition: i32) -> Option<TopicPartition> {
         let index = self.topics.iter().position(|known| **known == *topic)?;
-        Some(LogName {
+        Some(TopicPartition {
             topic: Arc::clone(&self.topics[index]),
             topic_index: u16::try_from(index).ok()?,
             partition,
@@ -191,7 +191,7 @@ impl Shared {
     }
 
     /// The router that a partition belongs to.
-    fn router(&self, log: &LogName) -> &RouterControl {
+    fn router(&self, log: &TopicPartition) -> &RouterControl {
         let number = usize::from(log.topic_index) + log.partition.unsigned_abs() as usize;
         &self.routers[number % self.routers.len()]
     }

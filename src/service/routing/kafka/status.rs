@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use crate::service::routing::router::{LogName, Progress};
+use crate::service::routing::router::{CommittableOffset, TopicPartition};
 
 /// How far a partition that this node reads is behind its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,12 +28,12 @@ struct State {
     following: bool,
     assigned: bool,
     last_error: Option<String>,
-    partitions: HashMap<LogName, Partition>,
+    partitions: HashMap<TopicPartition, Partition>,
 }
 
 #[derive(Debug)]
 struct Partition {
-    progress: Arc<Progress>,
+    committable: Arc<CommittableOffset>,
     /// The partition's end as last heard.
     end: Option<i64>,
 }
@@ -61,7 +61,7 @@ impl KafkaStatus {
     pub fn lags(&self) -> Vec<PartitionLag> {
         let state = self.state();
         let lags = state.partitions.iter().filter_map(|(log, partition)| {
-            let behind = partition.end? - partition.progress.committable()?;
+            let behind = partition.end? - partition.committable.get()?;
             let lag = u64::try_from(behind).unwrap_or(0);
             Some(PartitionLag { topic: Arc::clone(&log.topic), partition: log.partition, lag })
         });
@@ -109,15 +109,20 @@ impl KafkaStatus {
         self.state().assigned = false;
     }
 
-    pub(super) fn reads(&self, log: LogName, progress: Arc<Progress>, end: Option<i64>) {
-        self.state().partitions.insert(log, Partition { progress, end });
+    pub(super) fn reads(
+        &self,
+        log: TopicPartition,
+        committable: Arc<CommittableOffset>,
+        end: Option<i64>,
+    ) {
+        self.state().partitions.insert(log, Partition { committable, end });
     }
 
-    pub(super) fn reads_no_more(&self, log: &LogName) {
+    pub(super) fn reads_no_more(&self, log: &TopicPartition) {
         self.state().partitions.remove(log);
     }
 
-    pub(super) fn ends_at(&self, log: &LogName, end: i64) {
+    pub(super) fn ends_at(&self, log: &TopicPartition, end: i64) {
         if let Some(partition) = self.state().partitions.get_mut(log) {
             partition.end = Some(end);
         }
@@ -149,9 +154,9 @@ mod tests {
     #[test]
     fn lag_is_what_is_not_done() {
         let status = KafkaStatus::default();
-        let log = LogName { topic: "t".into(), topic_index: 0, partition: 2 };
-        let progress = Arc::new(Progress::new(Some(5)));
-        status.reads(log.clone(), Arc::clone(&progress), None);
+        let log = TopicPartition { topic: "t".into(), topic_index: 0, partition: 2 };
+        let committable = Arc::new(CommittableOffset::new(Some(5)));
+        status.reads(log.clone(), Arc::clone(&committable), None);
         assert_eq!(status.lags(), []);
         status.ends_at(&log, 9);
         assert_eq!(status.lags()[0].lag, 4);

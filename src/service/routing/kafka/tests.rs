@@ -20,7 +20,7 @@ use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::members::membership::{MembershipConfig, MembershipCounters};
-use crate::service::routing::router::dead_letter::DeadLetters;
+use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::tests::world::{changed, created, message};
 use crate::service::routing::router::{
     Router, RouterConfig, RouterCounters, RouterParts, ShardLink,
@@ -81,7 +81,7 @@ impl Cluster {
     }
 }
 
-struct Node {
+struct TestNode {
     kafka: Kafka,
     status: Arc<KafkaStatus>,
     counters: Arc<KafkaCounters>,
@@ -126,7 +126,7 @@ fn shard(
     delivered
 }
 
-impl Node {
+impl TestNode {
     fn start(cluster: &Cluster, mode: RoutingMode, name: &str) -> Self {
         Self::start_with(cluster, mode, name, None)
     }
@@ -152,7 +152,7 @@ impl Node {
         let counters = Arc::<KafkaCounters>::default();
         let dead_letters = letters.map(|topic| {
             let topic = DeadLetterTopic::new(topic.into(), &config, Arc::clone(&counters));
-            Arc::new(topic.unwrap()) as Arc<dyn DeadLetters>
+            Arc::new(topic.unwrap()) as Arc<dyn DeadLetterSink>
         });
         let (bell, shard_bell) =
             (Arc::new(Doorbell::new().unwrap()), Arc::new(Doorbell::new().unwrap()));
@@ -231,7 +231,7 @@ fn broadcast_reads_from_the_end_and_knows_what_was_created_before() {
     let cluster = Cluster::new();
     cluster.create("c", &["alice"]);
     cluster.say("c", 1);
-    let node = Node::start(&cluster, RoutingMode::Broadcast, "one").ready();
+    let node = TestNode::start(&cluster, RoutingMode::Broadcast, "one").ready();
     assert_eq!(node.status.partitions(), 2 * PARTITIONS as usize);
     cluster.publish(CONVERSATIONS, "c", &changed("c", "bob", true));
     assert_eq!(node.next(), changed("c", "bob", true));
@@ -253,7 +253,7 @@ fn broadcast_finds_a_topic_that_is_made_later() {
     mock.create_topic(CONVERSATIONS, 1, 1).unwrap();
     let producer = ClientConfig::new().set("bootstrap.servers", mock.bootstrap_servers()).create();
     let cluster = Cluster { mock, producer: producer.unwrap() };
-    let node = Node::start(&cluster, RoutingMode::Broadcast, "one").ready();
+    let node = TestNode::start(&cluster, RoutingMode::Broadcast, "one").ready();
     cluster.create("c", &["alice"]);
     assert_eq!(node.next(), created("c", &["alice"]));
     cluster.mock.create_topic(MESSAGES, PARTITIONS, 1).unwrap();
@@ -267,7 +267,7 @@ fn broadcast_finds_a_topic_that_is_made_later() {
 #[test]
 fn group_commits_what_is_done_and_a_successor_goes_on_from_there() {
     let cluster = Cluster::new();
-    let node = Node::start(&cluster, RoutingMode::Group, "one").ready();
+    let node = TestNode::start(&cluster, RoutingMode::Group, "one").ready();
     cluster.create("c", &["alice"]);
     assert_eq!(node.next(), created("c", &["alice"]));
     for sequence in 1..11 {
@@ -277,7 +277,7 @@ fn group_commits_what_is_done_and_a_successor_goes_on_from_there() {
     until("committed", || cluster.committed(MESSAGES) == 10);
     node.stop(Duration::from_secs(5));
     cluster.say("c", 11);
-    let node = Node::start(&cluster, RoutingMode::Group, "two");
+    let node = TestNode::start(&cluster, RoutingMode::Group, "two");
     assert_eq!(node.next(), message("c", 11));
     node.stop(Duration::from_secs(5));
     assert_eq!(cluster.committed(MESSAGES), 11);
@@ -288,7 +288,7 @@ fn group_commits_what_is_done_and_a_successor_goes_on_from_there() {
 #[test]
 fn what_is_not_done_is_not_committed_and_sent_again_by_the_successor() {
     let cluster = Cluster::new();
-    let node = Node::start(&cluster, RoutingMode::Group, "one").ready();
+    let node = TestNode::start(&cluster, RoutingMode::Group, "one").ready();
     cluster.create("c", &["alice"]);
     cluster.say("c", 1);
     assert!([node.next(), node.next()].contains(&message("c", 1)));
@@ -301,7 +301,7 @@ fn what_is_not_done_is_not_committed_and_sent_again_by_the_successor() {
     node.stop(Duration::from_millis(100));
     assert_eq!(counters.partitions_left_unfinished.get(), 1);
     assert_eq!(cluster.committed(MESSAGES), 1);
-    let node = Node::start(&cluster, RoutingMode::Group, "two");
+    let node = TestNode::start(&cluster, RoutingMode::Group, "two");
     assert_eq!([node.next(), node.next()], [message("c", 2), message("c", 3)]);
     node.stop(Duration::from_secs(5));
     assert_eq!(cluster.committed(MESSAGES), 3);
@@ -314,9 +314,9 @@ fn nodes_of_a_group_share_the_partitions_and_one_takes_over_from_the_other() {
     for conversation in &conversations {
         cluster.create(conversation, &["alice"]);
     }
-    let first = Node::start(&cluster, RoutingMode::Group, "one").ready();
+    let first = TestNode::start(&cluster, RoutingMode::Group, "one").ready();
     assert_eq!(first.status.partitions(), 2 * PARTITIONS as usize);
-    let second = Node::start(&cluster, RoutingMode::Group, "two");
+    let second = TestNode::start(&cluster, RoutingMode::Group, "two");
     until("shared", || {
         first.status.partitions() == PARTITIONS as usize
             && second.status.partitions() == PARTITIONS as usize
@@ -330,7 +330,7 @@ fn nodes_of_a_group_share_the_partitions_and_one_takes_over_from_the_other() {
             cluster.publish(CONVERSATIONS, conversation, &joined);
         }
     }
-    let count = |received: &mut HashMap<Vec<u8>, usize>, nodes: &[&Node], expected| {
+    let count = |received: &mut HashMap<Vec<u8>, usize>, nodes: &[&TestNode], expected| {
         until("all received", || {
             for value in nodes.iter().flat_map(|node| node.delivered.try_iter()) {
                 *received.entry(value).or_default() += 1;
@@ -356,7 +356,7 @@ fn nodes_of_a_group_share_the_partitions_and_one_takes_over_from_the_other() {
 fn record_that_is_no_envelope_goes_to_the_dead_letters_and_the_next_is_delivered() {
     let cluster = Cluster::new();
     cluster.mock.create_topic("dead", 1, 1).unwrap();
-    let node = Node::start_with(&cluster, RoutingMode::Group, "one", Some("dead")).ready();
+    let node = TestNode::start_with(&cluster, RoutingMode::Group, "one", Some("dead")).ready();
     cluster.create("c", &["alice"]);
     assert_eq!(node.next(), created("c", &["alice"]));
     cluster.publish(MESSAGES, "c", b"\x0c");
@@ -392,7 +392,7 @@ fn record_that_is_no_envelope_goes_to_the_dead_letters_and_the_next_is_delivered
 #[test]
 fn broker_that_goes_away_shows_in_readiness_and_reading_goes_on_when_it_is_back() {
     let cluster = Cluster::new();
-    let node = Node::start(&cluster, RoutingMode::Broadcast, "one").ready();
+    let node = TestNode::start(&cluster, RoutingMode::Broadcast, "one").ready();
     cluster.create("c", &["alice"]);
     assert_eq!(node.next(), created("c", &["alice"]));
     cluster.mock.broker_down(1).unwrap();

@@ -9,13 +9,13 @@ use crate::domain::command::Ticket;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{Forwarding, RemoteNodes};
 use crate::service::events::encode::Encoder;
-use crate::service::events::envelope::{self, Body, Record};
+use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Lookup, Members, Membership};
-use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetters, Reason};
-use crate::service::routing::router::flight::{Flights, LaneKey, LogRecord};
-use crate::service::routing::router::lane::{LogName, Wait};
-use crate::service::routing::router::links::Links;
+use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
+use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId};
+use crate::service::routing::router::lane::{Blocked, TopicPartition};
+use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::record::RawRecord;
 use crate::service::routing::router::{RouterConfig, RouterCounters};
 
@@ -24,31 +24,31 @@ const WARNING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A ticket that comes back from elsewhere than a shard.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Returned {
+pub(super) enum ReturnedTicket {
     Forward(Ticket),
     DeadLetter(Ticket),
 }
 
 /// What became of a record.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum RouteOutcome {
     /// Nothing is left to do.
     Done,
     /// A ticket is out for it.
-    Flying,
+    InFlight,
     /// It has to wait, and so has what follows it in its lane.
-    Wait(Wait),
+    Blocked(Blocked),
     /// It cannot be routed now; `Members` may help.
-    Unroutable(Reason),
+    Unroutable(DeadLetterReason),
 }
 
 /// Where the record at hand stands.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Place<'a> {
+pub(super) enum Arrival<'a> {
     /// In a partition.
-    Log { log: &'a LogName, record: LogRecord },
+    Partition { log: &'a TopicPartition, record: RecordId },
     /// Handed over by another node.
-    Remote {
+    OtherNode {
         /// Not tried before: what it says of membership has still to be applied. (In a partition
         /// the offset tells.)
         first: bool,
@@ -57,39 +57,39 @@ pub(super) enum Place<'a> {
 
 /// When a record was tried first, and when it is tried now; Unix time in ms.
 #[derive(Clone, Copy, Debug)]
-struct Times {
+struct Attempt {
     since_ms: u64,
     now_ms: u64,
 }
 
 /// Everything a router needs but its lanes.
-pub(super) struct Core {
+pub(super) struct RouterCore {
     pub(super) config: RouterConfig,
     pub(super) counters: Arc<RouterCounters>,
-    pub(super) links: Links,
-    pub(super) flights: Flights,
+    pub(super) links: RouterLinks,
+    pub(super) in_flight: InFlight,
     pub(super) directory: Arc<Directory>,
     pub(super) membership: Arc<Membership>,
     pub(super) remote: Option<Arc<dyn RemoteNodes>>,
-    pub(super) dead_letters: Option<Arc<dyn DeadLetters>>,
+    pub(super) dead_letters: Option<Arc<dyn DeadLetterSink>>,
     pub(super) encoder: Encoder,
     /// Of the events that are on their way.
     pub(super) budget: Arc<EventBudget>,
-    pub(super) returned: Sender<Returned>,
+    pub(super) returned: Sender<ReturnedTicket>,
     pub(super) bell: Arc<Doorbell>,
     pub(super) warned: Option<Instant>,
     pub(super) lane_serial: u32,
 }
 
 /// Who receives an event.
-enum Audience<'a> {
+enum EventAudience<'a> {
     /// A list, and perhaps one more who is not on it: whom the event adds or removes.
     Members(Members, Option<&'a str>),
     /// The list of the creation event itself.
     Named(&'a [&'a str]),
 }
 
-impl Core {
+impl RouterCore {
     /// A key that no lane in this slot has had.
     pub(super) fn next_lane_key(&mut self, slot: usize) -> LaneKey {
         self.lane_serial = self.lane_serial.wrapping_add(1);
@@ -101,93 +101,93 @@ impl Core {
     pub(super) fn route(
         &mut self,
         raw: RawRecord<'_>,
-        place: Place<'_>,
+        arrival: Arrival<'_>,
         since_ms: u64,
         now_ms: u64,
-    ) -> Step {
+    ) -> RouteOutcome {
         let record = match envelope::decode(raw.value) {
             Ok(record) => record,
-            Err(error) => return Step::Unroutable(Reason::Undecodable(error)),
+            Err(error) => return RouteOutcome::Unroutable(DeadLetterReason::Undecodable(error)),
         };
         let key = raw.key.and_then(|key| std::str::from_utf8(key).ok());
         let conversation = record.conversation().or(key.filter(|key| !key.is_empty()));
         let Some(conversation) = conversation else {
-            return Step::Unroutable(Reason::NoConversation);
+            return RouteOutcome::Unroutable(DeadLetterReason::NoConversation);
         };
-        self.trace(raw, place, conversation);
-        let times = Times { since_ms, now_ms };
-        let audience = match self.audience(raw, place, &record, conversation, times) {
+        self.trace(raw, arrival, conversation);
+        let attempt = Attempt { since_ms, now_ms };
+        let audience = match self.audience(raw, arrival, &record, conversation, attempt) {
             Ok(audience) => audience,
             Err(step) => return step,
         };
         self.links.clear();
         match &audience {
-            Audience::Members(members, other) => {
+            EventAudience::Members(members, other) => {
                 members.iter().for_each(|user| self.gather(user));
                 other.iter().for_each(|user| self.gather(user));
             }
-            Audience::Named(users) => users.iter().for_each(|user| self.gather(user)),
+            EventAudience::Named(users) => users.iter().for_each(|user| self.gather(user)),
         }
         if let Some(shard) = self.links.full() {
             self.counters.waits_for_room.add(1);
-            return Step::Wait(Wait::Room(shard));
+            return RouteOutcome::Blocked(Blocked::RingFull(shard));
         }
-        if matches!(place, Place::Log { .. }) && !self.other_nodes_have_room() {
+        if matches!(arrival, Arrival::Partition { .. }) && !self.other_nodes_have_room() {
             self.counters.waits_for_hand_offs.add(1);
-            return Step::Wait(Wait::HandOffs);
+            return RouteOutcome::Blocked(Blocked::HandOffs);
         }
-        match place {
-            Place::Log { record: place, .. } => {
-                let ticket = self.flights.open(place);
+        match arrival {
+            Arrival::Partition { record: id, .. } => {
+                let ticket = self.in_flight.open(id);
                 for _ in 0..self.deliver(&record, raw.appended_at_ms, Some(ticket)) {
-                    self.flights.expect(ticket);
+                    self.in_flight.expect(ticket);
                 }
                 self.forward(raw.value, &audience, ticket, now_ms);
-                match self.flights.seal(ticket) {
-                    Some(_) => Step::Done,
-                    None => Step::Flying,
+                match self.in_flight.seal(ticket) {
+                    Some(_) => RouteOutcome::Done,
+                    None => RouteOutcome::InFlight,
                 }
             }
-            Place::Remote { .. } => {
+            Arrival::OtherNode { .. } => {
                 self.deliver(&record, raw.appended_at_ms, None);
-                Step::Done
+                RouteOutcome::Done
             }
         }
     }
 
     /// Routes an envelope to exactly these users.
-    pub(super) fn route_to_users(&mut self, value: &[u8], users: &[Arc<str>]) -> Step {
+    pub(super) fn route_to_users(&mut self, value: &[u8], users: &[Arc<str>]) -> RouteOutcome {
         let Ok(record) = envelope::decode(value) else {
             self.counters.records_undecodable.add(1);
-            return Step::Done;
+            return RouteOutcome::Done;
         };
         self.links.clear();
         users.iter().for_each(|user| self.gather(user));
         if let Some(shard) = self.links.full() {
             self.counters.waits_for_room.add(1);
-            return Step::Wait(Wait::Room(shard));
+            return RouteOutcome::Blocked(Blocked::RingFull(shard));
         }
         self.deliver(&record, 0, None);
-        Step::Done
+        RouteOutcome::Done
     }
 
     /// Applies what the event says of membership, then tells who receives it.
     fn audience<'a>(
         &mut self,
         raw: RawRecord<'_>,
-        place: Place<'_>,
-        record: &'a Record<'a>,
+        arrival: Arrival<'_>,
+        record: &'a DecodedEvent<'a>,
         conversation: &str,
-        times: Times,
-    ) -> Result<Audience<'a>, Step> {
-        let now_ms = times.now_ms;
-        let log_place = match place {
-            Place::Log { log, .. } => Some(log.place(raw.offset)),
-            Place::Remote { .. } => None,
+        attempt: Attempt,
+    ) -> Result<EventAudience<'a>, RouteOutcome> {
+        let now_ms = attempt.now_ms;
+        let log_place = match arrival {
+            Arrival::Partition { log, .. } => Some(log.position(raw.offset)),
+            Arrival::OtherNode { .. } => None,
         };
         let mut other = None;
         match &record.body {
-            Body::ConversationCreated { members, .. } => {
+            EventBody::ConversationCreated { members, .. } => {
                 if let Some(place) = log_place {
                     self.membership.created(
                         conversation,
@@ -197,48 +197,52 @@ impl Core {
                         now_ms,
                     );
                 }
-                return Ok(Audience::Named(members));
+                return Ok(EventAudience::Named(members));
             }
-            &Body::MembershipChanged { user, added, .. } => {
-                if !matches!(place, Place::Remote { first: false }) {
+            &EventBody::MembershipChanged { user, added, .. } => {
+                if !matches!(arrival, Arrival::OtherNode { first: false }) {
                     let at_ms = if raw.appended_at_ms == 0 { now_ms } else { raw.appended_at_ms };
                     self.membership.changed(conversation, user, added, log_place, at_ms);
                 }
                 other = Some(user);
             }
-            Body::MessageSent { .. }
-            | Body::MessageDeleted { .. }
-            | Body::ReadReceiptUpdated { .. }
-            | Body::PresenceUpdated { .. }
-            | Body::Unknown => {}
+            EventBody::MessageSent { .. }
+            | EventBody::MessageDeleted { .. }
+            | EventBody::ReadReceiptUpdated { .. }
+            | EventBody::PresenceUpdated { .. }
+            | EventBody::Unknown => {}
         }
         match self.membership.lookup(conversation, log_place, now_ms) {
             Lookup::Members(members) => {
                 let other = other.filter(|user| {
                     !user.is_empty() && members.binary_search_by(|m| (**m).cmp(user)).is_err()
                 });
-                Ok(Audience::Members(members, other))
+                Ok(EventAudience::Members(members, other))
             }
-            Lookup::Pending | Lookup::Failing { .. } => Err(Step::Wait(Wait::Members)),
-            Lookup::Absent => Err(Step::Unroutable(Reason::NoSuchConversation)),
+            Lookup::Pending | Lookup::Failing { .. } => {
+                Err(RouteOutcome::Blocked(Blocked::Members))
+            }
+            Lookup::Absent => Err(RouteOutcome::Unroutable(DeadLetterReason::NoSuchConversation)),
             // Nobody can be asked. The creation may stand in a partition that is read a little
             // later than this one; if it does not come, whom the event itself names still gets it.
-            Lookup::Unknown if self.may_still_come(raw, times) => Err(Step::Wait(Wait::Members)),
+            Lookup::Unknown if self.may_still_come(raw, attempt) => {
+                Err(RouteOutcome::Blocked(Blocked::Members))
+            }
             Lookup::Unknown => match other {
                 Some(user) if !user.is_empty() => {
                     self.counters.records_members_unknown.add(1);
-                    Ok(Audience::Members(Members::from([]), Some(user)))
+                    Ok(EventAudience::Members(Members::from([]), Some(user)))
                 }
-                _ => Err(Step::Unroutable(Reason::MembersUnknown)),
+                _ => Err(RouteOutcome::Unroutable(DeadLetterReason::MembersUnknown)),
             },
         }
     }
 
     /// By the age of the record, so that a backlog of such conversations is not held up at each; but
     /// a clock that is ahead of ours holds up nothing for longer either.
-    fn may_still_come(&self, raw: RawRecord<'_>, times: Times) -> bool {
-        let from_ms = raw.appended_at_ms.min(times.since_ms);
-        times.now_ms < from_ms.saturating_add(self.config.creation_wait_ms)
+    fn may_still_come(&self, raw: RawRecord<'_>, attempt: Attempt) -> bool {
+        let from_ms = raw.appended_at_ms.min(attempt.since_ms);
+        attempt.now_ms < from_ms.saturating_add(self.config.creation_wait_ms)
     }
 
     fn gather(&mut self, user: &str) {
@@ -262,7 +266,12 @@ impl Core {
     }
 
     /// Encodes for those who were gathered and pushes. Returns the shards that will report.
-    fn deliver(&mut self, record: &Record<'_>, appended_at_ms: u64, ticket: Option<Ticket>) -> u32 {
+    fn deliver(
+        &mut self,
+        record: &DecodedEvent<'_>,
+        appended_at_ms: u64,
+        ticket: Option<Ticket>,
+    ) -> u32 {
         if self.links.concerned() == 0 {
             return 0;
         }
@@ -275,25 +284,25 @@ impl Core {
 
     /// Hands the value to the other nodes, after the users here have been served. A user who is here
     /// may have another device there, so all members are named.
-    fn forward(&mut self, value: &[u8], audience: &Audience<'_>, ticket: Ticket, now_ms: u64) {
+    fn forward(&mut self, value: &[u8], audience: &EventAudience<'_>, ticket: Ticket, now_ms: u64) {
         let Some(remote) = &self.remote else { return };
-        if self.flights.forwards() >= self.config.forwards_max {
+        if self.in_flight.forwards() >= self.config.forwards_max {
             self.counters.forwards_refused.add(1);
             return;
         }
         let (returned, bell) = (self.returned.clone(), Arc::clone(&self.bell));
         let done = Box::new(move || {
             // A router that has ended waits for nothing.
-            let _ = returned.send(Returned::Forward(ticket));
+            let _ = returned.send(ReturnedTicket::Forward(ticket));
             bell.ring();
         });
         let forwarding = match audience {
-            Audience::Members(members, None) => remote.forward(value, members, done),
-            Audience::Members(members, Some(other)) => {
+            EventAudience::Members(members, None) => remote.forward(value, members, done),
+            EventAudience::Members(members, Some(other)) => {
                 let users: Vec<_> = members.iter().cloned().chain([Arc::from(*other)]).collect();
                 remote.forward(value, &users, done)
             }
-            Audience::Named(users) => {
+            EventAudience::Named(users) => {
                 let users: Vec<_> = users.iter().map(|user| Arc::from(*user)).collect();
                 remote.forward(value, &users, done)
             }
@@ -303,52 +312,61 @@ impl Core {
             Forwarding::Refused => self.counters.forwards_refused.add(1),
             Forwarding::Pending => {
                 self.counters.forwards.add(1);
-                self.flights.expect_forward(ticket, now_ms + self.config.forward_deadline_ms);
+                self.in_flight.expect_forward(ticket, now_ms + self.config.forward_deadline_ms);
             }
         }
     }
 
     /// Gives a record up: to the dead-letter topic, or counted and passed.
-    pub(super) fn give_up(&mut self, raw: RawRecord<'_>, place: Place<'_>, reason: Reason) -> Step {
-        let Place::Log { log, record } = place else {
+    pub(super) fn give_up(
+        &mut self,
+        raw: RawRecord<'_>,
+        arrival: Arrival<'_>,
+        reason: DeadLetterReason,
+    ) -> RouteOutcome {
+        let Arrival::Partition { log, record } = arrival else {
             self.counters.remote_given_up.add(1);
-            return Step::Done;
+            return RouteOutcome::Done;
         };
         let Some(dead_letters) = &self.dead_letters else {
             self.count_given_up(reason);
             self.warn(log, raw.offset, reason);
-            return Step::Done;
+            return RouteOutcome::Done;
         };
-        let ticket = self.flights.open(record);
+        let ticket = self.in_flight.open(record);
         let (returned, bell) = (self.returned.clone(), Arc::clone(&self.bell));
         let done = Box::new(move || {
-            let _ = returned.send(Returned::DeadLetter(ticket));
+            let _ = returned.send(ReturnedTicket::DeadLetter(ticket));
             bell.ring();
         });
         let letter = DeadLetter { log, raw, reason };
         if !dead_letters.send(letter, done) {
-            let sealed = self.flights.seal(ticket);
+            let sealed = self.in_flight.seal(ticket);
             debug_assert!(sealed.is_some());
-            return Step::Wait(Wait::DeadLetter);
+            return RouteOutcome::Blocked(Blocked::DeadLetter);
         }
-        self.flights.expect(ticket);
+        self.in_flight.expect(ticket);
         self.counters.dead_letters.add(1);
         self.count_given_up(reason);
         self.warn(log, raw.offset, reason);
-        Step::Flying
+        RouteOutcome::InFlight
     }
 
-    fn count_given_up(&self, reason: Reason) {
+    fn count_given_up(&self, reason: DeadLetterReason) {
         match reason {
-            Reason::Undecodable(_) => self.counters.records_undecodable.add(1),
-            Reason::NoConversation => self.counters.records_without_conversation.add(1),
-            Reason::NoSuchConversation => self.counters.records_conversation_absent.add(1),
-            Reason::MembersUnknown => self.counters.records_members_unknown.add(1),
-            Reason::MembersUnavailable => self.counters.records_members_unavailable.add(1),
+            DeadLetterReason::Undecodable(_) => self.counters.records_undecodable.add(1),
+            DeadLetterReason::NoConversation => self.counters.records_without_conversation.add(1),
+            DeadLetterReason::NoSuchConversation => {
+                self.counters.records_conversation_absent.add(1)
+            }
+            DeadLetterReason::MembersUnknown => self.counters.records_members_unknown.add(1),
+            DeadLetterReason::MembersUnavailable => {
+                self.counters.records_members_unavailable.add(1)
+            }
         }
     }
 
-    fn warn(&mut self, log: &LogName, offset: i64, reason: Reason) {
+    fn warn(&mut self, log: &TopicPartition, offset: i64, reason: DeadLetterReason) {
         let now = Instant::now();
         if self.warned.is_some_and(|at| now.duration_since(at) < WARNING_INTERVAL) {
             return;
@@ -363,8 +381,8 @@ impl Core {
         );
     }
 
-    fn trace(&self, raw: RawRecord<'_>, place: Place<'_>, conversation: &str) {
-        if let (Some(traceparent), Place::Log { log, .. }) = (raw.traceparent, place) {
+    fn trace(&self, raw: RawRecord<'_>, arrival: Arrival<'_>, conversation: &str) {
+        if let (Some(traceparent), Arrival::Partition { log, .. }) = (raw.traceparent, arrival) {
             tracing::debug!(
                 traceparent,
                 topic = &*log.topic,

@@ -3,12 +3,12 @@
 use std::fmt;
 
 use crate::service::events::envelope::EnvelopeError;
-use crate::service::routing::router::lane::LogName;
+use crate::service::routing::router::lane::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
 
 /// Why a record was given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub enum DeadLetterReason {
     /// It is not an `EventEnvelope`. The publisher's fault.
     Undecodable(EnvelopeError),
     /// Neither the event nor the record's key names a conversation. The publisher's fault.
@@ -22,7 +22,7 @@ pub enum Reason {
     MembersUnavailable,
 }
 
-impl Reason {
+impl DeadLetterReason {
     /// For the header of a dead letter: stable, without spaces.
     pub fn label(self) -> &'static str {
         match self {
@@ -35,7 +35,7 @@ impl Reason {
     }
 }
 
-impl fmt::Display for Reason {
+impl fmt::Display for DeadLetterReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Undecodable(error) => write!(f, "not an event envelope: {error}"),
@@ -55,19 +55,19 @@ impl fmt::Display for Reason {
 #[derive(Clone, Copy, Debug)]
 pub struct DeadLetter<'a> {
     /// The partition it stands in.
-    pub log: &'a LogName,
+    pub log: &'a TopicPartition,
     /// The record.
     pub raw: RawRecord<'a>,
     /// Why.
-    pub reason: Reason,
+    pub reason: DeadLetterReason,
 }
 
 /// Called once when a dead letter is stored, or never can be.
-pub type LetterDone = Box<dyn FnOnce() + Send + Sync>;
+pub type DeadLetterDone = Box<dyn FnOnce() + Send + Sync>;
 
 /// Takes records that were given up.
-pub trait DeadLetters: Send + Sync {
+pub trait DeadLetterSink: Send + Sync {
     /// Never blocks. `done` is called once when the record is stored, or never can be (counted
     /// there). `false`: nothing more is taken at the moment, and `done` will not be called.
-    fn send(&self, letter: DeadLetter<'_>, done: LetterDone) -> bool;
+    fn send(&self, letter: DeadLetter<'_>, done: DeadLetterDone) -> bool;
 }

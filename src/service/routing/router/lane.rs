@@ -6,16 +6,16 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use crate::domain::ids::ShardId;
-use crate::service::members::membership::LogPlace;
+use crate::service::members::membership::LogPosition;
 use crate::service::routing::offsets::OffsetWindow;
-use crate::service::routing::router::flight::{LaneKey, LogRecord};
+use crate::service::routing::router::in_flight::{LaneKey, RecordId};
 use crate::service::routing::router::record::{OwnedRecord, RawRecord, RecordSource};
 
 /// How far a partition may be committed: written by its router, read by the Kafka thread.
 #[derive(Debug)]
-pub struct Progress(AtomicI64);
+pub struct CommittableOffset(AtomicI64);
 
-impl Progress {
+impl CommittableOffset {
     /// Nothing read yet: the offset to start from, if it is known.
     pub fn new(start: Option<i64>) -> Self {
         Self(AtomicI64::new(start.unwrap_or(UNKNOWN)))
@@ -23,7 +23,7 @@ impl Progress {
 
     /// The lowest offset that is not done; `None` if nothing has been read and nobody knows where
     /// reading starts.
-    pub fn committable(&self) -> Option<i64> {
+    pub fn get(&self) -> Option<i64> {
         match self.0.load(Ordering::Acquire) {
             UNKNOWN => None,
             offset => Some(offset),
@@ -40,32 +40,32 @@ const UNKNOWN: i64 = -1;
 
 /// One partition of one topic.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct LogName {
+pub struct TopicPartition {
     /// The topic's name.
     pub topic: Arc<str>,
-    /// Its index, see [`LogPlace::topic`].
+    /// Its index, see [`LogPosition::topic`].
     pub topic_index: u16,
     /// The partition.
     pub partition: i32,
 }
 
-impl LogName {
+impl TopicPartition {
     /// An offset of this partition.
-    pub fn place(&self, offset: i64) -> LogPlace {
-        LogPlace { topic: self.topic_index, partition: self.partition, offset }
+    pub fn position(&self, offset: i64) -> LogPosition {
+        LogPosition { topic: self.topic_index, partition: self.partition, offset }
     }
 }
 
 /// A partition that is handed to a router.
 pub struct Assignment {
     /// Which one.
-    pub log: LogName,
+    pub log: TopicPartition,
     /// Where its records come from.
     pub source: Box<dyn RecordSource>,
     /// The offset that `source` starts from, if it is known.
     pub start: Option<i64>,
     /// Where the router writes how far it has got.
-    pub progress: Arc<Progress>,
+    pub committable: Arc<CommittableOffset>,
 }
 
 impl std::fmt::Debug for Assignment {
@@ -76,22 +76,22 @@ impl std::fmt::Debug for Assignment {
 
 /// Where a waiting record came from.
 #[derive(Debug)]
-pub(super) enum Origin {
+pub(super) enum Intake {
     /// The lane's partition.
-    Log(LogRecord),
+    Partition(RecordId),
     /// Another node.
-    Remote,
+    OtherNode,
     /// Somebody who knows the recipients.
-    Users(Vec<Arc<str>>),
+    ToUsers(Vec<Arc<str>>),
 }
 
 /// Why the record at the front of a lane waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wait {
+pub(super) enum Blocked {
     /// Its members are being asked for.
     Members,
     /// The ring to this shard is full.
-    Room(ShardId),
+    RingFull(ShardId),
     /// Too much is on its way to other nodes.
     HandOffs,
     /// The dead-letter producer takes nothing at the moment.
@@ -100,32 +100,32 @@ pub(super) enum Wait {
 
 /// A record that waits for its turn or for what it needs.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(super) struct WaitingRecord {
     pub(super) record: OwnedRecord,
-    pub(super) origin: Origin,
+    pub(super) intake: Intake,
     /// When it came to the front, Unix time in ms; `None`: not yet.
     pub(super) since_ms: Option<u64>,
 }
 
 /// The partition part of a lane.
-pub(super) struct LogLane {
-    pub(super) log: LogName,
+pub(super) struct PartitionLane {
+    pub(super) log: TopicPartition,
     pub(super) source: Box<dyn RecordSource>,
     pub(super) window: OffsetWindow,
-    pub(super) progress: Arc<Progress>,
-    pub(super) revoked: Option<Revoked>,
+    pub(super) committable: Arc<CommittableOffset>,
+    pub(super) revoked: Option<Revocation>,
 }
 
-/// The partition is to be given up: nothing more is taken, and who waits is told when all is done or
+/// The partition is to be given up: nothing more is taken, and who waits is released when all is done or
 /// the time is over.
 #[derive(Debug)]
-pub(super) struct Revoked {
+pub(super) struct Revocation {
     pub(super) deadline_ms: u64,
     /// Whether all of it was done.
     pub(super) done: SyncSender<bool>,
 }
 
-impl LogLane {
+impl PartitionLane {
     pub(super) fn takes(&self) -> bool {
         self.revoked.is_none() && self.window.has_room()
     }
@@ -134,24 +134,24 @@ impl LogLane {
 /// See the module.
 pub(super) struct Lane {
     pub(super) key: LaneKey,
-    pub(super) log: Option<LogLane>,
-    pub(super) waiting: Option<Wait>,
-    queue: VecDeque<Pending>,
+    pub(super) log: Option<PartitionLane>,
+    pub(super) blocked: Option<Blocked>,
+    queue: VecDeque<WaitingRecord>,
     bytes: usize,
 }
 
 impl Lane {
-    pub(super) fn new(key: LaneKey, log: Option<LogLane>) -> Self {
-        Self { key, log, waiting: None, queue: VecDeque::new(), bytes: 0 }
+    pub(super) fn new(key: LaneKey, log: Option<PartitionLane>) -> Self {
+        Self { key, log, blocked: None, queue: VecDeque::new(), bytes: 0 }
     }
 
-    pub(super) fn push(&mut self, pending: Pending) {
+    pub(super) fn push(&mut self, pending: WaitingRecord) {
         self.bytes += pending.record.size();
         self.queue.push_back(pending);
     }
 
     /// The record at the front, and the partition.
-    pub(super) fn front(&mut self) -> (Option<&mut Pending>, Option<&LogLane>) {
+    pub(super) fn front(&mut self) -> (Option<&mut WaitingRecord>, Option<&PartitionLane>) {
         (self.queue.front_mut(), self.log.as_ref())
     }
 
@@ -160,7 +160,7 @@ impl Lane {
         self.queue.iter().map(|pending| pending.record.raw())
     }
 
-    pub(super) fn pop(&mut self) -> Option<Pending> {
+    pub(super) fn pop(&mut self) -> Option<WaitingRecord> {
         let pending = self.queue.pop_front()?;
         self.bytes -= pending.record.size();
         if self.queue.is_empty() {

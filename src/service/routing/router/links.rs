@@ -18,7 +18,7 @@ pub struct ShardLink {
 
 /// See the module. What is gathered for one event is forgotten with the next.
 #[derive(Debug)]
-pub(super) struct Links {
+pub(super) struct RouterLinks {
     links: Vec<ShardLink>,
     /// Per shard the recipients of the event at hand; the room is kept.
     gathered: Vec<Vec<(ConnectionKey, Encoding)>>,
@@ -28,7 +28,7 @@ pub(super) struct Links {
     recipients: usize,
 }
 
-impl Links {
+impl RouterLinks {
     pub(super) fn new(links: Vec<ShardLink>) -> Self {
         let gathered = links.iter().map(|_| Vec::new()).collect();
         Self {

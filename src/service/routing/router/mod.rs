@@ -18,7 +18,7 @@
 
 mod core;
 pub mod dead_letter;
-mod flight;
+mod in_flight;
 mod lane;
 mod links;
 mod record;
@@ -35,20 +35,20 @@ use crate::counters;
 use crate::handoff::{Doorbell, Pushed};
 use crate::service::backends::ports::{RemoteNodes, RouterInbox, RouterInput};
 use crate::service::events::encode::CompressionConfig;
-use crate::service::events::envelope::{self, Body};
+use crate::service::events::envelope::{self, EventBody};
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
 use crate::service::routing::offsets::OffsetWindow;
-use crate::service::routing::router::dead_letter::DeadLetters;
-use crate::service::routing::router::lane::Revoked;
+use crate::service::routing::router::dead_letter::DeadLetterSink;
+use crate::service::routing::router::lane::Revocation;
 
-pub use crate::service::routing::router::lane::{Assignment, LogName, Progress};
+pub use crate::service::routing::router::lane::{Assignment, CommittableOffset, TopicPartition};
 pub use crate::service::routing::router::links::ShardLink;
 pub use crate::service::routing::router::record::{RawRecord, RecordSource};
 pub use crate::service::routing::router::thread::Router;
 
 /// Memory of one record that is under way beside its event, bytes. Windows grow by doubling.
-pub const RECORD_UNDER_WAY_BYTES: usize = 2 * (OffsetWindow::ENTRY_BYTES + flight::ENTRY_BYTES);
+pub const RECORD_UNDER_WAY_BYTES: usize = 2 * (OffsetWindow::ENTRY_BYTES + in_flight::ENTRY_BYTES);
 
 /// Bounds and times of one router. All have defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,9 +120,9 @@ counters! {
         Counter forwards: "Records handed to the nodes of other users.",
         Counter forwards_refused: "Records not handed to other nodes because too many hand-offs were under way.",
         Counter forwards_expired: "Hand-offs to other nodes that had not ended at their deadline.",
-        Counter waits_for_members: "Times that a lane began to wait for the members of a conversation.",
-        Counter waits_for_room: "Times that a record found the ring to a shard full.",
-        Counter waits_for_hand_offs: "Times that a record found too many hand-offs to other nodes under way.",
+        Counter waits_for_members: "Attempt that a lane began to wait for the members of a conversation.",
+        Counter waits_for_room: "Attempt that a record found the ring to a shard full.",
+        Counter waits_for_hand_offs: "Attempt that a record found too many hand-offs to other nodes under way.",
         Counter waits_for_memory: "Looks at a partition that was not read because the events under way took all their memory.",
         Gauge partitions: "Partitions that this router reads.",
         Gauge records_under_way: "Records that shards or other nodes have not yet reported done.",
@@ -148,13 +148,13 @@ pub struct RouterParts {
     /// Other nodes; `None` in `broadcast` mode, where every node reads everything itself.
     pub remote: Option<Arc<dyn RemoteNodes>>,
     /// Where records go that cannot be routed; `None`: they are counted and passed.
-    pub dead_letters: Option<Arc<dyn DeadLetters>>,
+    pub dead_letters: Option<Arc<dyn DeadLetterSink>>,
 }
 
-/// What a router is told about partitions.
+/// What a router is released about partitions.
 enum LaneCommand {
     Assign(Assignment),
-    Revoke(LogName, Revoked),
+    Revoke(TopicPartition, Revocation),
     Stop,
 }
 
@@ -169,13 +169,13 @@ pub struct RouterControl {
     bell: Arc<Doorbell>,
 }
 
-struct ControlEnds {
+struct ControlReceivers {
     lanes: Receiver<LaneCommand>,
     inbox: Receiver<RouterInput>,
     inbox_bytes: Arc<AtomicUsize>,
 }
 
-fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, ControlEnds) {
+fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, ControlReceivers) {
     let (lanes_sender, lanes) = channel();
     let (inbox_sender, inbox) = sync_channel(config.inbox_slots);
     let inbox_bytes = Arc::<AtomicUsize>::default();
@@ -186,7 +186,7 @@ fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, Contro
         inbox_bytes_max: config.inbox_bytes_max,
         bell,
     };
-    (control, ControlEnds { lanes, inbox, inbox_bytes })
+    (control, ControlReceivers { lanes, inbox, inbox_bytes })
 }
 
 impl RouterControl {
@@ -196,14 +196,14 @@ impl RouterControl {
     }
 
     /// Takes a partition back. The router takes nothing more from it at once, lets what is under way
-    /// finish for at most `grace`, and drops its source. The receiver is told when that is so (or
+    /// finish for at most `grace`, and drops its source. The receiver is released when that is so (or
     /// the router has ended), and whether all of it was finished; from then on the partition's
-    /// progress does not change.
-    pub fn revoke(&self, log: LogName, grace: Duration) -> Receiver<bool> {
-        let (done, told) = sync_channel(1);
+    /// committable does not change.
+    pub fn revoke(&self, log: TopicPartition, grace: Duration) -> Receiver<bool> {
+        let (done, released) = sync_channel(1);
         let deadline_ms = crate::service::events::timestamp::unix_ms() + grace.as_millis() as u64;
-        self.command(LaneCommand::Revoke(log, Revoked { deadline_ms, done }));
-        told
+        self.command(LaneCommand::Revoke(log, Revocation { deadline_ms, done }));
+        released
     }
 
     /// Ends the router's thread.
@@ -270,7 +270,7 @@ fn order_of(input: &RouterInput) -> usize {
     let (RouterInput::Remote { value } | RouterInput::ToUsers { value, .. }) = input;
     // What cannot be decoded is counted by whichever router gets it.
     let subject = envelope::decode(value).ok().and_then(|record| match record.body {
-        Body::PresenceUpdated { user } => Some(user),
+        EventBody::PresenceUpdated { user } => Some(user),
         _ => record.conversation(),
     });
     HASHER.hash_one(subject.unwrap_or_default()) as usize

@@ -13,15 +13,15 @@ use crate::service::backends::ports::RouterInput;
 use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
-use crate::service::routing::router::core::{Core, Returned};
-use crate::service::routing::router::flight::{Flights, LaneKey, LogRecord, Reported};
+use crate::service::routing::router::core::{ReturnedTicket, RouterCore};
+use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId, ReportOutcome};
 use crate::service::routing::router::lane::{
-    Assignment, Lane, LogLane, LogName, Origin, Pending, Revoked, Wait,
+    Assignment, Blocked, Intake, Lane, PartitionLane, Revocation, TopicPartition, WaitingRecord,
 };
-use crate::service::routing::router::links::Links;
+use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::record::OwnedRecord;
 use crate::service::routing::router::{
-    ControlEnds, LaneCommand, RouterControl, RouterParts, control, order_of,
+    ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
 };
 
 /// Lanes for what does not come from a partition: one that waits holds up few others.
@@ -35,27 +35,27 @@ const RETRY_SLEEP_MS: u32 = 10;
 
 /// One router, before its thread is started.
 pub struct Router {
-    core: Core,
+    core: RouterCore,
     lanes: Slab<Lane>,
     inbox_lanes: Vec<Lane>,
     commands: Receiver<LaneCommand>,
     inbox: Receiver<RouterInput>,
     inbox_bytes: Arc<AtomicUsize>,
-    returned: Receiver<Returned>,
+    returned: Receiver<ReturnedTicket>,
 }
 
 impl Router {
     /// A router and the way to reach it.
     pub fn new(parts: RouterParts) -> (Self, RouterControl) {
-        let (control, ControlEnds { lanes: commands, inbox, inbox_bytes }) =
+        let (control, ControlReceivers { lanes: commands, inbox, inbox_bytes }) =
             control(Arc::clone(&parts.bell), &parts.config);
         let (returned_sender, returned) = channel();
         parts.membership.wake(Arc::clone(&parts.bell));
-        let core = Core {
+        let core = RouterCore {
             config: parts.config,
             counters: parts.counters,
-            links: Links::new(parts.links),
-            flights: Flights::default(),
+            links: RouterLinks::new(parts.links),
+            in_flight: InFlight::default(),
             directory: parts.directory,
             membership: parts.membership,
             remote: parts.remote,
@@ -113,9 +113,9 @@ impl Router {
         moved |= self.take_inbox(now_ms);
         moved |= self.turn_lanes(now_ms);
         self.core.links.publish();
-        self.finish_revoked(now_ms);
+        self.release_revoked(now_ms);
         let counters = &self.core.counters;
-        counters.records_under_way.set(self.core.flights.len() as u64);
+        counters.records_under_way.set(self.core.in_flight.len() as u64);
         let waiting = self.lanes.iter().map(|(_, lane)| lane).chain(&self.inbox_lanes);
         counters.event_bytes.set(self.core.budget.held());
         counters.records_waiting.set(waiting.map(|lane| lane.len() as u64).sum());
@@ -124,11 +124,11 @@ impl Router {
 
     /// Something waits for the clock or for a ring to drain: look soon. Else the bell rings.
     fn sleep_ms(&self) -> u32 {
-        let timed = self.core.flights.next_deadline_ms().is_some();
+        let timed = self.core.in_flight.next_deadline_ms().is_some();
         let waits = self.lanes.iter().any(|(_, lane)| {
-            lane.waiting.is_some() || lane.log.as_ref().is_some_and(|log| log.revoked.is_some())
+            lane.blocked.is_some() || lane.log.as_ref().is_some_and(|log| log.revoked.is_some())
         });
-        let inbox_waits = self.inbox_lanes.iter().any(|lane| lane.waiting.is_some());
+        let inbox_waits = self.inbox_lanes.iter().any(|lane| lane.blocked.is_some());
         // Events without a ticket (from other nodes, presence) report to nobody when they are gone.
         let full = !self.core.budget.has_room();
         if timed || waits || inbox_waits || full { RETRY_SLEEP_MS } else { SLEEP_MS_MAX }
@@ -160,15 +160,15 @@ impl Router {
     }
 
     fn assign(&mut self, assignment: Assignment) {
-        let Assignment { log, source, start, progress } = assignment;
+        let Assignment { log, source, start, committable } = assignment;
         let window = OffsetWindow::new(start.unwrap_or(0), self.core.config.window_records_max);
         let key = self.core.next_lane_key(self.lanes.vacant_key());
-        let log = LogLane { log, source, window, progress, revoked: None };
+        let log = PartitionLane { log, source, window, committable, revoked: None };
         self.lanes.insert(Lane::new(key, Some(log)));
         self.core.counters.partitions.set(self.lanes.len() as u64);
     }
 
-    fn revoke(&mut self, log: &LogName, revoked: Revoked) {
+    fn revoke(&mut self, log: &TopicPartition, revoked: Revocation) {
         let lane = self.lanes.iter_mut().map(|(_, lane)| lane).find(|lane| {
             lane.log.as_ref().is_some_and(|lane| lane.log == *log && lane.revoked.is_none())
         });
@@ -180,7 +180,7 @@ impl Router {
 
     /// Lets go of revoked partitions of which nothing is under way, or whose time is over. What is
     /// then not done stays uncommitted, for the next owner.
-    fn finish_revoked(&mut self, now_ms: u64) {
+    fn release_revoked(&mut self, now_ms: u64) {
         let finished: Vec<_> = self
             .lanes
             .iter()
@@ -197,8 +197,8 @@ impl Router {
         for slot in finished {
             let lane = self.lanes.remove(slot);
             let waiting = lane.len();
-            if let Some(LogLane { source, window, revoked: Some(revoked), .. }) = lane.log {
-                // The source goes first: who is told may close what it belongs to.
+            if let Some(PartitionLane { source, window, revoked: Some(revoked), .. }) = lane.log {
+                // The source goes first: who is released may close what it belongs to.
                 drop(source);
                 let _ = revoked.done.try_send(window.len() <= waiting);
             }
@@ -210,17 +210,17 @@ impl Router {
         let mut moved = false;
         while let Some(ticket) = self.core.links.next_done() {
             moved = true;
-            if let Reported::Done(record) = self.core.flights.report(ticket) {
+            if let ReportOutcome::Done(record) = self.core.in_flight.report(ticket) {
                 self.done(record);
             }
         }
         while let Ok(returned) = self.returned.try_recv() {
             moved = true;
             let reported = match returned {
-                Returned::Forward(ticket) => self.core.flights.report_forward(ticket),
-                Returned::DeadLetter(ticket) => self.core.flights.report(ticket),
+                ReturnedTicket::Forward(ticket) => self.core.in_flight.report_forward(ticket),
+                ReturnedTicket::DeadLetter(ticket) => self.core.in_flight.report(ticket),
             };
-            if let Reported::Done(record) = reported {
+            if let ReportOutcome::Done(record) = reported {
                 self.done(record);
             }
         }
@@ -229,17 +229,17 @@ impl Router {
 
     fn expire(&mut self, now_ms: u64) -> bool {
         let mut moved = false;
-        while let Some(ticket) = self.core.flights.expired(now_ms) {
+        while let Some(ticket) = self.core.in_flight.expired(now_ms) {
             moved = true;
             self.core.counters.forwards_expired.add(1);
-            if let Reported::Done(record) = self.core.flights.report_forward(ticket) {
+            if let ReportOutcome::Done(record) = self.core.in_flight.report_forward(ticket) {
                 self.done(record);
             }
         }
         moved
     }
 
-    fn done(&mut self, record: LogRecord) {
+    fn done(&mut self, record: RecordId) {
         let slot = record.lane.slot();
         // A partition that was given up meanwhile: its record counts for its next owner.
         let Some(lane) = self.lanes.get_mut(slot).filter(|lane| lane.key == record.lane) else {
@@ -256,32 +256,34 @@ impl Router {
             let bytes_max = self.core.config.inbox_bytes_max / INBOX_LANES;
             let full = |lane: &Lane| lane.len() >= INBOX_LANE_MAX || lane.bytes() >= bytes_max;
             if let Some(lane) = self.inbox_lanes.iter_mut().find(|lane| full(lane)) {
-                match lane.waiting {
+                match lane.blocked {
                     // Others must not wait for a conversation that cannot be routed.
-                    Some(Wait::Members) => {
+                    Some(Blocked::Members) => {
                         lane.pop();
-                        lane.waiting = None;
+                        lane.blocked = None;
                         self.core.counters.remote_given_up.add(1);
                     }
-                    Some(Wait::Room(_) | Wait::HandOffs | Wait::DeadLetter) | None => break,
+                    Some(Blocked::RingFull(_) | Blocked::HandOffs | Blocked::DeadLetter) | None => {
+                        break;
+                    }
                 }
             }
             let Ok(input) = self.inbox.try_recv() else { break };
             self.inbox_bytes.fetch_sub(input.bytes(), Ordering::Relaxed);
             moved = true;
             let lane = &mut self.inbox_lanes[order_of(&input) % INBOX_LANES];
-            let (value, origin) = match input {
+            let (value, intake) = match input {
                 RouterInput::Remote { value } => {
                     self.core.counters.remote_records.add(1);
-                    (value, Origin::Remote)
+                    (value, Intake::OtherNode)
                 }
                 RouterInput::ToUsers { value, users } => {
                     self.core.counters.user_events.add(1);
-                    (value, Origin::Users(users))
+                    (value, Intake::ToUsers(users))
                 }
             };
             let record = OwnedRecord::of_value(value);
-            lane.push(Pending { record, origin, since_ms: None });
+            lane.push(WaitingRecord { record, intake, since_ms: None });
             while self.core.turn_front(lane, now_ms) {}
         }
         moved

@@ -1,23 +1,23 @@
 //! One step of one lane.
 
-use crate::service::events::envelope::{self, Body};
+use crate::service::events::envelope::{self, EventBody};
 use crate::service::routing::offsets::OffsetWindow;
-use crate::service::routing::router::core::{Core, Place, Step};
-use crate::service::routing::router::dead_letter::Reason;
-use crate::service::routing::router::flight::{LaneKey, LogRecord};
-use crate::service::routing::router::lane::{Lane, LogLane, Origin, Pending, Wait};
+use crate::service::routing::router::core::{Arrival, RouteOutcome, RouterCore};
+use crate::service::routing::router::dead_letter::DeadLetterReason;
+use crate::service::routing::router::in_flight::{LaneKey, RecordId};
+use crate::service::routing::router::lane::{Blocked, Intake, Lane, PartitionLane, WaitingRecord};
 use crate::service::routing::router::record::{OwnedRecord, RawRecord};
 
-impl LogLane {
+impl PartitionLane {
     /// A record is done: tells how far the partition may be committed.
-    pub(super) fn done(&mut self, record: LogRecord) {
-        if self.window.done(record.taken) {
-            self.progress.set(self.window.committable());
+    pub(super) fn done(&mut self, record: RecordId) {
+        if self.window.done(record.index) {
+            self.committable.set(self.window.committable());
         }
     }
 }
 
-impl Core {
+impl RouterCore {
     /// Routes the record at the front of a lane, or takes the next one of its partition. Returns
     /// whether anything moved.
     pub(super) fn turn_lane(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
@@ -30,47 +30,47 @@ impl Core {
 
     /// Routes the record at the front. Returns whether it has left the lane.
     pub(super) fn turn_front(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
-        let in_vain = match lane.waiting {
-            Some(Wait::Room(shard)) => !self.links.has_room(shard),
-            Some(Wait::HandOffs) => !self.other_nodes_have_room(),
-            Some(Wait::Members | Wait::DeadLetter) | None => false,
+        let still_blocked = match lane.blocked {
+            Some(Blocked::RingFull(shard)) => !self.links.has_room(shard),
+            Some(Blocked::HandOffs) => !self.other_nodes_have_room(),
+            Some(Blocked::Members | Blocked::DeadLetter) | None => false,
         };
-        if in_vain || lane.is_empty() || !self.has_memory() {
+        if still_blocked || lane.is_empty() || !self.has_memory() {
             return false;
         }
         let (Some(pending), log) = lane.front() else { return false };
         let first = pending.since_ms.is_none();
         let since_ms = *pending.since_ms.get_or_insert(now_ms);
         let raw = pending.record.raw();
-        let step = match (&pending.origin, log) {
-            (Origin::Users(users), _) => self.route_to_users(raw.value, users),
-            (Origin::Log(record), Some(log)) => {
-                let place = Place::Log { log: &log.log, record: *record };
-                self.attempt(raw, place, since_ms, now_ms)
+        let step = match (&pending.intake, log) {
+            (Intake::ToUsers(users), _) => self.route_to_users(raw.value, users),
+            (Intake::Partition(record), Some(log)) => {
+                let arrival = Arrival::Partition { log: &log.log, record: *record };
+                self.attempt(raw, arrival, since_ms, now_ms)
             }
-            (Origin::Remote | Origin::Log(_), _) => {
-                self.attempt(raw, Place::Remote { first }, since_ms, now_ms)
+            (Intake::OtherNode | Intake::Partition(_), _) => {
+                self.attempt(raw, Arrival::OtherNode { first }, since_ms, now_ms)
             }
         };
         match step {
-            Step::Wait(wait) => {
-                self.begin_wait(lane, wait, now_ms);
+            RouteOutcome::Blocked(blocked) => {
+                self.begin_wait(lane, blocked, now_ms);
                 false
             }
-            Step::Done => {
+            RouteOutcome::Done => {
                 let (key, pending) = (lane.key, lane.pop());
-                if let (Some(Pending { origin: Origin::Log(record), .. }), Some(log)) =
+                if let (Some(WaitingRecord { intake: Intake::Partition(record), .. }), Some(log)) =
                     (pending, &mut lane.log)
                     && record.lane == key
                 {
                     log.done(record);
                 }
-                lane.waiting = None;
+                lane.blocked = None;
                 true
             }
-            Step::Flying | Step::Unroutable(_) => {
+            RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {
                 lane.pop();
-                lane.waiting = None;
+                lane.blocked = None;
                 true
             }
         }
@@ -80,20 +80,20 @@ impl Core {
     fn attempt(
         &mut self,
         raw: RawRecord<'_>,
-        place: Place<'_>,
+        arrival: Arrival<'_>,
         since_ms: u64,
         now_ms: u64,
-    ) -> Step {
-        let reason = match self.route(raw, place, since_ms, now_ms) {
-            Step::Unroutable(reason) => reason,
-            Step::Wait(Wait::Members)
+    ) -> RouteOutcome {
+        let reason = match self.route(raw, arrival, since_ms, now_ms) {
+            RouteOutcome::Unroutable(reason) => reason,
+            RouteOutcome::Blocked(Blocked::Members)
                 if now_ms >= since_ms.saturating_add(self.config.route_retry_max_ms) =>
             {
-                Reason::MembersUnavailable
+                DeadLetterReason::MembersUnavailable
             }
             step => return step,
         };
-        self.give_up(raw, place, reason)
+        self.give_up(raw, arrival, reason)
     }
 
     /// Takes the next record of the lane's partition and routes it from where it lies: it is copied
@@ -104,31 +104,32 @@ impl Core {
         if !self.has_memory() {
             return false;
         }
-        let LogLane { log, source, window, progress, .. } = log;
+        let PartitionLane { log, source, window, committable, .. } = log;
         let mut waits = None;
         let took = source.poll(&mut |raw| {
             self.counters.records.add(1);
             if raw.offset < window.next() {
                 self.restart(key, window, raw.offset);
             }
-            let record = LogRecord { lane: *key, taken: window.take(raw.offset) };
-            match self.attempt(raw, Place::Log { log, record }, now_ms, now_ms) {
-                Step::Done => {
-                    if window.done(record.taken) {
-                        progress.set(window.committable());
+            let record = RecordId { lane: *key, index: window.take(raw.offset) };
+            match self.attempt(raw, Arrival::Partition { log, record }, now_ms, now_ms) {
+                RouteOutcome::Done => {
+                    if window.done(record.index) {
+                        committable.set(window.committable());
                     }
                 }
-                Step::Wait(wait) => {
-                    let origin = Origin::Log(record);
+                RouteOutcome::Blocked(blocked) => {
+                    let intake = Intake::Partition(record);
                     let record = OwnedRecord::new(raw);
-                    waits = Some((Pending { record, origin, since_ms: Some(now_ms) }, wait));
+                    waits =
+                        Some((WaitingRecord { record, intake, since_ms: Some(now_ms) }, blocked));
                 }
-                Step::Flying | Step::Unroutable(_) => {}
+                RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
             }
         });
-        if let Some((pending, wait)) = waits {
+        if let Some((pending, blocked)) = waits {
             lane.push(pending);
-            self.begin_wait(lane, wait, now_ms);
+            self.begin_wait(lane, blocked, now_ms);
         }
         took
     }
@@ -141,12 +142,12 @@ impl Core {
         *window = OffsetWindow::new(offset, self.config.window_records_max);
     }
 
-    fn begin_wait(&mut self, lane: &mut Lane, wait: Wait, now_ms: u64) {
-        if lane.waiting == Some(wait) {
+    fn begin_wait(&mut self, lane: &mut Lane, blocked: Blocked, now_ms: u64) {
+        if lane.blocked == Some(blocked) {
             return;
         }
-        lane.waiting = Some(wait);
-        if wait == Wait::Members {
+        lane.blocked = Some(blocked);
+        if blocked == Blocked::Members {
             self.counters.waits_for_members.add(1);
             // Those behind it may have to be asked for again, if the service was away.
             lane.records().for_each(|record| self.ask_for_members(record, now_ms));
@@ -155,7 +156,7 @@ impl Core {
 
     /// While the front waits for members, asks for those of the records behind it.
     fn look_ahead(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
-        if lane.waiting != Some(Wait::Members)
+        if lane.blocked != Some(Blocked::Members)
             || lane.len() >= self.config.lookahead_records_max
             || lane.bytes() >= self.config.lookahead_bytes_max
         {
@@ -163,7 +164,7 @@ impl Core {
         }
         let key = &mut lane.key;
         let Some(log) = lane.log.as_mut().filter(|log| log.takes()) else { return false };
-        let LogLane { source, window, .. } = log;
+        let PartitionLane { source, window, .. } = log;
         let mut taken = None;
         let took = source.poll(&mut |raw| {
             self.counters.records.add(1);
@@ -171,8 +172,8 @@ impl Core {
                 self.restart(key, window, raw.offset);
             }
             self.ask_for_members(raw, now_ms);
-            let origin = Origin::Log(LogRecord { lane: *key, taken: window.take(raw.offset) });
-            taken = Some(Pending { record: OwnedRecord::new(raw), origin, since_ms: None });
+            let intake = Intake::Partition(RecordId { lane: *key, index: window.take(raw.offset) });
+            taken = Some(WaitingRecord { record: OwnedRecord::new(raw), intake, since_ms: None });
         });
         if let Some(pending) = taken {
             lane.push(pending);
@@ -185,7 +186,7 @@ impl Core {
         if let Ok(record) = envelope::decode(raw.value)
             && let Some(conversation) = record.conversation()
             // It brings its members along.
-            && !matches!(record.body, Body::ConversationCreated { .. })
+            && !matches!(record.body, EventBody::ConversationCreated { .. })
         {
             let _ = self.membership.lookup(conversation, None, now_ms);
         }

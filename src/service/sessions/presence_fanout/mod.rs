@@ -32,8 +32,9 @@ use crate::service::backends::ports::{
     RouterInput,
 };
 use crate::service::backends::redis::PresenceUpdates;
-use crate::service::events::encode;
+use crate::service::events::encode::encode_envelope;
 use crate::service::events::proto::presence::v1::PresenceUpdateEvent;
+use crate::service::events::proto::shared::v1::EventType;
 use crate::service::events::timestamp::Timestamp;
 use crate::service::members::directory::Directory;
 
@@ -327,7 +328,8 @@ impl Shared {
         }
         let recipients = users.len() as u64;
         let occurred_at = Timestamp { seconds: change.occurred_at, nanos: 0 };
-        let value = encode::presence_updated(change.payload, occurred_at).into();
+        let value =
+            encode_envelope(EventType::PresenceUpdated, Some(occurred_at), change.payload).into();
         let mut input = RouterInput::ToUsers { value, users };
         for _ in 0..ROUTER_ATTEMPTS {
             match self.parts.router.send(input) {

@@ -6,7 +6,7 @@ use super::*;
 use crate::domain::event::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::service::backends::ports::BoxFuture;
-use crate::service::events::envelope::{Body, decode};
+use crate::service::events::envelope::{EventBody, decode};
 use crate::service::events::proto::conversation::v1::{Conversation, Participant};
 use crate::service::events::proto::presence::v1::PresenceStatus;
 use crate::service::members::directory::SessionIds;
@@ -111,7 +111,7 @@ impl Bench {
             panic!("not for users");
         };
         let record = decode(&value).unwrap();
-        assert!(matches!(record.body, Body::PresenceUpdated { .. }));
+        assert!(matches!(record.body, EventBody::PresenceUpdated { .. }));
         let event = PresenceUpdateEvent::decode(record.payload).unwrap();
         assert_eq!(users.iter().collect::<BTreeSet<_>>().len(), users.len(), "once each");
         (users.iter().map(|user| user.to_string()).collect(), event)

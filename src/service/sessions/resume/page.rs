@@ -6,13 +6,10 @@ use prost::Message as _;
 
 use super::{ResumeConfig, Shared};
 use crate::domain::event::{Encoding, EncodingSet, Event};
-use crate::service::events::encode::Encoder;
+use crate::service::events::encode::{Encoder, encode_envelope};
 use crate::service::events::envelope;
 use crate::service::events::proto::message::v1::{Message, MessageSentEvent};
-use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
-
-/// `EventEnvelope.schema_version` of caught-up messages (contract §3).
-const SCHEMA_VERSION: i32 = 1;
+use crate::service::events::proto::shared::v1::EventType;
 
 /// The messages after `after`, ascending, none twice: what a page is by contract, made sure of,
 /// because the rest relies on it.
@@ -30,10 +27,8 @@ fn envelope_of(conversation: &str, mut message: Message) -> Vec<u8> {
         message.conversation_id = conversation.to_owned();
     }
     let occurred_at = message.sent_at;
-    let payload = MessageSentEvent { message: Some(message) }.encode_to_vec().into();
-    let event_type = EventType::MessageSent.into();
-    EventEnvelope { event_type, schema_version: SCHEMA_VERSION, occurred_at, payload }
-        .encode_to_vec()
+    let payload = MessageSentEvent { message: Some(message) }.encode_to_vec();
+    encode_envelope(EventType::MessageSent, occurred_at, payload)
 }
 
 impl Shared {
@@ -88,6 +83,7 @@ pub(super) fn chunks(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::events::proto::shared::v1::EventEnvelope;
     use crate::service::fakes::message;
 
     #[test]

@@ -38,7 +38,7 @@ const RECENT_MAX: usize = 16;
 
 /// Where in the logs a record stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LogPlace {
+pub struct LogPosition {
     /// Index of the topic among those that this node reads.
     pub topic: u16,
     /// The partition.
@@ -47,10 +47,10 @@ pub struct LogPlace {
     pub offset: i64,
 }
 
-impl LogPlace {
+impl LogPosition {
     /// Whether this comes later than `other` in the same partition. Between partitions there is no
     /// order.
-    fn is_after(self, other: LogPlace) -> bool {
+    fn is_after(self, other: LogPosition) -> bool {
         (self.topic, self.partition) == (other.topic, other.partition) && self.offset > other.offset
     }
 }
@@ -61,7 +61,7 @@ pub(super) struct Marks(HashMap<(u16, i32), i64>);
 
 impl Marks {
     /// Whether this is read for the first time; if so it counts as read from now on.
-    pub(super) fn advance(&mut self, place: LogPlace) -> bool {
+    pub(super) fn advance(&mut self, place: LogPosition) -> bool {
         let next = self.0.entry((place.topic, place.partition)).or_insert(0);
         let first = place.offset >= *next;
         *next = place.offset.saturating_add(1).max(*next);
@@ -77,7 +77,7 @@ pub(super) struct Change {
     /// Joined, or left.
     pub(super) added: bool,
     /// Where it was read from the log, so in its order; `None` if another node handed it over.
-    pub(super) place: Option<LogPlace>,
+    pub(super) place: Option<LogPosition>,
     /// When it was appended, Unix time in ms.
     pub(super) appended_at_ms: u64,
 }
@@ -128,7 +128,7 @@ pub(super) struct Known {
     pub(super) since_ms: u64,
     /// The last changes that made a difference, in the order of the log: a router may still be at
     /// records before them when the follower has read them.
-    recent: Vec<(LogPlace, Change)>,
+    recent: Vec<(LogPosition, Change)>,
 }
 
 /// What a state machine needs to know of the node.
@@ -165,7 +165,7 @@ impl State {
 
     /// The list to be used now: complete as far as the log has been followed, or as it was at a
     /// place of the log.
-    pub(super) fn members(&self, at: Option<LogPlace>) -> Option<Members> {
+    pub(super) fn members(&self, at: Option<LogPosition>) -> Option<Members> {
         match self {
             Self::Known(known) => Some(known.members(at)),
             Self::Fetching(fetching) => fetching.outlived.as_ref().map(|known| known.members(at)),
@@ -324,7 +324,7 @@ impl Known {
 
     /// The newest list, or the one that held for a record at `at`: whoever left later in its
     /// partition was still there, whoever joined later was not yet.
-    pub(super) fn members(&self, at: Option<LogPlace>) -> Members {
+    pub(super) fn members(&self, at: Option<LogPosition>) -> Members {
         let later = self
             .recent
             .iter()

@@ -161,7 +161,7 @@ impl World {
     fn check(&self) -> Result<(), TestCaseError> {
         let [follower, router] = self.read;
         let next = place(router);
-        let between = LogPlace { offset: next.offset - 1, ..next };
+        let between = LogPosition { offset: next.offset - 1, ..next };
         for (at, read) in [(None, follower.max(router)), (Some(between), router)] {
             let Some(list) = self.state.members(at) else { continue };
             for user in USERS {
@@ -188,8 +188,8 @@ proptest! {
     }
 }
 
-fn place(index: usize) -> LogPlace {
-    LogPlace { topic: 0, partition: 3, offset: 2 * i64::try_from(index).unwrap() }
+fn place(index: usize) -> LogPosition {
+    LogPosition { topic: 0, partition: 3, offset: 2 * i64::try_from(index).unwrap() }
 }
 
 fn change(user: &str, added: bool, appended_at_ms: u64) -> Change {
@@ -206,7 +206,7 @@ fn answered_at(ms: u64, ids: &[&str]) -> State {
 
 #[test]
 fn change_counts_when_it_is_read_first() {
-    let at = |partition, offset| LogPlace { topic: 0, partition, offset };
+    let at = |partition, offset| LogPosition { topic: 0, partition, offset };
     let mut marks = Marks::default();
     assert!(marks.advance(at(0, 5)));
     assert!(!marks.advance(at(0, 5)));
@@ -307,6 +307,6 @@ fn record_before_a_change_concerns_those_who_were_members_then() {
     assert_eq!(state.members(Some(place(6))), Some(members(["a", "c"])));
     assert_eq!(state.members(None), Some(members(["a", "c"])));
     // Between partitions there is no order.
-    let elsewhere = LogPlace { partition: 9, ..place(0) };
+    let elsewhere = LogPosition { partition: 9, ..place(0) };
     assert_eq!(state.members(Some(elsewhere)), Some(members(["a", "c"])));
 }

@@ -2,19 +2,19 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::world::{With, World, changed, created, message};
+use super::world::{RouterWorld, With, changed, created, message};
 use crate::handoff::Pushed;
 use crate::service::backends::ports::{RouterInbox as _, RouterInput};
 use crate::service::routing::router::RouterHandle;
 
 #[test]
 fn record_goes_once_to_each_shard_concerned_and_counts_when_all_report() {
-    let mut world = World::new(With::default());
+    let mut world = RouterWorld::new(With::default());
     let phone = world.connect("alice", "phone", 0);
     let desk = world.connect("alice", "desk", 1);
     let bob = world.connect("bob", "phone", 1);
     world.connect("eve", "phone", 1);
-    let (log, progress) = world.assign(0);
+    let (log, committable) = world.assign(0);
     log.append(5, created("c", &["alice", "bob"]));
     log.append(7, message("c", 1));
     world.settle();
@@ -25,33 +25,33 @@ fn record_goes_once_to_each_shard_concerned_and_counts_when_all_report() {
     assert_eq!(second.len(), 2);
     assert_eq!(second[1].slots, [desk, bob]);
     assert_eq!(second[1].value, message("c", 1), "unchanged");
-    assert!(world.conversations.asked().is_empty(), "the creation told the members");
+    assert!(world.conversations.asked().is_empty(), "the creation released the members");
 
-    assert_eq!(progress.committable(), Some(0));
+    assert_eq!(committable.get(), Some(0));
     world.report(1, second[1].ticket.unwrap());
     world.report(0, first[1].ticket.unwrap());
     world.report(0, first[0].ticket.unwrap());
     world.settle();
-    assert_eq!(progress.committable(), Some(0), "one shard has not sent the first");
+    assert_eq!(committable.get(), Some(0), "one shard has not sent the first");
     world.report(1, second[0].ticket.unwrap());
     world.settle();
-    assert_eq!(progress.committable(), Some(8));
+    assert_eq!(committable.get(), Some(8));
     assert_eq!(world.counters.recipients.get(), 6);
 }
 
 #[test]
 fn record_for_nobody_here_is_done_at_once() {
-    let mut world = World::new(With::default());
+    let mut world = RouterWorld::new(With::default());
     world.conversations.set("c", &["zoe"]);
-    let (log, progress) = world.assign(0);
+    let (log, committable) = world.assign(0);
     log.append(0, message("c", 1));
-    world.until("done", |_| progress.committable() == Some(1));
+    world.until("done", |_| committable.get() == Some(1));
     assert_eq!(world.counters.deliveries.get(), 0);
 }
 
 #[test]
 fn added_and_removed_users_get_the_event_that_concerns_them_and_the_removed_nothing_after_it() {
-    let mut world = World::new(With::default());
+    let mut world = RouterWorld::new(With::default());
     let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 0));
     let (log, _) = world.assign(0);
     log.append(0, created("c", &["alice"]));
@@ -73,7 +73,7 @@ fn added_and_removed_users_get_the_event_that_concerns_them_and_the_removed_noth
 
 #[test]
 fn change_of_a_conversation_that_is_not_cached_leads_to_the_whole_list() {
-    let mut world = World::new(With::default());
+    let mut world = RouterWorld::new(With::default());
     let alice = world.connect("alice", "a", 0);
     let bob = world.connect("bob", "b", 0);
     world.conversations.set("c", &["alice", "bob"]);
@@ -86,9 +86,9 @@ fn change_of_a_conversation_that_is_not_cached_leads_to_the_whole_list() {
 
 #[test]
 fn all_members_are_named_to_other_nodes_and_the_record_waits_for_them() {
-    let mut world = World::new(With { nodes: true, ..With::default() });
+    let mut world = RouterWorld::new(With { nodes: true, ..With::default() });
     world.connect("alice", "a", 0);
-    let (log, progress) = world.assign(0);
+    let (log, committable) = world.assign(0);
     log.append(0, created("c", &["alice", "bob"]));
     log.append(1, changed("c", "carol", false));
     world.settle();
@@ -102,21 +102,21 @@ fn all_members_are_named_to_other_nodes_and_the_record_waits_for_them() {
         );
         assert_eq!(handed[1].1, ["alice", "bob", "carol"], "the removed hears of it");
     }
-    assert_eq!(progress.committable(), Some(0));
+    assert_eq!(committable.get(), Some(0));
     let done = world.nodes.pending.lock().unwrap().remove(0);
     done();
     world.settle();
-    assert_eq!(progress.committable(), Some(1));
+    assert_eq!(committable.get(), Some(1));
     // The other node never says a word: its deadline passes.
     world.ahead_ms = 60_000;
     world.settle();
-    assert_eq!(progress.committable(), Some(2));
+    assert_eq!(committable.get(), Some(2));
     assert_eq!(world.counters.forwards_expired.get(), 1);
 }
 
 #[test]
 fn record_of_another_node_goes_to_sessions_here_and_no_further() {
-    let mut world = World::new(With { nodes: true, ..With::default() });
+    let mut world = RouterWorld::new(With { nodes: true, ..With::default() });
     let alice = world.connect("alice", "a", 0);
     world.conversations.set("c", &["alice", "bob"]);
     let handle = RouterHandle::new(vec![world.control.clone()]);
@@ -134,7 +134,7 @@ fn record_of_another_node_goes_to_sessions_here_and_no_further() {
 
 #[test]
 fn removal_handed_over_by_another_node_counts_before_it_is_read_here() {
-    let mut world = World::new(With::default());
+    let mut world = RouterWorld::new(With::default());
     let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 0));
     let (log, _) = world.assign(0);
     log.append(0, created("c", &["alice", "bob"]));
@@ -151,7 +151,7 @@ fn removal_handed_over_by_another_node_counts_before_it_is_read_here() {
 
 #[test]
 fn event_with_its_recipients_needs_no_conversation() {
-    let mut world = World::new(With::default());
+    let mut world = RouterWorld::new(With::default());
     let bob = world.connect("bob", "b", 1);
     world.connect("alice", "a", 0);
     let handle = RouterHandle::new(vec![world.control.clone()]);
@@ -165,9 +165,9 @@ fn event_with_its_recipients_needs_no_conversation() {
 
 #[test]
 fn kind_of_event_unknown_here_is_routed_by_the_record_key() {
-    let mut world = World::new(With { letters: true, ..With::default() });
+    let mut world = RouterWorld::new(With { letters: true, ..With::default() });
     let alice = world.connect("alice", "a", 0);
-    let (log, progress) = world.assign(0);
+    let (log, committable) = world.assign(0);
     log.append(0, created("c", &["alice"]));
     log.append_at(1, 0, Some("c"), vec![0x08, 0x1f]);
     log.append_at(2, 0, None, vec![0x08, 0x1f]);
@@ -178,5 +178,5 @@ fn kind_of_event_unknown_here_is_routed_by_the_record_key() {
     world.settle();
     assert_eq!(*world.letters.0.lock().unwrap(), [(2, "no_conversation"), (3, "undecodable")]);
     assert_eq!(world.counters.records_undecodable.get(), 1);
-    assert_eq!(progress.committable(), Some(5));
+    assert_eq!(committable.get(), Some(5));
 }

@@ -13,19 +13,19 @@ use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::backends::ports::{
     BoxFuture, ConversationSource, ForwardDone, Forwarding, NeighbourError, RemoteNodes,
 };
-use crate::service::events::encode;
+use crate::service::events::encode::encode_envelope;
 use crate::service::events::proto::conversation::v1::{
     Conversation, ConversationCreatedEvent, MembershipChangedEvent,
 };
-use crate::service::events::proto::message::v1::Message;
-use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use crate::service::events::proto::message::v1::{Message, MessageSentEvent};
+use crate::service::events::proto::shared::v1::EventType;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::members::membership::{Membership, MembershipConfig, MembershipCounters};
-use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetters, LetterDone};
+use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterDone, DeadLetterSink};
 use crate::service::routing::router::{
-    Assignment, LogName, Progress, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
-    RouterCounters, RouterParts, ShardLink,
+    Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
+    RouterCounters, RouterParts, ShardLink, TopicPartition,
 };
 
 pub(super) const RING_SLOTS: usize = 4;
@@ -33,14 +33,14 @@ const SHARDS: u16 = 2;
 
 /// A conversation service: answers from a table, fails, or does not answer until it is opened.
 #[derive(Default)]
-pub(super) struct Conversations {
+pub(super) struct FakeConversations {
     pub(super) table: Mutex<HashMap<String, Vec<&'static str>>>,
     pub(super) asked: Mutex<Vec<String>>,
     pub(super) failing: AtomicBool,
     gate: Option<tokio::sync::Semaphore>,
 }
 
-impl Conversations {
+impl FakeConversations {
     pub(super) fn set(&self, conversation: &str, members: &[&'static str]) {
         self.table.lock().unwrap().insert(conversation.into(), members.to_vec());
     }
@@ -55,9 +55,9 @@ impl Conversations {
     }
 }
 
-struct Source(Arc<Conversations>);
+struct FakeSource(Arc<FakeConversations>);
 
-impl ConversationSource for Source {
+impl ConversationSource for FakeSource {
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
         let service = Arc::clone(&self.0);
         Box::pin(async move {
@@ -66,7 +66,7 @@ impl ConversationSource for Source {
                 gate.acquire().await.unwrap().forget();
             }
             if service.failing.load(Ordering::Relaxed) {
-                return Err(NeighbourError::Unavailable("told to fail".into()));
+                return Err(NeighbourError::Unavailable("released to fail".into()));
             }
             let table = service.table.lock().unwrap();
             let members = table.get(&*conversation).ok_or(NeighbourError::NotFound)?;
@@ -77,14 +77,14 @@ impl ConversationSource for Source {
 
 /// Other nodes: keeps what is handed over, and reports it when the test says so.
 #[derive(Default)]
-pub(super) struct Nodes {
+pub(super) struct FakeNodes {
     pub(super) handed: Mutex<Vec<(Bytes, Vec<String>)>>,
     pub(super) pending: Mutex<Vec<ForwardDone>>,
     /// Takes no more for the time being.
     pub(super) full: AtomicBool,
 }
 
-impl RemoteNodes for Nodes {
+impl RemoteNodes for FakeNodes {
     fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
         self.handed
             .lock()
@@ -101,10 +101,10 @@ impl RemoteNodes for Nodes {
 
 /// Where dead letters go: offset and label of each. Stored at once.
 #[derive(Default)]
-pub(super) struct Letters(pub(super) Mutex<Vec<(i64, &'static str)>>);
+pub(super) struct FakeDeadLetters(pub(super) Mutex<Vec<(i64, &'static str)>>);
 
-impl DeadLetters for Letters {
-    fn send(&self, letter: DeadLetter<'_>, done: LetterDone) -> bool {
+impl DeadLetterSink for FakeDeadLetters {
+    fn send(&self, letter: DeadLetter<'_>, done: DeadLetterDone) -> bool {
         self.0.lock().unwrap().push((letter.raw.offset, letter.reason.label()));
         done();
         true
@@ -113,7 +113,7 @@ impl DeadLetters for Letters {
 
 /// A partition: the test appends, the router takes.
 #[derive(Clone, Default)]
-pub(super) struct Log(Arc<Mutex<VecDeque<Appended>>>);
+pub(super) struct FakePartition(Arc<Mutex<VecDeque<Appended>>>);
 
 #[derive(Debug)]
 struct Appended {
@@ -123,7 +123,7 @@ struct Appended {
     value: Vec<u8>,
 }
 
-impl Log {
+impl FakePartition {
     pub(super) fn append(&self, offset: i64, value: Vec<u8>) {
         self.append_at(offset, unix_ms(), None, value);
     }
@@ -138,7 +138,7 @@ impl Log {
     }
 }
 
-impl RecordSource for Log {
+impl RecordSource for FakePartition {
     fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool {
         let Some(record) = self.0.lock().unwrap().pop_front() else { return false };
         take(RawRecord {
@@ -152,14 +152,14 @@ impl RecordSource for Log {
     }
 }
 
-pub(super) struct Shard {
+pub(super) struct FakeShard {
     commands: Consumer<ShardCommand>,
     reports: Producer<ShardReport>,
 }
 
 /// One delivery as a shard sees it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Delivered {
+pub(super) struct DeliveredEvent {
     /// The slots of the recipients, sorted.
     pub(super) slots: Vec<u32>,
     /// The record's value, from the binary frame (short ones only).
@@ -167,14 +167,14 @@ pub(super) struct Delivered {
     pub(super) ticket: Option<Ticket>,
 }
 
-pub(super) struct World {
+pub(super) struct RouterWorld {
     pub(super) router: Router,
     pub(super) control: RouterControl,
     pub(super) counters: Arc<RouterCounters>,
-    pub(super) conversations: Arc<Conversations>,
-    pub(super) nodes: Arc<Nodes>,
-    pub(super) letters: Arc<Letters>,
-    pub(super) shards: Vec<Shard>,
+    pub(super) conversations: Arc<FakeConversations>,
+    pub(super) nodes: Arc<FakeNodes>,
+    pub(super) letters: Arc<FakeDeadLetters>,
+    pub(super) shards: Vec<FakeShard>,
     directory: Arc<Directory>,
     bell: Arc<Doorbell>,
     slots: u32,
@@ -187,7 +187,7 @@ pub(super) struct World {
 pub(super) struct With {
     /// No conversation service.
     pub(super) alone: bool,
-    /// The conversation service answers only when told to.
+    /// The conversation service answers only when released to.
     pub(super) gated: bool,
     /// Other nodes.
     pub(super) nodes: bool,
@@ -199,14 +199,15 @@ pub(super) struct With {
     pub(super) event_bytes: Option<u64>,
 }
 
-impl World {
+impl RouterWorld {
     pub(super) fn new(with: With) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build();
         let runtime = runtime.unwrap();
         let gate = with.gated.then(|| tokio::sync::Semaphore::new(0));
-        let conversations = Arc::new(Conversations { gate, ..Conversations::default() });
-        let source = (!with.alone).then(|| Arc::new(Source(Arc::clone(&conversations))) as Arc<_>);
+        let conversations = Arc::new(FakeConversations { gate, ..FakeConversations::default() });
+        let source =
+            (!with.alone).then(|| Arc::new(FakeSource(Arc::clone(&conversations))) as Arc<_>);
         let membership = Membership::new(
             MembershipConfig { retry_ms_min: 1, retry_ms_max: 2, ..MembershipConfig::default() },
             source,
@@ -220,10 +221,10 @@ impl World {
                 let (commands, taken) = ring(RING_SLOTS, Arc::new(Doorbell::new().unwrap()));
                 let (reports, reported) = ring(64, Arc::clone(&bell));
                 let link = ShardLink { commands, reports: reported };
-                (link, Shard { commands: taken, reports })
+                (link, FakeShard { commands: taken, reports })
             })
             .unzip();
-        let (nodes, letters) = (Arc::<Nodes>::default(), Arc::<Letters>::default());
+        let (nodes, letters) = (Arc::<FakeNodes>::default(), Arc::<FakeDeadLetters>::default());
         let directory = Arc::new(Directory::new());
         let counters = Arc::<RouterCounters>::default();
         let defaults = RouterConfig::default();
@@ -270,15 +271,16 @@ impl World {
     }
 
     /// Gives the router a partition.
-    pub(super) fn assign(&self, partition: i32) -> (Log, Arc<Progress>) {
-        let (log, progress) = (Log::default(), Arc::new(Progress::new(Some(0))));
+    pub(super) fn assign(&self, partition: i32) -> (FakePartition, Arc<CommittableOffset>) {
+        let (log, committable) =
+            (FakePartition::default(), Arc::new(CommittableOffset::new(Some(0))));
         self.control.assign(Assignment {
             log: name(partition),
             source: Box::new(log.clone()),
             start: Some(0),
-            progress: Arc::clone(&progress),
+            committable: Arc::clone(&committable),
         });
-        (log, progress)
+        (log, committable)
     }
 
     /// One turn. Returns whether anything moved.
@@ -316,7 +318,7 @@ impl World {
     }
 
     /// What a shard finds in its ring.
-    pub(super) fn delivered(&mut self, shard: usize) -> Vec<Delivered> {
+    pub(super) fn delivered(&mut self, shard: usize) -> Vec<DeliveredEvent> {
         let mut delivered = Vec::new();
         while let Some(command) = self.shards[shard].commands.pop() {
             let ShardCommand::Deliver { event, recipients, ticket, .. } = command else {
@@ -325,7 +327,7 @@ impl World {
             let mut slots: Vec<_> = recipients.iter().map(|(key, _)| key.slot).collect();
             slots.sort_unstable();
             let value = event.frame(Encoding::Binary).unwrap()[2..].to_vec();
-            delivered.push(Delivered { slots, value, ticket });
+            delivered.push(DeliveredEvent { slots, value, ticket });
         }
         delivered
     }
@@ -347,16 +349,14 @@ impl World {
     }
 }
 
-pub(super) fn name(partition: i32) -> LogName {
-    LogName { topic: "events".into(), topic_index: 0, partition }
+pub(super) fn name(partition: i32) -> TopicPartition {
+    TopicPartition { topic: "events".into(), topic_index: 0, partition }
 }
 
 pub(crate) fn message(conversation: &str, sequence: i64) -> Vec<u8> {
-    encode::caught_up(Message {
-        conversation_id: conversation.into(),
-        sequence,
-        ..Message::default()
-    })
+    let message = Message { conversation_id: conversation.into(), sequence, ..Message::default() };
+    let event = MessageSentEvent { message: Some(message) };
+    encode_envelope(EventType::MessageSent, None, event.encode_to_vec())
 }
 
 pub(crate) fn created(conversation: &str, members: &[&str]) -> Vec<u8> {
@@ -367,7 +367,7 @@ pub(crate) fn created(conversation: &str, members: &[&str]) -> Vec<u8> {
         }),
         participant_user_ids: members.iter().map(|id| id.to_string()).collect(),
     };
-    envelope(EventType::ConversationCreated, event.encode_to_vec())
+    encode_envelope(EventType::ConversationCreated, None, event.encode_to_vec())
 }
 
 pub(crate) fn changed(conversation: &str, user: &str, added: bool) -> Vec<u8> {
@@ -376,15 +376,5 @@ pub(crate) fn changed(conversation: &str, user: &str, added: bool) -> Vec<u8> {
         user_id: user.into(),
         added,
     };
-    envelope(EventType::MembershipChanged, event.encode_to_vec())
-}
-
-fn envelope(kind: EventType, payload: Vec<u8>) -> Vec<u8> {
-    let envelope = EventEnvelope {
-        event_type: kind.into(),
-        schema_version: 1,
-        occurred_at: None,
-        payload: payload.into(),
-    };
-    envelope.encode_to_vec()
+    encode_envelope(EventType::MembershipChanged, None, event.encode_to_vec())
 }

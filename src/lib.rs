@@ -49,7 +49,7 @@
 //!
 //! The kernel fills one of the shard's receive buffers; [`protocol::receiver`] unmasks in place;
 //! pings are answered in the shard; a text message goes up to [`service::sessions::manager`], which resumes
-//! ([`service::sessions::resume`]) or renews a token ([`service::sessions::auth`]). [`service::sessions::presence`] hears of every
+//! ([`service::sessions::catch_up`]) or renews a token ([`service::sessions::auth`]). [`service::sessions::presence`] hears of every
 //! beginning and end.
 //!
 //! # Where things are put together

@@ -24,11 +24,11 @@ use delivery::service::routing::router::{
     RouterParts, ShardLink, TopicPartition,
 };
 use delivery::service::sessions::auth::Authenticator;
+use delivery::service::sessions::catch_up::CatchUpService;
 use delivery::service::sessions::manager::{
     SessionConfig, SessionHandle, SessionManager, SessionPorts, ShardPort,
 };
 use delivery::service::sessions::presence::Presence;
-use delivery::service::sessions::resume::Resume;
 
 use crate::clock::now_ns;
 use crate::control::Pushed;
@@ -179,7 +179,7 @@ impl Ours {
                 directory: Arc::clone(&directory),
                 auth: Authenticator::trust(),
                 presence: Presence::off(),
-                resume: Resume::off(),
+                catch_up: CatchUpService::off(),
             },
             Arc::default(),
         )?;

@@ -14,8 +14,10 @@ use crate::service::backends::neighbours::{
 use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
 use crate::service::events::encode::CompressionConfig;
 use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
-use crate::service::sessions::presence::{Presence, PresenceConfig, PresenceTarget, ReachConfig};
-use crate::service::sessions::resume::{Membership, Resume, ResumeConfig};
+use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpService, ReadAccess};
+use crate::service::sessions::presence::{
+    Presence, PresenceConfig, PresenceTarget, VisibilityConfig,
+};
 
 /// See the module.
 pub(super) struct BackEnds {
@@ -24,7 +26,7 @@ pub(super) struct BackEnds {
     /// `None`: no Redis.
     pub other_nodes: Option<OtherNodes>,
     pub presence: Presence,
-    pub resume: Resume,
+    pub catch_up: CatchUpService,
     /// The metrics of all of them.
     pub samples: Vec<Samples>,
 }
@@ -60,9 +62,9 @@ impl BackEnds {
         let announcer = other_nodes.as_ref().and_then(OtherNodes::announcer);
         let presence =
             presence(settings, sizing, instance, redis.as_ref(), announcer, &mut samples)?;
-        let resume = resume(settings, messages, conversations.as_ref(), &mut samples);
+        let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut samples);
         let auth = authenticator(settings, &mut samples)?;
-        Ok(Self { auth, conversations, other_nodes, presence, resume, samples })
+        Ok(Self { auth, conversations, other_nodes, presence, catch_up, samples })
     }
 }
 
@@ -126,12 +128,12 @@ fn presence(
             PresenceTarget::Service(service.expect("checked with the settings"))
         }
     };
-    let reach = announcer.is_some().then(|| ReachConfig {
+    let visibility = announcer.is_some().then(|| VisibilityConfig {
         lookup_lifetime: LocationsConfig::default().lifetime(),
         registration_wait: settings.registration_wait,
     });
     let config = PresenceConfig {
-        reach,
+        visibility,
         refresh_interval: settings.presence_refresh,
         announcer,
         ..presence_config(Arc::clone(instance), sizing)
@@ -149,32 +151,32 @@ pub(super) fn presence_config(instance: Arc<str>, sizing: &Sizing) -> PresenceCo
     PresenceConfig { ends_waiting_max, ..config }
 }
 
-fn resume(
+fn catch_up(
     settings: &Settings,
     messages: Option<MessageService>,
     conversations: Option<&ConversationService>,
     samples: &mut Vec<Samples>,
-) -> Resume {
+) -> CatchUpService {
     let Some(messages) = messages else {
         tracing::warn!("MSG_SVC_ADDR is not set: what a client missed is not caught up");
-        return Resume::off();
+        return CatchUpService::off();
     };
-    let membership = match (conversations, settings.auth_mode) {
-        (Some(service), _) => Membership::Checked {
+    let access = match (conversations, settings.auth_mode) {
+        (Some(service), _) => ReadAccess::Checked {
             listing: Arc::new(service.clone()),
             source: Arc::new(service.clone()),
         },
-        (None, AuthMode::Trust) => Membership::Unchecked,
+        (None, AuthMode::Trust) => ReadAccess::Unchecked,
         (None, AuthMode::Jwt) => {
             tracing::warn!(
                 "CONV_SVC_ADDR is not set, so nobody can say who may read what: what a client \
                  missed is not caught up"
             );
-            return Resume::off();
+            return CatchUpService::off();
         }
     };
-    let defaults = ResumeConfig::default();
-    let config = ResumeConfig {
+    let defaults = CatchUpConfig::default();
+    let config = CatchUpConfig {
         calls_max: settings.resume_calls_max.size(),
         // A chunk must not overflow the queue that it is put into.
         chunk_messages_max: defaults
@@ -185,9 +187,9 @@ fn resume(
         ..defaults
     };
     let counters = Arc::default();
-    let resume = Resume::new(config, Arc::new(messages), membership, Arc::clone(&counters));
+    let catch_up = CatchUpService::new(config, Arc::new(messages), access, Arc::clone(&counters));
     samples.push(component("resume_", move |visit| counters.visit(visit)));
-    resume
+    catch_up
 }
 
 fn authenticator(

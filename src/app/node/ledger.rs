@@ -28,9 +28,9 @@ use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Members, MembershipConfig};
 use crate::service::routing::kafka;
 use crate::service::routing::router::RECORD_UNDER_WAY_BYTES;
+use crate::service::sessions::catch_up::CatchUpConfig;
 use crate::service::sessions::manager;
 use crate::service::sessions::presence_fanout::PresenceFanoutConfig;
-use crate::service::sessions::resume::ResumeConfig;
 use crate::service::streams::grpc;
 use crate::service::streams::hub::{INPUTS_MAX, OutboxLimits};
 
@@ -190,7 +190,7 @@ fn routing(settings: &Settings, sizing: &Sizing) -> Amounts {
     let members = settings.membership_members_max.size() as u64;
     let conversations = settings.membership_cache_max.size() as u64;
     let answer = ANSWER_BYTES_MAX as u64;
-    let resume = ResumeConfig::default();
+    let catch_up = CatchUpConfig::default();
     let calls = settings.resume_calls_max.size() as u64;
     vec![
         // In rings, shards and hub together.
@@ -203,7 +203,10 @@ fn routing(settings: &Settings, sizing: &Sizing) -> Amounts {
                 + conversations * CONVERSATION_BYTES,
         ),
         ("member_questions", membership.fetches_max as u64 * answer),
-        ("catch_up", (resume.pages_bytes_max + resume.requests_bytes_max) as u64 + calls * answer),
+        (
+            "catch_up",
+            (catch_up.pages_bytes_max + catch_up.requests_bytes_max) as u64 + calls * answer,
+        ),
         ("tokens", (manager::REQUESTS_WAITING_MAX * (TOKEN_BYTES_MAX + 2 * ID_BYTES_MAX)) as u64),
         (
             "dead_letters",

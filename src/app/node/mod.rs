@@ -40,8 +40,8 @@ use crate::domain::counted::Counted;
 use crate::reactor::listener::{ListenerConfig, listen_all};
 use crate::service::members::directory::Directory;
 use crate::service::sessions::manager::{
-    Ending, SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts, ShardPort,
-    Stage,
+    NodeState, SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts,
+    ShardPort, Shutdown,
 };
 
 /// What to run.
@@ -258,7 +258,7 @@ fn sessions(
         directory,
         auth: Arc::clone(&back_ends.auth),
         presence: back_ends.presence.clone(),
-        resume: back_ends.resume.clone(),
+        catch_up: back_ends.catch_up.clone(),
     };
     SessionManager::spawn(config, ports, counters)
         .map_err(|error| format!("the session manager did not start: {error}"))
@@ -268,11 +268,11 @@ impl Node {
     /// Ends the sessions, then what fed them. Bounded: what is not done by then is left.
     async fn stop(self) -> Result<(), String> {
         let Settings { drain_period, stop_timeout, .. } = self.settings;
-        let ending =
-            if drain_period.is_zero() { Ending::Stop } else { Ending::Drain(drain_period) };
+        let shutdown =
+            if drain_period.is_zero() { Shutdown::Stop } else { Shutdown::Drain(drain_period) };
         let deadline = Instant::now() + drain_period + stop_timeout;
         // What is routed meanwhile still reaches the sessions that are open.
-        let all_ended = timeout_at(deadline, self.sessions.end(ending)).await.is_ok();
+        let all_ended = timeout_at(deadline, self.sessions.shut_down(shutdown)).await.is_ok();
         if !all_ended {
             tracing::error!("sessions were still open after {stop_timeout:?} and are left");
         }
@@ -317,10 +317,10 @@ fn local(listener: &TcpListener) -> SocketAddr {
 }
 
 fn serving(sessions: SessionHandle) -> Check {
-    Box::new(move || match sessions.stage() {
-        Stage::Serving => None,
-        Stage::Draining => Some("draining".to_owned()),
-        Stage::Stopping | Stage::Stopped => Some("stopping".to_owned()),
+    Box::new(move || match sessions.state() {
+        NodeState::Serving => None,
+        NodeState::Draining => Some("draining".to_owned()),
+        NodeState::Stopping | NodeState::Stopped => Some("stopping".to_owned()),
     })
 }
 

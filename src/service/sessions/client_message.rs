@@ -41,7 +41,7 @@ pub struct LastSequence {
 
 /// Why a message has no meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Meaningless {
+pub enum InvalidMessage {
     /// Larger than any message with a meaning.
     #[error("message is too large")]
     TooLarge,
@@ -57,20 +57,20 @@ pub enum Meaningless {
 ///
 /// # Errors
 /// It has no meaning; the client may send what it likes, so this is for counting only.
-pub fn parse(text: &str) -> Result<ClientMessage, Meaningless> {
+pub fn parse(text: &str) -> Result<ClientMessage, InvalidMessage> {
     if text.len() > CLIENT_MESSAGE_BYTES_MAX {
-        return Err(Meaningless::TooLarge);
+        return Err(InvalidMessage::TooLarge);
     }
     // serde would also read the fields of an object from an array.
     if !text.trim_ascii_start().starts_with('{') {
-        return Err(Meaningless::Malformed);
+        return Err(InvalidMessage::Malformed);
     }
-    let fields: Fields = serde_json::from_str(text).map_err(|_| Meaningless::Malformed)?;
+    let fields: Fields = serde_json::from_str(text).map_err(|_| InvalidMessage::Malformed)?;
     if fields.last_sequences.is_none() && fields.access_token.is_none() {
-        return Err(Meaningless::Unknown);
+        return Err(InvalidMessage::Unknown);
     }
     Ok(ClientMessage {
-        last_sequences: fields.last_sequences.map(|Positions(positions)| positions),
+        last_sequences: fields.last_sequences.map(|LastSequences(positions)| positions),
         access_token: fields.access_token.map(|Token(token)| token),
     })
 }
@@ -78,7 +78,7 @@ pub fn parse(text: &str) -> Result<ClientMessage, Meaningless> {
 #[derive(Deserialize)]
 struct Fields {
     #[serde(default)]
-    last_sequences: Option<Positions>,
+    last_sequences: Option<LastSequences>,
     #[serde(default)]
     access_token: Option<Token>,
 }
@@ -95,24 +95,24 @@ impl<'de> Deserialize<'de> for Token {
     }
 }
 
-struct Positions(Vec<LastSequence>);
+struct LastSequences(Vec<LastSequence>);
 
-impl<'de> Deserialize<'de> for Positions {
+impl<'de> Deserialize<'de> for LastSequences {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(PositionsVisitor)
+        deserializer.deserialize_map(LastSequencesVisitor)
     }
 }
 
-struct PositionsVisitor;
+struct LastSequencesVisitor;
 
-impl<'de> Visitor<'de> for PositionsVisitor {
-    type Value = Positions;
+impl<'de> Visitor<'de> for LastSequencesVisitor {
+    type Value = LastSequences;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of conversation ids and sequences")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Positions, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<LastSequences, A::Error> {
         let mut positions = Vec::new();
         while let Some((conversation, Sequence(sequence))) = map.next_entry::<Box<str>, _>()? {
             if conversation.is_empty() || conversation.len() > ID_BYTES_MAX {
@@ -127,7 +127,7 @@ impl<'de> Visitor<'de> for PositionsVisitor {
         positions.reverse();
         positions.sort_by(|a, b| a.conversation.cmp(&b.conversation));
         positions.dedup_by(|later, earlier| later.conversation == earlier.conversation);
-        Ok(Positions(positions))
+        Ok(LastSequences(positions))
     }
 }
 
@@ -213,10 +213,10 @@ mod tests {
             r#"{"access_token": ""}"#,
             r#"{"access_token": 5}"#,
         ] {
-            assert_eq!(parse(text), Err(Meaningless::Malformed), "{text}");
+            assert_eq!(parse(text), Err(InvalidMessage::Malformed), "{text}");
         }
         for text in ["{}", r#"{"typing": true}"#, r#"{"last_sequences": null}"#] {
-            assert_eq!(parse(text), Err(Meaningless::Unknown), "{text}");
+            assert_eq!(parse(text), Err(InvalidMessage::Unknown), "{text}");
         }
     }
 
@@ -227,14 +227,14 @@ mod tests {
             format!(r#"{{"last_sequences":{{{}}}}}"#, all.join(","))
         };
         assert_eq!(positions(&named(CONVERSATIONS_NAMED_MAX)).len(), CONVERSATIONS_NAMED_MAX);
-        assert_eq!(parse(&named(CONVERSATIONS_NAMED_MAX + 1)), Err(Meaningless::Malformed));
+        assert_eq!(parse(&named(CONVERSATIONS_NAMED_MAX + 1)), Err(InvalidMessage::Malformed));
         let id = "x".repeat(ID_BYTES_MAX + 1);
         let long = format!(r#"{{"last_sequences":{{"{id}":1}}}}"#);
-        assert_eq!(parse(&long), Err(Meaningless::Malformed));
+        assert_eq!(parse(&long), Err(InvalidMessage::Malformed));
         let large = " ".repeat(CLIENT_MESSAGE_BYTES_MAX + 1);
-        assert_eq!(parse(&large), Err(Meaningless::TooLarge));
+        assert_eq!(parse(&large), Err(InvalidMessage::TooLarge));
         let deep = format!(r#"{{"x":{}"#, "[".repeat(CLIENT_MESSAGE_BYTES_MAX - 10));
-        assert_eq!(parse(&deep), Err(Meaningless::Malformed));
+        assert_eq!(parse(&deep), Err(InvalidMessage::Malformed));
     }
 
     proptest! {

@@ -1,8 +1,8 @@
 //! Who is connected: handshakes, tokens, catch-up, presence.
 
 pub mod auth;
+pub mod catch_up;
 pub mod client_message;
 pub mod manager;
 pub mod presence;
 pub mod presence_fanout;
-pub mod resume;

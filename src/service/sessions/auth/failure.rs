@@ -47,7 +47,7 @@ pub enum AuthFailure {
     SubjectUnusable,
     /// The token is somebody else's.
     #[error("user_id is not the subject of the access token: leave it out, or send your own")]
-    SomebodyElse,
+    UserMismatch,
     /// The keys to check with could not be had.
     #[error("access tokens cannot be checked at the moment: try again")]
     KeysUnavailable,
@@ -69,7 +69,7 @@ impl AuthFailure {
             | Self::IssuerRefused
             | Self::AudienceRefused
             | Self::SubjectUnusable => 401,
-            Self::SomebodyElse => 403,
+            Self::UserMismatch => 403,
             Self::KeysUnavailable => 503,
         }
     }

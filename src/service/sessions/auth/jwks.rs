@@ -8,7 +8,7 @@ use jsonwebtoken::Header;
 use tokio::time::{Instant, sleep};
 
 use super::AuthCounters;
-use super::keys::{Found, KeySet};
+use super::keys::{KeyLookup, KeySet};
 use crate::domain::command::Secret;
 
 /// First wait before a failed refresh is tried again; doubles each time.
@@ -111,7 +111,7 @@ impl Jwks {
     }
 
     fn knowing(&self, header: &Header) -> Option<Arc<KeySet>> {
-        self.current().filter(|keys| !matches!(keys.find(header), Found::Unknown))
+        self.current().filter(|keys| !matches!(keys.find(header), KeyLookup::Unknown))
     }
 
     /// Returns whether it has fresh keys now. If not, the old ones stay.

@@ -31,7 +31,7 @@ pub enum KeyError {
 
 /// A key and the one algorithm that it is for.
 #[derive(Clone)]
-pub(super) struct Key {
+pub(super) struct VerificationKey {
     pub(super) id: Option<String>,
     pub(super) algorithm: Algorithm,
     pub(super) key: DecodingKey,
@@ -40,13 +40,13 @@ pub(super) struct Key {
 /// Some keys.
 #[derive(Clone, Default)]
 pub(super) struct KeySet {
-    keys: Vec<Key>,
+    keys: Vec<VerificationKey>,
 }
 
 /// What a set has for a token.
-pub(super) enum Found<'a> {
+pub(super) enum KeyLookup<'a> {
     /// Try these.
-    Candidates(Vec<&'a Key>),
+    Candidates(Vec<&'a VerificationKey>),
     /// Keys of other kinds only.
     OtherAlgorithm,
     /// None of that id.
@@ -65,7 +65,7 @@ impl KeySet {
             return Err(KeyError::Empty);
         }
         let key = DecodingKey::from_secret(secret.expose().as_bytes());
-        Ok(Self { keys: vec![Key { id: None, algorithm: Algorithm::HS256, key }] })
+        Ok(Self { keys: vec![VerificationKey { id: None, algorithm: Algorithm::HS256, key }] })
     }
 
     /// All public keys of a PEM file: more than one while keys are being rotated.
@@ -101,22 +101,26 @@ impl KeySet {
 
     /// The keys that may have signed a token with this header. A key without an id fits any token
     /// of its algorithm, and so does any key for a token without one.
-    pub(super) fn find(&self, header: &Header) -> Found<'_> {
-        let of_id = |key: &&Key| match (&key.id, &header.kid) {
+    pub(super) fn find(&self, header: &Header) -> KeyLookup<'_> {
+        let of_id = |key: &&VerificationKey| match (&key.id, &header.kid) {
             (Some(id), Some(wanted)) => id == wanted,
             (None, _) | (_, None) => true,
         };
         let mut fitting = self.keys.iter().filter(of_id).peekable();
         if fitting.peek().is_none() {
-            return Found::Unknown;
+            return KeyLookup::Unknown;
         }
         let candidates: Vec<_> =
             fitting.filter(|key| key.algorithm == header.alg).take(CANDIDATES_MAX).collect();
-        if candidates.is_empty() { Found::OtherAlgorithm } else { Found::Candidates(candidates) }
+        if candidates.is_empty() {
+            KeyLookup::OtherAlgorithm
+        } else {
+            KeyLookup::Candidates(candidates)
+        }
     }
 }
 
-fn of_pem_block(block: &str) -> Result<Key, KeyError> {
+fn of_pem_block(block: &str) -> Result<VerificationKey, KeyError> {
     if block.lines().next().is_some_and(|label| label.contains("PRIVATE")) {
         return Err(KeyError::Private);
     }
@@ -134,11 +138,11 @@ fn of_pem_block(block: &str) -> Result<Key, KeyError> {
     match algorithm {
         Algorithm::ES256 if length != P256_POINT_BYTES => Err(KeyError::Unknown),
         Algorithm::EdDSA if length != ED25519_BYTES => Err(KeyError::Unknown),
-        _ => Ok(Key { id: None, algorithm, key }),
+        _ => Ok(VerificationKey { id: None, algorithm, key }),
     }
 }
 
-fn of_jwk(jwk: &Jwk) -> Option<Key> {
+fn of_jwk(jwk: &Jwk) -> Option<VerificationKey> {
     let algorithm = match &jwk.algorithm {
         AlgorithmParameters::RSA(_) => Algorithm::RS256,
         AlgorithmParameters::EllipticCurve(key) if key.curve == EllipticCurve::P256 => {
@@ -165,5 +169,5 @@ fn of_jwk(jwk: &Jwk) -> Option<Key> {
         return None;
     }
     let key = DecodingKey::from_jwk(jwk).ok()?;
-    Some(Key { id: common.key_id.clone(), algorithm, key })
+    Some(VerificationKey { id: common.key_id.clone(), algorithm, key })
 }

@@ -75,26 +75,26 @@ pub enum Checked {
 /// Checks tokens. Shared by all who admit sessions.
 #[derive(Debug)]
 pub struct Authenticator {
-    method: Method,
+    method: AuthMethod,
 }
 
 #[derive(Debug)]
-enum Method {
+enum AuthMethod {
     /// Everybody is who they say they are: for trying the program out, or behind a gateway that
     /// has checked already.
     Trust,
-    Tokens(Arc<Tokens>),
+    Jwt(Arc<TokenVerifier>),
 }
 
 #[derive(Debug)]
-struct Tokens {
-    keys: Keys,
+struct TokenVerifier {
+    keys: TokenKeys,
     rules: ClaimRules,
     counters: Arc<AuthCounters>,
 }
 
 #[derive(Debug)]
-enum Keys {
+enum TokenKeys {
     Secret(KeySet),
     Public(KeySet),
     Published(Arc<Jwks>),
@@ -103,7 +103,7 @@ enum Keys {
 impl Authenticator {
     /// Believes every client (`AUTH_MODE=trust`).
     pub fn trust() -> Arc<Self> {
-        Arc::new(Self { method: Method::Trust })
+        Arc::new(Self { method: AuthMethod::Trust })
     }
 
     /// Believes tokens (`AUTH_MODE=jwt`). Published keys are fetched by a task on the current
@@ -118,22 +118,24 @@ impl Authenticator {
     ) -> Result<Arc<Self>, KeyError> {
         signature::install();
         let keys = match source {
-            KeySource::Secret(secret) => Keys::Secret(KeySet::of_secret(&secret)?),
-            KeySource::Pem(pem) => Keys::Public(KeySet::of_pem(&pem)?),
-            KeySource::Jwks(config) => Keys::Published(Jwks::spawn(config, Arc::clone(&counters))),
+            KeySource::Secret(secret) => TokenKeys::Secret(KeySet::of_secret(&secret)?),
+            KeySource::Pem(pem) => TokenKeys::Public(KeySet::of_pem(&pem)?),
+            KeySource::Jwks(config) => {
+                TokenKeys::Published(Jwks::spawn(config, Arc::clone(&counters)))
+            }
         };
-        let tokens = Arc::new(Tokens { keys, rules, counters });
-        Ok(Arc::new(Self { method: Method::Tokens(tokens) }))
+        let tokens = Arc::new(TokenVerifier { keys, rules, counters });
+        Ok(Arc::new(Self { method: AuthMethod::Jwt(tokens) }))
     }
 
     /// Whether tokens can be checked: for readiness. Not before published keys have been fetched
     /// once.
     pub fn is_ready(&self) -> bool {
         match &self.method {
-            Method::Trust => true,
-            Method::Tokens(tokens) => match &tokens.keys {
-                Keys::Secret(_) | Keys::Public(_) => true,
-                Keys::Published(jwks) => jwks.current().is_some(),
+            AuthMethod::Trust => true,
+            AuthMethod::Jwt(tokens) => match &tokens.keys {
+                TokenKeys::Secret(_) | TokenKeys::Public(_) => true,
+                TokenKeys::Published(jwks) => jwks.current().is_some(),
             },
         }
     }
@@ -142,16 +144,16 @@ impl Authenticator {
     /// token.
     pub fn check(&self, token: Option<&Secret>, claimed_user: &str) -> Checked {
         let tokens = match &self.method {
-            Method::Trust => {
+            AuthMethod::Trust => {
                 let identity = Identity { user: claimed_user.to_owned(), expires_at_s: None };
                 return Checked::Now(usable_user(claimed_user).map(|()| identity));
             }
-            Method::Tokens(tokens) => tokens,
+            AuthMethod::Jwt(tokens) => tokens,
         };
         let Some(token) = token else {
             return Checked::Now(tokens.count(Err(AuthFailure::TokenMissing)));
         };
-        if let Keys::Secret(keys) = &tokens.keys {
+        if let TokenKeys::Secret(keys) = &tokens.keys {
             return Checked::Now(tokens.count(tokens.verify(token, keys, claimed_user)));
         }
         let (tokens, token) = (Arc::clone(tokens), token.clone());
@@ -163,7 +165,7 @@ impl Authenticator {
     }
 }
 
-impl Tokens {
+impl TokenVerifier {
     fn verify(
         &self,
         token: &Secret,
@@ -181,8 +183,10 @@ impl Tokens {
         claimed_user: &str,
     ) -> Result<Identity, AuthFailure> {
         match &self.keys {
-            Keys::Secret(keys) | Keys::Public(keys) => self.verify(token, keys, claimed_user),
-            Keys::Published(jwks) => {
+            TokenKeys::Secret(keys) | TokenKeys::Public(keys) => {
+                self.verify(token, keys, claimed_user)
+            }
+            TokenKeys::Published(jwks) => {
                 let header = verify::header(token.expose())?;
                 let keys = jwks.keys_for(&header).await.ok_or(AuthFailure::KeysUnavailable)?;
                 self.verify(token, &keys, claimed_user)

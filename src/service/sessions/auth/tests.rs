@@ -175,7 +175,7 @@ async fn token_of_each_algorithm_says_who_its_bearer_is() {
 async fn nobody_connects_as_somebody_else() {
     let token = hs256_token(&claims());
     let refused = check(&hs256(), &token, "bob").await.unwrap_err();
-    assert_eq!((refused, refused.status()), (AuthFailure::SomebodyElse, 403));
+    assert_eq!((refused, refused.status()), (AuthFailure::UserMismatch, 403));
     let Checked::Now(missing) = hs256().check(None, "alice") else { panic!("not at once") };
     assert_eq!(missing, Err(AuthFailure::TokenMissing));
     assert_eq!(AuthFailure::TokenMissing.status(), 401);

@@ -7,7 +7,7 @@ use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Header, Validation};
 use serde::Deserialize;
 
-use super::keys::{Found, Key, KeySet};
+use super::keys::{KeyLookup, KeySet, VerificationKey};
 use super::{AuthFailure, Identity, usable_user};
 
 /// What claims must be.
@@ -75,9 +75,9 @@ pub(super) fn verify(
     unix_s: u64,
 ) -> Result<Identity, AuthFailure> {
     let candidates = match keys.find(header) {
-        Found::Candidates(candidates) => candidates,
-        Found::OtherAlgorithm => return Err(AuthFailure::AlgorithmRefused),
-        Found::Unknown => return Err(AuthFailure::KeyUnknown),
+        KeyLookup::Candidates(candidates) => candidates,
+        KeyLookup::OtherAlgorithm => return Err(AuthFailure::AlgorithmRefused),
+        KeyLookup::Unknown => return Err(AuthFailure::KeyUnknown),
     };
     let mut failure = AuthFailure::KeyUnknown;
     for key in candidates {
@@ -90,7 +90,7 @@ pub(super) fn verify(
 }
 
 /// The claims of a token that this key has signed.
-fn claims(token: &str, key: &Key) -> Result<Claims, AuthFailure> {
+fn claims(token: &str, key: &VerificationKey) -> Result<Claims, AuthFailure> {
     let mut validation = Validation::new(key.algorithm);
     // The signature only: claims are judged below, against the time that the caller has.
     validation.validate_exp = false;
@@ -138,7 +138,7 @@ fn identity(
     let user = claims.sub.unwrap_or_default();
     usable_user(&user).map_err(|_| AuthFailure::SubjectUnusable)?;
     if !claimed_user.is_empty() && claimed_user != user {
-        return Err(AuthFailure::SomebodyElse);
+        return Err(AuthFailure::UserMismatch);
     }
     Ok(Identity { user, expires_at_s: Some(expires_at_s) })
 }

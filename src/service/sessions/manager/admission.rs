@@ -1,9 +1,9 @@
 //! Who is let in, and what the end of a session undoes.
 
 use super::messages::expiry;
-use super::records::Phase;
+use super::records::SessionState;
 use super::state::Manager;
-use super::{CheckedFor, Request, Stage};
+use super::{CheckPurpose, NodeState, Request};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Hello, Refusal, ShardCommand};
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
@@ -31,7 +31,7 @@ impl Manager {
             return;
         }
         self.counters.handshakes.add(1);
-        if self.stage() != Stage::Serving {
+        if self.state() != NodeState::Serving {
             return self.refuse(shard, connection, stopping());
         }
         if hello.device_id.is_empty() {
@@ -39,10 +39,10 @@ impl Manager {
         }
         match self.auth.check(hello.token.as_ref(), &hello.user_id) {
             Checked::Now(outcome) => {
-                self.on_checked(shard, connection, outcome, CheckedFor::Admission(hello));
+                self.on_checked(shard, connection, outcome, CheckPurpose::Admission(hello));
             }
             Checked::Later(check) => {
-                self.check_apart(shard, connection, check, CheckedFor::Admission(hello));
+                self.check_apart(shard, connection, check, CheckPurpose::Admission(hello));
             }
         }
     }
@@ -54,12 +54,12 @@ impl Manager {
         shard: ShardId,
         connection: ConnectionKey,
         check: crate::service::backends::ports::BoxFuture<Result<Identity, AuthFailure>>,
-        what_for: CheckedFor,
+        purpose: CheckPurpose,
     ) {
-        let Some(requests) = self.own_requests.upgrade() else { return };
+        let Some(requests) = self.request_sender.upgrade() else { return };
         tokio::spawn(async move {
             let outcome = check.await;
-            let checked = Request::Checked { shard, connection, outcome, what_for };
+            let checked = Request::Checked { shard, connection, outcome, purpose };
             // An error means that the manager has ended, and the connection with it.
             let _ = requests.send(checked).await;
         });
@@ -70,13 +70,13 @@ impl Manager {
         shard: ShardId,
         connection: ConnectionKey,
         outcome: Result<Identity, AuthFailure>,
-        what_for: CheckedFor,
+        purpose: CheckPurpose,
     ) {
-        match what_for {
-            CheckedFor::Admission(hello) => {
+        match purpose {
+            CheckPurpose::Admission(hello) => {
                 let waits = self.records[shard.index()]
                     .get(connection)
-                    .is_some_and(|record| record.phase == Phase::Checking);
+                    .is_some_and(|record| record.state == SessionState::Checking);
                 if !waits {
                     return; // The client went while its token was being checked.
                 }
@@ -85,7 +85,7 @@ impl Manager {
                     Err(failure) => self.refuse(shard, connection, failure.refusal()),
                 }
             }
-            CheckedFor::FreshToken => self.on_token_checked(shard, connection, outcome),
+            CheckPurpose::FreshToken => self.on_token_checked(shard, connection, outcome),
         }
     }
 
@@ -96,7 +96,7 @@ impl Manager {
         hello: &Hello,
         identity: Identity,
     ) {
-        if self.stage() != Stage::Serving {
+        if self.state() != NodeState::Serving {
             return self.refuse(shard, connection, stopping());
         }
         let ids = SessionIds::new(&identity.user, &hello.device_id);
@@ -110,16 +110,16 @@ impl Manager {
         let address = SessionAddress { shard, encoding: hello.encoding, connection };
         let Some(record) = self.records[shard.index()].get(connection) else { return };
         record.ids = Some(ids.clone());
-        record.phase = Phase::Live;
+        record.state = SessionState::Live;
         record.expires_s = expiry(&identity);
 
         // The shard holds what is routed to the session from here on, also before it has carried
         // the admission out; what was routed before is in the catch-up that is yet to be asked for.
         self.send(shard, ShardCommand::Admit { connection });
         let replaced = self.directory.insert(ids.clone(), address);
-        let (accepted, reach) = self.presence.admitted(&ids, replaced.is_some());
-        if let Some(reach) = reach {
-            self.catching_up.expect(shard, connection, reach);
+        let (accepted, visibility) = self.presence.admitted(&ids, replaced.is_some());
+        if let Some(visibility) = visibility {
+            self.catching_up.expect(shard, connection, visibility);
         }
         if let Some(record) = self.records[shard.index()].get(connection) {
             record.registration_owed = !accepted;
@@ -135,7 +135,7 @@ impl Manager {
 
     pub(super) fn refuse(&mut self, shard: ShardId, connection: ConnectionKey, refusal: Refusal) {
         if let Some(record) = self.records[shard.index()].get(connection) {
-            record.phase = Phase::Refused;
+            record.state = SessionState::Refused;
         }
         match refusal.status {
             400 => self.counters.refused_bad_request.add(1),

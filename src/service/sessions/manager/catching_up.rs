@@ -9,15 +9,17 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::records::Resume;
+use super::records::CatchUpState;
 use super::state::Manager;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId, StreamPosition};
+use crate::service::sessions::catch_up::{
+    CatchUpReport, CatchUpRequest, CatchUpScope, CatchUpStart, CatchUpStep,
+};
 use crate::service::sessions::client_message::CONVERSATIONS_NAMED_MAX;
-use crate::service::sessions::presence::{Reach, Standing};
-use crate::service::sessions::resume::{Begun, CatchUp, ResumeRequest, Scope, Step};
+use crate::service::sessions::presence::{Visibility, VisibilityState};
 
 /// Catch-ups of one session at once: a WebSocket session has one for all its conversations, a
 /// gRPC session one for each.
@@ -30,7 +32,7 @@ const TOO_MANY: Close =
 struct CatchUps {
     running: usize,
     tasks: Vec<AbortHandle>,
-    waiting: VecDeque<Scope>,
+    waiting: VecDeque<CatchUpScope>,
 }
 
 /// See the module.
@@ -38,42 +40,51 @@ struct CatchUps {
 pub(super) struct CatchingUp {
     sessions: HashMap<(ShardId, u32), CatchUps>,
     /// How far the sessions are known that may still ask (`ROUTING_MODE=group`).
-    reaches: HashMap<(ShardId, u32), Arc<Reach>>,
+    visibilities: HashMap<(ShardId, u32), Arc<Visibility>>,
     /// Chunks under way, by ticket: which shard has it, and who waits for it.
     chunks: Slab<(ShardId, oneshot::Sender<()>)>,
 }
 
 impl CatchingUp {
     /// A session was admitted.
-    pub(super) fn expect(&mut self, shard: ShardId, connection: ConnectionKey, reach: Arc<Reach>) {
-        self.reaches.insert((shard, connection.slot), reach);
+    pub(super) fn expect(
+        &mut self,
+        shard: ShardId,
+        connection: ConnectionKey,
+        visibility: Arc<Visibility>,
+    ) {
+        self.visibilities.insert((shard, connection.slot), visibility);
     }
 
     /// A session will not ask for what it missed, or not again.
     pub(super) fn expect_nothing(&mut self, shard: ShardId, connection: ConnectionKey) {
-        self.reaches.remove(&(shard, connection.slot));
+        self.visibilities.remove(&(shard, connection.slot));
     }
 
     /// How far a session is known that asks for this.
-    fn reach(&mut self, address: SessionAddress, scope: &Scope) -> Option<Arc<Reach>> {
+    fn visibility(
+        &mut self,
+        address: SessionAddress,
+        scope: &CatchUpScope,
+    ) -> Option<Arc<Visibility>> {
         let key = (address.shard, address.connection.slot);
         match scope {
             // Once in its life.
-            Scope::Session(_) => self.reaches.remove(&key),
-            Scope::Conversation { .. } => {
-                let reach = Arc::clone(self.reaches.get(&key)?);
-                if reach.standing(Instant::now()) == Standing::Reached {
-                    self.reaches.remove(&key);
+            CatchUpScope::Session(_) => self.visibilities.remove(&key),
+            CatchUpScope::Conversation { .. } => {
+                let visibility = Arc::clone(self.visibilities.get(&key)?);
+                if visibility.state(Instant::now()) == VisibilityState::Visible {
+                    self.visibilities.remove(&key);
                     return None;
                 }
-                Some(reach)
+                Some(visibility)
             }
         }
     }
 
     /// A session has ended, or is about to: what it missed is nobody's any more.
     pub(super) fn forget(&mut self, shard: ShardId, connection: ConnectionKey) {
-        self.reaches.remove(&(shard, connection.slot));
+        self.visibilities.remove(&(shard, connection.slot));
         if let Some(catch_ups) = self.sessions.remove(&(shard, connection.slot)) {
             for task in catch_ups.tasks {
                 task.abort();
@@ -93,7 +104,12 @@ impl CatchingUp {
 }
 
 impl Manager {
-    pub(super) fn begin_resume(&mut self, shard: ShardId, connection: ConnectionKey, scope: Scope) {
+    pub(super) fn begin_catch_up(
+        &mut self,
+        shard: ShardId,
+        connection: ConnectionKey,
+        scope: CatchUpScope,
+    ) {
         let Some(address) = self.address_of(shard, connection) else { return };
         let at_once = self.catching_up.sessions.entry((shard, connection.slot)).or_default();
         if at_once.running >= CATCH_UPS_AT_ONCE {
@@ -104,32 +120,32 @@ impl Manager {
             }
             return;
         }
-        self.run_resume(address, scope);
+        self.run_catch_up(address, scope);
     }
 
-    fn run_resume(&mut self, address: SessionAddress, scope: Scope) {
+    fn run_catch_up(&mut self, address: SessionAddress, scope: CatchUpScope) {
         let (shard, connection) = (address.shard, address.connection);
         let Some(record) = self.records[shard.index()].get(connection) else { return };
         let Some(ids) = record.ids.clone() else { return };
         let owed = match &scope {
-            Scope::Session(_) => None,
-            Scope::Conversation { conversation, after } => Some(StreamPosition {
+            CatchUpScope::Session(_) => None,
+            CatchUpScope::Conversation { conversation, after } => Some(StreamPosition {
                 stream: crate::service::events::stream_key::stream_key(conversation),
                 sequence: *after,
             }),
         };
-        record.resume = Resume::Running;
-        let reach = self.catching_up.reach(address, &scope);
-        let request = ResumeRequest { ids, address, scope, reach };
-        match self.resume.begin(request, self.catch_ups_out.clone()) {
-            Begun::Running(task) => {
+        record.catch_up = CatchUpState::Running;
+        let visibility = self.catching_up.visibility(address, &scope);
+        let request = CatchUpRequest { ids, address, scope, visibility };
+        match self.catch_up.begin(request, self.catch_up_sender.clone()) {
+            CatchUpStart::Running(task) => {
                 let catch_ups =
                     self.catching_up.sessions.entry((shard, connection.slot)).or_default();
                 catch_ups.tasks.retain(|task| !task.is_finished());
                 catch_ups.tasks.push(task);
                 catch_ups.running += 1;
             }
-            Begun::Off => {
+            CatchUpStart::Off => {
                 self.catching_up.sessions.remove(&(shard, connection.slot));
                 match owed {
                     None => self.nothing_missed(shard, connection),
@@ -139,24 +155,24 @@ impl Manager {
                     }
                 }
             }
-            Begun::Refused(close) => {
+            CatchUpStart::Refused(close) => {
                 self.close(shard, connection, close, EndReason::ClosedByService);
             }
         }
     }
 
-    pub(super) fn on_catch_up(&mut self, CatchUp { address, step }: CatchUp) {
+    pub(super) fn on_catch_up(&mut self, CatchUpReport { address, step }: CatchUpReport) {
         let (shard, connection) = (address.shard, address.connection);
         if self.address_of(shard, connection).is_none() {
             return; // Dropping what the task waits for tells it.
         }
         match step {
-            Step::Chunk { events, sent } => self.deliver_chunk(address, events, sent),
-            Step::Complete { delivered } => {
+            CatchUpStep::Chunk { events, sent } => self.deliver_chunk(address, events, sent),
+            CatchUpStep::Complete { delivered } => {
                 self.send(shard, ShardCommand::Release { connection, delivered });
                 self.after_catch_up(address);
             }
-            Step::Failed(close) => {
+            CatchUpStep::Failed(close) => {
                 self.close(shard, connection, close, EndReason::ClosedByService);
             }
         }
@@ -190,11 +206,11 @@ impl Manager {
         if next.is_none() && catch_ups.running == 0 {
             self.catching_up.sessions.remove(&key);
             if let Some(record) = self.records[address.shard.index()].get(address.connection) {
-                record.resume = Resume::Done;
+                record.catch_up = CatchUpState::Done;
             }
         }
         if let Some(scope) = next {
-            self.run_resume(address, scope);
+            self.run_catch_up(address, scope);
         }
     }
 

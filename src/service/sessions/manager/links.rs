@@ -19,16 +19,16 @@ pub struct ShardPort {
 /// The waiting queue needs no bound of its own: what enters it is bounded where it comes from. A
 /// connection is sent at most one answer to its handshake, one close, one release and one answer
 /// for each of its own messages (whose rate the shard bounds); catch-up has a chunk of one page for
-/// each page under way (`resume::ResumeConfig`); orders to the shard are two.
+/// each page under way (`catch_up::CatchUpConfig`); orders to the shard are two.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct ShardLink {
     port: ShardPort,
     waiting: VecDeque<ShardCommand>,
     /// The shard has said that it ends, or its rings are gone.
     pub(super) stopped: bool,
 }
 
-impl Link {
+impl ShardLink {
     pub(super) fn new(port: ShardPort) -> Self {
         Self { port, waiting: VecDeque::new(), stopped: false }
     }
@@ -73,12 +73,12 @@ impl Link {
     }
 
     /// Whether a report waits, or the shard went without a word.
-    pub(super) fn has_news(&self) -> bool {
+    pub(super) fn is_ready(&self) -> bool {
         !self.stopped && (!self.port.reports.is_empty() || self.port.reports.is_abandoned())
     }
 
     /// Whether the shard is gone and has nothing more to say.
-    pub(super) fn is_gone(&self) -> bool {
+    pub(super) fn is_lost(&self) -> bool {
         !self.stopped && self.port.reports.is_abandoned() && self.port.reports.is_empty()
     }
 
@@ -103,7 +103,7 @@ mod tests {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (commands, mut shard) = ring(2, Arc::clone(&bell));
         let (_reports, reports) = ring(2, bell);
-        let mut link = Link::new(ShardPort { commands, reports });
+        let mut link = ShardLink::new(ShardPort { commands, reports });
         let mut seen = Vec::new();
         for slot in 0..10 {
             link.send(ShardCommand::Admit { connection: ConnectionKey { slot, generation: 0 } });
@@ -124,12 +124,12 @@ mod tests {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (commands, _shard) = ring(2, Arc::clone(&bell));
         let (mut shard, reports) = ring(2, bell);
-        let mut link = Link::new(ShardPort { commands, reports });
-        assert!(!link.has_news());
+        let mut link = ShardLink::new(ShardPort { commands, reports });
+        assert!(!link.is_ready());
         assert!(matches!(shard.push(ShardReport::Stopped), Pushed::Accepted));
         drop(shard);
-        assert!(link.has_news() && !link.is_gone());
+        assert!(link.is_ready() && !link.is_lost());
         assert!(link.report().is_some());
-        assert!(link.is_gone());
+        assert!(link.is_lost());
     }
 }

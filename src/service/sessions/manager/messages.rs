@@ -4,15 +4,15 @@
 //! first message that asks for nothing puts the session live at once; asking later is answered
 //! with 4408, because what happened meanwhile has been sent already and the order would be lost.
 
-use super::records::{NEVER, Phase, Resume};
+use super::records::{CatchUpState, NEVER, SessionState};
 use super::state::Manager;
-use super::{CheckedFor, Stage};
+use super::{CheckPurpose, NodeState};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Secret, ShardCommand};
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::service::sessions::auth::{AuthFailure, Checked, Identity};
+use crate::service::sessions::catch_up::CatchUpScope;
 use crate::service::sessions::client_message::{self, ClientMessage};
-use crate::service::sessions::resume::Scope;
 
 /// What a client is told that asks too late.
 const TOO_LATE: Close = Close::new(CloseCode::RESUME_TOO_LATE, "resume request too late");
@@ -23,10 +23,10 @@ impl Manager {
             self.counters.reports_stale.add(1);
             return;
         };
-        if record.phase != Phase::Live {
+        if record.state != SessionState::Live {
             return; // It has been told to close.
         }
-        let is_first = record.resume == Resume::Awaited;
+        let is_first = record.catch_up == CatchUpState::Awaited;
         let message = client_message::parse(text).inspect_err(|why| {
             tracing::debug!(%why, "client message without a meaning");
             self.counters.messages_ignored.add(1);
@@ -38,10 +38,10 @@ impl Manager {
         }
         match last_sequences {
             Some(named) if is_first => {
-                self.begin_resume(shard, connection, Scope::Session(named));
+                self.begin_catch_up(shard, connection, CatchUpScope::Session(named));
             }
             Some(_) => self.on_late_resume(shard, connection),
-            None if is_first => self.go_live(shard, connection, Resume::TooLate),
+            None if is_first => self.go_live(shard, connection, CatchUpState::TooLate),
             None => {}
         }
     }
@@ -52,29 +52,29 @@ impl Manager {
             self.counters.reports_stale.add(1);
             return;
         };
-        if record.resume == Resume::Awaited {
-            record.resume = Resume::TooLate;
+        if record.catch_up == CatchUpState::Awaited {
+            record.catch_up = CatchUpState::TooLate;
             self.catching_up.expect_nothing(shard, connection);
         }
     }
 
     fn on_late_resume(&mut self, shard: ShardId, connection: ConnectionKey) {
         let Some(record) = self.records[shard.index()].get(connection) else { return };
-        match record.resume {
-            Resume::TooLate => {
+        match record.catch_up {
+            CatchUpState::TooLate => {
                 self.counters.resumes_too_late.add(1);
                 self.close(shard, connection, TOO_LATE, EndReason::ClosedByService);
             }
             // Contract §3: later messages carry no meaning.
-            Resume::Awaited | Resume::Running | Resume::Done => {
+            CatchUpState::Awaited | CatchUpState::Running | CatchUpState::Done => {
                 self.counters.messages_ignored.add(1);
             }
         }
     }
 
-    fn go_live(&mut self, shard: ShardId, connection: ConnectionKey, resume: Resume) {
+    fn go_live(&mut self, shard: ShardId, connection: ConnectionKey, state: CatchUpState) {
         if let Some(record) = self.records[shard.index()].get(connection) {
-            record.resume = resume;
+            record.catch_up = state;
             self.catching_up.expect_nothing(shard, connection);
             self.send(shard, ShardCommand::Release { connection, delivered: Box::default() });
         }
@@ -82,7 +82,7 @@ impl Manager {
 
     /// There is nothing to catch up with.
     pub(super) fn nothing_missed(&mut self, shard: ShardId, connection: ConnectionKey) {
-        self.go_live(shard, connection, Resume::Done);
+        self.go_live(shard, connection, CatchUpState::Done);
     }
 
     fn on_fresh_token(&mut self, shard: ShardId, connection: ConnectionKey, token: Secret) {
@@ -95,7 +95,7 @@ impl Manager {
         match self.auth.check(Some(&token), ids.user()) {
             Checked::Now(outcome) => self.on_token_checked(shard, connection, outcome),
             Checked::Later(check) => {
-                self.check_apart(shard, connection, check, CheckedFor::FreshToken);
+                self.check_apart(shard, connection, check, CheckPurpose::FreshToken);
             }
         }
     }
@@ -108,7 +108,7 @@ impl Manager {
     ) {
         let Some(record) = self.records[shard.index()].get(connection) else { return };
         record.token_in_check = false;
-        if record.phase != Phase::Live || self.stage() == Stage::Stopping {
+        if record.state != SessionState::Live || self.state() == NodeState::Stopping {
             return;
         }
         let answer = match outcome {
@@ -135,7 +135,7 @@ impl Manager {
         conversation: Box<str>,
         after: i64,
     ) {
-        self.begin_resume(shard, connection, Scope::Conversation { conversation, after });
+        self.begin_catch_up(shard, connection, CatchUpScope::Conversation { conversation, after });
     }
 
     /// Where a live session is.
@@ -145,7 +145,7 @@ impl Manager {
         connection: ConnectionKey,
     ) -> Option<SessionAddress> {
         let record = self.records[shard.index()].get(connection)?;
-        (record.phase == Phase::Live).then_some(SessionAddress {
+        (record.state == SessionState::Live).then_some(SessionAddress {
             shard,
             encoding: record.encoding,
             connection,

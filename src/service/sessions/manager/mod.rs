@@ -28,7 +28,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 pub use links::ShardPort;
-pub use stopping::Ending;
+pub use stopping::Shutdown;
 
 use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::handoff::Doorbell;
@@ -36,8 +36,8 @@ use crate::service::backends::redis::PresenceUpdates;
 use crate::service::members::directory::Directory;
 use crate::service::runtime::bell::AsyncBell;
 use crate::service::sessions::auth::{AuthFailure, Authenticator, Identity};
+use crate::service::sessions::catch_up::CatchUpService;
 use crate::service::sessions::presence::Presence;
-use crate::service::sessions::resume::Resume;
 
 /// Memory that the session manager holds for each connection, bytes.
 pub const RECORD_BYTES: usize = records::RECORD_BYTES;
@@ -77,7 +77,7 @@ pub struct SessionPorts {
     /// Who is told of sessions.
     pub presence: Presence,
     /// What sessions missed.
-    pub resume: Resume,
+    pub catch_up: CatchUpService,
 }
 
 crate::counters! {
@@ -108,7 +108,7 @@ crate::counters! {
 /// How far the node is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Stage {
+pub enum NodeState {
     /// Sessions are admitted.
     Serving = 0,
     /// No new ones; those there are being told to go.
@@ -126,16 +126,16 @@ enum Request {
         shard: ShardId,
         connection: ConnectionKey,
         outcome: Result<Identity, AuthFailure>,
-        what_for: CheckedFor,
+        purpose: CheckPurpose,
     },
     /// Another node has registered a session of this user.
     MovedElsewhere(Box<str>),
     /// End all sessions; answered when every shard has stopped.
-    End { ending: Ending, ended: oneshot::Sender<()> },
+    End { shutdown: Shutdown, ended: oneshot::Sender<()> },
 }
 
 /// What becomes of a checked token.
-enum CheckedFor {
+enum CheckPurpose {
     /// A handshake waits.
     Admission(Box<crate::domain::command::Hello>),
     /// A session has sent a fresh one.
@@ -153,26 +153,26 @@ pub struct SessionHandle {
     requests: mpsc::Sender<Request>,
     presence: Presence,
     unregister_timeout: Duration,
-    stage: Arc<AtomicU8>,
+    state: Arc<AtomicU8>,
 }
 
 impl SessionHandle {
     /// How far the node is in its life: ready only while serving.
-    pub fn stage(&self) -> Stage {
-        match self.stage.load(Ordering::Acquire) {
-            0 => Stage::Serving,
-            1 => Stage::Draining,
-            2 => Stage::Stopping,
-            _ => Stage::Stopped,
+    pub fn state(&self) -> NodeState {
+        match self.state.load(Ordering::Acquire) {
+            0 => NodeState::Serving,
+            1 => NodeState::Draining,
+            2 => NodeState::Stopping,
+            _ => NodeState::Stopped,
         }
     }
 
-    /// Ends all sessions as `ending` says and waits until every shard has stopped and presence has
+    /// Ends all sessions as `shutdown` says and waits until every shard has stopped and presence has
     /// been told. A later order takes the place of an earlier one that is still being carried out;
     /// both return at the same end.
-    pub async fn end(&self, ending: Ending) {
+    pub async fn shut_down(&self, shutdown: Shutdown) {
         let (ended, wait) = oneshot::channel();
-        if self.requests.send(Request::End { ending, ended }).await.is_ok() {
+        if self.requests.send(Request::End { shutdown, ended }).await.is_ok() {
             // An error means that the manager has ended, which is what is waited for.
             let _ = wait.await;
         }
@@ -207,19 +207,19 @@ impl SessionManager {
     ) -> io::Result<SessionHandle> {
         let bell = AsyncBell::new(Arc::clone(&ports.bell))?;
         let (requests, receiver) = mpsc::channel(REQUESTS_WAITING_MAX);
-        let stage = Arc::new(AtomicU8::new(Stage::Serving as u8));
+        let state = Arc::new(AtomicU8::new(NodeState::Serving as u8));
         let presence = ports.presence.clone();
         let unregister_timeout = config.unregister_timeout;
-        let (catch_ups_out, catch_ups) = mpsc::channel(CATCH_UPS_WAITING_MAX);
+        let (catch_up_sender, catch_ups) = mpsc::channel(CATCH_UPS_WAITING_MAX);
         let manager = state::Manager::new(
             config,
             ports,
             counters,
             requests.downgrade(),
-            catch_ups_out,
-            Arc::clone(&stage),
+            catch_up_sender,
+            Arc::clone(&state),
         );
         tokio::spawn(manager.run(receiver, catch_ups, bell));
-        Ok(SessionHandle { requests, presence, unregister_timeout, stage })
+        Ok(SessionHandle { requests, presence, unregister_timeout, state })
     }
 }

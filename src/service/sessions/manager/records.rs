@@ -5,12 +5,12 @@ use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
 use crate::service::members::directory::SessionIds;
 
-/// [`Record::expires_s`] of a session whose identity does not expire.
+/// [`SessionRecord::expires_s`] of a session whose identity does not expire.
 pub(super) const NEVER: u32 = u32::MAX;
 
 /// Where a connection stands with the service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(super) enum SessionState {
     /// The slot holds nothing.
     Free,
     /// Its token is being checked; the client waits for the answer to its handshake.
@@ -25,7 +25,7 @@ pub(super) enum Phase {
 
 /// Where a session stands with what it missed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Resume {
+pub(super) enum CatchUpState {
     /// Its first message may still come.
     Awaited,
     /// Catching up.
@@ -38,15 +38,15 @@ pub(super) enum Resume {
 
 /// One connection.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct SessionRecord {
     /// Shared with the directory; there from the admission on.
     pub(super) ids: Option<SessionIds>,
     pub(super) generation: u32,
     /// When its token expires, Unix time in seconds with the leeway added, or [`NEVER`].
     pub(super) expires_s: u32,
     pub(super) encoding: Encoding,
-    pub(super) phase: Phase,
-    pub(super) resume: Resume,
+    pub(super) state: SessionState,
+    pub(super) catch_up: CatchUpState,
     /// A fresh token of its own is being checked: one at a time.
     pub(super) token_in_check: bool,
     /// Presence had no room for its registration: the next sweep offers it again.
@@ -56,32 +56,32 @@ pub(super) struct Record {
 }
 
 /// Memory of one connection, bytes.
-pub(super) const RECORD_BYTES: usize = size_of::<Record>();
+pub(super) const RECORD_BYTES: usize = size_of::<SessionRecord>();
 
-const FREE: Record = Record {
+const FREE: SessionRecord = SessionRecord {
     ids: None,
     generation: 0,
     expires_s: NEVER,
     encoding: Encoding::Binary,
-    phase: Phase::Free,
-    resume: Resume::Awaited,
+    state: SessionState::Free,
+    catch_up: CatchUpState::Awaited,
     token_in_check: false,
     registration_owed: false,
     refreshes: 0,
 };
 
-/// Records that are kept although all free, so that a small node does not allocate all the time.
+/// SessionRecords that are kept although all free, so that a small node does not allocate all the time.
 const KEPT: usize = 1024;
 
 /// The records of one shard, by slot. Grows to the highest slot in use, and goes back with
-/// [`Records::shrink`].
+/// [`SessionRecords::shrink`].
 #[derive(Debug)]
-pub(super) struct Records {
+pub(super) struct SessionRecords {
     shard: ShardId,
-    slots: Vec<Record>,
+    slots: Vec<SessionRecord>,
 }
 
-impl Records {
+impl SessionRecords {
     pub(super) fn new(shard: ShardId) -> Self {
         Self { shard, slots: Vec::new() }
     }
@@ -92,15 +92,16 @@ impl Records {
     }
 
     /// The record of a connection that is still this one.
-    pub(super) fn get(&mut self, connection: ConnectionKey) -> Option<&mut Record> {
+    pub(super) fn get(&mut self, connection: ConnectionKey) -> Option<&mut SessionRecord> {
         let record = self.slots.get_mut(connection.slot as usize)?;
-        (record.generation == connection.generation && record.phase != Phase::Free)
+        (record.generation == connection.generation && record.state != SessionState::Free)
             .then_some(record)
     }
 
     /// Whatever holds a slot now, with its address.
-    pub(super) fn at(&mut self, slot: usize) -> Option<(SessionAddress, &mut Record)> {
-        let record = self.slots.get_mut(slot).filter(|record| record.phase != Phase::Free)?;
+    pub(super) fn at(&mut self, slot: usize) -> Option<(SessionAddress, &mut SessionRecord)> {
+        let record =
+            self.slots.get_mut(slot).filter(|record| record.state != SessionState::Free)?;
         let connection =
             ConnectionKey { slot: u32::try_from(slot).ok()?, generation: record.generation };
         let address = SessionAddress { shard: self.shard, encoding: record.encoding, connection };
@@ -113,7 +114,7 @@ impl Records {
         &mut self,
         connection: ConnectionKey,
         encoding: Encoding,
-    ) -> Option<&mut Record> {
+    ) -> Option<&mut SessionRecord> {
         if connection.slot >= CONNECTIONS_PER_SHARD_MAX {
             return None;
         }
@@ -122,18 +123,22 @@ impl Records {
             self.slots.resize_with(slot + 1, || FREE);
         }
         let record = &mut self.slots[slot];
-        if record.phase != Phase::Free {
+        if record.state != SessionState::Free {
             return None;
         }
-        *record =
-            Record { generation: connection.generation, encoding, phase: Phase::Checking, ..FREE };
+        *record = SessionRecord {
+            generation: connection.generation,
+            encoding,
+            state: SessionState::Checking,
+            ..FREE
+        };
         Some(record)
     }
 
     /// Gives back what lies above the highest slot in use. Shards fill the lowest slots first, so
     /// after a storm that is nearly everything.
     pub(super) fn shrink(&mut self) {
-        let used = self.slots.iter().rposition(|record| record.phase != Phase::Free);
+        let used = self.slots.iter().rposition(|record| record.state != SessionState::Free);
         self.slots.truncate(used.map_or(0, |last| last + 1));
         if self.slots.capacity() > KEPT && self.slots.len() < self.slots.capacity() / 4 {
             self.slots.shrink_to((2 * self.slots.len()).max(KEPT));
@@ -141,7 +146,7 @@ impl Records {
     }
 
     /// Ends a record and hands out what it held.
-    pub(super) fn close(&mut self, connection: ConnectionKey) -> Option<Record> {
+    pub(super) fn close(&mut self, connection: ConnectionKey) -> Option<SessionRecord> {
         self.get(connection).map(|record| std::mem::replace(record, FREE))
     }
 }
@@ -156,12 +161,12 @@ mod tests {
 
     #[test]
     fn record_is_small() {
-        assert!(size_of::<Record>() <= 32, "{}", size_of::<Record>());
+        assert!(size_of::<SessionRecord>() <= 32, "{}", size_of::<SessionRecord>());
     }
 
     #[test]
     fn later_use_of_a_slot_is_not_the_earlier_one() {
-        let mut records = Records::new(ShardId(0));
+        let mut records = SessionRecords::new(ShardId(0));
         assert!(records.open(key(3, 1), Encoding::Json).is_some());
         assert!(records.open(key(3, 2), Encoding::Json).is_none(), "the slot is taken");
         assert!(records.close(key(3, 2)).is_none());
@@ -174,7 +179,7 @@ mod tests {
 
     #[test]
     fn memory_goes_back_after_a_storm_and_sessions_stay() {
-        let mut records = Records::new(ShardId(0));
+        let mut records = SessionRecords::new(ShardId(0));
         for slot in 0..50_000 {
             records.open(key(slot, 1), Encoding::Binary).unwrap();
         }
@@ -190,7 +195,7 @@ mod tests {
 
     #[test]
     fn slot_beyond_a_shard_is_refused() {
-        let mut records = Records::new(ShardId(0));
+        let mut records = SessionRecords::new(ShardId(0));
         assert!(records.open(key(CONNECTIONS_PER_SHARD_MAX, 0), Encoding::Binary).is_none());
     }
 }

@@ -8,19 +8,19 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use super::catching_up::CatchingUp;
-use super::links::Link;
-use super::records::{Phase, Records};
+use super::links::ShardLink;
+use super::records::{SessionRecords, SessionState};
 use super::stopping::Departure;
 use super::sweep::Sweep;
-use super::{Request, SessionConfig, SessionCounters, SessionPorts, Stage};
+use super::{NodeState, Request, SessionConfig, SessionCounters, SessionPorts};
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::ids::ShardId;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::runtime::bell::AsyncBell;
 use crate::service::sessions::auth::Authenticator;
+use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
 use crate::service::sessions::presence::Presence;
-use crate::service::sessions::resume::{CatchUp, Resume};
 
 /// Between two looks at what is due.
 pub(super) const TICK: Duration = Duration::from_millis(100);
@@ -35,22 +35,22 @@ const REQUESTS_PER_TURN_MAX: usize = 256;
 
 pub(super) struct Manager {
     pub(super) config: SessionConfig,
-    pub(super) links: Vec<Link>,
-    pub(super) records: Vec<Records>,
+    pub(super) links: Vec<ShardLink>,
+    pub(super) records: Vec<SessionRecords>,
     pub(super) directory: Arc<Directory>,
     pub(super) auth: Arc<Authenticator>,
     pub(super) counters: Arc<SessionCounters>,
     /// For the tasks that the manager starts; weak, so that it ends with its last handle.
-    pub(super) own_requests: mpsc::WeakSender<Request>,
+    pub(super) request_sender: mpsc::WeakSender<Request>,
     pub(super) presence: Presence,
-    pub(super) resume: Resume,
+    pub(super) catch_up: CatchUpService,
     pub(super) catching_up: CatchingUp,
     /// For the catch-ups that the manager begins.
-    pub(super) catch_ups_out: mpsc::Sender<CatchUp>,
+    pub(super) catch_up_sender: mpsc::Sender<CatchUpReport>,
     pub(super) refreshing: Sweep,
     pub(super) expiring: Sweep,
     pub(super) departure: Departure,
-    stage: Arc<AtomicU8>,
+    state: Arc<AtomicU8>,
 }
 
 impl Manager {
@@ -58,38 +58,38 @@ impl Manager {
         config: SessionConfig,
         ports: SessionPorts,
         counters: Arc<SessionCounters>,
-        own_requests: mpsc::WeakSender<Request>,
-        catch_ups_out: mpsc::Sender<CatchUp>,
-        stage: Arc<AtomicU8>,
+        request_sender: mpsc::WeakSender<Request>,
+        catch_up_sender: mpsc::Sender<CatchUpReport>,
+        state: Arc<AtomicU8>,
     ) -> Self {
         let count = u16::try_from(ports.shards.len()).expect("shards are numbered in 16 bits");
         Self {
             config,
-            links: ports.shards.into_iter().map(Link::new).collect(),
-            records: (0..count).map(|shard| Records::new(ShardId(shard))).collect(),
+            links: ports.shards.into_iter().map(ShardLink::new).collect(),
+            records: (0..count).map(|shard| SessionRecords::new(ShardId(shard))).collect(),
             directory: ports.directory,
             auth: ports.auth,
             counters,
-            own_requests,
+            request_sender,
             refreshing: Sweep::new(ports.presence.refresh_interval()),
             expiring: Sweep::new(EXPIRY_SWEEP),
             presence: ports.presence,
-            resume: ports.resume,
+            catch_up: ports.catch_up,
             catching_up: CatchingUp::default(),
-            catch_ups_out,
+            catch_up_sender,
             departure: Departure::default(),
-            stage,
+            state,
         }
     }
 
     pub(super) async fn run(
         mut self,
         mut requests: mpsc::Receiver<Request>,
-        mut catch_ups: mpsc::Receiver<CatchUp>,
+        mut catch_ups: mpsc::Receiver<CatchUpReport>,
         bell: AsyncBell,
     ) {
         let mut next_tick = Instant::now() + TICK;
-        while self.stage() != Stage::Stopped {
+        while self.state() != NodeState::Stopped {
             self.take_reports();
             self.take_requests(&mut requests, &mut catch_ups);
             let now = Instant::now();
@@ -100,7 +100,7 @@ impl Manager {
             self.flush();
 
             bell.about_to_sleep();
-            if self.links.iter().any(Link::has_news) {
+            if self.links.iter().any(ShardLink::is_ready) {
                 bell.awake();
                 tokio::task::yield_now().await;
                 continue;
@@ -127,7 +127,7 @@ impl Manager {
                 let Some(report) = self.links[shard].report() else { break };
                 self.on_report(ShardId(shard as u16), report);
             }
-            if self.links[shard].is_gone() {
+            if self.links[shard].is_lost() {
                 self.counters.shards_lost.add(1);
                 self.on_stopped(ShardId(shard as u16));
             }
@@ -137,7 +137,7 @@ impl Manager {
     fn take_requests(
         &mut self,
         requests: &mut mpsc::Receiver<Request>,
-        catch_ups: &mut mpsc::Receiver<CatchUp>,
+        catch_ups: &mut mpsc::Receiver<CatchUpReport>,
     ) {
         for _ in 0..REQUESTS_PER_TURN_MAX {
             let Ok(request) = requests.try_recv() else { break };
@@ -165,11 +165,11 @@ impl Manager {
 
     pub(super) fn on_request(&mut self, request: Request) {
         match request {
-            Request::Checked { shard, connection, outcome, what_for } => {
-                self.on_checked(shard, connection, outcome, what_for);
+            Request::Checked { shard, connection, outcome, purpose } => {
+                self.on_checked(shard, connection, outcome, purpose);
             }
             Request::MovedElsewhere(user) => self.recheck(&user),
-            Request::End { ending, ended } => self.on_end(ending, ended, Instant::now()),
+            Request::End { shutdown, ended } => self.on_end(shutdown, ended, Instant::now()),
         }
     }
 
@@ -178,14 +178,14 @@ impl Manager {
         self.sweep_tokens(unix_s, now);
         self.sweep_presence(now);
         self.depart(now);
-        self.records.iter_mut().for_each(Records::shrink);
+        self.records.iter_mut().for_each(SessionRecords::shrink);
     }
 
     pub(super) fn flush(&mut self) {
         for link in &mut self.links {
             link.flush();
         }
-        let waiting: usize = self.links.iter().map(Link::waiting).sum();
+        let waiting: usize = self.links.iter().map(ShardLink::waiting).sum();
         self.counters.commands_waiting.set(waiting as u64);
     }
 
@@ -205,17 +205,17 @@ impl Manager {
         self.after_stop();
     }
 
-    pub(super) fn stage(&self) -> Stage {
-        match self.stage.load(Ordering::Relaxed) {
-            0 => Stage::Serving,
-            1 => Stage::Draining,
-            2 => Stage::Stopping,
-            _ => Stage::Stopped,
+    pub(super) fn state(&self) -> NodeState {
+        match self.state.load(Ordering::Relaxed) {
+            0 => NodeState::Serving,
+            1 => NodeState::Draining,
+            2 => NodeState::Stopping,
+            _ => NodeState::Stopped,
         }
     }
 
-    pub(super) fn set_stage(&mut self, stage: Stage) {
-        self.stage.store(stage as u8, Ordering::Release);
+    pub(super) fn set_state(&mut self, state: NodeState) {
+        self.state.store(state as u8, Ordering::Release);
     }
 
     pub(super) fn send(&mut self, shard: ShardId, command: ShardCommand) {
@@ -232,10 +232,10 @@ impl Manager {
         why: crate::domain::close::EndReason,
     ) -> bool {
         let Some(record) = self.records[shard.index()].get(connection) else { return false };
-        if record.phase != Phase::Live {
+        if record.state != SessionState::Live {
             return false;
         }
-        record.phase = Phase::Closing;
+        record.state = SessionState::Closing;
         self.catching_up.forget(shard, connection);
         self.send(shard, ShardCommand::Close { connection, close, why });
         true

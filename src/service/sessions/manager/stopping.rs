@@ -5,15 +5,15 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::Stage;
-use super::records::Phase;
+use super::NodeState;
+use super::records::SessionState;
 use super::state::{Manager, TICK};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::ShardCommand;
 
 /// How all sessions are to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum Shutdown {
     /// Close everything at once with 1001.
     Stop,
     /// Tell sessions to go with 1012, at a steady pace over this period; then close what is left.
@@ -63,19 +63,19 @@ impl Drain {
 }
 
 impl Manager {
-    pub(super) fn on_end(&mut self, ending: Ending, ended: oneshot::Sender<()>, now: Instant) {
+    pub(super) fn on_end(&mut self, shutdown: Shutdown, ended: oneshot::Sender<()>, now: Instant) {
         self.departure.waiting.push(ended);
-        match (self.stage(), ending) {
-            (Stage::Serving | Stage::Draining, Ending::Stop) => self.stop_shards(STOPPED),
-            (Stage::Serving, Ending::Drain(period)) => {
-                self.set_stage(Stage::Draining);
+        match (self.state(), shutdown) {
+            (NodeState::Serving | NodeState::Draining, Shutdown::Stop) => self.stop_shards(STOPPED),
+            (NodeState::Serving, Shutdown::Drain(period)) => {
+                self.set_state(NodeState::Draining);
                 for link in &mut self.links {
                     link.send(ShardCommand::StopAccepting);
                 }
                 self.begin_drain(period, now);
             }
-            (Stage::Draining, Ending::Drain(period)) => self.begin_drain(period, now),
-            (Stage::Stopping | Stage::Stopped, Ending::Stop | Ending::Drain(_)) => {}
+            (NodeState::Draining, Shutdown::Drain(period)) => self.begin_drain(period, now),
+            (NodeState::Stopping | NodeState::Stopped, Shutdown::Stop | Shutdown::Drain(_)) => {}
         }
         self.after_stop();
     }
@@ -108,7 +108,7 @@ impl Manager {
     fn tell_to_go(&mut self, drain: &mut Drain) {
         for shard in 0..self.records.len() {
             let Some((address, record)) = self.records[shard].at(drain.slot) else { continue };
-            if record.phase == Phase::Live {
+            if record.state == SessionState::Live {
                 let wait_ms = drain.wait_ms(self.config.reconnect_spread);
                 let reason = format!("draining; reconnect in {wait_ms} ms").into();
                 let close = Close { code: CloseCode::SERVICE_RESTART, reason };
@@ -119,8 +119,8 @@ impl Manager {
     }
 
     fn stop_shards(&mut self, close: Close) {
-        let accepting = self.stage() == Stage::Serving;
-        self.set_stage(Stage::Stopping);
+        let accepting = self.state() == NodeState::Serving;
+        self.set_state(NodeState::Stopping);
         self.departure.drain = None;
         for link in &mut self.links {
             if accepting {
@@ -132,8 +132,8 @@ impl Manager {
 
     /// Ends the manager when it was told to and no shard is left.
     pub(super) fn after_stop(&mut self) {
-        if self.stage() == Stage::Stopping && self.links.iter().all(|link| link.stopped) {
-            self.set_stage(Stage::Stopped);
+        if self.state() == NodeState::Stopping && self.links.iter().all(|link| link.stopped) {
+            self.set_state(NodeState::Stopped);
             for waiting in self.departure.waiting.drain(..) {
                 let _ = waiting.send(()); // Who asked may have given up.
             }

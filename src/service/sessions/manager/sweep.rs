@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::records::Phase;
+use super::records::SessionState;
 use super::state::Manager;
 use crate::domain::close::{Close, CloseCode, EndReason};
 
@@ -48,7 +48,7 @@ impl Manager {
         for slot in self.refreshing.advance(len, now) {
             for records in &mut self.records {
                 let Some((_, record)) = records.at(slot) else { continue };
-                let (Phase::Live, Some(ids)) = (record.phase, &record.ids) else { continue };
+                let (SessionState::Live, Some(ids)) = (record.state, &record.ids) else { continue };
                 if record.registration_owed {
                     record.registration_owed = !self.presence.opened(ids, true);
                 } else {

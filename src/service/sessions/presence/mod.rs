@@ -20,12 +20,12 @@
 //! made again, one that names another instance means that the session was replaced there, and ends
 //! here with 4000 as if it had been replaced here.
 
+mod grpc;
 mod queue;
-mod reach;
 mod redis;
-mod service;
 #[cfg(test)]
 mod tests;
+mod visibility;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -34,9 +34,11 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use self::queue::{Job, Limits, Next, Outcome, Queue};
-use self::reach::Pledge;
-pub use self::reach::{Reach, ReachConfig, Standing};
+use self::queue::{
+    NextOperation, OperationOutcome, OperationQueue, PresenceOperation, QueueLimits,
+};
+use self::visibility::VisibilityNotifier;
+pub use self::visibility::{Visibility, VisibilityConfig, VisibilityState};
 use crate::service::backends::neighbours::PresenceService;
 use crate::service::backends::ports::BoxFuture;
 use crate::service::backends::redis::{Announcer, RedisLink};
@@ -64,7 +66,7 @@ pub struct PresenceConfig {
     /// Who tells the other nodes of a registration (`ROUTING_MODE=group`).
     pub announcer: Option<Announcer>,
     /// When the other nodes know of it (`ROUTING_MODE=group`).
-    pub reach: Option<ReachConfig>,
+    pub visibility: Option<VisibilityConfig>,
 }
 
 impl PresenceConfig {
@@ -77,7 +79,7 @@ impl PresenceConfig {
             ends_waiting_max: 100_000,
             calls_max: 64,
             announcer: None,
-            reach: None,
+            visibility: None,
         }
     }
 }
@@ -102,14 +104,14 @@ crate::counters! {
 }
 
 /// What is carried out together.
-type Jobs = Vec<(SessionIds, Job)>;
+type OperationBatch = Vec<(SessionIds, PresenceOperation)>;
 
-/// Carries jobs out.
-trait Backend: Send + Sync + 'static {
-    /// Outcomes, one for each job in its place.
-    fn perform(&self, jobs: Jobs) -> BoxFuture<Vec<Outcome>>;
+/// Carries operations out.
+trait PresenceBackend: Send + Sync + 'static {
+    /// Outcomes, one for each operation in its place.
+    fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationOutcome>>;
 
-    /// Jobs it is given at once.
+    /// OperationBatch it is given at once.
     fn batch(&self) -> usize;
 }
 
@@ -121,16 +123,16 @@ pub enum PresenceTarget {
     Redis(RedisLink),
 }
 
-struct Shared {
-    queue: Mutex<Queue>,
+struct SharedQueue {
+    queue: Mutex<OperationQueue>,
     news: Notify,
     settled: Notify,
     counters: Arc<PresenceCounters>,
     announcer: Option<Announcer>,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+impl SharedQueue {
+    fn lock(&self) -> MutexGuard<'_, OperationQueue> {
         self.queue.lock().expect("no holder panics")
     }
 }
@@ -138,15 +140,15 @@ impl Shared {
 /// The session manager's way to presence; clones share it.
 #[derive(Clone)]
 pub struct Presence {
-    shared: Option<Arc<Shared>>,
+    shared: Option<Arc<SharedQueue>>,
     refresh_interval: Duration,
-    reach: Option<ReachConfig>,
+    visibility: Option<VisibilityConfig>,
 }
 
 impl Presence {
     /// Nobody is told (`PRESENCE_MODE=off`).
     pub fn off() -> Self {
-        Self { shared: None, refresh_interval: REFRESH_INTERVAL, reach: None }
+        Self { shared: None, refresh_interval: REFRESH_INTERVAL, visibility: None }
     }
 
     /// Starts the task that tells the target, on the current runtime.
@@ -155,29 +157,31 @@ impl Presence {
         target: PresenceTarget,
         counters: Arc<PresenceCounters>,
     ) -> Self {
-        let limits =
-            Limits { sessions_max: config.sessions_waiting_max, ends_max: config.ends_waiting_max };
-        let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue::new(limits)),
+        let limits = QueueLimits {
+            sessions_max: config.sessions_waiting_max,
+            ends_max: config.ends_waiting_max,
+        };
+        let shared = Arc::new(SharedQueue {
+            queue: Mutex::new(OperationQueue::new(limits)),
             news: Notify::new(),
             settled: Notify::new(),
             counters,
             announcer: config.announcer,
         });
         let instance = Arc::clone(&config.instance);
-        let (backend, calls): (Arc<dyn Backend>, usize) = match target {
+        let (backend, calls): (Arc<dyn PresenceBackend>, usize) = match target {
             PresenceTarget::Service(service) => {
-                (Arc::new(service::Told::new(service, instance)), config.calls_max)
+                (Arc::new(grpc::GrpcPresence::new(service, instance)), config.calls_max)
             }
             PresenceTarget::Redis(link) => {
-                (Arc::new(redis::Written::new(link, instance)), redis::BATCHES_MAX)
+                (Arc::new(redis::RedisPresence::new(link, instance)), redis::BATCHES_MAX)
             }
         };
         tokio::spawn(tell(Arc::clone(&shared), backend, calls));
         Self {
             shared: Some(shared),
             refresh_interval: config.refresh_interval,
-            reach: config.reach,
+            visibility: config.visibility,
         }
     }
 
@@ -189,10 +193,11 @@ impl Presence {
     /// A session was admitted; `replaced`: in the place of another one of this node. Returns false
     /// if presence has no room for it (offer it again at the next refresh), and how far other nodes
     /// know it, if there are any that hand events over.
-    pub fn admitted(&self, ids: &SessionIds, replaced: bool) -> (bool, Option<Arc<Reach>>) {
-        let reach = self.reach.map(|config| Arc::new(Reach::new(config, Instant::now())));
-        let pledge = reach.clone().map(Pledge::new);
-        (self.open(ids, replaced, pledge), reach)
+    pub fn admitted(&self, ids: &SessionIds, replaced: bool) -> (bool, Option<Arc<Visibility>>) {
+        let visibility =
+            self.visibility.map(|config| Arc::new(Visibility::new(config, Instant::now())));
+        let notifier = visibility.clone().map(VisibilityNotifier::new);
+        (self.open(ids, replaced, notifier), visibility)
     }
 
     /// The same for a session for which there was no room before.
@@ -200,12 +205,12 @@ impl Presence {
         self.open(ids, replaced, None)
     }
 
-    fn open(&self, ids: &SessionIds, replaced: bool, pledge: Option<Pledge>) -> bool {
+    fn open(&self, ids: &SessionIds, replaced: bool, notifier: Option<VisibilityNotifier>) -> bool {
         let Some(shared) = &self.shared else { return true };
         let mut queue = shared.lock();
         let accepted = queue.opened(ids, replaced, Instant::now());
-        if let Some(pledge) = pledge {
-            queue.pledge(ids, pledge);
+        if let Some(notifier) = notifier {
+            queue.notifier(ids, notifier);
         }
         drop(queue);
         if !accepted {
@@ -272,18 +277,18 @@ impl Presence {
 }
 
 /// The task: keeps up to `calls_max` calls under way.
-async fn tell(shared: Arc<Shared>, backend: Arc<dyn Backend>, calls_max: usize) {
-    let mut calls: JoinSet<(Jobs, Vec<Outcome>)> = JoinSet::new();
+async fn tell(shared: Arc<SharedQueue>, backend: Arc<dyn PresenceBackend>, calls_max: usize) {
+    let mut calls: JoinSet<(OperationBatch, Vec<OperationOutcome>)> = JoinSet::new();
     loop {
         let mut wake = None;
         while calls.len() < calls_max {
-            let jobs;
-            (jobs, wake) = take(&shared, backend.batch());
-            if jobs.is_empty() {
+            let operations;
+            (operations, wake) = take(&shared, backend.batch());
+            if operations.is_empty() {
                 break;
             }
-            let outcomes = backend.perform(jobs.clone());
-            calls.spawn(async move { (jobs, outcomes.await) });
+            let outcomes = backend.perform(operations.clone());
+            calls.spawn(async move { (operations, outcomes.await) });
         }
         shared.counters.waiting.set(shared.lock().len() as u64);
         let asleep = async {
@@ -294,7 +299,7 @@ async fn tell(shared: Arc<Shared>, backend: Arc<dyn Backend>, calls_max: usize) 
         };
         tokio::select! {
             Some(done) = calls.join_next() => match done {
-                Ok((jobs, outcomes)) => settle(&shared, jobs, outcomes),
+                Ok((operations, outcomes)) => settle(&shared, operations, outcomes),
                 // Nothing aborts these, and the backends do not panic.
                 Err(error) => tracing::error!(%error, "a call to presence was lost"),
             },
@@ -304,49 +309,60 @@ async fn tell(shared: Arc<Shared>, backend: Arc<dyn Backend>, calls_max: usize) 
     }
 }
 
-/// Up to `batch` jobs, and when to look again if there are none.
-fn take(shared: &Shared, batch: usize) -> (Jobs, Option<Instant>) {
+/// Up to `batch` operations, and when to look again if there are none.
+fn take(shared: &SharedQueue, batch: usize) -> (OperationBatch, Option<Instant>) {
     let mut queue = shared.lock();
     let now = Instant::now();
-    let mut jobs = Vec::new();
+    let mut operations = Vec::new();
     let mut wake = None;
-    while jobs.len() < batch {
+    while operations.len() < batch {
         match queue.next(now) {
-            Next::Do(ids, job) => jobs.push((ids, job)),
-            Next::At(at) => {
+            NextOperation::Start(ids, operation) => operations.push((ids, operation)),
+            NextOperation::NotBefore(at) => {
                 wake = Some(at);
                 break;
             }
-            Next::Nothing => break,
+            NextOperation::Idle => break,
         }
     }
-    shared.counters.under_way.add(jobs.len() as u64);
-    (jobs, wake)
+    shared.counters.under_way.add(operations.len() as u64);
+    (operations, wake)
 }
 
-fn settle(shared: &Shared, jobs: Jobs, outcomes: Vec<Outcome>) {
-    assert_eq!(jobs.len(), outcomes.len(), "an outcome for each job");
+fn settle(shared: &SharedQueue, operations: OperationBatch, outcomes: Vec<OperationOutcome>) {
+    assert_eq!(operations.len(), outcomes.len(), "an outcome for each operation");
     let counters = &shared.counters;
-    counters.under_way.sub(jobs.len() as u64);
+    counters.under_way.sub(operations.len() as u64);
     let mut queue = shared.lock();
-    for ((ids, job), outcome) in jobs.into_iter().zip(outcomes) {
-        match (outcome, job) {
-            (Outcome::Done, Job::Register) => {
+    for ((ids, operation), outcome) in operations.into_iter().zip(outcomes) {
+        match (outcome, operation) {
+            (OperationOutcome::Done, PresenceOperation::Register) => {
                 counters.registered.add(1);
                 if let Some(announcer) = &shared.announcer {
                     announcer.registered(ids.user());
                 }
             }
-            (Outcome::Done, Job::Refresh { .. }) => counters.refreshed.add(1),
-            (Outcome::Done | Outcome::Elsewhere | Outcome::Vanished, Job::Unregister) => {
+            (OperationOutcome::Done, PresenceOperation::Refresh { .. }) => {
+                counters.refreshed.add(1)
+            }
+            (
+                OperationOutcome::Done | OperationOutcome::Elsewhere | OperationOutcome::Vanished,
+                PresenceOperation::Unregister,
+            ) => {
                 counters.unregistered.add(1);
             }
-            (Outcome::Vanished, Job::Register | Job::Refresh { .. }) => counters.vanished.add(1),
-            (Outcome::Elsewhere, Job::Register | Job::Refresh { .. }) => {}
-            (Outcome::Failed, _) => counters.failures.add(1),
-            (Outcome::Rejected, _) => counters.rejected.add(1),
+            (
+                OperationOutcome::Vanished,
+                PresenceOperation::Register | PresenceOperation::Refresh { .. },
+            ) => counters.vanished.add(1),
+            (
+                OperationOutcome::Elsewhere,
+                PresenceOperation::Register | PresenceOperation::Refresh { .. },
+            ) => {}
+            (OperationOutcome::Failed, _) => counters.failures.add(1),
+            (OperationOutcome::Rejected, _) => counters.rejected.add(1),
         }
-        queue.finish(ids, job, outcome, rand::random_range(0.0..=1.0), Instant::now());
+        queue.finish(ids, operation, outcome, rand::random_range(0.0..=1.0), Instant::now());
     }
     drop(queue);
     shared.settled.notify_one();

@@ -19,8 +19,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use prost::Message as _;
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
-use super::queue::{Job, Outcome};
-use super::{Backend, Jobs};
+use super::queue::{OperationOutcome, PresenceOperation};
+use super::{OperationBatch, PresenceBackend};
 use crate::service::backends::ports::BoxFuture;
 use crate::service::backends::redis::{RedisFault, RedisLink};
 use crate::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
@@ -50,26 +50,26 @@ const REMOVE: &str = "local holder = redis.call('GET', KEYS[1]) \
                       return holder";
 
 /// See the module.
-pub(super) struct Written {
+pub(super) struct RedisPresence {
     link: RedisLink,
     instance: Arc<str>,
 }
 
-impl Written {
+impl RedisPresence {
     pub(super) fn new(link: RedisLink, instance: Arc<str>) -> Self {
         Self { link, instance }
     }
 }
 
-impl Backend for Written {
-    fn perform(&self, jobs: Jobs) -> BoxFuture<Vec<Outcome>> {
+impl PresenceBackend for RedisPresence {
+    fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationOutcome>> {
         let link = self.link.clone();
         let instance = Arc::clone(&self.instance);
         Box::pin(async move {
-            match batch(&link, &instance, &jobs).await {
+            match batch(&link, &instance, &operations).await {
                 Ok(outcomes) => outcomes,
                 // What was carried out is unknown; all of it can be repeated.
-                Err(_) => vec![Outcome::Failed; jobs.len()],
+                Err(_) => vec![OperationOutcome::Failed; operations.len()],
             }
         })
     }
@@ -129,65 +129,71 @@ fn holder(answer: RedisResult<Value>) -> RedisResult<Option<String>> {
 async fn batch(
     link: &RedisLink,
     instance: &str,
-    jobs: &[(SessionIds, Job)],
-) -> Result<Vec<Outcome>, RedisFault> {
-    let mut commands = Vec::with_capacity((1 + KEEP_COMMANDS) * jobs.len());
-    for (ids, job) in jobs {
-        match job {
-            Job::Register => {
+    operations: &[(SessionIds, PresenceOperation)],
+) -> Result<Vec<OperationOutcome>, RedisFault> {
+    let mut commands = Vec::with_capacity((1 + KEEP_COMMANDS) * operations.len());
+    for (ids, operation) in operations {
+        match operation {
+            PresenceOperation::Register => {
                 let mut set = redis::cmd("SET");
                 set.arg(session_key(ids)).arg(instance).arg("EX").arg(LIFETIME_S).arg("GET");
                 commands.push(set);
                 commands.extend(keep_device(ids));
             }
-            Job::Refresh { check } => {
+            PresenceOperation::Refresh { check } => {
                 commands.push(script(EXTEND, ids, instance));
                 // Another node's end of the same session may have taken the device out.
                 if *check {
                     commands.extend(keep_device(ids));
                 }
             }
-            Job::Unregister => commands.push(script(REMOVE, ids, instance)),
+            PresenceOperation::Unregister => commands.push(script(REMOVE, ids, instance)),
         }
     }
     let mut answers = link.run(commands).await?.into_iter();
-    let mut outcomes = Vec::with_capacity(jobs.len());
+    let mut outcomes = Vec::with_capacity(operations.len());
     let mut updates = Vec::new();
     let mut gone = Vec::new();
-    for (ids, job) in jobs {
-        let Some(first) = answers.next() else { return Ok(vec![Outcome::Failed; jobs.len()]) };
-        let kept = match job {
-            Job::Register | Job::Refresh { check: true } => KEEP_COMMANDS,
-            Job::Refresh { check: false } | Job::Unregister => 0,
+    for (ids, operation) in operations {
+        let Some(first) = answers.next() else {
+            return Ok(vec![OperationOutcome::Failed; operations.len()]);
+        };
+        let kept = match operation {
+            PresenceOperation::Register | PresenceOperation::Refresh { check: true } => {
+                KEEP_COMMANDS
+            }
+            PresenceOperation::Refresh { check: false } | PresenceOperation::Unregister => 0,
         };
         let well = answers.by_ref().take(kept).filter(Result::is_ok).count() == kept;
         let was = match holder(first) {
             Ok(was) if well => was,
             Ok(_) | Err(_) => {
-                outcomes.push(Outcome::Failed);
+                outcomes.push(OperationOutcome::Failed);
                 continue;
             }
         };
-        outcomes.push(match (job, was) {
-            (Job::Register, was) => {
+        outcomes.push(match (operation, was) {
+            (PresenceOperation::Register, was) => {
                 if was.is_none() {
                     updates.push(update(ids.user(), PresenceStatus::Online));
                 }
-                Outcome::Done
+                OperationOutcome::Done
             }
-            (Job::Refresh { .. }, None) => Outcome::Vanished,
+            (PresenceOperation::Refresh { .. }, None) => OperationOutcome::Vanished,
             // Its lifetime was over, or it was removed by an attempt that failed after that.
-            (Job::Unregister, None) => {
+            (PresenceOperation::Unregister, None) => {
                 gone.push(ids);
-                Outcome::Vanished
+                OperationOutcome::Vanished
             }
-            (Job::Refresh { .. } | Job::Unregister, Some(holder)) if holder != instance => {
-                Outcome::Elsewhere
+            (PresenceOperation::Refresh { .. } | PresenceOperation::Unregister, Some(holder))
+                if holder != instance =>
+            {
+                OperationOutcome::Elsewhere
             }
-            (Job::Refresh { .. }, Some(_)) => Outcome::Done,
-            (Job::Unregister, Some(_)) => {
+            (PresenceOperation::Refresh { .. }, Some(_)) => OperationOutcome::Done,
+            (PresenceOperation::Unregister, Some(_)) => {
                 gone.push(ids);
-                Outcome::Done
+                OperationOutcome::Done
             }
         });
     }

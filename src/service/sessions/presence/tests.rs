@@ -24,7 +24,7 @@ impl Node {
         Self { presence, counters }
     }
 
-    fn shared(&self) -> &Shared {
+    fn shared(&self) -> &SharedQueue {
         self.presence.shared.as_ref().unwrap()
     }
 
@@ -228,23 +228,24 @@ async fn presence_that_is_off_costs_nothing() {
 #[tokio::test]
 async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
     let fake = FakeNeighbours::start();
-    let reach = ReachConfig {
+    let visibility = VisibilityConfig {
         lookup_lifetime: Duration::from_secs(1),
         registration_wait: Duration::from_secs(60),
     };
-    let config = PresenceConfig { reach: Some(reach), ..PresenceConfig::new("node-1".into()) };
+    let config =
+        PresenceConfig { visibility: Some(visibility), ..PresenceConfig::new("node-1".into()) };
     let node = Node::with(config, &fake, Duration::from_secs(20));
-    let (accepted, reach) = node.presence.admitted(&phone("alice"), false);
+    let (accepted, visibility) = node.presence.admitted(&phone("alice"), false);
     assert!(accepted);
     node.settled().await;
-    let until = reach.unwrap().standing(Instant::now());
-    let Standing::Open(until) = until else { panic!("{until:?}") };
+    let until = visibility.unwrap().state(Instant::now());
+    let VisibilityState::Pending(until) = until else { panic!("{until:?}") };
     let left = until.duration_since(Instant::now());
     assert!(left <= Duration::from_secs(1), "what it waits for now is the look-ups: {left:?}");
 
     fake.set(Method::Register, Manner::Failing(Code::InvalidArgument));
-    let (_, reach) = node.presence.admitted(&phone("bob"), false);
-    reach.unwrap().decided().await;
-    let (_, reach) = Presence::off().admitted(&phone("carol"), false);
-    assert!(reach.is_none(), "nobody knows of it, ever");
+    let (_, visibility) = node.presence.admitted(&phone("bob"), false);
+    visibility.unwrap().decided().await;
+    let (_, visibility) = Presence::off().admitted(&phone("carol"), false);
+    assert!(visibility.is_none(), "nobody knows of it, ever");
 }

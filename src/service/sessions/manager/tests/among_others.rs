@@ -18,8 +18,8 @@ use crate::service::events::timestamp::unix_ms;
 use crate::service::fakes::{FakeNeighbours, Known, Manner, Method};
 use crate::service::sessions::auth::tests::Signer;
 use crate::service::sessions::auth::{AuthCounters, ClaimRules, KeySource};
+use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpCounters, ReadAccess};
 use crate::service::sessions::presence::{PresenceConfig, PresenceTarget};
-use crate::service::sessions::resume::{Membership, ResumeConfig, ResumeCounters};
 
 const SECRET: &str = "a secret of these tests, of 32 bytes or more";
 const PEM: &[u8] = include_bytes!("../../auth/testdata/rsa_public.pem");
@@ -268,15 +268,15 @@ async fn refreshes_are_spread_over_the_interval() {
     }
 }
 
-fn with_resume(fake: &FakeNeighbours, config: ResumeConfig) -> Bench {
+fn with_resume(fake: &FakeNeighbours, config: CatchUpConfig) -> Bench {
     let neighbour = NeighbourConfig::new(fake.url());
     let counters = Arc::<NeighbourCounters>::default;
     let service = Arc::new(ConversationService::new(&neighbour, counters()).unwrap());
     let messages = Arc::new(MessageService::new(&neighbour, counters()).unwrap());
-    let membership = Membership::Checked { listing: service.clone(), source: service };
-    let counters = Arc::<ResumeCounters>::default();
-    let resume = Resume::new(config, messages, membership, counters);
-    Bench::among(Others { resume, ..Others::default() }, 1, SessionConfig::default())
+    let access = ReadAccess::Checked { listing: service.clone(), source: service };
+    let counters = Arc::<CatchUpCounters>::default();
+    let catch_up = CatchUpService::new(config, messages, access, counters);
+    Bench::among(Others { catch_up, ..Others::default() }, 1, SessionConfig::default())
 }
 
 /// The next step of a catch-up, as commands.
@@ -306,7 +306,7 @@ fn chunk(commands: &[ShardCommand]) -> (Vec<i64>, Ticket) {
 async fn catch_up_goes_chunk_by_chunk_and_ends_with_the_release() {
     let fake = FakeNeighbours::start();
     fake.known().converse("c", &["alice"], 10);
-    let config = ResumeConfig { chunk_messages_max: 4, ..ResumeConfig::default() };
+    let config = CatchUpConfig { chunk_messages_max: 4, ..CatchUpConfig::default() };
     let mut bench = with_resume(&fake, config);
     bench.admitted(0, key(0, 0), "alice", "phone");
     let answer = bench.says(0, key(0, 0), r#"{"last_sequences": {"c": 2}}"#);
@@ -329,7 +329,8 @@ async fn failed_catch_up_closes_the_session_with_the_reason() {
     let fake = FakeNeighbours::start();
     fake.known().converse("c", &["alice"], 10);
     fake.set(Method::Sync, Manner::Failing(tonic::Code::Internal));
-    let mut bench = with_resume(&fake, ResumeConfig { attempts_max: 1, ..ResumeConfig::default() });
+    let mut bench =
+        with_resume(&fake, CatchUpConfig { attempts_max: 1, ..CatchUpConfig::default() });
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
     let told = closes(&caught_up(&mut bench).await);
@@ -342,7 +343,7 @@ async fn session_that_ends_while_it_catches_up_stops_asking() {
     let fake = FakeNeighbours::start();
     fake.known().converse("c", &["alice"], 10);
     fake.set(Method::Sync, Manner::Hanging);
-    let mut bench = with_resume(&fake, ResumeConfig::default());
+    let mut bench = with_resume(&fake, CatchUpConfig::default());
     for replaced in [false, true] {
         bench.admitted(0, key(0, 0), "alice", "phone");
         bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
@@ -360,7 +361,7 @@ async fn session_that_ends_while_it_catches_up_stops_asking() {
 async fn chunk_for_a_session_that_has_ended_is_not_delivered() {
     let fake = FakeNeighbours::start();
     fake.known().converse("c", &["alice"], 10);
-    let mut bench = with_resume(&fake, ResumeConfig::default());
+    let mut bench = with_resume(&fake, CatchUpConfig::default());
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
     let step = bench.catch_ups.recv().await.unwrap();
@@ -376,7 +377,7 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
     let names: Vec<_> = (0..20).map(|n| format!("c-{n}")).collect();
     names.iter().for_each(|name| fake.known().converse(name, &["alice"], 3));
     fake.set(Method::Sync, Manner::Hanging);
-    let mut bench = with_resume(&fake, ResumeConfig::default());
+    let mut bench = with_resume(&fake, CatchUpConfig::default());
     bench.admitted(0, key(0, 0), "alice", "phone");
     for name in &names {
         let (connection, conversation) = (key(0, 0), name.as_str().into());
@@ -450,21 +451,21 @@ async fn manager_task_wakes_for_its_shards_and_ends_with_them() {
         directory: Arc::clone(&directory),
         auth: others.auth,
         presence: others.presence,
-        resume: others.resume,
+        catch_up: others.catch_up,
     };
     let counters = Arc::new(SessionCounters::default());
     let config = SessionConfig::default();
     let handle = SessionManager::spawn(config, ports, Arc::clone(&counters)).unwrap();
-    assert_eq!(handle.stage(), Stage::Serving);
+    assert_eq!(handle.state(), NodeState::Serving);
     while counters.admitted.get() < 2 * u64::from(SESSIONS) {
         tokio::task::yield_now().await;
     }
     // The same users and devices on both shards: the newer ones are there.
     assert_eq!(directory.len(), SESSIONS as usize);
-    handle.end(Ending::Stop).await;
-    assert_eq!(handle.stage(), Stage::Stopped);
+    handle.shut_down(Shutdown::Stop).await;
+    assert_eq!(handle.state(), NodeState::Stopped);
     assert!(directory.is_empty());
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     // Once more, when there is nobody left to ask.
-    handle.end(Ending::Stop).await;
+    handle.shut_down(Shutdown::Stop).await;
 }

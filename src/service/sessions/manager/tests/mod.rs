@@ -11,7 +11,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::state::Manager;
-use super::{Ending, Request, SessionConfig, SessionCounters, SessionPorts, ShardPort, Stage};
+use super::{
+    NodeState, Request, SessionConfig, SessionCounters, SessionPorts, ShardPort, Shutdown,
+};
 use crate::domain::close::{CloseCode, EndReason};
 use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
 use crate::domain::event::Encoding;
@@ -19,8 +21,8 @@ use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::sessions::auth::Authenticator;
+use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
 use crate::service::sessions::presence::Presence;
-use crate::service::sessions::resume::{CatchUp, Resume};
 
 /// Slots of the rings under test: few, so that they fill.
 const RING_SLOTS: usize = 4;
@@ -34,12 +36,16 @@ struct Shard {
 struct Others {
     auth: Arc<Authenticator>,
     presence: Presence,
-    resume: Resume,
+    catch_up: CatchUpService,
 }
 
 impl Default for Others {
     fn default() -> Self {
-        Self { auth: Authenticator::trust(), presence: Presence::off(), resume: Resume::off() }
+        Self {
+            auth: Authenticator::trust(),
+            presence: Presence::off(),
+            catch_up: CatchUpService::off(),
+        }
     }
 }
 
@@ -50,7 +56,7 @@ struct Bench {
     counters: Arc<SessionCounters>,
     /// What other tasks send the manager.
     requests: mpsc::Receiver<Request>,
-    catch_ups: mpsc::Receiver<CatchUp>,
+    catch_ups: mpsc::Receiver<CatchUpReport>,
     /// Time for the manager, which passes only when told to.
     clock: Instant,
     /// Keeps the manager's channel open.
@@ -86,7 +92,7 @@ impl Bench {
             directory: Arc::clone(&directory),
             auth: others.auth,
             presence: others.presence,
-            resume: others.resume,
+            catch_up: others.catch_up,
         };
         let manager = Manager::new(
             config,
@@ -94,7 +100,7 @@ impl Bench {
             Arc::clone(&counters),
             requests_in.downgrade(),
             catch_ups_in,
-            Arc::new(AtomicU8::new(Stage::Serving as u8)),
+            Arc::new(AtomicU8::new(NodeState::Serving as u8)),
         );
         let _requests_in = requests_in;
         let clock = Instant::now();
@@ -168,9 +174,9 @@ impl Bench {
         self.commands(shard)
     }
 
-    fn order(&mut self, ending: Ending, now: Instant) -> oneshot::Receiver<()> {
+    fn order(&mut self, shutdown: Shutdown, now: Instant) -> oneshot::Receiver<()> {
         let (ended, wait) = oneshot::channel();
-        self.manager.on_end(ending, ended, now);
+        self.manager.on_end(shutdown, ended, now);
         wait
     }
 }
@@ -267,7 +273,7 @@ fn reports_about_earlier_uses_of_a_slot_change_nothing() {
 fn stop_closes_every_shard_and_ends_when_all_have_said_so() {
     let mut bench = Bench::new(2);
     bench.admitted(0, key(0, 0), "alice", "phone");
-    let mut wait = bench.order(Ending::Stop, Instant::now());
+    let mut wait = bench.order(Shutdown::Stop, Instant::now());
     for shard in 0..2 {
         let commands = bench.commands(shard);
         let [ShardCommand::StopAccepting, ShardCommand::Stop { ref close }] = commands[..] else {
@@ -278,11 +284,11 @@ fn stop_closes_every_shard_and_ends_when_all_have_said_so() {
     bench.open(1, key(0, 0), "bob", "phone");
     assert_eq!(bench.refused(1).0, 503);
     bench.report(1, ShardReport::Stopped);
-    assert_eq!(bench.manager.stage(), Stage::Stopping);
+    assert_eq!(bench.manager.state(), NodeState::Stopping);
     assert!(wait.try_recv().is_err());
     bench.end(0, key(0, 0));
     bench.report(0, ShardReport::Stopped);
-    assert_eq!(bench.manager.stage(), Stage::Stopped);
+    assert_eq!(bench.manager.state(), NodeState::Stopped);
     assert!(wait.try_recv().is_ok());
 }
 
@@ -296,8 +302,8 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
         bench.admitted(1, key(slot, 0), &format!("other-{slot}"), "phone");
     }
     let begun = Instant::now();
-    let _wait = bench.order(Ending::Drain(Duration::from_secs(10)), begun);
-    assert_eq!(bench.manager.stage(), Stage::Draining);
+    let _wait = bench.order(Shutdown::Drain(Duration::from_secs(10)), begun);
+    assert_eq!(bench.manager.state(), NodeState::Draining);
     let mut told = Vec::new();
     for tick in 1..10 {
         bench.manager.tick(begun + Duration::from_secs(tick), 0);
@@ -331,8 +337,8 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
 #[test]
 fn drain_ends_early_when_nobody_is_left() {
     let mut bench = Bench::new(1);
-    let _wait = bench.order(Ending::Drain(Duration::from_secs(600)), Instant::now());
-    assert_eq!(bench.manager.stage(), Stage::Stopping);
+    let _wait = bench.order(Shutdown::Drain(Duration::from_secs(600)), Instant::now());
+    assert_eq!(bench.manager.state(), NodeState::Stopping);
 }
 
 #[test]

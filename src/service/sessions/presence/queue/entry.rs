@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::reach::Pledge;
+use super::super::visibility::VisibilityNotifier;
 use super::pace::backoff;
 
 /// First wait before a failed call is tried again; doubles each time.
@@ -17,7 +17,7 @@ pub(super) const REFRESH_AGE_MAX: Duration = Duration::from_secs(35);
 
 /// What is to be done for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Job {
+pub(in super::super) enum PresenceOperation {
     Register,
     /// With `check`: see whether it is still ours.
     Refresh {
@@ -28,7 +28,7 @@ pub(in super::super) enum Job {
 
 /// How it went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Outcome {
+pub(in super::super) enum OperationOutcome {
     Done,
     /// The registration is another instance's: the session was replaced on another node.
     Elsewhere,
@@ -41,14 +41,14 @@ pub(in super::super) enum Outcome {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Want {
+pub(super) enum DesiredState {
     Online,
     Offline,
 }
 
 /// What presence holds for the session, as far as we know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Held {
+pub(super) enum RegistrationState {
     /// Certainly nothing of ours.
     Absent,
     /// A call failed that may have been carried out.
@@ -57,30 +57,30 @@ pub(super) enum Held {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum EntryState {
     Waiting,
     Delayed,
-    UnderWay,
+    InFlight,
 }
 
 /// What follows from an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Then {
+pub(super) enum FollowUp {
     /// Nothing more is to be done.
-    Gone,
+    Remove,
     /// The same, and the session has to end here: it was replaced on another node.
-    GoneElsewhere,
+    RemoveReplaced,
     /// Something newer is wanted.
-    Again,
+    Requeue,
     /// The same once more, after this time.
     Retry(Duration),
 }
 
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) want: Want,
-    pub(super) held: Held,
-    pub(super) place: Place,
+pub(super) struct QueueEntry {
+    pub(super) want: DesiredState,
+    pub(super) held: RegistrationState,
+    pub(super) place: EntryState,
     pub(super) check: bool,
     /// A session was admitted while a call for its predecessor was under way: whatever that found
     /// is no longer what is.
@@ -88,95 +88,133 @@ pub(super) struct Entry {
     attempts: u8,
     since: Instant,
     /// Who waits for the registration.
-    pub(super) pledge: Option<Pledge>,
+    pub(super) notifier: Option<VisibilityNotifier>,
 }
 
-impl Entry {
+impl QueueEntry {
     /// One that waits.
-    pub(super) fn new(want: Want, held: Held, check: bool, now: Instant) -> Self {
-        let place = Place::Waiting;
-        Self { want, held, place, check, anew: false, attempts: 0, since: now, pledge: None }
+    pub(super) fn new(
+        want: DesiredState,
+        held: RegistrationState,
+        check: bool,
+        now: Instant,
+    ) -> Self {
+        let place = EntryState::Waiting;
+        Self { want, held, place, check, anew: false, attempts: 0, since: now, notifier: None }
     }
 
     /// A session was admitted for which something is to be done already.
     pub(super) fn opened(&mut self) {
-        self.want = Want::Online;
-        if self.place == Place::UnderWay {
+        self.want = DesiredState::Online;
+        if self.place == EntryState::InFlight {
             self.anew = true;
-        } else if self.held == Held::Present {
+        } else if self.held == RegistrationState::Present {
             // Not a refresh of the predecessor: this one is to be registered.
-            self.held = Held::Unknown;
+            self.held = RegistrationState::Unknown;
         }
     }
 
     /// What it asks for; `None`: nothing any more.
-    pub(super) fn job(&self, closing: bool, now: Instant) -> Option<Job> {
+    pub(super) fn operation(&self, closing: bool, now: Instant) -> Option<PresenceOperation> {
         match (self.want, self.held) {
-            (Want::Offline, Held::Absent) => None,
-            (Want::Offline, Held::Unknown | Held::Present) => Some(Job::Unregister),
-            (Want::Online, _) if closing => None,
-            (Want::Online, Held::Present) if now - self.since < REFRESH_AGE_MAX => {
-                Some(Job::Refresh { check: self.check })
+            (DesiredState::Offline, RegistrationState::Absent) => None,
+            (DesiredState::Offline, RegistrationState::Unknown | RegistrationState::Present) => {
+                Some(PresenceOperation::Unregister)
             }
-            (Want::Online, Held::Absent | Held::Unknown | Held::Present) => Some(Job::Register),
+            (DesiredState::Online, _) if closing => None,
+            (DesiredState::Online, RegistrationState::Present)
+                if now - self.since < REFRESH_AGE_MAX =>
+            {
+                Some(PresenceOperation::Refresh { check: self.check })
+            }
+            (
+                DesiredState::Online,
+                RegistrationState::Absent | RegistrationState::Unknown | RegistrationState::Present,
+            ) => Some(PresenceOperation::Register),
         }
     }
 
     /// Whether presence may hold something that it must not.
     pub(super) fn is_untold(&self) -> bool {
-        self.place == Place::UnderWay || (self.want == Want::Offline && self.held != Held::Absent)
+        self.place == EntryState::InFlight
+            || (self.want == DesiredState::Offline && self.held != RegistrationState::Absent)
     }
 
-    /// Its job is given out.
+    /// Its operation is given out.
     pub(super) fn begin(&mut self) {
-        self.place = Place::UnderWay;
+        self.place = EntryState::InFlight;
         self.check = false;
     }
 
-    /// Its job has ended. `chance`: 0 to 1.
-    pub(super) fn end(&mut self, job: Job, outcome: Outcome, chance: f64, now: Instant) -> Then {
+    /// Its operation has ended. `chance`: 0 to 1.
+    pub(super) fn end(
+        &mut self,
+        operation: PresenceOperation,
+        outcome: OperationOutcome,
+        chance: f64,
+        now: Instant,
+    ) -> FollowUp {
         let anew = std::mem::take(&mut self.anew);
-        if (outcome, job, anew) == (Outcome::Done, Job::Register, false)
-            && let Some(pledge) = self.pledge.take()
+        if (outcome, operation, anew)
+            == (OperationOutcome::Done, PresenceOperation::Register, false)
+            && let Some(notifier) = self.notifier.take()
         {
-            pledge.keep(now);
+            notifier.keep(now);
         }
-        let settled = match (outcome, job) {
-            (Outcome::Done, Job::Register | Job::Refresh { .. }) => {
-                self.held = if anew { Held::Unknown } else { Held::Present };
+        let settled = match (outcome, operation) {
+            (
+                OperationOutcome::Done,
+                PresenceOperation::Register | PresenceOperation::Refresh { .. },
+            ) => {
+                self.held =
+                    if anew { RegistrationState::Unknown } else { RegistrationState::Present };
                 // A check that was asked for meanwhile is still to be made.
-                self.want == Want::Online && !anew && !self.check
+                self.want == DesiredState::Online && !anew && !self.check
             }
-            (Outcome::Done | Outcome::Elsewhere | Outcome::Vanished, Job::Unregister)
-            | (Outcome::Vanished, Job::Register | Job::Refresh { .. }) => {
-                self.held = Held::Absent;
-                self.want == Want::Offline
+            (
+                OperationOutcome::Done | OperationOutcome::Elsewhere | OperationOutcome::Vanished,
+                PresenceOperation::Unregister,
+            )
+            | (
+                OperationOutcome::Vanished,
+                PresenceOperation::Register | PresenceOperation::Refresh { .. },
+            ) => {
+                self.held = RegistrationState::Absent;
+                self.want == DesiredState::Offline
             }
-            (Outcome::Elsewhere, Job::Register | Job::Refresh { .. }) => {
-                self.held = Held::Absent;
-                if self.want == Want::Online && !anew {
-                    return Then::GoneElsewhere;
+            (
+                OperationOutcome::Elsewhere,
+                PresenceOperation::Register | PresenceOperation::Refresh { .. },
+            ) => {
+                self.held = RegistrationState::Absent;
+                if self.want == DesiredState::Online && !anew {
+                    return FollowUp::RemoveReplaced;
                 }
-                self.want == Want::Offline
+                self.want == DesiredState::Offline
             }
-            (Outcome::Rejected, _) => true,
-            (Outcome::Failed, _) => {
-                if anew || matches!(job, Job::Register | Job::Unregister) {
-                    self.held = Held::Unknown;
+            (OperationOutcome::Rejected, _) => true,
+            (OperationOutcome::Failed, _) => {
+                if anew
+                    || matches!(
+                        operation,
+                        PresenceOperation::Register | PresenceOperation::Unregister
+                    )
+                {
+                    self.held = RegistrationState::Unknown;
                 }
-                self.check |= job == Job::Refresh { check: true };
+                self.check |= operation == PresenceOperation::Refresh { check: true };
                 let wait = backoff(RETRY_MIN, RETRY_MAX, u32::from(self.attempts), chance);
                 self.attempts = self.attempts.saturating_add(1);
-                self.place = Place::Delayed;
-                return Then::Retry(wait);
+                self.place = EntryState::Delayed;
+                return FollowUp::Retry(wait);
             }
         };
         if settled {
-            return Then::Gone;
+            return FollowUp::Remove;
         }
-        self.place = Place::Waiting;
+        self.place = EntryState::Waiting;
         self.attempts = 0;
         self.since = now;
-        Then::Again
+        FollowUp::Requeue
     }
 }

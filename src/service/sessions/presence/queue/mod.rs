@@ -24,24 +24,24 @@ use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 
 use tokio::time::Instant;
 
-use self::entry::{Entry, Held, Place, Then, Want};
-pub(super) use self::entry::{Job, Outcome};
-use self::pace::{Leave, Pace};
-use super::reach::Pledge;
+use self::entry::{DesiredState, EntryState, FollowUp, QueueEntry, RegistrationState};
+pub(super) use self::entry::{OperationOutcome, PresenceOperation};
+use self::pace::{CallPermit, CircuitBreaker};
+use super::visibility::VisibilityNotifier;
 use crate::service::members::directory::SessionIds;
 
 /// What there is to do.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next {
-    Do(SessionIds, Job),
+pub(super) enum NextOperation {
+    Start(SessionIds, PresenceOperation),
     /// Nothing before then.
-    At(Instant),
-    Nothing,
+    NotBefore(Instant),
+    Idle,
 }
 
 /// How many sessions may wait.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct QueueLimits {
     /// Sessions that have begun or are to be refreshed; the latter take half of it.
     pub(super) sessions_max: usize,
     /// Ends. They have room of their own: a crowd that leaves does not keep the next one from being
@@ -51,22 +51,22 @@ pub(super) struct Limits {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Queue {
-    entries: HashMap<SessionIds, Entry>,
+pub(super) struct OperationQueue {
+    entries: HashMap<SessionIds, QueueEntry>,
     waiting: VecDeque<SessionIds>,
-    delayed: BinaryHeap<Reverse<Due>>,
+    delayed: BinaryHeap<Reverse<DelayedRetry>>,
     under_way: usize,
     /// Entries of sessions that have ended.
     ends: usize,
-    limits: Limits,
-    pace: Pace,
+    limits: QueueLimits,
+    pace: CircuitBreaker,
     /// Sessions found to be held by another node, until somebody asks.
     replaced: HashSet<SessionIds>,
     closing: bool,
 }
 
-impl Queue {
-    pub(super) fn new(limits: Limits) -> Self {
+impl OperationQueue {
+    pub(super) fn new(limits: QueueLimits) -> Self {
         Self {
             entries: HashMap::new(),
             waiting: VecDeque::new(),
@@ -74,7 +74,7 @@ impl Queue {
             under_way: 0,
             ends: 0,
             limits,
-            pace: Pace::default(),
+            pace: CircuitBreaker::default(),
             replaced: HashSet::new(),
             closing: false,
         }
@@ -102,26 +102,27 @@ impl Queue {
         let room = self.has_room() && self.others() < self.limits.sessions_max && !self.closing;
         match self.entries.get_mut(ids) {
             Some(entry) => {
-                self.ends -= usize::from(entry.want == Want::Offline);
+                self.ends -= usize::from(entry.want == DesiredState::Offline);
                 entry.opened();
                 true
             }
             None if !room => false,
             None => {
-                let held = if registered { Held::Unknown } else { Held::Absent };
-                self.insert(ids, Entry::new(Want::Online, held, false, now));
+                let held =
+                    if registered { RegistrationState::Unknown } else { RegistrationState::Absent };
+                self.insert(ids, QueueEntry::new(DesiredState::Online, held, false, now));
                 true
             }
         }
     }
 
-    /// To be kept when the session that was just [opened](Queue::opened) is registered.
-    pub(super) fn pledge(&mut self, ids: &SessionIds, pledge: Pledge) {
+    /// To be kept when the session that was just [opened](OperationQueue::opened) is registered.
+    pub(super) fn notifier(&mut self, ids: &SessionIds, notifier: VisibilityNotifier) {
         if let Some(entry) = self.entries.get_mut(ids) {
             if self.pace.is_away() {
-                pledge.put_off();
+                notifier.put_off();
             }
-            entry.pledge = Some(pledge);
+            entry.notifier = Some(notifier);
         }
     }
 
@@ -131,13 +132,16 @@ impl Queue {
         let room = self.has_room() && self.ends < self.limits.ends_max;
         match self.entries.get_mut(ids) {
             Some(entry) => {
-                self.ends += usize::from(entry.want == Want::Online);
-                entry.want = Want::Offline;
+                self.ends += usize::from(entry.want == DesiredState::Online);
+                entry.want = DesiredState::Offline;
                 true
             }
             None if !room => false,
             None => {
-                self.insert(ids, Entry::new(Want::Offline, Held::Present, false, now));
+                self.insert(
+                    ids,
+                    QueueEntry::new(DesiredState::Offline, RegistrationState::Present, false, now),
+                );
                 true
             }
         }
@@ -154,27 +158,30 @@ impl Queue {
             }
             None if !room => false,
             None => {
-                self.insert(ids, Entry::new(Want::Online, Held::Present, check, now));
+                self.insert(
+                    ids,
+                    QueueEntry::new(DesiredState::Online, RegistrationState::Present, check, now),
+                );
                 true
             }
         }
     }
 
-    fn insert(&mut self, ids: &SessionIds, entry: Entry) {
-        self.ends += usize::from(entry.want == Want::Offline);
+    fn insert(&mut self, ids: &SessionIds, entry: QueueEntry) {
+        self.ends += usize::from(entry.want == DesiredState::Offline);
         self.entries.insert(ids.clone(), entry);
         self.waiting.push_back(ids.clone());
     }
 
-    /// The next thing to do, if one may be done now. Must be answered with [`Queue::finish`].
-    pub(super) fn next(&mut self, now: Instant) -> Next {
+    /// The next thing to do, if one may be done now. Must be answered with [`OperationQueue::finish`].
+    pub(super) fn next(&mut self, now: Instant) -> NextOperation {
         while let Some(Reverse(due)) = self.delayed.peek() {
             if due.at > now {
                 break;
             }
-            let Some(Reverse(Due { ids, .. })) = self.delayed.pop() else { break };
+            let Some(Reverse(DelayedRetry { ids, .. })) = self.delayed.pop() else { break };
             if let Some(entry) = self.entries.get_mut(&ids) {
-                entry.place = Place::Waiting;
+                entry.place = EntryState::Waiting;
             }
             self.waiting.push_back(ids);
         }
@@ -183,53 +190,57 @@ impl Queue {
                 self.waiting.pop_front();
                 continue;
             };
-            let Some(job) = entry.job(self.closing, now) else {
+            let Some(operation) = entry.operation(self.closing, now) else {
                 let Some(ids) = self.waiting.pop_front() else { break };
                 self.remove(&ids);
                 continue;
             };
             match self.pace.leave(self.under_way, now) {
-                Leave::Go => {}
-                Leave::AfterOutcome => return Next::Nothing,
-                Leave::At(at) => return Next::At(at),
+                CallPermit::Go => {}
+                CallPermit::AfterOutcome => return NextOperation::Idle,
+                CallPermit::At(at) => return NextOperation::NotBefore(at),
             }
             entry.begin();
             self.under_way += 1;
-            let Some(ids) = self.waiting.pop_front() else { return Next::Nothing };
-            return Next::Do(ids, job);
+            let Some(ids) = self.waiting.pop_front() else { return NextOperation::Idle };
+            return NextOperation::Start(ids, operation);
         }
-        self.delayed.peek().map_or(Next::Nothing, |Reverse(due)| Next::At(due.at))
+        self.delayed
+            .peek()
+            .map_or(NextOperation::Idle, |Reverse(due)| NextOperation::NotBefore(due.at))
     }
 
-    /// Takes the outcome of what [`Queue::next`] gave out. `chance`: 0 to 1.
+    /// Takes the outcome of what [`OperationQueue::next`] gave out. `chance`: 0 to 1.
     pub(super) fn finish(
         &mut self,
         ids: SessionIds,
-        job: Job,
-        outcome: Outcome,
+        operation: PresenceOperation,
+        outcome: OperationOutcome,
         chance: f64,
         now: Instant,
     ) {
         self.under_way -= 1;
-        self.pace.ended(outcome == Outcome::Failed, chance, now);
+        self.pace.ended(outcome == OperationOutcome::Failed, chance, now);
         let Some(entry) = self.entries.get_mut(&ids) else {
             debug_assert!(false, "an entry stays while it is under way");
             return;
         };
-        match entry.end(job, outcome, chance, now) {
-            Then::Gone => self.remove(&ids),
-            Then::GoneElsewhere => {
+        match entry.end(operation, outcome, chance, now) {
+            FollowUp::Remove => self.remove(&ids),
+            FollowUp::RemoveReplaced => {
                 self.remove(&ids);
                 self.replaced.insert(ids);
             }
-            Then::Again => self.waiting.push_back(ids),
-            Then::Retry(wait) => self.delayed.push(Reverse(Due { at: now + wait, ids })),
+            FollowUp::Requeue => self.waiting.push_back(ids),
+            FollowUp::Retry(wait) => {
+                self.delayed.push(Reverse(DelayedRetry { at: now + wait, ids }))
+            }
         }
     }
 
     fn remove(&mut self, ids: &SessionIds) {
         if let Some(entry) = self.entries.remove(ids) {
-            self.ends -= usize::from(entry.want == Want::Offline);
+            self.ends -= usize::from(entry.want == DesiredState::Offline);
         }
         self.shrink();
     }
@@ -242,9 +253,9 @@ impl Queue {
     /// From here on only ends are told, and what failed before is tried once more at once.
     pub(super) fn close(&mut self) {
         self.closing = true;
-        for Reverse(Due { ids, .. }) in std::mem::take(&mut self.delayed) {
+        for Reverse(DelayedRetry { ids, .. }) in std::mem::take(&mut self.delayed) {
             if let Some(entry) = self.entries.get_mut(&ids) {
-                entry.place = Place::Waiting;
+                entry.place = EntryState::Waiting;
             }
             self.waiting.push_back(ids);
         }
@@ -257,7 +268,7 @@ impl Queue {
 
     /// Whether there are any: asked after each outcome, so it does not count them all.
     pub(super) fn has_ends_untold(&self) -> bool {
-        self.entries.values().any(Entry::is_untold)
+        self.entries.values().any(QueueEntry::is_untold)
     }
 
     /// Gives back what a storm took.
@@ -271,26 +282,26 @@ impl Queue {
 }
 
 #[derive(Debug)]
-struct Due {
+struct DelayedRetry {
     at: Instant,
     ids: SessionIds,
 }
 
-impl PartialEq for Due {
+impl PartialEq for DelayedRetry {
     fn eq(&self, other: &Self) -> bool {
         self.at == other.at
     }
 }
 
-impl Eq for Due {}
+impl Eq for DelayedRetry {}
 
-impl PartialOrd for Due {
+impl PartialOrd for DelayedRetry {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Due {
+impl Ord for DelayedRetry {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.at.cmp(&other.at)
     }

@@ -19,7 +19,7 @@ pub(super) fn backoff(min: Duration, max: Duration, attempt: u32, chance: f64) -
 
 /// What may be begun now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Leave {
+pub(super) enum CallPermit {
     /// A call.
     Go,
     /// None before the outcome of the one under way.
@@ -30,12 +30,12 @@ pub(super) enum Leave {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct CircuitBreaker {
     failures_in_row: u32,
     probe_at: Option<Instant>,
 }
 
-impl Pace {
+impl CircuitBreaker {
     /// Takes the outcome of a call in. `chance`: 0 to 1.
     pub(super) fn ended(&mut self, failed: bool, chance: f64, now: Instant) {
         if !failed {
@@ -54,12 +54,12 @@ impl Pace {
     }
 
     /// Whether a call may begin beside so many that are under way.
-    pub(super) fn leave(&self, under_way: usize, now: Instant) -> Leave {
+    pub(super) fn leave(&self, under_way: usize, now: Instant) -> CallPermit {
         match self.probe_at {
-            _ if !self.is_away() => Leave::Go,
-            _ if under_way > 0 => Leave::AfterOutcome,
-            Some(at) if at > now => Leave::At(at),
-            Some(_) | None => Leave::Go,
+            _ if !self.is_away() => CallPermit::Go,
+            _ if under_way > 0 => CallPermit::AfterOutcome,
+            Some(at) if at > now => CallPermit::At(at),
+            Some(_) | None => CallPermit::Go,
         }
     }
 }

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::super::reach::{Reach, ReachConfig, Standing};
+use super::super::visibility::{Visibility, VisibilityConfig, VisibilityState};
 use super::entry::{REFRESH_AGE_MAX, RETRY_MAX, RETRY_MIN};
 use super::pace::{FAILURES_IN_ROW_MAX, PROBE_MAX};
 use super::*;
@@ -12,57 +12,57 @@ fn ids(user: usize) -> SessionIds {
     SessionIds::new(&format!("user-{user}"), "phone")
 }
 
-const REACH: ReachConfig = ReachConfig {
+const REACH: VisibilityConfig = VisibilityConfig {
     lookup_lifetime: Duration::from_secs(1),
     registration_wait: Duration::from_secs(2),
 };
 
-fn limits(max: usize) -> Limits {
-    Limits { sessions_max: max, ends_max: max }
+fn limits(max: usize) -> QueueLimits {
+    QueueLimits { sessions_max: max, ends_max: max }
 }
 
 /// A queue, and its time, which passes only when told to.
 struct Bench {
-    queue: Queue,
+    queue: OperationQueue,
     now: Instant,
 }
 
 impl Bench {
     fn new() -> Self {
-        Self { queue: Queue::new(limits(100)), now: Instant::now() }
+        Self { queue: OperationQueue::new(limits(100)), now: Instant::now() }
     }
 
-    fn next(&mut self) -> Option<Job> {
+    fn next(&mut self) -> Option<PresenceOperation> {
         match self.queue.next(self.now) {
-            Next::Do(_, job) => Some(job),
-            Next::At(_) | Next::Nothing => None,
+            NextOperation::Start(_, operation) => Some(operation),
+            NextOperation::NotBefore(_) | NextOperation::Idle => None,
         }
     }
 
-    fn finish(&mut self, job: Job, outcome: Outcome) {
-        self.queue.finish(ids(0), job, outcome, 0.5, self.now);
+    fn finish(&mut self, operation: PresenceOperation, outcome: OperationOutcome) {
+        self.queue.finish(ids(0), operation, outcome, 0.5, self.now);
     }
 
-    /// Takes the next job, which must be this one, and finishes it.
-    fn does(&mut self, job: Job, outcome: Outcome) {
-        assert_eq!(self.next(), Some(job));
-        self.finish(job, outcome);
+    /// Takes the next operation, which must be this one, and finishes it.
+    fn does(&mut self, operation: PresenceOperation, outcome: OperationOutcome) {
+        assert_eq!(self.next(), Some(operation));
+        self.finish(operation, outcome);
     }
 
     /// A session that somebody waits for.
-    fn admits(&mut self, user: usize, replaced: bool) -> Arc<Reach> {
-        let reach = Arc::new(Reach::new(REACH, self.now));
+    fn admits(&mut self, user: usize, replaced: bool) -> Arc<Visibility> {
+        let visibility = Arc::new(Visibility::new(REACH, self.now));
         self.queue.opened(&ids(user), replaced, self.now);
-        self.queue.pledge(&ids(user), Pledge::new(Arc::clone(&reach)));
-        reach
+        self.queue.notifier(&ids(user), VisibilityNotifier::new(Arc::clone(&visibility)));
+        visibility
     }
 
     fn is_idle(&mut self) -> bool {
         self.next().is_none() && self.queue.len() == 0
     }
 
-    fn fails(&mut self, job: Job) {
-        self.does(job, Outcome::Failed);
+    fn fails(&mut self, operation: PresenceOperation) {
+        self.does(operation, OperationOutcome::Failed);
         self.now += RETRY_MAX;
     }
 }
@@ -71,12 +71,12 @@ impl Bench {
 fn session_is_registered_refreshed_and_unregistered() {
     let mut bench = Bench::new();
     assert!(bench.queue.opened(&ids(0), false, bench.now));
-    bench.does(Job::Register, Outcome::Done);
+    bench.does(PresenceOperation::Register, OperationOutcome::Done);
     assert!(bench.is_idle());
     assert!(bench.queue.refresh(&ids(0), false, bench.now));
-    bench.does(Job::Refresh { check: false }, Outcome::Done);
+    bench.does(PresenceOperation::Refresh { check: false }, OperationOutcome::Done);
     assert!(bench.queue.ended(&ids(0), bench.now));
-    bench.does(Job::Unregister, Outcome::Done);
+    bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
 
@@ -94,13 +94,13 @@ fn session_that_came_and_went_untold_costs_nothing() {
 fn session_that_came_and_went_while_presence_was_away_costs_one_call() {
     let mut bench = Bench::new();
     bench.queue.opened(&ids(0), false, bench.now);
-    bench.fails(Job::Register);
+    bench.fails(PresenceOperation::Register);
     for _ in 0..50 {
         bench.queue.ended(&ids(0), bench.now);
         bench.queue.opened(&ids(0), false, bench.now);
     }
     bench.queue.ended(&ids(0), bench.now);
-    bench.does(Job::Unregister, Outcome::Done);
+    bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
 
@@ -108,14 +108,14 @@ fn session_that_came_and_went_while_presence_was_away_costs_one_call() {
 fn newest_state_follows_the_call_under_way() {
     let mut bench = Bench::new();
     bench.queue.opened(&ids(0), false, bench.now);
-    assert_eq!(bench.next(), Some(Job::Register));
+    assert_eq!(bench.next(), Some(PresenceOperation::Register));
     bench.queue.ended(&ids(0), bench.now);
     assert_eq!(bench.next(), None, "one call for a session at a time");
-    bench.finish(Job::Register, Outcome::Done);
-    assert_eq!(bench.next(), Some(Job::Unregister));
+    bench.finish(PresenceOperation::Register, OperationOutcome::Done);
+    assert_eq!(bench.next(), Some(PresenceOperation::Unregister));
     bench.queue.opened(&ids(0), false, bench.now);
-    bench.finish(Job::Unregister, Outcome::Done);
-    bench.does(Job::Register, Outcome::Done);
+    bench.finish(PresenceOperation::Unregister, OperationOutcome::Done);
+    bench.does(PresenceOperation::Register, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
 
@@ -123,11 +123,11 @@ fn newest_state_follows_the_call_under_way() {
 fn check_that_is_asked_for_meanwhile_is_made_afterwards() {
     let mut bench = Bench::new();
     bench.queue.opened(&ids(0), false, bench.now);
-    assert_eq!(bench.next(), Some(Job::Register));
+    assert_eq!(bench.next(), Some(PresenceOperation::Register));
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.finish(Job::Register, Outcome::Done);
-    bench.fails(Job::Refresh { check: true });
-    bench.does(Job::Refresh { check: true }, Outcome::Done);
+    bench.finish(PresenceOperation::Register, OperationOutcome::Done);
+    bench.fails(PresenceOperation::Refresh { check: true });
+    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
 
@@ -135,8 +135,8 @@ fn check_that_is_asked_for_meanwhile_is_made_afterwards() {
 fn vanished_registration_is_made_again() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.does(Job::Refresh { check: true }, Outcome::Vanished);
-    bench.does(Job::Register, Outcome::Done);
+    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Vanished);
+    bench.does(PresenceOperation::Register, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
 
@@ -144,16 +144,16 @@ fn vanished_registration_is_made_again() {
 fn refresh_that_waited_too_long_becomes_a_registration() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), false, bench.now);
-    bench.fails(Job::Refresh { check: false });
+    bench.fails(PresenceOperation::Refresh { check: false });
     bench.now += REFRESH_AGE_MAX;
-    bench.does(Job::Register, Outcome::Done);
+    bench.does(PresenceOperation::Register, OperationOutcome::Done);
 }
 
 #[test]
 fn session_held_elsewhere_is_reported_once_and_not_taken_back() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.does(Job::Refresh { check: true }, Outcome::Elsewhere);
+    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
     assert!(bench.is_idle());
     assert_eq!(bench.queue.take_replaced(), [ids(0)]);
     assert_eq!(bench.queue.take_replaced(), []);
@@ -163,21 +163,21 @@ fn session_held_elsewhere_is_reported_once_and_not_taken_back() {
 fn session_that_came_back_meanwhile_is_not_taken_for_the_replaced_one() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
-    assert_eq!(bench.next(), Some(Job::Refresh { check: true }));
+    assert_eq!(bench.next(), Some(PresenceOperation::Refresh { check: true }));
     bench.queue.opened(&ids(0), true, bench.now);
-    bench.finish(Job::Refresh { check: true }, Outcome::Elsewhere);
+    bench.finish(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
     assert_eq!(bench.queue.take_replaced(), []);
-    bench.does(Job::Register, Outcome::Done);
+    bench.does(PresenceOperation::Register, OperationOutcome::Done);
 
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.does(Job::Refresh { check: true }, Outcome::Elsewhere);
+    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
     bench.queue.opened(&ids(0), false, bench.now);
     assert_eq!(bench.queue.take_replaced(), [], "found before it came back");
 }
 
 #[test]
 fn presence_that_is_away_is_tried_one_call_at_a_time() {
-    let mut queue = Queue::new(limits(1000));
+    let mut queue = OperationQueue::new(limits(1000));
     let mut now = Instant::now();
     for user in 0..500 {
         queue.opened(&ids(user), false, now);
@@ -186,25 +186,25 @@ fn presence_that_is_away_is_tried_one_call_at_a_time() {
     let end = now + Duration::from_secs(60);
     while now < end {
         match queue.next(now) {
-            Next::Do(ids, job) => {
-                queue.finish(ids, job, Outcome::Failed, 0.0, now);
+            NextOperation::Start(ids, operation) => {
+                queue.finish(ids, operation, OperationOutcome::Failed, 0.0, now);
                 calls += 1;
             }
-            Next::At(at) => now = at,
-            Next::Nothing => unreachable!("there is always something to try"),
+            NextOperation::NotBefore(at) => now = at,
+            NextOperation::Idle => unreachable!("there is always something to try"),
         }
     }
     assert!((20..40).contains(&calls), "{calls} calls in a minute");
     // And at once at full pace when it is back.
-    let Next::Do(ids, job) = queue.next(now) else { panic!("a call is due") };
-    queue.finish(ids, job, Outcome::Done, 0.0, now);
-    let Next::Do(..) = queue.next(now) else { panic!("slow") };
-    let Next::Do(..) = queue.next(now) else { panic!("one at a time") };
+    let NextOperation::Start(ids, operation) = queue.next(now) else { panic!("a call is due") };
+    queue.finish(ids, operation, OperationOutcome::Done, 0.0, now);
+    let NextOperation::Start(..) = queue.next(now) else { panic!("slow") };
+    let NextOperation::Start(..) = queue.next(now) else { panic!("one at a time") };
 }
 
 #[test]
 fn room_is_bounded_and_refreshes_leave_half_of_it() {
-    let mut queue = Queue::new(Limits { sessions_max: 10, ends_max: 20 });
+    let mut queue = OperationQueue::new(QueueLimits { sessions_max: 10, ends_max: 20 });
     let now = Instant::now();
     assert_eq!((0..10).filter(|user| queue.refresh(&ids(*user), false, now)).count(), 5);
     assert_eq!((10..20).filter(|user| queue.opened(&ids(*user), false, now)).count(), 5);
@@ -217,7 +217,7 @@ fn room_is_bounded_and_refreshes_leave_half_of_it() {
 
 #[test]
 fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
-    let mut queue = Queue::new(Limits { sessions_max: 10, ends_max: 1_000 });
+    let mut queue = OperationQueue::new(QueueLimits { sessions_max: 10, ends_max: 1_000 });
     let now = Instant::now();
     assert!((0..1_000).all(|user| queue.ended(&ids(user), now)));
     assert!((1_000..1_010).all(|user| queue.opened(&ids(user), false, now)));
@@ -226,8 +226,10 @@ fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
     assert!((0..5).all(|user| queue.opened(&ids(user), false, now)));
     assert!((2_000..2_010).filter(|user| queue.ended(&ids(*user), now)).count() == 0);
     for _ in 0..1_010 {
-        let Next::Do(ids, job) = queue.next(now) else { panic!("there is something to do") };
-        queue.finish(ids, job, Outcome::Done, 0.5, now);
+        let NextOperation::Start(ids, operation) = queue.next(now) else {
+            panic!("there is something to do")
+        };
+        queue.finish(ids, operation, OperationOutcome::Done, 0.5, now);
     }
     assert_eq!((queue.len(), queue.ends), (0, 0));
 }
@@ -236,12 +238,12 @@ fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
 fn closing_tells_ends_only() {
     let mut bench = Bench::new();
     bench.queue.ended(&ids(0), bench.now);
-    bench.does(Job::Unregister, Outcome::Failed);
+    bench.does(PresenceOperation::Unregister, OperationOutcome::Failed);
     bench.queue.opened(&ids(1), false, bench.now);
     bench.queue.close();
     assert!(!bench.queue.opened(&ids(2), false, bench.now));
     assert_eq!(bench.queue.ends_untold(), 1);
-    bench.does(Job::Unregister, Outcome::Done);
+    bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
     assert_eq!(bench.queue.ends_untold(), 0);
     assert!(bench.is_idle());
 }
@@ -250,16 +252,22 @@ fn closing_tells_ends_only() {
 fn who_waits_for_a_registration_hears_of_his_own_only() {
     let mut bench = Bench::new();
     let first = bench.admits(0, false);
-    assert_eq!(bench.next(), Some(Job::Register));
+    assert_eq!(bench.next(), Some(PresenceOperation::Register));
     // The device connects again while its first registration is under way.
     let second = bench.admits(0, true);
-    assert_eq!(first.standing(bench.now), Standing::Unreached, "it is over with that one");
-    bench.finish(Job::Register, Outcome::Done);
-    assert_eq!(second.standing(bench.now), Standing::Open(bench.now + REACH.registration_wait));
-    bench.does(Job::Register, Outcome::Failed);
+    assert_eq!(first.state(bench.now), VisibilityState::NotVisible, "it is over with that one");
+    bench.finish(PresenceOperation::Register, OperationOutcome::Done);
+    assert_eq!(
+        second.state(bench.now),
+        VisibilityState::Pending(bench.now + REACH.registration_wait)
+    );
+    bench.does(PresenceOperation::Register, OperationOutcome::Failed);
     bench.now += RETRY_MIN;
-    bench.does(Job::Register, Outcome::Done);
-    assert_eq!(second.standing(bench.now), Standing::Open(bench.now + REACH.lookup_lifetime));
+    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    assert_eq!(
+        second.state(bench.now),
+        VisibilityState::Pending(bench.now + REACH.lookup_lifetime)
+    );
     assert!(bench.is_idle());
 }
 
@@ -267,20 +275,20 @@ fn who_waits_for_a_registration_hears_of_his_own_only() {
 fn nobody_waits_for_a_registration_that_will_take_long_or_never_come() {
     let mut bench = Bench::new();
     let refused = bench.admits(0, false);
-    bench.does(Job::Register, Outcome::Rejected);
-    assert_eq!(refused.standing(bench.now), Standing::Unreached);
+    bench.does(PresenceOperation::Register, OperationOutcome::Rejected);
+    assert_eq!(refused.state(bench.now), VisibilityState::NotVisible);
 
     bench.queue.opened(&ids(0), false, bench.now);
-    (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(Job::Register));
+    (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(PresenceOperation::Register));
     let late = bench.admits(0, false);
-    assert_eq!(late.standing(bench.now), Standing::Unreached, "presence is known to be away");
+    assert_eq!(late.state(bench.now), VisibilityState::NotVisible, "presence is known to be away");
     bench.now += PROBE_MAX;
-    bench.does(Job::Register, Outcome::Done);
+    bench.does(PresenceOperation::Register, OperationOutcome::Done);
     let reached = bench.now + REACH.lookup_lifetime;
-    assert_eq!(late.standing(reached), Standing::Reached, "it counts when it comes");
+    assert_eq!(late.state(reached), VisibilityState::Visible, "it counts when it comes");
 
-    let mut full = Bench { queue: Queue::new(limits(0)), now: bench.now };
-    assert_eq!(full.admits(0, false).standing(full.now), Standing::Unreached);
+    let mut full = Bench { queue: OperationQueue::new(limits(0)), now: bench.now };
+    assert_eq!(full.admits(0, false).state(full.now), VisibilityState::NotVisible);
 }
 
 #[derive(Clone, Debug)]
@@ -312,18 +320,18 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// Carries a call out the way the presence service does.
-fn carry_out(registered: &mut HashSet<SessionIds>, ids: &SessionIds, job: Job) {
-    match job {
-        Job::Register => drop(registered.insert(ids.clone())),
-        Job::Unregister => drop(registered.remove(ids)),
-        Job::Refresh { .. } => {}
+fn carry_out(registered: &mut HashSet<SessionIds>, ids: &SessionIds, operation: PresenceOperation) {
+    match operation {
+        PresenceOperation::Register => drop(registered.insert(ids.clone())),
+        PresenceOperation::Unregister => drop(registered.remove(ids)),
+        PresenceOperation::Refresh { .. } => {}
     }
 }
 
 proptest! {
     #[test]
     fn presence_ends_up_with_what_is_connected(steps in steps()) {
-        let mut queue = Queue::new(limits(100));
+        let mut queue = OperationQueue::new(limits(100));
         let mut now = Instant::now();
         let mut connected = HashSet::new();
         let mut registered = HashSet::new();
@@ -345,39 +353,39 @@ proptest! {
                     }
                 }
                 Step::Begin => {
-                    if let Next::Do(ids, job) = queue.next(now) {
+                    if let NextOperation::Start(ids, operation) = queue.next(now) {
                         prop_assert!(under_way.iter().all(|(other, _)| *other != ids));
-                        under_way.push((ids, job));
+                        under_way.push((ids, operation));
                     }
                 }
                 Step::End { which, carried_out, answered } => {
                     if which < under_way.len() {
-                        let (ids, job) = under_way.remove(which);
+                        let (ids, operation) = under_way.remove(which);
                         if carried_out || answered {
-                            carry_out(&mut registered, &ids, job);
+                            carry_out(&mut registered, &ids, operation);
                         }
-                        let outcome = if answered { Outcome::Done } else { Outcome::Failed };
-                        queue.finish(ids, job, outcome, 0.5, now);
+                        let outcome = if answered { OperationOutcome::Done } else { OperationOutcome::Failed };
+                        queue.finish(ids, operation, outcome, 0.5, now);
                     }
                 }
                 Step::Pass(ms) => now += Duration::from_millis(ms),
             }
             let placed = queue.waiting.len() + queue.delayed.len() + under_way.len();
             prop_assert_eq!(queue.entries.len(), placed);
-            let ends = queue.entries.values().filter(|entry| entry.want == Want::Offline).count();
+            let ends = queue.entries.values().filter(|entry| entry.want == DesiredState::Offline).count();
             prop_assert_eq!(queue.ends, ends);
         }
-        for (ids, job) in under_way {
-            queue.finish(ids, job, Outcome::Failed, 0.5, now);
+        for (ids, operation) in under_way {
+            queue.finish(ids, operation, OperationOutcome::Failed, 0.5, now);
         }
         loop {
             match queue.next(now) {
-                Next::Do(ids, job) => {
-                    carry_out(&mut registered, &ids, job);
-                    queue.finish(ids, job, Outcome::Done, 0.5, now);
+                NextOperation::Start(ids, operation) => {
+                    carry_out(&mut registered, &ids, operation);
+                    queue.finish(ids, operation, OperationOutcome::Done, 0.5, now);
                 }
-                Next::At(at) => now = at,
-                Next::Nothing => break,
+                NextOperation::NotBefore(at) => now = at,
+                NextOperation::Idle => break,
             }
         }
         prop_assert_eq!(queue.len(), 0);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use prost::Message as _;
 
-use super::{ResumeConfig, Shared};
+use super::{CatchUpConfig, CatchUpResources};
 use crate::domain::event::{Encoding, EncodingSet, Event};
 use crate::service::events::encode::{Encoder, encode_envelope};
 use crate::service::events::envelope;
@@ -31,7 +31,7 @@ fn envelope_of(conversation: &str, mut message: Message) -> Vec<u8> {
     encode_envelope(EventType::MessageSent, occurred_at, payload)
 }
 
-impl Shared {
+impl CatchUpResources {
     /// Encodes a page, with whichever encoder is idle.
     pub(super) fn encode(
         &self,
@@ -60,7 +60,7 @@ impl Shared {
 pub(super) fn chunks(
     events: Vec<Arc<Event>>,
     encoding: Encoding,
-    config: &ResumeConfig,
+    config: &CatchUpConfig,
 ) -> Vec<Vec<Arc<Event>>> {
     let mut chunks: Vec<Vec<Arc<Event>>> = Vec::new();
     let mut room = 0;
@@ -112,8 +112,11 @@ mod tests {
             let frame = vec![0; bytes].into_boxed_slice();
             Arc::new(Event::new(None, 0).with_frame(Encoding::Binary, frame))
         };
-        let config =
-            ResumeConfig { chunk_messages_max: 3, chunk_bytes_max: 100, ..ResumeConfig::default() };
+        let config = CatchUpConfig {
+            chunk_messages_max: 3,
+            chunk_bytes_max: 100,
+            ..CatchUpConfig::default()
+        };
         let sizes = [10, 20, 30, 40, 60, 1, 500, 1];
         let events: Vec<_> = sizes.iter().map(|bytes| event(*bytes)).collect();
         let cut = chunks(events.clone(), Encoding::Binary, &config);

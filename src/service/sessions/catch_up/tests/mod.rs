@@ -21,14 +21,14 @@ use crate::service::fakes::{Call, FakeNeighbours, Manner, Method};
 
 struct Bench {
     fake: FakeNeighbours,
-    resume: Resume,
-    counters: Arc<ResumeCounters>,
-    out: mpsc::Sender<CatchUp>,
-    steps: mpsc::Receiver<CatchUp>,
+    catch_up: CatchUpService,
+    counters: Arc<CatchUpCounters>,
+    out: mpsc::Sender<CatchUpReport>,
+    steps: mpsc::Receiver<CatchUpReport>,
 }
 
 impl Bench {
-    fn new(config: ResumeConfig) -> Self {
+    fn new(config: CatchUpConfig) -> Self {
         let fake = FakeNeighbours::start();
         let neighbour = NeighbourConfig {
             call_timeout: Duration::from_secs(20),
@@ -37,18 +37,24 @@ impl Bench {
         let counters = Arc::<NeighbourCounters>::default;
         let service = Arc::new(ConversationService::new(&neighbour, counters()).unwrap());
         let messages = Arc::new(MessageService::new(&neighbour, counters()).unwrap());
-        let membership = Membership::Checked { listing: service.clone(), source: service };
-        let counters = Arc::new(ResumeCounters::default());
-        let resume = Resume::new(config, messages, membership, Arc::clone(&counters));
+        let access = ReadAccess::Checked { listing: service.clone(), source: service };
+        let counters = Arc::new(CatchUpCounters::default());
+        let catch_up = CatchUpService::new(config, messages, access, Arc::clone(&counters));
         let (out, steps) = mpsc::channel(16);
-        Self { fake, resume, counters, out, steps }
+        Self { fake, catch_up, counters, out, steps }
     }
 
-    fn begin(&self, slot: u32, user: &str, scope: Scope) -> Begun {
+    fn begin(&self, slot: u32, user: &str, scope: CatchUpScope) -> CatchUpStart {
         self.begin_among(slot, user, scope, None)
     }
 
-    fn begin_among(&self, slot: u32, user: &str, scope: Scope, reach: Option<Arc<Reach>>) -> Begun {
+    fn begin_among(
+        &self,
+        slot: u32,
+        user: &str,
+        scope: CatchUpScope,
+        visibility: Option<Arc<Visibility>>,
+    ) -> CatchUpStart {
         let address = SessionAddress {
             shard: ShardId(0),
             // Its frame is the bare message.
@@ -56,15 +62,15 @@ impl Bench {
             connection: ConnectionKey { slot, generation: 0 },
         };
         let ids = SessionIds::new(user, "phone");
-        self.resume.begin(ResumeRequest { ids, address, scope, reach }, self.out.clone())
+        self.catch_up.begin(CatchUpRequest { ids, address, scope, visibility }, self.out.clone())
     }
 
     fn begin_session(&self, slot: u32, user: &str, named: &[(&str, i64)]) {
-        let begun = self.begin(slot, user, Scope::Session(positions(named)));
-        assert!(matches!(begun, Begun::Running(_)), "{begun:?}");
+        let begun = self.begin(slot, user, CatchUpScope::Session(positions(named)));
+        assert!(matches!(begun, CatchUpStart::Running(_)), "{begun:?}");
     }
 
-    async fn step(&mut self) -> CatchUp {
+    async fn step(&mut self) -> CatchUpReport {
         self.steps.recv().await.expect("the bench holds a sender")
     }
 
@@ -73,22 +79,22 @@ impl Bench {
         let mut messages = Vec::new();
         loop {
             match self.step().await.step {
-                Step::Chunk { events, sent } => {
+                CatchUpStep::Chunk { events, sent } => {
                     messages.extend(events.iter().map(|event| place(event)));
                     sent.send(()).unwrap();
                 }
-                Step::Complete { delivered } => {
+                CatchUpStep::Complete { delivered } => {
                     let delivered = delivered.iter().map(|at| (at.stream.0, at.sequence));
                     return (messages, delivered.collect());
                 }
-                Step::Failed(close) => panic!("{close:?}"),
+                CatchUpStep::Failed(close) => panic!("{close:?}"),
             }
         }
     }
 
     async fn failed(&mut self) -> Close {
         match self.step().await.step {
-            Step::Failed(close) => close,
+            CatchUpStep::Failed(close) => close,
             step => panic!("{step:?}"),
         }
     }
@@ -115,7 +121,7 @@ fn of(conversation: &str, messages: &[(String, i64)]) -> Vec<i64> {
 
 #[tokio::test]
 async fn everything_missed_is_sent_page_by_page_and_in_order() {
-    let mut bench = Bench::new(ResumeConfig::default());
+    let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.known().converse("named", &["alice"], 250);
     bench.fake.known().converse("listed", &["alice", "bob"], 100);
     bench.fake.known().converse("up-to-date", &["alice"], 5);
@@ -151,7 +157,7 @@ async fn everything_missed_is_sent_page_by_page_and_in_order() {
 
 #[tokio::test]
 async fn conversation_that_is_not_the_users_is_not_sent_by_being_named() {
-    let mut bench = Bench::new(ResumeConfig::default());
+    let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.known().converse("removed-from", &["bob"], 50);
     bench.begin_session(1, "alice", &[("removed-from", 3), ("unknown", 0)]);
     let (messages, delivered) = bench.complete().await;
@@ -162,7 +168,7 @@ async fn conversation_that_is_not_the_users_is_not_sent_by_being_named() {
 
 #[tokio::test]
 async fn pace_is_the_sockets() {
-    let config = ResumeConfig { chunk_messages_max: 10, ..ResumeConfig::default() };
+    let config = CatchUpConfig { chunk_messages_max: 10, ..CatchUpConfig::default() };
     let mut bench = Bench::new(config);
     bench.fake.known().converse("a", &["alice"], 25);
     bench.fake.known().converse("b", &["alice"], 25);
@@ -170,15 +176,15 @@ async fn pace_is_the_sockets() {
     let mut sizes = Vec::new();
     loop {
         match bench.step().await.step {
-            Step::Chunk { events, sent } => {
+            CatchUpStep::Chunk { events, sent } => {
                 // However much is there already, the next chunk waits for this one.
                 bench.fake.until(|known| known.count(Method::Sync) == 2).await;
                 assert!(bench.steps.try_recv().is_err());
                 sizes.push(events.len());
                 sent.send(()).unwrap();
             }
-            Step::Complete { .. } => break,
-            Step::Failed(close) => panic!("{close:?}"),
+            CatchUpStep::Complete { .. } => break,
+            CatchUpStep::Failed(close) => panic!("{close:?}"),
         }
     }
     assert_eq!(sizes, [10, 10, 5, 10, 10, 5]);
@@ -187,11 +193,11 @@ async fn pace_is_the_sockets() {
 
 #[tokio::test]
 async fn socket_that_takes_nothing_ends_the_catch_up() {
-    let config = ResumeConfig { chunk_timeout: Duration::from_millis(20), ..Default::default() };
+    let config = CatchUpConfig { chunk_timeout: Duration::from_millis(20), ..Default::default() };
     let mut bench = Bench::new(config);
     bench.fake.known().converse("a", &["alice"], 5);
     bench.begin_session(1, "alice", &[]);
-    let Step::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
+    let CatchUpStep::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
     let close = bench.failed().await;
     assert_eq!(close.code, CloseCode::TRY_AGAIN_LATER);
     assert!(close.reason.contains("reads too slowly"), "{close:?}");
@@ -202,10 +208,10 @@ async fn socket_that_takes_nothing_ends_the_catch_up() {
 
 #[tokio::test]
 async fn session_that_ended_is_dropped_without_a_word() {
-    let mut bench = Bench::new(ResumeConfig::default());
+    let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.known().converse("a", &["alice"], 5);
     bench.begin_session(1, "alice", &[]);
-    let Step::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
+    let CatchUpStep::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
     drop(sent);
     bench.begin_session(2, "alice", &[]);
     assert_eq!(bench.step().await.address.connection.slot, 2, "and nothing more of the first");
@@ -216,7 +222,7 @@ async fn failing_service_is_asked_a_few_times_and_then_the_client_is_told() {
     for (method, text) in
         [(Method::List, "conversation service"), (Method::Sync, "message service")]
     {
-        let config = ResumeConfig { attempts_max: 2, ..ResumeConfig::default() };
+        let config = CatchUpConfig { attempts_max: 2, ..CatchUpConfig::default() };
         let mut bench = Bench::new(config);
         bench.fake.known().converse("a", &["alice"], 5);
         bench.fake.set(method, Manner::Failing(Code::Internal));
@@ -231,7 +237,7 @@ async fn failing_service_is_asked_a_few_times_and_then_the_client_is_told() {
 
 #[tokio::test]
 async fn failure_that_passes_is_not_noticed() {
-    let mut bench = Bench::new(ResumeConfig { attempts_max: 100, ..ResumeConfig::default() });
+    let mut bench = Bench::new(CatchUpConfig { attempts_max: 100, ..CatchUpConfig::default() });
     bench.fake.known().converse("a", &["alice"], 5);
     bench.fake.set(Method::Sync, Manner::Failing(Code::Unavailable));
     bench.begin_session(1, "alice", &[]);
@@ -243,7 +249,7 @@ async fn failure_that_passes_is_not_noticed() {
 
 #[tokio::test]
 async fn later_attempts_ask_for_less_and_still_get_everything() {
-    let mut bench = Bench::new(ResumeConfig::default());
+    let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.known().converse("a", &["alice"], 130);
     bench.fake.set(Method::Sync, Manner::Failing(Code::Unavailable));
     bench.begin_session(1, "alice", &[]);
@@ -263,11 +269,11 @@ async fn later_attempts_ask_for_less_and_still_get_everything() {
 #[tokio::test]
 async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
     const SESSIONS: u32 = 300;
-    let config = ResumeConfig {
+    let config = CatchUpConfig {
         calls_max: 8,
         sessions_max: 20,
         conversations_at_once: 3,
-        ..ResumeConfig::default()
+        ..CatchUpConfig::default()
     };
     let mut bench = Bench::new(config);
     for conversation in 0..10 {
@@ -281,12 +287,12 @@ async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
     let mut messages = 0;
     while complete < SESSIONS {
         match bench.step().await.step {
-            Step::Chunk { events, sent } => {
+            CatchUpStep::Chunk { events, sent } => {
                 messages += events.len();
                 sent.send(()).unwrap();
             }
-            Step::Complete { .. } => complete += 1,
-            Step::Failed(close) => panic!("{close:?}"),
+            CatchUpStep::Complete { .. } => complete += 1,
+            CatchUpStep::Failed(close) => panic!("{close:?}"),
         }
     }
     assert_eq!(messages, SESSIONS as usize * 30);
@@ -299,23 +305,24 @@ async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
 
 #[tokio::test]
 async fn requests_beyond_the_budget_are_refused() {
-    let config = ResumeConfig { requests_bytes_max: 1000, ..ResumeConfig::default() };
+    let config = CatchUpConfig { requests_bytes_max: 1000, ..CatchUpConfig::default() };
     let bench = Bench::new(config);
     bench.fake.set(Method::List, Manner::Hanging);
     let named = [("conversation-with-a-name-of-some-length", 1); 8];
     bench.begin_session(1, "alice", &named);
-    let begun = bench.begin(2, "bob", Scope::Session(positions(&named)));
-    let Begun::Refused(close) = begun else { panic!("{begun:?}") };
+    let begun = bench.begin(2, "bob", CatchUpScope::Session(positions(&named)));
+    let CatchUpStart::Refused(close) = begun else { panic!("{begun:?}") };
     assert_eq!(close.code, CloseCode::TRY_AGAIN_LATER);
     assert_eq!(bench.counters.refused.get(), 1);
 }
 
 #[tokio::test]
 async fn aborted_catch_up_gives_everything_back() {
-    let bench = Bench::new(ResumeConfig { sessions_max: 1, ..ResumeConfig::default() });
+    let bench = Bench::new(CatchUpConfig { sessions_max: 1, ..CatchUpConfig::default() });
     bench.fake.known().converse("a", &["alice"], 5);
     bench.fake.set(Method::Sync, Manner::Hanging);
-    let Begun::Running(task) = bench.begin(1, "alice", Scope::Session(Vec::new())) else {
+    let CatchUpStart::Running(task) = bench.begin(1, "alice", CatchUpScope::Session(Vec::new()))
+    else {
         panic!("not begun");
     };
     bench.fake.until(|known| known.count(Method::Sync) == 1).await;
@@ -331,14 +338,14 @@ async fn aborted_catch_up_gives_everything_back() {
 
 #[tokio::test]
 async fn grpc_session_resumes_one_conversation_and_is_answered_in_any_case() {
-    let mut bench = Bench::new(ResumeConfig::default());
+    let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.known().converse("a", &["alice"], 5);
     bench.fake.known().converse("b", &["bob"], 5);
     for (conversation, after, expected, last) in
         [("a", 3, vec![4, 5], 5), ("a", 5, vec![], 5), ("b", 2, vec![], 2), ("x", 0, vec![], 0)]
     {
-        let scope = Scope::Conversation { conversation: conversation.into(), after };
-        assert!(matches!(bench.begin(1, "alice", scope), Begun::Running(_)));
+        let scope = CatchUpScope::Conversation { conversation: conversation.into(), after };
+        assert!(matches!(bench.begin(1, "alice", scope), CatchUpStart::Running(_)));
         let (messages, delivered) = bench.complete().await;
         assert_eq!(of(conversation, &messages), expected);
         assert_eq!(delivered, HashMap::from([(stream_key(conversation).0, last)]));
@@ -364,11 +371,12 @@ impl MessageSource for Stuck {
 
 #[tokio::test]
 async fn page_without_progress_is_a_failure_and_not_a_loop() {
-    let mut bench = Bench::new(ResumeConfig::default());
+    let mut bench = Bench::new(CatchUpConfig::default());
     let (messages, counters) = (Arc::new(Stuck), Arc::clone(&bench.counters));
-    bench.resume = Resume::new(ResumeConfig::default(), messages, Membership::Unchecked, counters);
+    bench.catch_up =
+        CatchUpService::new(CatchUpConfig::default(), messages, ReadAccess::Unchecked, counters);
     bench.begin_session(1, "alice", &[("a", 0)]);
-    let Step::Chunk { events, sent } = bench.step().await.step else { panic!("no chunk") };
+    let CatchUpStep::Chunk { events, sent } = bench.step().await.step else { panic!("no chunk") };
     assert_eq!(events.len(), 1, "a hundred messages that all claim the same place are one");
     sent.send(()).unwrap();
     assert_eq!(bench.failed().await.code, CloseCode::TRY_AGAIN_LATER);
@@ -376,7 +384,9 @@ async fn page_without_progress_is_a_failure_and_not_a_loop() {
 
 #[test]
 fn reasons_fit_a_close_frame() {
-    for failure in [Failure::Conversations, Failure::Messages, Failure::TooSlow] {
+    for failure in
+        [CatchUpFailure::Conversations, CatchUpFailure::Messages, CatchUpFailure::TooSlow]
+    {
         let close = failure.close().unwrap();
         assert!(close.reason.len() <= crate::domain::limits::CLOSE_REASON_BYTES_MAX);
     }

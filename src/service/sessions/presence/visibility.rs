@@ -7,13 +7,13 @@
 //! ```
 //!
 //! A node that routes an event looks its members up in the registry and believes an answer, also
-//! “nowhere”, for [`ReachConfig::lookup_lifetime`] from when it asked. So an answer from before the
+//! “nowhere”, for [`VisibilityConfig::lookup_lifetime`] from when it asked. So an answer from before the
 //! registration is void everywhere that long after it, whether or not the announcement of the
 //! registration was heard. What was routed before then is with the message service, which has a
 //! message before its event is published: a catch-up whose last page is asked for afterwards misses
 //! nothing.
 //!
-//! Presence may be away, and nobody waits for it for long: see [`Standing::Unreached`].
+//! Presence may be away, and nobody waits for it for long: see [`VisibilityState::NotVisible`].
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +25,7 @@ use tokio::time::{Instant, timeout_at};
 
 /// What decides it.
 #[derive(Clone, Copy, Debug)]
-pub struct ReachConfig {
+pub struct VisibilityConfig {
     /// How long a node believes what it found in the registry. The same on every node.
     pub lookup_lifetime: Duration,
     /// How long after its admission a session's registration is waited for.
@@ -34,20 +34,20 @@ pub struct ReachConfig {
 
 /// How far a session is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum VisibilityState {
     /// Not before then is it decided, unless news come.
-    Open(Instant),
+    Pending(Instant),
     /// Every event that is routed from now on is handed over.
-    Reached,
+    Visible,
     /// It was not registered in time, or presence is known to be away. Events that are routed on
     /// other nodes may not come until it is.
-    Unreached,
+    NotVisible,
 }
 
 /// What is known about one session.
 #[derive(Debug)]
-pub struct Reach {
-    config: ReachConfig,
+pub struct Visibility {
+    config: VisibilityConfig,
     admitted: Instant,
     registered: OnceLock<Instant>,
     /// There is no point in waiting.
@@ -55,9 +55,9 @@ pub struct Reach {
     news: Notify,
 }
 
-impl Reach {
+impl Visibility {
     /// Of a session that was just admitted.
-    pub fn new(config: ReachConfig, now: Instant) -> Self {
+    pub fn new(config: VisibilityConfig, now: Instant) -> Self {
         Self {
             config,
             admitted: now,
@@ -80,21 +80,23 @@ impl Reach {
     }
 
     /// Where it stands.
-    pub fn standing(&self, now: Instant) -> Standing {
+    pub fn state(&self, now: Instant) -> VisibilityState {
         let patience = self.admitted + self.config.registration_wait;
         match self.registered.get() {
             Some(at) => {
                 let reached = *at + self.config.lookup_lifetime;
                 if now >= reached {
-                    Standing::Reached
+                    VisibilityState::Visible
                 } else if *at <= patience {
-                    Standing::Open(reached)
+                    VisibilityState::Pending(reached)
                 } else {
-                    Standing::Unreached
+                    VisibilityState::NotVisible
                 }
             }
-            None if now >= patience || self.hopeless.load(Ordering::Acquire) => Standing::Unreached,
-            None => Standing::Open(patience),
+            None if now >= patience || self.hopeless.load(Ordering::Acquire) => {
+                VisibilityState::NotVisible
+            }
+            None => VisibilityState::Pending(patience),
         }
     }
 
@@ -104,7 +106,7 @@ impl Reach {
             let mut news = pin!(self.news.notified());
             // Before the look, so that no news fall between the two.
             news.as_mut().enable();
-            let Standing::Open(until) = self.standing(Instant::now()) else { return };
+            let VisibilityState::Pending(until) = self.state(Instant::now()) else { return };
             // Either way there is something new to look at.
             let _ = timeout_at(until, news).await;
         }
@@ -114,11 +116,11 @@ impl Reach {
 /// The side of whoever registers the session. Dropped without having done so, it says that there is
 /// nothing to wait for.
 #[derive(Debug)]
-pub(super) struct Pledge(Arc<Reach>);
+pub(super) struct VisibilityNotifier(Arc<Visibility>);
 
-impl Pledge {
-    pub(super) fn new(reach: Arc<Reach>) -> Self {
-        Self(reach)
+impl VisibilityNotifier {
+    pub(super) fn new(visibility: Arc<Visibility>) -> Self {
+        Self(visibility)
     }
 
     pub(super) fn keep(self, now: Instant) {
@@ -131,7 +133,7 @@ impl Pledge {
     }
 }
 
-impl Drop for Pledge {
+impl Drop for VisibilityNotifier {
     fn drop(&mut self) {
         self.0.give_up();
     }
@@ -141,71 +143,71 @@ impl Drop for Pledge {
 mod tests {
     use super::*;
 
-    const CONFIG: ReachConfig = ReachConfig {
+    const CONFIG: VisibilityConfig = VisibilityConfig {
         lookup_lifetime: Duration::from_secs(1),
         registration_wait: Duration::from_secs(2),
     };
 
-    fn new() -> (Arc<Reach>, impl Fn(u64) -> Instant) {
+    fn new() -> (Arc<Visibility>, impl Fn(u64) -> Instant) {
         let now = Instant::now();
-        (Arc::new(Reach::new(CONFIG, now)), move |ms| now + Duration::from_millis(ms))
+        (Arc::new(Visibility::new(CONFIG, now)), move |ms| now + Duration::from_millis(ms))
     }
 
     #[test]
     fn session_is_reached_when_no_answer_from_before_is_believed() {
-        let (reach, at) = new();
-        assert_eq!(reach.standing(at(1_999)), Standing::Open(at(2_000)));
-        reach.registered(at(500));
-        reach.registered(at(900));
-        assert_eq!(reach.standing(at(1_499)), Standing::Open(at(1_500)));
-        assert_eq!(reach.standing(at(1_500)), Standing::Reached);
+        let (visibility, at) = new();
+        assert_eq!(visibility.state(at(1_999)), VisibilityState::Pending(at(2_000)));
+        visibility.registered(at(500));
+        visibility.registered(at(900));
+        assert_eq!(visibility.state(at(1_499)), VisibilityState::Pending(at(1_500)));
+        assert_eq!(visibility.state(at(1_500)), VisibilityState::Visible);
     }
 
     #[test]
     fn registration_is_waited_for_so_long_and_counts_whenever_it_comes() {
-        let (reach, at) = new();
-        assert_eq!(reach.standing(at(2_000)), Standing::Unreached);
-        reach.registered(at(3_000));
-        assert_eq!(reach.standing(at(3_999)), Standing::Unreached);
-        assert_eq!(reach.standing(at(4_000)), Standing::Reached);
+        let (visibility, at) = new();
+        assert_eq!(visibility.state(at(2_000)), VisibilityState::NotVisible);
+        visibility.registered(at(3_000));
+        assert_eq!(visibility.state(at(3_999)), VisibilityState::NotVisible);
+        assert_eq!(visibility.state(at(4_000)), VisibilityState::Visible);
     }
 
     #[test]
     fn nobody_waits_for_what_will_take_long() {
-        let (reach, at) = new();
-        let pledge = Pledge::new(Arc::clone(&reach));
-        pledge.put_off();
-        assert_eq!(reach.standing(at(0)), Standing::Unreached);
-        pledge.keep(at(100));
-        assert_eq!(reach.standing(at(1_100)), Standing::Reached);
+        let (visibility, at) = new();
+        let notifier = VisibilityNotifier::new(Arc::clone(&visibility));
+        notifier.put_off();
+        assert_eq!(visibility.state(at(0)), VisibilityState::NotVisible);
+        notifier.keep(at(100));
+        assert_eq!(visibility.state(at(1_100)), VisibilityState::Visible);
     }
 
     #[tokio::test]
     async fn waiting_ends_with_the_news_or_with_the_time() {
         let long = Duration::from_secs(3600);
-        let patient = ReachConfig { lookup_lifetime: long, registration_wait: long };
+        let patient = VisibilityConfig { lookup_lifetime: long, registration_wait: long };
         let waiting = || {
-            let reach = Arc::new(Reach::new(patient, Instant::now()));
-            let waits = Arc::clone(&reach);
+            let visibility = Arc::new(Visibility::new(patient, Instant::now()));
+            let waits = Arc::clone(&visibility);
             let wait = tokio::spawn(async move { waits.decided().await });
-            (Pledge::new(reach), wait)
+            (VisibilityNotifier::new(visibility), wait)
         };
-        let (pledge, wait) = waiting();
+        let (notifier, wait) = waiting();
         tokio::task::yield_now().await;
-        drop(pledge);
+        drop(notifier);
         wait.await.unwrap();
 
-        let (pledge, wait) = waiting();
+        let (notifier, wait) = waiting();
         tokio::task::yield_now().await;
-        pledge.keep(Instant::now() - long);
+        notifier.keep(Instant::now() - long);
         wait.await.unwrap();
 
         let short = Duration::from_millis(1);
-        let hasty = ReachConfig { lookup_lifetime: short, registration_wait: short };
-        let reach = Reach::new(hasty, Instant::now());
-        reach.decided().await;
-        assert_eq!(reach.standing(Instant::now()), Standing::Unreached);
-        reach.registered(Instant::now());
-        reach.decided().await;
+        let hasty = VisibilityConfig { lookup_lifetime: short, registration_wait: short };
+        let visibility = Visibility::new(hasty, Instant::now());
+        visibility.decided().await;
+        assert_eq!(visibility.state(Instant::now()), VisibilityState::NotVisible);
+        visibility.registered(Instant::now());
+        visibility.decided().await;
     }
 }

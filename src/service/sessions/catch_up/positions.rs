@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use super::Scope;
+use super::CatchUpScope;
 use crate::domain::ids::StreamPosition;
 use crate::service::events::stream_key::stream_key;
 
@@ -13,7 +13,7 @@ pub(super) type Wanted = (Arc<str>, i64);
 
 /// How far a conversation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
+enum ConversationProgress {
     /// Named by the client, who may be no member.
     Named,
     /// He is none: it is not his to read.
@@ -28,23 +28,25 @@ enum Progress {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Places {
+pub(super) struct Positions {
     /// The user's list of conversations counts too.
     pub(super) is_session: bool,
-    by_conversation: BTreeMap<Arc<str>, (i64, Progress)>,
+    by_conversation: BTreeMap<Arc<str>, (i64, ConversationProgress)>,
 }
 
-impl Places {
-    pub(super) fn new(scope: Scope) -> Self {
+impl Positions {
+    pub(super) fn new(scope: CatchUpScope) -> Self {
         let (is_session, named) = match scope {
-            Scope::Session(named) => (true, named),
-            Scope::Conversation { conversation, after } => {
+            CatchUpScope::Session(named) => (true, named),
+            CatchUpScope::Conversation { conversation, after } => {
                 (false, vec![super::LastSequence { conversation, sequence: after }])
             }
         };
         let named = named.into_iter();
         let by_conversation = named
-            .map(|named| (Arc::from(named.conversation), (named.sequence, Progress::Named)))
+            .map(|named| {
+                (Arc::from(named.conversation), (named.sequence, ConversationProgress::Named))
+            })
             .collect();
         Self { is_session, by_conversation }
     }
@@ -53,11 +55,14 @@ impl Places {
     pub(super) fn listed(&mut self, conversations: &[Arc<str>]) {
         for conversation in conversations {
             match self.by_conversation.entry(Arc::clone(conversation)) {
-                Entry::Vacant(place) => drop(place.insert((0, Progress::Wanted))),
-                Entry::Occupied(mut place) => {
-                    let progress = &mut place.get_mut().1;
-                    if matches!(progress, Progress::Named | Progress::Refused) {
-                        *progress = Progress::Wanted;
+                Entry::Vacant(position) => drop(position.insert((0, ConversationProgress::Wanted))),
+                Entry::Occupied(mut position) => {
+                    let progress = &mut position.get_mut().1;
+                    if matches!(
+                        progress,
+                        ConversationProgress::Named | ConversationProgress::Refused
+                    ) {
+                        *progress = ConversationProgress::Wanted;
                     }
                 }
             }
@@ -68,8 +73,10 @@ impl Places {
     /// but these.
     pub(super) fn doubtful(&self, listed: &[Arc<str>]) -> Vec<Arc<str>> {
         let goes_on = |progress| match progress {
-            Progress::Named | Progress::Wanted | Progress::Provisional => true,
-            Progress::Refused | Progress::Final => false,
+            ConversationProgress::Named
+            | ConversationProgress::Wanted
+            | ConversationProgress::Provisional => true,
+            ConversationProgress::Refused | ConversationProgress::Final => false,
         };
         self.by_conversation
             .iter()
@@ -86,15 +93,21 @@ impl Places {
         let Some((_, progress)) = self.by_conversation.get_mut(conversation) else { return false };
         let was = *progress;
         *progress = match (was, is_member) {
-            (Progress::Named, true) => Progress::Wanted,
-            (Progress::Named, false) => Progress::Refused,
+            (ConversationProgress::Named, true) => ConversationProgress::Wanted,
+            (ConversationProgress::Named, false) => ConversationProgress::Refused,
             // He was a member when the first part of it was sent.
-            (Progress::Wanted | Progress::Provisional, false) => Progress::Final,
-            (Progress::Refused | Progress::Wanted | Progress::Provisional | Progress::Final, _) => {
-                was
+            (ConversationProgress::Wanted | ConversationProgress::Provisional, false) => {
+                ConversationProgress::Final
             }
+            (
+                ConversationProgress::Refused
+                | ConversationProgress::Wanted
+                | ConversationProgress::Provisional
+                | ConversationProgress::Final,
+                _,
+            ) => was,
         };
-        *progress == Progress::Refused && was != Progress::Refused
+        *progress == ConversationProgress::Refused && was != ConversationProgress::Refused
     }
 
     /// What is to be caught up.
@@ -102,7 +115,12 @@ impl Places {
         self.by_conversation
             .iter()
             .filter(|(_, (_, progress))| {
-                matches!(progress, Progress::Named | Progress::Wanted | Progress::Provisional)
+                matches!(
+                    progress,
+                    ConversationProgress::Named
+                        | ConversationProgress::Wanted
+                        | ConversationProgress::Provisional
+                )
             })
             .map(|(conversation, (sequence, _))| (Arc::clone(conversation), *sequence))
             .collect()
@@ -111,14 +129,21 @@ impl Places {
     /// A conversation was caught up to here. `is_final`: what happened after its last page was
     /// asked for comes live.
     pub(super) fn caught_up(&mut self, conversation: &str, sequence: i64, is_final: bool) {
-        if let Some(place) = self.by_conversation.get_mut(conversation) {
-            *place = (sequence, if is_final { Progress::Final } else { Progress::Provisional });
+        if let Some(position) = self.by_conversation.get_mut(conversation) {
+            *position = (
+                sequence,
+                if is_final {
+                    ConversationProgress::Final
+                } else {
+                    ConversationProgress::Provisional
+                },
+            );
         }
     }
 
     /// About what they take in memory, bytes.
     pub(super) fn bytes(&self) -> usize {
-        let one = size_of::<(Arc<str>, i64, Progress)>() + 2 * size_of::<usize>();
+        let one = size_of::<(Arc<str>, i64, ConversationProgress)>() + 2 * size_of::<usize>();
         self.by_conversation.keys().map(|conversation| one + conversation.len()).sum()
     }
 
@@ -128,7 +153,7 @@ impl Places {
         self.by_conversation
             .iter()
             .filter(|(_, (sequence, progress))| {
-                !self.is_session || (*progress != Progress::Refused && *sequence > 0)
+                !self.is_session || (*progress != ConversationProgress::Refused && *sequence > 0)
             })
             .map(|(conversation, (sequence, _))| StreamPosition {
                 stream: stream_key(conversation),

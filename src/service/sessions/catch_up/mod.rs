@@ -1,4 +1,4 @@
-//! Resume: what a client missed, sent before what happens now (contract §3).
+//! CatchUpService: what a client missed, sent before what happens now (contract §3).
 //!
 //! ```text
 //!  first message ─► waits its turn ─► which conversations? ─► their pages, side by side ─► Release
@@ -11,7 +11,7 @@
 //!   the socket, and cannot overflow the queue that closes slow readers.
 //! - **Bounds.** Calls under way, sessions at it, pages held and requests waiting are each bounded
 //!   for all sessions together; who waits does so first come, first served. A session that does not
-//!   take a chunk in [`ResumeConfig::chunk_timeout`] makes room by being closed.
+//!   take a chunk in [`CatchUpConfig::chunk_timeout`] makes room by being closed.
 //! - **Whose conversations.** Those that the conversation service lists for the user. One that the
 //!   client names beyond those is looked up, and sent only if the user is a member: who was removed
 //!   receives nothing more, and nobody reads a conversation by naming it.
@@ -19,15 +19,15 @@
 //!   reason, and the client resumes from what it has. Nothing is skipped in silence.
 //!
 //! - **Other nodes** (`ROUTING_MODE=group`) hand a session's events over once they can know of it
-//!   ([`Reach`]). What is with the message service is sent at once; when they do, what happened
+//!   ([`Visibility`]). What is with the message service is sent at once; when they do, what happened
 //!   meanwhile is asked for, and only then the session goes live. It waits without a turn.
 //!
-//! The shard holds the session's live events meanwhile. [`Step::Complete`] says what was sent, so
+//! The shard holds the session's live events meanwhile. [`CatchUpStep::Complete`] says what was sent, so
 //! that nothing of it is sent again.
 
-mod job;
 mod page;
-mod places;
+mod positions;
+mod task;
 #[cfg(test)]
 mod tests;
 
@@ -44,14 +44,14 @@ use crate::service::backends::ports::{ConversationListing, ConversationSource, M
 use crate::service::events::encode::{CompressionConfig, Encoder};
 use crate::service::members::directory::SessionIds;
 use crate::service::sessions::client_message::LastSequence;
-use crate::service::sessions::presence::Reach;
+use crate::service::sessions::presence::Visibility;
 
 /// Messages asked for at once (contract §3).
 const PAGE_MESSAGES: u16 = 100;
 
 /// Settings of catch-up.
 #[derive(Clone, Debug)]
-pub struct ResumeConfig {
+pub struct CatchUpConfig {
     /// Calls to the neighbours under way at once, all sessions together.
     pub calls_max: usize,
     /// Conversations of one session that are asked for at once.
@@ -75,7 +75,7 @@ pub struct ResumeConfig {
     pub compression: CompressionConfig,
 }
 
-impl Default for ResumeConfig {
+impl Default for CatchUpConfig {
     /// 64 calls, 4 for one session, 512 sessions, 64 MiB each of pages and requests, 5 attempts,
     /// 30 s for a chunk of 64 messages or 512 KiB.
     fn default() -> Self {
@@ -96,7 +96,7 @@ impl Default for ResumeConfig {
 
 crate::counters! {
     /// What catch-up did.
-    pub struct ResumeCounters of SharedCounter {
+    pub struct CatchUpCounters of SharedCounter {
         Counter requested: "Catch-ups asked for",
         Counter completed: "Catch-ups that were completed",
         Counter refused: "Catch-ups refused because too many waited (1013)",
@@ -116,7 +116,7 @@ crate::counters! {
 
 /// Who says which conversations a user may read.
 #[derive(Clone)]
-pub enum Membership {
+pub enum ReadAccess {
     /// The conversation service.
     Checked {
         /// Lists a user's conversations.
@@ -131,7 +131,7 @@ pub enum Membership {
 
 /// What a session asks for.
 #[derive(Debug)]
-pub enum Scope {
+pub enum CatchUpScope {
     /// WebSocket: all conversations of the user, these from where the client is in them.
     Session(Vec<LastSequence>),
     /// gRPC: one conversation.
@@ -145,29 +145,29 @@ pub enum Scope {
 
 /// One catch-up.
 #[derive(Debug)]
-pub struct ResumeRequest {
+pub struct CatchUpRequest {
     /// Whose.
     pub ids: SessionIds,
     /// Where it is.
     pub address: SessionAddress,
     /// What for.
-    pub scope: Scope,
+    pub scope: CatchUpScope,
     /// How far other nodes know the session; `None`: none hands anything over.
-    pub reach: Option<Arc<Reach>>,
+    pub visibility: Option<Arc<Visibility>>,
 }
 
 /// From a catch-up to the session manager.
 #[derive(Debug)]
-pub struct CatchUp {
+pub struct CatchUpReport {
     /// The session.
     pub address: SessionAddress,
     /// What is to be done for it.
-    pub step: Step,
+    pub step: CatchUpStep,
 }
 
-/// See [`CatchUp`].
+/// See [`CatchUpReport`].
 #[derive(Debug)]
-pub enum Step {
+pub enum CatchUpStep {
     /// Deliver these in order.
     Chunk {
         /// At least one.
@@ -186,7 +186,7 @@ pub enum Step {
 
 /// How a catch-up begins.
 #[derive(Debug)]
-pub enum Begun {
+pub enum CatchUpStart {
     /// Catch-up is off: nothing was missed as far as this node can say.
     Off,
     /// Steps will follow, until aborted.
@@ -197,7 +197,7 @@ pub enum Begun {
 
 /// Why a catch-up failed, to be told to the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Failure {
+enum CatchUpFailure {
     Conversations,
     Messages,
     TooSlow,
@@ -205,7 +205,7 @@ enum Failure {
     Gone,
 }
 
-impl Failure {
+impl CatchUpFailure {
     fn close(self) -> Option<Close> {
         let reason = match self {
             Self::Conversations => "catch-up failed: conversation service unavailable, try again",
@@ -220,11 +220,11 @@ impl Failure {
 const REFUSED: Close =
     Close::new(CloseCode::TRY_AGAIN_LATER, "catch-up refused: too many are waiting, try again");
 
-struct Shared {
-    config: ResumeConfig,
+struct CatchUpResources {
+    config: CatchUpConfig,
     messages: Arc<dyn MessageSource>,
-    membership: Membership,
-    counters: Arc<ResumeCounters>,
+    access: ReadAccess,
+    counters: Arc<CatchUpCounters>,
     sessions: Semaphore,
     calls: Semaphore,
     pages_bytes: Arc<Semaphore>,
@@ -235,9 +235,9 @@ struct Shared {
 
 /// Starts catch-ups; clones share its bounds.
 #[derive(Clone)]
-pub struct Resume(Option<Arc<Shared>>);
+pub struct CatchUpService(Option<Arc<CatchUpResources>>);
 
-impl Resume {
+impl CatchUpService {
     /// No catch-up: there is no message service, or no way to know whose conversations are whose.
     pub fn off() -> Self {
         Self(None)
@@ -245,13 +245,13 @@ impl Resume {
 
     /// Catch-up from this message service.
     pub fn new(
-        config: ResumeConfig,
+        config: CatchUpConfig,
         messages: Arc<dyn MessageSource>,
-        membership: Membership,
-        counters: Arc<ResumeCounters>,
+        access: ReadAccess,
+        counters: Arc<CatchUpCounters>,
     ) -> Self {
         let fits = |bytes: usize| bytes.min(u32::MAX as usize).min(Semaphore::MAX_PERMITS);
-        Self(Some(Arc::new(Shared {
+        Self(Some(Arc::new(CatchUpResources {
             sessions: Semaphore::new(config.sessions_max),
             calls: Semaphore::new(config.calls_max),
             pages_bytes: Arc::new(Semaphore::new(fits(config.pages_bytes_max))),
@@ -259,30 +259,30 @@ impl Resume {
             encoders: Mutex::default(),
             config,
             messages,
-            membership,
+            access,
             counters,
         })))
     }
 
     /// Begins one in a task of its own. Needs a tokio runtime.
-    pub fn begin(&self, request: ResumeRequest, out: mpsc::Sender<CatchUp>) -> Begun {
-        let Some(shared) = &self.0 else { return Begun::Off };
-        shared.counters.requested.add(1);
+    pub fn begin(&self, request: CatchUpRequest, out: mpsc::Sender<CatchUpReport>) -> CatchUpStart {
+        let Some(resources) = &self.0 else { return CatchUpStart::Off };
+        resources.counters.requested.add(1);
         let bytes = u32::try_from(request.scope.bytes()).unwrap_or(u32::MAX);
-        let Ok(held) = Arc::clone(&shared.requests_bytes).try_acquire_many_owned(bytes) else {
-            shared.counters.refused.add(1);
-            return Begun::Refused(REFUSED);
+        let Ok(held) = Arc::clone(&resources.requests_bytes).try_acquire_many_owned(bytes) else {
+            resources.counters.refused.add(1);
+            return CatchUpStart::Refused(REFUSED);
         };
-        let shared = Arc::clone(shared);
+        let resources = Arc::clone(resources);
         let task = tokio::spawn(async move {
-            job::run(shared, request, out).await;
+            task::run(resources, request, out).await;
             drop(held);
         });
-        Begun::Running(task.abort_handle())
+        CatchUpStart::Running(task.abort_handle())
     }
 }
 
-impl Scope {
+impl CatchUpScope {
     /// About what it takes in memory.
     fn bytes(&self) -> usize {
         let one = size_of::<LastSequence>();

@@ -4,32 +4,32 @@ use std::sync::Arc;
 
 use tonic::{Code, Status};
 
-use super::queue::{Job, Outcome};
-use super::{Backend, Jobs};
+use super::queue::{OperationOutcome, PresenceOperation};
+use super::{OperationBatch, PresenceBackend};
 use crate::service::backends::neighbours::PresenceService;
 use crate::service::backends::ports::BoxFuture;
 use crate::service::members::directory::SessionIds;
 
 /// See the module.
-pub(super) struct Told {
+pub(super) struct GrpcPresence {
     service: PresenceService,
     instance: Arc<str>,
 }
 
-impl Told {
+impl GrpcPresence {
     pub(super) fn new(service: PresenceService, instance: Arc<str>) -> Self {
         Self { service, instance }
     }
 }
 
-impl Backend for Told {
-    fn perform(&self, jobs: Jobs) -> BoxFuture<Vec<Outcome>> {
+impl PresenceBackend for GrpcPresence {
+    fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationOutcome>> {
         let service = self.service.clone();
         let instance = Arc::clone(&self.instance);
         Box::pin(async move {
-            let mut outcomes = Vec::with_capacity(jobs.len());
-            for (ids, job) in &jobs {
-                let outcome = perform(&service, &instance, ids, *job).await;
+            let mut outcomes = Vec::with_capacity(operations.len());
+            for (ids, operation) in &operations {
+                let outcome = perform(&service, &instance, ids, *operation).await;
                 outcomes.push(outcome.unwrap_or_else(|status| failure(&status)));
             }
             outcomes
@@ -46,27 +46,29 @@ async fn perform(
     service: &PresenceService,
     instance: &str,
     ids: &SessionIds,
-    job: Job,
-) -> Result<Outcome, Status> {
+    operation: PresenceOperation,
+) -> Result<OperationOutcome, Status> {
     let (user, device) = (ids.user(), ids.device());
-    match job {
-        Job::Register => service.register(user, device, instance).await?,
-        Job::Refresh { check: false } => match service.refresh(user, device).await {
-            Err(status) if status.code() == Code::NotFound => return Ok(Outcome::Vanished),
+    match operation {
+        PresenceOperation::Register => service.register(user, device, instance).await?,
+        PresenceOperation::Refresh { check: false } => match service.refresh(user, device).await {
+            Err(status) if status.code() == Code::NotFound => {
+                return Ok(OperationOutcome::Vanished);
+            }
             refreshed => refreshed?,
         },
-        Job::Refresh { check: true } => match holder(service, ids).await? {
-            None => return Ok(Outcome::Vanished),
-            Some(holder) if holder != instance => return Ok(Outcome::Elsewhere),
+        PresenceOperation::Refresh { check: true } => match holder(service, ids).await? {
+            None => return Ok(OperationOutcome::Vanished),
+            Some(holder) if holder != instance => return Ok(OperationOutcome::Elsewhere),
             Some(_) => service.refresh(user, device).await?,
         },
-        Job::Unregister => match holder(service, ids).await? {
-            None => return Ok(Outcome::Vanished),
-            Some(holder) if holder != instance => return Ok(Outcome::Elsewhere),
+        PresenceOperation::Unregister => match holder(service, ids).await? {
+            None => return Ok(OperationOutcome::Vanished),
+            Some(holder) if holder != instance => return Ok(OperationOutcome::Elsewhere),
             Some(_) => service.unregister(user, device).await?,
         },
     }
-    Ok(Outcome::Done)
+    Ok(OperationOutcome::Done)
 }
 
 /// The instance that a session is registered with.
@@ -77,13 +79,13 @@ async fn holder(service: &PresenceService, ids: &SessionIds) -> Result<Option<St
 }
 
 /// Whether trying again may help.
-fn failure(status: &Status) -> Outcome {
+fn failure(status: &Status) -> OperationOutcome {
     match status.code() {
         Code::InvalidArgument
         | Code::OutOfRange
         | Code::FailedPrecondition
         | Code::PermissionDenied
-        | Code::Unimplemented => Outcome::Rejected,
+        | Code::Unimplemented => OperationOutcome::Rejected,
         Code::Ok
         | Code::Cancelled
         | Code::Unknown
@@ -95,6 +97,6 @@ fn failure(status: &Status) -> Outcome {
         | Code::Internal
         | Code::Unavailable
         | Code::DataLoss
-        | Code::Unauthenticated => Outcome::Failed,
+        | Code::Unauthenticated => OperationOutcome::Failed,
     }
 }

@@ -17,6 +17,8 @@ WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY proto proto
 COPY src src
+# Not compiled; cargo reads the manifests of development dependencies as well.
+COPY tests/kit tests/kit
 # The caches keep registry and objects between builds; the binary is copied out of them.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \

@@ -66,7 +66,3 @@ pub mod service;
 pub mod uring;
 
 const _: () = assert!(usize::BITS == 64, "sizes and counts are taken for 64 bits");
-
-/// The fakes that the unit tests share with the tests of the whole name the crate from outside.
-#[cfg(test)]
-extern crate self as delivery;

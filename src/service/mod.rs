@@ -21,8 +21,3 @@ pub mod routing;
 pub mod runtime;
 pub mod sessions;
 pub mod streams;
-
-#[cfg(test)]
-#[path = "../../tests/support/neighbours.rs"]
-#[allow(dead_code, unreachable_pub, missing_docs, reason = "shared with the tests of the whole")]
-pub(crate) mod fakes;

@@ -2,10 +2,10 @@
 
 use std::process::Command;
 
+use delivery_testkit::ports::free_port;
 use rustix::process::Signal;
 
 use crate::support::node::{Node, NodeBuilder, binary};
-use crate::support::ports::free_port;
 use crate::support::wait::{SOON, until};
 use crate::tail::Tail;
 

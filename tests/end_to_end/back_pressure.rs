@@ -3,8 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use delivery::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
-use delivery::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use delivery_testkit::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
+use delivery_testkit::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use delivery_testkit::publisher::{Publisher, new_topic};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -14,7 +15,6 @@ use tonic::{Request, Streaming};
 
 use super::support::fleet::{Connect, Fleet, Seen};
 use super::support::node::{Node, NodeBuilder};
-use super::support::publisher::{Publisher, new_topic};
 use super::support::services::kafka_brokers;
 use super::support::tally::Tally;
 use super::support::wait::until;

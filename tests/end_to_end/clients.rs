@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use delivery_testkit::publisher::{Publisher, new_topic};
 
 use super::support::node::{Node, NodeBuilder};
-use super::support::publisher::{Publisher, new_topic};
 use super::support::services::kafka_brokers;
 use super::support::tally::Tally;
 
@@ -338,11 +338,12 @@ clients! {
 #[test]
 #[ignore = "needs the clients: tests/run clients"]
 fn python_grpc_stubs_catch_up_and_leave() {
+    use delivery_testkit::neighbours::FakeNeighbours;
+
     use crate::support::back_end::knows;
-    use crate::support::neighbours::FakeNeighbours;
 
     let neighbours = FakeNeighbours::start();
-    neighbours.known().converse("room", &["alice"], 5);
+    neighbours.state().create("room", &["alice"], 5);
     let node = knows(NodeBuilder::dev(), &neighbours).start();
     let mut client = Client::program(
         Command::new(installed(".services/clients/python/bin/python"))

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use delivery_testkit::publisher::{Publisher, new_topic};
+
 use super::support::fleet::{Connect, Fleet, Seen};
 use super::support::node::{Metrics, Node, NodeBuilder};
-use super::support::publisher::{Publisher, new_topic};
 use super::support::services::kafka_brokers;
 use super::support::tally::{Tally, Totals};
 use super::support::world::{Chance, World};

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use delivery_testkit::ports::free_port;
+
 use super::support::node::{Node, NodeBuilder};
-use super::support::ports::free_port;
 use super::support::wait::until;
 
 /// On the metrics page once something has happened, or only for partitions that are read.

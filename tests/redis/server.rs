@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::ports::free_port;
+use delivery_testkit::ports::free_port;
 
 /// How a server is set up beyond its port.
 #[derive(Clone, Copy, Default)]

@@ -3,15 +3,15 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use delivery::service::events::proto::message::v1::MessageSentEvent;
-use delivery::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use delivery_testkit::neighbours::FakeNeighbours;
+use delivery_testkit::proto::message::v1::MessageSentEvent;
+use delivery_testkit::proto::shared::v1::{EventEnvelope, EventType};
+use delivery_testkit::publisher::{Publisher, new_topic};
 use prost::Message as _;
 
 use super::client::{Client, Heard};
 use super::fleet::Connect;
-use super::neighbours::FakeNeighbours;
 use super::node::NodeBuilder;
-use super::publisher::{Publisher, new_topic};
 use super::services::kafka_brokers;
 
 /// See the module.

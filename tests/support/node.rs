@@ -9,9 +9,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use delivery_testkit::ports::free_port;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::ports::free_port;
 use super::wait::{SOON, until};
 
 /// Of a node's output, shown when its test fails.

@@ -5,9 +5,9 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use delivery_testkit::ports::free_port;
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::ports::free_port;
 use super::wait::{SOON, until};
 
 /// One service in a folder of its own; killed when dropped, and its folder removed.

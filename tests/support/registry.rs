@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::mpsc;
 use std::time::UNIX_EPOCH;
 
-use delivery::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use delivery_testkit::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
 use prost::Message as _;
 use redis::Commands as _;
 

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use delivery::service::events::proto::message::v1::MessageSentEvent;
-use delivery::service::events::proto::shared::v1::{EventEnvelope, EventType};
+use delivery_testkit::proto::message::v1::MessageSentEvent;
+use delivery_testkit::proto::shared::v1::{EventEnvelope, EventType};
 use prost::Message as _;
 
 /// The messages of one conversation as they came.

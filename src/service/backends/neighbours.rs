@@ -412,8 +412,9 @@ impl PresenceService {
 
 #[cfg(test)]
 mod tests {
+    use delivery_testkit::neighbours::{Behaviour, Call, FakeNeighbours, Method};
+
     use super::*;
-    use crate::service::fakes::{Call, FakeNeighbours, Manner, Method};
 
     fn config(url: String) -> NeighbourConfig {
         NeighbourConfig { call_timeout: Duration::from_secs(20), ..NeighbourConfig::new(url) }
@@ -426,7 +427,7 @@ mod tests {
     #[tokio::test]
     async fn questions_are_those_of_the_contract() {
         let fake = FakeNeighbours::start();
-        fake.known().converse("c", &["alice", "bob"], 3);
+        fake.state().create("c", &["alice", "bob"], 3);
         let config = config(fake.url());
         let conversations = ConversationService::new(&config, counters()).unwrap();
         let messages = MessageService::new(&config, counters()).unwrap();
@@ -457,7 +458,7 @@ mod tests {
             Call::Devices { user: user.clone() },
             Call::Unregister { user, device },
         ];
-        assert_eq!(fake.known().calls, expected);
+        assert_eq!(fake.state().calls, expected);
     }
 
     #[tokio::test]
@@ -466,7 +467,7 @@ mod tests {
         let counters = counters();
         let service = ConversationService::new(&config(fake.url()), Arc::clone(&counters)).unwrap();
         assert_eq!(service.members("c".into()).await, Err(NeighbourError::NotFound));
-        fake.set(Method::Members, Manner::Failing(Code::Internal));
+        fake.set(Method::Members, Behaviour::Failing(Code::Internal));
         let failed = service.members("c".into()).await;
         assert_eq!(failed, Err(NeighbourError::Unavailable("Internal".into())));
         assert_eq!((counters.calls.get(), counters.failures.get()), (2, 2));
@@ -476,8 +477,8 @@ mod tests {
     #[tokio::test]
     async fn hanging_neighbour_costs_the_deadline_and_in_the_end_the_connection() {
         let fake = FakeNeighbours::start();
-        fake.known().converse("c", &["alice"], 0);
-        fake.set(Method::Members, Manner::Hanging);
+        fake.state().create("c", &["alice"], 0);
+        fake.set(Method::Members, Behaviour::Hanging);
         let counters = counters();
         let config =
             NeighbourConfig { call_timeout: Duration::from_millis(50), ..config(fake.url()) };
@@ -497,7 +498,7 @@ mod tests {
     #[tokio::test]
     async fn abandoned_call_leaves_the_gauge() {
         let fake = FakeNeighbours::start();
-        fake.set(Method::Members, Manner::Hanging);
+        fake.set(Method::Members, Behaviour::Hanging);
         let counters = counters();
         let service = ConversationService::new(&config(fake.url()), Arc::clone(&counters)).unwrap();
         let call = tokio::spawn(service.members("c".into()));
@@ -511,7 +512,7 @@ mod tests {
     #[tokio::test]
     async fn neighbour_that_comes_back_is_reached_again() {
         let mut fake = FakeNeighbours::start();
-        fake.known().converse("c", &["alice"], 0);
+        fake.state().create("c", &["alice"], 0);
         let service = ConversationService::new(&config(fake.url()), counters()).unwrap();
         assert!(service.members("c".into()).await.is_ok());
         fake.stop();
@@ -531,7 +532,7 @@ mod tests {
         let certificate = certified.cert.pem();
         let key = certified.signing_key.serialize_pem();
         let fake = FakeNeighbours::with_tls(Some((certificate.clone(), key)));
-        fake.known().converse("c", &["alice"], 0);
+        fake.state().create("c", &["alice"], 0);
         let url = format!("https://localhost:{}", fake.address().port());
         let trusting = NeighbourConfig {
             root_certificates: Some(certificate.into_bytes()),

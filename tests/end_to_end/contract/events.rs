@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use delivery::service::events::proto::message::v1::MessageSentEvent;
-use delivery::service::events::proto::shared::v1::EventType;
+use delivery_testkit::neighbours::{Behaviour, Method};
+use delivery_testkit::proto::message::v1::MessageSentEvent;
+use delivery_testkit::proto::shared::v1::EventType;
+use delivery_testkit::publisher::{envelope, message as new_message};
 use prost::Message as _;
 
 use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
 use crate::support::client::{Client, Heard};
-use crate::support::neighbours::{Manner, Method};
-use crate::support::publisher::{envelope, message as new_message};
 use crate::support::wait::{SOON, until};
 
 /// Long enough for what should not come to have come.
@@ -42,7 +42,7 @@ fn every_member_gets_it_on_every_device_the_sender_included() {
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn unknown_conversation_is_asked_for_once() {
     let mut back_end = BackEnd::start("unknown", 1);
-    back_end.neighbours.known().converse("old", &["alice", "bob"], 0);
+    back_end.neighbours.state().create("old", &["alice", "bob"], 0);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
     for sequence in 1..=20 {
@@ -51,7 +51,7 @@ fn unknown_conversation_is_asked_for_once() {
     for sequence in 1..=20 {
         assert_eq!(message(&mut alice), ("old".into(), sequence));
     }
-    assert_eq!(back_end.neighbours.known().count(Method::Members), 1);
+    assert_eq!(back_end.neighbours.state().count(Method::Members), 1);
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn added_member_gets_the_event_that_adds_him_and_all_after_it() {
 fn member_added_while_the_list_was_not_cached_silences_nobody() {
     let mut back_end = BackEnd::start("added-uncached", 1);
     // The conversation service knows the new member already, as it does when it publishes that.
-    back_end.neighbours.known().converse("old", &["alice", "bob", "carol"], 0);
+    back_end.neighbours.state().create("old", &["alice", "bob", "carol"], 0);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
     let mut carol = Client::session(node.public, "carol", "phone");
@@ -168,8 +168,8 @@ fn record_that_cannot_be_decoded_is_counted_logged_and_passed() {
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn unroutable_conversation_stalls_only_its_own_partition() {
     let mut back_end = BackEnd::start("stalls", 16);
-    back_end.neighbours.known().converse("lost", &["alice"], 0);
-    back_end.neighbours.set(Method::Members, Manner::Hanging);
+    back_end.neighbours.state().create("lost", &["alice"], 0);
+    back_end.neighbours.set(Method::Members, Behaviour::Hanging);
     let node = back_end.node().set("CALL_TIMEOUT", "300ms").start();
     let mut alice = Client::session(node.public, "alice", "phone");
     back_end.publisher.message("lost", 1, "alice", "waits");
@@ -183,7 +183,7 @@ fn unroutable_conversation_stalls_only_its_own_partition() {
         assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
         created += 1;
     }
-    back_end.neighbours.set(Method::Members, Manner::Well);
+    back_end.neighbours.set(Method::Members, Behaviour::Normal);
     until(SOON, "the waiting message comes", || {
         (event_type(&mut alice) == EventType::MessageSent).then_some(())
     });
@@ -194,7 +194,7 @@ fn unroutable_conversation_stalls_only_its_own_partition() {
 fn trace_of_a_record_is_found_in_the_log() {
     const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let mut back_end = BackEnd::start("traced", 1);
-    back_end.neighbours.known().converse("room", &["alice"], 0);
+    back_end.neighbours.state().create("room", &["alice"], 0);
     let node = back_end
         .node()
         .set("TRACING_ENABLED", "true")
@@ -215,7 +215,7 @@ fn trace_of_a_record_is_found_in_the_log() {
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn events_cost_presence_no_question() {
     let mut back_end = BackEnd::start("unasked", 1);
-    back_end.neighbours.known().converse("room", &["alice", "bob", "carol"], 0);
+    back_end.neighbours.state().create("room", &["alice", "bob", "carol"], 0);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
     back_end.neighbours.wait(SOON, |known| known.count(Method::Register) == 1);
@@ -225,7 +225,7 @@ fn events_cost_presence_no_question() {
     for sequence in 1..=100 {
         assert_eq!(message(&mut alice), ("room".into(), sequence));
     }
-    let known = back_end.neighbours.known();
+    let known = back_end.neighbours.state();
     assert_eq!(
         known.count(Method::Devices) + known.count(Method::Presence),
         0,
@@ -239,7 +239,7 @@ fn events_cost_presence_no_question() {
 fn burst_does_not_take_a_quick_reader_for_a_slow_one() {
     const BURST: i64 = 2_000;
     let mut back_end = BackEnd::start("burst", 1);
-    back_end.neighbours.known().converse("room", &["alice"], 0);
+    back_end.neighbours.state().create("room", &["alice"], 0);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
     // Live first: a burst into a catch-up meets another bound.

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use delivery::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
-use delivery::service::events::proto::shared::v1::EventType;
+use delivery_testkit::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
+use delivery_testkit::proto::shared::v1::EventType;
+use delivery_testkit::publisher::{envelope, message as new_message};
 use prost::Message as _;
 
 use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
 use crate::support::client::{Client, Heard};
 use crate::support::node::{Node, NodeBuilder};
-use crate::support::publisher::{envelope, message as new_message};
 use crate::support::registry::Registry;
 use crate::support::services::redis_addr;
 use crate::support::wait::{SOON, until};
@@ -147,10 +147,10 @@ fn record_handed_over_is_delivered_to_own_sessions_only() {
     let elsewhere = nodes.instance(9);
     nodes.registry.register(&bob, "phone", &elsewhere);
     let mut channel = nodes.registry.listen(&format!("delivery:{elsewhere}"));
-    nodes.back_end.neighbours.known().converse("taken-room", &[&alice, &bob], 0);
+    nodes.back_end.neighbours.state().create("taken-room", &[&alice, &bob], 0);
     let node = nodes.start(0);
     let mut session = Client::session(node.public, &alice, "phone");
-    let sent = delivery::service::events::proto::message::v1::MessageSentEvent {
+    let sent = delivery_testkit::proto::message::v1::MessageSentEvent {
         message: Some(new_message("taken-room", 1, &bob, "from elsewhere")),
     };
     let value = envelope(EventType::MessageSent, sent.encode_to_vec()).encode_to_vec();
@@ -168,10 +168,10 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
     let mut nodes = Nodes::new("updates");
     let [alice, bob, mallory] = ["alice", "bob", "mallory"].map(|name| nodes.user(name));
     {
-        let mut known = nodes.back_end.neighbours.known();
-        known.converse("updates-one", &[&alice, &bob], 0);
-        known.converse("updates-two", &[&alice, &bob], 0);
-        known.converse("updates-other", &[&mallory], 0);
+        let mut known = nodes.back_end.neighbours.state();
+        known.create("updates-one", &[&alice, &bob], 0);
+        known.create("updates-two", &[&alice, &bob], 0);
+        known.create("updates-other", &[&mallory], 0);
     }
     let node = nodes.start(0);
     let mut bob_hears = Client::session(node.public, &bob, "phone");
@@ -182,7 +182,7 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
     nodes.registered(&mallory, 0);
     // Connecting was a change too; this one says the opposite.
     nodes.registry.announce(&alice, PresenceStatus::Offline);
-    let is_it = |envelope: &delivery::service::events::proto::shared::v1::EventEnvelope| {
+    let is_it = |envelope: &delivery_testkit::proto::shared::v1::EventEnvelope| {
         assert_eq!(envelope.event_type(), EventType::PresenceUpdated);
         assert_eq!(envelope.schema_version, 1);
         let update =
@@ -194,8 +194,7 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
     for client in [&mut bob_hears, &mut alice_hears, &mut mallory_hears] {
         while let Some(heard) = client.hear_within(A_WHILE) {
             let Heard::Binary(payload) = heard else { continue };
-            let envelope =
-                delivery::service::events::proto::shared::v1::EventEnvelope::decode(&*payload);
+            let envelope = delivery_testkit::proto::shared::v1::EventEnvelope::decode(&*payload);
             assert!(!is_it(&envelope.expect("an EventEnvelope")), "again, or to the wrong one");
         }
     }
@@ -206,7 +205,7 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
 fn removed_member_hears_no_more_of_who_is_there() {
     let mut nodes = Nodes::new("gone");
     let [alice, bob, carol] = ["alice", "bob", "carol"].map(|name| nodes.user(name));
-    nodes.back_end.neighbours.known().converse("gone-room", &[&alice, &bob, &carol], 0);
+    nodes.back_end.neighbours.state().create("gone-room", &[&alice, &bob, &carol], 0);
     let node = nodes.start(0);
     let mut bob_hears = Client::session(node.public, &bob, "phone");
     let mut carol_hears = Client::session(node.public, &carol, "phone");
@@ -225,7 +224,7 @@ fn removed_member_hears_no_more_of_who_is_there() {
     assert_eq!(status_of_alice(&mut bob_hears), PresenceStatus::Offline);
 
     // The conversation service has it first.
-    nodes.back_end.neighbours.known().members.get_mut("gone-room").expect("made").remove(&bob);
+    nodes.back_end.neighbours.state().members.get_mut("gone-room").expect("made").remove(&bob);
     nodes.back_end.publisher.membership("gone-room", &bob, false);
     while event_type(&mut bob_hears) != EventType::MembershipChanged {}
     nodes.registry.announce(&alice, PresenceStatus::Online);
@@ -256,7 +255,7 @@ fn session_replaced_across_nodes_leaves_the_successor_registered() {
 fn killed_node_is_forgotten_and_its_users_are_served_elsewhere() {
     let mut nodes = Nodes::new("killed");
     let [alice, bob] = ["alice", "bob"].map(|name| nodes.user(name));
-    nodes.back_end.neighbours.known().converse("killed-room", &[&alice, &bob], 0);
+    nodes.back_end.neighbours.state().create("killed-room", &[&alice, &bob], 0);
     let quick = |builder: NodeBuilder| builder.set("KAFKA_PROPERTIES", "session.timeout.ms=6000");
     let mut first = quick(nodes.builder(0)).start();
     let second = quick(nodes.builder(1)).start();

@@ -1,10 +1,10 @@
 //! Contract §4: who tells the presence service what, and when.
 
+use delivery_testkit::neighbours::{Behaviour, Call, FakeNeighbours, Method};
 use tonic::Code;
 
 use crate::support::back_end::knows;
 use crate::support::client::{Client, Heard};
-use crate::support::neighbours::{Call, FakeNeighbours, Manner, Method};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::wait::SOON;
 
@@ -48,7 +48,7 @@ fn node_without_a_name_gets_one_at_each_start() {
         let _session = Client::session(node.public, &user, "phone");
         let key = (user, "phone".to_owned());
         neighbours.wait(SOON, |known| known.registrations.contains_key(&key));
-        names.insert(neighbours.known().registrations[&key].clone());
+        names.insert(neighbours.state().registrations[&key].clone());
     }
     assert!(names.len() == 2 && names.iter().all(|name| !name.is_empty()), "{names:?}");
 }
@@ -104,7 +104,7 @@ fn end_of_a_replaced_session_does_not_unregister_its_successor() {
     let mut marker = registered(&node, &neighbours, "marker");
     marker.close(1000);
     has(&neighbours, &unregister("marker"));
-    let known = neighbours.known();
+    let known = neighbours.state();
     assert!(!known.calls.contains(&unregister("alice")));
     assert!(known.registrations.contains_key(&("alice".to_owned(), "phone".to_owned())));
 }
@@ -113,7 +113,7 @@ fn end_of_a_replaced_session_does_not_unregister_its_successor() {
 fn session_that_came_and_went_while_presence_was_away_costs_at_most_one_call() {
     let neighbours = FakeNeighbours::start();
     for method in [Method::Register, Method::Unregister, Method::Refresh] {
-        neighbours.set(method, Manner::Failing(Code::Unavailable));
+        neighbours.set(method, Behaviour::Failing(Code::Unavailable));
     }
     let node = node(&neighbours).start();
     for number in 0..50 {
@@ -122,12 +122,12 @@ fn session_that_came_and_went_while_presence_was_away_costs_at_most_one_call() {
         client.hear_end();
     }
     let stays = Client::session(node.public, "stays", "phone");
-    neighbours.known().calls.clear();
+    neighbours.state().calls.clear();
     for method in [Method::Register, Method::Unregister, Method::Refresh] {
-        neighbours.set(method, Manner::Well);
+        neighbours.set(method, Behaviour::Normal);
     }
     has(&neighbours, &register("stays"));
-    let known = neighbours.known();
+    let known = neighbours.state();
     for number in 0..50 {
         let user = format!("user-{number}");
         let of_user = |call: &&Call| match call {
@@ -146,7 +146,7 @@ fn session_that_came_and_went_while_presence_was_away_costs_at_most_one_call() {
 fn hanging_presence_delays_nobody() {
     let neighbours = FakeNeighbours::start();
     for method in [Method::Register, Method::Unregister, Method::Refresh] {
-        neighbours.set(method, Manner::Hanging);
+        neighbours.set(method, Behaviour::Hanging);
     }
     let node = node(&neighbours).start();
     for number in 0..200 {
@@ -155,6 +155,6 @@ fn hanging_presence_delays_nobody() {
         assert_eq!(client.hear(), Heard::Pong(b"here".to_vec()));
     }
     neighbours.wait(SOON, |known| known.count(Method::Register) >= 1);
-    let known = neighbours.known();
+    let known = neighbours.state();
     assert!(known.in_flight_peak[&Method::Register] <= 64, "bounded: {:?}", known.in_flight_peak);
 }

@@ -2,21 +2,21 @@
 
 use std::time::Duration;
 
-use delivery::service::events::proto::message::v1::MessageSentEvent;
-use delivery::service::events::proto::shared::v1::EventType;
+use delivery_testkit::neighbours::{Behaviour, Call, FakeNeighbours, Method};
+use delivery_testkit::proto::message::v1::MessageSentEvent;
+use delivery_testkit::proto::shared::v1::EventType;
 use prost::Message as _;
 use tonic::Code;
 
 use crate::support::back_end::{BackEnd, event, knows, message, resuming};
 use crate::support::client::{Client, Heard};
 use crate::support::fleet::Connect;
-use crate::support::neighbours::{Call, FakeNeighbours, Manner, Method};
 use crate::support::node::NodeBuilder;
 use crate::support::wait::SOON;
 
 fn neighbours_with(conversation: &str, members: &[&str], messages: i64) -> FakeNeighbours {
     let neighbours = FakeNeighbours::start();
-    neighbours.known().converse(conversation, members, messages);
+    neighbours.state().create(conversation, members, messages);
     neighbours
 }
 
@@ -29,7 +29,7 @@ fn conversation_named_is_caught_up_from_its_sequence_in_pages_of_100() {
         assert_eq!(message(&mut alice), ("room".into(), sequence));
     }
     neighbours.wait(SOON, |known| known.count(Method::Sync) >= 3);
-    let known = neighbours.known();
+    let known = neighbours.state();
     let pages: Vec<_> = known
         .calls
         .iter()
@@ -46,7 +46,7 @@ fn conversation_named_is_caught_up_from_its_sequence_in_pages_of_100() {
 #[test]
 fn conversation_not_named_is_caught_up_from_its_beginning() {
     let neighbours = neighbours_with("listed", &["alice", "bob"], 3);
-    neighbours.known().converse("of-others", &["bob"], 3);
+    neighbours.state().create("of-others", &["bob"], 3);
     let node = knows(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     for sequence in 1..=3 {
@@ -54,8 +54,8 @@ fn conversation_not_named_is_caught_up_from_its_beginning() {
     }
     let on_behalf_of = Some("alice".to_owned());
     let listed = Call::List { user: "alice".into(), on_behalf_of };
-    assert!(neighbours.known().calls.contains(&listed), "asked with x-user-id");
-    let calls = &neighbours.known().calls;
+    assert!(neighbours.state().calls.contains(&listed), "asked with x-user-id");
+    let calls = &neighbours.state().calls;
     let of_others = |call: &Call| matches!(call, Call::Sync { conversation, .. } if conversation == "of-others");
     assert!(!calls.iter().any(of_others));
 }
@@ -63,12 +63,12 @@ fn conversation_not_named_is_caught_up_from_its_beginning() {
 #[test]
 fn nobody_reads_a_conversation_by_naming_it() {
     let neighbours = neighbours_with("secret", &["bob"], 3);
-    neighbours.known().converse("room", &["alice"], 1);
+    neighbours.state().create("room", &["alice"], 1);
     let node = knows(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", r#"{"secret": 0}"#);
     assert_eq!(message(&mut alice), ("room".into(), 1));
     crate::support::back_end::hears_nothing(&mut alice, Duration::from_millis(500));
-    assert!(neighbours.known().calls.contains(&Call::Members { conversation: "secret".into() }));
+    assert!(neighbours.state().calls.contains(&Call::Members { conversation: "secret".into() }));
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn caught_up_message_is_an_envelope_of_its_own() {
     assert_eq!(envelope.schema_version, 1);
     let inner = MessageSentEvent::decode(envelope.payload).expect("a MessageSentEvent");
     let sent = inner.message.expect("has a message");
-    assert_eq!(sent, crate::support::neighbours::message("room", 1));
+    assert_eq!(sent, delivery_testkit::neighbours::message("room", 1));
     assert_eq!(envelope.occurred_at, sent.sent_at);
 }
 
@@ -90,8 +90,8 @@ fn caught_up_message_is_an_envelope_of_its_own() {
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn live_events_wait_for_the_catch_up_and_come_once_in_order() {
     let mut back_end = BackEnd::start("seam", 1);
-    back_end.neighbours.known().converse("room", &["alice"], 150);
-    back_end.neighbours.set(Method::Sync, Manner::Late(Duration::from_millis(300)));
+    back_end.neighbours.state().create("room", &["alice"], 150);
+    back_end.neighbours.set(Method::Sync, Behaviour::Delayed(Duration::from_millis(300)));
     let node = back_end.node().start();
     // Another device shows when the live events have been routed.
     let mut witness = resuming(node.public, "alice", "witness", r#"{"room": 150}"#);
@@ -114,8 +114,8 @@ fn live_events_wait_for_the_catch_up_and_come_once_in_order() {
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn what_waits_behind_a_catch_up_is_bounded() {
     let mut back_end = BackEnd::start("held", 1);
-    back_end.neighbours.known().converse("room", &["alice"], 1);
-    back_end.neighbours.set(Method::Sync, Manner::Held);
+    back_end.neighbours.state().create("room", &["alice"], 1);
+    back_end.neighbours.set(Method::Sync, Behaviour::Held);
     let node = back_end.node().set("HOLD_MESSAGES_MAX", 4).start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     back_end.neighbours.wait(SOON, |known| known.in_flight.get(&Method::Sync) == Some(&1));
@@ -124,7 +124,7 @@ fn what_waits_behind_a_catch_up_is_bounded() {
     }
     assert!(matches!(alice.hear_end(), Heard::Closed(1013, _)), "told, not grown and not skipped");
     // What it asks for with its next attempt is all there is.
-    back_end.neighbours.set(Method::Sync, Manner::Well);
+    back_end.neighbours.set(Method::Sync, Behaviour::Normal);
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     assert_eq!(message(&mut alice), ("room".into(), 1));
 }
@@ -132,14 +132,14 @@ fn what_waits_behind_a_catch_up_is_bounded() {
 #[test]
 fn failed_catch_up_is_told_to_the_client() {
     let neighbours = neighbours_with("room", &["alice"], 3);
-    neighbours.set(Method::Sync, Manner::Failing(Code::Unavailable));
+    neighbours.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
     let node = knows(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     let Heard::Closed(1013, reason) = alice.hear_end() else { panic!("not told") };
     assert!(!reason.is_empty());
 
     // It comes back for the next attempt.
-    neighbours.set(Method::Sync, Manner::Well);
+    neighbours.set(Method::Sync, Behaviour::Normal);
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     assert_eq!(message(&mut alice), ("room".into(), 1));
 }
@@ -147,7 +147,7 @@ fn failed_catch_up_is_told_to_the_client() {
 #[test]
 fn hanging_message_service_ends_the_catch_up_by_its_deadline() {
     let neighbours = neighbours_with("room", &["alice"], 3);
-    neighbours.set(Method::Sync, Manner::Hanging);
+    neighbours.set(Method::Sync, Behaviour::Hanging);
     let node = knows(NodeBuilder::dev(), &neighbours).set("CALL_TIMEOUT", "200ms").start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     assert!(matches!(alice.hear_end(), Heard::Closed(1013, _)));
@@ -175,7 +175,7 @@ fn many_that_come_at_once_keep_the_calls_in_flight_bounded() {
     let users: Vec<_> = (0..CLIENTS).map(|number| format!("user-{number}")).collect();
     let members: Vec<_> = users.iter().map(String::as_str).collect();
     let neighbours = neighbours_with("room", &members, 5);
-    neighbours.set(Method::Sync, Manner::Late(Duration::from_millis(20)));
+    neighbours.set(Method::Sync, Behaviour::Delayed(Duration::from_millis(20)));
     let node = knows(NodeBuilder::dev(), &neighbours).set("RESUME_CALLS_MAX", 8).start();
     let mut fleet = Fleet::new();
     for user in &users {
@@ -195,7 +195,7 @@ fn many_that_come_at_once_keep_the_calls_in_flight_bounded() {
         tallies.iter().all(|tally| tally.messages == 5).then_some(())
     });
 
-    let known = neighbours.known();
+    let known = neighbours.state();
     assert!(known.in_flight_peak[&Method::Sync] <= 8, "{:?}", known.in_flight_peak);
     let list_peak = known.in_flight_peak[&Method::List];
     assert!(list_peak <= 8, "{list_peak} lists at once");

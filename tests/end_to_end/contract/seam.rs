@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use delivery_testkit::neighbours::{Behaviour, Call, Method};
+use delivery_testkit::publisher::message;
+
 use super::nodes::Nodes;
 use crate::support::back_end::resuming;
 use crate::support::client::{Client, Heard};
-use crate::support::neighbours::{Call, Manner, Method};
 use crate::support::node::Node;
-use crate::support::publisher::message;
 use crate::support::tally::Tally;
 use crate::support::wait::{SOON, until};
 
@@ -47,7 +48,7 @@ impl Nodes {
     fn say_in_every_room(&mut self, sequence: i64) {
         for number in 0..ROOMS {
             let stored = message(&room(number), sequence, "sender", "hello");
-            let mut known = self.back_end.neighbours.known();
+            let mut known = self.back_end.neighbours.state();
             known.messages.entry(room(number)).or_default().push(stored);
             drop(known);
             self.back_end.publisher.message(&room(number), sequence, "sender", "hello");
@@ -63,7 +64,7 @@ fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
     let (alice, witnesses) = (nodes.user("alice"), [nodes.user("first"), nodes.user("second")]);
     for number in 0..ROOMS {
         let members = [alice.as_str(), witnesses[0].as_str(), witnesses[1].as_str()];
-        nodes.back_end.neighbours.known().converse(&room(number), &members, 3);
+        nodes.back_end.neighbours.state().create(&room(number), &members, 3);
     }
     let start = |number| {
         nodes
@@ -88,7 +89,7 @@ fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
         hears_up_to(witness, seen, 3);
     }
 
-    nodes.back_end.neighbours.set(Method::Register, Manner::Held);
+    nodes.back_end.neighbours.set(Method::Register, Behaviour::Held);
     let positions: Vec<_> = (0..ROOMS).map(|number| format!("\"{}\":1", room(number))).collect();
     let positions = format!("{{{}}}", positions.join(","));
     let mut session = resuming(second.public, &alice, "phone", &positions);
@@ -119,20 +120,20 @@ fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
     // still believe that alice is nowhere.
     nodes.registry.register(&alice, "phone", &nodes.instance(1));
     nodes.say_in_every_room(5);
-    let in_flight = nodes.back_end.neighbours.known().in_flight[&Method::Register];
+    let in_flight = nodes.back_end.neighbours.state().in_flight[&Method::Register];
     assert_eq!(in_flight, 1, "the session is not registered yet as far as its node knows");
     assert_eq!(second.metrics().sum("delivery_resume_completed_total", &[]), 1.0);
-    nodes.back_end.neighbours.set(Method::Register, Manner::Well);
+    nodes.back_end.neighbours.set(Method::Register, Behaviour::Normal);
     hears_up_to(&mut session, &mut tally, 5);
 
     // From here on it needs no message service.
     caught_up(&second, 2.0);
-    let calls = nodes.back_end.neighbours.known().count(Method::Sync);
+    let calls = nodes.back_end.neighbours.state().count(Method::Sync);
     for number in 0..ROOMS {
         nodes.back_end.publisher.message(&room(number), 6, "sender", "live");
     }
     hears_up_to(&mut session, &mut tally, 6);
-    let known = nodes.back_end.neighbours.known();
+    let known = nodes.back_end.neighbours.state();
     assert_eq!(known.count(Method::Sync), calls);
     let registered =
         Call::Register { user: alice.clone(), device: "phone".into(), instance: nodes.instance(1) };

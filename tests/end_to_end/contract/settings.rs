@@ -143,7 +143,7 @@ fn dashboards_find_the_names_they_use() {
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn readiness_says_what_is_missing() {
     let back_end = BackEnd::start("missing", 1);
-    let port = crate::support::ports::free_port();
+    let port = delivery_testkit::ports::free_port();
     let node = back_end.node().set("KAFKA_BROKERS", format!("127.0.0.1:{port}")).spawn();
     let answer =
         crate::support::wait::until(std::time::Duration::from_secs(20), "it answers", || {

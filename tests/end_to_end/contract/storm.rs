@@ -3,11 +3,12 @@
 
 use std::time::{Duration, Instant};
 
+use delivery_testkit::neighbours::{Behaviour, Method};
+use delivery_testkit::publisher::message;
+
 use crate::support::back_end::BackEnd;
 use crate::support::fleet::{Connect, Fleet, Seen};
-use crate::support::neighbours::{Manner, Method};
 use crate::support::node::Node;
-use crate::support::publisher::message;
 use crate::support::tally::{Tally, resume_request};
 
 const SESSIONS: usize = 10_000;
@@ -49,7 +50,7 @@ impl Storm {
         self.sequence += 1;
         for room in Self::rooms() {
             let stored = message(&room, self.sequence, "user-0", "hello");
-            self.back_end.neighbours.known().messages.entry(room.clone()).or_default().push(stored);
+            self.back_end.neighbours.state().messages.entry(room.clone()).or_default().push(stored);
             self.back_end.publisher.message(&room, self.sequence, "user-0", "hello");
         }
     }
@@ -82,7 +83,7 @@ fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
     let back_end = BackEnd::start("storm", 3);
     for room in 0..SESSIONS / ROOM {
         let members = (0..ROOM).map(|member| Storm::user(room * ROOM + member)).collect();
-        back_end.neighbours.known().members.insert(format!("room-{room}"), members);
+        back_end.neighbours.state().members.insert(format!("room-{room}"), members);
     }
     // All of them come from one address here.
     let node = back_end.node().set("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0").start();
@@ -90,7 +91,7 @@ fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
     for method in
         [Method::Register, Method::Unregister, Method::Refresh, Method::List, Method::Sync]
     {
-        back_end.neighbours.set(method, Manner::Late(ANSWER_TIME));
+        back_end.neighbours.set(method, Behaviour::Delayed(ANSWER_TIME));
     }
     let tallies = vec![Tally::default(); SESSIONS];
     let mut storm = Storm { back_end, fleet: Fleet::new(), tallies, sequence: 0 };
@@ -102,11 +103,12 @@ fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
     }
     storm.publish();
     storm.until_all_have_all();
-    let registered =
-        |known: &crate::support::neighbours::Known| known.registrations.len() == SESSIONS;
+    let registered = |known: &delivery_testkit::neighbours::NeighbourState| {
+        known.registrations.len() == SESSIONS
+    };
     storm.back_end.neighbours.wait(SETTLED_WITHIN, registered);
     {
-        let mut known = storm.back_end.neighbours.known();
+        let mut known = storm.back_end.neighbours.state();
         known.calls.clear();
         known.in_flight_peak.clear();
     }
@@ -129,7 +131,7 @@ fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
     let settled_after = began.elapsed();
     storm.back_end.neighbours.wait(SETTLED_WITHIN, registered);
 
-    let known = storm.back_end.neighbours.known();
+    let known = storm.back_end.neighbours.state();
     println!("{SESSIONS} back after {back_after:.1?}, all caught up after {settled_after:.1?}");
     for method in [
         Method::Register,

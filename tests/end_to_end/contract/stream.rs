@@ -1,8 +1,9 @@
 //! Contract §1, `DeliveryApi.Connect`: a gRPC session is a session like any other.
 
-use delivery::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
-use delivery::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
-use delivery::service::events::proto::shared::v1::EventType;
+use delivery_testkit::neighbours::{Call, FakeNeighbours, Method};
+use delivery_testkit::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
+use delivery_testkit::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use delivery_testkit::proto::shared::v1::EventType;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -11,7 +12,6 @@ use tonic::{Code, Request, Status, Streaming};
 
 use crate::support::back_end::{BackEnd, event_type, knows};
 use crate::support::client::{Client, Heard};
-use crate::support::neighbours::{Call, FakeNeighbours, Method};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::wait::SOON;
 
@@ -92,7 +92,7 @@ fn stream_gets_messages_as_they_are_sent() {
 #[test]
 fn conversation_named_for_the_first_time_is_resumed_from_its_sequence() {
     let neighbours = FakeNeighbours::start();
-    neighbours.known().converse("room", &["alice"], 150);
+    neighbours.state().create("room", &["alice"], 150);
     let node = knows(NodeBuilder::dev(), &neighbours).start();
     let request = DeliveryConnectRequest {
         conversation_id: "room".into(),
@@ -105,16 +105,16 @@ fn conversation_named_for_the_first_time_is_resumed_from_its_sequence() {
         assert_eq!((event.conversation_id.as_str(), event.sequence), ("room", sequence));
     }
     // Named again it is an acknowledgement: nothing is fetched for it.
-    let pages = neighbours.known().count(Method::Sync);
+    let pages = neighbours.state().count(Method::Sync);
     alice.say(DeliveryConnectRequest { last_received_sequence: 150, ..request });
-    neighbours.known().converse("second", &["alice"], 1);
+    neighbours.state().create("second", &["alice"], 1);
     alice.say(DeliveryConnectRequest {
         conversation_id: "second".into(),
         ..first("alice", "phone")
     });
     let event = alice.hear().expect("open");
     assert_eq!((event.conversation_id.as_str(), event.sequence), ("second", 1));
-    let known = neighbours.known();
+    let known = neighbours.state();
     let of_room =
         |call: &&Call| matches!(call, Call::Sync { conversation, .. } if conversation == "room");
     assert_eq!(known.calls.iter().filter(of_room).count(), pages);
@@ -130,7 +130,7 @@ fn stream_and_socket_replace_each_other() {
     let _socket = Client::session(node.public, "alice", "phone");
     assert_eq!(stream.hear().expect_err("replaced").code(), Code::Aborted);
     neighbours.wait(SOON, |known| known.registrations.len() == 1);
-    assert_eq!(neighbours.known().count(Method::Unregister), 0);
+    assert_eq!(neighbours.state().count(Method::Unregister), 0);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use ring::hmac;
+use delivery_testkit::token::sign_hs256;
 use serde_json::json;
 
 use crate::support::client::{Client, Heard};
@@ -33,17 +33,8 @@ fn claims(user: &str, lives_for: Duration) -> serde_json::Value {
     })
 }
 
-/// A token as RFC 7515 §7.1 writes it, without the library that the server uses.
-fn signed(claims: &serde_json::Value, key: &str) -> String {
-    let header = BASE64URL.encode(r#"{"alg":"HS256","typ":"JWT"}"#);
-    let signed = format!("{header}.{}", BASE64URL.encode(claims.to_string()));
-    let key = hmac::Key::new(hmac::HMAC_SHA256, key.as_bytes());
-    let signature = hmac::sign(&key, signed.as_bytes());
-    format!("{signed}.{}", BASE64URL.encode(signature))
-}
-
 fn token(user: &str) -> String {
-    signed(&claims(user, Duration::from_secs(600)), SECRET)
+    sign_hs256(&claims(user, Duration::from_secs(600)), SECRET)
 }
 
 /// Connects as alice's phone with more header lines and a longer query.
@@ -103,16 +94,15 @@ fn token_that_does_not_hold_is_refused() {
     let with_claim = |name: &str, value: serde_json::Value| {
         let mut claims = claims("alice", Duration::from_secs(600));
         claims[name] = value;
-        signed(&claims, SECRET)
+        sign_hs256(&claims, SECRET)
     };
     let unsigned = {
-        use base64::Engine as _;
-        let part = |text: &str| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
+        let part = |text: &str| BASE64URL.encode(text);
         let claims = claims("alice", Duration::from_secs(600)).to_string();
         format!("{}.{}.", part(r#"{"alg":"none","typ":"JWT"}"#), part(&claims))
     };
     let cases = [
-        ("another key", signed(&claims("alice", Duration::from_secs(600)), "some other key")),
+        ("another key", sign_hs256(&claims("alice", Duration::from_secs(600)), "some other key")),
         ("expired", with_claim("exp", json!(now() - 10))),
         ("not yet valid", with_claim("nbf", json!(now() + 600))),
         ("another issuer", with_claim("iss", json!("elsewhere"))),
@@ -132,7 +122,7 @@ fn token_that_does_not_hold_is_refused() {
 #[test]
 fn session_ends_when_its_token_expires() {
     let node = node().start();
-    let short = signed(&claims("alice", Duration::from_secs(3)), SECRET);
+    let short = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
     let connect = Connect::session(node.public, "alice", "phone");
     let headers = format!("Authorization: Bearer {short}\r\n");
     let mut client = Client::opened(&Connect { headers, ..connect });
@@ -142,7 +132,7 @@ fn session_ends_when_its_token_expires() {
 #[test]
 fn fresh_token_keeps_the_session() {
     let node = node().start();
-    let short = signed(&claims("alice", Duration::from_secs(3)), SECRET);
+    let short = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
     let connect = Connect::session(node.public, "alice", "phone");
     let headers = format!("Authorization: Bearer {short}\r\n");
     let mut client = Client::opened(&Connect { headers, ..connect });
@@ -155,7 +145,7 @@ fn fresh_token_keeps_the_session() {
     assert!(answer.contains("token_expires_at"), "{answer}");
     // The old one's time passes; a second session with as short a token shows when it has.
     let connect = Connect::session(node.public, "alice", "desk");
-    let short = signed(&claims("alice", Duration::from_secs(3)), SECRET);
+    let short = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
     let headers = format!("Authorization: Bearer {short}\r\n");
     let mut second = Client::opened(&Connect { headers, ..connect });
     assert!(matches!(second.hear_end(), Heard::Closed(4401, _)));

@@ -4,11 +4,12 @@
 use std::io::Write as _;
 use std::time::Duration;
 
+use delivery_testkit::publisher::{Publisher, new_topic};
+
 use super::serves_the_next_client;
 use crate::support::client::{Client, Heard};
 use crate::support::fleet::{Connect, Fleet, Seen, dial, masked_frame};
 use crate::support::node::{Node, NodeBuilder};
-use crate::support::publisher::{Publisher, new_topic};
 use crate::support::services::kafka_brokers;
 use crate::support::wait::{SOON, until};
 

@@ -5,10 +5,11 @@ use std::io::Write as _;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use delivery_testkit::publisher::{Publisher, new_topic};
+
 use super::serves_the_next_client;
 use crate::support::fleet::{ClientId, Connect, Fleet, Seen, dial};
 use crate::support::node::NodeBuilder;
-use crate::support::publisher::{Publisher, new_topic};
 use crate::support::services::kafka_brokers;
 use crate::support::tally::Tally;
 

@@ -7,10 +7,10 @@ mod table;
 use std::path::Path;
 use std::time::Duration;
 
+use delivery_testkit::neighbours::{Behaviour, Method};
 use rustix::process::Signal;
 use tonic::Code;
 
-use crate::support::neighbours::{Manner, Method};
 use crate::support::node::NodeBuilder;
 use crate::support::proxy::Proxy;
 use scene::{Outcome, Scene, Size, USUAL};
@@ -139,47 +139,47 @@ faults! {
 
     presence_down(scene: 2, USUAL, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Manner::Failing(Code::Unavailable));
+            scene.neighbours.set(method, Behaviour::Failing(Code::Unavailable));
         }
         scene.drop_sessions(3);
         scene.run(seconds(30));
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Manner::Well);
+            scene.neighbours.set(method, Behaviour::Normal);
         }
     } => nothing_lost_in_order, shown by ["delivery_presence_failures_total"];
 
     presence_hanging(scene: 2, USUAL, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Manner::Hanging);
+            scene.neighbours.set(method, Behaviour::Hanging);
         }
         scene.drop_sessions(3);
         scene.run(seconds(30));
         for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Manner::Well);
+            scene.neighbours.set(method, Behaviour::Normal);
         }
     } => nothing_lost_in_order, shown by ["delivery_presence_failures_total"];
 
     conversation_service_down(scene: 2, USUAL, plain) {
-        scene.neighbours.set(Method::Members, Manner::Failing(Code::Unavailable));
-        scene.neighbours.set(Method::List, Manner::Failing(Code::Unavailable));
+        scene.neighbours.set(Method::Members, Behaviour::Failing(Code::Unavailable));
+        scene.neighbours.set(Method::List, Behaviour::Failing(Code::Unavailable));
         scene.drop_sessions(3);
         scene.run(seconds(20));
-        scene.neighbours.set(Method::Members, Manner::Well);
-        scene.neighbours.set(Method::List, Manner::Well);
+        scene.neighbours.set(Method::Members, Behaviour::Normal);
+        scene.neighbours.set(Method::List, Behaviour::Normal);
     } => nothing_lost_in_order, shown by ["delivery_conversation_service_failures_total"];
 
     message_service_down(scene: 2, USUAL, plain) {
-        scene.neighbours.set(Method::Sync, Manner::Failing(Code::Unavailable));
+        scene.neighbours.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
         scene.drop_sessions(3);
         scene.run(seconds(20));
-        scene.neighbours.set(Method::Sync, Manner::Well);
+        scene.neighbours.set(Method::Sync, Behaviour::Normal);
     } => nothing_lost_in_order, shown by ["delivery_message_service_failures_total"];
 
     message_service_hanging(scene: 2, USUAL, plain) {
-        scene.neighbours.set(Method::Sync, Manner::Hanging);
+        scene.neighbours.set(Method::Sync, Behaviour::Hanging);
         scene.drop_sessions(3);
         scene.run(seconds(20));
-        scene.neighbours.set(Method::Sync, Manner::Well);
+        scene.neighbours.set(Method::Sync, Behaviour::Normal);
     } => nothing_lost_in_order, shown by ["delivery_message_service_timeouts_total"];
 
     node_added_and_removed(scene: 2, USUAL, plain) {

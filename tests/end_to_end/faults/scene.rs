@@ -6,13 +6,14 @@ mod drain;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use delivery_testkit::neighbours::FakeNeighbours;
+use delivery_testkit::ports::free_port;
+use delivery_testkit::publisher::{Publisher, message, new_topic};
+
 use crate::support::fleet::{ClientId, Connect, Fleet, Seen};
-use crate::support::neighbours::FakeNeighbours;
 use crate::support::node::{Metrics, Node, NodeBuilder};
 use crate::support::own_services::OwnService;
-use crate::support::ports::free_port;
 use crate::support::proxy::Proxy;
-use crate::support::publisher::{Publisher, message, new_topic};
 use crate::support::tally::{Tally, Totals, resume_request};
 use crate::support::world::{Chance, World};
 
@@ -126,7 +127,7 @@ impl Scene {
         let brokers = kafka_proxy.address.to_string();
         let topic = new_topic(&brokers, "faults", 6);
         let world = World::new(3, size.conversations, MEMBERS_MAX, size.sessions);
-        neighbours.known().members = world
+        neighbours.state().members = world
             .conversations
             .iter()
             .map(|(id, members)| (id.clone(), members.iter().cloned().collect()))
@@ -229,7 +230,7 @@ impl Scene {
         let content = format!("{} and the rest of a message", self.began.elapsed().as_millis());
         // The message service has it before it is published, as in a real back end.
         let stored = message(conversation, self.last[number], sender, &content);
-        self.neighbours.known().messages.entry(conversation.clone()).or_default().push(stored);
+        self.neighbours.state().messages.entry(conversation.clone()).or_default().push(stored);
         self.publisher.message(conversation, self.last[number], sender, &content);
     }
 

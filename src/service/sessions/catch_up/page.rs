@@ -84,7 +84,7 @@ pub(super) fn chunks(
 mod tests {
     use super::*;
     use crate::service::events::proto::shared::v1::EventEnvelope;
-    use crate::service::fakes::message;
+    use crate::service::sessions::catch_up::tests::message;
 
     #[test]
     fn caught_up_message_is_the_envelope_of_the_contract() {

@@ -1,8 +1,9 @@
 //! Presence against a presence service that records what it is told.
 
+use delivery_testkit::neighbours::{Behaviour, Call, FakeNeighbours, Method};
+
 use super::*;
 use crate::service::backends::neighbours::{NeighbourConfig, NeighbourCounters};
-use crate::service::fakes::{Call, FakeNeighbours, Manner, Method};
 use tonic::Code;
 
 struct Node {
@@ -47,7 +48,7 @@ fn phone(user: &str) -> SessionIds {
 }
 
 fn registered(fake: &FakeNeighbours, user: &str) -> Option<String> {
-    fake.known().registrations.get(&(user.to_owned(), "phone".to_owned())).cloned()
+    fake.state().registrations.get(&(user.to_owned(), "phone".to_owned())).cloned()
 }
 
 #[tokio::test]
@@ -63,18 +64,18 @@ async fn calls_are_those_of_the_contract() {
         device: device.clone(),
         instance: "node-1".to_owned(),
     };
-    assert_eq!(fake.known().calls, [register]);
+    assert_eq!(fake.state().calls, [register]);
 
     for nth in 0..6 {
         node.presence.refresh(&ids, nth);
         node.settled().await;
     }
-    assert_eq!(fake.known().count(Method::Refresh), 6);
-    assert_eq!(fake.known().count(Method::Devices), 2, "the first and every third are checked");
+    assert_eq!(fake.state().count(Method::Refresh), 6);
+    assert_eq!(fake.state().count(Method::Devices), 2, "the first and every third are checked");
 
     node.presence.ended(&ids);
     node.settled().await;
-    assert_eq!(fake.known().calls.last(), Some(&Call::Unregister { user, device }));
+    assert_eq!(fake.state().calls.last(), Some(&Call::Unregister { user, device }));
     let counters = &node.counters;
     assert_eq!(counters.registered.get(), 1);
     assert_eq!(counters.refreshed.get(), 6);
@@ -95,7 +96,7 @@ async fn late_end_on_one_node_leaves_the_session_on_the_other() {
     one.presence.ended(&ids);
     one.settled().await;
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
-    assert_eq!(fake.known().count(Method::Unregister), 0);
+    assert_eq!(fake.state().count(Method::Unregister), 0);
 
     two.presence.ended(&ids);
     two.settled().await;
@@ -125,7 +126,7 @@ async fn registration_that_vanished_is_made_again() {
     let ids = phone("alice");
     node.presence.opened(&ids, false);
     node.settled().await;
-    fake.known().registrations.clear();
+    fake.state().registrations.clear();
     node.checked(&ids).await;
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-1"));
     assert_eq!(node.counters.vanished.get(), 1);
@@ -152,7 +153,7 @@ async fn what_came_and_went_while_presence_was_away_costs_at_most_one_call_each(
     }
     fake.restart();
     node.settled().await;
-    let known = fake.known();
+    let known = fake.state();
     assert_eq!(known.count(Method::Register), 1);
     assert!(known.count(Method::Unregister) + known.count(Method::Devices) <= 2 * USERS);
     for ids in &users {
@@ -168,25 +169,25 @@ async fn what_came_and_went_while_presence_was_away_costs_at_most_one_call_each(
 #[tokio::test]
 async fn calls_under_way_are_bounded() {
     let fake = FakeNeighbours::start();
-    fake.set(Method::Register, Manner::Hanging);
+    fake.set(Method::Register, Behaviour::Hanging);
     let config = PresenceConfig { calls_max: 7, ..PresenceConfig::new("node-1".into()) };
     let node = Node::with(config, &fake, Duration::from_secs(20));
     for user in 0..1000 {
         node.presence.opened(&phone(&format!("user-{user}")), false);
     }
     fake.until(|known| known.in_flight.get(&Method::Register) == Some(&7)).await;
-    assert_eq!(fake.known().in_flight_peak[&Method::Register], 7);
+    assert_eq!(fake.state().in_flight_peak[&Method::Register], 7);
     assert_eq!(node.counters.under_way.get(), 7);
 }
 
 #[tokio::test]
 async fn what_presence_refuses_for_good_is_not_asked_again() {
     let fake = FakeNeighbours::start();
-    fake.set(Method::Register, Manner::Failing(Code::InvalidArgument));
+    fake.set(Method::Register, Behaviour::Failing(Code::InvalidArgument));
     let node = Node::new("node-1", &fake);
     node.presence.opened(&phone("alice"), false);
     node.settled().await;
-    assert_eq!(fake.known().count(Method::Register), 1);
+    assert_eq!(fake.state().count(Method::Register), 1);
     assert_eq!(node.counters.rejected.get(), 1);
 }
 
@@ -199,7 +200,7 @@ async fn shutdown_tells_the_ends_and_nothing_else() {
     node.settled().await;
     users.iter().for_each(|ids| node.presence.ended(ids));
     node.presence.close(Duration::from_secs(20)).await;
-    assert!(fake.known().registrations.is_empty());
+    assert!(fake.state().registrations.is_empty());
     assert!(!node.presence.opened(&phone("late"), false));
     assert_eq!(node.counters.abandoned.get(), 0);
 }
@@ -210,7 +211,7 @@ async fn shutdown_does_not_wait_for_ever() {
     let node = Node::new("node-1", &fake);
     node.presence.opened(&phone("alice"), false);
     node.settled().await;
-    fake.set(Method::Devices, Manner::Hanging);
+    fake.set(Method::Devices, Behaviour::Hanging);
     node.presence.ended(&phone("alice"));
     node.presence.close(Duration::from_millis(50)).await;
     assert_eq!(node.counters.abandoned.get(), 1);
@@ -243,7 +244,7 @@ async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
     let left = until.duration_since(Instant::now());
     assert!(left <= Duration::from_secs(1), "what it waits for now is the look-ups: {left:?}");
 
-    fake.set(Method::Register, Manner::Failing(Code::InvalidArgument));
+    fake.set(Method::Register, Behaviour::Failing(Code::InvalidArgument));
     let (_, visibility) = node.presence.admitted(&phone("bob"), false);
     visibility.unwrap().decided().await;
     let (_, visibility) = Presence::off().admitted(&phone("carol"), false);

@@ -4,6 +4,7 @@ mod other_nodes;
 
 use std::collections::HashMap;
 
+use delivery_testkit::neighbours::{Behaviour, Call, FakeNeighbours, Method};
 use prost::Message as _;
 use tonic::Code;
 
@@ -17,7 +18,6 @@ use crate::service::backends::ports::{BoxFuture, NeighbourError};
 use crate::service::events::proto::delivery::v1::DeliveryEvent;
 use crate::service::events::proto::message::v1::Message;
 use crate::service::events::stream_key::stream_key;
-use crate::service::fakes::{Call, FakeNeighbours, Manner, Method};
 
 struct Bench {
     fake: FakeNeighbours,
@@ -115,6 +115,12 @@ fn place(event: &Event) -> (String, i64) {
     (event.conversation_id, event.sequence)
 }
 
+/// The message of the fake message service, in the node's own type.
+pub(super) fn message(conversation: &str, sequence: i64) -> Message {
+    let message = delivery_testkit::neighbours::message(conversation, sequence);
+    Message::decode(&*message.encode_to_vec()).unwrap()
+}
+
 fn of(conversation: &str, messages: &[(String, i64)]) -> Vec<i64> {
     messages.iter().filter(|(of, _)| of == conversation).map(|(_, sequence)| *sequence).collect()
 }
@@ -122,10 +128,10 @@ fn of(conversation: &str, messages: &[(String, i64)]) -> Vec<i64> {
 #[tokio::test]
 async fn everything_missed_is_sent_page_by_page_and_in_order() {
     let mut bench = Bench::new(CatchUpConfig::default());
-    bench.fake.known().converse("named", &["alice"], 250);
-    bench.fake.known().converse("listed", &["alice", "bob"], 100);
-    bench.fake.known().converse("up-to-date", &["alice"], 5);
-    bench.fake.known().converse("not-hers", &["bob"], 7);
+    bench.fake.state().create("named", &["alice"], 250);
+    bench.fake.state().create("listed", &["alice", "bob"], 100);
+    bench.fake.state().create("up-to-date", &["alice"], 5);
+    bench.fake.state().create("not-hers", &["bob"], 7);
     bench.begin_session(1, "alice", &[("named", 20), ("up-to-date", 5)]);
     let (messages, delivered) = bench.complete().await;
 
@@ -136,7 +142,7 @@ async fn everything_missed_is_sent_page_by_page_and_in_order() {
         .map(|(conversation, sequence)| (stream_key(conversation).0, sequence));
     assert_eq!(delivered, expected.into_iter().collect());
 
-    let known = bench.fake.known();
+    let known = bench.fake.state();
     let list = Call::List { user: "alice".into(), on_behalf_of: Some("alice".into()) };
     assert_eq!(known.calls[0], list);
     let pages = |of: &str| -> Vec<i64> {
@@ -158,11 +164,11 @@ async fn everything_missed_is_sent_page_by_page_and_in_order() {
 #[tokio::test]
 async fn conversation_that_is_not_the_users_is_not_sent_by_being_named() {
     let mut bench = Bench::new(CatchUpConfig::default());
-    bench.fake.known().converse("removed-from", &["bob"], 50);
+    bench.fake.state().create("removed-from", &["bob"], 50);
     bench.begin_session(1, "alice", &[("removed-from", 3), ("unknown", 0)]);
     let (messages, delivered) = bench.complete().await;
     assert_eq!((messages.len(), delivered.len()), (0, 0));
-    assert_eq!(bench.fake.known().count(Method::Sync), 0);
+    assert_eq!(bench.fake.state().count(Method::Sync), 0);
     assert_eq!(bench.counters.conversations_refused.get(), 2);
 }
 
@@ -170,8 +176,8 @@ async fn conversation_that_is_not_the_users_is_not_sent_by_being_named() {
 async fn pace_is_the_sockets() {
     let config = CatchUpConfig { chunk_messages_max: 10, ..CatchUpConfig::default() };
     let mut bench = Bench::new(config);
-    bench.fake.known().converse("a", &["alice"], 25);
-    bench.fake.known().converse("b", &["alice"], 25);
+    bench.fake.state().create("a", &["alice"], 25);
+    bench.fake.state().create("b", &["alice"], 25);
     bench.begin_session(1, "alice", &[]);
     let mut sizes = Vec::new();
     loop {
@@ -195,7 +201,7 @@ async fn pace_is_the_sockets() {
 async fn socket_that_takes_nothing_ends_the_catch_up() {
     let config = CatchUpConfig { chunk_timeout: Duration::from_millis(20), ..Default::default() };
     let mut bench = Bench::new(config);
-    bench.fake.known().converse("a", &["alice"], 5);
+    bench.fake.state().create("a", &["alice"], 5);
     bench.begin_session(1, "alice", &[]);
     let CatchUpStep::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
     let close = bench.failed().await;
@@ -209,7 +215,7 @@ async fn socket_that_takes_nothing_ends_the_catch_up() {
 #[tokio::test]
 async fn session_that_ended_is_dropped_without_a_word() {
     let mut bench = Bench::new(CatchUpConfig::default());
-    bench.fake.known().converse("a", &["alice"], 5);
+    bench.fake.state().create("a", &["alice"], 5);
     bench.begin_session(1, "alice", &[]);
     let CatchUpStep::Chunk { sent, .. } = bench.step().await.step else { panic!("no chunk") };
     drop(sent);
@@ -224,13 +230,13 @@ async fn failing_service_is_asked_a_few_times_and_then_the_client_is_told() {
     {
         let config = CatchUpConfig { attempts_max: 2, ..CatchUpConfig::default() };
         let mut bench = Bench::new(config);
-        bench.fake.known().converse("a", &["alice"], 5);
-        bench.fake.set(method, Manner::Failing(Code::Internal));
+        bench.fake.state().create("a", &["alice"], 5);
+        bench.fake.set(method, Behaviour::Failing(Code::Internal));
         bench.begin_session(1, "alice", &[]);
         let close = bench.failed().await;
         assert_eq!(close.code, CloseCode::TRY_AGAIN_LATER);
         assert!(close.reason.contains(text), "{close:?}");
-        assert_eq!(bench.fake.known().count(method), 2);
+        assert_eq!(bench.fake.state().count(method), 2);
         assert_eq!(bench.counters.failed_neighbour.get(), 1);
     }
 }
@@ -238,11 +244,11 @@ async fn failing_service_is_asked_a_few_times_and_then_the_client_is_told() {
 #[tokio::test]
 async fn failure_that_passes_is_not_noticed() {
     let mut bench = Bench::new(CatchUpConfig { attempts_max: 100, ..CatchUpConfig::default() });
-    bench.fake.known().converse("a", &["alice"], 5);
-    bench.fake.set(Method::Sync, Manner::Failing(Code::Unavailable));
+    bench.fake.state().create("a", &["alice"], 5);
+    bench.fake.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
     bench.begin_session(1, "alice", &[]);
     bench.fake.until(|known| known.count(Method::Sync) == 1).await;
-    bench.fake.set(Method::Sync, Manner::Well);
+    bench.fake.set(Method::Sync, Behaviour::Normal);
     let (messages, _) = bench.complete().await;
     assert_eq!(of("a", &messages), [1, 2, 3, 4, 5]);
 }
@@ -250,14 +256,14 @@ async fn failure_that_passes_is_not_noticed() {
 #[tokio::test]
 async fn later_attempts_ask_for_less_and_still_get_everything() {
     let mut bench = Bench::new(CatchUpConfig::default());
-    bench.fake.known().converse("a", &["alice"], 130);
-    bench.fake.set(Method::Sync, Manner::Failing(Code::Unavailable));
+    bench.fake.state().create("a", &["alice"], 130);
+    bench.fake.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
     bench.begin_session(1, "alice", &[]);
     bench.fake.until(|known| known.count(Method::Sync) == 2).await;
-    bench.fake.set(Method::Sync, Manner::Well);
+    bench.fake.set(Method::Sync, Behaviour::Normal);
     let (messages, _) = bench.complete().await;
     assert_eq!(of("a", &messages), (1..=130).collect::<Vec<_>>());
-    let sizes: Vec<_> = (bench.fake.known().calls.iter())
+    let sizes: Vec<_> = (bench.fake.state().calls.iter())
         .filter_map(|call| match call {
             Call::Sync { after, page_size, .. } => Some((*after, *page_size)),
             _ => None,
@@ -277,9 +283,9 @@ async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
     };
     let mut bench = Bench::new(config);
     for conversation in 0..10 {
-        bench.fake.known().converse(&format!("c-{conversation}"), &["alice"], 3);
+        bench.fake.state().create(&format!("c-{conversation}"), &["alice"], 3);
     }
-    bench.fake.set(Method::Sync, Manner::Late(Duration::from_millis(1)));
+    bench.fake.set(Method::Sync, Behaviour::Delayed(Duration::from_millis(1)));
     for slot in 0..SESSIONS {
         bench.begin_session(slot, "alice", &[]);
     }
@@ -296,7 +302,7 @@ async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
         }
     }
     assert_eq!(messages, SESSIONS as usize * 30);
-    let known = bench.fake.known();
+    let known = bench.fake.state();
     let peak = |method| known.in_flight_peak.get(&method).copied().unwrap_or(0);
     assert!(peak(Method::Sync) <= 8 && peak(Method::List) <= 8);
     assert!(peak(Method::Sync) >= 4, "they do run side by side");
@@ -307,7 +313,7 @@ async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
 async fn requests_beyond_the_budget_are_refused() {
     let config = CatchUpConfig { requests_bytes_max: 1000, ..CatchUpConfig::default() };
     let bench = Bench::new(config);
-    bench.fake.set(Method::List, Manner::Hanging);
+    bench.fake.set(Method::List, Behaviour::Hanging);
     let named = [("conversation-with-a-name-of-some-length", 1); 8];
     bench.begin_session(1, "alice", &named);
     let begun = bench.begin(2, "bob", CatchUpScope::Session(positions(&named)));
@@ -319,8 +325,8 @@ async fn requests_beyond_the_budget_are_refused() {
 #[tokio::test]
 async fn aborted_catch_up_gives_everything_back() {
     let bench = Bench::new(CatchUpConfig { sessions_max: 1, ..CatchUpConfig::default() });
-    bench.fake.known().converse("a", &["alice"], 5);
-    bench.fake.set(Method::Sync, Manner::Hanging);
+    bench.fake.state().create("a", &["alice"], 5);
+    bench.fake.set(Method::Sync, Behaviour::Hanging);
     let CatchUpStart::Running(task) = bench.begin(1, "alice", CatchUpScope::Session(Vec::new()))
     else {
         panic!("not begun");
@@ -328,7 +334,7 @@ async fn aborted_catch_up_gives_everything_back() {
     bench.fake.until(|known| known.count(Method::Sync) == 1).await;
     task.abort();
     bench.fake.until(|known| known.in_flight[&Method::Sync] == 0).await;
-    bench.fake.set(Method::Sync, Manner::Well);
+    bench.fake.set(Method::Sync, Behaviour::Normal);
     bench.begin_session(2, "alice", &[]);
     let mut bench = bench;
     let (messages, _) = bench.complete().await;
@@ -339,8 +345,8 @@ async fn aborted_catch_up_gives_everything_back() {
 #[tokio::test]
 async fn grpc_session_resumes_one_conversation_and_is_answered_in_any_case() {
     let mut bench = Bench::new(CatchUpConfig::default());
-    bench.fake.known().converse("a", &["alice"], 5);
-    bench.fake.known().converse("b", &["bob"], 5);
+    bench.fake.state().create("a", &["alice"], 5);
+    bench.fake.state().create("b", &["bob"], 5);
     for (conversation, after, expected, last) in
         [("a", 3, vec![4, 5], 5), ("a", 5, vec![], 5), ("b", 2, vec![], 2), ("x", 0, vec![], 0)]
     {
@@ -350,7 +356,7 @@ async fn grpc_session_resumes_one_conversation_and_is_answered_in_any_case() {
         assert_eq!(of(conversation, &messages), expected);
         assert_eq!(delivered, HashMap::from([(stream_key(conversation).0, last)]));
     }
-    assert_eq!(bench.fake.known().count(Method::List), 0);
+    assert_eq!(bench.fake.state().count(Method::List), 0);
 }
 
 /// A message service that ignores what was asked for.
@@ -364,7 +370,7 @@ impl MessageSource for Stuck {
         _after: i64,
         page_size: u16,
     ) -> BoxFuture<Result<Vec<Message>, NeighbourError>> {
-        let message = crate::service::fakes::message(&conversation, 1);
+        let message = message(&conversation, 1);
         Box::pin(async move { Ok(vec![message; page_size.into()]) })
     }
 }

@@ -42,7 +42,7 @@ impl MessageSource for Shelf {
     ) -> BoxFuture<Result<Vec<Message>, NeighbourError>> {
         self.pages.lock().unwrap().push((conversation.to_string(), after));
         let last = self.conversations.lock().unwrap().get(&*conversation).copied().unwrap_or(0);
-        let message = |sequence| crate::service::fakes::message(&conversation, sequence);
+        let message = |sequence| super::message(&conversation, sequence);
         let page = (after + 1..=last).map(message).collect();
         Box::pin(async move { Ok(page) })
     }

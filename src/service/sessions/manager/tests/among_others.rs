@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use delivery_testkit::neighbours::{Behaviour, FakeNeighbours, Method, NeighbourState};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -15,7 +16,6 @@ use crate::service::backends::neighbours::{
 };
 use crate::service::events::stream_key::stream_key;
 use crate::service::events::timestamp::unix_ms;
-use crate::service::fakes::{FakeNeighbours, Known, Manner, Method};
 use crate::service::sessions::auth::tests::Signer;
 use crate::service::sessions::auth::{AuthCounters, ClaimRules, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpCounters, ReadAccess};
@@ -200,7 +200,7 @@ fn with_presence(fake: &FakeNeighbours, instance: &str) -> Bench {
 }
 
 /// Whether alice's phone is registered with this instance.
-fn registered(instance: &str) -> impl Fn(&Known) -> bool {
+fn registered(instance: &str) -> impl Fn(&NeighbourState) -> bool {
     let wanted = instance.to_owned();
     move |known| {
         let held = known.registrations.get(&("alice".to_owned(), "phone".to_owned()));
@@ -219,7 +219,7 @@ async fn end_of_a_replaced_session_unregisters_nobody() {
     fake.until(|known| known.count(Method::Register) == 2).await;
     bench.end(0, key(1, 0));
     fake.until(|known| known.registrations.is_empty()).await;
-    assert_eq!(fake.known().count(Method::Unregister), 1);
+    assert_eq!(fake.state().count(Method::Unregister), 1);
 }
 
 #[tokio::test]
@@ -246,8 +246,8 @@ async fn session_that_moved_to_another_node_ends_here_and_stays_there() {
     assert!(one.directory.is_empty());
     assert_eq!(one.counters.replaced_elsewhere.get(), 1);
     one.end(0, key(0, 0));
-    assert_eq!(fake.known().count(Method::Unregister), 0);
-    assert!(registered("node-2")(&fake.known()));
+    assert_eq!(fake.state().count(Method::Unregister), 0);
+    assert!(registered("node-2")(&fake.state()));
 }
 
 #[tokio::test]
@@ -305,7 +305,7 @@ fn chunk(commands: &[ShardCommand]) -> (Vec<i64>, Ticket) {
 #[tokio::test]
 async fn catch_up_goes_chunk_by_chunk_and_ends_with_the_release() {
     let fake = FakeNeighbours::start();
-    fake.known().converse("c", &["alice"], 10);
+    fake.state().create("c", &["alice"], 10);
     let config = CatchUpConfig { chunk_messages_max: 4, ..CatchUpConfig::default() };
     let mut bench = with_resume(&fake, config);
     bench.admitted(0, key(0, 0), "alice", "phone");
@@ -327,8 +327,8 @@ async fn catch_up_goes_chunk_by_chunk_and_ends_with_the_release() {
 #[tokio::test]
 async fn failed_catch_up_closes_the_session_with_the_reason() {
     let fake = FakeNeighbours::start();
-    fake.known().converse("c", &["alice"], 10);
-    fake.set(Method::Sync, Manner::Failing(tonic::Code::Internal));
+    fake.state().create("c", &["alice"], 10);
+    fake.set(Method::Sync, Behaviour::Failing(tonic::Code::Internal));
     let mut bench =
         with_resume(&fake, CatchUpConfig { attempts_max: 1, ..CatchUpConfig::default() });
     bench.admitted(0, key(0, 0), "alice", "phone");
@@ -341,8 +341,8 @@ async fn failed_catch_up_closes_the_session_with_the_reason() {
 #[tokio::test]
 async fn session_that_ends_while_it_catches_up_stops_asking() {
     let fake = FakeNeighbours::start();
-    fake.known().converse("c", &["alice"], 10);
-    fake.set(Method::Sync, Manner::Hanging);
+    fake.state().create("c", &["alice"], 10);
+    fake.set(Method::Sync, Behaviour::Hanging);
     let mut bench = with_resume(&fake, CatchUpConfig::default());
     for replaced in [false, true] {
         bench.admitted(0, key(0, 0), "alice", "phone");
@@ -360,7 +360,7 @@ async fn session_that_ends_while_it_catches_up_stops_asking() {
 #[tokio::test]
 async fn chunk_for_a_session_that_has_ended_is_not_delivered() {
     let fake = FakeNeighbours::start();
-    fake.known().converse("c", &["alice"], 10);
+    fake.state().create("c", &["alice"], 10);
     let mut bench = with_resume(&fake, CatchUpConfig::default());
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
@@ -375,8 +375,8 @@ async fn chunk_for_a_session_that_has_ended_is_not_delivered() {
 async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end() {
     let fake = FakeNeighbours::start();
     let names: Vec<_> = (0..20).map(|n| format!("c-{n}")).collect();
-    names.iter().for_each(|name| fake.known().converse(name, &["alice"], 3));
-    fake.set(Method::Sync, Manner::Hanging);
+    names.iter().for_each(|name| fake.state().create(name, &["alice"], 3));
+    fake.set(Method::Sync, Behaviour::Hanging);
     let mut bench = with_resume(&fake, CatchUpConfig::default());
     bench.admitted(0, key(0, 0), "alice", "phone");
     for name in &names {
@@ -384,8 +384,8 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
         bench.report(0, ShardReport::Resume { connection, conversation, after: 3 });
     }
     fake.until(|known| known.in_flight.get(&Method::Sync) == Some(&4)).await;
-    assert_eq!(fake.known().count(Method::Members), 4, "the others wait their turn");
-    fake.set(Method::Sync, Manner::Well);
+    assert_eq!(fake.state().count(Method::Members), 4, "the others wait their turn");
+    fake.set(Method::Sync, Behaviour::Normal);
     // The four that hang are given up at their deadline and tried again.
     let mut released = Vec::new();
     while released.len() < names.len() {

@@ -1,18 +1,12 @@
-//! A producer that shares nothing with Delivery but the wire types of the contract.
+//! A Kafka producer of the contract's events.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use delivery::service::events::proto::conversation::v1::{
-    Conversation, ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
-};
-use delivery::service::events::proto::message::v1::{
-    Message, MessageDeletedEvent, MessageSentEvent,
-};
-use delivery::service::events::proto::shared::v1::{EventEnvelope, EventType};
-use delivery::service::events::timestamp::Timestamp;
 use prost::Message as _;
+use prost_types::Timestamp;
 use rdkafka::ClientContext;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -21,6 +15,16 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Header, OwnedHeaders};
 use rdkafka::producer::{BaseRecord, Producer as _, ProducerContext, ThreadedProducer};
 
+use crate::proto::conversation::v1::{
+    Conversation, ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
+};
+use crate::proto::message::v1::{Message, MessageDeletedEvent, MessageSentEvent};
+use crate::proto::shared::v1::{EventEnvelope, EventType};
+
+/// Pause before a full queue, or a count that another thread advances, is looked at again.
+const POLL: Duration = Duration::from_millis(1);
+
+/// Records that the broker has acknowledged or refused.
 #[derive(Debug, Default)]
 struct Acknowledged {
     records: AtomicU64,
@@ -41,7 +45,7 @@ impl ProducerContext for Context {
     }
 }
 
-/// See the module.
+/// A producer for one topic that counts what it has sent.
 pub struct Publisher {
     producer: ThreadedProducer<Context>,
     topic: String,
@@ -50,19 +54,28 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Publishes to `topic`. Idempotent and patient: a record is appended once, however long the
-    /// broker is away.
+    /// Publishes to `topic`. Idempotent, and retries for five minutes: a record is appended once,
+    /// even if the broker is unreachable for a while.
     pub fn new(brokers: &str, topic: &str) -> Self {
+        Self::with_settings(brokers, topic, &[])
+    }
+
+    /// The same with more librdkafka properties.
+    pub fn with_settings(brokers: &str, topic: &str, settings: &[(&str, &str)]) -> Self {
         let acknowledged = Arc::new(Acknowledged::default());
-        let producer = ClientConfig::new()
+        let mut config = ClientConfig::new();
+        config
             .set("bootstrap.servers", brokers)
             .set("enable.idempotence", "true")
             .set("linger.ms", "2")
             .set("message.timeout.ms", "300000")
             .set("partitioner", "murmur2_random")
-            .set("reconnect.backoff.max.ms", "1000")
-            .create_with_context(Context(acknowledged.clone()))
-            .expect("a producer");
+            .set("reconnect.backoff.max.ms", "1000");
+        for &(name, value) in settings {
+            config.set(name, value);
+        }
+        let context = Context(Arc::clone(&acknowledged));
+        let producer = config.create_with_context(context).expect("a producer");
         Self { producer, topic: topic.into(), acknowledged, sent: 0 }
     }
 
@@ -87,7 +100,7 @@ impl Publisher {
             match self.producer.send(record) {
                 Ok(()) => break,
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), _)) => {
-                    std::thread::sleep(Duration::from_millis(5));
+                    std::thread::sleep(POLL);
                 }
                 Err((error, _)) => panic!("publishing: {error}"),
             }
@@ -95,7 +108,7 @@ impl Publisher {
         self.sent += 1;
     }
 
-    /// Announces a conversation with its members.
+    /// Publishes the creation of a conversation with its members.
     pub fn created(&mut self, conversation: &str, members: &[String]) {
         let event = ConversationCreatedEvent {
             conversation: Some(Conversation {
@@ -111,7 +124,7 @@ impl Publisher {
         );
     }
 
-    /// Announces that a user joined or left.
+    /// Publishes that a user joined or left.
     pub fn membership(&mut self, conversation: &str, user: &str, added: bool) {
         let event = MembershipChangedEvent {
             conversation_id: conversation.into(),
@@ -121,14 +134,14 @@ impl Publisher {
         self.publish(conversation, &envelope(EventType::MembershipChanged, event.encode_to_vec()));
     }
 
-    /// Sends a message.
+    /// Publishes a message.
     pub fn message(&mut self, conversation: &str, sequence: i64, sender: &str, content: &str) {
         let event =
             MessageSentEvent { message: Some(message(conversation, sequence, sender, content)) };
         self.publish(conversation, &envelope(EventType::MessageSent, event.encode_to_vec()));
     }
 
-    /// Deletes a message.
+    /// Publishes the deletion of a message.
     pub fn deleted(&mut self, conversation: &str, message: &str) {
         let event = MessageDeletedEvent {
             conversation_id: conversation.into(),
@@ -137,7 +150,7 @@ impl Publisher {
         self.publish(conversation, &envelope(EventType::MessageDeleted, event.encode_to_vec()));
     }
 
-    /// A user has read up to `sequence`.
+    /// Publishes that a user has read up to `sequence`.
     pub fn receipt(&mut self, conversation: &str, user: &str, sequence: i64) {
         let event = ReadReceiptUpdatedEvent {
             conversation_id: conversation.into(),
@@ -158,14 +171,22 @@ impl Publisher {
     }
 
     /// Waits until every record is acknowledged.
+    ///
+    /// # Panics
+    /// A record was refused, or not all are acknowledged within `limit`.
     pub fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
         self.producer.flush(limit).expect("the broker acknowledges in time");
-        assert_eq!(self.acknowledged.failed.load(Ordering::Relaxed), 0, "records that failed");
-        assert_eq!(self.acknowledged(), self.sent);
+        // The producer's own thread may still be in the last callbacks.
+        while self.acknowledged() < self.sent {
+            assert_eq!(self.acknowledged.failed.load(Ordering::Relaxed), 0, "records refused");
+            assert!(Instant::now() < deadline, "the broker acknowledges in time");
+            std::thread::sleep(POLL);
+        }
     }
 }
 
-/// A message as the message service would publish it.
+/// A message as the message service publishes it.
 pub fn message(conversation: &str, sequence: i64, sender: &str, content: &str) -> Message {
     Message {
         message_id: format!("{conversation}-{sequence}"),
@@ -180,7 +201,7 @@ pub fn message(conversation: &str, sequence: i64, sender: &str, content: &str) -
     }
 }
 
-/// An envelope of schema version 1, of now.
+/// An envelope of schema version 1 that occurs now.
 pub fn envelope(event_type: EventType, payload: Vec<u8>) -> EventEnvelope {
     EventEnvelope {
         event_type: event_type.into(),
@@ -191,24 +212,45 @@ pub fn envelope(event_type: EventType, payload: Vec<u8>) -> EventEnvelope {
 }
 
 fn now() -> Timestamp {
-    let since_epoch = std::time::UNIX_EPOCH.elapsed().expect("after 1970");
-    Timestamp { seconds: since_epoch.as_secs() as i64, nanos: since_epoch.subsec_nanos() as i32 }
+    std::time::SystemTime::now().into()
 }
 
 /// Creates a topic with `partitions` and returns its name, which no other test uses.
+///
+/// # Panics
+/// The broker does not create it.
 pub fn new_topic(brokers: &str, name: &str, partitions: i32) -> String {
     let unique = std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_nanos();
     let topic = format!("{name}-{unique:x}");
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", brokers).create().expect("an admin client");
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let new = NewTopic::new(&topic, partitions, TopicReplication::Fixed(1));
-    let results = runtime
-        .block_on(admin.create_topics([&new], &AdminOptions::new()))
-        .expect("the broker answers");
-    for result in results {
-        result.expect("the topic is created");
-    }
+    create_topics(brokers, &[&topic], partitions, &[]).expect("the broker creates the topic");
     topic
+}
+
+/// Creates topics with these settings and one replica. Blocks: not for use within a runtime.
+///
+/// # Errors
+/// The broker is unreachable or refuses one of them.
+pub fn create_topics(
+    brokers: &str,
+    names: &[&str],
+    partitions: i32,
+    settings: &[(&str, &str)],
+) -> io::Result<()> {
+    let new: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+            settings.iter().fold(topic, |topic, (name, value)| topic.set(name, value))
+        })
+        .collect();
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", brokers).create().map_err(io::Error::other)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let results = runtime
+        .block_on(admin.create_topics(&new, &AdminOptions::new()))
+        .map_err(io::Error::other)?;
+    match results.into_iter().find_map(Result::err) {
+        None => Ok(()),
+        Some((topic, error)) => Err(io::Error::other(format!("topic {topic}: {error}"))),
+    }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Arg, ArgMatches, Args as _, Command};
 
-use super::config::{self, Layers, Loaded, Profile, Setting, TABLE, Value};
+use super::config::{self, Layers, Loaded, Profile, Setting, SettingValue, TABLE};
 use super::{dev, publish, serve, tail};
 
 const ABOUT: &str = "Pushes each RealChat event to every connected device of every member";
@@ -77,8 +77,8 @@ fn with_settings(
 ) -> ExitCode {
     match config::load(layers(matches, profile)) {
         Ok(loaded) => finish(run(loaded)),
-        Err(faults) => {
-            eprintln!("delivery: {faults}");
+        Err(errors) => {
+            eprintln!("delivery: {errors}");
             ExitCode::from(INVALID)
         }
     }
@@ -168,7 +168,7 @@ fn setting_flag(setting: &'static Setting) -> Arg {
         .help_heading(setting.group)
         .value_name("VALUE");
     // `--echo` alone switches it on.
-    if setting.kind == <bool as Value>::KIND {
+    if setting.kind == <bool as SettingValue>::KIND {
         return arg.num_args(0..=1).default_missing_value("true");
     }
     arg.allow_hyphen_values(true)

@@ -1,5 +1,5 @@
 //! Logs. A sink that blocks or is full must not stop the process: lines go through a bounded
-//! channel to a thread of their own, and those that do not fit are counted.
+//! channel to a thread of their own. Lines that do not fit are dropped and counted.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -7,35 +7,37 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer as _, fmt, registry};
 
 use super::config::{LogFormat, Settings};
 use crate::counters;
 
-/// Lines that may wait for the sink.
+/// Lines that may wait for the sink. Further lines are dropped.
 pub const LINES_WAITING_MAX: usize = 8_192;
-/// How long the last lines may take to get out when the process leaves.
+/// How long [`LogSink::flush`] waits.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 counters! {
-    /// What became of the log lines.
+    /// Counters of log lines.
     pub struct LogCounters of SharedCounter {
-        Counter log_lines_dropped: "Log lines dropped because the sink did not take them in time.",
-        Counter log_write_errors: "Writes of log lines that the sink refused.",
+        Counter log_lines_dropped: "Log lines dropped because too many were waiting for the sink.",
+        Counter log_write_errors: "Log lines whose write failed.",
     }
 }
 
-enum Line {
-    Text(Box<[u8]>),
-    /// Everything before it is out: tell so by dropping the sender.
+enum LogItem {
+    Line(Box<[u8]>),
+    /// Drop the sender: all lines before it are written.
     Flush(SyncSender<()>),
 }
 
-/// The way to the sink. Cheap to clone.
+/// Handle of the log thread. Cheap to clone.
 #[derive(Clone)]
 pub struct LogSink {
-    lines: SyncSender<Line>,
+    lines: SyncSender<LogItem>,
     counters: Arc<LogCounters>,
 }
 
@@ -54,35 +56,36 @@ impl LogSink {
         Ok(Self { lines, counters })
     }
 
-    /// For the metrics page.
+    /// The counters.
     pub fn counters(&self) -> &Arc<LogCounters> {
         &self.counters
     }
 
-    /// Waits until what was logged so far is out, at most a second.
+    /// Waits until all lines so far are written, at most [`FLUSH_MAX`].
     pub fn flush(&self) {
         let (sender, done) = sync_channel(0);
-        if self.lines.try_send(Line::Flush(sender)).is_ok() {
-            // Either answer is the end of the wait: the sender was dropped, or the time is over.
+        if self.lines.try_send(LogItem::Flush(sender)).is_ok() {
+            // Both results end the wait: the sender was dropped, or the time is up.
             let _ = done.recv_timeout(FLUSH_MAX);
         }
     }
 }
 
-fn write_lines(mut sink: impl Write, waiting: &Receiver<Line>, counters: &LogCounters) {
+fn write_lines(mut sink: impl Write, waiting: &Receiver<LogItem>, counters: &LogCounters) {
     while let Ok(line) = waiting.recv() {
         match line {
-            Line::Text(text) => {
+            LogItem::Line(text) => {
                 if sink.write_all(&text).is_err() {
                     counters.log_write_errors.add(1);
                 }
             }
-            Line::Flush(sender) => drop(sender),
+            LogItem::Flush(sender) => drop(sender),
         }
     }
 }
 
-/// One log line in the making: `tracing-subscriber` writes it in one or more pieces.
+/// Collects one log line, which `tracing-subscriber` writes in one or more pieces. Dropping it sends
+/// the line.
 pub struct LineWriter<'a> {
     sink: &'a LogSink,
     line: Vec<u8>,
@@ -102,7 +105,7 @@ impl Write for LineWriter<'_> {
 impl Drop for LineWriter<'_> {
     fn drop(&mut self) {
         let line = std::mem::take(&mut self.line).into_boxed_slice();
-        if !line.is_empty() && self.sink.lines.try_send(Line::Text(line)).is_err() {
+        if !line.is_empty() && self.sink.lines.try_send(LogItem::Line(line)).is_err() {
             self.sink.counters.log_lines_dropped.add(1);
         }
     }
@@ -116,25 +119,22 @@ impl<'a> MakeWriter<'a> for LogSink {
     }
 }
 
-/// Sends the program's log to standard error.
+/// Starts logging to standard error.
 ///
 /// # Errors
-/// The directives of `log_level` are wrong, or the log thread did not start.
+/// The log thread did not start.
 pub fn start(settings: &Settings) -> Result<LogSink, String> {
-    let directives = settings.log_level.as_str();
-    let filter = EnvFilter::try_new(directives).map_err(|error| {
-        format!("log_level `{directives}` is not a level or a list of directives: {error}\n      example: LOG_LEVEL=info")
-    })?;
     let sink = LogSink::start(io::stderr())
         .map_err(|error| format!("the log thread did not start: {error}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(sink.clone());
-    match settings.log_format {
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).init(),
+    let lines = fmt::layer().with_writer(sink.clone());
+    let lines = match settings.log_format {
+        LogFormat::Json => lines.json().flatten_event(true).with_current_span(true).boxed(),
         LogFormat::Text => {
             let colours = io::IsTerminal::is_terminal(&io::stderr());
-            builder.with_ansi(colours).with_target(false).init();
+            lines.with_ansi(colours).with_target(false).boxed()
         }
-    }
+    };
+    registry().with(settings.log_level.clone()).with(lines).init();
     Ok(sink)
 }
 
@@ -144,14 +144,14 @@ mod tests {
 
     use super::*;
 
-    /// A sink that takes nothing before it is allowed to, and says when it was asked.
-    struct Stuck {
+    /// A sink whose writes block until the test allows them.
+    struct BlockedSink {
         asked: Sender<()>,
         allowed: Receiver<()>,
         taken: Sender<Vec<u8>>,
     }
 
-    impl Write for Stuck {
+    impl Write for BlockedSink {
         fn write(&mut self, line: &[u8]) -> io::Result<usize> {
             let _ = self.asked.send(());
             let _ = self.allowed.recv();
@@ -165,16 +165,17 @@ mod tests {
     }
 
     #[test]
-    fn stuck_sink_stops_nobody_and_what_it_missed_is_counted() {
+    fn blocked_sink_blocks_no_writer_and_dropped_lines_are_counted() {
         let (asked_in, asked) = std::sync::mpsc::channel();
         let (allow, allowed) = std::sync::mpsc::channel();
         let (taken_in, taken) = std::sync::mpsc::channel();
-        let sink = LogSink::start(Stuck { asked: asked_in, allowed, taken: taken_in }).unwrap();
+        let sink =
+            LogSink::start(BlockedSink { asked: asked_in, allowed, taken: taken_in }).unwrap();
         let log = |line: String| sink.make_writer().write_all(line.as_bytes()).unwrap();
 
         log("0".into());
         asked.recv().unwrap();
-        // The sink is stuck with the first line: so many fit, and not one more.
+        // The sink is blocked in the first line, so exactly LINES_WAITING_MAX more fit.
         for line in 1..=LINES_WAITING_MAX + 3 {
             log(line.to_string());
         }
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn refused_write_is_counted_and_flush_returns() {
+    fn failed_write_is_counted_and_flush_returns() {
         struct Full;
         impl Write for Full {
             fn write(&mut self, _: &[u8]) -> io::Result<usize> {

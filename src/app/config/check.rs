@@ -1,15 +1,20 @@
-//! What no setting shows alone: pieces that are missing, and settings that contradict each other.
+//! Checks across settings: what is missing, and what contradicts each other.
 
-use super::value::{AuthMode, Name, PresenceMode, RoutingMode, Value as _};
-use super::{Layers, Profile, Settings};
+use super::Profile;
+use super::layers::Layers;
+use super::table::Settings;
+use super::value::{AuthMode, Name, PresenceMode, RoutingMode, SettingValue as _};
 use crate::protocol::upgrade::origin::{BadOrigin, Origins};
 use crate::service::backends::redis::{RedisAddress, RedisAddressError};
 
-/// Bytes of an HS256 key: as long as its hash (RFC 7518 §3.2).
+/// Least length of an HS256 key: the length of its hash (RFC 7518 §3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;
 
 impl Settings {
-    /// Which origins' pages may connect.
+    /// The origins that browsers may connect from.
+    ///
+    /// # Errors
+    /// An entry is not an origin.
     pub fn origin_rule(&self) -> Result<Origins, BadOrigin> {
         match self.origins.as_slice() {
             [] => Ok(Origins::Any),
@@ -22,7 +27,7 @@ impl Settings {
         self.redis_url.is_some() || !self.redis_addr.is_empty()
     }
 
-    /// Where Redis is, if anywhere.
+    /// The address of Redis, if it is configured.
     pub fn redis(&self) -> Option<Result<RedisAddress, RedisAddressError>> {
         self.has_redis().then(|| match &self.redis_url {
             Some(url) => RedisAddress::parse(url.expose()),
@@ -30,7 +35,7 @@ impl Settings {
         })
     }
 
-    /// How several nodes share the work: what was chosen, or what fits.
+    /// How several nodes share the work. Default: `group` if Redis is configured, else `broadcast`.
     pub fn routing(&self) -> RoutingMode {
         self.routing_mode.unwrap_or(if self.has_redis() {
             RoutingMode::Group
@@ -39,7 +44,7 @@ impl Settings {
         })
     }
 
-    /// Who is told about sessions: what was chosen, or what fits.
+    /// Where presence is reported. Default: the presence service if it is configured, else nowhere.
     pub fn presence(&self) -> PresenceMode {
         self.presence_mode.unwrap_or(if self.presence_svc_addr.is_some() {
             PresenceMode::Service
@@ -50,35 +55,34 @@ impl Settings {
 }
 
 /// Reports what is missing or contradictory.
-pub(super) fn missing_pieces(settings: &Settings, layers: &mut Layers) {
+pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
     if layers.profile() == Profile::Serve && settings.kafka_brokers.is_empty() {
-        layers.fault("kafka_brokers", "is missing: events come from Kafka".to_owned());
+        layers.reject("kafka_brokers", "is missing: Delivery reads events from Kafka");
     }
     if settings.kafka_topics.is_empty() {
-        layers.fault("kafka_topics", "is empty: there is nothing to read".to_owned());
+        layers.reject("kafka_topics", "is empty: at least one topic is needed");
     }
     for property in &settings.kafka_properties {
         if !property.as_str().contains('=') {
-            layers.fault("kafka_properties", format!("`{property}` is not name=value"));
+            layers.reject("kafka_properties", format!("`{property}` is not name=value"));
         }
     }
     tokens(settings, layers);
     if let Err(error) = settings.origin_rule() {
-        layers.fault("origins", error.to_string());
+        layers.reject("origins", error.to_string());
     }
     if let Some(Err(error)) = settings.redis() {
-        layers.fault("redis_url", format!("is not understood: {error}"));
+        layers.reject("redis_url", format!("is invalid: {error}"));
     }
     if settings.presence() == PresenceMode::Service && settings.presence_svc_addr.is_none() {
-        let why = "is missing, and presence_mode is `service`";
-        layers.fault("presence_svc_addr", why.to_owned());
+        layers.reject("presence_svc_addr", "is missing: presence_mode is `service`");
     }
     if settings.presence() == PresenceMode::Redis && !settings.has_redis() {
-        layers.fault("redis_addr", "is missing, and presence_mode is `redis`".to_owned());
+        layers.reject("redis_addr", "is missing: presence_mode is `redis`");
     }
     if settings.idle_timeout <= settings.ping_interval {
-        let why = "is not more than ping_interval: healthy clients would be dropped";
-        layers.fault("idle_timeout", why.to_owned());
+        let why = "is not longer than ping_interval: it would cut off healthy clients";
+        layers.reject("idle_timeout", why);
     }
 }
 
@@ -90,27 +94,28 @@ fn tokens(settings: &Settings, layers: &mut Layers) {
     ];
     let given = keys.iter().filter(|key| **key).count();
     if settings.auth_mode == AuthMode::Jwt && given == 0 {
-        let why = "is missing, and auth_mode is `jwt`: give one of jwt_secret, jwt_key_file, \
-                   jwks_url (or auth_mode `trust`, where anybody connects as anybody)";
-        layers.fault("jwt_secret", why.to_owned());
+        let why = "is missing: auth_mode `jwt` needs one of jwt_secret, jwt_key_file, jwks_url (or \
+                   set auth_mode to `trust`, which lets anybody connect as any user)";
+        layers.reject("jwt_secret", why);
     }
     if given > 1 {
-        let why = "is one of several keys: give only one of jwt_secret, jwt_key_file, jwks_url";
-        // Of several the last is a file or a URL: it can be named without telling a secret.
+        let why = "is one of several keys: set only one of jwt_secret, jwt_key_file, jwks_url";
+        // If two keys are set, at least one is not the secret: the error is about that one.
         let name = if settings.jwks_url.is_some() { "jwks_url" } else { "jwt_key_file" };
-        layers.fault(name, why.to_owned());
+        layers.reject(name, why);
     }
     if let Some(secret) = &settings.jwt_secret
         && settings.auth_mode == AuthMode::Jwt
         && secret.expose().len() < JWT_SECRET_BYTES_MIN
     {
-        let why = format!("is shorter than {JWT_SECRET_BYTES_MIN} bytes, so it can be guessed");
-        layers.fault("jwt_secret", why);
+        let why =
+            format!("is shorter than {JWT_SECRET_BYTES_MIN} bytes, which is too easy to guess");
+        layers.reject("jwt_secret", why);
     }
     if let Some(path) = &settings.jwt_key_file
         && let Err(error) = std::fs::metadata(path)
     {
-        layers.fault("jwt_key_file", format!("`{}` cannot be read: {error}", path.display()));
+        layers.reject("jwt_key_file", format!("`{}` cannot be read: {error}", path.display()));
     }
 }
 
@@ -123,7 +128,7 @@ mod tests {
         let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
         match load(Layers::new(profile).with_flags(flags)) {
             Ok(_) => Vec::new(),
-            Err(faults) => faults.0.into_iter().map(|fault| fault.subject).collect(),
+            Err(errors) => errors.0.into_iter().map(|error| error.subject).collect(),
         }
     }
 
@@ -136,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_that_belong_together_are_asked_for() {
+    fn missing_and_contradictory_settings_are_reported() {
         let dev = |flags: &[_]| subjects(Profile::Dev, flags);
         assert_eq!(dev(&[("presence_mode", "service")]), ["PRESENCE_SVC_ADDR"]);
         assert_eq!(dev(&[("presence_mode", "redis")]), ["REDIS_ADDR"]);
@@ -153,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn routing_follows_redis() {
+    fn routing_mode_depends_on_redis() {
         let settings = |flags: &[(&'static str, &str)]| {
             let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
             load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings

@@ -22,7 +22,7 @@ fn load_environment(variables: &BTreeMap<String, String>) -> Loaded {
     }
     let layers = Layers::new(Profile::Serve)
         .with_environment(|name| variables.get(name).map(std::convert::Into::into));
-    load(layers).unwrap_or_else(|faults| panic!("{faults}"))
+    load(layers).unwrap_or_else(|errors| panic!("{errors}"))
 }
 
 /// Follows keys; a missing one fails the test.

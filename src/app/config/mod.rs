@@ -1,51 +1,52 @@
-//! Configuration: flags over environment over an optional TOML file over defaults, read in one
-//! place and checked whole. Every fault is reported, all at once.
+//! Configuration, read in one place and checked as a whole. Flags override the environment, which
+//! overrides the TOML file, which overrides the defaults. All errors are reported together.
 
 mod check;
 #[cfg(test)]
 mod deployments;
 mod layers;
 mod print;
+mod reading;
 mod table;
 mod value;
 
-pub use layers::{Fault, Faults, Layers, Source};
+pub use layers::{ConfigError, ConfigErrors, Layers, ValueSource};
 pub use print::{effective, reference};
 pub use table::{Settings, TABLE};
 pub use value::{
     AuthMode, Auto, Count, GrpcAddress, ListenAddress, LogFormat, MASK, Name, PeerAddress,
-    PresenceMode, RoutingMode, SecretUrl, Size, Toml, Value,
+    PresenceMode, RoutingMode, SecretUrl, SettingValue, Size, TomlForm,
 };
 
 /// Whose defaults apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
-    /// `delivery serve`: fit for production.
+    /// `delivery serve`: for production.
     Serve,
-    /// `delivery dev`: nothing else installed, loopback only.
+    /// `delivery dev`: needs nothing else installed and listens on loopback only.
     Dev,
 }
 
 /// One row of the settings table.
 #[derive(Debug)]
 pub struct Setting {
-    /// The TOML key; [`Setting::env`] and [`Setting::flag`] follow from it.
+    /// The TOML key. [`Setting::env`] and [`Setting::flag`] are derived from it.
     pub name: &'static str,
     /// Heading in `--help` and in the reference.
     pub group: &'static str,
-    /// What it does, line by line.
+    /// The description, line by line.
     pub doc: &'static [&'static str],
-    /// What kind of value it takes.
+    /// The type of the value, for people.
     pub kind: &'static str,
     /// How the value is written in TOML.
-    pub toml: Toml,
+    pub toml: TomlForm,
     /// Default of `serve`, as text.
     pub default: &'static str,
-    /// Default of `dev`, where it is another.
+    /// Default of `dev`, if it differs.
     pub dev_default: Option<&'static str>,
     /// Least and greatest value, as text.
     pub bounds: Option<(&'static str, &'static str)>,
-    /// A right value.
+    /// A valid value.
     pub example: &'static str,
 }
 
@@ -64,43 +65,61 @@ impl Setting {
     pub fn description(&self) -> String {
         self.doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
     }
-}
 
-/// Reads a text as a `T` and checks it against the bounds of the setting.
-fn read_text<T: Value>(setting: &Setting, text: &str) -> Result<T, String> {
-    let value = T::parse(text)?;
-    if let Some((min, max)) = setting.bounds {
-        let bound = |text| T::parse(text).expect("the table's bounds are read by a test");
-        if !value.within(&bound(min), &bound(max)) {
-            return Err(format!("is not between {min} and {max}"));
+    /// Reads a text as a `T` and checks it against the bounds.
+    ///
+    /// # Errors
+    /// What is wrong, as the end of a sentence that begins with the text.
+    fn parse<T: SettingValue>(&self, text: &str) -> Result<T, String> {
+        let value = T::parse(text)?;
+        if let (Some((min, max)), Some(magnitude)) = (self.bounds, value.magnitude()) {
+            let bound = |text| T::parse(text).ok().and_then(|bound| bound.magnitude());
+            if Some(magnitude) < bound(min) || Some(magnitude) > bound(max) {
+                return Err(format!("is not between {min} and {max}"));
+            }
         }
+        Ok(value)
     }
-    Ok(value)
+
+    /// The line of a TOML file that sets the value.
+    fn toml_line(&self, text: &str) -> String {
+        let quoted = |text: &str| toml::Value::from(text).to_string();
+        let bare = text.parse::<i64>().is_ok() || matches!(text, "true" | "false");
+        let value = match self.toml {
+            TomlForm::Bare if bare => text.to_owned(),
+            TomlForm::Bare | TomlForm::Text => quoted(text),
+            TomlForm::List => {
+                let items = text.split(',').filter(|item| !item.is_empty()).map(quoted);
+                format!("[{}]", items.collect::<Vec<_>>().join(", "))
+            }
+        };
+        format!("{} = {value}", self.name)
+    }
 }
 
-/// Reads and checks everything.
+/// Reads and checks all settings.
 ///
 /// # Errors
-/// All faults.
-pub fn load(mut layers: Layers) -> Result<Loaded, Faults> {
+/// All errors found.
+pub fn load(mut layers: Layers) -> Result<Loaded, ConfigErrors> {
     let settings = Settings::resolve(&mut layers);
     if let Some(settings) = &settings {
-        check::missing_pieces(settings, &mut layers);
+        check::cross_check(settings, &mut layers);
     }
-    let (sources, faults) = layers.finish();
+    let (sources, errors) = layers.finish();
     match settings {
-        Some(settings) if faults.is_empty() => Ok(Loaded { settings, sources }),
-        _ => Err(Faults(faults)),
+        Some(settings) if errors.is_empty() => Ok(Loaded { settings, sources }),
+        _ => Err(ConfigErrors(errors)),
     }
 }
 
-/// The settings, and where each came from.
+/// The valid settings, and where each came from.
 #[derive(Debug)]
 pub struct Loaded {
     /// The values.
     pub settings: Settings,
     /// In the order of [`TABLE`].
-    pub sources: Vec<Source>,
+    pub sources: Vec<ValueSource>,
 }
 
 #[cfg(test)]
@@ -108,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_text_of_the_table_is_read() {
+    fn every_default_bound_and_example_in_the_table_is_valid() {
         for setting in TABLE {
             let mut texts = vec![setting.default, setting.example];
             texts.extend(setting.dev_default);

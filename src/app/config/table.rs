@@ -1,17 +1,20 @@
-//! The settings: each one once, with everything that is to be said about it.
+//! The table of all settings: each is declared once, with type, default, bounds and description.
 //!
 //! A setting `some_name` is `some_name = …` in the TOML file, `SOME_NAME` in the environment and
-//! `--some-name` on the command line. The doc comment is its text in `--help` and in
+//! `--some-name` on the command line. Its doc comment is its description in `--help` and in
 //! `docs/configuration.md`.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tracing_subscriber::filter::Targets;
+
+use super::Setting;
+use super::layers::Layers;
 use super::value::{
     AuthMode, Auto, Count, GrpcAddress, ListenAddress, LogFormat, Name, PeerAddress, PresenceMode,
-    RoutingMode, SecretUrl, Size, Value,
+    RoutingMode, SecretUrl, SettingValue, Size,
 };
-use super::{Layers, Setting};
 use crate::domain::command::Secret;
 
 /// Expands the table into [`TABLE`], [`Settings`] and the function that fills it.
@@ -26,8 +29,8 @@ macro_rules! settings {
             name: stringify!($name),
             group: $group,
             doc: &[$($doc),+],
-            kind: <$kind as Value>::KIND,
-            toml: <$kind as Value>::TOML,
+            kind: <$kind as SettingValue>::KIND,
+            toml: <$kind as SettingValue>::TOML,
             default: $default,
             dev_default: settings!(@optional $($dev)?),
             bounds: settings!(@optional $(($min, $max))?),
@@ -39,10 +42,11 @@ macro_rules! settings {
         pub struct Settings { $($($(#[doc = $doc])+ pub $name: $kind,)+)+ }
 
         impl Settings {
-            /// The value of each setting from the highest layer that has it; the faults stay in
-            /// `layers`.
+            /// Reads each setting from the highest layer that has it. `None`: some are invalid,
+            /// and the errors are in `layers`.
             pub(super) fn resolve(layers: &mut Layers) -> Option<Self> {
-                $($(let $name = layers.resolve::<$kind>(stringify!($name));)+)+
+                let mut rows = TABLE.iter();
+                $($(let $name = layers.resolve::<$kind>(rows.next()?);)+)+
                 Some(Self { $($($name: $name?,)+)+ })
             }
 
@@ -231,7 +235,7 @@ settings! {
     "Telemetry" {
         /// Which log lines are written: a level, or directives as in `info,delivery::service=debug`.
         /// The variable `RUST_LOG` is read too and wins.
-        log_level: Name = "info", example "info";
+        log_level: Targets = "info", example "info";
         /// `text` for people, `json` for machines.
         log_format: LogFormat = "text", example "json";
         /// Whether `/metrics` is served.

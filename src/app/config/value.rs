@@ -1,40 +1,42 @@
-//! The types a setting can have: how each is read from text, and how it is shown again.
+//! The types of settings: how each is read from text and shown as text.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
 use crate::domain::command::Secret;
 pub use crate::service::routing::kafka::RoutingMode;
 
-/// A type of the settings table.
-pub trait Value: Sized {
-    /// What `--help` and the reference call it.
+/// The type of a setting.
+pub trait SettingValue: Sized {
+    /// Its name in `--help` and in the reference.
     const KIND: &'static str;
     /// How it is written in TOML.
-    const TOML: Toml = Toml::Text;
+    const TOML: TomlForm = TomlForm::Text;
     /// Whether its value must never be shown.
     const SECRET: bool = false;
 
-    /// Reads it.
+    /// Reads a value.
     ///
     /// # Errors
     /// What is wrong with the text, as the end of a sentence that begins with the text.
     fn parse(text: &str) -> Result<Self, String>;
 
-    /// The text that [`Value::parse`] reads back as the same value (a mask for secrets).
+    /// The text that [`SettingValue::parse`] reads back as the same value (a mask for secrets).
     fn show(&self) -> String;
 
-    /// Whether it lies between the bounds, both included. Types without an order have none.
-    fn within(&self, _min: &Self, _max: &Self) -> bool {
-        true
+    /// What is compared with the bounds of the setting. `None`: the value has no order.
+    fn magnitude(&self) -> Option<u64> {
+        None
     }
 }
 
 /// How a value is written in TOML.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Toml {
+pub enum TomlForm {
     /// A quoted string.
     Text,
     /// An integer or a boolean; a quoted string is accepted too.
@@ -43,23 +45,23 @@ pub enum Toml {
     List,
 }
 
-/// Where to listen: `8083`, `:8083` or `host:port`.
+/// An address to listen on: `8083`, `:8083` or `host:port`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenAddress {
-    /// `None`: the command's own choice, every address for `serve` and loopback for `dev`.
+    /// `None`: the default of the command, every address for `serve` and loopback for `dev`.
     pub ip: Option<IpAddr>,
     /// 0: any free port.
     pub port: u16,
 }
 
 impl ListenAddress {
-    /// The socket address, with `ip` where none was given.
+    /// The socket address, with `ip` as the default.
     pub fn or(self, ip: IpAddr) -> SocketAddr {
         SocketAddr::new(self.ip.unwrap_or(ip), self.port)
     }
 }
 
-impl Value for ListenAddress {
+impl SettingValue for ListenAddress {
     const KIND: &'static str = "address";
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -70,9 +72,11 @@ impl Value for ListenAddress {
         }
         let address = text
             .to_socket_addrs()
-            .map_err(|_| "is not a port, nor a host and port that this machine knows".to_owned())?
+            .map_err(|_| {
+                "is neither a port nor a host and port, or the host cannot be resolved".to_owned()
+            })?
             .next()
-            .ok_or("is a host without an address")?;
+            .ok_or("is a host that has no address")?;
         Ok(Self { ip: Some(address.ip()), port: address.port() })
     }
 
@@ -84,18 +88,18 @@ impl Value for ListenAddress {
     }
 }
 
-/// Another process: `host:port`. Not resolved before it is used.
+/// The address of another process: `host:port`. Resolved when it is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerAddress(String);
 
 impl PeerAddress {
-    /// As it was written.
+    /// The text as given.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-impl Value for PeerAddress {
+impl SettingValue for PeerAddress {
     const KIND: &'static str = "host:port";
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -114,19 +118,19 @@ impl Value for PeerAddress {
     }
 }
 
-/// A neighbour's gRPC address: `host:port` and `http://host:port` in the clear, `https://host:port`
-/// with TLS.
+/// The address of a gRPC service: `host:port` or `http://host:port` without TLS,
+/// `https://host:port` with TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GrpcAddress(String);
 
 impl GrpcAddress {
-    /// With its scheme.
+    /// The address with its scheme.
     pub fn url(&self) -> String {
         if self.0.contains("://") { self.0.clone() } else { format!("http://{}", self.0) }
     }
 }
 
-impl Value for GrpcAddress {
+impl SettingValue for GrpcAddress {
     const KIND: &'static str = "host:port or URL";
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -144,33 +148,23 @@ impl Value for GrpcAddress {
     }
 }
 
-/// A URL that may hold a password: shown without it.
+/// A URL that may contain a password, which is never shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecretUrl(Secret);
 
 impl SecretUrl {
-    /// The whole URL, password included: for connecting only.
+    /// The whole URL with its password: for connecting only.
     pub fn expose(&self) -> &str {
         self.0.expose()
     }
 
-    /// The same, still wrapped.
+    /// The whole URL as a secret.
     pub fn secret(&self) -> &Secret {
         &self.0
     }
-
-    /// The URL with its password masked.
-    pub fn masked(&self) -> String {
-        let url = self.expose();
-        let Some((scheme, rest)) = url.split_once("://") else { return MASK.to_owned() };
-        match rest.rsplit_once('@') {
-            Some((_, host)) => format!("{scheme}://{MASK}@{host}"),
-            None => url.to_owned(),
-        }
-    }
 }
 
-impl Value for SecretUrl {
+impl SettingValue for SecretUrl {
     const KIND: &'static str = "URL";
     const SECRET: bool = true;
 
@@ -183,15 +177,21 @@ impl Value for SecretUrl {
         }
     }
 
+    /// The URL with user and password masked.
     fn show(&self) -> String {
-        self.masked()
+        let url = self.expose();
+        let Some((scheme, rest)) = url.split_once("://") else { return MASK.to_owned() };
+        match rest.rsplit_once('@') {
+            Some((_, host)) => format!("{scheme}://{MASK}@{host}"),
+            None => url.to_owned(),
+        }
     }
 }
 
-/// What is shown in a secret's place.
+/// Shown instead of a secret.
 pub const MASK: &str = "********";
 
-impl Value for Secret {
+impl SettingValue for Secret {
     const KIND: &'static str = "secret";
     const SECRET: bool = true;
 
@@ -207,7 +207,7 @@ impl Value for Secret {
     }
 }
 
-/// A name: printable, without spaces.
+/// Printable text without spaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name(String);
 
@@ -224,7 +224,7 @@ impl fmt::Display for Name {
     }
 }
 
-impl Value for Name {
+impl SettingValue for Name {
     const KIND: &'static str = "name";
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -232,7 +232,7 @@ impl Value for Name {
             return Err("is empty".to_owned());
         }
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            return Err("holds a space or a control character".to_owned());
+            return Err("contains a space or a control character".to_owned());
         }
         Ok(Self(text.to_owned()))
     }
@@ -242,7 +242,7 @@ impl Value for Name {
     }
 }
 
-impl Value for PathBuf {
+impl SettingValue for PathBuf {
     const KIND: &'static str = "path";
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -254,25 +254,25 @@ impl Value for PathBuf {
     }
 }
 
-/// A plain number.
+/// A number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Count(pub u64);
 
 impl Count {
-    /// As a table size. Every bound in the table fits.
+    /// As a size.
     pub fn size(self) -> usize {
-        usize::try_from(self.0).expect("64-bit machines only: asserted in lib.rs")
+        usize::try_from(self.0).expect("64-bit machines only, asserted in lib.rs")
     }
 
-    /// As a 32-bit number; more is taken for the greatest.
+    /// As a 32-bit number, saturating.
     pub fn u32(self) -> u32 {
         u32::try_from(self.0).unwrap_or(u32::MAX)
     }
 }
 
-impl Value for Count {
+impl SettingValue for Count {
     const KIND: &'static str = "number";
-    const TOML: Toml = Toml::Bare;
+    const TOML: TomlForm = TomlForm::Bare;
 
     fn parse(text: &str) -> Result<Self, String> {
         let digits: String = text.chars().filter(|c| *c != '_').collect();
@@ -283,26 +283,26 @@ impl Value for Count {
         self.0.to_string()
     }
 
-    fn within(&self, min: &Self, max: &Self) -> bool {
-        (min..=max).contains(&self)
+    fn magnitude(&self) -> Option<u64> {
+        Some(self.0)
     }
 }
 
-/// Bytes: `65536`, `64KiB` or `1MiB`.
+/// A number of bytes: `65536`, `64KiB` or `1MiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
 impl Size {
     /// In bytes.
     pub fn bytes(self) -> usize {
-        usize::try_from(self.0).expect("64-bit machines only: asserted in lib.rs")
+        usize::try_from(self.0).expect("64-bit machines only, asserted in lib.rs")
     }
 }
 
 const SIZE_UNITS: [(&str, u64); 4] =
     [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 
-impl Value for Size {
+impl SettingValue for Size {
     const KIND: &'static str = "size";
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -312,9 +312,10 @@ impl Value for Size {
                 text.strip_suffix(suffix).map(|rest| (rest.trim_end(), *unit))
             })
             .unwrap_or((text, 1));
-        let number: u64 =
-            digits.parse().map_err(|_| "is not a size in bytes, KiB, MiB or GiB".to_owned())?;
-        number.checked_mul(unit).map(Self).ok_or_else(|| "is more than any machine has".to_owned())
+        let number: u64 = digits
+            .parse()
+            .map_err(|_| "is not a size in bytes, or in B, KiB, MiB or GiB".to_owned())?;
+        number.checked_mul(unit).map(Self).ok_or_else(|| "is too large".to_owned())
     }
 
     fn show(&self) -> String {
@@ -325,22 +326,22 @@ impl Value for Size {
         format!("{}{suffix}", self.0 / unit)
     }
 
-    fn within(&self, min: &Self, max: &Self) -> bool {
-        (min..=max).contains(&self)
+    fn magnitude(&self) -> Option<u64> {
+        Some(self.0)
     }
 }
 
 const TIME_UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
 
-impl Value for Duration {
+impl SettingValue for Duration {
     const KIND: &'static str = "time";
 
     fn parse(text: &str) -> Result<Self, String> {
         let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let (digits, suffix) = text.split_at(split);
-        let wrong = || "is not a time with its unit (ms, s, m or h)".to_owned();
+        let wrong = || "is not a time with a unit (ms, s, m or h)".to_owned();
         let number: u64 = digits.parse().map_err(|_| wrong())?;
-        // Zero needs no unit; any other bare number could mean two things.
+        // Zero needs no unit; any other number without one is ambiguous.
         let unit = match TIME_UNITS.iter().find(|(name, _)| *name == suffix.trim()) {
             Some((_, unit)) => *unit,
             None if suffix.is_empty() && number == 0 => 1,
@@ -350,7 +351,7 @@ impl Value for Duration {
     }
 
     fn show(&self) -> String {
-        let ms = u64::try_from(self.as_millis()).unwrap_or(u64::MAX);
+        let ms = self.magnitude().unwrap_or(u64::MAX);
         let (suffix, unit) = TIME_UNITS
             .iter()
             .rev()
@@ -359,14 +360,14 @@ impl Value for Duration {
         format!("{}{suffix}", ms / unit)
     }
 
-    fn within(&self, min: &Self, max: &Self) -> bool {
-        (min..=max).contains(&self)
+    fn magnitude(&self) -> Option<u64> {
+        u64::try_from(self.as_millis()).ok()
     }
 }
 
-impl Value for bool {
+impl SettingValue for bool {
     const KIND: &'static str = "true or false";
-    const TOML: Toml = Toml::Bare;
+    const TOML: TomlForm = TomlForm::Bare;
 
     fn parse(text: &str) -> Result<Self, String> {
         match text.to_ascii_lowercase().as_str() {
@@ -381,10 +382,10 @@ impl Value for bool {
     }
 }
 
-/// Not set where the text is empty.
-impl<T: Value> Value for Option<T> {
+/// An empty text means not set.
+impl<T: SettingValue> SettingValue for Option<T> {
     const KIND: &'static str = T::KIND;
-    const TOML: Toml = T::TOML;
+    const TOML: TomlForm = T::TOML;
     const SECRET: bool = T::SECRET;
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -394,27 +395,20 @@ impl<T: Value> Value for Option<T> {
     fn show(&self) -> String {
         self.as_ref().map_or_else(String::new, T::show)
     }
-
-    fn within(&self, min: &Self, max: &Self) -> bool {
-        match (self, min, max) {
-            (Some(value), Some(min), Some(max)) => value.within(min, max),
-            _ => true,
-        }
-    }
 }
 
-/// A value or `auto`: found out at start by the rule in the setting's description.
+/// A value, or `auto`: chosen at start by the rule in the description of the setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Auto<T> {
-    /// By the rule.
+    /// Chosen at start.
     Auto,
-    /// Given.
+    /// Given by the operator.
     Given(T),
 }
 
-impl<T: Value> Value for Auto<T> {
+impl<T: SettingValue> SettingValue for Auto<T> {
     const KIND: &'static str = T::KIND;
-    const TOML: Toml = T::TOML;
+    const TOML: TomlForm = T::TOML;
 
     fn parse(text: &str) -> Result<Self, String> {
         if text == "auto" {
@@ -430,18 +424,18 @@ impl<T: Value> Value for Auto<T> {
         }
     }
 
-    fn within(&self, min: &Self, max: &Self) -> bool {
-        match (self, min, max) {
-            (Self::Given(value), Self::Given(min), Self::Given(max)) => value.within(min, max),
-            _ => true,
+    fn magnitude(&self) -> Option<u64> {
+        match self {
+            Self::Auto => None,
+            Self::Given(value) => value.magnitude(),
         }
     }
 }
 
-/// Comma-separated values. Empty text is an empty list.
-impl<T: Value> Value for Vec<T> {
+/// Values separated by commas. An empty text is an empty list.
+impl<T: SettingValue> SettingValue for Vec<T> {
     const KIND: &'static str = "list";
-    const TOML: Toml = Toml::List;
+    const TOML: TomlForm = TomlForm::List;
 
     fn parse(text: &str) -> Result<Self, String> {
         text.split(',')
@@ -458,10 +452,37 @@ impl<T: Value> Value for Vec<T> {
     }
 }
 
-/// Reads an enum as a setting that is one of a few words.
+/// The level of all log lines, the levels of single targets, or both:
+/// `info,delivery::service=debug`.
+impl SettingValue for Targets {
+    const KIND: &'static str = "log levels";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+        directives.into_iter().try_fold(Self::new(), |targets, directive| {
+            let (target, level) = directive.rsplit_once('=').unwrap_or(("", directive));
+            let parsed = level.parse::<LevelFilter>().ok().filter(|_| !level.is_empty());
+            let level = parsed.ok_or_else(|| {
+                format!(
+                    "has `{level}` in place of a level (off, error, warn, info, debug or trace)"
+                )
+            })?;
+            Ok(match target {
+                "" => targets.with_default(level),
+                target => targets.with_target(target, level),
+            })
+        })
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// Makes an enum a setting that is one of a few words.
 macro_rules! words {
     ($name:ident { $($variant:ident = $word:literal,)* }) => {
-        impl Value for $name {
+        impl SettingValue for $name {
             const KIND: &'static str = concat!("one of:", $(" ", $word),*);
 
             fn parse(text: &str) -> Result<Self, String> {
@@ -478,7 +499,7 @@ macro_rules! words {
     };
 }
 
-/// Declares an enum that is read as one of a few words.
+/// Declares an enum that is such a setting.
 macro_rules! choice {
     ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident = $word:literal,)* }) => {
         $(#[$outer])*
@@ -494,29 +515,29 @@ words! { RoutingMode { Group = "group", Broadcast = "broadcast", } }
 choice! {
     /// Who may connect.
     AuthMode {
-        /// Whoever has a valid token.
+        /// Clients with a valid token.
         Jwt = "jwt",
-        /// Everybody, as anybody.
+        /// Anybody, as any user.
         Trust = "trust",
     }
 }
 choice! {
-    /// Who is told about sessions.
+    /// Where presence is reported.
     PresenceMode {
-        /// The presence service, by gRPC.
+        /// To the presence service, over gRPC.
         Service = "service",
-        /// Its keys and channel in Redis, written directly.
+        /// To Redis, in the keys and the channel of the presence service.
         Redis = "redis",
-        /// Nobody.
+        /// Nowhere.
         Off = "off",
     }
 }
 choice! {
-    /// How a log line looks.
+    /// The format of log lines.
     LogFormat {
-        /// For people.
+        /// Text for people.
         Text = "text",
-        /// For machines: one JSON object a line.
+        /// One JSON object per line.
         Json = "json",
     }
 }
@@ -577,8 +598,24 @@ mod tests {
     }
 
     #[test]
-    fn list_names_the_item_at_fault() {
+    fn list_error_names_the_invalid_item() {
         let problem = Vec::<PeerAddress>::parse("a:1, b").unwrap_err();
         assert_eq!(problem, "has an item `b` that has no port");
+    }
+
+    #[test]
+    fn log_levels_are_for_everything_or_for_a_target() {
+        for text in ["warn", "librdkafka=debug,info", "off"] {
+            assert_eq!(Targets::parse(text).unwrap().show(), text);
+        }
+        let targets = Targets::parse("info, delivery::service::routing=DEBUG").unwrap();
+        let shown = |target, level| targets.would_enable(target, &level);
+        use tracing::Level;
+        assert!(shown("delivery", Level::INFO) && !shown("delivery", Level::DEBUG));
+        assert!(shown("delivery::service::routing::kafka", Level::DEBUG));
+        for wrong in ["inof", "info,delivery", "delivery=", "delivery=loud", "d[span]=x"] {
+            let problem = Targets::parse(wrong).unwrap_err();
+            assert!(problem.contains("error, warn, info"), "{problem}");
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
-use crate::app::config::{Settings, Value as _};
+use crate::app::config::{SettingValue as _, Settings};
 use crate::app::publish::{Publisher, create, sent};
 use crate::service::events::timestamp::Timestamp;
 

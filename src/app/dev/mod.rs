@@ -5,7 +5,7 @@ mod kafka;
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::config::{AuthMode, ListenAddress, Loaded, PeerAddress, Settings, Value as _};
+use super::config::{AuthMode, ListenAddress, Loaded, PeerAddress, SettingValue as _, Settings};
 use super::node::{self, Addresses, Plan};
 use demo::Demo;
 use kafka::EmbeddedKafka;

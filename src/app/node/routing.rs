@@ -10,7 +10,7 @@ use super::metrics::{component, numbered};
 use super::other_nodes::OtherNodes;
 use super::sizing::Sizing;
 use crate::app::admin::{Check, FamilyKind, Samples};
-use crate::app::config::{Name, Settings, Value as _};
+use crate::app::config::{Name, SettingValue as _, Settings};
 use crate::service::backends::ports::ConversationSource;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Membership, MembershipConfig};

@@ -116,6 +116,12 @@ impl Page {
     }
 }
 
+/// A count as the value of a sample.
+#[allow(clippy::cast_precision_loss, reason = "exact up to 2^53")]
+pub fn number(value: u64) -> f64 {
+    value as f64
+}
+
 const STRING: &str = "writing to a string does not fail";
 
 /// Backslash and newline everywhere, quotes in label values.

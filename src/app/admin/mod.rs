@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-pub use exposition::{FamilyKind, Page};
+pub use exposition::{FamilyKind, Page, number};
 pub use requests::{Requests, answered};
 
 /// The type Prometheus asks for.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use super::exposition::{FamilyKind, Page};
+use super::exposition::{FamilyKind, Page, number};
 
 /// The paths that get a label of their own; a peer's inventions share one, so that the page does
 /// not grow.
@@ -70,7 +70,5 @@ impl Requests {
 /// Adds a sample of `http_requests_total`: the public port's come from the shards.
 pub fn answered(page: &mut Page, method: &str, path: &str, status: &str, count: u64) {
     let labels = [("method", method), ("path", path), ("status", status)];
-    #[allow(clippy::cast_precision_loss, reason = "exact to 2^53")]
-    let count = count as f64;
-    page.sample(FamilyKind::Counter, "http_requests_total", COUNT_HELP, &labels, count);
+    page.sample(FamilyKind::Counter, "http_requests_total", COUNT_HELP, &labels, number(count));
 }

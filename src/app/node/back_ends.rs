@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use super::metrics::component;
 use super::other_nodes::OtherNodes;
+use super::routing::{RoutingPeers, compression};
 use super::sizing::Sizing;
 use crate::app::admin::Samples;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
 use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
 };
+use crate::service::backends::ports::ConversationSource;
 use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
-use crate::service::events::encode::CompressionConfig;
 use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpService, ReadAccess};
 use crate::service::sessions::presence::{
@@ -66,13 +67,12 @@ impl BackEnds {
         let auth = authenticator(settings, &mut samples)?;
         Ok(Self { auth, conversations, other_nodes, presence, catch_up, samples })
     }
-}
 
-/// When compression pays.
-pub(super) fn compression(settings: &Settings) -> CompressionConfig {
-    CompressionConfig {
-        threshold_bytes: settings.deflate_threshold.bytes(),
-        ..CompressionConfig::default()
+    /// What the routers need of them.
+    pub(super) fn for_routing(&self) -> RoutingPeers {
+        let service = self.conversations.clone();
+        let source = service.map(|service| -> Arc<dyn ConversationSource> { Arc::new(service) });
+        RoutingPeers { source, remote: self.other_nodes.as_ref().and_then(OtherNodes::remote) }
     }
 }
 

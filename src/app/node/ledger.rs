@@ -7,7 +7,7 @@ use super::back_ends::presence_config;
 use super::routing::{prefetch_kib, router_config};
 use super::sizing::Sizing;
 use super::streams::outbox_limits;
-use crate::app::admin::{FamilyKind, Samples};
+use crate::app::admin::{FamilyKind, Samples, number};
 use crate::app::config::{RoutingMode, Settings};
 use crate::app::telemetry::LINES_WAITING_MAX;
 use crate::domain::command::{ShardCommand, ShardReport};
@@ -141,9 +141,7 @@ impl Ledger {
             ];
             for (name, help, amounts) in families {
                 for (part, bytes) in amounts {
-                    #[allow(clippy::cast_precision_loss, reason = "exact to 2^53")]
-                    let bytes = *bytes as f64;
-                    page.sample(FamilyKind::Gauge, name, help, &[("part", part)], bytes);
+                    page.sample(FamilyKind::Gauge, name, help, &[("part", part)], number(*bytes));
                 }
             }
         })

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::app::admin::{FamilyKind, Page, Samples};
+use crate::app::admin::{FamilyKind, Page, Samples, number};
 use crate::domain::close::EndReason;
 use crate::domain::counters::{Kind, LATENCY_BUCKETS_MS, LatencyHistogram};
 use crate::reactor::counters::ShardCounters;
@@ -36,11 +36,6 @@ fn sample(
         Kind::Gauge => (FamilyKind::Gauge, ""),
     };
     page.sample(kind, &format!("delivery_{prefix}{field}{suffix}"), help, labels, number(value));
-}
-
-#[allow(clippy::cast_precision_loss, reason = "exact to 2^53")]
-fn number(value: u64) -> f64 {
-    value as f64
 }
 
 /// The samples of one of several: each field with a label that says which.

@@ -207,9 +207,17 @@ fn start(
         &back_ends,
         Arc::clone(&counters),
     )?;
-    let routing =
-        Routing::start(&settings, sizing, &instance, mesh.routers, &directory, &mut back_ends)?;
+    let peers = back_ends.for_routing();
     let mut samples = back_ends.samples;
+    let routing = Routing::start(
+        &settings,
+        sizing,
+        &instance,
+        mesh.routers,
+        &directory,
+        peers,
+        &mut samples,
+    )?;
     let from_other_nodes = back_ends.other_nodes.as_ref().map(|others| {
         let service = back_ends.conversations.as_ref();
         others.listen(&instance, &sessions, &routing, &directory, service, &mut samples)

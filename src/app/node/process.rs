@@ -1,52 +1,18 @@
-//! What the system knows of this process, under the names that Prometheus clients use.
+//! Process metrics under the names that Prometheus client libraries use.
 
-use crate::app::admin::{FamilyKind, Samples};
+use procfs::process::Process;
 
-/// A page of `/proc/self/statm` (ARM kernels may be built with larger ones), and the tick of
-/// `/proc/self/stat`, which the kernel keeps at this for everybody (`USER_HZ`).
-const PAGE_BYTES: f64 = 4096.0;
-const TICKS_PER_S: f64 = 100.0;
+use crate::app::admin::{FamilyKind, Samples, number};
 
-/// See the module.
+/// Memory and CPU time of this process, from `/proc/self/stat`.
 pub(super) fn samples() -> Samples {
     Box::new(|page| {
-        if let Some(bytes) = resident_bytes() {
-            let (name, help) = ("process_resident_memory_bytes", "Resident memory.");
-            page.sample(FamilyKind::Gauge, name, help, &[], bytes);
-        }
-        if let Some(seconds) = cpu_seconds() {
-            let (name, help) = ("process_cpu_seconds_total", "CPU time, user and system.");
-            page.sample(FamilyKind::Counter, name, help, &[], seconds);
-        }
+        let Ok(stat) = Process::myself().and_then(|process| process.stat()) else { return };
+        let bytes = number(stat.rss * procfs::page_size());
+        let seconds = number(stat.utime + stat.stime) / number(procfs::ticks_per_second());
+        let name = "process_resident_memory_bytes";
+        page.sample(FamilyKind::Gauge, name, "Resident memory, bytes.", &[], bytes);
+        let name = "process_cpu_seconds_total";
+        page.sample(FamilyKind::Counter, name, "CPU time, user and system, seconds.", &[], seconds);
     })
-}
-
-fn resident_bytes() -> Option<f64> {
-    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: f64 = statm.split(' ').nth(1)?.parse().ok()?;
-    Some(pages * PAGE_BYTES)
-}
-
-fn cpu_seconds() -> Option<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The name in parentheses may hold anything; what follows it is numbers.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let user: f64 = fields.nth(11)?.parse().ok()?;
-    let system: f64 = fields.next()?.parse().ok()?;
-    Some((user + system) / TICKS_PER_S)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_process_has_memory_and_spends_time() {
-        assert!(resident_bytes().unwrap() > 1e6);
-        let before = cpu_seconds().unwrap();
-        let mut spent = 0_u64;
-        while cpu_seconds().unwrap() <= before {
-            spent = std::hint::black_box(spent.wrapping_add(1));
-        }
-    }
 }

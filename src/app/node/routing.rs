@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::back_ends::{BackEnds, compression};
 use super::mesh::PeerSide;
 use super::metrics::{component, numbered};
-use super::other_nodes::OtherNodes;
 use super::sizing::Sizing;
-use crate::app::admin::{Check, FamilyKind, Samples};
+use crate::app::admin::{Check, FamilyKind, Samples, number};
 use crate::app::config::{Name, SettingValue as _, Settings};
-use crate::service::backends::ports::ConversationSource;
+use crate::service::backends::ports::{ConversationSource, RemoteNodes};
+use crate::service::events::encode::CompressionConfig;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::routing::kafka::{
@@ -21,6 +20,14 @@ use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::{
     Router, RouterConfig, RouterControl, RouterCounters, RouterParts, ShardLink,
 };
+
+/// What the routers reach other processes through.
+pub(super) struct RoutingPeers {
+    /// Member lists; `None`: they come from events alone.
+    pub source: Option<Arc<dyn ConversationSource>>,
+    /// The other nodes; `None`: every node reads every partition.
+    pub remote: Option<Arc<dyn RemoteNodes>>,
+}
 
 /// The running threads.
 pub(super) struct Routing {
@@ -42,13 +49,10 @@ impl Routing {
         instance: &Arc<str>,
         sides: Vec<PeerSide>,
         directory: &Arc<Directory>,
-        back_ends: &mut BackEnds,
+        peers: RoutingPeers,
+        samples: &mut Vec<Samples>,
     ) -> Result<Self, String> {
-        let samples = &mut back_ends.samples;
-        let source = back_ends
-            .conversations
-            .clone()
-            .map(|service| -> Arc<dyn ConversationSource> { Arc::new(service) });
+        let RoutingPeers { source, remote } = peers;
         let membership = membership(settings, source, samples);
         let kafka_config = kafka_config(settings, instance);
         let kafka_counters = Arc::new(KafkaCounters::default());
@@ -67,7 +71,7 @@ impl Routing {
                     .collect(),
                 directory: Arc::clone(directory),
                 membership: Arc::clone(&membership),
-                remote: back_ends.other_nodes.as_ref().and_then(OtherNodes::remote),
+                remote: remote.clone(),
                 dead_letters: dead_letters.clone(),
             });
             let thread = router.spawn(format!("router-{number}"));
@@ -126,6 +130,14 @@ impl Routing {
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Which events are compressed.
+pub(super) fn compression(settings: &Settings) -> CompressionConfig {
+    CompressionConfig {
+        threshold_bytes: settings.deflate_threshold.bytes(),
+        ..CompressionConfig::default()
+    }
 }
 
 /// One of several routers has its part of what all shards, the gRPC hub counted, may hold.
@@ -194,11 +206,10 @@ fn dead_letters(
 fn lag(status: Arc<KafkaStatus>) -> Samples {
     Box::new(move |page| {
         for partition in status.lags() {
-            let number = partition.partition.to_string();
-            let labels = [("topic", &*partition.topic), ("partition", number.as_str())];
+            let id = partition.partition.to_string();
+            let labels = [("topic", &*partition.topic), ("partition", id.as_str())];
             let help = "Records of the partition that are not delivered yet.";
-            #[allow(clippy::cast_precision_loss, reason = "exact to 2^53")]
-            let lag = partition.lag as f64;
+            let lag = number(partition.lag);
             page.sample(FamilyKind::Gauge, "kafka_consumer_lag", help, &labels, lag);
         }
     })

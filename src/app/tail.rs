@@ -16,6 +16,7 @@ use crate::domain::close::CloseCode;
 use crate::domain::counted::Counted;
 use crate::service::events::encode;
 use crate::service::events::envelope::{self, EventBody};
+use crate::service::runtime::backoff::Backoff;
 
 /// The help text.
 pub const ABOUT: &str = "\
@@ -31,8 +32,8 @@ misses no message. What it does is told on standard error; events go to standard
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// To establish a connection.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
-/// The first wait before reconnecting, and the longest.
-const BACKOFF: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(10)];
+/// Delays before reconnecting.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(10));
 
 /// The arguments.
 #[derive(Args, Debug)]
@@ -60,7 +61,7 @@ pub struct Tail {
 /// The server refuses this client for good.
 pub fn run(tail: &Tail) -> Result<(), String> {
     let mut seen = Seen::default();
-    let mut backoff = Backoff::new();
+    let mut retries = 0;
     loop {
         let events_before = seen.events;
         match session(tail, &mut seen) {
@@ -68,9 +69,12 @@ pub fn run(tail: &Tail) -> Result<(), String> {
             Ended::ForGood(why) => return Err(why),
             Ended::ForNow { why, wait } => {
                 if seen.events > events_before {
-                    backoff = Backoff::new();
+                    retries = 0;
                 }
-                let wait = wait.unwrap_or_else(|| backoff.next());
+                let wait = wait.unwrap_or_else(|| {
+                    retries += 1;
+                    BACKOFF.random_delay(retries - 1)
+                });
                 eprintln!("{why}; reconnecting in {} ms", wait.as_millis());
                 thread::sleep(wait);
             }
@@ -281,22 +285,6 @@ fn print_line(value: &[u8]) -> io::Result<()> {
     out.flush()
 }
 
-/// Waits that double, each shortened at random so that clients do not come back together.
-#[derive(Debug)]
-struct Backoff(Duration);
-
-impl Backoff {
-    fn new() -> Self {
-        Self(BACKOFF[0])
-    }
-
-    fn next(&mut self) -> Duration {
-        let wait = self.0.mul_f64(rand::random_range(0.5..=1.0));
-        self.0 = (self.0 * 2).min(BACKOFF[1]);
-        wait
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -342,13 +330,5 @@ mod tests {
             ended(CloseCode::SERVICE_RESTART, "draining; reconnect in 1500 ms"),
             (false, wait)
         );
-    }
-
-    #[test]
-    fn backoff_grows_to_its_bound() {
-        let mut backoff = Backoff::new();
-        let waits: Vec<_> = (0..12).map(|_| backoff.next()).collect();
-        assert!(waits[0] <= BACKOFF[0] && waits[0] >= BACKOFF[0] / 2);
-        assert!(waits[11] >= BACKOFF[1] / 2 && waits[11] <= BACKOFF[1]);
     }
 }

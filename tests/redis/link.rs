@@ -7,6 +7,7 @@ use std::time::Duration;
 use delivery::service::backends::redis::{
     RedisAddress, RedisConfig, RedisFault, RedisLink, RedisLinkCounters, connect,
 };
+use delivery::service::runtime::backoff::Backoff;
 use redis::{Value, cmd};
 use rustix::process::Signal;
 
@@ -31,8 +32,7 @@ pub(crate) fn config(address: &str) -> RedisConfig {
     RedisConfig {
         probe_interval: Duration::from_millis(50),
         response_timeout: Duration::from_millis(200),
-        backoff_min: Duration::from_millis(5),
-        backoff_max: Duration::from_millis(50),
+        backoff: Backoff::new(Duration::from_millis(5), Duration::from_millis(50)),
         ..RedisConfig::new(RedisAddress::parse(address).unwrap())
     }
 }

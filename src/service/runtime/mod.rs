@@ -1,3 +1,4 @@
-//! What every floor of the service side needs of tokio.
+//! Building blocks that every floor of the service side uses.
 
+pub mod backoff;
 pub mod bell;

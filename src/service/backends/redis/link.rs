@@ -29,6 +29,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::address::RedisAddress;
 use crate::counters;
 use crate::service::backends::outage::Outage;
+use crate::service::runtime::backoff::Backoff;
 
 /// Commands of one call that are on the wire together, so that neither side buffers without bound.
 const PIPELINE_COMMANDS_MAX: usize = 512;
@@ -46,10 +47,8 @@ pub struct RedisConfig {
     pub response_timeout: Duration,
     /// Between probes of a connection that works.
     pub probe_interval: Duration,
-    /// First wait before connecting again; doubles each time, plus up to half of it by chance.
-    pub backoff_min: Duration,
-    /// Longest such wait.
-    pub backoff_max: Duration,
+    /// Delays between attempts to connect.
+    pub backoff: Backoff,
 }
 
 impl RedisConfig {
@@ -62,8 +61,8 @@ impl RedisConfig {
             connect_timeout: Duration::from_secs(1),
             response_timeout: Duration::from_millis(500),
             probe_interval: Duration::from_secs(5),
-            backoff_min: Duration::from_millis(100),
-            backoff_max: Duration::from_secs(5),
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5))
+                .with_jitter(1.0, 1.5),
         }
     }
 
@@ -75,13 +74,6 @@ impl RedisConfig {
             }
             _ => Client::open(node),
         }
-    }
-
-    /// The wait before attempt `attempt` (from 0): exponential, with up to half of it more by
-    /// chance, so that the nodes of a fleet do not come back in step.
-    pub(super) fn backoff(&self, attempt: u32) -> Duration {
-        let base = self.backoff_min.saturating_mul(1 << attempt.min(16)).min(self.backoff_max);
-        base + base.mul_f64(rand::random_range(0.0..0.5))
     }
 }
 
@@ -316,7 +308,7 @@ async fn supervise(shared: Arc<Shared>) {
                 }
                 // A connection that lasted starts from the shortest wait again; one that did not
                 // (a proxy that accepts for a server that is away) keeps doubling.
-                if since.elapsed() > shared.config.backoff_max {
+                if since.elapsed() > shared.config.backoff.max() {
                     attempt = 0;
                 }
             }
@@ -328,7 +320,7 @@ async fn supervise(shared: Arc<Shared>) {
                 }
             }
         }
-        sleep(shared.config.backoff(attempt)).await;
+        sleep(shared.config.backoff.random_delay(attempt)).await;
         attempt = attempt.saturating_add(1);
     }
 }

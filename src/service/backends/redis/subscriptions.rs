@@ -243,7 +243,7 @@ impl Reader {
                     }
                 }
             }
-            sleep(self.link.config().backoff(attempt)).await;
+            sleep(self.link.config().backoff.random_delay(attempt)).await;
             attempt = attempt.saturating_add(1);
         }
     }

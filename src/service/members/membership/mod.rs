@@ -13,14 +13,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
-use rand::RngExt as _;
-
 use crate::counters;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{ConversationSource, MembershipChanges, NeighbourError};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::cache::Cache;
 use crate::service::members::membership::state::{Answered, Change, Marks, Rules, State};
+use crate::service::runtime::backoff::Backoff;
 
 pub use crate::service::members::membership::state::{LogPosition, Members};
 
@@ -29,7 +28,7 @@ pub use crate::service::members::membership::state::{LogPosition, Members};
 const ABSENT_MS: u64 = 2_000;
 
 /// Bounds and times. All have defaults.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MembershipConfig {
     /// Conversations whose members are cached.
     pub conversations_max: usize,
@@ -43,10 +42,8 @@ pub struct MembershipConfig {
     pub fetch_deadline_ms: u64,
     /// Questions under way at a time.
     pub fetches_max: usize,
-    /// Pause after a failed question, ms; doubles with each further one up to `retry_ms_max`.
-    pub retry_ms_min: u64,
-    /// See `retry_ms_min`.
-    pub retry_ms_max: u64,
+    /// Delays after failed questions.
+    pub backoff: Backoff,
     /// How far apart the clocks of this node and of the publishers (or brokers) may be, ms. Too
     /// large costs questions, too small costs correctness.
     pub clock_skew_ms: u64,
@@ -60,8 +57,7 @@ impl Default for MembershipConfig {
             lifetime_ms: 600_000,
             fetch_deadline_ms: 5_000,
             fetches_max: 64,
-            retry_ms_min: 100,
-            retry_ms_max: 5_000,
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
             clock_skew_ms: 5_000,
         }
     }
@@ -280,20 +276,15 @@ impl Membership {
             }
             Err(NeighbourError::Unavailable(reason)) => {
                 self.counters.fetches_failed.add(1);
-                let pause = |failures| self.pause_ms(failures);
+                let pause = |failures: u32| {
+                    let pause = self.config.backoff.random_delay(failures.saturating_sub(1));
+                    pause.as_micros().div_ceil(1_000) as u64
+                };
                 self.cache.with(key, |_, state| state.failed(id, now_ms, pause));
                 tracing::debug!(conversation = %key, reason, "members not answered");
                 Answered::Settled
             }
         }
-    }
-
-    /// Doubles with each failure; drawn from its upper half so that those who failed together do
-    /// not come back together.
-    fn pause_ms(&self, failures: u32) -> u64 {
-        let doubled = self.config.retry_ms_min.saturating_mul(1 << (failures.clamp(1, 16) - 1));
-        let pause = doubled.clamp(1, self.config.retry_ms_max.max(1));
-        rand::rng().random_range(pause.div_ceil(2)..=pause)
     }
 
     /// A creation event with the complete list.

@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 use super::AuthCounters;
 use super::keys::{KeyLookup, KeySet};
 use crate::domain::command::Secret;
+use crate::service::runtime::backoff::Backoff;
 
 /// First wait before a failed refresh is tried again; doubles each time.
 const RETRY_MIN: Duration = Duration::from_secs(1);
@@ -78,12 +79,12 @@ impl Jwks {
                 failures = if fetched { 0 } else { failures + 1 };
                 let refresh = jwks.config.refresh;
                 drop(jwks);
-                let wait = match failures {
-                    0 => refresh,
-                    n => RETRY_MIN.saturating_mul(1 << (n - 1).min(16)).min(refresh),
-                };
-                // Spread, so that a fleet does not fetch in step.
-                sleep(wait.mul_f64(rand::random_range(0.8..=1.0))).await;
+                let backoff = Backoff::new(RETRY_MIN, refresh).with_jitter(0.8, 1.0);
+                sleep(match failures {
+                    0 => backoff.spread(refresh, rand::random()),
+                    failures => backoff.random_delay(failures - 1),
+                })
+                .await;
             }
         });
         jwks

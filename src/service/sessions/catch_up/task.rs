@@ -20,11 +20,11 @@ use crate::domain::event::Event;
 use crate::domain::ids::{SessionAddress, StreamPosition};
 use crate::service::backends::ports::{BoxFuture, ConversationListing, NeighbourError};
 use crate::service::events::proto::message::v1::Message;
+use crate::service::runtime::backoff::Backoff;
 use crate::service::sessions::presence::{Visibility, VisibilityState};
 
-/// First wait before a failed call is tried again; doubles each time, with up to half of it less
-/// by chance.
-const RETRY_MIN: Duration = Duration::from_millis(200);
+/// Delays before a failed call is retried; the attempts are bounded by the configuration.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::MAX);
 /// Attempts at a page of full size; later ones ask for less, in case the page is what is too large
 /// or too slow.
 const FULL_PAGE_ATTEMPTS: u32 = 2;
@@ -312,8 +312,7 @@ impl CatchUpTask {
         for attempt in 0..config.attempts_max {
             if attempt > 0 {
                 self.resources.counters.retries.add(1);
-                let wait = RETRY_MIN.saturating_mul(1 << (attempt - 1).min(16));
-                sleep(wait.mul_f64(rand::random_range(0.5..=1.0))).await;
+                sleep(BACKOFF.random_delay(attempt - 1)).await;
             }
             let turn = self.resources.calls.acquire().await;
             let answer = ask(attempt).await;

@@ -37,6 +37,7 @@ use crate::service::events::proto::presence::v1::PresenceUpdateEvent;
 use crate::service::events::proto::shared::v1::EventType;
 use crate::service::events::timestamp::Timestamp;
 use crate::service::members::directory::Directory;
+use crate::service::runtime::backoff::Backoff;
 
 /// Conversations of one user whose members are asked for one by one, where the list of his
 /// conversations does not name them.
@@ -54,8 +55,8 @@ pub struct PresenceFanoutConfig {
     pub look_ups_max: usize,
     /// Attempts at a look-up before the change is dropped.
     pub attempts_max: u32,
-    /// Wait before the second attempt; doubles, plus up to half of it by chance.
-    pub retry_wait: Duration,
+    /// Delays between attempts.
+    pub backoff: Backoff,
     /// How long it is believed who shares a conversation with a user. A member who was added is
     /// told after at most this; one who was removed is told nothing more from his removal on.
     pub remembered: Duration,
@@ -72,7 +73,7 @@ impl Default for PresenceFanoutConfig {
             users_waiting_max: 10_000,
             look_ups_max: 8,
             attempts_max: 3,
-            retry_wait: Duration::from_millis(200),
+            backoff: Backoff::new(Duration::from_millis(200), Duration::MAX).with_jitter(1.0, 1.5),
             remembered: Duration::from_secs(30),
             remembered_max: 500_000,
         }
@@ -267,7 +268,6 @@ impl Shared {
         if let Some(known) = remembered(Instant::now()) {
             return Some(known);
         }
-        let mut wait = self.config.retry_wait;
         for attempt in 1..=self.config.attempts_max {
             self.counters.presence_look_ups.add(1);
             let asked = Instant::now();
@@ -282,8 +282,7 @@ impl Shared {
                 Err(_) => self.counters.presence_look_ups_failed.add(1),
             }
             if attempt < self.config.attempts_max {
-                sleep(wait + wait.mul_f64(rand::random_range(0.0..0.5))).await;
-                wait *= 2;
+                sleep(self.config.backoff.random_delay(attempt - 1)).await;
             }
         }
         None

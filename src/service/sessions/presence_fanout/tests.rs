@@ -178,7 +178,7 @@ async fn change_that_concerns_nobody_here_is_not_pushed() {
 #[tokio::test]
 async fn service_that_is_away_is_asked_again_and_then_the_change_is_dropped() {
     let config = PresenceFanoutConfig {
-        retry_wait: Duration::from_millis(1),
+        backoff: Backoff::new(Duration::from_millis(1), Duration::MAX),
         ..PresenceFanoutConfig::default()
     };
     let bench = Bench::new(&["bob"], config, true);

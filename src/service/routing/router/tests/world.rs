@@ -2,6 +2,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -27,6 +28,7 @@ use crate::service::routing::router::{
     Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
     RouterCounters, RouterParts, ShardLink, TopicPartition,
 };
+use crate::service::runtime::backoff::Backoff;
 
 pub(super) const RING_SLOTS: usize = 4;
 const SHARDS: u16 = 2;
@@ -209,7 +211,10 @@ impl RouterWorld {
         let source =
             (!with.alone).then(|| Arc::new(FakeSource(Arc::clone(&conversations))) as Arc<_>);
         let membership = Membership::new(
-            MembershipConfig { retry_ms_min: 1, retry_ms_max: 2, ..MembershipConfig::default() },
+            MembershipConfig {
+                backoff: Backoff::new(Duration::from_millis(1), Duration::from_millis(2)),
+                ..MembershipConfig::default()
+            },
             source,
             runtime.handle().clone(),
             Arc::<MembershipCounters>::default(),

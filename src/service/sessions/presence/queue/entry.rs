@@ -5,12 +5,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::super::visibility::VisibilityNotifier;
-use super::pace::backoff;
+use crate::service::runtime::backoff::Backoff;
 
-/// First wait before a failed call is tried again; doubles each time.
-pub(super) const RETRY_MIN: Duration = Duration::from_millis(500);
-/// Longest such wait.
-pub(super) const RETRY_MAX: Duration = Duration::from_secs(15);
+/// Delays before a failed call is retried.
+pub(super) const RETRY_BACKOFF: Backoff =
+    Backoff::new(Duration::from_millis(500), Duration::from_secs(15));
 /// A refresh that waited this long is too late to count on: the registration (60 s, contract §4)
 /// may be gone by the time it is carried out, so the session is registered again instead.
 pub(super) const REFRESH_AGE_MAX: Duration = Duration::from_secs(35);
@@ -203,7 +202,7 @@ impl QueueEntry {
                     self.held = RegistrationState::Unknown;
                 }
                 self.check |= operation == PresenceOperation::Refresh { check: true };
-                let wait = backoff(RETRY_MIN, RETRY_MAX, u32::from(self.attempts), chance);
+                let wait = RETRY_BACKOFF.delay(u32::from(self.attempts), chance);
                 self.attempts = self.attempts.saturating_add(1);
                 self.place = EntryState::Delayed;
                 return FollowUp::Retry(wait);

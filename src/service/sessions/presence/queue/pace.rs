@@ -4,18 +4,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::service::runtime::backoff::Backoff;
+
 /// Failures in a row after which the whole queue slows down to one call at a time.
 pub(super) const FAILURES_IN_ROW_MAX: u32 = 8;
-/// First wait between such single calls; doubles each time.
-const PROBE_MIN: Duration = Duration::from_millis(200);
-/// Longest such wait.
-pub(super) const PROBE_MAX: Duration = Duration::from_secs(5);
-
-/// Doubling from `min` to `max`, at `chance` (0 to 1) between half and the whole of it.
-pub(super) fn backoff(min: Duration, max: Duration, attempt: u32, chance: f64) -> Duration {
-    let whole = min.saturating_mul(1 << attempt.min(16)).min(max);
-    whole.mul_f64(0.5 + chance / 2.0)
-}
+/// Delays between such single calls.
+pub(super) const PROBE_BACKOFF: Backoff =
+    Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
 
 /// What may be begun now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +39,7 @@ impl CircuitBreaker {
         }
         self.failures_in_row = self.failures_in_row.saturating_add(1);
         if let Some(over) = self.failures_in_row.checked_sub(FAILURES_IN_ROW_MAX) {
-            self.probe_at = Some(now + backoff(PROBE_MIN, PROBE_MAX, over, chance));
+            self.probe_at = Some(now + PROBE_BACKOFF.delay(over, chance));
         }
     }
 

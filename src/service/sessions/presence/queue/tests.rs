@@ -4,8 +4,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::super::visibility::{Visibility, VisibilityConfig, VisibilityState};
-use super::entry::{REFRESH_AGE_MAX, RETRY_MAX, RETRY_MIN};
-use super::pace::{FAILURES_IN_ROW_MAX, PROBE_MAX};
+use super::entry::{REFRESH_AGE_MAX, RETRY_BACKOFF};
+use super::pace::{FAILURES_IN_ROW_MAX, PROBE_BACKOFF};
 use super::*;
 
 fn ids(user: usize) -> SessionIds {
@@ -63,7 +63,7 @@ impl Bench {
 
     fn fails(&mut self, operation: PresenceOperation) {
         self.does(operation, OperationOutcome::Failed);
-        self.now += RETRY_MAX;
+        self.now += RETRY_BACKOFF.max();
     }
 }
 
@@ -262,7 +262,7 @@ fn who_waits_for_a_registration_hears_of_his_own_only() {
         VisibilityState::Pending(bench.now + REACH.registration_wait)
     );
     bench.does(PresenceOperation::Register, OperationOutcome::Failed);
-    bench.now += RETRY_MIN;
+    bench.now += RETRY_BACKOFF.delay(0, 1.0);
     bench.does(PresenceOperation::Register, OperationOutcome::Done);
     assert_eq!(
         second.state(bench.now),
@@ -282,7 +282,7 @@ fn nobody_waits_for_a_registration_that_will_take_long_or_never_come() {
     (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(PresenceOperation::Register));
     let late = bench.admits(0, false);
     assert_eq!(late.state(bench.now), VisibilityState::NotVisible, "presence is known to be away");
-    bench.now += PROBE_MAX;
+    bench.now += PROBE_BACKOFF.max();
     bench.does(PresenceOperation::Register, OperationOutcome::Done);
     let reached = bench.now + REACH.lookup_lifetime;
     assert_eq!(late.state(reached), VisibilityState::Visible, "it counts when it comes");

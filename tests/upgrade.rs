@@ -6,7 +6,7 @@ mod upgrade_cases;
 
 use std::collections::HashSet;
 
-use delivery::domain::event::Encoding;
+use delivery::domain::encoding::Encoding;
 use delivery::protocol::upgrade::origin::Origins;
 use delivery::protocol::upgrade::{
     Refused, Route, Subprotocol, Upgrade, UpgradeRules, parse, refusal, response_101,

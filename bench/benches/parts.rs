@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use delivery::domain::event::Encoding;
+use delivery::domain::encoding::Encoding;
 use delivery::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use delivery::domain::limits::HANDOFF_RING_SLOTS;
 use delivery::handoff::{Doorbell, Pushed, ring};

@@ -1,7 +1,7 @@
 //! Kafka records: whatever the bytes, a verdict. What prost reads, the router's decoder reads, and
 //! reads the same; and the frames made of it carry it to every kind of session.
 
-use delivery::domain::event::{Encoding, EncodingSet};
+use delivery::domain::encoding::{Encoding, EncodingSet};
 use delivery::protocol::deflate::Inflater;
 use delivery::service::events::encode::{CompressionConfig, Encoder};
 use delivery::service::events::envelope::{DecodedEvent, EnvelopeError, EventBody, decode};

@@ -9,12 +9,22 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use crate::domain::close::{Close, EndReason};
-use crate::domain::event::{Encoding, Event};
-use crate::domain::ids::{ConnectionKey, StreamPosition};
+use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
+use crate::domain::ids::{ConnectionKey, ConversationPosition};
 
 /// Names one delivery towards one shard until the shard reports it done. Meaning is the issuer's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub NonZeroU64);
+
+/// The peer that awaits [`ShardReport::Done`] of a delivery, and the ticket it gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplyTo {
+    /// Index of the peer that sent the command.
+    pub peer: u16,
+    /// Its ticket.
+    pub ticket: Ticket,
+}
 
 /// The recipients of one event on one shard, each with the encoding it negotiated.
 #[derive(Clone, Debug)]
@@ -81,7 +91,7 @@ pub enum ShardCommand {
         ticket: Option<Ticket>,
     },
     /// Answer the handshake with 101: the session is in the directory. Its live events are held
-    /// until [`ShardCommand::Release`] or the end of the resume grace.
+    /// until [`ShardCommand::GoLive`] or the end of the resume grace.
     Admit {
         /// Which connection.
         connection: ConnectionKey,
@@ -94,12 +104,12 @@ pub enum ShardCommand {
         refusal: Refusal,
     },
     /// Catch-up is complete: send what was held, except what `delivered` covers, and go live.
-    Release {
+    GoLive {
         /// Which connection.
         connection: ConnectionKey,
         /// Per conversation the highest sequence that catch-up delivered: live events at or below
         /// it are duplicates.
-        delivered: Box<[StreamPosition]>,
+        delivered: Box<[ConversationPosition]>,
     },
     /// Send a text message of the service's own (answers to the client's control messages).
     SendText {
@@ -193,7 +203,7 @@ pub enum ShardReport {
         text: Box<str>,
     },
     /// A gRPC session named a conversation for the first time: send what follows `after`, as
-    /// [`DeliveryClass::CatchUp`], then [`ShardCommand::Release`] with exactly this conversation in
+    /// [`DeliveryClass::CatchUp`], then [`ShardCommand::GoLive`] with exactly this conversation in
     /// `delivered`: the highest sequence that was sent, or `after`. Only its own live events wait
     /// meanwhile. Only the stream hub reports this, once per conversation of a session.
     Resume {

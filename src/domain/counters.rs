@@ -65,8 +65,8 @@ macro_rules! counters {
 
         impl $name {
             /// Calls `visit` with the kind, the name, the help text and the value of each field.
-            pub fn visit(&self, visit: &mut dyn FnMut($crate::domain::counters::Kind, &'static str, &'static str, u64)) {
-                $(visit($crate::domain::counters::Kind::$kind, stringify!($field), $help, self.$field.get());)*
+            pub fn visit(&self, visit: &mut dyn FnMut($crate::domain::counters::MetricKind, &'static str, &'static str, u64)) {
+                $(visit($crate::domain::counters::MetricKind::$kind, stringify!($field), $help, self.$field.get());)*
             }
         }
     };
@@ -74,7 +74,7 @@ macro_rules! counters {
 
 /// What a field of [`counters!`](crate::counters) is to Prometheus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricKind {
     /// Only grows.
     Counter,
     /// Goes up and down.

@@ -1,4 +1,6 @@
-//! Names of things: shards, connections, sessions.
+//! Identifiers: shards, connections, sessions, conversations.
+
+use crate::domain::encoding::Encoding;
 
 /// Greatest value of [`ConnectionKey::generation`]: it travels in 24 bits of a completion token.
 pub const GENERATION_MAX: u32 = (1 << 24) - 1;
@@ -32,7 +34,7 @@ pub struct SessionAddress {
     /// The reactor (or the gRPC hub) that holds the connection.
     pub shard: ShardId,
     /// The encoding negotiated at the handshake.
-    pub encoding: crate::domain::event::Encoding,
+    pub encoding: Encoding,
     /// The connection within its shard.
     pub connection: ConnectionKey,
 }
@@ -40,13 +42,13 @@ pub struct SessionAddress {
 /// One conversation as the shards see it: a number to compare, not a name to read. Made by
 /// hashing the conversation id with a key drawn at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct StreamKey(pub u64);
+pub struct ConversationKey(pub u64);
 
 /// The place of a message within its conversation (`Message.sequence`, contract §1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StreamPosition {
+pub struct ConversationPosition {
     /// The conversation.
-    pub stream: StreamKey,
+    pub conversation: ConversationKey,
     /// The message's sequence in it.
     pub sequence: i64,
 }

@@ -5,6 +5,7 @@ pub mod close;
 pub mod command;
 pub mod counted;
 pub mod counters;
+pub mod encoding;
 pub mod event;
 pub mod ids;
 pub mod limits;

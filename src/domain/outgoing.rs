@@ -10,15 +10,16 @@ use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::domain::command::Ticket;
-use crate::domain::event::{Encoding, Event};
+use crate::domain::command::ReplyTo;
+use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
 
 /// One frame (or HTTP answer), or one event with its frames, held once per shard however many
 /// connections it waits for. Counts without atomics; the event's own atomic count is touched once
 /// per shard.
 pub struct Outgoing {
     content: Content,
-    origin: Option<Origin>,
+    reply_to: Option<ReplyTo>,
     /// Recipients whose delivery has neither completed nor been given up.
     outstanding: Cell<u32>,
 }
@@ -28,24 +29,19 @@ enum Content {
     Own(Box<[u8]>),
 }
 
-/// Who wants to know when a delivery is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Origin {
-    /// Index of the peer that sent the command.
-    pub peer: u16,
-    /// Its ticket.
-    pub ticket: Ticket,
-}
-
 impl Outgoing {
     /// An event that came through the hand-off, for `recipients` connections.
-    pub fn event(event: Arc<Event>, origin: Option<Origin>, recipients: u32) -> Rc<Self> {
-        Rc::new(Self { content: Content::Event(event), origin, outstanding: Cell::new(recipients) })
+    pub fn event(event: Arc<Event>, reply_to: Option<ReplyTo>, recipients: u32) -> Rc<Self> {
+        Rc::new(Self {
+            content: Content::Event(event),
+            reply_to,
+            outstanding: Cell::new(recipients),
+        })
     }
 
     /// Bytes of the shard's own making: a control frame, an HTTP answer, an echo.
     pub fn own(bytes: Box<[u8]>) -> Rc<Self> {
-        Rc::new(Self { content: Content::Own(bytes), origin: None, outstanding: Cell::new(0) })
+        Rc::new(Self { content: Content::Own(bytes), reply_to: None, outstanding: Cell::new(0) })
     }
 
     /// The bytes for a connection of this encoding, the same at every call and at the same address
@@ -73,8 +69,8 @@ impl Outgoing {
     }
 
     /// Who wants to know.
-    pub fn origin(&self) -> Option<Origin> {
-        self.origin
+    pub fn reply_to(&self) -> Option<ReplyTo> {
+        self.reply_to
     }
 }
 
@@ -82,7 +78,7 @@ impl fmt::Debug for Outgoing {
     /// Without the bytes: they are the users' own.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Outgoing")
-            .field("origin", &self.origin)
+            .field("reply_to", &self.reply_to)
             .field("outstanding", &self.outstanding.get())
             .finish_non_exhaustive()
     }

@@ -27,7 +27,7 @@ pub struct ShardConfig {
     /// From the 101 to the client's first message (the resume request): then the session goes live
     /// by itself, ms.
     pub resume_grace_ms: u64,
-    /// From the first message to [`Release`](crate::domain::command::ShardCommand::Release): then
+    /// From the first message to [`Release`](crate::domain::command::ShardCommand::GoLive): then
     /// the session is closed with 1013, ms.
     pub catch_up_ms_max: u64,
     /// How long what catch-up delivered is remembered after the release, ms.

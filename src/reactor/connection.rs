@@ -20,8 +20,8 @@
 use std::cmp::Reverse;
 
 use crate::domain::close::EndReason;
-use crate::domain::event::Encoding;
-use crate::domain::ids::StreamPosition;
+use crate::domain::encoding::Encoding;
+use crate::domain::ids::ConversationPosition;
 use crate::protocol::phase::Phase;
 use crate::protocol::receiver::Receiver;
 use crate::reactor::gate::AddressTicket;
@@ -212,7 +212,7 @@ pub struct Holding {
 #[derive(Debug)]
 pub struct Filter {
     /// Sorted by conversation.
-    positions: Box<[StreamPosition]>,
+    positions: Box<[ConversationPosition]>,
     /// Those that have not been surpassed by a live event.
     left: usize,
     /// When the rest is forgotten.
@@ -224,18 +224,20 @@ const SURPASSED: i64 = i64::MIN;
 
 impl Filter {
     /// Remembers `positions` until `until`; of several in one conversation the last.
-    pub fn new(positions: Box<[StreamPosition]>, until: Tick) -> Self {
+    pub fn new(positions: Box<[ConversationPosition]>, until: Tick) -> Self {
         let mut positions = positions.into_vec();
-        positions.sort_unstable_by_key(|position| (position.stream, Reverse(position.sequence)));
-        positions.dedup_by_key(|position| position.stream);
+        positions
+            .sort_unstable_by_key(|position| (position.conversation, Reverse(position.sequence)));
+        positions.dedup_by_key(|position| position.conversation);
         let left = positions.len();
         Self { positions: positions.into_boxed_slice(), left, until }
     }
 
     /// Whether a live event at `position` has been delivered by catch-up. The first one after what
     /// was delivered ends the memory of its conversation: events of a conversation come in order.
-    pub fn covers(&mut self, position: StreamPosition) -> bool {
-        let found = self.positions.binary_search_by_key(&position.stream, |known| known.stream);
+    pub fn covers(&mut self, position: ConversationPosition) -> bool {
+        let found =
+            self.positions.binary_search_by_key(&position.conversation, |known| known.conversation);
         let Ok(index) = found else { return false };
         let known = &mut self.positions[index].sequence;
         if position.sequence <= *known {
@@ -377,10 +379,10 @@ const _: () = assert!(Slab::<Connection>::slot_bytes() <= 96, "what an idle sess
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::ids::StreamKey;
+    use crate::domain::ids::ConversationKey;
 
-    fn at(stream: u64, sequence: i64) -> StreamPosition {
-        StreamPosition { stream: StreamKey(stream), sequence }
+    fn at(stream: u64, sequence: i64) -> ConversationPosition {
+        ConversationPosition { conversation: ConversationKey(stream), sequence }
     }
 
     #[test]

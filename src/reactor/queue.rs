@@ -3,7 +3,7 @@
 
 use std::rc::Rc;
 
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::reactor::outgoing::{Outgoing, SendBuffer};
 
 /// End of a list.

@@ -120,7 +120,8 @@ mod tests {
 
     use crate::domain::close::{Close, CloseCode, EndReason};
     use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
-    use crate::domain::event::{Encoding, Event};
+    use crate::domain::encoding::Encoding;
+    use crate::domain::event::Event;
     use crate::domain::ids::ConnectionKey;
     use crate::domain::limits::HANDOFF_RING_SLOTS;
     use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
@@ -237,7 +238,7 @@ mod tests {
     fn event_reaches_a_session_and_is_reported_done() {
         let mut rig = Rig::start();
         let (mut client, connection) = rig.session();
-        rig.command(ShardCommand::Release { connection, delivered: Box::default() });
+        rig.command(ShardCommand::GoLive { connection, delivered: Box::default() });
         for number in 1..=100_u64 {
             rig.command(ShardCommand::Deliver {
                 event: event(&number.to_be_bytes()),

@@ -11,7 +11,7 @@ use crate::app::admin::{FamilyKind, Samples, number};
 use crate::app::config::{RoutingMode, Settings};
 use crate::app::telemetry::LINES_WAITING_MAX;
 use crate::domain::command::{ShardCommand, ShardReport};
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::limits::{
     HANDOFF_RING_SLOTS, ID_BYTES_MAX, RECEIVE_BUFFER_BYTES, TOKEN_BYTES_MAX,
 };

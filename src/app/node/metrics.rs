@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use crate::app::admin::{FamilyKind, Page, Samples, number};
 use crate::domain::close::EndReason;
-use crate::domain::counters::{Kind, LATENCY_BUCKETS_MS, LatencyHistogram};
+use crate::domain::counters::{LATENCY_BUCKETS_MS, LatencyHistogram, MetricKind};
 use crate::reactor::counters::ShardCounters;
 use crate::service::sessions::manager::SessionCounters;
 use crate::service::streams::hub::HubMetrics;
 
 /// What the `counters!` macro calls for each field.
-type Visit<'a> = &'a mut dyn FnMut(Kind, &'static str, &'static str, u64);
+type Visit<'a> = &'a mut dyn FnMut(MetricKind, &'static str, &'static str, u64);
 
 /// The samples of one component: each field of its counters as `delivery_<prefix><field>`.
 pub(super) fn component(
@@ -24,7 +24,7 @@ pub(super) fn component(
 
 fn sample(
     page: &mut Page,
-    kind: Kind,
+    kind: MetricKind,
     prefix: &str,
     field: &str,
     help: &str,
@@ -32,8 +32,8 @@ fn sample(
     value: u64,
 ) {
     let (kind, suffix) = match kind {
-        Kind::Counter => (FamilyKind::Counter, "_total"),
-        Kind::Gauge => (FamilyKind::Gauge, ""),
+        MetricKind::Counter => (FamilyKind::Counter, "_total"),
+        MetricKind::Gauge => (FamilyKind::Gauge, ""),
     };
     page.sample(kind, &format!("delivery_{prefix}{field}{suffix}"), help, labels, number(value));
 }

@@ -29,7 +29,7 @@ use base64::Engine as _;
 use sha1::{Digest as _, Sha1};
 
 use crate::domain::command::Secret;
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::protocol::upgrade::extension::DeflateParams;
 use crate::protocol::upgrade::fields::Fields;
 use crate::protocol::upgrade::head::{Head, Scan};

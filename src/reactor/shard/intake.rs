@@ -6,11 +6,11 @@ use std::sync::Arc;
 use super::tally::Outcome;
 use super::{Crowded, Left, SESSION_MANAGER, Shard};
 use crate::domain::close::{Close, CloseCode, EndReason};
-use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
+use crate::domain::command::{DeliveryClass, Recipients, ReplyTo, ShardCommand, Ticket};
 use crate::domain::event::Event;
-use crate::domain::ids::{ConnectionKey, StreamPosition};
+use crate::domain::ids::{ConnectionKey, ConversationPosition};
 use crate::domain::limits::HANDOFF_BATCH_MAX;
-use crate::domain::outgoing::{Origin, Outgoing};
+use crate::domain::outgoing::Outgoing;
 use crate::protocol::frame::{self, Opcode};
 use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Filter, Flags, Stage};
@@ -120,7 +120,7 @@ impl<K: Kernel> Shard<K> {
             }
             ShardCommand::Admit { connection } => self.admit(connection),
             ShardCommand::Refuse { connection, refusal } => self.refuse(connection, &refusal),
-            ShardCommand::Release { connection, delivered } => self.release(connection, delivered),
+            ShardCommand::GoLive { connection, delivered } => self.go_live(connection, delivered),
             ShardCommand::SendText { connection, text } => self.send_text(connection, &text),
             ShardCommand::Close { connection, close, why } => {
                 self.close_by_service(connection, &close, why);
@@ -141,12 +141,12 @@ impl<K: Kernel> Shard<K> {
     ) -> usize {
         let count = recipients.iter().len();
         self.tally.event_taken(&event, count);
-        let origin = ticket.map(|ticket| Origin { peer: peer as u16, ticket });
+        let reply_to = ticket.map(|ticket| ReplyTo { peer: peer as u16, ticket });
         if count == 0 {
-            self.tally.event_done(&event, origin);
+            self.tally.event_done(&event, reply_to);
             return 0;
         }
-        let outgoing = Outgoing::event(event, origin, count as u32);
+        let outgoing = Outgoing::event(event, reply_to, count as u32);
         for (key, _) in recipients.iter() {
             match self.deliver_one(key, &outgoing, class) {
                 Ok(()) => {}
@@ -237,7 +237,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Catch-up is complete: what was held and is not covered by it follows.
-    fn release(&mut self, key: ConnectionKey, delivered: Box<[StreamPosition]>) {
+    fn go_live(&mut self, key: ConnectionKey, delivered: Box<[ConversationPosition]>) {
         let until = self.after(self.config.dedupe_ms);
         let Some(Stage::Holding(_)) = self.connection(key).map(|connection| &connection.stage)
         else {

@@ -121,9 +121,9 @@ impl Reports {
 impl<K: Kernel> Shard<K> {
     /// Reports the deliveries that are done.
     pub(super) fn report_done(&mut self) {
-        for origin in self.tally.take_done() {
+        for reply_to in self.tally.take_done() {
             self.reports
-                .push(usize::from(origin.peer), ShardReport::Done { ticket: origin.ticket });
+                .push(usize::from(reply_to.peer), ShardReport::Done { ticket: reply_to.ticket });
         }
     }
 }

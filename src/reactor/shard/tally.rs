@@ -3,8 +3,9 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::domain::command::ReplyTo;
 use crate::domain::event::Event;
-use crate::domain::outgoing::{Origin, Outgoing};
+use crate::domain::outgoing::Outgoing;
 use crate::reactor::connection::StageClass;
 use crate::reactor::counters::ShardCounters;
 
@@ -28,7 +29,7 @@ pub(super) enum Outcome {
 pub(super) struct Tally {
     counters: Arc<ShardCounters>,
     /// Tickets whose report is due.
-    done: Vec<Origin>,
+    done: Vec<ReplyTo>,
     events_held: u64,
     event_bytes_held: u64,
     /// As of this turn; for latencies.
@@ -66,19 +67,19 @@ impl Tally {
             Outcome::Skipped => counts.deliveries_skipped.add(1),
         }
         if outgoing.one_done() {
-            self.event_done(event, outgoing.origin());
+            self.event_done(event, outgoing.reply_to());
         }
     }
 
     /// All recipients of an event are done.
-    pub(super) fn event_done(&mut self, event: &Event, origin: Option<Origin>) {
+    pub(super) fn event_done(&mut self, event: &Event, reply_to: Option<ReplyTo>) {
         self.events_held -= 1;
         self.event_bytes_held -= event.bytes();
-        self.done.extend(origin);
+        self.done.extend(reply_to);
     }
 
     /// Tickets whose report is due.
-    pub(super) fn take_done(&mut self) -> std::vec::Drain<'_, Origin> {
+    pub(super) fn take_done(&mut self) -> std::vec::Drain<'_, ReplyTo> {
         self.done.drain(..)
     }
 

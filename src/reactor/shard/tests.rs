@@ -8,8 +8,9 @@ use std::sync::Arc;
 use super::*;
 use crate::domain::close::EndReason;
 use crate::domain::command::{DeliveryClass, Recipients, Refusal, Ticket};
-use crate::domain::event::{Encoding, Event};
-use crate::domain::ids::{StreamKey, StreamPosition};
+use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
+use crate::domain::ids::{ConversationKey, ConversationPosition};
 use crate::handoff::{Pushed, ring};
 use crate::protocol::frame::Opcode;
 use crate::reactor::gate::GateConfig;
@@ -114,7 +115,7 @@ impl Rig {
 
     fn live(&mut self, capacity: usize) -> (Client, ConnectionKey) {
         let (client, connection) = self.session(capacity);
-        self.command(ShardCommand::Release { connection, delivered: Box::default() });
+        self.command(ShardCommand::GoLive { connection, delivered: Box::default() });
         (client, connection)
     }
 
@@ -155,7 +156,7 @@ impl Rig {
 }
 
 fn delivery(to: ConnectionKey, sequence: i64, class: DeliveryClass) -> ShardCommand {
-    let position = StreamPosition { stream: StreamKey(1), sequence };
+    let position = ConversationPosition { conversation: ConversationKey(1), sequence };
     let frame = frame::encode(Opcode::Binary, false, &sequence.to_be_bytes());
     let event = Event::new(Some(position), 0).with_frame(Encoding::Binary, frame);
     ShardCommand::Deliver {
@@ -180,8 +181,9 @@ fn live_events_wait_for_the_release_and_duplicates_are_dropped() {
     }
     rig.delivers(key, 1, DeliveryClass::CatchUp);
     assert_eq!(rig.events(&mut client), [1]);
-    let delivered = Box::new([StreamPosition { stream: StreamKey(1), sequence: 4 }]);
-    rig.command(ShardCommand::Release { connection: key, delivered });
+    let delivered =
+        Box::new([ConversationPosition { conversation: ConversationKey(1), sequence: 4 }]);
+    rig.command(ShardCommand::GoLive { connection: key, delivered });
     rig.delivers(key, 2, DeliveryClass::Live);
     rig.delivers(key, 5, DeliveryClass::Live);
     rig.delivers(key, 6, DeliveryClass::Live);
@@ -196,7 +198,7 @@ fn live_events_wait_from_the_moment_the_service_knows_the_session() {
     let (mut client, connection) = rig.knocks(100_000);
     rig.delivers(connection, 1, DeliveryClass::Live);
     rig.command(ShardCommand::Admit { connection });
-    rig.command(ShardCommand::Release { connection, delivered: Box::default() });
+    rig.command(ShardCommand::GoLive { connection, delivered: Box::default() });
     assert_eq!(rig.hears(&mut client), Some(Said::Answer(101)));
     assert_eq!(rig.events(&mut client), [1]);
 }

@@ -1,6 +1,6 @@
 //! What is promised, and whether it is so.
 
-use super::client::{Kind, Reading, number_of};
+use super::client::{ClientKind, Reading, number_of};
 use super::trace::{Act, note};
 use super::wire::{self, Said};
 use super::{PEERS, World};
@@ -38,7 +38,8 @@ impl World {
                 note(Act::Report(number, "Opened", connection.slot as usize));
                 let client = &mut self.clients[number];
                 assert!(
-                    matches!(client.kind, Kind::Session { .. }) && client.session.key.is_none()
+                    matches!(client.kind, ClientKind::Session { .. })
+                        && client.session.key.is_none()
                 );
                 client.session.key = Some(connection);
                 assert!(self.by_key.insert(connection, number).is_none(), "a key is used again");
@@ -138,11 +139,11 @@ impl World {
                 note(Act::Wire(number, "answer", status.into()));
                 let client = &mut self.clients[number];
                 let lawful = match client.kind {
-                    Kind::Session { .. } => {
+                    ClientKind::Session { .. } => {
                         status != 101 || client.session.admitted_at_ms.is_some()
                     }
-                    Kind::Echo => true,
-                    Kind::Bad | Kind::Endless => status != 101,
+                    ClientKind::Echo => true,
+                    ClientKind::Bad | ClientKind::Endless => status != 101,
                 };
                 assert!(lawful, "answered {status}");
                 client.answered = Some(status);
@@ -166,7 +167,7 @@ impl World {
                 let pings = &mut self.clients[number].pings;
                 while pings.pop_front().expect("a pong without a ping") != payload {}
             }
-            Said::Frame(opcode, payload) if self.clients[number].kind == Kind::Echo => {
+            Said::Frame(opcode, payload) if self.clients[number].kind == ClientKind::Echo => {
                 assert_eq!(opcode, wire::BINARY);
                 let expected = self.clients[number].echoes.pop_front();
                 assert_eq!(expected, Some(payload), "not an echo");
@@ -184,7 +185,7 @@ impl World {
         note(Act::Wire(number, "event", event));
         let now_ms = self.now_ms();
         let client = &mut self.clients[number];
-        let json = client.kind == Kind::Session { json: true };
+        let json = client.kind == ClientKind::Session { json: true };
         assert_eq!(opcode, if json { wire::TEXT } else { wire::BINARY }, "the other encoding");
         // Which peer's it is: the one that has it outstanding or queued for this session.
         let session = &mut client.session;
@@ -228,7 +229,7 @@ impl World {
             1001 => self.stopping,
             1002 | 1007 | 1009 => deeds.broke_protocol,
             1008 => client.frames > self.setup.config.inbound_frames_per_s_max.into(),
-            1011 => client.kind != Kind::Echo,
+            1011 => client.kind != ClientKind::Echo,
             1013 => session.admitted_at_ms.is_some(),
             4000 => session.closed_by_service,
             _ => false,

@@ -10,7 +10,7 @@ use crate::reactor::kernel::simulated::SocketId;
 
 /// What it came for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ClientKind {
     /// A session, with JSON or without.
     Session { json: bool },
     /// `/echo`.
@@ -44,7 +44,7 @@ pub(super) struct Deeds {
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) socket: SocketId,
-    pub(super) kind: Kind,
+    pub(super) kind: ClientKind,
     pub(super) reading: Reading,
     /// To be sent: the request, later cut frames.
     pub(super) outbox: VecDeque<u8>,
@@ -70,7 +70,12 @@ pub(super) struct Client {
 const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 
 impl Client {
-    pub(super) fn new(number: usize, socket: SocketId, kind: Kind, random: &mut Random) -> Self {
+    pub(super) fn new(
+        number: usize,
+        socket: SocketId,
+        kind: ClientKind,
+        random: &mut Random,
+    ) -> Self {
         let reading = match random.below(16) {
             0 => Reading::Stalled,
             1..=3 => Reading::Slow,
@@ -95,7 +100,7 @@ impl Client {
         };
         client.outbox.extend(request(number, kind).into_bytes());
         // Some do not wait for the answer.
-        if matches!(kind, Kind::Session { .. }) && random.chance(32) {
+        if matches!(kind, ClientKind::Session { .. }) && random.chance(32) {
             client.says_text(random);
         }
         client
@@ -108,7 +113,8 @@ impl Client {
     /// Whether it may still send frames.
     pub(super) fn may_speak(&self) -> bool {
         let Deeds { ended, reset, closed, broke_protocol, .. } = self.deeds;
-        let has_session_or_echo = matches!(self.kind, Kind::Session { .. } | Kind::Echo);
+        let has_session_or_echo =
+            matches!(self.kind, ClientKind::Session { .. } | ClientKind::Echo);
         has_session_or_echo && !(self.over || ended || reset || closed || broke_protocol)
     }
 
@@ -194,14 +200,16 @@ pub(super) fn number_of(user_id: &str) -> usize {
     user_id.strip_prefix('u').and_then(|number| number.parse().ok()).expect("a user of ours")
 }
 
-fn request(number: usize, kind: Kind) -> String {
+fn request(number: usize, kind: ClientKind) -> String {
     let (path, protocol) = match kind {
-        Kind::Session { json: false } | Kind::Bad | Kind::Endless => ("/ws", ""),
-        Kind::Session { json: true } => ("/ws", "Sec-WebSocket-Protocol: realchat.v1.json\r\n"),
-        Kind::Echo => ("/echo", ""),
+        ClientKind::Session { json: false } | ClientKind::Bad | ClientKind::Endless => ("/ws", ""),
+        ClientKind::Session { json: true } => {
+            ("/ws", "Sec-WebSocket-Protocol: realchat.v1.json\r\n")
+        }
+        ClientKind::Echo => ("/echo", ""),
     };
-    let version = if kind == Kind::Bad { 12 } else { 13 };
-    let end = if kind == Kind::Endless { "" } else { "\r\n" };
+    let version = if kind == ClientKind::Bad { 12 } else { 13 };
+    let end = if kind == ClientKind::Endless { "" } else { "\r\n" };
     format!(
         "GET {path}?user_id=u{number}&device_id=d HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\
          Connection: Upgrade\r\n{protocol}Sec-WebSocket-Key: {KEY}\r\n\

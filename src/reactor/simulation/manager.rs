@@ -75,7 +75,7 @@ impl World {
             session.release(now_ms);
             let delivered = session.delivered.clone().into();
             note(Act::Pushes(number, "Release", session.delivered.len()));
-            let command = ShardCommand::Release { connection: key, delivered };
+            let command = ShardCommand::GoLive { connection: key, delivered };
             self.service.command(SESSION_MANAGER, command);
         }
     }

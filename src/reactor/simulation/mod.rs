@@ -24,8 +24,8 @@ use hashbrown::HashMap;
 
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Refusal, ShardCommand};
-use crate::domain::counters::Kind;
-use crate::domain::event::Encoding;
+use crate::domain::counters::MetricKind;
+use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConnectionKey;
 use crate::handoff::Doorbell;
 use crate::reactor::counters::ShardCounters;
@@ -33,7 +33,7 @@ use crate::reactor::gate::Gate;
 use crate::reactor::kernel::simulated::{Faults, SimulatedKernel};
 use crate::reactor::shard::{SESSION_MANAGER, Shard, ShardLinks, Turn};
 use crate::reactor::wheel::TICK_MS;
-use client::{Client, Kind as ClientKind, Reading};
+use client::{Client, ClientKind, Reading};
 use random::Random;
 use service::{PEERS, Service};
 use session::Limits;
@@ -75,7 +75,7 @@ impl Summary {
 
     fn take_counts(&mut self, counters: &ShardCounters) {
         counters.counts.visit(&mut |kind, name, _, value| {
-            if kind == Kind::Counter {
+            if kind == MetricKind::Counter {
                 self.counts.insert(name, value);
             }
         });

@@ -11,8 +11,9 @@ use super::session::ModelEvent;
 use super::trace::{Act, note};
 use super::wire;
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
-use crate::domain::event::{Encoding, Event};
-use crate::domain::ids::{ConnectionKey, StreamKey, StreamPosition};
+use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
+use crate::domain::ids::{ConnectionKey, ConversationKey, ConversationPosition};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::protocol::frame::{self, Opcode};
 use crate::reactor::shard::PeerRings;
@@ -131,8 +132,8 @@ impl Service {
         if !again {
             *sequence += 1;
         }
-        let position = StreamPosition {
-            stream: StreamKey(peer as u64 * STREAMS + stream as u64),
+        let position = ConversationPosition {
+            conversation: ConversationKey(peer as u64 * STREAMS + stream as u64),
             sequence: if again { (*sequence - random.below(5) as i64).max(1) } else { *sequence },
         };
         self.event(DeliveryClass::Live, Some(position).filter(|_| !random.chance(40)), random)
@@ -147,8 +148,8 @@ impl Service {
         let first = (last - random.below(6) as i64).max(1);
         (first..=last)
             .map(|sequence| {
-                let stream = StreamKey(peer as u64 * STREAMS + stream as u64);
-                let position = StreamPosition { stream, sequence };
+                let conversation = ConversationKey(peer as u64 * STREAMS + stream as u64);
+                let position = ConversationPosition { conversation, sequence };
                 self.event(DeliveryClass::CatchUp, Some(position), random)
             })
             .collect()
@@ -157,7 +158,7 @@ impl Service {
     fn event(
         &mut self,
         class: DeliveryClass,
-        position: Option<StreamPosition>,
+        position: Option<ConversationPosition>,
         random: &mut Random,
     ) -> ModelEvent {
         self.next_number += 1;

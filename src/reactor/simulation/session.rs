@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::domain::close::EndReason;
 use crate::domain::command::DeliveryClass;
-use crate::domain::ids::{ConnectionKey, StreamPosition};
+use crate::domain::ids::{ConnectionKey, ConversationPosition};
 
 /// An event of the model.
 #[derive(Clone, Debug)]
 pub(super) struct ModelEvent {
     pub(super) number: u64,
     pub(super) class: DeliveryClass,
-    pub(super) position: Option<StreamPosition>,
+    pub(super) position: Option<ConversationPosition>,
     /// There is a frame for sessions of this kind.
     pub(super) expressible: bool,
 }
@@ -48,7 +48,7 @@ pub(super) struct Session {
     /// Catch-up that waits for earlier catch-up to be done.
     pub(super) catch_up: VecDeque<ModelEvent>,
     pub(super) catch_up_in_flight: usize,
-    pub(super) delivered: Vec<StreamPosition>,
+    pub(super) delivered: Vec<ConversationPosition>,
     pub(super) resume_asked: bool,
     /// Reported done before it was seen: lawful only if the session ended.
     presumed: BTreeSet<u64>,
@@ -67,7 +67,7 @@ impl Session {
     pub(super) fn release(&mut self, now_ms: u64) {
         self.released_at_ms = Some(now_ms);
         for position in &self.delivered {
-            let known = self.filter.entry(position.stream.0).or_insert(i64::MIN);
+            let known = self.filter.entry(position.conversation.0).or_insert(i64::MIN);
             *known = (*known).max(position.sequence);
         }
     }
@@ -79,10 +79,10 @@ impl Session {
         else {
             return false;
         };
-        match self.filter.get(&position.stream.0) {
+        match self.filter.get(&position.conversation.0) {
             Some(delivered) if position.sequence <= *delivered => true,
             Some(_) => {
-                self.filter.remove(&position.stream.0);
+                self.filter.remove(&position.conversation.0);
                 false
             }
             None => false,

@@ -151,7 +151,7 @@ impl Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::event::Encoding;
+    use crate::domain::encoding::Encoding;
     use crate::domain::ids::{ConnectionKey, ShardId};
 
     fn address(slot: u32) -> SessionAddress {

@@ -21,10 +21,12 @@ use prost::Message as _;
 use prost::encoding::{WireType, encode_key, encode_varint};
 use serde::Serialize;
 
-use crate::domain::event::{Encoding, EncodingSet, Event};
-use crate::domain::ids::{StreamKey, StreamPosition};
+use crate::domain::encoding::{Encoding, EncodingSet};
+use crate::domain::event::Event;
+use crate::domain::ids::{ConversationKey, ConversationPosition};
 use crate::protocol::deflate::{Compressor, WINDOW_BITS_MAX};
 use crate::protocol::frame::{self, Opcode};
+use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::envelope::{DecodedEvent, EventBody, repeated};
 use crate::service::events::proto::conversation::v1::{
     ConversationCreatedEvent, MembershipChangedEvent, ReadReceiptUpdatedEvent,
@@ -33,7 +35,6 @@ use crate::service::events::proto::delivery::v1::DeliveryEvent;
 use crate::service::events::proto::message::v1::{Message, MessageDeletedEvent, MessageSentEvent};
 use crate::service::events::proto::presence::v1::PresenceUpdateEvent;
 use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
-use crate::service::events::stream_key::stream_key;
 use crate::service::events::timestamp::Timestamp;
 
 /// `EventEnvelope.schema_version` of the envelopes that Delivery makes itself (contract §§3, 4).
@@ -77,10 +78,10 @@ impl Encoder {
         wanted: EncodingSet,
         appended_at_ms: u64,
     ) -> Event {
-        let stream = record.conversation().map(stream_key);
-        let mut event = Event::new(position(record, stream), appended_at_ms);
-        if let Some(stream) = stream {
-            event = event.of_stream(stream);
+        let conversation = record.conversation().map(conversation_key);
+        let mut event = Event::new(position(record, conversation), appended_at_ms);
+        if let Some(conversation) = conversation {
+            event = event.of_conversation(conversation);
         }
         let either = |plain, deflated| wanted.contains(plain) || wanted.contains(deflated);
         if either(Encoding::Binary, Encoding::BinaryDeflate) {
@@ -133,10 +134,13 @@ impl Encoder {
 }
 
 /// The place of a message within its conversation. Sequences count from 1 (contract §1).
-fn position(record: &DecodedEvent<'_>, stream: Option<StreamKey>) -> Option<StreamPosition> {
+fn position(
+    record: &DecodedEvent<'_>,
+    conversation: Option<ConversationKey>,
+) -> Option<ConversationPosition> {
     match record.body {
         EventBody::MessageSent { sequence, .. } if sequence > 0 => {
-            Some(StreamPosition { stream: stream?, sequence })
+            Some(ConversationPosition { conversation: conversation?, sequence })
         }
         _ => None,
     }

@@ -59,7 +59,10 @@ fn binary_frame_is_the_record_unchanged() {
     assert_eq!(frame[..2], [0x82, value.len() as u8]);
     assert_eq!(&frame[2..], value);
     assert_eq!(event.appended_at_ms, 5);
-    assert_eq!(event.position, Some(StreamPosition { stream: stream_key("c"), sequence: 7 }));
+    assert_eq!(
+        event.position,
+        Some(ConversationPosition { conversation: conversation_key("c"), sequence: 7 })
+    );
     assert_eq!(event.frame(Encoding::Json), None);
     assert_eq!(event.frame(Encoding::Stream), None);
 }

@@ -15,7 +15,7 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::*;
 use crate::domain::command::{ShardCommand, ShardReport};
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::members::directory::{Directory, SessionIds};

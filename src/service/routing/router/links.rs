@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
-use crate::domain::event::{Encoding, EncodingSet, Event};
+use crate::domain::encoding::{Encoding, EncodingSet};
+use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::handoff::{Consumer, Producer, Pushed};
 

@@ -39,7 +39,7 @@ use tokio::task::AbortHandle;
 
 use crate::domain::close::{Close, CloseCode};
 use crate::domain::event::Event;
-use crate::domain::ids::{SessionAddress, StreamPosition};
+use crate::domain::ids::{ConversationPosition, SessionAddress};
 use crate::service::backends::ports::{ConversationListing, ConversationSource, MessageSource};
 use crate::service::events::encode::{CompressionConfig, Encoder};
 use crate::service::members::directory::SessionIds;
@@ -178,7 +178,7 @@ pub enum CatchUpStep {
     /// All was sent.
     Complete {
         /// Per conversation the highest sequence that the client has now.
-        delivered: Box<[StreamPosition]>,
+        delivered: Box<[ConversationPosition]>,
     },
     /// It has failed: close the session with this.
     Failed(Close),

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use prost::Message as _;
 
 use super::{CatchUpConfig, CatchUpResources};
-use crate::domain::event::{Encoding, EncodingSet, Event};
+use crate::domain::encoding::{Encoding, EncodingSet};
+use crate::domain::event::Event;
 use crate::service::events::encode::{Encoder, encode_envelope};
 use crate::service::events::envelope;
 use crate::service::events::proto::message::v1::{Message, MessageSentEvent};

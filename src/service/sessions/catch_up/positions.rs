@@ -5,8 +5,8 @@ use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use super::CatchUpScope;
-use crate::domain::ids::StreamPosition;
-use crate::service::events::stream_key::stream_key;
+use crate::domain::ids::ConversationPosition;
+use crate::service::events::conversation_key::conversation_key;
 
 /// A conversation, and the last sequence that the client has of it.
 pub(super) type Wanted = (Arc<str>, i64);
@@ -149,14 +149,14 @@ impl Positions {
 
     /// What the client has now. A gRPC session is answered about its conversation whatever came of
     /// it.
-    pub(super) fn delivered(&self) -> Box<[StreamPosition]> {
+    pub(super) fn delivered(&self) -> Box<[ConversationPosition]> {
         self.by_conversation
             .iter()
             .filter(|(_, (sequence, progress))| {
                 !self.is_session || (*progress != ConversationProgress::Refused && *sequence > 0)
             })
-            .map(|(conversation, (sequence, _))| StreamPosition {
-                stream: stream_key(conversation),
+            .map(|(conversation, (sequence, _))| ConversationPosition {
+                conversation: conversation_key(conversation),
                 sequence: *sequence,
             })
             .collect()

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::domain::counters::SharedCounter;
 use crate::domain::event::Event;
-use crate::domain::ids::{SessionAddress, StreamPosition};
+use crate::domain::ids::{ConversationPosition, SessionAddress};
 use crate::service::backends::ports::{BoxFuture, ConversationListing, NeighbourError};
 use crate::service::events::proto::message::v1::Message;
 use crate::service::runtime::backoff::Backoff;
@@ -133,7 +133,7 @@ impl CatchUpTask {
     async fn catch_up(
         self: Arc<Self>,
         scope: CatchUpScope,
-    ) -> Result<Box<[StreamPosition]>, CatchUpFailure> {
+    ) -> Result<Box<[ConversationPosition]>, CatchUpFailure> {
         let mut turn = self.resources.turn().await?;
         let mut positions = Positions::new(scope);
         while !self.round(&mut positions).await? {

@@ -14,7 +14,7 @@ use super::state::Manager;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
 use crate::domain::event::Event;
-use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId, StreamPosition};
+use crate::domain::ids::{ConnectionKey, ConversationPosition, SessionAddress, ShardId};
 use crate::service::sessions::catch_up::{
     CatchUpReport, CatchUpRequest, CatchUpScope, CatchUpStart, CatchUpStep,
 };
@@ -129,8 +129,10 @@ impl Manager {
         let Some(ids) = record.ids.clone() else { return };
         let owed = match &scope {
             CatchUpScope::Session(_) => None,
-            CatchUpScope::Conversation { conversation, after } => Some(StreamPosition {
-                stream: crate::service::events::stream_key::stream_key(conversation),
+            CatchUpScope::Conversation { conversation, after } => Some(ConversationPosition {
+                conversation: crate::service::events::conversation_key::conversation_key(
+                    conversation,
+                ),
                 sequence: *after,
             }),
         };
@@ -151,7 +153,7 @@ impl Manager {
                     None => self.nothing_missed(shard, connection),
                     Some(position) => {
                         let delivered = Box::new([position]);
-                        self.send(shard, ShardCommand::Release { connection, delivered });
+                        self.send(shard, ShardCommand::GoLive { connection, delivered });
                     }
                 }
             }
@@ -169,7 +171,7 @@ impl Manager {
         match step {
             CatchUpStep::Chunk { events, sent } => self.deliver_chunk(address, events, sent),
             CatchUpStep::Complete { delivered } => {
-                self.send(shard, ShardCommand::Release { connection, delivered });
+                self.send(shard, ShardCommand::GoLive { connection, delivered });
                 self.after_catch_up(address);
             }
             CatchUpStep::Failed(close) => {

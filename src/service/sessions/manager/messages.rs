@@ -76,7 +76,7 @@ impl Manager {
         if let Some(record) = self.records[shard.index()].get(connection) {
             record.catch_up = state;
             self.catching_up.expect_nothing(shard, connection);
-            self.send(shard, ShardCommand::Release { connection, delivered: Box::default() });
+            self.send(shard, ShardCommand::GoLive { connection, delivered: Box::default() });
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the service knows of each session: one small record per connection slot.
 
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
 use crate::service::members::directory::SessionIds;

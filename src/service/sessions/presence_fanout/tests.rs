@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::*;
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::service::backends::ports::BoxFuture;
 use crate::service::events::envelope::{EventBody, decode};

@@ -19,7 +19,7 @@ use super::connections::{Fate, Peer};
 use super::{GrpcConfig, GrpcCounters};
 use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::service::events::proto::delivery::v1::DeliveryConnectRequest;
 use crate::service::streams::hub::{Admitted, Delivery, HubHandle, Mention};

@@ -16,10 +16,10 @@ use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use super::*;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Hello, Refusal, ShardCommand, ShardReport};
-use crate::domain::ids::{ConnectionKey, StreamPosition};
+use crate::domain::ids::{ConnectionKey, ConversationPosition};
+use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
 use crate::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
-use crate::service::events::stream_key::stream_key;
 use crate::service::streams::hub::testing::{Peer, event, rig};
 use crate::service::streams::hub::{HubConfig, OutboxLimits};
 
@@ -143,7 +143,7 @@ fn message(conversation: &str, sequence: i64) -> crate::domain::event::Event {
         sequence,
         message: None,
     });
-    event(stream_key(conversation), sequence, &encoded)
+    event(conversation_key(conversation), sequence, &encoded)
 }
 
 #[tokio::test]
@@ -183,7 +183,10 @@ async fn catch_up_and_live_events_meet_without_a_seam() {
         assert_eq!(session.next().await.unwrap(), sequence);
         assert!(matches!(port.manager.report().await, ShardReport::Done { .. }));
     }
-    port.manager.release(connection, StreamPosition { stream: stream_key("c"), sequence: 3 });
+    port.manager.release(
+        connection,
+        ConversationPosition { conversation: conversation_key("c"), sequence: 3 },
+    );
     assert_eq!([session.next().await.unwrap(), session.next().await.unwrap()], [4, 9]);
 
     // A later mention is an acknowledgement.
@@ -374,7 +377,7 @@ async fn stream_that_is_not_read_ends_as_exhausted_and_holds_nothing_back() {
     let hub_config = HubConfig { outbox: limits, ..HubConfig::default() };
     let mut port = Port::open(GrpcConfig::default(), hub_config).await;
     let (mut session, connection) = port.session().await;
-    let (stream, large) = (stream_key("c"), vec![0; 64 * 1024]);
+    let (stream, large) = (conversation_key("c"), vec![0; 64 * 1024]);
     let encoded = prost::Message::encode_to_vec(&DeliveryEvent {
         conversation_id: String::from_utf8(large).unwrap(),
         ..DeliveryEvent::default()

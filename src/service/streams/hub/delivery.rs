@@ -6,24 +6,16 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
 
 use crate::domain::close::EndReason;
-use crate::domain::command::Ticket;
-use crate::domain::event::{Encoding, Event};
+use crate::domain::command::ReplyTo;
+use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
-
-/// Who wants to know when a delivery is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Origin {
-    /// Index of the peer that sent the command.
-    pub(super) peer: usize,
-    /// Its ticket.
-    pub(super) ticket: Ticket,
-}
 
 /// What happens outside the hub's task and concerns it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Signal {
     /// No stream holds this delivery any more.
-    Done(Origin),
+    Done(ReplyTo),
     /// Neither the reader nor the writer of a stream is there any more.
     Gone(ConnectionKey, EndReason),
 }
@@ -66,7 +58,7 @@ impl Signals {
 #[derive(Debug)]
 pub(crate) struct Delivery {
     event: Arc<Event>,
-    origin: Option<Origin>,
+    reply_to: Option<ReplyTo>,
     signals: Arc<Signals>,
 }
 
@@ -74,13 +66,13 @@ impl Delivery {
     /// `None`: the event cannot be expressed on a stream, so there is nothing to send.
     pub(super) fn new(
         event: Arc<Event>,
-        origin: Option<Origin>,
+        reply_to: Option<ReplyTo>,
         signals: &Arc<Signals>,
     ) -> Option<Arc<Self>> {
         let bytes = event.frame(Encoding::Stream)?.len();
         signals.deliveries.fetch_add(1, Ordering::Relaxed);
         signals.bytes.fetch_add(bytes, Ordering::Relaxed);
-        Some(Arc::new(Self { event, origin, signals: Arc::clone(signals) }))
+        Some(Arc::new(Self { event, reply_to, signals: Arc::clone(signals) }))
     }
 
     /// A serialized `DeliveryEvent`.
@@ -98,8 +90,8 @@ impl Drop for Delivery {
     fn drop(&mut self) {
         self.signals.deliveries.fetch_sub(1, Ordering::Relaxed);
         self.signals.bytes.fetch_sub(self.bytes().len(), Ordering::Relaxed);
-        match self.origin {
-            Some(origin) => self.signals.send(Signal::Done(origin)),
+        match self.reply_to {
+            Some(reply_to) => self.signals.send(Signal::Done(reply_to)),
             None => self.signals.wake.notify_one(),
         }
     }

@@ -244,7 +244,7 @@ pub(crate) struct Admitted {
 impl Admitted {
     /// Has the client's mention of a conversation acted on. Waits while the hub is busy.
     pub(crate) async fn mention(&self, conversation: String, sequence: i64) -> Mention {
-        let stream = crate::service::events::stream_key::stream_key(&conversation);
+        let stream = crate::service::events::conversation_key::conversation_key(&conversation);
         let counters = &self.hub.metrics.counters;
         let mention = self.outbox.mention(stream, sequence, Instant::now());
         match mention {

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::{Hub, HubConfig, HubHandle, HubMetrics, HubPeer, hub};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
-use crate::domain::event::{Encoding, Event};
-use crate::domain::ids::{ConnectionKey, StreamKey, StreamPosition};
+use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
+use crate::domain::ids::{ConnectionKey, ConversationKey, ConversationPosition};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::runtime::bell::AsyncBell;
 
@@ -80,13 +81,13 @@ impl Peer {
         });
     }
 
-    pub(crate) fn release(&mut self, connection: ConnectionKey, position: StreamPosition) {
-        self.send(ShardCommand::Release { connection, delivered: Box::new([position]) });
+    pub(crate) fn release(&mut self, connection: ConnectionKey, position: ConversationPosition) {
+        self.send(ShardCommand::GoLive { connection, delivered: Box::new([position]) });
     }
 }
 
 /// A message of a conversation as the router makes it.
-pub(crate) fn event(stream: StreamKey, sequence: i64, bytes: &[u8]) -> Event {
-    Event::new(Some(StreamPosition { stream, sequence }), 1)
+pub(crate) fn event(conversation: ConversationKey, sequence: i64, bytes: &[u8]) -> Event {
+    Event::new(Some(ConversationPosition { conversation, sequence }), 1)
         .with_frame(Encoding::Stream, bytes.into())
 }

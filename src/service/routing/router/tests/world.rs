@@ -8,7 +8,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use crate::domain::command::{ShardCommand, ShardReport, Ticket};
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::backends::ports::{

@@ -9,15 +9,15 @@ use prost::Message as _;
 use tonic::Code;
 
 use super::*;
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters,
 };
 use crate::service::backends::ports::{BoxFuture, NeighbourError};
+use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::proto::delivery::v1::DeliveryEvent;
 use crate::service::events::proto::message::v1::Message;
-use crate::service::events::stream_key::stream_key;
 
 struct Bench {
     fake: FakeNeighbours,
@@ -84,7 +84,7 @@ impl Bench {
                     sent.send(()).unwrap();
                 }
                 CatchUpStep::Complete { delivered } => {
-                    let delivered = delivered.iter().map(|at| (at.stream.0, at.sequence));
+                    let delivered = delivered.iter().map(|at| (at.conversation.0, at.sequence));
                     return (messages, delivered.collect());
                 }
                 CatchUpStep::Failed(close) => panic!("{close:?}"),
@@ -139,7 +139,7 @@ async fn everything_missed_is_sent_page_by_page_and_in_order() {
     assert_eq!(of("listed", &messages), (1..=100).collect::<Vec<_>>());
     assert_eq!(messages.len(), 330);
     let expected = [("named", 250), ("listed", 100), ("up-to-date", 5)]
-        .map(|(conversation, sequence)| (stream_key(conversation).0, sequence));
+        .map(|(conversation, sequence)| (conversation_key(conversation).0, sequence));
     assert_eq!(delivered, expected.into_iter().collect());
 
     let known = bench.fake.state();
@@ -354,7 +354,7 @@ async fn grpc_session_resumes_one_conversation_and_is_answered_in_any_case() {
         assert!(matches!(bench.begin(1, "alice", scope), CatchUpStart::Running(_)));
         let (messages, delivered) = bench.complete().await;
         assert_eq!(of(conversation, &messages), expected);
-        assert_eq!(delivered, HashMap::from([(stream_key(conversation).0, last)]));
+        assert_eq!(delivered, HashMap::from([(conversation_key(conversation).0, last)]));
     }
     assert_eq!(bench.fake.state().count(Method::List), 0);
 }

@@ -133,7 +133,7 @@ async fn what_happens_until_other_nodes_know_the_session_is_asked_for_after() {
     let (messages, delivered) = among.bench.complete().await;
     assert_eq!(of("room", &messages), [4, 5]);
     assert_eq!(of("created", &messages), [1], "conversations are listed again too");
-    let expected = [("room", 5), ("created", 1)].map(|(of, last)| (stream_key(of).0, last));
+    let expected = [("room", 5), ("created", 1)].map(|(of, last)| (conversation_key(of).0, last));
     assert_eq!(delivered, expected.into());
     assert_eq!(among.bench.counters.unreached.get(), 0);
 }
@@ -226,7 +226,7 @@ async fn grpc_conversation_waits_for_other_nodes_as_well() {
     now_reached(&visibility);
     let (messages, delivered) = among.bench.complete().await;
     assert_eq!(of("room", &messages), [4]);
-    assert_eq!(delivered, HashMap::from([(stream_key("room").0, 4)]));
+    assert_eq!(delivered, HashMap::from([(conversation_key("room").0, 4)]));
     assert_eq!(*among.shelf.lists.lock().unwrap(), 0);
 }
 

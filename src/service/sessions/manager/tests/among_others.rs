@@ -10,11 +10,11 @@ use tokio::time::Instant;
 use super::super::SessionManager;
 use super::*;
 use crate::domain::command::{DeliveryClass, Ticket};
-use crate::domain::ids::StreamPosition;
+use crate::domain::ids::ConversationPosition;
 use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
 };
-use crate::service::events::stream_key::stream_key;
+use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::sessions::auth::tests::Signer;
 use crate::service::sessions::auth::{AuthCounters, ClaimRules, KeySource};
@@ -81,7 +81,7 @@ fn admit_with(bench: &mut Bench, token: Secret) {
     bench.open_with(0, key(0, 0), ("", "phone"), Some(token));
     assert!(matches!(bench.commands(0)[..], [ShardCommand::Admit { .. }]));
     let live = bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
-    assert!(matches!(live[..], [ShardCommand::Release { .. }]));
+    assert!(matches!(live[..], [ShardCommand::GoLive { .. }]));
 }
 
 #[test]
@@ -179,7 +179,7 @@ async fn fresh_token_in_check_when_the_old_one_expires_is_waited_for() {
     bench.commands(0);
     let text = json!({ "access_token": rs256("alice", exp + 1000).expose(), "last_sequences": {} });
     let live = bench.says(0, key(0, 0), &text.to_string());
-    assert!(matches!(live[..], [ShardCommand::Release { .. }]), "{live:?}");
+    assert!(matches!(live[..], [ShardCommand::GoLive { .. }]), "{live:?}");
     assert!(sweep(&mut bench, exp + LEEWAY_S + 1).is_empty());
     // A second one while the first is in check is not looked at.
     assert!(fresh_token(&mut bench, &rs256("alice", exp)).is_empty());
@@ -317,8 +317,8 @@ async fn catch_up_goes_chunk_by_chunk_and_ends_with_the_release() {
         bench.report(0, ShardReport::Done { ticket });
     }
     let release = caught_up(&mut bench).await;
-    let [ShardCommand::Release { ref delivered, .. }] = release[..] else { panic!("{release:?}") };
-    let position = StreamPosition { stream: stream_key("c"), sequence: 10 };
+    let [ShardCommand::GoLive { ref delivered, .. }] = release[..] else { panic!("{release:?}") };
+    let position = ConversationPosition { conversation: conversation_key("c"), sequence: 10 };
     assert_eq!(**delivered, [position]);
     // Asking again carries no meaning.
     assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
@@ -390,11 +390,12 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
     let mut released = Vec::new();
     while released.len() < names.len() {
         for command in caught_up(&mut bench).await {
-            let ShardCommand::Release { delivered, .. } = command else { panic!("{command:?}") };
+            let ShardCommand::GoLive { delivered, .. } = command else { panic!("{command:?}") };
             released.push(delivered[0]);
         }
     }
-    let position = |name: &String| StreamPosition { stream: stream_key(name), sequence: 3 };
+    let position =
+        |name: &String| ConversationPosition { conversation: conversation_key(name), sequence: 3 };
     assert!(names.iter().map(position).all(|position| released.contains(&position)));
 }
 

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::domain::close::{CloseCode, EndReason};
 use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
-use crate::domain::event::Encoding;
+use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::members::directory::{Directory, SessionIds};
@@ -358,7 +358,7 @@ fn without_a_message_service_nothing_was_missed() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(0, 0), "alice", "phone");
     let answer = bench.says(0, key(0, 0), r#"{"last_sequences": {"c": 5}}"#);
-    let [ShardCommand::Release { ref delivered, .. }] = answer[..] else { panic!("{answer:?}") };
+    let [ShardCommand::GoLive { ref delivered, .. }] = answer[..] else { panic!("{answer:?}") };
     assert!(delivered.is_empty());
     // Contract §3: later messages carry no meaning.
     assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
@@ -371,15 +371,16 @@ fn grpc_session_is_answered_for_each_conversation_it_names() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(0, 0), "alice", "phone");
     for (conversation, after) in [("a", 0), ("b", 7)] {
-        let conversation_key = crate::service::events::stream_key::stream_key(conversation);
+        let conversation_key =
+            crate::service::events::conversation_key::conversation_key(conversation);
         let connection = key(0, 0);
         let conversation = conversation.into();
         bench.report(0, ShardReport::Resume { connection, conversation, after });
         let answer = bench.commands(0);
-        let [ShardCommand::Release { ref delivered, .. }] = answer[..] else {
+        let [ShardCommand::GoLive { ref delivered, .. }] = answer[..] else {
             panic!("{answer:?}");
         };
-        assert_eq!((delivered[0].stream, delivered[0].sequence), (conversation_key, after));
+        assert_eq!((delivered[0].conversation, delivered[0].sequence), (conversation_key, after));
     }
 }
 
@@ -388,7 +389,7 @@ fn first_message_that_asks_for_nothing_puts_the_session_live() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(0, 0), "alice", "phone");
     let answer = bench.says(0, key(0, 0), "{}");
-    assert!(matches!(answer[..], [ShardCommand::Release { .. }]), "{answer:?}");
+    assert!(matches!(answer[..], [ShardCommand::GoLive { .. }]), "{answer:?}");
     assert_eq!(bench.counters.messages_ignored.get(), 1);
     let told = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
     assert_eq!(told[0].1, CloseCode::RESUME_TOO_LATE);

@@ -22,7 +22,7 @@ use tonic::Status;
 
 use super::delivery::Delivery;
 use crate::domain::command::DeliveryClass;
-use crate::domain::ids::{StreamKey, StreamPosition};
+use crate::domain::ids::{ConversationKey, ConversationPosition};
 
 /// The bounds of one stream.
 #[derive(Clone, Debug)]
@@ -67,7 +67,7 @@ impl OutboxLimits {
         let entries =
             self.live_messages_max + 2 * self.hold_messages_max + self.catch_up_messages_max;
         let queues = entries * size_of::<(Kind, Arc<Delivery>)>();
-        let conversations = self.conversations_max * size_of::<(StreamKey, Conversation)>();
+        let conversations = self.conversations_max * size_of::<(ConversationKey, Conversation)>();
         size_of::<State>() + 2 * (queues + conversations)
     }
 }
@@ -150,7 +150,7 @@ struct State {
     holding: Load,
     /// Caught-up messages in `queue`.
     catch_up: Load,
-    conversations: HashMap<StreamKey, Conversation>,
+    conversations: HashMap<ConversationKey, Conversation>,
     opening: bool,
     /// Conversations that are being caught up.
     resuming: usize,
@@ -191,7 +191,7 @@ impl Outbox {
     }
 
     /// The client names a conversation.
-    pub(crate) fn mention(&self, stream: StreamKey, sequence: i64, now: Instant) -> Mention {
+    pub(crate) fn mention(&self, stream: ConversationKey, sequence: i64, now: Instant) -> Mention {
         let mut state = self.state();
         if let Some(conversation) = state.conversations.get_mut(&stream) {
             conversation.covered = conversation.covered.max(sequence);
@@ -227,10 +227,10 @@ impl Outbox {
     }
 
     /// Catch-up of these conversations is complete up to these positions.
-    pub(super) fn release(&self, delivered: &[StreamPosition], now: Instant) {
+    pub(super) fn release(&self, delivered: &[ConversationPosition], now: Instant) {
         let mut state = self.state();
         for position in delivered {
-            if let Some(conversation) = state.conversations.get_mut(&position.stream) {
+            if let Some(conversation) = state.conversations.get_mut(&position.conversation) {
                 conversation.covered = conversation.covered.max(position.sequence);
                 if std::mem::replace(&mut conversation.resuming, false) {
                     state.resuming -= 1;
@@ -363,13 +363,13 @@ impl State {
     fn is_duplicate(&self, delivery: &Delivery) -> bool {
         let Some(position) = delivery.event().position else { return false };
         self.conversations
-            .get(&position.stream)
+            .get(&position.conversation)
             .is_some_and(|known| !known.resuming && position.sequence <= known.covered)
     }
 
     fn holds(&self, delivery: &Delivery) -> bool {
         let resuming = |stream| self.conversations.get(stream).is_some_and(|known| known.resuming);
-        self.opening || delivery.event().stream.as_ref().is_some_and(resuming)
+        self.opening || delivery.event().conversation.as_ref().is_some_and(resuming)
     }
 
     /// Moves what need not be held any more to the queue, less what catch-up delivered.

@@ -3,19 +3,21 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::domain::event::{Encoding, Event};
+use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
 use crate::service::streams::hub::delivery::Signals;
 
-fn delivery(stream: u64, sequence: Option<i64>, bytes: &[u8]) -> Arc<Delivery> {
-    let stream = StreamKey(stream);
-    let position = sequence.map(|sequence| StreamPosition { stream, sequence });
-    let event =
-        Event::new(position, 0).of_stream(stream).with_frame(Encoding::Stream, bytes.into());
+fn delivery(conversation: u64, sequence: Option<i64>, bytes: &[u8]) -> Arc<Delivery> {
+    let conversation = ConversationKey(conversation);
+    let position = sequence.map(|sequence| ConversationPosition { conversation, sequence });
+    let event = Event::new(position, 0)
+        .of_conversation(conversation)
+        .with_frame(Encoding::Stream, bytes.into());
     Delivery::new(Arc::new(event), None, &Arc::new(Signals::default())).unwrap()
 }
 
-fn message(stream: u64, sequence: i64) -> Arc<Delivery> {
-    delivery(stream, Some(sequence), b"event")
+fn message(conversation: u64, sequence: i64) -> Arc<Delivery> {
+    delivery(conversation, Some(sequence), b"event")
 }
 
 fn take(outbox: &Outbox) -> Option<Result<Arc<Delivery>, Status>> {
@@ -42,7 +44,7 @@ fn caught_up(outbox: &Outbox, delivery: &Arc<Delivery>) -> Delivered {
 }
 
 fn release(outbox: &Outbox, stream: u64, sequence: i64) {
-    let position = StreamPosition { stream: StreamKey(stream), sequence };
+    let position = ConversationPosition { conversation: ConversationKey(stream), sequence };
     outbox.release(&[position], Instant::now());
 }
 
@@ -55,7 +57,7 @@ fn open() -> Outbox {
 #[test]
 fn live_events_wait_for_their_own_conversation_only() {
     let outbox = open();
-    assert_eq!(outbox.mention(StreamKey(1), 4, Instant::now()), Mention::Resume);
+    assert_eq!(outbox.mention(ConversationKey(1), 4, Instant::now()), Mention::Resume);
     assert_eq!(live(&outbox, &message(1, 6)), Delivered::Held);
     assert_eq!(live(&outbox, &message(2, 70)), Delivered::Queued);
     assert_eq!(caught_up(&outbox, &message(1, 5)), Delivered::Queued);
@@ -70,9 +72,9 @@ fn live_events_wait_for_their_own_conversation_only() {
 #[test]
 fn what_the_client_acknowledged_is_not_sent_to_it() {
     let outbox = open();
-    assert_eq!(outbox.mention(StreamKey(1), 4, Instant::now()), Mention::Resume);
+    assert_eq!(outbox.mention(ConversationKey(1), 4, Instant::now()), Mention::Resume);
     release(&outbox, 1, 4);
-    assert_eq!(outbox.mention(StreamKey(1), 9, Instant::now()), Mention::Acknowledged);
+    assert_eq!(outbox.mention(ConversationKey(1), 9, Instant::now()), Mention::Acknowledged);
     assert_eq!(live(&outbox, &message(1, 9)), Delivered::Duplicate);
     assert_eq!(live(&outbox, &message(1, 10)), Delivered::Queued);
 }
@@ -82,7 +84,7 @@ fn held_events_have_bounds_of_their_own() {
     let limits = OutboxLimits { hold_messages_max: 2, ..OutboxLimits::default() };
     let outbox = Outbox::new(limits);
     outbox.open_up(Instant::now());
-    let _ = outbox.mention(StreamKey(1), 0, Instant::now());
+    let _ = outbox.mention(ConversationKey(1), 0, Instant::now());
     for sequence in 1..=128 {
         assert_eq!(live(&outbox, &message(2, sequence)), Delivered::Queued);
     }
@@ -102,13 +104,16 @@ fn catch_up_that_gets_nowhere_is_seen() {
     let (outbox, start) = (open(), Instant::now());
     let later = |seconds| start + std::time::Duration::from_secs(seconds);
     assert_eq!(outbox.resuming_since(), None);
-    let _ = outbox.mention(StreamKey(1), 0, later(1));
-    let _ = outbox.mention(StreamKey(2), 0, later(2));
+    let _ = outbox.mention(ConversationKey(1), 0, later(1));
+    let _ = outbox.mention(ConversationKey(2), 0, later(2));
     assert_eq!(outbox.resuming_since(), Some(later(1)));
-    let position = StreamPosition { stream: StreamKey(2), sequence: 0 };
+    let position = ConversationPosition { conversation: ConversationKey(2), sequence: 0 };
     outbox.release(&[position], later(3));
     assert_eq!(outbox.resuming_since(), Some(later(3)));
-    outbox.release(&[StreamPosition { stream: StreamKey(1), sequence: 0 }], later(4));
+    outbox.release(
+        &[ConversationPosition { conversation: ConversationKey(1), sequence: 0 }],
+        later(4),
+    );
     assert_eq!(outbox.resuming_since(), None);
 }
 
@@ -139,15 +144,15 @@ fn caught_up_messages_have_bounds_of_their_own() {
 fn conversations_of_a_session_are_bounded() {
     let limits = OutboxLimits { conversations_max: 1, ..OutboxLimits::default() };
     let outbox = Outbox::new(limits);
-    assert_eq!(outbox.mention(StreamKey(1), 0, Instant::now()), Mention::Resume);
-    assert_eq!(outbox.mention(StreamKey(2), 0, Instant::now()), Mention::TooMany);
-    assert_eq!(outbox.mention(StreamKey(1), 1, Instant::now()), Mention::Acknowledged);
+    assert_eq!(outbox.mention(ConversationKey(1), 0, Instant::now()), Mention::Resume);
+    assert_eq!(outbox.mention(ConversationKey(2), 0, Instant::now()), Mention::TooMany);
+    assert_eq!(outbox.mention(ConversationKey(1), 1, Instant::now()), Mention::Acknowledged);
 }
 
 #[test]
 fn busy_opening_ends_before_it_fills_the_queue() {
     let outbox = Outbox::new(OutboxLimits { hold_messages_max: 4, ..OutboxLimits::default() });
-    let _ = outbox.mention(StreamKey(2), 0, Instant::now());
+    let _ = outbox.mention(ConversationKey(2), 0, Instant::now());
     for sequence in 1..=2 {
         assert_eq!(live(&outbox, &message(1, sequence)), Delivered::Held);
     }
@@ -160,7 +165,7 @@ fn busy_opening_ends_before_it_fills_the_queue() {
 #[test]
 fn end_follows_what_is_queued_and_never_what_is_held() {
     let outbox = open();
-    let _ = outbox.mention(StreamKey(1), 0, Instant::now());
+    let _ = outbox.mention(ConversationKey(1), 0, Instant::now());
     let _ = live(&outbox, &message(2, 1));
     let _ = live(&outbox, &message(1, 1));
     assert_eq!(outbox.end(Status::aborted("first"), false), 1);
@@ -242,7 +247,7 @@ impl Oracle {
     }
 
     fn got(&mut self, delivery: &Delivery) {
-        let conversation = delivery.event().stream.unwrap().0;
+        let conversation = delivery.event().conversation.unwrap().0;
         let at = self.at.entry(conversation).or_default();
         match delivery.event().position {
             Some(position) => {
@@ -290,7 +295,7 @@ proptest! {
                     if opening && !oracle.resuming.contains_key(&conversation) {
                         let after = (oracle.newest[&conversation] - back).max(0);
                         prop_assert_eq!(
-                            outbox.mention(StreamKey(conversation), after, Instant::now()),
+                            outbox.mention(ConversationKey(conversation), after, Instant::now()),
                             Mention::Resume
                         );
                         oracle.resuming.insert(conversation, Some(after));

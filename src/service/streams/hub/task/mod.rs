@@ -9,12 +9,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tonic::Status;
 
-use super::delivery::{Delivery, Origin, Signal, Signals};
+use super::delivery::{Delivery, Signal, Signals};
 use super::outbox::{Delivered, Outbox};
 use super::slots::Slots;
 use super::{HubConfig, HubMetrics, HubPeer, Input, Reply, status};
 use crate::domain::close::{Close, CloseCode, EndReason};
-use crate::domain::command::{DeliveryClass, Hello, Recipients, ShardCommand, ShardReport, Ticket};
+use crate::domain::command::{
+    DeliveryClass, Hello, Recipients, ReplyTo, ShardCommand, ShardReport, Ticket,
+};
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
@@ -187,8 +189,8 @@ impl Hub {
 
     fn on_signal(&mut self, signal: Signal) {
         match signal {
-            Signal::Done(Origin { peer, ticket }) => {
-                self.report(peer, ShardReport::Done { ticket })
+            Signal::Done(ReplyTo { peer, ticket }) => {
+                self.report(usize::from(peer), ShardReport::Done { ticket })
             }
             Signal::Gone(connection, why) => self.forget(connection, why),
         }
@@ -238,7 +240,7 @@ impl Hub {
                 let refused = status::of_refusal(&refusal);
                 self.end(connection, refused, EndReason::Refused, true);
             }
-            ShardCommand::Release { connection, delivered } => {
+            ShardCommand::GoLive { connection, delivered } => {
                 match self.sessions.get_mut(connection) {
                     Some(session) => session.outbox.release(&delivered, Instant::now()),
                     None => self.metrics.counters.stream_commands_stale.add(1),
@@ -264,8 +266,8 @@ impl Hub {
         ticket: Option<Ticket>,
     ) {
         let counters = &self.metrics.counters;
-        let origin = ticket.map(|ticket| Origin { peer, ticket });
-        let Some(delivery) = Delivery::new(event, origin, &self.signals) else {
+        let reply_to = ticket.map(|ticket| ReplyTo { peer: peer as u16, ticket });
+        let Some(delivery) = Delivery::new(event, reply_to, &self.signals) else {
             counters.stream_events_inexpressible.add(1);
             if let Some(ticket) = ticket {
                 self.report(peer, ShardReport::Done { ticket });

@@ -6,12 +6,12 @@ use tonic::Code;
 
 use super::*;
 use crate::domain::command::Refusal;
-use crate::domain::event::Encoding;
-use crate::domain::ids::StreamKey;
+use crate::domain::encoding::Encoding;
+use crate::domain::ids::ConversationKey;
 use crate::service::streams::hub::testing::{Peer, event, rig};
 use crate::service::streams::hub::{Admitted, HubHandle, OutboxLimits};
 
-const STREAM: StreamKey = StreamKey(7);
+const STREAM: ConversationKey = ConversationKey(7);
 
 fn hello() -> Box<Hello> {
     Box::new(Hello {

@@ -1,0 +1,79 @@
+//! How the events of a session are written.
+
+/// How the events of a session are written. Fixed at the handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Encoding {
+    /// `realchat.v1`: a binary WebSocket message, the serialized `EventEnvelope`.
+    Binary = 0,
+    /// The same with permessage-deflate (RFC 7692), no context takeover.
+    BinaryDeflate = 1,
+    /// `realchat.v1.json`: a text WebSocket message, proto3 JSON with the inner event decoded.
+    Json = 2,
+    /// The same with permessage-deflate.
+    JsonDeflate = 3,
+    /// gRPC `Connect`: a serialized `DeliveryEvent` without any frame around it.
+    Stream = 4,
+}
+
+impl Encoding {
+    /// How many there are.
+    pub const COUNT: usize = 5;
+
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Encoding; Self::COUNT] =
+        [Self::Binary, Self::BinaryDeflate, Self::Json, Self::JsonDeflate, Self::Stream];
+
+    /// As an index into per-encoding tables.
+    pub fn index(self) -> usize {
+        self as usize
+    }
+
+    /// What is sent instead where compression does not pay: a compressing session may be sent any
+    /// single message uncompressed (RFC 7692 §6).
+    pub fn uncompressed(self) -> Encoding {
+        match self {
+            Self::Binary | Self::BinaryDeflate => Self::Binary,
+            Self::Json | Self::JsonDeflate => Self::Json,
+            Self::Stream => Self::Stream,
+        }
+    }
+}
+
+/// A set of encodings: what the recipients of one event need between them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EncodingSet(u8);
+
+impl EncodingSet {
+    /// Adds one.
+    pub fn insert(&mut self, encoding: Encoding) {
+        self.0 |= 1 << encoding.index();
+    }
+
+    /// Whether it is in the set.
+    pub fn contains(self, encoding: Encoding) -> bool {
+        self.0 & (1 << encoding.index()) != 0
+    }
+
+    /// Whether nothing is.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn encoding_set_holds_each_member_apart() {
+        for one in Encoding::ALL {
+            let mut set = EncodingSet::default();
+            assert!(set.is_empty());
+            set.insert(one);
+            for other in Encoding::ALL {
+                assert_eq!(set.contains(other), one == other);
+            }
+        }
+    }
+}

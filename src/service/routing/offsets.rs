@@ -1,19 +1,20 @@
-//! Which records of a partition are done, and so how far it may be committed (design decision 6).
+//! Tracks which records of a partition are done, and so up to which offset it may be committed
+//! (design decision 6).
 //!
 //! ```text
 //! taken in order      100   101   104   105   106        (offsets may have gaps)
 //! done in any order    ✓     ✓     ·     ✓     ·
-//! committable                     104  ← the lowest that is not done: the next to read
+//! committable                     104  ← the lowest that is not done; a new owner reads on there
 //! ```
 
 use std::collections::VecDeque;
 
-/// Names a record of the window until it is done: the count of records taken before it.
+/// Identifies a record of a window until it is done: the number of records taken before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowIndex(u64);
 
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct WindowEntry {
     offset: i64,
     done: bool,
 }
@@ -21,20 +22,19 @@ struct Entry {
 /// The records of one partition from the lowest that is not done to the last taken.
 #[derive(Debug)]
 pub struct OffsetWindow {
-    entries: VecDeque<Entry>,
+    entries: VecDeque<WindowEntry>,
     /// `WindowIndex` of the first entry.
     first: u64,
-    /// Where to read on once everything is done.
+    /// One more than the last offset taken.
     next: i64,
     records_max: usize,
 }
 
 impl OffsetWindow {
     /// Memory of one record, bytes.
-    pub const ENTRY_BYTES: usize = size_of::<Entry>();
+    pub const ENTRY_BYTES: usize = size_of::<WindowEntry>();
 
-    /// A window over a partition that is read from offset `start`, of at most `records_max`
-    /// records.
+    /// A window of at most `records_max` records over a partition that is read from `start`.
     pub fn new(start: i64, records_max: usize) -> Self {
         assert!(records_max > 0);
         Self { entries: VecDeque::new(), first: 0, next: start, records_max }
@@ -45,34 +45,35 @@ impl OffsetWindow {
         self.next
     }
 
-    /// Whether a record can be taken. If not, the partition waits for its oldest record.
+    /// Whether another record can be taken. If not, the partition waits until its oldest record is
+    /// done.
     pub fn has_room(&self) -> bool {
         self.entries.len() < self.records_max
     }
 
-    /// Records taken and not yet committable.
+    /// Records in the window: taken, not yet committable.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether all that was taken is committable.
+    /// Whether every record taken is committable.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Takes the next record. There is room; offsets ascend.
+    /// Takes the next record. The caller has checked for room; offsets ascend.
     pub fn take(&mut self, offset: i64) -> WindowIndex {
         assert!(self.has_room());
         assert!(offset >= self.next, "{offset} after {}", self.next);
-        let taken = WindowIndex(self.first + self.entries.len() as u64);
-        self.entries.push_back(Entry { offset, done: false });
+        let index = WindowIndex(self.first + self.entries.len() as u64);
+        self.entries.push_back(WindowEntry { offset, done: false });
         self.next = offset + 1;
-        taken
+        index
     }
 
-    /// A record is done: once each. Returns whether the committable offset has moved.
-    pub fn done(&mut self, taken: WindowIndex) -> bool {
-        let index = taken.0.checked_sub(self.first).expect("done once") as usize;
+    /// Marks a record done, once each. Returns whether the committable offset has moved.
+    pub fn done(&mut self, record: WindowIndex) -> bool {
+        let index = record.0.checked_sub(self.first).expect("done once") as usize;
         let entry = &mut self.entries[index];
         assert!(!entry.done, "done once");
         entry.done = true;
@@ -84,7 +85,7 @@ impl OffsetWindow {
         self.first != before
     }
 
-    /// The offset to commit: everything below it is done. It is where a successor reads on.
+    /// The offset to commit: every record below it is done, and a new owner reads on there.
     pub fn committable(&self) -> i64 {
         self.entries.front().map_or(self.next, |entry| entry.offset)
     }
@@ -99,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gap_in_the_log_is_passed() {
+    fn gap_in_the_log_is_skipped() {
         let mut window = OffsetWindow::new(10, 4);
         assert_eq!(window.committable(), 10);
         let (a, b) = (window.take(12), window.take(20));
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn full_window_takes_nothing_until_its_oldest_is_done() {
+    fn full_window_has_room_again_once_its_oldest_record_is_done() {
         let mut window = OffsetWindow::new(0, 2);
         let (oldest, other) = (window.take(0), window.take(1));
         window.done(other);
@@ -123,7 +124,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "done once")]
-    fn second_done_is_a_fault_of_ours() {
+    fn done_twice_panics() {
         let mut window = OffsetWindow::new(0, 2);
         let first = window.take(0);
         window.take(1);
@@ -132,7 +133,7 @@ mod tests {
     }
 
     proptest! {
-        /// The oracle keeps every record ever taken and looks at all of them.
+        /// The oracle keeps every record ever taken and scans them all.
         #[test]
         fn committable_is_the_lowest_not_done(
             start in 0i64..1000,

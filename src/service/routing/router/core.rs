@@ -1,4 +1,4 @@
-//! What happens to one record: who receives it, where they are, and on which ring it goes.
+//! Routes one record: finds its members, their sessions, and the rings to their shards.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -19,50 +19,50 @@ use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::record::RawRecord;
 use crate::service::routing::router::{RouterConfig, RouterCounters};
 
-/// At most one warning about records in this time; the counters have them all.
+/// Shortest time between two warnings about records; the counters count every one.
 const WARNING_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A ticket that comes back from elsewhere than a shard.
+/// A ticket that is returned by something other than a shard.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ReturnedTicket {
     Forward(Ticket),
     DeadLetter(Ticket),
 }
 
-/// What became of a record.
+/// Result of routing a record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum RouteOutcome {
-    /// Nothing is left to do.
+    /// The record is done.
     Done,
-    /// A ticket is out for it.
+    /// The record has a ticket in flight.
     InFlight,
-    /// It has to wait, and so has what follows it in its lane.
+    /// The record blocks its lane.
     Blocked(Blocked),
-    /// It cannot be routed now; `Members` may help.
+    /// The record cannot be routed.
     Unroutable(DeadLetterReason),
 }
 
-/// Where the record at hand stands.
+/// How the record being routed arrived.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Arrival<'a> {
-    /// In a partition.
+    /// From a partition.
     Partition { log: &'a TopicPartition, record: RecordId },
-    /// Handed over by another node.
+    /// From another node.
     OtherNode {
-        /// Not tried before: what it says of membership has still to be applied. (In a partition
-        /// the offset tells.)
+        /// Whether this is the first attempt, which applies a membership change. (For a partition the
+        /// offset prevents applying it twice.)
         first: bool,
     },
 }
 
-/// When a record was tried first, and when it is tried now; Unix time in ms.
+/// Times of the first attempt to route a record and of this one. Unix time, ms.
 #[derive(Clone, Copy, Debug)]
 struct Attempt {
     since_ms: u64,
     now_ms: u64,
 }
 
-/// Everything a router needs but its lanes.
+/// The router without its lanes.
 pub(super) struct RouterCore {
     pub(super) config: RouterConfig,
     pub(super) counters: Arc<RouterCounters>,
@@ -73,7 +73,7 @@ pub(super) struct RouterCore {
     pub(super) remote: Option<Arc<dyn RemoteNodes>>,
     pub(super) dead_letters: Option<Arc<dyn DeadLetterSink>>,
     pub(super) encoder: Encoder,
-    /// Of the events that are on their way.
+    /// Memory of the events in flight.
     pub(super) budget: Arc<EventBudget>,
     pub(super) returned: Sender<ReturnedTicket>,
     pub(super) bell: Arc<Doorbell>,
@@ -81,23 +81,22 @@ pub(super) struct RouterCore {
     pub(super) lane_serial: u32,
 }
 
-/// Who receives an event.
+/// The users who receive an event.
 enum EventAudience<'a> {
-    /// A list, and perhaps one more who is not on it: whom the event adds or removes.
+    /// The members, and the user whom the event adds or removes if they are not in the list.
     Members(Members, Option<&'a str>),
-    /// The list of the creation event itself.
+    /// The users in the creation event.
     Named(&'a [&'a str]),
 }
 
 impl RouterCore {
-    /// A key that no lane in this slot has had.
+    /// A key for a new lane in this slot.
     pub(super) fn next_lane_key(&mut self, slot: usize) -> LaneKey {
         self.lane_serial = self.lane_serial.wrapping_add(1);
         LaneKey::new(self.lane_serial, slot)
     }
 
-    /// Routes a record of a partition, or one that another node handed over.
-    /// `since_ms` is when it was tried first.
+    /// Routes a record of a partition or of another node. `since_ms` is the time of the first attempt.
     pub(super) fn route(
         &mut self,
         raw: RawRecord<'_>,
@@ -155,7 +154,7 @@ impl RouterCore {
         }
     }
 
-    /// Routes an envelope to exactly these users.
+    /// Routes an envelope to the given users.
     pub(super) fn route_to_users(&mut self, value: &[u8], users: &[Arc<str>]) -> RouteOutcome {
         let Ok(record) = envelope::decode(value) else {
             self.counters.records_undecodable.add(1);
@@ -171,7 +170,7 @@ impl RouterCore {
         RouteOutcome::Done
     }
 
-    /// Applies what the event says of membership, then tells who receives it.
+    /// Applies the membership change in the event, if any, and returns the recipients.
     fn audience<'a>(
         &mut self,
         raw: RawRecord<'_>,
@@ -223,8 +222,8 @@ impl RouterCore {
                 Err(RouteOutcome::Blocked(Blocked::Members))
             }
             Lookup::Absent => Err(RouteOutcome::Unroutable(DeadLetterReason::NoSuchConversation)),
-            // Nobody can be asked. The creation may stand in a partition that is read a little
-            // later than this one; if it does not come, whom the event itself names still gets it.
+            // No conversation service. The creation event may still arrive on another partition. If
+            // it does not, the user named in the event still receives it.
             Lookup::Unknown if self.may_still_come(raw, attempt) => {
                 Err(RouteOutcome::Blocked(Blocked::Members))
             }
@@ -238,8 +237,9 @@ impl RouterCore {
         }
     }
 
-    /// By the age of the record, so that a backlog of such conversations is not held up at each; but
-    /// a clock that is ahead of ours holds up nothing for longer either.
+    /// Whether the creation event may still arrive. Counted from the append, so that a backlog is not
+    /// delayed at every such record; and at most from the first attempt, in case the publisher's clock
+    /// is ahead.
     fn may_still_come(&self, raw: RawRecord<'_>, attempt: Attempt) -> bool {
         let from_ms = raw.appended_at_ms.min(attempt.since_ms);
         attempt.now_ms < from_ms.saturating_add(self.config.creation_wait_ms)
@@ -250,7 +250,7 @@ impl RouterCore {
         self.directory.sessions_of(user, |session| links.gather(session));
     }
 
-    /// Whether another event may be made.
+    /// Whether there is memory for another event.
     pub(super) fn has_memory(&self) -> bool {
         let has_room = self.budget.has_room();
         if !has_room {
@@ -259,13 +259,14 @@ impl RouterCore {
         has_room
     }
 
-    /// Whether the next record finds room on its way to other nodes. Checked before anybody here is
-    /// served: a record that waits is routed again from the start.
+    /// Whether the queue to other nodes has room. Checked before any delivery on this node, because a
+    /// blocked record is routed again from the start.
     pub(super) fn other_nodes_have_room(&self) -> bool {
         self.remote.as_ref().is_none_or(|remote| remote.has_room())
     }
 
-    /// Encodes for those who were gathered and pushes. Returns the shards that will report.
+    /// Encodes the event for the gathered recipients and pushes it. Returns the number of shards that
+    /// will report.
     fn deliver(
         &mut self,
         record: &DecodedEvent<'_>,
@@ -282,8 +283,8 @@ impl RouterCore {
         self.links.deliver(&Arc::new(event), ticket)
     }
 
-    /// Hands the value to the other nodes, after the users here have been served. A user who is here
-    /// may have another device there, so all members are named.
+    /// Hands the value off to other nodes, after the deliveries on this node. Names every member,
+    /// because a user on this node may have another device on another node.
     fn forward(&mut self, value: &[u8], audience: &EventAudience<'_>, ticket: Ticket, now_ms: u64) {
         let Some(remote) = &self.remote else { return };
         if self.in_flight.forwards() >= self.config.forwards_max {
@@ -292,7 +293,7 @@ impl RouterCore {
         }
         let (returned, bell) = (self.returned.clone(), Arc::clone(&self.bell));
         let done = Box::new(move || {
-            // A router that has ended waits for nothing.
+            // Fails only if the router has ended.
             let _ = returned.send(ReturnedTicket::Forward(ticket));
             bell.ring();
         });
@@ -317,7 +318,7 @@ impl RouterCore {
         }
     }
 
-    /// Gives a record up: to the dead-letter topic, or counted and passed.
+    /// Gives a record up: sends it to the dead-letter topic, or counts and skips it.
     pub(super) fn give_up(
         &mut self,
         raw: RawRecord<'_>,
@@ -377,7 +378,7 @@ impl RouterCore {
             partition = log.partition,
             offset,
             %reason,
-            "record not delivered (further ones within a second are only counted)"
+            "record not routed (at most one such line per second; the metrics count all)"
         );
     }
 

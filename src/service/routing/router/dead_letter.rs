@@ -1,4 +1,4 @@
-//! What becomes of records that cannot be delivered.
+//! Dead letters: records that could not be routed.
 
 use std::fmt;
 
@@ -6,24 +6,24 @@ use crate::service::events::envelope::EnvelopeError;
 use crate::service::routing::router::lane::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
 
-/// Why a record was given up.
+/// Why a record became a dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeadLetterReason {
-    /// It is not an `EventEnvelope`. The publisher's fault.
+    /// The value is not an `EventEnvelope`. The publisher's fault.
     Undecodable(EnvelopeError),
     /// Neither the event nor the record's key names a conversation. The publisher's fault.
     NoConversation,
-    /// The conversation service knows of no such conversation.
+    /// The conversation service reports that the conversation does not exist.
     NoSuchConversation,
-    /// Nobody can be asked who belongs to the conversation: no conversation service is configured,
-    /// and its creation was not read.
+    /// The members are unknown: no conversation service is configured, and the creation event was
+    /// not read.
     MembersUnknown,
-    /// The conversation service did not answer for the stated time.
+    /// The conversation service did not answer within `RouterConfig::route_retry_max_ms`.
     MembersUnavailable,
 }
 
 impl DeadLetterReason {
-    /// For the header of a dead letter: stable, without spaces.
+    /// Value of the header `delivery-reason`: stable, without spaces.
     pub fn label(self) -> &'static str {
         match self {
             Self::Undecodable(_) => "undecodable",
@@ -39,22 +39,22 @@ impl fmt::Display for DeadLetterReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Undecodable(error) => write!(f, "not an event envelope: {error}"),
-            Self::NoConversation => f.write_str("names no conversation"),
+            Self::NoConversation => f.write_str("no conversation id in the event or the key"),
             Self::NoSuchConversation => f.write_str("the conversation does not exist"),
             Self::MembersUnknown => {
-                f.write_str("the members are unknown and there is no conversation service to ask")
+                f.write_str("members unknown, and no conversation service configured")
             }
             Self::MembersUnavailable => {
-                f.write_str("the conversation service does not tell the members")
+                f.write_str("the conversation service did not return the members")
             }
         }
     }
 }
 
-/// A record that was given up.
+/// A record that could not be routed.
 #[derive(Clone, Copy, Debug)]
 pub struct DeadLetter<'a> {
-    /// The partition it stands in.
+    /// Its partition.
     pub log: &'a TopicPartition,
     /// The record.
     pub raw: RawRecord<'a>,
@@ -62,12 +62,12 @@ pub struct DeadLetter<'a> {
     pub reason: DeadLetterReason,
 }
 
-/// Called once when a dead letter is stored, or never can be.
+/// Called once, when the dead letter is stored or has finally failed.
 pub type DeadLetterDone = Box<dyn FnOnce() + Send + Sync>;
 
-/// Takes records that were given up.
+/// Stores dead letters.
 pub trait DeadLetterSink: Send + Sync {
-    /// Never blocks. `done` is called once when the record is stored, or never can be (counted
-    /// there). `false`: nothing more is taken at the moment, and `done` will not be called.
+    /// Never blocks. Calls `done` once, when the record is stored or has finally failed; the sink
+    /// counts failures. `false`: the sink is full, and `done` will not be called.
     fn send(&self, letter: DeadLetter<'_>, done: DeadLetterDone) -> bool;
 }

@@ -1,4 +1,5 @@
-//! What must stay in order: the records of one partition, or what other nodes handed over.
+//! Lanes: queues of records that must be routed in order. Each partition has one; records from other
+//! nodes share a few.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,18 +12,19 @@ use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
 use crate::service::routing::router::record::{OwnedRecord, RawRecord, RecordSource};
 
-/// How far a partition may be committed: written by its router, read by the Kafka thread.
+/// The offset up to which a partition may be committed. Written by its router, read by the Kafka
+/// thread.
 #[derive(Debug)]
 pub struct CommittableOffset(AtomicI64);
 
 impl CommittableOffset {
-    /// Nothing read yet: the offset to start from, if it is known.
+    /// Before the first record: the start offset, if it is known.
     pub fn new(start: Option<i64>) -> Self {
         Self(AtomicI64::new(start.unwrap_or(UNKNOWN)))
     }
 
-    /// The lowest offset that is not done; `None` if nothing has been read and nobody knows where
-    /// reading starts.
+    /// The lowest offset that is not done. `None`: nothing was read yet, and the start offset is not
+    /// known.
     pub fn get(&self) -> Option<i64> {
         match self.0.load(Ordering::Acquire) {
             UNKNOWN => None,
@@ -35,7 +37,7 @@ impl CommittableOffset {
     }
 }
 
-/// No offset.
+/// Stands for "no offset".
 const UNKNOWN: i64 = -1;
 
 /// One partition of one topic.
@@ -43,28 +45,28 @@ const UNKNOWN: i64 = -1;
 pub struct TopicPartition {
     /// The topic's name.
     pub topic: Arc<str>,
-    /// Its index, see [`LogPosition::topic`].
+    /// The topic's index, see [`LogPosition::topic`].
     pub topic_index: u16,
     /// The partition.
     pub partition: i32,
 }
 
 impl TopicPartition {
-    /// An offset of this partition.
+    /// The position of an offset in this partition.
     pub fn position(&self, offset: i64) -> LogPosition {
         LogPosition { topic: self.topic_index, partition: self.partition, offset }
     }
 }
 
-/// A partition that is handed to a router.
+/// Assigns a partition to a router.
 pub struct Assignment {
-    /// Which one.
+    /// The partition.
     pub log: TopicPartition,
-    /// Where its records come from.
+    /// Its records.
     pub source: Box<dyn RecordSource>,
-    /// The offset that `source` starts from, if it is known.
+    /// The first offset of `source`, if it is known.
     pub start: Option<i64>,
-    /// Where the router writes how far it has got.
+    /// Updated by the router.
     pub committable: Arc<CommittableOffset>,
 }
 
@@ -74,100 +76,108 @@ impl std::fmt::Debug for Assignment {
     }
 }
 
-/// Where a waiting record came from.
+/// How a waiting record came in.
 #[derive(Debug)]
 pub(super) enum Intake {
-    /// The lane's partition.
+    /// From the lane's partition.
     Partition(RecordId),
-    /// Another node.
+    /// From another node, for the members of its conversation.
     OtherNode,
-    /// Somebody who knows the recipients.
+    /// From a part of this node (presence), for these users.
     ToUsers(Vec<Arc<str>>),
 }
 
-/// Why the record at the front of a lane waits.
+/// What blocks the record at the front of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Blocked {
-    /// Its members are being asked for.
+    /// The members are not known yet.
     Members,
     /// The ring to this shard is full.
     RingFull(ShardId),
-    /// Too much is on its way to other nodes.
+    /// The queue to the other nodes is full.
     HandOffs,
-    /// The dead-letter producer takes nothing at the moment.
+    /// The dead-letter sink is full.
     DeadLetter,
 }
 
-/// A record that waits for its turn or for what it needs.
+/// A record that waits in a lane.
 #[derive(Debug)]
 pub(super) struct WaitingRecord {
     pub(super) record: OwnedRecord,
     pub(super) intake: Intake,
-    /// When it came to the front, Unix time in ms; `None`: not yet.
+    /// When it was first tried at the front of the lane, Unix time in ms; `None`: not yet.
     pub(super) since_ms: Option<u64>,
 }
 
-/// The partition part of a lane.
+/// The partition of a lane.
 pub(super) struct PartitionLane {
     pub(super) log: TopicPartition,
     pub(super) source: Box<dyn RecordSource>,
     pub(super) window: OffsetWindow,
     pub(super) committable: Arc<CommittableOffset>,
-    pub(super) revoked: Option<Revocation>,
+    pub(super) revocation: Option<Revocation>,
 }
 
-/// The partition is to be given up: nothing more is taken, and who waits is released when all is done or
-/// the time is over.
+/// An order to release a partition: the lane takes no more records and is removed once all its
+/// records are done or the deadline has passed.
 #[derive(Debug)]
 pub(super) struct Revocation {
+    /// Unix time, ms.
     pub(super) deadline_ms: u64,
-    /// Whether all of it was done.
-    pub(super) done: SyncSender<bool>,
+    /// Receives whether all records were done.
+    pub(super) released: SyncSender<bool>,
 }
 
 impl PartitionLane {
-    pub(super) fn takes(&self) -> bool {
-        self.revoked.is_none() && self.window.has_room()
+    /// Whether the next record may be taken.
+    pub(super) fn may_take(&self) -> bool {
+        self.revocation.is_none() && self.window.has_room()
     }
 }
 
-/// See the module.
+/// A queue of records that are routed in order.
 pub(super) struct Lane {
     pub(super) key: LaneKey,
-    pub(super) log: Option<PartitionLane>,
+    /// `None`: records from elsewhere than a partition.
+    pub(super) partition: Option<PartitionLane>,
+    /// What blocks the front record; `None`: nothing known.
     pub(super) blocked: Option<Blocked>,
     queue: VecDeque<WaitingRecord>,
     bytes: usize,
 }
 
 impl Lane {
-    pub(super) fn new(key: LaneKey, log: Option<PartitionLane>) -> Self {
-        Self { key, log, blocked: None, queue: VecDeque::new(), bytes: 0 }
+    pub(super) fn new(key: LaneKey, partition: Option<PartitionLane>) -> Self {
+        Self { key, partition, blocked: None, queue: VecDeque::new(), bytes: 0 }
     }
 
-    pub(super) fn push(&mut self, pending: WaitingRecord) {
-        self.bytes += pending.record.size();
-        self.queue.push_back(pending);
+    pub(super) fn push(&mut self, waiting: WaitingRecord) {
+        self.bytes += waiting.record.size();
+        self.queue.push_back(waiting);
     }
 
-    /// The record at the front, and the partition.
+    /// The record at the front, and the lane's partition.
     pub(super) fn front(&mut self) -> (Option<&mut WaitingRecord>, Option<&PartitionLane>) {
-        (self.queue.front_mut(), self.log.as_ref())
+        (self.queue.front_mut(), self.partition.as_ref())
     }
 
-    /// All that wait, in order.
+    /// The waiting records, in order.
     pub(super) fn records(&self) -> impl Iterator<Item = RawRecord<'_>> {
-        self.queue.iter().map(|pending| pending.record.raw())
+        self.queue.iter().map(|waiting| waiting.record.raw())
     }
 
     pub(super) fn pop(&mut self) -> Option<WaitingRecord> {
-        let pending = self.queue.pop_front()?;
-        self.bytes -= pending.record.size();
+        let waiting = self.queue.pop_front()?;
+        self.bytes -= waiting.record.size();
         if self.queue.is_empty() {
-            // A burst that waited leaves no memory behind.
+            // Returns the memory of a burst.
             self.queue.shrink_to(16);
         }
-        Some(pending)
+        Some(waiting)
+    }
+
+    pub(super) fn is_revoked(&self) -> bool {
+        self.partition.as_ref().is_some_and(|partition| partition.revocation.is_some())
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -178,7 +188,7 @@ impl Lane {
         self.queue.len()
     }
 
-    /// Bytes of the records that wait.
+    /// Bytes of the waiting records.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }

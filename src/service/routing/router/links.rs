@@ -1,4 +1,4 @@
-//! The ring pairs to the shards, and the recipients of one event while they are gathered.
+//! The ring pairs to the shards, and the recipients of the current event.
 
 use std::sync::Arc;
 
@@ -8,20 +8,20 @@ use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::handoff::{Consumer, Producer, Pushed};
 
-/// The ring to one shard and the ring from it.
+/// A router's rings to and from one shard.
 #[derive(Debug)]
 pub struct ShardLink {
     /// Commands to the shard.
     pub commands: Producer<ShardCommand>,
-    /// Its reports.
+    /// Reports of the shard.
     pub reports: Consumer<ShardReport>,
 }
 
-/// See the module. What is gathered for one event is forgotten with the next.
+/// A router's rings to all shards, and the recipients gathered for the current event.
 #[derive(Debug)]
 pub(super) struct RouterLinks {
     links: Vec<ShardLink>,
-    /// Per shard the recipients of the event at hand; the room is kept.
+    /// Recipients of the current event, per shard. The allocations are reused.
     gathered: Vec<Vec<(ConnectionKey, Encoding)>>,
     /// Shards with recipients.
     concerned: Vec<ShardId>,
@@ -41,7 +41,7 @@ impl RouterLinks {
         }
     }
 
-    /// Begins a new event.
+    /// Removes all recipients, for a new event.
     pub(super) fn clear(&mut self) {
         for shard in self.concerned.drain(..) {
             self.gathered[shard.index()].clear();
@@ -50,7 +50,7 @@ impl RouterLinks {
         self.recipients = 0;
     }
 
-    /// Adds a session; none twice.
+    /// Adds a recipient. The caller adds none twice.
     pub(super) fn gather(&mut self, session: SessionAddress) {
         let gathered = &mut self.gathered[session.shard.index()];
         if gathered.is_empty() {
@@ -61,12 +61,12 @@ impl RouterLinks {
         self.recipients += 1;
     }
 
-    /// What the gathered sessions want between them.
+    /// Encodings of the recipients.
     pub(super) fn encodings(&self) -> EncodingSet {
         self.encodings
     }
 
-    /// How many sessions are gathered.
+    /// Number of recipients.
     pub(super) fn recipients(&self) -> usize {
         self.recipients
     }
@@ -76,12 +76,12 @@ impl RouterLinks {
         (self.recipients * size_of::<(ConnectionKey, Encoding)>()) as u64
     }
 
-    /// Shards among the gathered sessions.
+    /// Number of shards with recipients.
     pub(super) fn concerned(&self) -> usize {
         self.concerned.len()
     }
 
-    /// A shard concerned whose ring is full.
+    /// A shard with recipients whose ring is full.
     pub(super) fn full(&self) -> Option<ShardId> {
         self.concerned.iter().copied().find(|shard| !self.has_room(*shard))
     }
@@ -91,8 +91,8 @@ impl RouterLinks {
         self.links[shard.index()].commands.free() > 0
     }
 
-    /// Pushes the event to the shards concerned, each of which has room. Returns how many took
-    /// it: a shard that has ended has no sessions left to deliver to.
+    /// Pushes the event to every shard with recipients. The caller has checked that each ring has
+    /// room. Returns the number of shards that accepted: a stopped shard has no sessions left.
     pub(super) fn deliver(&mut self, event: &Arc<Event>, ticket: Option<Ticket>) -> u32 {
         let mut taken = 0;
         for shard in &self.concerned {
@@ -109,26 +109,28 @@ impl RouterLinks {
             match self.links[shard.index()].commands.push(command) {
                 Pushed::Accepted => taken += 1,
                 Pushed::Closed(_) => {}
-                Pushed::Full(_) => unreachable!("the only producer has seen room"),
+                Pushed::Full(_) => {
+                    unreachable!("this is the only producer, and it checked for room")
+                }
             }
         }
         taken
     }
 
-    /// Wakes the shards that were given something.
+    /// Publishes what was pushed and wakes those shards.
     pub(super) fn publish(&mut self) {
         for link in &mut self.links {
             link.commands.publish();
         }
     }
 
-    /// The next report of any shard that concerns a router.
+    /// The ticket of the next delivery that a shard reports done.
     pub(super) fn next_done(&mut self) -> Option<Ticket> {
         for link in &mut self.links {
             while let Some(report) = link.reports.pop() {
                 match report {
                     ShardReport::Done { ticket } => return Some(ticket),
-                    // What concerns connections goes to the session manager.
+                    // Sent to the session manager only.
                     ShardReport::Stopped
                     | ShardReport::Opened { .. }
                     | ShardReport::Message { .. }

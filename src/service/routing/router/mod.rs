@@ -1,20 +1,19 @@
-//! From records to sessions: one of R threads, each with some of the partitions and a ring pair to
-//! every shard.
+//! The router: turns records into deliveries. A node has R router threads; each has some of the
+//! partitions, and a ring pair to every shard.
 //!
 //! ```text
 //!  partitions ──poll──► lane ┐                                  ┌─► ring to shard 0
 //!  (Kafka)              lane ├─► members → sessions → encode ───┼─► ring to shard 1
-//!  other nodes ─inbox─► lane ┘   (shared)  (shared)             └─► other nodes (never waited for)
+//!  other nodes ─inbox─► lane ┘   (shared)  (shared)             └─► other nodes
 //!                                                    ◄── Done ──────
-//!  committable offsets ◄── window per partition ◄── tickets
+//!  committable offsets ◄── window per partition ◄── tickets in flight
 //! ```
 //!
-//! A *lane* keeps order: its first record is routed before its second. What cannot be routed yet
-//! (members unknown, ring full) waits at the front of its lane; the other lanes go on. A lane that
-//! waits takes nothing from its partition, apart from a look ahead so that unknown members are
-//! asked for before their records reach the front; the partition's own bounded fetch queue then
-//! fills, and the broker is asked for no more. That is the back pressure: nothing is paused
-//! by call, dropped or buffered without bound.
+//! A *lane* keeps records in order. A record that cannot be routed yet (members unknown, ring full)
+//! blocks its lane and no other. A blocked lane takes no more records from its partition, except for a
+//! bounded look-ahead that requests the members of later records early. The partition's bounded fetch
+//! queue then fills, and librdkafka fetches no more. This is the back pressure: no record is dropped,
+//! and no buffer is unbounded.
 
 mod core;
 pub mod dead_letter;
@@ -36,6 +35,7 @@ use crate::handoff::{Doorbell, Pushed};
 use crate::service::backends::ports::{RemoteNodes, RouterInbox, RouterInput};
 use crate::service::events::encode::CompressionConfig;
 use crate::service::events::envelope::{self, EventBody};
+use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
 use crate::service::routing::offsets::OffsetWindow;
@@ -47,36 +47,37 @@ pub use crate::service::routing::router::links::ShardLink;
 pub use crate::service::routing::router::record::{RawRecord, RecordSource};
 pub use crate::service::routing::router::thread::Router;
 
-/// Memory of one record that is under way beside its event, bytes. Windows grow by doubling.
+/// Memory of one record in flight besides its event, bytes. Twice the entries, because the tables
+/// grow by doubling.
 pub const RECORD_UNDER_WAY_BYTES: usize = 2 * (OffsetWindow::ENTRY_BYTES + in_flight::ENTRY_BYTES);
 
-/// Bounds and times of one router. All have defaults.
+/// Bounds and times of one router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RouterConfig {
-    /// Records of one partition that may be under way (taken, not yet committable).
+    /// Records of one partition that are taken and not yet committable.
     pub window_records_max: usize,
-    /// Records of a waiting lane that are read ahead to ask for their members.
+    /// Records that a blocked lane reads ahead to request their members.
     pub lookahead_records_max: usize,
-    /// The same in bytes; one record may go beyond.
+    /// The same in bytes; one record may exceed it.
     pub lookahead_bytes_max: usize,
-    /// Memory of the events on their way to sockets, in rings, shards and hub together, bytes; one
-    /// may go beyond. At the bound nothing more is routed.
+    /// Memory of the events in rings, shards and the gRPC hub together, bytes; one event may exceed
+    /// it. At the bound the router stops routing.
     pub event_bytes_max: u64,
-    /// Records of one lane that are routed before the next lane has its turn.
+    /// Records of one lane that are routed before the next lane is served.
     pub batch_max: usize,
-    /// How long a record whose members cannot be had waits at the front of its lane, ms.
+    /// How long a record blocks its lane while its members cannot be fetched, ms.
     pub route_retry_max_ms: u64,
-    /// How long after its append a record of a conversation that nobody can be asked about waits
-    /// for the creation event, which may stand in a partition that is read a little later, ms.
+    /// Without a conversation service: how long after its append a record of an unknown conversation
+    /// waits for the creation event, which may arrive later on another partition, ms.
     pub creation_wait_ms: u64,
-    /// Hand-offs to other nodes under way. More are not made, and counted.
+    /// Hand-offs to other nodes in flight. Beyond it they are refused and counted.
     pub forwards_max: usize,
-    /// How long a hand-off may hold up the offset of its record, ms. It never holds up a delivery.
+    /// How long a hand-off may hold back the offset of its record, ms. It never delays a delivery.
     pub forward_deadline_ms: u64,
-    /// Inputs from elsewhere than Kafka that may wait.
+    /// Inputs from other nodes and from presence that may wait in the inbox.
     pub inbox_slots: usize,
-    /// Their bytes, and again those of the inputs that were taken in and wait for members; one may go
-    /// beyond.
+    /// Their bytes. The same bound applies once more to inputs that wait in lanes for members. One
+    /// input may exceed it.
     pub inbox_bytes_max: usize,
     /// When to compress.
     pub compression: CompressionConfig,
@@ -102,68 +103,68 @@ impl Default for RouterConfig {
 }
 
 counters! {
-    /// Counted by one router.
+    /// Metrics of one router.
     pub struct RouterCounters of Counter {
         Counter records: "Records taken from partitions.",
-        Counter remote_records: "Records that other nodes handed over.",
-        Counter user_events: "Events that came with their recipients (presence).",
-        Counter deliveries: "Events pushed to shards: one for each event and shard concerned.",
-        Counter recipients: "Sessions that events were pushed for.",
-        Counter records_undecodable: "Records that are not an event envelope: skipped.",
-        Counter records_without_conversation: "Records that name no conversation: passed.",
-        Counter records_conversation_absent: "Records of conversations that the conversation service does not know: passed.",
-        Counter records_members_unknown: "Records whose members are unknown and nobody can be asked: passed.",
-        Counter records_members_unavailable: "Records given up because the conversation service did not answer in time.",
-        Counter records_repeated: "Partitions that went back to an offset already taken.",
-        Counter remote_given_up: "Records that other nodes handed over and that could not be routed.",
-        Counter dead_letters: "Records given to the dead-letter topic.",
-        Counter forwards: "Records handed to the nodes of other users.",
-        Counter forwards_refused: "Records not handed to other nodes because too many hand-offs were under way.",
-        Counter forwards_expired: "Hand-offs to other nodes that had not ended at their deadline.",
-        Counter waits_for_members: "Attempt that a lane began to wait for the members of a conversation.",
-        Counter waits_for_room: "Attempt that a record found the ring to a shard full.",
-        Counter waits_for_hand_offs: "Attempt that a record found too many hand-offs to other nodes under way.",
-        Counter waits_for_memory: "Looks at a partition that was not read because the events under way took all their memory.",
+        Counter remote_records: "Records that other nodes handed off to this node.",
+        Counter user_events: "Events with a given list of recipients (presence).",
+        Counter deliveries: "Events pushed to shards, once per event and shard.",
+        Counter recipients: "Recipients of the events pushed to shards.",
+        Counter records_undecodable: "Records skipped because they are not an event envelope.",
+        Counter records_without_conversation: "Records skipped because they name no conversation.",
+        Counter records_conversation_absent: "Records skipped because the conversation service reports that their conversation does not exist.",
+        Counter records_members_unknown: "Records skipped because their members are unknown and no conversation service is configured.",
+        Counter records_members_unavailable: "Records skipped because the conversation service did not answer in time.",
+        Counter records_repeated: "Times that a partition went back to an earlier offset.",
+        Counter remote_given_up: "Records from other nodes that could not be routed.",
+        Counter dead_letters: "Records sent to the dead-letter topic.",
+        Counter forwards: "Records handed off to other nodes.",
+        Counter forwards_refused: "Hand-offs to other nodes refused because too many were in flight.",
+        Counter forwards_expired: "Hand-offs to other nodes that were not finished at their deadline.",
+        Counter waits_for_members: "Times that a lane was blocked because members were unknown.",
+        Counter waits_for_room: "Times that a lane was blocked because the ring to a shard was full.",
+        Counter waits_for_hand_offs: "Times that a lane was blocked because the queue to other nodes was full.",
+        Counter waits_for_memory: "Times that a lane was not served because the events in flight used all their memory.",
         Gauge partitions: "Partitions that this router reads.",
-        Gauge records_under_way: "Records that shards or other nodes have not yet reported done.",
-        Gauge records_waiting: "Records that wait in lanes.",
-        Gauge event_bytes: "Memory of the events on their way to sockets.",
+        Gauge records_under_way: "Records in flight: not yet reported done by shards or other nodes.",
+        Gauge records_waiting: "Records waiting in lanes.",
+        Gauge event_bytes: "Memory of the events in flight, bytes.",
     }
 }
 
-/// What a router is made of.
+/// Dependencies of a router.
 pub struct RouterParts {
-    /// Its bounds.
+    /// Bounds and times.
     pub config: RouterConfig,
-    /// What it counts.
+    /// Metrics.
     pub counters: Arc<RouterCounters>,
-    /// The bell that shards, Kafka and everybody else wake it with.
+    /// The doorbell that wakes the router.
     pub bell: Arc<Doorbell>,
-    /// A ring pair with every shard, by shard number.
+    /// A ring pair with every shard, indexed by shard number.
     pub links: Vec<ShardLink>,
-    /// Who is connected.
+    /// The sessions of this node.
     pub directory: Arc<Directory>,
-    /// Who belongs to what.
+    /// The members of conversations.
     pub membership: Arc<Membership>,
-    /// Other nodes; `None` in `broadcast` mode, where every node reads everything itself.
+    /// Other nodes. `None` in `broadcast` mode, where every node reads every partition.
     pub remote: Option<Arc<dyn RemoteNodes>>,
-    /// Where records go that cannot be routed; `None`: they are counted and passed.
+    /// Where unroutable records go. `None`: they are counted and skipped.
     pub dead_letters: Option<Arc<dyn DeadLetterSink>>,
 }
 
-/// What a router is released about partitions.
+/// Commands to a router.
 enum LaneCommand {
     Assign(Assignment),
     Revoke(TopicPartition, Revocation),
     Stop,
 }
 
-/// The Kafka thread's and the application's end of one router.
+/// Controls one router: its partitions, its inbox and its end.
 #[derive(Clone)]
 pub struct RouterControl {
     lanes: Sender<LaneCommand>,
     inbox: SyncSender<RouterInput>,
-    /// Bytes of what waits in `inbox`.
+    /// Bytes waiting in `inbox`.
     inbox_bytes: Arc<AtomicUsize>,
     inbox_bytes_max: usize,
     bell: Arc<Doorbell>,
@@ -190,19 +191,19 @@ fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, Contro
 }
 
 impl RouterControl {
-    /// Gives the router a partition.
+    /// Assigns a partition to the router.
     pub fn assign(&self, assignment: Assignment) {
         self.command(LaneCommand::Assign(assignment));
     }
 
-    /// Takes a partition back. The router takes nothing more from it at once, lets what is under way
-    /// finish for at most `grace`, and drops its source. The receiver is released when that is so (or
-    /// the router has ended), and whether all of it was finished; from then on the partition's
-    /// committable does not change.
+    /// Revokes a partition. The router takes no more of its records, waits at most `grace` for those
+    /// in flight, and drops the source. The receiver then gets whether all records were done; it is
+    /// disconnected if the router has ended. After that the partition's committable offset does not
+    /// change.
     pub fn revoke(&self, log: TopicPartition, grace: Duration) -> Receiver<bool> {
-        let (done, released) = sync_channel(1);
-        let deadline_ms = crate::service::events::timestamp::unix_ms() + grace.as_millis() as u64;
-        self.command(LaneCommand::Revoke(log, Revocation { deadline_ms, done }));
+        let (sender, released) = sync_channel(1);
+        let deadline_ms = unix_ms() + grace.as_millis() as u64;
+        self.command(LaneCommand::Revoke(log, Revocation { deadline_ms, released: sender }));
         released
     }
 
@@ -212,26 +213,26 @@ impl RouterControl {
     }
 
     fn command(&self, command: LaneCommand) {
-        // A router that has ended takes nothing, and whoever waits for an answer gets none.
+        // If the router has ended, the command is dropped, and with it the sender of any answer.
         let _ = self.lanes.send(command);
         self.bell.ring();
     }
 
-    /// The bell that wakes the router when a source has something.
+    /// The doorbell that sources ring when a record arrives.
     pub fn bell(&self) -> &Arc<Doorbell> {
         &self.bell
     }
 }
 
-/// The way into the routers from elsewhere than Kafka. Inputs about one conversation (or one user's
-/// presence) go to one router, and so stay in order.
+/// The routers' inboxes, for inputs from other nodes and from presence. Inputs about one conversation
+/// (or one user's presence) go to the same router and so stay in order.
 #[derive(Clone)]
 pub struct RouterHandle {
     routers: Arc<[RouterControl]>,
 }
 
 impl RouterHandle {
-    /// In front of all routers of the node; at least one.
+    /// Of all routers of the node, at least one.
     pub fn new(routers: Vec<RouterControl>) -> Self {
         assert!(!routers.is_empty());
         Self { routers: routers.into() }
@@ -242,7 +243,7 @@ impl RouterInbox for RouterHandle {
     fn send(&self, input: RouterInput) -> Pushed<RouterInput> {
         let router = &self.routers[order_of(&input) % self.routers.len()];
         let bytes = input.bytes();
-        // Counted first: whoever takes it out subtracts at once.
+        // Counted before sending, because the router may subtract immediately.
         let waiting = router.inbox_bytes.fetch_add(bytes, Ordering::Relaxed);
         if waiting > 0 && waiting + bytes > router.inbox_bytes_max {
             router.inbox_bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -263,12 +264,12 @@ impl RouterInbox for RouterHandle {
     }
 }
 
-/// Inputs of equal number are routed in the order they came.
+/// Hash of the conversation or user. Inputs with the same hash are routed in order.
 fn order_of(input: &RouterInput) -> usize {
     static HASHER: std::sync::LazyLock<std::hash::RandomState> =
         std::sync::LazyLock::new(std::hash::RandomState::new);
     let (RouterInput::Remote { value } | RouterInput::ToUsers { value, .. }) = input;
-    // What cannot be decoded is counted by whichever router gets it.
+    // An undecodable input may go to any router, which counts it.
     let subject = envelope::decode(value).ok().and_then(|record| match record.body {
         EventBody::PresenceUpdated { user } => Some(user),
         _ => record.conversation(),

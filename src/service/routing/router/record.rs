@@ -1,31 +1,31 @@
-//! Records as a router takes them, and where it takes them from.
+//! Kafka records as a router reads them.
 
 use bytes::Bytes;
 
-/// One record of a partition, borrowed from whoever read it.
+/// One record of a partition, borrowed from its source.
 #[derive(Clone, Copy, Debug)]
 pub struct RawRecord<'a> {
     /// Its offset.
     pub offset: i64,
-    /// When it was appended (or made, as the topic is configured), Unix time in ms; 0 if the record
-    /// does not say.
+    /// The record's timestamp (`CreateTime` or `LogAppendTime`, as the topic is configured), Unix
+    /// time in ms; 0 if it has none.
     pub appended_at_ms: u64,
-    /// The key: by contract the conversation's id.
+    /// The key: the conversation's id (contract §2).
     pub key: Option<&'a [u8]>,
-    /// The value: by contract a serialized `EventEnvelope`.
+    /// The value: a serialized `EventEnvelope` (contract §2).
     pub value: &'a [u8],
-    /// The header `traceparent`, where tracing is on.
+    /// The header `traceparent`, if tracing is on.
     pub traceparent: Option<&'a str>,
 }
 
-/// One partition being read. Belongs to one router.
+/// The records of one partition. Owned by one router.
 pub trait RecordSource: Send {
-    /// Hands over the next record, if there is one, without waiting. Whoever adds one to an empty
-    /// source rings the router's bell.
+    /// Passes the next record to `take`, if there is one. Never blocks. When a record arrives at an
+    /// empty source, the source rings the router's bell.
     fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool;
 }
 
-/// A record that waits, so it owns its bytes.
+/// A copy of a record that has to wait.
 #[derive(Clone, Debug)]
 pub(super) struct OwnedRecord {
     pub(super) offset: i64,
@@ -46,7 +46,7 @@ impl OwnedRecord {
         }
     }
 
-    /// One that did not come from a partition.
+    /// A record that did not come from a partition.
     pub(super) fn of_value(value: Bytes) -> Self {
         Self { offset: 0, appended_at_ms: 0, key: None, value, traceparent: None }
     }

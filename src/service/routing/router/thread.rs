@@ -1,4 +1,4 @@
-//! The router's loop: takes turns among its lanes and sleeps on its bell when none can move.
+//! The router's loop: serves its lanes in turn, and sleeps on its doorbell when all are idle or blocked.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::core::{ReturnedTicket, RouterCore};
-use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId, ReportOutcome};
+use crate::service::routing::router::in_flight::{InFlight, LaneKey, ReportOutcome};
 use crate::service::routing::router::lane::{
     Assignment, Blocked, Intake, Lane, PartitionLane, Revocation, TopicPartition, WaitingRecord,
 };
@@ -24,13 +24,13 @@ use crate::service::routing::router::{
     ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
 };
 
-/// Lanes for what does not come from a partition: one that waits holds up few others.
+/// Lanes for the inbox. Several, so that a blocked one delays few conversations.
 const INBOX_LANES: usize = 16;
-/// Records that may wait in one of them.
+/// Records that may wait in one of these lanes.
 const INBOX_LANE_MAX: usize = 256;
-/// The longest sleep, ms: a source whose bell was missed is found again.
+/// The longest sleep, ms. Bounds the delay if a doorbell is ever missed.
 const SLEEP_MS_MAX: u32 = 100;
-/// The longest sleep while something waits for the clock, ms.
+/// The longest sleep while something waits for time to pass or for a ring to drain, ms.
 const RETRY_SLEEP_MS: u32 = 10;
 
 /// One router, before its thread is started.
@@ -45,7 +45,7 @@ pub struct Router {
 }
 
 impl Router {
-    /// A router and the way to reach it.
+    /// A router and its control.
     pub fn new(parts: RouterParts) -> (Self, RouterControl) {
         let (control, ControlReceivers { lanes: commands, inbox, inbox_bytes }) =
             control(Arc::clone(&parts.bell), &parts.config);
@@ -105,13 +105,13 @@ impl Router {
         }
     }
 
-    /// Does a bounded part of what there is to do. Returns whether there was anything.
+    /// One bounded turn of the loop. Returns whether anything progressed.
     pub(super) fn turn(&mut self, now_ms: u64) -> ControlFlow<(), bool> {
-        let mut moved = self.take_commands()?;
-        moved |= self.take_reports();
-        moved |= self.expire(now_ms);
-        moved |= self.take_inbox(now_ms);
-        moved |= self.turn_lanes(now_ms);
+        let mut progressed = self.take_commands()?;
+        progressed |= self.take_reports();
+        progressed |= self.expire(now_ms);
+        progressed |= self.take_inbox(now_ms);
+        progressed |= self.turn_lanes(now_ms);
         self.core.links.publish();
         self.release_revoked(now_ms);
         let counters = &self.core.counters;
@@ -119,145 +119,134 @@ impl Router {
         let waiting = self.lanes.iter().map(|(_, lane)| lane).chain(&self.inbox_lanes);
         counters.event_bytes.set(self.core.budget.held());
         counters.records_waiting.set(waiting.map(|lane| lane.len() as u64).sum());
-        ControlFlow::Continue(moved)
+        ControlFlow::Continue(progressed)
     }
 
-    /// Something waits for the clock or for a ring to drain: look soon. Else the bell rings.
+    /// How long to sleep at most. Short while something waits that does not ring the doorbell.
     fn sleep_ms(&self) -> u32 {
         let timed = self.core.in_flight.next_deadline_ms().is_some();
-        let waits = self.lanes.iter().any(|(_, lane)| {
-            lane.blocked.is_some() || lane.log.as_ref().is_some_and(|log| log.revoked.is_some())
-        });
+        let waits = self.lanes.iter().any(|(_, lane)| lane.blocked.is_some() || lane.is_revoked());
         let inbox_waits = self.inbox_lanes.iter().any(|lane| lane.blocked.is_some());
-        // Events without a ticket (from other nodes, presence) report to nobody when they are gone.
+        // Events without a ticket (from other nodes, presence) are freed without a report.
         let full = !self.core.budget.has_room();
         if timed || waits || inbox_waits || full { RETRY_SLEEP_MS } else { SLEEP_MS_MAX }
     }
 
-    /// Whether a report may let anything move: a record that waits for room in a ring, a partition
-    /// with too much under way, one that is to be given up. Otherwise it only moves an offset, which
-    /// is early enough when the router wakes for the next record or after [`SLEEP_MS_MAX`].
+    /// Whether a report may unblock anything: a record that waits for room in a ring, a full window,
+    /// a revoked partition. Otherwise a report only moves an offset, which can wait until the next
+    /// record or [`SLEEP_MS_MAX`].
     fn waits_for_reports(&self) -> bool {
-        let held_up = |lane: &Lane| {
-            let log = lane.log.as_ref();
-            !lane.is_empty()
-                || log.is_some_and(|log| log.revoked.is_some() || !log.window.has_room())
+        let waits = |lane: &Lane| {
+            !lane.is_empty() || lane.partition.as_ref().is_some_and(|it| !it.may_take())
         };
-        self.lanes.iter().any(|(_, lane)| held_up(lane)) || self.inbox_lanes.iter().any(held_up)
+        self.lanes.iter().any(|(_, lane)| waits(lane)) || self.inbox_lanes.iter().any(waits)
     }
 
     fn take_commands(&mut self) -> ControlFlow<(), bool> {
-        let mut moved = false;
+        let mut progressed = false;
         while let Ok(command) = self.commands.try_recv() {
-            moved = true;
+            progressed = true;
             match command {
                 LaneCommand::Assign(assignment) => self.assign(assignment),
-                LaneCommand::Revoke(log, revoked) => self.revoke(&log, revoked),
+                LaneCommand::Revoke(log, revocation) => self.revoke(&log, revocation),
                 LaneCommand::Stop => return ControlFlow::Break(()),
             }
         }
-        ControlFlow::Continue(moved)
+        ControlFlow::Continue(progressed)
     }
 
     fn assign(&mut self, assignment: Assignment) {
         let Assignment { log, source, start, committable } = assignment;
         let window = OffsetWindow::new(start.unwrap_or(0), self.core.config.window_records_max);
         let key = self.core.next_lane_key(self.lanes.vacant_key());
-        let log = PartitionLane { log, source, window, committable, revoked: None };
-        self.lanes.insert(Lane::new(key, Some(log)));
+        let partition = PartitionLane { log, source, window, committable, revocation: None };
+        self.lanes.insert(Lane::new(key, Some(partition)));
+    }
+
+    fn revoke(&mut self, log: &TopicPartition, revocation: Revocation) {
+        let partition = self
+            .lanes
+            .iter_mut()
+            .filter_map(|(_, lane)| lane.partition.as_mut())
+            .find(|partition| partition.log == *log && partition.revocation.is_none());
+        match partition {
+            Some(partition) => partition.revocation = Some(revocation),
+            None => drop(revocation.released.try_send(true)),
+        }
+    }
+
+    /// Removes revoked partitions that have no records in flight or are past their deadline. Records
+    /// that are not done stay uncommitted, for the next owner.
+    fn release_revoked(&mut self, now_ms: u64) {
+        self.lanes.retain(|_, lane| {
+            let waiting = lane.len();
+            let partition = lane.partition.take_if(|partition| {
+                partition.revocation.as_ref().is_some_and(|revocation| {
+                    // Records that wait in the lane are in the window, but not in flight.
+                    partition.window.len() <= waiting || revocation.deadline_ms <= now_ms
+                })
+            });
+            let Some(PartitionLane { source, window, revocation: Some(revocation), .. }) =
+                partition
+            else {
+                return true;
+            };
+            // The source first: the receiver may close the consumer it belongs to.
+            drop(source);
+            let _ = revocation.released.try_send(window.len() <= waiting);
+            false
+        });
         self.core.counters.partitions.set(self.lanes.len() as u64);
     }
 
-    fn revoke(&mut self, log: &TopicPartition, revoked: Revocation) {
-        let lane = self.lanes.iter_mut().map(|(_, lane)| lane).find(|lane| {
-            lane.log.as_ref().is_some_and(|lane| lane.log == *log && lane.revoked.is_none())
-        });
-        match lane.and_then(|lane| lane.log.as_mut()) {
-            Some(lane) => lane.revoked = Some(revoked),
-            None => drop(revoked.done.try_send(true)),
-        }
-    }
-
-    /// Lets go of revoked partitions of which nothing is under way, or whose time is over. What is
-    /// then not done stays uncommitted, for the next owner.
-    fn release_revoked(&mut self, now_ms: u64) {
-        let finished: Vec<_> = self
-            .lanes
-            .iter()
-            .filter(|(_, lane)| {
-                lane.log.as_ref().is_some_and(|log| {
-                    log.revoked.as_ref().is_some_and(|revoked| {
-                        // What waits in the lane was taken, but nothing is under way for it.
-                        log.window.len() <= lane.len() || revoked.deadline_ms <= now_ms
-                    })
-                })
-            })
-            .map(|(slot, _)| slot)
-            .collect();
-        for slot in finished {
-            let lane = self.lanes.remove(slot);
-            let waiting = lane.len();
-            if let Some(PartitionLane { source, window, revoked: Some(revoked), .. }) = lane.log {
-                // The source goes first: who is released may close what it belongs to.
-                drop(source);
-                let _ = revoked.done.try_send(window.len() <= waiting);
-            }
-            self.core.counters.partitions.set(self.lanes.len() as u64);
-        }
-    }
-
     fn take_reports(&mut self) -> bool {
-        let mut moved = false;
+        let mut progressed = false;
         while let Some(ticket) = self.core.links.next_done() {
-            moved = true;
-            if let ReportOutcome::Done(record) = self.core.in_flight.report(ticket) {
-                self.done(record);
-            }
+            progressed = true;
+            let outcome = self.core.in_flight.report(ticket);
+            self.reported(outcome);
         }
         while let Ok(returned) = self.returned.try_recv() {
-            moved = true;
-            let reported = match returned {
+            progressed = true;
+            let outcome = match returned {
                 ReturnedTicket::Forward(ticket) => self.core.in_flight.report_forward(ticket),
                 ReturnedTicket::DeadLetter(ticket) => self.core.in_flight.report(ticket),
             };
-            if let ReportOutcome::Done(record) = reported {
-                self.done(record);
-            }
+            self.reported(outcome);
         }
-        moved
+        progressed
     }
 
     fn expire(&mut self, now_ms: u64) -> bool {
-        let mut moved = false;
+        let mut progressed = false;
         while let Some(ticket) = self.core.in_flight.expired(now_ms) {
-            moved = true;
+            progressed = true;
             self.core.counters.forwards_expired.add(1);
-            if let ReportOutcome::Done(record) = self.core.in_flight.report_forward(ticket) {
-                self.done(record);
-            }
+            let outcome = self.core.in_flight.report_forward(ticket);
+            self.reported(outcome);
         }
-        moved
+        progressed
     }
 
-    fn done(&mut self, record: RecordId) {
-        let slot = record.lane.slot();
-        // A partition that was given up meanwhile: its record counts for its next owner.
-        let Some(lane) = self.lanes.get_mut(slot).filter(|lane| lane.key == record.lane) else {
-            return;
-        };
-        if let Some(log) = &mut lane.log {
-            log.done(record);
+    fn reported(&mut self, outcome: ReportOutcome) {
+        let ReportOutcome::Done(record) = outcome else { return };
+        // The partition may have been released meanwhile; its next owner handles the record.
+        let lane = self.lanes.get_mut(record.lane.slot());
+        if let Some(lane) = lane.filter(|lane| lane.key == record.lane)
+            && let Some(partition) = &mut lane.partition
+        {
+            partition.done(record);
         }
     }
 
     fn take_inbox(&mut self, now_ms: u64) -> bool {
-        let mut moved = false;
+        let mut progressed = false;
         for _ in 0..self.core.config.batch_max {
             let bytes_max = self.core.config.inbox_bytes_max / INBOX_LANES;
             let full = |lane: &Lane| lane.len() >= INBOX_LANE_MAX || lane.bytes() >= bytes_max;
             if let Some(lane) = self.inbox_lanes.iter_mut().find(|lane| full(lane)) {
                 match lane.blocked {
-                    // Others must not wait for a conversation that cannot be routed.
+                    // Drops the front record, so that it does not block other conversations.
                     Some(Blocked::Members) => {
                         lane.pop();
                         lane.blocked = None;
@@ -270,7 +259,7 @@ impl Router {
             }
             let Ok(input) = self.inbox.try_recv() else { break };
             self.inbox_bytes.fetch_sub(input.bytes(), Ordering::Relaxed);
-            moved = true;
+            progressed = true;
             let lane = &mut self.inbox_lanes[order_of(&input) % INBOX_LANES];
             let (value, intake) = match input {
                 RouterInput::Remote { value } => {
@@ -286,14 +275,14 @@ impl Router {
             lane.push(WaitingRecord { record, intake, since_ms: None });
             while self.core.turn_front(lane, now_ms) {}
         }
-        moved
+        progressed
     }
 
     fn turn_lanes(&mut self, now_ms: u64) -> bool {
-        let mut moved = false;
+        let mut progressed = false;
         for lane in &mut self.inbox_lanes {
             while self.core.turn_front(lane, now_ms) {
-                moved = true;
+                progressed = true;
             }
         }
         for (_, lane) in &mut self.lanes {
@@ -301,9 +290,9 @@ impl Router {
                 if !self.core.turn_lane(lane, now_ms) {
                     break;
                 }
-                moved = true;
+                progressed = true;
             }
         }
-        moved
+        progressed
     }
 }

@@ -1,4 +1,4 @@
-//! One step of one lane.
+//! One step of one lane: routes its front record, or takes the next record of its partition.
 
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::routing::offsets::OffsetWindow;
@@ -9,7 +9,7 @@ use crate::service::routing::router::lane::{Blocked, Intake, Lane, PartitionLane
 use crate::service::routing::router::record::{OwnedRecord, RawRecord};
 
 impl PartitionLane {
-    /// A record is done: tells how far the partition may be committed.
+    /// Marks a record done and publishes the committable offset.
     pub(super) fn done(&mut self, record: RecordId) {
         if self.window.done(record.index) {
             self.committable.set(self.window.committable());
@@ -18,17 +18,16 @@ impl PartitionLane {
 }
 
 impl RouterCore {
-    /// Routes the record at the front of a lane, or takes the next one of its partition. Returns
-    /// whether anything moved.
+    /// Routes the front record, or takes the next record of the partition. Returns whether anything
+    /// progressed.
     pub(super) fn turn_lane(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
         if lane.is_empty() {
             return self.take(lane, now_ms);
         }
-        let revoked = lane.log.as_ref().is_some_and(|log| log.revoked.is_some());
-        !revoked && (self.turn_front(lane, now_ms) || self.look_ahead(lane, now_ms))
+        !lane.is_revoked() && (self.turn_front(lane, now_ms) || self.look_ahead(lane, now_ms))
     }
 
-    /// Routes the record at the front. Returns whether it has left the lane.
+    /// Routes the front record. Returns whether it has left the lane.
     pub(super) fn turn_front(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
         let still_blocked = match lane.blocked {
             Some(Blocked::RingFull(shard)) => !self.links.has_room(shard),
@@ -38,32 +37,34 @@ impl RouterCore {
         if still_blocked || lane.is_empty() || !self.has_memory() {
             return false;
         }
-        let (Some(pending), log) = lane.front() else { return false };
-        let first = pending.since_ms.is_none();
-        let since_ms = *pending.since_ms.get_or_insert(now_ms);
-        let raw = pending.record.raw();
-        let step = match (&pending.intake, log) {
+        let (Some(waiting), partition) = lane.front() else { return false };
+        let first = waiting.since_ms.is_none();
+        let since_ms = *waiting.since_ms.get_or_insert(now_ms);
+        let raw = waiting.record.raw();
+        let outcome = match (&waiting.intake, partition) {
             (Intake::ToUsers(users), _) => self.route_to_users(raw.value, users),
-            (Intake::Partition(record), Some(log)) => {
-                let arrival = Arrival::Partition { log: &log.log, record: *record };
+            (Intake::Partition(record), Some(partition)) => {
+                let arrival = Arrival::Partition { log: &partition.log, record: *record };
                 self.attempt(raw, arrival, since_ms, now_ms)
             }
             (Intake::OtherNode | Intake::Partition(_), _) => {
                 self.attempt(raw, Arrival::OtherNode { first }, since_ms, now_ms)
             }
         };
-        match step {
+        match outcome {
             RouteOutcome::Blocked(blocked) => {
-                self.begin_wait(lane, blocked, now_ms);
+                self.block(lane, blocked, now_ms);
                 false
             }
             RouteOutcome::Done => {
-                let (key, pending) = (lane.key, lane.pop());
-                if let (Some(WaitingRecord { intake: Intake::Partition(record), .. }), Some(log)) =
-                    (pending, &mut lane.log)
+                let (key, waiting) = (lane.key, lane.pop());
+                if let (
+                    Some(WaitingRecord { intake: Intake::Partition(record), .. }),
+                    Some(partition),
+                ) = (waiting, &mut lane.partition)
                     && record.lane == key
                 {
-                    log.done(record);
+                    partition.done(record);
                 }
                 lane.blocked = None;
                 true
@@ -76,7 +77,7 @@ impl RouterCore {
         }
     }
 
-    /// Routes a record, or gives it up if it cannot be routed or has waited long enough.
+    /// Routes a record, or gives it up if it cannot be routed or has waited for too long.
     fn attempt(
         &mut self,
         raw: RawRecord<'_>,
@@ -91,20 +92,22 @@ impl RouterCore {
             {
                 DeadLetterReason::MembersUnavailable
             }
-            step => return step,
+            outcome => return outcome,
         };
         self.give_up(raw, arrival, reason)
     }
 
-    /// Takes the next record of the lane's partition and routes it from where it lies: it is copied
-    /// only if it has to wait.
+    /// Takes the next record of the partition and routes it in place. It is copied only if it has to
+    /// wait.
     fn take(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
         let key = &mut lane.key;
-        let Some(log) = lane.log.as_mut().filter(|log| log.takes()) else { return false };
+        let Some(partition) = lane.partition.as_mut().filter(|it| it.may_take()) else {
+            return false;
+        };
         if !self.has_memory() {
             return false;
         }
-        let PartitionLane { log, source, window, committable, .. } = log;
+        let PartitionLane { log, source, window, committable, .. } = partition;
         let mut waits = None;
         let took = source.poll(&mut |raw| {
             self.counters.records.add(1);
@@ -127,34 +130,34 @@ impl RouterCore {
                 RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
             }
         });
-        if let Some((pending, blocked)) = waits {
-            lane.push(pending);
-            self.begin_wait(lane, blocked, now_ms);
+        if let Some((waiting, blocked)) = waits {
+            lane.push(waiting);
+            self.block(lane, blocked, now_ms);
         }
         took
     }
 
-    /// The partition has gone back (it was truncated, or made anew): what was taken before does not
-    /// count any more.
+    /// Restarts the window, because the partition went back to an earlier offset (truncated or
+    /// recreated). Reports for earlier records become stale.
     fn restart(&mut self, key: &mut LaneKey, window: &mut OffsetWindow, offset: i64) {
         self.counters.records_repeated.add(1);
         *key = self.next_lane_key(key.slot());
         *window = OffsetWindow::new(offset, self.config.window_records_max);
     }
 
-    fn begin_wait(&mut self, lane: &mut Lane, blocked: Blocked, now_ms: u64) {
+    fn block(&mut self, lane: &mut Lane, blocked: Blocked, now_ms: u64) {
         if lane.blocked == Some(blocked) {
             return;
         }
         lane.blocked = Some(blocked);
         if blocked == Blocked::Members {
             self.counters.waits_for_members.add(1);
-            // Those behind it may have to be asked for again, if the service was away.
-            lane.records().for_each(|record| self.ask_for_members(record, now_ms));
+            // The records behind it may need a new request, if the service was unreachable.
+            lane.records().for_each(|record| self.request_members(record, now_ms));
         }
     }
 
-    /// While the front waits for members, asks for those of the records behind it.
+    /// While the front record waits for members, takes one more record and requests its members.
     fn look_ahead(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
         if lane.blocked != Some(Blocked::Members)
             || lane.len() >= self.config.lookahead_records_max
@@ -163,29 +166,31 @@ impl RouterCore {
             return false;
         }
         let key = &mut lane.key;
-        let Some(log) = lane.log.as_mut().filter(|log| log.takes()) else { return false };
-        let PartitionLane { source, window, .. } = log;
+        let Some(partition) = lane.partition.as_mut().filter(|it| it.may_take()) else {
+            return false;
+        };
+        let PartitionLane { source, window, .. } = partition;
         let mut taken = None;
         let took = source.poll(&mut |raw| {
             self.counters.records.add(1);
             if raw.offset < window.next() {
                 self.restart(key, window, raw.offset);
             }
-            self.ask_for_members(raw, now_ms);
+            self.request_members(raw, now_ms);
             let intake = Intake::Partition(RecordId { lane: *key, index: window.take(raw.offset) });
             taken = Some(WaitingRecord { record: OwnedRecord::new(raw), intake, since_ms: None });
         });
-        if let Some(pending) = taken {
-            lane.push(pending);
+        if let Some(waiting) = taken {
+            lane.push(waiting);
         }
         took
     }
 
-    /// Only asks: what is found is found again when the record's turn comes.
-    fn ask_for_members(&self, raw: RawRecord<'_>, now_ms: u64) {
+    /// Requests the members of a record early. The result is looked up again when it is routed.
+    fn request_members(&self, raw: RawRecord<'_>, now_ms: u64) {
         if let Ok(record) = envelope::decode(raw.value)
             && let Some(conversation) = record.conversation()
-            // It brings its members along.
+            // It contains its members.
             && !matches!(record.body, EventBody::ConversationCreated { .. })
         {
             let _ = self.membership.lookup(conversation, None, now_ms);

@@ -1,5 +1,5 @@
-//! One router with everything around it played by the test: partitions, shards, the conversation
-//! service, other nodes. The test takes the router's turns itself.
+//! One router with fakes around it: partitions, shards, the conversation service, other nodes. The test
+//! calls the router's turns itself.
 
 mod routing;
 mod waiting;

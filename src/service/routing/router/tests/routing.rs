@@ -8,7 +8,7 @@ use crate::service::backends::ports::{RouterInbox as _, RouterInput};
 use crate::service::routing::router::RouterHandle;
 
 #[test]
-fn record_goes_once_to_each_shard_concerned_and_counts_when_all_report() {
+fn record_goes_once_to_each_shard_and_is_done_when_all_have_reported() {
     let mut world = RouterWorld::new(With::default());
     let phone = world.connect("alice", "phone", 0);
     let desk = world.connect("alice", "desk", 1);
@@ -17,7 +17,7 @@ fn record_goes_once_to_each_shard_concerned_and_counts_when_all_report() {
     let (log, committable) = world.assign(0);
     log.append(5, created("c", &["alice", "bob"]));
     log.append(7, message("c", 1));
-    world.settle();
+    world.run_until_idle();
 
     let first = world.delivered(0);
     let second = world.delivered(1);
@@ -25,22 +25,22 @@ fn record_goes_once_to_each_shard_concerned_and_counts_when_all_report() {
     assert_eq!(second.len(), 2);
     assert_eq!(second[1].slots, [desk, bob]);
     assert_eq!(second[1].value, message("c", 1), "unchanged");
-    assert!(world.conversations.asked().is_empty(), "the creation released the members");
+    assert!(world.conversations.asked().is_empty(), "the creation event contains the members");
 
     assert_eq!(committable.get(), Some(0));
     world.report(1, second[1].ticket.unwrap());
     world.report(0, first[1].ticket.unwrap());
     world.report(0, first[0].ticket.unwrap());
-    world.settle();
+    world.run_until_idle();
     assert_eq!(committable.get(), Some(0), "one shard has not sent the first");
     world.report(1, second[0].ticket.unwrap());
-    world.settle();
+    world.run_until_idle();
     assert_eq!(committable.get(), Some(8));
     assert_eq!(world.counters.recipients.get(), 6);
 }
 
 #[test]
-fn record_for_nobody_here_is_done_at_once() {
+fn record_without_recipients_on_this_node_is_done_at_once() {
     let mut world = RouterWorld::new(With::default());
     world.conversations.set("c", &["zoe"]);
     let (log, committable) = world.assign(0);
@@ -50,7 +50,7 @@ fn record_for_nobody_here_is_done_at_once() {
 }
 
 #[test]
-fn added_and_removed_users_get_the_event_that_concerns_them_and_the_removed_nothing_after_it() {
+fn added_and_removed_users_get_their_event_and_the_removed_user_nothing_after_it() {
     let mut world = RouterWorld::new(With::default());
     let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 0));
     let (log, _) = world.assign(0);
@@ -58,21 +58,21 @@ fn added_and_removed_users_get_the_event_that_concerns_them_and_the_removed_noth
     log.append(1, changed("c", "bob", true));
     log.append(2, message("c", 1));
     log.append(3, changed("c", "bob", false));
-    world.settle();
+    world.run_until_idle();
     assert_eq!(world.taken(0), [vec![alice], vec![alice, bob], vec![alice, bob], vec![alice, bob]]);
     log.append(4, message("c", 2));
-    world.settle();
+    world.run_until_idle();
     assert_eq!(world.taken(0), [[alice]]);
-    // Read again, as by a new owner of the partition: the list is not set back.
+    // The record is read again, as by a new owner: the list does not go back.
     log.append(1, changed("c", "bob", true));
     log.append(5, message("c", 3));
-    world.settle();
+    world.run_until_idle();
     assert_eq!(world.taken(0), [vec![alice, bob], vec![alice]]);
     assert_eq!(world.counters.records_repeated.get(), 1);
 }
 
 #[test]
-fn change_of_a_conversation_that_is_not_cached_leads_to_the_whole_list() {
+fn change_of_an_uncached_conversation_fetches_the_complete_list() {
     let mut world = RouterWorld::new(With::default());
     let alice = world.connect("alice", "a", 0);
     let bob = world.connect("bob", "b", 0);
@@ -85,37 +85,37 @@ fn change_of_a_conversation_that_is_not_cached_leads_to_the_whole_list() {
 }
 
 #[test]
-fn all_members_are_named_to_other_nodes_and_the_record_waits_for_them() {
+fn all_members_are_handed_to_other_nodes_and_the_offset_waits_for_the_hand_off() {
     let mut world = RouterWorld::new(With { nodes: true, ..With::default() });
     world.connect("alice", "a", 0);
     let (log, committable) = world.assign(0);
     log.append(0, created("c", &["alice", "bob"]));
     log.append(1, changed("c", "carol", false));
-    world.settle();
-    assert_eq!(world.taken(0).len(), 2, "users here do not wait for other nodes");
-    world.settle();
+    world.run_until_idle();
+    assert_eq!(world.taken(0).len(), 2, "deliveries on this node do not wait for other nodes");
+    world.run_until_idle();
     {
         let handed = world.nodes.handed.lock().unwrap();
         assert_eq!(
             handed[0],
             (created("c", &["alice", "bob"]).into(), vec!["alice".into(), "bob".into()])
         );
-        assert_eq!(handed[1].1, ["alice", "bob", "carol"], "the removed hears of it");
+        assert_eq!(handed[1].1, ["alice", "bob", "carol"], "the removed user gets the event");
     }
     assert_eq!(committable.get(), Some(0));
     let done = world.nodes.pending.lock().unwrap().remove(0);
     done();
-    world.settle();
+    world.run_until_idle();
     assert_eq!(committable.get(), Some(1));
-    // The other node never says a word: its deadline passes.
+    // The other node never answers, so the deadline passes.
     world.ahead_ms = 60_000;
-    world.settle();
+    world.run_until_idle();
     assert_eq!(committable.get(), Some(2));
     assert_eq!(world.counters.forwards_expired.get(), 1);
 }
 
 #[test]
-fn record_of_another_node_goes_to_sessions_here_and_no_further() {
+fn record_from_another_node_goes_to_sessions_of_this_node_only() {
     let mut world = RouterWorld::new(With { nodes: true, ..With::default() });
     let alice = world.connect("alice", "a", 0);
     world.conversations.set("c", &["alice", "bob"]);
@@ -133,12 +133,12 @@ fn record_of_another_node_goes_to_sessions_here_and_no_further() {
 }
 
 #[test]
-fn removal_handed_over_by_another_node_counts_before_it_is_read_here() {
+fn removal_from_another_node_applies_before_it_is_read_from_kafka() {
     let mut world = RouterWorld::new(With::default());
     let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 0));
     let (log, _) = world.assign(0);
     log.append(0, created("c", &["alice", "bob"]));
-    world.settle();
+    world.run_until_idle();
     world.taken(0);
     world.conversations.set("c", &["alice"]);
     let handle = RouterHandle::new(vec![world.control.clone()]);
@@ -150,7 +150,7 @@ fn removal_handed_over_by_another_node_counts_before_it_is_read_here() {
 }
 
 #[test]
-fn event_with_its_recipients_needs_no_conversation() {
+fn event_for_given_users_needs_no_conversation() {
     let mut world = RouterWorld::new(With::default());
     let bob = world.connect("bob", "b", 1);
     world.connect("alice", "a", 0);
@@ -158,14 +158,14 @@ fn event_with_its_recipients_needs_no_conversation() {
     let value: Bytes = message("", 0).into();
     let users = vec![Arc::from("bob"), Arc::from("zoe")];
     assert_eq!(handle.send(RouterInput::ToUsers { value, users }), Pushed::Accepted);
-    world.settle();
+    world.run_until_idle();
     assert_eq!(world.taken(1), [[bob]]);
     assert!(world.taken(0).is_empty());
 }
 
 #[test]
-fn kind_of_event_unknown_here_is_routed_by_the_record_key() {
-    let mut world = RouterWorld::new(With { letters: true, ..With::default() });
+fn unknown_event_type_is_routed_by_the_record_key() {
+    let mut world = RouterWorld::new(With { dead_letters: true, ..With::default() });
     let alice = world.connect("alice", "a", 0);
     let (log, committable) = world.assign(0);
     log.append(0, created("c", &["alice"]));
@@ -173,10 +173,10 @@ fn kind_of_event_unknown_here_is_routed_by_the_record_key() {
     log.append_at(2, 0, None, vec![0x08, 0x1f]);
     log.append_at(3, 0, Some("c"), vec![0x0c]);
     log.append(4, message("c", 1));
-    world.settle();
+    world.run_until_idle();
     assert_eq!(world.taken(0), [[alice], [alice], [alice]]);
-    world.settle();
-    assert_eq!(*world.letters.0.lock().unwrap(), [(2, "no_conversation"), (3, "undecodable")]);
+    world.run_until_idle();
+    assert_eq!(*world.dead_letters.0.lock().unwrap(), [(2, "no_conversation"), (3, "undecodable")]);
     assert_eq!(world.counters.records_undecodable.get(), 1);
     assert_eq!(committable.get(), Some(5));
 }

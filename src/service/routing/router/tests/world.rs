@@ -33,7 +33,7 @@ use crate::service::runtime::backoff::Backoff;
 pub(super) const RING_SLOTS: usize = 4;
 const SHARDS: u16 = 2;
 
-/// A conversation service: answers from a table, fails, or does not answer until it is opened.
+/// A conversation service that answers from a table, fails, or waits until the gate is opened.
 #[derive(Default)]
 pub(super) struct FakeConversations {
     pub(super) table: Mutex<HashMap<String, Vec<&'static str>>>,
@@ -47,7 +47,7 @@ impl FakeConversations {
         self.table.lock().unwrap().insert(conversation.into(), members.to_vec());
     }
 
-    /// Lets `answers` questions be answered.
+    /// Lets it answer this many requests.
     pub(super) fn open(&self, answers: usize) {
         self.gate.as_ref().unwrap().add_permits(answers);
     }
@@ -68,7 +68,7 @@ impl ConversationSource for FakeSource {
                 gate.acquire().await.unwrap().forget();
             }
             if service.failing.load(Ordering::Relaxed) {
-                return Err(NeighbourError::Unavailable("released to fail".into()));
+                return Err(NeighbourError::Unavailable("fails by order".into()));
             }
             let table = service.table.lock().unwrap();
             let members = table.get(&*conversation).ok_or(NeighbourError::NotFound)?;
@@ -77,12 +77,12 @@ impl ConversationSource for FakeSource {
     }
 }
 
-/// Other nodes: keeps what is handed over, and reports it when the test says so.
+/// Other nodes: keeps the records handed off; the test reports them done.
 #[derive(Default)]
 pub(super) struct FakeNodes {
     pub(super) handed: Mutex<Vec<(Bytes, Vec<String>)>>,
     pub(super) pending: Mutex<Vec<ForwardDone>>,
-    /// Takes no more for the time being.
+    /// Whether the queue to other nodes is full.
     pub(super) full: AtomicBool,
 }
 
@@ -101,7 +101,7 @@ impl RemoteNodes for FakeNodes {
     }
 }
 
-/// Where dead letters go: offset and label of each. Stored at once.
+/// A dead-letter sink: keeps the offset and label of each, stored at once.
 #[derive(Default)]
 pub(super) struct FakeDeadLetters(pub(super) Mutex<Vec<(i64, &'static str)>>);
 
@@ -113,7 +113,7 @@ impl DeadLetterSink for FakeDeadLetters {
     }
 }
 
-/// A partition: the test appends, the router takes.
+/// A partition: the test appends, the router reads.
 #[derive(Clone, Default)]
 pub(super) struct FakePartition(Arc<Mutex<VecDeque<Appended>>>);
 
@@ -175,12 +175,12 @@ pub(super) struct RouterWorld {
     pub(super) counters: Arc<RouterCounters>,
     pub(super) conversations: Arc<FakeConversations>,
     pub(super) nodes: Arc<FakeNodes>,
-    pub(super) letters: Arc<FakeDeadLetters>,
+    pub(super) dead_letters: Arc<FakeDeadLetters>,
     pub(super) shards: Vec<FakeShard>,
     directory: Arc<Directory>,
     bell: Arc<Doorbell>,
     slots: u32,
-    /// Added to the time.
+    /// Added to the clock.
     pub(super) ahead_ms: u64,
     _runtime: tokio::runtime::Runtime,
 }
@@ -188,16 +188,16 @@ pub(super) struct RouterWorld {
 #[derive(Clone, Copy, Default)]
 pub(super) struct With {
     /// No conversation service.
-    pub(super) alone: bool,
-    /// The conversation service answers only when released to.
+    pub(super) no_service: bool,
+    /// The conversation service answers only when the gate is opened.
     pub(super) gated: bool,
     /// Other nodes.
     pub(super) nodes: bool,
     /// A dead-letter topic.
-    pub(super) letters: bool,
-    /// Records of a partition under way.
+    pub(super) dead_letters: bool,
+    /// Bound of a partition's window, records.
     pub(super) window: Option<usize>,
-    /// Memory of events on their way.
+    /// Bound of the memory of events in flight, bytes.
     pub(super) event_bytes: Option<u64>,
 }
 
@@ -209,7 +209,7 @@ impl RouterWorld {
         let gate = with.gated.then(|| tokio::sync::Semaphore::new(0));
         let conversations = Arc::new(FakeConversations { gate, ..FakeConversations::default() });
         let source =
-            (!with.alone).then(|| Arc::new(FakeSource(Arc::clone(&conversations))) as Arc<_>);
+            (!with.no_service).then(|| Arc::new(FakeSource(Arc::clone(&conversations))) as Arc<_>);
         let membership = Membership::new(
             MembershipConfig {
                 backoff: Backoff::new(Duration::from_millis(1), Duration::from_millis(2)),
@@ -229,7 +229,8 @@ impl RouterWorld {
                 (link, FakeShard { commands: taken, reports })
             })
             .unzip();
-        let (nodes, letters) = (Arc::<FakeNodes>::default(), Arc::<FakeDeadLetters>::default());
+        let (nodes, dead_letters) =
+            (Arc::<FakeNodes>::default(), Arc::<FakeDeadLetters>::default());
         let directory = Arc::new(Directory::new());
         let counters = Arc::<RouterCounters>::default();
         let defaults = RouterConfig::default();
@@ -245,7 +246,7 @@ impl RouterWorld {
             directory: Arc::clone(&directory),
             membership,
             remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
-            dead_letters: with.letters.then(|| Arc::clone(&letters) as Arc<_>),
+            dead_dead_letters: with.dead_letters.then(|| Arc::clone(&dead_letters) as Arc<_>),
         });
         Self {
             router,
@@ -253,7 +254,7 @@ impl RouterWorld {
             counters,
             conversations,
             nodes,
-            letters,
+            dead_letters,
             shards,
             directory,
             bell,
@@ -263,7 +264,7 @@ impl RouterWorld {
         }
     }
 
-    /// A session of `user` on `shard`; returns its slot.
+    /// Connects a session of `user` on `shard`; returns its slot.
     pub(super) fn connect(&mut self, user: &str, device: &str, shard: u16) -> u32 {
         self.slots += 1;
         let address = SessionAddress {
@@ -275,7 +276,7 @@ impl RouterWorld {
         self.slots
     }
 
-    /// Gives the router a partition.
+    /// Assigns a partition to the router.
     pub(super) fn assign(&self, partition: i32) -> (FakePartition, Arc<CommittableOffset>) {
         let (log, committable) =
             (FakePartition::default(), Arc::new(CommittableOffset::new(Some(0))));
@@ -288,7 +289,7 @@ impl RouterWorld {
         (log, committable)
     }
 
-    /// One turn. Returns whether anything moved.
+    /// One turn. Returns whether anything progressed.
     pub(super) fn turn(&mut self) -> bool {
         match self.router.turn(unix_ms() + self.ahead_ms) {
             ControlFlow::Continue(moved) => moved,
@@ -296,20 +297,20 @@ impl RouterWorld {
         }
     }
 
-    /// Turns until nothing moves.
-    pub(super) fn settle(&mut self) {
+    /// Turns until nothing progresses.
+    pub(super) fn run_until_idle(&mut self) {
         for _ in 0..1000 {
             if !self.turn() {
                 return;
             }
         }
-        panic!("it never rests");
+        panic!("never idle");
     }
 
-    /// Turns, and sleeps on the bell in between, until `reached`.
+    /// Turns, with sleeps on the doorbell, until `reached`.
     pub(super) fn until(&mut self, what: &str, reached: impl Fn(&mut Self) -> bool) {
         for _ in 0..2000 {
-            self.settle();
+            self.run_until_idle();
             if reached(self) {
                 return;
             }
@@ -322,7 +323,7 @@ impl RouterWorld {
         panic!("never: {what}");
     }
 
-    /// What a shard finds in its ring.
+    /// Takes the deliveries from a shard's ring.
     pub(super) fn delivered(&mut self, shard: usize) -> Vec<DeliveredEvent> {
         let mut delivered = Vec::new();
         while let Some(command) = self.shards[shard].commands.pop() {
@@ -337,7 +338,7 @@ impl RouterWorld {
         delivered
     }
 
-    /// The slots of each event that a shard finds in its ring; all are reported done.
+    /// Takes the deliveries from a shard's ring, reports them done and returns their slots.
     pub(super) fn taken(&mut self, shard: usize) -> Vec<Vec<u32>> {
         let delivered = self.delivered(shard);
         for ticket in delivered.iter().filter_map(|event| event.ticket) {

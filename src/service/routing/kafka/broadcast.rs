@@ -1,4 +1,4 @@
-//! `broadcast`: every partition, from the end of the log.
+//! `broadcast`: reads every partition from the end of the log.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,18 +12,17 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::kafka::client::{self, Observer};
-use crate::service::routing::kafka::source::PartitionSource;
-use crate::service::routing::kafka::{KafkaStartError, Shared};
+use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
 
-/// One wait for events of the client.
-const POLL: Duration = Duration::from_millis(100);
-/// One question to the brokers.
-pub(super) const ASK: Duration = Duration::from_secs(3);
-/// How far the clocks of this node and the brokers may be apart, ms.
+/// Timeout of one poll.
+const POLL_TIMEOUT: Duration = Duration::from_millis(100);
+/// Timeout of one request to the brokers.
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// Largest difference between the clocks of this node and the brokers, ms.
 const CLOCK_SKEW_MS: u64 = 5_000;
-/// Pause after one that failed.
-const RETRY: Duration = Duration::from_millis(500);
+/// Pause after a failed request.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
 pub(super) struct BroadcastContext(Observer);
 
@@ -44,17 +43,17 @@ impl ClientContext for BroadcastContext {
 impl ConsumerContext for BroadcastContext {}
 
 pub(super) struct BroadcastReader {
-    shared: Arc<Shared>,
+    shared: Arc<ReaderResources>,
     consumer: Arc<BaseConsumer<BroadcastContext>>,
-    /// Per topic how many partitions are known.
+    /// Number of known partitions per topic.
     known: HashMap<String, i32>,
-    /// Unix time, by which a record is older or younger than this node.
+    /// Start of this node minus the clock difference, Unix time in ms.
     started_at_ms: u64,
 }
 
 impl BroadcastReader {
-    pub(super) fn new(shared: Arc<Shared>) -> Result<Self, KafkaStartError> {
-        // A group is needed to read at all; nothing is committed to it and nobody joins it.
+    pub(super) fn new(shared: Arc<ReaderResources>) -> Result<Self, KafkaStartError> {
+        // librdkafka requires a group. Nothing is committed to it, and no consumer joins it.
         let group = format!("{}.{}", shared.config.group, shared.config.client_id);
         let mut properties = client::consumer_properties(&shared.config, &group);
         properties.set("auto.offset.reset", "latest");
@@ -72,32 +71,32 @@ impl BroadcastReader {
             if Instant::now() >= next {
                 let discovered = self.discover();
                 if let Err(error) = &discovered {
-                    self.shared.not_told(error, !self.known.is_empty());
+                    self.shared.discovery_failed(error, !self.known.is_empty());
                 }
-                next = Instant::now() + if discovered.is_ok() { interval } else { RETRY };
+                next = Instant::now() + if discovered.is_ok() { interval } else { RETRY_PAUSE };
             }
-            if let Some(Err(error)) = self.consumer.poll(POLL) {
-                // The error callback has counted it and told of it.
+            if let Some(Err(error)) = self.consumer.poll(POLL_TIMEOUT) {
+                // The error callback has counted and logged it.
                 tracing::debug!(%error, "Kafka");
             }
         }
         self.stop();
     }
 
-    /// Assigns the partitions that are new: at the start from their end, later from the first record
-    /// that was appended since this node started.
+    /// Assigns new partitions: at the first discovery from their end, later from the first record
+    /// appended since this node started.
     fn discover(&mut self) -> KafkaResult<()> {
         let shared = Arc::clone(&self.shared);
-        // Everything is asked before anything new is read: a broker answers a connection in order,
-        // and a fetch that waits for records holds up the questions behind it.
+        // All requests are made before the first fetch: a broker answers a connection in order, so a
+        // fetch that waits for records delays the requests behind it.
         let mut new = Vec::new();
         let mut counts = Vec::new();
         for topic in &shared.config.topics {
             let count = partition_count(&self.consumer, topic)?;
             let known = self.known.get(topic).copied();
             for partition in known.unwrap_or(0)..count {
-                let Some(log) = shared.log_name(topic, partition) else { continue };
-                let (_, end) = self.consumer.fetch_watermarks(topic, partition, ASK)?;
+                let Some(log) = shared.topic_partition(topic, partition) else { continue };
+                let (_, end) = self.consumer.fetch_watermarks(topic, partition, REQUEST_TIMEOUT)?;
                 let start = match known {
                     None => end,
                     Some(_) => self.first_since_start(topic, partition)?.unwrap_or(end),
@@ -106,7 +105,7 @@ impl BroadcastReader {
             }
             counts.push((topic.clone(), count.max(known.unwrap_or(0))));
         }
-        // After a failure all of them are still new; those that are assigned by then stay so.
+        // After a failure all of them are still new; `assign` skips those already assigned.
         for (log, start, end) in new {
             self.assign(log, start, end)?;
         }
@@ -116,13 +115,13 @@ impl BroadcastReader {
         Ok(())
     }
 
-    /// A partition that is new to this node need not be new: a broker that has just started may tell
-    /// of no topics at all for a moment.
+    /// The first offset appended since this node started. A partition that is new to this node may be
+    /// old, because a broker that has just started may list no topics for a moment.
     fn first_since_start(&self, topic: &str, partition: i32) -> KafkaResult<Option<i64>> {
         let mut since = TopicPartitionList::new();
         let started = i64::try_from(self.started_at_ms).unwrap_or(i64::MAX);
         since.add_partition_offset(topic, partition, Offset::Offset(started))?;
-        let found = self.consumer.offsets_for_times(since, ASK)?;
+        let found = self.consumer.offsets_for_times(since, REQUEST_TIMEOUT)?;
         Ok(match found.find_partition(topic, partition).map(|element| element.offset()) {
             Some(Offset::Offset(offset)) => Some(offset),
             _ => None,
@@ -133,21 +132,17 @@ impl BroadcastReader {
         if self.consumer.assignment()?.find_partition(&log.topic, log.partition).is_some() {
             return Ok(());
         }
-        let router = self.shared.router(&log);
-        let source = PartitionSource::new(
-            &self.consumer,
-            &log.topic,
-            log.partition,
-            Arc::clone(router.bell()),
-            self.shared.config.tracing,
-        )
-        .ok_or_else(|| KafkaError::Subscription(format!("no queue for {log:?}")))?;
+        let source = self
+            .shared
+            .source(&self.consumer, &log)
+            .ok_or_else(|| KafkaError::Subscription(format!("no queue for {log:?}")))?;
         let mut added = TopicPartitionList::new();
         added.add_partition_offset(&log.topic, log.partition, Offset::Offset(start))?;
         self.consumer.incremental_assign(&added)?;
         let committable = Arc::new(CommittableOffset::new(Some(start)));
-        self.shared.status.reads(log.clone(), Arc::clone(&committable), Some(end));
-        tracing::info!(topic = &*log.topic, partition = log.partition, start, "reading");
+        self.shared.status.add_partition(log.clone(), Arc::clone(&committable), Some(end));
+        tracing::info!(topic = &*log.topic, partition = log.partition, start, "partition assigned");
+        let router = self.shared.router(&log);
         router.assign(Assignment {
             log,
             source: Box::new(source),
@@ -157,36 +152,20 @@ impl BroadcastReader {
         Ok(())
     }
 
-    /// Lets what is under way finish: sessions that drain are to get it.
+    /// Waits for records in flight, so that draining sessions receive them.
     fn stop(self) {
-        let grace = *self.shared.stop_grace.lock().expect("no holder panics");
         let assigned = self.consumer.assignment().unwrap_or_default();
-        let logs: Vec<_> = assigned
-            .elements()
-            .iter()
-            .filter_map(|element| self.shared.log_name(element.topic(), element.partition()))
-            .collect();
-        let told: Vec<_> = logs
-            .into_iter()
-            .map(|log| {
-                let told = self.shared.router(&log).revoke(log.clone(), grace);
-                (log, told)
-            })
-            .collect();
-        for (log, told) in told {
-            // An error: the router has ended and holds nothing.
-            let _ = told.recv_timeout(grace + Duration::from_secs(1));
-            self.shared.status.reads_no_more(&log);
-        }
+        let logs = self.shared.topic_partitions(&assigned);
+        self.shared.revoke(&logs, self.shared.stop_grace());
     }
 }
 
-/// How many partitions a topic has; 0 if there is no such topic (yet).
+/// Number of partitions of a topic; 0 if it does not exist (yet).
 pub(super) fn partition_count<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     topic: &str,
 ) -> KafkaResult<i32> {
-    let metadata = consumer.fetch_metadata(Some(topic), ASK)?;
+    let metadata = consumer.fetch_metadata(Some(topic), REQUEST_TIMEOUT)?;
     let count = metadata
         .topics()
         .iter()

@@ -1,4 +1,4 @@
-//! What all clients have in common: properties, log lines, errors, statistics.
+//! What all librdkafka clients share: properties, log lines, errors, statistics.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,54 +10,54 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::service::routing::kafka::{KafkaConfig, KafkaCounters, Shared};
+use crate::service::routing::kafka::{KafkaConfig, KafkaCounters, ReaderResources};
 use crate::service::routing::router::TopicPartition;
 
-/// A broker that has not said a word for this long, although it is always being asked, is taken for
-/// unreachable, µs.
+/// A broker that has sent nothing for this long counts as unreachable, µs. Fetches are always pending,
+/// so a working broker answers sooner.
 const SILENCE_US_MAX: i64 = 15_000_000;
 
-/// Brokers are taken for reachable, all of them, when no connection has failed for this long: more
-/// than the longest wait of librdkafka before it connects again (`reconnect.backoff.max.ms`).
-const CALM: Duration = Duration::from_secs(5);
+/// All brokers count as reachable when no connection has failed for this long: more than librdkafka's
+/// longest pause before it reconnects (`reconnect.backoff.max.ms`).
+const RECOVERED_AFTER: Duration = Duration::from_secs(5);
 
-/// What a partition may be sent in one answer of a broker, bytes; a larger record comes all the same.
+/// Largest fetch of one partition, bytes (`fetch.message.max.bytes`). A larger record is still
+/// fetched.
 const FETCH_BYTES: u64 = 1 << 20;
-/// What librdkafka keeps for each record beside its bytes (`rd_kafka_op_t`).
+/// Memory that librdkafka uses per record besides its bytes (`rd_kafka_op_t`).
 pub(super) const RECORD_OVERHEAD_BYTES: u64 = 320;
-/// A partition's queue holds one record for so many bytes of prefetch.
+/// A partition's queue holds one record for each of these bytes of prefetch.
 const PREFETCH_BYTES_PER_RECORD: u64 = 512;
-/// Records are not smaller than this in the long run: an envelope with its ids, a key, the frame
-/// around them.
+/// Smallest average size of a record: an envelope with its ids, a key, and Kafka's framing.
 const RECORD_BYTES_MIN: u64 = 128;
 
 fn prefetch_records(prefetch_kib: u32) -> u64 {
     (u64::from(prefetch_kib) * 1024 / PREFETCH_BYTES_PER_RECORD).max(1)
 }
 
-/// What librdkafka holds at most of a partition whose records are not taken, bytes: a full queue, and
-/// one answer that was under way when it became full. A record, and a batch that inflates, may exceed it.
+/// Memory bound of a partition in librdkafka, bytes: a full queue, and one fetch that was in flight when
+/// it became full. A large record or a compressed batch may exceed it.
 pub fn partition_bytes_max(prefetch_kib: u32) -> u64 {
     let records = prefetch_records(prefetch_kib) + FETCH_BYTES / RECORD_BYTES_MIN;
     u64::from(prefetch_kib) * 1024 + FETCH_BYTES + records * RECORD_OVERHEAD_BYTES
 }
 
-/// Properties of every consumer, but for the user's own ([`KafkaConfig::properties`]); see
-/// librdkafka's documentation for each.
+/// Properties of every consumer, without the user's ([`KafkaConfig::properties`]). librdkafka's
+/// `CONFIGURATION.md` describes each.
 pub fn consumer_properties(config: &KafkaConfig, group: &str) -> ClientConfig {
     let mut properties = common_properties(config);
     properties
         .set("group.id", group)
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
-        // Without it a partition whose queue was full for a moment pauses for a whole second.
+        // The default pauses a partition for a whole second when its queue was full for a moment.
         .set("fetch.queue.backoff.ms", "10")
         .set("queued.max.messages.kbytes", config.prefetch_kib.to_string())
-        // The bytes say nothing of what librdkafka keeps for each record beside it.
+        // The bound in bytes does not include the overhead per record.
         .set("queued.min.messages", prefetch_records(config.prefetch_kib).to_string())
         .set("fetch.message.max.bytes", FETCH_BYTES.to_string())
-        // A real broker answers as soon as something is appended; the embedded one of `dev` lets
-        // every fetch wait this long.
+        // A real broker answers as soon as a record is appended. The embedded broker of `dev` delays
+        // every fetch by this long.
         .set("fetch.wait.max.ms", "100")
         .set("topic.metadata.refresh.interval.ms", config.discovery_interval_ms.to_string())
         .set("statistics.interval.ms", "2000");
@@ -73,12 +73,12 @@ pub(super) fn common_properties(config: &KafkaConfig) -> ClientConfig {
         .set("socket.nagle.disable", "true")
         .set("socket.keepalive.enable", "true")
         .set("reconnect.backoff.max.ms", "2000")
-        // Brokers close idle connections; that is no news.
+        // Brokers close idle connections regularly.
         .set("log.connection.close", "false");
     properties
 }
 
-/// The user's own properties win. Also sets which log lines are made.
+/// Adds the user's properties, which override the others, and sets the log level.
 pub(super) fn with_user_properties(
     mut properties: ClientConfig,
     config: &KafkaConfig,
@@ -86,8 +86,8 @@ pub(super) fn with_user_properties(
     for (name, value) in &config.properties {
         properties.set(name, value);
     }
-    // Which lines are written is for `tracing` to decide; but debug lines are made by the thousand,
-    // so they are made only if somebody asked for a debug context.
+    // `tracing` filters the lines. Debug lines come by the thousand, so librdkafka makes them only if
+    // the property `debug` is set.
     let debugging = config.properties.iter().any(|(name, _)| name == "debug");
     properties.set_log_level(if debugging {
         RDKafkaLogLevel::Debug
@@ -97,11 +97,11 @@ pub(super) fn with_user_properties(
     properties
 }
 
-/// A log line of librdkafka.
+/// Writes a log line of librdkafka.
 pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     match level {
-        // What becomes of its connections, which it makes again by itself: one line for each, for each
-        // client. The error callback hears the same and says it in a way that can be read.
+        // Connection failures: one line per connection and client. The error callback gets the same and
+        // logs it at a bounded rate.
         RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning if facility == "FAIL" => {
             tracing::debug!(target: "librdkafka", facility, "{message}");
         }
@@ -117,9 +117,9 @@ pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
     }
 }
 
-/// Counts what the error callback of a client is told. The callback hears every error, also each that
-/// `poll` then returns, so nobody else counts. `false`: the end of a partition was reached, which
-/// comes the same way and is no error.
+/// Counts an error passed to a client's error callback. The callback gets every error, also those that
+/// `poll` returns, so nothing else counts them. `false`: the end of a partition was reached, which is
+/// reported the same way and is not an error.
 pub(super) fn count_error(counters: &KafkaCounters, error: &KafkaError) -> bool {
     let is_error = error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF);
     if is_error {
@@ -128,8 +128,8 @@ pub(super) fn count_error(counters: &KafkaCounters, error: &KafkaError) -> bool 
     is_error
 }
 
-/// Whether the error is about connections, or else about what was asked over them.
-fn is_of_connections(error: &KafkaError) -> bool {
+/// Whether the error is about a connection, not about a request.
+fn is_connection_error(error: &KafkaError) -> bool {
     matches!(
         error.rdkafka_error_code(),
         Some(
@@ -143,67 +143,67 @@ fn is_of_connections(error: &KafkaError) -> bool {
     )
 }
 
-impl Shared {
-    /// Counts what the error callback of a client was told, and says it as often as it can be read.
+impl ReaderResources {
+    /// Handles an error passed to a client's error callback: counts it, and logs at a bounded rate.
     /// Returns whether it is an error at all.
-    pub(super) fn heard(&self, error: &KafkaError, reason: &str) -> bool {
+    pub(super) fn client_error(&self, error: &KafkaError, reason: &str) -> bool {
         if !count_error(&self.counters, error) {
             return false;
         }
-        if is_of_connections(error) {
-            if let Some(away) = self.connections.failed(Instant::now()) {
-                tracing::warn!(%error, reason, "Kafka is away, or part of it{away}");
+        if is_connection_error(error) {
+            if let Some(again) = self.connections.failed(Instant::now()) {
+                tracing::warn!(%error, reason, "Kafka: brokers unreachable{again}");
             }
         } else if let Some(again) = self.errors.failed(Instant::now()) {
-            tracing::warn!(%error, reason, "Kafka{again}");
+            tracing::warn!(%error, reason, "Kafka error{again}");
         }
         true
     }
 }
 
-/// The part of librdkafka's statistics that is used.
+/// librdkafka's statistics, as far as they are used (`STATISTICS.md`).
 #[derive(Deserialize)]
 struct Statistics {
     #[serde(default)]
-    brokers: HashMap<String, Broker>,
+    brokers: HashMap<String, BrokerStatistics>,
     #[serde(default)]
-    topics: HashMap<String, Topic>,
+    topics: HashMap<String, TopicStatistics>,
 }
 
 #[derive(Deserialize)]
-struct Broker {
+struct BrokerStatistics {
     state: String,
-    /// µs since the last bytes came; -1: none yet.
+    /// µs since the last receive; -1: none yet.
     #[serde(default)]
     rxidle: i64,
 }
 
 #[derive(Deserialize)]
-struct Topic {
+struct TopicStatistics {
     #[serde(default)]
-    partitions: HashMap<String, Partition>,
+    partitions: HashMap<String, PartitionStatistics>,
 }
 
 #[derive(Deserialize)]
-struct Partition {
+struct PartitionStatistics {
     partition: i32,
-    /// Below 0: not known.
+    /// Negative: unknown.
     #[serde(default)]
     hi_offset: i64,
-    /// What the broker has accepted. Below 0: nothing.
+    /// The committed offset. Negative: none.
     #[serde(default)]
     committed_offset: i64,
 }
 
-/// The reader's eyes and ears.
+/// Handles the errors and statistics of the consumer of events.
 #[derive(Clone)]
 pub(super) struct Observer {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<ReaderResources>,
 }
 
 impl Observer {
     pub(super) fn error(&self, error: &KafkaError, reason: &str) {
-        if !self.shared.heard(error, reason) {
+        if !self.shared.client_error(error, reason) {
             return;
         }
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
@@ -211,30 +211,33 @@ impl Observer {
         }
     }
 
-    /// Calls `committed` with each partition and the offset that the broker has accepted for it.
+    /// Updates the status from statistics. Calls `committed` with each partition and its committed
+    /// offset.
     pub(super) fn statistics(&self, json: &[u8], mut committed: impl FnMut(TopicPartition, i64)) {
         let statistics: Statistics = match serde_json::from_slice(json) {
             Ok(statistics) => statistics,
             Err(error) => {
-                tracing::warn!(%error, "statistics of librdkafka not understood");
+                tracing::warn!(%error, "cannot parse the statistics of librdkafka");
                 return;
             }
         };
-        let heard =
-            |broker: &Broker| broker.state == "UP" && (0..SILENCE_US_MAX).contains(&broker.rxidle);
+        let responsive = |broker: &BrokerStatistics| {
+            broker.state == "UP" && (0..SILENCE_US_MAX).contains(&broker.rxidle)
+        };
         let status = &self.shared.status;
-        if statistics.brokers.values().any(heard) {
+        if statistics.brokers.values().any(responsive) {
             status.reached();
-            if let Some(back) = self.shared.connections.works_after(CALM, Instant::now()) {
-                tracing::info!("Kafka is back {back}");
+            if let Some(back) = self.shared.connections.works_after(RECOVERED_AFTER, Instant::now())
+            {
+                tracing::info!("Kafka: brokers reachable again {back}");
             }
         } else {
             status.unreachable("no broker answers".to_owned());
         }
-        for (topic, Topic { partitions }) in &statistics.topics {
+        for (topic, TopicStatistics { partitions }) in &statistics.topics {
             for partition in partitions.values().filter(|partition| partition.hi_offset >= 0) {
-                if let Some(log) = self.shared.log_name(topic, partition.partition) {
-                    status.ends_at(&log, partition.hi_offset);
+                if let Some(log) = self.shared.topic_partition(topic, partition.partition) {
+                    status.set_end_offset(&log, partition.hi_offset);
                     committed(log, partition.committed_offset);
                 }
             }
@@ -247,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn end_of_a_partition_is_no_error() {
+    fn end_of_a_partition_is_not_an_error() {
         let counters = KafkaCounters::default();
         assert!(!count_error(&counters, &KafkaError::Global(RDKafkaErrorCode::PartitionEOF)));
         assert_eq!(counters.errors.get(), 0);

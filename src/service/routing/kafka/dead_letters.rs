@@ -1,10 +1,10 @@
-//! The dead-letter topic: records that could not be routed, as they were, with headers that say why.
+//! The dead-letter topic: unroutable records, unchanged, with headers that give the reason.
 //!
 //! | header | value |
 //! | --- | --- |
 //! | `delivery-reason` | `undecodable`, `no_conversation`, `no_such_conversation`, `members_unknown`, `members_unavailable` |
-//! | `delivery-error` | the same in words |
-//! | `delivery-topic`, `delivery-partition`, `delivery-offset` | where the record stands |
+//! | `delivery-error` | the reason in words |
+//! | `delivery-topic`, `delivery-partition`, `delivery-offset` | the position of the record |
 
 use std::sync::Arc;
 
@@ -21,20 +21,20 @@ use crate::service::backends::outage::Outage;
 use crate::service::routing::kafka::{KafkaConfig, KafkaCounters, KafkaStartError, client};
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterDone, DeadLetterSink};
 
-/// Letters that wait for the broker.
+/// Dead letters in the producer queue.
 const LETTERS_MAX: u64 = 10_000;
-/// Their bytes.
+/// The same in bytes.
 const LETTERS_BYTES_MAX: u64 = 64 << 20;
-/// Memory of the letters that wait, bytes.
+/// Memory of the producer queue, bytes.
 pub const DEAD_LETTERS_BYTES_MAX: u64 =
     LETTERS_BYTES_MAX + LETTERS_MAX * client::RECORD_OVERHEAD_BYTES;
 
-struct LetterContext {
+struct DeadLetterContext {
     counters: Arc<KafkaCounters>,
     outage: Outage,
 }
 
-impl ClientContext for LetterContext {
+impl ClientContext for DeadLetterContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         client::log(level, facility, message);
     }
@@ -45,7 +45,7 @@ impl ClientContext for LetterContext {
     }
 }
 
-impl ProducerContext for LetterContext {
+impl ProducerContext for DeadLetterContext {
     type DeliveryOpaque = Box<DeadLetterDone>;
 
     fn delivery(&self, result: &DeliveryResult<'_>, done: Box<DeadLetterDone>) {
@@ -53,7 +53,7 @@ impl ProducerContext for LetterContext {
             Ok(_) => {
                 self.counters.dead_letters_stored.add(1);
                 if let Some(back) = self.outage.works(Instant::now()) {
-                    tracing::info!("dead letters are stored again {back}");
+                    tracing::info!("dead letters stored again {back}");
                 }
             }
             Err((error, _)) => self.failed(error),
@@ -62,7 +62,7 @@ impl ProducerContext for LetterContext {
     }
 }
 
-impl LetterContext {
+impl DeadLetterContext {
     fn failed(&self, error: &KafkaError) {
         self.counters.dead_letters_failed.add(1);
         if let Some(again) = self.outage.failed(Instant::now()) {
@@ -71,15 +71,15 @@ impl LetterContext {
     }
 }
 
-/// See the module.
+/// Producer to the dead-letter topic.
 pub struct DeadLetterTopic {
     topic: String,
-    producer: ThreadedProducer<LetterContext>,
+    producer: ThreadedProducer<DeadLetterContext>,
 }
 
 impl DeadLetterTopic {
-    /// A producer to `topic`, with the brokers and properties of `config`. It keeps at most 10,000
-    /// letters or 64 MiB, each for at most 30 s.
+    /// A producer to `topic`, with the brokers and properties of `config`. It queues at most 10,000
+    /// dead letters or 64 MiB, each for at most 30 s.
     ///
     /// # Errors
     /// librdkafka refuses a property.
@@ -96,7 +96,7 @@ impl DeadLetterTopic {
             .set("linger.ms", "5")
             .set("enable.idempotence", "true");
         let properties = client::with_user_properties(properties, config);
-        let context = LetterContext { counters, outage: Outage::default() };
+        let context = DeadLetterContext { counters, outage: Outage::default() };
         let producer = ThreadedProducer::from_config_and_context(&properties, context)?;
         Ok(Self { topic, producer })
     }

@@ -1,9 +1,9 @@
-//! Reads the membership topics on every node, for the membership cache alone: in `group` mode their
-//! records go to one node of the group, but the lists of every node depend on them.
+//! The follower: reads the membership topics on every node, for the membership cache only. In `group`
+//! mode each of their records is delivered by one node, but every node's member lists depend on them.
 //!
-//! With a conversation service to ask, reading begins at the end: what came before is in its
-//! answers. Without one the topics are all there is, and reading begins at their beginning; records are
-//! routed only when the end of that time has been reached.
+//! With a conversation service the follower starts at the end of the topics, because the service's
+//! answers contain all earlier changes. Without one it starts at the beginning, and the node routes no
+//! record until the follower has reached the end that the topics had at the start.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,17 +20,17 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
-use crate::service::routing::kafka::broadcast::{ASK, partition_count};
+use crate::service::routing::kafka::broadcast::{REQUEST_TIMEOUT, partition_count};
 use crate::service::routing::kafka::client;
 use crate::service::routing::kafka::source::appended_at_ms;
-use crate::service::routing::kafka::{KafkaStartError, Shared};
+use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 
-/// One wait for a record.
-const POLL: Duration = Duration::from_millis(100);
-/// Pause after a question that failed.
-const RETRY: Duration = Duration::from_millis(500);
+/// Timeout of one poll.
+const POLL_TIMEOUT: Duration = Duration::from_millis(100);
+/// Pause after a failed request.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
-pub(super) struct FollowerContext(Arc<Shared>);
+pub(super) struct FollowerContext(Arc<ReaderResources>);
 
 impl ClientContext for FollowerContext {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -38,7 +38,7 @@ impl ClientContext for FollowerContext {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        self.0.heard(&error, reason);
+        self.0.client_error(&error, reason);
     }
 
     fn stats_raw(&self, _json: &[u8]) {}
@@ -47,26 +47,27 @@ impl ClientContext for FollowerContext {
 impl ConsumerContext for FollowerContext {}
 
 pub(super) struct Follower {
-    shared: Arc<Shared>,
+    shared: Arc<ReaderResources>,
     consumer: BaseConsumer<FollowerContext>,
     topics: Vec<String>,
-    /// Per topic how many partitions are read.
+    /// Number of partitions read, per topic.
     known: HashMap<String, i32>,
-    /// Partitions whose end at the start has not been reached, with that end.
+    /// Partitions that have not reached the end offset they had at the start, with that offset.
     behind: HashMap<(String, i32), i64>,
-    /// How often the end of a partition of this number was reached, whatever the topic.
+    /// How often the end of a partition with this number was reached, over all topics.
     ends: HashMap<i32, usize>,
-    followed: bool,
+    /// Whether the cache was told to serve.
+    following: bool,
 }
 
 impl Follower {
-    pub(super) fn new(shared: Arc<Shared>) -> Result<Self, KafkaStartError> {
-        // Nothing is committed to this group and nobody joins it.
+    pub(super) fn new(shared: Arc<ReaderResources>) -> Result<Self, KafkaStartError> {
+        // Nothing is committed to this group, and no consumer joins it.
         let group = format!("{}.{}.members", shared.config.group, shared.config.client_id);
         let mut properties = client::consumer_properties(&shared.config, &group);
         properties
             .set("enable.partition.eof", "true")
-            // A place that is gone means that changes were missed: see `begin_anew`.
+            // A lost offset means missed changes: see `restart`.
             .set("auto.offset.reset", "error");
         let properties = client::with_user_properties(properties, &shared.config);
         let context = FollowerContext(Arc::clone(&shared));
@@ -79,11 +80,11 @@ impl Follower {
             known: HashMap::new(),
             behind: HashMap::new(),
             ends: HashMap::new(),
-            followed: false,
+            following: false,
         })
     }
 
-    /// Reads until the node stops; says on `followed` when the cache can be relied upon.
+    /// Reads until the node stops. Signals `followed` when the cache is complete for the first time.
     pub(super) fn run(mut self, followed: &SyncSender<()>) {
         let interval = Duration::from_millis(self.shared.config.discovery_interval_ms);
         let mut next = Instant::now();
@@ -92,35 +93,35 @@ impl Follower {
             if Instant::now() >= next {
                 let discovered = self.discover();
                 if let Err(error) = &discovered {
-                    self.shared.not_told(error, self.followed);
+                    self.shared.discovery_failed(error, self.following);
                 }
                 all_known |= discovered.is_ok();
-                next = Instant::now() + if discovered.is_ok() { interval } else { RETRY };
+                next = Instant::now() + if discovered.is_ok() { interval } else { RETRY_PAUSE };
             }
-            if all_known && self.behind.is_empty() && !self.followed {
-                self.followed = true;
+            if all_known && self.behind.is_empty() && !self.following {
+                self.following = true;
                 self.shared.membership.follow();
-                self.shared.status.following(true);
-                // The first time the reader waits for it; later nobody does.
+                self.shared.status.set_following(true);
+                // Only the first signal is awaited.
                 let _ = followed.try_send(());
             }
-            match self.consumer.poll(if all_known { POLL } else { RETRY }) {
+            match self.consumer.poll(if all_known { POLL_TIMEOUT } else { RETRY_PAUSE }) {
                 None => {}
                 Some(Ok(message)) => self.shared.apply(&message),
                 Some(Err(KafkaError::PartitionEOF(partition))) => self.reached_end(partition),
-                Some(Err(error)) if is_gone(&error) => {
-                    self.begin_anew();
+                Some(Err(error)) if is_offset_lost(&error) => {
+                    self.restart();
                     all_known = false;
                     next = Instant::now();
                 }
-                // The error callback has counted it and told of it.
-                Some(Err(error)) => tracing::debug!(%error, "membership topics"),
+                // The error callback has counted and logged it.
+                Some(Err(error)) => tracing::debug!(%error, "membership topics: error"),
             }
-            self.see_how_far();
+            self.check_positions();
         }
     }
 
-    /// Reads the partitions that are new: at the start as the module says, later from their
+    /// Assigns new partitions: at the first discovery from the module's start offset, later from their
     /// beginning.
     fn discover(&mut self) -> KafkaResult<()> {
         for topic in self.topics.clone() {
@@ -129,7 +130,8 @@ impl Follower {
             let mut added = TopicPartitionList::new();
             let mut ends = Vec::new();
             for partition in known.unwrap_or(0)..count {
-                let (low, high) = self.consumer.fetch_watermarks(&topic, partition, ASK)?;
+                let (low, high) =
+                    self.consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT)?;
                 let from_end = known.is_none() && self.shared.membership.can_ask();
                 let start = if from_end { high } else { low };
                 added.add_partition_offset(&topic, partition, Offset::Offset(start))?;
@@ -139,10 +141,10 @@ impl Follower {
                 self.consumer.incremental_assign(&added)?;
             }
             for (partition, start, high) in ends {
-                if let Some(log) = self.shared.log_name(&topic, partition) {
+                if let Some(log) = self.shared.topic_partition(&topic, partition) {
                     self.shared.membership.follow_from(log.position(start));
                 }
-                if start < high && !self.followed {
+                if start < high && !self.following {
                     self.behind.insert((topic.clone(), partition), high);
                 }
             }
@@ -151,9 +153,9 @@ impl Follower {
         Ok(())
     }
 
-    /// librdkafka says that the end of a partition was reached, but not of which topic: it counts when
-    /// it was said for as many as have such a partition. (The position tells of most; not of those
-    /// whose last records are not for us to see: transaction markers, compacted ones.)
+    /// Handles the end of a partition. librdkafka reports the partition number without the topic, so the
+    /// end counts once as many ends were reported as topics have that partition. (`check_positions`
+    /// finds most of them, but not partitions that end with transaction markers or compacted records.)
     fn reached_end(&mut self, partition: i32) {
         let topics = self.known.values().filter(|count| **count > partition).count();
         let ends = self.ends.entry(partition).or_default();
@@ -163,8 +165,8 @@ impl Follower {
         }
     }
 
-    /// Which partitions have reached the end that they had at the start.
-    fn see_how_far(&mut self) {
+    /// Removes partitions from `behind` whose position has reached the end offset.
+    fn check_positions(&mut self) {
         if self.behind.is_empty() {
             return;
         }
@@ -179,15 +181,15 @@ impl Follower {
         }
     }
 
-    /// The place where this node stood is gone: what was missed nobody can tell.
-    fn begin_anew(&mut self) {
-        tracing::warn!("membership topics: the place is gone, the member lists begin anew");
+    /// Rebuilds the member lists after the offset was lost, because missed changes are unknown.
+    fn restart(&mut self) {
+        tracing::warn!("membership topics: offset lost; rebuilding member lists");
         self.shared.counters.membership_restarts.add(1);
-        self.shared.status.following(false);
-        self.followed = false;
+        self.shared.status.set_following(false);
+        self.following = false;
         self.shared.membership.forget_all();
         if let Err(error) = self.consumer.unassign() {
-            tracing::warn!(%error, "membership topics");
+            tracing::warn!(%error, "membership topics: error");
         }
         self.known.clear();
         self.behind.clear();
@@ -195,35 +197,35 @@ impl Follower {
     }
 }
 
-fn is_gone(error: &KafkaError) -> bool {
+fn is_offset_lost(error: &KafkaError) -> bool {
     matches!(
         error.rdkafka_error_code(),
         Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange)
     )
 }
 
-impl Shared {
-    /// Tells the cache what a record says of membership.
+impl ReaderResources {
+    /// Applies a membership event to the cache.
     fn apply(&self, message: &BorrowedMessage<'_>) {
         self.counters.membership_records.add(1);
-        let Some(log) = self.log_name(message.topic(), message.partition()) else { return };
+        let Some(log) = self.topic_partition(message.topic(), message.partition()) else { return };
         let Ok(record) = envelope::decode(message.payload().unwrap_or_default()) else {
             self.counters.membership_records_undecodable.add(1);
             return;
         };
         let key = message.key().and_then(|key| std::str::from_utf8(key).ok());
         let Some(conversation) = record.conversation().or(key) else { return };
-        let (now_ms, place) = (unix_ms(), log.position(message.offset()));
+        let (now_ms, position) = (unix_ms(), log.position(message.offset()));
         let at_ms = match appended_at_ms(message) {
             0 => now_ms,
             at_ms => at_ms,
         };
         match &record.body {
             EventBody::ConversationCreated { members, .. } => {
-                self.membership.created(conversation, members, place, at_ms, now_ms);
+                self.membership.created(conversation, members, position, at_ms, now_ms);
             }
             &EventBody::MembershipChanged { user, added, .. } => {
-                self.membership.changed(conversation, user, added, Some(place), at_ms);
+                self.membership.changed(conversation, user, added, Some(position), at_ms);
             }
             EventBody::MessageSent { .. }
             | EventBody::MessageDeleted { .. }

@@ -1,4 +1,4 @@
-//! `group`: the partitions that the group gives this node, and commits of what is done.
+//! `group`: reads the partitions that the consumer group assigns to this node, and commits offsets.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -14,30 +14,29 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
 
 use crate::service::routing::kafka::client::{self, Observer};
-use crate::service::routing::kafka::source::PartitionSource;
-use crate::service::routing::kafka::{FirstOffset, KafkaStartError, Shared};
+use crate::service::routing::kafka::{FirstOffset, KafkaStartError, ReaderResources};
 use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
 
-/// One wait for events of the client.
-const POLL: Duration = Duration::from_millis(100);
-/// One question to the brokers while the group waits for this node.
-const ASK: Duration = Duration::from_secs(5);
+/// Timeout of one poll.
+const POLL_TIMEOUT: Duration = Duration::from_millis(100);
+/// Timeout of one request to the brokers during a rebalance, while the group waits for this node.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long leaving the group may take.
-const LEAVE: Duration = Duration::from_secs(5);
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A partition that is ours.
-struct Owned {
+/// A partition assigned to this node.
+struct OwnedPartition {
     committable: Arc<CommittableOffset>,
-    /// What the broker was last asked to commit. It does not answer in between; the statistics tell
-    /// what it has accepted.
+    /// The last offset sent to the broker for commit. Commits are asynchronous; the statistics show
+    /// what the broker has accepted.
     sent: Option<i64>,
 }
 
 pub(super) struct GroupContext {
     observer: Observer,
-    /// Set once, after the consumer is made; the callbacks need it shared to split off queues.
+    /// Set once, after the consumer is created. The callbacks split partition queues off it.
     consumer: OnceLock<Weak<BaseConsumer<GroupContext>>>,
-    owned: Mutex<HashMap<TopicPartition, Owned>>,
+    owned: Mutex<HashMap<TopicPartition, OwnedPartition>>,
 }
 
 impl ClientContext for GroupContext {
@@ -52,7 +51,7 @@ impl ClientContext for GroupContext {
     fn stats_raw(&self, json: &[u8]) {
         let mut owned = self.owned();
         self.observer.statistics(json, |log, committed| {
-            // Sent and not accepted, or still on its way: it is sent once more.
+            // Not accepted, or still in flight: the next commit sends it again.
             if let Some(owned) = owned.get_mut(&log)
                 && owned.sent.is_some_and(|sent| sent != committed)
             {
@@ -64,7 +63,7 @@ impl ClientContext for GroupContext {
 }
 
 impl ConsumerContext for GroupContext {
-    /// Called by whoever polls the consumer; the group waits until it returns.
+    /// Called from `poll`. The group waits until it returns.
     fn rebalance(
         &self,
         consumer: &BaseConsumer<Self>,
@@ -81,32 +80,24 @@ impl ConsumerContext for GroupContext {
             }
             other => {
                 let error = KafkaError::Rebalance(other.into());
-                tracing::warn!(%error, "the group gives no partitions");
+                tracing::warn!(%error, "rebalance failed");
                 consumer.unassign()
             }
         };
         if let Err(error) = result {
             self.shared().counters.errors.add(1);
-            tracing::warn!(%error, "rebalance");
+            tracing::warn!(%error, "cannot apply the rebalance");
         }
     }
 }
 
 impl GroupContext {
-    fn shared(&self) -> &Shared {
+    fn shared(&self) -> &ReaderResources {
         &self.observer.shared
     }
 
-    fn owned(&self) -> std::sync::MutexGuard<'_, HashMap<TopicPartition, Owned>> {
+    fn owned(&self) -> std::sync::MutexGuard<'_, HashMap<TopicPartition, OwnedPartition>> {
         self.owned.lock().expect("no holder panics")
-    }
-
-    fn logs(&self, partitions: &TopicPartitionList) -> Vec<TopicPartition> {
-        partitions
-            .elements()
-            .iter()
-            .filter_map(|element| self.shared().log_name(element.topic(), element.partition()))
-            .collect()
     }
 
     fn assign(
@@ -114,18 +105,18 @@ impl GroupContext {
         consumer: &BaseConsumer<Self>,
         partitions: &mut TopicPartitionList,
     ) -> KafkaResult<()> {
-        self.find_places(consumer, partitions);
-        // The queues are split off before anything is fetched: see `PartitionSource::new`.
+        self.set_start_offsets(consumer, partitions);
+        // The queues are split off before the first fetch: see `PartitionSource::new`.
         let sources: Vec<_> = partitions
             .elements()
             .iter()
             .filter_map(|element| {
-                let log = self.shared().log_name(element.topic(), element.partition())?;
+                let log = self.shared().topic_partition(element.topic(), element.partition())?;
                 let start = match element.offset() {
                     Offset::Offset(start) => Some(start),
                     _ => None,
                 };
-                let source = self.source(&log)?;
+                let source = self.shared().source(&self.consumer.get()?.upgrade()?, &log)?;
                 Some((log, start, source))
             })
             .collect();
@@ -135,11 +126,16 @@ impl GroupContext {
         }
         for (log, start, source) in sources {
             let committable = Arc::new(CommittableOffset::new(start));
-            let owned = Owned { committable: Arc::clone(&committable), sent: None };
+            let owned = OwnedPartition { committable: Arc::clone(&committable), sent: None };
             self.owned().insert(log.clone(), owned);
             let shared = self.shared();
-            shared.status.reads(log.clone(), Arc::clone(&committable), None);
-            tracing::info!(topic = &*log.topic, partition = log.partition, start, "assigned");
+            shared.status.add_partition(log.clone(), Arc::clone(&committable), None);
+            tracing::info!(
+                topic = &*log.topic,
+                partition = log.partition,
+                start,
+                "partition assigned"
+            );
             let router = shared.router(&log);
             router.assign(Assignment { log, source: Box::new(source), start, committable });
         }
@@ -148,43 +144,40 @@ impl GroupContext {
         Ok(())
     }
 
-    /// Puts into the list where each partition is read from: where the group stands, or else where it
-    /// begins. If the broker does not tell, librdkafka asks it until it does.
-    fn find_places(&self, consumer: &BaseConsumer<Self>, partitions: &mut TopicPartitionList) {
-        let committed = match consumer.committed_offsets(partitions.clone(), ASK) {
+    /// Sets the start offset of each partition: the committed offset, or else
+    /// [`KafkaConfig::first_offset`](super::KafkaConfig::first_offset). If the brokers do not answer,
+    /// the offset stays unset and librdkafka retries.
+    fn set_start_offsets(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        partitions: &mut TopicPartitionList,
+    ) {
+        let committed = match consumer.committed_offsets(partitions.clone(), REQUEST_TIMEOUT) {
             Ok(committed) => committed,
             Err(error) => {
-                tracing::warn!(%error, "committed offsets not told");
+                tracing::warn!(%error, "cannot fetch committed offsets");
                 return;
             }
         };
         for element in committed.elements() {
             let (topic, partition) = (element.topic(), element.partition());
-            let place = match element.offset() {
+            let start = match element.offset() {
                 committed @ Offset::Offset(_) => committed,
-                _ => match consumer.fetch_watermarks(topic, partition, ASK) {
+                _ => match consumer.fetch_watermarks(topic, partition, REQUEST_TIMEOUT) {
                     Ok((low, high)) => Offset::Offset(match self.shared().config.first_offset {
                         FirstOffset::Beginning => low,
                         FirstOffset::End => high,
                     }),
                     Err(error) => {
-                        tracing::warn!(%error, topic, partition, "end of the log not told");
+                        tracing::warn!(%error, topic, partition, "cannot fetch the offsets of a partition");
                         continue;
                     }
                 },
             };
-            if let Err(error) = partitions.set_partition_offset(topic, partition, place) {
-                tracing::warn!(%error, topic, partition, "place not set");
+            if let Err(error) = partitions.set_partition_offset(topic, partition, start) {
+                tracing::warn!(%error, topic, partition, "cannot set the start offset");
             }
         }
-    }
-
-    fn source(&self, log: &TopicPartition) -> Option<PartitionSource<Self>> {
-        let consumer = self.consumer.get()?.upgrade()?;
-        let shared = self.shared();
-        let bell = Arc::clone(shared.router(log).bell());
-        let tracing = shared.config.tracing;
-        PartitionSource::new(&consumer, &log.topic, log.partition, bell, tracing)
     }
 
     fn revoke(
@@ -192,16 +185,15 @@ impl GroupContext {
         consumer: &BaseConsumer<Self>,
         partitions: &TopicPartitionList,
     ) -> KafkaResult<()> {
-        // Lost without being asked: somebody else may read them by now, so nothing is awaited and
-        // nothing committed.
+        // Lost: another node may already read these partitions, so this node neither waits nor commits.
         let lost = consumer.assignment_lost();
         let shared = self.shared();
         let grace = if shared.is_stopping() {
-            *shared.stop_grace.lock().expect("no holder panics")
+            shared.stop_grace()
         } else {
             Duration::from_millis(shared.config.revoke_grace_ms)
         };
-        self.give_up(consumer, self.logs(partitions), lost, grace);
+        self.release(consumer, &shared.topic_partitions(partitions), lost, grace);
         match consumer.rebalance_protocol() {
             RebalanceProtocol::Cooperative => consumer.incremental_unassign(partitions)?,
             RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.unassign()?,
@@ -212,24 +204,25 @@ impl GroupContext {
         Ok(())
     }
 
-    /// Takes partitions back from the routers and commits how far they got.
-    fn give_up(
+    /// Takes partitions back from the routers and commits their offsets.
+    fn release(
         &self,
         consumer: &BaseConsumer<Self>,
-        logs: Vec<TopicPartition>,
+        logs: &[TopicPartition],
         lost: bool,
         grace: Duration,
     ) {
         let shared = self.shared();
         let grace = if lost { Duration::ZERO } else { grace };
-        let told: Vec<_> =
-            logs.iter().map(|log| shared.router(log).revoke(log.clone(), grace)).collect();
-        for (log, told) in logs.iter().zip(told) {
-            if told.recv_timeout(grace + Duration::from_secs(1)) == Ok(false) {
-                shared.counters.partitions_left_unfinished.add(1);
-            }
-            shared.status.reads_no_more(log);
-            tracing::info!(topic = &*log.topic, partition = log.partition, lost, "given up");
+        let unfinished = shared.revoke(logs, grace);
+        shared.counters.partitions_left_unfinished.add(unfinished);
+        for log in logs {
+            tracing::info!(
+                topic = &*log.topic,
+                partition = log.partition,
+                lost,
+                "partition released"
+            );
         }
         if !lost {
             self.commit(consumer, |log| logs.contains(log), CommitMode::Sync);
@@ -238,8 +231,8 @@ impl GroupContext {
         logs.iter().for_each(|log| drop(owned.remove(log)));
     }
 
-    /// Commits what is done of the partitions that are ours and that `which` picks: what is new of
-    /// it, or at the end (`Sync`) all of it.
+    /// Commits the offsets of the owned partitions that `which` selects. `Async` skips offsets already
+    /// sent; `Sync`, the last commit of a partition, does not.
     fn commit(
         &self,
         consumer: &BaseConsumer<Self>,
@@ -254,9 +247,9 @@ impl GroupContext {
                 continue;
             }
             owned.sent = Some(offset);
-            let place = Offset::Offset(offset);
-            if let Err(error) = offsets.add_partition_offset(&log.topic, log.partition, place) {
-                tracing::warn!(%error, topic = &*log.topic, "offset not taken");
+            let to_commit = Offset::Offset(offset);
+            if let Err(error) = offsets.add_partition_offset(&log.topic, log.partition, to_commit) {
+                tracing::warn!(%error, topic = &*log.topic, "cannot commit an offset");
             }
         }
         if offsets.count() == 0 {
@@ -267,7 +260,7 @@ impl GroupContext {
             Err(error) => {
                 self.shared().counters.commits_failed.add(1);
                 if let Some(again) = self.shared().errors.failed(tokio::time::Instant::now()) {
-                    tracing::warn!(%error, "offsets not committed{again}");
+                    tracing::warn!(%error, "cannot commit offsets{again}");
                 }
             }
         }
@@ -275,19 +268,19 @@ impl GroupContext {
 }
 
 pub(super) struct GroupReader {
-    shared: Arc<Shared>,
+    shared: Arc<ReaderResources>,
     consumer: Arc<BaseConsumer<GroupContext>>,
 }
 
 impl GroupReader {
-    pub(super) fn new(shared: Arc<Shared>) -> Result<Self, KafkaStartError> {
+    pub(super) fn new(shared: Arc<ReaderResources>) -> Result<Self, KafkaStartError> {
         let mut properties = client::consumer_properties(&shared.config, &shared.config.group);
         properties
             .set("partition.assignment.strategy", "cooperative-sticky")
-            // Only for places that retention has taken away.
+            // Only for offsets that retention has deleted.
             .set("auto.offset.reset", "earliest")
             .set("session.timeout.ms", "15000")
-            // How soon a node hears that the group is changing: what the others wait for.
+            // How soon a node notices a rebalance, which delays the whole group.
             .set("heartbeat.interval.ms", "1000");
         let properties = client::with_user_properties(properties, &shared.config);
         let context = GroupContext {
@@ -304,7 +297,7 @@ impl GroupReader {
     pub(super) fn run(self) {
         let topics: Vec<_> = self.shared.config.topics.iter().map(String::as_str).collect();
         if let Err(error) = self.consumer.subscribe(&topics) {
-            tracing::error!(%error, "topics not accepted: nothing is read");
+            tracing::error!(%error, "cannot subscribe to the topics; consuming nothing");
             return;
         }
         let interval = Duration::from_millis(self.shared.config.commit_interval_ms);
@@ -320,32 +313,31 @@ impl GroupReader {
     }
 
     fn poll(&self) {
-        match self.consumer.poll(POLL) {
+        match self.consumer.poll(POLL_TIMEOUT) {
             None => {}
-            // Every queue is split off before it is filled. Were one not, its partition would stand
-            // still: nothing of it is committed, and the next owner reads it.
+            // Must not happen: every queue is split off before the first fetch. The record is not
+            // committed, so the next owner of the partition reads it.
             Some(Ok(message)) => {
                 self.shared.counters.errors.add(1);
                 let (topic, partition) = (message.topic(), message.partition());
-                tracing::error!(topic, partition, "record outside of its partition's queue");
+                tracing::error!(topic, partition, "record outside of its partition queue");
             }
-            // The error callback has counted it and told of it.
+            // The error callback has counted and logged it.
             Some(Err(error)) => tracing::debug!(%error, "Kafka"),
         }
     }
 
-    /// Drains, commits, leaves the group: the callback for what is revoked does the work.
+    /// Leaves the group. The rebalance callback waits for records in flight and commits.
     fn stop(self) {
         self.consumer.unsubscribe();
-        let deadline =
-            Instant::now() + *self.shared.stop_grace.lock().expect("no holder panics") + LEAVE;
-        while Instant::now() < deadline && !self.consumer.context().owned().is_empty() {
+        let context = self.consumer.context();
+        let deadline = Instant::now() + self.shared.stop_grace() + LEAVE_TIMEOUT;
+        while Instant::now() < deadline && !context.owned().is_empty() {
             self.poll();
         }
-        let left: Vec<_> = self.consumer.context().owned().keys().cloned().collect();
+        let left: Vec<_> = context.owned().keys().cloned().collect();
         if !left.is_empty() {
-            let context = self.consumer.context();
-            context.give_up(&self.consumer, left, false, Duration::ZERO);
+            context.release(&self.consumer, &left, false, Duration::ZERO);
         }
     }
 }

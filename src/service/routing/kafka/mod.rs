@@ -1,23 +1,23 @@
-//! Kafka: who reads what, and how far.
+//! The Kafka consumers: which partitions this node reads, and up to which offset.
 //!
 //! ```text
 //!             ┌─ thread "kafka" ─────────────────────────┐
 //!  brokers ──►│ assignment, commits, lag, readiness      │
 //!     │       └───┬──────────────────────────▲───────────┘
-//!     │           │ a queue per partition    │ how far each is done
+//!     │           │ a queue per partition    │ committable offset of each
 //!     ├───────────▼─────────────┐            │
 //!     │  routers poll their own partitions ──┘
 //!     │
 //!     └──► thread "kafka-members": reads the membership topics on every node, for the
-//!          membership cache alone (`follower`)
+//!          membership cache only (`follower`)
 //! ```
 //!
-//! * `group`: the partitions are shared by the nodes of a consumer group (cooperative rebalancing).
-//!   What is done is committed, for partitions that are ours, and for no other.
-//! * `broadcast`: this node reads every partition from the end of the log and commits nothing.
+//! * `group`: the nodes of a consumer group share the partitions (cooperative rebalancing). Each
+//!   commits the offsets of its own partitions only.
+//! * `broadcast`: every node reads every partition from the end of the log and commits nothing.
 //!
-//! Records never pass through a thread of ours on their way to a router: each router polls the
-//! queues of its partitions, and one that does not poll holds up its own partition only.
+//! Each router polls the queues of its partitions itself. A partition that is not polled delays no
+//! other.
 
 mod broadcast;
 mod client;
@@ -32,9 +32,13 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rdkafka::consumer::{BaseConsumer, ConsumerContext};
+use rdkafka::topic_partition_list::TopicPartitionList;
+
 use crate::counters;
 use crate::service::backends::outage::Outage;
 use crate::service::members::membership::Membership;
+use crate::service::routing::kafka::source::PartitionSource;
 use crate::service::routing::router::{RouterControl, TopicPartition};
 
 pub use crate::service::routing::kafka::client::{consumer_properties, partition_bytes_max};
@@ -44,49 +48,49 @@ pub use crate::service::routing::kafka::status::{KafkaStatus, PartitionLag};
 /// How several nodes share the work (design decision 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RoutingMode {
-    /// A consumer group shares the partitions; other nodes are told of what concerns their users.
+    /// A consumer group shares the partitions; records are handed off to the nodes of other users.
     Group,
-    /// Every node reads everything and serves its own sessions.
+    /// Every node reads every partition and serves its own sessions.
     Broadcast,
 }
 
-/// Where a group begins in a partition of which it has committed nothing.
+/// Where a group starts in a partition without a committed offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FirstOffset {
-    /// At its end. From then on the place is kept, also if nothing is read before the next restart.
+    /// At the end. That offset is committed, even if no record is read before the next restart.
     End,
-    /// At its beginning.
+    /// At the beginning.
     Beginning,
 }
 
-/// What this node reads, and how. All but the brokers have defaults.
+/// Settings of the Kafka consumers. All but `brokers` have defaults.
 #[derive(Clone, Debug)]
 pub struct KafkaConfig {
-    /// Brokers to begin with, `host:port`, separated by commas.
+    /// Bootstrap brokers, `host:port`, separated by commas.
     pub brokers: String,
-    /// Topics with the events.
+    /// Topics of events.
     pub topics: Vec<String>,
-    /// Those of them that membership events come in. Empty: those named `conversation…`, or all if
-    /// none is.
+    /// Topics of membership events. Empty: those of `topics` that start with `conversation`, or all
+    /// of them if none does.
     pub membership_topics: Vec<String>,
-    /// How the work is shared.
+    /// How several nodes share the work.
     pub mode: RoutingMode,
     /// The consumer group.
     pub group: String,
-    /// Where the group begins.
+    /// Where the group starts without a committed offset.
     pub first_offset: FirstOffset,
     /// `client.id`: this node's name.
     pub client_id: String,
-    /// More properties for librdkafka; they win over ours.
+    /// Properties of librdkafka; they override the defaults of Delivery.
     pub properties: Vec<(String, String)>,
-    /// Between two commits, ms.
+    /// Time between two commits, ms.
     pub commit_interval_ms: u64,
-    /// How long what is under way may finish when a partition is taken away, ms. The whole
-    /// group waits meanwhile.
+    /// How long a revoked partition waits for its records in flight, ms. The whole group waits
+    /// meanwhile.
     pub revoke_grace_ms: u64,
-    /// Between two looks for new partitions, ms.
+    /// Time between two searches for new partitions, ms.
     pub discovery_interval_ms: u64,
-    /// Fetched and not yet taken by a router, KiB per partition; one fetch may go beyond.
+    /// Fetched and not yet taken by a router, KiB per partition; one fetch may exceed it.
     pub prefetch_kib: u32,
     /// Whether the header `traceparent` is read.
     pub tracing: bool,
@@ -123,55 +127,59 @@ impl KafkaConfig {
 }
 
 counters! {
-    /// Counted by the Kafka threads and by dead letters.
+    /// Metrics of the Kafka consumers and of the dead-letter producer.
     pub struct KafkaCounters of SharedCounter {
-        Counter rebalances: "Times that the group changed who reads what.",
-        Counter partitions_left_unfinished: "Partitions given up with records under way, for the next owner to send again.",
-        Counter commits: "Commits of offsets that the broker was asked for.",
-        Counter commits_repeated: "Offsets of partitions asked for again because they did not show as committed.",
-        Counter commits_failed: "Commits at the end of a partition (or of everything) that failed: its next owner sends again what was done since the last one.",
-        Counter errors: "Errors that librdkafka reported, each once; it recovers by itself.",
+        Counter rebalances: "Rebalances of the consumer group.",
+        Counter partitions_left_unfinished: "Partitions released with records in flight, which their next owner sends again.",
+        Counter commits: "Offset commits requested.",
+        Counter commits_repeated: "Offset commits repeated because the broker did not show the offset as committed.",
+        Counter commits_failed: "Failed commits. After the last commit of a partition failed, its next owner sends the records since the previous commit again.",
+        Counter errors: "Errors that librdkafka reported. It recovers by itself.",
         Counter membership_records: "Records read for the membership cache.",
         Counter membership_records_undecodable: "Records of membership topics that are not an event envelope.",
-        Counter membership_restarts: "Times that the membership log was lost to this node and its cache began anew.",
+        Counter membership_restarts: "Times that the offset in a membership topic was lost and the member lists were rebuilt.",
         Counter dead_letters_stored: "Records stored in the dead-letter topic.",
-        Counter dead_letters_failed: "Records that the dead-letter topic did not take: passed.",
+        Counter dead_letters_failed: "Records that could not be stored in the dead-letter topic: skipped.",
     }
 }
 
-/// Why reading could not be started. The configuration's fault.
+/// Why the consumers could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum KafkaStartError {
-    /// librdkafka refuses a property.
+    /// librdkafka refuses a property: a mistake in the settings.
     #[error("Kafka client: {0}")]
     Client(#[from] rdkafka::error::KafkaError),
-    /// The process cannot have another thread.
+    /// A thread could not be started.
     #[error("Kafka thread: {0}")]
     Thread(#[from] std::io::Error),
 }
 
-/// What the threads share.
-struct Shared {
+/// What the Kafka threads share.
+struct ReaderResources {
     config: KafkaConfig,
     routers: Vec<RouterControl>,
     membership: Arc<Membership>,
     status: Arc<KafkaStatus>,
     counters: Arc<KafkaCounters>,
     topics: Vec<Arc<str>>,
-    /// What the log says of connections, of all clients together, and of other errors.
+    /// Throttle the log lines of all clients: connection errors, and other errors.
     connections: Outage,
     errors: Outage,
     stopping: AtomicBool,
-    /// How long what is under way may finish at the end.
+    /// How long to wait for records in flight when the node stops.
     stop_grace: Mutex<Duration>,
 }
 
-impl Shared {
+impl ReaderResources {
     fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }
 
-    fn log_name(&self, topic: &str, partition: i32) -> Option<TopicPartition> {
+    fn stop_grace(&self) -> Duration {
+        *self.stop_grace.lock().expect("no holder panics")
+    }
+
+    fn topic_partition(&self, topic: &str, partition: i32) -> Option<TopicPartition> {
         let index = self.topics.iter().position(|known| **known == *topic)?;
         Some(TopicPartition {
             topic: Arc::clone(&self.topics[index]),
@@ -180,32 +188,65 @@ impl Shared {
         })
     }
 
-    /// The brokers did not say which partitions there are. That matters as long as this keeps the node
-    /// from reading at all; later it is only the look for new ones that failed.
-    fn not_told(&self, error: &rdkafka::error::KafkaError, reading: bool) {
-        if reading {
-            tracing::debug!(%error, "partitions not told");
-        } else if self.status.cannot_begin(error.to_string()) {
-            tracing::warn!(%error, "reading cannot begin; this is tried until it can");
+    fn topic_partitions(&self, list: &TopicPartitionList) -> Vec<TopicPartition> {
+        let elements = list.elements();
+        let known = elements
+            .iter()
+            .filter_map(|element| self.topic_partition(element.topic(), element.partition()));
+        known.collect()
+    }
+
+    /// The records of a partition, for its router. See [`PartitionSource::new`].
+    fn source<C: ConsumerContext>(
+        &self,
+        consumer: &Arc<BaseConsumer<C>>,
+        log: &TopicPartition,
+    ) -> Option<PartitionSource<C>> {
+        let bell = Arc::clone(self.router(log).bell());
+        PartitionSource::new(consumer, &log.topic, log.partition, bell, self.config.tracing)
+    }
+
+    /// Takes partitions back from their routers. Waits at most `grace` (and a second for the routers'
+    /// answers) for records in flight. Returns the number of partitions that still had some.
+    fn revoke(&self, logs: &[TopicPartition], grace: Duration) -> u64 {
+        let answers: Vec<_> =
+            logs.iter().map(|log| self.router(log).revoke(log.clone(), grace)).collect();
+        let mut unfinished = 0;
+        for (log, answer) in logs.iter().zip(answers) {
+            // An error means that the router has ended and holds nothing.
+            let finished = answer.recv_timeout(grace + Duration::from_secs(1));
+            unfinished += u64::from(finished == Ok(false));
+            self.status.remove_partition(log);
+        }
+        unfinished
+    }
+
+    /// Logs that the partitions could not be listed. A warning only before the first success, because
+    /// later only the search for new partitions has failed.
+    fn discovery_failed(&self, error: &rdkafka::error::KafkaError, consuming: bool) {
+        if consuming {
+            tracing::debug!(%error, "cannot list partitions");
+        } else if self.status.cannot_start(error.to_string()) {
+            tracing::warn!(%error, "cannot start consuming; retrying");
         }
     }
 
-    /// The router that a partition belongs to.
+    /// The router of a partition.
     fn router(&self, log: &TopicPartition) -> &RouterControl {
         let number = usize::from(log.topic_index) + log.partition.unsigned_abs() as usize;
         &self.routers[number % self.routers.len()]
     }
 }
 
-/// Reading. Ends with [`Kafka::stop`].
+/// The running Kafka threads. They end with [`Kafka::stop`].
 pub struct Kafka {
-    shared: Arc<Shared>,
+    shared: Arc<ReaderResources>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Kafka {
-    /// Starts reading for these routers, at least one. Brokers that cannot be reached are no error:
-    /// they are tried again for ever, and `status` tells.
+    /// Starts consuming for these routers, at least one. Unreachable brokers are not an error: they
+    /// are retried without end, and `status` shows it.
     ///
     /// # Errors
     /// See [`KafkaStartError`].
@@ -221,7 +262,7 @@ impl Kafka {
         topics.extend(config.membership_topics());
         topics.sort_unstable();
         topics.dedup();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ReaderResources {
             routers,
             membership,
             status,
@@ -233,7 +274,7 @@ impl Kafka {
             stop_grace: Mutex::new(Duration::from_millis(config.revoke_grace_ms)),
             config,
         });
-        // The membership log first: records are routed only once every change is seen.
+        // The membership topics first: records are routed only when every membership change is applied.
         let (followed, following) = std::sync::mpsc::sync_channel(1);
         let follower = follower::Follower::new(Arc::clone(&shared))?;
         let mut threads = vec![spawn("kafka-members", move || follower.run(&followed))?];
@@ -248,7 +289,7 @@ impl Kafka {
             }
         };
         threads.push(spawn("kafka", move || {
-            // An error: the follower has ended because everything does.
+            // An error means that the follower has ended, because the node stops.
             if following.recv().is_ok() {
                 reader();
             }
@@ -256,14 +297,14 @@ impl Kafka {
         Ok(Self { shared, threads })
     }
 
-    /// Lets what is under way finish for at most `grace`, commits it, leaves the group and ends the
-    /// threads. Blocks.
+    /// Waits at most `grace` for records in flight, commits, leaves the group and ends the threads.
+    /// Blocks.
     pub fn stop(self, grace: Duration) {
         *self.shared.stop_grace.lock().expect("no holder panics") = grace;
         self.shared.stopping.store(true, Ordering::Release);
         for thread in self.threads {
             if thread.join().is_err() {
-                tracing::error!("a Kafka thread has panicked");
+                tracing::error!("a Kafka thread panicked");
             }
         }
         self.shared.status.stopped();

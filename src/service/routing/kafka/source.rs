@@ -1,4 +1,4 @@
-//! One partition's queue as a router polls it.
+//! The queue of one partition, which its router polls.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,22 +12,22 @@ use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use crate::handoff::Doorbell;
 use crate::service::routing::router::{RawRecord, RecordSource};
 
-/// A queue that was empty is looked into at every so manieth poll, in case its call was missed.
-const POLLS_BETWEEN_LOOKS: u32 = 16;
+/// An empty queue is checked at every 16th poll, in case its notification was missed.
+const POLLS_PER_CHECK: u32 = 16;
 /// Header with the W3C trace context.
 const TRACEPARENT: &str = "traceparent";
 
 pub(super) struct PartitionSource<C: ConsumerContext + 'static> {
     queue: PartitionQueue<C>,
-    /// The queue is not known to be empty.
+    /// Whether the queue may have records.
     ready: Arc<AtomicBool>,
     polls: u32,
     tracing: bool,
 }
 
 impl<C: ConsumerContext + 'static> PartitionSource<C> {
-    /// Takes the partition's records out of the common queue. Before the partition is assigned:
-    /// what was fetched earlier would stay in the common queue, out of order.
+    /// Splits the partition's queue off the consumer's common queue. Call it before the partition is
+    /// assigned: records fetched earlier would stay in the common queue, out of order.
     pub(super) fn new(
         consumer: &Arc<BaseConsumer<C>>,
         topic: &str,
@@ -52,11 +52,11 @@ impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
     fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool {
         if !self.ready.load(Ordering::Relaxed) {
             self.polls = self.polls.wrapping_add(1);
-            if !self.polls.is_multiple_of(POLLS_BETWEEN_LOOKS) {
+            if !self.polls.is_multiple_of(POLLS_PER_CHECK) {
                 return false;
             }
         }
-        // Lowered before the look: what comes during it raises it again.
+        // Cleared before the poll, so that a record that arrives meanwhile sets it again.
         self.ready.store(false, Ordering::Release);
         loop {
             match self.queue.poll(Duration::ZERO) {
@@ -67,7 +67,7 @@ impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
                     return true;
                 }
                 Some(Err(KafkaError::PartitionEOF(_))) => {}
-                // The error callback has counted it and told of it.
+                // The error callback has counted and logged it.
                 Some(Err(error)) => tracing::debug!(%error, "partition"),
             }
         }

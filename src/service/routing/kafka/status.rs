@@ -1,45 +1,45 @@
-//! What readiness and the metrics page ask of Kafka.
+//! The state of the Kafka consumers, for readiness and metrics.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use crate::service::routing::router::{CommittableOffset, TopicPartition};
 
-/// How far a partition that this node reads is behind its end.
+/// The lag of a partition that this node reads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartitionLag {
     /// The topic.
     pub topic: Arc<str>,
     /// The partition.
     pub partition: i32,
-    /// Records appended and not yet done.
+    /// End offset minus committable offset, records.
     pub lag: u64,
 }
 
-/// Written by the Kafka threads, read by the admin port.
+/// The state of the Kafka consumers. Written by the Kafka threads, read by the admin port.
 #[derive(Debug, Default)]
 pub struct KafkaStatus {
-    state: Mutex<State>,
+    state: Mutex<ConsumerState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ConsumerState {
     connected: bool,
     following: bool,
     assigned: bool,
     last_error: Option<String>,
-    partitions: HashMap<TopicPartition, Partition>,
+    partitions: HashMap<TopicPartition, PartitionState>,
 }
 
 #[derive(Debug)]
-struct Partition {
+struct PartitionState {
     committable: Arc<CommittableOffset>,
-    /// The partition's end as last heard.
+    /// The last known end offset.
     end: Option<i64>,
 }
 
 impl KafkaStatus {
-    /// What is missing for this node to read events; `None`: nothing.
+    /// Why this node does not consume events; `None`: it does.
     pub fn missing(&self) -> Option<String> {
         let state = self.state();
         let what = if !state.connected {
@@ -57,7 +57,7 @@ impl KafkaStatus {
         })
     }
 
-    /// The lag of each partition that this node reads and of which the end is known.
+    /// The lag of each partition whose end offset is known.
     pub fn lags(&self) -> Vec<PartitionLag> {
         let state = self.state();
         let lags = state.partitions.iter().filter_map(|(log, partition)| {
@@ -73,7 +73,7 @@ impl KafkaStatus {
         self.state().partitions.len()
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, ConsumerState> {
         self.state.lock().expect("no holder panics")
     }
 
@@ -89,18 +89,18 @@ impl KafkaStatus {
         state.last_error = Some(reason);
     }
 
-    /// As [`KafkaStatus::unreachable`]; returns whether the reason is a new one.
-    pub(super) fn cannot_begin(&self, reason: String) -> bool {
+    /// As [`KafkaStatus::unreachable`]. Returns whether the reason is new.
+    pub(super) fn cannot_start(&self, reason: String) -> bool {
         let mut state = self.state();
         state.connected = false;
         state.last_error.replace(reason.clone()) != Some(reason)
     }
 
-    pub(super) fn following(&self, following: bool) {
+    pub(super) fn set_following(&self, following: bool) {
         self.state().following = following;
     }
 
-    /// The node has been told what it reads, which may be nothing.
+    /// The partitions of this node are known. There may be none.
     pub(super) fn assigned(&self) {
         self.state().assigned = true;
     }
@@ -109,27 +109,28 @@ impl KafkaStatus {
         self.state().assigned = false;
     }
 
-    pub(super) fn reads(
+    pub(super) fn add_partition(
         &self,
         log: TopicPartition,
         committable: Arc<CommittableOffset>,
         end: Option<i64>,
     ) {
-        self.state().partitions.insert(log, Partition { committable, end });
+        self.state().partitions.insert(log, PartitionState { committable, end });
     }
 
-    pub(super) fn reads_no_more(&self, log: &TopicPartition) {
+    pub(super) fn remove_partition(&self, log: &TopicPartition) {
         self.state().partitions.remove(log);
     }
 
-    pub(super) fn ends_at(&self, log: &TopicPartition, end: i64) {
+    pub(super) fn set_end_offset(&self, log: &TopicPartition, end: i64) {
         if let Some(partition) = self.state().partitions.get_mut(log) {
             partition.end = Some(end);
         }
     }
 
     pub(super) fn stopped(&self) {
-        *self.state() = State { last_error: Some("stopped".into()), ..State::default() };
+        *self.state() =
+            ConsumerState { last_error: Some("stopped".into()), ..ConsumerState::default() };
     }
 }
 
@@ -138,12 +139,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn readiness_names_the_first_thing_missing() {
+    fn readiness_names_the_first_missing_condition() {
         let status = KafkaStatus::default();
         assert!(status.missing().unwrap().contains("no broker"));
         status.reached();
         assert!(status.missing().unwrap().contains("membership"));
-        status.following(true);
+        status.set_following(true);
         assert!(status.missing().unwrap().contains("no partitions"));
         status.assigned();
         assert_eq!(status.missing(), None);
@@ -152,17 +153,17 @@ mod tests {
     }
 
     #[test]
-    fn lag_is_what_is_not_done() {
+    fn lag_counts_the_records_that_are_not_done() {
         let status = KafkaStatus::default();
         let log = TopicPartition { topic: "t".into(), topic_index: 0, partition: 2 };
         let committable = Arc::new(CommittableOffset::new(Some(5)));
-        status.reads(log.clone(), Arc::clone(&committable), None);
+        status.add_partition(log.clone(), Arc::clone(&committable), None);
         assert_eq!(status.lags(), []);
-        status.ends_at(&log, 9);
+        status.set_end_offset(&log, 9);
         assert_eq!(status.lags()[0].lag, 4);
-        status.ends_at(&log, 3);
-        assert_eq!(status.lags()[0].lag, 0, "heard before the last records were read");
-        status.reads_no_more(&log);
+        status.set_end_offset(&log, 3);
+        assert_eq!(status.lags()[0].lag, 0, "an end offset older than the last records");
+        status.remove_partition(&log);
         assert_eq!(status.lags(), []);
     }
 }

@@ -1,5 +1,5 @@
-//! Against librdkafka's mock cluster: brokers that keep little and prove nothing about Kafka, but
-//! speak its protocol. The tests of the whole run against the real one.
+//! Tests against librdkafka's mock cluster, which speaks Kafka's protocol but implements little of it.
+//! The end-to-end tests run against real Kafka.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,7 +62,7 @@ impl Cluster {
         self.publish(MESSAGES, conversation, &message(conversation, sequence));
     }
 
-    /// What the group has committed, summed over the partitions of a topic.
+    /// Sum of the committed offsets of a topic's partitions.
     fn committed(&self, topic: &str) -> i64 {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", self.mock.bootstrap_servers())
@@ -90,12 +90,12 @@ struct TestNode {
     router_thread: JoinHandle<()>,
     /// The value of each delivery.
     delivered: Receiver<Vec<u8>>,
-    /// While set, the shard reports nothing done.
+    /// Whether the shard stops reporting deliveries done.
     stalled: Arc<AtomicBool>,
     _runtime: tokio::runtime::Runtime,
 }
 
-/// A shard whose sessions take everything at once.
+/// A shard whose sessions take every event at once.
 fn shard(
     mut commands: Consumer<ShardCommand>,
     mut reports: Producer<ShardReport>,
@@ -217,7 +217,7 @@ impl TestNode {
     }
 }
 
-/// Waits for what no channel tells: looks again and again, for as long as it takes.
+/// Polls a condition that no channel reports.
 fn until(what: &str, mut reached: impl FnMut() -> bool) {
     let deadline = std::time::Instant::now() + PATIENCE;
     while !reached() {
@@ -227,7 +227,7 @@ fn until(what: &str, mut reached: impl FnMut() -> bool) {
 }
 
 #[test]
-fn broadcast_reads_from_the_end_and_knows_what_was_created_before() {
+fn broadcast_reads_from_the_end_and_has_the_members_of_earlier_conversations() {
     let cluster = Cluster::new();
     cluster.create("c", &["alice"]);
     cluster.say("c", 1);
@@ -248,7 +248,7 @@ fn broadcast_reads_from_the_end_and_knows_what_was_created_before() {
 }
 
 #[test]
-fn broadcast_finds_a_topic_that_is_made_later() {
+fn broadcast_finds_a_topic_created_later() {
     let mock = MockCluster::new(1).unwrap();
     mock.create_topic(CONVERSATIONS, 1, 1).unwrap();
     let producer = ClientConfig::new().set("bootstrap.servers", mock.bootstrap_servers()).create();
@@ -265,7 +265,7 @@ fn broadcast_finds_a_topic_that_is_made_later() {
 }
 
 #[test]
-fn group_commits_what_is_done_and_a_successor_goes_on_from_there() {
+fn group_commits_done_records_and_the_next_owner_reads_on_from_there() {
     let cluster = Cluster::new();
     let node = TestNode::start(&cluster, RoutingMode::Group, "one").ready();
     cluster.create("c", &["alice"]);
@@ -286,7 +286,7 @@ fn group_commits_what_is_done_and_a_successor_goes_on_from_there() {
 
 /// Promise: “The offset follows delivery.”
 #[test]
-fn what_is_not_done_is_not_committed_and_sent_again_by_the_successor() {
+fn records_not_done_are_not_committed_and_the_next_owner_sends_them_again() {
     let cluster = Cluster::new();
     let node = TestNode::start(&cluster, RoutingMode::Group, "one").ready();
     cluster.create("c", &["alice"]);
@@ -308,7 +308,7 @@ fn what_is_not_done_is_not_committed_and_sent_again_by_the_successor() {
 }
 
 #[test]
-fn nodes_of_a_group_share_the_partitions_and_one_takes_over_from_the_other() {
+fn nodes_of_a_group_share_the_partitions_and_take_over_from_each_other() {
     let cluster = Cluster::new();
     let conversations: Vec<_> = (0..12).map(|n| format!("c-{n}")).collect();
     for conversation in &conversations {
@@ -322,7 +322,7 @@ fn nodes_of_a_group_share_the_partitions_and_one_takes_over_from_the_other() {
             && second.status.partitions() == PARTITIONS as usize
     });
     let mut received: HashMap<Vec<u8>, usize> = HashMap::new();
-    // Whichever partitions a node was given, something stands in one of them.
+    // Records in all partitions, so that each node gets some.
     for sequence in 1..4 {
         for conversation in &conversations {
             cluster.say(conversation, sequence);
@@ -353,7 +353,7 @@ fn nodes_of_a_group_share_the_partitions_and_one_takes_over_from_the_other() {
 }
 
 #[test]
-fn record_that_is_no_envelope_goes_to_the_dead_letters_and_the_next_is_delivered() {
+fn undecodable_record_goes_to_the_dead_letter_topic_and_the_next_is_delivered() {
     let cluster = Cluster::new();
     cluster.mock.create_topic("dead", 1, 1).unwrap();
     let node = TestNode::start_with(&cluster, RoutingMode::Group, "one", Some("dead")).ready();
@@ -390,7 +390,7 @@ fn record_that_is_no_envelope_goes_to_the_dead_letters_and_the_next_is_delivered
 }
 
 #[test]
-fn broker_that_goes_away_shows_in_readiness_and_reading_goes_on_when_it_is_back() {
+fn unreachable_broker_shows_in_readiness_and_consuming_resumes_when_it_is_back() {
     let cluster = Cluster::new();
     let node = TestNode::start(&cluster, RoutingMode::Broadcast, "one").ready();
     cluster.create("c", &["alice"]);
@@ -405,7 +405,7 @@ fn broker_that_goes_away_shows_in_readiness_and_reading_goes_on_when_it_is_back(
 }
 
 #[test]
-fn property_that_does_not_exist_is_refused_with_its_name() {
+fn unknown_property_is_refused_with_its_name() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let membership = Membership::new(
         MembershipConfig::default(),

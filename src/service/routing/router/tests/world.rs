@@ -246,7 +246,7 @@ impl RouterWorld {
             directory: Arc::clone(&directory),
             membership,
             remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
-            dead_dead_letters: with.dead_letters.then(|| Arc::clone(&dead_letters) as Arc<_>),
+            dead_letters: with.dead_letters.then(|| Arc::clone(&dead_letters) as Arc<_>),
         });
         Self {
             router,

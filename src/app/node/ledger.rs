@@ -32,7 +32,7 @@ use crate::service::sessions::catch_up::CatchUpConfig;
 use crate::service::sessions::manager;
 use crate::service::sessions::presence_fanout::PresenceFanoutConfig;
 use crate::service::streams::grpc;
-use crate::service::streams::hub::{INPUTS_MAX, OutboxLimits};
+use crate::service::streams::hub::{HUB_REQUESTS_MAX, OutboxLimits};
 
 /// The two counts of an `Arc`, and the length of the first id.
 const IDS_OVERHEAD: usize = 2 * size_of::<usize>() + 2;
@@ -257,7 +257,7 @@ fn streams(settings: &Settings, sizing: &Sizing) -> Amounts {
     let outbox = OutboxLimits::memory_max(&outbox_limits(settings)) as u64;
     vec![
         ("streams", streams * (outbox + grpc::STREAM_BYTES_MAX + grpc::CONNECTION_BYTES_MAX)),
-        ("stream_requests", (INPUTS_MAX * grpc::REQUEST_BYTES_MAX) as u64),
+        ("stream_requests", (HUB_REQUESTS_MAX * grpc::REQUEST_BYTES_MAX) as u64),
     ]
 }
 

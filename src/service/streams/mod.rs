@@ -1,4 +1,4 @@
-//! gRPC `DeliveryApi.Connect`: the server, and the hub that holds its sessions like a shard.
+//! gRPC `DeliveryApi.Connect`: the server, and the hub that holds its sessions as a shard does.
 
 pub mod grpc;
 pub mod hub;

@@ -1,4 +1,4 @@
-//! The codec of `Connect`: requests are decoded, events are already encoded.
+//! Codec of `Connect`: decodes requests; events are already encoded.
 
 use std::sync::Arc;
 
@@ -10,9 +10,9 @@ use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder
 use crate::service::events::proto::delivery::v1::DeliveryConnectRequest;
 use crate::service::streams::hub::Delivery;
 
-/// What a stream allocates at its start for each direction, bytes.
+/// Initial buffer of a stream per direction, bytes.
 const BUFFER_BYTES: usize = 1024;
-/// Events that are ready together are sent together up to about this, bytes.
+/// Events that are ready together are sent together up to about this size, bytes.
 const BATCH_BYTES: usize = 32 * 1024;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,7 +37,7 @@ impl Encoder for EventCodec {
     type Item = Arc<Delivery>;
     type Error = Status;
 
-    /// Copies the bytes that all streams share, and lets go of the delivery.
+    /// Copies the shared bytes and drops the delivery.
     fn encode(&mut self, delivery: Self::Item, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
         out.reserve(delivery.bytes().len());
         out.put_slice(delivery.bytes());
@@ -54,7 +54,7 @@ impl Decoder for EventCodec {
     type Error = Status;
 
     fn decode(&mut self, input: &mut DecodeBuf<'_>) -> Result<Option<Self::Item>, Status> {
-        // The bytes are the client's: a fault in them is the client's too.
+        // Malformed bytes are the fault of the client.
         DeliveryConnectRequest::decode(input)
             .map(Some)
             .map_err(|error| Status::invalid_argument(format!("malformed request: {error}")))

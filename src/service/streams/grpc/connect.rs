@@ -1,4 +1,4 @@
-//! One call of `Connect`: its handshake, its reader and its writer.
+//! A call of `Connect`: handshake, request reader and event stream.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -15,28 +15,28 @@ use tonic::server::{Grpc, NamedService, StreamingService};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::codec::EventCodec;
-use super::connections::{Fate, Peer};
+use super::connections::{ConnectionEnd, ConnectionInfo};
 use super::{GrpcConfig, GrpcCounters};
 use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
 use crate::domain::encoding::Encoding;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::service::events::proto::delivery::v1::DeliveryConnectRequest;
-use crate::service::streams::hub::{Admitted, Delivery, HubHandle, Mention};
+use crate::service::streams::hub::{Delivery, HubHandle, PositionReport, StreamSession};
 
-/// One request, bytes: four fields, three of them bounded ids.
+/// Longest request, bytes: four fields, three of them ids.
 pub const REQUEST_BYTES_MAX: usize = 4 * ID_BYTES_MAX;
-/// The path of the one method.
+/// Path of the only method.
 const CONNECT: &str = "/realchat.delivery.v1.DeliveryApi/Connect";
 
-/// `realchat.delivery.v1.DeliveryApi`. Written out instead of generated because its events come
-/// encoded.
+/// `realchat.delivery.v1.DeliveryApi`. Not generated, because its events are already encoded.
 #[derive(Clone)]
 pub(super) struct ConnectService {
-    shared: Arc<Shared>,
+    handler: Arc<ConnectHandler>,
 }
 
-struct Shared {
+/// Handles the calls, with what they share.
+struct ConnectHandler {
     config: GrpcConfig,
     hub: HubHandle,
     counters: Arc<GrpcCounters>,
@@ -44,7 +44,7 @@ struct Shared {
 
 impl ConnectService {
     pub(super) fn new(config: GrpcConfig, hub: HubHandle, counters: Arc<GrpcCounters>) -> Self {
-        Self { shared: Arc::new(Shared { config, hub, counters }) }
+        Self { handler: Arc::new(ConnectHandler { config, hub, counters }) }
     }
 }
 
@@ -76,24 +76,24 @@ impl Service<http::Request<Body>> for ConnectService {
 
 impl StreamingService<DeliveryConnectRequest> for ConnectService {
     type Response = Arc<Delivery>;
-    type ResponseStream = Writer;
-    type Future = BoxFuture<Response<Writer>, Status>;
+    type ResponseStream = EventStream;
+    type Future = BoxFuture<Response<EventStream>, Status>;
 
     fn call(&mut self, request: Request<Streaming<DeliveryConnectRequest>>) -> Self::Future {
-        let shared = Arc::clone(&self.shared);
-        Box::pin(async move { shared.connect(request).await.map(Response::new) })
+        let handler = Arc::clone(&self.handler);
+        Box::pin(async move { handler.connect(request).await.map(Response::new) })
     }
 }
 
-impl Shared {
+impl ConnectHandler {
     async fn connect(
         self: Arc<Self>,
         request: Request<Streaming<DeliveryConnectRequest>>,
-    ) -> Result<Writer, Status> {
+    ) -> Result<EventStream, Status> {
         self.counters.grpc_calls.add(1);
         let deadline = self.config.handshake_timeout;
-        let peer: Peer =
-            request.extensions().get::<Peer>().expect("of a connection of ours").clone();
+        let connection = request.extensions().get::<ConnectionInfo>();
+        let connection = connection.expect("set for every connection").clone();
         let token = bearer(request.metadata());
         if token.as_ref().is_some_and(|token| token.expose().len() > TOKEN_BYTES_MAX) {
             return Err(self.malformed("the token is longer than 8 KiB"));
@@ -101,7 +101,9 @@ impl Shared {
         let mut requests = request.into_inner();
         let first = match timeout(deadline, requests.message()).await {
             Ok(Ok(Some(first))) => first,
-            Ok(Ok(None)) => return Err(self.malformed("the first request names user and device")),
+            Ok(Ok(None)) => {
+                return Err(self.malformed("the first request must name user and device"));
+            }
             Ok(Err(status)) => return Err(status),
             Err(_) => {
                 self.counters.grpc_calls_late.add(1);
@@ -117,7 +119,7 @@ impl Shared {
             user_id: first.user_id.clone(),
             device_id: first.device_id.clone(),
             token,
-            address: peer.address,
+            address: connection.address,
             encoding: Encoding::Stream,
         });
         let session = match timeout(deadline, self.hub.open(hello)).await {
@@ -127,22 +129,27 @@ impl Shared {
                 return Err(Status::unavailable("the session was not admitted in time"));
             }
         };
-        let writer_gone = Arc::new(Notify::new());
-        let writer =
-            Writer { session: Arc::clone(&session), gone: Arc::clone(&writer_gone), over: false };
-        let reader = Reader { shared: self, session, requests, writer_gone, fate: peer.fate };
+        let events = EventStream {
+            session: Arc::clone(&session),
+            dropped: Arc::new(Notify::new()),
+            ended: false,
+        };
+        let stream_dropped = Arc::clone(&events.dropped);
+        let connection_end = connection.end;
+        let reader =
+            RequestReader { handler: self, session, requests, stream_dropped, connection_end };
         tokio::spawn(reader.run(first));
-        Ok(writer)
+        Ok(events)
     }
 
-    /// Whether a request is within its bounds.
+    /// Checks that a request is valid.
     fn check(&self, request: &DeliveryConnectRequest) -> Result<(), Status> {
         let ids = [&request.user_id, &request.device_id, &request.conversation_id];
         if ids.iter().any(|id| id.len() > ID_BYTES_MAX) {
             return Err(self.malformed("an id is longer than 256 bytes"));
         }
         if ids.iter().any(|id| id.chars().any(char::is_control)) {
-            return Err(self.malformed("an id holds a control character"));
+            return Err(self.malformed("an id contains a control character"));
         }
         if request.last_received_sequence < 0 {
             return Err(self.malformed("last_received_sequence is negative"));
@@ -162,159 +169,161 @@ fn bearer(metadata: &MetadataMap) -> Option<Secret> {
     scheme.eq_ignore_ascii_case("bearer").then(|| Secret::new(token.trim().to_owned()))
 }
 
-/// The response stream. Polled by HTTP/2 only while the client's window for the stream is open.
-pub(super) struct Writer {
-    session: Arc<Admitted>,
-    gone: Arc<Notify>,
-    over: bool,
+/// The response stream, which is the writer of the session. HTTP/2 polls it only while the client's
+/// window of the stream is open.
+pub(super) struct EventStream {
+    session: Arc<StreamSession>,
+    dropped: Arc<Notify>,
+    ended: bool,
 }
 
-impl Stream for Writer {
+impl Stream for EventStream {
     type Item = Result<Arc<Delivery>, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.over {
+        if self.ended {
             return Poll::Ready(None);
         }
         self.session.outbox.poll_next(context, Instant::now()).map(|next| {
             match &next {
                 Ok(delivery) => self.session.sent(delivery),
-                Err(_) => self.over = true,
+                Err(_) => self.ended = true,
             }
             Some(next)
         })
     }
 }
 
-impl Drop for Writer {
+impl Drop for EventStream {
     fn drop(&mut self) {
-        self.gone.notify_one();
+        self.dropped.notify_one();
     }
 }
 
-struct Reader {
-    shared: Arc<Shared>,
-    session: Arc<Admitted>,
+struct RequestReader {
+    handler: Arc<ConnectHandler>,
+    session: Arc<StreamSession>,
     requests: Streaming<DeliveryConnectRequest>,
-    writer_gone: Arc<Notify>,
-    fate: Arc<Fate>,
+    stream_dropped: Arc<Notify>,
+    connection_end: Arc<ConnectionEnd>,
 }
 
-impl Reader {
+impl RequestReader {
     async fn run(mut self, first: DeliveryConnectRequest) {
         let (user, device) = (first.user_id.clone(), first.device_id.clone());
-        let config = &self.shared.config;
-        let mut allowance = Allowance::new(config, Instant::now());
+        let config = &self.handler.config;
+        let mut rate = TokenBucket::new(config, Instant::now());
         let opening_until = Instant::now() + config.opening_max;
         let mut opening = true;
         let mut request = first;
         loop {
-            if !self.handle(request, &mut allowance).await {
+            if !self.handle(request, &mut rate).await {
                 return;
             }
-            let pause = (Instant::now() + self.shared.config.opening_pause).min(opening_until);
+            let pause = (Instant::now() + self.handler.config.opening_pause).min(opening_until);
             request = loop {
-                // In this order: a client that reset its stream is told from one that vanished.
+                // Biased: a reset by the client must win over the drop of the stream that follows it.
                 tokio::select! {
                     biased;
                     next = self.requests.message() => match next {
                         Ok(Some(request)) => break request,
                         Ok(None) => return self.half_closed().await,
-                        Err(status) => return self.failed(status).await,
+                        Err(status) => return self.request_failed(status).await,
                     },
-                    () = self.writer_gone.notified() => return self.over().await,
+                    () = self.stream_dropped.notified() => return self.stream_ended().await,
                     () = sleep_until(pause), if opening => {
                         opening = false;
-                        self.session.outbox.open_up(Instant::now());
+                        self.session.outbox.opening_done(Instant::now());
                     }
                 }
             };
-            let names = |named: &str, bound: &str| named.is_empty() || named == bound;
-            if !names(&request.user_id, &user) || !names(&request.device_id, &device) {
-                let status = self.shared.malformed("a session keeps its user and device");
-                return self.fault(status);
+            let same = |named: &str, bound: &str| named.is_empty() || named == bound;
+            if !same(&request.user_id, &user) || !same(&request.device_id, &device) {
+                let status = self.handler.malformed("a session keeps its user and device");
+                return self.close_at_fault(status);
             }
         }
     }
 
-    /// Returns whether the session goes on.
-    async fn handle(&self, request: DeliveryConnectRequest, allowance: &mut Allowance) -> bool {
-        self.shared.counters.grpc_requests.add(1);
-        if !allowance.take(Instant::now()) {
-            self.shared.counters.grpc_requests_too_many.add(1);
-            self.fault(Status::resource_exhausted("too many requests"));
+    /// Returns whether the session continues.
+    async fn handle(&self, request: DeliveryConnectRequest, rate: &mut TokenBucket) -> bool {
+        self.handler.counters.grpc_requests.add(1);
+        if !rate.take(Instant::now()) {
+            self.handler.counters.grpc_requests_too_many.add(1);
+            self.close_at_fault(Status::resource_exhausted("too many requests"));
             return false;
         }
-        if let Err(status) = self.shared.check(&request) {
-            self.fault(status);
+        if let Err(status) = self.handler.check(&request) {
+            self.close_at_fault(status);
             return false;
         }
         if request.conversation_id.is_empty() {
             return true;
         }
         let DeliveryConnectRequest { conversation_id, last_received_sequence, .. } = request;
-        match self.session.mention(conversation_id, last_received_sequence).await {
-            Mention::Resume | Mention::Acknowledged => true,
-            Mention::TooMany => {
-                self.fault(Status::resource_exhausted("too many conversations in one session"));
+        match self.session.report_position(conversation_id, last_received_sequence).await {
+            PositionReport::CatchUp | PositionReport::Acknowledged => true,
+            PositionReport::TooMany => {
+                let reason = "too many conversations in one session";
+                self.close_at_fault(Status::resource_exhausted(reason));
                 false
             }
         }
     }
 
-    /// The client has nothing more to say; it goes on listening.
+    /// The client sends no more requests but still receives events.
     async fn half_closed(self) {
-        self.session.outbox.open_up(Instant::now());
-        self.writer_gone.notified().await;
-        self.over().await;
+        self.session.outbox.opening_done(Instant::now());
+        self.stream_dropped.notified().await;
+        self.stream_ended().await;
     }
 
-    /// The stream has ended, for whatever reason. If it was ours, the hub knows a better one.
-    async fn over(self) {
-        self.session.ended(self.fate.of_stream().await);
+    /// Records why the stream ended. If the hub closed it, the hub's reason counts.
+    async fn stream_ended(self) {
+        self.session.ended(self.connection_end.of_stream().await);
     }
 
-    async fn failed(self, status: Status) {
+    async fn request_failed(self, status: Status) {
         match status.code() {
             Code::Cancelled => self.session.ended(EndReason::ClosedByPeer),
-            // Said by our own decoder.
+            // From this server's decoder.
             Code::InvalidArgument | Code::OutOfRange => {
-                self.shared.counters.grpc_calls_malformed.add(1);
-                self.fault(status);
+                self.handler.counters.grpc_calls_malformed.add(1);
+                self.close_at_fault(status);
             }
-            _ => self.over().await,
+            _ => self.stream_ended().await,
         }
     }
 
-    fn fault(&self, status: Status) {
+    fn close_at_fault(&self, status: Status) {
         self.session.ended(EndReason::PeerAtFault);
-        self.session.end(status);
+        self.session.close(status);
     }
 }
 
-/// How many requests a client may still send: a burst at first, then a steady rate.
-struct Allowance {
-    left: f64,
+/// Rate limit of a client's requests: a burst, then a steady rate.
+struct TokenBucket {
+    tokens: f64,
     burst: f64,
     per_s: f64,
-    at: Instant,
+    updated_at: Instant,
 }
 
-impl Allowance {
+impl TokenBucket {
     fn new(config: &GrpcConfig, now: Instant) -> Self {
         let burst = f64::from(config.requests_burst);
-        Self { left: burst, burst, per_s: f64::from(config.requests_per_s), at: now }
+        Self { tokens: burst, burst, per_s: f64::from(config.requests_per_s), updated_at: now }
     }
 
     fn take(&mut self, now: Instant) -> bool {
-        let grown = now.duration_since(self.at).as_secs_f64() * self.per_s;
-        self.left = (self.left + grown).min(self.burst);
-        self.at = now;
-        if self.left < 1.0 {
-            return false;
+        let refill = now.duration_since(self.updated_at).as_secs_f64() * self.per_s;
+        self.tokens = (self.tokens + refill).min(self.burst);
+        self.updated_at = now;
+        let available = self.tokens >= 1.0;
+        if available {
+            self.tokens -= 1.0;
         }
-        self.left -= 1.0;
-        true
+        available
     }
 }
 
@@ -324,18 +333,18 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn allowance_is_a_burst_and_then_a_rate() {
+    fn token_bucket_allows_a_burst_and_then_a_rate() {
         let config = GrpcConfig { requests_burst: 2, requests_per_s: 10, ..GrpcConfig::default() };
         let start = Instant::now();
-        let mut allowance = Allowance::new(&config, start);
+        let mut rate = TokenBucket::new(&config, start);
         let taken: Vec<bool> = [0, 0, 0, 99, 100, 100, 10_000, 10_000, 10_000]
-            .map(|ms| allowance.take(start + Duration::from_millis(ms)))
+            .map(|ms| rate.take(start + Duration::from_millis(ms)))
             .into();
         assert_eq!(taken, [true, true, false, false, true, false, true, true, false]);
     }
 
     #[test]
-    fn token_is_taken_from_a_bearer_authorization() {
+    fn bearer_token_is_read_from_authorization() {
         let token = |value: &'static str| {
             let mut metadata = MetadataMap::new();
             metadata.insert("authorization", value.parse().unwrap());

@@ -1,4 +1,4 @@
-//! The TCP connections below HTTP/2: accepted one by one, never more than the bound.
+//! TCP connections of the gRPC port: limited in number, with the reason why each one ended.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -18,48 +18,48 @@ use super::GrpcCounters;
 use crate::domain::close::EndReason;
 use crate::service::backends::outage::Outage;
 
-/// For a connection whose streams were told to be closed.
-const CLOSE_PATIENCE: Duration = Duration::from_millis(20);
-/// After a failed accept, which is mostly the process being out of descriptors.
+/// How long a stream that ended waits for the end of its connection.
+const CONNECTION_END_WAIT: Duration = Duration::from_millis(20);
+/// Pause after a failed accept, which usually means that no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A connection and its place among those that may be open.
+/// A TCP connection with its permit.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct GrpcConnection {
     stream: TcpStream,
-    fate: Arc<Fate>,
-    _place: OwnedSemaphorePermit,
+    end: Arc<ConnectionEnd>,
+    _permit: OwnedSemaphorePermit,
 }
 
-/// What the calls of a connection know of it.
+/// Connection data for its calls.
 #[derive(Clone, Debug)]
-pub(super) struct Peer {
+pub(super) struct ConnectionInfo {
     /// The client's address.
     pub(super) address: IpAddr,
-    /// How the connection ended.
-    pub(super) fate: Arc<Fate>,
+    /// How the connection ends.
+    pub(super) end: Arc<ConnectionEnd>,
 }
 
-/// How a connection ended: HTTP/2 tells its streams only that it did.
+/// How a connection ended. HTTP/2 does not pass the reason to the streams.
 #[derive(Debug, Default)]
-pub(super) struct Fate {
+pub(super) struct ConnectionEnd {
     socket: OnceLock<EndReason>,
     closed: AtomicBool,
-    news: Notify,
+    on_close: Notify,
 }
 
-impl Fate {
+impl ConnectionEnd {
     fn socket_ended(&self, why: EndReason) {
-        // The first word counts.
+        // The first reason counts.
         let _ = self.socket.set(why);
     }
 
-    /// Why a stream ended of which nothing else is known: with its socket; by us, who close a
-    /// connection that answers no ping; or alone, reset by its client.
+    /// Why a stream ended if no other reason is known: its socket ended; the server closed the
+    /// connection because a ping was not answered; or the client reset the stream.
     pub(super) async fn of_stream(&self) -> EndReason {
         if self.socket.get().is_none() && !self.closed.load(Ordering::Acquire) {
-            // The streams are told a moment before the connection is closed.
-            let _ = timeout(CLOSE_PATIENCE, self.news.notified()).await;
+            // HTTP/2 ends the streams shortly before it closes the connection.
+            let _ = timeout(CONNECTION_END_WAIT, self.on_close.notified()).await;
         }
         match (self.socket.get(), self.closed.load(Ordering::Acquire)) {
             (Some(why), _) => *why,
@@ -69,22 +69,22 @@ impl Fate {
     }
 }
 
-impl Drop for Connection {
+impl Drop for GrpcConnection {
     fn drop(&mut self) {
-        self.fate.closed.store(true, Ordering::Release);
-        self.fate.news.notify_waiters();
+        self.end.closed.store(true, Ordering::Release);
+        self.end.on_close.notify_waiters();
     }
 }
 
-/// Accepts until the receiver is gone. A connection over the bound is closed at once, so that its
-/// client tries another node instead of waiting.
+/// Accepts connections until the receiver is dropped. Closes connections over the limit at once, so
+/// that their clients try another node instead of waiting.
 pub(super) async fn accept(
     listener: TcpListener,
     connections_max: usize,
-    accepted: mpsc::Sender<io::Result<Connection>>,
+    accepted: mpsc::Sender<io::Result<GrpcConnection>>,
     counters: Arc<GrpcCounters>,
 ) {
-    let places = Arc::new(Semaphore::new(connections_max));
+    let permits = Arc::new(Semaphore::new(connections_max));
     let outage = Outage::default();
     loop {
         let stream = tokio::select! {
@@ -102,35 +102,32 @@ pub(super) async fn accept(
                 continue;
             }
         };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
             counters.grpc_connections_refused.add(1);
             continue;
         };
-        // Fails only on a socket that is broken already; its first read will say so.
+        // Fails only if the socket is already broken. The first read then reports it.
         let _ = stream.set_nodelay(true);
         counters.grpc_connections.add(1);
-        if accepted
-            .send(Ok(Connection { stream, fate: Arc::default(), _place: place }))
-            .await
-            .is_err()
-        {
+        let connection = GrpcConnection { stream, end: Arc::default(), _permit: permit };
+        if accepted.send(Ok(connection)).await.is_err() {
             return;
         }
     }
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Peer;
+impl Connected for GrpcConnection {
+    type ConnectInfo = ConnectionInfo;
 
-    fn connect_info(&self) -> Peer {
-        // It fails only on a socket that is broken already.
+    fn connect_info(&self) -> ConnectionInfo {
+        // Fails only if the socket is already broken.
         let address = self.stream.peer_addr().map(|address| address.ip());
         let address = address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        Peer { address, fate: Arc::clone(&self.fate) }
+        ConnectionInfo { address, end: Arc::clone(&self.end) }
     }
 }
 
-impl AsyncRead for Connection {
+impl AsyncRead for GrpcConnection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -140,14 +137,14 @@ impl AsyncRead for Connection {
         let read = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
         match &read {
             Ok(()) if buffer.filled().len() > before => {}
-            Ok(()) => self.fate.socket_ended(EndReason::PeerGone),
-            Err(_) => self.fate.socket_ended(EndReason::PeerReset),
+            Ok(()) => self.end.socket_ended(EndReason::PeerGone),
+            Err(_) => self.end.socket_ended(EndReason::PeerReset),
         }
         Poll::Ready(read)
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for GrpcConnection {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

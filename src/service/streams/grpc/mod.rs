@@ -1,5 +1,5 @@
-//! `DeliveryApi.Connect` (contract §1) on its own port, with the standard health and reflection
-//! services. `docs/grpc.md` tells clients how to use it.
+//! gRPC server: `DeliveryApi.Connect` (contract §1) with the standard health and reflection services.
+//! `docs/grpc.md` is the guide for clients.
 
 mod codec;
 mod connect;
@@ -10,8 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::server::NamedService;
 use tonic::transport::Server;
@@ -26,39 +25,39 @@ pub use connect::REQUEST_BYTES_MAX;
 
 use connect::ConnectService;
 
-/// Accepted connections that wait for HTTP/2 to begin.
+/// Accepted connections that wait for the HTTP/2 server.
 const ACCEPTED_MAX: usize = 64;
 
 /// Settings of the gRPC port.
 #[derive(Clone, Debug)]
 pub struct GrpcConfig {
-    /// TCP connections at a time.
+    /// Concurrent TCP connections.
     pub connections_max: usize,
-    /// Streams of one connection at a time; more wait at the client.
+    /// Concurrent streams per connection. More calls wait in the client.
     pub streams_per_connection_max: u32,
-    /// From the call to its first request, and again until the session is admitted.
+    /// Time from the call to its first request, and again until the session is admitted.
     pub handshake_timeout: Duration,
-    /// A new session's live events wait until its client has named no further conversation for this
-    /// long, so that all it names at first is caught up without a seam.
+    /// The opening of a session is over when its client sends no request for this long. Until then
+    /// live events are held, so that a conversation named during the opening has no duplicates.
     pub opening_pause: Duration,
-    /// Longest such wait in all.
+    /// Longest opening.
     pub opening_max: Duration,
-    /// Requests a client may send at once.
+    /// Requests that a client may send at once.
     pub requests_burst: u32,
-    /// Requests a client may send per second in the long run.
+    /// Requests that a client may send per second in the long run.
     pub requests_per_s: u32,
-    /// Between HTTP/2 pings; they find peers that went without a word.
+    /// Interval of HTTP/2 pings, which detect dead peers.
     pub keepalive_interval: Duration,
-    /// For the answer to a ping; then the connection and all its sessions end.
+    /// Time to answer a ping. Then the connection is closed with all its sessions.
     pub keepalive_timeout: Duration,
-    /// For the connections to close after the port was told to.
+    /// Time for the connections to close after a shutdown.
     pub shutdown_timeout: Duration,
 }
 
 impl Default for GrpcConfig {
-    /// 10,000 connections of 1,000 streams, 10 s for the handshake, 200 ms of pause and 2 s at
-    /// most, 8,192 requests at once and 100/s, pings like those of WebSocket (contract §3: after
-    /// 54 s, 6 s to answer), 5 s to shut down.
+    /// 10,000 connections of 1,000 streams; 10 s handshake; opening pause 200 ms, at most 2 s; 8,192
+    /// requests at once and 100/s; pings as for WebSocket (contract §3: every 54 s, 6 s to answer); 5 s
+    /// shutdown.
     fn default() -> Self {
         Self {
             connections_max: 10_000,
@@ -76,34 +75,35 @@ impl Default for GrpcConfig {
 }
 
 counters! {
-    /// What happens on the gRPC port before a session is the hub's.
+    /// Counters of the gRPC port. The hub counts what happens within sessions.
     pub struct GrpcCounters of SharedCounter {
         Counter grpc_connections: "TCP connections accepted on the gRPC port",
-        Counter grpc_connections_refused: "TCP connections closed at once because too many were open",
+        Counter grpc_connections_refused: "TCP connections closed at once because of the connection limit",
         Counter grpc_accept_failures: "Failed attempts to accept a connection on the gRPC port",
         Counter grpc_calls: "Calls of Connect",
-        Counter grpc_calls_late: "Calls of Connect without a first request or an admission in time",
-        Counter grpc_calls_malformed: "Calls of Connect ended because of what the client sent",
-        Counter grpc_requests: "Requests that came on streams",
-        Counter grpc_requests_too_many: "Streams ended because their client sent too many requests",
+        Counter grpc_calls_late: "Calls of Connect that exceeded the handshake timeout",
+        Counter grpc_calls_malformed: "Calls of Connect with an invalid request or token",
+        Counter grpc_requests: "Requests received on streams",
+        Counter grpc_requests_too_many: "Streams closed because the client exceeded the request rate",
     }
 }
 
-/// Why the port could not be served.
+/// Failure of the gRPC server.
 #[derive(Debug, thiserror::Error)]
 pub enum GrpcError {
-    /// The descriptors that were compiled in do not make a reflection service.
+    /// The compiled-in descriptors are not valid for the reflection service.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// The HTTP/2 server gave up.
+    /// The HTTP/2 server failed.
     #[error("gRPC server: {0}")]
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Serves the port until `shutdown` and until its connections have closed, or some time later.
+/// Serves the port until `shutdown` resolves and all connections have closed, or the shutdown timeout
+/// expires.
 ///
 /// # Errors
-/// See [`GrpcError`]; a fault of one connection is none.
+/// See [`GrpcError`]. An error of a single connection is not reported.
 pub async fn serve(
     config: GrpcConfig,
     listener: TcpListener,
@@ -149,22 +149,21 @@ pub async fn serve(
     Ok(outcome?)
 }
 
-/// What a client may send on one stream before it is read, bytes: requests are of
-/// [`REQUEST_BYTES_MAX`] at most.
+/// HTTP/2 receive window of a stream, bytes. A request has at most [`REQUEST_BYTES_MAX`].
 const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
-/// The same on all streams of one connection together.
+/// HTTP/2 receive window of a connection, bytes.
 const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
-/// What hyper takes for one stream from its writer before the socket does, bytes (its default).
+/// Send buffer of hyper per stream, bytes (hyper's default).
 const STREAM_SEND_BYTES: u64 = 400 * 1024;
 /// Memory of one stream in the HTTP/2 server, bytes.
 pub const STREAM_BYTES_MAX: u64 = STREAM_SEND_BYTES + STREAM_WINDOW_BYTES as u64;
-/// Memory of one connection beside its streams, bytes: headers, frames being read and written.
+/// Memory of one connection without its streams, bytes: headers, frames being read and written.
 pub const CONNECTION_BYTES_MAX: u64 = 4 * HEADER_BYTES_MAX as u64;
 
-/// Headers of one call, bytes: room for a token and what proxies add.
+/// Headers of one call, bytes: room for a token and the fields that proxies add.
 const HEADER_BYTES_MAX: u32 = 16 * 1024;
 
-/// Names what is served here and nothing else of the packages that are compiled in.
+/// Lists only the services of this server, not everything in the compiled-in descriptors.
 fn reflection() -> Result<tonic_reflection::server::Builder<'static>, GrpcError> {
     Ok(tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -175,7 +174,7 @@ fn reflection() -> Result<tonic_reflection::server::Builder<'static>, GrpcError>
         .with_service_name("grpc.reflection.v1.ServerReflection"))
 }
 
-/// `SERVING` while the node takes new sessions, for the server as a whole and for `Connect`.
+/// Reports `SERVING` while the node accepts new sessions, for the server and for `DeliveryApi`.
 async fn report_health(health: HealthReporter, mut accepting: watch::Receiver<bool>) {
     loop {
         let status = match *accepting.borrow_and_update() {

@@ -20,13 +20,13 @@ use crate::domain::ids::{ConnectionKey, ConversationPosition};
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
 use crate::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
-use crate::service::streams::hub::testing::{Peer, event, rig};
+use crate::service::streams::hub::testing::{TestPeer, event, hub_with_peers};
 use crate::service::streams::hub::{HubConfig, OutboxLimits};
 
-/// A served port, the peers of its hub, and a channel to it.
+/// A running server, the peers of its hub, and a channel to it.
 struct Port {
-    manager: Peer,
-    router: Peer,
+    manager: TestPeer,
+    router: TestPeer,
     address: SocketAddr,
     channel: Channel,
     counters: Arc<GrpcCounters>,
@@ -36,7 +36,7 @@ struct Port {
 
 impl Port {
     async fn open(config: GrpcConfig, hub_config: HubConfig) -> Self {
-        let (handle, hub, [manager, router]) = rig(hub_config, 4096);
+        let (handle, hub, [manager, router]) = hub_with_peers(hub_config, 4096);
         tokio::spawn(hub.run());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -68,20 +68,20 @@ impl Port {
         Call { requests, answer }
     }
 
-    /// A session of alice that is admitted.
-    async fn session(&mut self) -> (Session, ConnectionKey) {
+    /// An admitted session of alice.
+    async fn session(&mut self) -> (ClientSession, ConnectionKey) {
         let call = self.call(None);
-        call.say("alice", "desk", "", 0).await;
+        call.send("alice", "desk", "", 0).await;
         let connection = self.manager.opened().await;
         self.manager.send(ShardCommand::Admit { connection });
         let events = call.answer.await.unwrap().unwrap();
-        (Session { requests: call.requests, events }, connection)
+        (ClientSession { requests: call.requests, events }, connection)
     }
 
     async fn ended(&mut self, session: ConnectionKey) -> EndReason {
         match self.manager.report().await {
             ShardReport::Ended { connection, why } if connection == session => why,
-            other => panic!("not its end: {other:?}"),
+            other => panic!("expected its end: {other:?}"),
         }
     }
 }
@@ -96,23 +96,23 @@ struct Call {
 }
 
 impl Call {
-    async fn say(&self, user: &str, device: &str, conversation: &str, sequence: i64) {
-        say(&self.requests, user, device, conversation, sequence).await;
+    async fn send(&self, user: &str, device: &str, conversation: &str, sequence: i64) {
+        send_request(&self.requests, user, device, conversation, sequence).await;
     }
 
     async fn refused(self) -> Status {
-        self.answer.await.unwrap().expect_err("it was to be refused")
+        self.answer.await.unwrap().expect_err("must be refused")
     }
 }
 
-struct Session {
+struct ClientSession {
     requests: mpsc::Sender<DeliveryConnectRequest>,
     events: Streaming<DeliveryEvent>,
 }
 
-impl Session {
-    async fn name(&self, conversation: &str, sequence: i64) {
-        say(&self.requests, "", "", conversation, sequence).await;
+impl ClientSession {
+    async fn report_position(&self, conversation: &str, sequence: i64) {
+        send_request(&self.requests, "", "", conversation, sequence).await;
     }
 
     async fn next(&mut self) -> Result<i64, Status> {
@@ -121,7 +121,7 @@ impl Session {
     }
 }
 
-async fn say(
+async fn send_request(
     requests: &mpsc::Sender<DeliveryConnectRequest>,
     user: &str,
     device: &str,
@@ -150,7 +150,7 @@ fn message(conversation: &str, sequence: i64) -> crate::domain::event::Event {
 async fn hello_carries_ids_token_and_address() {
     let mut port = Port::default().await;
     let call = port.call(Some("Bearer the-token"));
-    call.say("alice", "desk", "", 0).await;
+    call.send("alice", "desk", "", 0).await;
     let ShardReport::Opened { hello, .. } = port.manager.report().await else { panic!() };
     let Hello { user_id, device_id, token, address, .. } = *hello;
     assert_eq!((user_id.as_str(), device_id.as_str()), ("alice", "desk"));
@@ -159,16 +159,16 @@ async fn hello_carries_ids_token_and_address() {
 }
 
 #[tokio::test]
-async fn catch_up_and_live_events_meet_without_a_seam() {
+async fn catch_up_changes_to_live_without_gap_or_duplicate() {
     let mut port = Port::default().await;
     let call = port.call(None);
-    call.say("alice", "desk", "c", 1).await;
+    call.send("alice", "desk", "c", 1).await;
     let connection = port.manager.opened().await;
-    // Live before anything else is known of the session.
+    // A live event before the session is admitted.
     port.router.deliver(connection, message("c", 3), DeliveryClass::Live, 1);
     port.manager.send(ShardCommand::Admit { connection });
     let events = call.answer.await.unwrap().unwrap();
-    let mut session = Session { requests: call.requests, events };
+    let mut session = ClientSession { requests: call.requests, events };
 
     match port.manager.report().await {
         ShardReport::Resume { conversation, after, .. } => {
@@ -183,15 +183,15 @@ async fn catch_up_and_live_events_meet_without_a_seam() {
         assert_eq!(session.next().await.unwrap(), sequence);
         assert!(matches!(port.manager.report().await, ShardReport::Done { .. }));
     }
-    port.manager.release(
+    port.manager.go_live(
         connection,
         ConversationPosition { conversation: conversation_key("c"), sequence: 3 },
     );
     assert_eq!([session.next().await.unwrap(), session.next().await.unwrap()], [4, 9]);
 
-    // A later mention is an acknowledgement.
-    session.name("c", 4).await;
-    session.name("d", 0).await;
+    // A later position is an acknowledgement.
+    session.report_position("c", 4).await;
+    session.report_position("d", 0).await;
     match port.manager.report().await {
         ShardReport::Resume { conversation, after, .. } => {
             assert_eq!((&*conversation, after), ("d", 0));
@@ -204,15 +204,15 @@ async fn catch_up_and_live_events_meet_without_a_seam() {
 async fn first_request_must_name_user_and_device() {
     let mut port = Port::default().await;
     let call = port.call(None);
-    call.say("alice", "", "", 0).await;
+    call.send("alice", "", "", 0).await;
     assert_eq!(call.refused().await.code(), Code::InvalidArgument);
     let call = port.call(None);
     drop(call.requests);
     let status = call.answer.await.unwrap().unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
-    // Whether the user may be left out is the token's matter, so that is asked.
+    // Without a user the token may name it, so the session manager decides.
     let call = port.call(None);
-    call.say("", "desk", "", 0).await;
+    call.send("", "desk", "", 0).await;
     let connection = port.manager.opened().await;
     let refusal =
         Refusal { status: 400, body: "missing user_id or device_id".into(), retry_after_s: None };
@@ -221,34 +221,34 @@ async fn first_request_must_name_user_and_device() {
 }
 
 #[tokio::test]
-async fn requests_out_of_bounds_are_the_clients_fault() {
+async fn invalid_requests_are_the_clients_fault() {
     let mut port = Port::default().await;
     for (user, conversation, sequence) in
         [("", "c", -1), ("bob", "c", 0), ("", "x".repeat(257).as_str(), 0), ("", "c\n", 0)]
     {
         let (mut session, connection) = port.session().await;
-        say(&session.requests, user, "", conversation, sequence).await;
+        send_request(&session.requests, user, "", conversation, sequence).await;
         assert_eq!(session.next().await.unwrap_err().code(), Code::InvalidArgument);
         assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
     }
     let (mut session, connection) = port.session().await;
-    session.name(&"x".repeat(5_000), 0).await;
+    session.report_position(&"x".repeat(5_000), 0).await;
     assert_eq!(session.next().await.unwrap_err().code(), Code::OutOfRange);
     assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
     let token = format!("Bearer {}", "x".repeat(9_000));
     let call = port.call(Some(&token));
-    call.say("alice", "desk", "", 0).await;
+    call.send("alice", "desk", "", 0).await;
     assert_eq!(call.refused().await.code(), Code::InvalidArgument);
     assert_eq!(port.counters.grpc_calls_malformed.get(), 6);
 }
 
 #[tokio::test]
-async fn flood_of_requests_ends_its_stream() {
+async fn too_many_requests_close_the_stream() {
     let config = GrpcConfig { requests_burst: 3, requests_per_s: 0, ..GrpcConfig::default() };
     let mut port = Port::open(config, HubConfig::default()).await;
     let (mut session, connection) = port.session().await;
     for _ in 0..3 {
-        session.name("", 0).await;
+        session.report_position("", 0).await;
     }
     assert_eq!(session.next().await.unwrap_err().code(), Code::ResourceExhausted);
     assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
@@ -264,7 +264,7 @@ async fn refusals_have_their_status() {
         (503, Code::Unavailable),
     ] {
         let call = port.call(None);
-        call.say("alice", "desk", "", 0).await;
+        call.send("alice", "desk", "", 0).await;
         let connection = port.manager.opened().await;
         let refusal = Refusal { status: http, body: "why".into(), retry_after_s: None };
         port.manager.send(ShardCommand::Refuse { connection, refusal });
@@ -275,7 +275,7 @@ async fn refusals_have_their_status() {
 }
 
 #[tokio::test]
-async fn call_that_names_nobody_in_time_is_given_up() {
+async fn call_without_a_request_in_time_fails() {
     let config = GrpcConfig { handshake_timeout: Duration::ZERO, ..GrpcConfig::default() };
     let port = Port::open(config, HubConfig::default()).await;
     let call = port.call(None);
@@ -299,13 +299,13 @@ async fn replaced_session_ends_as_aborted() {
 }
 
 #[tokio::test]
-async fn client_that_cancels_is_told_from_one_that_vanishes() {
+async fn cancelled_stream_and_lost_connection_have_different_reasons() {
     let mut port = Port::default().await;
     let (session, connection) = port.session().await;
     drop(session);
     assert_eq!(port.ended(connection).await, EndReason::ClosedByPeer);
 
-    // Through a relay that ends: the client's socket goes without a word on the stream.
+    // A relay closes the client's socket without ending the stream.
     let (address, cut) = relay(port.address, Cut::Close).await;
     port.channel = channel(address).await;
     let (session, connection) = port.session().await;
@@ -315,36 +315,36 @@ async fn client_that_cancels_is_told_from_one_that_vanishes() {
     drop(session);
 }
 
-/// What becomes of both sockets of a relay that is cut.
+/// What a relay does with its sockets when it is cut.
 #[derive(Clone, Copy, PartialEq)]
 enum Cut {
-    /// They are closed.
+    /// Closes them.
     Close,
-    /// They stay open and nobody reads them: a network that is gone.
+    /// Keeps them open and reads nothing, like a lost network.
     Silence,
 }
 
-/// A relay in front of the port, and what cuts it.
+/// A relay in front of the port, and the sender that cuts it.
 async fn relay(behind: SocketAddr, cut: Cut) -> (SocketAddr, oneshot::Sender<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (now, told) = oneshot::channel();
+    let (cut_now, cut_requested) = oneshot::channel();
     tokio::spawn(async move {
         let (mut client, _) = listener.accept().await.unwrap();
         let mut server = TcpStream::connect(behind).await.unwrap();
         tokio::select! {
             _ = tokio::io::copy_bidirectional(&mut client, &mut server) => return,
-            _ = told => {}
+            _ = cut_requested => {}
         }
         if cut == Cut::Silence {
             std::future::pending::<()>().await;
         }
     });
-    (address, now)
+    (address, cut_now)
 }
 
 #[tokio::test]
-async fn peer_that_answers_no_ping_is_given_up() {
+async fn peer_that_does_not_answer_pings_is_disconnected() {
     let config = GrpcConfig {
         keepalive_interval: Duration::from_millis(50),
         keepalive_timeout: Duration::from_millis(50),
@@ -359,10 +359,10 @@ async fn peer_that_answers_no_ping_is_given_up() {
 }
 
 #[tokio::test]
-async fn client_with_nothing_more_to_say_goes_on_listening() {
+async fn half_closed_client_still_receives_events() {
     let mut port = Port::default().await;
     let (session, connection) = port.session().await;
-    let Session { requests, mut events } = session;
+    let ClientSession { requests, mut events } = session;
     drop(requests);
     for sequence in 1..=3 {
         port.router.deliver(connection, message("c", sequence), DeliveryClass::Live, 1);
@@ -371,7 +371,7 @@ async fn client_with_nothing_more_to_say_goes_on_listening() {
 }
 
 #[tokio::test]
-async fn stream_that_is_not_read_ends_as_exhausted_and_holds_nothing_back() {
+async fn stream_without_reads_is_closed_and_its_deliveries_are_done() {
     let limits =
         OutboxLimits { live_messages_max: 16, hold_messages_max: 16, ..OutboxLimits::default() };
     let hub_config = HubConfig { outbox: limits, ..HubConfig::default() };
@@ -382,7 +382,7 @@ async fn stream_that_is_not_read_ends_as_exhausted_and_holds_nothing_back() {
         conversation_id: String::from_utf8(large).unwrap(),
         ..DeliveryEvent::default()
     });
-    // More than the windows of HTTP/2 and the bound take together.
+    // More than the HTTP/2 windows and the limit can hold together.
     for sequence in 1..=100 {
         port.router.deliver(connection, event(stream, sequence, &encoded), DeliveryClass::Live, 1);
     }
@@ -399,7 +399,7 @@ async fn stream_that_is_not_read_ends_as_exhausted_and_holds_nothing_back() {
 }
 
 #[tokio::test]
-async fn health_follows_the_doors() {
+async fn health_reports_whether_sessions_are_accepted() {
     let mut port = Port::default().await;
     let mut health = HealthClient::new(port.channel.clone());
     let request = HealthCheckRequest { service: "realchat.delivery.v1.DeliveryApi".into() };
@@ -408,12 +408,12 @@ async fn health_follows_the_doors() {
     port.manager.send(ShardCommand::StopAccepting);
     assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::NotServing as i32);
     let call = port.call(None);
-    call.say("alice", "desk", "", 0).await;
+    call.send("alice", "desk", "", 0).await;
     assert_eq!(call.refused().await.code(), Code::Unavailable);
 }
 
 #[tokio::test]
-async fn reflection_names_what_is_served_and_nothing_else() {
+async fn reflection_lists_only_the_served_services() {
     let port = Port::default().await;
     let mut reflection = ServerReflectionClient::new(port.channel.clone());
     let request = ServerReflectionRequest {
@@ -438,13 +438,13 @@ async fn reflection_names_what_is_served_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn connections_are_bounded() {
+async fn connections_are_limited() {
     let config = GrpcConfig { connections_max: 1, ..GrpcConfig::default() };
     let port = Port::open(config, HubConfig::default()).await;
     let mut second = TcpStream::connect(port.address).await.unwrap();
     let mut byte = [0];
     let read = tokio::io::AsyncReadExt::read(&mut second, &mut byte).await;
-    assert!(matches!(read, Ok(0) | Err(_)), "it was to be closed");
+    assert!(matches!(read, Ok(0) | Err(_)), "must be closed");
     assert_eq!(port.counters.grpc_connections_refused.get(), 1);
     assert_eq!(port.counters.grpc_connections.get(), 1);
 }

@@ -1,4 +1,4 @@
-//! One event on its way to streams, and the word that goes back when it has reached them all.
+//! One event on its way to streams, and the notice to the hub when no stream holds it any more.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,68 +11,68 @@ use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 
-/// What happens outside the hub's task and concerns it.
+/// Something that other tasks report to the hub's task.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Signal {
-    /// No stream holds this delivery any more.
-    Done(ReplyTo),
-    /// Neither the reader nor the writer of a stream is there any more.
-    Gone(ConnectionKey, EndReason),
+pub(super) enum Notice {
+    /// No stream holds the delivery of this command any more.
+    Delivered(ReplyTo),
+    /// Both the reader and the writer of a stream are gone.
+    StreamEnded(ConnectionKey, EndReason),
 }
 
-/// Signals that wait for the hub. Bounded by what they stand for: one for each delivery under way
-/// (see [`Signals::deliveries`]) and one for each stream.
+/// Queue of notices for the hub's task. Bounded by what they stand for: one per delivery in progress
+/// (see [`Notices::deliveries`]) and one per stream.
 #[derive(Debug, Default)]
-pub(super) struct Signals {
-    waiting: Mutex<Vec<Signal>>,
+pub(super) struct Notices {
+    queue: Mutex<Vec<Notice>>,
     deliveries: AtomicUsize,
     bytes: AtomicUsize,
-    /// Woken at every signal and at the end of every delivery.
+    /// Notified for every notice and whenever a delivery is dropped.
     pub(super) wake: Notify,
 }
 
-impl Signals {
-    pub(super) fn send(&self, signal: Signal) {
-        self.waiting.lock().expect("no holder panics").push(signal);
+impl Notices {
+    pub(super) fn send(&self, notice: Notice) {
+        self.queue.lock().expect("no holder panics").push(notice);
         self.wake.notify_one();
     }
 
-    /// All that wait, in order.
-    pub(super) fn take(&self) -> Vec<Signal> {
-        std::mem::take(&mut *self.waiting.lock().expect("no holder panics"))
+    /// Takes all queued notices, in order.
+    pub(super) fn take(&self) -> Vec<Notice> {
+        std::mem::take(&mut *self.queue.lock().expect("no holder panics"))
     }
 
-    /// Deliveries that some stream still holds.
+    /// Number of deliveries that some stream still holds.
     pub(super) fn deliveries(&self) -> usize {
         self.deliveries.load(Ordering::Relaxed)
     }
 
-    /// Their bytes.
+    /// Bytes of these deliveries.
     pub(super) fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
 }
 
-/// An event for one or more streams. When the last of them has let go of it, whether it was sent
-/// or the stream ended, the issuer of its ticket hears of it.
+/// An event for one or more streams. When the last stream drops it, sent or not, the hub reports its
+/// ticket as done.
 #[derive(Debug)]
 pub(crate) struct Delivery {
     event: Arc<Event>,
     reply_to: Option<ReplyTo>,
-    signals: Arc<Signals>,
+    notices: Arc<Notices>,
 }
 
 impl Delivery {
-    /// `None`: the event cannot be expressed on a stream, so there is nothing to send.
+    /// `None` if the event has no encoding for a stream.
     pub(super) fn new(
         event: Arc<Event>,
         reply_to: Option<ReplyTo>,
-        signals: &Arc<Signals>,
+        notices: &Arc<Notices>,
     ) -> Option<Arc<Self>> {
         let bytes = event.frame(Encoding::Stream)?.len();
-        signals.deliveries.fetch_add(1, Ordering::Relaxed);
-        signals.bytes.fetch_add(bytes, Ordering::Relaxed);
-        Some(Arc::new(Self { event, reply_to, signals: Arc::clone(signals) }))
+        notices.deliveries.fetch_add(1, Ordering::Relaxed);
+        notices.bytes.fetch_add(bytes, Ordering::Relaxed);
+        Some(Arc::new(Self { event, reply_to, notices: Arc::clone(notices) }))
     }
 
     /// A serialized `DeliveryEvent`.
@@ -80,7 +80,6 @@ impl Delivery {
         self.event.frame(Encoding::Stream).unwrap_or_default()
     }
 
-    /// The event.
     pub(crate) fn event(&self) -> &Event {
         &self.event
     }
@@ -88,11 +87,11 @@ impl Delivery {
 
 impl Drop for Delivery {
     fn drop(&mut self) {
-        self.signals.deliveries.fetch_sub(1, Ordering::Relaxed);
-        self.signals.bytes.fetch_sub(self.bytes().len(), Ordering::Relaxed);
+        self.notices.deliveries.fetch_sub(1, Ordering::Relaxed);
+        self.notices.bytes.fetch_sub(self.bytes().len(), Ordering::Relaxed);
         match self.reply_to {
-            Some(reply_to) => self.signals.send(Signal::Done(reply_to)),
-            None => self.signals.wake.notify_one(),
+            Some(reply_to) => self.notices.send(Notice::Delivered(reply_to)),
+            None => self.notices.wake.notify_one(),
         }
     }
 }

@@ -1,25 +1,24 @@
-//! The gRPC streams as one more shard: the same commands and reports over the same rings, with a
-//! tokio task in the place of a reactor.
+//! Hub of the gRPC streams. To the service it is one more shard: the same commands and reports over
+//! the same rings, handled by a tokio task instead of a reactor.
 //!
 //! ```text
-//!  session manager, routers          hub task                one of each per stream
-//!  ════ ShardCommand ════►  slots, who ends and why  ──►  outbox ──► writer ──► HTTP/2
-//!  ◄═══ ShardReport ══════                           ◄── inputs ◄── reader ◄── HTTP/2
+//!  session manager, routers        hub task               one of each per stream
+//!  ════ ShardCommand ════►  slots, end reasons  ────►  outbox ──► writer ──► HTTP/2
+//!  ◄═══ ShardReport ══════                      ◄── requests ◄── reader ◄── HTTP/2
 //! ```
 //!
-//! A delivery is reported done when the writer of its last stream has taken it, or that stream has
-//! ended. The writer takes an event only while the client's HTTP/2 window for the stream is open,
-//! and hands its bytes to the HTTP/2 connection in the same breath.
+//! A delivery is done when for each of its streams the writer has taken it or the stream has ended.
+//! The writer takes an event only while the client's HTTP/2 window of the stream is open, and passes
+//! its bytes to the HTTP/2 connection immediately.
 
 mod delivery;
 mod outbox;
-mod slots;
+mod slot_map;
 mod status;
 mod task;
 
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -33,40 +32,41 @@ use crate::domain::counters::{LatencyHistogram, SharedCounter};
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::handoff::{Consumer, Doorbell, Producer};
+use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::timestamp::unix_ms;
 
 pub(crate) use delivery::Delivery;
 pub use outbox::OutboxLimits;
-pub(crate) use outbox::{Mention, Outbox};
+pub(crate) use outbox::{Outbox, PositionReport};
 pub use task::Hub;
 
-use delivery::{Signal, Signals};
+use delivery::{Notice, Notices};
+use outbox::Unsent;
 
-/// Requests of all streams that wait for the hub's task; readers wait when it is full.
-pub const INPUTS_MAX: usize = 1024;
+/// Queued requests of all streams to the hub's task. Readers wait while the queue is full.
+pub const HUB_REQUESTS_MAX: usize = 1024;
 
 /// Settings of the hub.
 #[derive(Clone, Debug)]
 pub struct HubConfig {
-    /// Bounds of each stream.
+    /// Limits of each stream.
     pub outbox: OutboxLimits,
-    /// Streams at a time.
+    /// Concurrent streams.
     pub streams_max: usize,
-    /// Deliveries under way at a time; at the bound no more commands are taken from the rings.
+    /// Deliveries in progress. At this limit the hub takes no more commands from the rings.
     pub deliveries_max: usize,
-    /// Their bytes, likewise; one may exceed it.
+    /// Bytes of these deliveries, with the same effect. One delivery may exceed the limit.
     pub deliveries_bytes_max: usize,
-    /// A stream of which nothing was read for this long while something waited is ended.
+    /// The hub closes a stream if its client reads nothing for this long although events are queued.
     pub stall_timeout: Duration,
-    /// A stream of whose conversations none was caught up for this long is ended.
+    /// The hub closes a stream if none of its catch-ups completes for this long.
     pub catch_up_timeout: Duration,
-    /// For a stream that is being ended to take what is queued and its status.
+    /// Time for a closing stream to send its queue and its status.
     pub close_timeout: Duration,
 }
 
 impl Default for HubConfig {
-    /// 10,000 streams, 262,144 deliveries or 256 MiB, 30 s without progress, 5 min to catch up, 5 s
-    /// to end.
+    /// 10,000 streams; 262,144 deliveries or 256 MiB; 30 s stall, 5 min catch-up and 5 s close timeout.
     fn default() -> Self {
         Self {
             outbox: OutboxLimits::default(),
@@ -81,44 +81,44 @@ impl Default for HubConfig {
 }
 
 counters! {
-    /// What the hub does.
+    /// Counters of the hub.
     pub struct HubCounters of SharedCounter {
-        Gauge stream_sessions: "gRPC sessions that are admitted and open",
-        Counter stream_sessions_opened: "gRPC sessions that were admitted",
-        Counter stream_sessions_refused: "gRPC sessions that were refused",
-        Counter stream_events_sent: "Events handed to the HTTP/2 stream of a session",
+        Gauge stream_sessions: "Open gRPC sessions",
+        Counter stream_sessions_opened: "gRPC sessions admitted",
+        Counter stream_sessions_refused: "gRPC sessions refused",
+        Counter stream_events_sent: "Events passed to the HTTP/2 stream of a session",
         Counter stream_bytes_sent: "Bytes of these events",
-        Counter stream_events_held: "Live events that waited for the catch-up of their conversation",
-        Counter stream_events_duplicate: "Live events not sent because catch-up had delivered them",
-        Counter stream_events_unsent: "Events given up because their stream ended before they were sent",
-        Counter stream_events_stale: "Events for streams that had ended",
-        Counter stream_events_inexpressible: "Events without a form on a stream (receipts, membership, presence)",
-        Counter stream_commands_stale: "Commands for streams that had ended",
-        Counter stream_texts_discarded: "Control answers that a stream has no form for",
-        Counter stream_resumes: "Conversations whose catch-up a stream asked for",
-        Counter stream_acknowledgements: "Later mentions of a conversation: acknowledgements",
-        Counter stream_overflows: "Streams ended because too much waited",
-        Counter stream_catch_up_timeouts: "Streams ended because their catch-up got nowhere",
-        Counter stream_stalls: "Streams ended because nothing was read from them",
-        Gauge stream_deliveries: "Deliveries that some stream still holds",
+        Counter stream_events_held: "Live events held until the catch-up of their conversation completed",
+        Counter stream_events_duplicate: "Live events not sent because the client already had them",
+        Counter stream_events_unsent: "Events dropped because their stream ended before they were sent",
+        Counter stream_events_stale: "Events for streams that had already ended",
+        Counter stream_events_inexpressible: "Events without a gRPC encoding (read receipts, presence)",
+        Counter stream_commands_stale: "Commands for streams that had already ended",
+        Counter stream_texts_discarded: "Control answers without a gRPC encoding",
+        Counter stream_resumes: "Catch-ups requested by clients",
+        Counter stream_acknowledgements: "Acknowledgements received from clients",
+        Counter stream_overflows: "Streams closed because a queue was full",
+        Counter stream_catch_up_timeouts: "Streams closed because their catch-up made no progress",
+        Counter stream_stalls: "Streams closed because the client read nothing",
+        Gauge stream_deliveries: "Deliveries in progress",
     }
 }
 
-/// Counters, endings by their reason, and the latency from Kafka to HTTP/2.
+/// Counters, ended sessions by reason, and the latency from Kafka to HTTP/2.
 #[derive(Debug, Default)]
 pub struct HubMetrics {
-    /// The plain counters.
+    /// Counters.
     pub counters: HubCounters,
     /// Ended sessions by [`EndReason`].
     pub ended: [SharedCounter; EndReason::COUNT],
-    /// From the append to the log until the writer took the event.
+    /// From the append to the Kafka log until the writer takes the event, ms.
     pub latency: LatencyHistogram,
-    /// The histogram has one writer at a time.
+    /// Held while writing to the histogram, which allows one writer at a time.
     latency_writer: Mutex<()>,
 }
 
 impl HubMetrics {
-    /// An event was taken by the writer of a stream.
+    /// Counts an event that the writer of a stream has taken.
     fn sent(&self, event: &Event, bytes: usize) {
         self.counters.stream_events_sent.add(1);
         self.counters.stream_bytes_sent.add(bytes as u64);
@@ -131,20 +131,20 @@ impl HubMetrics {
     }
 }
 
-/// The hub's end of the rings to one peer.
+/// The hub's ends of the rings to and from one peer.
 #[derive(Debug)]
 pub struct HubPeer {
     /// From the peer.
     pub commands: Consumer<ShardCommand>,
-    /// To it.
+    /// To the peer.
     pub reports: Producer<ShardReport>,
 }
 
-/// Makes the hub. `peers`: the session manager first, then the routers; `bell` is the one their
-/// producers ring. The [`Hub`] is to be run on the current runtime.
+/// Creates the hub and its handle. `peers` are the session manager, then the routers; their producers
+/// ring `bell`. The caller runs [`Hub::run`] on the current runtime.
 ///
 /// # Errors
-/// The runtime's poller refuses the bell.
+/// The runtime cannot poll the bell.
 pub fn hub(
     config: HubConfig,
     peers: Vec<HubPeer>,
@@ -152,141 +152,139 @@ pub fn hub(
     metrics: Arc<HubMetrics>,
 ) -> io::Result<(HubHandle, Hub)> {
     assert!(!peers.is_empty(), "the session manager is the first peer");
-    let (inputs, requests) = mpsc::channel(INPUTS_MAX);
-    let signals = Arc::new(Signals::default());
-    let limits = config.outbox.clone();
+    let (requests, receiver) = mpsc::channel(HUB_REQUESTS_MAX);
+    let notices = Arc::new(Notices::default());
     let (accepting, is_accepting) = watch::channel(true);
     let handle = HubHandle {
-        inputs,
-        signals: Arc::clone(&signals),
+        requests,
+        notices: Arc::clone(&notices),
         metrics: Arc::clone(&metrics),
-        limits,
+        limits: config.outbox.clone(),
         accepting: is_accepting,
     };
-    let hub = Hub::new(config, peers, bell, requests, signals, metrics, accepting)?;
+    let hub = Hub::new(config, peers, bell, receiver, notices, metrics, accepting)?;
     Ok((handle, hub))
 }
 
-/// From the streams to the hub's task.
-enum Input {
-    Open { hello: Box<Hello>, outbox: Arc<Outbox>, reply: Reply },
-    Resume { connection: ConnectionKey, conversation: Box<str>, after: i64 },
+/// A request from a stream to the hub's task.
+enum HubRequest {
+    Open { hello: Box<Hello>, outbox: Arc<Outbox>, reply: AdmissionReply },
+    CatchUp { connection: ConnectionKey, conversation: Box<str>, after: i64 },
 }
 
-/// Tells the waiting request what became of it. The hub reports the session's end itself if the
-/// reply finds nobody.
-type Reply = oneshot::Sender<Result<ConnectionKey, Status>>;
+/// Answers [`HubHandle::open`]. If the receiver is gone, the hub reports the session as ended.
+type AdmissionReply = oneshot::Sender<Result<ConnectionKey, Status>>;
 
-/// The way into the hub for the gRPC service.
+/// Interface of the hub for the gRPC service.
 #[derive(Clone)]
 pub struct HubHandle {
-    inputs: mpsc::Sender<Input>,
-    signals: Arc<Signals>,
+    requests: mpsc::Sender<HubRequest>,
+    notices: Arc<Notices>,
     metrics: Arc<HubMetrics>,
     limits: OutboxLimits,
     accepting: watch::Receiver<bool>,
 }
 
 impl HubHandle {
-    /// Asks the session manager for a session. Safe to drop at any point: the session ends.
+    /// Requests a session from the session manager. Cancel-safe: dropping the future ends the session.
     ///
     /// # Errors
-    /// The status that tells the client why not.
-    pub(crate) async fn open(&self, hello: Box<Hello>) -> Result<Admitted, Status> {
-        let outbox = Arc::new(Outbox::new(self.limits.clone()));
+    /// The status for the client if the session is refused.
+    pub(crate) async fn open(&self, hello: Box<Hello>) -> Result<StreamSession, Status> {
+        let outbox = Arc::new(Outbox::new(&self.limits));
         let (reply, answer) = oneshot::channel();
-        let input = Input::Open { hello, outbox: Arc::clone(&outbox), reply };
-        self.inputs.send(input).await.map_err(|_| status::not_serving())?;
-        // Keeps the answer, if this future is dropped between its coming and its being read.
-        let mut answer = Answer { hub: self, answer };
-        let connection = (&mut answer.answer).await.map_err(|_| status::not_serving())??;
-        Ok(Admitted { connection, outbox, hub: self.clone(), why: AtomicU8::new(WHY_UNKNOWN) })
+        let request = HubRequest::Open { hello, outbox: Arc::clone(&outbox), reply };
+        self.requests.send(request).await.map_err(|_| status::not_serving())?;
+        // Ends the session if this future is dropped after the hub answers and before the answer is read.
+        let mut pending = PendingAdmission { hub: self, answer };
+        let connection = (&mut pending.answer).await.map_err(|_| status::not_serving())??;
+        Ok(StreamSession { connection, outbox, hub: self.clone(), why: OnceLock::new() })
     }
 
-    /// Whether new sessions are taken; false for good once the hub has ended.
+    /// Whether the hub accepts new sessions. Stays false once the hub has ended.
     pub fn accepting(&self) -> watch::Receiver<bool> {
         self.accepting.clone()
     }
 
-    /// The counters.
+    /// The hub's metrics.
     pub fn metrics(&self) -> &Arc<HubMetrics> {
         &self.metrics
     }
 }
 
-struct Answer<'a> {
+struct PendingAdmission<'a> {
     hub: &'a HubHandle,
     answer: oneshot::Receiver<Result<ConnectionKey, Status>>,
 }
 
-impl Drop for Answer<'_> {
+impl Drop for PendingAdmission<'_> {
     fn drop(&mut self) {
-        // What was read is gone from the channel; what was not read is an admission nobody took.
+        // The channel still contains an answer only if nobody has read it.
         self.answer.close();
         if let Ok(Ok(connection)) = self.answer.try_recv() {
-            self.hub.signals.send(Signal::Gone(connection, EndReason::PeerGone));
+            self.hub.notices.send(Notice::StreamEnded(connection, EndReason::PeerGone));
         }
     }
 }
 
-/// Nobody has said how the stream ended.
-const WHY_UNKNOWN: u8 = u8::MAX;
-
-/// An open session. Shared by its writer and its reader; when both are gone the session has ended.
-pub(crate) struct Admitted {
+/// An open session, shared by its writer and its reader. The session has ended when both are dropped.
+pub(crate) struct StreamSession {
     connection: ConnectionKey,
-    /// What is to be sent.
+    /// Queue of events to send.
     pub(crate) outbox: Arc<Outbox>,
     hub: HubHandle,
-    why: AtomicU8,
+    why: OnceLock<EndReason>,
 }
 
-impl Admitted {
-    /// Has the client's mention of a conversation acted on. Waits while the hub is busy.
-    pub(crate) async fn mention(&self, conversation: String, sequence: i64) -> Mention {
-        let stream = crate::service::events::conversation_key::conversation_key(&conversation);
+impl StreamSession {
+    /// Handles the client's position in a conversation: starts its catch-up or acknowledges events.
+    /// Waits while the hub's request queue is full.
+    pub(crate) async fn report_position(
+        &self,
+        conversation: String,
+        sequence: i64,
+    ) -> PositionReport {
+        let key = conversation_key(&conversation);
         let counters = &self.hub.metrics.counters;
-        let mention = self.outbox.mention(stream, sequence, Instant::now());
-        match mention {
-            Mention::Acknowledged => counters.stream_acknowledgements.add(1),
-            Mention::TooMany => {}
-            Mention::Resume => {
+        let report = self.outbox.report_position(key, sequence, Instant::now());
+        match report {
+            PositionReport::Acknowledged => counters.stream_acknowledgements.add(1),
+            PositionReport::TooMany => {}
+            PositionReport::CatchUp => {
                 counters.stream_resumes.add(1);
-                let resume = Input::Resume {
+                let request = HubRequest::CatchUp {
                     connection: self.connection,
                     conversation: conversation.into_boxed_str(),
                     after: sequence,
                 };
-                // An error means that the hub has ended, and every stream with it.
-                let _ = self.hub.inputs.send(resume).await;
+                // An error means that the hub and therefore this stream has ended.
+                let _ = self.hub.requests.send(request).await;
             }
         }
-        mention
+        report
     }
 
-    /// An event was taken by the writer.
+    /// Counts an event that the writer has taken.
     pub(crate) fn sent(&self, delivery: &Delivery) {
         self.hub.metrics.sent(delivery.event(), delivery.bytes().len());
     }
 
-    /// Ends the stream with this status instead of what is queued.
-    pub(crate) fn end(&self, status: Status) {
-        let unsent = self.outbox.end(status, true);
-        self.hub.metrics.counters.stream_events_unsent.add(unsent as u64);
+    /// Discards the queue and closes the stream with this status.
+    pub(crate) fn close(&self, status: Status) {
+        let dropped = self.outbox.close(status, Unsent::Discard);
+        self.hub.metrics.counters.stream_events_unsent.add(dropped as u64);
     }
 
-    /// How the client's side ended; the first word counts.
+    /// Records why the client's side ended. The first reason counts.
     pub(crate) fn ended(&self, why: EndReason) {
-        let _ =
-            self.why.compare_exchange(WHY_UNKNOWN, why as u8, Ordering::Relaxed, Ordering::Relaxed);
+        let _ = self.why.set(why);
     }
 }
 
-impl Drop for Admitted {
+impl Drop for StreamSession {
     fn drop(&mut self) {
-        let why = usize::from(self.why.load(Ordering::Relaxed));
-        let why = EndReason::ALL.get(why).copied().unwrap_or(EndReason::PeerGone);
-        self.hub.signals.send(Signal::Gone(self.connection, why));
+        let why = self.why.get().copied().unwrap_or(EndReason::PeerGone);
+        self.hub.notices.send(Notice::StreamEnded(self.connection, why));
     }
 }
 

@@ -1,14 +1,14 @@
-//! What ends a stream, in the words of gRPC (`docs/grpc.md` has the table for clients).
+//! gRPC statuses that close a stream. `docs/grpc.md` has the table for clients.
 
 use tonic::{Code, Status};
 
 use crate::domain::close::{Close, CloseCode};
 use crate::domain::command::Refusal;
 
-/// Standard metadata by which a server asks a client to wait before it tries again.
+/// Standard metadata: how long the client must wait before it retries, ms.
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
-/// The status that says what a WebSocket close code says.
+/// The status that corresponds to a WebSocket close code.
 pub(super) fn of_close(close: &Close) -> Status {
     let code = match close.code {
         CloseCode::SESSION_REPLACED => Code::Aborted,
@@ -22,13 +22,13 @@ pub(super) fn of_close(close: &Close) -> Status {
         | CloseCode::GOING_AWAY
         | CloseCode::SERVICE_RESTART
         | CloseCode::TRY_AGAIN_LATER => Code::Unavailable,
-        // Includes 1011, a fault of ours: overflow has a status of its own before it comes here.
+        // Includes 1011, an internal error. An overflow has its own status and does not come here.
         _ => Code::Internal,
     };
     Status::new(code, close.reason.clone())
 }
 
-/// The status that says what an HTTP refusal of an upgrade says.
+/// The status that corresponds to an HTTP refusal of an upgrade.
 pub(super) fn of_refusal(refusal: &Refusal) -> Status {
     let code = match refusal.status {
         400 => Code::InvalidArgument,
@@ -45,34 +45,34 @@ pub(super) fn of_refusal(refusal: &Refusal) -> Status {
     status
 }
 
-/// The stream was not read fast enough.
+/// Too many live events were queued: the client reads too slowly.
 pub(super) fn overflow() -> Status {
-    Status::resource_exhausted("backpressure overflow: too many events were waiting; reconnect")
+    Status::resource_exhausted("backpressure overflow: too many events were queued; reconnect")
 }
 
-/// Nothing of what waited was read for the stall timeout.
+/// The client read nothing for the stall timeout although events were queued.
 pub(super) fn stalled() -> Status {
     Status::resource_exhausted("the stream was not read for too long; reconnect")
 }
 
-/// Live events overflowed while conversations were being caught up.
+/// Too many live events were held during catch-up.
 pub(super) fn catch_up_overflow() -> Status {
     Status::unavailable("catch-up overflow: reconnect and resume")
 }
 
-/// No conversation was caught up for the catch-up timeout.
+/// No catch-up completed for the catch-up timeout.
 pub(super) fn catch_up_timeout() -> Status {
     Status::unavailable("catch-up took too long: reconnect and resume")
 }
 
-/// The node is going, or is not there yet.
+/// The node is draining or has not started.
 pub(super) fn not_serving() -> Status {
     Status::unavailable("this node is not accepting sessions: connect to another one")
 }
 
-/// The node holds as many streams as it may.
+/// The node has reached its limit of streams.
 pub(super) fn full() -> Status {
-    Status::resource_exhausted("this node holds as many streams as it may: connect to another one")
+    Status::resource_exhausted("this node has reached its limit of streams: connect to another one")
 }
 
 #[cfg(test)]
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn close_codes_of_the_contract_have_their_status() {
+    fn close_codes_map_to_statuses() {
         for (code, expected) in [
             (CloseCode::SESSION_REPLACED, Code::Aborted),
             (CloseCode::TOKEN_EXPIRED, Code::Unauthenticated),
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn refusal_brings_its_wait() {
+    fn refusal_carries_its_retry_delay() {
         let refusal =
             Refusal { status: 429, body: "too many sessions".into(), retry_after_s: Some(60) };
         let status = of_refusal(&refusal);

@@ -1,4 +1,4 @@
-//! A hub with the other ends of its rings in a test's hands.
+//! A hub for tests, with the peers' ends of its rings.
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -11,31 +11,34 @@ use crate::domain::ids::{ConnectionKey, ConversationKey, ConversationPosition};
 use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
 use crate::service::runtime::bell::AsyncBell;
 
-/// What a peer of the hub holds.
-pub(crate) struct Peer {
+/// A test's end of the rings to and from the hub.
+pub(crate) struct TestPeer {
     commands: Producer<ShardCommand>,
     reports: Consumer<ShardReport>,
     bell: AsyncBell,
 }
 
-/// A hub that does not run yet, and its two peers: the session manager and a router.
-pub(crate) fn rig(config: HubConfig, slots: usize) -> (HubHandle, Hub, [Peer; 2]) {
+/// A hub that is not running yet, and its peers: the session manager and one router.
+pub(crate) fn hub_with_peers(
+    config: HubConfig,
+    ring_slots: usize,
+) -> (HubHandle, Hub, [TestPeer; 2]) {
     let bell = Arc::new(Doorbell::new().unwrap());
     let (mut peers, mut hub_peers) = (Vec::new(), Vec::new());
     for _ in 0..2 {
-        let (commands, commands_of_hub) = ring(slots, Arc::clone(&bell));
-        let own_bell = Arc::new(Doorbell::new().unwrap());
-        let (reports_of_hub, reports) = ring(slots, Arc::clone(&own_bell));
-        peers.push(Peer { commands, reports, bell: AsyncBell::new(own_bell).unwrap() });
-        hub_peers.push(HubPeer { commands: commands_of_hub, reports: reports_of_hub });
+        let (commands, hub_commands) = ring(ring_slots, Arc::clone(&bell));
+        let peer_bell = Arc::new(Doorbell::new().unwrap());
+        let (hub_reports, reports) = ring(ring_slots, Arc::clone(&peer_bell));
+        peers.push(TestPeer { commands, reports, bell: AsyncBell::new(peer_bell).unwrap() });
+        hub_peers.push(HubPeer { commands: hub_commands, reports: hub_reports });
     }
     let metrics = Arc::new(HubMetrics::default());
     let (handle, hub) = hub(config, hub_peers, bell, metrics).unwrap();
-    let Ok(peers) = <[Peer; 2]>::try_from(peers) else { unreachable!("two were made") };
+    let Ok(peers) = <[TestPeer; 2]>::try_from(peers) else { unreachable!("the loop made two") };
     (handle, hub, peers)
 }
 
-impl Peer {
+impl TestPeer {
     pub(crate) fn send(&mut self, command: ShardCommand) {
         let Pushed::Accepted = self.commands.push(command) else {
             panic!("the ring is full or the hub has ended");
@@ -62,7 +65,7 @@ impl Peer {
     pub(crate) async fn opened(&mut self) -> ConnectionKey {
         match self.report().await {
             ShardReport::Opened { connection, .. } => connection,
-            other => panic!("not an opening: {other:?}"),
+            other => panic!("expected an opening: {other:?}"),
         }
     }
 
@@ -81,12 +84,12 @@ impl Peer {
         });
     }
 
-    pub(crate) fn release(&mut self, connection: ConnectionKey, position: ConversationPosition) {
+    pub(crate) fn go_live(&mut self, connection: ConnectionKey, position: ConversationPosition) {
         self.send(ShardCommand::GoLive { connection, delivered: Box::new([position]) });
     }
 }
 
-/// A message of a conversation as the router makes it.
+/// A message event of a conversation.
 pub(crate) fn event(conversation: ConversationKey, sequence: i64, bytes: &[u8]) -> Event {
     Event::new(Some(ConversationPosition { conversation, sequence }), 1)
         .with_frame(Encoding::Stream, bytes.into())

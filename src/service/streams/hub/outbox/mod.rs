@@ -1,17 +1,17 @@
-//! What waits for one stream: order, bounds, and the seam between catch-up and live events.
+//! Queue of one stream: order, limits, and the transition from catch-up to live events.
 //!
 //! ```text
 //!            live event                         caught-up message
 //!                │ its conversation is               │
-//!                │ being caught up, or the           │
-//!      ┌─────────┤ session is just opening           │
+//!                │ catching up, or the               │
+//!      ┌─────────┤ session is opening                │
 //!      ▼         ▼                                   ▼
-//!   held ──► queue ──────────────────────────────► queue ──► HTTP/2
-//!      release, less what catch-up delivered
+//!    held ──► queue ──────────────────────────────► queue ──► HTTP/2
+//!      go live; without the duplicates of catch-up
 //! ```
 //!
-//! A live event is held if and only if the session is opening or the event's conversation is being
-//! caught up; so within one conversation nothing overtakes, whatever happens in the others.
+//! A live event is held if and only if the session is opening or the conversation of the event is
+//! catching up. So events of one conversation keep their order, whatever happens in the others.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -24,28 +24,28 @@ use super::delivery::Delivery;
 use crate::domain::command::DeliveryClass;
 use crate::domain::ids::{ConversationKey, ConversationPosition};
 
-/// The bounds of one stream.
+/// Limits of one stream.
 #[derive(Clone, Debug)]
 pub struct OutboxLimits {
-    /// Live events that wait to be read (contract §3: 128).
+    /// Queued live events (contract §3: 128).
     pub live_messages_max: usize,
-    /// Their bytes. One event may exceed it if nothing else waits.
+    /// Bytes of queued live events. A single event may exceed it.
     pub live_bytes_max: usize,
-    /// Live events that wait for catch-up.
+    /// Held live events.
     pub hold_messages_max: usize,
-    /// Their bytes, likewise.
+    /// Bytes of held live events. A single event may exceed it.
     pub hold_bytes_max: usize,
-    /// Caught-up messages that wait. Catch-up is paced by what was sent, so this is reached only
-    /// if the pace is not kept.
+    /// Queued caught-up messages. Catch-up sends at the pace of the client, so it reaches this limit
+    /// only if that pacing fails.
     pub catch_up_messages_max: usize,
-    /// Their bytes.
+    /// Bytes of queued caught-up messages.
     pub catch_up_bytes_max: usize,
     /// Conversations that a client may name in one session.
     pub conversations_max: usize,
 }
 
 impl Default for OutboxLimits {
-    /// 128 live events or 1 MiB, 1,024 held ones or 1 MiB, 1,024 caught-up messages or 8 MiB, 4,096
+    /// 128 live events or 1 MiB; 1,024 held events or 1 MiB; 1,024 caught-up messages or 8 MiB; 4,096
     /// conversations.
     fn default() -> Self {
         Self {
@@ -61,63 +61,86 @@ impl Default for OutboxLimits {
 }
 
 impl OutboxLimits {
-    /// Memory of one stream at these limits beside the events themselves, bytes. Queues and tables
-    /// grow by doubling.
+    /// Memory of one stream at these limits without the events, bytes. Queues and tables grow by
+    /// doubling.
     pub fn memory_max(&self) -> usize {
         let entries =
             self.live_messages_max + 2 * self.hold_messages_max + self.catch_up_messages_max;
-        let queues = entries * size_of::<(Kind, Arc<Delivery>)>();
-        let conversations = self.conversations_max * size_of::<(ConversationKey, Conversation)>();
-        size_of::<State>() + 2 * (queues + conversations)
+        let queues = entries * size_of::<(QueuedKind, Arc<Delivery>)>();
+        let conversations =
+            self.conversations_max * size_of::<(ConversationKey, ConversationCursor)>();
+        size_of::<OutboxState>() + 2 * (queues + conversations)
     }
 }
 
-/// What became of a delivery.
+/// Result of [`Outbox::deliver`].
 #[must_use = "an ignored overflow is a lost message"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Delivered {
-    /// It waits to be sent.
+pub(super) enum DeliverOutcome {
+    /// Queued to be sent.
     Queued,
-    /// It waits for catch-up.
+    /// Held until catch-up completes.
     Held,
-    /// The client has it already: catch-up delivered it, or the client acknowledged it.
+    /// Dropped: the client has it, from catch-up or by its own acknowledgement.
     Duplicate,
-    /// Too much waits to be read already: the stream must end.
+    /// Too many events are queued: the stream must be closed.
     Overflow,
-    /// Too much waits because of catch-up: the stream must end.
+    /// Too many events are held or caught up: the stream must be closed.
     CatchUpOverflow,
     /// The stream has ended.
     Ended,
 }
 
-/// What a client's mention of a conversation is.
+/// What a client's position in a conversation means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mention {
-    /// The first: catch it up from there.
-    Resume,
-    /// A later one: the client has everything up to there, and need not be sent it.
+pub(crate) enum PositionReport {
+    /// First position in this conversation: catch up from there.
+    CatchUp,
+    /// Later position: the client has everything up to there.
     Acknowledged,
-    /// A first one too many.
+    /// First position, but the session already has [`OutboxLimits::conversations_max`] conversations.
     TooMany,
 }
 
-#[derive(Debug)]
-struct Conversation {
-    /// The client has everything up to here: it said so, or catch-up delivered it.
-    covered: i64,
-    resuming: bool,
+/// What happens to queued events when a stream is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unsent {
+    /// They are sent before the status.
+    Send,
+    /// They are dropped.
+    Discard,
 }
 
-#[derive(Debug, Default)]
-struct Load {
+#[derive(Debug)]
+struct ConversationCursor {
+    /// The client has everything up to here, as it reported or as catch-up delivered.
+    sequence: i64,
+    catching_up: bool,
+}
+
+/// Messages and bytes in use, with their limits.
+#[derive(Debug)]
+struct Usage {
     messages: usize,
     bytes: usize,
+    messages_max: usize,
+    bytes_max: usize,
 }
 
-impl Load {
-    fn add(&mut self, bytes: usize) {
-        self.messages += 1;
-        self.bytes += bytes;
+impl Usage {
+    fn new(messages_max: usize, bytes_max: usize) -> Self {
+        Self { messages: 0, bytes: 0, messages_max, bytes_max }
+    }
+
+    /// Returns whether the message fits. One message always fits in bytes.
+    fn try_add(&mut self, bytes: usize) -> bool {
+        let fits = self.messages < self.messages_max
+            && (self.messages == 0 || self.bytes + bytes <= self.bytes_max);
+        if fits {
+            self.messages += 1;
+            self.bytes += bytes;
+        }
+        fits
     }
 
     fn sub(&mut self, bytes: usize) {
@@ -125,154 +148,176 @@ impl Load {
         self.bytes -= bytes;
     }
 
-    fn takes(&self, bytes: usize, messages_max: usize, bytes_max: usize) -> bool {
-        self.messages < messages_max && (self.messages == 0 || self.bytes + bytes <= bytes_max)
+    fn clear(&mut self) {
+        (self.messages, self.bytes) = (0, 0);
+    }
+
+    fn is_half_full(&self) -> bool {
+        self.messages > self.messages_max / 2 || self.bytes > self.bytes_max / 2
     }
 }
 
-/// What something in the queue counts as.
+/// Which limit a queued event counts against.
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+enum QueuedKind {
     Live,
     CatchUp,
-    /// Was held. Bounded by what may be held, because it comes all at once.
+    /// Was held. Counts against no limit: all held events are released at once, so their number is
+    /// limited already.
     Released,
 }
 
 #[derive(Debug)]
-struct State {
-    limits: OutboxLimits,
-    queue: VecDeque<(Kind, Arc<Delivery>)>,
+struct OutboxState {
+    queue: VecDeque<(QueuedKind, Arc<Delivery>)>,
     held: VecDeque<Arc<Delivery>>,
     /// Live events in `queue`.
-    live: Load,
-    /// Live events in `held`.
-    holding: Load,
+    live: Usage,
+    /// Events in `held`.
+    holding: Usage,
     /// Caught-up messages in `queue`.
-    catch_up: Load,
-    conversations: HashMap<ConversationKey, Conversation>,
+    catch_up: Usage,
+    conversations: HashMap<ConversationKey, ConversationCursor>,
+    conversations_max: usize,
     opening: bool,
-    /// Conversations that are being caught up.
-    resuming: usize,
-    /// Since when none of them was completed.
-    resuming_since: Option<Instant>,
-    /// Since when something waits and nothing was taken.
-    waiting_since: Option<Instant>,
-    end: Option<Status>,
+    /// Number of conversations that are catching up.
+    catching_up: usize,
+    /// When one of them last completed, or the first one started.
+    catch_up_since: Option<Instant>,
+    /// When the writer last took an event although the queue was not empty, or the queue became
+    /// non-empty.
+    unread_since: Option<Instant>,
+    status: Option<Status>,
     waker: Option<Waker>,
 }
 
-/// See the module. Shared between the hub, the writer of the stream and its reader.
+/// Queue of one stream, shared between the hub, the writer of the stream and its reader.
 #[derive(Debug)]
-pub(crate) struct Outbox(Mutex<State>);
+pub(crate) struct Outbox(Mutex<OutboxState>);
 
 impl Outbox {
-    /// One whose live events are held until [`Outbox::open_up`].
-    pub(super) fn new(limits: OutboxLimits) -> Self {
-        Self(Mutex::new(State {
-            limits,
+    /// An empty queue that holds live events until [`Outbox::opening_done`].
+    pub(super) fn new(limits: &OutboxLimits) -> Self {
+        Self(Mutex::new(OutboxState {
             queue: VecDeque::new(),
             held: VecDeque::new(),
-            live: Load::default(),
-            holding: Load::default(),
-            catch_up: Load::default(),
+            live: Usage::new(limits.live_messages_max, limits.live_bytes_max),
+            holding: Usage::new(limits.hold_messages_max, limits.hold_bytes_max),
+            catch_up: Usage::new(limits.catch_up_messages_max, limits.catch_up_bytes_max),
             conversations: HashMap::new(),
+            conversations_max: limits.conversations_max,
             opening: true,
-            resuming: 0,
-            resuming_since: None,
-            waiting_since: None,
-            end: None,
+            catching_up: 0,
+            catch_up_since: None,
+            unread_since: None,
+            status: None,
             waker: None,
         }))
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, OutboxState> {
         self.0.lock().expect("no holder panics")
     }
 
-    /// The client names a conversation.
-    pub(crate) fn mention(&self, stream: ConversationKey, sequence: i64, now: Instant) -> Mention {
+    /// The client has everything of this conversation up to `sequence`.
+    pub(crate) fn report_position(
+        &self,
+        conversation: ConversationKey,
+        sequence: i64,
+        now: Instant,
+    ) -> PositionReport {
         let mut state = self.state();
-        if let Some(conversation) = state.conversations.get_mut(&stream) {
-            conversation.covered = conversation.covered.max(sequence);
-            return Mention::Acknowledged;
+        if let Some(cursor) = state.conversations.get_mut(&conversation) {
+            cursor.sequence = cursor.sequence.max(sequence);
+            return PositionReport::Acknowledged;
         }
-        if state.conversations.len() >= state.limits.conversations_max {
-            return Mention::TooMany;
+        if state.conversations.len() >= state.conversations_max {
+            return PositionReport::TooMany;
         }
-        state.conversations.insert(stream, Conversation { covered: sequence, resuming: true });
-        state.resuming += 1;
-        state.resuming_since.get_or_insert(now);
-        Mention::Resume
+        state
+            .conversations
+            .insert(conversation, ConversationCursor { sequence, catching_up: true });
+        state.catching_up += 1;
+        state.catch_up_since.get_or_insert(now);
+        PositionReport::CatchUp
     }
 
-    /// Takes an event in, or says why not.
+    /// Queues or holds an event, or returns why not.
     pub(super) fn deliver(
         &self,
         class: DeliveryClass,
         delivery: &Arc<Delivery>,
         now: Instant,
-    ) -> Delivered {
+    ) -> DeliverOutcome {
         let mut state = self.state();
-        if state.end.is_some() {
-            return Delivered::Ended;
+        if state.status.is_some() {
+            return DeliverOutcome::Ended;
         }
         let bytes = delivery.bytes().len();
-        match class {
-            DeliveryClass::CatchUp => state.take_caught_up(delivery, bytes, now),
-            DeliveryClass::Live if state.is_duplicate(delivery) => Delivered::Duplicate,
-            DeliveryClass::Live if state.holds(delivery) => state.hold(delivery, bytes, now),
-            DeliveryClass::Live => state.take_live(delivery, bytes, now),
-        }
+        let kind = match class {
+            DeliveryClass::CatchUp if state.catch_up.try_add(bytes) => QueuedKind::CatchUp,
+            DeliveryClass::CatchUp => return DeliverOutcome::CatchUpOverflow,
+            DeliveryClass::Live if state.is_duplicate(delivery) => {
+                return DeliverOutcome::Duplicate;
+            }
+            DeliveryClass::Live if state.must_hold(delivery) => {
+                return state.hold(delivery, bytes, now);
+            }
+            DeliveryClass::Live if state.live.try_add(bytes) => QueuedKind::Live,
+            DeliveryClass::Live => return DeliverOutcome::Overflow,
+        };
+        state.enqueue(kind, Arc::clone(delivery), now);
+        state.wake();
+        DeliverOutcome::Queued
     }
 
     /// Catch-up of these conversations is complete up to these positions.
-    pub(super) fn release(&self, delivered: &[ConversationPosition], now: Instant) {
+    pub(super) fn go_live(&self, delivered: &[ConversationPosition], now: Instant) {
         let mut state = self.state();
         for position in delivered {
-            if let Some(conversation) = state.conversations.get_mut(&position.conversation) {
-                conversation.covered = conversation.covered.max(position.sequence);
-                if std::mem::replace(&mut conversation.resuming, false) {
-                    state.resuming -= 1;
+            if let Some(cursor) = state.conversations.get_mut(&position.conversation) {
+                cursor.sequence = cursor.sequence.max(position.sequence);
+                if std::mem::replace(&mut cursor.catching_up, false) {
+                    state.catching_up -= 1;
                 }
             }
         }
-        state.resuming_since = (state.resuming > 0).then_some(now);
-        state.let_go(now);
+        state.catch_up_since = (state.catching_up > 0).then_some(now);
+        state.release_held(now);
     }
 
-    /// The client has named what it wants to name first.
-    pub(crate) fn open_up(&self, now: Instant) {
+    /// The opening is over: live events are no longer held for it.
+    pub(crate) fn opening_done(&self, now: Instant) {
         let mut state = self.state();
         if std::mem::replace(&mut state.opening, false) {
-            state.let_go(now);
+            state.release_held(now);
         }
     }
 
-    /// Ends the stream with a status, after what is queued or, if `at_once`, without it. The first
-    /// end counts. What is held never follows: its catch-up is not complete. Returns how many
-    /// events were given up.
-    pub(crate) fn end(&self, status: Status, at_once: bool) -> usize {
+    /// Closes the stream with a status; the first status counts. Drops held events, because their
+    /// catch-up is incomplete. Returns the number of events dropped.
+    pub(super) fn close(&self, status: Status, unsent: Unsent) -> usize {
         let mut state = self.state();
         let mut dropped = VecDeque::new();
-        if state.end.is_none() {
+        if state.status.is_none() {
             dropped = std::mem::take(&mut state.held);
-            state.holding = Load::default();
-            state.resuming_since = None;
-            state.end = Some(status);
+            state.holding.clear();
+            state.catch_up_since = None;
+            state.status = Some(status);
         }
-        if at_once {
+        if unsent == Unsent::Discard {
             dropped.extend(state.queue.drain(..).map(|(_, delivery)| delivery));
-            (state.live, state.catch_up) = (Load::default(), Load::default());
-            state.waiting_since = None;
+            state.live.clear();
+            state.catch_up.clear();
+            state.unread_since = None;
         }
         state.wake();
+        // Dropping the deliveries reports their tickets; that must happen outside the lock.
         drop(state);
-        // Their tickets are reported outside the lock.
         dropped.len()
     }
 
-    /// The next event to send, in order; after the last, the status the stream ends with.
+    /// The next event to send; after the last one, the status of the stream.
     pub(crate) fn poll_next(
         &self,
         context: &mut Context<'_>,
@@ -282,14 +327,14 @@ impl Outbox {
         if let Some((kind, delivery)) = state.queue.pop_front() {
             let bytes = delivery.bytes().len();
             match kind {
-                Kind::Live => state.live.sub(bytes),
-                Kind::CatchUp => state.catch_up.sub(bytes),
-                Kind::Released => {}
+                QueuedKind::Live => state.live.sub(bytes),
+                QueuedKind::CatchUp => state.catch_up.sub(bytes),
+                QueuedKind::Released => {}
             }
-            state.waiting_since = (!state.queue.is_empty()).then_some(now);
+            state.unread_since = (!state.queue.is_empty()).then_some(now);
             return Poll::Ready(Ok(delivery));
         }
-        if let Some(status) = &state.end {
+        if let Some(status) = &state.status {
             return Poll::Ready(Err(status.clone()));
         }
         match &mut state.waker {
@@ -299,89 +344,59 @@ impl Outbox {
         Poll::Pending
     }
 
-    /// Since when something waits without anything being taken.
-    pub(super) fn waiting_since(&self) -> Option<Instant> {
-        self.state().waiting_since
+    /// Since when events are queued and the writer takes none; `None` if the queue is empty.
+    pub(super) fn unread_since(&self) -> Option<Instant> {
+        self.state().unread_since
     }
 
-    /// Since when conversations are being caught up without any being completed.
-    pub(super) fn resuming_since(&self) -> Option<Instant> {
-        self.state().resuming_since
+    /// Since when conversations are catching up and none completes; `None` if there are none.
+    pub(super) fn catch_up_since(&self) -> Option<Instant> {
+        self.state().catch_up_since
     }
 }
 
-impl State {
-    fn take_caught_up(
-        &mut self,
-        delivery: &Arc<Delivery>,
-        bytes: usize,
-        now: Instant,
-    ) -> Delivered {
-        let OutboxLimits { catch_up_messages_max, catch_up_bytes_max, .. } = self.limits;
-        if !self.catch_up.takes(bytes, catch_up_messages_max, catch_up_bytes_max) {
-            return Delivered::CatchUpOverflow;
+impl OutboxState {
+    fn hold(&mut self, delivery: &Arc<Delivery>, bytes: usize, now: Instant) -> DeliverOutcome {
+        if !self.holding.try_add(bytes) {
+            return DeliverOutcome::CatchUpOverflow;
         }
-        self.catch_up.add(bytes);
-        self.enqueue(Kind::CatchUp, Arc::clone(delivery), now);
-        self.wake();
-        Delivered::Queued
-    }
-
-    fn take_live(&mut self, delivery: &Arc<Delivery>, bytes: usize, now: Instant) -> Delivered {
-        let OutboxLimits { live_messages_max, live_bytes_max, .. } = self.limits;
-        if !self.live.takes(bytes, live_messages_max, live_bytes_max) {
-            return Delivered::Overflow;
-        }
-        self.live.add(bytes);
-        self.enqueue(Kind::Live, Arc::clone(delivery), now);
-        self.wake();
-        Delivered::Queued
-    }
-
-    fn hold(&mut self, delivery: &Arc<Delivery>, bytes: usize, now: Instant) -> Delivered {
-        let OutboxLimits { hold_messages_max, hold_bytes_max, .. } = self.limits;
-        if !self.holding.takes(bytes, hold_messages_max, hold_bytes_max) {
-            return Delivered::CatchUpOverflow;
-        }
-        self.holding.add(bytes);
         self.held.push_back(Arc::clone(delivery));
-        // The opening wait is a convenience: it ends before what waits for it endangers the session.
-        let endangered = self.holding.messages > hold_messages_max / 2
-            || self.holding.bytes > hold_bytes_max / 2;
-        if endangered && std::mem::replace(&mut self.opening, false) {
-            self.let_go(now);
+        // Holding events during the opening is optional, so it ends before it can overflow.
+        if self.holding.is_half_full() && std::mem::replace(&mut self.opening, false) {
+            self.release_held(now);
         }
-        Delivered::Held
+        DeliverOutcome::Held
     }
 
-    fn enqueue(&mut self, kind: Kind, delivery: Arc<Delivery>, now: Instant) {
+    fn enqueue(&mut self, kind: QueuedKind, delivery: Arc<Delivery>, now: Instant) {
         self.queue.push_back((kind, delivery));
-        self.waiting_since.get_or_insert(now);
+        self.unread_since.get_or_insert(now);
     }
 
-    /// Whether the client has this live event. While its catch-up runs nobody knows.
+    /// Whether the client has this live event. Unknown, hence false, during catch-up.
     fn is_duplicate(&self, delivery: &Delivery) -> bool {
         let Some(position) = delivery.event().position else { return false };
         self.conversations
             .get(&position.conversation)
-            .is_some_and(|known| !known.resuming && position.sequence <= known.covered)
+            .is_some_and(|cursor| !cursor.catching_up && position.sequence <= cursor.sequence)
     }
 
-    fn holds(&self, delivery: &Delivery) -> bool {
-        let resuming = |stream| self.conversations.get(stream).is_some_and(|known| known.resuming);
-        self.opening || delivery.event().conversation.as_ref().is_some_and(resuming)
+    fn must_hold(&self, delivery: &Delivery) -> bool {
+        let catching_up =
+            |key| self.conversations.get(key).is_some_and(|cursor| cursor.catching_up);
+        self.opening || delivery.event().conversation.as_ref().is_some_and(catching_up)
     }
 
-    /// Moves what need not be held any more to the queue, less what catch-up delivered.
-    fn let_go(&mut self, now: Instant) {
+    /// Moves the events that need not be held to the queue, without duplicates.
+    fn release_held(&mut self, now: Instant) {
         for delivery in std::mem::take(&mut self.held) {
-            if self.holds(&delivery) {
+            if self.must_hold(&delivery) {
                 self.held.push_back(delivery);
                 continue;
             }
             self.holding.sub(delivery.bytes().len());
             if !self.is_duplicate(&delivery) {
-                self.enqueue(Kind::Released, delivery, now);
+                self.enqueue(QueuedKind::Released, delivery, now);
             }
         }
         self.wake();

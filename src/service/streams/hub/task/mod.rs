@@ -1,4 +1,4 @@
-//! The hub's task: the only owner of the rings and the slots.
+//! Task of the hub. It alone owns the rings and the slots.
 
 use std::collections::VecDeque;
 use std::io;
@@ -9,10 +9,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tonic::Status;
 
-use super::delivery::{Delivery, Signal, Signals};
-use super::outbox::{Delivered, Outbox};
-use super::slots::Slots;
-use super::{HubConfig, HubMetrics, HubPeer, Input, Reply, status};
+use super::delivery::{Delivery, Notice, Notices};
+use super::outbox::{DeliverOutcome, Outbox, Unsent};
+use super::slot_map::SlotMap;
+use super::{AdmissionReply, HubConfig, HubMetrics, HubPeer, HubRequest, status};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{
     DeliveryClass, Hello, Recipients, ReplyTo, ShardCommand, ShardReport, Ticket,
@@ -23,47 +23,47 @@ use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::handoff::{Doorbell, Pushed};
 use crate::service::runtime::bell::AsyncBell;
 
-/// Between looks for streams that stall or take too long to end.
+/// Interval between checks for stalled streams and expired deadlines.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// Between attempts at a report ring that is full: nothing rings when it has room again.
+/// Retry interval for a full report ring: its consumer does not notify the hub.
 const FULL_RING_RETRY: Duration = Duration::from_millis(1);
-/// What streams end with if every peer is gone without a word.
+/// Close of all streams if the session manager is dropped without a stop command.
 const ABANDONED: Close = Close::new(CloseCode::GOING_AWAY, "server stopping");
-/// The session manager's place among the peers.
+/// Index of the session manager among the peers.
 const MANAGER: usize = 0;
 
 struct PeerLink {
     port: HubPeer,
-    /// Reports that found the ring full. Bounded: one `Done` per delivery under way, one `Ended`
-    /// per stream, and no new `Opened` or `Resume` while anything waits.
+    /// Reports that did not fit into the ring. Bounded: one `Done` per delivery in progress, one
+    /// `Ended` per stream, and no new `Opened` or `Resume` while the backlog is not empty.
     backlog: VecDeque<ShardReport>,
 }
 
-enum Phase {
-    /// The session manager has not decided yet.
-    Asking(Reply),
+enum StreamState {
+    /// Waits for the decision of the session manager.
+    Requested(AdmissionReply),
     Live,
-    Ending {
+    Closing {
         why: EndReason,
-        until: Instant,
+        deadline: Instant,
     },
 }
 
-struct Session {
+struct StreamRecord {
     outbox: Arc<Outbox>,
-    phase: Phase,
+    state: StreamState,
 }
 
-/// See the module above. Runs until it was told to stop and every stream has ended.
+/// Hub of the gRPC streams. Runs until it is stopped and every stream has ended.
 pub struct Hub {
     config: HubConfig,
     peers: Vec<PeerLink>,
     bell: AsyncBell,
-    inputs: mpsc::Receiver<Input>,
-    signals: Arc<Signals>,
+    requests: mpsc::Receiver<HubRequest>,
+    notices: Arc<Notices>,
     metrics: Arc<HubMetrics>,
-    sessions: Slots<Session>,
-    /// Sessions in `sessions`.
+    streams: SlotMap<StreamRecord>,
+    /// Number of items in `streams`.
     open: usize,
     accepting: watch::Sender<bool>,
     stopping: bool,
@@ -75,19 +75,19 @@ impl Hub {
         config: HubConfig,
         peers: Vec<HubPeer>,
         bell: Arc<Doorbell>,
-        inputs: mpsc::Receiver<Input>,
-        signals: Arc<Signals>,
+        requests: mpsc::Receiver<HubRequest>,
+        notices: Arc<Notices>,
         metrics: Arc<HubMetrics>,
         accepting: watch::Sender<bool>,
     ) -> io::Result<Self> {
         let link = |port| PeerLink { port, backlog: VecDeque::new() };
         Ok(Self {
-            sessions: Slots::new(config.streams_max),
+            streams: SlotMap::new(config.streams_max),
             config,
             peers: peers.into_iter().map(link).collect(),
             bell: AsyncBell::new(bell)?,
-            inputs,
-            signals,
+            requests,
+            notices,
             metrics,
             open: 0,
             accepting,
@@ -96,7 +96,7 @@ impl Hub {
         })
     }
 
-    /// The task.
+    /// Runs the hub.
     pub async fn run(mut self) {
         loop {
             let more = self.turn();
@@ -114,20 +114,18 @@ impl Hub {
                 self.sleep().await;
             }
         }
-        self.say_stopped().await;
+        self.report_stopped().await;
     }
 
-    /// A bounded round through everything that may wait. Returns whether more does.
+    /// Handles a bounded number of notices, requests and commands. Returns whether commands are left.
     fn turn(&mut self) -> bool {
-        for signal in self.signals.take() {
-            self.on_signal(signal);
-        }
+        self.handle_notices();
         for _ in 0..HANDOFF_BATCH_MAX {
             if self.is_backlogged() {
                 break;
             }
-            let Ok(input) = self.inputs.try_recv() else { break };
-            self.on_input(input);
+            let Ok(request) = self.requests.try_recv() else { break };
+            self.on_request(request);
         }
         for peer in 0..self.peers.len() {
             for _ in 0..HANDOFF_BATCH_MAX {
@@ -142,28 +140,28 @@ impl Hub {
             self.stop(&ABANDONED);
         }
         self.flush();
-        self.metrics.counters.stream_deliveries.set(self.signals.deliveries() as u64);
-        self.commands_wait()
+        self.metrics.counters.stream_deliveries.set(self.notices.deliveries() as u64);
+        self.has_commands()
     }
 
-    fn commands_wait(&self) -> bool {
+    fn has_commands(&self) -> bool {
         !self.is_full() && self.peers.iter().any(|peer| !peer.port.commands.is_empty())
             || self.is_abandoned() && !self.stopping
     }
 
     async fn sleep(&mut self) {
         self.bell.about_to_sleep();
-        if self.commands_wait() {
+        if self.has_commands() {
             return self.bell.awake();
         }
         let backlogged = self.is_backlogged();
         tokio::select! {
             () = self.bell.rung() => {}
-            () = self.signals.wake.notified() => {}
+            () = self.notices.wake.notified() => {}
             () = sleep(FULL_RING_RETRY), if backlogged => {}
-            input = self.inputs.recv(), if !backlogged && !self.inputs.is_closed() => {
-                if let Some(input) = input {
-                    self.on_input(input);
+            request = self.requests.recv(), if !backlogged && !self.requests.is_closed() => {
+                if let Some(request) = request {
+                    self.on_request(request);
                 }
             }
             () = sleep_until(self.next_sweep) => {}
@@ -171,36 +169,38 @@ impl Hub {
         self.bell.awake();
     }
 
-    /// Whether so much is under way that no more is taken in.
+    /// Whether the limit of deliveries in progress is reached.
     fn is_full(&self) -> bool {
-        self.signals.deliveries() >= self.config.deliveries_max
-            || self.signals.bytes() >= self.config.deliveries_bytes_max
+        self.notices.deliveries() >= self.config.deliveries_max
+            || self.notices.bytes() >= self.config.deliveries_bytes_max
     }
 
     fn is_backlogged(&self) -> bool {
         !self.peers[MANAGER].backlog.is_empty()
     }
 
-    /// The session manager is gone without having said so.
+    /// Whether the session manager was dropped without a stop command.
     fn is_abandoned(&self) -> bool {
         let commands = &self.peers[MANAGER].port.commands;
         commands.is_abandoned() && commands.is_empty()
     }
 
-    fn on_signal(&mut self, signal: Signal) {
-        match signal {
-            Signal::Done(ReplyTo { peer, ticket }) => {
-                self.report(usize::from(peer), ShardReport::Done { ticket })
+    fn handle_notices(&mut self) {
+        for notice in self.notices.take() {
+            match notice {
+                Notice::Delivered(ReplyTo { peer, ticket }) => {
+                    self.report(usize::from(peer), ShardReport::Done { ticket });
+                }
+                Notice::StreamEnded(connection, why) => self.stream_ended(connection, why),
             }
-            Signal::Gone(connection, why) => self.forget(connection, why),
         }
     }
 
-    fn on_input(&mut self, input: Input) {
-        match input {
-            Input::Open { hello, outbox, reply } => self.open(hello, outbox, reply),
-            Input::Resume { connection, conversation, after } => {
-                if self.sessions.get_mut(connection).is_some() {
+    fn on_request(&mut self, request: HubRequest) {
+        match request {
+            HubRequest::Open { hello, outbox, reply } => self.open(hello, outbox, reply),
+            HubRequest::CatchUp { connection, conversation, after } => {
+                if self.streams.get_mut(connection).is_some() {
                     let resume = ShardReport::Resume { connection, conversation, after };
                     self.report(MANAGER, resume);
                 }
@@ -208,26 +208,24 @@ impl Hub {
         }
     }
 
-    fn open(&mut self, hello: Box<Hello>, outbox: Arc<Outbox>, reply: Reply) {
-        if !*self.accepting.borrow() {
-            self.metrics.counters.stream_sessions_refused.add(1);
-            let _ = reply.send(Err(status::not_serving()));
-            return;
-        }
-        // A full house is known without asking; the reply is needed again if it is.
-        let session = Session { outbox, phase: Phase::Asking(reply) };
-        let connection = match self.sessions.insert(session) {
-            Ok(connection) => connection,
-            Err(Session { phase, .. }) => {
-                self.metrics.counters.stream_sessions_refused.add(1);
-                if let Phase::Asking(reply) = phase {
-                    let _ = reply.send(Err(status::full()));
+    fn open(&mut self, hello: Box<Hello>, outbox: Arc<Outbox>, reply: AdmissionReply) {
+        let record = StreamRecord { outbox, state: StreamState::Requested(reply) };
+        let accepting = *self.accepting.borrow();
+        let (record, refused) = match accepting {
+            false => (record, status::not_serving()),
+            true => match self.streams.insert(record) {
+                Err(record) => (record, status::full()),
+                Ok(connection) => {
+                    self.open += 1;
+                    self.report(MANAGER, ShardReport::Opened { connection, hello });
+                    return;
                 }
-                return;
-            }
+            },
         };
-        self.open += 1;
-        self.report(MANAGER, ShardReport::Opened { connection, hello });
+        self.metrics.counters.stream_sessions_refused.add(1);
+        if let StreamState::Requested(reply) = record.state {
+            let _ = reply.send(Err(refused));
+        }
     }
 
     fn on_command(&mut self, peer: usize, command: ShardCommand) {
@@ -238,17 +236,17 @@ impl Hub {
             ShardCommand::Admit { connection } => self.admit(connection),
             ShardCommand::Refuse { connection, refusal } => {
                 let refused = status::of_refusal(&refusal);
-                self.end(connection, refused, EndReason::Refused, true);
+                self.close(connection, refused, EndReason::Refused, Unsent::Discard);
             }
             ShardCommand::GoLive { connection, delivered } => {
-                match self.sessions.get_mut(connection) {
-                    Some(session) => session.outbox.release(&delivered, Instant::now()),
+                match self.streams.get_mut(connection) {
+                    Some(stream) => stream.outbox.go_live(&delivered, Instant::now()),
                     None => self.metrics.counters.stream_commands_stale.add(1),
                 }
             }
             ShardCommand::SendText { .. } => self.metrics.counters.stream_texts_discarded.add(1),
             ShardCommand::Close { connection, close, why } => {
-                self.end(connection, status::of_close(&close), why, false);
+                self.close(connection, status::of_close(&close), why, Unsent::Send);
             }
             ShardCommand::StopAccepting => {
                 self.accepting.send_replace(false);
@@ -267,7 +265,7 @@ impl Hub {
     ) {
         let counters = &self.metrics.counters;
         let reply_to = ticket.map(|ticket| ReplyTo { peer: peer as u16, ticket });
-        let Some(delivery) = Delivery::new(event, reply_to, &self.signals) else {
+        let Some(delivery) = Delivery::new(event, reply_to, &self.notices) else {
             counters.stream_events_inexpressible.add(1);
             if let Some(ticket) = ticket {
                 self.report(peer, ShardReport::Done { ticket });
@@ -277,17 +275,17 @@ impl Hub {
         let now = Instant::now();
         let mut overflowed = Vec::new();
         for (connection, _) in recipients.iter() {
-            let Some(session) = self.sessions.get_mut(connection) else {
+            let Some(stream) = self.streams.get_mut(connection) else {
                 counters.stream_events_stale.add(1);
                 continue;
             };
-            match session.outbox.deliver(class, &delivery, now) {
-                Delivered::Queued => {}
-                Delivered::Held => counters.stream_events_held.add(1),
-                Delivered::Duplicate => counters.stream_events_duplicate.add(1),
-                Delivered::Ended => counters.stream_events_stale.add(1),
-                Delivered::Overflow => overflowed.push((connection, status::overflow())),
-                Delivered::CatchUpOverflow => {
+            match stream.outbox.deliver(class, &delivery, now) {
+                DeliverOutcome::Queued => {}
+                DeliverOutcome::Held => counters.stream_events_held.add(1),
+                DeliverOutcome::Duplicate => counters.stream_events_duplicate.add(1),
+                DeliverOutcome::Ended => counters.stream_events_stale.add(1),
+                DeliverOutcome::Overflow => overflowed.push((connection, status::overflow())),
+                DeliverOutcome::CatchUpOverflow => {
                     overflowed.push((connection, status::catch_up_overflow()));
                 }
             }
@@ -295,79 +293,79 @@ impl Hub {
         for (connection, status) in overflowed {
             self.metrics.counters.stream_overflows.add(1);
             self.metrics.counters.stream_events_unsent.add(1);
-            self.end(connection, status, EndReason::QueueOverflow, true);
+            self.close(connection, status, EndReason::QueueOverflow, Unsent::Discard);
         }
     }
 
     fn admit(&mut self, connection: ConnectionKey) {
         let counters = &self.metrics.counters;
-        let Some(session) = self.sessions.get_mut(connection) else {
+        let Some(stream) = self.streams.get_mut(connection) else {
             counters.stream_commands_stale.add(1);
             return;
         };
-        match std::mem::replace(&mut session.phase, Phase::Live) {
-            Phase::Asking(reply) => {
+        match std::mem::replace(&mut stream.state, StreamState::Live) {
+            StreamState::Requested(reply) => {
                 counters.stream_sessions_opened.add(1);
                 counters.stream_sessions.add(1);
                 if reply.send(Ok(connection)).is_err() {
-                    self.forget(connection, EndReason::PeerGone);
+                    self.stream_ended(connection, EndReason::PeerGone);
                 }
             }
-            phase @ (Phase::Live | Phase::Ending { .. }) => {
-                session.phase = phase;
+            state @ (StreamState::Live | StreamState::Closing { .. }) => {
+                stream.state = state;
                 counters.stream_commands_stale.add(1);
             }
         }
     }
 
-    /// Ends a stream with a status; it is forgotten when that was taken, or after a while.
-    fn end(&mut self, connection: ConnectionKey, status: Status, why: EndReason, at_once: bool) {
-        let Some(session) = self.sessions.get_mut(connection) else {
+    /// Closes a stream with a status. The stream ends when the status is sent, or at the close timeout.
+    fn close(&mut self, connection: ConnectionKey, status: Status, why: EndReason, unsent: Unsent) {
+        let Some(stream) = self.streams.get_mut(connection) else {
             self.metrics.counters.stream_commands_stale.add(1);
             return;
         };
-        let until = Instant::now() + self.config.close_timeout;
-        match std::mem::replace(&mut session.phase, Phase::Ending { why, until }) {
-            Phase::Asking(reply) => {
+        let deadline = Instant::now() + self.config.close_timeout;
+        match std::mem::replace(&mut stream.state, StreamState::Closing { why, deadline }) {
+            StreamState::Requested(reply) => {
                 self.metrics.counters.stream_sessions_refused.add(1);
                 let _ = reply.send(Err(status));
-                // Nothing of it is counted as an open session.
-                self.discard(connection, why);
+                // The session was never counted as open.
+                self.remove(connection, why);
             }
-            Phase::Live => self.give_up(connection, status, at_once),
-            // The first reason counts; what is still queued may be given up by the second.
-            Phase::Ending { why, until } => {
-                session.phase = Phase::Ending { why, until };
-                if at_once {
-                    self.give_up(connection, status, true);
+            StreamState::Live => self.close_outbox(connection, status, unsent),
+            // The first reason counts, but a second close may still discard the queue.
+            closing @ StreamState::Closing { .. } => {
+                stream.state = closing;
+                if unsent == Unsent::Discard {
+                    self.close_outbox(connection, status, unsent);
                 }
             }
         }
     }
 
-    fn give_up(&mut self, connection: ConnectionKey, status: Status, at_once: bool) {
-        if let Some(session) = self.sessions.get_mut(connection) {
-            let unsent = session.outbox.end(status, at_once);
-            self.metrics.counters.stream_events_unsent.add(unsent as u64);
+    fn close_outbox(&mut self, connection: ConnectionKey, status: Status, unsent: Unsent) {
+        if let Some(stream) = self.streams.get_mut(connection) {
+            let dropped = stream.outbox.close(status, unsent);
+            self.metrics.counters.stream_events_unsent.add(dropped as u64);
         }
     }
 
-    /// A stream is over.
-    fn forget(&mut self, connection: ConnectionKey, why: EndReason) {
-        let Some(session) = self.sessions.get_mut(connection) else { return };
-        let why = match session.phase {
-            Phase::Ending { why, .. } => why,
-            Phase::Live => why,
-            // Only the hub knows the key of a session that nobody has been told of.
-            Phase::Asking(_) => unreachable!("an undecided session has no writer"),
+    /// An admitted stream has ended. `why` counts unless the hub was closing it for another reason.
+    fn stream_ended(&mut self, connection: ConnectionKey, why: EndReason) {
+        let Some(stream) = self.streams.get_mut(connection) else { return };
+        let why = match stream.state {
+            StreamState::Closing { why, .. } => why,
+            StreamState::Live => why,
+            // The caller learns the key only on admission.
+            StreamState::Requested(_) => unreachable!("a stream ends after its admission"),
         };
         self.metrics.counters.stream_sessions.sub(1);
-        self.give_up(connection, status::not_serving(), true);
-        self.discard(connection, why);
+        self.close_outbox(connection, status::not_serving(), Unsent::Discard);
+        self.remove(connection, why);
     }
 
-    fn discard(&mut self, connection: ConnectionKey, why: EndReason) {
-        if self.sessions.remove(connection).is_some() {
+    fn remove(&mut self, connection: ConnectionKey, why: EndReason) {
+        if self.streams.remove(connection).is_some() {
             self.open -= 1;
             self.metrics.ended[why as usize].add(1);
             self.report(MANAGER, ShardReport::Ended { connection, why });
@@ -377,49 +375,51 @@ impl Hub {
     fn stop(&mut self, close: &Close) {
         self.accepting.send_replace(false);
         self.stopping = true;
-        let open: Vec<_> = self.sessions.iter_mut().map(|(connection, _)| connection).collect();
+        let open: Vec<_> = self.streams.iter_mut().map(|(connection, _)| connection).collect();
         for connection in open {
-            self.end(connection, status::of_close(close), EndReason::Draining, false);
+            self.close(connection, status::of_close(close), EndReason::Draining, Unsent::Send);
         }
     }
 
-    /// Ends what stalls, and forgets what took too long to end or to be asked for.
+    /// Closes stalled streams. Removes streams that exceed their close timeout, and requests whose
+    /// caller is gone.
     fn sweep(&mut self, now: Instant) {
         let mut stalled = Vec::new();
-        let mut behind = Vec::new();
-        let mut over = Vec::new();
-        let mut unanswered = Vec::new();
-        for (connection, session) in self.sessions.iter_mut() {
-            match &session.phase {
-                Phase::Asking(reply) if reply.is_closed() => unanswered.push(connection),
-                Phase::Ending { why, until } if *until <= now => over.push((connection, *why)),
-                Phase::Live => {
-                    let for_too_long = |since: Option<Instant>, limit| {
-                        since.is_some_and(|since| since + limit <= now)
-                    };
-                    let (config, outbox) = (&self.config, &session.outbox);
-                    if for_too_long(outbox.waiting_since(), config.stall_timeout) {
-                        stalled.push(connection);
-                    } else if for_too_long(outbox.resuming_since(), config.catch_up_timeout) {
-                        behind.push(connection);
-                    }
+        let mut catch_up_stalled = Vec::new();
+        let mut ended = Vec::new();
+        let mut abandoned = Vec::new();
+        let expired =
+            |since: Option<Instant>, limit| since.is_some_and(|since| since + limit <= now);
+        for (connection, stream) in self.streams.iter_mut() {
+            let (config, outbox) = (&self.config, &stream.outbox);
+            match &stream.state {
+                StreamState::Requested(reply) if reply.is_closed() => abandoned.push(connection),
+                StreamState::Closing { why, deadline } if *deadline <= now => {
+                    ended.push((connection, *why));
                 }
-                Phase::Asking(_) | Phase::Ending { .. } => {}
+                StreamState::Live if expired(outbox.unread_since(), config.stall_timeout) => {
+                    stalled.push(connection);
+                }
+                StreamState::Live if expired(outbox.catch_up_since(), config.catch_up_timeout) => {
+                    catch_up_stalled.push(connection);
+                }
+                StreamState::Live | StreamState::Requested(_) | StreamState::Closing { .. } => {}
             }
         }
         for connection in stalled {
             self.metrics.counters.stream_stalls.add(1);
-            self.end(connection, status::stalled(), EndReason::WriteTimeout, true);
+            self.close(connection, status::stalled(), EndReason::WriteTimeout, Unsent::Discard);
         }
-        for connection in behind {
+        for connection in catch_up_stalled {
             self.metrics.counters.stream_catch_up_timeouts.add(1);
-            self.end(connection, status::catch_up_timeout(), EndReason::ClosedByService, true);
+            let (status, why) = (status::catch_up_timeout(), EndReason::ClosedByService);
+            self.close(connection, status, why, Unsent::Discard);
         }
-        for (connection, why) in over {
-            self.forget(connection, why);
+        for (connection, why) in ended {
+            self.stream_ended(connection, why);
         }
-        for connection in unanswered {
-            self.discard(connection, EndReason::HandshakeTimeout);
+        for connection in abandoned {
+            self.remove(connection, EndReason::HandshakeTimeout);
         }
     }
 
@@ -431,8 +431,8 @@ impl Hub {
         }
     }
 
-    /// Gives the report back if the ring is full. The slot of an ended session may be used again
-    /// once its end is in the ring.
+    /// Returns the report if the ring is full. Frees the slot of an ended session once its report is in
+    /// the ring.
     fn push(&mut self, peer: usize, report: ShardReport) -> Option<ShardReport> {
         let ended = match &report {
             ShardReport::Ended { connection, .. } => Some(*connection),
@@ -443,7 +443,7 @@ impl Hub {
             Pushed::Accepted | Pushed::Closed(_) => {}
         }
         if let Some(connection) = ended {
-            self.sessions.free(connection);
+            self.streams.free(connection);
         }
         None
     }
@@ -460,11 +460,9 @@ impl Hub {
         }
     }
 
-    /// The last words, to every peer, after everything else that waits for it.
-    async fn say_stopped(mut self) {
-        for signal in self.signals.take() {
-            self.on_signal(signal);
-        }
+    /// Reports the stop to every peer, after all other reports.
+    async fn report_stopped(mut self) {
+        self.handle_notices();
         for peer in 0..self.peers.len() {
             self.report(peer, ShardReport::Stopped);
         }

@@ -8,8 +8,8 @@ use super::*;
 use crate::domain::command::Refusal;
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConversationKey;
-use crate::service::streams::hub::testing::{Peer, event, rig};
-use crate::service::streams::hub::{Admitted, HubHandle, OutboxLimits};
+use crate::service::streams::hub::testing::{TestPeer, event, hub_with_peers};
+use crate::service::streams::hub::{HubHandle, OutboxLimits, StreamSession};
 
 const STREAM: ConversationKey = ConversationKey(7);
 
@@ -23,13 +23,13 @@ fn hello() -> Box<Hello> {
     })
 }
 
-fn opening(handle: &HubHandle) -> JoinHandle<Result<Admitted, Status>> {
+fn opening(handle: &HubHandle) -> JoinHandle<Result<StreamSession, Status>> {
     let handle = handle.clone();
     tokio::spawn(async move { handle.open(hello()).await })
 }
 
-/// Turns the hub until the session manager has a report; other tasks run between the turns.
-async fn report(hub: &mut Hub, peer: &mut Peer) -> ShardReport {
+/// Runs turns of the hub until the peer has a report. Other tasks run between the turns.
+async fn report(hub: &mut Hub, peer: &mut TestPeer) -> ShardReport {
     loop {
         hub.turn();
         if let Some(report) = peer.try_report() {
@@ -39,24 +39,24 @@ async fn report(hub: &mut Hub, peer: &mut Peer) -> ShardReport {
     }
 }
 
-async fn admitted(hub: &mut Hub, handle: &HubHandle, manager: &mut Peer) -> Admitted {
+async fn admitted(hub: &mut Hub, handle: &HubHandle, manager: &mut TestPeer) -> StreamSession {
     let opening = opening(handle);
     let ShardReport::Opened { connection, hello } = report(hub, manager).await else {
-        panic!("not an opening");
+        panic!("expected an opening");
     };
     assert_eq!((hello.user_id.as_str(), hello.device_id.as_str()), ("alice", "desk"));
     manager.send(ShardCommand::Admit { connection });
     hub.turn();
     let session = opening.await.unwrap().unwrap();
-    session.outbox.open_up(Instant::now());
+    session.outbox.opening_done(Instant::now());
     session
 }
 
-fn key(session: &Admitted) -> ConnectionKey {
+fn key(session: &StreamSession) -> ConnectionKey {
     session.connection
 }
 
-fn next(session: &Admitted) -> Result<Arc<Delivery>, Status> {
+fn next(session: &StreamSession) -> Result<Arc<Delivery>, Status> {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match session.outbox.poll_next(&mut context, Instant::now()) {
         std::task::Poll::Ready(next) => next,
@@ -64,7 +64,7 @@ fn next(session: &Admitted) -> Result<Arc<Delivery>, Status> {
     }
 }
 
-fn done(ticket: u64) -> Ticket {
+fn ticket_number(ticket: u64) -> Ticket {
     Ticket(NonZeroU64::new(ticket).unwrap())
 }
 
@@ -73,13 +73,13 @@ fn assert_ended(report: &ShardReport, session: ConnectionKey, expected: EndReaso
         ShardReport::Ended { connection, why } => {
             assert_eq!((*connection, *why), (session, expected));
         }
-        other => panic!("not an end: {other:?}"),
+        other => panic!("expected an end: {other:?}"),
     }
 }
 
 #[tokio::test]
-async fn delivery_is_done_when_the_last_stream_has_let_go_of_it() {
-    let (handle, mut hub, [mut manager, mut router]) = rig(HubConfig::default(), 64);
+async fn delivery_is_done_when_the_last_stream_drops_it() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 64);
     let first = admitted(&mut hub, &handle, &mut manager).await;
     let second = admitted(&mut hub, &handle, &mut manager).await;
     let recipients =
@@ -88,7 +88,7 @@ async fn delivery_is_done_when_the_last_stream_has_let_go_of_it() {
         event: Arc::new(event(STREAM, 1, b"one")),
         recipients: Recipients::Many(recipients),
         class: DeliveryClass::Live,
-        ticket: Some(done(5)),
+        ticket: Some(ticket_number(5)),
     });
     hub.turn();
     let taken = next(&first).unwrap();
@@ -96,31 +96,31 @@ async fn delivery_is_done_when_the_last_stream_has_let_go_of_it() {
     drop(taken);
     hub.turn();
     assert!(router.try_report().is_none());
-    // The second never reads it: its end is as good.
+    // The second stream ends without reading the event.
     drop(second);
     let ShardReport::Done { ticket } = report(&mut hub, &mut router).await else { panic!() };
-    assert_eq!(ticket, done(5));
+    assert_eq!(ticket, ticket_number(5));
 }
 
 #[tokio::test]
-async fn event_for_nobody_is_done_at_once() {
-    let (handle, mut hub, [mut manager, mut router]) = rig(HubConfig::default(), 64);
+async fn event_without_recipients_is_done_at_once() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     let stale = ConnectionKey { generation: 9, ..key(&session) };
     router.deliver(stale, event(STREAM, 1, b"one"), DeliveryClass::Live, 1);
     router.deliver(key(&session), Event::new(None, 0), DeliveryClass::Live, 2);
-    // The second at once: nothing of it was ever under way.
+    // The second is done first: it has no encoding for a stream.
     for expected in [2, 1] {
         let ShardReport::Done { ticket } = report(&mut hub, &mut router).await else { panic!() };
-        assert_eq!(ticket, done(expected));
+        assert_eq!(ticket, ticket_number(expected));
     }
     assert_eq!(handle.metrics().counters.stream_events_stale.get(), 1);
     assert_eq!(handle.metrics().counters.stream_events_inexpressible.get(), 1);
 }
 
 #[tokio::test]
-async fn refusal_reaches_the_caller_and_its_end_the_manager() {
-    let (handle, mut hub, [mut manager, _router]) = rig(HubConfig::default(), 64);
+async fn refusal_reaches_the_caller_and_the_manager_gets_its_end() {
+    let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 64);
     let opening = opening(&handle);
     let ShardReport::Opened { connection, .. } = report(&mut hub, &mut manager).await else {
         panic!();
@@ -133,8 +133,8 @@ async fn refusal_reaches_the_caller_and_its_end_the_manager() {
 }
 
 #[tokio::test]
-async fn replaced_session_gets_what_was_queued_and_then_aborted() {
-    let (handle, mut hub, [mut manager, mut router]) = rig(HubConfig::default(), 64);
+async fn replaced_session_gets_queued_events_and_then_aborted() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     router.deliver(key(&session), event(STREAM, 1, b"one"), DeliveryClass::Live, 0);
     hub.turn();
@@ -154,12 +154,12 @@ async fn replaced_session_gets_what_was_queued_and_then_aborted() {
 }
 
 #[tokio::test]
-async fn slow_reader_is_ended_and_everything_it_held_is_done() {
+async fn slow_reader_is_closed_and_its_deliveries_are_done() {
     let config = HubConfig {
         outbox: OutboxLimits { live_messages_max: 3, ..OutboxLimits::default() },
         ..HubConfig::default()
     };
-    let (handle, mut hub, [mut manager, mut router]) = rig(config, 64);
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     for sequence in 1..=4 {
         let event = event(STREAM, sequence, b"event");
@@ -177,12 +177,12 @@ async fn slow_reader_is_ended_and_everything_it_held_is_done() {
     drop(session);
     assert_ended(&report(&mut hub, &mut manager).await, connection, EndReason::QueueOverflow);
     assert_eq!(handle.metrics().counters.stream_events_unsent.get(), 4);
-    assert_eq!(hub.signals.deliveries(), 0);
+    assert_eq!(hub.notices.deliveries(), 0);
 }
 
 #[tokio::test]
-async fn stream_that_is_not_read_is_ended_after_the_stall_timeout() {
-    let (handle, mut hub, [mut manager, mut router]) = rig(HubConfig::default(), 64);
+async fn stream_without_reads_is_closed_after_the_stall_timeout() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     router.deliver(key(&session), event(STREAM, 1, b"one"), DeliveryClass::Live, 1);
     hub.turn();
@@ -192,23 +192,23 @@ async fn stream_that_is_not_read_is_ended_after_the_stall_timeout() {
     assert!(router.try_report().is_none());
 
     hub.sweep(Instant::now() + timeout);
-    // Its delivery does not hold back anything any more,
+    // Its delivery is done,
     assert!(matches!(report(&mut hub, &mut router).await, ShardReport::Done { .. }));
     assert!(manager.try_report().is_none());
-    // and the session is over even if its writer never runs again.
+    // and the session ends even if its writer never runs again.
     hub.sweep(Instant::now() + timeout + hub.config.close_timeout);
     let ended = report(&mut hub, &mut manager).await;
     assert_ended(&ended, key(&session), EndReason::WriteTimeout);
     drop(session);
     hub.turn();
-    assert!(manager.try_report().is_none(), "it ends once");
+    assert!(manager.try_report().is_none(), "the session ends once");
 }
 
 #[tokio::test]
-async fn catch_up_that_nobody_completes_ends_its_stream() {
-    let (handle, mut hub, [mut manager, _router]) = rig(HubConfig::default(), 64);
+async fn catch_up_that_never_completes_closes_its_stream() {
+    let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
-    session.mention("c".into(), 0).await;
+    session.report_position("c".into(), 0).await;
     assert!(matches!(report(&mut hub, &mut manager).await, ShardReport::Resume { .. }));
     hub.sweep(Instant::now() + hub.config.catch_up_timeout / 2);
     hub.sweep(Instant::now() + hub.config.catch_up_timeout);
@@ -217,20 +217,20 @@ async fn catch_up_that_nobody_completes_ends_its_stream() {
 }
 
 #[tokio::test]
-async fn deliveries_are_bounded_in_bytes_too() {
+async fn deliveries_are_limited_in_bytes() {
     let config = HubConfig { deliveries_bytes_max: 10, ..HubConfig::default() };
-    let (handle, mut hub, [mut manager, mut router]) = rig(config, 64);
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     for sequence in 1..=3 {
         router.deliver(key(&session), event(STREAM, sequence, b"event"), DeliveryClass::Live, 0);
     }
     hub.turn();
-    assert_eq!((hub.signals.deliveries(), hub.signals.bytes()), (2, 10));
+    assert_eq!((hub.notices.deliveries(), hub.notices.bytes()), (2, 10));
 }
 
 #[tokio::test]
-async fn caller_that_went_before_its_admission_leaves_no_session() {
-    let (handle, mut hub, [mut manager, _router]) = rig(HubConfig::default(), 64);
+async fn caller_that_is_gone_at_its_admission_leaves_no_session() {
+    let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 64);
     let opening = opening(&handle);
     let ShardReport::Opened { connection, .. } = report(&mut hub, &mut manager).await else {
         panic!();
@@ -244,14 +244,14 @@ async fn caller_that_went_before_its_admission_leaves_no_session() {
 }
 
 #[tokio::test]
-async fn caller_that_waits_in_vain_is_forgotten() {
-    let (handle, mut hub, [mut manager, _router]) = rig(HubConfig::default(), 64);
+async fn request_of_a_caller_that_is_gone_is_removed() {
+    let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 64);
     let opening = opening(&handle);
     let ShardReport::Opened { connection, .. } = report(&mut hub, &mut manager).await else {
         panic!();
     };
     hub.sweep(Instant::now());
-    assert!(manager.try_report().is_none(), "it still waits");
+    assert!(manager.try_report().is_none(), "the caller still waits");
     opening.abort();
     assert!(opening.await.is_err());
     hub.sweep(Instant::now());
@@ -263,9 +263,9 @@ async fn caller_that_waits_in_vain_is_forgotten() {
 }
 
 #[tokio::test]
-async fn full_house_and_closed_doors_refuse_without_asking() {
+async fn hub_that_is_full_or_not_accepting_refuses_by_itself() {
     let config = HubConfig { streams_max: 1, ..HubConfig::default() };
-    let (handle, mut hub, [mut manager, _router]) = rig(config, 64);
+    let (handle, mut hub, [mut manager, _router]) = hub_with_peers(config, 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     let refused = opening(&handle);
     tokio::task::yield_now().await;
@@ -285,14 +285,14 @@ async fn full_house_and_closed_doors_refuse_without_asking() {
 
 #[tokio::test]
 async fn reports_survive_a_full_ring_in_order() {
-    let (handle, mut hub, [mut manager, _router]) = rig(HubConfig::default(), 2);
+    let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 2);
     let mut sessions = Vec::new();
     for _ in 0..4 {
         sessions.push(admitted(&mut hub, &handle, &mut manager).await);
     }
     let keys: Vec<_> = sessions.iter().map(key).collect();
     sessions.into_iter().for_each(drop);
-    // Two fit; the other slots are not used again before their end is told.
+    // Two reports fit into the ring. The other slots are reused only after their end is reported.
     hub.turn();
     let waiting = opening(&handle);
     tokio::task::yield_now().await;
@@ -306,23 +306,23 @@ async fn reports_survive_a_full_ring_in_order() {
 }
 
 #[tokio::test]
-async fn bounded_number_of_deliveries_is_taken_in() {
+async fn deliveries_are_limited_in_number() {
     let config = HubConfig { deliveries_max: 2, ..HubConfig::default() };
-    let (handle, mut hub, [mut manager, mut router]) = rig(config, 64);
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     for sequence in 1..=3 {
         router.deliver(key(&session), event(STREAM, sequence, b"e"), DeliveryClass::Live, 0);
     }
-    assert!(!hub.turn(), "nothing to do until something is read");
-    assert_eq!(hub.signals.deliveries(), 2);
+    assert!(!hub.turn(), "no command is taken until an event is read");
+    assert_eq!(hub.notices.deliveries(), 2);
     drop(next(&session).unwrap());
     hub.turn();
-    assert_eq!(hub.signals.deliveries(), 2);
+    assert_eq!(hub.notices.deliveries(), 2);
 }
 
 #[tokio::test]
-async fn stop_ends_every_stream_and_says_so_to_every_peer() {
-    let (handle, mut hub, [mut manager, mut router]) = rig(HubConfig::default(), 64);
+async fn stop_closes_every_stream_and_is_reported_to_every_peer() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     let connection = key(&session);
     let running = tokio::spawn(hub.run());
@@ -343,8 +343,8 @@ async fn stop_ends_every_stream_and_says_so_to_every_peer() {
 }
 
 #[tokio::test]
-async fn session_manager_that_is_gone_takes_the_streams_with_it() {
-    let (handle, mut hub, [mut manager, router]) = rig(HubConfig::default(), 64);
+async fn dropped_session_manager_closes_all_streams() {
+    let (handle, mut hub, [mut manager, router]) = hub_with_peers(HubConfig::default(), 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     let running = tokio::spawn(hub.run());
     drop(manager);

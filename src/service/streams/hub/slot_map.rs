@@ -1,4 +1,4 @@
-//! The hub's sessions in numbered slots, like a shard's connections.
+//! Slot map of the hub's sessions, addressed like a shard's connections.
 
 use crate::domain::ids::{ConnectionKey, GENERATION_MAX};
 
@@ -8,27 +8,26 @@ struct Slot<T> {
     item: Option<T>,
 }
 
-/// Items by [`ConnectionKey`]: a key is used again only after its slot was freed, and with another
-/// generation.
+/// Items by [`ConnectionKey`]. A slot is reused only after [`SlotMap::free`], with another generation.
 #[derive(Debug)]
-pub(super) struct Slots<T> {
+pub(super) struct SlotMap<T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
     max: usize,
 }
 
-impl<T> Slots<T> {
+impl<T> SlotMap<T> {
     /// At most `max` items.
     pub(super) fn new(max: usize) -> Self {
         Self { slots: Vec::new(), free: Vec::new(), max }
     }
 
-    /// Gives the item back if every slot is taken.
+    /// Returns the item if every slot is in use.
     pub(super) fn insert(&mut self, item: T) -> Result<ConnectionKey, T> {
         if let Some(slot) = self.free.pop() {
-            let place = &mut self.slots[slot as usize];
-            place.item = Some(item);
-            return Ok(ConnectionKey { slot, generation: place.generation });
+            let entry = &mut self.slots[slot as usize];
+            entry.item = Some(item);
+            return Ok(ConnectionKey { slot, generation: entry.generation });
         }
         let slot = match u32::try_from(self.slots.len()) {
             Ok(slot) if self.slots.len() < self.max => slot,
@@ -43,25 +42,28 @@ impl<T> Slots<T> {
         if slot.generation == key.generation { slot.item.as_mut() } else { None }
     }
 
-    /// Takes the item out; the key stays reserved until [`Slots::free`].
+    /// Removes the item. Its key stays reserved until [`SlotMap::free`].
     pub(super) fn remove(&mut self, key: ConnectionKey) -> Option<T> {
         let slot = self.slots.get_mut(key.slot as usize)?;
         if slot.generation == key.generation { slot.item.take() } else { None }
     }
 
-    /// The slot of a removed item may be used again.
+    /// Allows reuse of the slot of a removed item.
     pub(super) fn free(&mut self, key: ConnectionKey) {
         let slot = &mut self.slots[key.slot as usize];
-        assert!(slot.item.is_none() && slot.generation == key.generation, "freed once, after use");
+        assert!(
+            slot.item.is_none() && slot.generation == key.generation,
+            "a slot is freed once, after its item is removed"
+        );
         slot.generation = if slot.generation == GENERATION_MAX { 0 } else { slot.generation + 1 };
         self.free.push(key.slot);
     }
 
-    /// Every item with its key.
+    /// All items with their keys.
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (ConnectionKey, &mut T)> {
-        (0..).zip(&mut self.slots).filter_map(|(slot, place)| {
-            let key = ConnectionKey { slot, generation: place.generation };
-            place.item.as_mut().map(|item| (key, item))
+        (0..).zip(&mut self.slots).filter_map(|(slot, entry)| {
+            let key = ConnectionKey { slot, generation: entry.generation };
+            entry.item.as_mut().map(|item| (key, item))
         })
     }
 }
@@ -71,12 +73,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn successor_in_a_slot_has_another_key() {
-        let mut slots = Slots::new(1);
+    fn reused_slot_has_another_key() {
+        let mut slots = SlotMap::new(1);
         let first = slots.insert('a').unwrap();
         assert_eq!(slots.insert('b'), Err('b'));
         assert_eq!(slots.remove(first), Some('a'));
-        assert_eq!(slots.insert('b'), Err('b'), "the key is still reserved");
+        assert_eq!(slots.insert('b'), Err('b'), "the slot is not free yet");
         slots.free(first);
         let second = slots.insert('b').unwrap();
         assert_eq!(second.slot, first.slot);
@@ -86,7 +88,7 @@ mod tests {
 
     #[test]
     fn generation_wraps_within_its_bits() {
-        let mut slots = Slots::new(1);
+        let mut slots = SlotMap::new(1);
         slots.slots.push(Slot { generation: GENERATION_MAX, item: Some('a') });
         let last = ConnectionKey { slot: 0, generation: GENERATION_MAX };
         slots.remove(last).unwrap();

@@ -11,38 +11,38 @@ use super::{dev, publish, serve, tail};
 const ABOUT: &str = "Pushes each RealChat event to every connected device of every member";
 
 const LONG_ABOUT: &str = "\
-Delivery holds the client connections of a RealChat back end: it reads events from Kafka and pushes
-each one over WebSocket (or gRPC) to every connected device of every member of its conversation.
+Delivery holds the client connections of a RealChat back end. It reads events from Kafka and pushes each one
+over WebSocket or gRPC to every connected device of every member of its conversation.
 
-To see it work, with nothing else installed:
+To try it without installing anything else:
 
     delivery dev                                       # in one terminal
     delivery tail --user alice --device phone          # in another
 
-To send something of your own through it (the broker's address is in dev's start-up message):
+To send a message yourself (`delivery dev` prints the address of the broker):
 
     delivery publish --brokers 127.0.0.1:PORT message --conversation demo --sender bob \"Hello\"";
 
 const SERVE_ABOUT: &str = "\
-Serves clients, with production defaults.
+Runs a node with production defaults.
 
-Every setting below is also an environment variable (--http-port is HTTP_PORT) and a line of the TOML file
-named by --config (http_port = \"8083\"). A flag wins over the environment, the environment over the file.
-What is needed at least: --kafka-brokers, and --jwt-secret or another key (or --auth-mode trust).";
+Each setting below can also be given as an environment variable (--http-port is HTTP_PORT) or as a line of
+the TOML file named by --config (http_port = \"8083\"). A flag overrides the environment, the environment
+overrides the file. Required: --kafka-brokers, and --jwt-secret or another key (or --auth-mode trust).";
 
 const DEV_ABOUT: &str = "\
-Serves clients with nothing else installed: Kafka is embedded (it keeps nothing), there is no Redis and no
-other service, everybody may connect as anybody, and only this machine can connect. A demo conversation
-talks once a second. Every setting of `serve` can still be set.";
+Runs a node without installing anything else. Kafka is embedded and stores nothing, there is no Redis and no
+other service, anybody can connect as any user, and the node listens on this machine only. A demo
+conversation gets one message per second. All settings of `serve` can be set.";
 
 const CONFIG_ABOUT: &str = "\
-Prints the configuration in force as a TOML file, with the source of each value, secrets masked. Exits with 2
-if `serve` would refuse it. Takes the same flags as `serve`.";
+Prints the effective configuration as a TOML file, with the source of each value and masked secrets. Takes
+the same flags as `serve`. Exits with status 2 if the configuration is invalid.";
 
-/// Exit status for a command line or configuration that is not valid.
+/// Exit status if the command line or the configuration is invalid.
 pub const INVALID: u8 = 2;
 
-/// Runs the command that the arguments name.
+/// Runs the command given by the arguments.
 pub fn run() -> ExitCode {
     let matches = command().get_matches();
     let (name, matches) = matches.subcommand().expect("a subcommand is required");
@@ -60,8 +60,8 @@ pub fn run() -> ExitCode {
                 Ok(())
             })
         }
-        "publish" => finish(publish::run(&parsed(matches))),
-        "tail" => finish(tail::run(&parsed(matches))),
+        "publish" => exit_code(publish::run(&parsed(matches))),
+        "tail" => exit_code(tail::run(&parsed(matches))),
         other => unreachable!("`{other}` is not a subcommand of `command`"),
     }
 }
@@ -76,7 +76,7 @@ fn with_settings(
     run: impl FnOnce(Loaded) -> Result<(), String>,
 ) -> ExitCode {
     match config::load(layers(matches, profile)) {
-        Ok(loaded) => finish(run(loaded)),
+        Ok(loaded) => exit_code(run(loaded)),
         Err(errors) => {
             eprintln!("delivery: {errors}");
             ExitCode::from(INVALID)
@@ -84,7 +84,7 @@ fn with_settings(
     }
 }
 
-fn finish(result: Result<(), String>) -> ExitCode {
+fn exit_code(result: Result<(), String>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
@@ -114,15 +114,15 @@ fn flags(matches: &ArgMatches) -> Vec<(&'static str, String)> {
 fn command() -> Command {
     let no_demo = Arg::new("no-demo")
         .long("no-demo")
-        .help("Leave out the demo conversation")
+        .help("Do not run the demo conversation")
         .action(clap::ArgAction::SetTrue);
     let reference = Arg::new("reference")
         .long("reference")
-        .help("Print the reference of all settings (Markdown) instead")
+        .help("Print the reference of all settings in Markdown instead")
         .action(clap::ArgAction::SetTrue);
     let dev_defaults = Arg::new("dev")
         .long("dev")
-        .help("Begin with the defaults of `dev` instead of those of `serve`")
+        .help("Use the defaults of `dev` instead of those of `serve`")
         .action(clap::ArgAction::SetTrue);
     let config_command = Command::new("config").arg(reference).arg(dev_defaults);
     Command::new("delivery")
@@ -138,9 +138,9 @@ fn command() -> Command {
         .subcommand(about(tail::Tail::augment_args(Command::new("tail")), tail::ABOUT))
 }
 
-/// Its first sentence is the short help.
+/// Sets the long help. Its first sentence is the short help.
 fn about(command: Command, text: &'static str) -> Command {
-    let first = text.split(['.', ':']).next().expect("split yields one piece at least");
+    let first = text.split(['.', ':']).next().expect("split returns at least one piece");
     command.about(first.replace('\n', " ")).long_about(text)
 }
 
@@ -158,16 +158,16 @@ fn setting_flag(setting: &'static Setting) -> Arg {
     match (setting.default, setting.dev_default) {
         ("", None) => {}
         (default, None) => help.push_str(&format!(", default {default}")),
-        (default, Some(dev)) => help.push_str(&format!(", default {default}, with dev {dev}")),
+        (default, Some(dev)) => help.push_str(&format!(", default {default}, in dev {dev}")),
     }
     help.push(']');
-    // Made once per process; clap wants names that live as long.
+    // Leaked because clap requires static names. This runs once per process.
     let arg = Arg::new(setting.name)
         .long(&*setting.flag().leak())
         .help(help)
         .help_heading(setting.group)
         .value_name("VALUE");
-    // `--echo` alone switches it on.
+    // `--echo` is short for `--echo true`.
     if setting.kind == <bool as SettingValue>::KIND {
         return arg.num_args(0..=1).default_missing_value("true");
     }
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn switch_needs_no_value() {
+    fn boolean_flag_needs_no_value() {
         let loaded = loaded(&["delivery", "dev", "--echo", "--deflate", "false", "--no-demo"]);
         let settings = loaded.settings;
         assert!(settings.echo && !settings.deflate && !settings.dev_demo);

@@ -1,4 +1,4 @@
-//! Configuration, wiring, shutdown, telemetry, the command line.
+//! The application: configuration, startup and shutdown, telemetry, the command line.
 
 pub mod admin;
 pub mod cli;

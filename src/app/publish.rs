@@ -1,4 +1,4 @@
-//! `delivery publish`: one event into Kafka, as the message and conversation services write it.
+//! `delivery publish`: publishes one event to Kafka, as the message and conversation services do.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -17,16 +17,16 @@ use crate::service::events::timestamp::Timestamp;
 pub const ABOUT: &str = "\
 Publishes one event to Kafka.
 
-To create a conversation, let somebody speak in it, and change who belongs to it:
+To create a conversation, send a message, and change the members:
 
     delivery publish create  --conversation team --members alice,bob
     delivery publish message --conversation team --sender alice --sequence 1 \"Hello\"
     delivery publish add     --conversation team --user carol
     delivery publish remove  --conversation team --user bob
 
-Needs --brokers (or KAFKA_BROKERS). Prints where the event was written.";
+Prints the topic, partition and offset of the record.";
 
-/// How long the broker may take to accept the record.
+/// Maximum time until the broker has accepted a record.
 const ACCEPT_MAX: Duration = Duration::from_secs(15);
 
 /// The arguments.
@@ -35,13 +35,13 @@ pub struct Publish {
     /// Kafka brokers, separated by commas
     #[arg(long, env = "KAFKA_BROKERS", global = true, default_value = "127.0.0.1:9092")]
     brokers: String,
-    /// Topic of messages
+    /// Topic of message events
     #[arg(long, global = true, default_value = "messaging.events.v1")]
     message_topic: String,
-    /// Topic of conversations
+    /// Topic of conversation events
     #[arg(long, global = true, default_value = "conversation.events.v1")]
     conversation_topic: String,
-    /// What to publish
+    /// The event to publish
     #[command(subcommand)]
     event: Event,
 }
@@ -50,97 +50,97 @@ pub struct Publish {
 enum Event {
     /// Create a conversation with all its members
     Create {
-        /// Its id
+        /// Conversation id
         #[arg(long)]
         conversation: String,
         /// User ids, separated by commas
         #[arg(long, value_delimiter = ',', required = true)]
         members: Vec<String>,
-        /// The name people see
+        /// Display name
         #[arg(long, default_value = "")]
         name: String,
     },
     /// Add a user to a conversation
     Add {
-        /// The conversation
+        /// Conversation id
         #[arg(long)]
         conversation: String,
-        /// The user
+        /// User id
         #[arg(long)]
         user: String,
     },
     /// Remove a user from a conversation
     Remove {
-        /// The conversation
+        /// Conversation id
         #[arg(long)]
         conversation: String,
-        /// The user
+        /// User id
         #[arg(long)]
         user: String,
     },
     /// Send a message
     Message {
-        /// The conversation
+        /// Conversation id
         #[arg(long)]
         conversation: String,
-        /// The user who sends it
+        /// User id of the sender
         #[arg(long)]
         sender: String,
-        /// Its place in the conversation: one more than the last [default: ms since 1970]
+        /// Sequence number in the conversation: one more than that of the last message [default: the time in ms]
         #[arg(long)]
         sequence: Option<i64>,
-        /// The text
+        /// Text of the message
         text: String,
     },
     /// Delete a message
     Delete {
-        /// The conversation
+        /// Conversation id
         #[arg(long)]
         conversation: String,
-        /// The message's id, as `message` printed it
+        /// Message id, as printed by `publish message`
         #[arg(long)]
         message_id: String,
     },
-    /// Say how far a user has read
+    /// Report how far a user has read
     Read {
-        /// The conversation
+        /// Conversation id
         #[arg(long)]
         conversation: String,
-        /// The user
+        /// User id
         #[arg(long)]
         user: String,
-        /// The last sequence the user has read
+        /// Sequence number of the last message the user has read
         #[arg(long)]
         sequence: i64,
     },
 }
 
-/// Publishes it.
+/// Publishes the event.
 ///
 /// # Errors
-/// Kafka did not take it; says why.
+/// Kafka did not accept it. The text says why.
 pub fn run(publish: &Publish) -> Result<(), String> {
     let record = record(publish);
     let publisher = Publisher::new(&publish.brokers)?;
-    let place = publisher.publish(&record)?;
-    println!("{} {place}", record.what);
+    let position = publisher.publish(&record)?;
+    println!("{} {position}", record.what);
     Ok(())
 }
 
-/// One record to be.
+/// A record to publish.
 #[derive(Clone, Debug)]
-pub struct Record {
-    /// Where it goes.
+pub struct NewRecord {
+    /// The topic.
     pub topic: String,
     /// The conversation id (contract §2).
     pub key: String,
     /// A serialized `EventEnvelope`.
     pub value: Vec<u8>,
-    /// For people.
+    /// The event in words, for the output.
     pub what: String,
 }
 
-fn record(publish: &Publish) -> Record {
+fn record(publish: &Publish) -> NewRecord {
     let now = Timestamp::from(SystemTime::now());
     let (messages, conversations) = (&publish.message_topic, &publish.conversation_topic);
     match &publish.event {
@@ -177,8 +177,8 @@ fn record(publish: &Publish) -> Record {
     }
 }
 
-/// The record that creates a conversation.
-pub fn create(topic: &str, id: &str, name: &str, members: &[String], now: Timestamp) -> Record {
+/// The record of a created conversation.
+pub fn create(topic: &str, id: &str, name: &str, members: &[String], now: Timestamp) -> NewRecord {
     let kind = if members.len() == 2 {
         conversation::ConversationType::Direct
     } else {
@@ -199,7 +199,7 @@ pub fn create(topic: &str, id: &str, name: &str, members: &[String], now: Timest
     wrap(topic, id, EventType::ConversationCreated, &event, now, what)
 }
 
-fn membership(topic: &str, id: &str, user: &str, added: bool, now: Timestamp) -> Record {
+fn membership(topic: &str, id: &str, user: &str, added: bool, now: Timestamp) -> NewRecord {
     let event = conversation::MembershipChangedEvent {
         conversation_id: id.to_owned(),
         user_id: user.to_owned(),
@@ -217,7 +217,7 @@ pub fn sent(
     sequence: i64,
     text: &str,
     now: Timestamp,
-) -> Record {
+) -> NewRecord {
     let message_id = format!("{conversation}-{sequence}");
     let event = message::MessageSentEvent {
         message: Some(message::Message {
@@ -242,23 +242,23 @@ fn wrap(
     event: &impl prost::Message,
     now: Timestamp,
     what: String,
-) -> Record {
+) -> NewRecord {
     let value = encode_envelope(kind, Some(now), event.encode_to_vec());
-    Record { topic: topic.to_owned(), key: key.to_owned(), value, what }
+    NewRecord { topic: topic.to_owned(), key: key.to_owned(), value, what }
 }
 
-/// Keeps the broker's answer to the last record.
+/// Receives the broker's response to the last record.
 #[derive(Clone, Default)]
-struct Answers(Arc<Mutex<Option<Result<String, String>>>>);
+struct LastResponse(Arc<Mutex<Option<Result<String, String>>>>);
 
-impl rdkafka::ClientContext for Answers {
-    /// The library would write each retry to the log; what matters is the answer.
+impl rdkafka::ClientContext for LastResponse {
+    /// Ignored: librdkafka would log each retry, and only the response matters.
     fn log(&self, _level: rdkafka::config::RDKafkaLogLevel, _facility: &str, _message: &str) {}
 
     fn error(&self, _error: rdkafka::error::KafkaError, _reason: &str) {}
 }
 
-impl ProducerContext for Answers {
+impl ProducerContext for LastResponse {
     type DeliveryOpaque = ();
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
@@ -276,10 +276,10 @@ impl ProducerContext for Answers {
     }
 }
 
-/// A producer that waits for the broker's answer to each record.
+/// A producer that waits for the broker's response to each record.
 pub struct Publisher {
-    producer: BaseProducer<Answers>,
-    answers: Answers,
+    producer: BaseProducer<LastResponse>,
+    response: LastResponse,
     brokers: String,
 }
 
@@ -287,34 +287,35 @@ impl Publisher {
     /// Connects in the background.
     ///
     /// # Errors
-    /// The broker list is not one.
+    /// The broker list is invalid.
     pub fn new(brokers: &str) -> Result<Self, String> {
-        let answers = Answers::default();
+        let response = LastResponse::default();
         let producer = ClientConfig::new()
             .set("bootstrap.servers", brokers)
             .set("message.timeout.ms", ACCEPT_MAX.as_millis().to_string())
             .set("partitioner", "murmur2_random")
-            .create_with_context(answers.clone())
+            .create_with_context(response.clone())
             .map_err(|error| format!("cannot use the brokers `{brokers}`: {error}"))?;
-        Ok(Self { producer, answers, brokers: brokers.to_owned() })
+        Ok(Self { producer, response, brokers: brokers.to_owned() })
     }
 
-    /// Sends one record and waits until it is written. Returns its place in the log, for people.
+    /// Sends one record and waits until it is written. Returns its topic, partition and offset, for the
+    /// output.
     ///
     /// # Errors
-    /// Kafka did not take it in time.
-    pub fn publish(&self, record: &Record) -> Result<String, String> {
+    /// Kafka did not accept it in time.
+    pub fn publish(&self, record: &NewRecord) -> Result<String, String> {
         let refused =
-            |why: String| format!("Kafka at {} did not take the event: {why}", self.brokers);
-        self.answers.0.lock().expect("no holder panics").take();
+            |why: String| format!("Kafka at {} did not accept the event: {why}", self.brokers);
+        self.response.0.lock().expect("no holder panics").take();
         self.producer
             .send(BaseRecord::to(&record.topic).key(&record.key).payload(&record.value))
             .map_err(|(error, _)| refused(error.to_string()))?;
         self.producer
             .flush(ACCEPT_MAX + Duration::from_secs(1))
             .map_err(|e| refused(e.to_string()))?;
-        let answer = self.answers.0.lock().expect("no holder panics").take();
-        answer.unwrap_or_else(|| Err("no answer".to_owned())).map_err(refused)
+        let answer = self.response.0.lock().expect("no holder panics").take();
+        answer.unwrap_or_else(|| Err("no response".to_owned())).map_err(refused)
     }
 }
 
@@ -339,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn creation_names_every_member() {
+    fn created_conversation_contains_every_member() {
         let members = ["alice".to_owned(), "bob".to_owned()];
         let record = create("topic", "team", "Team", &members, Timestamp::default());
         let envelope = EventEnvelope::decode(&record.value[..]).unwrap();

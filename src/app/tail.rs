@@ -1,4 +1,4 @@
-//! `delivery tail`: a client that prints what it is sent, one JSON line per event.
+//! `delivery tail`: a client that prints each event as one JSON line.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Args;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tungstenite::client::IntoClientRequest as _;
 use tungstenite::http::{HeaderValue, Response};
 use tungstenite::stream::MaybeTlsStream;
@@ -25,50 +26,53 @@ Connects as a client and prints one JSON line per event.
     delivery tail --user alice --device phone
     delivery tail --user bob --device desk --url node-1:8083 --token \"$TOKEN\" | jq .payload
 
-When the connection ends it reconnects, names the last sequence it has of each conversation, and so
-misses no message. What it does is told on standard error; events go to standard output.";
+When the connection ends, it reconnects and asks for the messages after the last one it has of each
+conversation, so it misses none. Events go to standard output, notices to standard error.";
 
-/// Without anything from the server for this long the client pings; after two it reconnects.
+/// The client pings after this time without data from the server, and reconnects after twice this time.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// To establish a connection.
+/// Maximum time to establish a connection.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
+/// Everything except the unreserved characters is encoded (RFC 3986 §2.3).
+const QUERY_VALUE: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 /// Delays before reconnecting.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(10));
 
 /// The arguments.
 #[derive(Args, Debug)]
 pub struct Tail {
-    /// Connect as this user
+    /// User id to connect with
     #[arg(long)]
     user: String,
-    /// …on this device: a second connection of the same user and device replaces the first
+    /// Device id to connect with: a new connection of the same user and device replaces the old one
     #[arg(long)]
     device: String,
-    /// The server: host:port or ws://host:port/ws
+    /// Server address: host:port or ws://host:port/ws
     #[arg(long, default_value = "127.0.0.1:8083")]
     url: String,
-    /// Token to show (AUTH_MODE=jwt)
+    /// Token to authenticate with (AUTH_MODE=jwt)
     #[arg(long, env = "DELIVERY_TOKEN", hide_env_values = true)]
     token: Option<String>,
-    /// Leave after so many events
+    /// Exit after this number of events
     #[arg(long)]
     count: Option<u64>,
 }
 
-/// Runs until it has seen enough.
+/// Runs until `count` events are received or standard output is closed.
 ///
 /// # Errors
-/// The server refuses this client for good.
+/// The server refuses this client, and a retry would not help.
 pub fn run(tail: &Tail) -> Result<(), String> {
-    let mut seen = Seen::default();
+    let mut received = Received::default();
     let mut retries = 0;
     loop {
-        let events_before = seen.events;
-        match session(tail, &mut seen) {
-            Ended::Enough => return Ok(()),
-            Ended::ForGood(why) => return Err(why),
-            Ended::ForNow { why, wait } => {
-                if seen.events > events_before {
+        let events_before = received.events;
+        match session(tail, &mut received) {
+            Outcome::Done => return Ok(()),
+            Outcome::GiveUp(why) => return Err(why),
+            Outcome::Retry { why, wait } => {
+                if received.events > events_before {
                     retries = 0;
                 }
                 let wait = wait.unwrap_or_else(|| {
@@ -82,20 +86,20 @@ pub fn run(tail: &Tail) -> Result<(), String> {
     }
 }
 
-/// What this client has.
+/// What this client has received.
 #[derive(Debug, Default)]
-struct Seen {
+struct Received {
     /// The last sequence of each conversation.
     last: BTreeMap<String, i64>,
     events: u64,
 }
 
-impl Seen {
+impl Received {
     fn resume_request(&self) -> String {
         serde_json::json!({ "last_sequences": self.last }).to_string()
     }
 
-    fn note(&mut self, value: &[u8]) {
+    fn record(&mut self, value: &[u8]) {
         self.events += 1;
         if let Ok(record) = envelope::decode(value)
             && let EventBody::MessageSent { conversation, sequence } = record.body
@@ -106,44 +110,46 @@ impl Seen {
     }
 }
 
-/// How a session came to its end.
-enum Ended {
-    Enough,
-    /// Trying again would not help.
-    ForGood(String),
-    /// Trying again may help; the server may have said when.
-    ForNow {
+/// Why a session has ended, and what follows.
+enum Outcome {
+    Done,
+    /// A retry would not help.
+    GiveUp(String),
+    /// A retry may help. `wait` is the delay the server has asked for.
+    Retry {
         why: String,
         wait: Option<Duration>,
     },
 }
 
-fn for_now(why: String) -> Ended {
-    Ended::ForNow { why, wait: None }
+fn retry(why: String) -> Outcome {
+    Outcome::Retry { why, wait: None }
 }
 
 type Socket = WebSocket<MaybeTlsStream<TcpStream>>;
 
-fn session(tail: &Tail, seen: &mut Seen) -> Ended {
+fn session(tail: &Tail, received: &mut Received) -> Outcome {
     let mut socket = match connect(tail) {
         Ok(socket) => socket,
-        Err(ended) => return ended,
+        Err(outcome) => return outcome,
     };
     eprintln!("connected to {} as {}/{}", tail.url, tail.user, tail.device);
-    if let Err(error) = socket.send(Message::text(seen.resume_request())) {
-        return for_now(error.to_string());
+    if let Err(error) = socket.send(Message::text(received.resume_request())) {
+        return retry(error.to_string());
     }
     let mut silences = 0;
     loop {
         match socket.read() {
             Ok(Message::Binary(value)) => {
                 silences = 0;
-                seen.note(&value);
-                // Standard output gone (as with `| head`) is a reader that has seen enough.
-                if print_line(&value).is_err() || tail.count.is_some_and(|max| seen.events >= max) {
-                    // The server learns of the end from the close frame or from the socket's end.
+                received.record(&value);
+                // Standard output is closed if the reader has enough, as with `| head`.
+                if print_line(&value).is_err()
+                    || tail.count.is_some_and(|max| received.events >= max)
+                {
+                    // An error does not matter: the server also notices that the socket is closed.
                     let _ = socket.close(None);
-                    return Ended::Enough;
+                    return Outcome::Done;
                 }
             }
             Ok(Message::Close(frame)) => {
@@ -155,35 +161,35 @@ fn session(tail: &Tail, seen: &mut Seen) -> Ended {
             Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                 silences += 1;
                 if silences == 2 {
-                    return for_now("the server is silent".to_owned());
+                    return retry("no data from the server".to_owned());
                 }
                 if let Err(error) = socket.send(Message::Ping(Vec::new().into())) {
-                    return for_now(error.to_string());
+                    return retry(error.to_string());
                 }
             }
-            Err(error) => return for_now(format!("connection lost: {error}")),
+            Err(error) => return retry(format!("connection lost: {error}")),
         }
     }
 }
 
-fn connect(tail: &Tail) -> Result<Socket, Ended> {
-    let (authority, url) = target(&tail.url, &tail.user, &tail.device).map_err(Ended::ForGood)?;
+fn connect(tail: &Tail) -> Result<Socket, Outcome> {
+    let (authority, url) = target(&tail.url, &tail.user, &tail.device).map_err(Outcome::GiveUp)?;
     let mut request = url
         .into_client_request()
-        .map_err(|error| Ended::ForGood(format!("{}: {error}", tail.url)))?;
+        .map_err(|error| Outcome::GiveUp(format!("{}: {error}", tail.url)))?;
     request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("realchat.v1"));
     if let Some(token) = &tail.token {
         let value = HeaderValue::from_str(&format!("Bearer {token}"))
-            .map_err(|_| Ended::ForGood("the token holds a control character".to_owned()))?;
+            .map_err(|_| Outcome::GiveUp("the token contains a control character".to_owned()))?;
         request.headers_mut().insert("authorization", value);
     }
-    let stream = open(&authority).map_err(|error| for_now(format!("{authority}: {error}")))?;
+    let stream = open(&authority).map_err(|error| retry(format!("{authority}: {error}")))?;
     match tungstenite::client(request, MaybeTlsStream::Plain(stream)) {
         Ok((socket, _)) => Ok(socket),
         Err(tungstenite::HandshakeError::Failure(tungstenite::Error::Http(response))) => {
             Err(refused(&response))
         }
-        Err(error) => Err(for_now(format!("{authority}: {error}"))),
+        Err(error) => Err(retry(format!("{authority}: {error}"))),
     }
 }
 
@@ -202,13 +208,13 @@ fn open(authority: &str) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// The `host:port` and the whole URL to ask for.
+/// The `host:port` and the URL to request.
 fn target(url: &str, user: &str, device: &str) -> Result<(String, String), String> {
     let rest = match url.split_once("://") {
         None => url,
         Some(("ws" | "http", rest)) => rest,
         Some((scheme, _)) => {
-            return Err(format!("`{scheme}://` is not spoken here: give ws://host:port/ws"));
+            return Err(format!("`{scheme}://` is not supported; example: ws://host:port/ws"));
         }
     };
     let (authority, path) = match rest.split_once('/') {
@@ -216,30 +222,19 @@ fn target(url: &str, user: &str, device: &str) -> Result<(String, String), Strin
         Some((authority, path)) => (authority, path),
     };
     if path.contains('?') {
-        return Err("the URL has a query; user and device have flags of their own".to_owned());
+        return Err("the URL must not have a query: use --user and --device".to_owned());
     }
     let port_missing =
         authority.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err());
     let authority = if port_missing { format!("{authority}:80") } else { authority.to_owned() };
-    let (user, device) = (query_value(user), query_value(device));
+    let encoded = |text| utf8_percent_encode(text, QUERY_VALUE);
+    let (user, device) = (encoded(user), encoded(device));
     let url = format!("ws://{authority}/{path}?user_id={user}&device_id={device}");
     Ok((authority, url))
 }
 
-/// Percent-encodes everything but the unreserved characters (RFC 3986 §2.3).
-fn query_value(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                char::from(byte).to_string()
-            }
-            other => format!("%{other:02X}"),
-        })
-        .collect()
-}
-
-/// The handshake was answered with something else than 101.
-fn refused(response: &Response<Option<Vec<u8>>>) -> Ended {
+/// The handshake was answered with a status other than 101.
+fn refused(response: &Response<Option<Vec<u8>>>) -> Outcome {
     let status = response.status();
     let body = response.body().as_deref().unwrap_or_default();
     let why = format!("refused with {status}: {}", String::from_utf8_lossy(body).trim());
@@ -249,22 +244,22 @@ fn refused(response: &Response<Option<Vec<u8>>>) -> Ended {
         .and_then(|value| value.to_str().ok()?.parse().ok())
         .map(Duration::from_secs);
     if status.is_client_error() && !matches!(status.as_u16(), 408 | 429) {
-        return Ended::ForGood(why);
+        return Outcome::GiveUp(why);
     }
-    Ended::ForNow { why, wait }
+    Outcome::Retry { why, wait }
 }
 
-/// What a client does after each close code: `docs/guarantees.md`.
-fn closed(code: CloseCode, reason: &str) -> Ended {
+/// What a client does after each close code (`docs/guarantees.md`).
+fn closed(code: CloseCode, reason: &str) -> Outcome {
     let why = format!("closed with {} {reason}", code.0);
     match code {
-        CloseCode::SESSION_REPLACED | CloseCode::TOKEN_EXPIRED => Ended::ForGood(why),
+        CloseCode::SESSION_REPLACED | CloseCode::TOKEN_EXPIRED => Outcome::GiveUp(why),
         CloseCode::PROTOCOL_ERROR
         | CloseCode::UNSUPPORTED_DATA
         | CloseCode::INVALID_PAYLOAD
-        | CloseCode::MESSAGE_TOO_BIG => Ended::ForGood(why),
-        CloseCode::SERVICE_RESTART => Ended::ForNow { why, wait: wait_asked(reason) },
-        _ => for_now(why),
+        | CloseCode::MESSAGE_TOO_BIG => Outcome::GiveUp(why),
+        CloseCode::SERVICE_RESTART => Outcome::Retry { why, wait: wait_asked(reason) },
+        _ => retry(why),
     }
 }
 
@@ -277,7 +272,8 @@ fn wait_asked(reason: &str) -> Option<Duration> {
 fn print_line(value: &[u8]) -> io::Result<()> {
     let json = envelope::decode(value).ok().and_then(|record| encode::json(&record));
     let line = json.unwrap_or_else(|| {
-        format!("{{\"unreadable\":\"no EventEnvelope: {}\"}}", Counted(value.len(), "byte")).into()
+        format!("{{\"unreadable\":\"not an EventEnvelope: {}\"}}", Counted(value.len(), "byte"))
+            .into()
     });
     let mut out = io::stdout().lock();
     out.write_all(&line)?;
@@ -290,7 +286,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn url_forms() {
+    fn url_forms_are_accepted() {
         let url = |text| target(text, "a b", "d&1").map(|(_, url)| url);
         let query = "?user_id=a%20b&device_id=d%261";
         for text in ["h:1", "ws://h:1", "ws://h:1/", "http://h:1/ws"] {
@@ -305,29 +301,29 @@ mod tests {
 
     #[test]
     fn resume_names_the_highest_sequence_of_each_conversation() {
-        let mut seen = Seen::default();
+        let mut received = Received::default();
         for (conversation, sequence) in [("a", 5), ("b", 2), ("a", 4)] {
             let now = crate::service::events::timestamp::Timestamp::default();
             let record = crate::app::publish::sent("t", conversation, "u", sequence, "x", now);
-            seen.note(&record.value);
+            received.record(&record.value);
         }
-        assert_eq!(seen.resume_request(), r#"{"last_sequences":{"a":5,"b":2}}"#);
-        assert_eq!(seen.events, 3);
+        assert_eq!(received.resume_request(), r#"{"last_sequences":{"a":5,"b":2}}"#);
+        assert_eq!(received.events, 3);
     }
 
     #[test]
-    fn close_codes_say_what_to_do() {
-        let ended = |code, reason| match closed(code, reason) {
-            Ended::ForNow { wait, .. } => (false, wait),
-            Ended::ForGood(_) => (true, None),
-            Ended::Enough => unreachable!("nobody has seen enough"),
+    fn close_code_decides_what_follows() {
+        let outcome = |code, reason| match closed(code, reason) {
+            Outcome::Retry { wait, .. } => (false, wait),
+            Outcome::GiveUp(_) => (true, None),
+            Outcome::Done => unreachable!("a close frame was received"),
         };
-        assert!(ended(CloseCode::SESSION_REPLACED, "session_replaced").0);
-        assert!(ended(CloseCode::TOKEN_EXPIRED, "token expired").0);
-        assert_eq!(ended(CloseCode::GOING_AWAY, "server stopping"), (false, None));
+        assert!(outcome(CloseCode::SESSION_REPLACED, "session_replaced").0);
+        assert!(outcome(CloseCode::TOKEN_EXPIRED, "token expired").0);
+        assert_eq!(outcome(CloseCode::GOING_AWAY, "server stopping"), (false, None));
         let wait = Some(Duration::from_millis(1500));
         assert_eq!(
-            ended(CloseCode::SERVICE_RESTART, "draining; reconnect in 1500 ms"),
+            outcome(CloseCode::SERVICE_RESTART, "draining; reconnect in 1500 ms"),
             (false, wait)
         );
     }

@@ -63,13 +63,21 @@ macro_rules! counters {
         #[derive(Debug, Default)]
         $vis struct $name { $(#[doc = $help] pub $field: $crate::domain::counters::$of,)* }
 
-        impl $name {
-            /// Calls `visit` with the kind, the name, the help text and the value of each field.
-            pub fn visit(&self, visit: &mut dyn FnMut($crate::domain::counters::MetricKind, &'static str, &'static str, u64)) {
+        impl $crate::domain::counters::CounterSet for $name {
+            fn visit(&self, visit: $crate::domain::counters::Visit<'_>) {
                 $(visit($crate::domain::counters::MetricKind::$kind, stringify!($field), $help, self.$field.get());)*
             }
         }
     };
+}
+
+/// Receives the kind, the name, the help text and the value of a counter.
+pub type Visit<'a> = &'a mut dyn FnMut(MetricKind, &'static str, &'static str, u64);
+
+/// A struct declared by [`counters!`](crate::counters).
+pub trait CounterSet: Default + Send + Sync + 'static {
+    /// Calls `visit` for each field.
+    fn visit(&self, visit: Visit<'_>);
 }
 
 /// What a field of [`counters!`](crate::counters) is to Prometheus.

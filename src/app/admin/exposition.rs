@@ -3,44 +3,26 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-/// What a family of samples is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FamilyKind {
-    /// Only grows.
-    Counter,
-    /// Goes up and down.
-    Gauge,
-    /// Buckets, a sum and a count.
-    Histogram,
-}
-
-impl FamilyKind {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Counter => "counter",
-            Self::Gauge => "gauge",
-            Self::Histogram => "histogram",
-        }
-    }
-}
+use crate::domain::counters::MetricKind;
 
 #[derive(Debug)]
-struct Family {
-    kind: FamilyKind,
+struct MetricFamily {
+    /// Its type as the format spells it.
+    kind: &'static str,
     help: String,
     samples: String,
 }
 
-/// A page in the making. Samples of one family may be added in any order: the format wants them
-/// together, so the page keeps them so.
+/// Collects the samples of the metrics page. They may be added in any order: the format requires the
+/// samples of one metric together, so the page groups them.
 #[derive(Debug)]
-pub struct Page {
+pub struct MetricsPage {
     service: String,
-    families: BTreeMap<String, Family>,
+    families: BTreeMap<String, MetricFamily>,
 }
 
-impl Page {
-    /// Every sample carries the label `service`.
+impl MetricsPage {
+    /// Creates an empty page. Every sample gets the label `service`.
     pub fn new(service: &str) -> Self {
         Self { service: service.to_owned(), families: BTreeMap::new() }
     }
@@ -48,19 +30,23 @@ impl Page {
     /// Adds one sample.
     pub fn sample(
         &mut self,
-        kind: FamilyKind,
+        kind: MetricKind,
         name: &str,
         help: &str,
         labels: &[(&str, &str)],
         value: f64,
     ) {
         let labels = self.labels(labels);
+        let kind = match kind {
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+        };
         let family = self.family(kind, name, help);
         writeln!(family.samples, "{name}{labels} {value}").expect(STRING);
     }
 
-    /// Adds a histogram: the count of each bucket (not cumulative; one more than there are bounds)
-    /// and the sum of all values.
+    /// Adds a histogram: the count of each bucket (not cumulative; one more than bounds) and the sum
+    /// of all values.
     pub fn histogram(
         &mut self,
         name: &str,
@@ -70,7 +56,7 @@ impl Page {
         counts: &[u64],
         sum: f64,
     ) {
-        assert_eq!(counts.len(), bounds.len() + 1, "the last bucket takes the rest");
+        assert_eq!(counts.len(), bounds.len() + 1, "the last bucket has no bound");
         let mut lines = String::new();
         let mut cumulative = 0;
         let bounds = bounds.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
@@ -82,16 +68,16 @@ impl Page {
         let labels = self.labels(labels);
         write!(lines, "{name}_sum{labels} {sum}\n{name}_count{labels} {cumulative}\n")
             .expect(STRING);
-        self.family(FamilyKind::Histogram, name, help).samples.push_str(&lines);
+        self.family("histogram", name, help).samples.push_str(&lines);
     }
 
-    fn family(&mut self, kind: FamilyKind, name: &str, help: &str) -> &mut Family {
-        let family = self.families.entry(name.to_owned()).or_insert_with(|| Family {
+    fn family(&mut self, kind: &'static str, name: &str, help: &str) -> &mut MetricFamily {
+        let family = self.families.entry(name.to_owned()).or_insert_with(|| MetricFamily {
             kind,
             help: help.to_owned(),
             samples: String::new(),
         });
-        assert_eq!(family.kind, kind, "{name} is of one kind");
+        assert_eq!(family.kind, kind, "{name} has one type");
         family
     }
 
@@ -104,11 +90,11 @@ impl Page {
         out
     }
 
-    /// The whole page.
+    /// The page as text.
     pub fn render(&self) -> String {
         let mut out = String::new();
         for (name, family) in &self.families {
-            let (help, kind) = (escape(&family.help, false), family.kind.word());
+            let (help, kind) = (escape(&family.help, false), family.kind);
             write!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n{}", family.samples)
                 .expect(STRING);
         }
@@ -124,7 +110,7 @@ pub fn number(value: u64) -> f64 {
 
 const STRING: &str = "writing to a string does not fail";
 
-/// Backslash and newline everywhere, quotes in label values.
+/// Escapes backslash and newline, and quotes in label values.
 fn escape(text: &str, quotes: bool) -> String {
     let text = text.replace('\\', "\\\\").replace('\n', "\\n");
     if quotes { text.replace('"', "\\\"") } else { text }
@@ -135,16 +121,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn page_is_the_text_format() {
-        let mut page = Page::new("push");
-        page.sample(FamilyKind::Gauge, "b", "open\nnow", &[], 3.0);
-        page.sample(FamilyKind::Counter, "a_total", "so \"many\"", &[("path", "/\"\\")], 1.0);
-        page.sample(FamilyKind::Gauge, "c", "other", &[], 0.5);
-        page.sample(FamilyKind::Counter, "a_total", "so \"many\"", &[("path", "/ws")], 18e6);
+    fn page_is_rendered_in_the_text_format() {
+        let mut page = MetricsPage::new("push");
+        page.sample(MetricKind::Gauge, "b", "open\nnow", &[], 3.0);
+        page.sample(MetricKind::Counter, "a_total", "two \"words\"", &[("path", "/\"\\")], 1.0);
+        page.sample(MetricKind::Gauge, "c", "other", &[], 0.5);
+        page.sample(MetricKind::Counter, "a_total", "two \"words\"", &[("path", "/ws")], 18e6);
         page.histogram("h_seconds", "times", &[("m", "x")], &[0.001, 1.0], &[1, 2, 3], 9.5);
         assert_eq!(
             page.render(),
-            "# HELP a_total so \"many\"\n\
+            "# HELP a_total two \"words\"\n\
              # TYPE a_total counter\n\
              a_total{service=\"push\",path=\"/\\\"\\\\\"} 1\n\
              a_total{service=\"push\",path=\"/ws\"} 18000000\n\

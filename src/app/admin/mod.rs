@@ -1,4 +1,4 @@
-//! The admin port: health, metrics, drain, and in `dev` a page to look at events with.
+//! The admin port: health, metrics, drain, and in `dev` a page that shows events.
 
 mod exposition;
 mod requests;
@@ -15,42 +15,42 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-pub use exposition::{FamilyKind, Page, number};
-pub use requests::{Requests, answered};
+pub use exposition::{MetricsPage, number};
+pub use requests::{RequestMetrics, answered};
 
-/// The type Prometheus asks for.
+/// The content type of the Prometheus text format.
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// A part that has to be there before this node serves clients: `Some` says what is missing.
-pub type Check = Box<dyn Fn() -> Option<String> + Send + Sync>;
-/// Writes one component's samples.
-pub type Samples = Box<dyn Fn(&mut Page) + Send + Sync>;
+/// A condition of readiness. Returns what is missing, or `None`.
+pub type ReadinessCheck = Box<dyn Fn() -> Option<String> + Send + Sync>;
+/// Writes the metrics of one component.
+pub type Collector = Box<dyn Fn(&mut MetricsPage) + Send + Sync>;
 
-/// What the admin port shows and does.
+/// The state behind the admin port.
 pub struct Admin {
-    /// The `service` label.
+    /// The `service` label of all metrics.
     pub service: String,
-    /// What readiness depends on.
-    pub checks: Vec<Check>,
-    /// Where metrics come from; `None`: `/metrics` is off.
-    pub samples: Option<Vec<Samples>>,
-    /// Set to true, it starts the drain.
+    /// The conditions of readiness.
+    pub checks: Vec<ReadinessCheck>,
+    /// The metrics of all components; `None`: `/metrics` is off.
+    pub collectors: Option<Vec<Collector>>,
+    /// Starts the drain when set to true.
     pub drain: watch::Sender<bool>,
-    /// A page served at `/try`.
+    /// The page served at `/try`.
     pub try_page: Option<String>,
-    /// Requests answered here.
-    pub requests: Requests,
+    /// Counts the requests to this port.
+    pub requests: RequestMetrics,
 }
 
 impl Admin {
-    /// What is missing before this node serves clients, a line each.
+    /// Why the node is not ready; empty if it is.
     pub fn missing(&self) -> Vec<String> {
         let draining = self.drain.borrow().then(|| "draining".to_owned());
         draining.into_iter().chain(self.checks.iter().filter_map(|check| check())).collect()
     }
 }
 
-/// Serves it until the future is dropped.
+/// Serves the admin port until the future is dropped.
 ///
 /// # Errors
 /// The listener failed.
@@ -71,7 +71,7 @@ fn router(admin: Arc<Admin>) -> axum::Router {
 }
 
 const NOT_FOUND: &str =
-    "not found; there is: /health/live /health/ready /metrics, and POST /admin/drain\n";
+    "not found; paths: /health/live, /health/ready, /metrics, POST /admin/drain\n";
 
 async fn count(State(admin): State<Arc<Admin>>, request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -91,12 +91,12 @@ async fn ready(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    let Some(samples) = &admin.samples else {
+    let Some(collectors) = &admin.collectors else {
         return (StatusCode::NOT_FOUND, "METRICS_ENABLED is false\n").into_response();
     };
-    let mut page = Page::new(&admin.service);
-    for write in samples {
-        write(&mut page);
+    let mut page = MetricsPage::new(&admin.service);
+    for collect in collectors {
+        collect(&mut page);
     }
     admin.requests.write(&mut page);
     ([(header::CONTENT_TYPE, TEXT_FORMAT)], page.render()).into_response()
@@ -104,9 +104,9 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
 
 async fn drain(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
     if admin.drain.send_replace(true) {
-        (StatusCode::ACCEPTED, "draining already\n")
+        (StatusCode::ACCEPTED, "already draining\n")
     } else {
-        (StatusCode::ACCEPTED, "draining: the process ends when it is done\n")
+        (StatusCode::ACCEPTED, "draining; the process exits when done\n")
     }
 }
 
@@ -126,8 +126,9 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::domain::counters::MetricKind;
 
-    async fn ask(address: SocketAddr, request: &str) -> (u16, String) {
+    async fn send(address: SocketAddr, request: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let text = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         stream.write_all(text.as_bytes()).await.unwrap();
@@ -144,48 +145,57 @@ mod tests {
         address
     }
 
-    fn admin(checks: Vec<Check>, samples: Option<Vec<Samples>>) -> (Admin, watch::Receiver<bool>) {
+    fn admin(
+        checks: Vec<ReadinessCheck>,
+        collectors: Option<Vec<Collector>>,
+    ) -> (Admin, watch::Receiver<bool>) {
         let (drain, drained) = watch::channel(false);
-        let requests = Requests::default();
+        let requests = RequestMetrics::default();
         let service = "push".to_owned();
-        (Admin { service, checks, samples, drain, try_page: None, requests }, drained)
+        (Admin { service, checks, collectors, drain, try_page: None, requests }, drained)
     }
 
     #[tokio::test]
-    async fn readiness_says_what_is_missing_and_turns_off_with_the_drain() {
+    async fn readiness_names_what_is_missing_and_turns_off_with_the_drain() {
         let assigned = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&assigned);
-        let kafka: Check = Box::new(move || {
+        let kafka: ReadinessCheck = Box::new(move || {
             (!seen.load(Ordering::Relaxed)).then(|| "kafka: no partition assigned".to_owned())
         });
         let (admin, drained) = admin(vec![kafka], None);
         let address = start(admin).await;
 
-        assert_eq!(ask(address, "GET /health/live").await, (200, "OK".into()));
-        let (status, body) = ask(address, "GET /health/ready").await;
+        assert_eq!(send(address, "GET /health/live").await, (200, "OK".into()));
+        let (status, body) = send(address, "GET /health/ready").await;
         assert_eq!((status, body.as_str()), (503, "not ready: kafka: no partition assigned\n"));
         assigned.store(true, Ordering::Relaxed);
-        assert_eq!(ask(address, "GET /health/ready").await, (200, "OK".into()));
+        assert_eq!(send(address, "GET /health/ready").await, (200, "OK".into()));
 
-        assert_eq!(ask(address, "GET /admin/drain").await.0, 405);
+        assert_eq!(send(address, "GET /admin/drain").await.0, 405);
         assert!(!*drained.borrow());
-        assert_eq!(ask(address, "POST /admin/drain").await.0, 202);
+        assert_eq!(send(address, "POST /admin/drain").await.0, 202);
         assert!(*drained.borrow());
-        assert_eq!(ask(address, "GET /health/ready").await, (503, "not ready: draining\n".into()));
-        assert_eq!(ask(address, "GET /metrics").await.0, 404);
-        assert_eq!(ask(address, "GET /try").await.0, 404);
+        assert_eq!(send(address, "GET /health/ready").await, (503, "not ready: draining\n".into()));
+        assert_eq!(send(address, "GET /metrics").await.0, 404);
+        assert_eq!(send(address, "GET /try").await.0, 404);
     }
 
     #[tokio::test]
-    async fn metrics_show_components_and_the_requests_themselves() {
-        let open: Samples = Box::new(|page| {
-            page.sample(FamilyKind::Gauge, "websocket_connections_active", "Open.", &[], 7.0);
+    async fn metrics_contain_components_and_admin_requests() {
+        let open: Collector = Box::new(|page| {
+            page.sample(
+                MetricKind::Gauge,
+                "websocket_connections_active",
+                "Open sessions.",
+                &[],
+                7.0,
+            );
         });
         let (admin, _drained) = admin(Vec::new(), Some(vec![open]));
         let address = start(admin).await;
-        ask(address, "GET /health/live").await;
-        ask(address, "GET /no/such/path").await;
-        let (status, body) = ask(address, "GET /metrics").await;
+        send(address, "GET /health/live").await;
+        send(address, "GET /no/such/path").await;
+        let (status, body) = send(address, "GET /metrics").await;
         assert_eq!(status, 200);
         let labels = "service=\"push\",method=\"GET\"";
         for line in [

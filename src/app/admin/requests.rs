@@ -1,13 +1,13 @@
-//! Requests answered on the admin port, by method, path and status (contract §6).
+//! Metrics of the requests to the admin port, by method, path and status (contract §6).
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use super::exposition::{FamilyKind, Page, number};
+use super::exposition::{MetricsPage, number};
+use crate::domain::counters::MetricKind;
 
-/// The paths that get a label of their own; a peer's inventions share one, so that the page does
-/// not grow.
+/// The paths with their own label. All others share one, so that clients cannot make the page grow.
 const PATHS: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/admin/drain", "/try"];
 const METHODS: [&str; 3] = ["GET", "HEAD", "POST"];
 const OTHER: &str = "other";
@@ -15,8 +15,8 @@ const OTHER: &str = "other";
 /// Upper bounds of the duration buckets, seconds.
 const BOUNDS_S: [f64; 8] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0];
 
-const COUNT_HELP: &str = "HTTP requests answered, upgrades to WebSocket included.";
-const DURATION_HELP: &str = "Time to answer an HTTP request on the admin port.";
+const COUNT_HELP: &str = "HTTP requests answered, including upgrades to WebSocket.";
+const DURATION_HELP: &str = "Time to answer an HTTP request on the admin port, seconds.";
 
 type Route = (&'static str, &'static str);
 
@@ -27,21 +27,21 @@ struct Durations {
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct RequestTable {
     answered: BTreeMap<(Route, u16), u64>,
     durations: BTreeMap<Route, Durations>,
 }
 
-/// See the module.
+/// Counts and durations of the requests.
 #[derive(Debug, Default)]
-pub struct Requests(Mutex<Table>);
+pub struct RequestMetrics(Mutex<RequestTable>);
 
 fn known(text: &str, all: &[&'static str]) -> &'static str {
     all.iter().find(|known| **known == text).copied().unwrap_or(OTHER)
 }
 
-impl Requests {
-    /// Counts one.
+impl RequestMetrics {
+    /// Records one request.
     pub fn record(&self, method: &str, path: &str, status: u16, took: Duration) {
         let route = (known(method, &METHODS), known(path, &PATHS));
         let mut table = self.0.lock().expect("no holder panics");
@@ -53,7 +53,7 @@ impl Requests {
     }
 
     /// Writes `http_requests_total` and `http_request_duration_seconds`.
-    pub fn write(&self, page: &mut Page) {
+    pub fn write(&self, page: &mut MetricsPage) {
         let table = self.0.lock().expect("no holder panics");
         for (((method, path), status), count) in &table.answered {
             answered(page, method, path, &status.to_string(), *count);
@@ -67,8 +67,8 @@ impl Requests {
     }
 }
 
-/// Adds a sample of `http_requests_total`: the public port's come from the shards.
-pub fn answered(page: &mut Page, method: &str, path: &str, status: &str, count: u64) {
+/// Adds a sample of `http_requests_total`. Those of the public port come from the shards.
+pub fn answered(page: &mut MetricsPage, method: &str, path: &str, status: &str, count: u64) {
     let labels = [("method", method), ("path", path), ("status", status)];
-    page.sample(FamilyKind::Counter, "http_requests_total", COUNT_HELP, &labels, number(count));
+    page.sample(MetricKind::Counter, "http_requests_total", COUNT_HELP, &labels, number(count));
 }

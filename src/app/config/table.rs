@@ -62,186 +62,200 @@ macro_rules! settings {
 
 settings! {
     "Listening" {
-        /// Public port: WebSocket (`/ws`). A bare port listens on every IPv4 address
-        /// (`dev`: on loopback); `[::]:8083` listens on both families.
+        /// Public port for WebSocket (`/ws`). A port alone listens on all IPv4 addresses (`dev`: on
+        /// loopback); `[::]:8083` listens on IPv4 and IPv6.
         http_port: ListenAddress = "8083", example "0.0.0.0:8083";
-        /// Admin port: health, metrics, drain. Not for the public.
+        /// Admin port for health, metrics and drain. Do not expose it to clients.
         http_addr: ListenAddress = "8093", example ":8093";
-        /// Port of the gRPC API `DeliveryApi.Connect`. Empty: not served.
+        /// Port of the gRPC API `DeliveryApi.Connect`. Empty: gRPC is off.
         grpc_addr: Option<ListenAddress> = "50054", example "50054";
     }
     "Node" {
-        /// Name of this node in the registry, unique among the nodes. Empty: generated at each start.
+        /// Name of this node in the registry, unique among all nodes. Empty: a new name at each start.
         instance_id: Option<Name> = "", example "delivery-7f9c";
         /// The `service` label of every metric.
         service_name: Name = "delivery-service", example "delivery-service";
-        /// Shards: threads with an io_uring each that hold the client sockets. `auto`: the cores
-        /// this process may use, less one in eight (at least one) for routing and Kafka.
+        /// Number of shards. A shard is a thread with an io_uring that holds client sockets. `auto`: one
+        /// per core that this process may use, except one core in eight (at least one) for routing
+        /// and Kafka.
         shards: Auto<Count> = "auto", from "1" to "1024", example "6";
-        /// Threads that find the recipients of events. Each owns some of the partitions.
+        /// Number of router threads, which find the recipients of events. Each owns some of the partitions.
         routers: Count = "1", from "1" to "64", example "1";
-        /// Threads for everything else: sign-in, back ends, gRPC, admin. `auto`: one per eight cores,
-        /// at least two.
+        /// Number of threads for authentication, back ends, gRPC and admin. `auto`: one per eight
+        /// cores, at least two.
         service_threads: Auto<Count> = "auto", from "1" to "256", example "2";
     }
     "Limits" {
-        /// Connections this node holds at most; more are answered 503. Divided among the shards, each
-        /// with an eighth to spare because the kernel does not spread them evenly. `auto`: what
-        /// the descriptor limit allows each shard, at most 65536 for each.
+        /// Maximum number of connections; further ones are refused with 503. They are divided among
+        /// the shards. Each shard has an eighth to spare, because the kernel does not distribute
+        /// connections evenly. `auto`: what the descriptor limit allows, at most 65536 per shard.
         connections_max: Auto<Count> = "auto", from "1" to "16777216", example "200000";
-        /// Sessions of one user, over all devices; one more is answered 429.
+        /// Maximum number of sessions per user on all devices; further ones are refused with 429.
         connections_per_user: Count = "32", from "1" to "65536", example "32";
-        /// Connections from one address (an IPv6 client is its /64); one more is answered 429.
-        /// 0: no limit, as behind a proxy.
+        /// Maximum number of connections from one address (for IPv6: one /64); further ones are refused
+        /// with 429. 0: no limit, for nodes behind a proxy.
         connections_per_address: Count = "20000", from "0" to "16777216", example "200";
-        /// New connections each second; more are answered 503. 0: no limit.
+        /// Maximum number of new connections per second; further ones are refused with 503. 0: no limit.
         handshakes_per_second: Count = "20000", from "0" to "10000000", example "5000";
-        /// New connections each second from one address; more are answered 429. 0: no limit.
+        /// Maximum number of new connections per second from one address; further ones are refused
+        /// with 429. 0: no limit.
         handshakes_per_second_per_address: Count = "2000", from "0" to "10000000", example "20";
-        /// Frames a client may send in any second; one more closes it with 1008.
+        /// Maximum number of frames per second from one client; more close its session with 1008.
         inbound_messages_per_second: Count = "100", from "1" to "65535", example "20";
-        /// Bytes a client may send in any second; more close it with 1008.
+        /// Maximum number of bytes per second from one client; more close its session with 1008.
         inbound_bytes_per_second: Size = "256KiB", from "4KiB" to "1GiB", example "256KiB";
-        /// One message from a client, after decompression; a larger one closes it with 1009.
+        /// Maximum size of one message from a client, after decompression; a larger one closes its
+        /// session with 1009.
         message_bytes_max: Size = "64KiB", from "1KiB" to "1GiB", example "64KiB";
-        /// Events waiting for a client that reads too slowly; one more closes it with 1011.
+        /// Maximum number of events queued for one client; more close its session with 1011 (slow
+        /// reader).
         queue_messages_max: Count = "128", from "2" to "32766", example "128";
-        /// Bytes waiting for such a client; more close it with 1011.
+        /// Maximum number of bytes queued for one client; more close its session with 1011 (slow
+        /// reader).
         queue_bytes_max: Size = "1MiB", from "16KiB" to "1GiB", example "1MiB";
-        /// Live events waiting for a client that is catching up; one more closes it with 1013.
+        /// Maximum number of live events held for one client during catch-up; more close its session
+        /// with 1013.
         hold_messages_max: Count = "1024", from "1" to "32766", example "1024";
-        /// Bytes waiting for such a client; more close it with 1013.
+        /// Maximum number of bytes held for one client during catch-up; more close its session with
+        /// 1013.
         hold_bytes_max: Size = "1MiB", from "16KiB" to "1GiB", example "1MiB";
-        /// Events that may wait in one shard for anybody. At this number it takes no more, and the
-        /// Kafka partitions concerned pause.
+        /// Maximum number of events in one shard that are not sent to all recipients yet. A full shard
+        /// accepts no further events, and the Kafka partitions concerned pause.
         shard_events_max: Count = "262144", from "1" to "16777216", example "262144";
-        /// Bytes of those events. With the shards, the greatest part of the memory bound.
+        /// Maximum number of bytes of those events. Multiplied by the number of shards, this is the
+        /// largest part of the memory bound.
         shard_event_bytes_max: Size = "256MiB", from "1MiB" to "1024GiB", example "256MiB";
-        /// Send buffer the kernel keeps for each client (`SO_SNDBUF`; the kernel doubles it).
-        /// 0: the kernel grows it as it likes, up to megabytes for each stalled reader.
+        /// Kernel send buffer per client (`SO_SNDBUF`; the kernel doubles it). 0: the kernel sizes it
+        /// dynamically, up to several megabytes per slow reader.
         so_sndbuf: Size = "64KiB", from "0" to "64MiB", example "64KiB";
     }
     "Times" {
-        /// From accepting a connection to its complete upgrade request; later is answered 408.
+        /// Maximum time from accepting a connection to its complete upgrade request; a later one is
+        /// answered with 408.
         handshake_timeout: Duration = "10s", from "100ms" to "5m", example "10s";
-        /// A client that was silent this long is pinged (up to a ninth earlier, so that clients
-        /// that came together are not pinged together).
+        /// Idle time after which a client is pinged. The ping goes out up to a ninth earlier, so that
+        /// clients that connected together are not pinged together.
         ping_interval: Duration = "54s", from "1s" to "1h", example "54s";
-        /// A client that was silent this long is dropped. More than the ping interval.
+        /// Idle time after which a client is disconnected. Must be longer than the ping interval.
         idle_timeout: Duration = "60s", from "2s" to "2h", example "60s";
-        /// A client that took nothing of what waits for it for this long is dropped.
+        /// Time without progress of a send after which a client is disconnected.
         write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";
-        /// How long a client may take to answer a close frame.
+        /// Maximum time for a client to answer a close frame.
         close_timeout: Duration = "5s", from "100ms" to "1m", example "5s";
-        /// How long a session's live events wait for its first message (the resume request).
+        /// Time for which the live events of a new session are held while the node waits for its first
+        /// message, the resume request.
         resume_grace: Duration = "10s", dev "500ms", from "0s" to "5m", example "10s";
-        /// How long a session may take to catch up; then it is closed with 1013.
+        /// Maximum time for a session to catch up; after that it is closed with 1013.
         catch_up_timeout: Duration = "5m", from "1s" to "1h", example "5m";
     }
     "WebSocket" {
-        /// Origins that browsers may connect from. Empty: any.
+        /// Origins that browsers may connect from. Empty: all.
         origins: Vec<Name> = "", example "https://chat.example.com,https://*.example.org";
-        /// Whether permessage-deflate is negotiated with clients that offer it.
+        /// Compress events (permessage-deflate) for clients that support it.
         deflate: bool = "true", example "true";
-        /// Events smaller than this are not compressed.
+        /// Size below which events are not compressed.
         deflate_threshold: Size = "256B", from "0" to "1MiB", example "256";
-        /// Whether `/echo` answers (for conformance suites and load tools).
+        /// Serve `/echo`, for conformance suites and load tools.
         echo: bool = "false", dev "true", example "true";
     }
     "Kafka" {
-        /// Brokers to begin with. `dev` brings its own.
+        /// Bootstrap brokers. `dev` starts an embedded broker if there are none.
         kafka_brokers: Vec<PeerAddress> = "", example "kafka-1:9092,kafka-2:9092";
-        /// Topics with the events.
+        /// Topics to consume.
         kafka_topics: Vec<Name> = "messaging.events.v1,conversation.events.v1", example "messaging.events.v1,conversation.events.v1";
-        /// Consumer group (`group` routing).
+        /// Consumer group (`ROUTING_MODE=group`).
         kafka_group: Name = "delivery-service-group", example "delivery-service-group";
-        /// More properties for librdkafka, such as TLS and SASL (those need a build with
+        /// Further librdkafka properties, for example for TLS and SASL (which need a build with
         /// `--features kafka-tls`).
         kafka_properties: Vec<Name> = "", example "security.protocol=SASL_SSL,sasl.mechanism=PLAIN";
-        /// How several nodes share the work: `group` or `broadcast`. Empty: `group` if Redis is
-        /// configured, `broadcast` if not.
+        /// How the nodes share the work: `group` (they share the partitions) or `broadcast` (each
+        /// node reads every partition). Empty: `group` if Redis is configured, else `broadcast`.
         routing_mode: Option<RoutingMode> = "", example "group";
-        /// Topic for records that could not be routed. Empty: they are counted and passed.
+        /// Topic for records that cannot be routed. Empty: they are counted and skipped.
         dead_letter_topic: Option<Name> = "", example "delivery.dead-letter.v1";
-        /// How long a record that cannot be routed is retried while the rest of its partition waits.
+        /// Maximum time for which a record that cannot be routed is retried. The rest of its partition
+        /// waits.
         route_retry_max: Duration = "30s", from "0s" to "1h", example "30s";
-        /// Conversations whose members are remembered.
+        /// Maximum number of conversations in the membership cache.
         membership_cache_max: Count = "200000", from "1" to "100000000", example "1000000";
-        /// Members remembered, summed over those conversations; 16 bytes each.
+        /// Maximum number of members in the membership cache, over all conversations. A member takes 16
+        /// bytes.
         membership_members_max: Count = "4000000", from "1" to "1000000000", example "20000000";
-        /// How long members are remembered before the conversation service is asked again. Without
-        /// that service they are not forgotten.
+        /// Lifetime of a cached member list. After that it is fetched again from the conversation
+        /// service; without that service it does not expire.
         membership_lifetime: Duration = "10m", from "1s" to "24h", example "10m";
-        /// Fetched from Kafka ahead of being routed, for each partition.
+        /// Maximum amount of data fetched ahead from Kafka, per partition.
         kafka_prefetch: Size = "4MiB", from "64KiB" to "1GiB", example "4MiB";
     }
     "Redis" {
-        /// Redis as host:port; several are nodes of a cluster. `redis_url` says more and wins.
+        /// Address of Redis; several are the nodes of a cluster. `redis_url` overrides it.
         redis_addr: Vec<PeerAddress> = "", example "redis:6379";
-        /// Redis as a URL: `redis://`, `rediss://` (TLS), `redis+cluster://` or
-        /// `rediss+cluster://`, with user, password and database. Empty with `redis_addr` empty:
-        /// no Redis.
+        /// URL of Redis: `redis://`, `rediss://` (TLS), `redis+cluster://` or `rediss+cluster://`, with
+        /// user, password and database. If `redis_addr` is empty too: no Redis.
         redis_url: Option<SecretUrl> = "", example "rediss://delivery:password@redis:6379/0";
     }
-    "Neighbours" {
-        /// The message service: what a client missed. Empty: nothing is caught up.
+    "Other services" {
+        /// Address of the message service, which returns the messages a client missed. Empty: no
+        /// catch-up.
         msg_svc_addr: Option<GrpcAddress> = "", example "message-service:50052";
-        /// The conversation service: members of conversations not seen yet. Empty: events of
-        /// such conversations cannot be routed.
+        /// Address of the conversation service, which returns the members of conversations. Empty:
+        /// only conversations whose creation event this node has read can be routed.
         conv_svc_addr: Option<GrpcAddress> = "", example "conversation-service:50051";
-        /// The presence service.
+        /// Address of the presence service.
         presence_svc_addr: Option<GrpcAddress> = "", example "https://presence-service:50053";
-        /// Who is told about sessions: `service`, `redis` or `off`. Empty: `service` if
-        /// `presence_svc_addr` is set, `off` if not.
+        /// Where presence is reported: `service` (to the presence service), `redis` (directly to its
+        /// keys in Redis) or `off`. Empty: `service` if `presence_svc_addr` is set, else `off`.
         presence_mode: Option<PresenceMode> = "", example "service";
-        /// How often presence is refreshed. Its entries live 60 s.
+        /// Interval of presence refreshes. A presence entry expires after 60 s.
         presence_refresh: Duration = "20s", from "1s" to "55s", example "20s";
-        /// Deadline of one call to a neighbour.
+        /// Deadline of one call to another service.
         call_timeout: Duration = "2s", from "50ms" to "1m", example "2s";
-        /// How long a client's catch-up waits for its registration, so that other nodes hand over
-        /// what comes next (`ROUTING_MODE=group`); then it goes on without, and is counted.
+        /// Maximum time for which catch-up waits until the session is registered, so that other nodes
+        /// hand over its events (`ROUTING_MODE=group`). After that it continues without, and is
+        /// counted.
         registration_wait: Duration = "2s", from "0s" to "5m", example "2s";
-        /// Calls for catch-up under way at once, all clients together.
+        /// Maximum number of concurrent calls for catch-up, for all clients together.
         resume_calls_max: Count = "64", from "1" to "4096", example "64";
     }
     "Tokens" {
-        /// `jwt`: a client needs a valid token. `trust`: anybody connects as anybody.
+        /// `jwt`: clients need a valid token. `trust`: anybody can connect as any user.
         auth_mode: AuthMode = "jwt", dev "trust", example "jwt";
-        /// Key of HS256 tokens.
+        /// Key of HS256 tokens, at least 32 bytes.
         jwt_secret: Option<Secret> = "", example "at-least-32-random-bytes-of-secret";
         /// PEM file with the public key of RS256, ES256 or EdDSA tokens.
         jwt_key_file: Option<PathBuf> = "", example "/etc/delivery/jwt.pem";
-        /// Where the public keys are published (JWKS).
+        /// URL of the public keys (JWKS).
         jwks_url: Option<SecretUrl> = "", example "https://auth.example.com/.well-known/jwks.json";
-        /// `iss` that a token must have. Empty: any.
+        /// Required `iss` of a token. Empty: any.
         jwt_issuer: Option<Name> = "", example "realchat-auth";
-        /// `aud` that a token must have. Empty: any.
+        /// Required `aud` of a token. Empty: any.
         jwt_audience: Option<Name> = "", example "realchat";
-        /// How wrong clocks may be.
+        /// Tolerated clock difference when the times of a token are checked.
         jwt_leeway: Duration = "30s", from "0s" to "10m", example "30s";
     }
-    "Trying out" {
-        /// Whether `delivery dev` feeds its demo conversation: `demo` with alice, bob and carol, one
-        /// message a second. `--no-demo` is short for `--dev-demo false`.
+    "Demo" {
+        /// Run the demo conversation of `delivery dev`: `demo` with alice, bob and carol, one message
+        /// per second. `--no-demo` is short for `--dev-demo false`.
         dev_demo: bool = "true", example "true";
     }
     "Stopping" {
-        /// On SIGTERM sessions are told to go one after the other over this time, with 1012.
-        /// 0: all at once, with 1001.
+        /// Time over which sessions are closed one after the other with 1012 when the node drains (on
+        /// SIGTERM, SIGINT or `POST /admin/drain`). 0: all are closed at once with 1001.
         drain_period: Duration = "0s", from "0s" to "1h", example "20s";
-        /// From the end of the drain period to leaving whatever is still open.
+        /// Maximum time from the end of the drain period to the exit of the process.
         stop_timeout: Duration = "10s", from "100ms" to "10m", example "10s";
     }
     "Telemetry" {
-        /// Which log lines are written: a level, or directives as in `info,delivery::service=debug`.
-        /// The variable `RUST_LOG` is read too and wins.
+        /// Log levels (`off`, `error`, `warn`, `info`, `debug` or `trace`): one for everything, and
+        /// others for single targets, as in `info,delivery::service=debug`. The variable `RUST_LOG`
+        /// overrides it.
         log_level: Targets = "info", example "info";
-        /// `text` for people, `json` for machines.
+        /// `text`, or `json` for one JSON object per line.
         log_format: LogFormat = "text", example "json";
-        /// Whether `/metrics` is served.
+        /// Serve `/metrics`.
         metrics_enabled: bool = "true", example "true";
-        /// Whether records with a `traceparent` header are logged with their trace id when they
-        /// are routed (at level debug).
+        /// Log each record that has a `traceparent` header, with its trace id, when it is routed (at
+        /// level debug).
         tracing_enabled: bool = "false", example "true";
     }
 }

@@ -1,4 +1,4 @@
-//! A conversation to look at: `demo`, with alice, bob and carol, one message a second.
+//! The demo conversation: `demo` with alice, bob and carol, one message per second.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -10,31 +10,31 @@ use crate::service::events::timestamp::Timestamp;
 
 const CONVERSATION: &str = "demo";
 const MEMBERS: [&str; 3] = ["alice", "bob", "carol"];
-const PACE: Duration = Duration::from_secs(1);
+const INTERVAL: Duration = Duration::from_secs(1);
 
 const LINES: [&str; 6] = [
     "Good morning!",
-    "Did this arrive at once?",
-    "On my phone and on my desk.",
-    "What if I close the window?",
-    "Open it again and it goes on.",
-    "Try it as somebody else, too.",
+    "Did this arrive immediately?",
+    "Yes, on my phone and on my laptop.",
+    "What happens if I close the window?",
+    "Open it again, and it continues.",
+    "Try it as another user, too.",
 ];
 
-/// The feeder; it ends with this value.
+/// Handle of the thread that sends the messages. Dropping it stops the thread.
 pub(super) struct Demo {
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Demo {
-    /// Creates the conversation and begins to talk.
+    /// Creates the conversation and starts sending messages.
     ///
     /// # Errors
-    /// Kafka did not take the first event, or there is no thread to be had.
+    /// Kafka did not accept the first event, or the thread cannot be started.
     pub(super) fn start(settings: &Settings) -> Result<Self, String> {
         let publisher = Publisher::new(&settings.kafka_brokers.show())?;
-        // The defaults are messages first, conversations second; who renamed them kept the order.
+        // By default messages come first and conversations second; other names have the same order.
         let topic = |index: usize| {
             let topics = &settings.kafka_topics;
             topics[index.min(topics.len() - 1)].as_str().to_owned()
@@ -49,10 +49,10 @@ impl Demo {
             .name("demo".into())
             .spawn(move || {
                 for number in 0.. {
-                    if stopped.recv_timeout(PACE) != Err(RecvTimeoutError::Timeout) {
+                    if stopped.recv_timeout(INTERVAL) != Err(RecvTimeoutError::Timeout) {
                         return;
                     }
-                    if let Err(why) = say(&publisher, &messages, number) {
+                    if let Err(why) = send(&publisher, &messages, number) {
                         tracing::warn!("demo: {why}");
                     }
                 }
@@ -62,11 +62,11 @@ impl Demo {
     }
 }
 
-fn say(publisher: &Publisher, topic: &str, number: usize) -> Result<(), String> {
+fn send(publisher: &Publisher, topic: &str, number: usize) -> Result<(), String> {
     let now = Timestamp::from(SystemTime::now());
     let sender = MEMBERS[number % MEMBERS.len()];
     let text = LINES[number % LINES.len()];
-    // Greater than every sequence of an earlier run, which clients may still remember.
+    // Higher than the sequences of earlier runs, which clients may still have.
     let sequence = now.unix_ms();
     publisher.publish(&sent(topic, CONVERSATION, sender, sequence, text, now)).map(drop)
 }
@@ -75,7 +75,7 @@ impl Drop for Demo {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // It has nothing to hand back; a panic of its own has been printed.
+            // The panic hook has printed a panic.
             let _ = thread.join();
         }
     }

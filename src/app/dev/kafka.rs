@@ -1,21 +1,21 @@
-//! Kafka inside the process: librdkafka's mock cluster.
+//! Embedded Kafka: the mock cluster of librdkafka.
 
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 
 use crate::app::config::Name;
 
-/// Partitions of each topic: more than one, so that it behaves as the real one.
+/// Partitions per topic. More than one, as in a real cluster.
 const PARTITIONS: i32 = 3;
 
-/// Ends with this value.
+/// The running mock cluster. Dropping it stops it.
 pub(super) struct EmbeddedKafka(MockCluster<'static, DefaultProducerContext>);
 
 impl EmbeddedKafka {
-    /// One broker on a free port of the loopback address, with these topics.
+    /// Starts one broker with these topics on a free loopback port.
     ///
     /// # Errors
-    /// The library could not start it.
+    /// librdkafka could not start it.
     pub(super) fn start(topics: &[Name]) -> Result<Self, String> {
         let failed = |error| format!("the embedded Kafka did not start: {error}");
         let cluster = MockCluster::new(1).map_err(failed)?;
@@ -25,7 +25,7 @@ impl EmbeddedKafka {
         Ok(Self(cluster))
     }
 
-    /// Where it listens.
+    /// The address of the broker.
     pub(super) fn brokers(&self) -> String {
         self.0.bootstrap_servers()
     }

@@ -1,4 +1,4 @@
-//! `delivery dev`: the same node with nothing else installed.
+//! `delivery dev`: runs a node without anything else installed.
 
 mod demo;
 mod kafka;
@@ -10,17 +10,17 @@ use super::node::{self, Addresses, Plan};
 use demo::Demo;
 use kafka::EmbeddedKafka;
 
-/// The page served at `/try`; [`PORT_MARK`] stands for the WebSocket port.
+/// The page served at `/try`. [`PORT_MARK`] is replaced by the WebSocket port.
 const TRY_PAGE: &str = include_str!("try.html");
 const PORT_MARK: &str = "{{WEBSOCKET_PORT}}";
 
-/// Runs until it is told to stop.
+/// Runs until the node is stopped.
 ///
 /// # Errors
-/// Something could not be started; says what, and what to do.
+/// A part could not be started. The text says which, and what to do.
 pub fn run(loaded: Loaded) -> Result<(), String> {
     let mut settings = loaded.settings;
-    stay_private(&settings)?;
+    refuse_public_trust(&settings)?;
     let embedded = if settings.kafka_brokers.is_empty() {
         let kafka = EmbeddedKafka::start(&settings.kafka_topics)?;
         settings.kafka_brokers = Vec::<PeerAddress>::parse(&kafka.brokers())?;
@@ -28,10 +28,10 @@ pub fn run(loaded: Loaded) -> Result<(), String> {
     } else {
         None
     };
-    // A Kafka of somebody else's is not talked into.
+    // No demo messages are written to a Kafka that is not ours.
     let demo_wanted = settings.dev_demo && embedded.is_some();
     let mut demo = None;
-    let told = settings.clone();
+    let shown = settings.clone();
     let plan = Plan {
         ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
         try_page: Some(|addresses: &Addresses| {
@@ -40,15 +40,17 @@ pub fn run(loaded: Loaded) -> Result<(), String> {
         settings,
     };
     node::run(plan, |addresses| {
-        println!("{}", greeting(&told, addresses, embedded.is_some(), demo_wanted));
+        println!("{}", greeting(&shown, addresses, embedded.is_some(), demo_wanted));
         if demo_wanted {
-            demo = Demo::start(&told).inspect_err(|why| tracing::error!("no demo: {why}")).ok();
+            demo = Demo::start(&shown)
+                .inspect_err(|why| tracing::error!("the demo did not start: {why}"))
+                .ok();
         }
     })
 }
 
-/// Trusting everybody is for this machine only.
-fn stay_private(settings: &Settings) -> Result<(), String> {
+/// Without authentication, only this machine may connect.
+fn refuse_public_trust(settings: &Settings) -> Result<(), String> {
     let listens = [
         ("HTTP_PORT", Some(settings.http_port)),
         ("HTTP_ADDR", Some(settings.http_addr)),
@@ -61,7 +63,7 @@ fn stay_private(settings: &Settings) -> Result<(), String> {
             && settings.auth_mode == AuthMode::Trust
         {
             return Err(format!(
-                "{name}: {} is open to other machines, and `dev` lets anybody connect as anybody\n      \
+                "{name}: {} is reachable from other machines, and `dev` lets anybody connect as any user\n      \
                  example: {name}=127.0.0.1:{}, or AUTH_MODE=jwt with JWT_SECRET, or `delivery serve`",
                 address.show(),
                 address.port
@@ -71,13 +73,13 @@ fn stay_private(settings: &Settings) -> Result<(), String> {
     Ok(())
 }
 
-/// What is running, what it is not, and what to try next: every line can be pasted as it is.
+/// What is running, what is missing, and what to try next. Every command can be pasted as it is.
 fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> String {
     let brokers = settings.kafka_brokers.show();
     let program = program();
     let (websocket, admin) = (at.websocket, at.admin);
     let mut out = format!(
-        "\nDelivery is running, for trying it out (stop it with Ctrl-C).\n\n  \
+        "\nDelivery is running. Stop it with Ctrl-C.\n\n  \
          WebSocket  ws://{websocket}/ws\n  \
          admin      http://{admin}/health/ready  http://{admin}/metrics\n"
     );
@@ -86,46 +88,44 @@ fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> 
     }
     out += &format!("  Kafka      {brokers}{}\n", if embedded { "  (embedded)" } else { "" });
     if embedded {
-        out += "\nKafka is a mock inside this process (librdkafka's). It keeps nothing: when the process ends, \
-                its events\nare gone, and before that it forgets what is more than 5 MiB old in a partition.\n";
+        out += "\nKafka is a mock inside this process (librdkafka's). It stores nothing on disk: its events \
+                are lost\nwhen the process ends, and it holds only the last 5 MiB of each partition.\n";
     }
     out += &missing(settings);
-    let user = if demo {
-        out += "\nThe conversation `demo` (alice, bob, carol) says something once a second. Watch it as one of them:\n";
-        "alice"
+    if demo {
+        out += "\nThe conversation `demo` (alice, bob, carol) gets one message per second. Watch it as alice:\n";
     } else {
         out += &format!(
-            "\nCreate a conversation, then watch it as one of its members:\n\n    \
+            "\nCreate a conversation, then watch it as alice:\n\n    \
              {program} publish --brokers {brokers} create --conversation demo --members alice,bob,carol\n"
         );
-        "alice"
-    };
-    let url = format!("ws://{websocket}/ws?user_id={user}&device_id=phone");
+    }
+    let url = format!("ws://{websocket}/ws?user_id=alice&device_id=phone");
     out += &format!(
         "\n  in a browser:\n    http://{admin}/try\n\
          \n  with this program, in another terminal:\n    \
-         {program} tail --url {websocket} --user {user} --device phone\n\
+         {program} tail --url {websocket} --user alice --device phone\n\
          \n  with websocat:\n    websocat --protocol realchat.v1.json '{url}'\n\
          \n  with Python (pip install websockets):\n    \
          python3 -c \"from websockets.sync.client import connect\n\
          for event in connect('{url}', subprotocols=['realchat.v1.json']): print(event)\"\n\
-         \nSay something yourself:\n\n    \
+         \nSend a message:\n\n    \
          {program} publish --brokers {brokers} message --conversation demo --sender bob \"Hello\"\n"
     );
     out
 }
 
-/// What `serve` would have and this has not, in words.
+/// The parts of a production node that are missing.
 fn missing(settings: &Settings) -> String {
     let mut without = Vec::new();
     if !settings.has_redis() {
         without.push("no Redis (one node only)");
     }
     if settings.msg_svc_addr.is_none() {
-        without.push("no message service (nothing is caught up after a reconnect)");
+        without.push("no message service (no catch-up after a reconnect)");
     }
     if settings.conv_svc_addr.is_none() {
-        without.push("no conversation service (members come from events alone)");
+        without.push("no conversation service (members come from events only)");
     }
     if settings.presence_svc_addr.is_none() {
         without.push("no presence service");
@@ -135,12 +135,12 @@ fn missing(settings: &Settings) -> String {
         out += &format!("There is {}.\n", without.join(",\n"));
     }
     if settings.auth_mode == AuthMode::Trust {
-        out += "Anybody on this machine may connect as anybody.\n";
+        out += "Anybody on this machine can connect as any user.\n";
     }
     out
 }
 
-/// How this program was called, so that the lines work as printed.
+/// The path this program was called with, so that the commands work as printed.
 fn program() -> String {
     let name = std::env::args().next().unwrap_or_else(|| "delivery".to_owned());
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
@@ -158,20 +158,20 @@ mod tests {
     }
 
     #[test]
-    fn trust_stays_on_this_machine() {
-        assert!(stay_private(&settings(&[])).is_ok());
-        assert!(stay_private(&settings(&[("http_port", "127.0.0.1:0")])).is_ok());
+    fn trust_is_refused_on_public_addresses() {
+        assert!(refuse_public_trust(&settings(&[])).is_ok());
+        assert!(refuse_public_trust(&settings(&[("http_port", "127.0.0.1:0")])).is_ok());
         for name in ["http_port", "http_addr", "grpc_addr"] {
-            let why = stay_private(&settings(&[(name, "0.0.0.0:8083")])).unwrap_err();
+            let why = refuse_public_trust(&settings(&[(name, "0.0.0.0:8083")])).unwrap_err();
             assert!(why.starts_with(&name.to_uppercase()), "{why}");
         }
         let secret = "0123456789abcdef0123456789abcdef";
         let jwt = [("auth_mode", "jwt"), ("jwt_secret", secret), ("http_port", "0.0.0.0:1")];
-        assert!(stay_private(&settings(&jwt)).is_ok());
+        assert!(refuse_public_trust(&settings(&jwt)).is_ok());
     }
 
     #[test]
-    fn greeting_has_the_real_ports_and_says_what_is_missing() {
+    fn greeting_has_the_actual_ports_and_names_what_is_missing() {
         let mut settings = settings(&[]);
         settings.kafka_brokers = Vec::<PeerAddress>::parse("127.0.0.1:40001").unwrap();
         let at = Addresses {
@@ -186,9 +186,9 @@ mod tests {
             "--url 127.0.0.1:40002",
             "http://127.0.0.1:40003/try",
             "127.0.0.1:40004",
-            "keeps nothing",
+            "stores nothing",
             "no Redis",
-            "anybody",
+            "Anybody",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
         }

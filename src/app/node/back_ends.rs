@@ -1,13 +1,13 @@
-//! The services that this node asks and tells, as far as they are configured. All connect in the
-//! background and again when they were away.
+//! Clients of the other services and of Redis, as far as they are configured. All connect in the
+//! background and reconnect by themselves.
 
 use std::sync::Arc;
 
-use super::metrics::component;
+use super::metrics::register;
 use super::other_nodes::OtherNodes;
 use super::routing::{RoutingPeers, compression};
 use super::sizing::Sizing;
-use crate::app::admin::Samples;
+use crate::app::admin::Collector;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
 use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
@@ -20,7 +20,7 @@ use crate::service::sessions::presence::{
     Presence, PresenceConfig, PresenceTarget, VisibilityConfig,
 };
 
-/// See the module.
+/// The clients of all configured back ends.
 pub(super) struct BackEnds {
     pub auth: Arc<Authenticator>,
     pub conversations: Option<ConversationService>,
@@ -28,12 +28,12 @@ pub(super) struct BackEnds {
     pub other_nodes: Option<OtherNodes>,
     pub presence: Presence,
     pub catch_up: CatchUpService,
-    /// The metrics of all of them.
-    pub samples: Vec<Samples>,
+    /// The metrics of all back ends.
+    pub collectors: Vec<Collector>,
 }
 
 impl BackEnds {
-    /// Makes them, for a node of this name. Needs the runtime.
+    /// Creates the clients for a node of this name. Must be called within the runtime.
     ///
     /// # Errors
     /// A key or an address cannot be used.
@@ -42,33 +42,33 @@ impl BackEnds {
         sizing: &Sizing,
         instance: &Arc<str>,
     ) -> Result<Self, String> {
-        let mut samples = Vec::new();
+        let mut collectors = Vec::new();
         let conversations = neighbour(
             settings,
             ("CONV_SVC_ADDR", "conversation_service_"),
             settings.conv_svc_addr.as_ref(),
             ConversationService::new,
-            &mut samples,
+            &mut collectors,
         )?;
         let messages = neighbour(
             settings,
             ("MSG_SVC_ADDR", "message_service_"),
             settings.msg_svc_addr.as_ref(),
             MessageService::new,
-            &mut samples,
+            &mut collectors,
         )?;
-        let redis = redis_link(settings, &mut samples)?;
+        let redis = redis_link(settings, &mut collectors)?;
         let other_nodes =
-            redis.clone().map(|link| OtherNodes::new(settings, instance, link, &mut samples));
+            redis.clone().map(|link| OtherNodes::new(settings, instance, link, &mut collectors));
         let announcer = other_nodes.as_ref().and_then(OtherNodes::announcer);
         let presence =
-            presence(settings, sizing, instance, redis.as_ref(), announcer, &mut samples)?;
-        let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut samples);
-        let auth = authenticator(settings, &mut samples)?;
-        Ok(Self { auth, conversations, other_nodes, presence, catch_up, samples })
+            presence(settings, sizing, instance, redis.as_ref(), announcer, &mut collectors)?;
+        let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut collectors);
+        let auth = authenticator(settings, &mut collectors)?;
+        Ok(Self { auth, conversations, other_nodes, presence, catch_up, collectors })
     }
 
-    /// What the routers need of them.
+    /// The back ends that the routers need.
     pub(super) fn for_routing(&self) -> RoutingPeers {
         let service = self.conversations.clone();
         let source = service.map(|service| -> Arc<dyn ConversationSource> { Arc::new(service) });
@@ -76,36 +76,31 @@ impl BackEnds {
     }
 }
 
-/// One of the gRPC services, if it has an address.
+/// Creates the client of a gRPC service, if its address is set.
 fn neighbour<T, E: std::fmt::Display>(
     settings: &Settings,
     (setting, prefix): (&str, &'static str),
     address: Option<&GrpcAddress>,
     make: impl FnOnce(&NeighbourConfig, Arc<NeighbourCounters>) -> Result<T, E>,
-    samples: &mut Vec<Samples>,
+    collectors: &mut Vec<Collector>,
 ) -> Result<Option<T>, String> {
     let Some(address) = address else { return Ok(None) };
     let config = NeighbourConfig {
         call_timeout: settings.call_timeout,
         ..NeighbourConfig::new(address.url())
     };
-    let counters = Arc::new(NeighbourCounters::default());
-    let made = make(&config, Arc::clone(&counters))
-        .map_err(|error| format!("{setting}: {} cannot be used: {error}", config.url))?;
-    samples.push(component(prefix, move |visit| counters.visit(visit)));
-    Ok(Some(made))
+    make(&config, register(prefix, collectors))
+        .map(Some)
+        .map_err(|error| format!("{setting}: {} cannot be used: {error}", config.url))
 }
 
 fn redis_link(
     settings: &Settings,
-    samples: &mut Vec<Samples>,
+    collectors: &mut Vec<Collector>,
 ) -> Result<Option<RedisLink>, String> {
     let Some(address) = settings.redis() else { return Ok(None) };
     let address = address.map_err(|error| error.to_string())?;
-    let counters = Arc::default();
-    let link = redis::connect(RedisConfig::new(address), Arc::clone(&counters));
-    samples.push(component("", move |visit| counters.visit(visit)));
-    Ok(Some(link))
+    Ok(Some(redis::connect(RedisConfig::new(address), register("", collectors))))
 }
 
 fn presence(
@@ -114,18 +109,18 @@ fn presence(
     instance: &Arc<str>,
     redis: Option<&RedisLink>,
     announcer: Option<Announcer>,
-    samples: &mut Vec<Samples>,
+    collectors: &mut Vec<Collector>,
 ) -> Result<Presence, String> {
     let target = match settings.presence() {
         PresenceMode::Off => return Ok(Presence::off()),
         PresenceMode::Redis => {
-            PresenceTarget::Redis(redis.expect("checked with the settings").clone())
+            PresenceTarget::Redis(redis.expect("validated with the settings").clone())
         }
         PresenceMode::Service => {
             let address = settings.presence_svc_addr.as_ref();
             let names = ("PRESENCE_SVC_ADDR", "presence_service_");
-            let service = neighbour(settings, names, address, PresenceService::new, samples)?;
-            PresenceTarget::Service(service.expect("checked with the settings"))
+            let service = neighbour(settings, names, address, PresenceService::new, collectors)?;
+            PresenceTarget::Service(service.expect("validated with the settings"))
         }
     };
     let visibility = announcer.is_some().then(|| VisibilityConfig {
@@ -138,13 +133,10 @@ fn presence(
         announcer,
         ..presence_config(Arc::clone(instance), sizing)
     };
-    let counters = Arc::default();
-    let presence = Presence::spawn(config, target, Arc::clone(&counters));
-    samples.push(component("presence_", move |visit| counters.visit(visit)));
-    Ok(presence)
+    Ok(Presence::spawn(config, target, register("presence_", collectors)))
 }
 
-/// The bounds of presence: all sessions may leave at once.
+/// The bounds of presence. All sessions may end at once.
 pub(super) fn presence_config(instance: Arc<str>, sizing: &Sizing) -> PresenceConfig {
     let config = PresenceConfig::new(instance);
     let ends_waiting_max = config.ends_waiting_max.max(sizing.sessions_max());
@@ -155,10 +147,10 @@ fn catch_up(
     settings: &Settings,
     messages: Option<MessageService>,
     conversations: Option<&ConversationService>,
-    samples: &mut Vec<Samples>,
+    collectors: &mut Vec<Collector>,
 ) -> CatchUpService {
     let Some(messages) = messages else {
-        tracing::warn!("MSG_SVC_ADDR is not set: what a client missed is not caught up");
+        tracing::warn!("MSG_SVC_ADDR is not set: no catch-up after a reconnect");
         return CatchUpService::off();
     };
     let access = match (conversations, settings.auth_mode) {
@@ -169,8 +161,7 @@ fn catch_up(
         (None, AuthMode::Trust) => ReadAccess::Unchecked,
         (None, AuthMode::Jwt) => {
             tracing::warn!(
-                "CONV_SVC_ADDR is not set, so nobody can say who may read what: what a client \
-                 missed is not caught up"
+                "CONV_SVC_ADDR is not set, so access cannot be checked: no catch-up after a reconnect"
             );
             return CatchUpService::off();
         }
@@ -178,7 +169,7 @@ fn catch_up(
     let defaults = CatchUpConfig::default();
     let config = CatchUpConfig {
         calls_max: settings.resume_calls_max.size(),
-        // A chunk must not overflow the queue that it is put into.
+        // A chunk must fit into the queue of the session.
         chunk_messages_max: defaults
             .chunk_messages_max
             .min(settings.queue_messages_max.size().div_ceil(2)),
@@ -186,18 +177,15 @@ fn catch_up(
         compression: compression(settings),
         ..defaults
     };
-    let counters = Arc::default();
-    let catch_up = CatchUpService::new(config, Arc::new(messages), access, Arc::clone(&counters));
-    samples.push(component("resume_", move |visit| counters.visit(visit)));
-    catch_up
+    CatchUpService::new(config, Arc::new(messages), access, register("resume_", collectors))
 }
 
 fn authenticator(
     settings: &Settings,
-    samples: &mut Vec<Samples>,
+    collectors: &mut Vec<Collector>,
 ) -> Result<Arc<Authenticator>, String> {
     if settings.auth_mode == AuthMode::Trust {
-        tracing::warn!("AUTH_MODE=trust: anybody can connect as anybody");
+        tracing::warn!("AUTH_MODE=trust: anybody can connect as any user");
         return Ok(Authenticator::trust());
     }
     let (setting, source) = match (&settings.jwt_secret, &settings.jwt_key_file, &settings.jwks_url)
@@ -209,16 +197,13 @@ fn authenticator(
             ("JWT_KEY_FILE", KeySource::Pem(pem))
         }
         (_, _, Some(url)) => ("JWKS_URL", KeySource::Jwks(JwksConfig::new(url.secret().clone()))),
-        (None, None, None) => unreachable!("checked with the settings"),
+        (None, None, None) => unreachable!("validated with the settings"),
     };
     let rules = ClaimRules {
         issuer: settings.jwt_issuer.as_ref().map(ToString::to_string),
         audience: settings.jwt_audience.as_ref().map(ToString::to_string),
         leeway: settings.jwt_leeway,
     };
-    let counters = Arc::default();
-    let auth = Authenticator::jwt(source, rules, Arc::clone(&counters))
-        .map_err(|error| format!("{setting}: {error}"))?;
-    samples.push(component("auth_", move |visit| counters.visit(visit)));
-    Ok(auth)
+    Authenticator::jwt(source, rules, register("auth_", collectors))
+        .map_err(|error| format!("{setting}: {error}"))
 }

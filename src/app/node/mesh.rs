@@ -1,5 +1,5 @@
-//! The rings between the shards and their peers on the service side: one pair for each shard and
-//! peer, one doorbell for each sleeper.
+//! The rings between the shards and their peers on the service side: a pair of rings per shard and
+//! peer, and a doorbell per shard and per peer.
 
 use std::io;
 use std::sync::Arc;
@@ -8,25 +8,25 @@ use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::limits::HANDOFF_RING_SLOTS;
 use crate::handoff::{Consumer, Doorbell, Producer, ring};
 
-/// A peer's rings to one shard.
+/// The rings of a peer to and from one shard.
 pub(super) struct PeerEnd {
     pub commands: Producer<ShardCommand>,
     pub reports: Consumer<ShardReport>,
 }
 
-/// A shard's rings to one peer.
+/// The rings of a shard to and from one peer.
 pub(super) struct ShardEnd {
     pub commands: Consumer<ShardCommand>,
     pub reports: Producer<ShardReport>,
 }
 
-/// Everything of one shard: the session manager's rings first, then the routers'.
+/// The rings of one shard: first those of the session manager, then those of the routers.
 pub(super) struct ShardSide {
     pub bell: Arc<Doorbell>,
     pub peers: Vec<ShardEnd>,
 }
 
-/// Everything of one peer: by shard number.
+/// The rings of one peer, by shard number.
 pub(super) struct PeerSide {
     pub bell: Arc<Doorbell>,
     pub shards: Vec<PeerEnd>,
@@ -40,7 +40,7 @@ pub(super) struct Mesh {
 }
 
 impl Mesh {
-    /// For so many shards (the gRPC hub counted, if there is one) and routers.
+    /// Creates the rings for this number of shards (including the gRPC hub) and routers.
     ///
     /// # Errors
     /// The process is out of file descriptors.
@@ -74,7 +74,7 @@ mod tests {
     use crate::handoff::Pushed;
 
     #[test]
-    fn each_peer_reaches_each_shard_over_rings_of_their_own() {
+    fn each_pair_of_peer_and_shard_has_its_own_rings() {
         let mut mesh = Mesh::new(3, 2).unwrap();
         let peers = std::iter::once(&mut mesh.session_manager).chain(&mut mesh.routers);
         for (peer, side) in peers.enumerate() {
@@ -89,7 +89,7 @@ mod tests {
             assert_eq!(side.peers.len(), 3);
             for (peer, end) in side.peers.iter_mut().enumerate() {
                 let Some(ShardCommand::Admit { connection }) = end.commands.pop() else {
-                    panic!("nothing came")
+                    panic!("no command")
                 };
                 assert_eq!(connection.slot as usize, 10 * peer + shard);
                 assert!(end.commands.is_empty());

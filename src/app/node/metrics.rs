@@ -1,84 +1,88 @@
-//! Every component's counters on one page, and the names that dashboards already use (contract §6).
+//! Collects the counters of all components, and exports the metrics that existing dashboards use
+//! (contract §6).
 
 use std::sync::Arc;
 
-use crate::app::admin::{FamilyKind, Page, Samples, number};
+use crate::app::admin::{Collector, MetricsPage, number};
 use crate::domain::close::EndReason;
-use crate::domain::counters::{LATENCY_BUCKETS_MS, LatencyHistogram, MetricKind};
+use crate::domain::counters::{CounterSet, LATENCY_BUCKETS_MS, LatencyHistogram, MetricKind};
 use crate::reactor::counters::ShardCounters;
 use crate::service::sessions::manager::SessionCounters;
 use crate::service::streams::hub::HubMetrics;
 
-/// What the `counters!` macro calls for each field.
-type Visit<'a> = &'a mut dyn FnMut(MetricKind, &'static str, &'static str, u64);
-
-/// The samples of one component: each field of its counters as `delivery_<prefix><field>`.
-pub(super) fn component(
+/// New counters of a component, each field exported as `delivery_<prefix><field>`.
+pub(super) fn register<C: CounterSet>(
     prefix: &'static str,
-    visit: impl Fn(Visit<'_>) + Send + Sync + 'static,
-) -> Samples {
-    Box::new(move |page| {
-        visit(&mut |kind, field, help, value| sample(page, kind, prefix, field, help, &[], value));
-    })
+    collectors: &mut Vec<Collector>,
+) -> Arc<C> {
+    let counters = Arc::new(C::default());
+    collectors.push(component(prefix, Arc::clone(&counters)));
+    counters
 }
 
-fn sample(
-    page: &mut Page,
-    kind: MetricKind,
-    prefix: &str,
-    field: &str,
-    help: &str,
-    labels: &[(&str, &str)],
-    value: u64,
-) {
-    let (kind, suffix) = match kind {
-        MetricKind::Counter => (FamilyKind::Counter, "_total"),
-        MetricKind::Gauge => (FamilyKind::Gauge, ""),
-    };
-    page.sample(kind, &format!("delivery_{prefix}{field}{suffix}"), help, labels, number(value));
+/// The metrics of one component: each field of its counters as `delivery_<prefix><field>`.
+pub(super) fn component(prefix: &'static str, counters: Arc<impl CounterSet>) -> Collector {
+    Box::new(move |page| export(page, prefix, &*counters, &[]))
 }
 
-/// The samples of one of several: each field with a label that says which.
+/// The metrics of one of several equal components, with its number as a label.
 pub(super) fn numbered(
     prefix: &'static str,
     label: &'static str,
     number: usize,
-    visit: impl Fn(Visit<'_>) + Send + Sync + 'static,
-) -> Samples {
+    counters: Arc<impl CounterSet>,
+) -> Collector {
     let number = number.to_string();
-    Box::new(move |page| {
-        let labels = [(label, number.as_str())];
-        visit(&mut |kind, field, help, value| {
-            sample(page, kind, prefix, field, help, &labels, value);
-        });
-    })
+    Box::new(move |page| export(page, prefix, &*counters, &[(label, &number)]))
 }
 
-/// The shards, one by one, and what they are together.
+fn export(
+    page: &mut MetricsPage,
+    prefix: &str,
+    counters: &impl CounterSet,
+    labels: &[(&str, &str)],
+) {
+    counters.visit(&mut |kind, field, help, value| {
+        let suffix = match kind {
+            MetricKind::Counter => "_total",
+            MetricKind::Gauge => "",
+        };
+        let name = format!("delivery_{prefix}{field}{suffix}");
+        page.sample(kind, &name, help, labels, number(value));
+    });
+}
+
+/// The metrics of each shard, and those of all shards and the gRPC hub together.
 pub(super) fn shards(
     all: Vec<Arc<ShardCounters>>,
     hub: Option<Arc<HubMetrics>>,
     sessions: Arc<SessionCounters>,
-) -> Samples {
+) -> Collector {
     Box::new(move |page| {
         for (shard, counters) in all.iter().enumerate() {
             let shard = shard.to_string();
             let labels = [("shard", shard.as_str())];
-            counters.counts.visit(&mut |kind, field, help, value| {
-                sample(page, kind, "shard_", field, help, &labels, value);
-            });
+            export(page, "shard_", &counters.counts, &labels);
             for why in EndReason::ALL {
                 let labels = [("shard", shard.as_str()), ("reason", why.label())];
                 let value = number(counters.ended[why as usize].get());
-                page.sample(FamilyKind::Counter, ENDED, "Connections that ended.", &labels, value);
+                page.sample(
+                    MetricKind::Counter,
+                    ENDED,
+                    "Connections that have ended, by reason.",
+                    &labels,
+                    value,
+                );
             }
         }
         if let Some(hub) = &hub {
+            export(page, "", &hub.counters, &[]);
             for why in EndReason::ALL {
                 let value = number(hub.ended[why as usize].get());
-                let (help, labels) = ("gRPC sessions that ended.", [("reason", why.label())]);
+                let (help, labels) =
+                    ("gRPC sessions that have ended, by reason.", [("reason", why.label())]);
                 let name = "delivery_stream_ended_total";
-                page.sample(FamilyKind::Counter, name, help, &labels, value);
+                page.sample(MetricKind::Counter, name, help, &labels, value);
             }
         }
         active(page, &all);
@@ -94,13 +98,13 @@ fn sum(all: &[Arc<ShardCounters>], field: impl Fn(&ShardCounters) -> u64) -> u64
     all.iter().map(|counters| field(counters)).sum()
 }
 
-fn active(page: &mut Page, all: &[Arc<ShardCounters>]) {
+fn active(page: &mut MetricsPage, all: &[Arc<ShardCounters>]) {
     let open = number(sum(all, |c| c.counts.sessions.get()));
-    let help = "Sessions over WebSocket.";
-    page.sample(FamilyKind::Gauge, "websocket_connections_active", help, &[], open);
+    let help = "Open WebSocket sessions.";
+    page.sample(MetricKind::Gauge, "websocket_connections_active", help, &[], open);
 }
 
-fn latency<'a>(page: &mut Page, all: impl Iterator<Item = &'a LatencyHistogram>) {
+fn latency<'a>(page: &mut MetricsPage, all: impl Iterator<Item = &'a LatencyHistogram>) {
     let mut counts = [0; LATENCY_BUCKETS_MS.len() + 1];
     let mut sum_ms = 0;
     for histogram in all {
@@ -109,13 +113,13 @@ fn latency<'a>(page: &mut Page, all: impl Iterator<Item = &'a LatencyHistogram>)
         sum_ms += sum;
     }
     let bounds = LATENCY_BUCKETS_MS.map(|ms| number(ms) / 1000.0);
-    let help = "From the append of an event to its Kafka log to its completed send.";
+    let help = "Time from the append of an event to the Kafka log to its completed send.";
     let name = "message_delivery_latency_seconds";
     page.histogram(name, help, &[], &bounds, &counts, number(sum_ms) / 1000.0);
 }
 
-/// Upgrade requests on the public port, by the status of the answer.
-fn upgrades(page: &mut Page, all: &[Arc<ShardCounters>], sessions: &SessionCounters) {
+/// Upgrade requests on the public port, by status of the response.
+fn upgrades(page: &mut MetricsPage, all: &[Arc<ShardCounters>], sessions: &SessionCounters) {
     let shards = |field: fn(&ShardCounters) -> u64| sum(all, field);
     let answers = [
         ("101", shards(|c| c.counts.upgraded.get())),
@@ -128,7 +132,7 @@ fn upgrades(page: &mut Page, all: &[Arc<ShardCounters>], sessions: &SessionCount
             shards(|c| c.counts.refused_address_rate.get() + c.counts.refused_address_count.get())
                 + sessions.refused_user_limit.get(),
         ),
-        // Which of 400 to 431 it was the parser knows: the answer's body says it.
+        // The parser responds with one of several statuses from 400 to 431; one counter covers them.
         ("4xx", shards(|c| c.counts.requests_refused.get())),
         (
             "503",
@@ -150,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counters_and_the_contracts_names_are_on_the_page() {
+    fn counters_and_names_of_the_contract_are_exported() {
         let shard = Arc::new(ShardCounters::default());
         shard.counts.sessions.set(3);
         shard.counts.upgraded.add(4);
@@ -159,9 +163,9 @@ mod tests {
         let sessions = Arc::new(SessionCounters::default());
         sessions.refused_forbidden.add(5);
 
-        let mut page = Page::new("push");
+        let mut page = MetricsPage::new("push");
         shards(vec![Arc::clone(&shard), Arc::default()], None, Arc::clone(&sessions))(&mut page);
-        component("session_", move |visit| sessions.visit(visit))(&mut page);
+        component("session_", sessions)(&mut page);
         let text = page.render();
         for line in [
             "websocket_connections_active{service=\"push\"} 3",

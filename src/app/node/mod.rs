@@ -1,8 +1,8 @@
-//! One node, from start to exit: everything is made here, in the order in which it depends on each
-//! other, and ended here in the reverse.
+//! One node, from start to exit. Starts all parts in the order of their dependencies and stops them in
+//! reverse order.
 
 mod back_ends;
-mod ledger;
+mod memory;
 mod mesh;
 mod metrics;
 mod other_nodes;
@@ -25,15 +25,15 @@ use tokio::sync::watch;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 
 use self::back_ends::BackEnds;
-use self::ledger::Ledger;
+use self::memory::MemoryBudget;
 use self::mesh::{Mesh, PeerSide};
-use self::other_nodes::FromOtherNodes;
+use self::other_nodes::OtherNodesListener;
 use self::routing::Routing;
 use self::shards::{Shards, gate_config, shard_config};
 use self::signals::Signals;
 use self::sizing::{Machine, Sizing};
 use self::streams::Streams;
-use super::admin::{self, Admin, Check, Requests, Samples};
+use super::admin::{self, Admin, Collector, ReadinessCheck, RequestMetrics};
 use super::config::Settings;
 use super::telemetry::{self, LogSink};
 use crate::domain::counted::Counted;
@@ -48,56 +48,55 @@ use crate::service::sessions::manager::{
 pub struct Plan {
     /// All settings.
     pub settings: Settings,
-    /// Where to listen if only a port is given.
+    /// The address to listen on if a setting gives a port only.
     pub ip: IpAddr,
-    /// Makes the page served at `/try`.
+    /// Creates the page served at `/try`.
     pub try_page: Option<fn(&Addresses) -> String>,
 }
 
-/// Where a node listens, free ports found.
+/// The addresses a node listens on, with the actual port if any free one was wanted.
 #[derive(Clone, Copy, Debug)]
 pub struct Addresses {
     /// The public port.
     pub websocket: SocketAddr,
     /// The admin port.
     pub admin: SocketAddr,
-    /// gRPC, if it is served.
+    /// The gRPC port; `None`: gRPC is off.
     pub grpc: Option<SocketAddr>,
 }
 
-/// How often readiness is looked at until it is there.
-const READY_LOOK: Duration = Duration::from_millis(50);
-/// What Kafka has at least to take the last offsets.
+/// Interval at which readiness is checked until the node is ready.
+const READY_INTERVAL: Duration = Duration::from_millis(50);
+/// Minimum time for the last offset commit.
 const COMMIT_MIN: Duration = Duration::from_secs(1);
-/// What may still run when the node has stopped: tasks that wait for a neighbour.
+/// Time for the remaining tasks to end after the node has stopped. Only calls to other services remain.
 const TASKS_END_MAX: Duration = Duration::from_secs(1);
 
-/// Runs a node until it is told to stop. `on_ready` is called once, when it is ready for the first
-/// time.
+/// Runs a node until it is stopped. Calls `on_ready` once, when the node is ready for the first time.
 ///
 /// # Errors
-/// Something could not be started, or a part failed for good; says what, and what to do.
+/// A part could not be started or has failed. The text says which, and what to do.
 pub fn run(plan: Plan, on_ready: impl FnOnce(&Addresses)) -> Result<(), String> {
     let log = telemetry::start(&plan.settings)?;
-    let sizing = Sizing::decide(&plan.settings, Machine::look())?;
+    let sizing = Sizing::decide(&plan.settings, Machine::detect())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(sizing.service_threads)
         .thread_name("service")
         .enable_all()
         .build()
         .map_err(|error| format!("the service threads did not start: {error}"))?;
-    let outcome = runtime.block_on(live(plan, sizing, &log, on_ready));
+    let outcome = runtime.block_on(run_node(plan, sizing, &log, on_ready));
     runtime.shutdown_timeout(TASKS_END_MAX);
     log.flush();
     outcome
 }
 
-/// The ports, bound before anything has begun, so that one that is taken is told at once.
+/// The listening sockets. They are bound first, so that a port in use is reported at once.
 struct Ports {
     shards: Vec<OwnedFd>,
     admin: TcpListener,
     grpc: Option<TcpListener>,
-    at: Addresses,
+    addresses: Addresses,
 }
 
 impl Ports {
@@ -114,71 +113,73 @@ impl Ports {
             Some(address) => Some(bind("GRPC_ADDR", address.or(ip)).await?),
             None => None,
         };
-        let at = Addresses { websocket, admin: local(&admin), grpc: grpc.as_ref().map(local) };
-        Ok(Self { shards, admin, grpc, at })
+        let addresses =
+            Addresses { websocket, admin: local(&admin), grpc: grpc.as_ref().map(local) };
+        Ok(Self { shards, admin, grpc, addresses })
     }
 }
 
-/// Everything that runs, and must be ended in order.
+/// The running parts, which must be stopped in order.
 struct Node {
     settings: Settings,
     shards: Shards,
     streams: Option<Streams>,
     sessions: SessionHandle,
     routing: Routing,
-    from_other_nodes: Option<FromOtherNodes>,
+    from_other_nodes: Option<OtherNodesListener>,
 }
 
-async fn live(
+async fn run_node(
     plan: Plan,
     sizing: Sizing,
     log: &LogSink,
     on_ready: impl FnOnce(&Addresses),
 ) -> Result<(), String> {
-    let mut signals = Signals::catch().map_err(|error| format!("no signals: {error}"))?;
+    let mut signals =
+        Signals::catch().map_err(|error| format!("cannot install signal handlers: {error}"))?;
     let ports = Ports::bind(&plan.settings, plan.ip, &sizing).await?;
-    let at = ports.at;
-    let (node, admin_listener, samples) = start(plan.settings, &sizing, ports, log)?;
+    let addresses = ports.addresses;
+    let (node, admin_listener, collectors) = start(plan.settings, &sizing, ports, log)?;
 
     let (drain, drained) = watch::channel(false);
     let mut checks = vec![serving(node.sessions.clone()), node.routing.check()];
-    checks.extend(node.from_other_nodes.as_ref().map(FromOtherNodes::check));
+    checks.extend(node.from_other_nodes.as_ref().map(OtherNodesListener::check));
     let admin = Arc::new(Admin {
         service: node.settings.service_name.to_string(),
         checks,
-        samples: node.settings.metrics_enabled.then_some(samples),
+        collectors: node.settings.metrics_enabled.then_some(collectors),
         drain,
-        try_page: plan.try_page.map(|page| page(&at)),
-        requests: Requests::default(),
+        try_page: plan.try_page.map(|page| page(&addresses)),
+        requests: RequestMetrics::default(),
     });
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&admin)));
-    tracing::info!("WebSocket on {}, admin on {}", at.websocket, at.admin);
+    tracing::info!("WebSocket on {}, admin on {}", addresses.websocket, addresses.admin);
 
     let outcome = tokio::select! {
-        why = told_to_stop(&mut signals, drained) => { tracing::info!("{why}: stopping"); Ok(()) }
-        number = node.shards.lost() => Err(format!("shard {number} has ended by itself")),
-        () = ready_once(&admin, || on_ready(&at)) => unreachable!("it waits for ever"),
+        why = stop_requested(&mut signals, drained) => { tracing::info!("{why}: stopping"); Ok(()) }
+        number = node.shards.lost() => Err(format!("shard {number} has failed")),
+        () = ready_once(&admin, || on_ready(&addresses)) => unreachable!("it never returns"),
     };
-    // Readiness turns off before the first session is told to go.
+    // Readiness turns off before the first session is closed.
     admin.drain.send_replace(true);
-    signals.leave_at_the_next(log.clone());
+    signals.exit_on_next(log.clone());
     let ended = node.stop().await;
     admin_task.abort();
     tracing::info!("stopped");
     outcome.and(ended)
 }
 
-/// Makes everything but the admin port, in the order in which it depends on each other.
+/// Starts everything except the admin port, in the order of the dependencies.
 fn start(
     settings: Settings,
     sizing: &Sizing,
     ports: Ports,
     log: &LogSink,
-) -> Result<(Node, TcpListener, Vec<Samples>), String> {
+) -> Result<(Node, TcpListener, Vec<Collector>), String> {
     let config = shard_config(&settings, sizing);
-    let ledger = Ledger::new(&settings, sizing, &config);
-    announce(sizing, &ledger);
-    // Several TLS providers may be linked; this one is meant. An error means that it is set already.
+    let memory = MemoryBudget::new(&settings, sizing, &config);
+    log_sizes(sizing, &memory);
+    // Several TLS providers may be linked; this selects one. An error means that one is selected already.
     let _ = rustls::crypto::ring::default_provider().install_default();
 
     let instance = instance_id(&settings);
@@ -186,14 +187,12 @@ fn start(
     let streams_wanted = usize::from(ports.grpc.is_some());
     let mut mesh =
         Mesh::new(usize::from(sizing.shards) + streams_wanted, usize::from(sizing.routers))
-            .map_err(|error| format!("no descriptors for the rings: {error}"))?;
+            .map_err(|error| format!("cannot create the doorbells: {error}"))?;
     // The gRPC hub is the last shard.
     let streams = match ports.grpc {
         Some(listener) => {
-            let side = mesh.shards.pop().expect("one more for it");
-            let (streams, samples) = Streams::start(&settings, sizing, listener, side)?;
-            back_ends.samples.extend(samples);
-            Some(streams)
+            let side = mesh.shards.pop().expect("one more for the hub");
+            Some(Streams::start(&settings, sizing, listener, side, &mut back_ends.collectors)?)
         }
         None => None,
     };
@@ -208,7 +207,7 @@ fn start(
         Arc::clone(&counters),
     )?;
     let peers = back_ends.for_routing();
-    let mut samples = back_ends.samples;
+    let mut collectors = back_ends.collectors;
     let routing = Routing::start(
         &settings,
         sizing,
@@ -216,26 +215,26 @@ fn start(
         mesh.routers,
         &directory,
         peers,
-        &mut samples,
+        &mut collectors,
     )?;
     let from_other_nodes = back_ends.other_nodes.as_ref().map(|others| {
         let service = back_ends.conversations.as_ref();
-        others.listen(&instance, &sessions, &routing, &directory, service, &mut samples)
+        others.listen(&instance, &sessions, &routing, &directory, service, &mut collectors)
     });
     let log = Arc::clone(log.counters());
     let hub = streams.as_ref().map(|streams| Arc::clone(&streams.metrics));
-    samples.extend([
-        ledger.samples(routing.partitions()),
-        process::samples(),
+    collectors.extend([
+        memory.collector(routing.partitions()),
+        process::collector(),
         metrics::shards(shards.counters.clone(), hub, Arc::clone(&counters)),
-        metrics::component("session_", move |visit| counters.visit(visit)),
-        metrics::component("", move |visit| log.visit(visit)),
+        metrics::component("session_", counters),
+        metrics::component("", log),
     ]);
     let node = Node { settings, shards, streams, sessions, routing, from_other_nodes };
-    Ok((node, ports.admin, samples))
+    Ok((node, ports.admin, collectors))
 }
 
-fn announce(sizing: &Sizing, ledger: &Ledger) {
+fn log_sizes(sizing: &Sizing, memory: &MemoryBudget) {
     tracing::info!(
         "{} of {}, {}, {}",
         Counted(sizing.shards, "shard"),
@@ -243,7 +242,7 @@ fn announce(sizing: &Sizing, ledger: &Ledger) {
         Counted(sizing.routers, "router"),
         Counted(sizing.service_threads, "service thread"),
     );
-    ledger.announce();
+    memory.log();
 }
 
 fn sessions(
@@ -273,16 +272,19 @@ fn sessions(
 }
 
 impl Node {
-    /// Ends the sessions, then what fed them. Bounded: what is not done by then is left.
+    /// Closes the sessions, then stops what feeds them. What is not done within the drain period
+    /// plus `stop_timeout` is abandoned.
     async fn stop(self) -> Result<(), String> {
         let Settings { drain_period, stop_timeout, .. } = self.settings;
         let shutdown =
             if drain_period.is_zero() { Shutdown::Stop } else { Shutdown::Drain(drain_period) };
         let deadline = Instant::now() + drain_period + stop_timeout;
-        // What is routed meanwhile still reaches the sessions that are open.
+        // Routing goes on meanwhile, so open sessions still receive events.
         let all_ended = timeout_at(deadline, self.sessions.shut_down(shutdown)).await.is_ok();
         if !all_ended {
-            tracing::error!("sessions were still open after {stop_timeout:?} and are left");
+            tracing::error!(
+                "sessions still open {stop_timeout:?} after the drain period, cutting them"
+            );
         }
         drop(self.from_other_nodes);
         if let Some(streams) = self.streams {
@@ -292,19 +294,21 @@ impl Node {
         let routing = self.routing;
         let commit = tokio::task::spawn_blocking(move || routing.stop(grace));
         if timeout(grace + COMMIT_MIN, commit).await.is_err() {
-            tracing::error!("Kafka did not take the last offsets in time: some events come again");
+            tracing::error!(
+                "the last offset commit timed out: some events will be delivered again"
+            );
         }
-        // A shard that still has sessions does not end; the process does.
+        // A shard that still has sessions does not end. The exit of the process ends it.
         if all_ended { self.shards.join() } else { Ok(()) }
     }
 }
 
-/// The node's name: what was given, or the machine's with a random number.
+/// The name of the node: as configured, or the host name with a random number.
 fn instance_id(settings: &Settings) -> Arc<str> {
     if let Some(name) = &settings.instance_id {
         return name.as_str().into();
     }
-    // In a container this is its id, in a pod the pod's name. Without it the number must do.
+    // In a container this is its id, in a pod the name of the pod. If unreadable, the number suffices.
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     format!("{}-{:08x}", host.trim(), rand::random::<u32>()).into()
 }
@@ -312,7 +316,7 @@ fn instance_id(settings: &Settings) -> Arc<str> {
 async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
     TcpListener::bind(address).await.map_err(|error| {
         let taken = error.kind() == io::ErrorKind::AddrInUse;
-        let hint = if taken { "; 0 stands for any free port" } else { "" };
+        let hint = if taken { "; port 0 takes any free port" } else { "" };
         let example = address.port().saturating_add(if taken { 1 } else { 0 });
         format!(
             "{setting}: cannot listen on {address}: {error}{hint}\n      example: {setting}={example}"
@@ -324,7 +328,7 @@ fn local(listener: &TcpListener) -> SocketAddr {
     listener.local_addr().expect("a bound socket has an address")
 }
 
-fn serving(sessions: SessionHandle) -> Check {
+fn serving(sessions: SessionHandle) -> ReadinessCheck {
     Box::new(move || match sessions.state() {
         NodeState::Serving => None,
         NodeState::Draining => Some("draining".to_owned()),
@@ -332,11 +336,11 @@ fn serving(sessions: SessionHandle) -> Check {
     })
 }
 
-/// Calls `then` when the node is ready for the first time, then waits for ever.
+/// Calls `then` when the node is ready for the first time. Never returns.
 async fn ready_once(admin: &Admin, then: impl FnOnce()) {
-    let mut look = interval(READY_LOOK);
+    let mut ticks = interval(READY_INTERVAL);
     loop {
-        look.tick().await;
+        ticks.tick().await;
         if admin.missing().is_empty() {
             break;
         }
@@ -346,11 +350,11 @@ async fn ready_once(admin: &Admin, then: impl FnOnce()) {
     pending().await
 }
 
-/// A signal, or the order to drain on the admin port.
-async fn told_to_stop(signals: &mut Signals, mut drained: watch::Receiver<bool>) -> String {
+/// Waits for a signal or for a drain request on the admin port. Returns the cause.
+async fn stop_requested(signals: &mut Signals, mut drained: watch::Receiver<bool>) -> String {
     tokio::select! {
         (name, _) = signals.next() => name.to_owned(),
         // The sender lives as long as the admin port.
-        _ = drained.wait_for(|begun| *begun) => "POST /admin/drain".to_owned(),
+        _ = drained.wait_for(|requested| *requested) => "POST /admin/drain".to_owned(),
     }
 }

@@ -1,11 +1,11 @@
-//! Redis between the nodes: what concerns users elsewhere goes out, what concerns users here comes
-//! in.
+//! Exchange with the other nodes through Redis: events for users on other nodes go out, events for users
+//! on this node come in.
 
 use std::sync::Arc;
 
-use super::metrics::component;
+use super::metrics::register;
 use super::routing::Routing;
-use crate::app::admin::{Check, Samples};
+use crate::app::admin::{Collector, ReadinessCheck};
 use crate::app::config::{RoutingMode, Settings};
 use crate::service::backends::neighbours::ConversationService;
 use crate::service::backends::ports::{MembershipChanges, RemoteNodes, RouterInbox};
@@ -20,52 +20,52 @@ use crate::service::sessions::presence_fanout::{
     PresenceFanout, PresenceFanoutConfig, PresenceFanoutParts,
 };
 
-/// The way out; it is there before the routers, which use it.
+/// The sending side. It is created before the routers, which use it.
 pub(super) struct OtherNodes {
     link: RedisLink,
-    /// `None`: every node reads everything itself (`broadcast`).
+    /// `None`: every node reads every partition (`broadcast`).
     nodes: Option<Arc<Nodes>>,
     announcer: Option<Announcer>,
 }
 
-/// The way in; it ends with this value.
-pub(super) struct FromOtherNodes {
+/// The receiving side. Dropping it ends the subscriptions.
+pub(super) struct OtherNodesListener {
     _subscriptions: Subscriptions,
     counters: Arc<SubscriptionCounters>,
 }
 
 impl OtherNodes {
-    /// Over this connection.
+    /// Uses this Redis connection.
     pub(super) fn new(
         settings: &Settings,
         instance: &Arc<str>,
         link: RedisLink,
-        samples: &mut Vec<Samples>,
+        collectors: &mut Vec<Collector>,
     ) -> Self {
         if settings.routing() != RoutingMode::Group {
             return Self { link, nodes: None, announcer: None };
         }
-        let counters = Arc::default();
+        let counters = register("", collectors);
         let config = NodesConfig::new(Arc::clone(instance));
         let nodes = Nodes::new(config, link.clone(), Arc::clone(&counters));
-        let announcer = Announcer::start(link.clone(), Arc::clone(&counters));
-        samples.push(component("", move |visit| counters.visit(visit)));
+        let announcer = Announcer::start(link.clone(), counters);
         Self { link, nodes: Some(Arc::new(nodes)), announcer: Some(announcer) }
     }
 
-    /// For presence: tells the other nodes of registrations.
+    /// Announces registrations to the other nodes; used by presence.
     pub(super) fn announcer(&self) -> Option<Announcer> {
         self.announcer.clone()
     }
 
-    /// For the routers.
+    /// Hands events over to the other nodes; used by the routers.
     pub(super) fn remote(&self) -> Option<Arc<dyn RemoteNodes>> {
         self.nodes.clone().map(|nodes| -> Arc<dyn RemoteNodes> { nodes })
     }
 
-    /// Subscribes to what other nodes and the presence service publish. A change of presence goes
-    /// to those here whom `conversations` says it concerns; without that service to nobody. Sessions
-    /// that have moved to another node end here.
+    /// Subscribes to what the other nodes and the presence service publish. A presence change is sent
+    /// to the users on this node who share a conversation with that user, as `conversations` lists
+    /// them; without that service it is sent to nobody. A session that has moved to another node is
+    /// closed on this one.
     pub(super) fn listen(
         &self,
         instance: &Arc<str>,
@@ -73,8 +73,8 @@ impl OtherNodes {
         routing: &Routing,
         directory: &Arc<Directory>,
         conversations: Option<&ConversationService>,
-        samples: &mut Vec<Samples>,
-    ) -> FromOtherNodes {
+        collectors: &mut Vec<Collector>,
+    ) -> OtherNodesListener {
         let router: Arc<dyn RouterInbox> = Arc::new(RouterHandle::new(routing.controls().to_vec()));
         let mut presence: Vec<Arc<dyn PresenceUpdates>> = Vec::new();
         if let Some(nodes) = &self.nodes {
@@ -88,10 +88,9 @@ impl OtherNodes {
                 source: Arc::new(service.clone()),
                 router: Arc::clone(&router),
             };
-            let counters = Arc::default();
+            let counters = register("", collectors);
             let config = PresenceFanoutConfig::default();
-            let fan_out = Arc::new(PresenceFanout::new(config, parts, Arc::clone(&counters)));
-            samples.push(component("", move |visit| counters.visit(visit)));
+            let fan_out = Arc::new(PresenceFanout::new(config, parts, counters));
             routing.membership().watch(Arc::clone(&fan_out) as Arc<dyn MembershipChanges>);
             presence.push(fan_out);
         }
@@ -100,19 +99,17 @@ impl OtherNodes {
             hand_offs: self.nodes.is_some(),
             ..SubscriptionsConfig::new(Arc::clone(instance))
         };
-        let counters = Arc::new(SubscriptionCounters::default());
+        let counters = register("", collectors);
         let subscriptions =
             Subscriptions::start(config, self.link.clone(), sinks, Arc::clone(&counters));
-        let counted = Arc::clone(&counters);
-        samples.push(component("", move |visit| counted.visit(visit)));
-        FromOtherNodes { _subscriptions: subscriptions, counters }
+        OtherNodesListener { _subscriptions: subscriptions, counters }
     }
 }
 
-impl FromOtherNodes {
-    /// A node that never reached its Redis is not taken into service. One that loses it stays: what
-    /// it does for its own users needs no Redis.
-    pub(super) fn check(&self) -> Check {
+impl OtherNodesListener {
+    /// A node that has never reached Redis is not ready. A node that loses Redis later stays ready,
+    /// because serving its own users needs no Redis.
+    pub(super) fn check(&self) -> ReadinessCheck {
         let counters = Arc::clone(&self.counters);
         Box::new(move || {
             let never = counters.redis_subscriptions.get() == 0;

@@ -1,14 +1,15 @@
-//! From Kafka to the shards: the membership cache, the router threads, the Kafka threads.
+//! Starts what leads from Kafka to the shards: membership cache, router threads, Kafka threads.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::mesh::PeerSide;
-use super::metrics::{component, numbered};
+use super::metrics::{numbered, register};
 use super::sizing::Sizing;
-use crate::app::admin::{Check, FamilyKind, Samples, number};
+use crate::app::admin::{Collector, ReadinessCheck, number};
 use crate::app::config::{Name, SettingValue as _, Settings};
+use crate::domain::counters::MetricKind;
 use crate::service::backends::ports::{ConversationSource, RemoteNodes};
 use crate::service::events::encode::CompressionConfig;
 use crate::service::members::directory::Directory;
@@ -21,9 +22,9 @@ use crate::service::routing::router::{
     Router, RouterConfig, RouterControl, RouterCounters, RouterParts, ShardLink,
 };
 
-/// What the routers reach other processes through.
+/// What the routers reach beyond this node.
 pub(super) struct RoutingPeers {
-    /// Member lists; `None`: they come from events alone.
+    /// Source of member lists; `None`: they come from events only.
     pub source: Option<Arc<dyn ConversationSource>>,
     /// The other nodes; `None`: every node reads every partition.
     pub remote: Option<Arc<dyn RemoteNodes>>,
@@ -39,10 +40,10 @@ pub(super) struct Routing {
 }
 
 impl Routing {
-    /// Starts everything; Kafka is connected to in the background.
+    /// Starts everything. Kafka is connected in the background.
     ///
     /// # Errors
-    /// A Kafka property is wrong, or there is no thread to be had.
+    /// A Kafka property is invalid, or a thread cannot be started.
     pub(super) fn start(
         settings: &Settings,
         sizing: &Sizing,
@@ -50,12 +51,12 @@ impl Routing {
         sides: Vec<PeerSide>,
         directory: &Arc<Directory>,
         peers: RoutingPeers,
-        samples: &mut Vec<Samples>,
+        collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
         let RoutingPeers { source, remote } = peers;
-        let membership = membership(settings, source, samples);
+        let membership = membership(settings, source, collectors);
         let kafka_config = kafka_config(settings, instance);
-        let kafka_counters = Arc::new(KafkaCounters::default());
+        let kafka_counters = register("kafka_", collectors);
         let dead_letters = dead_letters(settings, &kafka_config, &kafka_counters)?;
         let mut controls = Vec::new();
         let mut threads = Vec::new();
@@ -75,10 +76,9 @@ impl Routing {
                 dead_letters: dead_letters.clone(),
             });
             let thread = router.spawn(format!("router-{number}"));
-            threads
-                .push(thread.map_err(|error| format!("no thread for router {number}: {error}"))?);
+            threads.push(thread.map_err(|error| format!("cannot start router {number}: {error}"))?);
             controls.push(control);
-            samples.push(numbered("router_", "router", number, move |visit| counters.visit(visit)));
+            collectors.push(numbered("router_", "router", number, counters));
         }
         let status = Arc::new(KafkaStatus::default());
         let kafka = Kafka::start(
@@ -86,43 +86,42 @@ impl Routing {
             controls.clone(),
             Arc::clone(&membership),
             Arc::clone(&status),
-            Arc::clone(&kafka_counters),
+            kafka_counters,
         )
         .map_err(|error| error.to_string())?;
-        samples.push(component("kafka_", move |visit| kafka_counters.visit(visit)));
-        samples.push(lag(Arc::clone(&status)));
+        collectors.push(lag(Arc::clone(&status)));
         Ok(Self { kafka, controls, threads, status, membership })
     }
 
-    /// Ready when there are partitions to read, or it is known that there are none for this node.
-    pub(super) fn check(&self) -> Check {
+    /// Ready when partitions are assigned, or when it is clear that this node gets none.
+    pub(super) fn check(&self) -> ReadinessCheck {
         let status = Arc::clone(&self.status);
         Box::new(move || status.missing().map(|what| format!("kafka: {what}")))
     }
 
-    /// Who belongs to what.
+    /// The membership cache.
     pub(super) fn membership(&self) -> &Arc<Membership> {
         &self.membership
     }
 
-    /// Tells how many partitions this node reads.
+    /// A function that returns the number of partitions this node reads.
     pub(super) fn partitions(&self) -> impl Fn() -> usize + Send + Sync + 'static {
         let status = Arc::clone(&self.status);
         move || status.partitions()
     }
 
-    /// The ways into the routers.
+    /// The handles of the routers.
     pub(super) fn controls(&self) -> &[RouterControl] {
         &self.controls
     }
 
-    /// Commits what is done, leaves the group, ends the threads. What is under way may finish for
-    /// at most `grace`. Blocks.
+    /// Waits at most `grace` for records in progress, commits, leaves the group and stops the threads.
+    /// Blocks.
     pub(super) fn stop(self, grace: Duration) {
         self.kafka.stop(grace);
         self.controls.iter().for_each(RouterControl::stop);
         for thread in self.threads {
-            // What a panic said has been printed by its hook.
+            // The panic hook has printed a panic.
             let _ = thread.join();
         }
     }
@@ -140,7 +139,7 @@ pub(super) fn compression(settings: &Settings) -> CompressionConfig {
     }
 }
 
-/// One of several routers has its part of what all shards, the gRPC hub counted, may hold.
+/// Each router gets an equal part of what all shards and the gRPC hub may hold together.
 pub(super) fn router_config(settings: &Settings, sizing: &Sizing) -> RouterConfig {
     let shards = u64::from(sizing.shards) + u64::from(settings.grpc_addr.is_some());
     RouterConfig {
@@ -154,7 +153,7 @@ pub(super) fn router_config(settings: &Settings, sizing: &Sizing) -> RouterConfi
 fn membership(
     settings: &Settings,
     source: Option<Arc<dyn ConversationSource>>,
-    samples: &mut Vec<Samples>,
+    collectors: &mut Vec<Collector>,
 ) -> Arc<Membership> {
     let config = MembershipConfig {
         conversations_max: settings.membership_cache_max.size(),
@@ -162,11 +161,8 @@ fn membership(
         lifetime_ms: millis(settings.membership_lifetime),
         ..MembershipConfig::default()
     };
-    let counters = Arc::default();
     let runtime = tokio::runtime::Handle::current();
-    let membership = Membership::new(config, source, runtime, Arc::clone(&counters));
-    samples.push(component("membership_", move |visit| counters.visit(visit)));
-    membership
+    Membership::new(config, source, runtime, register("membership_", collectors))
 }
 
 /// `kafka_prefetch`, KiB.
@@ -203,14 +199,14 @@ fn dead_letters(
 }
 
 /// `kafka_consumer_lag` (contract §6).
-fn lag(status: Arc<KafkaStatus>) -> Samples {
+fn lag(status: Arc<KafkaStatus>) -> Collector {
     Box::new(move |page| {
         for partition in status.lags() {
             let id = partition.partition.to_string();
             let labels = [("topic", &*partition.topic), ("partition", id.as_str())];
             let help = "Records of the partition that are not delivered yet.";
             let lag = number(partition.lag);
-            page.sample(FamilyKind::Gauge, "kafka_consumer_lag", help, &labels, lag);
+            page.sample(MetricKind::Gauge, "kafka_consumer_lag", help, &labels, lag);
         }
     })
 }

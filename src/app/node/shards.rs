@@ -1,4 +1,4 @@
-//! The shards: started all or not at all, watched to their end.
+//! Starts and watches the shard threads.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -17,10 +17,10 @@ use crate::reactor::gate::{Gate, GateConfig};
 use crate::reactor::shard::{PeerRings, ShardLinks};
 use crate::reactor::thread::{ShardHandle, spawn};
 
-/// Receive buffers of a shard, of which only those in use are resident: 2 MiB.
+/// Receive buffers per shard, 2 MiB. Only those in use are resident.
 const RECEIVE_BUFFERS: u16 = 512;
-/// How often the threads are looked at.
-const LOOK: Duration = Duration::from_secs(1);
+/// Interval at which the threads are checked.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The running shards.
 pub(super) struct Shards {
@@ -28,7 +28,7 @@ pub(super) struct Shards {
     pub counters: Vec<Arc<ShardCounters>>,
 }
 
-/// What all shards are told.
+/// The configuration of all shards.
 pub(super) fn shard_config(settings: &Settings, sizing: &Sizing) -> ShardConfig {
     let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let bytes = |size: Size| u32::try_from(size.0).unwrap_or(u32::MAX);
@@ -56,14 +56,14 @@ pub(super) fn shard_config(settings: &Settings, sizing: &Sizing) -> ShardConfig 
         upgrade: UpgradeRules {
             echo: settings.echo,
             deflate: settings.deflate,
-            origins: settings.origin_rule().expect("checked with the settings"),
+            origins: settings.origin_rule().expect("validated with the settings"),
             ..UpgradeRules::default()
         },
         ..ShardConfig::default()
     }
 }
 
-/// Limits that all shards keep together.
+/// The limits that all shards share.
 pub(super) fn gate_config(settings: &Settings) -> GateConfig {
     let limit = |count: Count| match count.u32() {
         0 => u32::MAX,
@@ -80,8 +80,8 @@ impl Shards {
     /// Starts one thread per listener.
     ///
     /// # Errors
-    /// A ring cannot be set up: says what to do. Shards that did start end by themselves, because
-    /// their peers are gone.
+    /// A ring cannot be set up. The text says what to do. Shards that did start end by themselves,
+    /// because their peers are gone.
     pub(super) fn start(
         config: &ShardConfig,
         gate: GateConfig,
@@ -101,21 +101,21 @@ impl Shards {
         Ok(shards)
     }
 
-    /// Waits until one of them has ended although nobody told it to; says which.
+    /// Waits until a shard has ended unexpectedly, and returns its number.
     pub(super) async fn lost(&self) -> usize {
-        let mut look = interval(LOOK);
+        let mut ticks = interval(CHECK_INTERVAL);
         loop {
-            look.tick().await;
+            ticks.tick().await;
             if let Some(number) = self.handles.iter().position(ShardHandle::is_finished) {
                 return number;
             }
         }
     }
 
-    /// Waits for their ends, which have been reported.
+    /// Waits for all shard threads to end.
     ///
     /// # Errors
-    /// The first that had failed, and why.
+    /// The first failure.
     pub(super) fn join(self) -> Result<(), String> {
         let ends = self.handles.into_iter().map(ShardHandle::join).enumerate();
         let mut failed = ends.filter_map(|(number, end)| {

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT: the first begins the end, the second is the end.
+//! SIGTERM and SIGINT: the first one stops the node, the second one exits at once.
 
 use std::io;
 use std::process;
@@ -7,24 +7,24 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::telemetry::LogSink;
 
-/// Both, from now on caught.
+/// The handlers of both signals.
 pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    /// Catches them.
+    /// Installs the handlers.
     ///
     /// # Errors
-    /// The system refuses.
+    /// The operating system refuses.
     pub(super) fn catch() -> io::Result<Self> {
         let terminate = signal(SignalKind::terminate())?;
         let interrupt = signal(SignalKind::interrupt())?;
         Ok(Self { terminate, interrupt })
     }
 
-    /// The next one: its name and number.
+    /// Waits for the next signal and returns its name and number.
     pub(super) async fn next(&mut self) -> (&'static str, i32) {
         tokio::select! {
             _ = self.terminate.recv() => ("SIGTERM", SignalKind::terminate().as_raw_value()),
@@ -32,11 +32,11 @@ impl Signals {
         }
     }
 
-    /// From now on the next one ends the process at once, as the shell would report it.
-    pub(super) fn leave_at_the_next(mut self, log: LogSink) {
+    /// Makes the next signal exit the process at once, with 128 plus its number as the status.
+    pub(super) fn exit_on_next(mut self, log: LogSink) {
         tokio::spawn(async move {
             let (name, number) = self.next().await;
-            tracing::warn!("{name} again: leaving at once");
+            tracing::warn!("second signal ({name}): exiting at once");
             log.flush();
             process::exit(128 + number);
         });

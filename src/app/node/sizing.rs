@@ -1,5 +1,5 @@
-//! How many threads and how large their tables: from the settings, the cores and the descriptor
-//! limit.
+//! Computes the number of threads and the sizes of the shards' tables from the settings, the cores and
+//! the descriptor limit.
 
 use std::num::NonZero;
 use std::thread::available_parallelism;
@@ -11,15 +11,14 @@ use crate::domain::counted::Counted;
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
 use crate::reactor::config::ShardConfig;
 
-/// Connections of a shard if nothing is said and the descriptor limit allows it.
+/// Default number of connections per shard, if the descriptor limit allows it.
 const CONNECTIONS_PER_SHARD_AUTO: u32 = 65_536;
-/// Files of a shard's table beside its slots: the listener, the doorbell, and room to spare.
+/// Entries of a shard's file table beside its slots: the listener, the doorbell, and spare ones.
 const TABLE_EXTRA: u32 = 16;
-/// Descriptors the process itself uses (Kafka, Redis, gRPC, admin, the rings): what is left over
-/// goes to nobody, since sockets of clients take none.
+/// Descriptors of the process itself: Kafka, Redis, gRPC, admin, the rings. Client sockets take none.
 const DESCRIPTORS_OWN: u64 = 1024;
 
-/// gRPC streams at most: each is a task and buffers, where a socket is a slot.
+/// Maximum number of gRPC streams. A stream needs a task and buffers, a WebSocket only a slot.
 const STREAMS_MAX: usize = 10_000;
 
 /// The threads of the process, and the connections of each shard.
@@ -32,31 +31,31 @@ pub(super) struct Sizing {
 }
 
 impl Sizing {
-    /// Sockets and gRPC streams.
+    /// Maximum number of sessions: WebSockets and gRPC streams.
     pub(super) fn sessions_max(&self) -> usize {
         usize::from(self.shards) * self.connections_per_shard as usize + self.streams_max()
     }
 
-    /// gRPC streams, and connections that carry them: as many as sockets, within a bound of their
-    /// own.
+    /// Maximum number of gRPC streams, and of the connections that carry them: the number of
+    /// WebSockets, capped at [`STREAMS_MAX`].
     pub(super) fn streams_max(&self) -> usize {
         let sockets = u64::from(self.shards) * u64::from(self.connections_per_shard);
         usize::try_from(sockets).unwrap_or(usize::MAX).min(STREAMS_MAX)
     }
 }
 
-/// What the machine gives.
+/// The resources of the machine.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Machine {
     /// Cores this process may use.
     pub cores: usize,
-    /// `RLIMIT_NOFILE`, raised as far as it goes.
+    /// `RLIMIT_NOFILE`, raised to the hard limit.
     pub descriptors: u64,
 }
 
 impl Machine {
-    /// Looks, and raises the soft descriptor limit to the hard one.
-    pub(super) fn look() -> Self {
+    /// Reads the resources, after raising the soft descriptor limit to the hard one.
+    pub(super) fn detect() -> Self {
         let limit = getrlimit(Resource::Nofile);
         let wanted = Rlimit { current: limit.maximum, maximum: limit.maximum };
         let raised = setrlimit(Resource::Nofile, wanted).is_ok();
@@ -69,12 +68,12 @@ impl Machine {
 }
 
 impl Sizing {
-    /// Decides.
+    /// Computes the sizes.
     ///
     /// # Errors
-    /// The tables would be larger than the descriptor limit allows; says what to do.
+    /// The tables would exceed the descriptor limit. The text says what to do.
     pub(super) fn decide(settings: &Settings, machine: Machine) -> Result<Self, String> {
-        // One core in eight for routing and Kafka, which cost about a tenth of what the sends do.
+        // One core in eight for routing and Kafka, whose cost is about a tenth of that of the sends.
         let left_over = machine.cores.saturating_sub((machine.cores / 8).max(1)).max(1);
         let shards = match settings.shards {
             Auto::Auto => left_over.min(1024),
@@ -92,7 +91,7 @@ impl Sizing {
             Auto::Auto => table_max.min(CONNECTIONS_PER_SHARD_AUTO),
             Auto::Given(count) => {
                 let even = count.0.div_ceil(shards as u64);
-                // The kernel spreads connections by a hash, not evenly.
+                // The kernel distributes connections by a hash, not evenly.
                 let spare = if shards > 1 { even / 8 } else { 0 };
                 u32::try_from(even + spare).unwrap_or(u32::MAX)
             }
@@ -103,7 +102,7 @@ impl Sizing {
         if machine.descriptors < DESCRIPTORS_OWN {
             let have = machine.descriptors;
             return Err(format!(
-                "the descriptor limit (RLIMIT_NOFILE) is {have}, and {DESCRIPTORS_OWN} are needed\n      \
+                "the descriptor limit (RLIMIT_NOFILE) is {have}, but {DESCRIPTORS_OWN} are needed\n      \
                  example: ulimit -n 65536; in systemd LimitNOFILE=65536; in Docker --ulimit nofile=65536"
             ));
         }
@@ -131,9 +130,9 @@ fn too_many(connections: u32, shards: usize, beside: u32, machine: Machine) -> S
     }
     remedies.push(format!("fewer connections: --connections-max {}", most * shards as u64));
     format!(
-        "connections_max: {} on each of {} need a table of {needed} sockets, but the descriptor limit \
-         (RLIMIT_NOFILE, hard) is {have} and a table has at most {CONNECTIONS_PER_SHARD_MAX}\n      \
-         give it {}",
+        "connections_max: {} on each of {} need a table of {needed} sockets, but the hard descriptor limit \
+         (RLIMIT_NOFILE) is {have} and a table has at most {CONNECTIONS_PER_SHARD_MAX}\n      \
+         use {}",
         Counted(connections, "connection"),
         Counted(shards, "shard"),
         remedies.join("\n      or ")
@@ -156,14 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn one_core_in_eight_is_left_to_the_rest() {
+    fn one_core_in_eight_is_not_for_shards() {
         let shards = |cores| decide(&[], cores, 1 << 20).unwrap().shards;
         assert_eq!([1, 2, 4, 8, 16, 64].map(shards), [1, 1, 3, 7, 14, 56]);
         assert_eq!(decide(&[("shards", "7")], 2, 1 << 20).unwrap().shards, 7);
     }
 
     #[test]
-    fn tables_fit_the_descriptor_limit_or_the_message_says_what_would() {
+    fn tables_fit_the_descriptor_limit_or_the_error_says_what_would() {
         assert_eq!(decide(&[], 2, 20_000).unwrap().connections_per_shard, 20_000 - 304);
         assert_eq!(decide(&[], 2, 1 << 20).unwrap().connections_per_shard, 65_536);
         let flags = [("connections_max", "800000"), ("shards", "8")];

@@ -1,4 +1,4 @@
-//! The gRPC port: the hub that is one more shard, and the server in front of it.
+//! The gRPC port: the hub, which counts as one more shard, and the server in front of it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,17 +9,17 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::mesh::ShardSide;
-use super::metrics::component;
+use super::metrics::register;
 use super::sizing::Sizing;
-use crate::app::admin::Samples;
+use crate::app::admin::Collector;
 use crate::app::config::Settings;
-use crate::service::streams::grpc::{self, GrpcConfig, GrpcCounters};
+use crate::service::streams::grpc::{self, GrpcConfig};
 use crate::service::streams::hub::{HubConfig, HubMetrics, HubPeer, OutboxLimits, hub};
 
-/// Beyond its own time to shut down.
+/// Waited for beyond the shutdown timeout of the server.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
 
-/// The bounds of each stream.
+/// The bounds of each stream's outbox.
 pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
     OutboxLimits {
         live_messages_max: settings.queue_messages_max.size(),
@@ -30,7 +30,7 @@ pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
     }
 }
 
-/// The running port.
+/// The running gRPC port.
 pub(super) struct Streams {
     stop: oneshot::Sender<()>,
     server: JoinHandle<()>,
@@ -39,7 +39,7 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Starts hub and server on the current runtime.
+    /// Starts the hub and the server on the current runtime.
     ///
     /// # Errors
     /// The hub's doorbell cannot be waited on.
@@ -48,7 +48,8 @@ impl Streams {
         sizing: &Sizing,
         listener: TcpListener,
         side: ShardSide,
-    ) -> Result<(Self, Vec<Samples>), String> {
+        collectors: &mut Vec<Collector>,
+    ) -> Result<Self, String> {
         let peers = side.peers.into_iter();
         let peers =
             peers.map(|end| HubPeer { commands: end.commands, reports: end.reports }).collect();
@@ -74,31 +75,25 @@ impl Streams {
             ..GrpcConfig::default()
         };
         let shutdown_max = config.shutdown_timeout + SHUTDOWN_SLACK;
-        let counters = Arc::new(GrpcCounters::default());
         let (stop, stopped) = oneshot::channel();
-        let served = grpc::serve(config, listener, handle, Arc::clone(&counters), async {
-            // An error is as good: the node is gone.
+        let served = grpc::serve(config, listener, handle, register("", collectors), async {
+            // An error means that the node is gone, which stops the server as well.
             let _ = stopped.await;
         });
         let server = tokio::spawn(async {
             if let Err(error) = served.await {
-                tracing::error!("gRPC is not served any more: {error}");
+                tracing::error!("the gRPC server failed: {error}");
             }
         });
-        let hub_metrics = Arc::clone(&metrics);
-        let samples = vec![
-            component("", move |visit| hub_metrics.counters.visit(visit)),
-            component("", move |visit| counters.visit(visit)),
-        ];
-        Ok((Self { stop, server, shutdown_max, metrics }, samples))
+        Ok(Self { stop, server, shutdown_max, metrics })
     }
 
-    /// Ends the server, whose sessions have ended.
+    /// Stops the server. Its sessions have ended.
     pub(super) async fn stop(self) {
-        // Nobody to tell: the server has ended before, and said why.
+        // An error means that the server has failed before and has logged why.
         let _ = self.stop.send(());
         if timeout(self.shutdown_max, self.server).await.is_err() {
-            tracing::warn!("gRPC connections were still open and are left");
+            tracing::warn!("gRPC connections still open, cutting them");
         }
     }
 }

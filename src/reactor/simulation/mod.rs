@@ -24,7 +24,7 @@ use hashbrown::HashMap;
 
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Refusal, ShardCommand};
-use crate::domain::counters::MetricKind;
+use crate::domain::counters::{CounterSet as _, MetricKind};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConnectionKey;
 use crate::handoff::Doorbell;

@@ -1,5 +1,5 @@
-//! What memory a session costs, and what everything may take at most: computed from the settings,
-//! told at start and on the metrics page, so that a machine can be sized and a leak be seen.
+//! Memory per session, and the upper bound of the whole process, computed from the settings. Both are
+//! logged at start and exported as metrics, for sizing machines and detecting leaks.
 //!
 //! Each row of `docs/queues.md` names the part that covers it; a test compares the two.
 
@@ -7,10 +7,11 @@ use super::back_ends::presence_config;
 use super::routing::{prefetch_kib, router_config};
 use super::sizing::Sizing;
 use super::streams::outbox_limits;
-use crate::app::admin::{FamilyKind, Samples, number};
+use crate::app::admin::{Collector, number};
 use crate::app::config::{RoutingMode, Settings};
 use crate::app::telemetry::LINES_WAITING_MAX;
 use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::counters::MetricKind;
 use crate::domain::encoding::Encoding;
 use crate::domain::limits::{
     HANDOFF_RING_SLOTS, ID_BYTES_MAX, RECEIVE_BUFFER_BYTES, TOKEN_BYTES_MAX,
@@ -34,49 +35,49 @@ use crate::service::sessions::presence_fanout::PresenceFanoutConfig;
 use crate::service::streams::grpc;
 use crate::service::streams::hub::{HUB_REQUESTS_MAX, OutboxLimits};
 
-/// The two counts of an `Arc`, and the length of the first id.
+/// The two reference counts of an `Arc`, and the length of the first id.
 const IDS_OVERHEAD: usize = 2 * size_of::<usize>() + 2;
-/// A user id (a UUID in text) and a device id as they are in the field, bytes.
+/// Typical length of a user id (a UUID as text) and a device id, bytes.
 const IDS_TYPICAL: usize = 36 + 16;
-/// A user id in a map of its own, bytes: shared text of a UUID, its counts, a slot of the table.
+/// A user id in a map, bytes: the shared text of a UUID, its reference counts, a slot of the table.
 const USER_BYTES: u64 = 100;
-/// A cached conversation beside its members, bytes: its id, its state, the changes remembered.
+/// A cached conversation without its members, bytes: id, state, recent changes.
 const CONVERSATION_BYTES: u64 = 1024;
-/// What one entry of presence takes, in its map, its line and its wait, bytes.
+/// A presence entry in its map, its queue and its timer, bytes.
 const PRESENCE_BYTES: u64 = 400;
-/// What goes with each record on its way to or from another node, bytes.
+/// Overhead of each record that is handed to or from another node, bytes.
 const HAND_OFF_BYTES: usize = 128;
-/// The program itself and its threads' stacks as far as they are touched, bytes.
+/// The program and the resident part of its threads' stacks, bytes.
 const PROCESS_BYTES: u64 = 64 << 20;
-/// The largest record that Kafka takes by default, bytes.
+/// Largest record that Kafka accepts by default, bytes.
 const RECORD_BYTES: u64 = 1 << 20;
-/// A log line, bytes.
+/// Typical log line, bytes.
 const LOG_LINE_BYTES: u64 = 1024;
 
-/// What the kernel holds for an idle session, bytes, as its slabs grow on Linux 6.18: the socket with
-/// its inode, file and name; the poll that watches it; its place in the shard's table of files. Other
-/// versions differ by some hundred bytes.
+/// Kernel memory per idle session, bytes, from the slab growth on Linux 6.18: the socket with its inode,
+/// file and name; the poll request; its entry in the shard's file table. Other versions differ by some
+/// hundred bytes.
 const KERNEL: [(&str, u64); 3] = [("socket", 3_840), ("watch", 256), ("place", 32)];
 
-/// Partitions that are reckoned with at start: how many there are is Kafka's business. Once more
-/// are read, the metrics page reckons with those.
+/// Number of partitions assumed at start, when the actual number is unknown. The metrics use the actual
+/// number if it is larger.
 const PARTITIONS: u64 = 64;
 
-/// Named amounts, bytes.
-type Amounts = Vec<(&'static str, u64)>;
+/// Named parts with their sizes, bytes.
+type PartSizes = Vec<(&'static str, u64)>;
 
-/// See the module.
-pub(super) struct Ledger {
+/// Memory per session, and the bound of the process.
+pub(super) struct MemoryBudget {
     /// One idle session.
-    session: Amounts,
-    /// The whole process, each part as large as it can get, but for what comes with partitions.
-    fixed: Amounts,
-    /// What each partition adds.
-    partition: Amounts,
+    session: PartSizes,
+    /// The whole process without what grows with the partitions, each part at its maximum.
+    fixed: PartSizes,
+    /// What each partition adds to the bound.
+    partition: PartSizes,
 }
 
-impl Ledger {
-    /// For these settings.
+impl MemoryBudget {
+    /// Computes it from the settings.
     pub(super) fn new(settings: &Settings, sizing: &Sizing, shard: &ShardConfig) -> Self {
         let session = vec![
             ("slot", Slab::<Connection>::ENTRY_BYTES as u64),
@@ -87,12 +88,12 @@ impl Ledger {
         let mut fixed = vec![("process", PROCESS_BYTES)];
         fixed.extend(shards(sizing, shard));
         fixed.extend(routing(settings, sizing));
-        fixed.extend(neighbours(settings, sizing));
+        fixed.extend(other_services(settings, sizing));
         fixed.extend(streams(settings, sizing));
         let router = router_config(settings, sizing);
         let prefetch = kafka::partition_bytes_max(prefetch_kib(settings));
         let partition = vec![
-            // The reader's queue and the membership follower's.
+            // The queues of the consumer and of the membership follower.
             ("kafka", 2 * prefetch),
             ("windows", (router.window_records_max * RECORD_UNDER_WAY_BYTES) as u64),
             ("lookahead", router.lookahead_bytes_max as u64 + RECORD_BYTES),
@@ -100,17 +101,17 @@ impl Ledger {
         Self { session, fixed, partition }
     }
 
-    /// With so many partitions.
-    fn bound(&self, partitions: u64) -> Amounts {
+    /// The bound with this number of partitions.
+    fn bound(&self, partitions: u64) -> PartSizes {
         let partitions = partitions.max(PARTITIONS);
         let each = self.partition.iter().map(|(part, bytes)| (*part, bytes * partitions));
         self.fixed.iter().copied().chain(each).collect()
     }
 
-    /// Writes it to the log.
-    pub(super) fn announce(&self) {
+    /// Logs the numbers.
+    pub(super) fn log(&self) {
         tracing::info!(
-            "memory: {} B for an idle session ({}), and about {} B in the kernel ({})",
+            "memory per idle session: {} B ({}), and about {} B in the kernel ({})",
             total(&self.session),
             parts(&self.session, |bytes| bytes.to_string()),
             total(&KERNEL),
@@ -118,47 +119,54 @@ impl Ledger {
         );
         let bound = self.bound(PARTITIONS);
         tracing::info!(
-            "memory: at most {} with every limit reached at once ({}); of partitions {PARTITIONS} are \
-             reckoned with, each further one adds {}",
+            "memory bound: {} if every limit is reached at once ({}), with {PARTITIONS} partitions; each \
+             further one adds {}",
             human(total(&bound)),
             parts(&bound, human),
             human(total(&self.partition)),
         );
     }
 
-    /// For the metrics page. `partitions` tells how many are read.
-    pub(super) fn samples(self, partitions: impl Fn() -> usize + Send + Sync + 'static) -> Samples {
+    /// The metrics. `partitions` returns the number of partitions this node reads.
+    pub(super) fn collector(
+        self,
+        partitions: impl Fn() -> usize + Send + Sync + 'static,
+    ) -> Collector {
         Box::new(move |page| {
             let bound = self.bound(partitions() as u64);
             let families = [
-                ("delivery_memory_session_bytes", "Memory of an idle session.", &*self.session),
+                (
+                    "delivery_memory_session_bytes",
+                    "Memory per idle session, bytes.",
+                    &*self.session,
+                ),
                 (
                     "delivery_memory_session_kernel_bytes",
-                    "Kernel memory of an idle session.",
+                    "Kernel memory per idle session, bytes.",
                     &KERNEL,
                 ),
-                ("delivery_memory_bound_bytes", "The most that each part may take.", &*bound),
+                ("delivery_memory_bound_bytes", "Maximum memory of each part, bytes.", &*bound),
             ];
             for (name, help, amounts) in families {
                 for (part, bytes) in amounts {
-                    page.sample(FamilyKind::Gauge, name, help, &[("part", part)], number(*bytes));
+                    page.sample(MetricKind::Gauge, name, help, &[("part", part)], number(*bytes));
                 }
             }
         })
     }
 }
 
-/// What the shards hold, and what stands between them and the rest.
-fn shards(sizing: &Sizing, shard: &ShardConfig) -> Amounts {
+/// The shards, and the rings between them and their peers.
+fn shards(sizing: &Sizing, shard: &ShardConfig) -> PartSizes {
     let shards = u64::from(sizing.shards);
     let slots = shards * u64::from(shard.slots_max());
     let connections = shards * u64::from(shard.connections_max);
     let ids = (IDS_OVERHEAD + 2 * ID_BYTES_MAX) as u64;
-    // A client is either in its handshake or in the middle of a message.
+    // A client is either in its handshake or sending a message.
     let head = shard.upgrade.head_bytes_max as u64;
     let inbound = head.max(u64::from(shard.message_bytes_max));
     let queue = u64::from(shard.queue_frames_max + shard.hold_frames_max);
-    // The hub counts as one.
+    // The hub counts as a shard.
     let peers = (shards + 1) * (u64::from(sizing.routers) + 1);
     let (command, report) = (size_of::<ShardCommand>() as u64, size_of::<ShardReport>() as u64);
     let ring = HANDOFF_RING_SLOTS as u64;
@@ -173,15 +181,15 @@ fn shards(sizing: &Sizing, shard: &ShardConfig) -> Amounts {
             shards * u64::from(shard.receive_buffers) * RECEIVE_BUFFER_BYTES as u64,
         ),
         ("rings", peers * ring * (command + report)),
-        // Beside the rings: a command and a report of each connection that found them full.
+        // Overflow of the rings: one command and one report per connection.
         ("commands", slots * (command + report)),
-        // What clients say waits in the ring to the session manager, and before it.
+        // Messages of clients in the ring to the session manager, and waiting for it.
         ("client_messages", shards * (ring + PENDING_REPORTS_MAX as u64) * inbound),
     ]
 }
 
-/// What the way of the events holds beside the partitions.
-fn routing(settings: &Settings, sizing: &Sizing) -> Amounts {
+/// Routing, without what grows with the partitions.
+fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let routers = u64::from(sizing.routers);
     let router = router_config(settings, sizing);
     let membership = MembershipConfig::default();
@@ -193,7 +201,7 @@ fn routing(settings: &Settings, sizing: &Sizing) -> Amounts {
     vec![
         // In rings, shards and hub together.
         ("events", routers * (router.event_bytes_max + Encoding::COUNT as u64 * RECORD_BYTES)),
-        // Waiting to be taken in, and waiting for members.
+        // Waiting to be accepted, and waiting for members.
         ("inbox", 2 * routers * router.inbox_bytes_max as u64),
         (
             "members",
@@ -217,8 +225,8 @@ fn routing(settings: &Settings, sizing: &Sizing) -> Amounts {
     ]
 }
 
-/// What waits for presence and for the other nodes.
-fn neighbours(settings: &Settings, sizing: &Sizing) -> Amounts {
+/// Presence and the exchange with the other nodes.
+fn other_services(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let presence = presence_config("".into(), sizing);
     let waiting = presence.sessions_waiting_max + presence.ends_waiting_max;
     let mut amounts = vec![("presence", waiting as u64 * PRESENCE_BYTES)];
@@ -236,7 +244,7 @@ fn neighbours(settings: &Settings, sizing: &Sizing) -> Amounts {
     let incoming = SubscriptionsConfig::new("".into());
     let locations = LocationsConfig::default();
     amounts.extend([
-        // One batch of each is on its way beside what waits.
+        // A batch in flight in addition to what is waiting.
         ("hand_offs", 2 * (nodes.bytes_max + nodes.records_max * HAND_OFF_BYTES) as u64),
         (
             "hand_offs_taken",
@@ -248,8 +256,8 @@ fn neighbours(settings: &Settings, sizing: &Sizing) -> Amounts {
     amounts
 }
 
-/// What the gRPC port holds beside the events.
-fn streams(settings: &Settings, sizing: &Sizing) -> Amounts {
+/// The gRPC port, without the events.
+fn streams(settings: &Settings, sizing: &Sizing) -> PartSizes {
     if settings.grpc_addr.is_none() {
         return Vec::new();
     }
@@ -271,7 +279,7 @@ fn parts(amounts: &[(&str, u64)], show: impl Fn(u64) -> String) -> String {
     parts.join(", ")
 }
 
-/// With the unit that leaves one to four digits.
+/// Formats with the largest unit that fits.
 fn human(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     let unit = units.into_iter().find(|(shift, _)| bytes >= 1 << shift);
@@ -290,31 +298,31 @@ mod tests {
     use super::*;
     use crate::app::config::{Layers, Profile, load};
 
-    fn ledger(flags: &[(&'static str, &str)], connections_per_shard: u32) -> Ledger {
+    fn budget(flags: &[(&'static str, &str)], connections_per_shard: u32) -> MemoryBudget {
         let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
         let settings = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings;
         let sizing = Sizing { shards: 2, routers: 1, service_threads: 2, connections_per_shard };
         let shard = super::super::shards::shard_config(&settings, &sizing);
-        Ledger::new(&settings, &sizing, &shard)
+        MemoryBudget::new(&settings, &sizing, &shard)
     }
 
     fn bound(flags: &[(&'static str, &str)], connections_per_shard: u32) -> u64 {
-        total(&ledger(flags, connections_per_shard).bound(0))
+        total(&budget(flags, connections_per_shard).bound(0))
     }
 
     #[test]
     fn idle_session_stays_within_its_budget() {
         // Issue 6: at most 400 bytes of process memory, presence state and allocator included.
-        let session = total(&ledger(&[], 1_000).session);
+        let session = total(&budget(&[], 1_000).session);
         assert!(session <= 350, "{session}");
     }
 
     #[test]
-    fn bound_grows_with_what_it_is_computed_from() {
+    fn bound_grows_with_the_settings() {
         let base = bound(&[], 1_000);
         assert!(bound(&[], 2_000) > base);
         let events = bound(&[("shard_event_bytes_max", "257MiB")], 1_000);
-        assert_eq!(events - base, 3 << 20, "two shards and the hub, a MiB more each");
+        assert_eq!(events - base, 3 << 20, "two shards and the hub, one MiB more each");
         let messages = bound(&[("message_bytes_max", "65KiB")], 1_000);
         let waiting = 1_000 + HANDOFF_RING_SLOTS + PENDING_REPORTS_MAX;
         assert_eq!(messages - base, 2 * waiting as u64 * 1_024);
@@ -323,15 +331,15 @@ mod tests {
     }
 
     #[test]
-    fn partitions_beyond_those_reckoned_with_are_added() {
-        let ledger = ledger(&[], 1_000);
-        let of = |partitions| total(&ledger.bound(partitions));
+    fn partitions_beyond_the_assumed_number_are_added() {
+        let budget = budget(&[], 1_000);
+        let of = |partitions| total(&budget.bound(partitions));
         assert_eq!(of(0), of(PARTITIONS));
-        assert_eq!(of(PARTITIONS + 3) - of(PARTITIONS), 3 * total(&ledger.partition));
+        assert_eq!(of(PARTITIONS + 3) - of(PARTITIONS), 3 * total(&budget.partition));
     }
 
     #[test]
-    fn amounts_are_shown_for_people() {
+    fn sizes_are_formatted_with_a_unit() {
         assert_eq!(human(999), "999 B");
         assert_eq!(human(1_536), "1.5 KiB");
         assert_eq!(human(3 << 30), "3.0 GiB");

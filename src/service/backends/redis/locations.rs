@@ -1,36 +1,38 @@
-//! Where users are, remembered for a short time.
+//! A short-lived cache of users' locations: the other instances that hold sessions of a user.
 //!
-//! An entry goes when its time is up, when the presence service says that something changed for
-//! the user, when an instance it names turned out to listen no more, and when room is needed. Room
-//! is made by halves: a full young half becomes the old one, and what was the old half goes.
+//! An entry expires after its lifetime. It is removed earlier when the presence service reports a
+//! change of the user, when an instance that it names has stopped listening, and when room is needed.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
+use hashbrown::DefaultHashBuilder;
 use tokio::time::Instant;
 
-/// Locks are spread over this many parts.
+use crate::service::runtime::cache::{Bounds, Cache, Weigh};
+
+/// Caches, each with its own lock.
 const PARTS: usize = 64;
-/// Instances remembered as gone; when more go at once, all is forgotten instead.
+/// Instances noted as gone; beyond that, all entries are dropped.
 const GONE_MAX: usize = 1024;
 
-/// Settings of the memory.
+/// Lifetimes and bound of the cache.
 #[derive(Clone, Debug)]
 pub struct LocationsConfig {
-    /// How long an instance that holds a user is believed in.
+    /// Lifetime of an entry that names other instances.
     pub elsewhere_ttl: Duration,
-    /// How long it is believed that no other instance holds a user.
+    /// Lifetime of an entry that names none.
     pub nowhere_ttl: Duration,
-    /// Users remembered; some 100 bytes each.
+    /// Users cached; some 100 bytes each.
     pub users_max: usize,
 }
 
 impl Default for LocationsConfig {
-    /// One second for either, 200,000 users. Time and not memory is the limit: a session that
-    /// moved to another node without going offline is announced by nobody.
+    /// One second for either, 200,000 users. The lifetime is short because nobody announces a
+    /// session that moved to another node without going offline.
     fn default() -> Self {
         Self {
             elsewhere_ttl: Duration::from_secs(1),
@@ -41,79 +43,89 @@ impl Default for LocationsConfig {
 }
 
 impl LocationsConfig {
-    /// How long an answer is believed at most, from when the registry was asked.
+    /// The longest lifetime of an entry, from when the registry was asked.
     pub fn lifetime(&self) -> Duration {
         self.elsewhere_ttl.max(self.nowhere_ttl)
     }
 }
 
-/// The other instances that hold a user, none twice; mostly none at all.
+/// The other instances that hold sessions of a user, none twice; mostly empty.
 pub(super) type Instances = Arc<[Arc<str>]>;
 
 #[derive(Debug)]
-struct Entry {
+struct Location {
     instances: Instances,
     since: Instant,
 }
 
-#[derive(Debug, Default)]
-struct Part {
-    young: HashMap<Arc<str>, Entry>,
-    old: HashMap<Arc<str>, Entry>,
-    /// Counts what was forgotten, so that an answer asked for before is not remembered after.
-    forgotten: u64,
+impl Weigh for Location {
+    fn weight(&self) -> usize {
+        1
+    }
 }
 
-/// See the module.
+#[derive(Debug)]
+struct Part {
+    cache: Cache<Location>,
+    /// Counts invalidations: an answer to an earlier question is not cached.
+    invalidations: u64,
+}
+
+/// The cache of users' locations; any thread.
 #[derive(Debug)]
 pub struct Locations {
     config: LocationsConfig,
-    hasher: RandomState,
+    hasher: DefaultHashBuilder,
     parts: Box<[RwLock<Part>]>,
-    /// Instances that nobody listened for, and when.
+    /// Instances that had no listener, and when.
     gone: RwLock<HashMap<Arc<str>, Instant>>,
     any_gone: AtomicBool,
 }
 
-/// From before a question is asked until its answer is remembered: an answer is as old as its
-/// question, because nobody knows when in between it was true.
+/// Taken before the registry is asked. The answer is as old as its question, because it may have
+/// been true at any moment in between.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Asked {
     at: Instant,
-    forgotten: u64,
+    invalidations: u64,
 }
 
 impl Locations {
-    /// An empty one.
+    /// An empty cache.
     pub fn new(config: LocationsConfig) -> Self {
+        let users_max = (config.users_max / PARTS).max(1);
+        let bounds = Bounds { entries_max: users_max, weight_max: usize::MAX };
+        let part = |_| RwLock::new(Part { cache: Cache::new(bounds), invalidations: 0 });
         Self {
             config,
-            hasher: RandomState::new(),
-            parts: (0..PARTS).map(|_| RwLock::default()).collect(),
+            hasher: DefaultHashBuilder::default(),
+            parts: (0..PARTS).map(part).collect(),
             gone: RwLock::default(),
             any_gone: AtomicBool::new(false),
         }
     }
 
-    fn part(&self, user: &str) -> &RwLock<Part> {
-        &self.parts[self.hasher.hash_one(user) as usize % PARTS]
+    /// The hash of a user, and its part.
+    fn part(&self, user: &str) -> (u64, &RwLock<Part>) {
+        let hash = self.hasher.hash_one(user);
+        // The table uses the low bits for its groups and the high seven for its tags.
+        (hash, &self.parts[(hash >> 48) as usize % PARTS])
     }
 
-    /// The other instances that hold the user; `None`: not known now.
+    /// The other instances that hold sessions of the user; `None`: not cached.
     pub(super) fn find(&self, user: &str, now: Instant) -> Option<Instances> {
-        let part = self.part(user).read().expect("no holder panics");
-        let entry = part.young.get(user).or_else(|| part.old.get(user))?;
-        let ttl = if entry.instances.is_empty() {
-            self.config.nowhere_ttl
-        } else {
-            self.config.elsewhere_ttl
-        };
-        let good = now.duration_since(entry.since) < ttl
-            && !entry.instances.iter().any(|instance| self.is_gone(instance, entry.since));
-        good.then(|| Arc::clone(&entry.instances))
+        let (hash, part) = self.part(user);
+        part.read().expect("no holder panics").cache.read(hash, user, |location| {
+            let Location { instances, since } = location;
+            let LocationsConfig { elsewhere_ttl, nowhere_ttl, .. } = self.config;
+            let ttl = if instances.is_empty() { nowhere_ttl } else { elsewhere_ttl };
+            let good = now.duration_since(*since) < ttl
+                && !instances.iter().any(|instance| self.is_gone(instance, *since));
+            good.then(|| Arc::clone(instances))
+        })
     }
 
-    /// Whether the instance was seen to be gone at `since` or later.
+    /// Whether the instance was noted as gone at `since` or later.
     fn is_gone(&self, instance: &str, since: Instant) -> bool {
         self.any_gone.load(Ordering::Relaxed)
             && self
@@ -124,43 +136,41 @@ impl Locations {
                 .is_some_and(|at| *at >= since)
     }
 
-    /// To be called before the registry is asked for a user.
+    /// Call before asking the registry for a user.
     pub(super) fn ask(&self, user: &str, now: Instant) -> Asked {
-        let forgotten = self.part(user).read().expect("no holder panics").forgotten;
-        Asked { at: now, forgotten }
+        let (_, part) = self.part(user);
+        let invalidations = part.read().expect("no holder panics").invalidations;
+        Asked { at: now, invalidations }
     }
 
-    /// Remembers an answer, unless something was forgotten since it was asked for.
+    /// Caches an answer, unless an entry was invalidated after the question.
     pub(super) fn remember(&self, user: Arc<str>, asked: Asked, instances: Instances) {
-        let mut part = self.part(&user).write().expect("no holder panics");
-        if part.forgotten != asked.forgotten {
-            return;
-        }
-        part.young.insert(user, Entry { instances, since: asked.at });
-        if part.young.len() > (self.config.users_max / PARTS / 2).max(1) {
-            let capacity = part.young.len();
-            part.old = std::mem::replace(&mut part.young, HashMap::with_capacity(capacity));
+        let (hash, part) = self.part(&user);
+        let mut part = part.write().expect("no holder panics");
+        if part.invalidations == asked.invalidations {
+            part.cache.insert(hash, Arc::clone(&user), Location { instances, since: asked.at });
+            part.cache.evict(&user);
         }
     }
 
-    /// Something changed for the user.
+    /// Invalidates the entry of a user.
     pub fn forget(&self, user: &str) {
-        let mut part = self.part(user).write().expect("no holder panics");
-        part.forgotten += 1;
-        part.young.remove(user);
-        part.old.remove(user);
+        let (hash, part) = self.part(user);
+        let mut part = part.write().expect("no holder panics");
+        part.invalidations += 1;
+        part.cache.remove(hash, user);
     }
 
-    /// Changes may have been missed.
+    /// Invalidates all entries: changes may have been missed.
     pub fn forget_all(&self) {
         for part in &self.parts {
             let mut part = part.write().expect("no holder panics");
-            let forgotten = part.forgotten + 1;
-            *part = Part { forgotten, ..Part::default() };
+            part.invalidations += 1;
+            part.cache.clear();
         }
     }
 
-    /// Nobody listens for this instance: whatever was known of its users is void.
+    /// Invalidates the entries that name this instance: it has no listener.
     pub(super) fn instance_gone(&self, instance: &Arc<str>, now: Instant) {
         let mut gone = self.gone.write().expect("no holder panics");
         let lifetime = self.config.elsewhere_ttl;
@@ -174,16 +184,12 @@ impl Locations {
         self.any_gone.store(true, Ordering::Relaxed);
     }
 
-    /// Users remembered, whether still good or not.
+    /// Users cached, expired entries included.
     pub fn len(&self) -> usize {
-        let of = |part: &RwLock<Part>| {
-            let part = part.read().expect("no holder panics");
-            part.young.len() + part.old.len()
-        };
-        self.parts.iter().map(of).sum()
+        self.parts.iter().map(|part| part.read().expect("no holder panics").cache.len()).sum()
     }
 
-    /// Whether nothing is remembered.
+    /// Whether no user is cached.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -205,15 +211,15 @@ mod tests {
         instances.iter().map(|instance| Arc::from(*instance)).collect()
     }
 
-    fn learn(locations: &Locations, user: &str, instances: &[&str], now: Instant) {
+    fn cache(locations: &Locations, user: &str, instances: &[&str], now: Instant) {
         locations.remember(user.into(), locations.ask(user, now), at(instances));
     }
 
     #[test]
-    fn answers_are_good_for_their_time() {
+    fn entries_expire_after_their_lifetime() {
         let (locations, now) = (locations(), Instant::now());
-        learn(&locations, "alice", &["n1"], now);
-        learn(&locations, "bob", &[], now);
+        cache(&locations, "alice", &["n1"], now);
+        cache(&locations, "bob", &[], now);
         let later = |seconds| now + Duration::from_secs(seconds);
         assert_eq!(locations.find("alice", later(9)), Some(at(&["n1"])));
         assert_eq!(locations.find("alice", later(10)), None);
@@ -233,22 +239,22 @@ mod tests {
     }
 
     #[test]
-    fn instance_that_is_gone_takes_what_was_known_of_its_users_with_it() {
+    fn instance_that_is_gone_invalidates_the_entries_of_its_users() {
         let (locations, now) = (locations(), Instant::now());
         let later = now + Duration::from_secs(1);
-        learn(&locations, "alice", &["n1", "n2"], now);
-        learn(&locations, "bob", &["n2"], now);
+        cache(&locations, "alice", &["n1", "n2"], now);
+        cache(&locations, "bob", &["n2"], now);
         locations.instance_gone(&"n1".into(), later);
         assert_eq!(locations.find("alice", later), None);
         assert_eq!(locations.find("bob", later), Some(at(&["n2"])));
-        // It is believed again when the registry says so again.
+        // A newer answer of the registry counts again.
         let again = later + Duration::from_secs(1);
-        learn(&locations, "alice", &["n1"], again);
+        cache(&locations, "alice", &["n1"], again);
         assert_eq!(locations.find("alice", again), Some(at(&["n1"])));
     }
 
     #[test]
-    fn answer_from_before_a_change_is_not_remembered() {
+    fn answer_from_before_a_change_is_not_cached() {
         let (locations, now) = (locations(), Instant::now());
         let asked = locations.ask("alice", now);
         locations.forget("alice");
@@ -261,19 +267,19 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_and_keeps_the_newest() {
+    fn cache_is_bounded_and_keeps_the_newest() {
         let (locations, now) = (locations(), Instant::now());
         for n in 0..100_000 {
-            learn(&locations, &format!("user-{n}"), &["n1"], now);
+            cache(&locations, &format!("user-{n}"), &["n1"], now);
         }
         assert!(locations.len() <= 1_000 + PARTS, "{}", locations.len());
         assert!(locations.find("user-99999", now).is_some());
     }
 
     #[test]
-    fn many_instances_gone_at_once_forget_everything() {
+    fn many_instances_gone_at_once_invalidate_everything() {
         let (locations, now) = (locations(), Instant::now());
-        learn(&locations, "alice", &["kept"], now);
+        cache(&locations, "alice", &["kept"], now);
         for n in 0..=GONE_MAX {
             locations.instance_gone(&format!("n{n}").into(), now);
         }

@@ -17,7 +17,7 @@ use crate::counters;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{ConversationSource, MembershipChanges, NeighbourError};
 use crate::service::events::timestamp::unix_ms;
-use crate::service::members::membership::cache::Cache;
+use crate::service::members::membership::cache::MemberLists;
 use crate::service::members::membership::state::{Answered, Change, Marks, Rules, State};
 use crate::service::runtime::backoff::Backoff;
 
@@ -98,7 +98,7 @@ pub enum Lookup {
 
 /// See the module.
 pub struct Membership {
-    cache: Cache,
+    lists: MemberLists,
     source: Option<Arc<dyn ConversationSource>>,
     runtime: tokio::runtime::Handle,
     config: MembershipConfig,
@@ -127,7 +127,7 @@ impl Membership {
         counters: Arc<MembershipCounters>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            cache: Cache::new(config, source.is_some(), Arc::clone(&counters)),
+            lists: MemberLists::new(config, source.is_some(), Arc::clone(&counters)),
             source,
             runtime,
             config,
@@ -170,7 +170,7 @@ impl Membership {
     pub fn forget_all(&self) {
         self.following.store(false, Ordering::Release);
         *self.marks.lock().expect("no holder panics") = Marks::default();
-        self.cache.clear();
+        self.lists.clear();
     }
 
     /// Whether there is a conversation service to ask.
@@ -192,7 +192,7 @@ impl Membership {
         at: Option<LogPosition>,
         now_ms: u64,
     ) -> Lookup {
-        if let Some(members) = self.cache.members(conversation, at, now_ms) {
+        if let Some(members) = self.lists.members(conversation, at, now_ms) {
             return Lookup::Members(members);
         }
         if self.source.is_none() {
@@ -201,7 +201,7 @@ impl Membership {
         if !self.following.load(Ordering::Acquire) {
             return Lookup::Pending;
         }
-        self.cache.with(conversation, |key, state| self.ask_if_due(key, state, at, now_ms))
+        self.lists.with(conversation, |key, state| self.ask_if_due(key, state, at, now_ms))
     }
 
     fn ask_if_due(
@@ -220,7 +220,7 @@ impl Membership {
             State::Failing { .. } => {}
             State::Absent { until_ms } if now_ms < *until_ms => return Lookup::Absent,
             State::Absent { .. } => {}
-            State::Known(known) if self.cache.is_current(known, now_ms) => {
+            State::Known(known) if self.lists.is_current(known, now_ms) => {
                 return Lookup::Members(known.members(at));
             }
             State::Known(_) => {}
@@ -265,13 +265,13 @@ impl Membership {
         let now_ms = unix_ms();
         match answer {
             Ok(members) => {
-                let members = self.cache.intern(members.iter().map(|id| &**id));
+                let members = self.lists.intern(members.iter().map(|id| &**id));
                 let rules = self.rules();
-                self.cache.with(key, |_, state| state.answered(id, members, now_ms, rules))
+                self.lists.with(key, |_, state| state.answered(id, members, now_ms, rules))
             }
             Err(NeighbourError::NotFound) => {
                 self.counters.conversations_absent.add(1);
-                self.cache.with(key, |_, state| state.absent(id, now_ms + ABSENT_MS));
+                self.lists.with(key, |_, state| state.absent(id, now_ms + ABSENT_MS));
                 Answered::Settled
             }
             Err(NeighbourError::Unavailable(reason)) => {
@@ -280,7 +280,7 @@ impl Membership {
                     let pause = self.config.backoff.random_delay(failures.saturating_sub(1));
                     pause.as_micros().div_ceil(1_000) as u64
                 };
-                self.cache.with(key, |_, state| state.failed(id, now_ms, pause));
+                self.lists.with(key, |_, state| state.failed(id, now_ms, pause));
                 tracing::debug!(conversation = %key, reason, "members not answered");
                 Answered::Settled
             }
@@ -300,9 +300,9 @@ impl Membership {
         if !marks.advance(place) {
             return;
         }
-        let members = self.cache.intern(members.iter().copied());
+        let members = self.lists.intern(members.iter().copied());
         let rules = self.rules();
-        self.cache.with(conversation, |_, state| {
+        self.lists.with(conversation, |_, state| {
             state.created(members, appended_at_ms, now_ms, rules);
         });
         drop(marks);
@@ -326,10 +326,10 @@ impl Membership {
         for watcher in &*self.watchers.read().expect("no holder panics") {
             watcher.changed(user);
         }
-        let user = self.cache.intern_one(user);
+        let user = self.lists.intern_one(user);
         let change = Change { user, added, place, appended_at_ms };
         let rules = self.rules();
-        let dropped = self.cache.with_existing(conversation, |state| state.change(change, rules));
+        let dropped = self.lists.with_existing(conversation, |state| state.change(change, rules));
         if dropped == Some(true) {
             self.counters.invalidations.add(1);
         }

@@ -13,7 +13,7 @@
 //! at a time per user, remembered for a short time, and not made at all while nobody is connected
 //! here. A burst of changes of one user costs one look-up and brings the newest of them.
 
-mod acquaintances;
+mod contacts;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use self::acquaintances::{Acquaintances, Users};
+use self::contacts::{Contacts, Users};
 use crate::counters;
 use crate::handoff::Pushed;
 use crate::service::backends::ports::{
@@ -133,7 +133,7 @@ struct Shared {
     parts: PresenceFanoutParts,
     counters: Arc<PresenceFanoutCounters>,
     waiting: Mutex<Waiting>,
-    acquaintances: Mutex<Acquaintances>,
+    contacts: Mutex<Contacts>,
     work: Notify,
 }
 
@@ -150,12 +150,12 @@ impl PresenceFanout {
         parts: PresenceFanoutParts,
         counters: Arc<PresenceFanoutCounters>,
     ) -> Self {
-        let acquaintances = Acquaintances::new(config.remembered, config.remembered_max);
+        let contacts = Contacts::new(config.remembered, config.remembered_max);
         let shared = Arc::new(Shared {
             parts,
             counters,
             waiting: Mutex::default(),
-            acquaintances: Mutex::new(acquaintances),
+            contacts: Mutex::new(contacts),
             work: Notify::new(),
             config,
         });
@@ -186,8 +186,8 @@ impl PresenceUpdates for PresenceFanout {
 
 impl MembershipChanges for PresenceFanout {
     fn changed(&self, user: &str) {
-        let mut acquaintances = self.shared.acquaintances.lock().expect("no holder panics");
-        acquaintances.changed(user, Instant::now());
+        let mut contacts = self.shared.contacts.lock().expect("no holder panics");
+        contacts.changed(user, Instant::now());
     }
 }
 
@@ -264,7 +264,7 @@ impl Shared {
 
     /// Everybody who shares a conversation with the user; `None` if nobody can say.
     async fn concerned(&self, user: &Arc<str>) -> Option<Users> {
-        let remembered = |now| self.acquaintances.lock().expect("no holder panics").find(user, now);
+        let remembered = |now| self.contacts.lock().expect("no holder panics").find(user, now);
         if let Some(known) = remembered(Instant::now()) {
             return Some(known);
         }
@@ -273,10 +273,10 @@ impl Shared {
             let asked = Instant::now();
             match self.look_up(user).await {
                 Ok(found) => {
-                    let mut acquaintances = self.acquaintances.lock().expect("no holder panics");
+                    let mut contacts = self.contacts.lock().expect("no holder panics");
                     let (user, now) = (Arc::clone(user), Instant::now());
-                    acquaintances.remember(user, Arc::clone(&found), asked, now);
-                    self.counters.presence_remembered.set(acquaintances.weight() as u64);
+                    contacts.remember(user, Arc::clone(&found), asked, now);
+                    self.counters.presence_remembered.set(contacts.weight() as u64);
                     return Some(found);
                 }
                 Err(_) => self.counters.presence_look_ups_failed.add(1),

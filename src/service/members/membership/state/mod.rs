@@ -25,6 +25,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::service::runtime::cache::Weigh;
+
 /// Members of one conversation, sorted, each once.
 pub type Members = Arc<[Arc<str>]>;
 
@@ -151,9 +153,9 @@ pub(super) enum Answered {
     Stale,
 }
 
-impl State {
+impl Weigh for State {
     /// References to members held.
-    pub(super) fn weight(&self) -> usize {
+    fn weight(&self) -> usize {
         match self {
             Self::Known(known) => known.members.len(),
             Self::Fetching(fetching) => {
@@ -163,6 +165,13 @@ impl State {
         }
     }
 
+    /// The number of fetches at a time is bounded.
+    fn is_pinned(&self) -> bool {
+        matches!(self, Self::Fetching(_))
+    }
+}
+
+impl State {
     /// The list to be used now: complete as far as the log has been followed, or as it was at a
     /// place of the log.
     pub(super) fn members(&self, at: Option<LogPosition>) -> Option<Members> {

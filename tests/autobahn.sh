@@ -39,7 +39,9 @@ fetch_debian() {
   [ -e "$deb/complete" ] && return
   say "no Python 2.7 here: fetching Debian 11's"
   mkdir -p "$deb/lists/partial" "$deb/cache/archives/partial" "$deb/root"
-  local mirror; mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep -v -i security | head -n 1)
+  local mirror
+  # shellcheck disable=SC2016 # apt-get expands it.
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep -v -i security | head -n 1)
   [ -n "$mirror" ] || return 1
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror bullseye main" >"$deb/sources.list"
   local options=(-qq -o "Dir::Etc::SourceList=$deb/sources.list" -o Dir::Etc::SourceParts=-
@@ -74,8 +76,9 @@ setup() {
     python=$(find_python) || { say "no Python 2.7 found or fetched"; return 3; }
     [ ! -e "$deb/complete" ] || use_debian
     say "installing into $home"
-    rm -rf "$home/suite" "$home/boot"
+    rm -rf "${home:?}/suite" "${home:?}/boot"
     local pip=("$home/suite/bin/pip" install -q --no-deps --no-build-isolation)
+    # shellcheck disable=SC2046 # Two requirements, two words.
     ( python3 -m venv "$home/boot" &&
       env -u LD_LIBRARY_PATH -u CPATH "$home/boot/bin/pip" install -q --disable-pip-version-check "$venv_tool" &&
       "$home/boot/bin/virtualenv" -q --no-periodic-update -p "$python" "$home/suite" &&
@@ -90,8 +93,8 @@ setup() {
 
 # --- the server ----------------------------------------------------------------------------------
 
-# What runs beside this script: ended with it, however it ends.
-server= client=
+# Processes that this script starts. They are stopped when it exits, for whatever reason.
+server="" client=""
 stop_all() {
   local pid
   for pid in $client $server; do kill "$pid" 2>/dev/null || true; done
@@ -111,8 +114,7 @@ start_server() {
   env -u LD_LIBRARY_PATH HTTP_PORT="$port" HTTP_ADDR=127.0.0.1:0 GRPC_ADDR=127.0.0.1:0 "$program" dev --no-demo >"$out/server.log" 2>&1 &
   server=$!
   url=ws://127.0.0.1:$port/echo
-  local try
-  for try in $(seq 300); do
+  for _ in $(seq 300); do
     if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then return; fi
     kill -0 "$server" 2>/dev/null || break
     sleep 0.1

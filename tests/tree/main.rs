@@ -3,4 +3,5 @@
 mod docs;
 mod imports;
 mod layers;
+mod runner;
 mod source;

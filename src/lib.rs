@@ -1,6 +1,5 @@
-//! Delivery holds the client connections of a RealChat back end: it reads events from Kafka and
-//! pushes each one to every connected device of every member of its conversation. It stores
-//! nothing.
+//! Delivery holds the client connections of a RealChat back end. It reads events from Kafka and pushes
+//! each one to every connected device of every member of its conversation. It stores nothing.
 //!
 //! # The map
 //!
@@ -9,53 +8,53 @@
 //!                  │ TCP                                         │
 //!  ┌───────────────▼────────────────┐   to shard    ┌────────────▼─────────────────────┐
 //!  │ shard 0..N-1: one OS thread,   │◄══ bounded ═══│ service: one tokio runtime, R    │
-//!  │ one io_uring, one slab each    │    rings      │ router threads, one Kafka thread │
+//!  │ one io_uring, one slab each    │    rings      │ router threads, two Kafka threads│
 //!  │  accept → upgrade → frames     │══════════════►│  sessions, routing, membership,  │
-//!  │  send queues, timers           │   from shard  │  resume, presence, redis, grpc   │
+//!  │  send queues, timers           │   from shard  │  catch-up, presence, Redis, gRPC │
 //!  └────────────────────────────────┘               └──────────────────────────────────┘
 //! ```
 //!
-//! A lower layer never imports a higher one, and siblings never import each other (`tests/tree`
-//! checks it, and that unsafe code stays in [`uring`]):
+//! Layers, from the bottom up. A layer imports only layers below it; `tests/tree` checks this, and that
+//! unsafe code stays in [`uring`].
 //!
-//! | layer | knows |
+//! | layer | contents |
 //! | --- | --- |
-//! | [`domain`] | nouns: ids, events, what crosses the hand-off, limits, counters; imports nothing |
+//! | [`domain`] | ids, events, commands and reports of the hand-off, limits, counters |
 //! | [`protocol`] | the HTTP upgrade and RFC 6455 as pure functions: bytes in, events out |
-//! | [`handoff`] | the bounded rings and the doorbell between the two worlds |
-//! | [`uring`] | the kernel's ring, and all unsafe code |
+//! | [`handoff`] | the bounded rings and the doorbell between shards and service |
+//! | [`uring`] | io_uring, and all unsafe code |
 //! | [`reactor`] | the shard: event loop, slab, send queues, timer wheel; generic over a kernel |
-//! | [`service`] | users, conversations and back ends; never touches a client socket |
+//! | [`service`] | users, conversations and back ends, in six floors; never touches a client socket |
 //! | [`app`] | settings, wiring, the command line |
 //!
-//! # The way of one Kafka record
+//! # The path of a Kafka record
 //!
-//! 1. [`service::routing::kafka`] gives each partition to a router; [`service::routing::router`] polls it on its own
-//!    thread, so that the order of the partition is the order of everything after it.
-//! 2. [`service::events::envelope`] reads what the record says, once and without a copy.
-//! 3. [`service::members::membership`] knows the members of its conversation completely, or asks
-//!    ([`service::backends::neighbours`]) while the other partitions go on.
-//! 4. [`service::members::directory`] knows the members' sessions here: shard, slot, generation, encoding.
-//!    Members elsewhere are reached through [`service::backends::redis`].
-//! 5. [`service::events::encode`] writes one immutable frame for each encoding among them.
-//! 6. One [`domain::command::ShardCommand::Deliver`] for each shard concerned goes over a ring of
-//!    [`handoff`]; the doorbell wakes a shard that sleeps.
-//! 7. [`reactor::shard`] puts the frame into each recipient's [`reactor::queue`] and starts one send
-//!    for each; what waits meanwhile goes out together with the next.
-//! 8. [`uring`] hands the sends to the kernel. When the last recipient is done the shard reports
-//!    it, and [`service::routing::offsets`] lets the offset move.
+//! 1. [`service::routing::kafka`] assigns each partition to a router. [`service::routing::router`] polls
+//!    it on its own thread, which keeps the records of a partition in order.
+//! 2. [`service::events::envelope`] decodes the record, without a copy.
+//! 3. [`service::members::membership`] returns the complete member list of the conversation, or fetches
+//!    it ([`service::backends::neighbours`]) while other partitions continue.
+//! 4. [`service::members::directory`] returns the members' sessions on this node: shard, slot,
+//!    generation, encoding. [`service::backends::redis`] hands the record off to other nodes.
+//! 5. [`service::events::encode`] writes one immutable frame per encoding.
+//! 6. One [`domain::command::ShardCommand::Deliver`] per shard goes over a ring of [`handoff`], whose
+//!    doorbell wakes a sleeping shard.
+//! 7. [`reactor::shard`] appends the frame to each recipient's [`reactor::queue`] and starts one send
+//!    per recipient. Frames that queue up meanwhile go out together in the next send.
+//! 8. [`uring`] submits the sends to the kernel. When the last send has completed, the shard reports
+//!    the record done, and [`service::routing::offsets`] advances the committable offset.
 //!
-//! # The way of one client frame
+//! # The path of a client frame
 //!
-//! The kernel fills one of the shard's receive buffers; [`protocol::receiver`] unmasks in place;
-//! pings are answered in the shard; a text message goes up to [`service::sessions::manager`], which resumes
-//! ([`service::sessions::catch_up`]) or renews a token ([`service::sessions::auth`]). [`service::sessions::presence`] hears of every
-//! beginning and end.
+//! The kernel fills one of the shard's receive buffers, and [`protocol::receiver`] unmasks the frame in
+//! place. The shard answers pings itself. Text messages go to [`service::sessions::manager`], which
+//! starts a catch-up ([`service::sessions::catch_up`]) or renews a token ([`service::sessions::auth`]).
+//! It also reports the start and end of every session to [`service::sessions::presence`].
 //!
-//! # Where things are put together
+//! # Wiring
 //!
-//! [`app::node`] makes everything in the order in which it depends on each other, and ends it in
-//! the reverse. [`app::config`] holds every setting once.
+//! [`app::node`] creates all parts in the order of their dependencies, and stops them in reverse.
+//! [`app::config`] defines every setting.
 
 pub mod app;
 pub mod domain;
@@ -65,4 +64,4 @@ pub mod reactor;
 pub mod service;
 pub mod uring;
 
-const _: () = assert!(usize::BITS == 64, "sizes and counts are taken for 64 bits");
+const _: () = assert!(usize::BITS == 64, "usize must have 64 bits");

@@ -1,16 +1,16 @@
 //! The tokio side: users, conversations and back ends. Never touches a client socket.
 //!
-//! Six floors. A module imports only from its own folder and from the floors below it; no two
-//! modules of a folder import each other in a circle (`tests/tree` checks both).
+//! Six floors. A module imports only from its own folder and from lower floors, and modules of a folder
+//! have no import cycles. `tests/tree` checks both.
 //!
-//! | floor | folder | knows |
+//! | floor | folder | contents |
 //! | --- | --- | --- |
-//! | 6 | [`sessions`], [`streams`] | who is connected and may be; catch-up and presence; gRPC streams |
-//! | 5 | [`routing`] | from a Kafka record to the sessions that receive it |
-//! | 4 | [`members`] | who belongs to a conversation, which sessions a user has here |
-//! | 3 | [`backends`] | the other services and Redis: clients, reconnection, outages |
-//! | 2 | [`events`] | what a record says, and how each encoding writes it |
-//! | 1 | [`runtime`] | what every floor needs of tokio |
+//! | 6 | [`sessions`], [`streams`] | handshakes, tokens, catch-up, presence; gRPC streams |
+//! | 5 | [`routing`] | from a Kafka record to its recipients, and back to the committed offset |
+//! | 4 | [`members`] | the members of conversations, the sessions of users on this node |
+//! | 3 | [`backends`] | clients of the other services and of Redis |
+//! | 2 | [`events`] | decoding and encoding of events |
+//! | 1 | [`runtime`] | what every floor shares: doorbell for tokio, backoff |
 //!
 //! `sessions` and `streams` do not import each other.
 

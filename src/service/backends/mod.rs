@@ -1,4 +1,4 @@
-//! The services and servers that a node talks to, Kafka excepted.
+//! Clients of the other services and of Redis.
 
 pub mod neighbours;
 pub mod outage;

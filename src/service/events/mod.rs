@@ -1,4 +1,4 @@
-//! What a record says, and how each encoding writes it.
+//! Events: decoding a record, and encoding it for each kind of session.
 
 pub mod conversation_key;
 pub mod encode;

@@ -1,4 +1,4 @@
-//! Who belongs to a conversation, and which sessions a user has on this node.
+//! The members of conversations, and the sessions of users on this node.
 
 pub mod directory;
 pub mod membership;

@@ -1,4 +1,4 @@
-//! From a Kafka record to the sessions that receive it, and back to the committed offset.
+//! Routing: from a Kafka record to its recipients, and back to the committed offset.
 
 pub mod kafka;
 pub mod offsets;

@@ -302,7 +302,7 @@ fn stalls(node: &Node, publisher: &mut Publisher, content: &str, reason: &str) {
     serves_the_next_client(node.public);
 }
 
-/// Promise: “Nothing is dropped in silence.”
+/// Promise: “Nothing is dropped silently.”
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn messages_waiting_for_a_slow_reader() {

@@ -108,7 +108,7 @@ faults! {
         scene.nodes[0].as_ref().expect("running").signal(Signal::CONT);
     } => nothing_lost_in_order, shown by [];
 
-    // Promise: “Sockets stay up, readiness says what is missing, and work resumes by itself,”
+    // Promise: “Sockets stay up, readiness reports what is missing, and work resumes by itself”
     kafka_killed_and_back(scene: 2, USUAL, plain) {
         scene.kafka.kill();
         scene.run(seconds(10));

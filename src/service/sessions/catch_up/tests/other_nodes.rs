@@ -173,7 +173,7 @@ async fn only_what_was_asked_for_too_early_is_asked_for_again() {
     assert_eq!(among.shelf.asked_for("late"), [0]);
 }
 
-/// Promise: “Presence is never waited for longer”
+/// Promise: “Presence delays a session by at most `registration_wait`”
 #[tokio::test]
 async fn session_that_will_not_be_registered_in_time_goes_live_and_is_counted() {
     let mut among = Among::new(CatchUpConfig::default());

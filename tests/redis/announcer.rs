@@ -30,7 +30,7 @@ async fn session_that_moved_gets_its_events_where_it_is_at_once() {
     };
     let target = PresenceTarget::Redis(bench.link.clone());
     let presence = Presence::spawn(config, target, Arc::new(PresenceCounters::default()));
-    assert!(presence.opened(&SessionIds::new("alice", "phone"), false));
+    assert!(presence.register(&SessionIds::new("alice", "phone"), false));
     until(|| heard.redis_moves_heard.get() > 0, tokio::task::yield_now).await;
 
     bench.handed_over("two", &["alice"]).await;

@@ -102,23 +102,23 @@ async fn everywhere<F: Future<Output = ()>>(test: impl Fn(u16, Node, Node) -> F)
 async fn keys_and_updates_are_those_of_the_contract() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
-        one.presence.opened(&ids("alice", "phone"), false);
+        one.presence.register(&ids("alice", "phone"), false);
         one.told(1, 0, 0).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
         let lifetime_s: i64 = one.ask(&["TTL", "session:alice:phone"]).await;
         assert!((55..=60).contains(&lifetime_s), "{lifetime_s}");
 
-        one.presence.opened(&ids("alice", "desk"), false);
+        one.presence.register(&ids("alice", "desk"), false);
         one.told(2, 0, 0).await;
         assert_eq!(one.devices("alice").await, ["desk", "phone"]);
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
 
-        one.presence.ended(&ids("alice", "phone"));
+        one.presence.unregister(&ids("alice", "phone"));
         one.told(2, 0, 1).await;
         assert_eq!(one.holder("alice", "phone").await, None);
         assert_eq!(one.devices("alice").await, ["desk"]);
-        one.presence.ended(&ids("alice", "desk"));
+        one.presence.unregister(&ids("alice", "desk"));
         one.told(2, 0, 2).await;
         // The end of the first device was no change of the user's presence.
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
@@ -130,7 +130,7 @@ async fn keys_and_updates_are_those_of_the_contract() {
 #[tokio::test]
 async fn refresh_keeps_a_registration_alive_and_makes_a_lost_one_again() {
     everywhere(|_, one, _two| async move {
-        one.presence.opened(&ids("alice", "phone"), false);
+        one.presence.register(&ids("alice", "phone"), false);
         one.told(1, 0, 0).await;
         let _: bool = one.ask(&["EXPIRE", "session:alice:phone", "7"]).await;
         one.presence.refresh(&ids("alice", "phone"), 1);
@@ -150,9 +150,9 @@ async fn refresh_keeps_a_registration_alive_and_makes_a_lost_one_again() {
 #[tokio::test]
 async fn session_that_moved_is_neither_taken_back_nor_unregistered() {
     everywhere(|_, one, two| async move {
-        one.presence.opened(&ids("alice", "phone"), false);
+        one.presence.register(&ids("alice", "phone"), false);
         one.told(1, 0, 0).await;
-        two.presence.opened(&ids("alice", "phone"), false);
+        two.presence.register(&ids("alice", "phone"), false);
         two.told(1, 0, 0).await;
 
         one.presence.refresh(&ids("alice", "phone"), 1);
@@ -166,7 +166,7 @@ async fn session_that_moved_is_neither_taken_back_nor_unregistered() {
         )
         .await;
         assert_eq!(replaced, [ids("alice", "phone")]);
-        one.presence.ended(&ids("alice", "phone"));
+        one.presence.unregister(&ids("alice", "phone"));
         one.told(1, 0, 1).await;
         assert_eq!(two.holder("alice", "phone").await.as_deref(), Some("node-2"));
         assert_eq!(two.devices("alice").await, ["phone"]);
@@ -179,10 +179,10 @@ async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
         let _: Value = one.ask(&["SADD", "presence:user:alice:devices", "ghost"]).await;
-        one.presence.opened(&ids("alice", "phone"), false);
+        one.presence.register(&ids("alice", "phone"), false);
         one.told(1, 0, 0).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
-        one.presence.ended(&ids("alice", "phone"));
+        one.presence.unregister(&ids("alice", "phone"));
         one.told(1, 0, 1).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
         assert!(one.devices("alice").await.is_empty());
@@ -194,7 +194,7 @@ async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
 async fn no_key_outlives_what_renews_it() {
     everywhere(|_, one, _two| async move {
         let set = "presence:user:alice:devices";
-        one.presence.opened(&ids("alice", "phone"), false);
+        one.presence.register(&ids("alice", "phone"), false);
         one.told(1, 0, 0).await;
         let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
         assert_eq!(keys.len(), 2, "{keys:?}");
@@ -217,11 +217,11 @@ async fn no_key_outlives_what_renews_it() {
 async fn end_after_the_lifetime_leaves_nothing_and_is_published() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
-        one.presence.opened(&ids("alice", "phone"), false);
+        one.presence.register(&ids("alice", "phone"), false);
         one.told(1, 0, 0).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         let _: Value = one.ask(&["DEL", "session:alice:phone"]).await;
-        one.presence.ended(&ids("alice", "phone"));
+        one.presence.unregister(&ids("alice", "phone"));
         one.told(1, 0, 1).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
         let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
@@ -237,9 +237,9 @@ async fn redis_that_was_away_is_told_the_newest_state() {
     server.kill();
     until(|| !node.link.is_up(), tokio::task::yield_now).await;
     for user in 0..1_000 {
-        node.presence.opened(&ids(&format!("stays-{user}"), "phone"), false);
-        node.presence.opened(&ids(&format!("goes-{user}"), "phone"), false);
-        node.presence.ended(&ids(&format!("goes-{user}"), "phone"));
+        node.presence.register(&ids(&format!("stays-{user}"), "phone"), false);
+        node.presence.register(&ids(&format!("goes-{user}"), "phone"), false);
+        node.presence.unregister(&ids(&format!("goes-{user}"), "phone"));
     }
     until(|| node.counters.failures.get() > 0, tokio::task::yield_now).await;
     let Some(_server) = Server::start_on(server.port, Options::default()) else {

@@ -22,7 +22,7 @@ pub const CLIENT_MESSAGE_BYTES_MAX: usize = 64 * 1024;
 pub const CONVERSATIONS_NAMED_MAX: usize = 4096;
 
 /// A client's message that has a meaning; at least one of the two.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientMessage {
     /// What the client has of each conversation, no conversation twice.
     pub last_sequences: Option<Vec<LastSequence>>,

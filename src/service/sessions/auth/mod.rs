@@ -65,11 +65,11 @@ crate::counters! {
 }
 
 /// The outcome of a check.
-pub enum Checked {
+pub enum TokenCheck {
     /// Known at once.
-    Now(Result<Identity, AuthFailure>),
+    Done(Result<Identity, AuthFailure>),
     /// To be waited for, apart from whoever must not wait.
-    Later(BoxFuture<Result<Identity, AuthFailure>>),
+    Pending(BoxFuture<Result<Identity, AuthFailure>>),
 }
 
 /// Checks tokens. Shared by all who admit sessions.
@@ -142,23 +142,23 @@ impl Authenticator {
 
     /// Who the bearer of `token` is, if that is `claimed_user`; an empty claim leaves it to the
     /// token.
-    pub fn check(&self, token: Option<&Secret>, claimed_user: &str) -> Checked {
+    pub fn check(&self, token: Option<&Secret>, claimed_user: &str) -> TokenCheck {
         let tokens = match &self.method {
             AuthMethod::Trust => {
                 let identity = Identity { user: claimed_user.to_owned(), expires_at_s: None };
-                return Checked::Now(usable_user(claimed_user).map(|()| identity));
+                return TokenCheck::Done(usable_user(claimed_user).map(|()| identity));
             }
             AuthMethod::Jwt(tokens) => tokens,
         };
         let Some(token) = token else {
-            return Checked::Now(tokens.count(Err(AuthFailure::TokenMissing)));
+            return TokenCheck::Done(tokens.count(Err(AuthFailure::TokenMissing)));
         };
         if let TokenKeys::Secret(keys) = &tokens.keys {
-            return Checked::Now(tokens.count(tokens.verify(token, keys, claimed_user)));
+            return TokenCheck::Done(tokens.count(tokens.verify(token, keys, claimed_user)));
         }
         let (tokens, token) = (Arc::clone(tokens), token.clone());
         let claimed_user = claimed_user.to_owned();
-        Checked::Later(Box::pin(async move {
+        TokenCheck::Pending(Box::pin(async move {
             let outcome = tokens.verify_apart(&token, &claimed_user).await;
             tokens.count(outcome)
         }))

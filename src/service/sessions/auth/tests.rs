@@ -152,8 +152,8 @@ fn part(value: &Value) -> String {
 
 async fn check(auth: &Authenticator, token: &Secret, user: &str) -> Result<Identity, AuthFailure> {
     match auth.check(Some(token), user) {
-        Checked::Now(outcome) => outcome,
-        Checked::Later(outcome) => outcome.await,
+        TokenCheck::Done(outcome) => outcome,
+        TokenCheck::Pending(outcome) => outcome.await,
     }
 }
 
@@ -176,7 +176,7 @@ async fn nobody_connects_as_somebody_else() {
     let token = hs256_token(&claims());
     let refused = check(&hs256(), &token, "bob").await.unwrap_err();
     assert_eq!((refused, refused.status()), (AuthFailure::UserMismatch, 403));
-    let Checked::Now(missing) = hs256().check(None, "alice") else { panic!("not at once") };
+    let TokenCheck::Done(missing) = hs256().check(None, "alice") else { panic!("not at once") };
     assert_eq!(missing, Err(AuthFailure::TokenMissing));
     assert_eq!(AuthFailure::TokenMissing.status(), 401);
 }
@@ -439,6 +439,6 @@ async fn trust_believes_the_claim_but_needs_one() {
     let auth = Authenticator::trust();
     let found = check(&auth, &Secret::new("anything".into()), "alice").await;
     assert_eq!(found, Ok(Identity { user: "alice".into(), expires_at_s: None }));
-    let Checked::Now(found) = auth.check(None, "") else { panic!("not at once") };
+    let TokenCheck::Done(found) = auth.check(None, "") else { panic!("not at once") };
     assert_eq!(found, Err(AuthFailure::UserMissing));
 }

@@ -1,25 +1,44 @@
-//! Who is let in, and what the end of a session undoes.
+//! Admits or refuses handshakes, and frees what a session held when it has ended.
 
-use super::messages::expiry;
-use super::records::SessionState;
-use super::state::Manager;
-use super::{CheckPurpose, NodeState, Request};
+use std::borrow::Cow;
+
+use super::node_state::NodeState;
+use super::records::{SessionState, expiry};
+use super::state::SessionManager;
+use super::{CheckPurpose, Request};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Hello, Refusal, ShardCommand};
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::service::backends::ports::BoxFuture;
 use crate::service::members::directory::SessionIds;
-use crate::service::sessions::auth::{AuthFailure, Checked, Identity};
+use crate::service::sessions::auth::{AuthFailure, Identity, TokenCheck};
 
-/// Contract §3.
-const IDS_MISSING: &str = "missing user_id or device_id";
 /// Contract §3.
 pub(super) const REPLACED: Close = Close::new(CloseCode::SESSION_REPLACED, "session_replaced");
-/// When a refused user may try again, seconds: about when a dead session of his has been noticed.
+/// When a user over the limit may try again, seconds: by then a dead session has been noticed.
 const USER_LIMIT_RETRY_AFTER_S: u32 = 60;
-/// When to try again on a node that is going, seconds: the balancer has another one by then.
+/// When a client may try again while the node stops, seconds: by then the load balancer has another
+/// node for it.
 const STOPPING_RETRY_AFTER_S: u32 = 1;
 
-impl Manager {
+/// Contract §3.
+const IDS_MISSING: Refusal = Refusal {
+    status: 400,
+    body: Cow::Borrowed("missing user_id or device_id"),
+    retry_after_s: None,
+};
+const USER_LIMIT: Refusal = Refusal {
+    status: 429,
+    body: Cow::Borrowed("too many sessions of this user: close one, or try again later"),
+    retry_after_s: Some(USER_LIMIT_RETRY_AFTER_S),
+};
+const STOPPING: Refusal = Refusal {
+    status: 503,
+    body: Cow::Borrowed("this node is shutting down: connect to another node"),
+    retry_after_s: Some(STOPPING_RETRY_AFTER_S),
+};
+
+impl SessionManager {
     pub(super) fn on_opened(
         &mut self,
         shard: ShardId,
@@ -31,36 +50,34 @@ impl Manager {
             return;
         }
         self.counters.handshakes.add(1);
-        if self.state() != NodeState::Serving {
-            return self.refuse(shard, connection, stopping());
+        if self.node_state.get() != NodeState::Serving {
+            return self.refuse(shard, connection, STOPPING);
         }
         if hello.device_id.is_empty() {
-            return self.refuse(shard, connection, ids_missing());
+            return self.refuse(shard, connection, IDS_MISSING);
         }
-        match self.auth.check(hello.token.as_ref(), &hello.user_id) {
-            Checked::Now(outcome) => {
-                self.on_checked(shard, connection, outcome, CheckPurpose::Admission(hello));
-            }
-            Checked::Later(check) => {
-                self.check_apart(shard, connection, check, CheckPurpose::Admission(hello));
-            }
+        let check = self.auth.check(hello.token.as_ref(), &hello.user_id);
+        let purpose = CheckPurpose::Admission(hello);
+        match check {
+            TokenCheck::Done(outcome) => self.on_checked(shard, connection, outcome, purpose),
+            TokenCheck::Pending(check) => self.await_check(shard, connection, check, purpose),
         }
     }
 
-    /// Waits for a check in a task of its own. There is one per handshake that waits, so the slots
-    /// of the shards bound them.
-    pub(super) fn check_apart(
+    /// Waits for a check in a task of its own. There is one per waiting connection, so the number
+    /// of slots bounds them.
+    pub(super) fn await_check(
         &mut self,
         shard: ShardId,
         connection: ConnectionKey,
-        check: crate::service::backends::ports::BoxFuture<Result<Identity, AuthFailure>>,
+        check: BoxFuture<Result<Identity, AuthFailure>>,
         purpose: CheckPurpose,
     ) {
-        let Some(requests) = self.request_sender.upgrade() else { return };
+        let Some(requests) = self.requests.upgrade() else { return };
         tokio::spawn(async move {
             let outcome = check.await;
             let checked = Request::Checked { shard, connection, outcome, purpose };
-            // An error means that the manager has ended, and the connection with it.
+            // An error means that the manager has ended, so the connection has too.
             let _ = requests.send(checked).await;
         });
     }
@@ -72,20 +89,19 @@ impl Manager {
         outcome: Result<Identity, AuthFailure>,
         purpose: CheckPurpose,
     ) {
-        match purpose {
-            CheckPurpose::Admission(hello) => {
-                let waits = self.records[shard.index()]
-                    .get(connection)
-                    .is_some_and(|record| record.state == SessionState::Checking);
-                if !waits {
-                    return; // The client went while its token was being checked.
-                }
-                match outcome {
-                    Ok(identity) => self.admit(shard, connection, &hello, identity),
-                    Err(failure) => self.refuse(shard, connection, failure.refusal()),
-                }
+        let hello = match purpose {
+            CheckPurpose::Admission(hello) => hello,
+            CheckPurpose::FreshToken => {
+                return self.on_fresh_token_checked(shard, connection, outcome);
             }
-            CheckPurpose::FreshToken => self.on_token_checked(shard, connection, outcome),
+        };
+        let record = self.records[shard.index()].get(connection);
+        if record.is_none_or(|record| record.state != SessionState::Checking) {
+            return; // The client has disconnected during the check.
+        }
+        match outcome {
+            Ok(identity) => self.admit(shard, connection, &hello, identity),
+            Err(failure) => self.refuse(shard, connection, failure.refusal()),
         }
     }
 
@@ -96,34 +112,31 @@ impl Manager {
         hello: &Hello,
         identity: Identity,
     ) {
-        if self.state() != NodeState::Serving {
-            return self.refuse(shard, connection, stopping());
+        if self.node_state.get() != NodeState::Serving {
+            return self.refuse(shard, connection, STOPPING);
         }
         let ids = SessionIds::new(&identity.user, &hello.device_id);
-        // A device that connects again takes the place of its old session.
+        // A device that connects again replaces its old session, so the limit does not apply.
         if self.directory.find(&ids).is_none() {
             let held = self.directory.sessions_of(&identity.user, |_| {});
             if held >= self.config.sessions_per_user_max {
-                return self.refuse(shard, connection, user_limit());
+                return self.refuse(shard, connection, USER_LIMIT);
             }
         }
-        let address = SessionAddress { shard, encoding: hello.encoding, connection };
         let Some(record) = self.records[shard.index()].get(connection) else { return };
-        record.ids = Some(ids.clone());
+        // The shard holds back what is routed to the session from here on, even before it has
+        // carried out the admission. What was routed before is part of the catch-up.
+        self.links[shard.index()].send(ShardCommand::Admit { connection });
+        let address = SessionAddress { shard, encoding: hello.encoding, connection };
+        let replaced = self.directory.insert(ids.clone(), address);
+        let (accepted, visibility) = self.presence.register_admitted(&ids, replaced.is_some());
+        if let Some(visibility) = visibility {
+            self.catch_ups.expect(shard, connection, visibility);
+        }
         record.state = SessionState::Live;
         record.expires_s = expiry(&identity);
-
-        // The shard holds what is routed to the session from here on, also before it has carried
-        // the admission out; what was routed before is in the catch-up that is yet to be asked for.
-        self.send(shard, ShardCommand::Admit { connection });
-        let replaced = self.directory.insert(ids.clone(), address);
-        let (accepted, visibility) = self.presence.admitted(&ids, replaced.is_some());
-        if let Some(visibility) = visibility {
-            self.catching_up.expect(shard, connection, visibility);
-        }
-        if let Some(record) = self.records[shard.index()].get(connection) {
-            record.registration_owed = !accepted;
-        }
+        record.ids = Some(ids);
+        record.registration_pending = !accepted;
         self.counters.admitted.add(1);
         self.counters.sessions.add(1);
         if let Some(old) = replaced
@@ -133,7 +146,7 @@ impl Manager {
         }
     }
 
-    pub(super) fn refuse(&mut self, shard: ShardId, connection: ConnectionKey, refusal: Refusal) {
+    fn refuse(&mut self, shard: ShardId, connection: ConnectionKey, refusal: Refusal) {
         if let Some(record) = self.records[shard.index()].get(connection) {
             record.state = SessionState::Refused;
         }
@@ -148,7 +161,7 @@ impl Manager {
     }
 
     pub(super) fn on_ended(&mut self, shard: ShardId, connection: ConnectionKey) {
-        let Some(record) = self.records[shard.index()].close(connection) else {
+        let Some(record) = self.records[shard.index()].free(connection) else {
             self.counters.reports_stale.add(1);
             return;
         };
@@ -156,30 +169,10 @@ impl Manager {
         self.counters.sessions.sub(1);
         self.counters.ended.add(1);
         let address = SessionAddress { shard, encoding: record.encoding, connection };
-        self.catching_up.forget(shard, connection);
-        // A session that was replaced is not there any more: its successor stays, registered.
+        self.catch_ups.cancel(shard, connection);
+        // A replaced session is no longer in the directory: its successor stays registered.
         if self.directory.remove(&ids, address) {
-            self.presence.ended(&ids);
+            self.presence.unregister(&ids);
         }
-    }
-}
-
-fn ids_missing() -> Refusal {
-    Refusal { status: 400, body: IDS_MISSING.into(), retry_after_s: None }
-}
-
-fn user_limit() -> Refusal {
-    Refusal {
-        status: 429,
-        body: "too many sessions of this user: close one, or try again later".into(),
-        retry_after_s: Some(USER_LIMIT_RETRY_AFTER_S),
-    }
-}
-
-fn stopping() -> Refusal {
-    Refusal {
-        status: 503,
-        body: "this node is going down: connect again, to another one".into(),
-        retry_after_s: Some(STOPPING_RETRY_AFTER_S),
     }
 }

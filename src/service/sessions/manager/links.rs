@@ -5,36 +5,39 @@ use std::collections::VecDeque;
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::handoff::{Consumer, Producer, Pushed};
 
+/// Capacity of the overflow queue that is kept after a storm, commands.
+const CAPACITY_KEPT: usize = 1024;
+
 /// The rings between the session manager and one shard (or the gRPC hub).
 #[derive(Debug)]
 pub struct ShardPort {
     /// To the shard.
     pub commands: Producer<ShardCommand>,
-    /// From it; its bell is the one of [`super::SessionPorts`].
+    /// From the shard. Its doorbell is that of [`super::SessionPorts`].
     pub reports: Consumer<ShardReport>,
 }
 
-/// A port, and what waits while its ring is full.
+/// A port, and an overflow queue for commands while the ring is full.
 ///
-/// The waiting queue needs no bound of its own: what enters it is bounded where it comes from. A
-/// connection is sent at most one answer to its handshake, one close, one release and one answer
-/// for each of its own messages (whose rate the shard bounds); catch-up has a chunk of one page for
-/// each page under way (`catch_up::CatchUpConfig`); orders to the shard are two.
+/// The queue has no bound of its own because its inputs are bounded. Per connection there is at most
+/// one answer to its handshake, one close, one command to go live, and one answer for each of its own
+/// messages (the shard limits their rate). Catch-up has one chunk per page in flight
+/// (`catch_up::CatchUpConfig`). Per shard there are two orders.
 #[derive(Debug)]
-pub(super) struct ShardLink {
+pub(super) struct ControlLink {
     port: ShardPort,
     waiting: VecDeque<ShardCommand>,
-    /// The shard has said that it ends, or its rings are gone.
+    /// The shard has reported that it stopped, or is lost.
     pub(super) stopped: bool,
 }
 
-impl ShardLink {
+impl ControlLink {
     pub(super) fn new(port: ShardPort) -> Self {
         Self { port, waiting: VecDeque::new(), stopped: false }
     }
 
-    /// Sends in order, now or when there is room. What is sent to a shard that has ended concerns
-    /// connections that have ended, and goes.
+    /// Sends commands in order, now or when there is room. Drops them if the shard has stopped:
+    /// its connections have ended.
     pub(super) fn send(&mut self, command: ShardCommand) {
         if self.stopped {
             return;
@@ -49,7 +52,7 @@ impl ShardLink {
         }
     }
 
-    /// Pushes what waits as far as there is room, and wakes the shard.
+    /// Moves waiting commands into the ring as far as there is room, and wakes the shard.
     pub(super) fn flush(&mut self) {
         while let Some(command) = self.waiting.pop_front() {
             match self.port.commands.push(command) {
@@ -61,23 +64,23 @@ impl ShardLink {
                 Pushed::Closed(_) => self.waiting.clear(),
             }
         }
-        if self.waiting.is_empty() && self.waiting.capacity() > WAITING_KEPT {
-            self.waiting.shrink_to(WAITING_KEPT);
+        if self.waiting.is_empty() && self.waiting.capacity() > CAPACITY_KEPT {
+            self.waiting.shrink_to(CAPACITY_KEPT);
         }
         self.port.commands.publish();
     }
 
-    /// The oldest report.
+    /// Takes the oldest report.
     pub(super) fn report(&mut self) -> Option<ShardReport> {
         self.port.reports.pop()
     }
 
-    /// Whether a report waits, or the shard went without a word.
+    /// Whether there is a report to take, or the loss of the shard to handle.
     pub(super) fn is_ready(&self) -> bool {
         !self.stopped && (!self.port.reports.is_empty() || self.port.reports.is_abandoned())
     }
 
-    /// Whether the shard is gone and has nothing more to say.
+    /// Whether the shard ended without reporting that it stopped, and all its reports are taken.
     pub(super) fn is_lost(&self) -> bool {
         !self.stopped && self.port.reports.is_abandoned() && self.port.reports.is_empty()
     }
@@ -87,9 +90,6 @@ impl ShardLink {
         self.waiting.len()
     }
 }
-
-/// Capacity of a waiting queue that is kept after a storm, commands.
-const WAITING_KEPT: usize = 1024;
 
 #[cfg(test)]
 mod tests {
@@ -103,7 +103,7 @@ mod tests {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (commands, mut shard) = ring(2, Arc::clone(&bell));
         let (_reports, reports) = ring(2, bell);
-        let mut link = ShardLink::new(ShardPort { commands, reports });
+        let mut link = ControlLink::new(ShardPort { commands, reports });
         let mut seen = Vec::new();
         for slot in 0..10 {
             link.send(ShardCommand::Admit { connection: ConnectionKey { slot, generation: 0 } });
@@ -120,11 +120,11 @@ mod tests {
     }
 
     #[test]
-    fn shard_that_went_silently_is_noticed_after_its_last_words() {
+    fn lost_shard_is_noticed_after_its_last_report() {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (commands, _shard) = ring(2, Arc::clone(&bell));
         let (mut shard, reports) = ring(2, bell);
-        let mut link = ShardLink::new(ShardPort { commands, reports });
+        let mut link = ControlLink::new(ShardPort { commands, reports });
         assert!(!link.is_ready());
         assert!(matches!(shard.push(ShardReport::Stopped), Pushed::Accepted));
         drop(shard);

@@ -1,56 +1,71 @@
-//! The session manager: decides on every handshake, keeps the directory true, ends sessions.
+//! The session manager: decides on every handshake, keeps the directory, closes sessions.
 //!
-//! One tokio task and peer of every shard (the gRPC hub is the last of them). It holds a small
-//! record per connection, no task and no timer for any of them; what takes time (keys for a token,
-//! presence, catch-up) runs beside it and comes back as a request.
+//! One tokio task, connected to every shard (the gRPC hub counts as the last one). It keeps a small
+//! record per connection, and no task or timer. Slow work (fetching keys for a token, presence,
+//! catch-up) runs in tasks of its own and comes back as a request.
 //!
 //! ```text
 //! Opened ──► Checking ──► Live ──► Closing ──► (Ended) Free
 //!               └───────► Refused ────────────────┘
 //! ```
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `run` | the loop: takes reports and requests, calls the handlers below |
+//! | `admission`, `messages`, `catching_up`, `upkeep`, `stopping` | the handlers |
+//! | `state` | [`SessionManager`] and the actions that all handlers share |
+//! | `records`, `links`, `catch_ups`, `drain`, `sweep`, `node_state` | its parts; they do not know the manager |
 
 mod admission;
+mod catch_ups;
 mod catching_up;
+mod drain;
 mod links;
 mod messages;
+mod node_state;
 mod records;
+mod run;
 mod state;
 mod stopping;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-pub use links::ShardPort;
-pub use stopping::Shutdown;
+pub use self::links::ShardPort;
+pub use self::node_state::NodeState;
+pub use self::records::RECORD_BYTES;
+pub use self::state::SessionManager;
 
+use self::node_state::SharedNodeState;
+use crate::domain::command::Hello;
 use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::handoff::Doorbell;
 use crate::service::backends::redis::PresenceUpdates;
 use crate::service::members::directory::Directory;
-use crate::service::runtime::bell::AsyncBell;
 use crate::service::sessions::auth::{AuthFailure, Authenticator, Identity};
 use crate::service::sessions::catch_up::CatchUpService;
 use crate::service::sessions::presence::Presence;
 
-/// Memory that the session manager holds for each connection, bytes.
-pub const RECORD_BYTES: usize = records::RECORD_BYTES;
+/// Requests that may wait for the session manager. A sender waits while the queue is full.
+pub const REQUESTS_WAITING_MAX: usize = 1024;
+/// Interval of the periodic work.
+const TICK: Duration = Duration::from_millis(100);
 
 /// Settings of the session manager.
 #[derive(Clone, Debug)]
 pub struct SessionConfig {
     /// Sessions that one user may hold on this node, over all devices.
     pub sessions_per_user_max: usize,
-    /// While draining each client is told to wait for up to this long before it reconnects, each
-    /// for another time, so that the other nodes are not stormed.
+    /// During a drain each client gets its own wait before it reconnects, up to this long. This
+    /// spreads the load on the other nodes.
     pub reconnect_spread: Duration,
-    /// How long presence may take at the end to be told of all ends.
+    /// At shutdown: how long to wait until presence has unregistered all sessions.
     pub unregister_timeout: Duration,
 }
 
@@ -64,64 +79,62 @@ impl Default for SessionConfig {
     }
 }
 
-/// What the session manager works with.
+/// Dependencies of the session manager.
 pub struct SessionPorts {
-    /// On which all shards ring for it.
+    /// Doorbell that all shards ring for the session manager.
     pub bell: Arc<Doorbell>,
     /// By shard number; the gRPC hub, if there is one, is the last.
     pub shards: Vec<ShardPort>,
-    /// Which it alone writes.
+    /// The sessions of this node. Only the session manager writes to it.
     pub directory: Arc<Directory>,
-    /// Who clients are.
+    /// Checks tokens.
     pub auth: Arc<Authenticator>,
-    /// Who is told of sessions.
+    /// Registers sessions.
     pub presence: Presence,
-    /// What sessions missed.
+    /// Sends sessions the messages that they missed.
     pub catch_up: CatchUpService,
 }
 
 crate::counters! {
-    /// What the session manager did.
+    /// Counters of the session manager.
     pub struct SessionCounters of Counter {
         Gauge sessions: "Sessions admitted and not yet ended",
-        Counter handshakes: "Handshakes that came to a decision or ended before it",
+        Counter handshakes: "Handshakes received",
         Counter admitted: "Handshakes admitted",
         Counter refused_bad_request: "Handshakes refused with 400: an id was missing",
         Counter refused_unauthorized: "Handshakes refused with 401: no valid token",
-        Counter refused_forbidden: "Handshakes refused with 403: somebody else's token",
+        Counter refused_forbidden: "Handshakes refused with 403: the token belongs to another user",
         Counter refused_user_limit: "Handshakes refused with 429: the user has too many sessions",
-        Counter refused_unavailable: "Handshakes refused with 503: stopping, or no keys to check tokens with",
-        Counter replaced: "Sessions closed because the same user and device connected again here",
+        Counter refused_unavailable: "Handshakes refused with 503: the node is stopping, or there are no keys to check tokens with",
+        Counter replaced: "Sessions closed because the same user and device connected again to this node",
         Counter replaced_elsewhere: "Sessions closed because the same user and device connected to another node",
         Counter ended: "Sessions that ended",
-        Counter resumes_too_late: "Sessions closed because they asked to resume after they had gone live (4408)",
+        Counter resumes_too_late: "Sessions closed because their resume request came after they had gone live (4408)",
         Counter tokens_refreshed: "Fresh tokens accepted from sessions",
         Counter tokens_refused: "Fresh tokens refused",
         Counter tokens_expired: "Sessions closed because their token expired (4401)",
-        Counter messages_ignored: "Client messages that carried no meaning",
-        Counter reports_stale: "Reports about connections that had ended before",
-        Counter shards_lost: "Shards that went without reporting that they stopped",
-        Gauge commands_waiting: "Commands that wait for room in a ring",
+        Counter messages_ignored: "Client messages ignored: malformed, or not expected at that time",
+        Counter reports_stale: "Reports about connections that had already ended",
+        Counter shards_lost: "Shards that ended without reporting that they stopped",
+        Gauge commands_waiting: "Commands waiting for room in a ring",
     }
 }
 
-/// How far the node is in its life.
+/// How to shut the node down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum NodeState {
-    /// Sessions are admitted.
-    Serving = 0,
-    /// No new ones; those there are being told to go.
-    Draining = 1,
-    /// What is left is being closed.
-    Stopping = 2,
-    /// Nothing is left.
-    Stopped = 3,
+pub enum Shutdown {
+    /// Close all sessions at once with 1001.
+    Stop,
+    /// Close sessions with 1012 at a steady pace over this period, then close the rest. Each client
+    /// gets a wait in the close reason. If clients wait that long, they also arrive at the other
+    /// nodes at a steady pace: per second at most the number of sessions at the start, divided by
+    /// the longer of this period and [`SessionConfig::reconnect_spread`] in seconds.
+    Drain(Duration),
 }
 
-/// To the session manager from other tasks.
+/// From other tasks to the session manager.
 enum Request {
-    /// A token check has ended.
+    /// A token check is complete.
     Checked {
         shard: ShardId,
         connection: ConnectionKey,
@@ -130,53 +143,43 @@ enum Request {
     },
     /// Another node has registered a session of this user.
     MovedElsewhere(Box<str>),
-    /// End all sessions; answered when every shard has stopped.
-    End { shutdown: Shutdown, ended: oneshot::Sender<()> },
+    /// Close all sessions. `stopped` is notified when every shard has stopped.
+    ShutDown { shutdown: Shutdown, stopped: oneshot::Sender<()> },
 }
 
-/// What becomes of a checked token.
+/// What a token was checked for.
 enum CheckPurpose {
-    /// A handshake waits.
-    Admission(Box<crate::domain::command::Hello>),
-    /// A session has sent a fresh one.
+    /// A handshake waits for the result.
+    Admission(Box<Hello>),
+    /// A session sent a fresh token.
     FreshToken,
 }
 
-/// Requests that may wait for the session manager; who sends more waits.
-pub const REQUESTS_WAITING_MAX: usize = 1024;
-/// Steps of catch-ups that may wait for the session manager; who has more waits.
-const CATCH_UPS_WAITING_MAX: usize = 256;
-
-/// The application's hold on the session manager.
+/// The application's handle of the session manager.
 #[derive(Clone)]
 pub struct SessionHandle {
     requests: mpsc::Sender<Request>,
     presence: Presence,
     unregister_timeout: Duration,
-    state: Arc<AtomicU8>,
+    state: SharedNodeState,
 }
 
 impl SessionHandle {
-    /// How far the node is in its life: ready only while serving.
+    /// Lifecycle of the node. It is ready only while serving.
     pub fn state(&self) -> NodeState {
-        match self.state.load(Ordering::Acquire) {
-            0 => NodeState::Serving,
-            1 => NodeState::Draining,
-            2 => NodeState::Stopping,
-            _ => NodeState::Stopped,
-        }
+        self.state.get()
     }
 
-    /// Ends all sessions as `shutdown` says and waits until every shard has stopped and presence has
-    /// been told. A later order takes the place of an earlier one that is still being carried out;
-    /// both return at the same end.
+    /// Closes all sessions. Returns when every shard has stopped and presence has unregistered the
+    /// sessions, or [`SessionConfig::unregister_timeout`] has passed. A second call replaces an
+    /// earlier one that is still running; both return at the same time.
     pub async fn shut_down(&self, shutdown: Shutdown) {
-        let (ended, wait) = oneshot::channel();
-        if self.requests.send(Request::End { shutdown, ended }).await.is_ok() {
-            // An error means that the manager has ended, which is what is waited for.
+        let (stopped, wait) = oneshot::channel();
+        if self.requests.send(Request::ShutDown { shutdown, stopped }).await.is_ok() {
+            // An error means that the manager has ended, so all sessions have.
             let _ = wait.await;
         }
-        self.presence.close(self.unregister_timeout).await;
+        self.presence.shut_down(self.unregister_timeout).await;
     }
 }
 
@@ -185,41 +188,9 @@ impl PresenceUpdates for SessionHandle {
 
     fn missed(&self) {}
 
-    /// If it is a session of this node that has moved, it ends here. What finds no room is found
-    /// out with the next refreshes.
+    /// Checks whether a session of this node has moved to another one. If the queue is full, the
+    /// next refresh finds out.
     fn moved_elsewhere(&self, user: &str) {
         let _ = self.requests.try_send(Request::MovedElsewhere(user.into()));
-    }
-}
-
-/// See the module.
-pub struct SessionManager;
-
-impl SessionManager {
-    /// Starts the session manager's task on the current runtime.
-    ///
-    /// # Errors
-    /// The doorbell cannot be waited on.
-    pub fn spawn(
-        config: SessionConfig,
-        ports: SessionPorts,
-        counters: Arc<SessionCounters>,
-    ) -> io::Result<SessionHandle> {
-        let bell = AsyncBell::new(Arc::clone(&ports.bell))?;
-        let (requests, receiver) = mpsc::channel(REQUESTS_WAITING_MAX);
-        let state = Arc::new(AtomicU8::new(NodeState::Serving as u8));
-        let presence = ports.presence.clone();
-        let unregister_timeout = config.unregister_timeout;
-        let (catch_up_sender, catch_ups) = mpsc::channel(CATCH_UPS_WAITING_MAX);
-        let manager = state::Manager::new(
-            config,
-            ports,
-            counters,
-            requests.downgrade(),
-            catch_up_sender,
-            Arc::clone(&state),
-        );
-        tokio::spawn(manager.run(receiver, catch_ups, bell));
-        Ok(SessionHandle { requests, presence, unregister_timeout, state })
     }
 }

@@ -1,62 +1,65 @@
-//! What the service knows of each session: one small record per connection slot.
+//! What the session manager keeps of each connection: one small record per slot.
 
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
 use crate::service::members::directory::SessionIds;
+use crate::service::sessions::auth::Identity;
 
+/// Memory per connection, bytes.
+pub const RECORD_BYTES: usize = size_of::<SessionRecord>();
 /// [`SessionRecord::expires_s`] of a session whose identity does not expire.
-pub(super) const NEVER: u32 = u32::MAX;
+const NEVER: u32 = u32::MAX;
+/// Capacity kept even when all records are free, so that a small node does not reallocate all the
+/// time.
+const CAPACITY_KEPT: usize = 1024;
 
-/// Where a connection stands with the service.
+/// State of a connection as the session manager sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SessionState {
-    /// The slot holds nothing.
+    /// The slot is not in use.
     Free,
-    /// Its token is being checked; the client waits for the answer to its handshake.
+    /// The token is being checked; the client waits for the answer to its handshake.
     Checking,
-    /// Answered with an error; its end is still to be reported.
+    /// Answered with an error; its end has not been reported yet.
     Refused,
     /// Admitted and in the directory.
     Live,
-    /// Told to close; its end is still to be reported.
+    /// Being closed; its end has not been reported yet.
     Closing,
 }
 
-/// Where a session stands with what it missed.
+/// State of a session's catch-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CatchUpState {
-    /// Its first message may still come.
+    /// The first message has not come yet.
     Awaited,
     /// Catching up.
     Running,
-    /// Caught up; later requests carry no meaning (contract §3).
+    /// Caught up. Later requests are ignored (contract §3).
     Done,
-    /// It went live without asking: asking now is too late.
+    /// The session went live without a request. A request is now too late.
     TooLate,
 }
 
 /// One connection.
 #[derive(Debug)]
 pub(super) struct SessionRecord {
-    /// Shared with the directory; there from the admission on.
+    /// Shared with the directory; set by the admission.
     pub(super) ids: Option<SessionIds>,
     pub(super) generation: u32,
-    /// When its token expires, Unix time in seconds with the leeway added, or [`NEVER`].
+    /// When the token expires, Unix time in seconds including the leeway, or [`NEVER`].
     pub(super) expires_s: u32,
     pub(super) encoding: Encoding,
     pub(super) state: SessionState,
     pub(super) catch_up: CatchUpState,
-    /// A fresh token of its own is being checked: one at a time.
+    /// A fresh token of the session is being checked: one at a time.
     pub(super) token_in_check: bool,
-    /// Presence had no room for its registration: the next sweep offers it again.
-    pub(super) registration_owed: bool,
-    /// How often its registration was refreshed, modulo 256.
+    /// Presence had no room for the registration; the next sweep tries again.
+    pub(super) registration_pending: bool,
+    /// Refreshes of the registration, modulo 256.
     pub(super) refreshes: u8,
 }
-
-/// Memory of one connection, bytes.
-pub(super) const RECORD_BYTES: usize = size_of::<SessionRecord>();
 
 const FREE: SessionRecord = SessionRecord {
     ids: None,
@@ -66,15 +69,17 @@ const FREE: SessionRecord = SessionRecord {
     state: SessionState::Free,
     catch_up: CatchUpState::Awaited,
     token_in_check: false,
-    registration_owed: false,
+    registration_pending: false,
     refreshes: 0,
 };
 
-/// SessionRecords that are kept although all free, so that a small node does not allocate all the time.
-const KEPT: usize = 1024;
+/// [`SessionRecord::expires_s`] of an identity.
+pub(super) fn expiry(identity: &Identity) -> u32 {
+    identity.expires_at_s.map_or(NEVER, |at| u32::try_from(at).unwrap_or(NEVER))
+}
 
-/// The records of one shard, by slot. Grows to the highest slot in use, and goes back with
-/// [`SessionRecords::shrink`].
+/// The records of one shard, by slot. Grows to the highest slot in use; [`SessionRecords::shrink`]
+/// returns memory.
 #[derive(Debug)]
 pub(super) struct SessionRecords {
     shard: ShardId,
@@ -86,19 +91,19 @@ impl SessionRecords {
         Self { shard, slots: Vec::new() }
     }
 
-    /// Slots in use or used before.
+    /// Slots that are or were in use.
     pub(super) fn len(&self) -> usize {
         self.slots.len()
     }
 
-    /// The record of a connection that is still this one.
+    /// The record of this connection, if it still holds its slot.
     pub(super) fn get(&mut self, connection: ConnectionKey) -> Option<&mut SessionRecord> {
         let record = self.slots.get_mut(connection.slot as usize)?;
         (record.generation == connection.generation && record.state != SessionState::Free)
             .then_some(record)
     }
 
-    /// Whatever holds a slot now, with its address.
+    /// The connection that holds a slot now, with its address.
     pub(super) fn at(&mut self, slot: usize) -> Option<(SessionAddress, &mut SessionRecord)> {
         let record =
             self.slots.get_mut(slot).filter(|record| record.state != SessionState::Free)?;
@@ -108,8 +113,8 @@ impl SessionRecords {
         Some((address, record))
     }
 
-    /// Begins a record. `None`: the slot is taken, or beyond what a shard has; the report that
-    /// says so is at fault.
+    /// Starts a record. `None`: the slot is taken or above the limit of a shard, so the report was
+    /// wrong.
     pub(super) fn open(
         &mut self,
         connection: ConnectionKey,
@@ -135,18 +140,18 @@ impl SessionRecords {
         Some(record)
     }
 
-    /// Gives back what lies above the highest slot in use. Shards fill the lowest slots first, so
+    /// Returns the memory above the highest slot in use. Shards fill the lowest slots first, so
     /// after a storm that is nearly everything.
     pub(super) fn shrink(&mut self) {
         let used = self.slots.iter().rposition(|record| record.state != SessionState::Free);
         self.slots.truncate(used.map_or(0, |last| last + 1));
-        if self.slots.capacity() > KEPT && self.slots.len() < self.slots.capacity() / 4 {
-            self.slots.shrink_to((2 * self.slots.len()).max(KEPT));
+        if self.slots.capacity() > CAPACITY_KEPT && self.slots.len() < self.slots.capacity() / 4 {
+            self.slots.shrink_to((2 * self.slots.len()).max(CAPACITY_KEPT));
         }
     }
 
-    /// Ends a record and hands out what it held.
-    pub(super) fn close(&mut self, connection: ConnectionKey) -> Option<SessionRecord> {
+    /// Frees the slot of a connection and returns its record.
+    pub(super) fn free(&mut self, connection: ConnectionKey) -> Option<SessionRecord> {
         self.get(connection).map(|record| std::mem::replace(record, FREE))
     }
 }
@@ -165,12 +170,12 @@ mod tests {
     }
 
     #[test]
-    fn later_use_of_a_slot_is_not_the_earlier_one() {
+    fn reused_slot_does_not_match_its_earlier_connection() {
         let mut records = SessionRecords::new(ShardId(0));
         assert!(records.open(key(3, 1), Encoding::Json).is_some());
         assert!(records.open(key(3, 2), Encoding::Json).is_none(), "the slot is taken");
-        assert!(records.close(key(3, 2)).is_none());
-        assert_eq!(records.close(key(3, 1)).unwrap().encoding, Encoding::Json);
+        assert!(records.free(key(3, 2)).is_none());
+        assert_eq!(records.free(key(3, 1)).unwrap().encoding, Encoding::Json);
         assert!(records.open(key(3, 2), Encoding::Binary).is_some());
         assert!(records.get(key(3, 1)).is_none());
         assert_eq!(records.at(3).unwrap().0.connection, key(3, 2));
@@ -178,23 +183,23 @@ mod tests {
     }
 
     #[test]
-    fn memory_goes_back_after_a_storm_and_sessions_stay() {
+    fn memory_is_returned_after_a_storm_and_sessions_stay() {
         let mut records = SessionRecords::new(ShardId(0));
         for slot in 0..50_000 {
             records.open(key(slot, 1), Encoding::Binary).unwrap();
         }
         for slot in (0..50_000).filter(|slot| *slot != 7) {
-            records.close(key(slot, 1)).unwrap();
+            records.free(key(slot, 1)).unwrap();
         }
         records.shrink();
         assert_eq!(records.len(), 8);
-        assert!(records.slots.capacity() <= KEPT, "{}", records.slots.capacity());
+        assert!(records.slots.capacity() <= CAPACITY_KEPT, "{}", records.slots.capacity());
         assert!(records.get(key(7, 1)).is_some() && records.get(key(8, 1)).is_none());
         assert!(records.open(key(49_999, 2), Encoding::Binary).is_some());
     }
 
     #[test]
-    fn slot_beyond_a_shard_is_refused() {
+    fn slot_above_the_limit_of_a_shard_is_refused() {
         let mut records = SessionRecords::new(ShardId(0));
         assert!(records.open(key(CONNECTIONS_PER_SHARD_MAX, 0), Encoding::Binary).is_none());
     }

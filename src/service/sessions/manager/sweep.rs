@@ -1,16 +1,11 @@
-//! What is due for each session now and then, without a timer for any of them: a sweep over the
-//! slots, a slice at each tick.
+//! Periodic work for every session without a timer per session: a slice of the slots at each tick.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::records::SessionState;
-use super::state::Manager;
-use crate::domain::close::{Close, CloseCode, EndReason};
-
-/// Goes over all slots once in each period, at an even pace.
+/// Visits all slots once per period, at an even pace.
 #[derive(Debug)]
 pub(super) struct Sweep {
     period: Duration,
@@ -24,9 +19,9 @@ impl Sweep {
         Self { period, begun: None, slot: 0 }
     }
 
-    /// The slots that are due by now, of `len`. A slot that is added behind the place where the
-    /// sweep is waits for the next round; none is left out of a round.
-    fn advance(&mut self, len: usize, now: Instant) -> Range<usize> {
+    /// The slots, out of `len`, that are due by now. A slot that is added behind the sweep's
+    /// position waits for the next round; no round skips a slot.
+    pub(super) fn advance(&mut self, len: usize, now: Instant) -> Range<usize> {
         let begun = *self.begun.get_or_insert(now);
         let elapsed = now.saturating_duration_since(begun);
         let from = self.slot.min(len);
@@ -41,81 +36,12 @@ impl Sweep {
     }
 }
 
-impl Manager {
-    /// Refreshes the registrations that are due (contract §4), spread evenly over the interval.
-    pub(super) fn sweep_presence(&mut self, now: Instant) {
-        let len = self.slots_max();
-        for slot in self.refreshing.advance(len, now) {
-            for records in &mut self.records {
-                let Some((_, record)) = records.at(slot) else { continue };
-                let (SessionState::Live, Some(ids)) = (record.state, &record.ids) else { continue };
-                if record.registration_owed {
-                    record.registration_owed = !self.presence.opened(ids, true);
-                } else {
-                    record.registration_owed = !self.presence.refresh(ids, record.refreshes);
-                    record.refreshes = record.refreshes.wrapping_add(1);
-                }
-            }
-        }
-    }
-
-    /// Has presence look whether this node still holds the user's sessions.
-    pub(super) fn recheck(&mut self, user: &str) {
-        let mut here = Vec::new();
-        self.directory.sessions_of(user, |address| here.push(address));
-        for address in here {
-            let record = self.records[address.shard.index()].get(address.connection);
-            if let Some(ids) = record.and_then(|record| record.ids.as_ref()) {
-                self.presence.recheck(ids);
-            }
-        }
-    }
-
-    /// Ends the sessions that presence found to be held by another node: the newer connection
-    /// wins, wherever it is.
-    pub(super) fn end_replaced_elsewhere(&mut self) {
-        for ids in self.presence.take_replaced() {
-            let Some(address) = self.directory.find(&ids) else { continue };
-            // Out of the directory at once, so that its end unregisters nobody.
-            self.directory.remove(&ids, address);
-            let close = super::admission::REPLACED;
-            let (shard, connection) = (address.shard, address.connection);
-            if self.close(shard, connection, close, EndReason::ClosedByService) {
-                self.counters.replaced_elsewhere.add(1);
-            }
-        }
-    }
-
-    /// Ends the sessions whose token has expired.
-    pub(super) fn sweep_tokens(&mut self, unix_s: u64, now: Instant) {
-        let len = self.slots_max();
-        for slot in self.expiring.advance(len, now) {
-            for shard in 0..self.records.len() {
-                let Some((address, record)) = self.records[shard].at(slot) else { continue };
-                // A fresh token that came in time may still be in check.
-                if u64::from(record.expires_s) >= unix_s || record.token_in_check {
-                    continue;
-                }
-                let close = Close::new(CloseCode::TOKEN_EXPIRED, "token expired");
-                if self.close(address.shard, address.connection, close, EndReason::ClosedByService)
-                {
-                    self.counters.tokens_expired.add(1);
-                }
-            }
-        }
-    }
-
-    pub(super) fn slots_max(&self) -> usize {
-        self.records.iter().map(|records| records.len()).max().unwrap_or(0)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn every_slot_has_its_turn_once_a_round_at_an_even_pace() {
+    fn every_slot_is_visited_once_per_round_at_an_even_pace() {
         let mut sweep = Sweep::new(Duration::from_secs(20));
         let begun = Instant::now();
         let mut seen = vec![0; 10_000];
@@ -128,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn slots_that_come_or_go_meanwhile_are_not_passed_over() {
+    fn slots_that_appear_or_vanish_during_a_round_are_not_skipped() {
         let mut sweep = Sweep::new(Duration::from_secs(10));
         let begun = Instant::now();
         let at = |s| begun + Duration::from_secs(s);

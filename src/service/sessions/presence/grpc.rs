@@ -1,4 +1,4 @@
-//! Telling the presence service, by gRPC.
+//! Registers sessions with the presence service, by gRPC.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::service::backends::neighbours::PresenceService;
 use crate::service::backends::ports::BoxFuture;
 use crate::service::members::directory::SessionIds;
 
-/// See the module.
+/// The presence service.
 pub(super) struct GrpcPresence {
     service: PresenceService,
     instance: Arc<str>,
@@ -36,8 +36,8 @@ impl PresenceBackend for GrpcPresence {
         })
     }
 
-    /// One: each call is on its own, so that a slow one delays no other.
-    fn batch(&self) -> usize {
+    /// One, so that a slow call delays no other.
+    fn batch_max(&self) -> usize {
         1
     }
 }
@@ -78,7 +78,7 @@ async fn holder(service: &PresenceService, ids: &SessionIds) -> Result<Option<St
     Ok(registered.map(|device| device.instance_id))
 }
 
-/// Whether trying again may help.
+/// Whether a retry may help.
 fn failure(status: &Status) -> OperationOutcome {
     match status.code() {
         Code::InvalidArgument

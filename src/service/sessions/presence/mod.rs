@@ -1,24 +1,24 @@
 //! Presence: who is online, on which device, through which node (contract §4).
 //!
-//! The session manager says what happens to sessions; a task of its own tells the presence service
-//! (`PRESENCE_MODE=service`), or writes the same to Redis directly (`redis`). What is told is always
-//! the newest state; while the other side is away at most [`PresenceConfig::sessions_waiting_max`]
-//! sessions and [`PresenceConfig::ends_waiting_max`] ends wait; the rest of the sessions is found again
-//! by the refresh sweep. Nothing here delays a delivery.
+//! The session manager reports admitted and ended sessions; a task registers them with the presence
+//! service (`PRESENCE_MODE=service`) or directly in Redis (`redis`). Only the newest state of a session
+//! is sent. While the backend is unreachable at most [`PresenceConfig::sessions_waiting_max`]
+//! registrations and [`PresenceConfig::ends_waiting_max`] unregistrations wait; the refresh sweep
+//! registers the other sessions later. Nothing here delays a delivery.
 //!
 //! # One session, two nodes
-//! A client that moves from node A to node B is registered by B while A may still hold its dead
-//! connection. So that A's end does not unregister B's session:
+//! A client may move from node A to node B, and register with B while A still holds its dead
+//! connection. A must not remove B's registration:
 //!
 //! - **redis**: A removes the registration only if it still names A, in one script.
-//! - **service**: `UnregisterSession` has no instance, so A asks `GetUserDevices` first and leaves a
-//!   registration that names another instance alone. What remains is the time between the answer
-//!   and the call, some milliseconds; B finds it out when it checks its registration.
+//! - **service**: `UnregisterSession` does not name an instance. A calls `GetUserDevices` first, and
+//!   leaves a registration that names another instance alone. A race of some milliseconds remains
+//!   between the two calls; B finds it when it checks its registration.
 //!
-//! Each session's registration is checked at its first refresh, at every third from then on, and when
-//! another node announces that it has registered the user (`ROUTING_MODE=group`): one that is gone is
-//! made again, one that names another instance means that the session was replaced there, and ends
-//! here with 4000 as if it had been replaced here.
+//! The registration of each session is checked at its first refresh, at every third from then on, and
+//! when another node announces that it has registered the user (`ROUTING_MODE=group`). A missing
+//! registration is made again. If it names another instance, the session was replaced there, and is
+//! closed with 4000 like one that was replaced on this node.
 
 mod grpc;
 mod queue;
@@ -39,6 +39,7 @@ use self::queue::{
 };
 use self::visibility::VisibilityNotifier;
 pub use self::visibility::{Visibility, VisibilityConfig, VisibilityState};
+use crate::domain::counters::SharedCounter;
 use crate::service::backends::neighbours::PresenceService;
 use crate::service::backends::ports::BoxFuture;
 use crate::service::backends::redis::{Announcer, RedisLink};
@@ -56,21 +57,21 @@ pub struct PresenceConfig {
     pub instance: Arc<str>,
     /// How often each session's registration is refreshed: well below its lifetime of 60 s.
     pub refresh_interval: Duration,
-    /// Sessions that may wait to be registered or refreshed; some 300 bytes each.
+    /// Registrations and refreshes that may wait, about 300 bytes each.
     pub sessions_waiting_max: usize,
-    /// Ends that may wait beside them: not fewer than the sessions of this node, so that all of them
-    /// can leave at once.
+    /// Unregistrations that may wait in addition. At least the sessions of this node, so that all of
+    /// them can end at once.
     pub ends_waiting_max: usize,
-    /// Calls to the presence service under way at once.
+    /// Concurrent calls to the presence service.
     pub calls_max: usize,
-    /// Who tells the other nodes of a registration (`ROUTING_MODE=group`).
+    /// Announces registrations to the other nodes (`ROUTING_MODE=group`).
     pub announcer: Option<Announcer>,
-    /// When the other nodes know of it (`ROUTING_MODE=group`).
+    /// When other nodes hand over a session's events (`ROUTING_MODE=group`).
     pub visibility: Option<VisibilityConfig>,
 }
 
 impl PresenceConfig {
-    /// The defaults for an instance: every 20 s, 100,000 and 100,000 ends waiting, 64 calls.
+    /// The defaults: refresh every 20 s, 100,000 waiting of each kind, 64 calls.
     pub fn new(instance: Arc<str>) -> Self {
         Self {
             instance,
@@ -85,48 +86,49 @@ impl PresenceConfig {
 }
 
 crate::counters! {
-    /// What presence was told.
+    /// Counters of presence.
     pub struct PresenceCounters of SharedCounter {
         Counter registered: "Sessions registered with presence",
         Counter refreshed: "Registrations refreshed",
-        Counter unregistered: "Sessions unregistered, or found to be registered no longer by this node",
-        Counter failures: "Attempts that failed and are tried again",
-        Counter rejected: "Sessions that presence refused for good",
-        Counter vanished: "Registrations that were gone when they were checked, and made again",
-        Counter replaced_elsewhere: "Sessions found to be held by another node",
-        Counter overflowed_registrations: "Registrations put off to the next refresh: too many sessions waited",
-        Counter overflowed_refreshes: "Refreshes left out: too many sessions waited",
-        Counter overflowed_ends: "Ends left to the 60 s lifetime of a registration: too many sessions waited",
-        Counter abandoned: "Ends not told at shutdown: the time for it was over",
-        Gauge waiting: "Sessions that presence is still to be told of",
-        Gauge under_way: "Sessions that presence is being told of",
+        Counter unregistered: "Sessions unregistered, or found to be no longer registered with this node",
+        Counter failures: "Calls that failed and are retried",
+        Counter rejected: "Calls that presence rejected for good",
+        Counter vanished: "Registrations found missing, and made again",
+        Counter replaced_elsewhere: "Sessions found to be registered with another node",
+        Counter overflowed_registrations: "Registrations deferred to the next refresh: too many were waiting",
+        Counter overflowed_refreshes: "Refreshes skipped: too many were waiting",
+        Counter overflowed_ends: "Unregistrations dropped, so that the registrations expire after 60 s: too many were waiting",
+        Counter abandoned: "Unregistrations not done at shutdown within its time limit",
+        Gauge waiting: "Sessions with a pending operation",
+        Gauge under_way: "Sessions with a call in flight",
     }
 }
 
-/// What is carried out together.
+/// Operations that are carried out together.
 type OperationBatch = Vec<(SessionIds, PresenceOperation)>;
 
-/// Carries operations out.
+/// Carries operations out: by gRPC or in Redis.
 trait PresenceBackend: Send + Sync + 'static {
-    /// Outcomes, one for each operation in its place.
+    /// Returns one outcome per operation, in the same order.
     fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationOutcome>>;
 
-    /// OperationBatch it is given at once.
-    fn batch(&self) -> usize;
+    /// Operations per call of [`PresenceBackend::perform`], at most.
+    fn batch_max(&self) -> usize;
 }
 
-/// Who is told.
+/// Where sessions are registered.
 pub enum PresenceTarget {
     /// The presence service.
     Service(PresenceService),
-    /// Redis, in the presence service's place.
+    /// Redis, without a presence service.
     Redis(RedisLink),
 }
 
+/// The queue, shared by [`Presence`] and its task.
 struct SharedQueue {
     queue: Mutex<OperationQueue>,
-    news: Notify,
-    settled: Notify,
+    wake: Notify,
+    completed: Notify,
     counters: Arc<PresenceCounters>,
     announcer: Option<Announcer>,
 }
@@ -137,7 +139,7 @@ impl SharedQueue {
     }
 }
 
-/// The session manager's way to presence; clones share it.
+/// Registers and unregisters sessions. Clones share one queue.
 #[derive(Clone)]
 pub struct Presence {
     shared: Option<Arc<SharedQueue>>,
@@ -146,12 +148,12 @@ pub struct Presence {
 }
 
 impl Presence {
-    /// Nobody is told (`PRESENCE_MODE=off`).
+    /// Registers nothing (`PRESENCE_MODE=off`).
     pub fn off() -> Self {
         Self { shared: None, refresh_interval: REFRESH_INTERVAL, visibility: None }
     }
 
-    /// Starts the task that tells the target, on the current runtime.
+    /// Starts the task on the current runtime.
     pub fn spawn(
         config: PresenceConfig,
         target: PresenceTarget,
@@ -163,8 +165,8 @@ impl Presence {
         };
         let shared = Arc::new(SharedQueue {
             queue: Mutex::new(OperationQueue::new(limits)),
-            news: Notify::new(),
-            settled: Notify::new(),
+            wake: Notify::new(),
+            completed: Notify::new(),
             counters,
             announcer: config.announcer,
         });
@@ -177,7 +179,7 @@ impl Presence {
                 (Arc::new(redis::RedisPresence::new(link, instance)), redis::BATCHES_MAX)
             }
         };
-        tokio::spawn(tell(Arc::clone(&shared), backend, calls));
+        tokio::spawn(run(Arc::clone(&shared), backend, calls));
         Self {
             shared: Some(shared),
             refresh_interval: config.refresh_interval,
@@ -185,71 +187,83 @@ impl Presence {
         }
     }
 
-    /// How often each session is to be refreshed.
+    /// How often each session's registration is refreshed.
     pub fn refresh_interval(&self) -> Duration {
         self.refresh_interval
     }
 
-    /// A session was admitted; `replaced`: in the place of another one of this node. Returns false
-    /// if presence has no room for it (offer it again at the next refresh), and how far other nodes
-    /// know it, if there are any that hand events over.
-    pub fn admitted(&self, ids: &SessionIds, replaced: bool) -> (bool, Option<Arc<Visibility>>) {
+    /// Registers a session that was just admitted. `replaced`: it took the place of another one of
+    /// this node. Returns false if there is no room (call [`Presence::register`] at the next
+    /// refresh), and its visibility if other nodes hand over events.
+    pub fn register_admitted(
+        &self,
+        ids: &SessionIds,
+        replaced: bool,
+    ) -> (bool, Option<Arc<Visibility>>) {
         let visibility =
             self.visibility.map(|config| Arc::new(Visibility::new(config, Instant::now())));
         let notifier = visibility.clone().map(VisibilityNotifier::new);
-        (self.open(ids, replaced, notifier), visibility)
+        let accepted = self.enqueue(
+            |queue| {
+                let accepted = queue.register(ids, replaced, Instant::now());
+                if let Some(notifier) = notifier {
+                    queue.notify_registered(ids, notifier);
+                }
+                accepted
+            },
+            |counters| &counters.overflowed_registrations,
+        );
+        (accepted, visibility)
     }
 
-    /// The same for a session for which there was no room before.
-    pub fn opened(&self, ids: &SessionIds, replaced: bool) -> bool {
-        self.open(ids, replaced, None)
+    /// Registers a session for which there was no room before.
+    pub fn register(&self, ids: &SessionIds, replaced: bool) -> bool {
+        self.enqueue(
+            |queue| queue.register(ids, replaced, Instant::now()),
+            |counters| &counters.overflowed_registrations,
+        )
     }
 
-    fn open(&self, ids: &SessionIds, replaced: bool, notifier: Option<VisibilityNotifier>) -> bool {
-        let Some(shared) = &self.shared else { return true };
-        let mut queue = shared.lock();
-        let accepted = queue.opened(ids, replaced, Instant::now());
-        if let Some(notifier) = notifier {
-            queue.notifier(ids, notifier);
-        }
-        drop(queue);
-        if !accepted {
-            shared.counters.overflowed_registrations.add(1);
-        }
-        shared.news.notify_one();
-        accepted
+    /// Unregisters a session that ended without a successor on this node.
+    pub fn unregister(&self, ids: &SessionIds) {
+        self.enqueue(
+            |queue| queue.unregister(ids, Instant::now()),
+            |counters| &counters.overflowed_ends,
+        );
     }
 
-    /// A session ended, and no other of this node has taken its place.
-    pub fn ended(&self, ids: &SessionIds) {
-        let Some(shared) = &self.shared else { return };
-        if !shared.lock().ended(ids, Instant::now()) {
-            shared.counters.overflowed_ends.add(1);
-        }
-        shared.news.notify_one();
-    }
-
-    /// A session is to be refreshed for the `nth` time (from 0). Returns false if presence has no
-    /// room for it: offer it as opened the next time, its registration may be gone by then.
+    /// Refreshes a session's registration for the `nth` time (from 0). Returns false if there is no
+    /// room: call [`Presence::register`] the next time, the registration may have expired by then.
     pub fn refresh(&self, ids: &SessionIds, nth: u8) -> bool {
+        self.enqueue(
+            |queue| queue.refresh(ids, nth.is_multiple_of(CHECK_EVERY), Instant::now()),
+            |counters| &counters.overflowed_refreshes,
+        )
+    }
+
+    /// Checks a session's registration now: another node may have taken it over.
+    pub fn check(&self, ids: &SessionIds) {
+        let Some(shared) = &self.shared else { return };
+        // Without room a later refresh checks it.
+        let _ = shared.lock().refresh(ids, true, Instant::now());
+        shared.wake.notify_one();
+    }
+
+    fn enqueue(
+        &self,
+        change: impl FnOnce(&mut OperationQueue) -> bool,
+        overflowed: fn(&PresenceCounters) -> &SharedCounter,
+    ) -> bool {
         let Some(shared) = &self.shared else { return true };
-        let accepted = shared.lock().refresh(ids, nth.is_multiple_of(CHECK_EVERY), Instant::now());
+        let accepted = change(&mut shared.lock());
         if !accepted {
-            shared.counters.overflowed_refreshes.add(1);
+            overflowed(&shared.counters).add(1);
         }
-        shared.news.notify_one();
+        shared.wake.notify_one();
         accepted
     }
 
-    /// Another node may have taken this session over: its registration is to be looked at now.
-    pub fn recheck(&self, ids: &SessionIds) {
-        let Some(shared) = &self.shared else { return };
-        // Without room it is looked at with a later refresh.
-        let _ = shared.lock().refresh(ids, true, Instant::now());
-        shared.news.notify_one();
-    }
-
-    /// The sessions found to be held by another node since the last time.
+    /// The sessions found to be registered with another node since the last call.
     pub fn take_replaced(&self) -> Vec<SessionIds> {
         let Some(shared) = &self.shared else { return Vec::new() };
         let replaced = shared.lock().take_replaced();
@@ -257,33 +271,33 @@ impl Presence {
         replaced
     }
 
-    /// Tells the ends that are still untold, for at most `limit`; call it when all sessions have
-    /// ended. Registrations that are left then end by themselves within 60 s.
-    pub async fn close(&self, limit: Duration) {
+    /// Completes the pending unregistrations, for at most `limit`. To be called when all sessions
+    /// have ended. Registrations that remain expire within 60 s.
+    pub async fn shut_down(&self, limit: Duration) {
         let Some(shared) = &self.shared else { return };
-        shared.lock().close();
-        shared.news.notify_one();
-        let told = async {
-            while shared.lock().has_ends_untold() {
-                shared.settled.notified().await;
+        shared.lock().shut_down();
+        shared.wake.notify_one();
+        let unregistered = async {
+            while shared.lock().has_pending_unregistrations() {
+                shared.completed.notified().await;
             }
         };
-        if timeout(limit, told).await.is_err() {
-            let abandoned = shared.lock().ends_untold() as u64;
+        if timeout(limit, unregistered).await.is_err() {
+            let abandoned = shared.lock().pending_unregistrations() as u64;
             shared.counters.abandoned.add(abandoned);
-            tracing::warn!(abandoned, "presence was not told of all ends");
+            tracing::warn!(abandoned, "some sessions are still registered with presence");
         }
     }
 }
 
-/// The task: keeps up to `calls_max` calls under way.
-async fn tell(shared: Arc<SharedQueue>, backend: Arc<dyn PresenceBackend>, calls_max: usize) {
+/// The task: keeps up to `calls_max` calls in flight.
+async fn run(shared: Arc<SharedQueue>, backend: Arc<dyn PresenceBackend>, calls_max: usize) {
     let mut calls: JoinSet<(OperationBatch, Vec<OperationOutcome>)> = JoinSet::new();
     loop {
         let mut wake = None;
         while calls.len() < calls_max {
             let operations;
-            (operations, wake) = take(&shared, backend.batch());
+            (operations, wake) = take(&shared, backend.batch_max());
             if operations.is_empty() {
                 break;
             }
@@ -299,23 +313,23 @@ async fn tell(shared: Arc<SharedQueue>, backend: Arc<dyn PresenceBackend>, calls
         };
         tokio::select! {
             Some(done) = calls.join_next() => match done {
-                Ok((operations, outcomes)) => settle(&shared, operations, outcomes),
-                // Nothing aborts these, and the backends do not panic.
-                Err(error) => tracing::error!(%error, "a call to presence was lost"),
+                Ok((operations, outcomes)) => complete(&shared, operations, outcomes),
+                // Does not happen: nothing aborts the calls, and the backends do not panic.
+                Err(error) => tracing::error!(%error, "a call to presence panicked or was aborted"),
             },
-            () = shared.news.notified() => {}
+            () = shared.wake.notified() => {}
             () = asleep => {}
         }
     }
 }
 
-/// Up to `batch` operations, and when to look again if there are none.
-fn take(shared: &SharedQueue, batch: usize) -> (OperationBatch, Option<Instant>) {
+/// Up to `batch_max` operations, and when the next one may start if there are fewer.
+fn take(shared: &SharedQueue, batch_max: usize) -> (OperationBatch, Option<Instant>) {
     let mut queue = shared.lock();
     let now = Instant::now();
     let mut operations = Vec::new();
     let mut wake = None;
-    while operations.len() < batch {
+    while operations.len() < batch_max {
         match queue.next(now) {
             NextOperation::Start(ids, operation) => operations.push((ids, operation)),
             NextOperation::NotBefore(at) => {
@@ -329,41 +343,30 @@ fn take(shared: &SharedQueue, batch: usize) -> (OperationBatch, Option<Instant>)
     (operations, wake)
 }
 
-fn settle(shared: &SharedQueue, operations: OperationBatch, outcomes: Vec<OperationOutcome>) {
-    assert_eq!(operations.len(), outcomes.len(), "an outcome for each operation");
+fn complete(shared: &SharedQueue, operations: OperationBatch, outcomes: Vec<OperationOutcome>) {
+    use OperationOutcome::{Done, Elsewhere, Failed, Rejected, Vanished};
+    use PresenceOperation::{Refresh, Register, Unregister};
+    assert_eq!(operations.len(), outcomes.len(), "one outcome per operation");
     let counters = &shared.counters;
     counters.under_way.sub(operations.len() as u64);
     let mut queue = shared.lock();
     for ((ids, operation), outcome) in operations.into_iter().zip(outcomes) {
         match (outcome, operation) {
-            (OperationOutcome::Done, PresenceOperation::Register) => {
+            (Done, Register) => {
                 counters.registered.add(1);
                 if let Some(announcer) = &shared.announcer {
                     announcer.registered(ids.user());
                 }
             }
-            (OperationOutcome::Done, PresenceOperation::Refresh { .. }) => {
-                counters.refreshed.add(1)
-            }
-            (
-                OperationOutcome::Done | OperationOutcome::Elsewhere | OperationOutcome::Vanished,
-                PresenceOperation::Unregister,
-            ) => {
-                counters.unregistered.add(1);
-            }
-            (
-                OperationOutcome::Vanished,
-                PresenceOperation::Register | PresenceOperation::Refresh { .. },
-            ) => counters.vanished.add(1),
-            (
-                OperationOutcome::Elsewhere,
-                PresenceOperation::Register | PresenceOperation::Refresh { .. },
-            ) => {}
-            (OperationOutcome::Failed, _) => counters.failures.add(1),
-            (OperationOutcome::Rejected, _) => counters.rejected.add(1),
+            (Done, Refresh { .. }) => counters.refreshed.add(1),
+            (Done | Elsewhere | Vanished, Unregister) => counters.unregistered.add(1),
+            (Vanished, Register | Refresh { .. }) => counters.vanished.add(1),
+            (Elsewhere, Register | Refresh { .. }) => {}
+            (Failed, _) => counters.failures.add(1),
+            (Rejected, _) => counters.rejected.add(1),
         }
-        queue.finish(ids, operation, outcome, rand::random_range(0.0..=1.0), Instant::now());
+        queue.complete(ids, operation, outcome, rand::random_range(0.0..=1.0), Instant::now());
     }
     drop(queue);
-    shared.settled.notify_one();
+    shared.completed.notify_one();
 }

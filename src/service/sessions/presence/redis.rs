@@ -1,17 +1,16 @@
-//! Writing presence to Redis in the presence service's place: the same keys, the same channel
+//! Registers sessions directly in Redis, with the keys and the channel of the presence service
 //! (contract §4).
 //!
 //! | key or channel | what |
 //! | --- | --- |
 //! | `session:{user}:{device}` | the instance, for 60 s |
-//! | `presence:user:{user}:devices` | set of devices, for an hour from the last time that one of them was registered or checked |
-//! | `presence:updates` | a `PresenceUpdateEvent` when a session appears that was not registered anywhere (online), and when the last live session of a user goes (offline) |
+//! | `presence:user:{user}:devices` | set of devices, for an hour after a registration or check of one of them |
+//! | `presence:updates` | a `PresenceUpdateEvent` when a session is registered that was not registered before (online), and when the last live session of a user ends (offline) |
 //!
-//! No key outlives what renews it: a node that crashes, or that presence had no room to hear the ends
-//! of, leaves nothing in Redis for good.
+//! Every key expires, so a node that crashes or drops unregistrations leaves nothing in Redis for good.
 //!
-//! Each command or script touches one key, so that all of it works in a cluster. The commands of a
-//! batch go out together, in rounds where one depends on the answer of another.
+//! Each command or script uses one key, so that it works in a Redis cluster. The commands of a batch are
+//! pipelined; commands that depend on answers follow in another round.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -26,30 +25,30 @@ use crate::service::backends::redis::{RedisFault, RedisLink};
 use crate::service::events::proto::presence::v1::{PresenceStatus, PresenceUpdateEvent};
 use crate::service::members::directory::SessionIds;
 
-/// Sessions told of in one batch.
-pub(super) const BATCH: usize = 256;
-/// Batches under way at once.
+/// Operations per batch.
+const BATCH_MAX: usize = 256;
+/// Concurrent batches.
 pub(super) const BATCHES_MAX: usize = 4;
 
 /// Lifetime of a registration, seconds (contract §4).
 const LIFETIME_S: u32 = 60;
-/// Lifetime of a set of devices, seconds. Registrations and checks renew it, and a check is at worst
-/// every third refresh, 55 s apart: only a set that nobody keeps comes to its end.
+/// Lifetime of a set of devices, seconds. Registrations and checks renew it. A check comes with every
+/// third refresh, at worst 55 s apart, so only the set of a user without sessions expires.
 const DEVICES_LIFETIME_S: u32 = 3_600;
 const _: () = assert!(DEVICES_LIFETIME_S > 10 * 3 * LIFETIME_S);
 /// Where changes are published (contract §4).
 const UPDATES: &str = "presence:updates";
 
-/// Extends the lifetime of a registration that is ours; returns whose it is.
+/// Extends a registration if it names this instance; returns the instance that it names.
 const EXTEND: &str = "local holder = redis.call('GET', KEYS[1]) \
                       if holder == ARGV[1] then redis.call('EXPIRE', KEYS[1], ARGV[2]) end \
                       return holder";
-/// Removes a registration that is ours; returns whose it was.
+/// Removes a registration if it names this instance; returns the instance that it named.
 const REMOVE: &str = "local holder = redis.call('GET', KEYS[1]) \
                       if holder == ARGV[1] then redis.call('DEL', KEYS[1]) end \
                       return holder";
 
-/// See the module.
+/// Redis in place of the presence service.
 pub(super) struct RedisPresence {
     link: RedisLink,
     instance: Arc<str>,
@@ -68,14 +67,14 @@ impl PresenceBackend for RedisPresence {
         Box::pin(async move {
             match batch(&link, &instance, &operations).await {
                 Ok(outcomes) => outcomes,
-                // What was carried out is unknown; all of it can be repeated.
+                // Some commands may have been carried out; all of them can be repeated.
                 Err(_) => vec![OperationOutcome::Failed; operations.len()],
             }
         })
     }
 
-    fn batch(&self) -> usize {
-        BATCH
+    fn batch_max(&self) -> usize {
+        BATCH_MAX
     }
 }
 
@@ -111,7 +110,7 @@ fn devices(name: &str, ids: &SessionIds) -> Cmd {
     command
 }
 
-/// Puts the device into its user's set, which gets its whole lifetime again.
+/// Adds the device to its user's set, and renews the set's lifetime.
 fn keep_device(ids: &SessionIds) -> [Cmd; KEEP_COMMANDS] {
     let mut expire = redis::cmd("EXPIRE");
     expire.arg(devices_key(ids.user())).arg(DEVICES_LIFETIME_S);
@@ -121,7 +120,7 @@ fn keep_device(ids: &SessionIds) -> [Cmd; KEEP_COMMANDS] {
 /// Commands of [`keep_device`].
 const KEEP_COMMANDS: usize = 2;
 
-/// The instance in an answer, if one is.
+/// The instance named in an answer, if any.
 fn holder(answer: RedisResult<Value>) -> RedisResult<Option<String>> {
     Ok(FromRedisValue::from_redis_value(answer?)?)
 }
@@ -142,7 +141,7 @@ async fn batch(
             }
             PresenceOperation::Refresh { check } => {
                 commands.push(script(EXTEND, ids, instance));
-                // Another node's end of the same session may have taken the device out.
+                // Another node may have removed the device when its session of the same device ended.
                 if *check {
                     commands.extend(keep_device(ids));
                 }
@@ -153,7 +152,7 @@ async fn batch(
     let mut answers = link.run(commands).await?.into_iter();
     let mut outcomes = Vec::with_capacity(operations.len());
     let mut updates = Vec::new();
-    let mut gone = Vec::new();
+    let mut unregistered = Vec::new();
     for (ids, operation) in operations {
         let Some(first) = answers.next() else {
             return Ok(vec![OperationOutcome::Failed; operations.len()]);
@@ -180,9 +179,9 @@ async fn batch(
                 OperationOutcome::Done
             }
             (PresenceOperation::Refresh { .. }, None) => OperationOutcome::Vanished,
-            // Its lifetime was over, or it was removed by an attempt that failed after that.
+            // It had expired, or an earlier attempt removed it and then failed.
             (PresenceOperation::Unregister, None) => {
-                gone.push(ids);
+                unregistered.push(ids);
                 OperationOutcome::Vanished
             }
             (PresenceOperation::Refresh { .. } | PresenceOperation::Unregister, Some(holder))
@@ -192,26 +191,29 @@ async fn batch(
             }
             (PresenceOperation::Refresh { .. }, Some(_)) => OperationOutcome::Done,
             (PresenceOperation::Unregister, Some(_)) => {
-                gone.push(ids);
+                unregistered.push(ids);
                 OperationOutcome::Done
             }
         });
     }
-    updates.extend(take_out(link, &gone).await?);
+    updates.extend(remove_devices(link, &unregistered).await?);
     if !updates.is_empty() {
         link.run(updates).await?;
     }
     Ok(outcomes)
 }
 
-/// Takes devices whose registration is gone out of their users' sets; returns the updates of the
-/// users who have no live session any more.
-async fn take_out(link: &RedisLink, gone: &[&SessionIds]) -> Result<Vec<Cmd>, RedisFault> {
-    if gone.is_empty() {
+/// Removes unregistered devices from their users' sets. Returns the updates of users who have no live
+/// session left, and the removal of other devices whose registration has expired.
+async fn remove_devices(
+    link: &RedisLink,
+    unregistered: &[&SessionIds],
+) -> Result<Vec<Cmd>, RedisFault> {
+    if unregistered.is_empty() {
         return Ok(Vec::new());
     }
-    let mut commands = Vec::with_capacity(2 * gone.len());
-    for ids in gone {
+    let mut commands = Vec::with_capacity(2 * unregistered.len());
+    for ids in unregistered {
         commands.push(devices("SREM", ids));
         let mut rest = redis::cmd("SMEMBERS");
         rest.arg(devices_key(ids.user()));
@@ -219,17 +221,17 @@ async fn take_out(link: &RedisLink, gone: &[&SessionIds]) -> Result<Vec<Cmd>, Re
     }
     let answers = link.run(commands).await?;
     let mut others: Vec<SessionIds> = Vec::new();
-    let mut left = Vec::with_capacity(gone.len());
-    for (ids, answer) in gone.iter().zip(answers.into_iter().skip(1).step_by(2)) {
+    let mut left = Vec::with_capacity(unregistered.len());
+    for (ids, answer) in unregistered.iter().zip(answers.into_iter().skip(1).step_by(2)) {
         let names: Vec<String> =
             answer.and_then(|rest| Ok(Vec::from_redis_value(rest)?)).unwrap_or_default();
         let from = others.len();
-        // Sets of users with the usual handful of devices; the names were bounded when they came.
+        // A user has a handful of devices, and their names are bounded.
         others.extend(names.iter().map(|device| SessionIds::new(ids.user(), device)));
         left.push((*ids, from..others.len()));
     }
 
-    // A device stays in the set when its node crashed: only a registration says that it is live.
+    // After a crash of its node a device stays in the set: only a registration shows that it is live.
     let mut alive = Vec::new();
     if !others.is_empty() {
         let exists = |ids: &SessionIds| {
@@ -238,7 +240,7 @@ async fn take_out(link: &RedisLink, gone: &[&SessionIds]) -> Result<Vec<Cmd>, Re
             command
         };
         for answer in link.run(others.iter().map(exists).collect()).await? {
-            // In doubt the user is not said to be gone.
+            // If in doubt, the user is not reported offline.
             alive.push(answer.and_then(|found| Ok(bool::from_redis_value(found)?)).unwrap_or(true));
         }
     }

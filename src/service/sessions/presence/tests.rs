@@ -32,7 +32,7 @@ impl Node {
     /// Waits until presence has been told everything.
     async fn settled(&self) {
         while self.shared().lock().len() > 0 {
-            self.shared().settled.notified().await;
+            self.shared().completed.notified().await;
         }
     }
 
@@ -57,7 +57,7 @@ async fn calls_are_those_of_the_contract() {
     let node = Node::new("node-1", &fake);
     let ids = phone("alice");
     let (user, device) = ("alice".to_owned(), "phone".to_owned());
-    node.presence.opened(&ids, false);
+    node.presence.register(&ids, false);
     node.settled().await;
     let register = Call::Register {
         user: user.clone(),
@@ -73,7 +73,7 @@ async fn calls_are_those_of_the_contract() {
     assert_eq!(fake.state().count(Method::Refresh), 6);
     assert_eq!(fake.state().count(Method::Devices), 2, "the first and every third are checked");
 
-    node.presence.ended(&ids);
+    node.presence.unregister(&ids);
     node.settled().await;
     assert_eq!(fake.state().calls.last(), Some(&Call::Unregister { user, device }));
     let counters = &node.counters;
@@ -87,18 +87,18 @@ async fn late_end_on_one_node_leaves_the_session_on_the_other() {
     let fake = FakeNeighbours::start();
     let (one, two) = (Node::new("node-1", &fake), Node::new("node-2", &fake));
     let ids = phone("alice");
-    one.presence.opened(&ids, false);
+    one.presence.register(&ids, false);
     one.settled().await;
-    two.presence.opened(&ids, false);
+    two.presence.register(&ids, false);
     two.settled().await;
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
 
-    one.presence.ended(&ids);
+    one.presence.unregister(&ids);
     one.settled().await;
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
     assert_eq!(fake.state().count(Method::Unregister), 0);
 
-    two.presence.ended(&ids);
+    two.presence.unregister(&ids);
     two.settled().await;
     assert_eq!(registered(&fake, "alice"), None);
 }
@@ -108,11 +108,11 @@ async fn node_learns_that_its_session_was_replaced_on_another() {
     let fake = FakeNeighbours::start();
     let (one, two) = (Node::new("node-1", &fake), Node::new("node-2", &fake));
     let ids = phone("alice");
-    one.presence.opened(&ids, false);
+    one.presence.register(&ids, false);
     one.settled().await;
     one.checked(&ids).await;
     assert_eq!(one.presence.take_replaced(), []);
-    two.presence.opened(&ids, false);
+    two.presence.register(&ids, false);
     two.settled().await;
     one.checked(&ids).await;
     assert_eq!(one.presence.take_replaced(), [ids]);
@@ -124,7 +124,7 @@ async fn registration_that_vanished_is_made_again() {
     let fake = FakeNeighbours::start();
     let node = Node::new("node-1", &fake);
     let ids = phone("alice");
-    node.presence.opened(&ids, false);
+    node.presence.register(&ids, false);
     node.settled().await;
     fake.state().registrations.clear();
     node.checked(&ids).await;
@@ -141,15 +141,15 @@ async fn what_came_and_went_while_presence_was_away_costs_at_most_one_call_each(
     let users: Vec<_> = (0..USERS).map(|user| phone(&format!("user-{user}"))).collect();
     for round in 0..20 {
         for ids in &users {
-            node.presence.opened(ids, round > 0);
-            node.presence.ended(ids);
+            node.presence.register(ids, round > 0);
+            node.presence.unregister(ids);
         }
         tokio::task::yield_now().await;
     }
     let stays = phone("stays");
-    node.presence.opened(&stays, false);
+    node.presence.register(&stays, false);
     while node.counters.failures.get() == 0 {
-        node.shared().settled.notified().await;
+        node.shared().completed.notified().await;
     }
     fake.restart();
     node.settled().await;
@@ -173,7 +173,7 @@ async fn calls_under_way_are_bounded() {
     let config = PresenceConfig { calls_max: 7, ..PresenceConfig::new("node-1".into()) };
     let node = Node::with(config, &fake, Duration::from_secs(20));
     for user in 0..1000 {
-        node.presence.opened(&phone(&format!("user-{user}")), false);
+        node.presence.register(&phone(&format!("user-{user}")), false);
     }
     fake.until(|known| known.in_flight.get(&Method::Register) == Some(&7)).await;
     assert_eq!(fake.state().in_flight_peak[&Method::Register], 7);
@@ -185,7 +185,7 @@ async fn what_presence_refuses_for_good_is_not_asked_again() {
     let fake = FakeNeighbours::start();
     fake.set(Method::Register, Behaviour::Failing(Code::InvalidArgument));
     let node = Node::new("node-1", &fake);
-    node.presence.opened(&phone("alice"), false);
+    node.presence.register(&phone("alice"), false);
     node.settled().await;
     assert_eq!(fake.state().count(Method::Register), 1);
     assert_eq!(node.counters.rejected.get(), 1);
@@ -196,12 +196,12 @@ async fn shutdown_tells_the_ends_and_nothing_else() {
     let fake = FakeNeighbours::start();
     let node = Node::new("node-1", &fake);
     let users: Vec<_> = (0..100).map(|user| phone(&format!("user-{user}"))).collect();
-    assert!(users.iter().all(|ids| node.presence.opened(ids, false)));
+    assert!(users.iter().all(|ids| node.presence.register(ids, false)));
     node.settled().await;
-    users.iter().for_each(|ids| node.presence.ended(ids));
-    node.presence.close(Duration::from_secs(20)).await;
+    users.iter().for_each(|ids| node.presence.unregister(ids));
+    node.presence.shut_down(Duration::from_secs(20)).await;
     assert!(fake.state().registrations.is_empty());
-    assert!(!node.presence.opened(&phone("late"), false));
+    assert!(!node.presence.register(&phone("late"), false));
     assert_eq!(node.counters.abandoned.get(), 0);
 }
 
@@ -209,21 +209,21 @@ async fn shutdown_tells_the_ends_and_nothing_else() {
 async fn shutdown_does_not_wait_for_ever() {
     let fake = FakeNeighbours::start();
     let node = Node::new("node-1", &fake);
-    node.presence.opened(&phone("alice"), false);
+    node.presence.register(&phone("alice"), false);
     node.settled().await;
     fake.set(Method::Devices, Behaviour::Hanging);
-    node.presence.ended(&phone("alice"));
-    node.presence.close(Duration::from_millis(50)).await;
+    node.presence.unregister(&phone("alice"));
+    node.presence.shut_down(Duration::from_millis(50)).await;
     assert_eq!(node.counters.abandoned.get(), 1);
 }
 
 #[tokio::test]
 async fn presence_that_is_off_costs_nothing() {
     let presence = Presence::off();
-    assert!(presence.opened(&phone("alice"), false) && presence.refresh(&phone("alice"), 0));
-    presence.ended(&phone("alice"));
+    assert!(presence.register(&phone("alice"), false) && presence.refresh(&phone("alice"), 0));
+    presence.unregister(&phone("alice"));
     assert!(presence.take_replaced().is_empty());
-    presence.close(Duration::ZERO).await;
+    presence.shut_down(Duration::ZERO).await;
 }
 
 #[tokio::test]
@@ -236,7 +236,7 @@ async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
     let config =
         PresenceConfig { visibility: Some(visibility), ..PresenceConfig::new("node-1".into()) };
     let node = Node::with(config, &fake, Duration::from_secs(20));
-    let (accepted, visibility) = node.presence.admitted(&phone("alice"), false);
+    let (accepted, visibility) = node.presence.register_admitted(&phone("alice"), false);
     assert!(accepted);
     node.settled().await;
     let until = visibility.unwrap().state(Instant::now());
@@ -245,8 +245,8 @@ async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
     assert!(left <= Duration::from_secs(1), "what it waits for now is the look-ups: {left:?}");
 
     fake.set(Method::Register, Behaviour::Failing(Code::InvalidArgument));
-    let (_, visibility) = node.presence.admitted(&phone("bob"), false);
+    let (_, visibility) = node.presence.register_admitted(&phone("bob"), false);
     visibility.unwrap().decided().await;
-    let (_, visibility) = Presence::off().admitted(&phone("carol"), false);
+    let (_, visibility) = Presence::off().register_admitted(&phone("carol"), false);
     assert!(visibility.is_none(), "nobody knows of it, ever");
 }

@@ -1,19 +1,19 @@
-//! From when on the other nodes hand a session's events over (`ROUTING_MODE=group`).
+//! When other nodes begin to hand over a session's events (`ROUTING_MODE=group`).
 //!
 //! ```text
-//!  admitted          registered                 reached
+//!  admitted          registered                visible
 //!     │──── call ────────►│── lookup_lifetime ────►│
-//!     └── events routed elsewhere may not come ────┘── … are handed over
+//!     └── events routed on other nodes may not ────┘── … they are handed over
+//!         arrive
 //! ```
 //!
-//! A node that routes an event looks its members up in the registry and believes an answer, also
-//! “nowhere”, for [`VisibilityConfig::lookup_lifetime`] from when it asked. So an answer from before the
-//! registration is void everywhere that long after it, whether or not the announcement of the
-//! registration was heard. What was routed before then is with the message service, which has a
-//! message before its event is published: a catch-up whose last page is asked for afterwards misses
-//! nothing.
+//! A node that routes an event looks up the members in the registry. It caches the answer, also a
+//! negative one, for [`VisibilityConfig::lookup_lifetime`] from the time of the request. That long
+//! after the registration no node uses an older answer, even if it missed the announcement. Events
+//! routed earlier are covered by catch-up: the message service has a message before its event is
+//! published, so a catch-up that requests its last page after that time misses nothing.
 //!
-//! Presence may be away, and nobody waits for it for long: see [`VisibilityState::NotVisible`].
+//! Presence may be unreachable, so the wait is bounded: see [`VisibilityState::NotVisible`].
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,36 +23,36 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-/// What decides it.
+/// Settings of [`Visibility`].
 #[derive(Clone, Copy, Debug)]
 pub struct VisibilityConfig {
-    /// How long a node believes what it found in the registry. The same on every node.
+    /// How long a node caches what it found in the registry. The same on every node.
     pub lookup_lifetime: Duration,
-    /// How long after its admission a session's registration is waited for.
+    /// How long to wait for a session's registration after its admission.
     pub registration_wait: Duration,
 }
 
-/// How far a session is known.
+/// Whether other nodes hand over a session's events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VisibilityState {
-    /// Not before then is it decided, unless news come.
+    /// Not known before this time, unless notified.
     Pending(Instant),
-    /// Every event that is routed from now on is handed over.
+    /// Other nodes hand over every event that they route from now on.
     Visible,
-    /// It was not registered in time, or presence is known to be away. Events that are routed on
-    /// other nodes may not come until it is.
+    /// The session was not registered in time, or presence is known to be unreachable. Events that
+    /// other nodes route may not arrive until the session is registered.
     NotVisible,
 }
 
-/// What is known about one session.
+/// The visibility of one session on other nodes.
 #[derive(Debug)]
 pub struct Visibility {
     config: VisibilityConfig,
     admitted: Instant,
     registered: OnceLock<Instant>,
-    /// There is no point in waiting.
-    hopeless: AtomicBool,
-    news: Notify,
+    /// The registration will take long or not happen: waiting is pointless.
+    gave_up: AtomicBool,
+    changed: Notify,
 }
 
 impl Visibility {
@@ -62,59 +62,59 @@ impl Visibility {
             config,
             admitted: now,
             registered: OnceLock::new(),
-            hopeless: AtomicBool::new(false),
-            news: Notify::new(),
+            gave_up: AtomicBool::new(false),
+            changed: Notify::new(),
         }
     }
 
     /// Presence has accepted the registration.
     pub fn registered(&self, now: Instant) {
-        // Only the first time counts: it stays registered, or it is replaced.
+        // Only the first time counts: the session stays registered, or it is replaced.
         let _ = self.registered.set(now);
-        self.news.notify_waiters();
+        self.changed.notify_waiters();
     }
 
     fn give_up(&self) {
-        self.hopeless.store(true, Ordering::Release);
-        self.news.notify_waiters();
+        self.gave_up.store(true, Ordering::Release);
+        self.changed.notify_waiters();
     }
 
-    /// Where it stands.
+    /// The state at `now`.
     pub fn state(&self, now: Instant) -> VisibilityState {
-        let patience = self.admitted + self.config.registration_wait;
+        let deadline = self.admitted + self.config.registration_wait;
         match self.registered.get() {
             Some(at) => {
-                let reached = *at + self.config.lookup_lifetime;
-                if now >= reached {
+                let visible = *at + self.config.lookup_lifetime;
+                if now >= visible {
                     VisibilityState::Visible
-                } else if *at <= patience {
-                    VisibilityState::Pending(reached)
+                } else if *at <= deadline {
+                    VisibilityState::Pending(visible)
                 } else {
                     VisibilityState::NotVisible
                 }
             }
-            None if now >= patience || self.hopeless.load(Ordering::Acquire) => {
+            None if now >= deadline || self.gave_up.load(Ordering::Acquire) => {
                 VisibilityState::NotVisible
             }
-            None => VisibilityState::Pending(patience),
+            None => VisibilityState::Pending(deadline),
         }
     }
 
-    /// Waits until it is decided: at most the two times of the configuration together.
+    /// Waits until the state is no longer pending: at most the sum of the two times of the
+    /// configuration.
     pub async fn decided(&self) {
         loop {
-            let mut news = pin!(self.news.notified());
-            // Before the look, so that no news fall between the two.
-            news.as_mut().enable();
+            let mut changed = pin!(self.changed.notified());
+            // Enabled before the state is read, so that no change in between is missed.
+            changed.as_mut().enable();
             let VisibilityState::Pending(until) = self.state(Instant::now()) else { return };
-            // Either way there is something new to look at.
-            let _ = timeout_at(until, news).await;
+            // Either way the state has to be read again.
+            let _ = timeout_at(until, changed).await;
         }
     }
 }
 
-/// The side of whoever registers the session. Dropped without having done so, it says that there is
-/// nothing to wait for.
+/// Notifies a [`Visibility`] of the registration. If it is dropped before, waiting is pointless.
 #[derive(Debug)]
 pub(super) struct VisibilityNotifier(Arc<Visibility>);
 
@@ -123,12 +123,12 @@ impl VisibilityNotifier {
         Self(visibility)
     }
 
-    pub(super) fn keep(self, now: Instant) {
+    pub(super) fn registered(self, now: Instant) {
         self.0.registered(now);
     }
 
-    /// It will take long; the registration may come all the same.
-    pub(super) fn put_off(&self) {
+    /// The registration will take long. It still counts when it comes.
+    pub(super) fn delayed(&self) {
         self.0.give_up();
     }
 }
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn session_is_reached_when_no_answer_from_before_is_believed() {
+    fn session_is_visible_when_no_older_lookup_is_cached() {
         let (visibility, at) = new();
         assert_eq!(visibility.state(at(1_999)), VisibilityState::Pending(at(2_000)));
         visibility.registered(at(500));
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn registration_is_waited_for_so_long_and_counts_whenever_it_comes() {
+    fn wait_for_a_registration_is_bounded_and_a_late_one_counts() {
         let (visibility, at) = new();
         assert_eq!(visibility.state(at(2_000)), VisibilityState::NotVisible);
         visibility.registered(at(3_000));
@@ -173,23 +173,23 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_what_will_take_long() {
+    fn known_delay_is_not_waited_for() {
         let (visibility, at) = new();
         let notifier = VisibilityNotifier::new(Arc::clone(&visibility));
-        notifier.put_off();
+        notifier.delayed();
         assert_eq!(visibility.state(at(0)), VisibilityState::NotVisible);
-        notifier.keep(at(100));
+        notifier.registered(at(100));
         assert_eq!(visibility.state(at(1_100)), VisibilityState::Visible);
     }
 
     #[tokio::test]
-    async fn waiting_ends_with_the_news_or_with_the_time() {
+    async fn wait_ends_with_a_change_or_at_its_deadline() {
         let long = Duration::from_secs(3600);
-        let patient = VisibilityConfig { lookup_lifetime: long, registration_wait: long };
+        let long_config = VisibilityConfig { lookup_lifetime: long, registration_wait: long };
         let waiting = || {
-            let visibility = Arc::new(Visibility::new(patient, Instant::now()));
-            let waits = Arc::clone(&visibility);
-            let wait = tokio::spawn(async move { waits.decided().await });
+            let visibility = Arc::new(Visibility::new(long_config, Instant::now()));
+            let waiter = Arc::clone(&visibility);
+            let wait = tokio::spawn(async move { waiter.decided().await });
             (VisibilityNotifier::new(visibility), wait)
         };
         let (notifier, wait) = waiting();
@@ -199,12 +199,12 @@ mod tests {
 
         let (notifier, wait) = waiting();
         tokio::task::yield_now().await;
-        notifier.keep(Instant::now() - long);
+        notifier.registered(Instant::now() - long);
         wait.await.unwrap();
 
         let short = Duration::from_millis(1);
-        let hasty = VisibilityConfig { lookup_lifetime: short, registration_wait: short };
-        let visibility = Visibility::new(hasty, Instant::now());
+        let short_config = VisibilityConfig { lookup_lifetime: short, registration_wait: short };
+        let visibility = Visibility::new(short_config, Instant::now());
         visibility.decided().await;
         assert_eq!(visibility.state(Instant::now()), VisibilityState::NotVisible);
         visibility.registered(Instant::now());

@@ -282,7 +282,7 @@ fn with_resume(fake: &FakeNeighbours, config: CatchUpConfig) -> Bench {
 /// The next step of a catch-up, as commands.
 async fn caught_up(bench: &mut Bench) -> Vec<ShardCommand> {
     let step = bench.catch_ups.recv().await.unwrap();
-    bench.manager.on_catch_up(step);
+    bench.manager.on_catch_up_report(step);
     bench.commands(0)
 }
 
@@ -367,7 +367,7 @@ async fn chunk_for_a_session_that_has_ended_is_not_delivered() {
     let step = bench.catch_ups.recv().await.unwrap();
     bench.end(0, key(0, 0));
     bench.admitted(0, key(0, 1), "bob", "phone");
-    bench.manager.on_catch_up(step);
+    bench.manager.on_catch_up_report(step);
     assert!(bench.commands(0).is_empty(), "bob has taken the slot");
 }
 

@@ -4,13 +4,13 @@ mod among_others;
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU8;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::state::Manager;
+use super::node_state::SharedNodeState;
+use super::state::SessionManager;
 use super::{
     NodeState, Request, SessionConfig, SessionCounters, SessionPorts, ShardPort, Shutdown,
 };
@@ -50,7 +50,7 @@ impl Default for Others {
 }
 
 struct Bench {
-    manager: Manager,
+    manager: SessionManager,
     shards: Vec<Option<Shard>>,
     directory: Arc<Directory>,
     counters: Arc<SessionCounters>,
@@ -94,13 +94,13 @@ impl Bench {
             presence: others.presence,
             catch_up: others.catch_up,
         };
-        let manager = Manager::new(
+        let manager = SessionManager::new(
             config,
             ports,
             Arc::clone(&counters),
             requests_in.downgrade(),
             catch_ups_in,
-            Arc::new(AtomicU8::new(NodeState::Serving as u8)),
+            SharedNodeState::new(),
         );
         let _requests_in = requests_in;
         let clock = Instant::now();
@@ -175,8 +175,8 @@ impl Bench {
     }
 
     fn order(&mut self, shutdown: Shutdown, now: Instant) -> oneshot::Receiver<()> {
-        let (ended, wait) = oneshot::channel();
-        self.manager.on_end(shutdown, ended, now);
+        let (stopped, wait) = oneshot::channel();
+        self.manager.on_shut_down(shutdown, stopped, now);
         wait
     }
 }
@@ -284,11 +284,11 @@ fn stop_closes_every_shard_and_ends_when_all_have_said_so() {
     bench.open(1, key(0, 0), "bob", "phone");
     assert_eq!(bench.refused(1).0, 503);
     bench.report(1, ShardReport::Stopped);
-    assert_eq!(bench.manager.state(), NodeState::Stopping);
+    assert_eq!(bench.manager.node_state.get(), NodeState::Stopping);
     assert!(wait.try_recv().is_err());
     bench.end(0, key(0, 0));
     bench.report(0, ShardReport::Stopped);
-    assert_eq!(bench.manager.state(), NodeState::Stopped);
+    assert_eq!(bench.manager.node_state.get(), NodeState::Stopped);
     assert!(wait.try_recv().is_ok());
 }
 
@@ -303,7 +303,7 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
     }
     let begun = Instant::now();
     let _wait = bench.order(Shutdown::Drain(Duration::from_secs(10)), begun);
-    assert_eq!(bench.manager.state(), NodeState::Draining);
+    assert_eq!(bench.manager.node_state.get(), NodeState::Draining);
     let mut told = Vec::new();
     for tick in 1..10 {
         bench.manager.tick(begun + Duration::from_secs(tick), 0);
@@ -338,7 +338,7 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
 fn drain_ends_early_when_nobody_is_left() {
     let mut bench = Bench::new(1);
     let _wait = bench.order(Shutdown::Drain(Duration::from_secs(600)), Instant::now());
-    assert_eq!(bench.manager.state(), NodeState::Stopping);
+    assert_eq!(bench.manager.node_state.get(), NodeState::Stopping);
 }
 
 #[test]

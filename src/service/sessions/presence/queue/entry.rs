@@ -1,4 +1,4 @@
-//! What is to be done for one session, and what follows from how it went.
+//! What to do for one session, and how an outcome changes it.
 
 use std::time::Duration;
 
@@ -10,32 +10,32 @@ use crate::service::runtime::backoff::Backoff;
 /// Delays before a failed call is retried.
 pub(super) const RETRY_BACKOFF: Backoff =
     Backoff::new(Duration::from_millis(500), Duration::from_secs(15));
-/// A refresh that waited this long is too late to count on: the registration (60 s, contract §4)
-/// may be gone by the time it is carried out, so the session is registered again instead.
+/// A refresh older than this is replaced by a registration: the registration that it was for (60 s,
+/// contract §4) may expire before the call is made.
 pub(super) const REFRESH_AGE_MAX: Duration = Duration::from_secs(35);
 
-/// What is to be done for a session.
+/// A call for one session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum PresenceOperation {
     Register,
-    /// With `check`: see whether it is still ours.
+    /// With `check`: first see whether it is still registered with this node.
     Refresh {
         check: bool,
     },
     Unregister,
 }
 
-/// How it went.
+/// Outcome of a [`PresenceOperation`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum OperationOutcome {
     Done,
-    /// The registration is another instance's: the session was replaced on another node.
+    /// Registered with another instance: the session was replaced on another node.
     Elsewhere,
-    /// There is no registration.
+    /// Not registered.
     Vanished,
-    /// To be tried again.
+    /// To be retried.
     Failed,
-    /// Trying again will not help.
+    /// A retry would not help.
     Rejected,
 }
 
@@ -45,10 +45,10 @@ pub(super) enum DesiredState {
     Offline,
 }
 
-/// What presence holds for the session, as far as we know.
+/// What presence holds for the session, as far as this node knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RegistrationState {
-    /// Certainly nothing of ours.
+    /// No registration of this node.
     Absent,
     /// A call failed that may have been carried out.
     Unknown,
@@ -62,65 +62,73 @@ pub(super) enum EntryState {
     InFlight,
 }
 
-/// What follows from an outcome.
+/// What an outcome leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FollowUp {
-    /// Nothing more is to be done.
+    /// Nothing is left to do.
     Remove,
-    /// The same, and the session has to end here: it was replaced on another node.
+    /// Nothing is left to do, and the session must be closed: it was replaced on another node.
     RemoveReplaced,
-    /// Something newer is wanted.
+    /// The desired state has changed since.
     Requeue,
-    /// The same once more, after this time.
+    /// Try again after this time.
     Retry(Duration),
 }
 
 #[derive(Debug)]
 pub(super) struct QueueEntry {
-    pub(super) want: DesiredState,
-    pub(super) held: RegistrationState,
-    pub(super) place: EntryState,
+    pub(super) desired: DesiredState,
+    pub(super) registration: RegistrationState,
+    pub(super) state: EntryState,
     pub(super) check: bool,
-    /// A session was admitted while a call for its predecessor was under way: whatever that found
-    /// is no longer what is.
-    anew: bool,
+    /// A session was admitted while a call for its predecessor was in flight. The outcome of that
+    /// call says nothing about the new session.
+    superseded: bool,
     attempts: u8,
     since: Instant,
-    /// Who waits for the registration.
+    /// Notified when the session is registered.
     pub(super) notifier: Option<VisibilityNotifier>,
 }
 
 impl QueueEntry {
-    /// One that waits.
+    /// A waiting entry.
     pub(super) fn new(
-        want: DesiredState,
-        held: RegistrationState,
+        desired: DesiredState,
+        registration: RegistrationState,
         check: bool,
         now: Instant,
     ) -> Self {
-        let place = EntryState::Waiting;
-        Self { want, held, place, check, anew: false, attempts: 0, since: now, notifier: None }
-    }
-
-    /// A session was admitted for which something is to be done already.
-    pub(super) fn opened(&mut self) {
-        self.want = DesiredState::Online;
-        if self.place == EntryState::InFlight {
-            self.anew = true;
-        } else if self.held == RegistrationState::Present {
-            // Not a refresh of the predecessor: this one is to be registered.
-            self.held = RegistrationState::Unknown;
+        Self {
+            desired,
+            registration,
+            state: EntryState::Waiting,
+            check,
+            superseded: false,
+            attempts: 0,
+            since: now,
+            notifier: None,
         }
     }
 
-    /// What it asks for; `None`: nothing any more.
-    pub(super) fn operation(&self, closing: bool, now: Instant) -> Option<PresenceOperation> {
-        match (self.want, self.held) {
+    /// A session was admitted while this entry existed.
+    pub(super) fn register(&mut self) {
+        self.desired = DesiredState::Online;
+        if self.state == EntryState::InFlight {
+            self.superseded = true;
+        } else if self.registration == RegistrationState::Present {
+            // The new session needs a registration, not a refresh of its predecessor's.
+            self.registration = RegistrationState::Unknown;
+        }
+    }
+
+    /// The operation to carry out. `None`: nothing is left to do.
+    pub(super) fn operation(&self, shutting_down: bool, now: Instant) -> Option<PresenceOperation> {
+        match (self.desired, self.registration) {
             (DesiredState::Offline, RegistrationState::Absent) => None,
             (DesiredState::Offline, RegistrationState::Unknown | RegistrationState::Present) => {
                 Some(PresenceOperation::Unregister)
             }
-            (DesiredState::Online, _) if closing => None,
+            (DesiredState::Online, _) if shutting_down => None,
             (DesiredState::Online, RegistrationState::Present)
                 if now - self.since < REFRESH_AGE_MAX =>
             {
@@ -133,85 +141,72 @@ impl QueueEntry {
         }
     }
 
-    /// Whether presence may hold something that it must not.
-    pub(super) fn is_untold(&self) -> bool {
-        self.place == EntryState::InFlight
-            || (self.want == DesiredState::Offline && self.held != RegistrationState::Absent)
+    /// Whether presence may hold a registration that must be removed.
+    pub(super) fn must_unregister(&self) -> bool {
+        self.state == EntryState::InFlight
+            || (self.desired == DesiredState::Offline
+                && self.registration != RegistrationState::Absent)
     }
 
-    /// Its operation is given out.
+    /// Its operation is starting.
     pub(super) fn begin(&mut self) {
-        self.place = EntryState::InFlight;
+        self.state = EntryState::InFlight;
         self.check = false;
     }
 
-    /// Its operation has ended. `chance`: 0 to 1.
-    pub(super) fn end(
+    /// Takes the outcome of its operation. `chance`: 0 to 1.
+    pub(super) fn complete(
         &mut self,
         operation: PresenceOperation,
         outcome: OperationOutcome,
         chance: f64,
         now: Instant,
     ) -> FollowUp {
-        let anew = std::mem::take(&mut self.anew);
-        if (outcome, operation, anew)
-            == (OperationOutcome::Done, PresenceOperation::Register, false)
+        use OperationOutcome::{Done, Elsewhere, Failed, Rejected, Vanished};
+        use PresenceOperation::{Refresh, Register, Unregister};
+        let superseded = std::mem::take(&mut self.superseded);
+        if (outcome, operation, superseded) == (Done, Register, false)
             && let Some(notifier) = self.notifier.take()
         {
-            notifier.keep(now);
+            notifier.registered(now);
         }
-        let settled = match (outcome, operation) {
-            (
-                OperationOutcome::Done,
-                PresenceOperation::Register | PresenceOperation::Refresh { .. },
-            ) => {
-                self.held =
-                    if anew { RegistrationState::Unknown } else { RegistrationState::Present };
-                // A check that was asked for meanwhile is still to be made.
-                self.want == DesiredState::Online && !anew && !self.check
+        let is_complete = match (outcome, operation) {
+            (Done, Register | Refresh { .. }) => {
+                self.registration = if superseded {
+                    RegistrationState::Unknown
+                } else {
+                    RegistrationState::Present
+                };
+                // A check that was requested during the call has not been made yet.
+                self.desired == DesiredState::Online && !superseded && !self.check
             }
-            (
-                OperationOutcome::Done | OperationOutcome::Elsewhere | OperationOutcome::Vanished,
-                PresenceOperation::Unregister,
-            )
-            | (
-                OperationOutcome::Vanished,
-                PresenceOperation::Register | PresenceOperation::Refresh { .. },
-            ) => {
-                self.held = RegistrationState::Absent;
-                self.want == DesiredState::Offline
+            (Done | Elsewhere | Vanished, Unregister) | (Vanished, Register | Refresh { .. }) => {
+                self.registration = RegistrationState::Absent;
+                self.desired == DesiredState::Offline
             }
-            (
-                OperationOutcome::Elsewhere,
-                PresenceOperation::Register | PresenceOperation::Refresh { .. },
-            ) => {
-                self.held = RegistrationState::Absent;
-                if self.want == DesiredState::Online && !anew {
+            (Elsewhere, Register | Refresh { .. }) => {
+                self.registration = RegistrationState::Absent;
+                if self.desired == DesiredState::Online && !superseded {
                     return FollowUp::RemoveReplaced;
                 }
-                self.want == DesiredState::Offline
+                self.desired == DesiredState::Offline
             }
-            (OperationOutcome::Rejected, _) => true,
-            (OperationOutcome::Failed, _) => {
-                if anew
-                    || matches!(
-                        operation,
-                        PresenceOperation::Register | PresenceOperation::Unregister
-                    )
-                {
-                    self.held = RegistrationState::Unknown;
+            (Rejected, _) => true,
+            (Failed, _) => {
+                if superseded || matches!(operation, Register | Unregister) {
+                    self.registration = RegistrationState::Unknown;
                 }
-                self.check |= operation == PresenceOperation::Refresh { check: true };
+                self.check |= operation == Refresh { check: true };
                 let wait = RETRY_BACKOFF.delay(u32::from(self.attempts), chance);
                 self.attempts = self.attempts.saturating_add(1);
-                self.place = EntryState::Delayed;
+                self.state = EntryState::Delayed;
                 return FollowUp::Retry(wait);
             }
         };
-        if settled {
+        if is_complete {
             return FollowUp::Remove;
         }
-        self.place = EntryState::Waiting;
+        self.state = EntryState::Waiting;
         self.attempts = 0;
         self.since = now;
         FollowUp::Requeue

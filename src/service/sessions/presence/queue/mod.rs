@@ -1,21 +1,22 @@
-//! What presence has yet to be told, newest state only.
+//! The operations that presence still has to carry out, newest state only.
 //!
-//! An entry exists only while something is to be done for its session:
+//! An entry exists only while there is something to do for its session:
 //!
 //! ```text
-//!   opened, ended, refresh
+//!   register, unregister, refresh
 //!            │
-//!            ▼        next            finish: done, and nothing newer is wanted
-//!         waiting ─────────► under way ─────────────────────────────────────────► gone
+//!            ▼        next            complete: done, and the desired state is reached
+//!         waiting ─────────► in flight ───────────────────────────────────────────► removed
 //!            ▲                  │
-//!            │ due              │ finish: failed, or something newer is wanted
+//!            │ due              │ complete: failed, or the desired state has changed
 //!            └──── delayed ◄────┘
 //! ```
 //!
-//! Time and chance are arguments.
+//! Time and randomness are arguments.
 
+mod circuit_breaker;
 mod entry;
-mod pace;
+
 #[cfg(test)]
 mod tests;
 
@@ -24,45 +25,46 @@ use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 
 use tokio::time::Instant;
 
+use self::circuit_breaker::{CallPermit, CircuitBreaker};
 use self::entry::{DesiredState, EntryState, FollowUp, QueueEntry, RegistrationState};
 pub(super) use self::entry::{OperationOutcome, PresenceOperation};
-use self::pace::{CallPermit, CircuitBreaker};
 use super::visibility::VisibilityNotifier;
 use crate::service::members::directory::SessionIds;
 
-/// What there is to do.
+/// The next step of the task that carries operations out.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum NextOperation {
     Start(SessionIds, PresenceOperation),
-    /// Nothing before then.
+    /// Nothing can start before then.
     NotBefore(Instant),
+    /// Nothing can start before an outcome or a new request.
     Idle,
 }
 
 /// How many sessions may wait.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct QueueLimits {
-    /// Sessions that have begun or are to be refreshed; the latter take half of it.
+    /// Registrations and refreshes; refreshes take at most half of it.
     pub(super) sessions_max: usize,
-    /// Ends. They have room of their own: a crowd that leaves does not keep the next one from being
-    /// registered.
+    /// Unregistrations. They have room of their own: many sessions that end at once do not keep new
+    /// ones from being registered.
     pub(super) ends_max: usize,
 }
 
-/// See the module.
+/// Pending operations, at most one per session.
 #[derive(Debug)]
 pub(super) struct OperationQueue {
     entries: HashMap<SessionIds, QueueEntry>,
     waiting: VecDeque<SessionIds>,
     delayed: BinaryHeap<Reverse<DelayedRetry>>,
-    under_way: usize,
-    /// Entries of sessions that have ended.
+    in_flight: usize,
+    /// Entries whose desired state is offline.
     ends: usize,
     limits: QueueLimits,
-    pace: CircuitBreaker,
-    /// Sessions found to be held by another node, until somebody asks.
+    breaker: CircuitBreaker,
+    /// Sessions found to be registered with another node, until they are taken.
     replaced: HashSet<SessionIds>,
-    closing: bool,
+    shutting_down: bool,
 }
 
 impl OperationQueue {
@@ -71,69 +73,71 @@ impl OperationQueue {
             entries: HashMap::new(),
             waiting: VecDeque::new(),
             delayed: BinaryHeap::new(),
-            under_way: 0,
+            in_flight: 0,
             ends: 0,
             limits,
-            pace: CircuitBreaker::default(),
+            breaker: CircuitBreaker::default(),
             replaced: HashSet::new(),
-            closing: false,
+            shutting_down: false,
         }
     }
 
-    /// Sessions for which something is to be done.
+    /// Sessions with a pending operation.
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Those among them that have not ended.
-    fn others(&self) -> usize {
+    /// Entries whose desired state is online.
+    fn online(&self) -> usize {
         self.entries.len() - self.ends
     }
 
-    /// Entries change sides, so the whole is bounded too.
+    /// Entries change from one kind to the other, so the total is bounded too.
     fn has_room(&self) -> bool {
         self.entries.len() < self.limits.sessions_max + self.limits.ends_max
     }
 
-    /// A session has been admitted. `registered`: presence holds it already, from a predecessor on
-    /// this node. Returns false if there is no room.
-    pub(super) fn opened(&mut self, ids: &SessionIds, registered: bool, now: Instant) -> bool {
+    /// A session was admitted. `registered`: presence may hold a registration already, of its
+    /// predecessor on this node. Returns false if there is no room.
+    pub(super) fn register(&mut self, ids: &SessionIds, registered: bool, now: Instant) -> bool {
         self.replaced.remove(ids);
-        let room = self.has_room() && self.others() < self.limits.sessions_max && !self.closing;
+        let room =
+            self.has_room() && self.online() < self.limits.sessions_max && !self.shutting_down;
         match self.entries.get_mut(ids) {
             Some(entry) => {
-                self.ends -= usize::from(entry.want == DesiredState::Offline);
-                entry.opened();
+                self.ends -= usize::from(entry.desired == DesiredState::Offline);
+                entry.register();
                 true
             }
             None if !room => false,
             None => {
-                let held =
+                let registration =
                     if registered { RegistrationState::Unknown } else { RegistrationState::Absent };
-                self.insert(ids, QueueEntry::new(DesiredState::Online, held, false, now));
+                self.insert(ids, QueueEntry::new(DesiredState::Online, registration, false, now));
                 true
             }
         }
     }
 
-    /// To be kept when the session that was just [opened](OperationQueue::opened) is registered.
-    pub(super) fn notifier(&mut self, ids: &SessionIds, notifier: VisibilityNotifier) {
+    /// Notifies when presence has accepted the registration that was just
+    /// [queued](OperationQueue::register).
+    pub(super) fn notify_registered(&mut self, ids: &SessionIds, notifier: VisibilityNotifier) {
         if let Some(entry) = self.entries.get_mut(ids) {
-            if self.pace.is_away() {
-                notifier.put_off();
+            if self.breaker.is_open() {
+                notifier.delayed();
             }
             entry.notifier = Some(notifier);
         }
     }
 
-    /// A session has ended and nobody took its place here. Returns false if there is no room: the
-    /// registration will end by itself.
-    pub(super) fn ended(&mut self, ids: &SessionIds, now: Instant) -> bool {
+    /// A session has ended without a successor on this node. Returns false if there is no room: the
+    /// registration then expires.
+    pub(super) fn unregister(&mut self, ids: &SessionIds, now: Instant) -> bool {
         let room = self.has_room() && self.ends < self.limits.ends_max;
         match self.entries.get_mut(ids) {
             Some(entry) => {
-                self.ends += usize::from(entry.want == DesiredState::Online);
-                entry.want = DesiredState::Offline;
+                self.ends += usize::from(entry.desired == DesiredState::Online);
+                entry.desired = DesiredState::Offline;
                 true
             }
             None if !room => false,
@@ -147,10 +151,11 @@ impl OperationQueue {
         }
     }
 
-    /// A session is to be refreshed. Refreshes take no more than half of the room. Returns false
+    /// A registration is due for a refresh. Refreshes take at most half of the room. Returns false
     /// if there is none.
     pub(super) fn refresh(&mut self, ids: &SessionIds, check: bool, now: Instant) -> bool {
-        let room = self.has_room() && self.others() < self.limits.sessions_max / 2 && !self.closing;
+        let room =
+            self.has_room() && self.online() < self.limits.sessions_max / 2 && !self.shutting_down;
         match self.entries.get_mut(ids) {
             Some(entry) => {
                 entry.check |= check;
@@ -168,12 +173,12 @@ impl OperationQueue {
     }
 
     fn insert(&mut self, ids: &SessionIds, entry: QueueEntry) {
-        self.ends += usize::from(entry.want == DesiredState::Offline);
+        self.ends += usize::from(entry.desired == DesiredState::Offline);
         self.entries.insert(ids.clone(), entry);
         self.waiting.push_back(ids.clone());
     }
 
-    /// The next thing to do, if one may be done now. Must be answered with [`OperationQueue::finish`].
+    /// The next operation, if one may start now. Its outcome goes to [`OperationQueue::complete`].
     pub(super) fn next(&mut self, now: Instant) -> NextOperation {
         while let Some(Reverse(due)) = self.delayed.peek() {
             if due.at > now {
@@ -181,7 +186,7 @@ impl OperationQueue {
             }
             let Some(Reverse(DelayedRetry { ids, .. })) = self.delayed.pop() else { break };
             if let Some(entry) = self.entries.get_mut(&ids) {
-                entry.place = EntryState::Waiting;
+                entry.state = EntryState::Waiting;
             }
             self.waiting.push_back(ids);
         }
@@ -190,18 +195,18 @@ impl OperationQueue {
                 self.waiting.pop_front();
                 continue;
             };
-            let Some(operation) = entry.operation(self.closing, now) else {
+            let Some(operation) = entry.operation(self.shutting_down, now) else {
                 let Some(ids) = self.waiting.pop_front() else { break };
                 self.remove(&ids);
                 continue;
             };
-            match self.pace.leave(self.under_way, now) {
-                CallPermit::Go => {}
+            match self.breaker.permit(self.in_flight, now) {
+                CallPermit::Now => {}
                 CallPermit::AfterOutcome => return NextOperation::Idle,
-                CallPermit::At(at) => return NextOperation::NotBefore(at),
+                CallPermit::NotBefore(at) => return NextOperation::NotBefore(at),
             }
             entry.begin();
-            self.under_way += 1;
+            self.in_flight += 1;
             let Some(ids) = self.waiting.pop_front() else { return NextOperation::Idle };
             return NextOperation::Start(ids, operation);
         }
@@ -210,8 +215,8 @@ impl OperationQueue {
             .map_or(NextOperation::Idle, |Reverse(due)| NextOperation::NotBefore(due.at))
     }
 
-    /// Takes the outcome of what [`OperationQueue::next`] gave out. `chance`: 0 to 1.
-    pub(super) fn finish(
+    /// Takes the outcome of an operation that [`OperationQueue::next`] returned. `chance`: 0 to 1.
+    pub(super) fn complete(
         &mut self,
         ids: SessionIds,
         operation: PresenceOperation,
@@ -219,13 +224,13 @@ impl OperationQueue {
         chance: f64,
         now: Instant,
     ) {
-        self.under_way -= 1;
-        self.pace.ended(outcome == OperationOutcome::Failed, chance, now);
+        self.in_flight -= 1;
+        self.breaker.record(outcome == OperationOutcome::Failed, chance, now);
         let Some(entry) = self.entries.get_mut(&ids) else {
-            debug_assert!(false, "an entry stays while it is under way");
+            debug_assert!(false, "an entry stays while its call is in flight");
             return;
         };
-        match entry.end(operation, outcome, chance, now) {
+        match entry.complete(operation, outcome, chance, now) {
             FollowUp::Remove => self.remove(&ids),
             FollowUp::RemoveReplaced => {
                 self.remove(&ids);
@@ -240,38 +245,38 @@ impl OperationQueue {
 
     fn remove(&mut self, ids: &SessionIds) {
         if let Some(entry) = self.entries.remove(ids) {
-            self.ends -= usize::from(entry.want == DesiredState::Offline);
+            self.ends -= usize::from(entry.desired == DesiredState::Offline);
         }
         self.shrink();
     }
 
-    /// The sessions found to be held by another node since the last time.
+    /// The sessions found to be registered with another node since the last call.
     pub(super) fn take_replaced(&mut self) -> Vec<SessionIds> {
         self.replaced.drain().collect()
     }
 
-    /// From here on only ends are told, and what failed before is tried once more at once.
-    pub(super) fn close(&mut self) {
-        self.closing = true;
+    /// From here on only unregistrations are carried out, and failed ones are retried at once.
+    pub(super) fn shut_down(&mut self) {
+        self.shutting_down = true;
         for Reverse(DelayedRetry { ids, .. }) in std::mem::take(&mut self.delayed) {
             if let Some(entry) = self.entries.get_mut(&ids) {
-                entry.place = EntryState::Waiting;
+                entry.state = EntryState::Waiting;
             }
             self.waiting.push_back(ids);
         }
     }
 
-    /// Ends that presence has not been told of, and what is under way.
-    pub(super) fn ends_untold(&self) -> usize {
-        self.entries.values().filter(|entry| entry.is_untold()).count()
+    /// Unregistrations that are not done, and calls in flight.
+    pub(super) fn pending_unregistrations(&self) -> usize {
+        self.entries.values().filter(|entry| entry.must_unregister()).count()
     }
 
-    /// Whether there are any: asked after each outcome, so it does not count them all.
-    pub(super) fn has_ends_untold(&self) -> bool {
-        self.entries.values().any(QueueEntry::is_untold)
+    /// Whether there are any. Called after each outcome, so it does not count them all.
+    pub(super) fn has_pending_unregistrations(&self) -> bool {
+        self.entries.values().any(QueueEntry::must_unregister)
     }
 
-    /// Gives back what a storm took.
+    /// Returns memory after a storm.
     fn shrink(&mut self) {
         if self.entries.capacity() > 1024 && self.entries.len() < self.entries.capacity() / 8 {
             self.entries.shrink_to(self.entries.len() * 2);

@@ -4,8 +4,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::super::visibility::{Visibility, VisibilityConfig, VisibilityState};
+use super::circuit_breaker::{FAILURES_IN_ROW_MAX, PROBE_BACKOFF};
 use super::entry::{REFRESH_AGE_MAX, RETRY_BACKOFF};
-use super::pace::{FAILURES_IN_ROW_MAX, PROBE_BACKOFF};
 use super::*;
 
 fn ids(user: usize) -> SessionIds {
@@ -39,21 +39,21 @@ impl Bench {
         }
     }
 
-    fn finish(&mut self, operation: PresenceOperation, outcome: OperationOutcome) {
-        self.queue.finish(ids(0), operation, outcome, 0.5, self.now);
+    fn complete(&mut self, operation: PresenceOperation, outcome: OperationOutcome) {
+        self.queue.complete(ids(0), operation, outcome, 0.5, self.now);
     }
 
     /// Takes the next operation, which must be this one, and finishes it.
     fn does(&mut self, operation: PresenceOperation, outcome: OperationOutcome) {
         assert_eq!(self.next(), Some(operation));
-        self.finish(operation, outcome);
+        self.complete(operation, outcome);
     }
 
     /// A session that somebody waits for.
     fn admits(&mut self, user: usize, replaced: bool) -> Arc<Visibility> {
         let visibility = Arc::new(Visibility::new(REACH, self.now));
-        self.queue.opened(&ids(user), replaced, self.now);
-        self.queue.notifier(&ids(user), VisibilityNotifier::new(Arc::clone(&visibility)));
+        self.queue.register(&ids(user), replaced, self.now);
+        self.queue.notify_registered(&ids(user), VisibilityNotifier::new(Arc::clone(&visibility)));
         visibility
     }
 
@@ -70,12 +70,12 @@ impl Bench {
 #[test]
 fn session_is_registered_refreshed_and_unregistered() {
     let mut bench = Bench::new();
-    assert!(bench.queue.opened(&ids(0), false, bench.now));
+    assert!(bench.queue.register(&ids(0), false, bench.now));
     bench.does(PresenceOperation::Register, OperationOutcome::Done);
     assert!(bench.is_idle());
     assert!(bench.queue.refresh(&ids(0), false, bench.now));
     bench.does(PresenceOperation::Refresh { check: false }, OperationOutcome::Done);
-    assert!(bench.queue.ended(&ids(0), bench.now));
+    assert!(bench.queue.unregister(&ids(0), bench.now));
     bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
@@ -84,8 +84,8 @@ fn session_is_registered_refreshed_and_unregistered() {
 fn session_that_came_and_went_untold_costs_nothing() {
     let mut bench = Bench::new();
     for _ in 0..50 {
-        bench.queue.opened(&ids(0), false, bench.now);
-        bench.queue.ended(&ids(0), bench.now);
+        bench.queue.register(&ids(0), false, bench.now);
+        bench.queue.unregister(&ids(0), bench.now);
     }
     assert!(bench.is_idle());
 }
@@ -93,13 +93,13 @@ fn session_that_came_and_went_untold_costs_nothing() {
 #[test]
 fn session_that_came_and_went_while_presence_was_away_costs_one_call() {
     let mut bench = Bench::new();
-    bench.queue.opened(&ids(0), false, bench.now);
+    bench.queue.register(&ids(0), false, bench.now);
     bench.fails(PresenceOperation::Register);
     for _ in 0..50 {
-        bench.queue.ended(&ids(0), bench.now);
-        bench.queue.opened(&ids(0), false, bench.now);
+        bench.queue.unregister(&ids(0), bench.now);
+        bench.queue.register(&ids(0), false, bench.now);
     }
-    bench.queue.ended(&ids(0), bench.now);
+    bench.queue.unregister(&ids(0), bench.now);
     bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
@@ -107,14 +107,14 @@ fn session_that_came_and_went_while_presence_was_away_costs_one_call() {
 #[test]
 fn newest_state_follows_the_call_under_way() {
     let mut bench = Bench::new();
-    bench.queue.opened(&ids(0), false, bench.now);
+    bench.queue.register(&ids(0), false, bench.now);
     assert_eq!(bench.next(), Some(PresenceOperation::Register));
-    bench.queue.ended(&ids(0), bench.now);
+    bench.queue.unregister(&ids(0), bench.now);
     assert_eq!(bench.next(), None, "one call for a session at a time");
-    bench.finish(PresenceOperation::Register, OperationOutcome::Done);
+    bench.complete(PresenceOperation::Register, OperationOutcome::Done);
     assert_eq!(bench.next(), Some(PresenceOperation::Unregister));
-    bench.queue.opened(&ids(0), false, bench.now);
-    bench.finish(PresenceOperation::Unregister, OperationOutcome::Done);
+    bench.queue.register(&ids(0), false, bench.now);
+    bench.complete(PresenceOperation::Unregister, OperationOutcome::Done);
     bench.does(PresenceOperation::Register, OperationOutcome::Done);
     assert!(bench.is_idle());
 }
@@ -122,10 +122,10 @@ fn newest_state_follows_the_call_under_way() {
 #[test]
 fn check_that_is_asked_for_meanwhile_is_made_afterwards() {
     let mut bench = Bench::new();
-    bench.queue.opened(&ids(0), false, bench.now);
+    bench.queue.register(&ids(0), false, bench.now);
     assert_eq!(bench.next(), Some(PresenceOperation::Register));
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.finish(PresenceOperation::Register, OperationOutcome::Done);
+    bench.complete(PresenceOperation::Register, OperationOutcome::Done);
     bench.fails(PresenceOperation::Refresh { check: true });
     bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Done);
     assert!(bench.is_idle());
@@ -164,14 +164,14 @@ fn session_that_came_back_meanwhile_is_not_taken_for_the_replaced_one() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
     assert_eq!(bench.next(), Some(PresenceOperation::Refresh { check: true }));
-    bench.queue.opened(&ids(0), true, bench.now);
-    bench.finish(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
+    bench.queue.register(&ids(0), true, bench.now);
+    bench.complete(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
     assert_eq!(bench.queue.take_replaced(), []);
     bench.does(PresenceOperation::Register, OperationOutcome::Done);
 
     bench.queue.refresh(&ids(0), true, bench.now);
     bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
-    bench.queue.opened(&ids(0), false, bench.now);
+    bench.queue.register(&ids(0), false, bench.now);
     assert_eq!(bench.queue.take_replaced(), [], "found before it came back");
 }
 
@@ -180,14 +180,14 @@ fn presence_that_is_away_is_tried_one_call_at_a_time() {
     let mut queue = OperationQueue::new(limits(1000));
     let mut now = Instant::now();
     for user in 0..500 {
-        queue.opened(&ids(user), false, now);
+        queue.register(&ids(user), false, now);
     }
     let mut calls = 0;
     let end = now + Duration::from_secs(60);
     while now < end {
         match queue.next(now) {
             NextOperation::Start(ids, operation) => {
-                queue.finish(ids, operation, OperationOutcome::Failed, 0.0, now);
+                queue.complete(ids, operation, OperationOutcome::Failed, 0.0, now);
                 calls += 1;
             }
             NextOperation::NotBefore(at) => now = at,
@@ -197,7 +197,7 @@ fn presence_that_is_away_is_tried_one_call_at_a_time() {
     assert!((20..40).contains(&calls), "{calls} calls in a minute");
     // And at once at full pace when it is back.
     let NextOperation::Start(ids, operation) = queue.next(now) else { panic!("a call is due") };
-    queue.finish(ids, operation, OperationOutcome::Done, 0.0, now);
+    queue.complete(ids, operation, OperationOutcome::Done, 0.0, now);
     let NextOperation::Start(..) = queue.next(now) else { panic!("slow") };
     let NextOperation::Start(..) = queue.next(now) else { panic!("one at a time") };
 }
@@ -207,11 +207,11 @@ fn room_is_bounded_and_refreshes_leave_half_of_it() {
     let mut queue = OperationQueue::new(QueueLimits { sessions_max: 10, ends_max: 20 });
     let now = Instant::now();
     assert_eq!((0..10).filter(|user| queue.refresh(&ids(*user), false, now)).count(), 5);
-    assert_eq!((10..20).filter(|user| queue.opened(&ids(*user), false, now)).count(), 5);
-    assert_eq!((30..60).filter(|user| queue.ended(&ids(*user), now)).count(), 20);
-    assert!(queue.ended(&ids(0), now), "coalesced: no room needed");
-    assert!(!queue.ended(&ids(60), now));
-    assert!(!queue.opened(&ids(60), false, now), "the whole is bounded too");
+    assert_eq!((10..20).filter(|user| queue.register(&ids(*user), false, now)).count(), 5);
+    assert_eq!((30..60).filter(|user| queue.unregister(&ids(*user), now)).count(), 20);
+    assert!(queue.unregister(&ids(0), now), "coalesced: no room needed");
+    assert!(!queue.unregister(&ids(60), now));
+    assert!(!queue.register(&ids(60), false, now), "the whole is bounded too");
     assert_eq!(queue.len(), 30);
 }
 
@@ -219,17 +219,17 @@ fn room_is_bounded_and_refreshes_leave_half_of_it() {
 fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
     let mut queue = OperationQueue::new(QueueLimits { sessions_max: 10, ends_max: 1_000 });
     let now = Instant::now();
-    assert!((0..1_000).all(|user| queue.ended(&ids(user), now)));
-    assert!((1_000..1_010).all(|user| queue.opened(&ids(user), false, now)));
-    assert!(!queue.opened(&ids(1_010), false, now));
+    assert!((0..1_000).all(|user| queue.unregister(&ids(user), now)));
+    assert!((1_000..1_010).all(|user| queue.register(&ids(user), false, now)));
+    assert!(!queue.register(&ids(1_010), false, now));
     // Who is back is registered, and is no end any more.
-    assert!((0..5).all(|user| queue.opened(&ids(user), false, now)));
-    assert!((2_000..2_010).filter(|user| queue.ended(&ids(*user), now)).count() == 0);
+    assert!((0..5).all(|user| queue.register(&ids(user), false, now)));
+    assert!((2_000..2_010).filter(|user| queue.unregister(&ids(*user), now)).count() == 0);
     for _ in 0..1_010 {
         let NextOperation::Start(ids, operation) = queue.next(now) else {
             panic!("there is something to do")
         };
-        queue.finish(ids, operation, OperationOutcome::Done, 0.5, now);
+        queue.complete(ids, operation, OperationOutcome::Done, 0.5, now);
     }
     assert_eq!((queue.len(), queue.ends), (0, 0));
 }
@@ -237,14 +237,14 @@ fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
 #[test]
 fn closing_tells_ends_only() {
     let mut bench = Bench::new();
-    bench.queue.ended(&ids(0), bench.now);
+    bench.queue.unregister(&ids(0), bench.now);
     bench.does(PresenceOperation::Unregister, OperationOutcome::Failed);
-    bench.queue.opened(&ids(1), false, bench.now);
-    bench.queue.close();
-    assert!(!bench.queue.opened(&ids(2), false, bench.now));
-    assert_eq!(bench.queue.ends_untold(), 1);
+    bench.queue.register(&ids(1), false, bench.now);
+    bench.queue.shut_down();
+    assert!(!bench.queue.register(&ids(2), false, bench.now));
+    assert_eq!(bench.queue.pending_unregistrations(), 1);
     bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
-    assert_eq!(bench.queue.ends_untold(), 0);
+    assert_eq!(bench.queue.pending_unregistrations(), 0);
     assert!(bench.is_idle());
 }
 
@@ -256,7 +256,7 @@ fn who_waits_for_a_registration_hears_of_his_own_only() {
     // The device connects again while its first registration is under way.
     let second = bench.admits(0, true);
     assert_eq!(first.state(bench.now), VisibilityState::NotVisible, "it is over with that one");
-    bench.finish(PresenceOperation::Register, OperationOutcome::Done);
+    bench.complete(PresenceOperation::Register, OperationOutcome::Done);
     assert_eq!(
         second.state(bench.now),
         VisibilityState::Pending(bench.now + REACH.registration_wait)
@@ -278,7 +278,7 @@ fn nobody_waits_for_a_registration_that_will_take_long_or_never_come() {
     bench.does(PresenceOperation::Register, OperationOutcome::Rejected);
     assert_eq!(refused.state(bench.now), VisibilityState::NotVisible);
 
-    bench.queue.opened(&ids(0), false, bench.now);
+    bench.queue.register(&ids(0), false, bench.now);
     (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(PresenceOperation::Register));
     let late = bench.admits(0, false);
     assert_eq!(late.state(bench.now), VisibilityState::NotVisible, "presence is known to be away");
@@ -340,11 +340,11 @@ proptest! {
             match step {
                 Step::Opened(user) => {
                     let replaced = !connected.insert(ids(user));
-                    prop_assert!(queue.opened(&ids(user), replaced, now));
+                    prop_assert!(queue.register(&ids(user), replaced, now));
                 }
                 Step::Ended(user) => {
                     if connected.remove(&ids(user)) {
-                        prop_assert!(queue.ended(&ids(user), now));
+                        prop_assert!(queue.unregister(&ids(user), now));
                     }
                 }
                 Step::Refresh(user) => {
@@ -365,24 +365,24 @@ proptest! {
                             carry_out(&mut registered, &ids, operation);
                         }
                         let outcome = if answered { OperationOutcome::Done } else { OperationOutcome::Failed };
-                        queue.finish(ids, operation, outcome, 0.5, now);
+                        queue.complete(ids, operation, outcome, 0.5, now);
                     }
                 }
                 Step::Pass(ms) => now += Duration::from_millis(ms),
             }
             let placed = queue.waiting.len() + queue.delayed.len() + under_way.len();
             prop_assert_eq!(queue.entries.len(), placed);
-            let ends = queue.entries.values().filter(|entry| entry.want == DesiredState::Offline).count();
+            let ends = queue.entries.values().filter(|entry| entry.desired == DesiredState::Offline).count();
             prop_assert_eq!(queue.ends, ends);
         }
         for (ids, operation) in under_way {
-            queue.finish(ids, operation, OperationOutcome::Failed, 0.5, now);
+            queue.complete(ids, operation, OperationOutcome::Failed, 0.5, now);
         }
         loop {
             match queue.next(now) {
                 NextOperation::Start(ids, operation) => {
                     carry_out(&mut registered, &ids, operation);
-                    queue.finish(ids, operation, OperationOutcome::Done, 0.5, now);
+                    queue.complete(ids, operation, OperationOutcome::Done, 0.5, now);
                 }
                 NextOperation::NotBefore(at) => now = at,
                 NextOperation::Idle => break,

@@ -1,0 +1,167 @@
+//! The session manager's loop. It only dispatches.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use super::links::ControlLink;
+use super::node_state::{NodeState, SharedNodeState};
+use super::records::SessionRecords;
+use super::state::SessionManager;
+use super::{
+    REQUESTS_WAITING_MAX, Request, SessionConfig, SessionCounters, SessionHandle, SessionPorts,
+    TICK,
+};
+use crate::domain::command::ShardReport;
+use crate::domain::ids::ShardId;
+use crate::service::events::timestamp::unix_ms;
+use crate::service::runtime::bell::AsyncBell;
+use crate::service::sessions::catch_up::CatchUpReport;
+
+/// Wait before a full ring is tried again: a shard does not ring when it has made room.
+const FULL_RING_RETRY: Duration = Duration::from_millis(1);
+/// Reports taken from one shard per turn, so that no shard starves another.
+const REPORTS_PER_TURN_MAX: usize = 256;
+/// Requests, and reports of catch-ups, taken per turn.
+const REQUESTS_PER_TURN_MAX: usize = 256;
+/// Reports of catch-ups that may wait for the session manager. A catch-up waits while it is full.
+const CATCH_UP_REPORTS_WAITING_MAX: usize = 256;
+
+impl SessionManager {
+    /// Starts the session manager's task on the current runtime.
+    ///
+    /// # Errors
+    /// The doorbell cannot be registered with the runtime.
+    pub fn spawn(
+        config: SessionConfig,
+        ports: SessionPorts,
+        counters: Arc<SessionCounters>,
+    ) -> io::Result<SessionHandle> {
+        let bell = AsyncBell::new(Arc::clone(&ports.bell))?;
+        let (requests, request_receiver) = mpsc::channel(REQUESTS_WAITING_MAX);
+        let (catch_up_reports, report_receiver) = mpsc::channel(CATCH_UP_REPORTS_WAITING_MAX);
+        let handle = SessionHandle {
+            requests,
+            presence: ports.presence.clone(),
+            unregister_timeout: config.unregister_timeout,
+            state: SharedNodeState::new(),
+        };
+        let (weak, state) = (handle.requests.downgrade(), handle.state.clone());
+        let manager = Self::new(config, ports, counters, weak, catch_up_reports, state);
+        tokio::spawn(manager.run(request_receiver, report_receiver, bell));
+        Ok(handle)
+    }
+
+    async fn run(
+        mut self,
+        mut requests: mpsc::Receiver<Request>,
+        mut catch_up_reports: mpsc::Receiver<CatchUpReport>,
+        bell: AsyncBell,
+    ) {
+        let mut next_tick = Instant::now() + TICK;
+        while self.node_state.get() != NodeState::Stopped {
+            self.take_reports();
+            self.take_requests(&mut requests, &mut catch_up_reports);
+            let now = Instant::now();
+            if now >= next_tick {
+                next_tick = now + TICK;
+                self.tick(now, unix_ms() / 1000);
+            }
+            self.flush();
+
+            bell.about_to_sleep();
+            if self.links.iter().any(ControlLink::is_ready) {
+                bell.awake();
+                tokio::task::yield_now().await;
+                continue;
+            }
+            let full = self.links.iter().any(|link| link.waiting() > 0);
+            let wake = if full { Instant::now() + FULL_RING_RETRY } else { next_tick };
+            tokio::select! {
+                () = bell.rung() => {}
+                request = requests.recv() => match request {
+                    Some(request) => self.on_request(request),
+                    // Every handle has been dropped, so nobody can order a shutdown any more.
+                    None => return,
+                },
+                Some(report) = catch_up_reports.recv() => self.on_catch_up_report(report),
+                () = sleep_until(wake.min(next_tick)) => {}
+            }
+            bell.awake();
+        }
+    }
+
+    pub(super) fn take_reports(&mut self) {
+        for shard in 0..self.links.len() {
+            for _ in 0..REPORTS_PER_TURN_MAX {
+                let Some(report) = self.links[shard].report() else { break };
+                self.on_report(ShardId(shard as u16), report);
+            }
+            if self.links[shard].is_lost() {
+                self.counters.shards_lost.add(1);
+                self.on_stopped(ShardId(shard as u16));
+            }
+        }
+    }
+
+    fn take_requests(
+        &mut self,
+        requests: &mut mpsc::Receiver<Request>,
+        catch_up_reports: &mut mpsc::Receiver<CatchUpReport>,
+    ) {
+        for _ in 0..REQUESTS_PER_TURN_MAX {
+            let Ok(request) = requests.try_recv() else { break };
+            self.on_request(request);
+        }
+        for _ in 0..REQUESTS_PER_TURN_MAX {
+            let Ok(report) = catch_up_reports.try_recv() else { break };
+            self.on_catch_up_report(report);
+        }
+    }
+
+    fn on_report(&mut self, shard: ShardId, report: ShardReport) {
+        match report {
+            ShardReport::Opened { connection, hello } => self.on_opened(shard, connection, hello),
+            ShardReport::Ended { connection, .. } => self.on_ended(shard, connection),
+            ShardReport::Stopped => self.on_stopped(shard),
+            ShardReport::Message { connection, text } => self.on_message(shard, connection, &text),
+            ShardReport::Resume { connection, conversation, after } => {
+                self.on_resume(shard, connection, conversation, after);
+            }
+            ShardReport::GraceExpired { connection } => self.on_grace_expired(shard, connection),
+            ShardReport::Done { ticket } => self.on_done(ticket),
+        }
+    }
+
+    pub(super) fn on_request(&mut self, request: Request) {
+        match request {
+            Request::Checked { shard, connection, outcome, purpose } => {
+                self.on_checked(shard, connection, outcome, purpose);
+            }
+            Request::MovedElsewhere(user) => self.check_registrations(&user),
+            Request::ShutDown { shutdown, stopped } => {
+                self.on_shut_down(shutdown, stopped, Instant::now());
+            }
+        }
+    }
+
+    /// The periodic work.
+    pub(super) fn tick(&mut self, now: Instant, unix_s: u64) {
+        self.close_replaced_elsewhere();
+        self.close_expired(now, unix_s);
+        self.refresh_registrations(now);
+        self.advance_drain(now);
+        self.records.iter_mut().for_each(SessionRecords::shrink);
+    }
+
+    pub(super) fn flush(&mut self) {
+        for link in &mut self.links {
+            link.flush();
+        }
+        let waiting: usize = self.links.iter().map(ControlLink::waiting).sum();
+        self.counters.commands_waiting.set(waiting as u64);
+    }
+}

@@ -1,0 +1,72 @@
+//! Periodic work: refreshes registrations, closes sessions that were replaced or whose token expired.
+
+use tokio::time::Instant;
+
+use super::admission::REPLACED;
+use super::records::SessionState;
+use super::state::SessionManager;
+use crate::domain::close::{Close, CloseCode, EndReason};
+
+const TOKEN_EXPIRED: Close = Close::new(CloseCode::TOKEN_EXPIRED, "token expired");
+
+impl SessionManager {
+    /// Refreshes the registrations that are due (contract §4), spread evenly over the interval.
+    pub(super) fn refresh_registrations(&mut self, now: Instant) {
+        let slots = self.slots_max();
+        for slot in self.refresh_sweep.advance(slots, now) {
+            for records in &mut self.records {
+                let Some((_, record)) = records.at(slot) else { continue };
+                let (SessionState::Live, Some(ids)) = (record.state, &record.ids) else { continue };
+                if record.registration_pending {
+                    record.registration_pending = !self.presence.register(ids, true);
+                } else {
+                    record.registration_pending = !self.presence.refresh(ids, record.refreshes);
+                    record.refreshes = record.refreshes.wrapping_add(1);
+                }
+            }
+        }
+    }
+
+    /// Checks whether the user's sessions are still registered with this node.
+    pub(super) fn check_registrations(&mut self, user: &str) {
+        let mut addresses = Vec::new();
+        self.directory.sessions_of(user, |address| addresses.push(address));
+        for address in addresses {
+            let record = self.records[address.shard.index()].get(address.connection);
+            if let Some(ids) = record.and_then(|record| record.ids.as_ref()) {
+                self.presence.check(ids);
+            }
+        }
+    }
+
+    /// Closes the sessions that are now registered with another node: the newest connection wins.
+    pub(super) fn close_replaced_elsewhere(&mut self) {
+        for ids in self.presence.take_replaced() {
+            let Some(address) = self.directory.find(&ids) else { continue };
+            // Removed now, so that the end of the session does not unregister its successor.
+            self.directory.remove(&ids, address);
+            let (shard, connection) = (address.shard, address.connection);
+            if self.close(shard, connection, REPLACED, EndReason::ClosedByService) {
+                self.counters.replaced_elsewhere.add(1);
+            }
+        }
+    }
+
+    /// Closes the sessions whose token has expired.
+    pub(super) fn close_expired(&mut self, now: Instant, unix_s: u64) {
+        let slots = self.slots_max();
+        for slot in self.expiry_sweep.advance(slots, now) {
+            for shard in 0..self.records.len() {
+                let Some((address, record)) = self.records[shard].at(slot) else { continue };
+                // A fresh token may still be in its check.
+                if u64::from(record.expires_s) >= unix_s || record.token_in_check {
+                    continue;
+                }
+                let (shard, connection) = (address.shard, address.connection);
+                if self.close(shard, connection, TOKEN_EXPIRED, EndReason::ClosedByService) {
+                    self.counters.tokens_expired.add(1);
+                }
+            }
+        }
+    }
+}

@@ -1,29 +1,27 @@
-//! permessage-deflate (RFC 7692 §7.2) on whole messages, without context takeover: a message is
-//! compressed and inflated from an empty window, so no connection keeps one.
+//! permessage-deflate (RFC 7692 §7.2) of whole messages without context takeover: every message starts
+//! with an empty window, so no connection stores one.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
 /// Smallest window that can be negotiated, as a power of two (RFC 7692 §7.1.2).
 pub const WINDOW_BITS_MIN: u8 = 8;
-/// Largest window, and the one that events are compressed with.
+/// Largest window. Events are compressed with it.
 pub const WINDOW_BITS_MAX: u8 = 15;
-/// Smallest window that DEFLATE libraries compress with: with 8 they emit distances that a window
-/// of 8 cannot resolve, so such a client is sent everything uncompressed, which is lawful (RFC 7692
-/// §6).
+/// Smallest window to compress with. For a window of 8, DEFLATE libraries emit distances that it
+/// cannot resolve, so such a client gets everything uncompressed, as RFC 7692 §6 allows.
 const WINDOW_BITS_USABLE_MIN: u8 = 9;
-/// What a flush ends with and the sender leaves out (RFC 7692 §7.2.1): an empty stored block.
+/// End of a flushed output, which the sender removes (RFC 7692 §7.2.1): an empty stored block.
 const FLUSH_TAIL: [u8; 4] = [0x00, 0x00, 0xff, 0xff];
-/// What a received message is completed with (RFC 7692 §7.2.2), and after it an empty final block,
-/// which is one only if the message was made of whole blocks.
+/// Completes a received message (RFC 7692 §7.2.2), followed by an empty final block. The inflater
+/// reaches the end of that block only if the message consists of complete blocks.
 const INFLATE_TAIL: [u8; 6] = [0x00, 0x00, 0xff, 0xff, 0x03, 0x00];
-/// A message that ended with a final block goes on with the rest of an empty stored block (RFC 7692
+/// May follow a final block: the start of the empty stored block that the sender truncated (RFC 7692
 /// §7.2.3.4).
 const AFTER_FINAL_BLOCK: u8 = 0x00;
-/// Bytes inflated at a step.
+/// Bytes inflated per step.
 const INFLATE_STEP_BYTES: usize = 4096;
 
-/// A compressor for many messages, one after the other: some 300 KiB, to be shared, not to be held
-/// by a connection.
+/// Compressor for many messages, one after the other. About 300 KiB, so connections share it.
 #[derive(Debug)]
 pub struct Compressor {
     deflate: Compress,
@@ -31,8 +29,8 @@ pub struct Compressor {
 }
 
 impl Compressor {
-    /// `level` 1 (fast) to 9 (small); `window_bits` as negotiated. `None`: nothing can be
-    /// compressed for such a small window.
+    /// `level` is 1 (fast) to 9 (small), `window_bits` as negotiated. `None` if the window is too small
+    /// to compress with.
     pub fn new(level: u32, window_bits: u8) -> Option<Self> {
         if !(WINDOW_BITS_USABLE_MIN..=WINDOW_BITS_MAX).contains(&window_bits) {
             return None;
@@ -44,17 +42,16 @@ impl Compressor {
         })
     }
 
-    /// The window it was made for.
+    /// Window of this compressor, as a power of two.
     pub fn window_bits(&self) -> u8 {
         self.window_bits
     }
 
-    /// The payload of a compressed message; `None` if that is not shorter, so that the message is
-    /// better sent as it is.
+    /// The payload of a compressed message; `None` if it is not shorter than the message.
     pub fn compress(&mut self, message: &[u8]) -> Option<Vec<u8>> {
         self.deflate.reset();
-        // Room for the message and the tail that is cut off: an output that fills it is no gain,
-        // and only one that leaves room is known to be flushed.
+        // Capacity for the message and the tail that is removed. An output that fills it does not save
+        // anything and may not be flushed.
         let mut output = Vec::with_capacity(message.len() + FLUSH_TAIL.len());
         let status = self.deflate.compress_vec(message, &mut output, FlushCompress::Sync).ok()?;
         let whole = status == Status::Ok
@@ -69,17 +66,17 @@ impl Compressor {
     }
 }
 
-/// Why a message did not inflate.
+/// Failure of [`Inflater::inflate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InflateError {
-    /// It is not a sequence of whole DEFLATE blocks.
+    /// The payload is not a sequence of complete DEFLATE blocks.
     Corrupt,
-    /// It would be longer than allowed.
+    /// The message is longer than allowed.
     TooBig,
 }
 
-/// An inflater for many messages of many connections, one after the other: some 50 KiB and the
-/// longest message lately.
+/// Inflater for the messages of many connections, one after the other. Uses about 50 KiB, and the
+/// output buffer of the last message.
 #[derive(Debug)]
 pub struct Inflater {
     inflate: Decompress,
@@ -93,8 +90,8 @@ impl Default for Inflater {
 }
 
 impl Inflater {
-    /// The message whose compressed payload this is (RFC 7692 §7.2.2), at most `bytes_max` long: no
-    /// more than that and a step is ever inflated.
+    /// Inflates the payload of a message of at most `bytes_max` bytes (RFC 7692 §7.2.2). Stops at most
+    /// one step after that limit.
     ///
     /// # Errors
     ///
@@ -104,11 +101,11 @@ impl Inflater {
         self.output.clear();
         self.output.shrink_to(OUTPUT_BYTES_KEPT);
         let rest = match self.feed(payload, bytes_max)? {
-            Fed::All => match self.feed(&INFLATE_TAIL, bytes_max)? {
-                Fed::Ended { rest: [] } => return Ok(&self.output),
-                Fed::Ended { .. } | Fed::All => return Err(InflateError::Corrupt),
+            FeedOutcome::All => match self.feed(&INFLATE_TAIL, bytes_max)? {
+                FeedOutcome::Ended { rest: [] } => return Ok(&self.output),
+                FeedOutcome::Ended { .. } | FeedOutcome::All => return Err(InflateError::Corrupt),
             },
-            Fed::Ended { rest } => rest,
+            FeedOutcome::Ended { rest } => rest,
         };
         match rest {
             [] | [AFTER_FINAL_BLOCK] => Ok(&self.output),
@@ -116,7 +113,11 @@ impl Inflater {
         }
     }
 
-    fn feed<'a>(&mut self, mut input: &'a [u8], bytes_max: usize) -> Result<Fed<'a>, InflateError> {
+    fn feed<'a>(
+        &mut self,
+        mut input: &'a [u8],
+        bytes_max: usize,
+    ) -> Result<FeedOutcome<'a>, InflateError> {
         loop {
             let (in_before, out_before) = (self.inflate.total_in(), self.inflate.total_out());
             let room = (bytes_max + 1).saturating_sub(self.output.len()).min(INFLATE_STEP_BYTES);
@@ -134,8 +135,10 @@ impl Inflater {
             let idle =
                 self.inflate.total_in() == in_before && self.inflate.total_out() == out_before;
             match status {
-                Status::StreamEnd => return Ok(Fed::Ended { rest: input }),
-                Status::Ok | Status::BufError if idle && input.is_empty() => return Ok(Fed::All),
+                Status::StreamEnd => return Ok(FeedOutcome::Ended { rest: input }),
+                Status::Ok | Status::BufError if idle && input.is_empty() => {
+                    return Ok(FeedOutcome::All);
+                }
                 Status::Ok | Status::BufError if idle => return Err(InflateError::Corrupt),
                 Status::Ok | Status::BufError => {}
             }
@@ -143,23 +146,23 @@ impl Inflater {
     }
 }
 
-/// Output buffer kept from one message to the next, bytes.
+/// Output buffer kept between messages, bytes.
 const OUTPUT_BYTES_KEPT: usize = 64 * 1024;
 
-enum Fed<'a> {
-    /// All input is taken, and the inflater waits for more.
+enum FeedOutcome<'a> {
+    /// All input is consumed and no final block has ended.
     All,
     /// A final block ended before `rest`.
     Ended { rest: &'a [u8] },
 }
 
-/// Longest lawful compressed form of a message of `bytes` bytes: DEFLATE stores what does not shrink
-/// in blocks of 65,535 bytes at most with 5 bytes each, and senders cut them shorter at will.
+/// Longest accepted payload of a compressed message of `bytes` bytes. DEFLATE stores incompressible
+/// data in blocks of at most 65,535 bytes with 5 bytes of overhead; senders may use shorter blocks.
 pub const fn compressed_bytes_max(bytes: usize) -> usize {
     bytes.saturating_add(bytes / 256).saturating_add(64)
 }
 
-/// [`Compressor::compress`] at once, for a rare message; `level` 1 to 9.
+/// [`Compressor::compress`] with a compressor of its own, for rare messages. `level` is 1 to 9.
 pub fn compress(message: &[u8], level: u32, window_bits: u8) -> Option<Vec<u8>> {
     Compressor::new(level, window_bits)?.compress(message)
 }
@@ -184,23 +187,23 @@ mod tests {
         // §7.2.3.6 the empty message.
         assert_eq!(inflated(b"\x00"), Ok(vec![]));
         assert_eq!(inflated(b""), Err(InflateError::Corrupt), "not even an empty block");
-        // §7.2.3.2 a second message that refers to the first: never with no context takeover.
+        // §7.2.3.2 a second message that refers to the first: invalid without context takeover.
         assert_eq!(inflated(b"\xf2\x00\x11\x00\x00"), Err(InflateError::Corrupt));
     }
 
     #[test]
-    fn what_is_not_whole_blocks_is_refused() {
+    fn incomplete_blocks_are_corrupt() {
         let whole = b"\xf2\x48\xcd\xc9\xc9\x07\x00";
         for cut in 1..whole.len() {
             assert_eq!(inflated(&whole[..cut]), Err(InflateError::Corrupt), "{cut}");
         }
         assert_eq!(inflated(b"\x06"), Err(InflateError::Corrupt), "reserved block type");
         let after_end = b"\xf3\x48\xcd\xc9\xc9\x07\x00\xf3\x48\xcd\xc9\xc9\x07\x00";
-        assert_eq!(inflated(after_end), Err(InflateError::Corrupt), "goes on after a final block");
+        assert_eq!(inflated(after_end), Err(InflateError::Corrupt), "data after a final block");
     }
 
     #[test]
-    fn a_bomb_is_stopped_at_the_limit() {
+    fn compression_bomb_is_stopped_at_the_limit() {
         let bomb = compress(&vec![0; 1 << 20], 9, 15).expect("shrinks");
         assert!(bomb.len() < 2000);
         let mut inflater = Inflater::default();
@@ -208,12 +211,12 @@ mod tests {
         assert!(inflater.output.capacity() <= 4 * INFLATE_STEP_BYTES);
         assert_eq!(inflater.inflate(&bomb, 1 << 20).map(<[u8]>::len), Ok(1 << 20));
         assert_eq!(inflater.inflate(&bomb, (1 << 20) - 1), Err(InflateError::TooBig));
-        // The next message finds nothing of the one before.
+        // The next message does not depend on the failed one.
         assert_eq!(inflater.inflate(b"\x00", 1), Ok(&b""[..]));
     }
 
     #[test]
-    fn compresses_only_what_shrinks_and_only_for_windows_that_work() {
+    fn compresses_only_if_the_payload_shrinks_and_the_window_is_usable() {
         assert_eq!(compress(b"", 6, 15), None);
         assert_eq!(compress(b"abc", 6, 15), None);
         assert_eq!(compress(&[b'a'; 100], 6, 8), None);

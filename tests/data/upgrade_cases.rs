@@ -1,6 +1,6 @@
-//! Upgrade requests, lawful, odd and hostile, each with the status it is answered with and a text
-//! that the answer contains. The server has `/echo` on, takes any origin and no tokens (`delivery
-//! dev`). Used on the parser alone and through a socket.
+//! Upgrade requests: valid, unusual and hostile, each with the status of its response and a text that
+//! the response contains. The server enables `/echo` and accepts any origin without tokens (`delivery
+//! dev`). Used with the parser alone and over a socket.
 
 #[path = "upgrade_cases/handshake.rs"]
 mod handshake;
@@ -11,32 +11,36 @@ mod request;
 
 use request::Request;
 
-/// One request and its answer.
+/// A request and its response.
 pub(crate) struct Case {
-    /// What is odd about it; unique.
+    /// What is special about the request; unique.
     pub(crate) name: &'static str,
-    /// All its bytes.
+    /// The complete request.
     pub(crate) request: Vec<u8>,
-    /// Status of the answer.
+    /// Status of the response.
     pub(crate) status: u16,
-    /// Somewhere in the answer.
-    pub(crate) says: &'static str,
+    /// Text that the response contains.
+    pub(crate) contains: &'static str,
 }
 
 #[derive(Default)]
 struct Table(Vec<Case>);
 
 impl Table {
-    fn is(&mut self, status: u16, says: &'static str, name: &'static str, request: Request) {
-        self.raw(status, says, name, request.bytes());
+    fn accepts(&mut self, name: &'static str, request: Request) {
+        self.is(101, request::ACCEPT, name, request);
     }
 
-    fn raw(&mut self, status: u16, says: &'static str, name: &'static str, request: Vec<u8>) {
-        self.0.push(Case { name, request, status, says });
+    fn is(&mut self, status: u16, contains: &'static str, name: &'static str, request: Request) {
+        self.raw(status, contains, name, request.bytes());
+    }
+
+    fn raw(&mut self, status: u16, contains: &'static str, name: &'static str, request: Vec<u8>) {
+        self.0.push(Case { name, request, status, contains });
     }
 }
 
-/// All of them.
+/// All cases.
 pub(crate) fn cases() -> Vec<Case> {
     let mut table = Table::default();
     http::cases(&mut table);

@@ -1,26 +1,26 @@
-//! What the client offers in `Sec-WebSocket-Protocol`, and where its bearer token is.
+//! Subprotocols that the client offers, and its bearer token.
 
 use crate::domain::command::Secret;
 use crate::domain::limits::TOKEN_BYTES_MAX;
 use crate::protocol::upgrade::Subprotocol;
-use crate::protocol::upgrade::fields::Fields;
+use crate::protocol::upgrade::fields::HeaderFields;
 use crate::protocol::upgrade::list;
 use crate::protocol::upgrade::refused::Refused;
 
-/// Before the token in an entry of `Sec-WebSocket-Protocol`.
+/// Prefix of an entry of `Sec-WebSocket-Protocol` that carries a token.
 const TOKEN_PREFIX: &str = "bearer.";
 
-/// What `Sec-WebSocket-Protocol` holds.
-pub(super) struct Offered<'a> {
-    /// The first that we speak: the list is in the client's order of preference (RFC 6455 §4.1).
-    /// `None` if it offers none of ours, which is no error (RFC 6455 §4.2.2): it is then served as
-    /// a client that offers nothing.
+/// Contents of `Sec-WebSocket-Protocol`.
+pub(super) struct OfferedProtocols<'a> {
+    /// The first supported subprotocol; the list is in the client's order of preference (RFC 6455
+    /// §4.1). `None` if none is supported, which is not an error (RFC 6455 §4.2.2): the client gets the
+    /// default then.
     pub(super) protocol: Option<Subprotocol>,
     pub(super) token: Option<&'a str>,
 }
 
-pub(super) fn subprotocols<'a>(fields: &Fields<'a>) -> Result<Offered<'a>, Refused> {
-    let mut offered = Offered { protocol: None, token: None };
+pub(super) fn subprotocols<'a>(fields: &HeaderFields<'a>) -> Result<OfferedProtocols<'a>, Refused> {
+    let mut offered = OfferedProtocols { protocol: None, token: None };
     for value in fields.texts("sec-websocket-protocol")? {
         for element in list::elements(value) {
             // RFC 6455 §4.1: each element is a token.
@@ -37,19 +37,19 @@ pub(super) fn subprotocols<'a>(fields: &Fields<'a>) -> Result<Offered<'a>, Refus
     Ok(offered)
 }
 
-/// The one token of the request. RFC 6750 §2: not more than one way may be used; the same token in
-/// two places is tolerated, since a proxy may add the header.
+/// The token of the request. RFC 6750 §2 allows a single way to send it. The same token in two places
+/// is tolerated, because a proxy may add the header.
 pub(super) fn token(
-    fields: &Fields<'_>,
-    of_query: Option<String>,
-    of_protocol: Option<&str>,
+    fields: &HeaderFields<'_>,
+    query: Option<String>,
+    subprotocol: Option<&str>,
 ) -> Result<Option<Secret>, Refused> {
-    let of_header = match fields.one("authorization")? {
+    let header = match fields.one("authorization")? {
         Some(value) => bearer(value),
         None => None,
     };
     let mut token: Option<String> = None;
-    for found in [of_header.map(str::to_owned), of_query, of_protocol.map(str::to_owned)] {
+    for found in [header.map(str::to_owned), query, subprotocol.map(str::to_owned)] {
         let Some(found) = found else { continue };
         if !is_bearer_token(&found) || found.len() > TOKEN_BYTES_MAX {
             return Err(Refused::bad_request(format!(
@@ -68,8 +68,8 @@ fn two_tokens() -> Refused {
     Refused::bad_request("two different bearer tokens")
 }
 
-/// The token of `Bearer TOKEN`; `None` for another scheme, which is none of ours (RFC 9110 §11.4:
-/// scheme names compare without case).
+/// The token of `Bearer TOKEN`; `None` for any other scheme. RFC 9110 §11.4: scheme names are not
+/// case-sensitive.
 fn bearer(value: &str) -> Option<&str> {
     let (scheme, token) = value.split_once(' ').unwrap_or((value, ""));
     scheme.eq_ignore_ascii_case("Bearer").then(|| token.trim_start_matches(' '))

@@ -3,56 +3,55 @@
 use crate::protocol::deflate::{WINDOW_BITS_MAX, WINDOW_BITS_MIN};
 use crate::protocol::upgrade::list;
 
-/// The extension's registered name (RFC 7692 §8.1).
+/// Registered name of the extension (RFC 7692 §8.1).
 const NAME: &str = "permessage-deflate";
-/// Extensions in one offer list that are looked at; more is an unlawful request.
+/// Most extensions in one request. More are refused.
 const OFFERS_MAX: usize = 16;
-/// Parameters of one extension; permessage-deflate has four.
+/// Most parameters of one extension. permessage-deflate has four.
 const PARAMETERS_MAX: usize = 16;
 
-/// What was agreed. Both sides forget their window after each message: the server so that one
-/// compressed event serves every recipient, the client so that no connection holds a window.
+/// Negotiated parameters. Neither side keeps its window between messages: so the server compresses an
+/// event once for all recipients, and no connection stores an inflate window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeflateParams {
-    /// The window that the server compresses with, as a power of two, 8 to 15.
+    /// Window of the server's compressor, as a power of two: 8 to 15.
     pub server_window_bits: u8,
-    /// The offer named `server_max_window_bits`, so the answer must too.
+    /// The offer contains `server_max_window_bits`, so the answer must contain it.
     window_bits_named: bool,
 }
 
 impl DeflateParams {
-    /// Whether messages compressed with the largest window may be sent: shared events are.
+    /// Whether the client accepts the largest window, which shared events are compressed with.
     pub fn takes_any_window(self) -> bool {
         self.server_window_bits == WINDOW_BITS_MAX
     }
 
-    /// The value of `Sec-WebSocket-Extensions` in the answer.
+    /// The value of `Sec-WebSocket-Extensions` in the response.
     ///
-    /// `server_no_context_takeover` may be volunteered (RFC 7692 §7.1.1.1) and
-    /// `client_no_context_takeover` demanded (§7.1.1.2) of any offer. `client_max_window_bits` is
-    /// left out: whatever the client's window is, the inflater's is the largest.
+    /// For any offer the server may add `server_no_context_takeover` (RFC 7692 §7.1.1.1) and demand
+    /// `client_no_context_takeover` (§7.1.1.2). `client_max_window_bits` is not needed: the inflater's
+    /// window is the largest.
     pub fn answer(self) -> String {
         let mut value = format!("{NAME}; server_no_context_takeover; client_no_context_takeover");
         if self.window_bits_named {
-            // RFC 7692 §7.1.2.1: an accepted server_max_window_bits is confirmed with the same or a
-            // smaller value.
+            // RFC 7692 §7.1.2.1: the server confirms server_max_window_bits with the same or a smaller
+            // value.
             value.push_str(&format!("; server_max_window_bits={}", self.server_window_bits));
         }
         value
     }
 }
 
-/// The header's grammar was broken (RFC 6455 §9.1: the connection MUST fail).
+/// The header violates the grammar (RFC 6455 §9.1: the connection MUST fail).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadExtensions;
 
-/// Chooses from the client's offers, which are in its order of preference (RFC 7692 §5.2): the first
-/// that is lawful. An offer with an unknown, doubled or invalid parameter is declined (§7.1) and the
-/// next one tried; extensions that we do not know are passed over.
+/// Chooses the first valid offer; offers are in the client's order of preference (RFC 7692 §5.2).
+/// Declines an offer with an unknown, repeated or invalid parameter (§7.1). Ignores unknown extensions.
 ///
 /// # Errors
 ///
-/// [`BadExtensions`] if the header is not an extension list at all (RFC 6455 §9.1).
+/// [`BadExtensions`] if the header is not an extension list (RFC 6455 §9.1).
 pub fn negotiate<'a>(
     values: impl Iterator<Item = &'a str>,
 ) -> Result<Option<DeflateParams>, BadExtensions> {
@@ -64,16 +63,16 @@ pub fn negotiate<'a>(
             if offers > OFFERS_MAX {
                 return Err(BadExtensions);
             }
-            let accepted = offer_in(offer)?;
+            let accepted = evaluate(offer)?;
             chosen = chosen.or(accepted);
         }
     }
     Ok(chosen)
 }
 
-/// Parameters as seen so far; `Err` inside: declined.
+/// Parameters of one offer.
 #[derive(Default)]
-struct Offer {
+struct DeflateOffer {
     server_no_context_takeover: bool,
     client_no_context_takeover: bool,
     server_max_window_bits: Option<u8>,
@@ -81,19 +80,20 @@ struct Offer {
     declined: bool,
 }
 
-fn offer_in(element: &str) -> Result<Option<DeflateParams>, BadExtensions> {
+/// The parameters to answer an offer with; `None` if it is declined.
+fn evaluate(element: &str) -> Result<Option<DeflateParams>, BadExtensions> {
     let mut parts = list::parts(element, b';');
     let name = parts.next().unwrap_or_default();
     if !list::is_token(name) {
         return Err(BadExtensions);
     }
-    let mut offer = Offer::default();
+    let mut offer = DeflateOffer::default();
     for (count, part) in parts.enumerate() {
         if count >= PARAMETERS_MAX {
             return Err(BadExtensions);
         }
         let (key, value) = parameter(part)?;
-        offer.take(key, value.as_deref());
+        offer.add(key, value.as_deref());
     }
     if !name.eq_ignore_ascii_case(NAME) || offer.declined {
         return Ok(None);
@@ -104,11 +104,10 @@ fn offer_in(element: &str) -> Result<Option<DeflateParams>, BadExtensions> {
     }))
 }
 
-impl Offer {
-    fn take(&mut self, key: &str, value: Option<&str>) {
-        // RFC 7692 §7.1: unknown parameters, invalid values and the same name twice decline the
-        // offer.
-        let lawful = if key.eq_ignore_ascii_case("server_no_context_takeover") {
+impl DeflateOffer {
+    fn add(&mut self, key: &str, value: Option<&str>) {
+        // RFC 7692 §7.1: an unknown parameter, an invalid value or a repeated name declines the offer.
+        let valid = if key.eq_ignore_ascii_case("server_no_context_takeover") {
             !std::mem::replace(&mut self.server_no_context_takeover, true) && value.is_none()
         } else if key.eq_ignore_ascii_case("client_no_context_takeover") {
             !std::mem::replace(&mut self.client_no_context_takeover, true) && value.is_none()
@@ -116,13 +115,13 @@ impl Offer {
             let bits = value.and_then(window_bits);
             bits.is_some() && self.server_max_window_bits.replace(bits.unwrap_or(0)).is_none()
         } else if key.eq_ignore_ascii_case("client_max_window_bits") {
-            // RFC 7692 §7.1.2.2: in an offer it may stand without a value.
+            // RFC 7692 §7.1.2.2: the value is optional in an offer.
             !std::mem::replace(&mut self.client_max_window_bits, true)
                 && value.is_none_or(|bits| window_bits(bits).is_some())
         } else {
             false
         };
-        self.declined |= !lawful;
+        self.declined |= !valid;
     }
 }
 
@@ -133,7 +132,7 @@ fn window_bits(value: &str) -> Option<u8> {
     (plain && (WINDOW_BITS_MIN..=WINDOW_BITS_MAX).contains(&bits)).then_some(bits)
 }
 
-/// `token [ "=" ( token | quoted-string ) ]`; what is quoted must be a token too (RFC 6455 §9.1).
+/// `token [ "=" ( token | quoted-string ) ]`. A quoted value must be a token too (RFC 6455 §9.1).
 fn parameter(part: &str) -> Result<(&str, Option<std::borrow::Cow<'_, str>>), BadExtensions> {
     let Some((key, value)) = part.split_once('=') else {
         return if list::is_token(part) { Ok((part, None)) } else { Err(BadExtensions) };
@@ -183,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn first_lawful_offer_wins() {
+    fn first_valid_offer_is_chosen() {
         let offers = "permessage-deflate; server_max_window_bits=9, permessage-deflate";
         assert_eq!(answer(offers), Ok(Some(format!("{PLAIN}; server_max_window_bits=9"))));
         let chosen = negotiate(["foo", "permessage-deflate"].into_iter());
@@ -219,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_extension_list_fails() {
+    fn invalid_extension_list_fails() {
         for bad in [
             "permessage-deflate; ",
             "permessage-deflate; =1",

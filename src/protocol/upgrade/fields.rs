@@ -1,13 +1,13 @@
-//! The header fields of a request.
+//! Header fields of a request.
 
 use crate::protocol::upgrade::list;
 use crate::protocol::upgrade::refused::Refused;
 
-/// All fields, in their order. Names compare without case (RFC 9110 §5.1).
-pub(super) struct Fields<'a>(&'a [httparse::Header<'a>]);
+/// All header fields, in order. Names are not case-sensitive (RFC 9110 §5.1).
+pub(super) struct HeaderFields<'a>(&'a [httparse::Header<'a>]);
 
-impl<'a> Fields<'a> {
-    /// Splits `lines` (with the empty line at their end) into `storage`.
+impl<'a> HeaderFields<'a> {
+    /// Parses `lines`, which end with an empty line, into `storage`.
     pub(super) fn parse(
         lines: &'a [u8],
         storage: &'a mut [httparse::Header<'a>],
@@ -23,12 +23,12 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Values of the fields of this (lower-case) name.
+    /// Values of all fields with this name.
     pub(super) fn all(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.0.iter().filter(move |f| f.name.eq_ignore_ascii_case(name)).map(|f| f.value)
     }
 
-    /// Like [`Fields::all`], as text.
+    /// Like [`HeaderFields::all`], as text. Fails if a value is not ASCII.
     pub(super) fn texts(&self, name: &str) -> Result<impl Iterator<Item = &'a str>, Refused> {
         for value in self.all(name) {
             text(name, value)?;
@@ -36,7 +36,7 @@ impl<'a> Fields<'a> {
         Ok(self.all(name).filter_map(|value| std::str::from_utf8(value).ok()))
     }
 
-    /// The value of a field that must not be there twice.
+    /// The value of a field that may occur once.
     pub(super) fn one(&self, name: &str) -> Result<Option<&'a str>, Refused> {
         let mut values = self.all(name);
         match (values.next(), values.next()) {
@@ -46,7 +46,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Whether a comma-separated field, over all its lines, lists this token, whatever its case.
+    /// Whether a comma-separated field contains this token in any of its lines. Ignores case.
     pub(super) fn lists(&self, name: &str, token: &str) -> Result<bool, Refused> {
         let mut found = false;
         for value in self.texts(name)? {
@@ -55,8 +55,8 @@ impl<'a> Fields<'a> {
         Ok(found)
     }
 
-    /// Whether the message has a body, if that is beyond doubt (RFC 9112 §6.3): what a proxy and we
-    /// could delimit differently is refused.
+    /// Whether the request has a body (RFC 9112 §6.3). Fails if a proxy could delimit the body
+    /// differently.
     pub(super) fn has_body(&self, minor_version: u8) -> Result<bool, Refused> {
         let transfer_encoding = self.all("transfer-encoding").next().is_some();
         let length = match self.one("content-length")? {
@@ -66,8 +66,8 @@ impl<'a> Fields<'a> {
             }
             Some(_) => return Err(Refused::bad_request("Content-Length must be one number")),
         };
-        // RFC 9112 §6.1: both at once, or a transfer coding in HTTP/1.0, is how requests are
-        // smuggled.
+        // RFC 9112 §6.1: both fields together, or a transfer coding in HTTP/1.0, allow request
+        // smuggling.
         if transfer_encoding && (length.is_some() || minor_version == 0) {
             return Err(Refused::bad_request(
                 "Transfer-Encoding makes the body's length ambiguous",

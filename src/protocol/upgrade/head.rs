@@ -1,77 +1,75 @@
-//! The outer shape of a request: where its head ends, which bytes may stand in it, its first line.
+//! Head of a request: its end, its allowed bytes and its request line.
 
 use memchr::memmem;
 
 use crate::protocol::upgrade::list;
 use crate::protocol::upgrade::refused::Refused;
 
-/// Methods are short; what is longer is not HTTP.
+/// Longest method, bytes. No HTTP method is longer.
 const METHOD_BYTES_MAX: usize = 32;
 
-/// A request line and the header fields after it.
+/// The request line and the header fields.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Head<'a> {
+pub(super) struct RequestHead<'a> {
     pub(super) method: &'a str,
     pub(super) target: &'a str,
-    /// The major version is 1.
+    /// Minor version of HTTP/1.
     pub(super) minor_version: u8,
-    /// All field lines and the empty line after them.
+    /// All field lines, with the empty line at the end.
     pub(super) fields: &'a [u8],
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Scan<'a> {
+pub(super) enum HeadScan<'a> {
     NeedMore,
-    Complete { head: Head<'a>, consumed: usize },
+    Complete { head: RequestHead<'a>, consumed: usize },
 }
 
-/// Finds the head at the front of `input`; judges its bytes and its first line as far as they are
-/// there.
-pub(super) fn scan(input: &[u8], head_bytes_max: usize) -> Result<Scan<'_>, Refused> {
+/// Finds the head at the front of `input`. Checks its bytes and its request line as far as they have
+/// arrived.
+pub(super) fn scan(input: &[u8], head_bytes_max: usize) -> Result<HeadScan<'_>, Refused> {
     // RFC 9112 §2.2: an empty line before the request line SHOULD be ignored.
     let skipped = if input.starts_with(b"\r\n") { 2 } else { 0 };
     let input = &input[skipped..];
     let within = &input[..input.len().min(head_bytes_max)];
     let end = memmem::find(within, b"\r\n\r\n").map(|at| at + 4);
-    let here = &within[..end.unwrap_or(within.len())];
+    let head = &within[..end.unwrap_or(within.len())];
 
-    let line_end = memmem::find(here, b"\r\n");
-    check_bytes(&here[..line_end.map_or(here.len(), |at| at + 2)])?;
-    let line = line_end.map(|at| request_line(&here[..at])).transpose()?;
-    check_bytes(here)?;
+    let line_end = memmem::find(head, b"\r\n");
+    check_bytes(&head[..line_end.map_or(head.len(), |at| at + 2)])?;
+    let line = line_end.map(|at| request_line(&head[..at])).transpose()?;
+    check_bytes(head)?;
 
     match (line, line_end, end) {
         (Some((method, target, minor_version)), Some(line_end), Some(end)) => {
-            let fields = &here[line_end + 2..];
-            let head = Head { method, target, minor_version, fields };
-            Ok(Scan::Complete { head, consumed: skipped + end })
+            let fields = &head[line_end + 2..];
+            let head = RequestHead { method, target, minor_version, fields };
+            Ok(HeadScan::Complete { head, consumed: skipped + end })
         }
-        _ if input.len() < head_bytes_max => Ok(Scan::NeedMore),
+        _ if input.len() < head_bytes_max => Ok(HeadScan::NeedMore),
         (None, ..) => Err(Refused::new(414, "the request target is too long")),
         _ => Err(Refused::new(431, "the request's header fields are too long")),
     }
 }
 
-/// RFC 9112 §2.2, §5, RFC 9110 §5.5: lines end with CR LF; a bare CR, a bare LF, a NUL or another
-/// control character is read differently by different readers and refused. So are folded lines
-/// (RFC 9112 §5.2), which begin with white space.
+/// RFC 9112 §2.2, §5, RFC 9110 §5.5: lines end with CR LF. A bare CR, a bare LF, a NUL or another
+/// control character is refused, because parsers interpret it differently. So is a folded line (RFC
+/// 9112 §5.2), which starts with white space.
 fn check_bytes(head: &[u8]) -> Result<(), Refused> {
     for (at, &byte) in head.iter().enumerate() {
-        let lawful = match byte {
+        let valid = match byte {
             b'\r' => head.get(at + 1).is_none_or(|next| *next == b'\n'),
             b'\n' => at > 0 && head[at - 1] == b'\r',
             b'\t' => true,
             0..0x20 | 0x7f => false,
             _ => true,
         };
-        if !lawful {
-            return Err(Refused::bad_request(
-                "not an HTTP/1.1 request: unlawful control character",
-            ));
+        if !valid {
+            return Err(Refused::bad_request("not an HTTP/1.1 request: invalid control character"));
         }
         let folded = matches!(byte, b' ' | b'\t') && at > 0 && head[at - 1] == b'\n';
         if folded {
-            return Err(Refused::bad_request("a header line is folded or begins with white space"));
+            return Err(Refused::bad_request("a header line is folded or starts with white space"));
         }
     }
     Ok(())
@@ -109,24 +107,25 @@ mod tests {
     const LIMIT: usize = 64;
 
     fn status(input: &[u8]) -> u16 {
-        scan(input, LIMIT).map(|scan| format!("{scan:?}")).expect_err("lawful").status()
+        scan(input, LIMIT).map(|scan| format!("{scan:?}")).expect_err("must fail").status()
     }
 
     #[test]
-    fn whole_head_is_found_and_the_rest_left() {
+    fn complete_head_is_found_and_the_rest_is_not_consumed() {
         let input = b"\r\nGET /x HTTP/1.1\r\nA: b\r\n\r\n\x81\x00";
-        let head = Head { method: "GET", target: "/x", minor_version: 1, fields: b"A: b\r\n\r\n" };
-        assert_eq!(scan(input, LIMIT), Ok(Scan::Complete { head, consumed: input.len() - 2 }));
+        let head =
+            RequestHead { method: "GET", target: "/x", minor_version: 1, fields: b"A: b\r\n\r\n" };
+        assert_eq!(scan(input, LIMIT), Ok(HeadScan::Complete { head, consumed: input.len() - 2 }));
         for cut in 0..input.len() - 2 {
-            assert_eq!(scan(&input[..cut], LIMIT), Ok(Scan::NeedMore), "{cut}");
+            assert_eq!(scan(&input[..cut], LIMIT), Ok(HeadScan::NeedMore), "{cut}");
         }
         let bare = b"GET / HTTP/1.0\r\n\r\n";
-        let head = Head { method: "GET", target: "/", minor_version: 0, fields: b"\r\n" };
-        assert_eq!(scan(bare, LIMIT), Ok(Scan::Complete { head, consumed: bare.len() }));
+        let head = RequestHead { method: "GET", target: "/", minor_version: 0, fields: b"\r\n" };
+        assert_eq!(scan(bare, LIMIT), Ok(HeadScan::Complete { head, consumed: bare.len() }));
     }
 
     #[test]
-    fn garbage_is_refused_before_it_is_complete() {
+    fn invalid_head_is_refused_before_it_is_complete() {
         for bad in [
             &b"\x16\x03\x01"[..],
             b"GET / HTTP/1.1\n",
@@ -147,11 +146,11 @@ mod tests {
     }
 
     #[test]
-    fn length_is_bounded() {
+    fn length_is_limited() {
         assert_eq!(status(&[b'a'; LIMIT]), 414);
         let line = b"GET / HTTP/1.1\r\nA: ".iter().copied();
         let long: Vec<u8> = line.chain(std::iter::repeat_n(b'b', LIMIT)).collect();
         assert_eq!(status(&long[..LIMIT]), 431);
-        assert_eq!(scan(&long[..LIMIT - 1], LIMIT), Ok(Scan::NeedMore));
+        assert_eq!(scan(&long[..LIMIT - 1], LIMIT), Ok(HeadScan::NeedMore));
     }
 }

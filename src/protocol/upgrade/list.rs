@@ -1,27 +1,10 @@
-//! The grammar that HTTP header values share: tokens, comma lists, quoted strings (RFC 9110 §5.6).
+//! Common grammar of HTTP header values: tokens, comma lists, quoted strings (RFC 9110 §5.6).
 
 use std::borrow::Cow;
 
 /// `tchar` of RFC 9110 §5.6.2.
-pub const fn is_token_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric()
-        || matches!(
-            byte,
-            b'!' | b'#'
-                | b'$'
-                | b'%'
-                | b'&'
-                | b'\''
-                | b'*'
-                | b'+'
-                | b'-'
-                | b'.'
-                | b'^'
-                | b'_'
-                | b'`'
-                | b'|'
-                | b'~'
-        )
+pub fn is_token_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 /// A non-empty token (RFC 9110 §5.6.2).
@@ -29,18 +12,18 @@ pub fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(is_token_byte)
 }
 
-/// Without optional white space around it (RFC 9110 §5.6.3).
+/// Removes optional white space around the text (RFC 9110 §5.6.3).
 pub fn trimmed(text: &str) -> &str {
     text.trim_matches([' ', '\t'])
 }
 
-/// Elements of a comma list, trimmed; empty ones are passed over (RFC 9110 §5.6.1.2). A comma within
-/// quotes is none.
+/// Elements of a comma list, trimmed and without empty ones (RFC 9110 §5.6.1.2). Ignores commas in
+/// quotes.
 pub fn elements(value: &str) -> impl Iterator<Item = &str> {
     parts(value, b',').filter(|element| !element.is_empty())
 }
 
-/// Parts between separators outside quotes, trimmed.
+/// Splits at separators outside quotes; trims the parts.
 pub fn parts(value: &str, separator: u8) -> impl Iterator<Item = &str> {
     let mut rest = Some(value);
     std::iter::from_fn(move || {
@@ -72,7 +55,7 @@ fn separator_at(value: &[u8], separator: u8) -> Option<usize> {
     None
 }
 
-/// A token as it is, or what a quoted string stands for (RFC 9110 §5.6.4); `None` if it is neither.
+/// A token unchanged, or the content of a quoted string (RFC 9110 §5.6.4); `None` for anything else.
 pub fn unquoted(value: &str) -> Option<Cow<'_, str>> {
     let Some(inner) = value.strip_prefix('"') else {
         return is_token(value).then_some(Cow::Borrowed(value));
@@ -109,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn token_bytes_as_rfc_9110_lists_them() {
+    fn token_bytes_match_rfc_9110() {
         let others: Vec<u8> = (0..=u8::MAX)
             .filter(|byte| is_token_byte(*byte) && !byte.is_ascii_alphanumeric())
             .collect();

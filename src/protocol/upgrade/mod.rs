@@ -1,18 +1,17 @@
-//! The opening handshake, server side (RFC 6455 §4.2, RFC 9112): the bytes of a request in, the
-//! request or the HTTP answer out.
+//! Opening handshake, server side (RFC 6455 §4.2, RFC 9112): request bytes in, parsed request or HTTP
+//! response out.
 //!
-//! Strict in all that two readers of the same bytes could understand differently (a proxy in front
-//! of us, and we), lenient where browsers, libraries and proxies lawfully differ. The order in which
-//! a request is judged: its bytes, its request line, its header fields, host and message framing
-//! (400), route (404), method (405), body, then the handshake proper.
+//! Strict where a proxy in front of this server could parse the same bytes differently; lenient where
+//! browsers, libraries and proxies differ within the standards. Order of the checks: bytes, request
+//! line, header fields, host and message framing (400), route (404), method (405), body, handshake.
 //!
-//! ## Where a token may be
+//! ## Places of a token
 //!
-//! - `Authorization: Bearer TOKEN`;
-//! - the query parameter `access_token`;
-//! - for browsers, which can set neither header nor keep a query out of logs, an entry
-//!   `bearer.TOKEN` of `Sec-WebSocket-Protocol`: `new WebSocket(url, ["realchat.v1", "bearer." + token])`.
-//!   It is never sent back, so a browser must offer a real subprotocol beside it.
+//! - `Authorization: Bearer TOKEN`
+//! - the query parameter `access_token`
+//! - an entry `bearer.TOKEN` of `Sec-WebSocket-Protocol`, for browsers: they cannot set headers, and
+//!   queries appear in logs. Example: `new WebSocket(url, ["realchat.v1", "bearer." + token])`. The
+//!   response never contains this entry, so a browser must also offer a real subprotocol.
 
 pub mod extension;
 pub mod list;
@@ -31,31 +30,31 @@ use sha1::{Digest as _, Sha1};
 use crate::domain::command::Secret;
 use crate::domain::encoding::Encoding;
 use crate::protocol::upgrade::extension::DeflateParams;
-use crate::protocol::upgrade::fields::Fields;
-use crate::protocol::upgrade::head::{Head, Scan};
+use crate::protocol::upgrade::fields::HeaderFields;
+use crate::protocol::upgrade::head::{HeadScan, RequestHead};
 use crate::protocol::upgrade::origin::Origins;
-use crate::protocol::upgrade::query::Query;
-use crate::protocol::upgrade::target::Target;
+use crate::protocol::upgrade::query::SessionQuery;
+use crate::protocol::upgrade::target::RequestTarget;
 
-pub use crate::protocol::upgrade::refused::{Refused, refusal};
+pub use crate::protocol::upgrade::refused::{Refused, response_refused};
 
-/// What is served and what is tolerated.
+/// Settings of the handshake.
 #[derive(Clone, Debug)]
 pub struct UpgradeRules {
     /// `/echo` is a route. Default: no.
     pub echo: bool,
     /// permessage-deflate may be negotiated. Default: yes.
     pub deflate: bool,
-    /// From which origins browsers may connect. Default: any.
+    /// Allowed origins of browsers. Default: any.
     pub origins: Origins,
-    /// Request line and header fields together, bytes. Default: 16 KiB, room for a long token and
-    /// cookies.
+    /// Longest request line and header fields together, bytes. Default: 16 KiB, room for a long token
+    /// and cookies.
     pub head_bytes_max: usize,
-    /// Header fields, at most [`FIELDS_MAX`]. Default: 64.
+    /// Most header fields, up to [`FIELDS_MAX`]. Default: 64.
     pub fields_max: usize,
 }
 
-/// Upper bound of [`UpgradeRules::fields_max`].
+/// Upper limit of [`UpgradeRules::fields_max`].
 pub const FIELDS_MAX: usize = 128;
 
 impl Default for UpgradeRules {
@@ -70,25 +69,25 @@ impl Default for UpgradeRules {
     }
 }
 
-/// What the bytes are so far.
+/// Result of [`parse`].
 #[derive(Debug)]
 pub enum Upgrade {
-    /// Nothing wrong yet: ask again, from the first byte, when more has come.
+    /// The input is valid but incomplete. Call again with more input, from the first byte.
     NeedMore,
-    /// A lawful request, and how many bytes it took; those after it are frames already.
+    /// A valid request and its length in bytes. The bytes after it are frames.
     Complete(Box<UpgradeRequest>, usize),
 }
 
-/// Which service the client wants.
+/// Service that the client requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Route {
     /// `/ws`: a session.
     Session,
-    /// `/echo`: sends back what it receives.
+    /// `/echo`: the server returns every message.
     Echo,
 }
 
-/// How events are written.
+/// Message format of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Subprotocol {
     /// `realchat.v1`: binary messages, one serialized `EventEnvelope` each.
@@ -98,7 +97,7 @@ pub enum Subprotocol {
 }
 
 impl Subprotocol {
-    /// Its name in `Sec-WebSocket-Protocol`.
+    /// The name in `Sec-WebSocket-Protocol`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Binary => "realchat.v1",
@@ -106,37 +105,36 @@ impl Subprotocol {
         }
     }
 
-    /// Names are case-sensitive (RFC 6455 §1.9 compares them as they are).
+    /// Names are case-sensitive (RFC 6455 §1.9).
     fn by_name(name: &str) -> Option<Self> {
         [Self::Binary, Self::Json].into_iter().find(|protocol| protocol.name() == name)
     }
 }
 
-/// A request that may be answered with 101.
+/// A valid upgrade request, which may be answered with 101.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpgradeRequest {
-    /// Which service.
+    /// The requested service.
     pub route: Route,
-    /// Decoded; empty if the token is to name the user. Empty for [`Route::Echo`].
+    /// Decoded; empty if the token names the user, and for [`Route::Echo`].
     pub user_id: String,
-    /// Decoded; never empty for [`Route::Session`], empty for [`Route::Echo`].
+    /// Decoded; never empty for [`Route::Session`], always for [`Route::Echo`].
     pub device_id: String,
-    /// The bearer token, unverified.
+    /// The bearer token, not verified.
     pub token: Option<Secret>,
-    /// `Sec-WebSocket-Accept` of the answer (RFC 6455 §4.2.2).
+    /// `Sec-WebSocket-Accept` of the response (RFC 6455 §4.2.2).
     pub accept_key: [u8; ACCEPT_BYTES],
-    /// How events are written.
+    /// Message format.
     pub protocol: Subprotocol,
-    /// The client offered `protocol`, so the answer names it.
+    /// The client offered `protocol`, so the response contains it.
     pub protocol_offered: bool,
-    /// permessage-deflate as agreed, if it was.
+    /// Parameters of permessage-deflate, if negotiated.
     pub deflate: Option<DeflateParams>,
 }
 
 impl UpgradeRequest {
-    /// How the session's events are encoded. Events are compressed once with the largest window; a
-    /// client that can only take a smaller one is sent them uncompressed, which is lawful (RFC 7692
-    /// §6).
+    /// Encoding of the session's events. Events are compressed once, with the largest window. A client
+    /// that accepts only a smaller window gets them uncompressed, as RFC 7692 §6 allows.
     pub fn encoding(&self) -> Encoding {
         let compressed = self.deflate.is_some_and(DeflateParams::takes_any_window);
         match (self.protocol, compressed) {
@@ -148,35 +146,36 @@ impl UpgradeRequest {
     }
 }
 
-/// Base64 of a SHA-1.
+/// Length of a SHA-1 hash in Base64.
 const ACCEPT_BYTES: usize = 28;
-/// Base64 of the 16 bytes of a key.
+/// Length of a key in Base64.
 const KEY_CHARS: usize = 24;
-/// Bytes of a key (RFC 6455 §4.2.1).
+/// Length of a key (RFC 6455 §4.2.1).
 const KEY_BYTES: usize = 16;
 /// Appended to the key before hashing (RFC 6455 §1.3).
 const KEY_SUFFIX: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
-/// Reads an upgrade request from the first bytes of a connection. Cutting the bytes changes nothing:
-/// a prefix of a request is [`Upgrade::NeedMore`] or refused like the whole.
+/// Parses an upgrade request from the first bytes of a connection. A prefix of a request is
+/// [`Upgrade::NeedMore`] or refused with the same status as the complete request.
 ///
 /// # Errors
 ///
-/// [`Refused`]: the answer to send before closing.
+/// [`Refused`]: the response to send before closing.
 pub fn parse(input: &[u8], rules: &UpgradeRules) -> Result<Upgrade, Refused> {
     let (head, consumed) = match head::scan(input, rules.head_bytes_max)? {
-        Scan::NeedMore => return Ok(Upgrade::NeedMore),
-        Scan::Complete { head, consumed } => (head, consumed),
+        HeadScan::NeedMore => return Ok(Upgrade::NeedMore),
+        HeadScan::Complete { head, consumed } => (head, consumed),
     };
-    let request =
-        judge(&head, rules).map_err(|refused| refused.answering_head(head.method == "HEAD"))?;
+    let request = check_head(&head, rules)
+        .map_err(|refused| refused.answering_head(head.method == "HEAD"))?;
     Ok(Upgrade::Complete(Box::new(request), consumed))
 }
 
-fn judge(head: &Head<'_>, rules: &UpgradeRules) -> Result<UpgradeRequest, Refused> {
+fn check_head(head: &RequestHead<'_>, rules: &UpgradeRules) -> Result<UpgradeRequest, Refused> {
     let mut storage = [httparse::EMPTY_HEADER; FIELDS_MAX];
-    let fields = Fields::parse(head.fields, &mut storage[..rules.fields_max.min(FIELDS_MAX)])?;
-    let target = Target::parse(head.target)?;
+    let fields =
+        HeaderFields::parse(head.fields, &mut storage[..rules.fields_max.min(FIELDS_MAX)])?;
+    let target = RequestTarget::parse(head.target)?;
     check_host(&fields, head.minor_version)?;
     let has_body = fields.has_body(head.minor_version)?;
     let route = match target.path {
@@ -196,7 +195,7 @@ fn judge(head: &Head<'_>, rules: &UpgradeRules) -> Result<UpgradeRequest, Refuse
     if has_body {
         return Err(Refused::bad_request("an upgrade request has no body"));
     }
-    // RFC 9110 §10.1.1: an expectation that cannot be met is answered with 417.
+    // RFC 9110 §10.1.1: the response to an unsupported expectation is 417.
     if fields.all("expect").next().is_some() {
         return Err(Refused::new(417, "an upgrade request has nothing to expect"));
     }
@@ -208,26 +207,26 @@ fn judge(head: &Head<'_>, rules: &UpgradeRules) -> Result<UpgradeRequest, Refuse
 
 fn complete(
     route: Route,
-    target: &Target<'_>,
-    fields: &Fields<'_>,
+    target: &RequestTarget<'_>,
+    fields: &HeaderFields<'_>,
     accept_key: [u8; ACCEPT_BYTES],
     rules: &UpgradeRules,
 ) -> Result<UpgradeRequest, Refused> {
     let offered = credentials::subprotocols(fields)?;
     let query = match route {
-        Route::Session => Query::parse(target.query)?,
-        Route::Echo => Query::default(),
+        Route::Session => SessionQuery::parse(target.query)?,
+        Route::Echo => SessionQuery::default(),
     };
     let token = match route {
         Route::Session => credentials::token(fields, query.access_token, offered.token)?,
         Route::Echo => None,
     };
-    // Contract §3. Without a user id the token may name the user; that is the service's to see.
+    // Contract §3. Without a user id the token may name the user; the service checks that.
     let user_missing = query.user_id.is_empty() && token.is_none();
     if route == Route::Session && (user_missing || query.device_id.is_empty()) {
         return Err(Refused::bad_request("missing user_id or device_id"));
     }
-    // RFC 6455 §9.1: a header that breaks the grammar MUST fail the connection.
+    // RFC 6455 §9.1: a header that violates the grammar MUST fail the connection.
     let deflate = extension::negotiate(fields.texts("sec-websocket-extensions")?)
         .map_err(|_| Refused::bad_request("Sec-WebSocket-Extensions is not an extension list"))?;
     Ok(UpgradeRequest {
@@ -242,9 +241,9 @@ fn complete(
     })
 }
 
-/// RFC 9112 §3.2: a request without a `Host`, with two, or with an invalid one MUST be answered with
-/// 400. HTTP/1.0 knows none.
-fn check_host(fields: &Fields<'_>, minor_version: u8) -> Result<(), Refused> {
+/// RFC 9112 §3.2: a request with no `Host`, two, or an invalid one MUST be answered with 400. `Host` is
+/// optional in HTTP/1.0.
+fn check_host(fields: &HeaderFields<'_>, minor_version: u8) -> Result<(), Refused> {
     match fields.one("host")? {
         Some(host) if target::is_authority(host) => Ok(()),
         None if minor_version == 0 => Ok(()),
@@ -253,7 +252,7 @@ fn check_host(fields: &Fields<'_>, minor_version: u8) -> Result<(), Refused> {
 }
 
 /// RFC 6455 §4.2.1, items 3, 4 and 6.
-fn check_upgrade(fields: &Fields<'_>, minor_version: u8) -> Result<(), Refused> {
+fn check_upgrade(fields: &HeaderFields<'_>, minor_version: u8) -> Result<(), Refused> {
     // RFC 9110 §7.8: `Upgrade` in an HTTP/1.0 request MUST be ignored.
     if minor_version == 0 {
         return Err(Refused::new(426, "a WebSocket upgrade needs HTTP/1.1 (is a proxy between?)"));
@@ -267,17 +266,17 @@ fn check_upgrade(fields: &Fields<'_>, minor_version: u8) -> Result<(), Refused> 
     if !fields.lists("connection", "upgrade")? {
         return Err(Refused::bad_request("Connection must list Upgrade (does a proxy drop it?)"));
     }
-    // RFC 6455 §4.4: another version is answered with the one that is spoken.
+    // RFC 6455 §4.4: the response to another version contains the supported one.
     match fields.one("sec-websocket-version")? {
         Some("13") => Ok(()),
         _ => Err(Refused::new(426, "Sec-WebSocket-Version must be 13")),
     }
 }
 
-/// RFC 6455 §4.2.1, item 5: a key that decodes to 16 bytes; §4.2.2, item 5.4: the answer to it.
-fn accept_key(fields: &Fields<'_>) -> Result<[u8; ACCEPT_BYTES], Refused> {
+/// RFC 6455 §4.2.1, item 5: the key decodes to 16 bytes. §4.2.2, item 5.4: the accept key.
+fn accept_key(fields: &HeaderFields<'_>) -> Result<[u8; ACCEPT_BYTES], Refused> {
     let key = fields.one("sec-websocket-key")?.unwrap_or_default();
-    // Bits after the last byte may be anything: the RFC's own example (§4.1) has some set.
+    // Bits after the last byte are ignored: the example of the RFC (§4.1) sets some.
     let lenient = base64::engine::GeneralPurpose::new(
         &base64::alphabet::STANDARD,
         base64::engine::GeneralPurposeConfig::new().with_decode_allow_trailing_bits(true),
@@ -293,9 +292,9 @@ fn accept_key(fields: &Fields<'_>) -> Result<[u8; ACCEPT_BYTES], Refused> {
     Ok(accept)
 }
 
-fn check_origin(fields: &Fields<'_>, origins: &Origins) -> Result<(), Refused> {
-    // RFC 6455 §10.2: a server that does not take every origin SHOULD check it and answer 403. Only
-    // browsers send one, and only their users need the protection.
+fn check_origin(fields: &HeaderFields<'_>, origins: &Origins) -> Result<(), Refused> {
+    // RFC 6455 §10.2: a server that accepts only some origins SHOULD check them and answer 403. Only
+    // browsers send an origin, and only their users need the protection.
     match fields.one("origin")? {
         Some(origin) if !origins.allow(origin) => {
             Err(Refused::new(403, "pages of this origin may not connect here"))
@@ -304,7 +303,7 @@ fn check_origin(fields: &Fields<'_>, origins: &Origins) -> Result<(), Refused> {
     }
 }
 
-/// The 101 answer (RFC 6455 §4.2.2).
+/// The 101 response (RFC 6455 §4.2.2).
 pub fn response_101(request: &UpgradeRequest) -> Vec<u8> {
     let mut answer = Vec::with_capacity(RESPONSE_BYTES_USUAL);
     answer.extend_from_slice(
@@ -324,5 +323,5 @@ pub fn response_101(request: &UpgradeRequest) -> Vec<u8> {
     answer
 }
 
-/// Most answers with all their fields fit.
+/// Capacity for most responses with all their fields, bytes.
 const RESPONSE_BYTES_USUAL: usize = 320;

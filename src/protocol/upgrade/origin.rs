@@ -1,25 +1,25 @@
-//! Which origins' pages may connect (RFC 6455 §10.2, RFC 6454).
+//! Allowed origins of web pages (RFC 6455 §10.2, RFC 6454).
 
-/// A rule over `Origin`. A request without one is not from a browser and always passes.
+/// Allowed values of `Origin`. A request without `Origin` is not from a browser and always allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origins {
-    /// All.
+    /// Any origin.
     Any,
-    /// These only.
-    Listed(Box<[Pattern]>),
+    /// Only origins that match a pattern.
+    Listed(Box<[OriginPattern]>),
 }
 
-/// One allowed origin, or all hosts below one domain.
+/// One origin, or all hosts below one domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pattern {
-    /// Lower-case scheme with `://`; for a [`Pattern::wildcard`] also nothing of the host.
+pub struct OriginPattern {
+    /// Lower-case scheme with `://`.
     scheme: Box<str>,
-    /// Lower-case host and port; with a leading dot for a wildcard.
+    /// Lower-case host and port; starts with a dot for a wildcard.
     authority: Box<str>,
     wildcard: bool,
 }
 
-/// Not an origin.
+/// A pattern that is not an origin.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{0}` is not an origin: write `https://app.example.com`, `http://localhost:3000` or `https://*.example.com`"
@@ -27,17 +27,17 @@ pub struct Pattern {
 pub struct BadOrigin(String);
 
 impl Origins {
-    /// A rule from settings: `*` alone is any.
+    /// Parses the setting. `*` alone means any origin.
     ///
     /// # Errors
     ///
-    /// [`BadOrigin`] for the first that is none.
+    /// [`BadOrigin`] for the first invalid pattern.
     pub fn parse<'a>(patterns: impl IntoIterator<Item = &'a str>) -> Result<Self, BadOrigin> {
         let patterns: Vec<&str> = patterns.into_iter().collect();
         if patterns == ["*"] {
             return Ok(Self::Any);
         }
-        Ok(Self::Listed(patterns.into_iter().map(Pattern::parse).collect::<Result<_, _>>()?))
+        Ok(Self::Listed(patterns.into_iter().map(OriginPattern::parse).collect::<Result<_, _>>()?))
     }
 
     /// Whether a page of this origin may connect.
@@ -49,7 +49,7 @@ impl Origins {
     }
 }
 
-impl Pattern {
+impl OriginPattern {
     fn parse(text: &str) -> Result<Self, BadOrigin> {
         let bad = || BadOrigin(text.to_owned());
         let lower = text.to_ascii_lowercase();
@@ -59,8 +59,8 @@ impl Pattern {
             Some(_) => return Err(bad()),
             None => (false, authority),
         };
-        let scheme_lawful = !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric());
-        if !scheme_lawful || host.contains('*') || !super::target::is_authority(host) {
+        let scheme_valid = !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric());
+        if !scheme_valid || host.contains('*') || !super::target::is_authority(host) {
             return Err(bad());
         }
         let authority = authority.trim_start_matches('*');
@@ -71,7 +71,7 @@ impl Pattern {
         let origin = origin.to_ascii_lowercase();
         let Some(authority) = origin.strip_prefix(&*self.scheme) else { return false };
         match self.wildcard {
-            // At least one character before the dot: `https://.example.com` is no host.
+            // Requires a character before the dot: `https://.example.com` has no host.
             true => authority.len() > self.authority.len() && authority.ends_with(&*self.authority),
             false => authority == &*self.authority,
         }
@@ -83,9 +83,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listed_origins_only() {
+    fn only_listed_origins_are_allowed() {
         let list = ["https://app.example.com", "http://localhost:3000", "https://*.corp.example"];
-        let origins = Origins::parse(list).expect("lawful");
+        let origins = Origins::parse(list).expect("valid patterns");
         for good in [
             "https://app.example.com",
             "HTTPS://App.Example.Com",
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_patterns_are_named() {
+    fn error_names_the_invalid_pattern() {
         for bad in [
             "",
             "app.example.com",

@@ -1,11 +1,11 @@
-//! What the request target says: the query of `/ws`, percent-decoded.
+//! SessionQuery of `/ws`, percent-decoded.
 
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::protocol::upgrade::refused::Refused;
 
-/// The parameters that mean something here; all others are passed over unread.
+/// Parameters of a session request. Other parameters are ignored.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Query {
+pub struct SessionQuery {
     /// `user_id`; empty if missing.
     pub user_id: String,
     /// `device_id`; empty if missing.
@@ -14,39 +14,41 @@ pub struct Query {
     pub access_token: Option<String>,
 }
 
-impl Query {
-    /// Reads the part of the target after `?`, without it.
+impl SessionQuery {
+    /// Parses the part of the target after `?`.
     ///
     /// # Errors
     ///
-    /// 400 for a value that does not decode to UTF-8, holds control characters, is too long, or for
-    /// a parameter given twice: two readers of the request could disagree which one counts.
+    /// 400 for a value that does not decode to UTF-8, contains control characters or is too long, and
+    /// for a parameter that is given twice: parsers could disagree which one counts.
     pub fn parse(query: &str) -> Result<Self, Refused> {
-        let mut seen = Seen::default();
+        let mut parameters = SessionParameters::default();
         for pair in query.split('&') {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            // A key that does not decode is none of ours.
+            // A key that does not decode is an unknown parameter.
             let Some(key) = decode(key, KEY_BYTES_MAX) else { continue };
             match key.as_str() {
-                "user_id" => seen.user_id.set(value, ID_BYTES_MAX, "user_id")?,
-                "device_id" => seen.device_id.set(value, ID_BYTES_MAX, "device_id")?,
-                "access_token" => seen.access_token.set(value, TOKEN_BYTES_MAX, "access_token")?,
+                "user_id" => parameters.user_id.set(value, ID_BYTES_MAX, "user_id")?,
+                "device_id" => parameters.device_id.set(value, ID_BYTES_MAX, "device_id")?,
+                "access_token" => {
+                    parameters.access_token.set(value, TOKEN_BYTES_MAX, "access_token")?
+                }
                 _ => {}
             }
         }
         Ok(Self {
-            user_id: seen.user_id.0.unwrap_or_default(),
-            device_id: seen.device_id.0.unwrap_or_default(),
-            access_token: seen.access_token.0.filter(|token| !token.is_empty()),
+            user_id: parameters.user_id.0.unwrap_or_default(),
+            device_id: parameters.device_id.0.unwrap_or_default(),
+            access_token: parameters.access_token.0.filter(|token| !token.is_empty()),
         })
     }
 }
 
-/// The longest key we know, percent-encoded to the last byte.
+/// Longest known key, bytes after decoding.
 const KEY_BYTES_MAX: usize = "access_token".len();
 
 #[derive(Default)]
-struct Seen {
+struct SessionParameters {
     user_id: Parameter,
     device_id: Parameter,
     access_token: Parameter,
@@ -66,15 +68,15 @@ impl Parameter {
             )));
         };
         if value.chars().any(char::is_control) {
-            return Err(Refused::bad_request(format!("{name} holds a control character")));
+            return Err(Refused::bad_request(format!("{name} contains a control character")));
         }
         self.0 = Some(value);
         Ok(())
     }
 }
 
-/// Undoes percent-encoding, and `+` for a space as HTML forms and `URLSearchParams` write it. `None`
-/// if a `%` is not followed by two hexadecimal digits, if the result is not UTF-8 or over
+/// Decodes percent-encoding, and `+` as a space as HTML forms and `URLSearchParams` encode it. `None`
+/// if a `%` is not followed by two hexadecimal digits, or the result is not UTF-8 or longer than
 /// `bytes_max` bytes.
 fn decode(encoded: &str, bytes_max: usize) -> Option<String> {
     let mut decoded = Vec::with_capacity(encoded.len().min(bytes_max));
@@ -100,30 +102,30 @@ fn hex(digit: u8) -> Option<u8> {
 mod tests {
     use super::*;
 
-    fn parse(query: &str) -> Query {
-        Query::parse(query).expect(query)
+    fn parse(query: &str) -> SessionQuery {
+        SessionQuery::parse(query).expect(query)
     }
 
     fn body(query: &str) -> String {
-        let refused = Query::parse(query).expect_err(query);
+        let refused = SessionQuery::parse(query).expect_err(query);
         assert_eq!(refused.status(), 400);
         refused.body().to_owned()
     }
 
     #[test]
-    fn decodes_what_it_knows_and_passes_over_the_rest() {
+    fn decodes_known_parameters_and_ignores_others() {
         let query = parse("user_id=J%C3%BCrgen+M&x=%zz&%=&device_id=a%2Bb&&=&access_token=a.b");
         assert_eq!((query.user_id.as_str(), query.device_id.as_str()), ("Jürgen M", "a+b"));
         assert_eq!(query.access_token.as_deref(), Some("a.b"));
         assert_eq!(parse("user%5fid=u").user_id, "u");
-        assert_eq!(parse(""), Query::default());
-        assert_eq!(parse("user_id&device_id="), Query::default());
+        assert_eq!(parse(""), SessionQuery::default());
+        assert_eq!(parse("user_id&device_id="), SessionQuery::default());
         assert_eq!(parse("access_token=").access_token, None);
         assert_eq!(parse("user_id=a=b").user_id, "a=b");
     }
 
     #[test]
-    fn refuses_what_two_readers_could_read_differently() {
+    fn refuses_ambiguous_parameters() {
         assert_eq!(body("user_id=a&user_id=b"), "user_id is given twice");
         assert_eq!(body("device_id=&device%5Fid=b"), "device_id is given twice");
         let not_utf8 = "user_id must be percent-encoded UTF-8 of at most 256 bytes";
@@ -133,7 +135,7 @@ mod tests {
         for bad in ["%00", "%0a", "%0D", "a%7F", "%C2%85", "%09"] {
             assert_eq!(
                 body(&format!("user_id={bad}")),
-                "user_id holds a control character",
+                "user_id contains a control character",
                 "{bad}"
             );
         }
@@ -143,10 +145,13 @@ mod tests {
     fn length_is_counted_after_decoding() {
         let longest = "%C3%A9".repeat(ID_BYTES_MAX / 2);
         assert_eq!(parse(&format!("user_id={longest}")).user_id.len(), ID_BYTES_MAX);
-        assert!(Query::parse(&format!("user_id={longest}x")).is_err());
-        assert!(Query::parse(&format!("access_token={}", "x".repeat(TOKEN_BYTES_MAX))).is_ok());
+        assert!(SessionQuery::parse(&format!("user_id={longest}x")).is_err());
         assert!(
-            Query::parse(&format!("access_token={}", "x".repeat(TOKEN_BYTES_MAX + 1))).is_err()
+            SessionQuery::parse(&format!("access_token={}", "x".repeat(TOKEN_BYTES_MAX))).is_ok()
+        );
+        assert!(
+            SessionQuery::parse(&format!("access_token={}", "x".repeat(TOKEN_BYTES_MAX + 1)))
+                .is_err()
         );
     }
 }

@@ -1,23 +1,21 @@
-//! HTTP answers other than 101: one line that says what was wrong and what to do.
+//! HTTP responses that refuse an upgrade. The body is one line: what is wrong and what to do.
 
 use std::borrow::Cow;
 
 use crate::domain::command::Refusal;
 
-/// An upgrade request that is not granted. The connection ends after the answer.
+/// A refused upgrade request. The server closes the connection after the response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
-    status: u16,
-    body: Cow<'static, str>,
-    retry_after_s: Option<u32>,
-    /// The request's method was HEAD: the body is announced but not sent (RFC 9110 §9.3.2).
+    refusal: Refusal,
+    /// The method is HEAD: the response announces the body but does not send it (RFC 9110 §9.3.2).
     head: bool,
 }
 
 impl Refused {
     /// `status` (400 to 599) with a one-line body.
     pub fn new(status: u16, body: impl Into<Cow<'static, str>>) -> Self {
-        Self { status, body: body.into(), retry_after_s: None, head: false }
+        Refusal { status, body: body.into(), retry_after_s: None }.into()
     }
 
     /// 400.
@@ -25,19 +23,19 @@ impl Refused {
         Self::new(400, body)
     }
 
-    /// 408: the request was not complete by its deadline.
+    /// 408: the request was incomplete at its deadline.
     pub fn timeout() -> Self {
         Self::new(408, "the request took too long")
     }
 
-    /// 429: too much from this address or user.
+    /// 429: a limit of this address or user is reached.
     pub fn too_many(body: impl Into<Cow<'static, str>>, retry_after_s: u32) -> Self {
-        Self { retry_after_s: Some(retry_after_s), ..Self::new(429, body) }
+        Refusal { status: 429, body: body.into(), retry_after_s: Some(retry_after_s) }.into()
     }
 
-    /// 503: too much in all, or not ready.
+    /// 503: a limit of the node is reached, or the node is not ready.
     pub fn unavailable(body: impl Into<Cow<'static, str>>, retry_after_s: u32) -> Self {
-        Self { retry_after_s: Some(retry_after_s), ..Self::new(503, body) }
+        Refusal { status: 503, body: body.into(), retry_after_s: Some(retry_after_s) }.into()
     }
 
     pub(super) fn answering_head(self, head: bool) -> Self {
@@ -46,38 +44,33 @@ impl Refused {
 
     /// HTTP status.
     pub fn status(&self) -> u16 {
-        self.status
+        self.refusal.status
     }
 
-    /// The line.
+    /// The body.
     pub fn body(&self) -> &str {
-        &self.body
+        &self.refusal.body
     }
 }
 
-impl From<&Refusal> for Refused {
-    fn from(refusal: &Refusal) -> Self {
-        Self {
-            status: refusal.status,
-            body: refusal.body.clone(),
-            retry_after_s: refusal.retry_after_s,
-            head: false,
-        }
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, head: false }
     }
 }
 
-/// The whole answer, ready to be sent.
-pub fn refusal(refused: &Refused) -> Vec<u8> {
-    let Refused { status, body, retry_after_s, head } = refused;
+/// The complete response.
+pub fn response_refused(refused: &Refused) -> Vec<u8> {
+    let Refused { refusal: Refusal { status, body, retry_after_s }, head } = refused;
     let reason = reason_phrase(*status);
     let mut answer = format!("HTTP/1.1 {status} {reason}\r\nConnection: close");
     match status {
-        // RFC 9110 §15.5.22, §7.8: a 426 MUST name the protocol, and `upgrade` with it; RFC 6455
-        // §4.4: and the version.
+        // RFC 9110 §15.5.22, §7.8: a 426 MUST contain `Upgrade`, listed in `Connection`. RFC 6455
+        // §4.4: it also contains the version.
         426 => answer.push_str(", Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"),
-        // RFC 9110 §15.5.6: a 405 MUST name the methods.
+        // RFC 9110 §15.5.6: a 405 MUST list the allowed methods.
         405 => answer.push_str("\r\nAllow: GET"),
-        // RFC 9110 §15.5.2: a 401 MUST name a challenge.
+        // RFC 9110 §15.5.2: a 401 MUST contain a challenge.
         401 => answer.push_str("\r\nWWW-Authenticate: Bearer"),
         _ => {}
     }
@@ -124,11 +117,11 @@ mod tests {
     use super::*;
 
     fn text(refused: &Refused) -> String {
-        String::from_utf8(refusal(refused)).expect("ASCII")
+        String::from_utf8(response_refused(refused)).expect("ASCII")
     }
 
     #[test]
-    fn golden_answers() {
+    fn golden_responses() {
         assert_eq!(
             text(&Refused::bad_request("missing user_id or device_id")),
             "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\
@@ -137,7 +130,7 @@ mod tests {
              missing user_id or device_id"
         );
         let busy = Refusal { status: 503, body: "busy".into(), retry_after_s: Some(7) };
-        assert!(text(&Refused::from(&busy)).contains("\r\nRetry-After: 7\r\n"));
+        assert!(text(&Refused::from(busy)).contains("\r\nRetry-After: 7\r\n"));
         let upgrade = text(&Refused::new(426, "x"));
         assert!(upgrade.contains(
             "\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -147,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_to_head_has_no_body() {
+    fn response_to_head_has_no_body() {
         let answer = text(&Refused::new(405, "body").answering_head(true));
         assert!(answer.contains("\r\nContent-Length: 4\r\n"));
         assert!(answer.ends_with("\r\n\r\n"));

@@ -1,18 +1,18 @@
-//! The request target and the authority (RFC 9112 §3.2, RFC 3986).
+//! Request target and authority (RFC 9112 §3.2, RFC 3986).
 
 use crate::protocol::upgrade::refused::Refused;
 
-/// A target as far as it matters here: neither part is decoded.
+/// Path and query of a request target, not decoded.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Target<'a> {
-    /// Compared as it is written: an encoded `/ws` is another path to some proxies.
+pub(super) struct RequestTarget<'a> {
+    /// Compared undecoded: for some proxies an encoded `/ws` is another path.
     pub(super) path: &'a str,
-    /// After the `?`; empty without one.
+    /// The part after `?`; empty without a query.
     pub(super) query: &'a str,
 }
 
-impl<'a> Target<'a> {
-    /// Reads `/path?query`, and the absolute form that a server MUST accept (RFC 9112 §3.2.2).
+impl<'a> RequestTarget<'a> {
+    /// Parses `/path?query`, and the absolute form, which a server MUST accept (RFC 9112 §3.2.2).
     pub(super) fn parse(target: &'a str) -> Result<Self, Refused> {
         let relative = match target.split_once("://") {
             Some((scheme, rest)) if is_scheme(scheme) => {
@@ -25,11 +25,11 @@ impl<'a> Target<'a> {
                 }
                 relative
             }
-            // `*` and `host:port` (RFC 9112 §3.2.3, §3.2.4) name no resource.
+            // `*` and `host:port` (RFC 9112 §3.2.3, §3.2.4) name no path.
             _ if !target.starts_with('/') => "",
             _ => target,
         };
-        // RFC 9110 §7.1: a fragment is never sent.
+        // RFC 9110 §7.1: clients do not send fragments.
         if target.contains('#') {
             return Err(Refused::bad_request("the request target has a fragment"));
         }
@@ -42,25 +42,23 @@ fn is_scheme(scheme: &str) -> bool {
     ["http", "https", "ws", "wss"].iter().any(|known| scheme.eq_ignore_ascii_case(known))
 }
 
-/// `host [ ":" port ]` with a host that is not empty and no user information (RFC 9110 §4.2.4,
-/// §7.2).
+/// `host [ ":" port ]` with a non-empty host and without user information (RFC 9110 §4.2.4, §7.2).
 pub(super) fn is_authority(text: &str) -> bool {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
             let Some((address, after)) = rest.split_once(']') else { return false };
-            let literal = address.parse::<std::net::Ipv6Addr>().is_ok();
-            if !literal {
+            if address.parse::<std::net::Ipv6Addr>().is_err() {
                 return false;
             }
             (address, after)
         }
         None => text.split_at(text.find(':').unwrap_or(text.len())),
     };
-    let port_lawful = match port.strip_prefix(':') {
+    let port_valid = match port.strip_prefix(':') {
         None => port.is_empty(),
         Some(digits) => digits.len() <= 5 && digits.bytes().all(|b| b.is_ascii_digit()),
     };
-    port_lawful && !host.is_empty() && (text.starts_with('[') || host.bytes().all(is_name_byte))
+    port_valid && !host.is_empty() && (text.starts_with('[') || host.bytes().all(is_name_byte))
 }
 
 /// `reg-name` of RFC 3986 §3.2.2.
@@ -74,7 +72,7 @@ mod tests {
 
     #[test]
     fn target_forms() {
-        let parse = |target| Target::parse(target).map(|t| (t.path, t.query));
+        let parse = |target| RequestTarget::parse(target).map(|t| (t.path, t.query));
         assert_eq!(parse("/ws?a=b?c"), Ok(("/ws", "a=b?c")));
         assert_eq!(parse("/"), Ok(("/", "")));
         assert_eq!(parse("http://h:80/ws?a"), Ok(("/ws", "a")));
@@ -84,7 +82,7 @@ mod tests {
         assert_eq!(parse("h:80"), Ok(("", "")));
         assert_eq!(parse("/ws?u=http://h/"), Ok(("/ws", "u=http://h/")));
         for bad in ["/ws#a", "http:///ws", "http://u@h/ws", "http://h:x/ws"] {
-            assert!(Target::parse(bad).is_err(), "{bad}");
+            assert!(RequestTarget::parse(bad).is_err(), "{bad}");
         }
     }
 

@@ -149,7 +149,7 @@ impl<K: Kernel> Shard<K> {
         let connection = self.connection(key).expect("still here");
         connection.limit = limit;
         connection.phase = connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
-        self.push_own(key, upgrade::refusal(refused).into());
+        self.push_own(key, upgrade::response_refused(refused).into());
         self.schedule(key);
     }
 }

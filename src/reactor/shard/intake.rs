@@ -119,7 +119,7 @@ impl<K: Kernel> Shard<K> {
                 return self.deliver(peer, event, &recipients, class, ticket);
             }
             ShardCommand::Admit { connection } => self.admit(connection),
-            ShardCommand::Refuse { connection, refusal } => self.refuse(connection, &refusal),
+            ShardCommand::Refuse { connection, refusal } => self.refuse(connection, refusal),
             ShardCommand::GoLive { connection, delivered } => self.go_live(connection, delivered),
             ShardCommand::SendText { connection, text } => self.send_text(connection, &text),
             ShardCommand::Close { connection, close, why } => {

@@ -117,7 +117,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// The session manager does not let it in.
-    pub(super) fn refuse(&mut self, key: ConnectionKey, refusal: &Refusal) {
+    pub(super) fn refuse(&mut self, key: ConnectionKey, refusal: Refusal) {
         let Some(Stage::Deciding(_)) = self.connection(key).map(|connection| &connection.stage)
         else {
             return self.counters.counts.commands_stale.add(1);

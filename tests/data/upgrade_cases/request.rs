@@ -1,11 +1,11 @@
-//! Requests made from a good one by changing it.
+//! Builds requests by changing a valid one.
 
 /// `Sec-WebSocket-Accept` for the key of [`good`] (RFC 6455 §1.3).
 pub(super) const ACCEPT: &str = "\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n";
-/// What a plain request is told.
+/// In the response to a request without an upgrade.
 pub(super) const UPGRADE: &str = "\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n";
 
-/// A request that is built by changing a good one.
+/// Request line and header fields.
 #[derive(Clone)]
 pub(super) struct Request {
     pub(super) line: Vec<u8>,
@@ -27,32 +27,32 @@ pub(super) fn good() -> Request {
     }
 }
 
-/// A good request with another request line.
+/// A valid request with another request line.
 pub(super) fn line(line: impl AsRef<[u8]>) -> Request {
     Request { line: line.as_ref().to_vec(), ..good() }
 }
 
-/// A good request with another target.
+/// A valid request with another target.
 pub(super) fn target(target: impl AsRef<str>) -> Request {
     line(format!("GET {} HTTP/1.1", target.as_ref()))
 }
 
-/// A good request with another query.
+/// A valid request with another query.
 pub(super) fn query(query: impl AsRef<str>) -> Request {
     target(format!("/ws?{}", query.as_ref()))
 }
 
-/// A good request with one more field line.
+/// A valid request with one more field line.
 pub(super) fn with(field: impl AsRef<[u8]>) -> Request {
     good().and(field)
 }
 
-/// A good request with another line in place of the field of that name.
+/// A valid request in which this line replaces the field with the same name.
 pub(super) fn instead(field: impl AsRef<[u8]>) -> Request {
     good().instead(field)
 }
 
-/// A good request without the field of that name.
+/// A valid request without the field of this name.
 pub(super) fn without(name: &str) -> Request {
     let mut request = good();
     request.fields.retain(|field| !field.starts_with(name.as_bytes()));

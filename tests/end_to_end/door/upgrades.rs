@@ -43,13 +43,15 @@ fn odd_and_hostile_requests_are_answered_and_the_next_client_is_served() {
     for case in &mut cases {
         if case.name == "token instead of a user" {
             // Lawful, but this node reads no tokens: to it nobody is named.
-            (case.status, case.says) = (400, "missing user_id or device_id");
+            (case.status, case.contains) = (400, "missing user_id or device_id");
         }
         let answer = answer(node.public, &case.request);
         let status = answer.split(' ').nth(1).and_then(|status| status.parse::<u16>().ok());
-        if status != Some(case.status) || !answer.contains(case.says) {
-            findings
-                .push(format!("{}: not {} {:?} but {answer:?}", case.name, case.status, case.says));
+        if status != Some(case.status) || !answer.contains(case.contains) {
+            findings.push(format!(
+                "{}: not {} {:?} but {answer:?}",
+                case.name, case.status, case.contains
+            ));
         }
         serves_the_next_client(node.public);
     }

@@ -1,5 +1,5 @@
-//! The client's JSON messages: whatever the text, a verdict; and the verdict is that of a plain JSON
-//! reader that knows the documented shape.
+//! The client's JSON messages: parsing any text succeeds or fails without a panic, and agrees with a
+//! generic JSON parser on the documented format.
 
 use delivery::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use delivery::service::sessions::client_message::{
@@ -7,16 +7,16 @@ use delivery::service::sessions::client_message::{
 };
 use serde_json::Value;
 
-/// Checks the text that `data` is, if it is UTF-8: the receiver passes on no other.
+/// Checks `data` if it is UTF-8. The receiver passes no other text to the parser.
 pub fn check(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let ours = parse(text).ok();
     if let Some(message) = &ours {
         check_bounds(message);
     }
-    // Repeated keys and the place of `{` are judged before any meaning; a value shows neither.
+    // The parser also rejects repeated keys and text before `{`, which a `Value` does not show.
     let Ok(Value::Object(object)) = serde_json::from_str::<Value>(text) else {
-        assert!(ours.is_none(), "taken, though it is no JSON object");
+        assert!(ours.is_none(), "accepted, although it is not a JSON object");
         return;
     };
     if text.len() > CLIENT_MESSAGE_BYTES_MAX {
@@ -47,7 +47,10 @@ fn check_bounds(message: &ClientMessage) {
     }
     let positions = message.last_sequences.as_deref().unwrap_or_default();
     assert!(positions.len() <= CONVERSATIONS_NAMED_MAX);
-    assert!(positions.is_sorted_by(|a, b| a.conversation < b.conversation), "one twice");
+    assert!(
+        positions.is_sorted_by(|a, b| a.conversation < b.conversation),
+        "unsorted or duplicate"
+    );
     for one in positions {
         assert!((1..=ID_BYTES_MAX).contains(&one.conversation.len()) && one.sequence >= 0);
     }

@@ -1,67 +1,64 @@
-//! A whole connection: a stream of bytes cut at arbitrary places tells what it tells uncut, holds
-//! nothing when it ends between messages, and says what tungstenite says.
+//! A complete connection: the receiver emits the same for a stream however it is split, holds bounded
+//! memory, and agrees with tungstenite.
 
 use delivery::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules, Receiver, Scratch};
 
-use super::input::{Input, frames};
-use super::oracle::{self, Outcome, Told};
+use super::input::{FuzzInput, frames};
+use super::oracle::{self, OwnedIncoming, Transcript};
 
-/// First byte: the rules and the kind of input. Second byte: how it is cut. Then the stream, as
-/// bytes or as a script of frames.
+/// First byte: the rules and the kind of input. Second byte: how the stream is split. Rest: the
+/// stream, as bytes or as a script of frames.
 pub fn check(data: &[u8]) {
-    let mut input = Input(data);
+    let mut input = FuzzInput(data);
     let shape = input.byte();
-    let cut = input.byte();
+    let split_seed = input.byte();
     let rules = ReceiveRules {
         message_bytes_max: match shape & 0x83 {
             0 | 0x80 => 64,
             1 | 0x81 => 1000,
             2 => 4000,
-            // Seldom, because the oracle is then fed as many zeros.
+            // Rare, because the oracle is fed as many zeros.
             0x82 => 70_000,
             _ => 0,
         },
         deflate: shape & 4 != 0,
     };
     let stream = if shape & 8 == 0 { input.0.to_vec() } else { frames(&mut input) };
-    check_stream(&stream, &rules, cut);
-}
-
-/// Checks one stream, cut as `cut` seeds it.
-pub fn check_stream(stream: &[u8], rules: &ReceiveRules, cut: u8) {
-    let uncut = receive([stream.to_vec()], rules);
-    let pieces = cut_by(stream, cut);
-    assert_eq!(receive(pieces, rules), uncut, "cut and uncut differ");
+    let transcript = receive([stream.clone()], &rules);
+    let pieces = split(&stream, split_seed);
+    assert_eq!(receive(pieces, &rules), transcript, "depends on how the stream is split");
     if !rules.deflate {
-        oracle::compare(stream, rules.message_bytes_max, &uncut);
+        oracle::compare(&stream, rules.message_bytes_max, &transcript);
     }
 }
 
-/// Feeds the pieces to a receiver.
-pub fn receive(pieces: impl IntoIterator<Item = Vec<u8>>, rules: &ReceiveRules) -> Outcome {
+/// Passes the pieces to a receiver.
+fn receive(pieces: impl IntoIterator<Item = Vec<u8>>, rules: &ReceiveRules) -> Transcript {
     let mut receiver = Receiver::default();
     let mut scratch = Scratch::default();
-    let mut outcome = Outcome { told: Vec::new(), fault: None };
+    let mut transcript = Transcript { incoming: Vec::new(), error: None };
     for mut piece in pieces {
-        let told = &mut outcome.told;
-        let verdict = receiver.receive(&mut piece, rules, &mut scratch, &mut |incoming| {
-            told.push(owned(incoming, rules));
+        let received = &mut transcript.incoming;
+        let result = receiver.receive(&mut piece, rules, &mut scratch, &mut |incoming| {
+            received.push(owned(incoming, rules));
             Flow::Continue
         });
-        if let Err(fault) = verdict {
-            assert_eq!(outcome.fault.replace(fault), None, "a fault after a fault");
-            assert!((1000..1015).contains(&fault.close().code.0));
+        if let Err(error) = result {
+            assert_eq!(transcript.error.replace(error), None, "an error after an error");
+            assert!((1000..1015).contains(&error.close().code.0));
         }
     }
-    let bound = 512 + 2 * (rules.message_bytes_max + rules.message_bytes_max / 256 + 64);
-    assert!(receiver.held_bytes() <= bound, "holds {} bytes", receiver.held_bytes());
-    if outcome.fault.is_some() || matches!(outcome.told.last(), Some(Told::Close(_))) {
-        assert_eq!(receiver.held_bytes(), 0, "holds memory after its end");
+    let held_max = 512 + 2 * (rules.message_bytes_max + rules.message_bytes_max / 256 + 64);
+    assert!(receiver.held_bytes() <= held_max, "holds {} bytes", receiver.held_bytes());
+    if transcript.error.is_some()
+        || matches!(transcript.incoming.last(), Some(OwnedIncoming::Close(_)))
+    {
+        assert_eq!(receiver.held_bytes(), 0, "holds memory after it has stopped");
     }
-    outcome
+    transcript
 }
 
-fn owned(incoming: Incoming<'_>, rules: &ReceiveRules) -> Told {
+fn owned(incoming: Incoming<'_>, rules: &ReceiveRules) -> OwnedIncoming {
     match incoming {
         Incoming::Message { kind, payload, compressed } => {
             assert!(payload.len() <= rules.message_bytes_max, "over the limit");
@@ -69,21 +66,21 @@ fn owned(incoming: Incoming<'_>, rules: &ReceiveRules) -> Told {
             match kind {
                 MessageKind::Text => {
                     assert!(std::str::from_utf8(payload).is_ok());
-                    Told::Text(payload.to_vec())
+                    OwnedIncoming::Text(payload.to_vec())
                 }
-                MessageKind::Binary => Told::Binary(payload.to_vec()),
+                MessageKind::Binary => OwnedIncoming::Binary(payload.to_vec()),
             }
         }
-        Incoming::Ping(payload) => Told::Ping(payload.to_vec()),
-        Incoming::Pong(payload) => Told::Pong(payload.to_vec()),
+        Incoming::Ping(payload) => OwnedIncoming::Ping(payload.to_vec()),
+        Incoming::Pong(payload) => OwnedIncoming::Pong(payload.to_vec()),
         Incoming::Close(close) => {
-            Told::Close(close.map(|(code, reason)| (code.0, reason.to_owned())))
+            OwnedIncoming::Close(close.map(|(code, reason)| (code.0, reason.to_owned())))
         }
     }
 }
 
-/// Pieces of 1 to 16 or 1 to 4096 bytes, pseudo-random from the seed; for seed 0 single bytes.
-fn cut_by(stream: &[u8], seed: u8) -> Vec<Vec<u8>> {
+/// Pieces of 1 to 16 or 1 to 4096 bytes, pseudo-random from the seed; single bytes for seed 0.
+fn split(stream: &[u8], seed: u8) -> Vec<Vec<u8>> {
     let longest = if seed & 1 == 0 { 16 } else { 4096 };
     let mut state = u32::from(seed);
     let mut pieces = Vec::new();

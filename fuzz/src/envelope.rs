@@ -1,5 +1,5 @@
-//! Kafka records: whatever the bytes, a verdict. What prost reads, the router's decoder reads, and
-//! reads the same; and the frames made of it carry it to every kind of session.
+//! Kafka records: decoding any bytes succeeds or fails without a panic. The router's decoder accepts
+//! what prost accepts, with the same result, and the encoded frames contain the event.
 
 use delivery::domain::encoding::{Encoding, EncodingSet};
 use delivery::protocol::deflate::Inflater;
@@ -14,7 +14,7 @@ use delivery::service::events::proto::presence::v1::PresenceUpdateEvent;
 use delivery::service::events::proto::shared::v1::{EventEnvelope, EventType};
 use prost::Message as _;
 
-/// Checks the record that `data` is.
+/// Checks the value of a Kafka record.
 pub fn check(data: &[u8]) {
     let ours = decode(data);
     if let Ok(record) = &ours {
@@ -22,22 +22,22 @@ pub fn check(data: &[u8]) {
         check_frames(record);
     }
     if data.is_empty() {
-        // To prost an envelope of defaults; to Kafka a record without a value.
+        // For prost an envelope of default values; for Kafka a record without a value.
         assert_eq!(ours, Err(EnvelopeError::Empty));
         return;
     }
-    // prost checks strings that routing does not read, so it takes less, never more.
+    // prost also checks strings that routing does not read, so it accepts less, never more.
     let Ok(envelope) = EventEnvelope::decode(data) else { return };
-    if !inner_is_readable(&envelope) {
+    if !inner_event_decodes(&envelope) {
         return;
     }
-    let record = ours.expect("what prost reads");
+    let record = ours.expect("prost decodes it");
     assert_eq!(record.event_type, envelope.event_type);
     assert_eq!(record.payload, envelope.payload);
     check_body(&record, &envelope);
 }
 
-fn inner_is_readable(envelope: &EventEnvelope) -> bool {
+fn inner_event_decodes(envelope: &EventEnvelope) -> bool {
     let payload = &envelope.payload[..];
     match envelope.event_type() {
         EventType::ConversationCreated => ConversationCreatedEvent::decode(payload).is_ok(),
@@ -54,7 +54,7 @@ fn check_body(record: &DecodedEvent<'_>, envelope: &EventEnvelope) {
     let payload = &envelope.payload[..];
     match &record.body {
         EventBody::ConversationCreated { conversation, members } => {
-            let event = ConversationCreatedEvent::decode(payload).expect("readable");
+            let event = ConversationCreatedEvent::decode(payload).expect("decodes");
             let inner = event.conversation.unwrap_or_default();
             let mut expected: Vec<&str> =
                 event.participant_user_ids.iter().map(|id| &**id).collect();
@@ -66,40 +66,40 @@ fn check_body(record: &DecodedEvent<'_>, envelope: &EventEnvelope) {
             assert_eq!((*conversation, members), (&*inner.conversation_id, &expected));
         }
         EventBody::MembershipChanged { conversation, user, added } => {
-            let event = MembershipChangedEvent::decode(payload).expect("readable");
+            let event = MembershipChangedEvent::decode(payload).expect("decodes");
             let theirs = (&*event.conversation_id, &*event.user_id, event.added);
             assert_eq!((*conversation, *user, *added), theirs);
         }
         EventBody::MessageSent { conversation, sequence } => {
-            let event = MessageSentEvent::decode(payload).expect("readable");
+            let event = MessageSentEvent::decode(payload).expect("decodes");
             let message = event.message.unwrap_or_default();
             assert_eq!((*conversation, *sequence), (&*message.conversation_id, message.sequence));
         }
         EventBody::MessageDeleted { conversation, message_id } => {
-            let event = MessageDeletedEvent::decode(payload).expect("readable");
+            let event = MessageDeletedEvent::decode(payload).expect("decodes");
             let theirs = (&*event.conversation_id, &*event.message_id);
             assert_eq!((*conversation, *message_id), theirs);
         }
         EventBody::ReadReceiptUpdated { conversation } => {
-            let event = ReadReceiptUpdatedEvent::decode(payload).expect("readable");
+            let event = ReadReceiptUpdatedEvent::decode(payload).expect("decodes");
             assert_eq!(*conversation, event.conversation_id);
         }
         EventBody::PresenceUpdated { user } => {
-            let event = PresenceUpdateEvent::decode(payload).expect("readable");
+            let event = PresenceUpdateEvent::decode(payload).expect("decodes");
             assert_eq!(*user, event.user_id);
         }
         EventBody::Unknown => assert!(matches!(envelope.event_type(), EventType::Unspecified)),
     }
 }
 
-/// Binary sessions get the record unchanged, JSON sessions get JSON, compressing ones the same.
+/// Binary frames contain the record unchanged, JSON frames contain JSON, compressed frames the same.
 fn check_frames(record: &DecodedEvent<'_>) {
     let mut all = EncodingSet::default();
     Encoding::ALL.into_iter().for_each(|encoding| all.insert(encoding));
     let config = CompressionConfig { threshold_bytes: 16, level: 1 };
     let event = Encoder::new(config).encode(record, all, 0);
 
-    let binary = event.frame(Encoding::Binary).expect("always");
+    let binary = event.frame(Encoding::Binary).expect("every event has a binary frame");
     assert_eq!(payload(binary, 0x82), record.value);
     check_deflate(event.frame(Encoding::BinaryDeflate), 0x82, record.value);
     if let Some(json) = event.frame(Encoding::Json) {
@@ -113,9 +113,9 @@ fn check_frames(record: &DecodedEvent<'_>) {
     }
 }
 
-/// A compressed frame of the message, or the plain one if it did not shrink.
+/// Checks a compressed frame of the message, or a plain one if compression does not shrink it.
 fn check_deflate(frame: Option<&[u8]>, first: u8, message: &[u8]) {
-    let frame = frame.expect("where the plain one is");
+    let frame = frame.expect("exists if the plain one exists");
     if frame[0] == first {
         assert_eq!(payload(frame, first), message);
         return;
@@ -125,7 +125,7 @@ fn check_deflate(frame: Option<&[u8]>, first: u8, message: &[u8]) {
     assert_eq!(Inflater::default().inflate(compressed, message.len()), Ok(message));
 }
 
-/// The payload of an unmasked frame that begins with this byte.
+/// The payload of an unmasked frame that starts with this byte.
 fn payload(frame: &[u8], first: u8) -> &[u8] {
     assert_eq!(frame[0], first);
     let (header, length) = match frame[1] {

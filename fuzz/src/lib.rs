@@ -1,5 +1,5 @@
-//! What each fuzz target checks, as functions of bytes: run by the targets, by the replay of seeds
-//! and regressions (`tests/fuzz_regressions.rs`) and by property tests. A violation panics.
+//! Checks of the fuzz targets, as functions of bytes. The targets, the replay of seeds and regressions
+//! (`tests/fuzz_regressions.rs`) and property tests call them. A violation panics.
 
 pub mod commands;
 pub mod connection;
@@ -10,10 +10,10 @@ pub mod input;
 pub mod oracle;
 pub mod upgrade;
 
-/// What a target runs on each input.
+/// Check that a target runs on each input.
 pub type Check = fn(&[u8]);
 
-/// The targets and what they run.
+/// All targets with their checks.
 pub const TARGETS: [(&str, Check); 6] = [
     ("frame_decoder", frame::check),
     ("upgrade_parser", upgrade::check),

@@ -1,15 +1,16 @@
-//! tungstenite, reading the same stream as a server. Where the two differ, why that is right:
+//! Oracle of the receiver: tungstenite decodes the same stream as a server. Accepted differences:
 //!
-//! 1. A frame's faults are seen by us byte by byte, by tungstenite when the frame is whole. So where
-//!    we found a fault, it is given the frame's rest as zeros.
-//! 2. Of a frame with several faults each reports another one: all header faults (1002) may be
-//!    reported by it as a length over the limit (1009), which it looks at first; a close frame with
-//!    a bad code and a bad reason is 1002 to us and 1007 to it.
-//! 3. It takes lengths that are not in their shortest form, against RFC 6455 §5.2; of a control frame
-//!    any long form is a fault to us, a short length in long form is none to it.
-//! 4. A length of 2⁶³ or more is 1002 to us (RFC 6455 §5.2), too long (1009) to it.
-//! 5. A close frame with a code that must not be sent is a fault to us; it answers with 1002 as we
-//!    do, but tells the close frame. 1014 is registered (bad gateway) and taken by us, not by it.
+//! 1. Delivery finds an error at the first wrong byte, tungstenite when the frame is complete. So after
+//!    an error of Delivery, tungstenite gets the rest of the frame as zeros.
+//! 2. For a frame with several errors the two may report different ones. tungstenite may report any
+//!    header error (1002) as a length over the limit (1009), which it checks first. A close frame with
+//!    a bad code and a bad reason is 1002 for Delivery and 1007 for tungstenite.
+//! 3. tungstenite accepts lengths that are not in their shortest form, against RFC 6455 §5.2. Delivery
+//!    rejects any long form in a control frame; tungstenite accepts it for a short length.
+//! 4. A length of 2⁶³ or more is 1002 for Delivery (RFC 6455 §5.2) and 1009 for tungstenite.
+//! 5. A close frame with a code that must not be sent is an error for Delivery. tungstenite also answers
+//!    with 1002, but emits the close frame. Delivery accepts 1014 (bad gateway, registered);
+//!    tungstenite does not.
 
 use std::io::{self, Read, Write};
 
@@ -17,9 +18,9 @@ use delivery::protocol::error::ProtocolError;
 use tungstenite::protocol::{Role, WebSocketConfig, WebSocketContext};
 use tungstenite::{Error, Message};
 
-/// What a client said, owned.
+/// An owned `Incoming`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum OwnedIncoming {
     /// A text message.
     Text(Vec<u8>),
     /// A binary message.
@@ -32,69 +33,70 @@ pub enum Told {
     Close(Option<(u16, String)>),
 }
 
-/// All that a stream told, how it ended, and what the receiver still holds.
+/// Everything that a receiver emitted for a stream, and its error.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// In order.
-    pub told: Vec<Told>,
-    /// The fault, if there was one.
-    pub fault: Option<ProtocolError>,
+pub struct Transcript {
+    /// Messages and control frames, in order.
+    pub incoming: Vec<OwnedIncoming>,
+    /// The protocol error, if any.
+    pub error: Option<ProtocolError>,
 }
 
-/// How tungstenite's reading ended.
+/// State of tungstenite after the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    /// It wants more.
+enum OracleState {
+    /// Waits for more input.
     Open,
-    /// It would close with this code.
-    Fault(u16),
+    /// Fails with this close code.
+    Failed(u16),
 }
 
-/// Panics if tungstenite says other than `ours`, except as listed.
-pub fn compare(stream: &[u8], message_bytes_max: usize, ours: &Outcome) {
-    let Some(fault) = ours.fault else {
-        let (told, verdict) = read(stream, message_bytes_max);
+/// Panics if tungstenite disagrees with `ours`, except for the accepted differences.
+pub fn compare(stream: &[u8], message_bytes_max: usize, ours: &Transcript) {
+    let count = ours.incoming.len();
+    let Some(error) = ours.error else {
+        let (theirs, state) = read(stream, message_bytes_max);
         // Difference 5: 1014.
-        let told_1014 = ours.told.iter().any(|t| matches!(t, Told::Close(Some((1014, _)))));
-        if told_1014 {
-            assert_eq!(told[..told.len() - 1], ours.told[..ours.told.len() - 1]);
+        if ours.incoming.iter().any(|one| matches!(one, OwnedIncoming::Close(Some((1014, _))))) {
+            assert_eq!(theirs[..theirs.len() - 1], ours.incoming[..count - 1]);
             return;
         }
-        assert_eq!(told, ours.told);
-        assert_eq!(verdict, Verdict::Open, "a fault that we did not see");
+        assert_eq!(theirs, ours.incoming);
+        assert_eq!(state, OracleState::Open, "an error that Delivery missed");
         return;
     };
-    // Difference 1. The longest frame that is not over the limit, behind the longest header.
+    // Difference 1. The longest frame within the limit, after the longest header.
     let padding = vec![0; message_bytes_max.max(125) + 14];
-    let (told, verdict) = read(&[stream, &padding].concat(), message_bytes_max);
-    assert!(told.len() >= ours.told.len(), "{told:?}\n{ours:?}");
-    assert_eq!(told[..ours.told.len()], ours.told);
-    let told_more = told.len() > ours.told.len();
-    match (fault, verdict) {
-        // Difference 3: whatever it makes of the rest.
+    let (theirs, state) = read(&[stream, &padding].concat(), message_bytes_max);
+    assert!(theirs.len() >= count, "{theirs:?}\n{ours:?}");
+    assert_eq!(theirs[..count], ours.incoming);
+    let emits_more = theirs.len() > count;
+    match (error, state) {
+        // Difference 3: tungstenite decodes the rest of the frame.
         (ProtocolError::LengthNotShortest | ProtocolError::ControlTooLong, _) => {}
         // Difference 5.
-        (ProtocolError::CloseCodeInvalid, Verdict::Open) => {
-            assert!(matches!(told.last(), Some(Told::Close(Some((1002, _))))), "{told:?}");
+        (ProtocolError::CloseCodeInvalid, OracleState::Open) => {
+            let last = theirs.last();
+            assert!(matches!(last, Some(OwnedIncoming::Close(Some((1002, _))))), "{theirs:?}");
         }
         // Difference 4.
-        (ProtocolError::LengthOverflow, Verdict::Fault(1009)) => assert!(!told_more),
+        (ProtocolError::LengthOverflow, OracleState::Failed(1009)) => assert!(!emits_more),
         // Difference 2.
-        (ProtocolError::CloseCodeInvalid, Verdict::Fault(1007)) => assert!(!told_more),
-        (fault, Verdict::Fault(1009)) if fault.code().0 == 1002 => {
-            let of_header =
-                !matches!(fault, ProtocolError::CloseCodeCut | ProtocolError::CloseCodeInvalid);
-            assert!(of_header && !told_more, "{fault:?}");
+        (ProtocolError::CloseCodeInvalid, OracleState::Failed(1007)) => assert!(!emits_more),
+        (error, OracleState::Failed(1009)) if error.code().0 == 1002 => {
+            let in_header =
+                !matches!(error, ProtocolError::CloseCodeCut | ProtocolError::CloseCodeInvalid);
+            assert!(in_header && !emits_more, "{error:?}");
         }
-        (fault, Verdict::Fault(code)) => {
-            assert_eq!(fault.code().0, code, "{fault:?}");
-            assert!(!told_more, "{told:?}");
+        (error, OracleState::Failed(code)) => {
+            assert_eq!(error.code().0, code, "{error:?}");
+            assert!(!emits_more, "{theirs:?}");
         }
-        (fault, Verdict::Open) => panic!("{fault:?}, which it did not see"),
+        (error, OracleState::Open) => panic!("{error:?}, which tungstenite missed"),
     }
 }
 
-/// A stream that is all there, and a peer that takes everything.
+/// A complete input stream; output is discarded.
 struct Wire<'a>(&'a [u8]);
 
 impl Read for Wire<'_> {
@@ -116,33 +118,33 @@ impl Write for Wire<'_> {
     }
 }
 
-fn read(stream: &[u8], message_bytes_max: usize) -> (Vec<Told>, Verdict) {
+fn read(stream: &[u8], message_bytes_max: usize) -> (Vec<OwnedIncoming>, OracleState) {
     let config = WebSocketConfig::default()
         .read_buffer_size(1024)
         .max_message_size(Some(message_bytes_max))
-        // Control frames are not bounded by the message limit, and this bound is for both.
+        // The limit also applies to control frames, which the message limit does not cover.
         .max_frame_size(Some(message_bytes_max.max(125)));
     let mut context = WebSocketContext::new(Role::Server, Some(config));
     let mut wire = Wire(stream);
-    let mut told = Vec::new();
+    let mut incoming = Vec::new();
     loop {
         match context.read(&mut wire) {
-            Ok(Message::Text(text)) => told.push(Told::Text(text.as_bytes().to_vec())),
-            Ok(Message::Binary(bytes)) => told.push(Told::Binary(bytes.to_vec())),
-            Ok(Message::Ping(payload)) => told.push(Told::Ping(payload.to_vec())),
-            Ok(Message::Pong(payload)) => told.push(Told::Pong(payload.to_vec())),
+            Ok(Message::Text(text)) => incoming.push(OwnedIncoming::Text(text.as_bytes().to_vec())),
+            Ok(Message::Binary(bytes)) => incoming.push(OwnedIncoming::Binary(bytes.to_vec())),
+            Ok(Message::Ping(payload)) => incoming.push(OwnedIncoming::Ping(payload.to_vec())),
+            Ok(Message::Pong(payload)) => incoming.push(OwnedIncoming::Pong(payload.to_vec())),
             Ok(Message::Close(close)) => {
                 let close = close.map(|c| (u16::from(c.code), c.reason.as_str().to_owned()));
-                told.push(Told::Close(close));
-                return (told, Verdict::Open);
+                incoming.push(OwnedIncoming::Close(close));
+                return (incoming, OracleState::Open);
             }
-            Ok(Message::Frame(_)) => unreachable!("never read"),
+            Ok(Message::Frame(_)) => unreachable!("never returned by read"),
             Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                return (told, Verdict::Open);
+                return (incoming, OracleState::Open);
             }
-            Err(Error::Protocol(_)) => return (told, Verdict::Fault(1002)),
-            Err(Error::Utf8(_)) => return (told, Verdict::Fault(1007)),
-            Err(Error::Capacity(_)) => return (told, Verdict::Fault(1009)),
+            Err(Error::Protocol(_)) => return (incoming, OracleState::Failed(1002)),
+            Err(Error::Utf8(_)) => return (incoming, OracleState::Failed(1007)),
+            Err(Error::Capacity(_)) => return (incoming, OracleState::Failed(1009)),
             Err(error) => panic!("{error}"),
         }
     }

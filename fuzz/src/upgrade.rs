@@ -1,26 +1,26 @@
-//! The upgrade parser: a prefix waits or is answered like the whole, what follows the request
-//! changes nothing, what is taken from it is within its bounds, the answers are HTTP, and where
-//! tungstenite takes the request too, it answers with the same key.
+//! The upgrade parser: a prefix needs more input or gets the response of the complete request; bytes
+//! after the request change nothing; parsed values are within their limits; responses are valid HTTP;
+//! and if tungstenite accepts the request too, it computes the same accept key.
 
 use delivery::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use delivery::protocol::upgrade::origin::Origins;
 use delivery::protocol::upgrade::{
-    Route, Upgrade, UpgradeRequest, UpgradeRules, parse, refusal, response_101,
+    Route, Upgrade, UpgradeRequest, UpgradeRules, parse, response_101, response_refused,
 };
 
-use super::input::Input;
+use super::input::FuzzInput;
 
-/// What the parser said.
+/// Result of the parser.
 #[derive(Debug, PartialEq, Eq)]
-enum Said {
+enum ParseOutcome {
     NeedMore,
     Accepted(Box<UpgradeRequest>, usize),
     Refused(u16, Vec<u8>),
 }
 
-/// First byte: the rules. The rest: bytes of a request, or edits of a good one.
+/// First byte: the rules. Rest: the bytes of a request, or edits of a valid one.
 pub fn check(data: &[u8]) {
-    let mut input = Input(data);
+    let mut input = FuzzInput(data);
     let shape = input.byte();
     let rules = UpgradeRules {
         echo: shape & 1 != 0,
@@ -36,45 +36,49 @@ pub fn check(data: &[u8]) {
     check_request(&request, &rules);
 }
 
-/// Checks one request.
-pub fn check_request(request: &[u8], rules: &UpgradeRules) {
-    let whole = said(request, rules);
+fn check_request(request: &[u8], rules: &UpgradeRules) {
+    let complete = outcome(request, rules);
     for cut in cuts(request) {
-        match (said(&request[..cut], rules), &whole) {
-            (Said::NeedMore, _) => {}
-            (Said::Accepted(early, used), Said::Accepted(request, all)) => {
+        match (outcome(&request[..cut], rules), &complete) {
+            (ParseOutcome::NeedMore, _) => {}
+            (ParseOutcome::Accepted(early, used), ParseOutcome::Accepted(request, all)) => {
                 assert!(early == *request && used == *all && used <= cut);
             }
-            (Said::Refused(early, _), Said::Refused(status, _)) => assert_eq!(early, *status),
-            (early, whole) => panic!("cut at {cut}: {early:?}, whole: {whole:?}"),
+            (ParseOutcome::Refused(early, _), ParseOutcome::Refused(status, _)) => {
+                assert_eq!(early, *status)
+            }
+            (early, complete) => panic!("prefix of {cut}: {early:?}, complete: {complete:?}"),
         }
     }
-    match whole {
-        Said::NeedMore => {}
-        Said::Accepted(accepted, consumed) => {
+    match complete {
+        ParseOutcome::NeedMore => {}
+        ParseOutcome::Accepted(accepted, consumed) => {
             assert!(request[..consumed].ends_with(b"\r\n\r\n"));
             check_accepted(&accepted, rules);
-            let behind = [request, b"\x81\x80\0\0\0\0"].concat();
-            assert_eq!(said(&behind, rules), Said::Accepted(accepted.clone(), consumed));
+            let followed = [request, b"\x81\x80\0\0\0\0"].concat();
+            assert_eq!(
+                outcome(&followed, rules),
+                ParseOutcome::Accepted(accepted.clone(), consumed)
+            );
             check_oracle(&request[..consumed], &accepted);
         }
-        Said::Refused(status, answer) => {
+        ParseOutcome::Refused(status, response) => {
             assert!((400..600).contains(&status));
-            check_answer(&answer, status);
+            check_response(&response, status);
         }
     }
 }
 
-fn said(bytes: &[u8], rules: &UpgradeRules) -> Said {
+fn outcome(bytes: &[u8], rules: &UpgradeRules) -> ParseOutcome {
     match parse(bytes, rules) {
-        Ok(Upgrade::NeedMore) => Said::NeedMore,
-        Ok(Upgrade::Complete(request, consumed)) => Said::Accepted(request, consumed),
-        Err(refused) => Said::Refused(refused.status(), refusal(&refused)),
+        Ok(Upgrade::NeedMore) => ParseOutcome::NeedMore,
+        Ok(Upgrade::Complete(request, consumed)) => ParseOutcome::Accepted(request, consumed),
+        Err(refused) => ParseOutcome::Refused(refused.status(), response_refused(&refused)),
     }
 }
 
-/// A few places that change with the request; the table of requests (`tests/upgrade.rs`) is cut at
-/// each.
+/// Lengths of a few prefixes, which depend on the request. `tests/upgrade.rs` tests every prefix of its
+/// requests.
 fn cuts(request: &[u8]) -> impl Iterator<Item = usize> {
     let len = request.len();
     let hash = request
@@ -102,22 +106,22 @@ fn check_accepted(request: &UpgradeRequest, rules: &UpgradeRules) {
         assert!(token.expose().is_ascii());
     }
     assert!(rules.deflate || request.deflate.is_none());
-    let answer = response_101(request);
-    check_answer(&answer, 101);
-    // The fields we wrote and no other: nothing of the request can add a line.
-    let lines = answer.windows(2).filter(|pair| pair == b"\r\n").count();
+    let response = response_101(request);
+    check_response(&response, 101);
+    // Only the server's own fields: nothing in the request can add a line.
+    let lines = response.windows(2).filter(|pair| pair == b"\r\n").count();
     let optional = usize::from(request.protocol_offered) + usize::from(request.deflate.is_some());
     assert_eq!(lines, 5 + optional);
 }
 
-/// Readable by an HTTP client, with a body as long as announced.
-fn check_answer(answer: &[u8], status: u16) {
+/// Checks that an HTTP client can parse the response and that its body has the announced length.
+fn check_response(response: &[u8], status: u16) {
     let mut storage = [httparse::EMPTY_HEADER; 16];
     let mut parsed = httparse::Response::new(&mut storage);
-    let head = parsed.parse(answer).expect("HTTP");
-    let httparse::Status::Complete(head) = head else { panic!("a head cut short") };
+    let head = parsed.parse(response).expect("valid HTTP");
+    let httparse::Status::Complete(head) = head else { panic!("an incomplete head") };
     assert_eq!(parsed.code, Some(status));
-    let body = &answer[head..];
+    let body = &response[head..];
     assert!(std::str::from_utf8(body).is_ok_and(|body| !body.chars().any(char::is_control)));
     let announced = parsed.headers.iter().find(|h| h.name == "Content-Length");
     match announced {
@@ -132,8 +136,8 @@ fn check_answer(answer: &[u8], status: u16) {
     }
 }
 
-/// tungstenite's handshake. It knows no lists in `Upgrade` and no HTTP above 1.1, and takes what we
-/// refuse, so only where both take the request there is something to compare.
+/// Compares with tungstenite's handshake, if both accept the request. tungstenite does not support
+/// lists in `Upgrade` and versions above HTTP/1.1, and accepts requests that Delivery refuses.
 fn check_oracle(request: &[u8], ours: &UpgradeRequest) {
     use tungstenite::handshake::machine::TryParse;
     use tungstenite::handshake::server::{Request, create_response};
@@ -143,8 +147,8 @@ fn check_oracle(request: &[u8], ours: &UpgradeRequest) {
     assert_eq!(accept.as_bytes(), ours.accept_key);
 }
 
-/// A good request with some of its lines left out, doubled, or replaced.
-fn edited(input: &mut Input<'_>) -> Vec<u8> {
+/// A valid request with lines removed, inserted or changed.
+fn edited(input: &mut FuzzInput<'_>) -> Vec<u8> {
     const LINES: [&str; 24] = [
         "GET /ws?user_id=alice&device_id=phone HTTP/1.1",
         "Host: localhost:8083",
@@ -152,7 +156,7 @@ fn edited(input: &mut Input<'_>) -> Vec<u8> {
         "Connection: keep-alive, Upgrade",
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
         "Sec-WebSocket-Version: 13",
-        // Up to here a good request; from here what may come to it.
+        // The lines above are a valid request; the lines below may be inserted.
         "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits",
         "Sec-WebSocket-Extensions: permessage-deflate; server_max_window_bits=\"9\", permessage-deflate",
         "Sec-WebSocket-Protocol: realchat.v1.json, bearer.a.b.c",

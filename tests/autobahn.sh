@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The Autobahn test suite (PyPI: autobahntestsuite) against our /echo: the fuzzing client's 517 cases.
+# Runs the Autobahn test suite (PyPI: autobahntestsuite, fuzzing client, 517 cases) against /echo.
 #
-#   tests/autobahn.sh                    all cases against a `delivery dev` that is started for it
-#   tests/autobahn.sh URL [CASES...]     against a server that runs, e.g. ws://127.0.0.1:8083/echo '1.*' 7.1.1
-#   tests/autobahn.sh --setup            only installs the suite (into .services/autobahn)
+#   tests/autobahn.sh                    starts `delivery dev` and runs all cases against it
+#   tests/autobahn.sh URL [CASES...]     uses a running server, e.g. ws://127.0.0.1:8083/echo '1.*' 7.1.1
+#   tests/autobahn.sh --setup            only installs the suite into .services/autobahn
 #
-# Prints a line for each case that is not OK, then the counts; the reports are in target/autobahn.
-# DELIVERY_BIN names the program to start (else it is built), AUTOBAHN_PYTHON2 a Python 2.7.
+# Prints a line for each case that is not OK, then the counts. Reports are in target/autobahn.
+# DELIVERY_BIN: the program to start (default: builds it). AUTOBAHN_PYTHON2: a Python 2.7.
 #
-# Status: 0 nothing failed, unclean or unimplemented; 1 something was; 2 wrong use, or no server;
-# 3 the suite could not be installed.
+# Exit status: 0 if no case is failed, unclean or unimplemented, else 1; 2 wrong usage or no server;
+# 3 the suite cannot be installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,18 +17,18 @@ here=$PWD/tests/autobahn
 home=$PWD/.services/autobahn
 out=$PWD/target/autobahn
 limit_s=3600
-venv_tool='virtualenv==20.21.1' # the last line that makes a Python 2.7 environment
+venv_tool='virtualenv==20.21.1' # the last release series that supports Python 2.7
 
 say() { printf 'autobahn: %s\n' "$*" >&2; }
 
-# --- Python 2.7, which the suite needs -----------------------------------------------------------
+# --- Python 2.7, required by the suite -----------------------------------------------------------
 
 works() {
   [ -n "${1:-}" ] && [ -x "$1" ] &&
     "$1" -c 'import sys, ssl, zlib; assert sys.version_info[:2] == (2, 7)' 2>/dev/null
 }
 
-# Debian 11 is the last Debian that has it. Its packages are unpacked below .services; nothing is
+# Debian 11 is the last Debian with Python 2.7. Its packages are unpacked below .services, not
 # installed.
 deb=$home/debian
 use_debian() {
@@ -37,7 +37,7 @@ use_debian() {
 }
 fetch_debian() {
   [ -e "$deb/complete" ] && return
-  say "no Python 2.7 here: fetching Debian 11's"
+  say "no Python 2.7 found: downloading it from Debian 11"
   mkdir -p "$deb/lists/partial" "$deb/cache/archives/partial" "$deb/root"
   local mirror
   # shellcheck disable=SC2016 # apt-get expands it.
@@ -73,7 +73,7 @@ setup() {
   want=$(sha256sum "$here/requirements.txt" | cut -d' ' -f1)
   if [ "$(cat "$home/suite/.installed" 2>/dev/null)" != "$want" ]; then
     mkdir -p "$home"
-    python=$(find_python) || { say "no Python 2.7 found or fetched"; return 3; }
+    python=$(find_python) || { say "Python 2.7 is not installed and cannot be downloaded"; return 3; }
     [ ! -e "$deb/complete" ] || use_debian
     say "installing into $home"
     rm -rf "${home:?}/suite" "${home:?}/boot"
@@ -133,11 +133,11 @@ rm -rf "$out"; mkdir -p "$out"
 url=${1:-}
 if [ -z "$url" ]; then start_server || exit; else shift; fi
 if ! [[ $url =~ ^wss?://(127\.[0-9.]+|localhost|\[::1\])(:[0-9]+)?(/|\?|$) ]]; then
-  say "not a WebSocket URL on loopback: $url"; exit 2
+  say "not a WebSocket URL on the loopback interface: $url"; exit 2
 fi
 [ $# -gt 0 ] || set -- '1.*' '2.*' '3.*' '4.*' '5.*' '6.*' '7.*' '9.*' '10.*' '12.*' '13.*'
 
-export PYTHONWARNINGS=ignore # of what TLS would need
+export PYTHONWARNINGS=ignore # about missing TLS libraries
 "$home/suite/bin/python" "$here/cases.py" "$out" "$url" "$@" || { say "no such case: $*"; exit 2; }
 status=0
 timeout -k 5 "$limit_s" "$home/suite/bin/wstest" -m fuzzingclient -s "$out/spec.json" >"$out/wstest.log" 2>&1 &
@@ -145,5 +145,5 @@ client=$!
 wait "$client" || status=$?
 client=
 if grep -m1 '^Connection to .* failed' "$out/wstest.log" >&2 && ! grep -q '^Running test case' "$out/wstest.log"; then exit 2; fi
-[ "$status" = 0 ] || say "the fuzzing client ended with status $status (124: over ${limit_s} s): $out/wstest.log"
+[ "$status" = 0 ] || say "the fuzzing client exited with status $status (124: timeout after ${limit_s} s): $out/wstest.log"
 env -u LD_LIBRARY_PATH python3 "$here/verdict.py" "$out" && [ "$status" = 0 ]

@@ -1,5 +1,5 @@
-"""Runs under the suite's own Python 2.7: cases.py OUTDIR URL PATTERN... writes the fuzzing client's
-spec.json and expected.json, the ids that the patterns name; status 1 if they name none."""
+"""cases.py OUTDIR URL PATTERN...: writes spec.json for the fuzzing client and expected.json with the
+case ids that match the patterns. Exit status 1 if none match. Runs with the suite's Python 2.7."""
 import json
 import sys
 

@@ -1,15 +1,15 @@
-"""Reads what the Autobahn fuzzing client wrote: a line for each case that is not OK, the counts, and
-status 1 if a case FAILED, was UNCLEAN, UNIMPLEMENTED, closed with a wrong code, or has no result.
+"""verdict.py OUTDIR: prints a line for each Autobahn case that is not OK, then the counts. Exit status
+1 if a case FAILED, is UNCLEAN or UNIMPLEMENTED, was closed with a wrong code, or has no result.
 
-verdict.py OUTDIR: OUTDIR holds expected.json (case ids), index.json and the reports."""
+OUTDIR contains expected.json (case ids), index.json and the reports of the fuzzing client."""
 import collections
 import json
 import os
 import sys
 
-# Of a case's behaviour and of how its connection ended, the worse one counts.
+# The result of a case is the worse one of its behaviour and of how its connection ended.
 RANK = ["OK", "INFORMATIONAL", "NON-STRICT", "UNIMPLEMENTED", "UNCLEAN", "FAILED"]
-# "FAILED BY CLIENT": the server left it to the client to close TCP first.
+# "FAILED BY CLIENT": the server waited for the client to close TCP first.
 ENDINGS = {
     "OK": "OK",
     "INFORMATIONAL": "INFORMATIONAL",

@@ -1,5 +1,5 @@
-// A client of the `ws` library: node.js URL PROTOCOL|- deflate|plain
-// Prints one line per happening; ends the session when its input ends.
+// Test client with the `ws` library: node.js URL PROTOCOL|- deflate|plain
+// Prints one line per event; closes the session at the end of its input.
 const WebSocket = require('ws');
 
 const [url, protocol, compression] = process.argv.slice(2);

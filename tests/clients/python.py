@@ -1,6 +1,6 @@
-"""A client of the `websockets` library: python.py URL PROTOCOL|- deflate|plain
+"""Test client with the `websockets` library: python.py URL PROTOCOL|- deflate|plain
 
-Prints one line per happening; ends the session when its input ends.
+Prints one line per event; closes the session at the end of its input.
 """
 
 import asyncio

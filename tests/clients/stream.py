@@ -1,7 +1,7 @@
-"""A gRPC session with stubs generated from proto/: stream.py ADDRESS USER DEVICE [CONVERSATION SEQUENCE]
+"""gRPC test client with stubs generated from proto/: stream.py ADDRESS USER DEVICE [CONVERSATION SEQUENCE]
 
-Prints one line per event: conversation, sequence, content. Ends when its input ends, or when the
-server ends the stream (then with the status).
+Prints one line per event: conversation, sequence, content. Stops at the end of its input, or when the
+server closes the stream (and prints the status).
 
     python3 -m venv env && env/bin/pip install grpcio-tools
     env/bin/python tests/clients/stream.py 127.0.0.1:50054 alice laptop
@@ -22,7 +22,7 @@ WELL_KNOWN = pathlib.Path(grpc_tools.__file__).parent / "_proto"
 
 
 def generated_stubs():
-    """Compiles proto/ into a folder of its own and imports what came out."""
+    """Compiles proto/ into a temporary folder and imports the result."""
     out = tempfile.mkdtemp(prefix="delivery-stubs-")
     files = [str(path) for path in PROTO.rglob("*.proto")]
     includes = [f"-I{PROTO}", f"-I{WELL_KNOWN}"]
@@ -48,19 +48,19 @@ def main(address, user, device, conversation="", sequence="0"):
     with grpc.insecure_channel(address) as channel:
         events = services.DeliveryApiStub(channel).Connect(iter(requests.get, None))
 
-        def end_with_input():
+        def cancel_at_end_of_input():
             sys.stdin.read()
             events.cancel()
 
-        threading.Thread(target=end_with_input, daemon=True).start()
+        threading.Thread(target=cancel_at_end_of_input, daemon=True).start()
         try:
             for event in events:
                 content = event.message.content if event.HasField("message") else "-"
                 print("event", event.conversation_id, event.sequence, content, flush=True)
             print("ended", flush=True)
         except grpc.RpcError as error:
-            ours = error.code() == grpc.StatusCode.CANCELLED
-            print(*(["ended"] if ours else ["status", error.code().name, error.details()]), flush=True)
+            cancelled = error.code() == grpc.StatusCode.CANCELLED
+            print(*(["ended"] if cancelled else ["status", error.code().name, error.details()]), flush=True)
 
 
 main(*sys.argv[1:])

@@ -25,11 +25,11 @@ use crate::domain::ids::ConversationPosition;
 use crate::protocol::phase::Phase;
 use crate::protocol::receiver::Receiver;
 use crate::reactor::gate::AddressTicket;
-use crate::reactor::kernel::HowToClose;
 use crate::reactor::queue::SendQueue;
 use crate::reactor::rate::InboundRate;
 use crate::reactor::slab::Slab;
 use crate::reactor::wheel::{Tick, TimerLink, TimerSlots};
+use crate::uring::HowToClose;
 
 /// What a slot holds. An idle session owns nothing beyond it.
 #[derive(Debug)]

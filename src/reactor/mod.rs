@@ -5,14 +5,12 @@ pub mod config;
 pub mod connection;
 pub mod counters;
 pub mod gate;
-pub mod kernel;
 pub mod listener;
 pub mod queue;
 pub mod rate;
 pub mod shard;
+#[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
 pub mod slab;
 pub mod thread;
 pub mod wheel;
-
-pub use crate::domain::outgoing;

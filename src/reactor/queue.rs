@@ -4,7 +4,7 @@
 use std::rc::Rc;
 
 use crate::domain::encoding::Encoding;
-use crate::reactor::outgoing::{Outgoing, SendBuffer};
+use crate::domain::outgoing::{Outgoing, SendBuffer};
 
 /// End of a list.
 const NONE: u32 = u32::MAX;

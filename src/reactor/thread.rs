@@ -8,9 +8,8 @@ use std::thread::{Builder, JoinHandle};
 
 use crate::domain::ids::ShardId;
 use crate::reactor::config::ShardConfig;
-use crate::reactor::kernel::UringKernel;
 use crate::reactor::shard::{Shard, ShardLinks, Turn};
-use crate::uring::{RingConfig, SetupError};
+use crate::uring::{Ring, RingConfig, SetupError};
 
 /// Why a shard does not run.
 #[derive(Debug, thiserror::Error)]
@@ -82,8 +81,14 @@ pub fn spawn(
     let (report, made) = mpsc::sync_channel(1);
     let run = move || {
         let bell = Arc::clone(&links.bell);
-        let kernel = match UringKernel::new(&ring, listener.as_fd(), bell.as_fd()) {
-            Ok(kernel) => kernel,
+        let set_up = || {
+            let mut ring = Ring::new(&ring)?;
+            ring.listen(listener.as_fd())?;
+            ring.watch_doorbell(bell.as_fd())?;
+            Ok(ring)
+        };
+        let kernel = match set_up() {
+            Ok(ring) => ring,
             Err(source) => {
                 // The receiver waits for exactly this.
                 let _ = report.send(Err(source));

@@ -1,23 +1,23 @@
-//! The only folder with kernel unsafe: the ring, its operations, its completion tokens, its receive
-//! buffers.
+//! The kernel interface and its io_uring implementation: the only folder with unsafe code.
 //!
 //! ```text
 //! setup ─► Ring ── operation constructors ─► submission queue ─► kernel
 //!            │                                                     │
 //!            │◄─ Completion ◄─ token decoded ◄─ completion queue ◄─┘
-//!            ├─ sends    what the kernel reads from, kept until the completion
-//!            ├─ accepts  where the kernel writes peer addresses, likewise
-//!            └─ buffers  what the kernel receives into; lent out as `Lease`s
+//!            ├─ sends    buffers that the kernel reads, kept until the completion
+//!            ├─ accepts  cells that the kernel writes peer addresses into, likewise
+//!            └─ buffers  buffers that the kernel receives into, lent out as `Lease`s
 //! ```
 //!
-//! Whoever uses this folder can break nothing: memory that an operation refers to is owned here
-//! until the operation's last completion, also when the ring is dropped meanwhile.
+//! The public interface is safe: memory that an operation refers to is owned here until the
+//! operation's last completion, even if the ring is dropped before it.
 
 #![allow(unsafe_code)]
 
 mod accepts;
 mod buffers;
-mod completion;
+mod clock;
+mod kernel;
 mod operation;
 mod ring;
 mod sends;
@@ -25,8 +25,8 @@ mod setup;
 mod token;
 
 pub use buffers::Lease;
-pub use completion::{Completion, Received};
-pub use ring::{Ring, Wait};
+pub use kernel::{Completion, HowToClose, Kernel, Received, Wait};
+pub use ring::Ring;
 pub use setup::{RingConfig, SetupError};
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! The ring of one thread: operations in, completions out, and the memory between.
+//! The io_uring of one thread: it submits operations, reaps completions, and owns the memory that
+//! operations refer to.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,7 +16,8 @@ use rustix::io::Errno;
 
 use super::accepts::Accepts;
 use super::buffers::{BufferRing, Lease};
-use super::completion::{Completion, Received};
+use super::clock::Clock;
+use super::kernel::{Completion, HowToClose, Kernel, Received, Wait};
 use super::operation;
 use super::sends::Sends;
 use super::setup::{RingConfig, SetupError, set_up};
@@ -23,45 +25,35 @@ use super::token::{Operation, Token};
 use crate::domain::ids::ConnectionKey;
 use crate::domain::outgoing::SendBuffer;
 
-/// How often and how long a dropped ring asks the kernel to let go of its memory.
+/// Attempts of a dropped ring to collect all outstanding completions, and the length of each.
 const QUIESCE_ROUNDS_MAX: usize = 50;
 const QUIESCE_ROUND: Duration = Duration::from_millis(20);
 
-/// How long [`Ring::enter`] may sleep while nothing completes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Not at all.
-    No,
-    /// At most so long.
-    AtMost(Duration),
-    /// Until something completes.
-    Forever,
-}
-
-/// An io_uring with its fixed-file table and its receive buffers. It belongs to the thread that
-/// made it.
+/// An io_uring with its fixed-file table, its receive buffers and its clocks. It belongs to the
+/// thread that created it.
 ///
-/// Connections are files 0 to `connections` - 1 of the table; a key's slot is the file.
+/// Connections are files 0 to `connections` - 1 of the table; the slot of a key is the file.
 pub struct Ring {
-    /// Closed first: fields drop in the order of declaration.
+    /// Dropped, and so closed, first: fields drop in the order of declaration.
     ring: IoUring,
     buffers: Rc<BufferRing>,
     sends: Sends,
     accepts: Accepts,
-    /// Operations that wait for room in the completion queue. Bounded by the callers: one operation
-    /// of each kind per connection.
+    /// Operations that wait for room in the completion queue. Bounded: the caller has at most one
+    /// operation of each kind in flight per connection.
     backlog: VecDeque<Entry>,
     /// One-shot operations whose completion has not been reaped.
     one_shots: u32,
-    /// Watches whose last completion has not been reaped.
-    watches: u32,
+    /// Multishot operations whose last completion has not been reaped.
+    multishots: u32,
     /// Bound of `one_shots`: half of the completion queue.
     one_shots_max: u32,
-    /// Why a submission between two calls of [`Ring::enter`] failed.
+    /// Error of a submission that a full queue forced between two calls of `enter`.
     failure: Option<io::Error>,
     connections: u32,
+    clock: Clock,
     enter_flags: u32,
-    /// An io_uring of a single issuer must stay on its thread.
+    /// `IORING_SETUP_SINGLE_ISSUER`: the ring must stay on its thread.
     _thread_bound: PhantomData<*const ()>,
 }
 
@@ -69,13 +61,13 @@ impl Ring {
     /// Sets up a ring for the calling thread.
     ///
     /// # Errors
-    /// See [`SetupError`]: each says what to do about it.
+    /// See [`SetupError`]; each text says what to do.
     pub fn new(config: &RingConfig) -> Result<Self, SetupError> {
         let parts = set_up(config)?;
         let params = parts.ring.params();
         let mut enter_flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
         if params.is_feature_no_iowait() {
-            // An idle shard is idle, not waiting for a disk.
+            // The kernel would count an idle shard as waiting for I/O.
             enter_flags |= EnterFlags::NO_IOWAIT;
         }
         Ok(Self {
@@ -86,22 +78,18 @@ impl Ring {
             accepts: Accepts::new(),
             backlog: VecDeque::new(),
             one_shots: 0,
-            watches: 0,
+            multishots: 0,
             failure: None,
             connections: config.connections,
+            clock: Clock::new(),
             enter_flags: enter_flags.bits(),
             _thread_bound: PhantomData,
         })
     }
 
-    /// Receive buffers there are.
-    pub fn receive_buffers(&self) -> usize {
-        usize::from(self.buffers.count())
-    }
-
-    /// Operations in flight, watches included: what the kernel still owes an answer for.
+    /// Operations in flight: those that still owe a completion.
     pub fn in_flight(&self) -> usize {
-        self.one_shots as usize + self.watches as usize + self.backlog.len()
+        self.one_shots as usize + self.multishots as usize + self.backlog.len()
     }
 
     fn listener_file(&self) -> u32 {
@@ -112,20 +100,23 @@ impl Ring {
         self.connections + 1
     }
 
-    /// Takes the listening socket into the table; the caller's descriptor may be closed after it.
+    /// Registers the listening socket. The caller may close its descriptor afterwards.
     ///
     /// # Errors
-    /// What the kernel says of the descriptor.
-    pub fn listen(&mut self, listener: BorrowedFd<'_>) -> io::Result<()> {
+    /// The kernel refuses the descriptor.
+    pub fn listen(&mut self, listener: BorrowedFd<'_>) -> Result<(), SetupError> {
         self.set_file(self.listener_file(), listener.as_raw_fd())
+            .map_err(|source| SetupError::System { what: "register the listener", source })
     }
 
-    /// Takes a doorbell (an eventfd) into the table; [`Completion::Rung`] tells of each ring.
+    /// Registers a doorbell (an eventfd), each ring of which ends a wait. The caller may close its
+    /// descriptor afterwards.
     ///
     /// # Errors
-    /// What the kernel says of the descriptor.
-    pub fn watch_doorbell(&mut self, event: BorrowedFd<'_>) -> io::Result<()> {
-        self.set_file(self.doorbell_file(), event.as_raw_fd())?;
+    /// The kernel refuses the descriptor.
+    pub fn watch_doorbell(&mut self, event: BorrowedFd<'_>) -> Result<(), SetupError> {
+        self.set_file(self.doorbell_file(), event.as_raw_fd())
+            .map_err(|source| SetupError::System { what: "register the doorbell", source })?;
         self.push(operation::watch_doorbell(self.doorbell_file()));
         Ok(())
     }
@@ -136,96 +127,26 @@ impl Ring {
         Ok(())
     }
 
-    /// Accepts one connection into the file of the key's slot, which is empty. At most
-    /// [`ACCEPTS_IN_FLIGHT_MAX`](crate::domain::limits::ACCEPTS_IN_FLIGHT_MAX) at a time.
-    pub fn accept(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        let listener = self.listener_file();
-        let cell = self.accepts.lend(connection.slot).expect("the caller keeps to the bound");
-        let entry = operation::accept(listener, connection, cell);
-        self.push(entry);
-    }
-
-    /// Cancels what waits on the listener and then takes it out of the table; each accept still
-    /// completes. The socket is closed if no descriptor of it is left elsewhere. No accept may
-    /// follow.
-    pub fn stop_listening(&mut self) {
-        self.push(operation::cancel_accepts(self.listener_file()));
-    }
-
-    /// Watches the socket for something to read, its end or its failure, until cancelled.
-    pub fn watch(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        self.push(operation::watch(connection));
-    }
-
-    /// Receives what is there. Never waits.
-    pub fn receive(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        self.push(operation::receive(connection));
-    }
-
-    /// Sends what fits into the socket's buffer. Never waits.
-    pub fn send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
-        self.check(connection);
-        let kept = self.sends.keep(connection, buffer);
-        let entry = operation::send(connection.slot, kept, self.sends.bytes(kept));
-        self.push(entry);
-    }
-
-    /// Waits, once, for room in the socket's buffer.
-    pub fn await_writable(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        self.push(operation::await_writable(connection));
-    }
-
-    /// Ends what waits on the socket (the watch, the wait for room); each still completes.
-    pub fn cancel(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        self.push(operation::cancel_watch(connection));
-        self.push(operation::cancel_wait(connection));
-    }
-
-    /// Ends our half of the stream (FIN) after what was sent.
-    pub fn shutdown(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        self.push(operation::shutdown(connection));
-    }
-
-    /// Closes the socket and empties the file; the peer still gets what was sent.
-    pub fn close(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        self.push(operation::close(connection));
-    }
-
-    /// Closes the socket and empties the file; what the peer has not taken is discarded, and it
-    /// gets a reset.
-    pub fn abort(&mut self, connection: ConnectionKey) {
-        self.check(connection);
-        self.push(operation::dissolve(connection));
-        self.push(operation::close(connection));
-    }
-
     fn check(&self, connection: ConnectionKey) {
         assert!(connection.slot < self.connections, "no file of that number");
     }
 
-    /// Queues an operation. It leaves with the next [`Ring::enter`], or when the queue is full.
+    /// Queues an operation. The next `enter` submits it, or a full queue does earlier.
     fn push(&mut self, entry: Entry) {
         if !self.backlog.is_empty() || !self.try_push(&entry) {
             self.backlog.push_back(entry);
         }
     }
 
-    /// Whether the operation is in the submission queue now: it is not while its completion might
-    /// overflow the completion queue, or while the kernel takes nothing.
+    /// Returns whether the operation was put into the submission queue. It is not if its completion
+    /// might overflow the completion queue, or if the kernel accepts no submissions at the moment.
     fn try_push(&mut self, entry: &Entry) -> bool {
         let multishot = operation_of(entry).is_multishot();
         if !multishot && self.one_shots >= self.one_shots_max {
             return false;
         }
         if self.ring.submission().is_full() {
-            // Batches beyond the queue's size gain nothing.
+            // Larger batches than the queue gain nothing.
             if let Err(error) = self.ring_enter(0, None) {
                 self.failure.get_or_insert(error);
             }
@@ -237,12 +158,12 @@ impl Ring {
         //   - send: the bytes of a `SendBuffer` that `sends` keeps until the completion, which do
         //     not move or change while the value exists (see `domain::outgoing`);
         //   - receive: no pointer; the buffers are in the mapping of `buffers`;
-        //   - dissolve: a static; all others: no pointer.
+        //   - disconnect: a static; all others: no pointer.
         // - When the ring is dropped, `drop` waits for these completions or leaks the memory.
         let pushed = unsafe { self.ring.submission().push(entry) }.is_ok();
         match (pushed, multishot) {
             (false, _) => {}
-            (true, true) => self.watches += 1,
+            (true, true) => self.multishots += 1,
             (true, false) => self.one_shots += 1,
         }
         pushed
@@ -255,24 +176,6 @@ impl Ring {
                 return;
             }
         }
-    }
-
-    /// One system call: submits what was queued, runs what the kernel deferred and, while nothing
-    /// has completed, waits.
-    ///
-    /// # Errors
-    /// The ring has failed and cannot be used any more.
-    pub fn enter(&mut self, wait: Wait) -> io::Result<()> {
-        self.drain_backlog();
-        if let Some(error) = self.failure.take() {
-            return Err(error);
-        }
-        let wanted = u32::from(wait != Wait::No && self.ring.completion().is_empty());
-        let timeout = match wait {
-            Wait::AtMost(timeout) if wanted > 0 => Some(timeout),
-            _ => None,
-        };
-        self.ring_enter(wanted, timeout)
     }
 
     fn ring_enter(&mut self, wanted: u32, timeout: Option<Duration>) -> io::Result<()> {
@@ -294,83 +197,84 @@ impl Ring {
         match outcome {
             Ok(_) => Ok(()),
             Err(error) => match Errno::from_io_error(&error) {
-                // Timed out, interrupted, out of memory for requests just now, or completions of an
-                // overflow first want to be reaped: what was not submitted stays queued.
+                // Timed out, interrupted, short of memory for requests, or overflown completions
+                // must be reaped first. What was not submitted stays queued.
                 Some(Errno::TIME | Errno::INTR | Errno::AGAIN | Errno::BUSY) => Ok(()),
                 _ => Err(error),
             },
         }
     }
 
-    /// The next completion, in the order of the kernel; `None` until the next [`Ring::enter`].
-    pub fn next_completion(&mut self) -> Option<Completion> {
-        loop {
-            let (token, entry) = self.reap()?;
-            if let Some(completion) = self.complete(token, &entry) {
-                return Some(completion);
-            }
-        }
-    }
-
     fn reap(&mut self) -> Option<(Token, cqueue::Entry)> {
         let entry = self.ring.completion().next()?;
-        let token = Token::decode(entry.user_data()).expect("a token of ours comes back");
+        let token = Token::decode(entry.user_data()).expect("the kernel returns our own tokens");
         if !token.operation.is_multishot() {
             self.one_shots -= 1;
         } else if !cqueue::more(entry.flags()) {
-            self.watches -= 1;
+            self.multishots -= 1;
         }
         Some((token, entry))
     }
 
-    fn complete(&mut self, token: Token, entry: &cqueue::Entry) -> Option<Completion> {
+    /// `None`: a completion that the shard does not need to see.
+    fn complete(&mut self, token: Token, entry: &cqueue::Entry) -> Option<Completion<Lease>> {
         let connection = token.key;
         let result = outcome(entry);
         Some(match token.operation {
             Operation::Accept => {
                 let peer = self.accepts.take_back(connection.slot, result.is_ok());
-                let result = result.map(|_| peer.expect("written by a successful accept"));
-                Completion::Accepted { connection, result }
+                match result {
+                    Ok(_) => {
+                        let peer = peer.expect("written by a successful accept");
+                        Completion::Accepted { connection, peer }
+                    }
+                    // An accept that is submitted after the listener left the table finds no file.
+                    Err(Errno::BADF) => {
+                        Completion::AcceptFailed { connection, error: Errno::CANCELED }
+                    }
+                    Err(error) => Completion::AcceptFailed { connection, error },
+                }
             }
-            Operation::Watch => Completion::Readable {
+            Operation::PollReadable => Completion::Readable {
                 connection,
-                watching: cqueue::more(entry.flags()),
+                armed: cqueue::more(entry.flags()),
                 broken: result.is_ok_and(|mask| mask & BROKEN != 0),
-                result: result.map(drop),
             },
             Operation::Receive => {
-                Completion::Received { connection, outcome: self.received(result, entry.flags()) }
+                Completion::Received { connection, received: self.received(result, entry.flags()) }
             }
             Operation::Send => {
                 let (connection, buffer) = self.sends.release(connection);
                 Completion::Sent { connection, buffer, result }
             }
-            Operation::AwaitWritable => {
-                Completion::Writable { connection, result: result.map(drop) }
+            Operation::PollWritable => Completion::Writable { connection },
+            // The second of the two cancels.
+            Operation::CancelPollWritable => Completion::Cancelled { connection },
+            Operation::Shutdown => Completion::ShutDown { connection },
+            Operation::Close => {
+                result.expect("a connection is closed once");
+                Completion::Closed { connection }
             }
-            // The second of the two.
-            Operation::CancelWait => Completion::Cancelled { connection },
-            Operation::Shutdown => Completion::ShutDown { connection, result: result.map(drop) },
-            Operation::Close => Completion::Closed { connection, result: result.map(drop) },
             Operation::WatchDoorbell => {
                 if !cqueue::more(entry.flags()) && result.is_ok() {
-                    // An overflow of the completion queue ends a watch.
+                    // An overflow of the completion queue ends a multishot poll.
                     self.push(operation::watch_doorbell(self.doorbell_file()));
                 }
-                Completion::Rung
-            }
-            Operation::CancelAccepts => {
-                self.set_file(self.listener_file(), -1).expect("any file may be taken out");
+                // The shard checks its rings every turn.
                 return None;
             }
-            Operation::CancelWatch | Operation::CancelEverything | Operation::Dissolve => {
+            Operation::CancelAccepts => {
+                self.set_file(self.listener_file(), -1).expect("any file can be unregistered");
+                return None;
+            }
+            Operation::CancelPollReadable | Operation::CancelEverything | Operation::Disconnect => {
                 return None;
             }
         })
     }
 
-    fn received(&self, result: Result<usize, Errno>, flags: u32) -> Received {
-        // Taken first: whatever the result, a buffer that was named must go back.
+    fn received(&self, result: Result<usize, Errno>, flags: u32) -> Received<Lease> {
+        // Taken first: a buffer that the kernel names must be returned, whatever the result.
         let lease = cqueue::buffer_select(flags)
             .map(|id| Lease::take(&self.buffers, id, result.unwrap_or(0)));
         match (result, lease) {
@@ -378,25 +282,123 @@ impl Ring {
             (Ok(_), Some(lease)) => Received::Bytes { lease, more: cqueue::sock_nonempty(flags) },
             (Ok(_), None) => unreachable!("bytes without a buffer"),
             (Err(Errno::AGAIN), _) => Received::Nothing,
-            (Err(Errno::NOBUFS), _) => Received::NoBuffer,
+            (Err(Errno::NOBUFS), _) => Received::NoBuffers,
             (Err(error), _) => Received::Failed(error),
         }
     }
 }
 
+impl Kernel for Ring {
+    type Lease = Lease;
+
+    fn now_ms(&self) -> u64 {
+        self.clock.now_ms
+    }
+
+    fn unix_ms(&self) -> u64 {
+        self.clock.unix_ms
+    }
+
+    fn receive_buffers(&self) -> usize {
+        usize::from(self.buffers.count())
+    }
+
+    fn accept(&mut self, connection: ConnectionKey) {
+        self.check(connection);
+        let listener = self.listener_file();
+        let cell = self.accepts.lend(connection.slot).expect("the caller keeps to the bound");
+        let entry = operation::accept(listener, connection, cell);
+        self.push(entry);
+    }
+
+    /// The socket is closed if no descriptor of it is left outside the table.
+    fn stop_accepting(&mut self) {
+        self.push(operation::cancel_accepts(self.listener_file()));
+    }
+
+    fn poll_readable(&mut self, connection: ConnectionKey) {
+        self.check(connection);
+        self.push(operation::poll_readable(connection));
+    }
+
+    fn receive(&mut self, connection: ConnectionKey) {
+        self.check(connection);
+        self.push(operation::receive(connection));
+    }
+
+    fn send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
+        self.check(connection);
+        let kept = self.sends.keep(connection, buffer);
+        let entry = operation::send(connection.slot, kept, self.sends.bytes(kept));
+        self.push(entry);
+    }
+
+    fn poll_writable(&mut self, connection: ConnectionKey) {
+        self.check(connection);
+        self.push(operation::poll_writable(connection));
+    }
+
+    fn shutdown(&mut self, connection: ConnectionKey) {
+        self.check(connection);
+        self.push(operation::shutdown(connection));
+    }
+
+    fn cancel(&mut self, connection: ConnectionKey) {
+        self.check(connection);
+        self.push(operation::cancel_poll_readable(connection));
+        self.push(operation::cancel_poll_writable(connection));
+    }
+
+    fn close(&mut self, connection: ConnectionKey, how: HowToClose) {
+        self.check(connection);
+        if how == HowToClose::Abort {
+            self.push(operation::disconnect(connection));
+        }
+        self.push(operation::close(connection));
+    }
+
+    fn enter(&mut self, wait: Wait) -> io::Result<()> {
+        self.drain_backlog();
+        if let Some(error) = self.failure.take() {
+            return Err(error);
+        }
+        let (may_wait, timeout) = match wait {
+            Wait::No => (false, None),
+            Wait::UntilMs(until_ms) => {
+                let left = self.clock.until(until_ms);
+                (left.is_some(), left)
+            }
+            Wait::Forever => (true, None),
+        };
+        let wanted = u32::from(may_wait && self.ring.completion().is_empty());
+        let entered = self.ring_enter(wanted, timeout.filter(|_| wanted > 0));
+        self.clock.read();
+        entered
+    }
+
+    fn next_completion(&mut self) -> Option<Completion<Lease>> {
+        loop {
+            let (token, entry) = self.reap()?;
+            if let Some(completion) = self.complete(token, &entry) {
+                return Some(completion);
+            }
+        }
+    }
+}
+
 fn operation_of(entry: &Entry) -> Operation {
-    Token::decode(entry.get_user_data()).expect("every entry is given a token").operation
+    Token::decode(entry.get_user_data()).expect("every entry has a token").operation
 }
 
 #[cfg(test)]
 impl Ring {
-    /// Whether the kernel holds completions back for want of room.
+    /// Whether the completion queue has overflown.
     pub(super) fn has_overflown(&mut self) -> bool {
         self.ring.submission().cq_overflow()
     }
 }
 
-/// What a poll says of a socket that was reset.
+/// Poll events of a socket that was reset.
 const BROKEN: usize = (libc::POLLERR | libc::POLLHUP) as usize;
 
 /// A completion's result: a count, or an error.
@@ -412,17 +414,17 @@ impl std::fmt::Debug for Ring {
         f.debug_struct("Ring")
             .field("connections", &self.connections)
             .field("one_shots", &self.one_shots)
-            .field("watches", &self.watches)
+            .field("multishots", &self.multishots)
             .field("backlog", &self.backlog.len())
             .finish_non_exhaustive()
     }
 }
 
 impl Drop for Ring {
-    /// Lets nothing go that the kernel may still read or write: cancels everything and waits for
-    /// the completions, and where they do not come in time (or the thread is not the ring's own)
-    /// leaks that memory instead. Closing the ring alone would not do: the kernel ends what is in
-    /// flight in the background.
+    /// Frees no memory that the kernel may still read or write: cancels everything and waits for
+    /// the completions. If they do not come in time, or this is not the thread of the ring, the
+    /// memory is leaked instead. Closing the ring is not enough: the kernel cancels operations in
+    /// flight asynchronously.
     fn drop(&mut self) {
         self.backlog.clear();
         if self.quiesce().is_err() {
@@ -435,17 +437,17 @@ impl Drop for Ring {
 
 impl Ring {
     fn quiesce(&mut self) -> io::Result<()> {
-        if self.one_shots + self.watches == 0 {
+        if self.one_shots + self.multishots == 0 {
             return Ok(());
         }
-        self.one_shots_max += 1; // the completion queue's other half has room
+        self.one_shots_max += 1; // the other half of the completion queue has room
         if !self.try_push(&operation::cancel_everything()) {
             return Err(Errno::BUSY.into());
         }
         for _ in 0..QUIESCE_ROUNDS_MAX {
             self.ring_enter(1, Some(QUIESCE_ROUND))?;
             while self.reap().is_some() {}
-            if self.one_shots + self.watches == 0 {
+            if self.one_shots + self.multishots == 0 {
                 return Ok(());
             }
         }

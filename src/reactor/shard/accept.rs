@@ -11,7 +11,7 @@ use crate::protocol::phase::Signal;
 use crate::protocol::upgrade::{self, Refused};
 use crate::reactor::connection::{Connection, Flight, Handshake, Stage};
 use crate::reactor::gate::{AddressTicket, Barred};
-use crate::reactor::kernel::{HowToClose, Kernel};
+use crate::uring::{HowToClose, Kernel};
 
 /// Pause after an accept failed for want of something, ms: asking again at once would spin.
 const ACCEPT_RETRY_MS: u64 = 100;

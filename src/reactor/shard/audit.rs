@@ -6,7 +6,7 @@ use super::clock::next_deadline;
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::phase::Phase;
 use crate::reactor::connection::{Connection, Flags, Flight, Stage, StageClass};
-use crate::reactor::kernel::Kernel;
+use crate::uring::Kernel;
 
 /// Frames beyond its limit that a queue may hold: the 101, a close frame, a heartbeat, and answers
 /// to one receive.

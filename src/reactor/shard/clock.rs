@@ -9,8 +9,8 @@ use crate::domain::ids::ConnectionKey;
 use crate::protocol::upgrade::Refused;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::connection::{Connection, Filter, Flags, Flight, Stage};
-use crate::reactor::kernel::{HowToClose, Kernel};
 use crate::reactor::wheel::{TICK_MS, Tick};
+use crate::uring::{HowToClose, Kernel};
 use std::rc::Rc;
 
 /// Timers handled in one turn.

@@ -11,7 +11,7 @@ use crate::protocol::phase::{Phase, Signal};
 use crate::protocol::receiver::Receiver;
 use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Flags, Flight, Stage};
-use crate::reactor::kernel::{HowToClose, Kernel};
+use crate::uring::{HowToClose, Kernel};
 
 /// Contract §3.
 const QUEUE_OVERFLOW: Close = Close::new(CloseCode::INTERNAL_ERROR, "backpressure overflow");

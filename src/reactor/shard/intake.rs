@@ -14,8 +14,8 @@ use crate::domain::outgoing::Outgoing;
 use crate::protocol::frame::{self, Opcode};
 use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Filter, Flags, Stage};
-use crate::reactor::kernel::Kernel;
 use crate::reactor::queue::SendQueue;
+use crate::uring::Kernel;
 
 /// How long a socket may take nothing before its client counts as a slow reader, ticks: a burst
 /// fills the socket of the quickest reader for a moment.

@@ -11,6 +11,7 @@
 //! - `reports`: what the service side is told.
 
 mod accept;
+#[cfg(any(test, feature = "simulation"))]
 mod audit;
 mod clock;
 mod ending;
@@ -39,10 +40,10 @@ use crate::reactor::config::ShardConfig;
 use crate::reactor::connection::{Connection, Flight, Stage};
 use crate::reactor::counters::ShardCounters;
 use crate::reactor::gate::Gate;
-use crate::reactor::kernel::{Completion, Kernel, Wait};
 use crate::reactor::queue::NodePool;
 use crate::reactor::slab::Slab;
 use crate::reactor::wheel::{TICK_MS, Tick, TimerWheel};
+use crate::uring::{Completion, Kernel, Wait};
 use reports::Reports;
 use tally::Tally;
 

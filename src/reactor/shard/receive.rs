@@ -7,7 +7,7 @@ use crate::domain::ids::ConnectionKey;
 use crate::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules};
 use crate::protocol::{deflate, frame};
 use crate::reactor::connection::{Flags, Flight, Stage};
-use crate::reactor::kernel::{HowToClose, Kernel, Received};
+use crate::uring::{HowToClose, Kernel, Received};
 
 /// Effort of compressing an echo; what it echoes is of no importance.
 const ECHO_DEFLATE_LEVEL: u32 = 1;
@@ -98,7 +98,7 @@ impl<K: Kernel> Shard<K> {
             return self.join(key);
         }
         match received {
-            Received::Data { mut lease, more } => {
+            Received::Bytes { mut lease, more } => {
                 connection.heard = now;
                 connection.flags.clear(Flags::PINGED);
                 if more || connection.flags.has(Flags::BROKEN) {

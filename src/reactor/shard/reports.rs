@@ -8,7 +8,7 @@ use super::{SESSION_MANAGER, Shard};
 use crate::domain::command::ShardReport;
 use crate::handoff::{Producer, Pushed};
 use crate::reactor::counters::ShardCounters;
-use crate::reactor::kernel::Kernel;
+use crate::uring::Kernel;
 
 /// Reports to the session manager that wait for room before the shard stops accepting and
 /// receiving, so that no further ones arise but the ends of connections it has: at most one for

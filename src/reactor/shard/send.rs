@@ -12,7 +12,7 @@ use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::SEND_BATCH_BYTES;
 use crate::domain::outgoing::{Outgoing, SendBuffer};
 use crate::reactor::connection::{Flags, Flight, Stage};
-use crate::reactor::kernel::{HowToClose, Kernel};
+use crate::uring::{HowToClose, Kernel};
 
 /// Sends begun in one turn: enough that the system call's own cost vanishes, few enough that their
 /// completions fit the ring.

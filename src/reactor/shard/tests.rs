@@ -14,7 +14,7 @@ use crate::domain::ids::{ConversationKey, ConversationPosition};
 use crate::handoff::{Pushed, ring};
 use crate::protocol::frame::Opcode;
 use crate::reactor::gate::GateConfig;
-use crate::reactor::kernel::simulated::{SimulatedKernel, SocketId};
+use crate::reactor::simulation::kernel::{SimulatedKernel, SocketId};
 use crate::reactor::simulation::wire::{CLOSE, PING, Said, TEXT, Wire, client_frame};
 
 struct Rig {

@@ -7,8 +7,8 @@ use crate::domain::ids::ConnectionKey;
 use crate::protocol::phase::Signal;
 use crate::protocol::upgrade::{self, Refused, Route, Upgrade, UpgradeRequest};
 use crate::reactor::connection::{Deciding, Flags, Holding, Stage};
-use crate::reactor::kernel::Kernel;
 use crate::reactor::queue::SendQueue;
+use crate::uring::Kernel;
 
 impl<K: Kernel> Shard<K> {
     /// More of the request. It usually comes whole and is read where it lies.

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use super::random::Random;
 use super::session::Session;
 use super::wire::{self, Wire, client_frame};
-use crate::reactor::kernel::simulated::SocketId;
+use crate::reactor::simulation::kernel::SocketId;
 
 /// What it came for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

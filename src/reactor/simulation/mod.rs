@@ -7,6 +7,7 @@
 
 mod check;
 mod client;
+pub mod kernel;
 mod manager;
 pub mod random;
 mod rest;
@@ -30,8 +31,8 @@ use crate::domain::ids::ConnectionKey;
 use crate::handoff::Doorbell;
 use crate::reactor::counters::ShardCounters;
 use crate::reactor::gate::Gate;
-use crate::reactor::kernel::simulated::{Faults, SimulatedKernel};
 use crate::reactor::shard::{SESSION_MANAGER, Shard, ShardLinks, Turn};
+use crate::reactor::simulation::kernel::{Faults, SimulatedKernel};
 use crate::reactor::wheel::TICK_MS;
 use client::{Client, ClientKind, Reading};
 use random::Random;
@@ -192,12 +193,12 @@ impl World {
     }
 
     fn now_ms(&self) -> u64 {
-        use crate::reactor::kernel::Kernel as _;
+        use crate::uring::Kernel as _;
         self.shard.as_ref().expect("running").kernel().now_ms()
     }
 
     fn unix_ms(&self) -> u64 {
-        use crate::reactor::kernel::Kernel as _;
+        use crate::uring::Kernel as _;
         self.shard.as_ref().expect("running").kernel().unix_ms()
     }
 

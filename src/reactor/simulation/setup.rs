@@ -5,7 +5,7 @@ use super::random::Random;
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::gate::GateConfig;
-use crate::reactor::kernel::simulated::Faults;
+use crate::reactor::simulation::kernel::Faults;
 
 #[derive(Clone, Debug)]
 pub(super) struct Setup {

@@ -119,7 +119,7 @@ impl SimulatedKernel {
     /// Receive buffers in completions that have not been handed over.
     pub fn leases_waiting(&self) -> usize {
         let lent = |completion: &&Completion<SimulatedLease>| {
-            matches!(completion, Completion::Received { received: Received::Data { .. }, .. })
+            matches!(completion, Completion::Received { received: Received::Bytes { .. }, .. })
         };
         self.completions.iter().filter(lent).count()
     }

@@ -17,12 +17,12 @@ use std::rc::Rc;
 
 use rustix::io::Errno;
 
-use super::{Completion, HowToClose, Kernel, Received, Wait};
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::RECEIVE_BUFFER_BYTES;
 use crate::domain::outgoing::SendBuffer;
 use crate::reactor::connection::Flight;
 use crate::reactor::simulation::random::Random;
+use crate::uring::{Completion, HowToClose, Kernel, Received, Wait};
 
 /// How often each freedom is taken, of 256 times.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -327,7 +327,7 @@ impl SimulatedKernel {
             socket.received_at_ms = now_ms;
             free.set(free.get() - 1);
             let more = there > length || socket.inbound_ended;
-            Received::Data { lease: SimulatedLease { bytes, free }, more }
+            Received::Bytes { lease: SimulatedLease { bytes, free }, more }
         } else if socket.reset {
             Received::Failed(Errno::CONNRESET)
         } else if socket.inbound_ended {

@@ -13,7 +13,7 @@ use delivery::handoff::{Consumer, Doorbell, Producer, ring};
 use delivery::protocol::upgrade::UpgradeRules;
 use delivery::reactor::config::ShardConfig;
 use delivery::reactor::counters::ShardCounters;
-use delivery::reactor::gate::{Gate, GateConfig};
+use delivery::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use delivery::reactor::listener::{ListenerConfig, listen_all};
 use delivery::reactor::shard::{PeerRings, ShardLinks};
 use delivery::reactor::thread::{ShardHandle, spawn};
@@ -137,7 +137,7 @@ impl Ours {
         let router_bell = Arc::new(Doorbell::new()?);
         let routes = peer(&router_bell, &bells, &mut rings);
 
-        let gate = Arc::new(Gate::new(GateConfig {
+        let limiter = Arc::new(ConnectionLimiter::new(ConnectionLimits {
             connections_per_address_max: u32::MAX,
             handshakes_per_address_per_s_max: u32::MAX,
             handshakes_per_s_max: u32::MAX,
@@ -160,7 +160,7 @@ impl Ours {
             let links = ShardLinks {
                 peers,
                 bell: Arc::clone(bell),
-                gate: Arc::clone(&gate),
+                limiter: Arc::clone(&limiter),
                 counters: counts,
             };
             let shard = spawn(ShardId(number), shard_config.clone(), listener, links);

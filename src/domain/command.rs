@@ -42,16 +42,16 @@ impl Recipients {
             Self::One(key, encoding) => (Some((*key, *encoding)), &[][..]),
             Self::Many(many) => (None, &many[..]),
         };
-        Iter { one, many: many.iter() }
+        RecipientsIter { one, many: many.iter() }
     }
 }
 
-struct Iter<'a> {
+struct RecipientsIter<'a> {
     one: Option<(ConnectionKey, Encoding)>,
     many: std::slice::Iter<'a, (ConnectionKey, Encoding)>,
 }
 
-impl Iterator for Iter<'_> {
+impl Iterator for RecipientsIter<'_> {
     type Item = (ConnectionKey, Encoding);
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -64,7 +64,7 @@ impl Iterator for Iter<'_> {
     }
 }
 
-impl ExactSizeIterator for Iter<'_> {}
+impl ExactSizeIterator for RecipientsIter<'_> {}
 
 /// Whether a delivery is what happens now or what a session missed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@
 //!                  ▼
 //!                Lingering: our end of stream is sent, the peer's awaited
 //!                  │
-//!                  ▼                 (every stage can come here at once: resets, deadlines)
+//!                  ▼                 (every lifecycle can come here at once: resets, deadlines)
 //!                Terminating: nothing is begun any more, what is in flight is joined
 //!                  ▼
 //!                Closing ─► the slot is free
@@ -24,7 +24,7 @@ use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConversationPosition;
 use crate::protocol::phase::Phase;
 use crate::protocol::receiver::Receiver;
-use crate::reactor::gate::AddressTicket;
+use crate::reactor::limiter::AddressPermit;
 use crate::reactor::queue::SendQueue;
 use crate::reactor::rate::InboundRate;
 use crate::reactor::slab::Slab;
@@ -34,12 +34,12 @@ use crate::uring::HowToClose;
 /// What a slot holds. An idle session owns nothing beyond it.
 #[derive(Debug)]
 pub struct Connection {
-    /// Where it stands, with what only that stage needs.
-    pub stage: Stage,
+    /// Where it stands, with what only that lifecycle needs.
+    pub lifecycle: Lifecycle,
     /// The closing handshake.
     pub phase: Phase,
     /// Requests to the kernel that have not completed.
-    pub flight: Flight,
+    pub in_flight: RequestSet,
     /// What else is to be remembered.
     pub flags: Flags,
     /// The receiving half.
@@ -49,29 +49,29 @@ pub struct Connection {
     /// Its place in the wheel.
     pub timer: TimerLink,
     /// When anything was last received.
-    pub heard: Tick,
-    /// Deadline of the stage; in an open stage that of the send without progress, if
+    pub last_received: Tick,
+    /// Deadline of the lifecycle; in an open lifecycle that of the send without progress, if
     /// [`Flags::STALLED`].
-    pub limit: Tick,
+    pub deadline: Tick,
     /// What it has sent this second.
     pub inbound: InboundRate,
     /// What is given back to the gate at the end; `None`: it was not let in.
-    pub address: Option<AddressTicket>,
+    pub address: Option<AddressPermit>,
 }
 
 impl Connection {
     /// A slot for an accept.
     pub fn accepting() -> Self {
         Self {
-            stage: Stage::Accepting,
+            lifecycle: Lifecycle::Accepting,
             phase: Phase::Upgrading,
-            flight: Flight::default(),
+            in_flight: RequestSet::default(),
             flags: Flags::default(),
             receiver: Receiver::default(),
             queue: SendQueue::new(Encoding::Binary),
             timer: TimerLink::default(),
-            heard: 0,
-            limit: 0,
+            last_received: 0,
+            deadline: 0,
             inbound: InboundRate::default(),
             address: None,
         }
@@ -80,7 +80,7 @@ impl Connection {
 
 /// See the diagram above.
 #[derive(Debug)]
-pub enum Stage {
+pub enum Lifecycle {
     /// The kernel has the slot: no client yet.
     Accepting,
     /// The upgrade request is incomplete.
@@ -96,18 +96,18 @@ pub enum Stage {
     /// On `/echo`; compresses with this window, bits, if at all.
     Echo(Option<u8>),
     /// Last words are in the queue.
-    Ending(EndReason),
+    Closing(EndReason),
     /// They are sent, and our end of stream.
     Lingering(EndReason),
     /// What is in flight is joined.
     Terminating(HowToClose),
     /// The kernel closes it.
-    Closing,
+    Freeing,
 }
 
-/// What a stage counts as.
+/// What a lifecycle counts as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StageClass {
+pub enum LifecycleClass {
     /// Before the 101.
     Handshake,
     /// An admitted session that may be delivered to.
@@ -118,29 +118,29 @@ pub enum StageClass {
     Other,
 }
 
-impl Stage {
+impl Lifecycle {
     /// What it counts as.
-    pub fn class(&self) -> StageClass {
+    pub fn class(&self) -> LifecycleClass {
         match self {
-            Self::Handshake(_) | Self::Deciding(_) => StageClass::Handshake,
-            Self::Holding(_) | Self::Filtering(_) | Self::Live => StageClass::Session,
-            Self::Echo(_) => StageClass::Echo,
+            Self::Handshake(_) | Self::Deciding(_) => LifecycleClass::Handshake,
+            Self::Holding(_) | Self::Filtering(_) | Self::Live => LifecycleClass::Session,
+            Self::Echo(_) => LifecycleClass::Echo,
             Self::Accepting
-            | Self::Ending(_)
+            | Self::Closing(_)
             | Self::Lingering(_)
             | Self::Terminating(_)
-            | Self::Closing => StageClass::Other,
+            | Self::Freeing => LifecycleClass::Other,
         }
     }
 
     /// Whether frames may be queued for it: after the 101, before the last words.
     pub fn is_open(&self) -> bool {
-        matches!(self.class(), StageClass::Session | StageClass::Echo)
+        matches!(self.class(), LifecycleClass::Session | LifecycleClass::Echo)
     }
 
     /// Whether nothing may be begun on it any more.
     pub fn is_over(&self) -> bool {
-        matches!(self, Self::Terminating(_) | Self::Closing)
+        matches!(self, Self::Terminating(_) | Self::Freeing)
     }
 }
 
@@ -166,33 +166,24 @@ pub struct Deciding {
     pub rest: Box<[u8]>,
 }
 
-impl Stage {
-    /// Live events that wait although nothing keeps them from being sent but the stage, and what
+impl Lifecycle {
+    /// Live events that wait although nothing keeps them from being sent but the lifecycle, and what
     /// catch-up has delivered of them.
     pub fn held(&mut self) -> Option<(&mut SendQueue, Option<&mut Filter>)> {
         match self {
             Self::Deciding(deciding) => Some((&mut deciding.held, None)),
-            Self::Holding(holding) => Some((&mut holding.queue, holding.released.as_mut())),
+            Self::Holding(holding) => {
+                Some((&mut holding.queue, holding.delivered_by_catch_up.as_mut()))
+            }
             Self::Accepting
             | Self::Handshake(_)
             | Self::Filtering(_)
             | Self::Live
             | Self::Echo(_)
-            | Self::Ending(_)
+            | Self::Closing(_)
             | Self::Lingering(_)
             | Self::Terminating(_)
-            | Self::Closing => None,
-        }
-    }
-}
-
-impl Stage {
-    /// The queue of [`Stage::held`].
-    pub fn held_queue(&self) -> Option<&SendQueue> {
-        match self {
-            Self::Deciding(deciding) => Some(&deciding.held),
-            Self::Holding(holding) => Some(&holding.queue),
-            _ => None,
+            | Self::Freeing => None,
         }
     }
 }
@@ -205,7 +196,7 @@ pub struct Holding {
     /// When the first message, or the release, is overdue.
     pub deadline: Tick,
     /// Set by the release: what catch-up has delivered.
-    pub released: Option<Filter>,
+    pub delivered_by_catch_up: Option<Filter>,
 }
 
 /// Live events that catch-up has delivered already.
@@ -258,19 +249,19 @@ impl Filter {
 
 /// Kinds of requests, as a set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flight(u8);
+pub struct RequestSet(u8);
 
-impl Flight {
+impl RequestSet {
     /// An accept.
     pub const ACCEPT: Self = Self(1);
     /// The watch for data.
-    pub const POLL: Self = Self(1 << 1);
+    pub const POLL_READABLE: Self = Self(1 << 1);
     /// A receive.
     pub const RECEIVE: Self = Self(1 << 2);
     /// A send.
     pub const SEND: Self = Self(1 << 3);
     /// The watch for room.
-    pub const ROOM: Self = Self(1 << 4);
+    pub const POLL_WRITABLE: Self = Self(1 << 4);
     /// The end of our half.
     pub const SHUTDOWN: Self = Self(1 << 5);
     /// The end of the watches.
@@ -283,6 +274,7 @@ impl Flight {
         self.0 == 0
     }
 
+    #[cfg(any(test, feature = "simulation"))]
     /// Whether each of these is in the other set too.
     pub fn is_within(self, other: Self) -> bool {
         self.0 & !other.0 == 0
@@ -311,7 +303,7 @@ impl Flight {
     ///
     /// # Panics
     /// If none was in flight.
-    pub fn end(&mut self, one: Self) {
+    pub fn complete(&mut self, one: Self) {
         assert!(self.any(one), "a completion without a request: {one:?}");
         self.0 &= !one.0;
     }
@@ -333,7 +325,7 @@ impl Flags {
     /// The session manager knows it: its end must be reported.
     pub const OPENED: Self = Self(1 << 4);
     /// It has sent its first message.
-    pub const SPOKE: Self = Self(1 << 5);
+    pub const FIRST_MESSAGE: Self = Self(1 << 5);
     /// The socket took less than it was given; the queue's deadline runs.
     pub const STALLED: Self = Self(1 << 6);
     /// Its queue was full; once the send in flight has completed, what was not begun goes.
@@ -341,7 +333,7 @@ impl Flags {
     /// Its messages may come compressed.
     pub const DEFLATE: Self = Self(1 << 8);
     /// It has ended its half of the stream.
-    pub const PEER_ENDED: Self = Self(1 << 9);
+    pub const FIN_RECEIVED: Self = Self(1 << 9);
     /// Its socket has failed; what came before is still to be received.
     pub const BROKEN: Self = Self(1 << 10);
     /// The rings have waited for its queue long enough: nothing waits for it any more until it has
@@ -374,7 +366,7 @@ impl TimerSlots for Slab<Connection> {
     }
 }
 
-const _: () = assert!(Slab::<Connection>::slot_bytes() <= 96, "what an idle session costs a shard");
+const _: () = assert!(Slab::<Connection>::SLOT_BYTES <= 96, "what an idle session costs a shard");
 
 #[cfg(test)]
 mod tests {
@@ -400,8 +392,8 @@ mod tests {
     #[test]
     #[should_panic(expected = "two requests of one kind")]
     fn second_request_of_a_kind_is_refused() {
-        let mut flight = Flight::default();
-        flight.begin(Flight::SEND);
-        flight.begin(Flight::SEND);
+        let mut flight = RequestSet::default();
+        flight.begin(RequestSet::SEND);
+        flight.begin(RequestSet::SEND);
     }
 }

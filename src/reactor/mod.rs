@@ -4,7 +4,7 @@
 pub mod config;
 pub mod connection;
 pub mod counters;
-pub mod gate;
+pub mod limiter;
 pub mod listener;
 pub mod queue;
 pub mod rate;

@@ -9,32 +9,32 @@ use crate::domain::outgoing::{Outgoing, SendBuffer};
 /// End of a list.
 const NONE: u32 = u32::MAX;
 /// Nodes kept allocated however few are in use.
-const NODES_KEPT: usize = 4096;
+const FRAMES_KEPT: usize = 4096;
 
 /// The nodes of all queues of a shard.
 #[derive(Debug)]
-pub struct NodePool {
-    nodes: Vec<Node>,
+pub struct FramePool {
+    nodes: Vec<QueuedFrame>,
     free: u32,
     used: usize,
 }
 
 #[derive(Debug)]
-struct Node {
+struct QueuedFrame {
     /// `None`: the node is free.
     outgoing: Option<Rc<Outgoing>>,
     next: u32,
 }
 
-impl Default for NodePool {
+impl Default for FramePool {
     fn default() -> Self {
         Self { nodes: Vec::new(), free: NONE, used: 0 }
     }
 }
 
-impl NodePool {
+impl FramePool {
     /// Memory of one queued frame beside the frame itself, bytes.
-    pub const NODE_BYTES: usize = size_of::<Node>();
+    pub const FRAME_BYTES: usize = size_of::<QueuedFrame>();
 
     /// Nodes in use: frames that wait, in all queues together.
     pub fn used(&self) -> usize {
@@ -46,14 +46,9 @@ impl NodePool {
         self.nodes.capacity()
     }
 
-    /// Bytes of one node.
-    pub const fn node_bytes() -> usize {
-        size_of::<Node>()
-    }
-
     fn take(&mut self, outgoing: Rc<Outgoing>) -> u32 {
         self.used += 1;
-        let node = Node { outgoing: Some(outgoing), next: NONE };
+        let node = QueuedFrame { outgoing: Some(outgoing), next: NONE };
         if self.free == NONE {
             let index = u32::try_from(self.nodes.len()).expect("nodes fit 32 bits");
             self.nodes.push(node);
@@ -71,10 +66,10 @@ impl NodePool {
         let next = std::mem::replace(&mut node.next, self.free);
         self.free = index;
         self.used -= 1;
-        if self.used == 0 && self.nodes.len() > NODES_KEPT {
+        if self.used == 0 && self.nodes.len() > FRAMES_KEPT {
             // The only moment at which no list refers to any node.
             self.nodes.clear();
-            self.nodes.shrink_to(NODES_KEPT);
+            self.nodes.shrink_to(FRAMES_KEPT);
             self.free = NONE;
         }
         (outgoing, next)
@@ -131,8 +126,9 @@ impl SendQueue {
         self.bytes as usize
     }
 
+    #[cfg(any(test, feature = "simulation"))]
     /// Events among the frames. Walks the list.
-    pub fn events(&self, pool: &NodePool) -> usize {
+    pub fn events(&self, pool: &FramePool) -> usize {
         let mut events = 0;
         let mut node = self.front;
         while node != NONE {
@@ -149,7 +145,7 @@ impl SendQueue {
 
     /// Appends a frame. The caller has checked the limits and that it can be expressed in this
     /// encoding.
-    pub fn push(&mut self, pool: &mut NodePool, outgoing: Rc<Outgoing>) {
+    pub fn push(&mut self, pool: &mut FramePool, outgoing: Rc<Outgoing>) {
         let length = outgoing.bytes(self.encoding).map_or(0, <[u8]>::len);
         assert!(length > 0, "an empty frame would never be sent");
         self.bytes = u32::try_from(self.bytes() + length).expect("the queue's byte limit fits");
@@ -164,7 +160,7 @@ impl SendQueue {
     }
 
     /// Takes the oldest frame out whole; for lists that are not being sent from.
-    pub fn pop(&mut self, pool: &mut NodePool) -> Option<Rc<Outgoing>> {
+    pub fn pop(&mut self, pool: &mut FramePool) -> Option<Rc<Outgoing>> {
         if self.is_empty() {
             return None;
         }
@@ -177,7 +173,7 @@ impl SendQueue {
     /// to `done`.
     pub fn advance(
         &mut self,
-        pool: &mut NodePool,
+        pool: &mut FramePool,
         mut sent: usize,
         mut done: impl FnMut(Rc<Outgoing>),
     ) {
@@ -196,7 +192,7 @@ impl SendQueue {
 
     /// Takes out all that has not been begun, each handed to `gone`: what remains is the rest of a
     /// frame sent in part, or nothing.
-    pub fn cut(&mut self, pool: &mut NodePool, mut gone: impl FnMut(Rc<Outgoing>)) {
+    pub fn cut(&mut self, pool: &mut FramePool, mut gone: impl FnMut(Rc<Outgoing>)) {
         let keep = self.is_mid_frame().then(|| {
             let left = self.front_length(pool) - self.front_sent as usize;
             let sent = self.front_sent;
@@ -211,7 +207,7 @@ impl SendQueue {
     }
 
     /// Takes everything out, each handed to `gone`.
-    pub fn clear(&mut self, pool: &mut NodePool, mut gone: impl FnMut(Rc<Outgoing>)) {
+    pub fn clear(&mut self, pool: &mut FramePool, mut gone: impl FnMut(Rc<Outgoing>)) {
         while let Some(outgoing) = self.pop(pool) {
             gone(outgoing);
         }
@@ -223,7 +219,7 @@ impl SendQueue {
     /// none, one frame goes alone). The queue keeps all until [`SendQueue::advance`].
     pub fn next_send(
         &self,
-        pool: &NodePool,
+        pool: &FramePool,
         limit: usize,
         staging: impl FnOnce() -> Option<Vec<u8>>,
     ) -> Option<SendBuffer> {
@@ -254,21 +250,21 @@ impl SendQueue {
         Some(SendBuffer::batch(staging))
     }
 
-    fn length(&self, pool: &NodePool, node: u32) -> usize {
+    fn length(&self, pool: &FramePool, node: u32) -> usize {
         pool.outgoing(node).bytes(self.encoding).map_or(0, <[u8]>::len)
     }
 
-    fn front_length(&self, pool: &NodePool) -> usize {
+    fn front_length(&self, pool: &FramePool) -> usize {
         assert!(!self.is_empty());
         self.length(pool, self.front)
     }
 
-    fn front_left(&self, pool: &NodePool) -> usize {
+    fn front_left(&self, pool: &FramePool) -> usize {
         self.front_length(pool) - self.front_sent as usize
     }
 
     /// `left` is what [`SendQueue::front_left`] says.
-    fn remove_front(&mut self, pool: &mut NodePool, left: usize) -> Rc<Outgoing> {
+    fn remove_front(&mut self, pool: &mut FramePool, left: usize) -> Rc<Outgoing> {
         let (outgoing, next) = pool.release(self.front);
         self.front = next;
         self.frames -= 1;
@@ -293,7 +289,7 @@ mod tests {
 
     #[test]
     fn one_frame_is_sent_from_where_it_is_and_several_are_copied() {
-        let mut pool = NodePool::default();
+        let mut pool = FramePool::default();
         let mut queue = SendQueue::new(Encoding::Binary);
         assert!(queue.next_send(&pool, 100, || unreachable!()).is_none());
         let first = frame(1, 10);
@@ -311,7 +307,7 @@ mod tests {
 
     #[test]
     fn cut_keeps_the_rest_of_what_has_been_begun() {
-        let mut pool = NodePool::default();
+        let mut pool = FramePool::default();
         let mut queue = SendQueue::new(Encoding::Binary);
         for byte in 0..3 {
             queue.push(&mut pool, frame(byte, 10));
@@ -333,7 +329,7 @@ mod tests {
         fn bytes_come_out_as_they_went_in(
             steps in prop::collection::vec((0..3usize, any::<bool>(), 1..300usize), 1..400),
         ) {
-            let mut pool = NodePool::default();
+            let mut pool = FramePool::default();
             let mut queues: Vec<_> = (0..3).map(|_| SendQueue::new(Encoding::Binary)).collect();
             let mut expected = vec![Vec::new(); 3];
             let mut sent = vec![Vec::new(); 3];

@@ -26,7 +26,7 @@ pub struct Slab<T> {
 #[derive(Debug)]
 struct Chunk<T> {
     /// `None`: given back.
-    entries: Option<Box<[Entry<T>]>>,
+    slots: Option<Box<[Slot<T>]>>,
     /// First of the free list, as an index into the chunk.
     free: u32,
     used: usize,
@@ -36,7 +36,7 @@ struct Chunk<T> {
 }
 
 #[derive(Debug)]
-struct Entry<T> {
+struct Slot<T> {
     generation: u32,
     content: Content<T>,
 }
@@ -50,7 +50,7 @@ enum Content<T> {
 
 impl<T> Slab<T> {
     /// Memory of one slot, bytes.
-    pub const ENTRY_BYTES: usize = size_of::<Entry<T>>();
+    pub const SLOT_BYTES: usize = size_of::<Slot<T>>();
 
     /// An empty slab of at most `limit` slots; nothing is allocated yet.
     pub fn new(limit: usize) -> Self {
@@ -75,11 +75,6 @@ impl<T> Slab<T> {
         self.allocated_chunks * CHUNK_SLOTS
     }
 
-    /// Bytes of one slot.
-    pub const fn slot_bytes() -> usize {
-        size_of::<Entry<T>>()
-    }
-
     /// Whether [`Slab::insert`] would find room.
     pub fn has_room(&self) -> bool {
         self.used < self.limit
@@ -97,10 +92,10 @@ impl<T> Slab<T> {
         let index = self.first_with_room;
         if index == self.chunks.len() {
             let free = NONE;
-            self.chunks.push(Chunk { entries: None, free, used: 0, generation: 0 });
+            self.chunks.push(Chunk { slots: None, free, used: 0, generation: 0 });
         }
         let chunk = &mut self.chunks[index];
-        if chunk.entries.is_none() {
+        if chunk.slots.is_none() {
             chunk.allocate();
             self.allocated_chunks += 1;
         } else if chunk.used == 0 {
@@ -115,14 +110,14 @@ impl<T> Slab<T> {
     /// The value of this slot and generation; `None` if it is gone.
     pub fn get_mut(&mut self, key: ConnectionKey) -> Option<&mut T> {
         let slot = key.slot as usize;
-        let entry = self
+        let slot_ = self
             .chunks
             .get_mut(slot / CHUNK_SLOTS)?
-            .entries
+            .slots
             .as_deref_mut()?
             .get_mut(slot % CHUNK_SLOTS)?;
-        match &mut entry.content {
-            Content::Used(value) if entry.generation == key.generation => Some(value),
+        match &mut slot_.content {
+            Content::Used(value) if slot_.generation == key.generation => Some(value),
             _ => None,
         }
     }
@@ -130,22 +125,23 @@ impl<T> Slab<T> {
     /// The value of this slot and generation; `None` if it is gone.
     pub fn get(&self, key: ConnectionKey) -> Option<&T> {
         let slot = key.slot as usize;
-        let entries = self.chunks.get(slot / CHUNK_SLOTS)?.entries.as_deref()?;
-        let entry = &entries[slot % CHUNK_SLOTS];
-        match &entry.content {
-            Content::Used(value) if entry.generation == key.generation => Some(value),
+        let slots = self.chunks.get(slot / CHUNK_SLOTS)?.slots.as_deref()?;
+        let slot_ = &slots[slot % CHUNK_SLOTS];
+        match &slot_.content {
+            Content::Used(value) if slot_.generation == key.generation => Some(value),
             _ => None,
         }
     }
 
+    #[cfg(any(test, feature = "simulation"))]
     /// All values in use, the lowest slot first.
     pub fn iter(&self) -> impl Iterator<Item = (ConnectionKey, &T)> {
         self.chunks.iter().enumerate().flat_map(|(number, chunk)| {
-            let entries = chunk.entries.as_deref().unwrap_or_default().iter().enumerate();
-            let used = entries.filter_map(move |(within, entry)| match &entry.content {
+            let slots = chunk.slots.as_deref().unwrap_or_default().iter().enumerate();
+            let used = slots.filter_map(move |(within, slot_)| match &slot_.content {
                 Content::Used(value) => {
                     let slot = (number * CHUNK_SLOTS + within) as u32;
-                    Some((ConnectionKey { slot, generation: entry.generation }, value))
+                    Some((ConnectionKey { slot, generation: slot_.generation }, value))
                 }
                 Content::Free(_) => None,
             });
@@ -159,8 +155,8 @@ impl<T> Slab<T> {
     /// If the slot is free: the list is broken.
     pub fn at_mut(&mut self, slot: u32) -> &mut T {
         let slot = slot as usize;
-        let entries = self.chunks[slot / CHUNK_SLOTS].entries.as_deref_mut();
-        match &mut entries.expect("a linked slot's chunk is there")[slot % CHUNK_SLOTS].content {
+        let slots = self.chunks[slot / CHUNK_SLOTS].slots.as_deref_mut();
+        match &mut slots.expect("a linked slot's chunk is there")[slot % CHUNK_SLOTS].content {
             Content::Used(value) => value,
             Content::Free(_) => panic!("slot {slot} is linked but free"),
         }
@@ -168,10 +164,10 @@ impl<T> Slab<T> {
 
     /// The key of a slot in use; `None` if it is free or was never allocated.
     pub fn key_at(&self, slot: u32) -> Option<ConnectionKey> {
-        let entries = self.chunks.get(slot as usize / CHUNK_SLOTS)?.entries.as_deref()?;
-        let entry = &entries[slot as usize % CHUNK_SLOTS];
-        matches!(entry.content, Content::Used(_))
-            .then_some(ConnectionKey { slot, generation: entry.generation })
+        let slots = self.chunks.get(slot as usize / CHUNK_SLOTS)?.slots.as_deref()?;
+        let slot_ = &slots[slot as usize % CHUNK_SLOTS];
+        matches!(slot_.content, Content::Used(_))
+            .then_some(ConnectionKey { slot, generation: slot_.generation })
     }
 
     /// One past the highest slot that may be in use.
@@ -191,7 +187,7 @@ impl<T> Slab<T> {
             if self.empty_chunks < EMPTY_CHUNKS_KEPT {
                 self.empty_chunks += 1;
             } else {
-                chunk.entries = None;
+                chunk.slots = None;
                 self.allocated_chunks -= 1;
             }
         }
@@ -208,9 +204,9 @@ impl<T> Chunk<T> {
         assert_eq!(self.used, 0);
         let generation = next_generation(self.generation);
         let last = CHUNK_SLOTS - 1;
-        self.entries = Some(
+        self.slots = Some(
             (0..CHUNK_SLOTS)
-                .map(|index| Entry {
+                .map(|index| Slot {
                     generation,
                     content: Content::Free(if index == last { NONE } else { index as u32 + 1 }),
                 })
@@ -222,22 +218,22 @@ impl<T> Chunk<T> {
 
     fn take(&mut self, value: T) -> (usize, u32) {
         let within = self.free as usize;
-        let entry = &mut self.entries.as_deref_mut().expect("allocated")[within];
-        let Content::Free(next) = entry.content else { panic!("slot {within} is free and used") };
+        let slot_ = &mut self.slots.as_deref_mut().expect("allocated")[within];
+        let Content::Free(next) = slot_.content else { panic!("slot {within} is free and used") };
         self.free = next;
-        entry.content = Content::Used(value);
+        slot_.content = Content::Used(value);
         self.used += 1;
-        (within, entry.generation)
+        (within, slot_.generation)
     }
 
     fn release(&mut self, within: usize) -> T {
-        let entry = &mut self.entries.as_deref_mut().expect("allocated")[within];
-        let content = std::mem::replace(&mut entry.content, Content::Free(self.free));
+        let slot_ = &mut self.slots.as_deref_mut().expect("allocated")[within];
+        let content = std::mem::replace(&mut slot_.content, Content::Free(self.free));
         let Content::Used(value) = content else { panic!("slot {within} is freed twice") };
-        entry.generation = next_generation(entry.generation);
+        slot_.generation = next_generation(slot_.generation);
         // A wrapped generation is small; the chunk's bound then stays where it is, which is safe:
         // a chunk allocated anew begins above it.
-        self.generation = self.generation.max(entry.generation);
+        self.generation = self.generation.max(slot_.generation);
         self.free = within as u32;
         self.used -= 1;
         value

@@ -133,7 +133,7 @@ mod tests {
     use crate::protocol::frame::{self, Opcode};
     use crate::protocol::upgrade::UpgradeRules;
     use crate::reactor::counters::ShardCounters;
-    use crate::reactor::gate::{Gate, GateConfig};
+    use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
     use crate::reactor::listener::{ListenerConfig, listen_all};
     use crate::reactor::shard::PeerRings;
 
@@ -164,7 +164,7 @@ mod tests {
             let links = ShardLinks {
                 peers: vec![PeerRings { commands: taken, reports: given }],
                 bell: shard_bell,
-                gate: Arc::new(Gate::new(GateConfig::default())),
+                limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
                 counters: Arc::clone(&counters),
             };
             let handle = spawn(ShardId(0), config, listeners.remove(0), links).unwrap();

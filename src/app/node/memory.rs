@@ -18,7 +18,7 @@ use crate::domain::limits::{
 };
 use crate::reactor::config::ShardConfig;
 use crate::reactor::connection::Connection;
-use crate::reactor::queue::NodePool;
+use crate::reactor::queue::FramePool;
 use crate::reactor::shard::PENDING_REPORTS_MAX;
 use crate::reactor::slab::Slab;
 use crate::service::backends::neighbours::ANSWER_BYTES_MAX;
@@ -80,7 +80,7 @@ impl MemoryBudget {
     /// Computes it from the settings.
     pub(super) fn new(settings: &Settings, sizing: &Sizing, shard: &ShardConfig) -> Self {
         let session = vec![
-            ("slot", Slab::<Connection>::ENTRY_BYTES as u64),
+            ("slot", Slab::<Connection>::SLOT_BYTES as u64),
             ("record", manager::RECORD_BYTES as u64),
             ("directory", Directory::ENTRY_BYTES as u64),
             ("ids", (IDS_OVERHEAD + IDS_TYPICAL) as u64),
@@ -171,10 +171,10 @@ fn shards(sizing: &Sizing, shard: &ShardConfig) -> PartSizes {
     let (command, report) = (size_of::<ShardCommand>() as u64, size_of::<ShardReport>() as u64);
     let ring = HANDOFF_RING_SLOTS as u64;
     vec![
-        ("slots", slots * Slab::<Connection>::ENTRY_BYTES as u64),
+        ("slots", slots * Slab::<Connection>::SLOT_BYTES as u64),
         ("records", slots * manager::RECORD_BYTES as u64),
         ("directory", connections * (Directory::ENTRY_BYTES as u64 * 2 + ids)),
-        ("queues", connections * queue * NodePool::NODE_BYTES as u64),
+        ("queues", connections * queue * FramePool::FRAME_BYTES as u64),
         ("partial_messages", connections * inbound),
         (
             "receive_buffers",

@@ -29,7 +29,7 @@ use self::memory::MemoryBudget;
 use self::mesh::{Mesh, PeerSide};
 use self::other_nodes::OtherNodesListener;
 use self::routing::Routing;
-use self::shards::{Shards, gate_config, shard_config};
+use self::shards::{Shards, connection_limits, shard_config};
 use self::signals::Signals;
 use self::sizing::{Machine, Sizing};
 use self::streams::Streams;
@@ -196,7 +196,7 @@ fn start(
         }
         None => None,
     };
-    let shards = Shards::start(&config, gate_config(&settings), ports.shards, mesh.shards)?;
+    let shards = Shards::start(&config, connection_limits(&settings), ports.shards, mesh.shards)?;
     let directory = Arc::new(Directory::new());
     let counters = Arc::new(SessionCounters::default());
     let sessions = sessions(

@@ -13,7 +13,7 @@ use crate::domain::ids::ShardId;
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::counters::ShardCounters;
-use crate::reactor::gate::{Gate, GateConfig};
+use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use crate::reactor::shard::{PeerRings, ShardLinks};
 use crate::reactor::thread::{ShardHandle, spawn};
 
@@ -64,12 +64,12 @@ pub(super) fn shard_config(settings: &Settings, sizing: &Sizing) -> ShardConfig 
 }
 
 /// The limits that all shards share.
-pub(super) fn gate_config(settings: &Settings) -> GateConfig {
+pub(super) fn connection_limits(settings: &Settings) -> ConnectionLimits {
     let limit = |count: Count| match count.u32() {
         0 => u32::MAX,
         limit => limit,
     };
-    GateConfig {
+    ConnectionLimits {
         connections_per_address_max: limit(settings.connections_per_address),
         handshakes_per_address_per_s_max: limit(settings.handshakes_per_second_per_address),
         handshakes_per_s_max: limit(settings.handshakes_per_second),
@@ -84,17 +84,17 @@ impl Shards {
     /// because their peers are gone.
     pub(super) fn start(
         config: &ShardConfig,
-        gate: GateConfig,
+        limiter: ConnectionLimits,
         listeners: Vec<OwnedFd>,
         sides: Vec<ShardSide>,
     ) -> Result<Self, String> {
         assert_eq!(listeners.len(), sides.len());
-        let gate = Arc::new(Gate::new(gate));
+        let limiter = Arc::new(ConnectionLimiter::new(limiter));
         let mut shards = Self { handles: Vec::new(), counters: Vec::new() };
         for (number, (listener, side)) in (0..).zip(listeners.into_iter().zip(sides)) {
             let counters = Arc::new(ShardCounters::default());
             shards.counters.push(Arc::clone(&counters));
-            let links = links(side, Arc::clone(&gate), counters);
+            let links = links(side, Arc::clone(&limiter), counters);
             let handle = spawn(ShardId(number), config.clone(), listener, links);
             shards.handles.push(handle.map_err(|error| error.to_string())?);
         }
@@ -125,9 +125,13 @@ impl Shards {
     }
 }
 
-fn links(side: ShardSide, gate: Arc<Gate>, counters: Arc<ShardCounters>) -> ShardLinks {
+fn links(
+    side: ShardSide,
+    limiter: Arc<ConnectionLimiter>,
+    counters: Arc<ShardCounters>,
+) -> ShardLinks {
     let peers = side.peers.into_iter();
     let peers =
         peers.map(|end| PeerRings { commands: end.commands, reports: end.reports }).collect();
-    ShardLinks { peers, bell: side.bell, gate, counters }
+    ShardLinks { peers, bell: side.bell, limiter, counters }
 }

@@ -9,8 +9,8 @@ use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::phase::Signal;
 use crate::protocol::upgrade::{self, Refused};
-use crate::reactor::connection::{Connection, Flight, Handshake, Stage};
-use crate::reactor::gate::{AddressTicket, Barred};
+use crate::reactor::connection::{Connection, Handshake, Lifecycle, RequestSet};
+use crate::reactor::limiter::{AddressPermit, LimitExceeded};
 use crate::uring::{HowToClose, Kernel};
 
 /// Pause after an accept failed for want of something, ms: asking again at once would spin.
@@ -18,24 +18,20 @@ const ACCEPT_RETRY_MS: u64 = 100;
 
 /// The state of the listener.
 #[derive(Debug)]
-pub(super) struct Accepting {
+pub(super) struct AcceptState {
     open: bool,
-    in_flight: u32,
+    pub(super) in_flight: u32,
     /// No accepts before this.
     retry_at_ms: Option<u64>,
 }
 
-impl Default for Accepting {
+impl Default for AcceptState {
     fn default() -> Self {
         Self { open: true, in_flight: 0, retry_at_ms: None }
     }
 }
 
-impl Accepting {
-    pub(super) fn in_flight(&self) -> u32 {
-        self.in_flight
-    }
-
+impl AcceptState {
     pub(super) fn retry_at_ms(&self) -> Option<u64> {
         self.retry_at_ms.filter(|_| self.open)
     }
@@ -49,12 +45,12 @@ impl<K: Kernel> Shard<K> {
             // What is past is no reason to wake up.
             _ => self.accepting.retry_at_ms = None,
         }
-        if !self.accepting.open || self.reports.are_too_many() {
+        if !self.accepting.open || self.reports.is_backlogged() {
             return;
         }
         while self.accepting.in_flight < self.config.accepts_max {
             let Some(key) = self.slab.insert(Connection::accepting()) else { return };
-            self.connection(key).expect("just inserted").flight.begin(Flight::ACCEPT);
+            self.connection(key).expect("just inserted").in_flight.begin(RequestSet::ACCEPT);
             self.accepting.in_flight += 1;
             self.kernel.accept(key);
         }
@@ -71,26 +67,26 @@ impl<K: Kernel> Shard<K> {
         let now = self.now;
         self.accepting.in_flight -= 1;
         self.counters.counts.accepted.add(1);
-        let connection = self.completed(key, Flight::ACCEPT);
-        connection.heard = now;
+        let connection = self.completed(key, RequestSet::ACCEPT);
+        connection.last_received = now;
         if self.stopping.is_some() {
             return self.terminate(key, EndReason::Draining, HowToClose::Orderly);
         }
-        let refused = match self.let_in(peer) {
+        let refused = match self.check_limits(peer) {
             Ok(ticket) => {
-                let limit = self.after(self.config.handshake_ms_max);
+                let deadline = self.after(self.config.handshake_ms_max);
                 let connection = self.connection(key).expect("still here");
                 connection.address = Some(ticket);
-                connection.limit = limit;
-                self.change_stage(
+                connection.deadline = deadline;
+                self.set_lifecycle(
                     key,
-                    Stage::Handshake(Box::new(Handshake { peer, input: Vec::new() })),
+                    Lifecycle::Handshake(Box::new(Handshake { peer, input: Vec::new() })),
                 );
                 None
             }
             Err(refused) => Some(refused),
         };
-        self.connection(key).expect("still here").flight.begin(Flight::POLL);
+        self.connection(key).expect("still here").in_flight.begin(RequestSet::POLL_READABLE);
         self.kernel.poll_readable(key);
         match refused {
             None => self.schedule(key),
@@ -100,7 +96,7 @@ impl<K: Kernel> Shard<K> {
 
     pub(super) fn accept_failed(&mut self, key: ConnectionKey, error: Errno) {
         self.accepting.in_flight -= 1;
-        self.completed(key, Flight::ACCEPT);
+        self.completed(key, RequestSet::ACCEPT);
         self.slab.remove(key).expect("still here");
         if error == Errno::CANCELED && !self.accepting.open {
             return;
@@ -114,27 +110,27 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Asks the limits of the shard and those shared by all shards.
-    fn let_in(&mut self, peer: IpAddr) -> Result<AddressTicket, Refused> {
+    fn check_limits(&mut self, peer: IpAddr) -> Result<AddressPermit, Refused> {
         let counts = &self.counters.counts;
         let retry_after_s = self.config.retry_after_s;
         if self.admitted >= self.config.connections_max {
             counts.refused_full.add(1);
             return Err(Refused::unavailable("this node is full", retry_after_s));
         }
-        match self.gate.enter(peer, self.kernel.unix_ms()) {
+        match self.limiter.admit(peer, self.kernel.unix_ms()) {
             Ok(ticket) => {
                 self.admitted += 1;
                 Ok(ticket)
             }
-            Err(Barred::TotalRate) => {
+            Err(LimitExceeded::TotalRate) => {
                 counts.refused_total_rate.add(1);
                 Err(Refused::unavailable("too many clients connect at once", retry_after_s))
             }
-            Err(Barred::AddressRate) => {
+            Err(LimitExceeded::AddressRate) => {
                 counts.refused_address_rate.add(1);
                 Err(Refused::too_many("too many handshakes from your address", retry_after_s))
             }
-            Err(Barred::AddressConnections) => {
+            Err(LimitExceeded::AddressConnections) => {
                 counts.refused_address_count.add(1);
                 Err(Refused::too_many("too many connections from your address", retry_after_s))
             }
@@ -143,11 +139,11 @@ impl<K: Kernel> Shard<K> {
 
     /// Answers a request, or what might have become one, with an HTTP error, and ends.
     pub(super) fn answer(&mut self, key: ConnectionKey, refused: &Refused, why: EndReason) {
-        let limit = self.after(self.config.close_ms_max);
-        let stage = self.change_stage(key, Stage::Ending(why));
-        self.give_up_held(stage);
+        let deadline = self.after(self.config.close_ms_max);
+        let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
+        self.give_up_held(lifecycle);
         let connection = self.connection(key).expect("still here");
-        connection.limit = limit;
+        connection.deadline = deadline;
         connection.phase = connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
         self.push_own(key, upgrade::response_refused(refused).into());
         self.schedule(key);

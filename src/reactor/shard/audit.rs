@@ -1,16 +1,21 @@
 //! Whether everything the shard believes agrees with everything else. For the simulation, which
 //! asks after every step; far too slow for a running shard.
 
-use super::Shard;
 use super::clock::next_deadline;
+use super::{PENDING_REPORTS_MAX, Shard};
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::phase::Phase;
-use crate::reactor::connection::{Connection, Flags, Flight, Stage, StageClass};
+use crate::reactor::connection::{Connection, Flags, Lifecycle, LifecycleClass, RequestSet};
+use crate::reactor::queue::SendQueue;
 use crate::uring::Kernel;
 
 /// Frames beyond its limit that a queue may hold: the 101, a close frame, a heartbeat, and answers
 /// to one receive.
 const OWN_FRAMES_MAX: usize = 1024;
+
+/// Reports to the session manager that one turn may add to [`PENDING_REPORTS_MAX`]: those of the
+/// completions of the turn.
+const REPORTS_PER_TURN_MAX: usize = 1024;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Sums {
@@ -51,11 +56,11 @@ impl<K: Kernel> Shard<K> {
             frames: self.nodes.used(),
             deliveries: counts.deliveries.get() - done,
             receives: self.receives_in_flight,
-            accepts: self.accepting.in_flight(),
+            accepts: self.accepting.in_flight,
             dirty: self.dirty.iter().filter(|key| self.slab.get(**key).is_some()).count(),
             waiting: self.waiting.iter().filter(|key| self.slab.get(**key).is_some()).count(),
             admitted: self.admitted,
-            timers: self.wheel.set_timers(),
+            timers: self.wheel.set_timers(&mut self.slab),
             sessions: counts.sessions.get(),
             handshakes: counts.handshakes.get(),
             echoes: counts.echoes.get(),
@@ -65,20 +70,39 @@ impl<K: Kernel> Shard<K> {
         assert!(self.admitted <= self.config.connections_max);
         assert!(self.receives_in_flight <= self.kernel.receive_buffers());
         assert!(self.tally.held().0 <= sums.deliveries, "an event is held for nobody");
-        self.reports.audit(self.slab.used());
+        let reports = self.reports.pending_for_manager();
+        assert!(
+            reports <= PENDING_REPORTS_MAX + REPORTS_PER_TURN_MAX + self.slab.used(),
+            "{reports} reports"
+        );
     }
 
-    /// What the shard believes to be in flight.
-    pub fn flights(&self) -> impl Iterator<Item = (ConnectionKey, Flight)> + '_ {
-        self.slab.iter().map(|(key, connection)| (key, connection.flight))
+    /// The kernel.
+    pub fn kernel(&self) -> &K {
+        &self.kernel
+    }
+
+    /// The kernel, so that a simulation can act as its clients.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Connections and accepts in flight.
+    pub fn slots_used(&self) -> usize {
+        self.slab.used()
+    }
+
+    /// The requests in flight of each connection, as the shard believes.
+    pub fn flights(&self) -> impl Iterator<Item = (ConnectionKey, RequestSet)> + '_ {
+        self.slab.iter().map(|(key, connection)| (key, connection.in_flight))
     }
 
     /// Whether it knows that there is something to receive of this connection, or will not care.
-    pub fn will_receive(&self, key: ConnectionKey) -> bool {
+    pub fn has_noticed_input(&self, key: ConnectionKey) -> bool {
         self.slab.get(key).is_none_or(|connection| {
             let flags = connection.flags;
-            let known = flags.has(Flags::READABLE) || flags.has(Flags::PEER_ENDED);
-            known || connection.stage.is_over()
+            let known = flags.has(Flags::READABLE) || flags.has(Flags::FIN_RECEIVED);
+            known || connection.lifecycle.is_over()
         })
     }
 
@@ -93,27 +117,32 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn audit_connection(&self, key: ConnectionKey, connection: &Connection) {
-        let Connection { stage, phase, flight, flags, queue, timer, .. } = connection;
-        let lawful = match stage {
-            Stage::Accepting => *phase == Phase::Upgrading && *flight == Flight::ACCEPT,
-            Stage::Handshake(_) | Stage::Deciding(_) => *phase == Phase::Upgrading,
-            Stage::Holding(_) | Stage::Filtering(_) | Stage::Live | Stage::Echo(_) => {
-                *phase == Phase::Open
-            }
-            Stage::Ending(_) => matches!(phase, Phase::AwaitingPeer | Phase::Closed),
-            Stage::Lingering(_) => *phase == Phase::Closed && queue.is_empty(),
-            Stage::Terminating(_) => !flight.is_none() && queue.is_empty(),
-            Stage::Closing => *flight == Flight::CLOSE && queue.is_empty(),
+        let Connection { lifecycle, phase, in_flight, flags, queue, timer, .. } = connection;
+        let lawful = match lifecycle {
+            Lifecycle::Accepting => *phase == Phase::Upgrading && *in_flight == RequestSet::ACCEPT,
+            Lifecycle::Handshake(_) | Lifecycle::Deciding(_) => *phase == Phase::Upgrading,
+            Lifecycle::Holding(_)
+            | Lifecycle::Filtering(_)
+            | Lifecycle::Live
+            | Lifecycle::Echo(_) => *phase == Phase::Open,
+            Lifecycle::Closing(_) => matches!(phase, Phase::AwaitingPeer | Phase::Closed),
+            Lifecycle::Lingering(_) => *phase == Phase::Closed && queue.is_empty(),
+            Lifecycle::Terminating(_) => !in_flight.is_none() && queue.is_empty(),
+            Lifecycle::Freeing => *in_flight == RequestSet::CLOSE && queue.is_empty(),
         };
-        assert!(lawful, "{stage:?} with {phase:?}, {flight:?}");
-        assert!(!flight.any(Flight::SEND) || !flight.any(Flight::ROOM), "two ways to send");
+        assert!(lawful, "{lifecycle:?} with {phase:?}, {in_flight:?}");
+        assert!(
+            !in_flight.any(RequestSet::SEND) || !in_flight.any(RequestSet::POLL_WRITABLE),
+            "two ways to send"
+        );
         assert!(
             queue.is_empty()
                 || flags.has(Flags::DIRTY)
-                || flight.any(Flight::SEND.or(Flight::ROOM)),
-            "frames that nobody will send: {stage:?}"
+                || in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE)),
+            "frames that nobody will send: {lifecycle:?}"
         );
-        let own = if matches!(stage, Stage::Echo(_)) { usize::MAX / 2 } else { OWN_FRAMES_MAX };
+        let own =
+            if matches!(lifecycle, Lifecycle::Echo(_)) { usize::MAX / 2 } else { OWN_FRAMES_MAX };
         assert!(queue.frames() <= usize::from(self.config.queue_frames_max) + own);
         if let Some(deadline) = next_deadline(connection, key, &self.config) {
             let due = timer.due().expect("a deadline without a timer");
@@ -125,22 +154,31 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn add_up(&self, connection: &Connection, sums: &mut Sums) {
-        let Connection { stage, flight, flags, queue, timer, address, .. } = connection;
-        for queue in [Some(queue), stage.held_queue()].into_iter().flatten() {
+        let Connection { lifecycle, in_flight, flags, queue, timer, address, .. } = connection;
+        for queue in [Some(queue), held_queue(lifecycle)].into_iter().flatten() {
             sums.frames += queue.frames();
             sums.deliveries += queue.events(&self.nodes) as u64;
         }
-        sums.receives += usize::from(flight.any(Flight::RECEIVE));
-        sums.accepts += u32::from(flight.any(Flight::ACCEPT));
+        sums.receives += usize::from(in_flight.any(RequestSet::RECEIVE));
+        sums.accepts += u32::from(in_flight.any(RequestSet::ACCEPT));
         sums.dirty += usize::from(flags.has(Flags::DIRTY));
         sums.waiting += usize::from(flags.has(Flags::WAITING));
         sums.admitted += u32::from(address.is_some());
         sums.timers += usize::from(timer.due().is_some());
-        match stage.class() {
-            StageClass::Session => sums.sessions += 1,
-            StageClass::Handshake => sums.handshakes += 1,
-            StageClass::Echo => sums.echoes += 1,
-            StageClass::Other => {}
+        match lifecycle.class() {
+            LifecycleClass::Session => sums.sessions += 1,
+            LifecycleClass::Handshake => sums.handshakes += 1,
+            LifecycleClass::Echo => sums.echoes += 1,
+            LifecycleClass::Other => {}
         }
+    }
+}
+
+/// The queue of [`Lifecycle::held`].
+fn held_queue(lifecycle: &Lifecycle) -> Option<&SendQueue> {
+    match lifecycle {
+        Lifecycle::Deciding(deciding) => Some(&deciding.held),
+        Lifecycle::Holding(holding) => Some(&holding.queue),
+        _ => None,
     }
 }

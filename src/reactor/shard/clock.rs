@@ -8,7 +8,7 @@ use crate::domain::command::ShardReport;
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::upgrade::Refused;
 use crate::reactor::config::ShardConfig;
-use crate::reactor::connection::{Connection, Filter, Flags, Flight, Stage};
+use crate::reactor::connection::{Connection, Filter, Flags, Lifecycle, RequestSet};
 use crate::reactor::wheel::{TICK_MS, Tick};
 use crate::uring::{HowToClose, Kernel};
 use std::rc::Rc;
@@ -26,7 +26,7 @@ impl<K: Kernel> Shard<K> {
         for slot in fired.drain(..) {
             // One that was handled before it may have ended this one.
             if let Some(key) = self.slab.key_at(slot) {
-                self.look_at_deadlines(key);
+                self.check_deadlines(key);
                 self.schedule(key);
             }
         }
@@ -43,34 +43,40 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    fn look_at_deadlines(&mut self, key: ConnectionKey) {
+    fn check_deadlines(&mut self, key: ConnectionKey) {
         let now = self.now;
         let config = &self.config;
         let Some(connection) = self.slab.get_mut(key) else { return };
-        let overdue = now >= connection.limit;
-        match &connection.stage {
-            Stage::Accepting | Stage::Terminating(_) | Stage::Closing => {}
-            Stage::Handshake(_) if overdue => {
+        let overdue = now >= connection.deadline;
+        match &connection.lifecycle {
+            Lifecycle::Accepting | Lifecycle::Terminating(_) | Lifecycle::Freeing => {}
+            Lifecycle::Handshake(_) if overdue => {
                 self.counters.counts.handshake_timeouts.add(1);
                 self.answer(key, &Refused::timeout(), EndReason::HandshakeTimeout);
             }
-            Stage::Deciding(_) if overdue => {
+            Lifecycle::Deciding(_) if overdue => {
                 self.counters.counts.admission_timeouts.add(1);
                 let refused = Refused::unavailable("try again", config.retry_after_s);
                 self.answer(key, &refused, EndReason::HandshakeTimeout);
                 self.receive_on(key);
             }
             // What it has not taken by now it will not take.
-            &Stage::Ending(why) if overdue => self.terminate(key, why, HowToClose::Abort),
-            &Stage::Lingering(why) if overdue => self.terminate(key, why, HowToClose::Orderly),
-            Stage::Handshake(_) | Stage::Deciding(_) | Stage::Ending(_) | Stage::Lingering(_) => {}
-            Stage::Holding(_) | Stage::Filtering(_) | Stage::Live | Stage::Echo(_) => {
+            &Lifecycle::Closing(why) if overdue => self.terminate(key, why, HowToClose::Abort),
+            &Lifecycle::Lingering(why) if overdue => self.terminate(key, why, HowToClose::Orderly),
+            Lifecycle::Handshake(_)
+            | Lifecycle::Deciding(_)
+            | Lifecycle::Closing(_)
+            | Lifecycle::Lingering(_) => {}
+            Lifecycle::Holding(_)
+            | Lifecycle::Filtering(_)
+            | Lifecycle::Live
+            | Lifecycle::Echo(_) => {
                 // If the socket has room again, its next send decides.
                 let stalled = connection.flags.has(Flags::STALLED);
-                if stalled && overdue && connection.flight.any(Flight::ROOM) {
+                if stalled && overdue && connection.in_flight.any(RequestSet::POLL_WRITABLE) {
                     self.terminate(key, EndReason::WriteTimeout, HowToClose::Abort);
-                } else if !self.is_silent(key) {
-                    self.look_at_catch_up(key);
+                } else if !self.check_silence(key) {
+                    self.check_catch_up(key);
                 }
             }
         }
@@ -79,18 +85,18 @@ impl<K: Kernel> Shard<K> {
     /// Contract §3: a silent client is pinged, then dropped. From the ping it has the whole time
     /// between the two, however late the ping is: a process that was stopped for a minute does not
     /// drop everybody. Returns whether it is gone.
-    fn is_silent(&mut self, key: ConnectionKey) -> bool {
+    fn check_silence(&mut self, key: ConnectionKey) -> bool {
         let now = self.now;
         let ping_due = ping_due(&self.config, key);
         let idle = ticks(self.config.idle_ms_max);
         let connection = self.slab.get_mut(key).expect("still here");
         let pinged = connection.flags.has(Flags::PINGED);
-        if now < connection.heard + if pinged { idle } else { ping_due } {
+        if now < connection.last_received + if pinged { idle } else { ping_due } {
             return false;
         }
-        if connection.flags.has(Flags::READABLE) || connection.flight.any(Flight::RECEIVE) {
+        if connection.flags.has(Flags::READABLE) || connection.in_flight.any(RequestSet::RECEIVE) {
             // It has spoken; we have not listened yet.
-            connection.heard = now;
+            connection.last_received = now;
             connection.flags.clear(Flags::PINGED);
             return false;
         }
@@ -99,27 +105,29 @@ impl<K: Kernel> Shard<K> {
             return true;
         }
         connection.flags.set(Flags::PINGED);
-        connection.heard = now - ping_due;
+        connection.last_received = now - ping_due;
         // Behind whatever waits: a client that is sent much answers as one that is sent little.
         self.counters.counts.pings_sent.add(1);
         self.push(key, Rc::clone(&self.ping));
         false
     }
 
-    fn look_at_catch_up(&mut self, key: ConnectionKey) {
+    fn check_catch_up(&mut self, key: ConnectionKey) {
         let now = self.now;
         let connection = self.slab.get_mut(key).expect("still here");
-        match &connection.stage {
-            Stage::Holding(holding) if holding.released.is_none() && now >= holding.deadline => {
-                if connection.flags.has(Flags::SPOKE) {
+        match &connection.lifecycle {
+            Lifecycle::Holding(holding)
+                if holding.delivered_by_catch_up.is_none() && now >= holding.deadline =>
+            {
+                if connection.flags.has(Flags::FIRST_MESSAGE) {
                     return self.close(key, &CATCH_UP_TOO_LONG, EndReason::ServerFault);
                 }
                 self.counters.counts.grace_expired.add(1);
                 self.reports.push(SESSION_MANAGER, ShardReport::GraceExpired { connection: key });
-                self.release_with(key, Filter::new(Box::default(), now));
+                self.go_live_with(key, Filter::new(Box::default(), now));
             }
-            Stage::Filtering(filter) if now >= filter.until => {
-                self.change_stage(key, Stage::Live);
+            Lifecycle::Filtering(filter) if now >= filter.until => {
+                self.set_lifecycle(key, Lifecycle::Live);
             }
             _ => {}
         }
@@ -140,25 +148,30 @@ fn ping_due(config: &ShardConfig, key: ConnectionKey) -> Tick {
     ticks(config.ping_after_ms) - earlier as Tick
 }
 
-/// The earliest deadline, by the stage; `None`: it waits for the kernel only.
+/// The earliest deadline, by the lifecycle; `None`: it waits for the kernel only.
 pub(super) fn next_deadline(
     connection: &Connection,
     key: ConnectionKey,
     config: &ShardConfig,
 ) -> Option<Tick> {
-    let stage_deadline = match &connection.stage {
-        Stage::Accepting | Stage::Terminating(_) | Stage::Closing => return None,
-        Stage::Handshake(_) | Stage::Deciding(_) | Stage::Ending(_) | Stage::Lingering(_) => {
-            return Some(connection.limit);
+    let stage_deadline = match &connection.lifecycle {
+        Lifecycle::Accepting | Lifecycle::Terminating(_) | Lifecycle::Freeing => return None,
+        Lifecycle::Handshake(_)
+        | Lifecycle::Deciding(_)
+        | Lifecycle::Closing(_)
+        | Lifecycle::Lingering(_) => {
+            return Some(connection.deadline);
         }
-        Stage::Holding(holding) => holding.released.is_none().then_some(holding.deadline),
-        Stage::Filtering(filter) => Some(filter.until),
-        Stage::Live | Stage::Echo(_) => None,
+        Lifecycle::Holding(holding) => {
+            holding.delivered_by_catch_up.is_none().then_some(holding.deadline)
+        }
+        Lifecycle::Filtering(filter) => Some(filter.until),
+        Lifecycle::Live | Lifecycle::Echo(_) => None,
     };
     let silence = match connection.flags.has(Flags::PINGED) {
-        true => connection.heard + ticks(config.idle_ms_max),
-        false => connection.heard + ping_due(config, key),
+        true => connection.last_received + ticks(config.idle_ms_max),
+        false => connection.last_received + ping_due(config, key),
     };
-    let stall = connection.flags.has(Flags::STALLED).then_some(connection.limit);
+    let stall = connection.flags.has(Flags::STALLED).then_some(connection.deadline);
     [Some(silence), stage_deadline, stall].into_iter().flatten().min()
 }

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::tally::Outcome;
-use super::{Crowded, Left, SESSION_MANAGER, Shard};
+use super::{AwaitedQueue, Leftover, SESSION_MANAGER, Shard};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ReplyTo, ShardCommand, Ticket};
 use crate::domain::event::Event;
@@ -13,7 +13,7 @@ use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::domain::outgoing::Outgoing;
 use crate::protocol::frame::{self, Opcode};
 use crate::protocol::upgrade::Refused;
-use crate::reactor::connection::{Filter, Flags, Stage};
+use crate::reactor::connection::{Filter, Flags, Lifecycle};
 use crate::reactor::queue::SendQueue;
 use crate::uring::Kernel;
 
@@ -22,7 +22,7 @@ use crate::uring::Kernel;
 const STALL_TICKS_MAX: u32 = 2;
 /// How long the rings wait for one queue, ticks; then its client counts as a slow reader until it
 /// has read most of what waits. One that takes a little now and then cannot hold up the others.
-const CROWD_TICKS_MAX: u32 = 8;
+const QUEUE_WAIT_TICKS_MAX: u32 = 8;
 /// Recipients served in one turn, after which the rings wait for the next. One event may exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
 const HOLD_OVERFLOW: Close = Close::new(
@@ -32,11 +32,11 @@ const HOLD_OVERFLOW: Close = Close::new(
 
 impl<K: Kernel> Shard<K> {
     /// Takes a bounded batch from each ring, beginning with another one each turn.
-    pub(super) fn take_commands(&mut self) -> Left {
+    pub(super) fn take_commands(&mut self) -> Leftover {
         let peers = self.commands.len();
         let mut budget = DELIVERIES_PER_TURN_MAX;
-        let mut left = Left::default();
-        if self.reports.are_final() {
+        let mut left = Leftover::default();
+        if self.reports.is_stopped() {
             // The last report may wait for room; nothing may follow it.
             return left;
         }
@@ -47,7 +47,7 @@ impl<K: Kernel> Shard<K> {
                     left.intake_paused = true;
                     break;
                 }
-                if peer != SESSION_MANAGER && self.is_crowded() {
+                if peer != SESSION_MANAGER && self.is_waiting_for_queue() {
                     self.counters.counts.intake_waits.add(1);
                     left.intake_waits = true;
                     break;
@@ -73,7 +73,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Whether there is anything in the rings that would be taken.
-    pub(super) fn commands_wait(&self, left: Left) -> bool {
+    pub(super) fn commands_wait(&self, left: Leftover) -> bool {
         let routers_wait = left.intake_paused || left.intake_waits;
         let considered = if routers_wait { SESSION_MANAGER + 1 } else { self.commands.len() };
         self.commands[..considered].iter().any(|ring| !ring.is_empty())
@@ -82,18 +82,18 @@ impl<K: Kernel> Shard<K> {
     /// A queue fills in one turn when events come in a burst, and a socket takes one batch a turn.
     /// That makes nobody a slow reader: the rings wait until the queue has room again, or until
     /// its socket has taken nothing for [`STALL_TICKS_MAX`], which is what overflow is for.
-    fn is_crowded(&mut self) -> bool {
-        let Some(Crowded { key, since }) = self.crowded else { return false };
-        if !self.fills_up(key) {
-            self.crowded = None;
-        } else if self.now >= since + CROWD_TICKS_MAX {
-            self.crowded = None;
+    fn is_waiting_for_queue(&mut self) -> bool {
+        let Some(AwaitedQueue { key, since }) = self.awaited else { return false };
+        if !self.is_filling(key) {
+            self.awaited = None;
+        } else if self.now >= since + QUEUE_WAIT_TICKS_MAX {
+            self.awaited = None;
             self.connection(key).expect("its queue was looked at").flags.set(Flags::SLOW);
         }
-        self.crowded.is_some()
+        self.awaited.is_some()
     }
 
-    fn fills_up(&self, key: ConnectionKey) -> bool {
+    fn is_filling(&self, key: ConnectionKey) -> bool {
         let Some(connection) = self.slab.get(key) else { return false };
         let (frames_max, bytes_max) = (self.config.queue_frames_max, self.config.queue_bytes_max);
         let queue = &connection.queue;
@@ -102,9 +102,9 @@ impl<K: Kernel> Shard<K> {
         // The limit of a stalled socket is that far from its last progress.
         let limit = self.after(self.config.write_ms_max);
         let stalls = connection.flags.has(Flags::STALLED)
-            && connection.limit.saturating_add(STALL_TICKS_MAX) <= limit;
+            && connection.deadline.saturating_add(STALL_TICKS_MAX) <= limit;
         let slow = stalls || connection.flags.has(Flags::SLOW);
-        nearly_full && connection.stage.is_open() && !slow
+        nearly_full && connection.lifecycle.is_open() && !slow
     }
 
     fn holds_too_much(&self) -> bool {
@@ -150,7 +150,7 @@ impl<K: Kernel> Shard<K> {
         for (key, _) in recipients.iter() {
             match self.deliver_one(key, &outgoing, class) {
                 Ok(()) => {}
-                Err(outcome) => self.tally.finish(&outgoing, outcome),
+                Err(outcome) => self.tally.recipient_done(&outgoing, outcome),
             }
         }
         count
@@ -167,15 +167,21 @@ impl<K: Kernel> Shard<K> {
         class: DeliveryClass,
     ) -> Result<(), Outcome> {
         let connection = self.slab.get_mut(key).ok_or(Outcome::Stale)?;
-        let holds = match connection.stage {
-            Stage::Live | Stage::Filtering(_) => false,
-            Stage::Deciding(_) if class == DeliveryClass::Live => true,
-            Stage::Holding(_) => class == DeliveryClass::Live,
+        let holds = match connection.lifecycle {
+            Lifecycle::Live | Lifecycle::Filtering(_) => false,
+            Lifecycle::Deciding(_) if class == DeliveryClass::Live => true,
+            Lifecycle::Holding(_) => class == DeliveryClass::Live,
             // Nobody catches up before the 101.
-            Stage::Accepting | Stage::Handshake(_) | Stage::Deciding(_) | Stage::Echo(_) => {
+            Lifecycle::Accepting
+            | Lifecycle::Handshake(_)
+            | Lifecycle::Deciding(_)
+            | Lifecycle::Echo(_) => {
                 return Err(Outcome::Stale);
             }
-            Stage::Ending(_) | Stage::Lingering(_) | Stage::Terminating(_) | Stage::Closing => {
+            Lifecycle::Closing(_)
+            | Lifecycle::Lingering(_)
+            | Lifecycle::Terminating(_)
+            | Lifecycle::Freeing => {
                 return Err(Outcome::Ended);
             }
         };
@@ -185,7 +191,7 @@ impl<K: Kernel> Shard<K> {
             Some(length) => length,
         };
         if class == DeliveryClass::Live {
-            filter(&mut connection.stage, outgoing)?;
+            filter(&mut connection.lifecycle, outgoing)?;
         }
         if holds {
             return self.hold(key, outgoing, length);
@@ -194,13 +200,13 @@ impl<K: Kernel> Shard<K> {
         if queue.frames() >= usize::from(self.config.queue_frames_max)
             || (queue.bytes() + length > self.config.queue_bytes_max as usize && !queue.is_empty())
         {
-            self.overflow(key);
+            self.close_for_overflow(key);
             return Err(Outcome::Ended);
         }
         queue.push(&mut self.nodes, Rc::clone(outgoing));
         self.mark_dirty(key);
-        if self.crowded.is_none() && self.fills_up(key) {
-            self.crowded = Some(Crowded { key, since: self.now });
+        if self.awaited.is_none() && self.is_filling(key) {
+            self.awaited = Some(AwaitedQueue { key, since: self.now });
         }
         Ok(())
     }
@@ -214,8 +220,9 @@ impl<K: Kernel> Shard<K> {
     ) -> Result<(), Outcome> {
         let config = &self.config;
         let connection = self.slab.get_mut(key).expect("still here");
-        let (held, released) = connection.stage.held().expect("a stage that holds");
-        if covered(released, outgoing) {
+        let (held, delivered_by_catch_up) =
+            connection.lifecycle.held().expect("a lifecycle that holds");
+        if covered(delivered_by_catch_up, outgoing) {
             return Err(Outcome::Duplicate);
         }
         if held.frames() < usize::from(config.hold_frames_max)
@@ -225,8 +232,8 @@ impl<K: Kernel> Shard<K> {
             return Ok(());
         }
         self.counters.counts.hold_overflows.add(1);
-        match connection.stage {
-            Stage::Deciding(_) => {
+        match connection.lifecycle {
+            Lifecycle::Deciding(_) => {
                 let refused = Refused::unavailable("try again", config.retry_after_s);
                 self.answer(key, &refused, EndReason::QueueOverflow);
                 self.receive_on(key);
@@ -239,41 +246,42 @@ impl<K: Kernel> Shard<K> {
     /// Catch-up is complete: what was held and is not covered by it follows.
     fn go_live(&mut self, key: ConnectionKey, delivered: Box<[ConversationPosition]>) {
         let until = self.after(self.config.dedupe_ms);
-        let Some(Stage::Holding(_)) = self.connection(key).map(|connection| &connection.stage)
+        let Some(Lifecycle::Holding(_)) =
+            self.connection(key).map(|connection| &connection.lifecycle)
         else {
             return self.counters.counts.commands_stale.add(1);
         };
-        self.release_with(key, Filter::new(delivered, until));
+        self.go_live_with(key, Filter::new(delivered, until));
     }
 
     /// Nobody asked to catch up, or catch-up is complete.
-    pub(super) fn release_with(&mut self, key: ConnectionKey, mut filter: Filter) {
+    pub(super) fn go_live_with(&mut self, key: ConnectionKey, mut filter: Filter) {
         let connection = self.slab.get_mut(key).expect("still here");
-        let Stage::Holding(holding) = &mut connection.stage else { panic!("not holding") };
-        if holding.released.is_some() {
+        let Lifecycle::Holding(holding) = &mut connection.lifecycle else { panic!("not holding") };
+        if holding.delivered_by_catch_up.is_some() {
             return self.counters.counts.commands_stale.add(1);
         }
         let mut kept = SendQueue::new(holding.queue.encoding());
         while let Some(outgoing) = holding.queue.pop(&mut self.nodes) {
             if covered(Some(&mut filter), &outgoing) {
-                self.tally.finish(&outgoing, Outcome::Duplicate);
+                self.tally.recipient_done(&outgoing, Outcome::Duplicate);
             } else {
                 kept.push(&mut self.nodes, outgoing);
             }
         }
         holding.queue = kept;
-        holding.released = Some(filter);
-        self.release_some(key);
+        holding.delivered_by_catch_up = Some(filter);
+        self.drain_held(key);
     }
 
     /// Moves what was held into the queue at the socket's pace; once all is moved the session is
     /// live.
-    pub(super) fn release_some(&mut self, key: ConnectionKey) {
+    pub(super) fn drain_held(&mut self, key: ConnectionKey) {
         let frames_max = usize::from(self.config.queue_frames_max / 2);
         let bytes_max = self.config.queue_bytes_max as usize / 2;
         let connection = self.slab.get_mut(key).expect("still here");
-        let Stage::Holding(holding) = &mut connection.stage else { panic!("not holding") };
-        if holding.released.is_none() {
+        let Lifecycle::Holding(holding) = &mut connection.lifecycle else { panic!("not holding") };
+        if holding.delivered_by_catch_up.is_none() {
             return;
         }
         let queue = &mut connection.queue;
@@ -283,9 +291,10 @@ impl<K: Kernel> Shard<K> {
         }
         let something_to_send = !queue.is_empty();
         if holding.queue.is_empty() {
-            let filter = holding.released.take().filter(|filter| !filter.is_spent());
-            let next = filter.map_or(Stage::Live, |filter| Stage::Filtering(Box::new(filter)));
-            self.change_stage(key, next);
+            let filter = holding.delivered_by_catch_up.take().filter(|filter| !filter.is_spent());
+            let next =
+                filter.map_or(Lifecycle::Live, |filter| Lifecycle::Filtering(Box::new(filter)));
+            self.set_lifecycle(key, next);
             self.schedule(key);
         }
         if something_to_send {
@@ -296,9 +305,9 @@ impl<K: Kernel> Shard<K> {
     fn send_text(&mut self, key: ConnectionKey, text: &str) {
         let frames_max = usize::from(self.config.queue_frames_max);
         match self.connection(key) {
-            Some(connection) if connection.stage.is_open() => {
+            Some(connection) if connection.lifecycle.is_open() => {
                 if connection.queue.frames() >= frames_max {
-                    return self.overflow(key);
+                    return self.close_for_overflow(key);
                 }
                 self.push_own(key, frame::encode(Opcode::Text, false, text.as_bytes()));
             }
@@ -316,13 +325,13 @@ fn covered(filter: Option<&mut Filter>, outgoing: &Outgoing) -> bool {
 }
 
 /// Asks the filter of a live session, which ends with the last that it remembers.
-fn filter(stage: &mut Stage, outgoing: &Outgoing) -> Result<(), Outcome> {
-    let Stage::Filtering(filter) = stage else { return Ok(()) };
+fn filter(lifecycle: &mut Lifecycle, outgoing: &Outgoing) -> Result<(), Outcome> {
+    let Lifecycle::Filtering(filter) = lifecycle else { return Ok(()) };
     if covered(Some(filter), outgoing) {
         return Err(Outcome::Duplicate);
     }
     if filter.is_spent() {
-        *stage = Stage::Live;
+        *lifecycle = Lifecycle::Live;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ mod accept;
 #[cfg(any(test, feature = "simulation"))]
 mod audit;
 mod clock;
-mod ending;
+mod closing;
 mod intake;
 mod receive;
 mod reports;
@@ -37,10 +37,10 @@ use crate::handoff::{Consumer, Doorbell, Producer};
 use crate::protocol::frame;
 use crate::protocol::receiver::Scratch;
 use crate::reactor::config::ShardConfig;
-use crate::reactor::connection::{Connection, Flight, Stage};
+use crate::reactor::connection::{Connection, Lifecycle, RequestSet};
 use crate::reactor::counters::ShardCounters;
-use crate::reactor::gate::Gate;
-use crate::reactor::queue::NodePool;
+use crate::reactor::limiter::ConnectionLimiter;
+use crate::reactor::queue::FramePool;
 use crate::reactor::slab::Slab;
 use crate::reactor::wheel::{TICK_MS, Tick, TimerWheel};
 use crate::uring::{Completion, Kernel, Wait};
@@ -72,7 +72,7 @@ pub struct ShardLinks {
     /// Rung by the peers when the shard sleeps.
     pub bell: Arc<Doorbell>,
     /// Shared by all shards.
-    pub gate: Arc<Gate>,
+    pub limiter: Arc<ConnectionLimiter>,
     /// Its counts.
     pub counters: Arc<ShardCounters>,
 }
@@ -92,7 +92,7 @@ pub struct Shard<K: Kernel> {
     kernel: K,
     config: ShardConfig,
     slab: Slab<Connection>,
-    nodes: NodePool,
+    nodes: FramePool,
     wheel: TimerWheel,
     /// The kernel's time at tick 0.
     began_ms: u64,
@@ -101,7 +101,7 @@ pub struct Shard<K: Kernel> {
     reports: Reports,
     tally: Tally,
     bell: Arc<Doorbell>,
-    gate: Arc<Gate>,
+    limiter: Arc<ConnectionLimiter>,
     counters: Arc<ShardCounters>,
     scratch: Scratch,
     /// The heartbeat: one frame for all.
@@ -113,13 +113,13 @@ pub struct Shard<K: Kernel> {
     receives_in_flight: usize,
     staging: send::Staging,
     fired: Vec<u32>,
-    accepting: accept::Accepting,
-    /// Connections that the gate has let in and whose slot is not free yet.
+    accepting: accept::AcceptState,
+    /// Connections that the limiter has let in and whose slot is not free yet.
     admitted: u32,
     first_peer: usize,
     /// A session whose queue is nearly full although its socket takes what it gets: the routers'
     /// rings wait for it.
-    crowded: Option<Crowded>,
+    awaited: Option<AwaitedQueue>,
     stopping: Option<Stopping>,
 }
 
@@ -133,14 +133,14 @@ struct Stopping {
 
 /// A session that the rings wait for.
 #[derive(Clone, Copy, Debug)]
-struct Crowded {
+struct AwaitedQueue {
     key: ConnectionKey,
     since: Tick,
 }
 
 /// What is left to be done although the turn is over.
 #[derive(Clone, Copy, Debug, Default)]
-struct Left {
+struct Leftover {
     work: bool,
     /// The rings are left alone: nothing in them is a reason to stay awake.
     intake_paused: bool,
@@ -160,7 +160,7 @@ impl<K: Kernel> Shard<K> {
             links.peers.into_iter().map(|peer| (peer.commands, peer.reports)).unzip();
         Self {
             slab: Slab::new(config.slots_max() as usize),
-            nodes: NodePool::default(),
+            nodes: FramePool::default(),
             wheel: TimerWheel::default(),
             began_ms: kernel.now_ms(),
             now: 0,
@@ -168,7 +168,7 @@ impl<K: Kernel> Shard<K> {
             reports: Reports::new(producers, Arc::clone(&links.counters)),
             tally: Tally::new(Arc::clone(&links.counters)),
             bell: links.bell,
-            gate: links.gate,
+            limiter: links.limiter,
             counters: links.counters,
             scratch: Scratch::default(),
             ping: Outgoing::own(frame::encode_ping(&[])),
@@ -177,29 +177,14 @@ impl<K: Kernel> Shard<K> {
             receives_in_flight: 0,
             staging: send::Staging::default(),
             fired: Vec::new(),
-            accepting: accept::Accepting::default(),
+            accepting: accept::AcceptState::default(),
             admitted: 0,
             first_peer: 0,
-            crowded: None,
+            awaited: None,
             stopping: None,
             kernel,
             config,
         }
-    }
-
-    /// The kernel it runs on.
-    pub fn kernel(&self) -> &K {
-        &self.kernel
-    }
-
-    /// The kernel it runs on; for a simulation to play the other side.
-    pub fn kernel_mut(&mut self) -> &mut K {
-        &mut self.kernel
-    }
-
-    /// Connections and accepts in flight.
-    pub fn slots_used(&self) -> usize {
-        self.slab.used()
     }
 
     /// One turn: what has completed, what the service side wants, what time has brought, and one
@@ -214,13 +199,13 @@ impl<K: Kernel> Shard<K> {
         }
         let mut left = self.take_commands();
         left.work |= self.run_timers();
-        left.work |= self.sweep();
+        left.work |= self.close_some();
         self.arm_accepts();
         self.start_receives();
         left.work |= self.start_sends();
         self.report_done();
         self.reports.publish();
-        self.show();
+        self.publish_gauges();
         if self.has_stopped() {
             return Ok(Turn::Stopped);
         }
@@ -240,21 +225,25 @@ impl<K: Kernel> Shard<K> {
             Completion::Sent { connection, buffer, result } => {
                 self.sent(connection, buffer, result);
             }
-            Completion::ShutDown { connection } => self.joined(connection, Flight::SHUTDOWN),
-            Completion::Cancelled { connection } => self.joined(connection, Flight::CANCEL),
-            Completion::Closed { connection } => self.closed(connection),
+            Completion::ShutDown { connection } => {
+                self.request_completed(connection, RequestSet::SHUTDOWN)
+            }
+            Completion::Cancelled { connection } => {
+                self.request_completed(connection, RequestSet::CANCEL)
+            }
+            Completion::Closed { connection } => self.free_slot(connection),
         }
     }
 
     /// Sleeps only if nothing is left: announces it to the bell first, then looks at the rings once
     /// more, so that a push meanwhile is either seen or rings.
-    fn enter(&mut self, left: Left) -> io::Result<()> {
+    fn enter(&mut self, left: Leftover) -> io::Result<()> {
         self.counters.counts.turns.add(1);
         if left.work {
             return self.kernel.enter(Wait::No);
         }
         self.bell.about_to_sleep();
-        let more = !self.reports.are_final() && self.commands_wait(left);
+        let more = !self.reports.is_stopped() && self.commands_wait(left);
         let wait = if more { Wait::No } else { self.wait(left) };
         if wait != Wait::No {
             self.counters.counts.waits.add(1);
@@ -264,9 +253,9 @@ impl<K: Kernel> Shard<K> {
         entered
     }
 
-    fn wait(&self, left: Left) -> Wait {
+    fn wait(&self, left: Leftover) -> Wait {
         let timer = self.wheel.next_due().map(|tick| self.began_ms + u64::from(tick) * TICK_MS);
-        let retry = self.reports.are_pending().then(|| self.kernel.now_ms() + REPORT_RETRY_MS);
+        let retry = self.reports.has_pending().then(|| self.kernel.now_ms() + REPORT_RETRY_MS);
         let accept = self.accepting.retry_at_ms();
         let crowd = left.intake_waits.then(|| self.kernel.now_ms() + TICK_MS);
         match [timer, retry, accept, crowd].into_iter().flatten().min() {
@@ -294,28 +283,28 @@ impl<K: Kernel> Shard<K> {
 
     /// The connection of a completion. The kernel never names one that is gone: its slot is not
     /// freed before all has completed.
-    fn completed(&mut self, key: ConnectionKey, of: Flight) -> &mut Connection {
+    fn completed(&mut self, key: ConnectionKey, of: RequestSet) -> &mut Connection {
         let connection =
             self.slab.get_mut(key).expect("a slot is kept while anything is in flight");
-        connection.flight.end(of);
+        connection.in_flight.complete(of);
         connection
     }
 
-    /// Moves a connection on, and the gauges with it. Returns the stage it leaves.
-    fn change_stage(&mut self, key: ConnectionKey, to: Stage) -> Stage {
+    /// Moves a connection on, and the gauges with it. Returns the lifecycle it leaves.
+    fn set_lifecycle(&mut self, key: ConnectionKey, to: Lifecycle) -> Lifecycle {
         let connection = self.slab.get_mut(key).expect("only a present connection moves on");
-        let from = std::mem::replace(&mut connection.stage, to);
-        self.tally.moved(from.class(), connection.stage.class());
+        let from = std::mem::replace(&mut connection.lifecycle, to);
+        self.tally.lifecycle_changed(from.class(), connection.lifecycle.class());
         from
     }
 
     /// Publishes the gauges.
-    fn show(&mut self) {
+    fn publish_gauges(&mut self) {
         let counts = &self.counters.counts;
         counts.slots_used.set(self.slab.used() as u64);
         counts.slots_allocated.set(self.slab.allocated() as u64);
         counts.frames_queued.set(self.nodes.used() as u64);
-        self.tally.show();
+        self.tally.publish_gauges();
     }
 
     fn has_stopped(&mut self) -> bool {

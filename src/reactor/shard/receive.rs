@@ -6,7 +6,7 @@ use crate::domain::command::ShardReport;
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules};
 use crate::protocol::{deflate, frame};
-use crate::reactor::connection::{Flags, Flight, Stage};
+use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
 use crate::uring::{HowToClose, Kernel, Received};
 
 /// Effort of compressing an echo; what it echoes is of no importance.
@@ -19,12 +19,12 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn readable(&mut self, key: ConnectionKey, armed: bool, broken: bool) {
         if armed {
             let connection = self.connection(key).expect("a slot is kept while it is watched");
-            assert!(connection.flight.any(Flight::POLL));
+            assert!(connection.in_flight.any(RequestSet::POLL_READABLE));
         } else {
             // If the kernel gave the watch up, not we: the next receive begins another.
-            let connection = self.completed(key, Flight::POLL);
-            if connection.stage.is_over() {
-                return self.join(key);
+            let connection = self.completed(key, RequestSet::POLL_READABLE);
+            if connection.lifecycle.is_over() {
+                return self.free_if_idle(key);
             }
         }
         let connection = self.connection(key).expect("still here");
@@ -37,20 +37,20 @@ impl<K: Kernel> Shard<K> {
 
     /// Asks for what there is to receive, if it may be received now.
     pub(super) fn receive_on(&mut self, key: ConnectionKey) {
-        let too_many_reports = self.reports.are_too_many();
+        let too_many_reports = self.reports.is_backlogged();
         let buffers = self.kernel.receive_buffers();
         let queue_frames_max = self.config.queue_frames_max;
         let queue_bytes_max = self.config.queue_bytes_max;
         let Some(connection) = self.slab.get_mut(key) else { return };
-        if !connection.flags.has(Flags::READABLE) || connection.flight.any(Flight::RECEIVE) {
+        if !connection.flags.has(Flags::READABLE) || connection.in_flight.any(RequestSet::RECEIVE) {
             return;
         }
-        match connection.stage {
+        match connection.lifecycle {
             // What follows the request is read when it has been decided on.
-            Stage::Deciding(_) | Stage::Accepting => return,
-            Stage::Terminating(_) | Stage::Closing => return,
+            Lifecycle::Deciding(_) | Lifecycle::Accepting => return,
+            Lifecycle::Terminating(_) | Lifecycle::Freeing => return,
             // An echo is read at the pace at which its answers leave.
-            Stage::Echo(_)
+            Lifecycle::Echo(_)
                 if connection.queue.frames() >= usize::from(queue_frames_max / 2)
                     || connection.queue.bytes() >= queue_bytes_max as usize =>
             {
@@ -64,12 +64,12 @@ impl<K: Kernel> Shard<K> {
             }
             return;
         }
-        if !connection.flight.any(Flight::POLL) {
-            connection.flight.begin(Flight::POLL);
+        if !connection.in_flight.any(RequestSet::POLL_READABLE) {
+            connection.in_flight.begin(RequestSet::POLL_READABLE);
             self.kernel.poll_readable(key);
         }
         connection.flags.clear(Flags::READABLE);
-        connection.flight.begin(Flight::RECEIVE);
+        connection.in_flight.begin(RequestSet::RECEIVE);
         self.receives_in_flight += 1;
         self.kernel.receive(key);
     }
@@ -77,7 +77,7 @@ impl<K: Kernel> Shard<K> {
     /// Those that had to wait for a buffer, or for the session manager.
     pub(super) fn start_receives(&mut self) {
         for _ in 0..self.waiting.len() {
-            if self.reports.are_too_many()
+            if self.reports.is_backlogged()
                 || self.receives_in_flight >= self.kernel.receive_buffers()
             {
                 return;
@@ -93,13 +93,13 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn received(&mut self, key: ConnectionKey, received: Received<K::Lease>) {
         let now = self.now;
         self.receives_in_flight -= 1;
-        let connection = self.completed(key, Flight::RECEIVE);
-        if connection.stage.is_over() {
-            return self.join(key);
+        let connection = self.completed(key, RequestSet::RECEIVE);
+        if connection.lifecycle.is_over() {
+            return self.free_if_idle(key);
         }
         match received {
             Received::Bytes { mut lease, more } => {
-                connection.heard = now;
+                connection.last_received = now;
                 connection.flags.clear(Flags::PINGED);
                 if more || connection.flags.has(Flags::BROKEN) {
                     connection.flags.set(Flags::READABLE);
@@ -107,7 +107,7 @@ impl<K: Kernel> Shard<K> {
                 self.counters.counts.bytes_received.add(lease.len() as u64);
                 self.bytes(key, &mut lease);
             }
-            Received::End => return self.peer_ended(key),
+            Received::End => return self.fin_received(key),
             Received::Nothing => {}
             Received::NoBuffers => {
                 connection.flags.set(Flags::READABLE);
@@ -126,9 +126,9 @@ impl<K: Kernel> Shard<K> {
     /// What arrived belongs to the request, or to frames, or to nothing any more.
     fn bytes(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
         let connection = self.connection(key).expect("still here");
-        match &connection.stage {
-            Stage::Handshake(_) => self.handshake_bytes(key, bytes),
-            Stage::Accepting | Stage::Deciding(_) => panic!("nothing was asked for yet"),
+        match &connection.lifecycle {
+            Lifecycle::Handshake(_) => self.handshake_bytes(key, bytes),
+            Lifecycle::Accepting | Lifecycle::Deciding(_) => panic!("nothing was asked for yet"),
             _ if connection.phase.reads_frames() => self.frames(key, bytes),
             _ => {}
         }
@@ -138,7 +138,7 @@ impl<K: Kernel> Shard<K> {
         let now = self.now;
         let config = &self.config;
         let connection = self.slab.get_mut(key).expect("still here");
-        let limited = !matches!(connection.stage, Stage::Echo(_));
+        let limited = !matches!(connection.lifecycle, Lifecycle::Echo(_));
         let message_bytes_max =
             if limited { config.message_bytes_max } else { config.echo_message_bytes_max };
         let rules = ReceiveRules {
@@ -154,12 +154,12 @@ impl<K: Kernel> Shard<K> {
         let verdict = receiver.receive(bytes, &rules, &mut scratch, &mut sink);
         self.scratch = scratch;
         let connection = self.connection(key).expect("a slot outlives its receives");
-        if !connection.stage.is_over() {
+        if !connection.lifecycle.is_over() {
             connection.receiver = receiver;
         }
         if let Err(error) = verdict {
             self.counters.counts.protocol_errors.add(1);
-            self.fail(key, &error.close());
+            self.close_for_violation(key, &error.close());
         }
     }
 
@@ -170,7 +170,7 @@ impl<K: Kernel> Shard<K> {
         if !connection.phase.reads_frames() {
             return Flow::Stop;
         }
-        let limited = !matches!(connection.stage, Stage::Echo(_));
+        let limited = !matches!(connection.lifecycle, Lifecycle::Echo(_));
         if limited && !connection.inbound.count_frame(now, frames_max) {
             self.too_much(key);
             return Flow::Stop;
@@ -192,8 +192,8 @@ impl<K: Kernel> Shard<K> {
 
     fn message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8], compressed: bool) {
         let connection = self.connection(key).expect("still here");
-        match connection.stage {
-            Stage::Echo(window_bits) => {
+        match connection.lifecycle {
+            Lifecycle::Echo(window_bits) => {
                 let window_bits = window_bits.filter(|_| compressed);
                 let frame = window_bits
                     .and_then(|bits| deflate::compress(payload, ECHO_DEFLATE_LEVEL, bits))
@@ -201,7 +201,7 @@ impl<K: Kernel> Shard<K> {
                     .unwrap_or_else(|| frame::encode(kind.opcode(), false, payload));
                 self.push_own(key, frame);
             }
-            Stage::Holding(_) | Stage::Filtering(_) | Stage::Live => {
+            Lifecycle::Holding(_) | Lifecycle::Filtering(_) | Lifecycle::Live => {
                 self.client_message(key, kind, payload);
             }
             // After our close frame: its own will follow.
@@ -215,13 +215,13 @@ impl<K: Kernel> Shard<K> {
         let catch_up_deadline = self.after(self.config.catch_up_ms_max);
         let message_bytes_max = self.config.message_bytes_max as usize;
         let connection = self.connection(key).expect("still here");
-        let first = !connection.flags.has(Flags::SPOKE);
+        let first = !connection.flags.has(Flags::FIRST_MESSAGE);
         let wanted = first || (kind == MessageKind::Text && payload.first() == Some(&b'{'));
         let text = std::str::from_utf8(payload).ok();
         match text.filter(|text| wanted && text.len() <= message_bytes_max) {
             Some(text) => {
-                connection.flags.set(Flags::SPOKE);
-                if first && let Stage::Holding(holding) = &mut connection.stage {
+                connection.flags.set(Flags::FIRST_MESSAGE);
+                if first && let Lifecycle::Holding(holding) = &mut connection.lifecycle {
                     holding.deadline = catch_up_deadline;
                 }
                 self.counters.counts.messages_passed.add(1);
@@ -249,6 +249,6 @@ impl<K: Kernel> Shard<K> {
 
     fn too_much(&mut self, key: ConnectionKey) {
         self.counters.counts.inbound_rate_exceeded.add(1);
-        self.fail(key, &TOO_MUCH);
+        self.close_for_violation(key, &TOO_MUCH);
     }
 }

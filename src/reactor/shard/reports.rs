@@ -15,19 +15,16 @@ use crate::uring::Kernel;
 /// each slot.
 pub const PENDING_REPORTS_MAX: usize = 1024;
 
-/// Reports to the session manager that one turn may add to them: of what completions it has.
-const REPORTS_PER_TURN_MAX: usize = 1024;
-
 /// The report rings and what did not fit into them.
 #[derive(Debug)]
 pub(super) struct Reports {
-    peers: Vec<Peer>,
+    peers: Vec<ReportQueue>,
     counters: Arc<ShardCounters>,
     stopped: bool,
 }
 
 #[derive(Debug)]
-struct Peer {
+struct ReportQueue {
     ring: Producer<ShardReport>,
     /// In order. Bounded: by [`PENDING_REPORTS_MAX`] and the slots towards the session manager, by
     /// the events that the shard may hold towards a router (each has one report).
@@ -36,7 +33,8 @@ struct Peer {
 
 impl Reports {
     pub(super) fn new(rings: Vec<Producer<ShardReport>>, counters: Arc<ShardCounters>) -> Self {
-        let peers = rings.into_iter().map(|ring| Peer { ring, pending: VecDeque::new() }).collect();
+        let peers =
+            rings.into_iter().map(|ring| ReportQueue { ring, pending: VecDeque::new() }).collect();
         Self { peers, counters, stopped: false }
     }
 
@@ -85,24 +83,23 @@ impl Reports {
     }
 
     /// Whether any report waits for room.
-    pub(super) fn are_pending(&self) -> bool {
+    pub(super) fn has_pending(&self) -> bool {
         self.peers.iter().any(|peer| !peer.pending.is_empty())
     }
 
     /// Whether so many wait for the session manager that nothing may happen that needs another.
-    pub(super) fn are_too_many(&self) -> bool {
-        self.peers[SESSION_MANAGER].pending.len() >= PENDING_REPORTS_MAX
+    pub(super) fn is_backlogged(&self) -> bool {
+        self.pending_for_manager() >= PENDING_REPORTS_MAX
+    }
+
+    /// Reports to the session manager that wait for room.
+    pub(super) fn pending_for_manager(&self) -> usize {
+        self.peers[SESSION_MANAGER].pending.len()
     }
 
     /// Whether the end of the shard has been reported, or waits to be.
-    pub(super) fn are_final(&self) -> bool {
+    pub(super) fn is_stopped(&self) -> bool {
         self.stopped
-    }
-
-    /// Checks the bound of what waits.
-    pub(super) fn audit(&self, slots: usize) {
-        let waiting = self.peers[SESSION_MANAGER].pending.len();
-        assert!(waiting <= PENDING_REPORTS_MAX + REPORTS_PER_TURN_MAX + slots, "{waiting} reports");
     }
 
     /// Reports the end of the shard to all peers, after everything else. Returns whether all is in
@@ -114,7 +111,7 @@ impl Reports {
             }
             self.publish();
         }
-        !self.are_pending()
+        !self.has_pending()
     }
 }
 

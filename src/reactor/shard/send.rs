@@ -11,7 +11,7 @@ use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::SEND_BATCH_BYTES;
 use crate::domain::outgoing::{Outgoing, SendBuffer};
-use crate::reactor::connection::{Flags, Flight, Stage};
+use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
 use crate::uring::{HowToClose, Kernel};
 
 /// Sends begun in one turn: enough that the system call's own cost vanishes, few enough that their
@@ -73,7 +73,7 @@ impl<K: Kernel> Shard<K> {
     /// It has something to send.
     pub(super) fn mark_dirty(&mut self, key: ConnectionKey) {
         let connection = self.slab.get_mut(key).expect("still here");
-        if !connection.flight.any(Flight::SEND.or(Flight::ROOM))
+        if !connection.in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE))
             && !connection.flags.set(Flags::DIRTY)
         {
             self.dirty.push_back(key);
@@ -91,13 +91,15 @@ impl<K: Kernel> Shard<K> {
             };
             let Some(connection) = self.slab.get_mut(key) else { continue };
             connection.flags.clear(Flags::DIRTY);
-            if connection.stage.is_over() || connection.flight.any(Flight::SEND.or(Flight::ROOM)) {
+            if connection.lifecycle.is_over()
+                || connection.in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE))
+            {
                 continue;
             }
             let staging = || self.staging.take();
             if let Some(buffer) = connection.queue.next_send(&self.nodes, SEND_BATCH_BYTES, staging)
             {
-                connection.flight.begin(Flight::SEND);
+                connection.in_flight.begin(RequestSet::SEND);
                 self.kernel.send(key, buffer);
             }
         }
@@ -113,10 +115,10 @@ impl<K: Kernel> Shard<K> {
         let asked = buffer.bytes().len();
         let batch = buffer.into_batch();
         let frames_before = {
-            let connection = self.completed(key, Flight::SEND);
-            if connection.stage.is_over() {
+            let connection = self.completed(key, RequestSet::SEND);
+            if connection.lifecycle.is_over() {
                 self.return_staging(batch);
-                return self.join(key);
+                return self.free_if_idle(key);
             }
             connection.queue.frames()
         };
@@ -131,7 +133,7 @@ impl<K: Kernel> Shard<K> {
         assert!(taken <= asked, "the socket took {taken} of {asked}");
         let connection = self.slab.get_mut(key).expect("still here");
         connection.queue.advance(&mut self.nodes, taken, |outgoing| {
-            self.tally.finish(&outgoing, Outcome::Sent);
+            self.tally.recipient_done(&outgoing, Outcome::Sent);
         });
         let counts = &self.counters.counts;
         counts.sends.add(1);
@@ -158,13 +160,13 @@ impl<K: Kernel> Shard<K> {
     /// The socket is full: nothing more is tried until it has room, and if that takes too long the
     /// connection ends.
     fn stalled(&mut self, key: ConnectionKey, progress: bool) {
-        let limit = self.after(self.config.write_ms_max);
+        let deadline = self.after(self.config.write_ms_max);
         let connection = self.connection(key).expect("still here");
-        connection.flight.begin(Flight::ROOM);
+        connection.in_flight.begin(RequestSet::POLL_WRITABLE);
         let first = !connection.flags.set(Flags::STALLED);
-        // In an ending stage the stage's own deadline runs.
-        if connection.stage.is_open() && (first || progress) {
-            connection.limit = limit;
+        // In an ending lifecycle the lifecycle's own deadline runs.
+        if connection.lifecycle.is_open() && (first || progress) {
+            connection.deadline = deadline;
         }
         self.kernel.poll_writable(key);
         self.schedule(key);
@@ -175,15 +177,15 @@ impl<K: Kernel> Shard<K> {
         let quarter = usize::from(self.config.queue_frames_max / 4);
         let connection = self.connection(key).expect("still here");
         connection.flags.clear(Flags::STALLED);
-        if matches!(connection.stage, Stage::Holding(_)) {
-            self.release_some(key);
+        if matches!(connection.lifecycle, Lifecycle::Holding(_)) {
+            self.drain_held(key);
         }
         let connection = self.connection(key).expect("still here");
         if connection.queue.frames() <= quarter {
             connection.flags.clear(Flags::SLOW);
         }
         if connection.queue.is_empty() {
-            self.settle(key);
+            self.shut_down_if_flushed(key);
         } else {
             self.mark_dirty(key);
         }
@@ -192,9 +194,9 @@ impl<K: Kernel> Shard<K> {
     }
 
     pub(super) fn writable(&mut self, key: ConnectionKey) {
-        let connection = self.completed(key, Flight::ROOM);
-        if connection.stage.is_over() {
-            return self.join(key);
+        let connection = self.completed(key, RequestSet::POLL_WRITABLE);
+        if connection.lifecycle.is_over() {
+            return self.free_if_idle(key);
         }
         self.mark_dirty(key);
     }

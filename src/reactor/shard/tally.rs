@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::domain::command::ReplyTo;
 use crate::domain::event::Event;
 use crate::domain::outgoing::Outgoing;
-use crate::reactor::connection::StageClass;
+use crate::reactor::connection::LifecycleClass;
 use crate::reactor::counters::ShardCounters;
 
 /// What became of one delivery.
@@ -50,7 +50,7 @@ impl Tally {
     }
 
     /// One recipient of an event is done; for frames of the shard's own nothing happens.
-    pub(super) fn finish(&mut self, outgoing: &Rc<Outgoing>, outcome: Outcome) {
+    pub(super) fn recipient_done(&mut self, outgoing: &Rc<Outgoing>, outcome: Outcome) {
         let Some(event) = outgoing.as_event() else { return };
         let counts = &self.counters.counts;
         match outcome {
@@ -89,15 +89,15 @@ impl Tally {
     }
 
     /// A connection has changed its class.
-    pub(super) fn moved(&self, from: StageClass, to: StageClass) {
+    pub(super) fn lifecycle_changed(&self, from: LifecycleClass, to: LifecycleClass) {
         if from == to {
             return;
         }
         let gauge = |class| match class {
-            StageClass::Handshake => Some(&self.counters.counts.handshakes),
-            StageClass::Session => Some(&self.counters.counts.sessions),
-            StageClass::Echo => Some(&self.counters.counts.echoes),
-            StageClass::Other => None,
+            LifecycleClass::Handshake => Some(&self.counters.counts.handshakes),
+            LifecycleClass::Session => Some(&self.counters.counts.sessions),
+            LifecycleClass::Echo => Some(&self.counters.counts.echoes),
+            LifecycleClass::Other => None,
         };
         if let Some(gauge) = gauge(from) {
             gauge.sub(1);
@@ -108,7 +108,7 @@ impl Tally {
     }
 
     /// Publishes the gauges.
-    pub(super) fn show(&self) {
+    pub(super) fn publish_gauges(&self) {
         self.counters.counts.events_held.set(self.events_held);
         self.counters.counts.event_bytes_held.set(self.event_bytes_held);
     }

@@ -13,9 +13,9 @@ use crate::domain::event::Event;
 use crate::domain::ids::{ConversationKey, ConversationPosition};
 use crate::handoff::{Pushed, ring};
 use crate::protocol::frame::Opcode;
-use crate::reactor::gate::GateConfig;
+use crate::reactor::limiter::ConnectionLimits;
 use crate::reactor::simulation::kernel::{SimulatedKernel, SocketId};
-use crate::reactor::simulation::wire::{CLOSE, PING, Said, TEXT, Wire, client_frame};
+use crate::reactor::simulation::wire::{CLOSE, PING, TEXT, Wire, WireEvent, client_frame};
 
 struct Rig {
     shard: Shard<SimulatedKernel>,
@@ -45,7 +45,7 @@ impl Rig {
                 PeerRings { commands: taken_too, reports: unread },
             ],
             bell,
-            gate: Arc::new(Gate::new(GateConfig::default())),
+            limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
             counters: Arc::clone(&counters),
         };
         let mut shard = Shard::new(SimulatedKernel::new(1, 8), config, links);
@@ -85,13 +85,13 @@ impl Rig {
         self.turns();
     }
 
-    fn hears(&mut self, client: &mut Client) -> Option<Said> {
+    fn receives(&mut self, client: &mut Client) -> Option<WireEvent> {
         client.wire.push(&self.shard.kernel_mut().take_sent(client.socket));
         client.wire.next()
     }
 
     /// A session up to the session manager's decision.
-    fn knocks(&mut self, capacity: usize) -> (Client, ConnectionKey) {
+    fn request_session(&mut self, capacity: usize) -> (Client, ConnectionKey) {
         let client = self.connect(capacity);
         let request = "GET /ws?user_id=u&device_id=d HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\
                        Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
@@ -107,9 +107,9 @@ impl Rig {
 
     /// A session that holds live events back.
     fn session(&mut self, capacity: usize) -> (Client, ConnectionKey) {
-        let (mut client, connection) = self.knocks(capacity);
+        let (mut client, connection) = self.request_session(capacity);
         self.command(ShardCommand::Admit { connection });
-        assert_eq!(self.hears(&mut client), Some(Said::Answer(101)));
+        assert_eq!(self.receives(&mut client), Some(WireEvent::Answer(101)));
         (client, connection)
     }
 
@@ -132,7 +132,7 @@ impl Rig {
     /// The sequences of the events that came, and what ended them.
     fn events(&mut self, client: &mut Client) -> Vec<i64> {
         let mut sequences = Vec::new();
-        while let Some(Said::Frame(_, payload)) = self.hears(client) {
+        while let Some(WireEvent::Frame(_, payload)) = self.receives(client) {
             sequences.push(i64::from_be_bytes(payload.try_into().unwrap()));
         }
         sequences
@@ -167,8 +167,8 @@ fn delivery(to: ConnectionKey, sequence: i64, class: DeliveryClass) -> ShardComm
     }
 }
 
-fn closed_with(said: Option<Said>) -> u16 {
-    let Some(Said::Frame(CLOSE, payload)) = said else { panic!("{said:?} is no close") };
+fn closed_with(said: Option<WireEvent>) -> u16 {
+    let Some(WireEvent::Frame(CLOSE, payload)) = said else { panic!("{said:?} is no close") };
     u16::from_be_bytes([payload[0], payload[1]])
 }
 
@@ -195,11 +195,11 @@ fn live_events_wait_for_the_release_and_duplicates_are_dropped() {
 #[test]
 fn live_events_wait_from_the_moment_the_service_knows_the_session() {
     let mut rig = Rig::new(ShardConfig::default());
-    let (mut client, connection) = rig.knocks(100_000);
+    let (mut client, connection) = rig.request_session(100_000);
     rig.delivers(connection, 1, DeliveryClass::Live);
     rig.command(ShardCommand::Admit { connection });
     rig.command(ShardCommand::GoLive { connection, delivered: Box::default() });
-    assert_eq!(rig.hears(&mut client), Some(Said::Answer(101)));
+    assert_eq!(rig.receives(&mut client), Some(WireEvent::Answer(101)));
     assert_eq!(rig.events(&mut client), [1]);
 }
 
@@ -242,10 +242,10 @@ fn full_queue_completes_its_frame_and_closes_with_1011() {
     rig.shard.kernel_mut().client_reads(client.socket, usize::MAX);
     rig.turns();
     for sequence in 1..=21_i64 {
-        let Some(Said::Frame(_, payload)) = rig.hears(&mut client) else { panic!() };
+        let Some(WireEvent::Frame(_, payload)) = rig.receives(&mut client) else { panic!() };
         assert_eq!(payload, sequence.to_be_bytes());
     }
-    assert_eq!(closed_with(rig.hears(&mut client)), 1011);
+    assert_eq!(closed_with(rig.receives(&mut client)), 1011);
     assert_eq!(rig.done().len(), 30, "what was given up is done too");
 }
 
@@ -271,15 +271,15 @@ fn silent_client_is_pinged_then_dropped_and_a_talking_one_is_not() {
     let (mut talking, _) = rig.live(100_000);
     rig.pass(53_000);
     rig.sends(&talking, &client_frame(true, 10, &[], [1; 4]));
-    assert_eq!(rig.hears(&mut silent), None);
+    assert_eq!(rig.receives(&mut silent), None);
     rig.pass(1_100);
-    assert_eq!(rig.hears(&mut silent), Some(Said::Frame(PING, Vec::new())));
+    assert_eq!(rig.receives(&mut silent), Some(WireEvent::Frame(PING, Vec::new())));
     rig.pass(5_800);
     assert!(!rig.shard.kernel().is_closed(silent.socket));
     rig.pass(200);
     assert!(rig.shard.kernel().is_closed(silent.socket));
     assert_eq!(rig.ended(), EndReason::PeerSilent);
-    assert_eq!(rig.hears(&mut talking), None, "it just spoke");
+    assert_eq!(rig.receives(&mut talking), None, "it just spoke");
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn shard_that_slept_long_pings_before_it_drops() {
     let (mut client, _) = rig.live(100_000);
     rig.shard.kernel_mut().pass(600_000);
     rig.turns();
-    assert_eq!(rig.hears(&mut client), Some(Said::Frame(PING, Vec::new())));
+    assert_eq!(rig.receives(&mut client), Some(WireEvent::Frame(PING, Vec::new())));
     rig.pass(5_000);
     rig.sends(&client, &client_frame(true, 10, &[], [1; 4]));
     rig.pass(5_000);
@@ -301,9 +301,9 @@ fn unfinished_request_is_answered_408() {
     let mut client = rig.connect(100_000);
     rig.sends(&client, b"GET /ws?user_id=u&dev");
     rig.pass(900);
-    assert_eq!(rig.hears(&mut client), None);
+    assert_eq!(rig.receives(&mut client), None);
     rig.pass(200);
-    assert_eq!(rig.hears(&mut client), Some(Said::Answer(408)));
+    assert_eq!(rig.receives(&mut client), Some(WireEvent::Answer(408)));
     assert!(rig.shard.kernel().server_ended(client.socket));
     rig.pass(2_000);
     assert!(rig.shard.kernel().is_closed(client.socket));
@@ -314,7 +314,7 @@ fn full_shard_answers_503_and_serves_the_next_when_a_slot_is_free() {
     let mut rig = Rig::new(ShardConfig { connections_max: 1, ..ShardConfig::default() });
     let (first, key) = rig.live(100_000);
     let mut second = rig.connect(100_000);
-    assert_eq!(rig.hears(&mut second), Some(Said::Answer(503)));
+    assert_eq!(rig.receives(&mut second), Some(WireEvent::Answer(503)));
     rig.shard.kernel_mut().client_resets(first.socket);
     rig.turns();
     let (_, next) = rig.live(100_000);
@@ -324,10 +324,10 @@ fn full_shard_answers_503_and_serves_the_next_when_a_slot_is_free() {
 #[test]
 fn refused_request_is_answered_and_its_end_reported() {
     let mut rig = Rig::new(ShardConfig::default());
-    let (mut client, connection) = rig.knocks(100_000);
+    let (mut client, connection) = rig.request_session(100_000);
     let refusal = Refusal { status: 401, body: "no".into(), retry_after_s: None };
     rig.command(ShardCommand::Refuse { connection, refusal });
-    assert_eq!(rig.hears(&mut client), Some(Said::Answer(401)));
+    assert_eq!(rig.receives(&mut client), Some(WireEvent::Answer(401)));
     rig.shard.kernel_mut().client_ends(client.socket);
     rig.turns();
     assert_eq!(rig.ended(), EndReason::Refused);
@@ -340,12 +340,12 @@ fn inbound_rate_is_closed_with_1008_and_a_broken_frame_with_1002() {
     for _ in 0..3 {
         rig.sends(&client, &client_frame(true, 10, &[], [1; 4]));
     }
-    assert_eq!(rig.hears(&mut client), None);
+    assert_eq!(rig.receives(&mut client), None);
     rig.sends(&client, &client_frame(true, 10, &[], [1; 4]));
-    assert_eq!(closed_with(rig.hears(&mut client)), 1008);
+    assert_eq!(closed_with(rig.receives(&mut client)), 1008);
     let (mut client, _) = rig.live(100_000);
     rig.sends(&client, &[0x81, 0x01, b'x']);
-    assert_eq!(closed_with(rig.hears(&mut client)), 1002);
+    assert_eq!(closed_with(rig.receives(&mut client)), 1002);
 }
 
 #[test]
@@ -368,7 +368,7 @@ fn close_of_the_client_is_answered_with_its_code() {
     let mut rig = Rig::new(ShardConfig::default());
     let (mut client, _) = rig.live(100_000);
     rig.sends(&client, &client_frame(true, CLOSE, &[0x0B, 0xB8], [7; 4]));
-    assert_eq!(closed_with(rig.hears(&mut client)), 3000);
+    assert_eq!(closed_with(rig.receives(&mut client)), 3000);
     assert!(rig.shard.kernel().server_ended(client.socket));
     rig.shard.kernel_mut().client_ends(client.socket);
     rig.turns();

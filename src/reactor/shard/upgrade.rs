@@ -6,7 +6,7 @@ use crate::domain::command::{Hello, Refusal, ShardReport};
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::phase::Signal;
 use crate::protocol::upgrade::{self, Refused, Route, Upgrade, UpgradeRequest};
-use crate::reactor::connection::{Deciding, Flags, Holding, Stage};
+use crate::reactor::connection::{Deciding, Flags, Holding, Lifecycle};
 use crate::reactor::queue::SendQueue;
 use crate::uring::Kernel;
 
@@ -14,7 +14,7 @@ impl<K: Kernel> Shard<K> {
     /// More of the request. It usually comes whole and is read where it lies.
     pub(super) fn handshake_bytes(&mut self, key: ConnectionKey, bytes: &[u8]) {
         let connection = self.slab.get_mut(key).expect("still here");
-        let Stage::Handshake(handshake) = &mut connection.stage else {
+        let Lifecycle::Handshake(handshake) = &mut connection.lifecycle else {
             panic!("request bytes outside the handshake");
         };
         let kept = !handshake.input.is_empty();
@@ -61,11 +61,11 @@ impl<K: Kernel> Shard<K> {
             token: request.token,
             address,
         };
-        let limit = self.after(self.config.handshake_ms_max);
-        self.change_stage(key, Stage::Deciding(Box::new(deciding)));
+        let deadline = self.after(self.config.handshake_ms_max);
+        self.set_lifecycle(key, Lifecycle::Deciding(Box::new(deciding)));
         let connection = self.connection(key).expect("still here");
         connection.flags.set(Flags::OPENED);
-        connection.limit = limit;
+        connection.deadline = deadline;
         self.schedule(key);
         let hello = Box::new(hello);
         self.reports.push(SESSION_MANAGER, ShardReport::Opened { connection: key, hello });
@@ -73,7 +73,7 @@ impl<K: Kernel> Shard<K> {
 
     fn open_echo(&mut self, key: ConnectionKey, request: &UpgradeRequest, mut rest: Vec<u8>) {
         let window_bits = request.deflate.map(|deflate| deflate.server_window_bits);
-        self.change_stage(key, Stage::Echo(window_bits));
+        self.set_lifecycle(key, Lifecycle::Echo(window_bits));
         self.open(key, upgrade::response_101(request).into(), request.deflate.is_some());
         if !rest.is_empty() {
             self.frames(key, &mut rest);
@@ -83,15 +83,16 @@ impl<K: Kernel> Shard<K> {
     /// The session manager lets it in.
     pub(super) fn admit(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.resume_grace_ms);
-        let deciding = match self.connection(key).map(|connection| &mut connection.stage) {
-            Some(Stage::Deciding(deciding)) => deciding,
+        let deciding = match self.connection(key).map(|connection| &mut connection.lifecycle) {
+            Some(Lifecycle::Deciding(deciding)) => deciding,
             _ => return self.counters.counts.commands_stale.add(1),
         };
         let encoding = deciding.held.encoding();
         let queue = std::mem::replace(&mut deciding.held, SendQueue::new(encoding));
-        let holding = Stage::Holding(Box::new(Holding { queue, deadline, released: None }));
-        let Stage::Deciding(deciding) = self.change_stage(key, holding) else {
-            panic!("the stage was just looked at");
+        let holding =
+            Lifecycle::Holding(Box::new(Holding { queue, deadline, delivered_by_catch_up: None }));
+        let Lifecycle::Deciding(deciding) = self.set_lifecycle(key, holding) else {
+            panic!("the lifecycle was just looked at");
         };
         self.connection(key).expect("still here").queue.set_encoding(encoding);
         self.open(key, deciding.response, deciding.deflate);
@@ -108,7 +109,7 @@ impl<K: Kernel> Shard<K> {
         self.counters.counts.upgraded.add(1);
         let connection = self.connection(key).expect("still here");
         connection.phase = connection.phase.next(Signal::UpgradeSent).expect("was upgrading");
-        connection.heard = now;
+        connection.last_received = now;
         if deflate {
             connection.flags.set(Flags::DEFLATE);
         }
@@ -118,7 +119,8 @@ impl<K: Kernel> Shard<K> {
 
     /// The session manager does not let it in.
     pub(super) fn refuse(&mut self, key: ConnectionKey, refusal: Refusal) {
-        let Some(Stage::Deciding(_)) = self.connection(key).map(|connection| &connection.stage)
+        let Some(Lifecycle::Deciding(_)) =
+            self.connection(key).map(|connection| &connection.lifecycle)
         else {
             return self.counters.counts.commands_stale.add(1);
         };

@@ -1,16 +1,16 @@
 //! What is promised, and whether it is so.
 
 use super::client::{ClientKind, Reading, number_of};
-use super::trace::{Act, note};
-use super::wire::{self, Said};
-use super::{PEERS, World};
+use super::trace::{TraceEvent, note};
+use super::wire::{self, WireEvent};
+use super::{PEERS, Simulation};
 use crate::domain::close::EndReason;
 use crate::domain::command::ShardReport;
 use crate::domain::ids::ConnectionKey;
 use crate::reactor::shard::SESSION_MANAGER;
 use crate::reactor::wheel::TICK_MS;
 
-impl World {
+impl Simulation {
     /// A peer takes some of its reports.
     pub(super) fn take_reports(&mut self, peer: usize, limit: usize) {
         for _ in 0..limit {
@@ -35,7 +35,7 @@ impl World {
         match report {
             ShardReport::Opened { connection, hello } => {
                 let number = number_of(&hello.user_id);
-                note(Act::Report(number, "Opened", connection.slot as usize));
+                note(TraceEvent::Report(number, "Opened", connection.slot as usize));
                 let client = &mut self.clients[number];
                 assert!(
                     matches!(client.kind, ClientKind::Session { .. })
@@ -49,7 +49,7 @@ impl World {
             }
             ShardReport::Message { connection, text } => {
                 let number = self.open_session(connection);
-                note(Act::Report(number, "Message", text.len()));
+                note(TraceEvent::Report(number, "Message", text.len()));
                 let expected = self.clients[number].texts.pop_front();
                 assert_eq!(expected.as_deref(), Some(&*text), "a message out of order or altered");
                 self.reports_message += 1;
@@ -57,7 +57,7 @@ impl World {
             }
             ShardReport::GraceExpired { connection } => {
                 let number = self.open_session(connection);
-                note(Act::Report(number, "GraceExpired", 0));
+                note(TraceEvent::Report(number, "GraceExpired", 0));
                 let session = &mut self.clients[number].session;
                 assert!(session.admitted_at_ms.is_some() && !session.grace_expired);
                 session.grace_expired = true;
@@ -65,13 +65,13 @@ impl World {
             }
             ShardReport::Ended { connection, why } => {
                 let number = self.open_session(connection);
-                note(Act::Report(number, why.label(), 0));
+                note(TraceEvent::Report(number, why.label(), 0));
                 self.check_reason(number, why);
                 self.clients[number].session.ended = Some(why);
-                self.clients[number].session.settle();
+                self.clients[number].session.check_complete();
                 self.directory.retain(|other| *other != number);
                 self.undecided.retain(|other| *other != number);
-                self.graves.push(connection);
+                self.dead_keys.push(connection);
                 self.reports_ended += 1;
             }
             ShardReport::Resume { .. } => panic!("only the stream hub asks for that"),
@@ -97,7 +97,7 @@ impl World {
     }
 
     fn done(&mut self, peer: usize, ticket: u64) {
-        note(Act::Report(peer, "Done", ticket as usize));
+        note(TraceEvent::Report(peer, "Done", ticket as usize));
         let done = self.service.outstanding.remove(&ticket).expect("done once, and asked for");
         assert_eq!(done.peer, peer, "another peer's ticket");
         if peer == SESSION_MANAGER {
@@ -133,10 +133,10 @@ impl World {
         }
     }
 
-    fn said(&mut self, number: usize, said: Said) {
+    fn said(&mut self, number: usize, said: WireEvent) {
         match said {
-            Said::Answer(status) => {
-                note(Act::Wire(number, "answer", status.into()));
+            WireEvent::Answer(status) => {
+                note(TraceEvent::Wire(number, "answer", status.into()));
                 let client = &mut self.clients[number];
                 let lawful = match client.kind {
                     ClientKind::Session { .. } => {
@@ -148,41 +148,41 @@ impl World {
                 assert!(lawful, "answered {status}");
                 client.answered = Some(status);
             }
-            Said::Frame(wire::CLOSE, payload) => {
+            WireEvent::Frame(wire::CLOSE, payload) => {
                 let code = payload.first_chunk().map_or(1005, |code| u16::from_be_bytes(*code));
-                note(Act::Wire(number, "close", code.into()));
+                note(TraceEvent::Wire(number, "close", code.into()));
                 self.check_close(number, code);
                 self.clients[number].session.close_seen = Some(code);
             }
-            Said::Frame(wire::PING, payload) => {
-                note(Act::Wire(number, "ping", 0));
+            WireEvent::Frame(wire::PING, payload) => {
+                note(TraceEvent::Wire(number, "ping", 0));
                 assert!(payload.is_empty());
                 let client = &mut self.clients[number];
                 if client.may_speak() && (client.reading == Reading::Prompt || self.resting) {
                     client.pongs(&mut self.random);
                 }
             }
-            Said::Frame(wire::PONG, payload) => {
-                note(Act::Wire(number, "pong", 0));
+            WireEvent::Frame(wire::PONG, payload) => {
+                note(TraceEvent::Wire(number, "pong", 0));
                 let pings = &mut self.clients[number].pings;
                 while pings.pop_front().expect("a pong without a ping") != payload {}
             }
-            Said::Frame(opcode, payload) if self.clients[number].kind == ClientKind::Echo => {
+            WireEvent::Frame(opcode, payload) if self.clients[number].kind == ClientKind::Echo => {
                 assert_eq!(opcode, wire::BINARY);
                 let expected = self.clients[number].echoes.pop_front();
                 assert_eq!(expected, Some(payload), "not an echo");
             }
-            Said::Frame(wire::TEXT, payload) if payload.first() == Some(&b't') => {
+            WireEvent::Frame(wire::TEXT, payload) if payload.first() == Some(&b't') => {
                 let expected = self.clients[number].session.texts.pop_front();
                 assert_eq!(expected.map(String::into_bytes), Some(payload), "another text");
             }
-            Said::Frame(opcode, payload) => self.saw_event(number, opcode, &payload),
+            WireEvent::Frame(opcode, payload) => self.saw_event(number, opcode, &payload),
         }
     }
 
     fn saw_event(&mut self, number: usize, opcode: u8, payload: &[u8]) {
         let event = wire::event_number(payload);
-        note(Act::Wire(number, "event", event));
+        note(TraceEvent::Wire(number, "event", event));
         let now_ms = self.now_ms();
         let client = &mut self.clients[number];
         let json = client.kind == ClientKind::Session { json: true };
@@ -223,11 +223,11 @@ impl World {
     /// Each close code has its reason.
     fn check_close(&self, number: usize, code: u16) {
         let client = &self.clients[number];
-        let (deeds, session) = (client.deeds, &client.session);
+        let (acts, session) = (client.acts, &client.session);
         let lawful = match code {
-            1000 | 1005 => deeds.closed,
+            1000 | 1005 => acts.closed,
             1001 => self.stopping,
-            1002 | 1007 | 1009 => deeds.broke_protocol,
+            1002 | 1007 | 1009 => acts.broke_protocol,
             1008 => client.frames > self.setup.config.inbound_frames_per_s_max.into(),
             1011 => client.kind != ClientKind::Echo,
             1013 => session.admitted_at_ms.is_some(),
@@ -243,17 +243,17 @@ impl World {
         let now_ms = self.now_ms();
         let heard_at_ms = shard.kernel().received_at_ms(self.clients[number].socket);
         let client = &self.clients[number];
-        let (deeds, session) = (client.deeds, &client.session);
+        let (acts, session) = (client.acts, &client.session);
         let lawful = match why {
-            EndReason::ClosedByPeer => deeds.closed,
-            EndReason::PeerGone => deeds.ended,
-            EndReason::PeerReset => deeds.reset,
+            EndReason::ClosedByPeer => acts.closed,
+            EndReason::PeerGone => acts.ended,
+            EndReason::PeerReset => acts.reset,
             EndReason::PeerSilent => {
                 let late = self.setup.faults.late > 0;
                 late || now_ms - heard_at_ms >= self.setup.config.idle_ms_max - TICK_MS
             }
             EndReason::PeerAtFault => {
-                deeds.broke_protocol
+                acts.broke_protocol
                     || client.frames > self.setup.config.inbound_frames_per_s_max.into()
             }
             EndReason::QueueOverflow => true,
@@ -264,7 +264,7 @@ impl World {
             EndReason::ClosedByService => session.closed_by_service,
             EndReason::Draining => self.stopping,
             // Catch-up took too long.
-            EndReason::ServerFault => session.released_at_ms.is_none_or(|at| at <= now_ms),
+            EndReason::ServerFault => session.live_at_ms.is_none_or(|at| at <= now_ms),
         };
         assert!(lawful, "ended as {}", why.label());
     }
@@ -280,7 +280,10 @@ impl World {
         }
         assert_eq!(slots, shard.slots_used());
         for key in shard.kernel().unasked() {
-            assert!(shard.will_receive(key), "{key:?} has sent something that nobody will read");
+            assert!(
+                shard.has_noticed_input(key),
+                "{key:?} has sent something that nobody will read"
+            );
         }
         assert_eq!(shard.kernel().buffers_lent(), shard.kernel().leases_waiting());
     }
@@ -302,7 +305,7 @@ impl World {
         assert_eq!(shard.kernel().files_open(), 0, "files leak");
         assert_eq!(shard.kernel().buffers_lent(), 0, "receive buffers leak");
         assert_eq!(shard.kernel().pending(), 0, "requests leak");
-        assert_eq!(self.gate.connections(), 0, "the gate counts somebody who is gone");
+        assert_eq!(self.limiter.connections(), 0, "the limiter counts somebody who is gone");
         let counts = &self.counters.counts;
         for gauge in [
             &counts.sessions,

@@ -34,7 +34,7 @@ pub(super) enum Reading {
 
 /// What it has done that explains how it ends.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Deeds {
+pub(super) struct ClientActs {
     pub(super) ended: bool,
     pub(super) reset: bool,
     pub(super) closed: bool,
@@ -50,7 +50,7 @@ pub(super) struct Client {
     pub(super) outbox: VecDeque<u8>,
     pub(super) wire: Wire,
     pub(super) answered: Option<u16>,
-    pub(super) deeds: Deeds,
+    pub(super) acts: ClientActs,
     pub(super) session: Session,
     /// Texts that the session manager must be told of, in order.
     pub(super) texts: VecDeque<String>,
@@ -88,7 +88,7 @@ impl Client {
             outbox: VecDeque::new(),
             wire: Wire::default(),
             answered: None,
-            deeds: Deeds::default(),
+            acts: ClientActs::default(),
             session: Session::default(),
             texts: VecDeque::new(),
             pings: VecDeque::new(),
@@ -112,7 +112,7 @@ impl Client {
 
     /// Whether it may still send frames.
     pub(super) fn may_speak(&self) -> bool {
-        let Deeds { ended, reset, closed, broke_protocol, .. } = self.deeds;
+        let ClientActs { ended, reset, closed, broke_protocol, .. } = self.acts;
         let has_session_or_echo =
             matches!(self.kind, ClientKind::Session { .. } | ClientKind::Echo);
         has_session_or_echo && !(self.over || ended || reset || closed || broke_protocol)
@@ -165,14 +165,14 @@ impl Client {
     pub(super) fn closes(&mut self, random: &mut Random) {
         let payload: &[u8] = if random.chance(128) { &[] } else { &[3, 232] };
         self.frame(true, wire::CLOSE, payload, random);
-        self.deeds.closed = true;
+        self.acts.closed = true;
     }
 
     /// Breaks RFC 6455: an unmasked frame, a reserved opcode, a continuation of nothing.
     pub(super) fn breaks_protocol(&mut self, random: &mut Random) {
         let bad: &[u8] = random.pick(&[&[0x81, 0x01, b'x'][..], &[0x83, 0x80, 0, 0, 0, 0]]);
         self.outbox.extend(bad);
-        self.deeds.broke_protocol = true;
+        self.acts.broke_protocol = true;
     }
 
     /// Sends more than the rate allows.

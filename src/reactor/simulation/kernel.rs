@@ -6,7 +6,7 @@
 //! It also holds the shard to its duties: one request of a kind per connection, no request on a
 //! file that is not open under that key, nothing in flight on a file that is closed.
 
-mod peers;
+mod network;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::RECEIVE_BUFFER_BYTES;
 use crate::domain::outgoing::SendBuffer;
-use crate::reactor::connection::Flight;
+use crate::reactor::connection::RequestSet;
 use crate::reactor::simulation::random::Random;
 use crate::uring::{Completion, HowToClose, Kernel, Received, Wait};
 
@@ -40,7 +40,7 @@ pub struct Faults {
     /// An accept fails.
     pub accept_failure: u8,
     /// A watch ends by itself.
-    pub watch_ends: u8,
+    pub poll_ends: u8,
     /// A watch tells of nothing.
     pub spurious: u8,
 }
@@ -72,7 +72,7 @@ struct Socket {
     /// When the shard last received something.
     received_at_ms: u64,
     /// Something arrived since the watch last told.
-    news: bool,
+    unannounced: bool,
     /// The file it is, once accepted.
     file: Option<u32>,
 }
@@ -82,7 +82,7 @@ struct Socket {
 struct File {
     key: ConnectionKey,
     socket: Option<SocketId>,
-    in_flight: Flight,
+    in_flight: RequestSet,
     /// A cancel has been carried out: watches complete for the last time.
     cancelled: bool,
 }
@@ -92,8 +92,8 @@ enum Request {
     Accept(ConnectionKey),
     Receive(ConnectionKey),
     Send(ConnectionKey, SendBuffer),
-    Room(ConnectionKey),
-    Watch(ConnectionKey),
+    PollWritable(ConnectionKey),
+    PollReadable(ConnectionKey),
     Shutdown(ConnectionKey),
     Cancel(ConnectionKey),
     Close(ConnectionKey, HowToClose),
@@ -218,13 +218,13 @@ impl SimulatedKernel {
                 let key = *key;
                 self.try_accept(index, key)
             }
-            Request::Watch(key) => {
+            Request::PollReadable(key) => {
                 let key = *key;
-                self.try_watch(index, key)
+                self.try_poll_readable(index, key)
             }
-            Request::Room(key) => {
+            Request::PollWritable(key) => {
                 let key = *key;
-                self.try_room(index, key)
+                self.try_poll_writable(index, key)
             }
             Request::Receive(_)
             | Request::Send(..)
@@ -235,17 +235,19 @@ impl SimulatedKernel {
                     Request::Receive(key) => self.complete_receive(key),
                     Request::Send(key, buffer) => self.complete_send(key, buffer),
                     Request::Shutdown(connection) => {
-                        self.end(connection, Flight::SHUTDOWN);
+                        self.complete(connection, RequestSet::SHUTDOWN);
                         self.socket(connection).outbound_ended = true;
                         self.completions.push_back(Completion::ShutDown { connection });
                     }
                     Request::Cancel(connection) => {
-                        self.end(connection, Flight::CANCEL);
+                        self.complete(connection, RequestSet::CANCEL);
                         self.file(connection).cancelled = true;
                         self.completions.push_back(Completion::Cancelled { connection });
                     }
                     Request::Close(key, how) => self.complete_close(key, how),
-                    Request::Accept(_) | Request::Watch(_) | Request::Room(_) => unreachable!(),
+                    Request::Accept(_) | Request::PollReadable(_) | Request::PollWritable(_) => {
+                        unreachable!()
+                    }
                 }
                 true
             }
@@ -268,7 +270,7 @@ impl SimulatedKernel {
         }
         let Some(id) = self.backlog.pop_front() else { return false };
         self.requests.swap_remove(index);
-        self.end(connection, Flight::ACCEPT);
+        self.complete(connection, RequestSet::ACCEPT);
         self.file(connection).socket = Some(id);
         let socket = &mut self.sockets[id.0];
         socket.file = Some(connection.slot);
@@ -276,27 +278,27 @@ impl SimulatedKernel {
         true
     }
 
-    fn try_watch(&mut self, index: usize, connection: ConnectionKey) -> bool {
+    fn try_poll_readable(&mut self, index: usize, connection: ConnectionKey) -> bool {
         let cancelled = self.file(connection).cancelled;
-        let ends = cancelled || self.random.chance(self.faults.watch_ends);
+        let ends = cancelled || self.random.chance(self.faults.poll_ends);
         let spurious = self.random.chance(self.faults.spurious);
         let socket = self.socket(connection);
-        if !socket.news && !ends && !spurious {
+        if !socket.unannounced && !ends && !spurious {
             return false;
         }
-        socket.news = false;
+        socket.unannounced = false;
         let broken = socket.reset;
         self.completions.push_back(Completion::Readable { connection, armed: !ends, broken });
         if ends {
             // What is there when a new watch begins is told at once.
-            self.socket(connection).news = true;
-            self.end(connection, Flight::POLL);
+            self.socket(connection).unannounced = true;
+            self.complete(connection, RequestSet::POLL_READABLE);
             self.requests.swap_remove(index);
         }
         ends
     }
 
-    fn try_room(&mut self, index: usize, connection: ConnectionKey) -> bool {
+    fn try_poll_writable(&mut self, index: usize, connection: ConnectionKey) -> bool {
         let cancelled = self.file(connection).cancelled;
         let spurious = self.random.chance(self.faults.spurious);
         let socket = self.socket(connection);
@@ -304,14 +306,14 @@ impl SimulatedKernel {
         if !room && !cancelled && !spurious {
             return false;
         }
-        self.end(connection, Flight::ROOM);
+        self.complete(connection, RequestSet::POLL_WRITABLE);
         self.requests.swap_remove(index);
         self.completions.push_back(Completion::Writable { connection });
         true
     }
 
     fn complete_receive(&mut self, connection: ConnectionKey) {
-        self.end(connection, Flight::RECEIVE);
+        self.complete(connection, RequestSet::RECEIVE);
         let short = self.random.chance(self.faults.short_receive);
         let no_buffer = self.random.chance(self.faults.no_buffer) || self.buffers_free.get() == 0;
         let part = self.random.below(64) + 1;
@@ -339,7 +341,7 @@ impl SimulatedKernel {
     }
 
     fn complete_send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
-        self.end(connection, Flight::SEND);
+        self.complete(connection, RequestSet::SEND);
         let zero = self.random.chance(self.faults.zero_send);
         let short = self.random.chance(self.faults.short_send);
         let asked = buffer.bytes().len();
@@ -361,7 +363,7 @@ impl SimulatedKernel {
     }
 
     fn complete_close(&mut self, connection: ConnectionKey, how: HowToClose) {
-        self.end(connection, Flight::CLOSE);
+        self.complete(connection, RequestSet::CLOSE);
         assert!(self.file(connection).in_flight.is_none(), "closed with something in flight");
         let socket = self.socket(connection);
         socket.closed = true;
@@ -386,13 +388,13 @@ impl SimulatedKernel {
         &mut self.sockets[id.0]
     }
 
-    fn end(&mut self, key: ConnectionKey, one: Flight) {
-        self.file(key).in_flight.end(one);
+    fn complete(&mut self, key: ConnectionKey, one: RequestSet) {
+        self.file(key).in_flight.complete(one);
     }
 
-    fn request(&mut self, key: ConnectionKey, one: Flight, request: Request) {
+    fn request(&mut self, key: ConnectionKey, one: RequestSet, request: Request) {
         let file = self.file(key);
-        assert!(!file.in_flight.any(Flight::CLOSE), "a request on a file that is being closed");
+        assert!(!file.in_flight.any(RequestSet::CLOSE), "a request on a file that is being closed");
         file.in_flight.begin(one);
         self.requests.push(request);
     }
@@ -419,10 +421,10 @@ impl Kernel for SimulatedKernel {
             self.files.resize_with(slot + 1, || None);
         }
         assert!(self.files[slot].is_none(), "accept into a place that is taken");
-        let in_flight = Flight::default();
+        let in_flight = RequestSet::default();
         self.files[slot] =
             Some(File { key: connection, socket: None, in_flight, cancelled: false });
-        self.request(connection, Flight::ACCEPT, Request::Accept(connection));
+        self.request(connection, RequestSet::ACCEPT, Request::Accept(connection));
     }
 
     fn stop_accepting(&mut self) {
@@ -434,32 +436,32 @@ impl Kernel for SimulatedKernel {
     }
 
     fn poll_readable(&mut self, connection: ConnectionKey) {
-        self.request(connection, Flight::POLL, Request::Watch(connection));
-        self.socket(connection).news = true;
+        self.request(connection, RequestSet::POLL_READABLE, Request::PollReadable(connection));
+        self.socket(connection).unannounced = true;
     }
 
     fn receive(&mut self, connection: ConnectionKey) {
-        self.request(connection, Flight::RECEIVE, Request::Receive(connection));
+        self.request(connection, RequestSet::RECEIVE, Request::Receive(connection));
     }
 
     fn send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
-        self.request(connection, Flight::SEND, Request::Send(connection, buffer));
+        self.request(connection, RequestSet::SEND, Request::Send(connection, buffer));
     }
 
     fn poll_writable(&mut self, connection: ConnectionKey) {
-        self.request(connection, Flight::ROOM, Request::Room(connection));
+        self.request(connection, RequestSet::POLL_WRITABLE, Request::PollWritable(connection));
     }
 
     fn shutdown(&mut self, connection: ConnectionKey) {
-        self.request(connection, Flight::SHUTDOWN, Request::Shutdown(connection));
+        self.request(connection, RequestSet::SHUTDOWN, Request::Shutdown(connection));
     }
 
     fn cancel(&mut self, connection: ConnectionKey) {
-        self.request(connection, Flight::CANCEL, Request::Cancel(connection));
+        self.request(connection, RequestSet::CANCEL, Request::Cancel(connection));
     }
 
     fn close(&mut self, connection: ConnectionKey, how: HowToClose) {
-        self.request(connection, Flight::CLOSE, Request::Close(connection, how));
+        self.request(connection, RequestSet::CLOSE, Request::Close(connection, how));
     }
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {

@@ -2,7 +2,7 @@
 
 use super::*;
 
-impl World {
+impl Simulation {
     pub(super) fn manager_acts(&mut self) {
         if self.shard.is_none() {
             return;
@@ -12,7 +12,7 @@ impl World {
             0..=3 => self.take_reports(SESSION_MANAGER, 4),
             4..=5 => (0..3).for_each(|_| self.decide()),
             6 => self.catch_up(),
-            _ => self.meddle(),
+            _ => self.service_acts(),
         }
     }
 
@@ -39,7 +39,7 @@ impl World {
                 ShardCommand::Admit { connection }
             }
         };
-        note(Act::Pushes(number, "decision", 0));
+        note(TraceEvent::Pushes(number, "decision", 0));
         self.service.command(SESSION_MANAGER, command);
     }
 
@@ -60,7 +60,7 @@ impl World {
         let client = &mut self.clients[number];
         let session = &mut client.session;
         let Some(key) = session.key else { return };
-        if !session.resume_asked || session.released_at_ms.is_some() {
+        if !session.resume_asked || session.live_at_ms.is_some() {
             return;
         }
         while session.catch_up_in_flight < self.setup.catch_up_window {
@@ -74,7 +74,7 @@ impl World {
         if session.catch_up.is_empty() {
             session.release(now_ms);
             let delivered = session.delivered.clone().into();
-            note(Act::Pushes(number, "Release", session.delivered.len()));
+            note(TraceEvent::Pushes(number, "Release", session.delivered.len()));
             let command = ShardCommand::GoLive { connection: key, delivered };
             self.service.command(SESSION_MANAGER, command);
         }

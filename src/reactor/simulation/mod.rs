@@ -30,7 +30,7 @@ use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConnectionKey;
 use crate::handoff::Doorbell;
 use crate::reactor::counters::ShardCounters;
-use crate::reactor::gate::Gate;
+use crate::reactor::limiter::ConnectionLimiter;
 use crate::reactor::shard::{SESSION_MANAGER, Shard, ShardLinks, Turn};
 use crate::reactor::simulation::kernel::{Faults, SimulatedKernel};
 use crate::reactor::wheel::TICK_MS;
@@ -39,10 +39,10 @@ use random::Random;
 use service::{PEERS, Service};
 use session::Limits;
 use setup::Setup;
-use trace::{Act, note};
+use trace::{TraceEvent, note};
 
 /// Steps after which a world that does not come to rest is stuck.
-const SETTLE_STEPS_MAX: usize = 50_000;
+const REST_STEPS_MAX: usize = 50_000;
 
 /// What a run did, to show that it did something.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -87,14 +87,14 @@ impl Summary {
 }
 
 /// One shard and everything around it.
-struct World {
+struct Simulation {
     random: Random,
     setup: Setup,
     limits: Limits,
     /// `None` once it has stopped.
     shard: Option<Shard<SimulatedKernel>>,
     counters: Arc<ShardCounters>,
-    gate: Arc<Gate>,
+    limiter: Arc<ConnectionLimiter>,
     service: Service,
     clients: Vec<Client>,
     active: Vec<usize>,
@@ -102,7 +102,7 @@ struct World {
     /// Sessions that events may be addressed to; some have ended without anybody knowing yet.
     directory: Vec<usize>,
     /// Keys of the dead.
-    graves: Vec<ConnectionKey>,
+    dead_keys: Vec<ConnectionKey>,
     /// Requests that the session manager has not decided on yet.
     undecided: Vec<usize>,
     stopping: bool,
@@ -127,7 +127,7 @@ struct World {
 /// If anything that was promised is not so.
 pub fn run(seed: u64, steps: u64) -> Summary {
     trace::begin(seed);
-    let mut world = World::new(seed);
+    let mut world = Simulation::new(seed);
     let stop_at = world.setup.stops_early.then(|| world.random.below(steps as usize + 1) as u64);
     for step in 0..steps {
         trace::step(step);
@@ -143,7 +143,7 @@ pub fn run(seed: u64, steps: u64) -> Summary {
     world.summary
 }
 
-impl World {
+impl Simulation {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let setup = Setup::draw(&mut random);
@@ -153,9 +153,13 @@ impl World {
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let (service, peers) = Service::new(setup.ring_slots, &bell);
         let counters = Arc::new(ShardCounters::default());
-        let gate = Arc::new(Gate::new(setup.gate));
-        let links =
-            ShardLinks { peers, bell, gate: Arc::clone(&gate), counters: Arc::clone(&counters) };
+        let limiter = Arc::new(ConnectionLimiter::new(setup.limits));
+        let links = ShardLinks {
+            peers,
+            bell,
+            limiter: Arc::clone(&limiter),
+            counters: Arc::clone(&counters),
+        };
         let limits = Limits {
             // A deadline is counted in whole ticks from the one that has begun.
             resume_grace_ms: setup.config.resume_grace_ms - TICK_MS,
@@ -167,13 +171,13 @@ impl World {
             setup,
             limits,
             counters,
-            gate,
+            limiter,
             service,
             clients: Vec::new(),
             active: Vec::new(),
             by_key: HashMap::new(),
             directory: Vec::new(),
-            graves: Vec::new(),
+            dead_keys: Vec::new(),
             undecided: Vec::new(),
             stopping: false,
             stopped_early: false,
@@ -234,7 +238,7 @@ impl World {
         if !std::mem::take(&mut self.service.rang) && !shard.kernel().is_awake() {
             return;
         }
-        note(Act::Turn);
+        note(TraceEvent::Turn);
         let turn = shard.turn().expect("a simulated ring does not fail");
         shard.audit();
         self.check_kernel();
@@ -263,7 +267,7 @@ impl World {
         let Some(shard) = self.shard.as_mut() else { return };
         let Some(socket) = shard.kernel_mut().connect(address, capacity) else { return };
         let number = self.clients.len();
-        note(Act::Connect(number));
+        note(TraceEvent::Connect(number));
         self.clients.push(Client::new(number, socket, kind, &mut self.random));
         self.active.push(number);
         self.summary.clients += 1;
@@ -296,7 +300,7 @@ impl World {
         let length = if self.random.chance(200) { all } else { 1 + self.random.below(all) };
         let bytes: Vec<u8> = client.outbox.drain(..length).collect();
         let socket = client.socket;
-        note(Act::Sends(number, "bytes", length));
+        note(TraceEvent::Sends(number, "bytes", length));
         self.kernel().client_sends(socket, &bytes);
     }
 
@@ -308,7 +312,7 @@ impl World {
             Reading::Stalled => return,
         };
         let socket = client.socket;
-        note(Act::Reads(number, limit));
+        note(TraceEvent::Reads(number, limit));
         self.kernel().client_reads(socket, limit);
     }
 
@@ -358,16 +362,16 @@ impl World {
         }
         let client = &mut self.clients[number];
         let socket = client.socket;
-        if client.deeds.reset || client.deeds.ended {
+        if client.acts.reset || client.acts.ended {
             return;
         }
         if self.random.chance(128) {
-            client.deeds.reset = true;
-            note(Act::Resets(number));
+            client.acts.reset = true;
+            note(TraceEvent::Resets(number));
             self.kernel().client_resets(socket);
         } else {
-            client.deeds.ended = true;
-            note(Act::Ends(number));
+            client.acts.ended = true;
+            note(TraceEvent::Ends(number));
             self.kernel().client_ends(socket);
         }
     }
@@ -405,14 +409,14 @@ impl World {
                 recipients.push((key, encoding(client.kind)));
             }
         }
-        if !self.graves.is_empty() && self.random.chance(20) {
-            recipients.push((self.random.pick(&self.graves), Encoding::Binary));
+        if !self.dead_keys.is_empty() && self.random.chance(20) {
+            recipients.push((self.random.pick(&self.dead_keys), Encoding::Binary));
         }
         recipients
     }
 
     /// Texts and closes of the service's own.
-    fn meddle(&mut self) {
+    fn service_acts(&mut self) {
         if self.directory.is_empty() || self.resting {
             return;
         }
@@ -430,7 +434,7 @@ impl World {
             session.texts.push_back(text.clone());
             ShardCommand::SendText { connection, text: text.into() }
         };
-        note(Act::Pushes(number, "Close or SendText", 0));
+        note(TraceEvent::Pushes(number, "Close or SendText", 0));
         self.service.command(SESSION_MANAGER, command);
     }
 
@@ -439,7 +443,7 @@ impl World {
             0 if self.random.chance(self.setup.clock_jumps) => self.random.between(60_000, 600_000),
             1 if self.random.chance(self.setup.clock_jumps) => {
                 let ms = self.random.between(0, 7_200_000) as i64 - 3_600_000;
-                note(Act::Steps(ms));
+                note(TraceEvent::Steps(ms));
                 if self.shard.is_some() {
                     self.kernel().step_unix_clock(ms);
                 }
@@ -452,7 +456,7 @@ impl World {
     }
 
     fn pass(&mut self, ms: u64) {
-        note(Act::Pass(ms));
+        note(TraceEvent::Pass(ms));
         if self.shard.is_some() {
             self.kernel().pass(ms);
         }

@@ -2,7 +2,7 @@
 
 use super::*;
 
-impl World {
+impl Simulation {
     /// Everybody stops acting, reads and takes what there is, until nothing moves; whoever has not
     /// ended then has everything.
     pub(super) fn rest(&mut self) {
@@ -14,7 +14,7 @@ impl World {
         while self.shard.is_some() && !self.stopping {
             let Some(unrest) = self.unrest() else { return };
             steps += 1;
-            assert!(steps < SETTLE_STEPS_MAX, "stuck: {unrest}");
+            assert!(steps < REST_STEPS_MAX, "stuck: {unrest}");
             self.rest_step();
         }
     }
@@ -51,15 +51,15 @@ impl World {
             kernel.is_open(socket)
                 && (unsaid || kernel.unread(socket) > 0 || kernel.unreceived(socket) > 0)
         });
-        let unsettled =
-            self.by_key.values().any(|number| !self.clients[*number].session.is_settled());
+        let not_at_rest =
+            self.by_key.values().any(|number| !self.clients[*number].session.is_at_rest());
         let conditions = [
             (unread, "a client has something to read or to say"),
             (!self.service.outstanding.is_empty(), "a delivery is not done"),
             (!self.service.is_idle(), "a ring is not empty"),
             (!self.undecided.is_empty(), "a request is not decided on"),
             (self.counters.counts.frames_queued.get() > 0, "a queue is not empty"),
-            (unsettled, "a session is neither live nor ended"),
+            (not_at_rest, "a session is neither live nor ended"),
         ];
         conditions.into_iter().find(|(moves, _)| *moves).map(|(_, what)| what)
     }
@@ -82,13 +82,13 @@ impl World {
     /// Stops the shard, if that has not happened yet, and takes the last reports.
     pub(super) fn stop(&mut self) {
         if !self.stopping {
-            self.by_key.values().for_each(|number| self.clients[*number].session.settle());
+            self.by_key.values().for_each(|number| self.clients[*number].session.check_complete());
         }
         self.begin_to_stop();
         let mut steps = 0;
         while self.shard.is_some() || !self.service.is_idle() {
             steps += 1;
-            assert!(steps < SETTLE_STEPS_MAX, "does not stop");
+            assert!(steps < REST_STEPS_MAX, "does not stop");
             if self.shard.is_some() {
                 self.rest_step();
             } else {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 
 use super::session::ModelEvent;
-use super::trace::{Act, note};
+use super::trace::{TraceEvent, note};
 use super::wire;
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
@@ -26,7 +26,7 @@ const STREAMS: u64 = 4;
 
 /// A peer's end of its rings.
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct ModelPeer {
     commands: Producer<ShardCommand>,
     reports: Consumer<ShardReport>,
     /// What found the ring full, in order.
@@ -46,7 +46,7 @@ pub(super) struct Outstanding {
 
 #[derive(Debug)]
 pub(super) struct Service {
-    pub(super) peers: Vec<Peer>,
+    pub(super) peers: Vec<ModelPeer>,
     pub(super) outstanding: HashMap<u64, Outstanding>,
     next_number: u64,
     /// Something was published since the shard's last turn.
@@ -63,7 +63,7 @@ impl Service {
             .map(|_| {
                 let (commands, taken) = ring(slots, Arc::clone(shard_bell));
                 let (given, reports) = ring(slots, Arc::clone(&bell));
-                let peer = Peer {
+                let peer = ModelPeer {
                     commands,
                     reports,
                     backlog: VecDeque::new(),
@@ -90,7 +90,7 @@ impl Service {
     }
 
     pub(super) fn push_backlog(&mut self, peer: usize) {
-        let Peer { commands, backlog, .. } = &mut self.peers[peer];
+        let ModelPeer { commands, backlog, .. } = &mut self.peers[peer];
         while let Some(command) = backlog.pop_front() {
             match commands.push(command) {
                 Pushed::Accepted => self.rang = true,
@@ -120,7 +120,7 @@ impl Service {
 
     /// Whether all that was said has been taken, both ways.
     pub(super) fn is_idle(&self) -> bool {
-        let quiet = |peer: &Peer| peer.backlog.is_empty() && peer.reports.is_empty();
+        let quiet = |peer: &ModelPeer| peer.backlog.is_empty() && peer.reports.is_empty();
         self.peers.iter().all(quiet)
     }
 
@@ -195,7 +195,7 @@ impl Service {
             let outstanding = Outstanding { peer, recipients, number: event.number };
             self.outstanding.insert(event.number, outstanding);
         }
-        note(Act::Pushes(recipients.len(), "Deliver", event.number as usize));
+        note(TraceEvent::Pushes(recipients.len(), "Deliver", event.number as usize));
         self.pushed.0 += 1;
         self.pushed.1 += recipients.len() as u64;
         let recipients = match recipients {

@@ -30,7 +30,7 @@ pub(super) struct Session {
     pub(super) admitted_at_ms: Option<u64>,
     pub(super) refused: bool,
     pub(super) closed_by_service: bool,
-    pub(super) released_at_ms: Option<u64>,
+    pub(super) live_at_ms: Option<u64>,
     pub(super) grace_expired: bool,
     pub(super) ended: Option<EndReason>,
     /// Per peer, what was addressed to it and has not been seen, in the order of that peer.
@@ -65,7 +65,7 @@ impl Session {
     }
 
     pub(super) fn release(&mut self, now_ms: u64) {
-        self.released_at_ms = Some(now_ms);
+        self.live_at_ms = Some(now_ms);
         for position in &self.delivered {
             let known = self.filter.entry(position.conversation.0).or_insert(i64::MIN);
             *known = (*known).max(position.sequence);
@@ -121,7 +121,7 @@ impl Session {
     fn sees_live(&mut self, covered: bool, now_ms: u64, limits: Limits) {
         let caught_up = self.addressed.first().is_none_or(VecDeque::is_empty);
         let lawful = self
-            .released_at_ms
+            .live_at_ms
             .is_some_and(|at_ms| caught_up && (!covered || now_ms >= at_ms + limits.dedupe_ms));
         if !lawful && !self.grace_expired {
             // Only the end of the grace explains it; its report must follow.
@@ -133,8 +133,8 @@ impl Session {
     }
 
     /// Nothing more will come: if it has not ended, nothing is missing.
-    pub(super) fn settle(&mut self) {
-        self.settle_filter();
+    pub(super) fn check_complete(&mut self) {
+        self.check_filter();
         if self.ended.is_some() || self.close_seen.is_some() || self.admitted_at_ms.is_none() {
             return;
         }
@@ -144,12 +144,12 @@ impl Session {
                 self.misses(&event, covered);
             }
         }
-        self.settle_filter();
+        self.check_filter();
         assert!(!self.done_early && self.presumed.is_empty(), "reported done too early");
         assert!(self.texts.is_empty(), "a text of the service is lost");
     }
 
-    fn settle_filter(&self) {
+    fn check_filter(&self) {
         assert!(!(self.relied_on_filter && self.grace_expired), "dropped without a filter");
         assert!(!self.presumes_grace_expired || self.grace_expired, "live too early");
     }
@@ -166,7 +166,7 @@ impl Session {
     }
 
     /// Whether nothing more is to be expected of it while everybody rests.
-    pub(super) fn is_settled(&self) -> bool {
-        self.ended.is_some() || self.released_at_ms.is_some() || self.grace_expired
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.ended.is_some() || self.live_at_ms.is_some() || self.grace_expired
     }
 }

@@ -4,13 +4,13 @@
 use super::random::Random;
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
-use crate::reactor::gate::GateConfig;
+use crate::reactor::limiter::ConnectionLimits;
 use crate::reactor::simulation::kernel::Faults;
 
 #[derive(Clone, Debug)]
 pub(super) struct Setup {
     pub(super) config: ShardConfig,
-    pub(super) gate: GateConfig,
+    pub(super) limits: ConnectionLimits,
     pub(super) faults: Faults,
     pub(super) ring_slots: usize,
     pub(super) clients_max: usize,
@@ -41,7 +41,7 @@ impl Setup {
         let clients_max = random.pick(&[2, 8, 24, 60]);
         Self {
             config: config(random),
-            gate: GateConfig {
+            limits: ConnectionLimits {
                 connections_per_address_max: random.pick(&[3, 1_000, 1_000]),
                 handshakes_per_address_per_s_max: random.pick(&[5, 1_000, 1_000]),
                 handshakes_per_s_max: random.pick(&[8, 1_000, 1_000]),
@@ -103,7 +103,7 @@ fn faults(random: &mut Random) -> Faults {
         short_receive: rate(random),
         no_buffer: rate(random),
         accept_failure: rate(random),
-        watch_ends: rate(random),
+        poll_ends: rate(random),
         spurious: rate(random),
     }
 }

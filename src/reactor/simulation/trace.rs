@@ -8,7 +8,7 @@ const REMEMBERED: usize = 80;
 
 /// What one step did.
 #[derive(Clone, Copy, Debug)]
-pub enum Act {
+pub enum TraceEvent {
     /// A client connected.
     Connect(usize),
     /// A client sent this many bytes.
@@ -36,7 +36,7 @@ pub enum Act {
 struct Trace {
     seed: u64,
     step: u64,
-    acts: VecDeque<(u64, Act)>,
+    acts: VecDeque<(u64, TraceEvent)>,
 }
 
 thread_local! {
@@ -59,7 +59,7 @@ pub(super) fn step(step: u64) {
 }
 
 /// Remembers.
-pub(super) fn note(act: Act) {
+pub(super) fn note(act: TraceEvent) {
     TRACE.with_borrow_mut(|trace| {
         if trace.acts.len() == REMEMBERED {
             trace.acts.pop_front();

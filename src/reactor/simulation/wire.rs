@@ -2,7 +2,7 @@
 
 /// One thing that the shard said.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::reactor) enum Said {
+pub(in crate::reactor) enum WireEvent {
     /// The head of an HTTP answer.
     Answer(u16),
     /// A frame.
@@ -40,7 +40,7 @@ impl Wire {
     }
 
     /// The next thing that is whole.
-    pub(in crate::reactor) fn next(&mut self) -> Option<Said> {
+    pub(in crate::reactor) fn next(&mut self) -> Option<WireEvent> {
         match self.state {
             State::Head => {
                 let end = self.buffer.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
@@ -48,7 +48,7 @@ impl Wire {
                 let status = status.parse().expect("a status");
                 self.state = if status == 101 { State::Frames } else { State::Body };
                 self.buffer.drain(..end);
-                Some(Said::Answer(status))
+                Some(WireEvent::Answer(status))
             }
             State::Frames => self.frame(),
             State::Body => None,
@@ -59,7 +59,7 @@ impl Wire {
         }
     }
 
-    fn frame(&mut self) -> Option<Said> {
+    fn frame(&mut self) -> Option<WireEvent> {
         let [first, second, rest @ ..] = &self.buffer[..] else { return None };
         assert_eq!(first & 0xF0, 0x80, "a whole, uncompressed frame");
         let (header, length) = match second {
@@ -74,7 +74,7 @@ impl Wire {
         if opcode == CLOSE {
             self.state = State::Closed;
         }
-        Some(Said::Frame(opcode, payload))
+        Some(WireEvent::Frame(opcode, payload))
     }
 }
 

@@ -20,7 +20,7 @@ impl SimulatedKernel {
             reset: false,
             closed: false,
             received_at_ms: self.now_ms,
-            news: false,
+            unannounced: false,
             file: None,
         });
         self.backlog.push_back(id);
@@ -33,7 +33,7 @@ impl SimulatedKernel {
         let open = !socket.inbound_ended && !socket.reset && !socket.closed;
         if open && !bytes.is_empty() {
             socket.inbound.extend(bytes);
-            socket.news = true;
+            socket.unannounced = true;
         }
     }
 
@@ -41,7 +41,7 @@ impl SimulatedKernel {
     pub fn client_ends(&mut self, id: SocketId) {
         let socket = &mut self.sockets[id.0];
         socket.inbound_ended = true;
-        socket.news = true;
+        socket.unannounced = true;
     }
 
     /// The client resets the connection. What it sent before may be lost.
@@ -49,7 +49,7 @@ impl SimulatedKernel {
         let lost = self.random.chance(128);
         let socket = &mut self.sockets[id.0];
         socket.reset = true;
-        socket.news = true;
+        socket.unannounced = true;
         if lost {
             socket.inbound.clear();
         }
@@ -99,10 +99,10 @@ impl SimulatedKernel {
     }
 
     /// What is in flight on a file, to be compared with what the shard believes.
-    pub fn in_flight(&self, key: ConnectionKey) -> Flight {
+    pub fn in_flight(&self, key: ConnectionKey) -> RequestSet {
         match self.files.get(key.slot as usize) {
             Some(Some(file)) if file.key == key => file.in_flight,
-            _ => Flight::default(),
+            _ => RequestSet::default(),
         }
     }
 
@@ -134,7 +134,7 @@ impl SimulatedKernel {
             let Some(id) = file.socket else { return false };
             let socket = &self.sockets[id.0];
             let something = !socket.inbound.is_empty() || socket.inbound_ended || socket.reset;
-            something && !socket.news && !file.in_flight.any(Flight::RECEIVE)
+            something && !socket.unannounced && !file.in_flight.any(RequestSet::RECEIVE)
         };
         self.files.iter().flatten().filter(unasked).map(|file| file.key).collect()
     }

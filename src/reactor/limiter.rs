@@ -11,7 +11,7 @@ use slab::Slab;
 
 /// The limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GateConfig {
+pub struct ConnectionLimits {
     /// Connections from one address (an IPv6 client is its /64).
     pub connections_per_address_max: u32,
     /// Handshakes per second from one address.
@@ -20,7 +20,7 @@ pub struct GateConfig {
     pub handshakes_per_s_max: u32,
 }
 
-impl Default for GateConfig {
+impl Default for ConnectionLimits {
     /// Many users may be behind one address (offices, mobile carriers, a proxy), so the limits
     /// per address are wide.
     fn default() -> Self {
@@ -34,7 +34,7 @@ impl Default for GateConfig {
 
 /// Why not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Barred {
+pub enum LimitExceeded {
     /// Too many handshakes this second.
     TotalRate,
     /// Too many handshakes this second from this address.
@@ -46,9 +46,9 @@ pub enum Barred {
 /// What an admitted connection gives back at its end.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "the address would count as connected for ever"]
-pub struct AddressTicket(NonZeroU32);
+pub struct AddressPermit(NonZeroU32);
 
-impl AddressTicket {
+impl AddressPermit {
     fn new(id: u32) -> Self {
         Self(NonZeroU32::MIN.saturating_add(id))
     }
@@ -61,42 +61,42 @@ impl AddressTicket {
 /// Counts addresses. Holds one entry per address that is connected or was turned to within the
 /// last second, so its memory is bounded by the connections and the handshake rate.
 #[derive(Debug)]
-pub struct Gate {
-    config: GateConfig,
-    inner: Mutex<Inner>,
+pub struct ConnectionLimiter {
+    config: ConnectionLimits,
+    state: Mutex<LimiterState>,
 }
 
 #[derive(Debug, Default)]
-struct Inner {
-    total: Window,
+struct LimiterState {
+    total: RateWindow,
     index: HashMap<u128, u32>,
-    entries: Slab<Entry>,
+    entries: Slab<AddressUse>,
     /// Entries that may have become useless, with the time from which they are.
-    leaving: VecDeque<(u64, u32)>,
+    expiring: VecDeque<(u64, u32)>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct AddressUse {
     address: u128,
     open: u32,
-    rate: Window,
-    /// It is in [`Inner::leaving`].
-    leaving: bool,
+    rate: RateWindow,
+    /// It is in [`LimiterState::expiring`].
+    expiring: bool,
 }
 
 /// Counts within one second of the clock.
 #[derive(Clone, Copy, Debug, Default)]
-struct Window {
+struct RateWindow {
     second: u64,
     count: u32,
 }
 
 /// How long an entry outlives its last connection, ms: its rate must be remembered.
-const MEMORY_MS: u64 = 1_000;
+const EXPIRY_MS: u64 = 1_000;
 /// Useless entries removed with each request, so that they go faster than they come.
-const REMOVALS: usize = 2;
+const REMOVALS_PER_CALL: usize = 2;
 
-impl Window {
+impl RateWindow {
     fn take(&mut self, now_ms: u64, limit: u32) -> bool {
         let second = now_ms / 1000;
         if self.second != second {
@@ -108,10 +108,10 @@ impl Window {
     }
 }
 
-impl Gate {
-    /// A gate that has let nobody in yet.
-    pub fn new(config: GateConfig) -> Self {
-        Self { config, inner: Mutex::default() }
+impl ConnectionLimiter {
+    /// A limiter that has let nobody in yet.
+    pub fn new(config: ConnectionLimits) -> Self {
+        Self { config, state: Mutex::default() }
     }
 
     /// Asks for a client at this address to be let in. `now_ms` is a clock that all shards
@@ -119,86 +119,88 @@ impl Gate {
     ///
     /// # Errors
     /// The limit that it is beyond.
-    pub fn enter(&self, address: IpAddr, now_ms: u64) -> Result<AddressTicket, Barred> {
+    pub fn admit(&self, address: IpAddr, now_ms: u64) -> Result<AddressPermit, LimitExceeded> {
         let address = normalise(address);
-        let mut inner = self.lock();
-        inner.remove_useless(now_ms);
-        let id = inner.entry(address, now_ms);
-        let entry = &mut inner.entries[id as usize];
+        let mut state = self.lock();
+        state.remove_expired(now_ms);
+        let id = state.entry(address, now_ms);
+        let entry = &mut state.entries[id as usize];
         if entry.open >= self.config.connections_per_address_max {
-            return Err(Barred::AddressConnections);
+            return Err(LimitExceeded::AddressConnections);
         }
         if !entry.rate.take(now_ms, self.config.handshakes_per_address_per_s_max) {
-            return Err(Barred::AddressRate);
+            return Err(LimitExceeded::AddressRate);
         }
-        if !inner.total.take(now_ms, self.config.handshakes_per_s_max) {
-            return Err(Barred::TotalRate);
+        if !state.total.take(now_ms, self.config.handshakes_per_s_max) {
+            return Err(LimitExceeded::TotalRate);
         }
-        inner.entries[id as usize].open += 1;
-        Ok(AddressTicket::new(id))
+        state.entries[id as usize].open += 1;
+        Ok(AddressPermit::new(id))
     }
 
     /// A connection that was let in has ended.
-    pub fn leave(&self, ticket: AddressTicket, now_ms: u64) {
-        let mut inner = self.lock();
-        let entry = &mut inner.entries[ticket.id() as usize];
-        entry.open = entry.open.checked_sub(1).expect("one ticket per connection");
+    pub fn release(&self, permit: AddressPermit, now_ms: u64) {
+        let mut state = self.lock();
+        let entry = &mut state.entries[permit.id() as usize];
+        entry.open = entry.open.checked_sub(1).expect("one permit per connection");
         if entry.open == 0 {
-            inner.mark_leaving(ticket.id(), now_ms);
+            state.mark_expiring(permit.id(), now_ms);
         }
-        inner.remove_useless(now_ms);
+        state.remove_expired(now_ms);
     }
 
+    #[cfg(test)]
     /// Addresses that are remembered.
     pub fn addresses(&self) -> usize {
         self.lock().entries.len()
     }
 
+    #[cfg(any(test, feature = "simulation"))]
     /// Connections that are in.
     pub fn connections(&self) -> u64 {
         self.lock().entries.iter().map(|(_, entry)| u64::from(entry.open)).sum()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, LimiterState> {
         // Nothing in here panics but for a broken invariant, and then counts are still sound.
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
-impl Inner {
+impl LimiterState {
     fn entry(&mut self, address: u128, now_ms: u64) -> u32 {
         if let Some(id) = self.index.get(&address) {
             return *id;
         }
-        let entry = Entry { address, open: 0, rate: Window::default(), leaving: false };
+        let entry = AddressUse { address, open: 0, rate: RateWindow::default(), expiring: false };
         let id = u32::try_from(self.entries.insert(entry)).expect("addresses fit 32 bits");
         self.index.insert(address, id);
         // If it is not let in, nobody will say that it left.
-        self.mark_leaving(id, now_ms);
+        self.mark_expiring(id, now_ms);
         id
     }
 
-    fn mark_leaving(&mut self, id: u32, now_ms: u64) {
+    fn mark_expiring(&mut self, id: u32, now_ms: u64) {
         let entry = &mut self.entries[id as usize];
-        if !std::mem::replace(&mut entry.leaving, true) {
-            self.leaving.push_back((now_ms + MEMORY_MS, id));
+        if !std::mem::replace(&mut entry.expiring, true) {
+            self.expiring.push_back((now_ms + EXPIRY_MS, id));
         }
     }
 
-    fn remove_useless(&mut self, now_ms: u64) {
-        for _ in 0..REMOVALS {
-            match self.leaving.front() {
+    fn remove_expired(&mut self, now_ms: u64) {
+        for _ in 0..REMOVALS_PER_CALL {
+            match self.expiring.front() {
                 Some((from, _)) if *from <= now_ms => {}
                 _ => return,
             }
-            let Some((_, id)) = self.leaving.pop_front() else { return };
+            let Some((_, id)) = self.expiring.pop_front() else { return };
             let entry = &mut self.entries[id as usize];
-            entry.leaving = false;
+            entry.expiring = false;
             if entry.open > 0 {
                 continue;
             }
             if entry.rate.second == now_ms / 1000 {
-                self.mark_leaving(id, now_ms);
+                self.mark_expiring(id, now_ms);
                 continue;
             }
             let entry = self.entries.remove(id as usize);
@@ -224,8 +226,8 @@ mod tests {
 
     const V4: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
 
-    fn gate(connections: u32, per_address: u32, total: u32) -> Gate {
-        Gate::new(GateConfig {
+    fn limiter(connections: u32, per_address: u32, total: u32) -> ConnectionLimiter {
+        ConnectionLimiter::new(ConnectionLimits {
             connections_per_address_max: connections,
             handshakes_per_address_per_s_max: per_address,
             handshakes_per_s_max: total,
@@ -234,44 +236,44 @@ mod tests {
 
     #[test]
     fn each_limit_has_its_own_answer() {
-        let gate = gate(2, 3, 4);
-        let first = gate.enter(V4, 0).unwrap();
-        let second = gate.enter(V4, 0).unwrap();
-        assert_eq!(gate.enter(V4, 0), Err(Barred::AddressConnections));
-        gate.leave(first, 0);
-        let third = gate.enter(V4, 999).unwrap();
-        gate.leave(third, 999);
-        assert_eq!(gate.enter(V4, 999), Err(Barred::AddressRate));
-        let _other = gate.enter("192.0.2.2".parse().unwrap(), 999).unwrap();
-        assert_eq!(gate.enter("192.0.2.3".parse().unwrap(), 999), Err(Barred::TotalRate));
-        let _next_second = gate.enter(V4, 1_000).unwrap();
-        assert_eq!(gate.connections(), 3);
-        gate.leave(second, 1_000);
+        let limiter = limiter(2, 3, 4);
+        let first = limiter.admit(V4, 0).unwrap();
+        let second = limiter.admit(V4, 0).unwrap();
+        assert_eq!(limiter.admit(V4, 0), Err(LimitExceeded::AddressConnections));
+        limiter.release(first, 0);
+        let third = limiter.admit(V4, 999).unwrap();
+        limiter.release(third, 999);
+        assert_eq!(limiter.admit(V4, 999), Err(LimitExceeded::AddressRate));
+        let _other = limiter.admit("192.0.2.2".parse().unwrap(), 999).unwrap();
+        assert_eq!(limiter.admit("192.0.2.3".parse().unwrap(), 999), Err(LimitExceeded::TotalRate));
+        let _next_second = limiter.admit(V4, 1_000).unwrap();
+        assert_eq!(limiter.connections(), 3);
+        limiter.release(second, 1_000);
     }
 
     #[test]
     fn one_ipv6_network_and_one_mapped_ipv4_are_one_address_each() {
-        let gate = gate(1, 9, 9);
-        let _first = gate.enter("2001:db8::1".parse().unwrap(), 0).unwrap();
+        let limiter = limiter(1, 9, 9);
+        let _first = limiter.admit("2001:db8::1".parse().unwrap(), 0).unwrap();
         assert_eq!(
-            gate.enter("2001:db8::ffff".parse().unwrap(), 0),
-            Err(Barred::AddressConnections)
+            limiter.admit("2001:db8::ffff".parse().unwrap(), 0),
+            Err(LimitExceeded::AddressConnections)
         );
-        let _second = gate.enter(V4, 0).unwrap();
+        let _second = limiter.admit(V4, 0).unwrap();
         assert_eq!(
-            gate.enter("::ffff:192.0.2.1".parse().unwrap(), 0),
-            Err(Barred::AddressConnections)
+            limiter.admit("::ffff:192.0.2.1".parse().unwrap(), 0),
+            Err(LimitExceeded::AddressConnections)
         );
     }
 
     #[test]
     fn addresses_that_left_are_forgotten() {
-        let gate = gate(9, 9, 1_000_000);
+        let limiter = limiter(9, 9, 1_000_000);
         for number in 0..10_000_u32 {
             let address = IpAddr::V4(number.into());
-            let ticket = gate.enter(address, u64::from(number)).unwrap();
-            gate.leave(ticket, u64::from(number));
+            let permit = limiter.admit(address, u64::from(number)).unwrap();
+            limiter.release(permit, u64::from(number));
         }
-        assert!(gate.addresses() < 2_200, "{}", gate.addresses());
+        assert!(limiter.addresses() < 2_200, "{}", limiter.addresses());
     }
 }

@@ -10,19 +10,19 @@ use crate::protocol::frame;
 use crate::protocol::phase::{Phase, Signal};
 use crate::protocol::receiver::Receiver;
 use crate::protocol::upgrade::Refused;
-use crate::reactor::connection::{Flags, Flight, Stage};
+use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
 use crate::uring::{HowToClose, Kernel};
 
 /// Contract §3.
 const QUEUE_OVERFLOW: Close = Close::new(CloseCode::INTERNAL_ERROR, "backpressure overflow");
 /// Connections told to go in one turn.
-const SWEEP_PER_TURN_MAX: u32 = 256;
+const CLOSES_PER_TURN_MAX: u32 = 256;
 
 impl<K: Kernel> Shard<K> {
     /// Sends what is queued, then a close frame; then the client's close frame is awaited
     /// (RFC 6455 §7.1.2).
     pub(super) fn close(&mut self, key: ConnectionKey, close: &Close, why: EndReason) {
-        self.end(key, why);
+        self.begin_close(key, why);
         let connection = self.connection(key).expect("still here");
         connection.phase = connection.phase.next(Signal::CloseSent).expect("was open");
         self.push_own(key, frame::encode_close(close));
@@ -30,23 +30,23 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// The same, but the client broke a rule: nothing more of it is read (RFC 6455 §7.1.7).
-    pub(super) fn fail(&mut self, key: ConnectionKey, close: &Close) {
+    pub(super) fn close_for_violation(&mut self, key: ConnectionKey, close: &Close) {
         let connection = self.connection(key).expect("still here");
-        let open = connection.stage.is_open();
+        let open = connection.lifecycle.is_open();
         if open {
             self.close(key, close, EndReason::PeerAtFault);
         }
         let connection = self.connection(key).expect("still here");
         connection.receiver = Receiver::default();
         connection.phase = connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
-        self.settle(key);
+        self.shut_down_if_flushed(key);
     }
 
     /// The queue is full: the client does not read (contract §3). What has been begun is
     /// completed, the rest gives way to the close frame.
-    pub(super) fn overflow(&mut self, key: ConnectionKey) {
+    pub(super) fn close_for_overflow(&mut self, key: ConnectionKey) {
         self.counters.counts.queue_overflows.add(1);
-        self.end(key, EndReason::QueueOverflow);
+        self.begin_close(key, EndReason::QueueOverflow);
         let connection = self.connection(key).expect("still here");
         connection.phase = connection.phase.next(Signal::CloseSent).expect("was open");
         connection.flags.set(Flags::CUT);
@@ -57,11 +57,11 @@ impl<K: Kernel> Shard<K> {
     /// Carries an overflow out, as soon as no send is reading the queue.
     pub(super) fn cut_if_due(&mut self, key: ConnectionKey) {
         let connection = self.slab.get_mut(key).expect("still here");
-        if connection.flight.any(Flight::SEND) || !connection.flags.clear(Flags::CUT) {
+        if connection.in_flight.any(RequestSet::SEND) || !connection.flags.clear(Flags::CUT) {
             return;
         }
         connection.queue.cut(&mut self.nodes, |outgoing| {
-            self.tally.finish(&outgoing, Outcome::Ended);
+            self.tally.recipient_done(&outgoing, Outcome::Ended);
         });
         self.push_own(key, frame::encode_close(&QUEUE_OVERFLOW));
     }
@@ -73,66 +73,68 @@ impl<K: Kernel> Shard<K> {
         connection.phase = phase;
         match phase {
             Phase::OwingEcho => {
-                self.end(key, EndReason::ClosedByPeer);
+                self.begin_close(key, EndReason::ClosedByPeer);
                 let connection = self.connection(key).expect("still here");
                 connection.phase = connection.phase.next(Signal::CloseSent).expect("owed");
                 self.push_own(key, frame::encode_close_reply(code));
                 self.schedule(key);
             }
-            Phase::Closed => self.settle(key),
+            Phase::Closed => self.shut_down_if_flushed(key),
             Phase::Upgrading | Phase::Open | Phase::AwaitingPeer => unreachable!("see the table"),
         }
     }
 
     /// The client has ended its half of the stream: of an open connection that is the end, but last
     /// words are still said.
-    pub(super) fn peer_ended(&mut self, key: ConnectionKey) {
+    pub(super) fn fin_received(&mut self, key: ConnectionKey) {
         let connection = self.connection(key).expect("still here");
-        connection.flags.set(Flags::PEER_ENDED);
-        match connection.stage {
-            Stage::Ending(_) => {
+        connection.flags.set(Flags::FIN_RECEIVED);
+        match connection.lifecycle {
+            Lifecycle::Closing(_) => {
                 connection.phase =
                     connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
-                self.settle(key);
+                self.shut_down_if_flushed(key);
             }
             _ => self.terminate(key, EndReason::PeerGone, HowToClose::Orderly),
         }
     }
 
     /// An open connection begins to end: what it held back and the rest of its receiver go.
-    fn end(&mut self, key: ConnectionKey, why: EndReason) {
-        let limit = self.after(self.config.close_ms_max);
-        let stage = self.change_stage(key, Stage::Ending(why));
-        assert!(stage.is_open(), "only an open connection has a closing handshake");
-        self.give_up_held(stage);
-        self.connection(key).expect("still here").limit = limit;
+    fn begin_close(&mut self, key: ConnectionKey, why: EndReason) {
+        let deadline = self.after(self.config.close_ms_max);
+        let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
+        assert!(lifecycle.is_open(), "only an open connection has a closing handshake");
+        self.give_up_held(lifecycle);
+        self.connection(key).expect("still here").deadline = deadline;
     }
 
-    /// What a stage held back will not be sent.
-    pub(super) fn give_up_held(&mut self, mut stage: Stage) {
-        if let Some((held, _)) = stage.held() {
-            held.clear(&mut self.nodes, |outgoing| self.tally.finish(&outgoing, Outcome::Ended));
+    /// What a lifecycle held back will not be sent.
+    pub(super) fn give_up_held(&mut self, mut lifecycle: Lifecycle) {
+        if let Some((held, _)) = lifecycle.held() {
+            held.clear(&mut self.nodes, |outgoing| {
+                self.tally.recipient_done(&outgoing, Outcome::Ended)
+            });
         }
     }
 
     /// If all last words are said and no answer is awaited: our end of stream.
-    pub(super) fn settle(&mut self, key: ConnectionKey) {
-        let limit = self.after(self.config.linger_ms_max);
+    pub(super) fn shut_down_if_flushed(&mut self, key: ConnectionKey) {
+        let deadline = self.after(self.config.linger_ms_max);
         let connection = self.connection(key).expect("still here");
-        let Stage::Ending(why) = connection.stage else { return };
+        let Lifecycle::Closing(why) = connection.lifecycle else { return };
         if connection.phase != Phase::Closed
             || !connection.queue.is_empty()
             || connection.flags.has(Flags::CUT)
-            || connection.flight.any(Flight::SEND)
+            || connection.in_flight.any(RequestSet::SEND)
         {
             return;
         }
-        if connection.flags.has(Flags::PEER_ENDED) {
+        if connection.flags.has(Flags::FIN_RECEIVED) {
             return self.terminate(key, why, HowToClose::Orderly);
         }
-        connection.limit = limit;
-        connection.flight.begin(Flight::SHUTDOWN);
-        self.change_stage(key, Stage::Lingering(why));
+        connection.deadline = deadline;
+        connection.in_flight.begin(RequestSet::SHUTDOWN);
+        self.set_lifecycle(key, Lifecycle::Lingering(why));
         self.kernel.shutdown(key);
         self.schedule(key);
     }
@@ -140,64 +142,64 @@ impl<K: Kernel> Shard<K> {
     /// Begins nothing more on this connection. Its deliveries are given up, its end is reported
     /// under the reason with which it began to end.
     pub(super) fn terminate(&mut self, key: ConnectionKey, why: EndReason, how: HowToClose) {
-        let stage = self.change_stage(key, Stage::Terminating(how));
-        assert!(!stage.is_over(), "ended twice");
-        let why = match stage {
-            Stage::Ending(why) | Stage::Lingering(why) => why,
+        let lifecycle = self.set_lifecycle(key, Lifecycle::Terminating(how));
+        assert!(!lifecycle.is_over(), "ended twice");
+        let why = match lifecycle {
+            Lifecycle::Closing(why) | Lifecycle::Lingering(why) => why,
             _ => why,
         };
         self.wheel.unset(&mut self.slab, key.slot);
         let connection = self.slab.get_mut(key).expect("still here");
         connection.receiver = Receiver::default();
         connection.queue.clear(&mut self.nodes, |outgoing| {
-            self.tally.finish(&outgoing, Outcome::Ended);
+            self.tally.recipient_done(&outgoing, Outcome::Ended);
         });
         self.counters.count_end(why);
         if connection.flags.has(Flags::OPENED) {
             self.reports.push(SESSION_MANAGER, ShardReport::Ended { connection: key, why });
         }
-        if connection.flight.any(Flight::POLL.or(Flight::ROOM)) {
-            connection.flight.begin(Flight::CANCEL);
+        if connection.in_flight.any(RequestSet::POLL_READABLE.or(RequestSet::POLL_WRITABLE)) {
+            connection.in_flight.begin(RequestSet::CANCEL);
             self.kernel.cancel(key);
         }
-        self.give_up_held(stage);
-        self.join(key);
+        self.give_up_held(lifecycle);
+        self.free_if_idle(key);
     }
 
     /// Once nothing is in flight: close.
-    pub(super) fn join(&mut self, key: ConnectionKey) {
+    pub(super) fn free_if_idle(&mut self, key: ConnectionKey) {
         let connection = self.connection(key).expect("still here");
-        if let Stage::Terminating(how) = connection.stage
-            && connection.flight.is_none()
+        if let Lifecycle::Terminating(how) = connection.lifecycle
+            && connection.in_flight.is_none()
         {
-            connection.flight.begin(Flight::CLOSE);
-            self.change_stage(key, Stage::Closing);
+            connection.in_flight.begin(RequestSet::CLOSE);
+            self.set_lifecycle(key, Lifecycle::Freeing);
             self.kernel.close(key, how);
         }
     }
 
     /// A request that changes nothing but being in flight has completed.
-    pub(super) fn joined(&mut self, key: ConnectionKey, of: Flight) {
+    pub(super) fn request_completed(&mut self, key: ConnectionKey, of: RequestSet) {
         self.completed(key, of);
-        self.join(key);
+        self.free_if_idle(key);
     }
 
     /// The socket is closed: the slot is free.
-    pub(super) fn closed(&mut self, key: ConnectionKey) {
-        self.completed(key, Flight::CLOSE);
+    pub(super) fn free_slot(&mut self, key: ConnectionKey) {
+        self.completed(key, RequestSet::CLOSE);
         let connection = self.slab.remove(key).expect("still here");
-        assert!(connection.flight.is_none() && connection.queue.is_empty());
+        assert!(connection.in_flight.is_none() && connection.queue.is_empty());
         if let Some(ticket) = connection.address {
             self.admitted -= 1;
-            self.gate.leave(ticket, self.kernel.unix_ms());
+            self.limiter.release(ticket, self.kernel.unix_ms());
         }
     }
 
     /// The service closes a session, or one that it has not decided on yet.
     pub(super) fn close_by_service(&mut self, key: ConnectionKey, close: &Close, why: EndReason) {
-        match self.connection(key).map(|connection| &connection.stage) {
-            Some(stage) if stage.is_open() => self.close(key, close, why),
-            Some(Stage::Deciding(_)) => self.turn_away(key, why),
+        match self.connection(key).map(|connection| &connection.lifecycle) {
+            Some(lifecycle) if lifecycle.is_open() => self.close(key, close, why),
+            Some(Lifecycle::Deciding(_)) => self.refuse_unavailable(key, why),
             _ => self.counters.counts.commands_stale.add(1),
         }
     }
@@ -211,16 +213,18 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Tells some more connections to go. Returns whether some have not been told.
-    pub(super) fn sweep(&mut self) -> bool {
+    pub(super) fn close_some(&mut self) -> bool {
         let Some(Stopping { close, cursor }) = self.stopping.take() else { return false };
         let end = self.slab.slots_end();
-        let to = end.min(cursor + SWEEP_PER_TURN_MAX);
+        let to = end.min(cursor + CLOSES_PER_TURN_MAX);
         for slot in cursor..to {
             let Some(key) = self.slab.key_at(slot) else { continue };
-            match self.connection(key).map(|connection| &connection.stage) {
-                Some(stage) if stage.is_open() => self.close(key, &close, EndReason::Draining),
-                Some(Stage::Handshake(_) | Stage::Deciding(_)) => {
-                    self.turn_away(key, EndReason::Draining);
+            match self.connection(key).map(|connection| &connection.lifecycle) {
+                Some(lifecycle) if lifecycle.is_open() => {
+                    self.close(key, &close, EndReason::Draining)
+                }
+                Some(Lifecycle::Handshake(_) | Lifecycle::Deciding(_)) => {
+                    self.refuse_unavailable(key, EndReason::Draining);
                 }
                 _ => {}
             }
@@ -229,7 +233,7 @@ impl<K: Kernel> Shard<K> {
         to < end
     }
 
-    fn turn_away(&mut self, key: ConnectionKey, why: EndReason) {
+    fn refuse_unavailable(&mut self, key: ConnectionKey, why: EndReason) {
         let refused = Refused::unavailable("this node is going away", self.config.retry_after_s);
         self.answer(key, &refused, why);
         self.receive_on(key);

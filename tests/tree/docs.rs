@@ -1,11 +1,11 @@
-//! Documents that name tests name tests that exist, and what they promise is quoted by tests.
+//! Documents name tests that exist, tests quote every promise, and the table of close codes is complete.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::source::{read, report, root, rust_files, without_tests};
 
-/// The names of all test functions of the tree.
+/// The names of all functions of the tree, test functions included.
 fn tests() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for folder in ["src", "tests"] {
@@ -16,7 +16,7 @@ fn tests() -> BTreeSet<String> {
                     part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 names.insert(name);
             }
-            // Tests that a macro makes are lines `name: …;` of its call.
+            // A macro generates tests from lines `name: …;`.
             for line in source.lines() {
                 let name: String =
                     line.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
@@ -32,7 +32,7 @@ fn tests() -> BTreeSet<String> {
     names
 }
 
-/// The last column of each row of each table of the page: the tests it names in backquotes.
+/// The tests in backquotes in the last column of each table row, with the line number.
 fn named_tests(page: &str) -> Vec<(usize, Vec<&str>)> {
     let rows = page
         .lines()
@@ -45,7 +45,7 @@ fn named_tests(page: &str) -> Vec<(usize, Vec<&str>)> {
     .collect()
 }
 
-/// The test `module::name` of `tests/end_to_end`, from its attributes to its name.
+/// The text of the test `module::name` of `tests/end_to_end` from its attributes to its name.
 fn end_to_end_test(named: &str) -> Option<String> {
     let (modules, name) = named.rsplit_once("::")?;
     let path = format!("tests/end_to_end/{}.rs", modules.replace("::", "/"));
@@ -56,7 +56,7 @@ fn end_to_end_test(named: &str) -> Option<String> {
 }
 
 #[test]
-fn tests_of_the_whole_are_where_the_page_says_and_marked_if_they_need_kafka() {
+fn end_to_end_tests_exist_and_are_marked_if_they_need_kafka() {
     let page = read(Path::new("docs/contract.md"));
     let mut findings = Vec::new();
     for (line, named) in named_tests(&page) {
@@ -98,10 +98,10 @@ fn every_sentence_of_the_contract_names_a_test_that_exists() {
     report(&findings);
 }
 
-/// What a comment of a test quotes from `docs/guarantees.md`.
+/// Begins a comment that quotes a promise of `docs/guarantees.md`.
 const QUOTE: &str = "Promise: “";
 
-/// Each quote with where it stands; none without a test right after it.
+/// Each quote with its place. A test must follow it directly.
 fn quotes() -> Vec<(String, String)> {
     let mut quotes = Vec::new();
     for path in ["src", "tests"].into_iter().flat_map(rust_files) {
@@ -131,7 +131,7 @@ fn quotes() -> Vec<(String, String)> {
 fn every_promise_is_quoted_by_a_test_and_every_quote_is_a_promise() {
     let page = read(Path::new("docs/guarantees.md"));
     let page = page.split_whitespace().collect::<Vec<_>>().join(" ");
-    // The promises are what is in bold.
+    // The promises are in bold.
     let promises: Vec<_> = page.split("**").skip(1).step_by(2).collect();
     assert!(promises.len() >= 8, "only {promises:?}");
     let quotes = quotes();
@@ -149,7 +149,7 @@ fn every_promise_is_quoted_by_a_test_and_every_quote_is_a_promise() {
     report(&findings);
 }
 
-/// The constants of `CloseCode` by name.
+/// The constants of `CloseCode`: name and value.
 fn close_codes() -> Vec<(String, String)> {
     let source = read(Path::new("src/domain/close.rs"));
     let constants = source.lines().filter_map(|line| {
@@ -159,7 +159,7 @@ fn close_codes() -> Vec<(String, String)> {
     constants.collect()
 }
 
-/// `Close::new(CloseCode::NAME, "reason")` wherever the program says it.
+/// Every `Close::new(CloseCode::NAME, "reason")` of the program: name and reason.
 fn closes() -> Vec<(String, String)> {
     let mut closes = Vec::new();
     for path in rust_files("src") {
@@ -207,7 +207,7 @@ fn every_close_code_and_fixed_reason_is_in_the_table_for_clients() {
             findings.push(format!("{name} “{reason}” has no row"));
             continue;
         };
-        // A row without words of its own says what the reason is about.
+        // A row without fixed reasons describes them instead.
         let listed: Vec<_> = reasons.split('`').skip(1).step_by(2).collect();
         if !listed.is_empty()
             && !listed

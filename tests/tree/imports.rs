@@ -1,20 +1,20 @@
-//! Which module imports which: the paths of every file, resolved to the modules that they name.
+//! The import graph: the paths in every file, resolved to the modules that define them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use syn::visit::Visit;
-use syn::{Attribute, Item, UseTree};
+use syn::{Item, UseTree};
 
-use super::source::{read, rust_files};
+use super::source::{is_for_tests, read, rust_files};
 
-/// The segments of a path from the root of its crate; empty for the root itself.
+/// The path of a module from the root of its crate, by segment. Empty for the root itself.
 pub(super) type Module = Vec<String>;
 
-/// Re-exports followed for one path: more would be a circle of them.
+/// Limit of re-exports followed for one path. More would be a cycle.
 const ALIASES_MAX: usize = 8;
 
-/// The modules of one crate and the imports between them, tests not counted.
+/// The imports between the modules of one crate, without tests.
 pub(super) struct Imports {
     /// Importing module, imported module.
     edges: BTreeSet<(Module, Module)>,
@@ -22,16 +22,16 @@ pub(super) struct Imports {
 
 #[derive(Default)]
 struct File {
-    /// Every path that the file names, absolute.
+    /// Every path in the file, absolute.
     paths: Vec<Module>,
-    /// The names that `use` brings into the module: what children and importers find there.
+    /// The names that `use` brings into the module, which other modules may import from it.
     aliases: BTreeMap<String, Module>,
-    /// Child modules that exist in test builds only.
+    /// Child modules under `#[cfg(test)]`.
     test_modules: Vec<String>,
 }
 
 impl Imports {
-    /// Of the crate whose `lib.rs` or `main.rs` is in `folder`.
+    /// Reads the crate whose `lib.rs` or `main.rs` is in `folder`.
     pub(super) fn of(folder: &str) -> Self {
         let mut files = BTreeMap::new();
         for path in rust_files(folder) {
@@ -64,8 +64,8 @@ impl Imports {
         Self { edges }
     }
 
-    /// The imports among the children of `parent`, each with an example from file to file. What a
-    /// module imports from its own parent or children is the inner matter of one folder.
+    /// The imports among the children of `parent`, each with one example of two files. Imports between
+    /// a module and its own parent or children do not count.
     pub(super) fn among_children_of(
         &self,
         parent: &[String],
@@ -84,8 +84,7 @@ impl Imports {
         found
     }
 
-    /// Every circle of imports between the children of any one module, with the imports it is
-    /// made of.
+    /// The imports that form cycles between the children of any module.
     pub(super) fn cycles(&self) -> Vec<String> {
         let parents: BTreeSet<&[String]> = self
             .edges
@@ -98,7 +97,7 @@ impl Imports {
 
     fn cycles_below(&self, parent: &[String]) -> Vec<String> {
         let mut edges = self.among_children_of(parent);
-        // Takes away whoever imports nobody, or is imported by nobody, until only circles are left.
+        // Removes modules that import none or are imported by none, until only cycles remain.
         loop {
             let from: BTreeSet<String> = edges.keys().map(|(from, _)| from.clone()).collect();
             let to: BTreeSet<String> = edges.keys().map(|(_, to)| to.clone()).collect();
@@ -109,7 +108,7 @@ impl Imports {
             }
         }
         let line = |(from, to): &(Module, Module)| {
-            format!("circle: {} imports {}", from.join("::"), to.join("::"))
+            format!("cycle: {} imports {}", from.join("::"), to.join("::"))
         };
         edges.values().map(line).collect()
     }
@@ -124,7 +123,7 @@ fn module_of(path: &Path, folder: &str) -> Module {
     module
 }
 
-/// The module that `path` leads into, re-exports followed. `None`: not of this crate.
+/// The module that defines `path`, after following re-exports. `None`: in another crate.
 fn resolve(files: &BTreeMap<Module, File>, mut path: Module) -> Option<Module> {
     for _ in 0..ALIASES_MAX {
         let depth = (0..=path.len()).rev().find(|depth| files.contains_key(&path[..*depth]))?;
@@ -137,14 +136,14 @@ fn resolve(files: &BTreeMap<Module, File>, mut path: Module) -> Option<Module> {
     None
 }
 
-/// Reads one file; inline modules count as the file they are in.
+/// Reads one file. Inline modules count as part of their file.
 struct Reader<'a> {
     module: &'a Module,
     file: &'a mut File,
 }
 
 impl Reader<'_> {
-    /// Absolute, if it is written from `crate`, `self` or `super`.
+    /// The absolute path if `path` begins with `crate`, `self` or `super`.
     fn absolute(&self, path: &[String]) -> Option<Module> {
         let mut base = match path.first()?.as_str() {
             "crate" => Vec::new(),
@@ -161,7 +160,7 @@ impl Reader<'_> {
     }
 
     fn take(&mut self, path: &[String], alias: Option<&str>) {
-        // Without a keyword in front it is another crate's, or begins at a child of this module.
+        // Without such a keyword the path begins at another crate or at a child of this module.
         let absolute = self.absolute(path).unwrap_or_else(|| [&self.module[..], path].concat());
         if let Some(alias) = alias {
             self.file.aliases.insert(alias.to_owned(), absolute.clone());
@@ -191,13 +190,6 @@ impl Reader<'_> {
             }
         }
     }
-}
-
-fn is_for_tests(attributes: &[Attribute]) -> bool {
-    attributes.iter().any(|attribute| {
-        attribute.path().is_ident("cfg")
-            && attribute.parse_args::<syn::Path>().is_ok_and(|path| path.is_ident("test"))
-    })
 }
 
 impl Visit<'_> for Reader<'_> {
@@ -233,7 +225,7 @@ impl Visit<'_> for Reader<'_> {
 }
 
 #[test]
-fn circles_are_found_through_re_exports_and_reported_once() {
+fn cycles_are_found_and_reported_once() {
     let name = |text: &str| -> Module { text.split("::").map(str::to_owned).collect() };
     let edge = |from, to| (name(from), name(to));
     let imports = Imports {
@@ -249,7 +241,7 @@ fn circles_are_found_through_re_exports_and_reported_once() {
     };
     assert_eq!(
         imports.cycles(),
-        ["circle: a::x imports b", "circle: b::y imports c", "circle: c imports a::z",]
+        ["cycle: a::x imports b", "cycle: b::y imports c", "cycle: c imports a::z"]
     );
 }
 

@@ -1,5 +1,5 @@
-//! Layers import downwards only, unsafe code stays where it belongs, what is pure stays pure, and
-//! nothing is left half done.
+//! Layers import only lower layers, `unsafe` is only in `uring`, pure layers stay pure, files stay short,
+//! and no work is left unfinished.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,7 @@ use std::path::Path;
 use super::imports::Imports;
 use super::source::{code_of, read, report, root, rust_files, without_tests};
 
-/// What each layer may import of ours (the map in `src/lib.rs`).
+/// Each layer and the layers that it may import (the map in `src/lib.rs`).
 const LAYERS: [(&str, &[&str]); 7] = [
     ("domain", &["domain"]),
     ("protocol", &["protocol", "domain"]),
@@ -19,7 +19,7 @@ const LAYERS: [(&str, &[&str]); 7] = [
     ("app", &["app", "service", "reactor", "uring", "handoff", "protocol", "domain"]),
 ];
 
-/// What each floor of the service side may import of the others (`src/service/mod.rs`).
+/// Each floor of the service side and the floors that it may import (`src/service/mod.rs`).
 const FLOORS: [(&str, &[&str]); 7] = [
     ("runtime", &[]),
     ("events", &["runtime"]),
@@ -30,10 +30,10 @@ const FLOORS: [(&str, &[&str]); 7] = [
     ("streams", &["routing", "members", "backends", "events", "runtime"]),
 ];
 
-/// Layers that take time and randomness as arguments and know no runtime, no log and no back end.
+/// Layers without a clock, randomness, runtime, log or back end: time and randomness are arguments.
 const PURE: [&str; 3] = ["domain", "protocol", "handoff"];
 
-/// Words that the pure layers do not use outside their tests.
+/// Paths that pure layers must not use outside their tests.
 const IMPURE: [&str; 12] = [
     "Instant::now",
     "SystemTime::now",
@@ -49,7 +49,7 @@ const IMPURE: [&str; 12] = [
     "std::thread::sleep",
 ];
 
-/// Lines of code of one file, its tests and comments not counted.
+/// Lines of code per file, without tests and comments.
 const CODE_LINES_MAX: usize = 450;
 
 fn layer_of(path: &Path) -> Option<&'static str> {
@@ -76,8 +76,8 @@ fn every_folder_is_a_layer_and_every_layer_is_on_the_map() {
     }
 }
 
-/// The modules of `parent` that import against `allowed`, which names for each what it may import.
-fn against(imports: &Imports, parent: &[&str], allowed: &[(&str, &[&str])]) -> Vec<String> {
+/// The imports among the children of `parent` that `allowed` does not list.
+fn violations(imports: &Imports, parent: &[&str], allowed: &[(&str, &[&str])]) -> Vec<String> {
     let parent: Vec<String> = parent.iter().map(|&part| part.to_owned()).collect();
     let allowed: BTreeMap<_, _> = allowed.iter().copied().collect();
     let mut findings = Vec::new();
@@ -89,7 +89,7 @@ fn against(imports: &Imports, parent: &[&str], allowed: &[(&str, &[&str])]) -> V
                 example_from.join("::"),
                 example_to.join("::")
             )),
-            None => findings.push(format!("{from} is on no floor")),
+            None => findings.push(format!("{from} has no floor")),
         }
     }
     findings
@@ -98,13 +98,13 @@ fn against(imports: &Imports, parent: &[&str], allowed: &[(&str, &[&str])]) -> V
 #[test]
 fn layers_and_floors_import_downwards_only() {
     let imports = Imports::of("src");
-    let mut findings = against(&imports, &[], &LAYERS);
-    findings.extend(against(&imports, &["service"], &FLOORS));
+    let mut findings = violations(&imports, &[], &LAYERS);
+    findings.extend(violations(&imports, &["service"], &FLOORS));
     report(&findings);
 }
 
 #[test]
-fn no_modules_import_each_other_in_a_circle() {
+fn modules_do_not_import_each_other_in_a_cycle() {
     let mut findings = Vec::new();
     for folder in ["src", "fuzz/src", "bench/src", "tests/kit/src"] {
         findings.extend(Imports::of(folder).cycles());
@@ -112,12 +112,12 @@ fn no_modules_import_each_other_in_a_circle() {
     report(&findings);
 }
 
-/// The limit that the benchmarks measure against is the kernel's ring without any layer: a program
-/// of its own, not a part of ours. Its second file is the rings over many file tables.
+/// The baseline of the benchmarks: a server on the bare ring, a program of its own. The second file
+/// spreads it over many rings and file tables.
 const BARE_RING: [&str; 2] = ["bench/src/servers/bare.rs", "bench/src/servers/rings.rs"];
 
 #[test]
-fn unsafe_code_is_in_uring_only() {
+fn unsafe_code_is_only_in_uring() {
     let mut findings = Vec::new();
     for folder in ["src", "tests", "fuzz", "bench"] {
         for path in rust_files(folder) {
@@ -137,7 +137,7 @@ fn unsafe_code_is_in_uring_only() {
 }
 
 #[test]
-fn every_unsafe_block_says_why_it_holds() {
+fn every_unsafe_block_has_a_safety_comment() {
     let mut findings = Vec::new();
     for path in rust_files("src/uring") {
         let source = read(&path);
@@ -164,7 +164,7 @@ fn every_unsafe_block_says_why_it_holds() {
 }
 
 #[test]
-fn pure_layers_take_time_and_chance_as_arguments() {
+fn pure_layers_have_no_clock_randomness_or_io() {
     let mut findings = Vec::new();
     for path in rust_files("src") {
         let Some(layer) = layer_of(&path) else { continue };
@@ -182,12 +182,12 @@ fn pure_layers_take_time_and_chance_as_arguments() {
 }
 
 #[test]
-fn files_can_be_read_in_one_sitting() {
+fn files_are_short() {
     let mut findings = Vec::new();
     for folder in ["src", "tests"] {
         for path in rust_files(folder) {
             if path.starts_with("tests/data") {
-                continue; // Tables.
+                continue; // Data tables.
             }
             let code = code_of(&read(&path));
             let lines = without_tests(&code).lines().filter(|line| !line.trim().is_empty()).count();
@@ -200,7 +200,7 @@ fn files_can_be_read_in_one_sitting() {
 }
 
 #[test]
-fn nothing_is_left_half_done() {
+fn no_work_is_left_unfinished() {
     let words = ["TODO", "FIXME", "XXX", "HACK"];
     let mut findings = Vec::new();
     for folder in ["src", "tests", "fuzz", "bench"] {

@@ -1,4 +1,5 @@
-//! The tree keeps its shape: layers, deployment files, and documents that name what exists.
+//! Rules of the tree: layers and import cycles, documents that match the code, and
+//! `tests/run`.
 
 mod docs;
 mod imports;

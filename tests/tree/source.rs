@@ -1,4 +1,4 @@
-//! Reading the tree's own files.
+//! Reads the files of the tree.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,8 +7,13 @@ pub(super) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every `.rs` file below `folder`, path relative to the package.
+/// Every Rust file below `folder`, path relative to the package.
 pub(super) fn rust_files(folder: &str) -> Vec<PathBuf> {
+    files(folder, &["rs"])
+}
+
+/// Every file below `folder` whose name ends in one of `kinds` after its last dot, or is one.
+pub(super) fn files(folder: &str, kinds: &[&str]) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![root().join(folder)];
     while let Some(folder) = folders.pop() {
@@ -19,21 +24,26 @@ pub(super) fn rust_files(folder: &str) -> Vec<PathBuf> {
                 if path.file_name().is_some_and(|name| name != "target") {
                     folders.push(path);
                 }
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
+            } else if kinds.contains(&kind_of(&path)) {
                 found.push(path.strip_prefix(root()).expect("below the root").to_path_buf());
             }
         }
     }
     found.sort();
-    assert!(!found.is_empty() || !root().join(folder).exists(), "{folder} holds no Rust");
+    assert!(!found.is_empty() || !root().join(folder).exists(), "{folder} holds none of {kinds:?}");
     found
+}
+
+fn kind_of(path: &Path) -> &str {
+    let name = path.file_name().and_then(|name| name.to_str()).expect("text");
+    name.rsplit('.').next().unwrap_or(name)
 }
 
 pub(super) fn read(path: &Path) -> String {
     fs::read_to_string(root().join(path)).expect("readable")
 }
 
-/// The source with comments, strings and characters blanked out, line breaks kept.
+/// The source without comments, strings and characters. Line breaks are kept.
 pub(super) fn code_of(source: &str) -> String {
     let bytes = source.as_bytes();
     let mut code = String::with_capacity(source.len());
@@ -87,7 +97,7 @@ fn block_comment_end(bytes: &[u8], from: usize) -> usize {
     at
 }
 
-/// `r"`, `r#"`, …: how many hashes; `None` if no raw string starts here.
+/// The number of hashes of `r"`, `r#"`, …; `None` if no raw string starts at `at`.
 fn raw_string_hashes(bytes: &[u8], at: usize) -> Option<usize> {
     let word_before = at > 0
         && (bytes[at - 1].is_ascii_alphanumeric() && bytes[at - 1] != b'b'
@@ -104,7 +114,7 @@ fn quoted_end(bytes: &[u8], from: usize, quote: u8) -> usize {
     (at + 1).min(bytes.len())
 }
 
-/// Tells `'x'` and `'\n'` from the lifetime `'x`.
+/// Distinguishes `'x'` and `'\n'` from the lifetime `'x`.
 fn is_char_literal(bytes: &[u8], at: usize) -> bool {
     match bytes.get(at + 1) {
         Some(b'\\') => true,
@@ -121,9 +131,17 @@ fn is_char_literal(bytes: &[u8], at: usize) -> bool {
     }
 }
 
-/// The part before the file's tests.
+/// The part of a file before its tests.
 pub(super) fn without_tests(code: &str) -> &str {
     code.find("#[cfg(test)]").map_or(code, |tests| &code[..tests])
+}
+
+/// True for `#[cfg(test)]`.
+pub(super) fn is_for_tests(attributes: &[syn::Attribute]) -> bool {
+    attributes.iter().any(|attribute| {
+        attribute.path().is_ident("cfg")
+            && attribute.parse_args::<syn::Path>().is_ok_and(|path| path.is_ident("test"))
+    })
 }
 
 /// Fails with every finding at once.
@@ -132,7 +150,7 @@ pub(super) fn report(findings: &[String]) {
 }
 
 #[test]
-fn reader_of_code_sees_through_comments_strings_and_lifetimes() {
+fn comments_and_strings_are_removed_and_lifetimes_kept() {
     let source = r##"use crate::a; // crate::no
 /* crate::no /* nested */ crate::no */ fn f<'a>(x: &'a str) -> char { '"' }
 const S: &str = "crate::no \" crate::no"; const R: &str = r#"crate::no " "#;

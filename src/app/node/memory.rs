@@ -235,7 +235,7 @@ fn other_services(settings: &Settings, sizing: &Sizing) -> PartSizes {
     }
     let fan_out = PresenceFanoutConfig::default();
     let look_ups = fan_out.look_ups_max * ANSWER_BYTES_MAX;
-    let changes = fan_out.users_waiting_max + fan_out.remembered_max;
+    let changes = fan_out.users_waiting_max + fan_out.contacts_max;
     amounts.push(("presence_changes", look_ups as u64 + changes as u64 * USER_BYTES));
     if settings.routing() != RoutingMode::Group {
         return amounts;

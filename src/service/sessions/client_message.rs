@@ -1,12 +1,12 @@
-//! What a WebSocket client may say: JSON text messages.
+//! The messages of WebSocket clients: JSON text.
 //!
 //! | message | meaning |
 //! | --- | --- |
-//! | `{"last_sequences": {"<conversation_id>": <int64>, …}}` | The first message (contract §3): send what I missed. Each number is the highest `sequence` that the client has of the conversation, 0 for none of it. Conversations of the user that are not named are sent from their beginning; so `{"last_sequences": {}}` asks for everything. |
-//! | `{"access_token": "<JWT>"}` | At any time: a fresh token of the same user, before the old one expires. Answered by `{"token_expires_at": <Unix seconds>}`, or by `{"error": "<reason>"}`, in which case the old one still counts. |
+//! | `{"last_sequences": {"<conversation_id>": <int64>, …}}` | The resume request, as the first message (contract §3). Each number is the highest `sequence` that the client has of the conversation, or 0. The user's other conversations are sent from their beginning, so `{"last_sequences": {}}` requests everything. |
+//! | `{"access_token": "<JWT>"}` | At any time: a fresh token of the same user, before the old one expires. The answer is `{"token_expires_at": <Unix seconds>}`, or `{"error": "<reason>"}` and the old token stays in use. |
 //!
-//! Both keys may be in one message. A number may be written as a string, the way proto3 JSON writes
-//! an int64. Other keys are ignored, and so (and counted) is every message that is not one of these.
+//! One message may have both keys. A number may be a string, as proto3 JSON writes an int64. Other keys
+//! are ignored. Any other message is ignored and counted.
 
 use std::fmt;
 
@@ -16,33 +16,33 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use crate::domain::command::Secret;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 
-/// A message of the client, bytes. The shard passes on no larger one.
+/// Size of a client message, bytes. The shard passes on no larger one.
 pub const CLIENT_MESSAGE_BYTES_MAX: usize = 64 * 1024;
 /// Conversations named in one message.
 pub const CONVERSATIONS_NAMED_MAX: usize = 4096;
 
-/// A client's message that has a meaning; at least one of the two.
+/// A valid client message. At least one field is set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientMessage {
-    /// What the client has of each conversation, no conversation twice.
+    /// The position in each named conversation, without duplicates.
     pub last_sequences: Option<Vec<LastSequence>>,
     /// A fresh token.
     pub access_token: Option<Secret>,
 }
 
-/// How far a client has come in a conversation.
+/// The position of a client in a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LastSequence {
     /// The conversation's id, 1 to [`ID_BYTES_MAX`] bytes.
     pub conversation: Box<str>,
-    /// The highest sequence it has, 0 or more.
+    /// The highest sequence that the client has, 0 or more.
     pub sequence: i64,
 }
 
-/// Why a message has no meaning.
+/// Why a message is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidMessage {
-    /// Larger than any message with a meaning.
+    /// Larger than [`CLIENT_MESSAGE_BYTES_MAX`].
     #[error("message is too large")]
     TooLarge,
     /// Not a JSON object of the documented shape, or over one of its limits.
@@ -53,15 +53,15 @@ pub enum InvalidMessage {
     Unknown,
 }
 
-/// Reads a client's message.
+/// Parses a client message.
 ///
 /// # Errors
-/// It has no meaning; the client may send what it likes, so this is for counting only.
+/// The message is invalid. It is only counted: such a message is not a fault of the connection.
 pub fn parse(text: &str) -> Result<ClientMessage, InvalidMessage> {
     if text.len() > CLIENT_MESSAGE_BYTES_MAX {
         return Err(InvalidMessage::TooLarge);
     }
-    // serde would also read the fields of an object from an array.
+    // serde would also accept an array of the fields' values.
     if !text.trim_ascii_start().starts_with('{') {
         return Err(InvalidMessage::Malformed);
     }
@@ -123,7 +123,7 @@ impl<'de> Visitor<'de> for LastSequencesVisitor {
             }
             positions.push(LastSequence { conversation, sequence });
         }
-        // JSON leaves the meaning of a repeated key open; the last one counts, as for Go.
+        // JSON does not define repeated keys. The last one counts, as in Go.
         positions.reverse();
         positions.sort_by(|a, b| a.conversation.cmp(&b.conversation));
         positions.dedup_by(|later, earlier| later.conversation == earlier.conversation);
@@ -148,7 +148,7 @@ impl Visitor<'_> for SequenceVisitor {
         f.write_str("an int64, as a number or a string")
     }
 
-    /// Sequences begin at 1, so whatever is below 0 means "nothing yet".
+    /// Sequences start at 1, so a negative number means "nothing yet".
     fn visit_i64<E: de::Error>(self, value: i64) -> Result<Sequence, E> {
         Ok(Sequence(value.max(0)))
     }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn fresh_token_may_come_alone_or_along() {
+    fn fresh_token_comes_alone_or_with_a_resume_request() {
         let alone = parse(r#"{"access_token": "x.y.z"}"#).unwrap();
         assert_eq!(alone.access_token.as_ref().map(Secret::expose), Some("x.y.z"));
         assert_eq!(alone.last_sequences, None);
@@ -239,12 +239,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_survived(text in any::<String>()) {
+        fn no_text_causes_a_panic(text in any::<String>()) {
             let _ = parse(&text);
         }
 
         #[test]
-        fn any_positions_are_read_back(
+        fn any_positions_are_parsed_back(
             all in prop::collection::btree_map("[^\\p{Cc}]{1,40}", 0..=i64::MAX, 0..50)
         ) {
             let text = serde_json::json!({ "last_sequences": &all }).to_string();

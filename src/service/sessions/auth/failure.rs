@@ -1,15 +1,15 @@
-//! Why a client was not believed, and what it is told.
+//! Why a token check failed, and the answer to the client.
 
 use crate::domain::command::Refusal;
 
-/// Why a check failed. The texts go to the client: they help, and tell nothing of a token, a key
-/// or what would have been right.
+/// Why a check failed. The texts go to the client. They reveal nothing about tokens, keys or expected
+/// values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AuthFailure {
     /// Neither the request nor a token names a user (contract §3).
     #[error("missing user_id or device_id")]
     UserMissing,
-    /// No token where one is required.
+    /// The token is missing.
     #[error(
         "access token required: send `Authorization: Bearer`, `?access_token=`, or the \
          subprotocol `bearer.<token>`"
@@ -18,37 +18,37 @@ pub enum AuthFailure {
     /// Not a JWT.
     #[error("access token is malformed")]
     Malformed,
-    /// Signed with an algorithm that the key is not for.
-    #[error("access token is signed with an algorithm that is not accepted here")]
+    /// The token's algorithm is not the key's.
+    #[error("access token is signed with an algorithm that is not accepted")]
     AlgorithmRefused,
-    /// No key of that id.
-    #[error("access token is signed with a key that is not known here")]
+    /// There is no key of that id.
+    #[error("access token is signed with an unknown key")]
     KeyUnknown,
     /// The signature is wrong.
     #[error("access token has a wrong signature")]
     SignatureWrong,
-    /// `exp` is past, or missing.
+    /// `exp` has passed.
     #[error("access token has expired: get a fresh one")]
     Expired,
-    /// `exp` is missing: such a token would hold for ever.
+    /// `exp` is missing: such a token would never expire.
     #[error("access token has no expiry (`exp`)")]
     ExpiryMissing,
-    /// `nbf` is still to come.
+    /// `nbf` has not passed yet.
     #[error("access token is not valid yet (`nbf`)")]
     NotYetValid,
-    /// `iss` is another, or missing.
+    /// `iss` is wrong or missing.
     #[error("access token comes from another issuer (`iss`)")]
     IssuerRefused,
-    /// `aud` names others, or nobody.
+    /// `aud` is wrong or missing.
     #[error("access token is meant for another audience (`aud`)")]
     AudienceRefused,
-    /// `sub` is missing, or cannot be a user id.
+    /// `sub` is missing or not a valid user id.
     #[error("access token has no usable subject (`sub`)")]
     SubjectUnusable,
-    /// The token is somebody else's.
-    #[error("user_id is not the subject of the access token: leave it out, or send your own")]
+    /// The token belongs to another user.
+    #[error("user_id is not the subject of the access token: omit it, or send your own")]
     UserMismatch,
-    /// The keys to check with could not be had.
+    /// There are no keys to check with.
     #[error("access tokens cannot be checked at the moment: try again")]
     KeysUnavailable,
 }
@@ -84,5 +84,5 @@ impl AuthFailure {
     }
 }
 
-/// When to try again after keys could not be had, seconds.
+/// When to retry while there are no keys, seconds.
 const KEYS_RETRY_AFTER_S: u32 = 5;

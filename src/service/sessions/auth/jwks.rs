@@ -1,5 +1,5 @@
-//! Keys that are published at a URL (RFC 7517), kept, refreshed, and fetched again when a token
-//! names one that is not among them: that is how a rotation is survived.
+//! Keys published at a URL (RFC 7517): fetched periodically, and again when a token names an unknown
+//! key, so that a rotation of keys causes no refusals.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -14,27 +14,27 @@ use crate::service::runtime::backoff::Backoff;
 
 /// First wait before a failed refresh is tried again; doubles each time.
 const RETRY_MIN: Duration = Duration::from_secs(1);
-/// A published document, bytes.
+/// Size of a published document, bytes.
 const DOCUMENT_BYTES_MAX: u64 = 1024 * 1024;
-/// Redirects that are followed.
+/// Redirects followed per fetch.
 const REDIRECTS_MAX: u32 = 3;
 
-/// Where keys are published.
+/// Settings for keys that are published at a URL.
 #[derive(Clone, Debug)]
 pub struct JwksConfig {
-    /// `https://…` (or `http://…` within a network that is trusted); may hold a password.
+    /// `https://…`, or `http://…` within a trusted network. May contain a password.
     pub url: Secret,
-    /// Between two fetches.
+    /// Interval between fetches.
     pub refresh: Duration,
-    /// Least time between two fetches for unknown keys, so that tokens with invented key ids do not
-    /// storm the publisher.
+    /// Shortest interval between fetches for unknown keys, so that tokens with invented key ids do not
+    /// overload the publisher.
     pub refetch_interval: Duration,
-    /// For one fetch.
+    /// Timeout of one fetch.
     pub timeout: Duration,
 }
 
 impl JwksConfig {
-    /// Refreshes every five minutes, for unknown keys at most every 10 s; 5 s for a fetch.
+    /// A fetch every five minutes, for unknown keys at most every 10 s, with a timeout of 5 s.
     pub fn new(url: Secret) -> Self {
         Self {
             url,
@@ -45,7 +45,7 @@ impl JwksConfig {
     }
 }
 
-/// See the module.
+/// Published keys.
 #[derive(Debug)]
 pub(super) struct Jwks {
     config: JwksConfig,
@@ -53,13 +53,13 @@ pub(super) struct Jwks {
     counters: Arc<AuthCounters>,
     /// `None` until the first fetch that succeeded.
     keys: RwLock<Option<Arc<KeySet>>>,
-    /// When a fetch was last begun for an unknown key. Held while one is under way: all who need
-    /// it wait for the same one.
+    /// When the last fetch for an unknown key began. Locked during a fetch, so that all callers wait
+    /// for the same one.
     refetch: tokio::sync::Mutex<Option<Instant>>,
 }
 
 impl Jwks {
-    /// Fetches at once and then again and again, on the current runtime, as long as it is held.
+    /// Fetches at once and then periodically, in a task on the current runtime, until it is dropped.
     pub(super) fn spawn(config: JwksConfig, counters: Arc<AuthCounters>) -> Arc<Self> {
         let agent = ureq::Agent::config_builder()
             .timeout_global(Some(config.timeout))
@@ -94,15 +94,15 @@ impl Jwks {
         self.keys.read().expect("no holder panics").clone()
     }
 
-    /// The keys to verify a token with: those there are, or fresh ones if they do not have its
-    /// key. `None`: there have never been any.
+    /// The keys to verify a token with. If they do not include the token's key, they are fetched again
+    /// first. `None`: no fetch has succeeded yet.
     pub(super) async fn keys_for(&self, header: &Header) -> Option<Arc<KeySet>> {
-        if let Some(keys) = self.knowing(header) {
+        if let Some(keys) = self.keys_including(header) {
             return Some(keys);
         }
         let mut begun = self.refetch.lock().await;
-        if let Some(keys) = self.knowing(header) {
-            return Some(keys); // Another one's fetch brought it.
+        if let Some(keys) = self.keys_including(header) {
+            return Some(keys); // Another caller has fetched it.
         }
         if begun.is_none_or(|begun| begun.elapsed() >= self.config.refetch_interval) {
             *begun = Some(Instant::now());
@@ -111,11 +111,11 @@ impl Jwks {
         self.current()
     }
 
-    fn knowing(&self, header: &Header) -> Option<Arc<KeySet>> {
+    fn keys_including(&self, header: &Header) -> Option<Arc<KeySet>> {
         self.current().filter(|keys| !matches!(keys.find(header), KeyLookup::Unknown))
     }
 
-    /// Returns whether it has fresh keys now. If not, the old ones stay.
+    /// Returns whether it succeeded. If not, the old keys stay in use.
     async fn fetch(&self) -> bool {
         self.counters.jwks_fetches.add(1);
         let (agent, url) = (self.agent.clone(), self.config.url.clone());
@@ -137,7 +137,7 @@ impl Jwks {
     }
 }
 
-/// One fetch. Errors say what went wrong without the URL: it may hold a password.
+/// One fetch. Errors do not contain the URL: it may contain a password.
 fn get(agent: &ureq::Agent, url: &Secret) -> Result<String, &'static str> {
     let category = |error: ureq::Error| match error {
         ureq::Error::StatusCode(_) => "the publisher answered with an error status",

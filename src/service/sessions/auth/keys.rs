@@ -1,12 +1,12 @@
-//! Keys to verify tokens with. Each key has one algorithm, given by what kind of key it is; the
-//! token's header only has to agree. So a public key can never be taken for an HMAC secret.
+//! Keys that verify tokens. The kind of a key determines its only algorithm, and the token's header must
+//! match it. So a public key is never used as an HMAC secret.
 
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, Header};
 
 use crate::domain::command::Secret;
 
-/// Keys of one set that are used; a larger set is not read to its end.
+/// Keys used of one set; the rest of a larger set is ignored.
 const KEYS_MAX: usize = 64;
 /// Keys tried for one token.
 const CANDIDATES_MAX: usize = 4;
@@ -18,18 +18,18 @@ const ED25519_BYTES: usize = 32;
 /// Why a key cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// It is a private key, which has no place here.
-    #[error("the key file holds a private key: give the public key alone")]
+    /// It is a private key. Only public keys are accepted.
+    #[error("the key file holds a private key: provide only the public key")]
     Private,
-    /// It is not PEM of a kind that is understood.
+    /// It is not PEM, or not of a supported kind.
     #[error("the key file holds no PEM public key of type RSA, EC P-256 or Ed25519")]
     Unknown,
-    /// An empty secret.
+    /// The secret is empty.
     #[error("the secret is empty")]
     Empty,
 }
 
-/// A key and the one algorithm that it is for.
+/// A key and its algorithm.
 #[derive(Clone)]
 pub(super) struct VerificationKey {
     pub(super) id: Option<String>,
@@ -37,19 +37,19 @@ pub(super) struct VerificationKey {
     pub(super) key: DecodingKey,
 }
 
-/// Some keys.
+/// The keys of one source.
 #[derive(Clone, Default)]
 pub(super) struct KeySet {
     keys: Vec<VerificationKey>,
 }
 
-/// What a set has for a token.
+/// The keys of a set that fit a token.
 pub(super) enum KeyLookup<'a> {
     /// Try these.
     Candidates(Vec<&'a VerificationKey>),
-    /// Keys of other kinds only.
+    /// Only keys of other algorithms.
     OtherAlgorithm,
-    /// None of that id.
+    /// No key of that id.
     Unknown,
 }
 
@@ -68,7 +68,7 @@ impl KeySet {
         Ok(Self { keys: vec![VerificationKey { id: None, algorithm: Algorithm::HS256, key }] })
     }
 
-    /// All public keys of a PEM file: more than one while keys are being rotated.
+    /// All public keys of a PEM file. There are several during a rotation.
     pub(super) fn of_pem(pem: &[u8]) -> Result<Self, KeyError> {
         let text = std::str::from_utf8(pem).map_err(|_| KeyError::Unknown)?;
         let mut keys = Vec::new();
@@ -80,8 +80,7 @@ impl KeySet {
         if keys.is_empty() { Err(KeyError::Unknown) } else { Ok(Self { keys }) }
     }
 
-    /// The usable keys of a JWKS document (RFC 7517 §5). Those that are not are passed over, as
-    /// the RFC asks.
+    /// The usable keys of a JWKS document. Others are ignored (RFC 7517 §5).
     pub(super) fn of_jwks(document: &str) -> Option<Self> {
         #[derive(serde::Deserialize)]
         struct Document {
@@ -99,8 +98,8 @@ impl KeySet {
         self.keys.len()
     }
 
-    /// The keys that may have signed a token with this header. A key without an id fits any token
-    /// of its algorithm, and so does any key for a token without one.
+    /// The keys that may have signed a token with this header. If the key or the token has no id, only
+    /// the algorithm must match.
     pub(super) fn find(&self, header: &Header) -> KeyLookup<'_> {
         let of_id = |key: &&VerificationKey| match (&key.id, &header.kid) {
             (Some(id), Some(wanted)) => id == wanted,
@@ -151,7 +150,7 @@ fn of_jwk(jwk: &Jwk) -> Option<VerificationKey> {
         AlgorithmParameters::OctetKeyPair(key) if key.curve == EllipticCurve::Ed25519 => {
             Algorithm::EdDSA
         }
-        // Other curves; secrets, which nobody publishes; kinds that are not known.
+        // Other curves, secrets (which must not be published), and unknown kinds.
         _ => return None,
     };
     let common = &jwk.common;

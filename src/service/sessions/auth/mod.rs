@@ -1,13 +1,13 @@
-//! Who a client is: tokens are checked here (contract §7), for WebSocket and gRPC alike.
+//! Authentication: checks tokens (contract §7), for WebSocket and gRPC.
 //!
 //! | key source | algorithm | checked |
 //! | --- | --- | --- |
-//! | secret (`JWT_SECRET`) | HS256 | at once: some microseconds |
-//! | public keys in a PEM file | RS256, ES256 or EdDSA, by the kind of key | in a task: some hundred microseconds |
-//! | public keys at a URL (JWKS) | likewise | in a task, which may wait for a fetch |
+//! | secret (`JWT_SECRET`) | HS256 | at once: takes microseconds |
+//! | public keys in a PEM file | RS256, ES256 or EdDSA, by the kind of key | in a task: takes hundreds of microseconds |
+//! | public keys at a URL (JWKS) | the same | in a task that may wait for a fetch |
 //!
-//! A token needs `sub` (the user) and `exp`; `nbf`, and `iss` and `aud` where configured, must fit.
-//! `user_id` of the request may be left out, and must be `sub` if it is given.
+//! A token needs `sub` (the user) and `exp`. `nbf` must have passed; `iss` and `aud` must match if
+//! configured. The request's `user_id` is optional, and must equal `sub` if given.
 
 mod failure;
 mod jwks;
@@ -32,12 +32,12 @@ use crate::service::events::timestamp::unix_ms;
 use self::jwks::Jwks;
 use self::keys::KeySet;
 
-/// Whom a client has been found to be.
+/// The identity of an authenticated client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// The user.
     pub user: String,
-    /// When that ceases to hold, Unix time in seconds, the leeway added; `None`: never.
+    /// When it expires, Unix time in seconds including the leeway. `None`: never.
     pub expires_at_s: Option<u64>,
 }
 
@@ -53,26 +53,26 @@ pub enum KeySource {
 }
 
 crate::counters! {
-    /// What became of tokens.
+    /// Counters of token checks.
     pub struct AuthCounters of SharedCounter {
         Counter accepted: "Tokens accepted",
         Counter refused: "Tokens refused or missing",
-        Counter keys_unavailable: "Tokens that could not be checked because no keys could be fetched",
+        Counter keys_unavailable: "Tokens not checked because no keys could be fetched",
         Counter jwks_fetches: "Fetches of published keys",
-        Counter jwks_failures: "Fetches of published keys that brought none",
+        Counter jwks_failures: "Fetches of published keys that failed",
         Gauge jwks_keys: "Published keys in use",
     }
 }
 
-/// The outcome of a check.
+/// A token check.
 pub enum TokenCheck {
-    /// Known at once.
+    /// The outcome was known at once.
     Done(Result<Identity, AuthFailure>),
-    /// To be waited for, apart from whoever must not wait.
+    /// The outcome takes time: a caller that must not wait awaits it in a task.
     Pending(BoxFuture<Result<Identity, AuthFailure>>),
 }
 
-/// Checks tokens. Shared by all who admit sessions.
+/// Checks tokens, for all callers.
 #[derive(Debug)]
 pub struct Authenticator {
     method: AuthMethod,
@@ -80,8 +80,7 @@ pub struct Authenticator {
 
 #[derive(Debug)]
 enum AuthMethod {
-    /// Everybody is who they say they are: for trying the program out, or behind a gateway that
-    /// has checked already.
+    /// Every client is trusted: for trying the program out, or behind a gateway that authenticates.
     Trust,
     Jwt(Arc<TokenVerifier>),
 }
@@ -101,13 +100,12 @@ enum TokenKeys {
 }
 
 impl Authenticator {
-    /// Believes every client (`AUTH_MODE=trust`).
+    /// Trusts every client (`AUTH_MODE=trust`).
     pub fn trust() -> Arc<Self> {
         Arc::new(Self { method: AuthMethod::Trust })
     }
 
-    /// Believes tokens (`AUTH_MODE=jwt`). Published keys are fetched by a task on the current
-    /// runtime.
+    /// Checks tokens (`AUTH_MODE=jwt`). A task on the current runtime fetches published keys.
     ///
     /// # Errors
     /// The secret is empty, or the PEM holds no usable public key.
@@ -128,8 +126,7 @@ impl Authenticator {
         Ok(Arc::new(Self { method: AuthMethod::Jwt(tokens) }))
     }
 
-    /// Whether tokens can be checked: for readiness. Not before published keys have been fetched
-    /// once.
+    /// Whether tokens can be checked, for readiness. Published keys must have been fetched once.
     pub fn is_ready(&self) -> bool {
         match &self.method {
             AuthMethod::Trust => true,
@@ -140,8 +137,7 @@ impl Authenticator {
         }
     }
 
-    /// Who the bearer of `token` is, if that is `claimed_user`; an empty claim leaves it to the
-    /// token.
+    /// Checks `token`, and that it belongs to `claimed_user` unless that is empty.
     pub fn check(&self, token: Option<&Secret>, claimed_user: &str) -> TokenCheck {
         let tokens = match &self.method {
             AuthMethod::Trust => {
@@ -159,7 +155,7 @@ impl Authenticator {
         let (tokens, token) = (Arc::clone(tokens), token.clone());
         let claimed_user = claimed_user.to_owned();
         TokenCheck::Pending(Box::pin(async move {
-            let outcome = tokens.verify_apart(&token, &claimed_user).await;
+            let outcome = tokens.verify_in_task(&token, &claimed_user).await;
             tokens.count(outcome)
         }))
     }
@@ -177,7 +173,7 @@ impl TokenVerifier {
         verify::verify(token, &header, keys, &self.rules, claimed_user, unix_ms() / 1000)
     }
 
-    async fn verify_apart(
+    async fn verify_in_task(
         &self,
         token: &Secret,
         claimed_user: &str,
@@ -204,7 +200,7 @@ impl TokenVerifier {
     }
 }
 
-/// Whether an id can name a user here: the rule that the upgrade parser has for ids in a query.
+/// Checks a user id by the rule of the upgrade parser for ids in a query.
 fn usable_user(user: &str) -> Result<(), AuthFailure> {
     if user.is_empty() {
         return Err(AuthFailure::UserMissing);

@@ -1,5 +1,5 @@
-//! Verifies the signatures of tokens with ring, which TLS brings anyway: `jsonwebtoken`'s own back
-//! ends would add either a second C library or the `rsa` crate (RUSTSEC-2023-0071).
+//! Verifies the signatures of tokens with ring, which is already a dependency (TLS). The back ends of
+//! `jsonwebtoken` would add a second C library or the `rsa` crate (RUSTSEC-2023-0071).
 
 use jsonwebtoken::crypto::{CryptoProvider, JwtVerifier, KeyUtils};
 use jsonwebtoken::errors::{ErrorKind, Result};
@@ -16,7 +16,7 @@ pub(super) fn install() {
         verifier_factory,
         key_utils: KeyUtils::new_unimplemented(),
     };
-    // An error means that it is installed already.
+    // An error means that it is already installed.
     let _ = PROVIDER.install_default();
 }
 

@@ -1,4 +1,4 @@
-//! A token's signature and claims.
+//! Verifies a token's signature and claims.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use serde::Deserialize;
 use super::keys::{KeyLookup, KeySet, VerificationKey};
 use super::{AuthFailure, Identity, usable_user};
 
-/// What claims must be.
+/// Rules for claims.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClaimRules {
     /// `iss` must be this; `None`: any.
     pub issuer: Option<String>,
     /// `aud` must be or contain this; `None`: any.
     pub audience: Option<String>,
-    /// How far `exp` and `nbf` are stretched, for clocks that differ.
+    /// Tolerance for `exp` and `nbf`, for clocks that differ.
     pub leeway: Duration,
 }
 
@@ -30,7 +30,7 @@ struct Claims {
     nbf: Option<NumericDate>,
 }
 
-/// One or several (RFC 7519 §4.1.3).
+/// One audience or several (RFC 7519 §4.1.3).
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Audience {
@@ -38,34 +38,33 @@ enum Audience {
     Several(Vec<String>),
 }
 
-/// Unix time in seconds, maybe with a fraction (RFC 7519 §2).
+/// Unix time in seconds, possibly with a fraction (RFC 7519 §2).
 #[derive(Clone, Copy, Deserialize)]
 #[serde(transparent)]
 struct NumericDate(f64);
 
 impl NumericDate {
-    /// Rounded down; the nearest that fits.
+    /// Rounded down and saturated.
     fn seconds(self) -> u64 {
         self.0 as u64
     }
 }
 
-/// The header of a token, unverified: for finding the key.
+/// The unverified header of a token, to find its key.
 pub(super) fn header(token: &str) -> Result<Header, AuthFailure> {
     let header = jsonwebtoken::decode_header(token).map_err(|error| match error.kind() {
-        // `none` and whatever else is not an algorithm of ours.
+        // `none`, and every algorithm that is not supported.
         ErrorKind::InvalidAlgorithmName => AuthFailure::AlgorithmRefused,
         ErrorKind::Json(error) if error.to_string().contains("unknown variant") => {
             AuthFailure::AlgorithmRefused
         }
         _ => AuthFailure::Malformed,
     })?;
-    // RFC 7515 §4.1.11: extensions that must be understood, and none is.
+    // RFC 7515 §4.1.11: extensions that must be supported; none is.
     if header.crit.is_some() { Err(AuthFailure::Malformed) } else { Ok(header) }
 }
 
-/// Verifies a token: the signature first, so that what is said of claims is said to their bearer
-/// only.
+/// Verifies a token: the signature first, so that only its bearer learns why a claim is refused.
 pub(super) fn verify(
     token: &str,
     header: &Header,
@@ -89,10 +88,10 @@ pub(super) fn verify(
     Err(failure)
 }
 
-/// The claims of a token that this key has signed.
+/// Verifies the signature and returns the claims.
 fn claims(token: &str, key: &VerificationKey) -> Result<Claims, AuthFailure> {
     let mut validation = Validation::new(key.algorithm);
-    // The signature only: claims are judged below, against the time that the caller has.
+    // The signature only: `identity` checks the claims, with the caller's time.
     validation.validate_exp = false;
     validation.validate_nbf = false;
     validation.validate_aud = false;

@@ -1,29 +1,28 @@
-//! CatchUpService: what a client missed, sent before what happens now (contract §3).
+//! Catch-up: sends a client the messages that it missed, before live events (contract §3).
 //!
 //! ```text
-//!  first message ─► waits its turn ─► which conversations? ─► their pages, side by side ─► Release
-//!                   (sessions_max)    ListConversations       call ─► encode ─► socket
-//!                                                             (calls_max)   (one page at a time)
+//!  resume request ─► waits for a slot ─► which conversations? ─► their pages, concurrently ─► GoLive
+//!                    (sessions_max)      ListConversations       call ─► encode ─► socket
+//!                                                                (calls_max)   (one page at a time)
 //! ```
 //!
-//! - **Pace.** A page goes to the socket in chunks that fit the session's queue; the next chunk
-//!   follows when the shard reports that the last one was sent. So catch-up is never faster than
-//!   the socket, and cannot overflow the queue that closes slow readers.
-//! - **Bounds.** Calls under way, sessions at it, pages held and requests waiting are each bounded
-//!   for all sessions together; who waits does so first come, first served. A session that does not
-//!   take a chunk in [`CatchUpConfig::chunk_timeout`] makes room by being closed.
-//! - **Whose conversations.** Those that the conversation service lists for the user. One that the
-//!   client names beyond those is looked up, and sent only if the user is a member: who was removed
-//!   receives nothing more, and nobody reads a conversation by naming it.
-//! - **Failures** are retried a few times and then told: the session is closed with 1013 and a
-//!   reason, and the client resumes from what it has. Nothing is skipped in silence.
+//! - **Pace.** A page goes to the socket in chunks that fit the session's queue. The next chunk follows
+//!   when the shard reports that the last one was sent. So catch-up is never faster than the socket,
+//!   and cannot overflow the queue whose overflow closes slow readers.
+//! - **Bounds.** Calls in flight, sessions that catch up, pages in memory and waiting requests are each
+//!   bounded for all sessions together, first come, first served. A session that does not take a chunk
+//!   within [`CatchUpConfig::chunk_timeout`] is closed.
+//! - **Access.** The conversations are those that the conversation service lists for the user. Any other
+//!   that the client names is sent only if the user is a member of it. So removed members receive
+//!   nothing more, and nobody can read a conversation by naming it.
+//! - **Failures** are retried a few times. Then the session is closed with 1013 and a reason, and the
+//!   client resumes from what it has. Nothing is skipped silently.
+//! - **Other nodes** (`ROUTING_MODE=group`) hand over a session's events only once they can find it
+//!   ([`Visibility`]). Stored messages are sent at once. When the session is visible, later messages are
+//!   fetched too, and only then the session goes live. It does not hold a slot while waiting.
 //!
-//! - **Other nodes** (`ROUTING_MODE=group`) hand a session's events over once they can know of it
-//!   ([`Visibility`]). What is with the message service is sent at once; when they do, what happened
-//!   meanwhile is asked for, and only then the session goes live. It waits without a turn.
-//!
-//! The shard holds the session's live events meanwhile. [`CatchUpStep::Complete`] says what was sent, so
-//! that nothing of it is sent again.
+//! The shard holds the session's live events back during catch-up. [`CatchUpStep::Complete`] says what
+//! was sent, so that nothing is sent twice.
 
 mod page;
 mod positions;
@@ -46,38 +45,38 @@ use crate::service::members::directory::SessionIds;
 use crate::service::sessions::client_message::LastSequence;
 use crate::service::sessions::presence::Visibility;
 
-/// Messages asked for at once (contract §3).
+/// Messages per page (contract §3).
 const PAGE_MESSAGES: u16 = 100;
 
 /// Settings of catch-up.
 #[derive(Clone, Debug)]
 pub struct CatchUpConfig {
-    /// Calls to the neighbours under way at once, all sessions together.
+    /// Concurrent calls to the neighbours, all sessions together.
     pub calls_max: usize,
-    /// Conversations of one session that are asked for at once.
+    /// Conversations of one session that are caught up concurrently.
     pub conversations_at_once: usize,
-    /// Sessions that catch up at once; the others wait their turn.
+    /// Sessions that catch up concurrently; the others wait.
     pub sessions_max: usize,
-    /// Pages held until their socket has taken them, bytes, all sessions together.
+    /// Pages in memory until their socket has taken them, bytes, all sessions together.
     pub pages_bytes_max: usize,
-    /// Requests held while they wait or run, bytes, all sessions together; one more is closed with
-    /// 1013.
+    /// Requests that wait or run, bytes, all sessions together. Beyond that, sessions are closed
+    /// with 1013.
     pub requests_bytes_max: usize,
-    /// Attempts at one call before the catch-up has failed.
+    /// Attempts per call before the catch-up fails.
     pub attempts_max: u32,
-    /// For the socket to take one chunk.
+    /// How long the socket may take for one chunk.
     pub chunk_timeout: Duration,
-    /// Messages of one chunk: no more than half of what a session's queue may hold.
+    /// Messages per chunk: at most half of what a session's queue holds.
     pub chunk_messages_max: usize,
-    /// Bytes of one chunk, likewise; a single message may be longer.
+    /// Bytes per chunk, likewise. A single message may be longer.
     pub chunk_bytes_max: usize,
-    /// As for live events.
+    /// The same as for live events.
     pub compression: CompressionConfig,
 }
 
 impl Default for CatchUpConfig {
-    /// 64 calls, 4 for one session, 512 sessions, 64 MiB each of pages and requests, 5 attempts,
-    /// 30 s for a chunk of 64 messages or 512 KiB.
+    /// 64 calls, 4 conversations of one session, 512 sessions, 64 MiB each of pages and requests,
+    /// 5 attempts, 30 s for a chunk of 64 messages or 512 KiB.
     fn default() -> Self {
         Self {
             calls_max: 64,
@@ -95,44 +94,44 @@ impl Default for CatchUpConfig {
 }
 
 crate::counters! {
-    /// What catch-up did.
+    /// Counters of catch-up.
     pub struct CatchUpCounters of SharedCounter {
-        Counter requested: "Catch-ups asked for",
-        Counter completed: "Catch-ups that were completed",
-        Counter refused: "Catch-ups refused because too many waited (1013)",
-        Counter failed_neighbour: "Catch-ups given up because a neighbouring service did not answer (1013)",
-        Counter failed_slow: "Catch-ups given up because the client read too slowly (1013)",
-        Counter unreached: "Catch-ups completed before this node was registered for the session: what other nodes route until then comes with the next",
-        Counter retries: "Calls tried again",
+        Counter requested: "Catch-ups requested",
+        Counter completed: "Catch-ups completed",
+        Counter refused: "Catch-ups refused because too many were waiting (1013)",
+        Counter failed_neighbour: "Catch-ups failed because a neighbouring service did not answer (1013)",
+        Counter failed_slow: "Catch-ups failed because the client read too slowly (1013)",
+        Counter unreached: "Catch-ups completed before other nodes could find the session: events that they routed until then come with its next catch-up",
+        Counter retries: "Calls retried",
         Counter conversations: "Conversations caught up",
-        Counter conversations_refused: "Conversations named by clients who are not members",
+        Counter conversations_refused: "Conversations named by clients that are not members",
         Counter pages: "Pages received",
         Counter messages: "Messages sent by catch-up",
-        Gauge waiting: "Sessions waiting for their turn to catch up",
+        Gauge waiting: "Sessions waiting to catch up",
         Gauge running: "Sessions catching up",
-        Gauge pages_bytes: "Bytes of pages held until their socket has taken them",
+        Gauge pages_bytes: "Bytes of pages in memory until their socket has taken them",
     }
 }
 
-/// Who says which conversations a user may read.
+/// Decides which conversations a user may read.
 #[derive(Clone)]
 pub enum ReadAccess {
-    /// The conversation service.
+    /// The conversation service decides.
     Checked {
         /// Lists a user's conversations.
         listing: Arc<dyn ConversationListing>,
         /// Lists a conversation's members.
         source: Arc<dyn ConversationSource>,
     },
-    /// Nobody: what a client names is sent, and nothing else. Only where clients are trusted to be
-    /// who they say they are anyway (`AUTH_MODE=trust`).
+    /// Every conversation that a client names is sent, and no other. Only for nodes that trust their
+    /// clients anyway (`AUTH_MODE=trust`).
     Unchecked,
 }
 
-/// What a session asks for.
+/// What a session requests.
 #[derive(Debug)]
 pub enum CatchUpScope {
-    /// WebSocket: all conversations of the user, these from where the client is in them.
+    /// WebSocket: all conversations of the user; the named ones after these sequences.
     Session(Vec<LastSequence>),
     /// gRPC: one conversation.
     Conversation {
@@ -146,13 +145,13 @@ pub enum CatchUpScope {
 /// One catch-up.
 #[derive(Debug)]
 pub struct CatchUpRequest {
-    /// Whose.
+    /// The session's user and device.
     pub ids: SessionIds,
-    /// Where it is.
+    /// The session's address.
     pub address: SessionAddress,
-    /// What for.
+    /// What to send.
     pub scope: CatchUpScope,
-    /// How far other nodes know the session; `None`: none hands anything over.
+    /// Whether other nodes hand over the session's events. `None`: there are none that do.
     pub visibility: Option<Arc<Visibility>>,
 }
 
@@ -161,48 +160,48 @@ pub struct CatchUpRequest {
 pub struct CatchUpReport {
     /// The session.
     pub address: SessionAddress,
-    /// What is to be done for it.
+    /// What to do for it.
     pub step: CatchUpStep,
 }
 
-/// See [`CatchUpReport`].
+/// What the session manager has to do for a catch-up.
 #[derive(Debug)]
 pub enum CatchUpStep {
-    /// Deliver these in order.
+    /// Deliver these events in order.
     Chunk {
         /// At least one.
         events: Vec<Arc<Event>>,
-        /// Told when the last of them was sent.
+        /// Notified when the last of them was sent.
         sent: oneshot::Sender<()>,
     },
-    /// All was sent.
+    /// Everything was sent.
     Complete {
         /// Per conversation the highest sequence that the client has now.
         delivered: Box<[ConversationPosition]>,
     },
-    /// It has failed: close the session with this.
+    /// The catch-up failed: close the session with this.
     Failed(Close),
 }
 
-/// How a catch-up begins.
+/// Result of [`CatchUpService::begin`].
 #[derive(Debug)]
 pub enum CatchUpStart {
-    /// Catch-up is off: nothing was missed as far as this node can say.
+    /// Catch-up is off: there is nothing to send.
     Off,
-    /// Steps will follow, until aborted.
+    /// Reports will follow, until the task is aborted.
     Running(AbortHandle),
-    /// Too many wait: close the session with this.
+    /// Too many are waiting: close the session with this.
     Refused(Close),
 }
 
-/// Why a catch-up failed, to be told to the client.
+/// Why a catch-up failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CatchUpFailure {
     Conversations,
     Messages,
     TooSlow,
-    /// The session has ended: there is nobody to tell.
-    Gone,
+    /// The session has ended, so there is no client to inform.
+    SessionEnded,
 }
 
 impl CatchUpFailure {
@@ -211,7 +210,7 @@ impl CatchUpFailure {
             Self::Conversations => "catch-up failed: conversation service unavailable, try again",
             Self::Messages => "catch-up failed: message service unavailable, try again",
             Self::TooSlow => "catch-up failed: the client reads too slowly, try again",
-            Self::Gone => return None,
+            Self::SessionEnded => return None,
         };
         Some(Close::new(CloseCode::TRY_AGAIN_LATER, reason))
     }
@@ -220,6 +219,7 @@ impl CatchUpFailure {
 const REFUSED: Close =
     Close::new(CloseCode::TRY_AGAIN_LATER, "catch-up refused: too many are waiting, try again");
 
+/// What all catch-ups share: sources, budgets, encoders.
 struct CatchUpResources {
     config: CatchUpConfig,
     messages: Arc<dyn MessageSource>,
@@ -229,21 +229,22 @@ struct CatchUpResources {
     calls: Semaphore,
     pages_bytes: Arc<Semaphore>,
     requests_bytes: Arc<Semaphore>,
-    /// Idle ones: as many as have ever worked at the same time, so one per runtime thread at most.
+    /// Idle encoders. At most one per runtime thread, because encoding does not await.
     encoders: Mutex<Vec<Encoder>>,
 }
 
-/// Starts catch-ups; clones share its bounds.
+/// Starts catch-ups. Clones share the bounds.
 #[derive(Clone)]
 pub struct CatchUpService(Option<Arc<CatchUpResources>>);
 
 impl CatchUpService {
-    /// No catch-up: there is no message service, or no way to know whose conversations are whose.
+    /// Without catch-up: there is no message service, or no way to check who may read a
+    /// conversation.
     pub fn off() -> Self {
         Self(None)
     }
 
-    /// Catch-up from this message service.
+    /// Catches up from this message service.
     pub fn new(
         config: CatchUpConfig,
         messages: Arc<dyn MessageSource>,
@@ -264,26 +265,30 @@ impl CatchUpService {
         })))
     }
 
-    /// Begins one in a task of its own. Needs a tokio runtime.
-    pub fn begin(&self, request: CatchUpRequest, out: mpsc::Sender<CatchUpReport>) -> CatchUpStart {
+    /// Starts a catch-up in a task of its own, on the current runtime.
+    pub fn begin(
+        &self,
+        request: CatchUpRequest,
+        reports: mpsc::Sender<CatchUpReport>,
+    ) -> CatchUpStart {
         let Some(resources) = &self.0 else { return CatchUpStart::Off };
         resources.counters.requested.add(1);
         let bytes = u32::try_from(request.scope.bytes()).unwrap_or(u32::MAX);
-        let Ok(held) = Arc::clone(&resources.requests_bytes).try_acquire_many_owned(bytes) else {
+        let Ok(permit) = Arc::clone(&resources.requests_bytes).try_acquire_many_owned(bytes) else {
             resources.counters.refused.add(1);
             return CatchUpStart::Refused(REFUSED);
         };
         let resources = Arc::clone(resources);
         let task = tokio::spawn(async move {
-            task::run(resources, request, out).await;
-            drop(held);
+            task::run(resources, request, reports).await;
+            drop(permit);
         });
         CatchUpStart::Running(task.abort_handle())
     }
 }
 
 impl CatchUpScope {
-    /// About what it takes in memory.
+    /// Approximate memory, bytes.
     fn bytes(&self) -> usize {
         let one = size_of::<LastSequence>();
         match self {

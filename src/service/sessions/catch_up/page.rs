@@ -1,4 +1,4 @@
-//! A page of messages as the events that a session is sent.
+//! Turns a page of messages into events.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use crate::service::events::envelope;
 use crate::service::events::proto::message::v1::{Message, MessageSentEvent};
 use crate::service::events::proto::shared::v1::EventType;
 
-/// The messages after `after`, ascending, none twice: what a page is by contract, made sure of,
-/// because the rest relies on it.
+/// The messages after `after`, ascending, without duplicates. The contract says so of every page; the
+/// caller relies on it, so it is enforced here.
 pub(super) fn in_order(mut messages: Vec<Message>, after: i64) -> Vec<Message> {
     messages.retain(|message| message.sequence > after);
     messages.sort_by_key(|message| message.sequence);
@@ -21,9 +21,9 @@ pub(super) fn in_order(mut messages: Vec<Message>, after: i64) -> Vec<Message> {
     messages
 }
 
-/// The record's value that a caught-up message is sent as (contract §3).
+/// The record's value for a caught-up message (contract §3).
 fn envelope_of(conversation: &str, mut message: Message) -> Vec<u8> {
-    // It was asked for as a message of this conversation; the seam to its live events relies on it.
+    // It was requested from this conversation, and removing duplicates of live events relies on that.
     if message.conversation_id != conversation {
         message.conversation_id = conversation.to_owned();
     }
@@ -33,7 +33,7 @@ fn envelope_of(conversation: &str, mut message: Message) -> Vec<u8> {
 }
 
 impl CatchUpResources {
-    /// Encodes a page, with whichever encoder is idle.
+    /// Encodes a page with an idle encoder.
     pub(super) fn encode(
         &self,
         conversation: &str,
@@ -47,7 +47,7 @@ impl CatchUpResources {
         let mut events = Vec::with_capacity(messages.len());
         for message in messages {
             let value = envelope_of(conversation, message);
-            // What was just encoded is well-formed.
+            // Never fails: the envelope was encoded above.
             if let Ok(record) = envelope::decode(&value) {
                 events.push(Arc::new(encoder.encode(&record, wanted, 0)));
             }
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn page_that_is_not_in_order_is_put_in_order() {
+    fn page_out_of_order_is_sorted() {
         let sequences = |messages: Vec<Message>| {
             messages.iter().map(|message| message.sequence).collect::<Vec<_>>()
         };
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_keep_to_their_bounds_and_to_the_order() {
+    fn chunks_keep_their_bounds_and_the_order() {
         let event = |bytes: usize| {
             let frame = vec![0; bytes].into_boxed_slice();
             Arc::new(Event::new(None, 0).with_frame(Encoding::Binary, frame))

@@ -1,37 +1,43 @@
-//! Where a session is in each of its conversations, while it catches up.
+//! The position of a session in each of its conversations during catch-up.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use super::CatchUpScope;
+use super::{CatchUpScope, LastSequence};
 use crate::domain::ids::ConversationPosition;
 use crate::service::events::conversation_key::conversation_key;
 
-/// A conversation, and the last sequence that the client has of it.
-pub(super) type Wanted = (Arc<str>, i64);
-
-/// How far a conversation is.
+/// State of one conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ConversationProgress {
-    /// Named by the client, who may be no member.
+enum ConversationState {
+    /// Named by the client; membership not verified yet.
     Named,
-    /// He is none: it is not his to read.
+    /// The user is not a member: nothing is sent.
     Refused,
     /// To be caught up.
-    Wanted,
-    /// Caught up, but what happened since may come neither live nor by itself.
+    Verified,
+    /// Caught up, but later events may not be delivered live yet.
     Provisional,
-    /// Caught up, and what happens from then on comes live; or nothing more may be read of it.
+    /// Caught up, and later events are delivered live, or the user was removed.
     Final,
 }
 
-/// See the module.
+impl ConversationState {
+    fn is_unfinished(self) -> bool {
+        match self {
+            Self::Named | Self::Verified | Self::Provisional => true,
+            Self::Refused | Self::Final => false,
+        }
+    }
+}
+
+/// The last sequence that the client has of each conversation, and the conversation's state.
 #[derive(Debug)]
 pub(super) struct Positions {
-    /// The user's list of conversations counts too.
+    /// The whole session is caught up, so the user's list of conversations counts too.
     pub(super) is_session: bool,
-    by_conversation: BTreeMap<Arc<str>, (i64, ConversationProgress)>,
+    by_conversation: BTreeMap<Arc<str>, (i64, ConversationState)>,
 }
 
 impl Positions {
@@ -39,121 +45,87 @@ impl Positions {
         let (is_session, named) = match scope {
             CatchUpScope::Session(named) => (true, named),
             CatchUpScope::Conversation { conversation, after } => {
-                (false, vec![super::LastSequence { conversation, sequence: after }])
+                (false, vec![LastSequence { conversation, sequence: after }])
             }
         };
-        let named = named.into_iter();
-        let by_conversation = named
-            .map(|named| {
-                (Arc::from(named.conversation), (named.sequence, ConversationProgress::Named))
-            })
+        let by_conversation = (named.into_iter())
+            .map(|one| (Arc::from(one.conversation), (one.sequence, ConversationState::Named)))
             .collect();
         Self { is_session, by_conversation }
     }
 
     /// The user is a member of these.
-    pub(super) fn listed(&mut self, conversations: &[Arc<str>]) {
+    pub(super) fn add_listed(&mut self, conversations: &[Arc<str>]) {
         for conversation in conversations {
             match self.by_conversation.entry(Arc::clone(conversation)) {
-                Entry::Vacant(position) => drop(position.insert((0, ConversationProgress::Wanted))),
-                Entry::Occupied(mut position) => {
-                    let progress = &mut position.get_mut().1;
-                    if matches!(
-                        progress,
-                        ConversationProgress::Named | ConversationProgress::Refused
-                    ) {
-                        *progress = ConversationProgress::Wanted;
+                Entry::Vacant(entry) => drop(entry.insert((0, ConversationState::Verified))),
+                Entry::Occupied(mut entry) => {
+                    let state = &mut entry.get_mut().1;
+                    if matches!(state, ConversationState::Named | ConversationState::Refused) {
+                        *state = ConversationState::Verified;
                     }
                 }
             }
         }
     }
 
-    /// Those of which it is not known, or no longer, whether the user is a member: all that go on
-    /// but these.
-    pub(super) fn doubtful(&self, listed: &[Arc<str>]) -> Vec<Arc<str>> {
-        let goes_on = |progress| match progress {
-            ConversationProgress::Named
-            | ConversationProgress::Wanted
-            | ConversationProgress::Provisional => true,
-            ConversationProgress::Refused | ConversationProgress::Final => false,
-        };
+    /// Unfinished conversations outside `listed`: whether the user is still a member is not known.
+    pub(super) fn unverified(&self, listed: &[Arc<str>]) -> Vec<Arc<str>> {
         self.by_conversation
             .iter()
-            .filter(|(conversation, (_, progress))| {
-                goes_on(*progress) && listed.binary_search(conversation).is_err()
+            .filter(|(conversation, (_, state))| {
+                state.is_unfinished() && listed.binary_search(conversation).is_err()
             })
             .map(|(conversation, _)| Arc::clone(conversation))
             .collect()
     }
 
-    /// The user is a member, or is not. Returns whether a conversation was refused that he had
-    /// only named.
-    pub(super) fn judged(&mut self, conversation: &str, is_member: bool) -> bool {
-        let Some((_, progress)) = self.by_conversation.get_mut(conversation) else { return false };
-        let was = *progress;
-        *progress = match (was, is_member) {
-            (ConversationProgress::Named, true) => ConversationProgress::Wanted,
-            (ConversationProgress::Named, false) => ConversationProgress::Refused,
-            // He was a member when the first part of it was sent.
-            (ConversationProgress::Wanted | ConversationProgress::Provisional, false) => {
-                ConversationProgress::Final
-            }
-            (
-                ConversationProgress::Refused
-                | ConversationProgress::Wanted
-                | ConversationProgress::Provisional
-                | ConversationProgress::Final,
-                _,
-            ) => was,
+    /// Returns whether the conversation is refused now: the user named it and is not a member.
+    pub(super) fn set_membership(&mut self, conversation: &str, is_member: bool) -> bool {
+        use ConversationState::{Final, Named, Provisional, Refused, Verified};
+        let Some((_, state)) = self.by_conversation.get_mut(conversation) else { return false };
+        let before = *state;
+        *state = match (before, is_member) {
+            (Named, true) => Verified,
+            (Named, false) => Refused,
+            // The user was still a member when the first part was sent.
+            (Verified | Provisional, false) => Final,
+            (Refused | Verified | Provisional | Final, _) => before,
         };
-        *progress == ConversationProgress::Refused && was != ConversationProgress::Refused
+        *state == Refused && before != Refused
     }
 
-    /// What is to be caught up.
-    pub(super) fn wanted(&self) -> Vec<Wanted> {
+    /// The conversations to catch up, each with the last sequence that the client has.
+    pub(super) fn unfinished(&self) -> Vec<(Arc<str>, i64)> {
         self.by_conversation
             .iter()
-            .filter(|(_, (_, progress))| {
-                matches!(
-                    progress,
-                    ConversationProgress::Named
-                        | ConversationProgress::Wanted
-                        | ConversationProgress::Provisional
-                )
-            })
+            .filter(|(_, (_, state))| state.is_unfinished())
             .map(|(conversation, (sequence, _))| (Arc::clone(conversation), *sequence))
             .collect()
     }
 
-    /// A conversation was caught up to here. `is_final`: what happened after its last page was
-    /// asked for comes live.
+    /// A conversation was caught up to this sequence. `is_final`: events that were routed after the
+    /// request for its last page are delivered live.
     pub(super) fn caught_up(&mut self, conversation: &str, sequence: i64, is_final: bool) {
         if let Some(position) = self.by_conversation.get_mut(conversation) {
-            *position = (
-                sequence,
-                if is_final {
-                    ConversationProgress::Final
-                } else {
-                    ConversationProgress::Provisional
-                },
-            );
+            let state =
+                if is_final { ConversationState::Final } else { ConversationState::Provisional };
+            *position = (sequence, state);
         }
     }
 
-    /// About what they take in memory, bytes.
+    /// Approximate memory, bytes.
     pub(super) fn bytes(&self) -> usize {
-        let one = size_of::<(Arc<str>, i64, ConversationProgress)>() + 2 * size_of::<usize>();
+        let one = size_of::<(Arc<str>, i64, ConversationState)>() + 2 * size_of::<usize>();
         self.by_conversation.keys().map(|conversation| one + conversation.len()).sum()
     }
 
-    /// What the client has now. A gRPC session is answered about its conversation whatever came of
-    /// it.
+    /// What the client has now. A gRPC session gets the position of its conversation in any case.
     pub(super) fn delivered(&self) -> Box<[ConversationPosition]> {
         self.by_conversation
             .iter()
-            .filter(|(_, (sequence, progress))| {
-                !self.is_session || (*progress != ConversationProgress::Refused && *sequence > 0)
+            .filter(|(_, (sequence, state))| {
+                !self.is_session || (*state != ConversationState::Refused && *sequence > 0)
             })
             .map(|(conversation, (sequence, _))| ConversationPosition {
                 conversation: conversation_key(conversation),

@@ -1,4 +1,4 @@
-//! One session's catch-up, a task.
+//! The catch-up of one session, a task.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -25,30 +25,31 @@ use crate::service::sessions::presence::{Visibility, VisibilityState};
 
 /// Delays before a failed call is retried; the attempts are bounded by the configuration.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::MAX);
-/// Attempts at a page of full size; later ones ask for less, in case the page is what is too large
-/// or too slow.
+/// Attempts that request a page of full size. Later ones request a quarter of the one before, in
+/// case the page is too large or takes too long.
 const FULL_PAGE_ATTEMPTS: u32 = 2;
 
 /// A conversation that was caught up.
 struct CaughtUpConversation {
     conversation: Arc<str>,
     sequence: i64,
-    /// What happened after its last page was asked for comes live.
+    /// Events that were routed after the request for the last page are delivered live.
     is_final: bool,
 }
 
+/// The catch-up of one session.
 struct CatchUpTask {
     resources: Arc<CatchUpResources>,
     user: Arc<str>,
     address: SessionAddress,
-    /// `None`: no other node hands anything over.
+    /// `None`: no other node hands over events.
     visibility: Option<Arc<Visibility>>,
-    out: mpsc::Sender<CatchUpReport>,
-    /// One page at a time goes to the socket: together they would overflow its queue.
+    reports: mpsc::Sender<CatchUpReport>,
+    /// Held while a page goes to the socket: several at once would overflow the session's queue.
     socket: Mutex<()>,
 }
 
-/// Counts itself on a gauge for as long as it lives, however it ends.
+/// Counts one on a gauge until it is dropped.
 struct GaugeGuard<'a>(&'a SharedCounter);
 
 impl<'a> GaugeGuard<'a> {
@@ -64,24 +65,35 @@ impl Drop for GaugeGuard<'_> {
     }
 }
 
-/// Bytes of a page that is held, off the gauge and back in the budget when dropped.
-struct HeldPage {
+/// The share of a page in the memory budget, returned when dropped.
+struct PageLease {
     resources: Arc<CatchUpResources>,
     bytes: u64,
     _budget: Option<OwnedSemaphorePermit>,
 }
 
-impl Drop for HeldPage {
+impl PageLease {
+    /// Waits for room. A page larger than the whole budget takes all of it.
+    async fn acquire(resources: Arc<CatchUpResources>, messages: &[Message]) -> Self {
+        let bytes: usize = messages.iter().map(Message::encoded_len).sum();
+        let share = bytes.min(resources.config.pages_bytes_max).min(u32::MAX as usize) as u32;
+        let budget = Arc::clone(&resources.pages_bytes).acquire_many_owned(share).await.ok();
+        resources.counters.pages_bytes.add(bytes as u64);
+        Self { resources, bytes: bytes as u64, _budget: budget }
+    }
+}
+
+impl Drop for PageLease {
     fn drop(&mut self) {
         self.resources.counters.pages_bytes.sub(self.bytes);
     }
 }
 
-/// Catches one session up, and says how it ended.
+/// Runs one catch-up and reports its outcome.
 pub(super) async fn run(
     resources: Arc<CatchUpResources>,
     request: CatchUpRequest,
-    out: mpsc::Sender<CatchUpReport>,
+    reports: mpsc::Sender<CatchUpReport>,
 ) {
     let CatchUpRequest { ids, address, scope, visibility } = request;
     let task = Arc::new(CatchUpTask {
@@ -89,7 +101,7 @@ pub(super) async fn run(
         user: Arc::from(ids.user()),
         address,
         visibility,
-        out: out.clone(),
+        reports: reports.clone(),
         socket: Mutex::new(()),
     });
     let step = match task.catch_up(scope).await {
@@ -103,29 +115,29 @@ pub(super) async fn run(
                     resources.counters.failed_neighbour.add(1);
                 }
                 CatchUpFailure::TooSlow => resources.counters.failed_slow.add(1),
-                CatchUpFailure::Gone => {}
+                CatchUpFailure::SessionEnded => {}
             }
             let Some(close) = failure.close() else { return };
             CatchUpStep::Failed(close)
         }
     };
-    // An error means that the session manager has ended, and the session with it.
-    let _ = out.send(CatchUpReport { address, step }).await;
+    // An error means that the session manager has ended, so the session has too.
+    let _ = reports.send(CatchUpReport { address, step }).await;
 }
 
-/// A position among the sessions that catch up at once.
+/// One of the [`sessions_max`](super::CatchUpConfig::sessions_max) concurrent catch-ups.
 struct CatchUpSlot<'a> {
-    _place: SemaphorePermit<'a>,
+    _permit: SemaphorePermit<'a>,
     _running: GaugeGuard<'a>,
 }
 
 impl CatchUpResources {
-    async fn turn(&self) -> Result<CatchUpSlot<'_>, CatchUpFailure> {
+    async fn slot(&self) -> Result<CatchUpSlot<'_>, CatchUpFailure> {
         let waiting = GaugeGuard::new(&self.counters.waiting);
-        // Never closed.
-        let position = self.sessions.acquire().await.map_err(|_| CatchUpFailure::Gone)?;
+        // The semaphore is never closed.
+        let permit = self.sessions.acquire().await.map_err(|_| CatchUpFailure::SessionEnded)?;
         drop(waiting);
-        Ok(CatchUpSlot { _place: position, _running: GaugeGuard::new(&self.counters.running) })
+        Ok(CatchUpSlot { _permit: permit, _running: GaugeGuard::new(&self.counters.running) })
     }
 }
 
@@ -134,51 +146,53 @@ impl CatchUpTask {
         self: Arc<Self>,
         scope: CatchUpScope,
     ) -> Result<Box<[ConversationPosition]>, CatchUpFailure> {
-        let mut turn = self.resources.turn().await?;
+        let mut slot = self.resources.slot().await?;
         let mut positions = Positions::new(scope);
         while !self.round(&mut positions).await? {
-            // Who waits for other nodes to know the session keeps nobody from his turn, unless the
-            // positions that it keeps meanwhile find no room.
+            // Does not hold a slot while waiting for other nodes, unless the budget has no room for
+            // the positions.
             let Some(visibility) = &self.visibility else { break };
             let bytes = u32::try_from(positions.bytes()).unwrap_or(u32::MAX);
             let budget = Arc::clone(&self.resources.requests_bytes);
-            if let Ok(kept) = budget.try_acquire_many_owned(bytes) {
-                drop(turn);
+            if let Ok(permit) = budget.try_acquire_many_owned(bytes) {
+                drop(slot);
                 visibility.decided().await;
-                turn = self.resources.turn().await?;
-                drop(kept);
+                slot = self.resources.slot().await?;
+                drop(permit);
             } else {
                 visibility.decided().await;
             }
         }
-        drop(turn);
+        drop(slot);
         if self.visibility_state() == VisibilityState::NotVisible {
             self.resources.counters.unreached.add(1);
         }
         Ok(positions.delivered())
     }
 
-    /// Whether other nodes hand over what is routed from now on.
+    /// Whether other nodes hand over what they route from now on.
     fn visibility_state(&self) -> VisibilityState {
         self.visibility
             .as_ref()
             .map_or(VisibilityState::Visible, |visibility| visibility.state(Instant::now()))
     }
 
-    /// Whether there is nothing to wait for.
     fn is_decided(&self) -> bool {
         !matches!(self.visibility_state(), VisibilityState::Pending(_))
     }
 
-    /// Asks for what is missing. Returns whether what happened since comes live.
+    /// Sends what is missing. Returns whether later events are delivered live, or no longer waited
+    /// for.
     async fn round(self: &Arc<Self>, positions: &mut Positions) -> Result<bool, CatchUpFailure> {
         let is_last = self.is_decided();
-        if let ReadAccess::Checked { listing, .. } = &self.resources.access {
+        if let ReadAccess::Checked { listing, source } = &self.resources.access {
             let listed = if positions.is_session { self.list(listing).await? } else { Vec::new() };
-            positions.listed(&listed);
-            for conversation in positions.doubtful(&listed) {
-                let is_member = self.is_member(&conversation).await?;
-                if positions.judged(&conversation, is_member) {
+            positions.add_listed(&listed);
+            for conversation in positions.unverified(&listed) {
+                let call = |_| source.members(Arc::clone(&conversation));
+                let members = self.call(call, CatchUpFailure::Conversations).await?;
+                let is_member = members.is_some_and(|members| members.contains(&self.user));
+                if positions.set_membership(&conversation, is_member) {
                     self.resources.counters.conversations_refused.add(1);
                 }
             }
@@ -187,12 +201,13 @@ impl CatchUpTask {
         Ok(is_last)
     }
 
+    /// The user's conversations, sorted.
     async fn list(
         &self,
         listing: &Arc<dyn ConversationListing>,
     ) -> Result<Vec<Arc<str>>, CatchUpFailure> {
-        let ask = |_| listing.conversations_of(Arc::clone(&self.user));
-        let listed = self.ask(ask, CatchUpFailure::Conversations).await?.unwrap_or_default();
+        let call = |_| listing.conversations_of(Arc::clone(&self.user));
+        let listed = self.call(call, CatchUpFailure::Conversations).await?.unwrap_or_default();
         let mut ids: Vec<Arc<str>> = listed
             .into_iter()
             .map(|conversation| Arc::from(conversation.conversation_id))
@@ -203,32 +218,25 @@ impl CatchUpTask {
         Ok(ids)
     }
 
-    async fn is_member(&self, conversation: &Arc<str>) -> Result<bool, CatchUpFailure> {
-        let ReadAccess::Checked { source, .. } = &self.resources.access else { return Ok(true) };
-        let ask = |_| source.members(Arc::clone(conversation));
-        let members = self.ask(ask, CatchUpFailure::Conversations).await?.unwrap_or_default();
-        Ok(members.contains(&self.user))
-    }
-
-    /// Catches conversations up, a few side by side.
+    /// Catches conversations up, a few concurrently.
     async fn conversations(
         self: &Arc<Self>,
         positions: &mut Positions,
     ) -> Result<(), CatchUpFailure> {
-        let mut wanted = VecDeque::from(positions.wanted());
+        let mut unfinished = VecDeque::from(positions.unfinished());
         let mut running = JoinSet::new();
         loop {
             while running.len() < self.resources.config.conversations_at_once
-                && let Some((conversation, after)) = wanted.pop_front()
+                && let Some((conversation, after)) = unfinished.pop_front()
             {
                 running.spawn(Arc::clone(self).conversation(conversation, after));
             }
             match running.join_next().await {
                 None => return Ok(()),
-                // The rest is aborted with the set.
+                // On an error the set aborts the others.
                 Some(done) => {
                     let CaughtUpConversation { conversation, sequence, is_final } =
-                        done.unwrap_or(Err(CatchUpFailure::Gone))?;
+                        done.unwrap_or(Err(CatchUpFailure::SessionEnded))?;
                     positions.caught_up(&conversation, sequence, is_final);
                 }
             }
@@ -245,14 +253,14 @@ impl CatchUpTask {
         let mut is_final;
         loop {
             is_final = self.is_decided();
-            let (messages, asked, held) = self.page(&conversation, sequence).await?;
-            let is_last = messages.len() < usize::from(asked);
+            let (messages, page_size, lease) = self.page(&conversation, sequence).await?;
+            let is_last = messages.len() < usize::from(page_size);
             let messages = in_order(messages, sequence);
             let Some(newest) = messages.last().map(|message| message.sequence) else {
                 if is_last {
                     break;
                 }
-                // A full page without progress would be asked for again for ever.
+                // A full page without progress would be requested for ever.
                 return Err(CatchUpFailure::Messages);
             };
             let encoding = self.address.encoding;
@@ -261,7 +269,7 @@ impl CatchUpTask {
             for chunk in chunks(events, encoding, &self.resources.config) {
                 self.send(chunk).await?;
             }
-            drop((socket, held));
+            drop((socket, lease));
             sequence = newest;
             if is_last {
                 break;
@@ -271,86 +279,75 @@ impl CatchUpTask {
         Ok(CaughtUpConversation { conversation, sequence, is_final })
     }
 
-    /// One page, how many messages were asked for, and what it holds of the budget.
+    /// One page, its requested size, and its share in the memory budget.
     async fn page(
         &self,
         conversation: &Arc<str>,
         after: i64,
-    ) -> Result<(Vec<Message>, u16, Option<HeldPage>), CatchUpFailure> {
-        let mut asked = PAGE_MESSAGES;
-        let ask = |attempt: u32| {
-            let less = attempt.saturating_sub(FULL_PAGE_ATTEMPTS - 1).min(15);
-            asked = (PAGE_MESSAGES >> (2 * less).min(15)).max(1);
+    ) -> Result<(Vec<Message>, u16, Option<PageLease>), CatchUpFailure> {
+        let mut page_size = PAGE_MESSAGES;
+        let call = |attempt: u32| {
+            let quarters = attempt.saturating_sub(FULL_PAGE_ATTEMPTS - 1).min(15);
+            page_size = (PAGE_MESSAGES >> (2 * quarters).min(15)).max(1);
             let (user, conversation) = (Arc::clone(&self.user), Arc::clone(conversation));
-            let page = self.resources.messages.messages_after(user, conversation, after, asked);
+            let page = self.resources.messages.messages_after(user, conversation, after, page_size);
             let resources = Arc::clone(&self.resources);
-            // The budget is waited for within the call's turn, so no more pages are in memory than
-            // calls may be under way and the budget has room for.
+            // Waits for the budget while it still counts as a call. So the pages in memory are
+            // bounded by the budget plus `calls_max` pages.
             let page: BoxFuture<_> = Box::pin(async move {
                 let messages = page.await?;
-                let held = hold(resources, &messages).await;
-                Ok((messages, held))
+                let lease = PageLease::acquire(resources, &messages).await;
+                Ok((messages, lease))
             });
             page
         };
-        let answer = self.ask(ask, CatchUpFailure::Messages).await?;
+        let answer = self.call(call, CatchUpFailure::Messages).await?;
         self.resources.counters.pages.add(1);
-        // A conversation that is gone has no messages.
-        let (messages, held) =
-            answer.map_or((Vec::new(), None), |(messages, held)| (messages, Some(held)));
-        Ok((messages, asked, held))
+        // A deleted conversation has no messages.
+        let (messages, lease) =
+            answer.map_or((Vec::new(), None), |(messages, lease)| (messages, Some(lease)));
+        Ok((messages, page_size, lease))
     }
 
-    /// Asks a neighbour within the bound of calls, a few times if it fails. `None`: it does not
-    /// know what it was asked for.
-    async fn ask<A>(
+    /// Calls a neighbour within the bound of calls, and retries failures. `None`: not found.
+    async fn call<A>(
         &self,
-        mut ask: impl FnMut(u32) -> BoxFuture<Result<A, NeighbourError>>,
-        otherwise: CatchUpFailure,
+        mut call: impl FnMut(u32) -> BoxFuture<Result<A, NeighbourError>>,
+        failure: CatchUpFailure,
     ) -> Result<Option<A>, CatchUpFailure> {
-        let config = &self.resources.config;
-        for attempt in 0..config.attempts_max {
+        for attempt in 0..self.resources.config.attempts_max {
             if attempt > 0 {
                 self.resources.counters.retries.add(1);
                 sleep(BACKOFF.random_delay(attempt - 1)).await;
             }
-            let turn = self.resources.calls.acquire().await;
-            let answer = ask(attempt).await;
-            drop(turn);
+            let permit = self.resources.calls.acquire().await;
+            let answer = call(attempt).await;
+            drop(permit);
             match answer {
                 Ok(answer) => return Ok(Some(answer)),
                 Err(NeighbourError::NotFound) => return Ok(None),
                 Err(NeighbourError::Unavailable(why)) => {
-                    tracing::debug!(why, attempt, "a call for catch-up failed");
+                    tracing::debug!(why, attempt, "a catch-up's call to a neighbour failed");
                 }
             }
         }
-        Err(otherwise)
+        Err(failure)
     }
 
-    /// Hands a chunk over and waits until the socket has taken it.
+    /// Sends a chunk and waits until the socket has taken it.
     async fn send(&self, events: Vec<Arc<Event>>) -> Result<(), CatchUpFailure> {
         let count = events.len() as u64;
         let (sent, taken) = oneshot::channel();
         let step = CatchUpStep::Chunk { events, sent };
-        let handed = self.out.send(CatchUpReport { address: self.address, step }).await;
-        handed.map_err(|_| CatchUpFailure::Gone)?;
+        let reported = self.reports.send(CatchUpReport { address: self.address, step }).await;
+        reported.map_err(|_| CatchUpFailure::SessionEnded)?;
         match timeout(self.resources.config.chunk_timeout, taken).await {
             Ok(Ok(())) => {
                 self.resources.counters.messages.add(count);
                 Ok(())
             }
-            Ok(Err(_)) => Err(CatchUpFailure::Gone),
+            Ok(Err(_)) => Err(CatchUpFailure::SessionEnded),
             Err(_) => Err(CatchUpFailure::TooSlow),
         }
     }
-}
-
-/// Takes a page into the budget; one larger than all of it takes all of it.
-async fn hold(resources: Arc<CatchUpResources>, messages: &[Message]) -> HeldPage {
-    let bytes: usize = messages.iter().map(Message::encoded_len).sum();
-    let share = bytes.min(resources.config.pages_bytes_max).min(u32::MAX as usize) as u32;
-    let budget = Arc::clone(&resources.pages_bytes).acquire_many_owned(share).await.ok();
-    resources.counters.pages_bytes.add(bytes as u64);
-    HeldPage { resources, bytes: bytes as u64, _budget: budget }
 }

@@ -1,17 +1,17 @@
-//! Changes of presence, pushed to everybody connected here who shares a conversation with the user
-//! concerned (contract §4).
+//! Pushes changes of presence to all connected users who share a conversation with the changed user
+//! (contract §4).
 //!
 //! ```text
-//!  presence:updates ─► waiting, the newest per user ─► workers: who shares a conversation?
-//!                      (bounded)                       (one look-up per user, remembered)
+//!  presence:updates ─► pending, the newest per user ─► workers: who shares a conversation?
+//!                      (bounded)                       (one look-up per user, cached)
 //!                                                           │ of these, who is connected?
 //!                                                           ▼
 //!                                                         router
 //! ```
 //!
-//! One look-up of a user's conversations tells all who are to know of him; it is made by one worker
-//! at a time per user, remembered for a short time, and not made at all while nobody is connected
-//! here. A burst of changes of one user costs one look-up and brings the newest of them.
+//! One look-up of a user's conversations finds all recipients. It is made by at most one worker per user,
+//! cached for a short time, and skipped while no session is connected to this node. A burst of changes
+//! of one user costs one look-up, and only the newest change is pushed.
 
 mod contacts;
 
@@ -39,122 +39,122 @@ use crate::service::events::timestamp::Timestamp;
 use crate::service::members::directory::Directory;
 use crate::service::runtime::backoff::Backoff;
 
-/// Conversations of one user whose members are asked for one by one, where the list of his
-/// conversations does not name them.
-const CONVERSATIONS_ASKED_MAX: usize = 64;
-/// Between attempts at a router that is full, and how many of them.
+/// Conversations of one user whose members are requested one by one, because the list of
+/// conversations does not include them.
+const MEMBER_LISTS_MAX: usize = 64;
+/// Wait between attempts at a full router.
 const ROUTER_RETRY: Duration = Duration::from_millis(5);
+/// Attempts at a full router.
 const ROUTER_ATTEMPTS: u32 = 400;
 
 /// Settings of the fan-out.
 #[derive(Clone, Debug)]
 pub struct PresenceFanoutConfig {
-    /// Users whose change may wait; of one more the change is dropped.
+    /// Users with a pending change. Beyond that, changes of further users are dropped.
     pub users_waiting_max: usize,
-    /// Look-ups under way at once.
+    /// Concurrent look-ups.
     pub look_ups_max: usize,
-    /// Attempts at a look-up before the change is dropped.
+    /// Attempts per look-up before the change is dropped.
     pub attempts_max: u32,
     /// Delays between attempts.
     pub backoff: Backoff,
-    /// How long it is believed who shares a conversation with a user. A member who was added is
-    /// told after at most this; one who was removed is told nothing more from his removal on.
-    pub remembered: Duration,
-    /// What is remembered: users, with each who shares a conversation with them counted too; some
-    /// 60 bytes each.
-    pub remembered_max: usize,
+    /// How long a user's contacts are cached. A member who was added receives changes after at most
+    /// this time; one who was removed receives none from the removal on.
+    pub contacts_lifetime: Duration,
+    /// Bound of the cache: users plus the contacts of each, about 60 bytes each.
+    pub contacts_max: usize,
 }
 
 impl Default for PresenceFanoutConfig {
-    /// 10,000 users waiting, 8 look-ups, 3 attempts from 200 ms, remembered for 30 s, 500,000
-    /// users.
+    /// 10,000 users pending, 8 look-ups, 3 attempts with delays from 200 ms, contacts cached for
+    /// 30 s, 500,000 of them.
     fn default() -> Self {
         Self {
             users_waiting_max: 10_000,
             look_ups_max: 8,
             attempts_max: 3,
             backoff: Backoff::new(Duration::from_millis(200), Duration::MAX).with_jitter(1.0, 1.5),
-            remembered: Duration::from_secs(30),
-            remembered_max: 500_000,
+            contacts_lifetime: Duration::from_secs(30),
+            contacts_max: 500_000,
         }
     }
 }
 
 counters! {
-    /// What became of changes of presence.
+    /// Counters of the fan-out.
     pub struct PresenceFanoutCounters of SharedCounter {
-        Counter presence_changes: "Changes of presence that came",
-        Counter presence_changes_malformed: "Changes of presence that could not be read",
-        Counter presence_changes_coalesced: "Changes of presence overtaken by a newer one of the same user",
-        Counter presence_changes_dropped_full: "Changes of presence dropped because too many waited",
-        Counter presence_changes_dropped_unknown: "Changes of presence dropped because the conversation service did not say whom they concern",
-        Counter presence_changes_dropped_busy: "Changes of presence dropped because the router took nothing for too long",
-        Counter presence_changes_unconcerning: "Changes of presence that concern nobody connected here",
-        Counter presence_changes_pushed: "Changes of presence given to the router",
-        Counter presence_changes_recipients: "Users they were for",
-        Counter presence_look_ups: "Questions to the conversation service for a user's conversations",
-        Counter presence_look_ups_failed: "Such questions without an answer",
-        Gauge presence_users_waiting: "Users whose change of presence waits",
-        Gauge presence_remembered: "Users remembered, with those who share a conversation with them",
+        Counter presence_changes: "Changes of presence received",
+        Counter presence_changes_malformed: "Changes of presence that could not be decoded",
+        Counter presence_changes_coalesced: "Changes of presence replaced by a newer one of the same user",
+        Counter presence_changes_dropped_full: "Changes of presence dropped because too many were pending",
+        Counter presence_changes_dropped_unknown: "Changes of presence dropped because the conversation service did not answer",
+        Counter presence_changes_dropped_busy: "Changes of presence dropped because the router was full for too long",
+        Counter presence_changes_unconcerning: "Changes of presence without a recipient connected to this node",
+        Counter presence_changes_pushed: "Changes of presence pushed to the router",
+        Counter presence_changes_recipients: "Recipients of pushed changes of presence",
+        Counter presence_look_ups: "Look-ups of a user's conversations for a change of presence",
+        Counter presence_look_ups_failed: "Look-ups for a change of presence that failed",
+        Gauge presence_users_waiting: "Users with a pending change of presence",
+        Gauge presence_remembered: "Users in the cache of contacts, each with their contacts",
     }
 }
 
-/// What the fan-out works with.
+/// Dependencies of the fan-out.
 #[derive(Clone)]
 pub struct PresenceFanoutParts {
-    /// Who is connected here.
+    /// The sessions of this node.
     pub directory: Arc<Directory>,
-    /// A user's conversations.
+    /// Lists a user's conversations.
     pub listing: Arc<dyn ConversationListing>,
-    /// A conversation's members, for a list that does not name them.
+    /// Lists a conversation's members, for lists of conversations without members.
     pub source: Arc<dyn ConversationSource>,
-    /// Where the events go.
+    /// Receives the events.
     pub router: Arc<dyn RouterInbox>,
 }
 
 #[derive(Debug)]
-struct Change {
+struct PresenceChange {
     occurred_at: i64,
     /// As it was published.
     payload: Vec<u8>,
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
-    changes: HashMap<Arc<str>, Change>,
-    /// Users with a change and no worker, in order.
-    turns: VecDeque<Arc<str>>,
-    /// Users that a worker has.
-    taken: HashSet<Arc<str>>,
+struct PendingChanges {
+    changes: HashMap<Arc<str>, PresenceChange>,
+    /// Users with a change and without a worker, in order.
+    queue: VecDeque<Arc<str>>,
+    /// Users that a worker is handling.
+    in_progress: HashSet<Arc<str>>,
 }
 
-struct Shared {
+struct FanoutState {
     config: PresenceFanoutConfig,
     parts: PresenceFanoutParts,
     counters: Arc<PresenceFanoutCounters>,
-    waiting: Mutex<Waiting>,
+    pending: Mutex<PendingChanges>,
     contacts: Mutex<Contacts>,
     work: Notify,
 }
 
-/// See the module. Its workers end with it.
+/// The fan-out. Its workers end when it is dropped.
 pub struct PresenceFanout {
-    shared: Arc<Shared>,
+    shared: Arc<FanoutState>,
     _workers: JoinSet<()>,
 }
 
 impl PresenceFanout {
-    /// Starts the workers. Needs a tokio runtime.
+    /// Starts the workers on the current runtime.
     pub fn new(
         config: PresenceFanoutConfig,
         parts: PresenceFanoutParts,
         counters: Arc<PresenceFanoutCounters>,
     ) -> Self {
-        let contacts = Contacts::new(config.remembered, config.remembered_max);
-        let shared = Arc::new(Shared {
+        let contacts = Contacts::new(config.contacts_lifetime, config.contacts_max);
+        let shared = Arc::new(FanoutState {
             parts,
             counters,
-            waiting: Mutex::default(),
+            pending: Mutex::default(),
             contacts: Mutex::new(contacts),
             work: Notify::new(),
             config,
@@ -173,14 +173,15 @@ impl PresenceUpdates for PresenceFanout {
         counters.presence_changes.add(1);
         match PresenceUpdateEvent::decode(payload) {
             Ok(event) if !event.user_id.is_empty() => {
-                let change = Change { occurred_at: event.occurred_at, payload: payload.to_vec() };
-                self.shared.take_in(event.user_id.into(), change);
+                let change =
+                    PresenceChange { occurred_at: event.occurred_at, payload: payload.to_vec() };
+                self.shared.enqueue(event.user_id.into(), change);
             }
             Ok(_) | Err(_) => counters.presence_changes_malformed.add(1),
         }
     }
 
-    /// What was missed cannot be asked for: clients see a stale state until the next change.
+    /// Missed changes cannot be fetched: clients see a stale state until the next change.
     fn missed(&self) {}
 }
 
@@ -191,18 +192,18 @@ impl MembershipChanges for PresenceFanout {
     }
 }
 
-impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().expect("no holder panics")
+impl FanoutState {
+    fn pending(&self) -> MutexGuard<'_, PendingChanges> {
+        self.pending.lock().expect("no holder panics")
     }
 
-    fn take_in(&self, user: Arc<str>, change: Change) {
-        // Nobody here can be concerned; who connects later asks for himself.
+    fn enqueue(&self, user: Arc<str>, change: PresenceChange) {
+        // No recipient is connected. Clients that connect later fetch the state themselves.
         if self.parts.directory.is_empty() {
             return self.counters.presence_changes_unconcerning.add(1);
         }
-        let mut waiting = self.waiting();
-        let Waiting { changes, turns, taken } = &mut *waiting;
+        let mut pending = self.pending();
+        let PendingChanges { changes, queue, in_progress } = &mut *pending;
         if let Some(present) = changes.get_mut(&user) {
             if present.occurred_at <= change.occurred_at {
                 *present = change;
@@ -213,11 +214,11 @@ impl Shared {
             return self.counters.presence_changes_dropped_full.add(1);
         }
         changes.insert(Arc::clone(&user), change);
-        if !taken.contains(&user) {
-            turns.push_back(user);
+        if !in_progress.contains(&user) {
+            queue.push_back(user);
         }
         self.counters.presence_users_waiting.set(changes.len() as u64);
-        drop(waiting);
+        drop(pending);
         self.work.notify_one();
     }
 
@@ -227,55 +228,56 @@ impl Shared {
                 self.work.notified().await;
                 continue;
             };
-            let concerned = self.concerned(&user).await;
-            // What came while it was asked is newer; it is this look-up's as well.
-            let change = self.waiting().changes.remove(&user);
+            let contacts = self.contacts_of(&user).await;
+            // Taken after the look-up, so that the newest change is pushed.
+            let change = self.pending().changes.remove(&user);
             if let Some(change) = change {
-                match concerned {
-                    Some(concerned) => self.push(&concerned, change).await,
+                match contacts {
+                    Some(contacts) => self.push(&contacts, change).await,
                     None => self.counters.presence_changes_dropped_unknown.add(1),
                 }
             }
-            self.give_back(user);
+            self.release(user);
         }
     }
 
     fn next_user(&self) -> Option<Arc<str>> {
-        let mut waiting = self.waiting();
-        let user = waiting.turns.pop_front()?;
-        waiting.taken.insert(Arc::clone(&user));
-        let more = !waiting.turns.is_empty();
-        drop(waiting);
+        let mut pending = self.pending();
+        let user = pending.queue.pop_front()?;
+        pending.in_progress.insert(Arc::clone(&user));
+        let more = !pending.queue.is_empty();
+        drop(pending);
         if more {
             self.work.notify_one();
         }
         Some(user)
     }
 
-    fn give_back(&self, user: Arc<str>) {
-        let mut waiting = self.waiting();
-        waiting.taken.remove(&user);
-        if waiting.changes.contains_key(&user) {
-            waiting.turns.push_back(user);
+    fn release(&self, user: Arc<str>) {
+        let mut pending = self.pending();
+        pending.in_progress.remove(&user);
+        if pending.changes.contains_key(&user) {
+            pending.queue.push_back(user);
             self.work.notify_one();
         }
-        self.counters.presence_users_waiting.set(waiting.changes.len() as u64);
+        self.counters.presence_users_waiting.set(pending.changes.len() as u64);
     }
 
-    /// Everybody who shares a conversation with the user; `None` if nobody can say.
-    async fn concerned(&self, user: &Arc<str>) -> Option<Users> {
-        let remembered = |now| self.contacts.lock().expect("no holder panics").find(user, now);
-        if let Some(known) = remembered(Instant::now()) {
-            return Some(known);
+    /// All users who share a conversation with the user. `None`: the conversation service did not
+    /// answer.
+    async fn contacts_of(&self, user: &Arc<str>) -> Option<Users> {
+        let cached = |now| self.contacts.lock().expect("no holder panics").find(user, now);
+        if let Some(users) = cached(Instant::now()) {
+            return Some(users);
         }
         for attempt in 1..=self.config.attempts_max {
             self.counters.presence_look_ups.add(1);
-            let asked = Instant::now();
+            let since = Instant::now();
             match self.look_up(user).await {
                 Ok(found) => {
                     let mut contacts = self.contacts.lock().expect("no holder panics");
                     let (user, now) = (Arc::clone(user), Instant::now());
-                    contacts.remember(user, Arc::clone(&found), asked, now);
+                    contacts.remember(user, Arc::clone(&found), since, now);
                     self.counters.presence_remembered.set(contacts.weight() as u64);
                     return Some(found);
                 }
@@ -295,7 +297,7 @@ impl Shared {
             Err(error) => return Err(error),
         };
         let mut found: HashSet<Arc<str>> = HashSet::new();
-        let mut asked = 0;
+        let mut member_lists = 0;
         for conversation in conversations {
             let with_roles = conversation.participants_with_roles.into_iter();
             let named: Vec<String> = conversation
@@ -305,8 +307,8 @@ impl Shared {
                 .collect();
             if !named.is_empty() {
                 found.extend(named.into_iter().map(Arc::from));
-            } else if asked < CONVERSATIONS_ASKED_MAX {
-                asked += 1;
+            } else if member_lists < MEMBER_LISTS_MAX {
+                member_lists += 1;
                 let id = Arc::from(conversation.conversation_id);
                 match self.parts.source.members(id).await {
                     Ok(members) => found.extend(members),
@@ -319,9 +321,9 @@ impl Shared {
         Ok(found.into_iter().collect())
     }
 
-    async fn push(&self, concerned: &[Arc<str>], change: Change) {
-        let here = |user: &&Arc<str>| self.parts.directory.sessions_of(user, |_| {}) > 0;
-        let users: Vec<_> = concerned.iter().filter(here).map(Arc::clone).collect();
+    async fn push(&self, contacts: &[Arc<str>], change: PresenceChange) {
+        let connected = |user: &&Arc<str>| self.parts.directory.sessions_of(user, |_| {}) > 0;
+        let users: Vec<_> = contacts.iter().filter(connected).map(Arc::clone).collect();
         if users.is_empty() {
             return self.counters.presence_changes_unconcerning.add(1);
         }

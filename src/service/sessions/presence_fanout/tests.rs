@@ -161,7 +161,7 @@ async fn nobody_is_asked_while_nobody_is_connected() {
     let bench = Bench::new(&[], PresenceFanoutConfig::default(), false);
     bench.change("alice", PresenceStatus::Online, 1);
     assert_eq!(bench.counters.presence_changes_unconcerning.get(), 1);
-    assert!(bench.fanout.shared.waiting().changes.is_empty());
+    assert!(bench.fanout.shared.pending().changes.is_empty());
 }
 
 #[tokio::test]

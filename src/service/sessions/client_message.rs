@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_has_no_meaning() {
+    fn any_other_message_is_invalid() {
         for text in [
             "",
             "{",

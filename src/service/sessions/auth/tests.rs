@@ -1,4 +1,4 @@
-//! Tokens of every kind, right and wrong, and a publisher of keys that rotates, fails and hangs.
+//! Valid and invalid tokens of every kind, and a publisher that rotates its keys and fails.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// A key made for these tests; it guards nothing.
+/// A key made for these tests.
 const RSA_PRIVATE: &str = include_str!("testdata/rsa_private.pem");
 const RSA_PUBLIC: &str = include_str!("testdata/rsa_public.pem");
 const SECRET: &str = "a secret of these tests, of 32 bytes or more";
@@ -158,7 +158,7 @@ async fn check(auth: &Authenticator, token: &Secret, user: &str) -> Result<Ident
 }
 
 #[tokio::test]
-async fn token_of_each_algorithm_says_who_its_bearer_is() {
+async fn token_of_each_algorithm_identifies_its_bearer() {
     let found = check(&hs256(), &hs256_token(&claims()), "alice").await.unwrap();
     assert_eq!(found.user, "alice");
     assert!(found.expires_at_s.unwrap() >= now_s() + 600, "the leeway is added");
@@ -172,7 +172,7 @@ async fn token_of_each_algorithm_says_who_its_bearer_is() {
 }
 
 #[tokio::test]
-async fn nobody_connects_as_somebody_else() {
+async fn token_of_another_user_is_refused() {
     let token = hs256_token(&claims());
     let refused = check(&hs256(), &token, "bob").await.unwrap_err();
     assert_eq!((refused, refused.status()), (AuthFailure::UserMismatch, 403));
@@ -182,7 +182,7 @@ async fn nobody_connects_as_somebody_else() {
 }
 
 #[tokio::test]
-async fn claims_that_do_not_fit_are_told_apart() {
+async fn each_wrong_claim_has_its_own_failure() {
     let long = "x".repeat(ID_BYTES_MAX + 1);
     for (claims, expected) in [
         (with("exp", json!(now_s() - 31)), AuthFailure::Expired),
@@ -219,7 +219,7 @@ async fn claims_that_do_not_fit_are_told_apart() {
 async fn algorithms_cannot_be_confused() {
     let rsa = Signer::rsa();
     let auth = jwt(KeySource::Pem(rsa.public_pem.clone().into_bytes()));
-    // The public key, which everybody has, taken for an HMAC secret.
+    // The public key used as an HMAC secret.
     let forged = Signer::hs256(&rsa.public_pem).sign(None, &claims());
     let refused = check(&auth, &forged, "").await;
     assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
@@ -234,7 +234,7 @@ async fn algorithms_cannot_be_confused() {
             }
         }
     }
-    // A stronger hash of the same family is another algorithm all the same.
+    // A stronger hash of the same family is also refused.
     let key = Private::Hmac(hmac::Key::new(hmac::HMAC_SHA512, SECRET.as_bytes()));
     let stronger = Signer { algorithm: Algorithm::HS512, private: key, public_pem: String::new() };
     let refused = check(&hs256(), &stronger.sign(None, &claims()), "").await;
@@ -242,7 +242,7 @@ async fn algorithms_cannot_be_confused() {
 }
 
 #[tokio::test]
-async fn tampering_breaks_the_signature_and_rubbish_is_malformed() {
+async fn tampered_token_has_a_wrong_signature_and_garbage_is_malformed() {
     let token = hs256_token(&claims());
     let parts: Vec<_> = token.expose().split('.').collect();
     let tampered = format!("{}.{}.{}", parts[0], part(&with("sub", json!("bob"))), parts[2]);
@@ -265,7 +265,7 @@ async fn tampering_breaks_the_signature_and_rubbish_is_malformed() {
 }
 
 #[test]
-fn key_files_are_read_for_what_they_are() {
+fn key_files_are_checked_for_their_kind() {
     let (ec, ed) = (Signer::ec(), Signer::ed());
     let both = format!("{}\n{}", ec.public_pem, ed.public_pem);
     assert_eq!(KeySet::of_pem(both.as_bytes()).unwrap().len(), 2);
@@ -279,7 +279,7 @@ fn key_files_are_read_for_what_they_are() {
 }
 
 #[test]
-fn published_keys_that_cannot_be_used_are_passed_over() {
+fn unusable_published_keys_are_ignored() {
     let mut for_encryption = Signer::ec().jwk("b");
     for_encryption["use"] = json!("enc");
     let mut for_another_algorithm = Signer::ec().jwk("c");
@@ -296,7 +296,7 @@ fn published_keys_that_cannot_be_used_are_passed_over() {
 }
 
 #[test]
-fn refusals_tell_no_secret() {
+fn refusals_contain_no_secret() {
     let auth = hs256();
     let shown = format!("{auth:?}");
     assert!(!shown.contains("secret of these tests"), "{shown}");
@@ -318,7 +318,7 @@ impl Publisher {
         let document = Arc::new(Mutex::new(document.to_string()));
         let requests = Arc::new(AtomicU64::new(0));
         let (shown, counted) = (Arc::clone(&document), Arc::clone(&requests));
-        // Ends with the process: nothing tells it that the test is over.
+        // The thread ends with the process.
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
@@ -380,7 +380,7 @@ async fn rotation_of_published_keys_is_survived_with_one_fetch_for_all() {
     assert_eq!(publisher.requests.load(Ordering::SeqCst), before + 1);
     assert_eq!(counters.jwks_keys.get(), 2);
 
-    // Made-up key ids cost no further fetch for a while, and do not disturb the others.
+    // Invented key ids cause no further fetch within the interval, and do not affect other tokens.
     for made_up in ["x", "y", "z"] {
         let refused = check(&auth, &new.sign(Some(made_up), &claims()), "").await;
         assert_eq!(refused, Err(AuthFailure::KeyUnknown));
@@ -396,14 +396,14 @@ async fn key_id_of_one_key_does_not_admit_anothers_signature() {
     let (auth, _) = publisher.authenticator().await;
     let refused = check(&auth, &theirs.sign(Some("a"), &claims()), "").await;
     assert_eq!(refused, Err(AuthFailure::SignatureWrong));
-    // A token without a key id is tried with what there is.
+    // A token without a key id is checked with every key.
     assert!(check(&auth, &ours.sign(None, &claims()), "").await.is_ok());
     let refused = check(&auth, &hs256_token(&claims()), "").await;
     assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
 }
 
 #[tokio::test]
-async fn publisher_that_fails_later_leaves_the_keys_that_there_are() {
+async fn failed_fetch_keeps_the_old_keys() {
     let (old, new) = (Signer::ec(), Signer::ec());
     let publisher = Publisher::start(json!({ "keys": [old.jwk("old")] }));
     let (auth, counters) = publisher.authenticator().await;
@@ -418,8 +418,8 @@ async fn publisher_that_fails_later_leaves_the_keys_that_there_are() {
 }
 
 #[tokio::test]
-async fn without_keys_clients_are_told_to_try_again() {
-    // A port that nobody listens on.
+async fn without_keys_clients_get_503_and_retry_after() {
+    // A port without a listener.
     let url = {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         format!("http://user:password@{}/keys", listener.local_addr().unwrap())
@@ -435,7 +435,7 @@ async fn without_keys_clients_are_told_to_try_again() {
 }
 
 #[tokio::test]
-async fn trust_believes_the_claim_but_needs_one() {
+async fn trust_accepts_any_claimed_user_but_requires_one() {
     let auth = Authenticator::trust();
     let found = check(&auth, &Secret::new("anything".into()), "alice").await;
     assert_eq!(found, Ok(Identity { user: "alice".into(), expires_at_s: None }));

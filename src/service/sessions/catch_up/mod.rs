@@ -14,7 +14,7 @@
 //!   within [`CatchUpConfig::chunk_timeout`] is closed.
 //! - **Access.** The conversations are those that the conversation service lists for the user. Any other
 //!   that the client names is sent only if the user is a member of it. So removed members receive
-//!   nothing more, and nobody can read a conversation by naming it.
+//!   nothing more, and no client can read a conversation by naming it.
 //! - **Failures** are retried a few times. Then the session is closed with 1013 and a reason, and the
 //!   client resumes from what it has. Nothing is skipped silently.
 //! - **Other nodes** (`ROUTING_MODE=group`) hand over a session's events only once they can find it

@@ -53,7 +53,7 @@ impl Drain {
 mod tests {
     use super::*;
 
-    /// The most reconnections in any second, if every client waits as told.
+    /// The most reconnections in any second, if every client keeps its wait.
     fn busiest_second(total: usize, period: Duration, spread: Duration) -> usize {
         let mut drain = Drain::new(Instant::now(), period, total);
         let mut arrivals = Vec::new();

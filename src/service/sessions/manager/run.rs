@@ -84,7 +84,7 @@ impl SessionManager {
                 () = bell.rung() => {}
                 request = requests.recv() => match request {
                     Some(request) => self.on_request(request),
-                    // Every handle has been dropped, so nobody can order a shutdown any more.
+                    // Every handle has been dropped, so no shutdown can be ordered any more.
                     None => return,
                 },
                 Some(report) = catch_up_reports.recv() => self.on_catch_up_report(report),

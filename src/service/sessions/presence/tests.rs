@@ -1,4 +1,4 @@
-//! Presence against a presence service that records what it is told.
+//! Presence against a fake presence service that records its calls.
 
 use delivery_testkit::neighbours::{Behaviour, Call, FakeNeighbours, Method};
 
@@ -29,14 +29,14 @@ impl Node {
         self.presence.shared.as_ref().unwrap()
     }
 
-    /// Waits until presence has been told everything.
+    /// Waits until the queue is empty.
     async fn settled(&self) {
         while self.shared().lock().len() > 0 {
             self.shared().completed.notified().await;
         }
     }
 
-    /// What the next refresh finds out.
+    /// Refreshes with a check.
     async fn checked(&self, ids: &SessionIds) {
         assert!(self.presence.refresh(ids, 0));
         self.settled().await;
@@ -120,7 +120,7 @@ async fn node_learns_that_its_session_was_replaced_on_another() {
 }
 
 #[tokio::test]
-async fn registration_that_vanished_is_made_again() {
+async fn missing_registration_is_made_again() {
     let fake = FakeNeighbours::start();
     let node = Node::new("node-1", &fake);
     let ids = phone("alice");
@@ -133,7 +133,7 @@ async fn registration_that_vanished_is_made_again() {
 }
 
 #[tokio::test]
-async fn what_came_and_went_while_presence_was_away_costs_at_most_one_call_each() {
+async fn sessions_that_end_while_presence_is_unreachable_cost_at_most_one_call_each() {
     const USERS: usize = 300;
     let mut fake = FakeNeighbours::start();
     fake.stop();
@@ -153,17 +153,17 @@ async fn what_came_and_went_while_presence_was_away_costs_at_most_one_call_each(
     }
     fake.restart();
     node.settled().await;
-    let known = fake.state();
-    assert_eq!(known.count(Method::Register), 1);
-    assert!(known.count(Method::Unregister) + known.count(Method::Devices) <= 2 * USERS);
+    let state = fake.state();
+    assert_eq!(state.count(Method::Register), 1);
+    assert!(state.count(Method::Unregister) + state.count(Method::Devices) <= 2 * USERS);
     for ids in &users {
-        let of_user = known.calls.iter().filter(|call| match call {
+        let of_user = state.calls.iter().filter(|call| match call {
             Call::Register { user, .. } | Call::Unregister { user, .. } => *user == ids.user(),
             _ => false,
         });
         assert!(of_user.count() <= 1);
     }
-    assert_eq!(known.registrations.len(), 1);
+    assert_eq!(state.registrations.len(), 1);
 }
 
 #[tokio::test]
@@ -175,13 +175,13 @@ async fn calls_under_way_are_bounded() {
     for user in 0..1000 {
         node.presence.register(&phone(&format!("user-{user}")), false);
     }
-    fake.until(|known| known.in_flight.get(&Method::Register) == Some(&7)).await;
+    fake.until(|state| state.in_flight.get(&Method::Register) == Some(&7)).await;
     assert_eq!(fake.state().in_flight_peak[&Method::Register], 7);
     assert_eq!(node.counters.under_way.get(), 7);
 }
 
 #[tokio::test]
-async fn what_presence_refuses_for_good_is_not_asked_again() {
+async fn rejected_call_is_not_retried() {
     let fake = FakeNeighbours::start();
     fake.set(Method::Register, Behaviour::Failing(Code::InvalidArgument));
     let node = Node::new("node-1", &fake);
@@ -192,7 +192,7 @@ async fn what_presence_refuses_for_good_is_not_asked_again() {
 }
 
 #[tokio::test]
-async fn shutdown_tells_the_ends_and_nothing_else() {
+async fn shutdown_unregisters_all_sessions() {
     let fake = FakeNeighbours::start();
     let node = Node::new("node-1", &fake);
     let users: Vec<_> = (0..100).map(|user| phone(&format!("user-{user}"))).collect();
@@ -227,7 +227,7 @@ async fn presence_that_is_off_costs_nothing() {
 }
 
 #[tokio::test]
-async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
+async fn registration_notifies_the_catch_up_that_waits_for_it() {
     let fake = FakeNeighbours::start();
     let visibility = VisibilityConfig {
         lookup_lifetime: Duration::from_secs(1),
@@ -248,5 +248,5 @@ async fn registration_is_told_to_the_catch_up_that_waits_for_it() {
     let (_, visibility) = node.presence.register_admitted(&phone("bob"), false);
     visibility.unwrap().decided().await;
     let (_, visibility) = Presence::off().register_admitted(&phone("carol"), false);
-    assert!(visibility.is_none(), "nobody knows of it, ever");
+    assert!(visibility.is_none(), "no other node looks it up");
 }

@@ -11,7 +11,7 @@ use crate::service::events::proto::conversation::v1::{Conversation, Participant}
 use crate::service::events::proto::presence::v1::PresenceStatus;
 use crate::service::members::directory::SessionIds;
 
-/// A conversation service that answers when it is let.
+/// A conversation service that answers once it gets a permit.
 struct Service {
     conversations: Vec<Conversation>,
     members: Vec<&'static str>,
@@ -105,7 +105,7 @@ impl Bench {
         self.fanout.updated(&event.encode_to_vec());
     }
 
-    /// The next event: whom it is for, and what it says.
+    /// The next event: its recipients and its content.
     async fn pushed(&mut self) -> (BTreeSet<String>, PresenceUpdateEvent) {
         let Some(RouterInput::ToUsers { value, users }) = self.pushed.recv().await else {
             panic!("not for users");
@@ -123,7 +123,7 @@ fn set(users: &[&str]) -> BTreeSet<String> {
 }
 
 #[tokio::test]
-async fn everybody_connected_who_shares_a_conversation_is_told_once() {
+async fn each_connected_contact_receives_a_change_once() {
     let connected = ["alice", "bob", "dave", "erin", "stranger"];
     let mut bench = Bench::new(&connected, PresenceFanoutConfig::default(), false);
     bench.answers.add_permits(1);
@@ -131,7 +131,7 @@ async fn everybody_connected_who_shares_a_conversation_is_told_once() {
     let (users, event) = bench.pushed().await;
     assert_eq!(users, set(&["bob", "dave", "erin"]));
     assert_eq!((event.user_id.as_str(), event.occurred_at), ("alice", 5));
-    // It is remembered for the next change.
+    // The contacts are cached for the next change.
     bench.change("alice", PresenceStatus::Offline, 6);
     assert_eq!(bench.pushed().await.1.status(), PresenceStatus::Offline);
     assert_eq!(bench.counters.presence_look_ups.get(), 1);
@@ -145,19 +145,19 @@ async fn burst_of_one_user_costs_one_look_up_and_brings_the_newest() {
         tokio::task::yield_now().await;
     }
     bench.change("alice", PresenceStatus::Offline, 3);
-    bench.change("alice", PresenceStatus::Online, 2); // late, and older
+    bench.change("alice", PresenceStatus::Online, 2); // older, arrives late
     bench.answers.add_permits(1);
     let (_, event) = bench.pushed().await;
     assert_eq!((event.status(), event.occurred_at), (PresenceStatus::Offline, 3));
     assert_eq!(bench.counters.presence_changes_coalesced.get(), 2);
     assert_eq!(bench.counters.presence_look_ups.get(), 1);
-    // Nothing is left over.
+    // Nothing else is pending.
     bench.change("alice", PresenceStatus::Online, 4);
     assert_eq!(bench.pushed().await.1.occurred_at, 4);
 }
 
 #[tokio::test]
-async fn nobody_is_asked_while_nobody_is_connected() {
+async fn no_look_up_without_connected_sessions() {
     let bench = Bench::new(&[], PresenceFanoutConfig::default(), false);
     bench.change("alice", PresenceStatus::Online, 1);
     assert_eq!(bench.counters.presence_changes_unconcerning.get(), 1);
@@ -165,7 +165,7 @@ async fn nobody_is_asked_while_nobody_is_connected() {
 }
 
 #[tokio::test]
-async fn change_that_concerns_nobody_here_is_not_pushed() {
+async fn change_without_a_connected_recipient_is_not_pushed() {
     let mut bench = Bench::new(&["alice", "stranger"], PresenceFanoutConfig::default(), false);
     bench.answers.add_permits(1);
     bench.change("alice", PresenceStatus::Online, 1);
@@ -176,7 +176,7 @@ async fn change_that_concerns_nobody_here_is_not_pushed() {
 }
 
 #[tokio::test]
-async fn service_that_is_away_is_asked_again_and_then_the_change_is_dropped() {
+async fn look_up_is_retried_and_then_the_change_is_dropped() {
     let config = PresenceFanoutConfig {
         backoff: Backoff::new(Duration::from_millis(1), Duration::MAX),
         ..PresenceFanoutConfig::default()
@@ -191,7 +191,7 @@ async fn service_that_is_away_is_asked_again_and_then_the_change_is_dropped() {
 }
 
 #[tokio::test]
-async fn users_that_wait_and_look_ups_are_bounded() {
+async fn pending_users_and_look_ups_are_bounded() {
     let config = PresenceFanoutConfig {
         users_waiting_max: 4,
         look_ups_max: 2,

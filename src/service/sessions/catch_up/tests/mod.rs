@@ -1,4 +1,4 @@
-//! Catch-up against services that record what they are asked; the test is the session manager.
+//! Catch-up against fake services that record their calls. The test takes the session manager's part.
 
 mod other_nodes;
 
@@ -57,7 +57,7 @@ impl Bench {
     ) -> CatchUpStart {
         let address = SessionAddress {
             shard: ShardId(0),
-            // Its frame is the bare message.
+            // Its frame is the message without a WebSocket header.
             encoding: Encoding::Stream,
             connection: ConnectionKey { slot, generation: 0 },
         };
@@ -74,7 +74,7 @@ impl Bench {
         self.steps.recv().await.expect("the bench holds a sender")
     }
 
-    /// Takes everything at once, as a fast socket would, until one session is complete.
+    /// Takes every chunk at once, like a fast socket, until one session is complete.
     async fn complete(&mut self) -> (Vec<(String, i64)>, HashMap<StreamKeyOf, i64>) {
         let mut messages = Vec::new();
         loop {
@@ -142,9 +142,9 @@ async fn everything_missed_is_sent_page_by_page_and_in_order() {
         .map(|(conversation, sequence)| (conversation_key(conversation).0, sequence));
     assert_eq!(delivered, expected.into_iter().collect());
 
-    let known = bench.fake.state();
+    let state = bench.fake.state();
     let list = Call::List { user: "alice".into(), on_behalf_of: Some("alice".into()) };
-    assert_eq!(known.calls[0], list);
+    assert_eq!(state.calls[0], list);
     let pages = |of: &str| -> Vec<i64> {
         let after = |call: &Call| match call {
             Call::Sync { conversation, after, page_size: 100 } if conversation == of => {
@@ -152,17 +152,17 @@ async fn everything_missed_is_sent_page_by_page_and_in_order() {
             }
             _ => None,
         };
-        known.calls.iter().filter_map(after).collect()
+        state.calls.iter().filter_map(after).collect()
     };
     assert_eq!(pages("named"), [20, 120, 220]);
     assert_eq!(pages("listed"), [0, 100], "a full page is followed by one more");
     assert_eq!(pages("up-to-date"), [5]);
-    assert_eq!(known.count(Method::Members), 0, "all named ones were listed");
+    assert_eq!(state.count(Method::Members), 0, "all named ones were listed");
     assert_eq!(bench.counters.messages.get(), 330);
 }
 
 #[tokio::test]
-async fn conversation_that_is_not_the_users_is_not_sent_by_being_named() {
+async fn naming_a_conversation_does_not_give_access_to_it() {
     let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.state().create("removed-from", &["bob"], 50);
     bench.begin_session(1, "alice", &[("removed-from", 3), ("unknown", 0)]);
@@ -173,7 +173,7 @@ async fn conversation_that_is_not_the_users_is_not_sent_by_being_named() {
 }
 
 #[tokio::test]
-async fn pace_is_the_sockets() {
+async fn catch_up_runs_at_the_pace_of_the_socket() {
     let config = CatchUpConfig { chunk_messages_max: 10, ..CatchUpConfig::default() };
     let mut bench = Bench::new(config);
     bench.fake.state().create("a", &["alice"], 25);
@@ -183,8 +183,8 @@ async fn pace_is_the_sockets() {
     loop {
         match bench.step().await.step {
             CatchUpStep::Chunk { events, sent } => {
-                // However much is there already, the next chunk waits for this one.
-                bench.fake.until(|known| known.count(Method::Sync) == 2).await;
+                // The next chunk waits for this one, although its page is there.
+                bench.fake.until(|state| state.count(Method::Sync) == 2).await;
                 assert!(bench.steps.try_recv().is_err());
                 sizes.push(events.len());
                 sent.send(()).unwrap();
@@ -198,7 +198,7 @@ async fn pace_is_the_sockets() {
 }
 
 #[tokio::test]
-async fn socket_that_takes_nothing_ends_the_catch_up() {
+async fn catch_up_fails_if_the_socket_takes_nothing() {
     let config = CatchUpConfig { chunk_timeout: Duration::from_millis(20), ..Default::default() };
     let mut bench = Bench::new(config);
     bench.fake.state().create("a", &["alice"], 5);
@@ -213,7 +213,7 @@ async fn socket_that_takes_nothing_ends_the_catch_up() {
 }
 
 #[tokio::test]
-async fn session_that_ended_is_dropped_without_a_word() {
+async fn catch_up_of_an_ended_session_stops_silently() {
     let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.state().create("a", &["alice"], 5);
     bench.begin_session(1, "alice", &[]);
@@ -224,7 +224,7 @@ async fn session_that_ended_is_dropped_without_a_word() {
 }
 
 #[tokio::test]
-async fn failing_service_is_asked_a_few_times_and_then_the_client_is_told() {
+async fn failing_service_is_retried_and_then_the_session_is_closed() {
     for (method, text) in
         [(Method::List, "conversation service"), (Method::Sync, "message service")]
     {
@@ -242,24 +242,24 @@ async fn failing_service_is_asked_a_few_times_and_then_the_client_is_told() {
 }
 
 #[tokio::test]
-async fn failure_that_passes_is_not_noticed() {
+async fn temporary_failure_does_not_reach_the_client() {
     let mut bench = Bench::new(CatchUpConfig { attempts_max: 100, ..CatchUpConfig::default() });
     bench.fake.state().create("a", &["alice"], 5);
     bench.fake.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
     bench.begin_session(1, "alice", &[]);
-    bench.fake.until(|known| known.count(Method::Sync) == 1).await;
+    bench.fake.until(|state| state.count(Method::Sync) == 1).await;
     bench.fake.set(Method::Sync, Behaviour::Normal);
     let (messages, _) = bench.complete().await;
     assert_eq!(of("a", &messages), [1, 2, 3, 4, 5]);
 }
 
 #[tokio::test]
-async fn later_attempts_ask_for_less_and_still_get_everything() {
+async fn later_attempts_request_smaller_pages_and_miss_nothing() {
     let mut bench = Bench::new(CatchUpConfig::default());
     bench.fake.state().create("a", &["alice"], 130);
     bench.fake.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
     bench.begin_session(1, "alice", &[]);
-    bench.fake.until(|known| known.count(Method::Sync) == 2).await;
+    bench.fake.until(|state| state.count(Method::Sync) == 2).await;
     bench.fake.set(Method::Sync, Behaviour::Normal);
     let (messages, _) = bench.complete().await;
     assert_eq!(of("a", &messages), (1..=130).collect::<Vec<_>>());
@@ -273,7 +273,7 @@ async fn later_attempts_ask_for_less_and_still_get_everything() {
 }
 
 #[tokio::test]
-async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
+async fn storm_of_sessions_is_bounded_and_all_catch_up() {
     const SESSIONS: u32 = 300;
     let config = CatchUpConfig {
         calls_max: 8,
@@ -302,11 +302,11 @@ async fn storm_of_sessions_is_bounded_and_everybody_has_a_turn() {
         }
     }
     assert_eq!(messages, SESSIONS as usize * 30);
-    let known = bench.fake.state();
-    let peak = |method| known.in_flight_peak.get(&method).copied().unwrap_or(0);
+    let state = bench.fake.state();
+    let peak = |method| state.in_flight_peak.get(&method).copied().unwrap_or(0);
     assert!(peak(Method::Sync) <= 8 && peak(Method::List) <= 8);
     assert!(peak(Method::Sync) >= 4, "they do run side by side");
-    assert_eq!(known.count(Method::Sync), SESSIONS as usize * 10);
+    assert_eq!(state.count(Method::Sync), SESSIONS as usize * 10);
 }
 
 #[tokio::test]
@@ -323,7 +323,7 @@ async fn requests_beyond_the_budget_are_refused() {
 }
 
 #[tokio::test]
-async fn aborted_catch_up_gives_everything_back() {
+async fn aborted_catch_up_releases_its_slot_and_budget() {
     let bench = Bench::new(CatchUpConfig { sessions_max: 1, ..CatchUpConfig::default() });
     bench.fake.state().create("a", &["alice"], 5);
     bench.fake.set(Method::Sync, Behaviour::Hanging);
@@ -331,9 +331,9 @@ async fn aborted_catch_up_gives_everything_back() {
     else {
         panic!("not begun");
     };
-    bench.fake.until(|known| known.count(Method::Sync) == 1).await;
+    bench.fake.until(|state| state.count(Method::Sync) == 1).await;
     task.abort();
-    bench.fake.until(|known| known.in_flight[&Method::Sync] == 0).await;
+    bench.fake.until(|state| state.in_flight[&Method::Sync] == 0).await;
     bench.fake.set(Method::Sync, Behaviour::Normal);
     bench.begin_session(2, "alice", &[]);
     let mut bench = bench;
@@ -359,7 +359,7 @@ async fn grpc_session_resumes_one_conversation_and_is_answered_in_any_case() {
     assert_eq!(bench.fake.state().count(Method::List), 0);
 }
 
-/// A message service that ignores what was asked for.
+/// A message service that always returns the same message.
 struct Stuck;
 
 impl MessageSource for Stuck {

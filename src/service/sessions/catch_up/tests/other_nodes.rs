@@ -1,5 +1,5 @@
-//! Catch-up while other nodes do not know the session yet. When they do is decided by the test: what
-//! time decides is tested with [`Visibility`] itself.
+//! Catch-up of a session that other nodes cannot find yet. The tests decide when they can; the tests of
+//! [`Visibility`] cover the timing.
 
 use std::collections::BTreeMap;
 
@@ -9,10 +9,10 @@ use super::*;
 use crate::service::events::proto::conversation::v1::Conversation;
 use crate::service::sessions::presence::VisibilityConfig;
 
-/// Nothing is decided by time.
+/// Longer than any test.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// The last sequence of each conversation, all of which are everybody's; and what was asked.
+/// The last sequence of each conversation, all of them open to every user; and the recorded calls.
 #[derive(Default)]
 struct Shelf {
     conversations: Mutex<BTreeMap<String, i64>>,
@@ -25,7 +25,7 @@ impl Shelf {
         self.conversations.lock().unwrap().insert(conversation.to_owned(), last);
     }
 
-    /// After which sequence a conversation was asked for.
+    /// The sequences after which a conversation was requested.
     fn asked_for(&self, conversation: &str) -> Vec<i64> {
         let pages = self.pages.lock().unwrap();
         pages.iter().filter(|(of, _)| of == conversation).map(|(_, after)| *after).collect()
@@ -72,13 +72,13 @@ struct Among {
     shelf: Arc<Shelf>,
 }
 
-/// A session of a node among others, just admitted.
+/// Of a session that was just admitted in group mode.
 fn admitted() -> Arc<Visibility> {
     let config = VisibilityConfig { lookup_lifetime: LONG, registration_wait: LONG };
     Arc::new(Visibility::new(config, Instant::now()))
 }
 
-/// Registered so long ago that every node knows it.
+/// Of a session that is visible on every node.
 fn reached() -> Arc<Visibility> {
     let visibility = admitted();
     now_reached(&visibility);
@@ -104,7 +104,7 @@ impl Among {
         assert!(matches!(begun, CatchUpStart::Running(_)), "{begun:?}");
     }
 
-    /// The next chunk, taken at once.
+    /// Takes the next chunk.
     async fn chunk(&mut self) -> Vec<(String, i64)> {
         let CatchUpStep::Chunk { events, sent } = self.bench.step().await.step else {
             panic!("no chunk")
@@ -119,14 +119,14 @@ fn all() -> CatchUpScope {
 }
 
 #[tokio::test]
-async fn what_happens_until_other_nodes_know_the_session_is_asked_for_after() {
+async fn messages_sent_before_the_session_is_visible_are_fetched_later() {
     let mut among = Among::new(CatchUpConfig::default());
     among.shelf.holds("room", 3);
     let visibility = admitted();
     among.begin(1, all(), &visibility);
     assert_eq!(among.chunk().await.len(), 3, "what there is comes at once");
 
-    // Routed by a node that does not find the session.
+    // Routed by a node that cannot find the session yet.
     among.shelf.holds("room", 5);
     among.shelf.holds("created", 1);
     now_reached(&visibility);
@@ -139,13 +139,13 @@ async fn what_happens_until_other_nodes_know_the_session_is_asked_for_after() {
 }
 
 #[tokio::test]
-async fn registered_is_not_yet_known_everywhere() {
+async fn registered_session_is_not_visible_before_the_lookup_lifetime() {
     let mut among = Among::new(CatchUpConfig::default());
     among.shelf.holds("room", 3);
     let visibility = admitted();
     among.begin(1, all(), &visibility);
     among.chunk().await;
-    // For as long as another node may believe what it found before.
+    // Other nodes may still use a cached answer.
     visibility.registered(Instant::now());
     among.begin(2, all(), &reached());
     among.chunk().await;
@@ -154,7 +154,7 @@ async fn registered_is_not_yet_known_everywhere() {
 }
 
 #[tokio::test]
-async fn only_what_was_asked_for_too_early_is_asked_for_again() {
+async fn only_pages_requested_too_early_are_requested_again() {
     let mut among = Among::new(CatchUpConfig::default());
     among.shelf.holds("early", 1);
     among.shelf.holds("late", 1);
@@ -164,7 +164,7 @@ async fn only_what_was_asked_for_too_early_is_asked_for_again() {
     let counters = Arc::clone(&among.bench.counters);
     among.bench.catch_up = CatchUpService::new(config, among.shelf.clone(), access, counters);
     among.begin(1, all(), &visibility);
-    // The second is asked for when the first has been sent.
+    // The second is requested when the first has been sent.
     let CatchUpStep::Chunk { sent, .. } = among.bench.step().await.step else { panic!("no chunk") };
     now_reached(&visibility);
     sent.send(()).unwrap();
@@ -187,7 +187,7 @@ async fn session_that_will_not_be_registered_in_time_goes_live_and_is_counted() 
 }
 
 #[tokio::test]
-async fn who_waits_for_other_nodes_keeps_nobody_from_his_turn() {
+async fn waiting_for_other_nodes_does_not_hold_a_slot() {
     let config = CatchUpConfig { sessions_max: 1, ..CatchUpConfig::default() };
     let mut among = Among::new(config.clone());
     among.shelf.holds("room", 1);
@@ -200,7 +200,7 @@ async fn who_waits_for_other_nodes_keeps_nobody_from_his_turn() {
     now_reached(&visibility);
     assert_eq!(among.bench.step().await.address.connection.slot, 1);
 
-    // Without room for what it keeps meanwhile, its turn is what bounds it.
+    // Without room in the budget it holds its slot.
     let mut among = Among::new(CatchUpConfig { requests_bytes_max: 100, ..config });
     among.shelf.holds(&"a-long-name-".repeat(10), 1);
     let visibility = admitted();
@@ -231,7 +231,7 @@ async fn grpc_conversation_waits_for_other_nodes_as_well() {
 }
 
 #[tokio::test]
-async fn without_other_nodes_nothing_is_waited_for_or_asked_twice() {
+async fn single_node_does_not_wait_or_request_anything_twice() {
     let mut among = Among::new(CatchUpConfig::default());
     among.shelf.holds("room", 3);
     among.bench.begin_session(1, "alice", &[]);

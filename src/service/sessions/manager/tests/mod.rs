@@ -1,6 +1,6 @@
-//! The manager against plain rings in place of shards, driven turn by turn without a clock.
+//! The manager with plain rings in place of shards, driven step by step without a clock.
 
-mod among_others;
+mod with_dependencies;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
 use crate::service::sessions::presence::Presence;
 
-/// Slots of the rings under test: few, so that they fill.
+/// Slots of the command rings: few, so that they fill up.
 const RING_SLOTS: usize = 4;
 
 struct Shard {
@@ -32,14 +32,14 @@ struct Shard {
     reports: Producer<ShardReport>,
 }
 
-/// Whom the manager asks and tells.
-struct Others {
+/// Dependencies of the manager under test.
+struct Dependencies {
     auth: Arc<Authenticator>,
     presence: Presence,
     catch_up: CatchUpService,
 }
 
-impl Default for Others {
+impl Default for Dependencies {
     fn default() -> Self {
         Self {
             auth: Authenticator::trust(),
@@ -54,10 +54,10 @@ struct Bench {
     shards: Vec<Option<Shard>>,
     directory: Arc<Directory>,
     counters: Arc<SessionCounters>,
-    /// What other tasks send the manager.
+    /// Requests of other tasks to the manager.
     requests: mpsc::Receiver<Request>,
     catch_ups: mpsc::Receiver<CatchUpReport>,
-    /// Time for the manager, which passes only when told to.
+    /// The manager's time, advanced by the tests.
     clock: Instant,
     /// Keeps the manager's channel open.
     _requests_in: mpsc::Sender<Request>,
@@ -69,10 +69,10 @@ impl Bench {
     }
 
     fn with(shards: usize, config: SessionConfig) -> Self {
-        Self::among(Others::default(), shards, config)
+        Self::with_dependencies(Dependencies::default(), shards, config)
     }
 
-    fn among(others: Others, shards: usize, config: SessionConfig) -> Self {
+    fn with_dependencies(dependencies: Dependencies, shards: usize, config: SessionConfig) -> Self {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (ports, shards) = (0..shards)
             .map(|_| {
@@ -90,9 +90,9 @@ impl Bench {
             bell,
             shards: ports,
             directory: Arc::clone(&directory),
-            auth: others.auth,
-            presence: others.presence,
-            catch_up: others.catch_up,
+            auth: dependencies.auth,
+            presence: dependencies.presence,
+            catch_up: dependencies.catch_up,
         };
         let manager = SessionManager::new(
             config,
@@ -138,7 +138,7 @@ impl Bench {
         self.report(shard, ShardReport::Ended { connection, why: EndReason::PeerGone });
     }
 
-    /// Everything the manager has sent to a shard, short rings notwithstanding.
+    /// All commands that the manager has sent to a shard, including those that waited for room.
     fn commands(&mut self, shard: usize) -> Vec<ShardCommand> {
         let mut all = Vec::new();
         loop {
@@ -219,12 +219,12 @@ fn missing_ids_are_refused_in_the_words_of_the_contract() {
 }
 
 #[test]
-fn newer_connection_wins_and_the_older_end_leaves_it_alone() {
+fn newer_connection_wins_and_the_end_of_the_older_one_does_not_affect_it() {
     let mut bench = Bench::new(2);
     bench.admitted(0, key(1, 0), "alice", "phone");
     bench.admitted(1, key(1, 0), "alice", "phone");
-    let told = closes(&bench.commands(0));
-    assert_eq!(told, [(key(1, 0), CloseCode::SESSION_REPLACED, "session_replaced".into())]);
+    let closed = closes(&bench.commands(0));
+    assert_eq!(closed, [(key(1, 0), CloseCode::SESSION_REPLACED, "session_replaced".into())]);
     assert_eq!(bench.counters.replaced.get(), 1);
 
     bench.end(0, key(1, 0));
@@ -234,17 +234,17 @@ fn newer_connection_wins_and_the_older_end_leaves_it_alone() {
 }
 
 #[test]
-fn session_is_told_only_once_to_close() {
+fn session_is_closed_only_once() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(1, 0), "alice", "phone");
     bench.open(0, key(2, 0), "alice", "phone");
     bench.open(0, key(3, 0), "alice", "phone");
-    let told = closes(&bench.commands(0));
-    assert_eq!(told.iter().map(|told| told.0.slot).collect::<Vec<_>>(), [1, 2]);
+    let closed = closes(&bench.commands(0));
+    assert_eq!(closed.iter().map(|closed| closed.0.slot).collect::<Vec<_>>(), [1, 2]);
 }
 
 #[test]
-fn user_has_a_limit_that_replacement_does_not_count_against() {
+fn user_limit_does_not_count_replacements() {
     let config = SessionConfig { sessions_per_user_max: 2, ..SessionConfig::default() };
     let mut bench = Bench::with(1, config);
     bench.admitted(0, key(0, 0), "alice", "phone");
@@ -270,7 +270,7 @@ fn reports_about_earlier_uses_of_a_slot_change_nothing() {
 }
 
 #[test]
-fn stop_closes_every_shard_and_ends_when_all_have_said_so() {
+fn stop_stops_every_shard_and_waits_for_all() {
     let mut bench = Bench::new(2);
     bench.admitted(0, key(0, 0), "alice", "phone");
     let mut wait = bench.order(Shutdown::Stop, Instant::now());
@@ -293,7 +293,7 @@ fn stop_closes_every_shard_and_ends_when_all_have_said_so() {
 }
 
 #[test]
-fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
+fn drain_closes_at_a_steady_pace_and_gives_each_session_a_wait() {
     let spread = Duration::from_millis(5000);
     let mut bench =
         Bench::with(2, SessionConfig { reconnect_spread: spread, ..SessionConfig::default() });
@@ -304,15 +304,15 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
     let begun = Instant::now();
     let _wait = bench.order(Shutdown::Drain(Duration::from_secs(10)), begun);
     assert_eq!(bench.manager.node_state.get(), NodeState::Draining);
-    let mut told = Vec::new();
+    let mut closed = Vec::new();
     for tick in 1..10 {
         bench.manager.tick(begun + Duration::from_secs(tick), 0);
         let commands = [bench.commands(0), bench.commands(1)];
-        told.extend(commands.iter().flat_map(|commands| closes(commands)));
-        assert_eq!(told.len(), tick as usize * 10, "in {tick} s");
+        closed.extend(commands.iter().flat_map(|commands| closes(commands)));
+        assert_eq!(closed.len(), tick as usize * 10, "in {tick} s");
         assert_eq!(closes(&commands[0]).len(), closes(&commands[1]).len());
     }
-    for (_, code, reason) in &told {
+    for (_, code, reason) in &closed {
         assert_eq!(*code, CloseCode::SERVICE_RESTART);
         let wait_ms: u128 = reason
             .strip_prefix("draining; reconnect in ")
@@ -323,26 +323,26 @@ fn drain_closes_at_a_steady_pace_and_tells_each_when_to_come_back() {
             .unwrap();
         assert!(wait_ms <= spread.as_millis());
     }
-    assert!(told.iter().any(|one| one.2 != told[0].2), "all told the same time");
+    assert!(closed.iter().any(|one| one.2 != closed[0].2), "all waits are the same");
 
     bench.manager.tick(begun + Duration::from_secs(10), 0);
     let commands = [bench.commands(0), bench.commands(1)];
-    told.extend(commands.iter().flat_map(|commands| closes(commands)));
-    assert_eq!(told.len(), 100, "all told when the period is over");
+    closed.extend(commands.iter().flat_map(|commands| closes(commands)));
+    assert_eq!(closed.len(), 100, "all closed at the end of the period");
     bench.manager.tick(begun + Duration::from_secs(11), 0);
     let commands = bench.commands(0);
     assert!(matches!(commands[..], [ShardCommand::Stop { .. }]), "{commands:?}");
 }
 
 #[test]
-fn drain_ends_early_when_nobody_is_left() {
+fn drain_ends_early_without_sessions() {
     let mut bench = Bench::new(1);
     let _wait = bench.order(Shutdown::Drain(Duration::from_secs(600)), Instant::now());
     assert_eq!(bench.manager.node_state.get(), NodeState::Stopping);
 }
 
 #[test]
-fn shard_that_goes_without_a_word_takes_its_sessions_along() {
+fn sessions_of_a_lost_shard_end() {
     let mut bench = Bench::new(2);
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.admitted(1, key(0, 0), "bob", "phone");
@@ -354,13 +354,13 @@ fn shard_that_goes_without_a_word_takes_its_sessions_along() {
 }
 
 #[test]
-fn without_a_message_service_nothing_was_missed() {
+fn session_goes_live_at_once_without_a_message_service() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(0, 0), "alice", "phone");
     let answer = bench.says(0, key(0, 0), r#"{"last_sequences": {"c": 5}}"#);
     let [ShardCommand::GoLive { ref delivered, .. }] = answer[..] else { panic!("{answer:?}") };
     assert!(delivered.is_empty());
-    // Contract §3: later messages carry no meaning.
+    // Contract §3: later messages are ignored.
     assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
     assert!(bench.says(0, key(0, 0), "hello").is_empty());
     assert_eq!(bench.counters.messages_ignored.get(), 2);
@@ -385,14 +385,14 @@ fn grpc_session_is_answered_for_each_conversation_it_names() {
 }
 
 #[test]
-fn first_message_that_asks_for_nothing_puts_the_session_live() {
+fn first_message_without_a_resume_request_puts_the_session_live() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(0, 0), "alice", "phone");
     let answer = bench.says(0, key(0, 0), "{}");
     assert!(matches!(answer[..], [ShardCommand::GoLive { .. }]), "{answer:?}");
     assert_eq!(bench.counters.messages_ignored.get(), 1);
-    let told = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
-    assert_eq!(told[0].1, CloseCode::RESUME_TOO_LATE);
+    let closed = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
+    assert_eq!(closed[0].1, CloseCode::RESUME_TOO_LATE);
 }
 
 #[test]
@@ -400,13 +400,13 @@ fn resume_request_after_the_grace_is_too_late() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.report(0, ShardReport::GraceExpired { connection: key(0, 0) });
-    let told = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
-    assert_eq!(told[0].1, CloseCode::RESUME_TOO_LATE);
+    let closed = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
+    assert_eq!(closed[0].1, CloseCode::RESUME_TOO_LATE);
     assert_eq!(bench.counters.resumes_too_late.get(), 1);
 }
 
 #[test]
-fn session_that_was_told_to_close_is_not_listened_to() {
+fn messages_of_a_closing_session_are_ignored() {
     let mut bench = Bench::new(1);
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.open(0, key(1, 0), "alice", "phone");

@@ -21,7 +21,7 @@ fn limits(max: usize) -> QueueLimits {
     QueueLimits { sessions_max: max, ends_max: max }
 }
 
-/// A queue, and its time, which passes only when told to.
+/// A queue and its time, advanced by the tests.
 struct Bench {
     queue: OperationQueue,
     now: Instant,
@@ -43,13 +43,13 @@ impl Bench {
         self.queue.complete(ids(0), operation, outcome, 0.5, self.now);
     }
 
-    /// Takes the next operation, which must be this one, and finishes it.
+    /// Takes the next operation, which must be this one, and completes it.
     fn does(&mut self, operation: PresenceOperation, outcome: OperationOutcome) {
         assert_eq!(self.next(), Some(operation));
         self.complete(operation, outcome);
     }
 
-    /// A session that somebody waits for.
+    /// Admits a session whose visibility is awaited.
     fn admits(&mut self, user: usize, replaced: bool) -> Arc<Visibility> {
         let visibility = Arc::new(Visibility::new(REACH, self.now));
         self.queue.register(&ids(user), replaced, self.now);
@@ -81,7 +81,7 @@ fn session_is_registered_refreshed_and_unregistered() {
 }
 
 #[test]
-fn session_that_came_and_went_untold_costs_nothing() {
+fn session_that_ends_before_its_registration_costs_no_call() {
     let mut bench = Bench::new();
     for _ in 0..50 {
         bench.queue.register(&ids(0), false, bench.now);
@@ -91,7 +91,7 @@ fn session_that_came_and_went_untold_costs_nothing() {
 }
 
 #[test]
-fn session_that_came_and_went_while_presence_was_away_costs_one_call() {
+fn session_that_ends_while_presence_is_unreachable_costs_one_call() {
     let mut bench = Bench::new();
     bench.queue.register(&ids(0), false, bench.now);
     bench.fails(PresenceOperation::Register);
@@ -105,7 +105,7 @@ fn session_that_came_and_went_while_presence_was_away_costs_one_call() {
 }
 
 #[test]
-fn newest_state_follows_the_call_under_way() {
+fn newest_state_follows_the_call_in_flight() {
     let mut bench = Bench::new();
     bench.queue.register(&ids(0), false, bench.now);
     assert_eq!(bench.next(), Some(PresenceOperation::Register));
@@ -120,7 +120,7 @@ fn newest_state_follows_the_call_under_way() {
 }
 
 #[test]
-fn check_that_is_asked_for_meanwhile_is_made_afterwards() {
+fn check_requested_during_a_call_is_made_after_it() {
     let mut bench = Bench::new();
     bench.queue.register(&ids(0), false, bench.now);
     assert_eq!(bench.next(), Some(PresenceOperation::Register));
@@ -132,7 +132,7 @@ fn check_that_is_asked_for_meanwhile_is_made_afterwards() {
 }
 
 #[test]
-fn vanished_registration_is_made_again() {
+fn vanished_registration_is_queued_again() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
     bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Vanished);
@@ -150,7 +150,7 @@ fn refresh_that_waited_too_long_becomes_a_registration() {
 }
 
 #[test]
-fn session_held_elsewhere_is_reported_once_and_not_taken_back() {
+fn session_registered_elsewhere_is_reported_once_and_not_registered_again() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
     bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
@@ -160,7 +160,7 @@ fn session_held_elsewhere_is_reported_once_and_not_taken_back() {
 }
 
 #[test]
-fn session_that_came_back_meanwhile_is_not_taken_for_the_replaced_one() {
+fn session_that_reconnected_is_not_reported_as_replaced() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
     assert_eq!(bench.next(), Some(PresenceOperation::Refresh { check: true }));
@@ -176,7 +176,7 @@ fn session_that_came_back_meanwhile_is_not_taken_for_the_replaced_one() {
 }
 
 #[test]
-fn presence_that_is_away_is_tried_one_call_at_a_time() {
+fn unreachable_presence_is_probed_one_call_at_a_time() {
     let mut queue = OperationQueue::new(limits(1000));
     let mut now = Instant::now();
     for user in 0..500 {
@@ -195,7 +195,7 @@ fn presence_that_is_away_is_tried_one_call_at_a_time() {
         }
     }
     assert!((20..40).contains(&calls), "{calls} calls in a minute");
-    // And at once at full pace when it is back.
+    // After a success the queue runs at full pace at once.
     let NextOperation::Start(ids, operation) = queue.next(now) else { panic!("a call is due") };
     queue.complete(ids, operation, OperationOutcome::Done, 0.0, now);
     let NextOperation::Start(..) = queue.next(now) else { panic!("slow") };
@@ -216,13 +216,13 @@ fn room_is_bounded_and_refreshes_leave_half_of_it() {
 }
 
 #[test]
-fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
+fn unregistrations_take_no_room_from_registrations() {
     let mut queue = OperationQueue::new(QueueLimits { sessions_max: 10, ends_max: 1_000 });
     let now = Instant::now();
     assert!((0..1_000).all(|user| queue.unregister(&ids(user), now)));
     assert!((1_000..1_010).all(|user| queue.register(&ids(user), false, now)));
     assert!(!queue.register(&ids(1_010), false, now));
-    // Who is back is registered, and is no end any more.
+    // A session that reconnects counts as a registration again.
     assert!((0..5).all(|user| queue.register(&ids(user), false, now)));
     assert!((2_000..2_010).filter(|user| queue.unregister(&ids(*user), now)).count() == 0);
     for _ in 0..1_010 {
@@ -235,7 +235,7 @@ fn crowd_that_leaves_takes_no_room_from_the_one_that_comes() {
 }
 
 #[test]
-fn closing_tells_ends_only() {
+fn shutdown_only_unregisters() {
     let mut bench = Bench::new();
     bench.queue.unregister(&ids(0), bench.now);
     bench.does(PresenceOperation::Unregister, OperationOutcome::Failed);
@@ -249,11 +249,11 @@ fn closing_tells_ends_only() {
 }
 
 #[test]
-fn who_waits_for_a_registration_hears_of_his_own_only() {
+fn notifier_reports_only_its_own_registration() {
     let mut bench = Bench::new();
     let first = bench.admits(0, false);
     assert_eq!(bench.next(), Some(PresenceOperation::Register));
-    // The device connects again while its first registration is under way.
+    // The device connects again during its first registration.
     let second = bench.admits(0, true);
     assert_eq!(first.state(bench.now), VisibilityState::NotVisible, "it is over with that one");
     bench.complete(PresenceOperation::Register, OperationOutcome::Done);
@@ -272,7 +272,7 @@ fn who_waits_for_a_registration_hears_of_his_own_only() {
 }
 
 #[test]
-fn nobody_waits_for_a_registration_that_will_take_long_or_never_come() {
+fn delayed_or_rejected_registration_is_not_waited_for() {
     let mut bench = Bench::new();
     let refused = bench.admits(0, false);
     bench.does(PresenceOperation::Register, OperationOutcome::Rejected);
@@ -281,7 +281,11 @@ fn nobody_waits_for_a_registration_that_will_take_long_or_never_come() {
     bench.queue.register(&ids(0), false, bench.now);
     (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(PresenceOperation::Register));
     let late = bench.admits(0, false);
-    assert_eq!(late.state(bench.now), VisibilityState::NotVisible, "presence is known to be away");
+    assert_eq!(
+        late.state(bench.now),
+        VisibilityState::NotVisible,
+        "presence is known to be unreachable"
+    );
     bench.now += PROBE_BACKOFF.max();
     bench.does(PresenceOperation::Register, OperationOutcome::Done);
     let reached = bench.now + REACH.lookup_lifetime;
@@ -297,7 +301,7 @@ enum Step {
     Ended(usize),
     Refresh(usize),
     Begin,
-    /// A call under way is carried out or not, and answered or not.
+    /// A call in flight is carried out or not, and answered or not.
     End {
         which: usize,
         carried_out: bool,
@@ -319,7 +323,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..200)
 }
 
-/// Carries a call out the way the presence service does.
+/// Carries a call out like the presence service.
 fn carry_out(registered: &mut HashSet<SessionIds>, ids: &SessionIds, operation: PresenceOperation) {
     match operation {
         PresenceOperation::Register => drop(registered.insert(ids.clone())),

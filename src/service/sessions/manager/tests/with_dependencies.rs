@@ -1,4 +1,4 @@
-//! The manager with those whom it asks and tells: tokens, presence, catch-up.
+//! The manager with its dependencies: authentication, presence, catch-up.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,10 +26,10 @@ const PEM: &[u8] = include_bytes!("../../auth/testdata/rsa_public.pem");
 /// Leeway of the tokens under test, seconds.
 const LEEWAY_S: u64 = 30;
 
-fn auth(source: KeySource) -> Others {
+fn auth(source: KeySource) -> Dependencies {
     let rules = ClaimRules { issuer: None, audience: None, leeway: Duration::from_secs(LEEWAY_S) };
     let auth = Authenticator::jwt(source, rules, Arc::<AuthCounters>::default()).unwrap();
-    Others { auth, ..Others::default() }
+    Dependencies { auth, ..Dependencies::default() }
 }
 
 fn claims(user: &str, exp: u64) -> Value {
@@ -46,18 +46,18 @@ fn rs256(user: &str, exp: u64) -> Secret {
 
 fn with_secret() -> Bench {
     let source = KeySource::Secret(Secret::new(SECRET.into()));
-    Bench::among(auth(source), 1, SessionConfig::default())
+    Bench::with_dependencies(auth(source), 1, SessionConfig::default())
 }
 
 fn with_public_key() -> Bench {
-    Bench::among(auth(KeySource::Pem(PEM.to_vec())), 1, SessionConfig::default())
+    Bench::with_dependencies(auth(KeySource::Pem(PEM.to_vec())), 1, SessionConfig::default())
 }
 
 fn now_s() -> u64 {
     unix_ms() / 1000
 }
 
-/// Looks at every token, as two ticks a whole sweep apart do.
+/// Checks every token, with two ticks a whole sweep apart.
 fn sweep(bench: &mut Bench, unix_s: u64) -> Vec<ShardCommand> {
     for _ in 0..2 {
         bench.clock += Duration::from_secs(10);
@@ -76,7 +76,7 @@ fn text_of(commands: &[ShardCommand]) -> Value {
     serde_json::from_str(text).unwrap()
 }
 
-/// A session with a token that is past its first message.
+/// Admits a session with a token and sends its first message.
 fn admit_with(bench: &mut Bench, token: Secret) {
     bench.open_with(0, key(0, 0), ("", "phone"), Some(token));
     assert!(matches!(bench.commands(0)[..], [ShardCommand::Admit { .. }]));
@@ -106,14 +106,14 @@ fn token_decides_who_is_admitted() {
 }
 
 #[tokio::test]
-async fn check_that_takes_time_is_made_apart_and_finds_its_connection_again() {
+async fn slow_token_check_runs_in_a_task_and_finds_its_connection() {
     let mut bench = with_public_key();
     for (slot, user) in [(0, "alice"), (1, "bob"), (2, "carol")] {
         let token = rs256(user, now_s() + 600);
         bench.open_with(0, key(slot, 7), (user, "phone"), Some(token));
     }
-    assert!(bench.commands(0).is_empty(), "nobody is admitted before the check");
-    // Bob goes, and another connection takes his slot, while his token is being checked.
+    assert!(bench.commands(0).is_empty(), "not admitted before the check");
+    // Bob disconnects during the check, and another connection takes the slot.
     bench.end(0, key(1, 7));
     bench.open_with(0, key(1, 8), ("dave", "phone"), None);
     assert_eq!(bench.refused(0).0, 401);
@@ -138,9 +138,9 @@ fn session_ends_with_its_token() {
     let exp = now_s() + 600;
     admit_with(&mut bench, hs256("alice", exp));
     assert!(sweep(&mut bench, exp + LEEWAY_S).is_empty());
-    let told = closes(&sweep(&mut bench, exp + LEEWAY_S + 1));
-    assert_eq!(told, [(key(0, 0), CloseCode::TOKEN_EXPIRED, "token expired".into())]);
-    assert!(sweep(&mut bench, exp + LEEWAY_S + 2).is_empty(), "told once");
+    let closed = closes(&sweep(&mut bench, exp + LEEWAY_S + 1));
+    assert_eq!(closed, [(key(0, 0), CloseCode::TOKEN_EXPIRED, "token expired".into())]);
+    assert!(sweep(&mut bench, exp + LEEWAY_S + 2).is_empty(), "closed once");
     assert_eq!(bench.counters.tokens_expired.get(), 1);
 }
 
@@ -156,7 +156,7 @@ fn fresh_token_in_time_keeps_the_session() {
 }
 
 #[test]
-fn fresh_token_of_somebody_else_or_of_no_use_changes_nothing() {
+fn invalid_fresh_token_changes_nothing() {
     let mut bench = with_secret();
     let exp = now_s() + 600;
     admit_with(&mut bench, hs256("alice", exp));
@@ -170,7 +170,7 @@ fn fresh_token_of_somebody_else_or_of_no_use_changes_nothing() {
 }
 
 #[tokio::test]
-async fn fresh_token_in_check_when_the_old_one_expires_is_waited_for() {
+async fn session_whose_fresh_token_is_in_check_does_not_expire() {
     let mut bench = with_public_key();
     let exp = now_s() + 600;
     bench.open_with(0, key(0, 0), ("alice", "phone"), Some(rs256("alice", exp)));
@@ -181,7 +181,7 @@ async fn fresh_token_in_check_when_the_old_one_expires_is_waited_for() {
     let live = bench.says(0, key(0, 0), &text.to_string());
     assert!(matches!(live[..], [ShardCommand::GoLive { .. }]), "{live:?}");
     assert!(sweep(&mut bench, exp + LEEWAY_S + 1).is_empty());
-    // A second one while the first is in check is not looked at.
+    // A second token during the check of the first is ignored.
     assert!(fresh_token(&mut bench, &rs256("alice", exp)).is_empty());
     let request = bench.requests.recv().await.unwrap();
     bench.manager.on_request(request);
@@ -189,21 +189,21 @@ async fn fresh_token_in_check_when_the_old_one_expires_is_waited_for() {
     assert_eq!(answer, json!({ "token_expires_at": exp + 1000 + LEEWAY_S }));
 }
 
-/// A node with a presence service of its own name.
+/// A node with a presence service.
 fn with_presence(fake: &FakeNeighbours, instance: &str) -> Bench {
     let service = NeighbourConfig::new(fake.url());
     let service = PresenceService::new(&service, Arc::<NeighbourCounters>::default()).unwrap();
     let config = PresenceConfig::new(instance.into());
     let presence = Presence::spawn(config, PresenceTarget::Service(service), Arc::default());
-    let others = Others { presence, ..Others::default() };
-    Bench::among(others, 1, SessionConfig::default())
+    let dependencies = Dependencies { presence, ..Dependencies::default() };
+    Bench::with_dependencies(dependencies, 1, SessionConfig::default())
 }
 
 /// Whether alice's phone is registered with this instance.
 fn registered(instance: &str) -> impl Fn(&NeighbourState) -> bool {
     let wanted = instance.to_owned();
-    move |known| {
-        let held = known.registrations.get(&("alice".to_owned(), "phone".to_owned()));
+    move |state| {
+        let held = state.registrations.get(&("alice".to_owned(), "phone".to_owned()));
         held.is_some_and(|held| *held == wanted)
     }
 }
@@ -216,14 +216,14 @@ async fn end_of_a_replaced_session_unregisters_nobody() {
     fake.until(registered("node-1")).await;
     bench.open(0, key(1, 0), "alice", "phone");
     bench.end(0, key(0, 0));
-    fake.until(|known| known.count(Method::Register) == 2).await;
+    fake.until(|state| state.count(Method::Register) == 2).await;
     bench.end(0, key(1, 0));
-    fake.until(|known| known.registrations.is_empty()).await;
+    fake.until(|state| state.registrations.is_empty()).await;
     assert_eq!(fake.state().count(Method::Unregister), 1);
 }
 
 #[tokio::test]
-async fn session_that_moved_to_another_node_ends_here_and_stays_there() {
+async fn session_that_moved_to_another_node_is_closed_here_and_stays_registered_there() {
     let fake = FakeNeighbours::start();
     let (mut one, mut two) = (with_presence(&fake, "node-1"), with_presence(&fake, "node-2"));
     one.admitted(0, key(0, 0), "alice", "phone");
@@ -232,17 +232,17 @@ async fn session_that_moved_to_another_node_ends_here_and_stays_there() {
     fake.until(registered("node-2")).await;
 
     one.manager.on_request(Request::MovedElsewhere("alice".into()));
-    let told = loop {
-        // The check under way finds the other node's name; the next tick acts on it.
-        fake.until(|known| known.count(Method::Devices) > 0).await;
+    let closed = loop {
+        // The check finds the other node's name; the next tick closes the session.
+        fake.until(|state| state.count(Method::Devices) > 0).await;
         tokio::task::yield_now().await;
         one.manager.tick(one.clock, 0);
-        let told = closes(&one.commands(0));
-        if !told.is_empty() {
-            break told;
+        let closed = closes(&one.commands(0));
+        if !closed.is_empty() {
+            break closed;
         }
     };
-    assert_eq!(told, [(key(0, 0), CloseCode::SESSION_REPLACED, "session_replaced".into())]);
+    assert_eq!(closed, [(key(0, 0), CloseCode::SESSION_REPLACED, "session_replaced".into())]);
     assert!(one.directory.is_empty());
     assert_eq!(one.counters.replaced_elsewhere.get(), 1);
     one.end(0, key(0, 0));
@@ -258,17 +258,17 @@ async fn refreshes_are_spread_over_the_interval() {
     for slot in 0..SESSIONS {
         bench.admitted(0, key(slot, 0), &format!("user-{slot}"), "phone");
     }
-    fake.until(|known| known.count(Method::Register) == SESSIONS as usize).await;
+    fake.until(|state| state.count(Method::Register) == SESSIONS as usize).await;
     let begun = Instant::now();
     bench.manager.tick(begun, 0);
     for quarter in 1..=4_u32 {
         bench.manager.tick(begun + Duration::from_secs(5) * quarter, 0);
         let due = (SESSIONS / 4 * quarter) as usize;
-        fake.until(|known| known.count(Method::Refresh) == due).await;
+        fake.until(|state| state.count(Method::Refresh) == due).await;
     }
 }
 
-fn with_resume(fake: &FakeNeighbours, config: CatchUpConfig) -> Bench {
+fn with_catch_up(fake: &FakeNeighbours, config: CatchUpConfig) -> Bench {
     let neighbour = NeighbourConfig::new(fake.url());
     let counters = Arc::<NeighbourCounters>::default;
     let service = Arc::new(ConversationService::new(&neighbour, counters()).unwrap());
@@ -276,7 +276,11 @@ fn with_resume(fake: &FakeNeighbours, config: CatchUpConfig) -> Bench {
     let access = ReadAccess::Checked { listing: service.clone(), source: service };
     let counters = Arc::<CatchUpCounters>::default();
     let catch_up = CatchUpService::new(config, messages, access, counters);
-    Bench::among(Others { catch_up, ..Others::default() }, 1, SessionConfig::default())
+    Bench::with_dependencies(
+        Dependencies { catch_up, ..Dependencies::default() },
+        1,
+        SessionConfig::default(),
+    )
 }
 
 /// The next step of a catch-up, as commands.
@@ -303,11 +307,11 @@ fn chunk(commands: &[ShardCommand]) -> (Vec<i64>, Ticket) {
 }
 
 #[tokio::test]
-async fn catch_up_goes_chunk_by_chunk_and_ends_with_the_release() {
+async fn catch_up_is_sent_in_chunks_and_ends_with_go_live() {
     let fake = FakeNeighbours::start();
     fake.state().create("c", &["alice"], 10);
     let config = CatchUpConfig { chunk_messages_max: 4, ..CatchUpConfig::default() };
-    let mut bench = with_resume(&fake, config);
+    let mut bench = with_catch_up(&fake, config);
     bench.admitted(0, key(0, 0), "alice", "phone");
     let answer = bench.says(0, key(0, 0), r#"{"last_sequences": {"c": 2}}"#);
     assert!(answer.is_empty(), "{answer:?}");
@@ -316,11 +320,11 @@ async fn catch_up_goes_chunk_by_chunk_and_ends_with_the_release() {
         assert_eq!(sequences, expected);
         bench.report(0, ShardReport::Done { ticket });
     }
-    let release = caught_up(&mut bench).await;
-    let [ShardCommand::GoLive { ref delivered, .. }] = release[..] else { panic!("{release:?}") };
+    let go_live = caught_up(&mut bench).await;
+    let [ShardCommand::GoLive { ref delivered, .. }] = go_live[..] else { panic!("{go_live:?}") };
     let position = ConversationPosition { conversation: conversation_key("c"), sequence: 10 };
     assert_eq!(**delivered, [position]);
-    // Asking again carries no meaning.
+    // A second request is ignored.
     assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
 }
 
@@ -330,30 +334,30 @@ async fn failed_catch_up_closes_the_session_with_the_reason() {
     fake.state().create("c", &["alice"], 10);
     fake.set(Method::Sync, Behaviour::Failing(tonic::Code::Internal));
     let mut bench =
-        with_resume(&fake, CatchUpConfig { attempts_max: 1, ..CatchUpConfig::default() });
+        with_catch_up(&fake, CatchUpConfig { attempts_max: 1, ..CatchUpConfig::default() });
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
-    let told = closes(&caught_up(&mut bench).await);
-    assert_eq!(told[0].1, CloseCode::TRY_AGAIN_LATER);
-    assert!(told[0].2.contains("message service"));
+    let closed = closes(&caught_up(&mut bench).await);
+    assert_eq!(closed[0].1, CloseCode::TRY_AGAIN_LATER);
+    assert!(closed[0].2.contains("message service"));
 }
 
 #[tokio::test]
-async fn session_that_ends_while_it_catches_up_stops_asking() {
+async fn end_of_a_session_aborts_its_catch_up() {
     let fake = FakeNeighbours::start();
     fake.state().create("c", &["alice"], 10);
     fake.set(Method::Sync, Behaviour::Hanging);
-    let mut bench = with_resume(&fake, CatchUpConfig::default());
+    let mut bench = with_catch_up(&fake, CatchUpConfig::default());
     for replaced in [false, true] {
         bench.admitted(0, key(0, 0), "alice", "phone");
         bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
-        fake.until(|known| known.in_flight.get(&Method::Sync) == Some(&1)).await;
+        fake.until(|state| state.in_flight.get(&Method::Sync) == Some(&1)).await;
         if replaced {
             bench.open(0, key(1, 0), "alice", "phone");
         } else {
             bench.end(0, key(0, 0));
         }
-        fake.until(|known| known.in_flight[&Method::Sync] == 0).await;
+        fake.until(|state| state.in_flight[&Method::Sync] == 0).await;
     }
 }
 
@@ -361,7 +365,7 @@ async fn session_that_ends_while_it_catches_up_stops_asking() {
 async fn chunk_for_a_session_that_has_ended_is_not_delivered() {
     let fake = FakeNeighbours::start();
     fake.state().create("c", &["alice"], 10);
-    let mut bench = with_resume(&fake, CatchUpConfig::default());
+    let mut bench = with_catch_up(&fake, CatchUpConfig::default());
     bench.admitted(0, key(0, 0), "alice", "phone");
     bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#);
     let step = bench.catch_ups.recv().await.unwrap();
@@ -377,16 +381,16 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
     let names: Vec<_> = (0..20).map(|n| format!("c-{n}")).collect();
     names.iter().for_each(|name| fake.state().create(name, &["alice"], 3));
     fake.set(Method::Sync, Behaviour::Hanging);
-    let mut bench = with_resume(&fake, CatchUpConfig::default());
+    let mut bench = with_catch_up(&fake, CatchUpConfig::default());
     bench.admitted(0, key(0, 0), "alice", "phone");
     for name in &names {
         let (connection, conversation) = (key(0, 0), name.as_str().into());
         bench.report(0, ShardReport::Resume { connection, conversation, after: 3 });
     }
-    fake.until(|known| known.in_flight.get(&Method::Sync) == Some(&4)).await;
-    assert_eq!(fake.state().count(Method::Members), 4, "the others wait their turn");
+    fake.until(|state| state.in_flight.get(&Method::Sync) == Some(&4)).await;
+    assert_eq!(fake.state().count(Method::Members), 4, "the others are queued");
     fake.set(Method::Sync, Behaviour::Normal);
-    // The four that hang are given up at their deadline and tried again.
+    // The four hanging calls reach their deadline and are retried.
     let mut released = Vec::new();
     while released.len() < names.len() {
         for command in caught_up(&mut bench).await {
@@ -399,7 +403,7 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
     assert!(names.iter().map(position).all(|position| released.contains(&position)));
 }
 
-/// A shard that admits whom it is told to, echoes tickets, and stops when told to.
+/// A shard that opens connections, counts admissions, and stops when ordered to.
 fn run_shard(mut shard: Shard, sessions: u32) {
     for slot in 0..sessions {
         let hello = Box::new(Hello {
@@ -445,14 +449,14 @@ async fn manager_task_wakes_for_its_shards_and_ends_with_them() {
         threads.push(std::thread::spawn(move || run_shard(shard, SESSIONS)));
     }
     let directory = Arc::new(Directory::new());
-    let others = Others::default();
+    let dependencies = Dependencies::default();
     let ports = SessionPorts {
         bell,
         shards: ports,
         directory: Arc::clone(&directory),
-        auth: others.auth,
-        presence: others.presence,
-        catch_up: others.catch_up,
+        auth: dependencies.auth,
+        presence: dependencies.presence,
+        catch_up: dependencies.catch_up,
     };
     let counters = Arc::new(SessionCounters::default());
     let config = SessionConfig::default();
@@ -461,12 +465,12 @@ async fn manager_task_wakes_for_its_shards_and_ends_with_them() {
     while counters.admitted.get() < 2 * u64::from(SESSIONS) {
         tokio::task::yield_now().await;
     }
-    // The same users and devices on both shards: the newer ones are there.
+    // Both shards have the same users and devices: the newer sessions stay.
     assert_eq!(directory.len(), SESSIONS as usize);
     handle.shut_down(Shutdown::Stop).await;
     assert_eq!(handle.state(), NodeState::Stopped);
     assert!(directory.is_empty());
     threads.into_iter().for_each(|thread| thread.join().unwrap());
-    // Once more, when there is nobody left to ask.
+    // Once more, after the manager has ended.
     handle.shut_down(Shutdown::Stop).await;
 }

@@ -1,7 +1,7 @@
-//! Who is connected here, and where: user → sessions.
+//! The directory: the sessions of each user on this node.
 //!
-//! Read by every router for every event, written by the session manager. One small interface, so
-//! that another arrangement (a user's sessions all on one shard) can take its place.
+//! Every router reads it for every event; the session manager writes it. The interface is small, so
+//! that another design (all sessions of a user on one shard) can replace it.
 
 use std::hash::BuildHasher;
 use std::sync::{Arc, RwLock};
@@ -10,10 +10,10 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::domain::ids::SessionAddress;
 
-/// Locks are spread over this many parts, so that a writer stops few readers.
+/// Parts, each with its own lock, so that a writer blocks few readers.
 const PARTS: usize = 64;
 
-/// The two ids of a session in one allocation that everybody shares.
+/// The user id and device id of a session, in one shared allocation.
 ///
 /// ```text
 /// | user bytes: u16 | user | device |
@@ -22,7 +22,7 @@ const PARTS: usize = 64;
 pub struct SessionIds(Arc<[u8]>);
 
 impl SessionIds {
-    /// Packs them. Both are shorter than 64 KiB: the upgrade parser saw to it.
+    /// Packs the ids. Both are shorter than 64 KiB, which the upgrade parser checks.
     pub fn new(user: &str, device: &str) -> Self {
         let user_len = u16::try_from(user.len()).expect("the upgrade parser bounds ids");
         let mut packed = Vec::with_capacity(2 + user.len() + device.len());
@@ -49,17 +49,17 @@ impl SessionIds {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct DirectoryEntry {
     ids: SessionIds,
     address: SessionAddress,
 }
 
-/// See the module.
+/// The sessions of this node, by user.
 #[derive(Debug)]
 pub struct Directory {
-    parts: Box<[RwLock<HashTable<Entry>>]>,
-    /// Seeded anew in each process. Half the time of SipHash, which nobody needs here: the ids are
-    /// those of admitted users, and what an id that collides costs is one comparison.
+    parts: Box<[RwLock<HashTable<DirectoryEntry>>]>,
+    /// Seeded per process. Takes half the time of SipHash, which is not needed: only admitted users have
+    /// entries, and a collision costs one comparison.
     hasher: DefaultHashBuilder,
 }
 
@@ -70,45 +70,45 @@ impl Default for Directory {
 }
 
 impl Directory {
-    /// Memory of one session beside its ids, bytes: an entry, its tag, and the eighth of the table
-    /// that stays empty.
-    pub const ENTRY_BYTES: usize = (size_of::<Entry>() + 1) * 8 / 7;
+    /// Memory of one session besides its ids, bytes: an entry, its tag, and the eighth of the table that
+    /// stays empty.
+    pub const ENTRY_BYTES: usize = (size_of::<DirectoryEntry>() + 1) * 8 / 7;
 
-    /// An empty one.
+    /// An empty directory.
     pub fn new() -> Self {
         let parts = (0..PARTS).map(|_| RwLock::new(HashTable::new())).collect();
         Self { parts, hasher: DefaultHashBuilder::default() }
     }
 
-    fn place(&self, user: &[u8]) -> (u64, &RwLock<HashTable<Entry>>) {
+    fn part(&self, user: &[u8]) -> (u64, &RwLock<HashTable<DirectoryEntry>>) {
         let hash = self.hasher.hash_one(user);
         // The table uses the low bits for its groups and the high seven for its tags.
         (hash, &self.parts[(hash >> 48) as usize % PARTS])
     }
 
-    /// Adds a session. If the same user and device were connected, that session leaves the
-    /// directory and is returned: the newer connection wins (contract §3).
+    /// Adds a session. It replaces the session of the same user and device, which is returned: the newer
+    /// connection wins (contract §3).
     pub fn insert(&self, ids: SessionIds, address: SessionAddress) -> Option<SessionAddress> {
-        let (hash, part) = self.place(ids.split().0);
+        let (hash, part) = self.part(ids.split().0);
         let mut table = part.write().expect("no holder panics");
         if let Some(entry) = table.find_mut(hash, |entry| entry.ids == ids) {
             return Some(std::mem::replace(&mut entry.address, address));
         }
-        table.insert_unique(hash, Entry { ids, address }, |entry| {
+        table.insert_unique(hash, DirectoryEntry { ids, address }, |entry| {
             self.hasher.hash_one(entry.ids.split().0)
         });
         None
     }
 
-    /// Removes a session, if it is still this one: the end of a replaced session does not take its
-    /// successor with it. Returns whether it was there.
+    /// Removes a session, if the directory still has this one: the end of a replaced session does not
+    /// remove its successor. Returns whether it was removed.
     pub fn remove(&self, ids: &SessionIds, address: SessionAddress) -> bool {
-        let (hash, part) = self.place(ids.split().0);
+        let (hash, part) = self.part(ids.split().0);
         let mut table = part.write().expect("no holder panics");
         match table.find_entry(hash, |entry| entry.ids == *ids && entry.address == address) {
             Ok(entry) => {
                 entry.remove();
-                // After a storm the memory goes back; the slack keeps a busy part from thrashing.
+                // Returns the memory after a mass disconnect. The slack avoids frequent resizing.
                 if table.capacity() > 64 && table.len() < table.capacity() / 4 {
                     let target = table.len() * 2;
                     table.shrink_to(target, |entry| self.hasher.hash_one(entry.ids.split().0));
@@ -119,9 +119,9 @@ impl Directory {
         }
     }
 
-    /// Calls `visit` for each session of the user; returns how many there were.
+    /// Calls `visit` for each session of the user. Returns their number.
     pub fn sessions_of(&self, user: &str, mut visit: impl FnMut(SessionAddress)) -> usize {
-        let (hash, part) = self.place(user.as_bytes());
+        let (hash, part) = self.part(user.as_bytes());
         let table = part.read().expect("no holder panics");
         table
             .iter_hash(hash)
@@ -132,17 +132,17 @@ impl Directory {
 
     /// The session of one user and device.
     pub fn find(&self, ids: &SessionIds) -> Option<SessionAddress> {
-        let (hash, part) = self.place(ids.split().0);
+        let (hash, part) = self.part(ids.split().0);
         let table = part.read().expect("no holder panics");
         table.find(hash, |entry| entry.ids == *ids).map(|entry| entry.address)
     }
 
-    /// Sessions in all.
+    /// Number of sessions.
     pub fn len(&self) -> usize {
         self.parts.iter().map(|part| part.read().expect("no holder panics").len()).sum()
     }
 
-    /// Whether nobody is connected.
+    /// Whether there are no sessions.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn user_has_several_devices() {
+    fn user_may_have_several_devices() {
         let directory = Directory::new();
         assert_eq!(directory.insert(SessionIds::new("alice", "phone"), address(1)), None);
         assert_eq!(directory.insert(SessionIds::new("alice", "desk"), address(2)), None);
@@ -193,14 +193,14 @@ mod tests {
     }
 
     #[test]
-    fn ids_that_run_together_stay_apart() {
+    fn ids_with_the_same_concatenation_differ() {
         assert_ne!(SessionIds::new("ab", "c"), SessionIds::new("a", "bc"));
         let ids = SessionIds::new("ab", "c");
         assert_eq!((ids.user(), ids.device()), ("ab", "c"));
     }
 
     #[test]
-    fn table_shrinks_after_a_storm() {
+    fn table_shrinks_after_a_mass_disconnect() {
         let directory = Directory::new();
         let all: Vec<_> =
             (0..50_000).map(|n| SessionIds::new(&format!("user-{n}"), "phone")).collect();

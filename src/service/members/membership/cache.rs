@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use hashbrown::DefaultHashBuilder;
 
-use crate::service::members::membership::state::{Known, LogPosition, Members, State};
+use crate::service::members::membership::state::{KnownList, ListState, LogPosition, Members};
 use crate::service::members::membership::{MembershipConfig, MembershipCounters};
 use crate::service::runtime::cache::{Bounds, Cache};
 
 /// Caches, each with its own lock.
 const PARTS: usize = 16;
 
-type Part = Cache<State>;
+type Part = Cache<ListState>;
 
 #[derive(Debug)]
 pub(super) struct MemberLists {
@@ -72,14 +72,14 @@ impl MemberLists {
     ) -> Option<Members> {
         let (hash, part) = self.part(conversation);
         part.read().expect("no holder panics").read(hash, conversation, |state| match state {
-            State::Known(known) if self.is_current(known, now_ms) => Some(known.members(at)),
+            ListState::Known(known) if self.is_current(known, now_ms) => Some(known.members(at)),
             _ => None,
         })
     }
 
     /// Whether a list is within its lifetime. The lifetime is shortened by a share that is derived
     /// from the time the list arrived, so every call for the same list agrees.
-    pub(super) fn is_current(&self, known: &Known, now_ms: u64) -> bool {
+    pub(super) fn is_current(&self, known: &KnownList, now_ms: u64) -> bool {
         if !self.expires {
             return true;
         }
@@ -97,12 +97,12 @@ impl MemberLists {
     pub(super) fn with<T>(
         &self,
         conversation: &str,
-        act: impl FnOnce(&Arc<str>, &mut State) -> T,
+        act: impl FnOnce(&Arc<str>, &mut ListState) -> T,
     ) -> T {
         let (hash, part) = self.part(conversation);
         self.count(&mut part.write().expect("no holder panics"), |part| {
             if !part.contains(hash, conversation) {
-                part.insert(hash, conversation.into(), State::Unknown);
+                part.insert(hash, conversation.into(), ListState::Unknown);
             }
             let result = part.update(hash, conversation, act).expect("it was just inserted");
             self.counters.evictions.add(part.evict(conversation) as u64);
@@ -114,7 +114,7 @@ impl MemberLists {
     pub(super) fn with_existing<T>(
         &self,
         conversation: &str,
-        act: impl FnOnce(&mut State) -> T,
+        act: impl FnOnce(&mut ListState) -> T,
     ) -> Option<T> {
         let (hash, part) = self.part(conversation);
         self.count(&mut part.write().expect("no holder panics"), |part| {
@@ -122,11 +122,11 @@ impl MemberLists {
         })
     }
 
-    /// Makes all lists unknown. An answer that is under way is stale when it arrives.
+    /// Makes all lists unknown. The answer to a request in flight is stale when it arrives.
     pub(super) fn clear(&self) {
         for part in &self.parts {
             self.count(&mut part.write().expect("no holder panics"), |part| {
-                part.update_all(|state| *state = State::Unknown);
+                part.update_all(|state| *state = ListState::Unknown);
             });
         }
     }

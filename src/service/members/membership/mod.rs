@@ -1,10 +1,9 @@
-//! Who belongs to a conversation: complete, or unknown (design decision 8).
+//! The membership cache: member lists that are complete or unknown (design decision 8).
 //!
-//! Shared by all routers of the node. A list is cached only because every change of it reaches this
-//! cache: the follower (`kafka::follower`) reads the membership topics on every node, whoever of a
-//! group delivers their records. A router that comes upon a change first applies it too, so that
-//! what it routes next obeys it. How answers and changes are reconciled is
-//! told in `membership/state.rs`.
+//! All routers of the node share it. Every change reaches this cache, because the follower
+//! (`kafka::follower`) reads the membership topics on every node, whichever node delivers their records.
+//! A router that reads a change before the follower applies it too, so that its next record is routed
+//! correctly. `membership/state` describes how answers and changes are reconciled.
 
 mod cache;
 mod state;
@@ -18,34 +17,36 @@ use crate::handoff::Doorbell;
 use crate::service::backends::ports::{ConversationSource, MembershipChanges, NeighbourError};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::cache::MemberLists;
-use crate::service::members::membership::state::{Answered, Change, Marks, Rules, State};
+use crate::service::members::membership::state::{
+    AnswerOutcome, ListState, MemberChange, ReconcileRules, Watermarks,
+};
 use crate::service::runtime::backoff::Backoff;
 
 pub use crate::service::members::membership::state::{LogPosition, Members};
 
-/// How long "no such conversation" is believed, ms: a replica of the service may lag behind the
-/// event that made the conversation.
+/// How long "no such conversation" is cached, ms. Short, because a replica of the service may lag behind
+/// the creation event.
 const ABSENT_MS: u64 = 2_000;
 
-/// Bounds and times. All have defaults.
+/// Bounds and times of the membership cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MembershipConfig {
-    /// Conversations whose members are cached.
+    /// Cached conversations.
     pub conversations_max: usize,
-    /// Cached members, summed over all conversations; 16 bytes each. One conversation may go
-    /// beyond its share: it is then the only one of its part.
+    /// Cached members, summed over all conversations; 16 bytes each. One conversation may exceed the
+    /// share of its part of the cache, and is then alone in it.
     pub members_max: usize,
-    /// How long a list is used before it is asked for again, ms; each list's own is shorter by up to
-    /// a quarter, so that they do not end together. Without a conversation service lists do not end.
+    /// Lifetime of a list before it is fetched again, ms. Each list's own is up to a quarter shorter, so
+    /// that they do not expire together. Without a conversation service lists do not expire.
     pub lifetime_ms: u64,
-    /// Time for one answer of the conversation service, ms.
+    /// Deadline of one request to the conversation service, ms.
     pub fetch_deadline_ms: u64,
-    /// Questions under way at a time.
+    /// Requests in flight at a time.
     pub fetches_max: usize,
-    /// Delays after failed questions.
+    /// Delays after failed requests.
     pub backoff: Backoff,
-    /// How far apart the clocks of this node and of the publishers (or brokers) may be, ms. Too
-    /// large costs questions, too small costs correctness.
+    /// Largest difference between the clocks of this node and of the publishers (or brokers), ms. Too
+    /// large a value costs requests; too small a value costs correctness.
     pub clock_skew_ms: u64,
 }
 
@@ -64,39 +65,39 @@ impl Default for MembershipConfig {
 }
 
 counters! {
-    /// Counted by the membership cache; any thread.
+    /// Metrics of the membership cache.
     pub struct MembershipCounters of SharedCounter {
         Gauge conversations: "Conversations in the membership cache.",
         Gauge members: "Members in the membership cache, summed over its conversations.",
-        Counter evictions: "Member lists dropped to stay within the bounds of the cache.",
-        Counter invalidations: "Member lists dropped because a change might or might not be in them.",
-        Counter fetches: "Questions to the conversation service for the members of a conversation.",
-        Counter fetches_repeated: "Questions asked again because changes arrived meanwhile.",
-        Counter fetches_failed: "Questions to the conversation service without an answer.",
-        Gauge fetches_under_way: "Questions to the conversation service without an answer yet.",
-        Counter conversations_absent: "Answers of the conversation service that there is no such conversation.",
+        Counter evictions: "Member lists evicted to stay within the bounds of the cache.",
+        Counter invalidations: "Member lists dropped because a change may or may not be in them.",
+        Counter fetches: "Requests to the conversation service for the members of a conversation.",
+        Counter fetches_repeated: "Requests repeated because changes arrived during them.",
+        Counter fetches_failed: "Requests to the conversation service that failed.",
+        Gauge fetches_under_way: "Requests to the conversation service in flight.",
+        Counter conversations_absent: "Answers of the conversation service that a conversation does not exist.",
     }
 }
 
-/// What is known when a record needs its recipients.
+/// Result of a look-up.
 #[derive(Clone, Debug)]
 pub enum Lookup {
-    /// All of them.
+    /// The complete list.
     Members(Members),
-    /// Being asked for; the bells ring when that has changed.
+    /// Being fetched. The doorbells ring when the request has ended.
     Pending,
-    /// The service does not answer; it is asked again by the first look-up after `retry_at_ms`.
+    /// The request failed. The first look-up after `retry_at_ms` repeats it.
     Failing {
         /// Unix time, ms.
         retry_at_ms: u64,
     },
-    /// The service knows of no such conversation.
+    /// The service reports that the conversation does not exist.
     Absent,
-    /// Not known, and there is no service to ask.
+    /// Not known, and no conversation service is configured.
     Unknown,
 }
 
-/// See the module.
+/// The membership cache of a node.
 pub struct Membership {
     lists: MemberLists,
     source: Option<Arc<dyn ConversationSource>>,
@@ -105,8 +106,9 @@ pub struct Membership {
     counters: Arc<MembershipCounters>,
     bells: RwLock<Vec<Arc<Doorbell>>>,
     watchers: RwLock<Vec<Arc<dyn MembershipChanges>>>,
-    /// Held while a change is applied: whoever finds it read may rely on its having been applied.
-    marks: Mutex<Marks>,
+    /// Held while a change is applied, so that a position marked as read implies that its change is
+    /// applied.
+    watermarks: Mutex<Watermarks>,
     following: AtomicBool,
     fetches: AtomicUsize,
     fetch_ids: AtomicU64,
@@ -119,7 +121,7 @@ impl std::fmt::Debug for Membership {
 }
 
 impl Membership {
-    /// An empty cache in front of `source`. Nothing is asked for before [`Membership::follow`].
+    /// An empty cache for the lists of `source`. It makes no request before [`Membership::follow`].
     pub fn new(
         config: MembershipConfig,
         source: Option<Arc<dyn ConversationSource>>,
@@ -134,58 +136,57 @@ impl Membership {
             counters,
             bells: RwLock::default(),
             watchers: RwLock::default(),
-            marks: Mutex::default(),
+            watermarks: Mutex::default(),
             following: AtomicBool::new(false),
             fetches: AtomicUsize::new(0),
             fetch_ids: AtomicU64::new(0),
         })
     }
 
-    /// Adds one who is told of every change from now on.
+    /// Notifies `watcher` of every change from now on.
     pub fn watch(&self, watcher: Arc<dyn MembershipChanges>) {
         self.watchers.write().expect("no holder panics").push(watcher);
     }
 
-    /// Adds one who is woken when a list has arrived: a router.
+    /// Rings `bell`, a router's, whenever a list has arrived.
     pub fn wake(&self, bell: Arc<Doorbell>) {
         self.bells.write().expect("no holder panics").push(bell);
     }
 
-    /// A partition of the membership topics is read from `place` on; what stands before it is in
-    /// every answer from now on.
-    pub fn follow_from(&self, place: LogPosition) {
-        let before = LogPosition { offset: place.offset - 1, ..place };
-        self.marks.lock().expect("no holder panics").advance(before);
+    /// States that a partition of the membership topics is read from `position` on. Every answer from now
+    /// on includes the changes before it.
+    pub fn follow_from(&self, position: LogPosition) {
+        let before = LogPosition { offset: position.offset - 1, ..position };
+        self.watermarks.lock().expect("no holder panics").advance(before);
     }
 
-    /// From now on every change reaches this cache. An answer asked for earlier could miss one that
-    /// nobody would ever apply.
+    /// States that every change reaches this cache from now on, and so allows requests. The answer to an
+    /// earlier request could miss a change that is never applied.
     pub fn follow(&self) {
         self.following.store(true, Ordering::Release);
         self.ring();
     }
 
-    /// A part of the membership log was lost to this node (retention, truncation): nothing that is
-    /// cached can be trusted, and nothing is cached before [`Membership::follow`].
-    pub fn forget_all(&self) {
+    /// Drops all lists, because changes were missed (retention, truncation). Nothing is cached until
+    /// [`Membership::follow`].
+    pub fn clear(&self) {
         self.following.store(false, Ordering::Release);
-        *self.marks.lock().expect("no holder panics") = Marks::default();
+        *self.watermarks.lock().expect("no holder panics") = Watermarks::default();
         self.lists.clear();
     }
 
-    /// Whether there is a conversation service to ask.
-    pub fn can_ask(&self) -> bool {
+    /// Whether a conversation service is configured.
+    pub fn has_source(&self) -> bool {
         self.source.is_some()
     }
 
-    fn rules(&self) -> Rules {
-        Rules { clock_skew_ms: self.config.clock_skew_ms, can_ask: self.can_ask() }
+    fn rules(&self) -> ReconcileRules {
+        ReconcileRules { clock_skew_ms: self.config.clock_skew_ms, has_source: self.has_source() }
     }
 
-    /// The members of a conversation. If they are not known they are asked for, once for all who
-    /// wait. `at` is the place of the record they are for, if it stands in a log that is followed:
-    /// the follower may have read on, and what follows in the record's own partition does not
-    /// concern it yet.
+    /// The members of a conversation. An unknown list is fetched, with one request for all callers. `at`
+    /// is the position of the record being routed, if it is from a partition: later changes in that
+    /// partition, which the follower may have read already, do not apply to it.
     pub fn lookup(
         self: &Arc<Self>,
         conversation: &str,
@@ -201,29 +202,29 @@ impl Membership {
         if !self.following.load(Ordering::Acquire) {
             return Lookup::Pending;
         }
-        self.lists.with(conversation, |key, state| self.ask_if_due(key, state, at, now_ms))
+        self.lists.with(conversation, |key, state| self.fetch_if_due(key, state, at, now_ms))
     }
 
-    fn ask_if_due(
+    fn fetch_if_due(
         self: &Arc<Self>,
         key: &Arc<str>,
-        state: &mut State,
+        state: &mut ListState,
         at: Option<LogPosition>,
         now_ms: u64,
     ) -> Lookup {
         match state {
-            State::Unknown => {}
-            State::Fetching(_) => return found(state, at).unwrap_or(Lookup::Pending),
-            State::Failing { retry_at_ms, .. } if now_ms < *retry_at_ms => {
+            ListState::Unknown => {}
+            ListState::Fetching(_) => return found(state, at).unwrap_or(Lookup::Pending),
+            ListState::Failing { retry_at_ms, .. } if now_ms < *retry_at_ms => {
                 return Lookup::Failing { retry_at_ms: *retry_at_ms };
             }
-            State::Failing { .. } => {}
-            State::Absent { until_ms } if now_ms < *until_ms => return Lookup::Absent,
-            State::Absent { .. } => {}
-            State::Known(known) if self.lists.is_current(known, now_ms) => {
+            ListState::Failing { .. } => {}
+            ListState::Absent { until_ms } if now_ms < *until_ms => return Lookup::Absent,
+            ListState::Absent { .. } => {}
+            ListState::Known(known) if self.lists.is_current(known, now_ms) => {
                 return Lookup::Members(known.members(at));
             }
-            State::Known(_) => {}
+            ListState::Known(_) => {}
         }
         let meanwhile = found(state, at).unwrap_or(Lookup::Pending);
         if self.fetches.fetch_add(1, Ordering::Relaxed) >= self.config.fetches_max {
@@ -232,21 +233,21 @@ impl Membership {
         }
         self.counters.fetches_under_way.add(1);
         let id = self.fetch_ids.fetch_add(1, Ordering::Relaxed);
-        state.ask(id, now_ms);
+        state.start_fetch(id, now_ms);
         self.runtime.spawn(Arc::clone(self).fetch(Arc::clone(key), id));
         meanwhile
     }
 
-    /// Asks until there is an answer that nothing has overtaken.
+    /// Requests the members until an answer is certain to be current.
     async fn fetch(self: Arc<Self>, key: Arc<str>, id: u64) {
-        let source = self.source.as_ref().expect("asked only with a source");
+        let source = self.source.as_ref().expect("fetched only with a source");
         let deadline = Duration::from_millis(self.config.fetch_deadline_ms);
         loop {
             self.counters.fetches.add(1);
             let answer = tokio::time::timeout(deadline, source.members(Arc::clone(&key)))
                 .await
                 .unwrap_or_else(|_| Err(NeighbourError::Unavailable("no answer in time".into())));
-            if self.settle(&key, id, answer) != Answered::AskAgain {
+            if self.handle_answer(&key, id, answer) != AnswerOutcome::Repeat {
                 break;
             }
             self.counters.fetches_repeated.add(1);
@@ -256,12 +257,12 @@ impl Membership {
         self.ring();
     }
 
-    fn settle(
+    fn handle_answer(
         &self,
         key: &Arc<str>,
         id: u64,
         answer: Result<Vec<Arc<str>>, NeighbourError>,
-    ) -> Answered {
+    ) -> AnswerOutcome {
         let now_ms = unix_ms();
         match answer {
             Ok(members) => {
@@ -272,7 +273,7 @@ impl Membership {
             Err(NeighbourError::NotFound) => {
                 self.counters.conversations_absent.add(1);
                 self.lists.with(key, |_, state| state.absent(id, now_ms + ABSENT_MS));
-                Answered::Settled
+                AnswerOutcome::Finished
             }
             Err(NeighbourError::Unavailable(reason)) => {
                 self.counters.fetches_failed.add(1);
@@ -281,8 +282,8 @@ impl Membership {
                     pause.as_micros().div_ceil(1_000) as u64
                 };
                 self.lists.with(key, |_, state| state.failed(id, now_ms, pause));
-                tracing::debug!(conversation = %key, reason, "members not answered");
-                Answered::Settled
+                tracing::debug!(conversation = %key, reason, "cannot fetch members");
+                AnswerOutcome::Finished
             }
         }
     }
@@ -292,12 +293,12 @@ impl Membership {
         &self,
         conversation: &str,
         members: &[&str],
-        place: LogPosition,
+        position: LogPosition,
         appended_at_ms: u64,
         now_ms: u64,
     ) {
-        let mut marks = self.marks.lock().expect("no holder panics");
-        if !marks.advance(place) {
+        let mut watermarks = self.watermarks.lock().expect("no holder panics");
+        if !watermarks.advance(position) {
             return;
         }
         let members = self.lists.intern(members.iter().copied());
@@ -305,29 +306,29 @@ impl Membership {
         self.lists.with(conversation, |_, state| {
             state.created(members, appended_at_ms, now_ms, rules);
         });
-        drop(marks);
+        drop(watermarks);
         self.ring();
     }
 
-    /// A membership event: applied, ignored if the list has it already, or the list is dropped if
-    /// that cannot be told. `place` is `None` if another node handed it over.
+    /// A membership event. It is applied, or ignored if the list includes it; if that is unknown, the list
+    /// is dropped. `position` is `None` if another node handed it off.
     pub fn changed(
         &self,
         conversation: &str,
         user: &str,
         added: bool,
-        place: Option<LogPosition>,
+        position: Option<LogPosition>,
         appended_at_ms: u64,
     ) {
-        let mut marks = self.marks.lock().expect("no holder panics");
-        if place.is_some_and(|place| !marks.advance(place)) {
+        let mut watermarks = self.watermarks.lock().expect("no holder panics");
+        if position.is_some_and(|position| !watermarks.advance(position)) {
             return;
         }
         for watcher in &*self.watchers.read().expect("no holder panics") {
             watcher.changed(user);
         }
         let user = self.lists.intern_one(user);
-        let change = Change { user, added, place, appended_at_ms };
+        let change = MemberChange { user, added, position, appended_at_ms };
         let rules = self.rules();
         let dropped = self.lists.with_existing(conversation, |state| state.change(change, rules));
         if dropped == Some(true) {
@@ -342,7 +343,7 @@ impl Membership {
     }
 }
 
-fn found(state: &State, at: Option<LogPosition>) -> Option<Lookup> {
+fn found(state: &ListState, at: Option<LogPosition>) -> Option<Lookup> {
     state.members(at).map(Lookup::Members)
 }
 

@@ -3,16 +3,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::service::backends::ports::BoxFuture;
 
-/// Knows every conversation: its members are the conversation's own name and "b".
+/// A conversation service with every conversation: its members are its own name and "b".
 #[derive(Default)]
-struct Service {
+struct FakeService {
     asked: AtomicUsize,
     gate: Option<tokio::sync::Semaphore>,
 }
 
-struct Source(Arc<Service>);
+struct FakeSource(Arc<FakeService>);
 
-impl ConversationSource for Source {
+impl ConversationSource for FakeSource {
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
         let service = Arc::clone(&self.0);
         Box::pin(async move {
@@ -25,15 +25,15 @@ impl ConversationSource for Source {
     }
 }
 
-struct Node {
+struct CacheNode {
     membership: Arc<Membership>,
     counters: Arc<MembershipCounters>,
-    service: Arc<Service>,
+    service: Arc<FakeService>,
     bell: Arc<Doorbell>,
     _runtime: tokio::runtime::Runtime,
 }
 
-impl Node {
+impl CacheNode {
     fn new(config: MembershipConfig, gated: bool) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -41,11 +41,11 @@ impl Node {
             .build()
             .unwrap();
         let gate = gated.then(|| tokio::sync::Semaphore::new(0));
-        let service = Arc::new(Service { gate, ..Service::default() });
+        let service = Arc::new(FakeService { gate, ..FakeService::default() });
         let counters = Arc::<MembershipCounters>::default();
         let membership = Membership::new(
             config,
-            Some(Arc::new(Source(Arc::clone(&service)))),
+            Some(Arc::new(FakeSource(Arc::clone(&service)))),
             runtime.handle().clone(),
             Arc::clone(&counters),
         );
@@ -73,8 +73,8 @@ impl Node {
 }
 
 #[test]
-fn asked_once_for_all_who_wait() {
-    let node = Node::new(MembershipConfig::default(), true);
+fn one_request_serves_all_callers() {
+    let node = CacheNode::new(MembershipConfig::default(), true);
     node.membership.follow();
     let now = unix_ms();
     for _ in 0..100 {
@@ -87,8 +87,8 @@ fn asked_once_for_all_who_wait() {
 }
 
 #[test]
-fn nothing_is_asked_before_the_changes_are_followed() {
-    let node = Node::new(MembershipConfig::default(), false);
+fn no_request_is_made_before_changes_are_followed() {
+    let node = CacheNode::new(MembershipConfig::default(), false);
     assert!(matches!(node.membership.lookup("a", None, unix_ms()), Lookup::Pending));
     assert_eq!(node.counters.fetches_under_way.get(), 0);
     node.membership.follow();
@@ -96,8 +96,8 @@ fn nothing_is_asked_before_the_changes_are_followed() {
 }
 
 #[test]
-fn questions_under_way_are_bounded() {
-    let node = Node::new(MembershipConfig { fetches_max: 3, ..Default::default() }, true);
+fn requests_in_flight_are_bounded() {
+    let node = CacheNode::new(MembershipConfig { fetches_max: 3, ..Default::default() }, true);
     node.membership.follow();
     let now = unix_ms();
     for conversation in 0..10 {
@@ -117,13 +117,13 @@ fn questions_under_way_are_bounded() {
 fn cache_stays_within_its_bounds() {
     let config =
         MembershipConfig { conversations_max: 160, members_max: 1600, ..Default::default() };
-    let node = Node::new(config, false);
-    let place = |offset| LogPosition { topic: 0, partition: 0, offset };
+    let node = CacheNode::new(config, false);
+    let position = |offset| LogPosition { topic: 0, partition: 0, offset };
     let now = unix_ms();
     let names: Vec<_> = (0..40).map(|n| format!("user-{n}")).collect();
     let members: Vec<_> = names.iter().map(String::as_str).collect();
     for offset in 0..2000 {
-        node.membership.created(&format!("c-{offset}"), &members[..20], place(offset), now, now);
+        node.membership.created(&format!("c-{offset}"), &members[..20], position(offset), now, now);
         assert!(node.counters.conversations.get() <= 160);
         assert!(node.counters.members.get() <= 1600);
     }
@@ -135,7 +135,7 @@ fn cache_stays_within_its_bounds() {
     // One that is larger than its part's share is held all the same, alone in its part.
     let large: Vec<_> = (0..500).map(|n| format!("member-{n}")).collect();
     let large: Vec<_> = large.iter().map(String::as_str).collect();
-    node.membership.created("large", &large, place(2000), now, now);
+    node.membership.created("large", &large, position(2000), now, now);
     assert!(
         matches!(node.membership.lookup("large", None, now), Lookup::Members(m) if m.len() == 500)
     );
@@ -144,19 +144,19 @@ fn cache_stays_within_its_bounds() {
 #[test]
 fn what_is_used_outlives_what_is_not() {
     let config = MembershipConfig { conversations_max: 160, ..Default::default() };
-    let node = Node::new(config, false);
+    let node = CacheNode::new(config, false);
     let now = unix_ms();
     for offset in 0..500 {
-        let place = LogPosition { topic: 0, partition: 0, offset };
-        node.membership.created(&format!("c-{offset}"), &["a"], place, now, now);
+        let position = LogPosition { topic: 0, partition: 0, offset };
+        node.membership.created(&format!("c-{offset}"), &["a"], position, now, now);
         assert!(matches!(node.membership.lookup("c-0", None, now), Lookup::Members(_)), "{offset}");
     }
 }
 
 #[test]
-fn list_at_the_end_of_its_lifetime_serves_while_it_is_asked_for_again() {
+fn expired_list_is_used_while_it_is_fetched_again() {
     let config = MembershipConfig { lifetime_ms: 1000, ..Default::default() };
-    let node = Node::new(config, true);
+    let node = CacheNode::new(config, true);
     node.membership.follow();
     let now = unix_ms();
     node.membership.created(
@@ -182,13 +182,13 @@ fn list_at_the_end_of_its_lifetime_serves_while_it_is_asked_for_again() {
 }
 
 #[test]
-fn lost_log_means_everything_is_forgotten() {
-    let node = Node::new(MembershipConfig::default(), false);
+fn lost_log_drops_all_lists() {
+    let node = CacheNode::new(MembershipConfig::default(), false);
     node.membership.follow();
     let now = unix_ms();
-    let place = LogPosition { topic: 0, partition: 0, offset: 7 };
-    node.membership.created("a", &["x"], place, now, now);
-    node.membership.forget_all();
+    let position = LogPosition { topic: 0, partition: 0, offset: 7 };
+    node.membership.created("a", &["x"], position, now, now);
+    node.membership.clear();
     assert_eq!(node.counters.members.get(), 0);
     assert!(matches!(node.membership.lookup("a", None, now), Lookup::Pending));
     node.membership.follow();

@@ -132,7 +132,7 @@ impl Follower {
             for partition in known.unwrap_or(0)..count {
                 let (low, high) =
                     self.consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT)?;
-                let from_end = known.is_none() && self.shared.membership.can_ask();
+                let from_end = known.is_none() && self.shared.membership.has_source();
                 let start = if from_end { high } else { low };
                 added.add_partition_offset(&topic, partition, Offset::Offset(start))?;
                 ends.push((partition, start, high));
@@ -187,7 +187,7 @@ impl Follower {
         self.shared.counters.membership_restarts.add(1);
         self.shared.status.set_following(false);
         self.following = false;
-        self.shared.membership.forget_all();
+        self.shared.membership.clear();
         if let Err(error) = self.consumer.unassign() {
             tracing::warn!(%error, "membership topics: error");
         }

@@ -1,26 +1,24 @@
-//! What is known of one conversation's members: a pure state machine.
+//! The member list of one conversation: a pure state machine.
 //!
 //! ```text
 //!            lookup                     answer
-//! Unknown ──────────► Fetching ─────────────────────► Known ──┐ change known to be newer:
-//!    ▲                 │  ▲  │ failed      lifetime    │  ▲   │ applied
+//! Unknown ──────────► Fetching ─────────────────────► Known ──┐ change that is newer than
+//!    ▲                 │  ▲  │ failed      lifetime    │  ▲   │ the list: applied
 //!    │                 │  │  │ ◄───────────────────────┤  └───┘
 //!    │                 │  │  └──► Failing ──┐          │
 //!    │                 │  └─────────────────┘ lookup   │
-//!    │                 └─► Absent (the service knows of no such conversation)
+//!    │                 └─► Absent (the conversation does not exist)
 //!    └──────────────────────────────── change that may or may not be in the list
 //! ```
 //!
-//! **Why a list is never behind the log that was read.** Each change counts when it is read for the
-//! first time on this node ([`Marks`]): it is applied to whatever is known then, and what is asked
-//! for later includes it, because the service publishes a change after it has stored it. For the
-//! same reason an answer includes every change that was published before the question, and none
-//! that was made after the answer; of one that was appended between the two, or so near to them that
-//! clocks cannot tell, it may or may not include: the list is dropped and asked for again. A change
-//! that comes while a question is under way makes its answer doubtful in the same way, so the
-//! question is asked once more; after [`FETCH_ROUNDS_MAX`] rounds of a conversation that
-//! changes faster than it can be asked for, the changes are applied to the last answer, and from there
-//! on the log decides.
+//! **Why a list is never behind the log.** A change is applied when this node reads it for the first
+//! time ([`Watermarks`]). A later request includes it, because the service stores a change before it
+//! publishes it. So an answer includes every change published before the request, and none made after
+//! the answer. A change appended between the two, or within the clock difference of either, may or may
+//! not be included: the list is dropped and fetched again. A change that arrives during a request makes
+//! the answer doubtful in the same way, so the request is repeated. If a conversation changes faster
+//! than it can be fetched, then after [`FETCH_ROUNDS_MAX`] requests the changes are applied to the last
+//! answer, and from then on only changes from the log are applied.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,18 +28,18 @@ use crate::service::runtime::cache::Weigh;
 /// Members of one conversation, sorted, each once.
 pub type Members = Arc<[Arc<str>]>;
 
-/// How often a question is repeated because changes arrived while it was under way.
+/// How many requests are made while changes arrive during each of them.
 pub(super) const FETCH_ROUNDS_MAX: u8 = 3;
-/// Changes remembered while a question is under way. With more than that the answer is not used.
+/// Changes kept during a request. Beyond that the answer is discarded.
 const CHANGES_MAX: usize = 256;
 
-/// Changes remembered with a list, for records that stand before them; the oldest goes first.
+/// Recent changes kept with a list, for earlier records; the oldest is removed first.
 const RECENT_MAX: usize = 16;
 
-/// Where in the logs a record stands.
+/// Position of a record in Kafka.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogPosition {
-    /// Index of the topic among those that this node reads.
+    /// Index of the topic among the topics of this node.
     pub topic: u16,
     /// The partition.
     pub partition: i32,
@@ -50,53 +48,53 @@ pub struct LogPosition {
 }
 
 impl LogPosition {
-    /// Whether this comes later than `other` in the same partition. Between partitions there is no
-    /// order.
+    /// Whether this is later than `other` in the same partition. Partitions have no common order.
     fn is_after(self, other: LogPosition) -> bool {
         (self.topic, self.partition) == (other.topic, other.partition) && self.offset > other.offset
     }
 }
 
-/// How far each partition has been read on this node, by whichever reader was first.
+/// The next unread offset of each partition on this node. The follower and the routers read the same
+/// partitions; the first reader of a record counts.
 #[derive(Debug, Default)]
-pub(super) struct Marks(HashMap<(u16, i32), i64>);
+pub(super) struct Watermarks(HashMap<(u16, i32), i64>);
 
-impl Marks {
-    /// Whether this is read for the first time; if so it counts as read from now on.
-    pub(super) fn advance(&mut self, place: LogPosition) -> bool {
-        let next = self.0.entry((place.topic, place.partition)).or_insert(0);
-        let first = place.offset >= *next;
-        *next = place.offset.saturating_add(1).max(*next);
+impl Watermarks {
+    /// Watermarks a position as read. Returns whether it is read for the first time.
+    pub(super) fn advance(&mut self, position: LogPosition) -> bool {
+        let next = self.0.entry((position.topic, position.partition)).or_insert(0);
+        let first = position.offset >= *next;
+        *next = position.offset.saturating_add(1).max(*next);
         first
     }
 }
 
 /// One user joined or left.
 #[derive(Clone, Debug)]
-pub(super) struct Change {
-    /// Who.
+pub(super) struct MemberChange {
     pub(super) user: Arc<str>,
-    /// Joined, or left.
+    /// `true`: joined; `false`: left.
     pub(super) added: bool,
-    /// Where it was read from the log, so in its order; `None` if another node handed it over.
-    pub(super) place: Option<LogPosition>,
-    /// When it was appended, Unix time in ms.
+    /// Its position in the log. `None`: another node handed it off, so its order is unknown.
+    pub(super) position: Option<LogPosition>,
+    /// Time of its append, Unix time in ms.
     pub(super) appended_at_ms: u64,
 }
 
-/// What a list rests on.
+/// What a list is based on.
 #[derive(Clone, Copy, Debug)]
 enum Basis {
-    /// What the log says up to a place, and each change after it.
+    /// The log: a creation event, or an answer to which changes were applied; and each later change.
     Log,
-    /// An answer of the conversation service: asked at, answered at; and each change after it.
+    /// An answer of the conversation service, and each later change. Unix time, ms.
     Answer { asked_at_ms: u64, answered_at_ms: u64 },
 }
 
+/// What is known about the members of one conversation.
 #[derive(Debug)]
-pub(super) enum State {
+pub(super) enum ListState {
     Unknown,
-    /// Boxed: few are being asked for at a time, and the known ones lie closer together without it.
+    /// Boxed, because few lists are fetched at a time, and this keeps the other states small.
     Fetching(Box<Fetching>),
     Failing {
         retry_at_ms: u64,
@@ -105,61 +103,63 @@ pub(super) enum State {
     Absent {
         until_ms: u64,
     },
-    Known(Known),
+    Known(KnownList),
 }
 
-/// A question under way.
+/// A request in flight.
 #[derive(Debug)]
 pub(super) struct Fetching {
     id: u64,
     asked_at_ms: u64,
     round: u8,
-    /// What arrived meanwhile.
-    changes: Vec<Change>,
-    /// Questions before this one that failed in a row.
+    /// Changes that arrived during the request.
+    changes: Vec<MemberChange>,
+    /// Failed requests in a row before this one.
     failures: u32,
-    /// The list that has come to the end of its lifetime. It is as complete as it was, so it serves
-    /// until the answer comes, and on if none comes.
-    outlived: Option<Known>,
+    /// The list whose lifetime ended. It is still complete, so it is used until the answer arrives, and
+    /// longer if the request fails.
+    expired: Option<KnownList>,
 }
 
+/// A complete member list.
 #[derive(Debug)]
-pub(super) struct Known {
+pub(super) struct KnownList {
     members: Members,
     basis: Basis,
+    /// Start of its lifetime, Unix time in ms.
     pub(super) since_ms: u64,
-    /// The last changes that made a difference, in the order of the log: a router may still be at
-    /// records before them when the follower has read them.
-    recent: Vec<(LogPosition, Change)>,
+    /// The last changes that changed the list, in the order of the log. A router may still be at records
+    /// before them.
+    recent: Vec<(LogPosition, MemberChange)>,
 }
 
-/// What a state machine needs to know of the node.
+/// The node's rules for reconciling answers and changes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Rules {
-    /// How far the clocks of this node and of whoever stamps records may be apart.
+pub(super) struct ReconcileRules {
+    /// Largest difference between the clocks of this node and of the publishers (or brokers), ms.
     pub(super) clock_skew_ms: u64,
-    /// Whether there is a conversation service to ask.
-    pub(super) can_ask: bool,
+    /// Whether a conversation service is configured.
+    pub(super) has_source: bool,
 }
 
-/// What became of an answer.
+/// Result of an answer.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Answered {
-    /// The state holds it.
-    Settled,
-    /// Ask again: changes came meanwhile.
-    AskAgain,
-    /// Nobody waits for it any more.
+pub(super) enum AnswerOutcome {
+    /// The request is finished.
+    Finished,
+    /// Repeat the request, because changes arrived during it.
+    Repeat,
+    /// The answer is not expected any more.
     Stale,
 }
 
-impl Weigh for State {
-    /// References to members held.
+impl Weigh for ListState {
+    /// Number of members held, which the cache bounds.
     fn weight(&self) -> usize {
         match self {
             Self::Known(known) => known.members.len(),
             Self::Fetching(fetching) => {
-                fetching.outlived.as_ref().map_or(0, |known| known.members.len())
+                fetching.expired.as_ref().map_or(0, |known| known.members.len())
             }
             Self::Unknown | Self::Failing { .. } | Self::Absent { .. } => 0,
         }
@@ -171,24 +171,23 @@ impl Weigh for State {
     }
 }
 
-impl State {
-    /// The list to be used now: complete as far as the log has been followed, or as it was at a
-    /// place of the log.
+impl ListState {
+    /// The list to use: up to date with the log as far as it was read, or as of the position `at`.
     pub(super) fn members(&self, at: Option<LogPosition>) -> Option<Members> {
         match self {
             Self::Known(known) => Some(known.members(at)),
-            Self::Fetching(fetching) => fetching.outlived.as_ref().map(|known| known.members(at)),
+            Self::Fetching(fetching) => fetching.expired.as_ref().map(|known| known.members(at)),
             Self::Unknown | Self::Failing { .. } | Self::Absent { .. } => None,
         }
     }
 
-    /// Question `id` is asked.
-    pub(super) fn ask(&mut self, id: u64, now_ms: u64) {
-        let (failures, outlived) = match std::mem::replace(self, Self::Unknown) {
+    /// Starts request `id`.
+    pub(super) fn start_fetch(&mut self, id: u64, now_ms: u64) {
+        let (failures, expired) = match std::mem::replace(self, Self::Unknown) {
             Self::Known(known) => (0, Some(known)),
             Self::Failing { failures, .. } => (failures, None),
             Self::Unknown | Self::Absent { .. } => (0, None),
-            Self::Fetching(_) => unreachable!("one question at a time"),
+            Self::Fetching(_) => unreachable!("one request at a time"),
         };
         *self = Self::Fetching(Box::new(Fetching {
             id,
@@ -196,49 +195,53 @@ impl State {
             round: 1,
             changes: Vec::new(),
             failures,
-            outlived,
+            expired,
         }));
     }
 
-    /// A creation event with everybody in it.
-    pub(super) fn created(&mut self, members: Members, at_ms: u64, now_ms: u64, rules: Rules) {
-        // What an old creation says may have been overtaken by changes that this node has not read
-        // yet; who can ask does better.
-        if rules.can_ask && at_ms.saturating_add(rules.clock_skew_ms) < now_ms {
+    /// Applies a creation event, which has the complete list.
+    pub(super) fn created(
+        &mut self,
+        members: Members,
+        at_ms: u64,
+        now_ms: u64,
+        rules: ReconcileRules,
+    ) {
+        // An old creation event may be outdated by changes that this node has not read yet. A request
+        // to the service gives the current list.
+        if rules.has_source && at_ms.saturating_add(rules.clock_skew_ms) < now_ms {
             return;
         }
-        // An answer is not older than the creation it knew of.
-        if matches!(self, Self::Known(Known { basis: Basis::Answer { .. }, .. })) {
+        // An answer is at least as new as the creation event.
+        if matches!(self, Self::Known(KnownList { basis: Basis::Answer { .. }, .. })) {
             return;
         }
-        *self = Self::Known(Known::new(members, Basis::Log, now_ms));
+        *self = Self::Known(KnownList::new(members, Basis::Log, now_ms));
     }
 
-    /// A change. Returns whether the list was dropped because of it.
-    pub(super) fn change(&mut self, change: Change, rules: Rules) -> bool {
+    /// Applies a change. Returns whether the list was dropped because of it.
+    pub(super) fn change(&mut self, change: MemberChange, rules: ReconcileRules) -> bool {
         match self {
             Self::Unknown | Self::Failing { .. } => false,
-            // Whoever changes it knows it: ask again at the next need.
+            // The conversation exists after all. The next look-up requests it.
             Self::Absent { .. } => {
                 *self = Self::Unknown;
                 false
             }
             Self::Fetching(fetching) => {
-                let dropped = fetching
-                    .outlived
-                    .as_mut()
-                    .is_some_and(|known| known.change(&change, rules) == Applied::Dropped);
+                let expired = fetching.expired.as_mut();
+                let dropped = expired.is_some_and(|known| known.change(&change, rules));
                 if dropped {
-                    fetching.outlived = None;
+                    fetching.expired = None;
                 }
-                // One more than can be used marks the overflow.
+                // One more than the maximum watermarks the overflow.
                 if fetching.changes.len() <= CHANGES_MAX {
                     fetching.changes.push(change);
                 }
                 dropped
             }
             Self::Known(known) => {
-                let dropped = known.change(&change, rules) == Applied::Dropped;
+                let dropped = known.change(&change, rules);
                 if dropped {
                     *self = Self::Unknown;
                 }
@@ -247,66 +250,66 @@ impl State {
         }
     }
 
-    /// The answer to question `id`.
+    /// Handles the answer to request `id`.
     pub(super) fn answered(
         &mut self,
         id: u64,
         members: Members,
         now_ms: u64,
-        rules: Rules,
-    ) -> Answered {
-        let Some(fetching) = self.question(id) else { return Answered::Stale };
+        rules: ReconcileRules,
+    ) -> AnswerOutcome {
+        let Some(fetching) = self.request(id) else { return AnswerOutcome::Stale };
         let asked_at_ms = fetching.asked_at_ms;
         let changes = &mut fetching.changes;
         let doubtful = changes.iter().any(|change| {
-            change.place.is_none()
+            change.position.is_none()
                 || change.appended_at_ms.saturating_add(rules.clock_skew_ms) >= asked_at_ms
         });
         if doubtful && fetching.round < FETCH_ROUNDS_MAX {
             fetching.round += 1;
             fetching.asked_at_ms = now_ms;
             changes.clear();
-            return Answered::AskAgain;
+            return AnswerOutcome::Repeat;
         }
         if !doubtful {
             let basis = Basis::Answer { asked_at_ms, answered_at_ms: now_ms };
-            *self = Self::Known(Known::new(members, basis, now_ms));
-            return Answered::Settled;
+            *self = Self::Known(KnownList::new(members, basis, now_ms));
+            return AnswerOutcome::Finished;
         }
-        if changes.len() > CHANGES_MAX || changes.iter().any(|change| change.place.is_none()) {
+        if changes.len() > CHANGES_MAX || changes.iter().any(|change| change.position.is_none()) {
             let failures = fetching.failures + 1;
             *self = Self::Failing { retry_at_ms: now_ms, failures };
-            return Answered::Settled;
+            return AnswerOutcome::Finished;
         }
-        // All of them, those that are in the answer for certain too: one that is not may precede
-        // them. What is undone thereby the log says again: from their place on it decides.
+        // All changes are applied in order, also those that the answer certainly includes, because an
+        // earlier one may be missing. If this undoes a newer change, the log brings that change again.
         let members = changes
             .iter()
             .fold(members, |members, change| with(&members, &change.user, change.added));
-        *self = Self::Known(Known::new(members, Basis::Log, now_ms));
-        Answered::Settled
+        *self = Self::Known(KnownList::new(members, Basis::Log, now_ms));
+        AnswerOutcome::Finished
     }
 
-    /// Question `id` failed. A list that has only outlived its time is kept for another.
+    /// Handles the failure of request `id`. An expired list is kept for another lifetime.
     pub(super) fn failed(&mut self, id: u64, now_ms: u64, pause_ms: impl FnOnce(u32) -> u64) {
-        let Some(fetching) = self.question(id) else { return };
+        let Some(fetching) = self.request(id) else { return };
         let failures = fetching.failures + 1;
-        *self = match fetching.outlived.take() {
-            Some(known) => Self::Known(Known { since_ms: now_ms, ..known }),
+        *self = match fetching.expired.take() {
+            Some(known) => Self::Known(KnownList { since_ms: now_ms, ..known }),
             None => Self::Failing { retry_at_ms: now_ms + pause_ms(failures), failures },
         };
     }
 
-    /// The service answered that there is no such conversation.
+    /// Handles the answer that the conversation does not exist.
     pub(super) fn absent(&mut self, id: u64, until_ms: u64) {
-        let Some(fetching) = self.question(id) else { return };
-        // It was changed while it was asked for, so it exists by now.
+        let Some(fetching) = self.request(id) else { return };
+        // It changed during the request, so it exists now.
         let exists = !fetching.changes.is_empty();
         *self = if exists { Self::Unknown } else { Self::Absent { until_ms } };
     }
 
-    /// `None`: nobody waits for question `id` any more.
-    fn question(&mut self, id: u64) -> Option<&mut Fetching> {
+    /// Request `id`, if its answer is still expected.
+    fn request(&mut self, id: u64) -> Option<&mut Fetching> {
         match self {
             Self::Fetching(fetching) if fetching.id == id => Some(fetching),
             _ => None,
@@ -314,77 +317,75 @@ impl State {
     }
 }
 
-#[derive(Debug, PartialEq, Eq)]
-enum Applied {
-    Kept,
-    Dropped,
-}
-
-enum Verdict {
+/// Whether a change is in a list.
+enum Inclusion {
+    /// The change is newer than the list.
     Newer,
+    /// The list includes the change.
     Included,
-    Unsure,
+    Unknown,
 }
 
-impl Known {
+impl KnownList {
     fn new(members: Members, basis: Basis, since_ms: u64) -> Self {
         Self { members, basis, since_ms, recent: Vec::new() }
     }
 
-    /// The newest list, or the one that held for a record at `at`: whoever left later in its
-    /// partition was still there, whoever joined later was not yet.
+    /// The newest list, or the list as of the position `at`: with users who left later in its partition,
+    /// and without users who joined later.
     pub(super) fn members(&self, at: Option<LogPosition>) -> Members {
         let later = self
             .recent
             .iter()
             .rev()
-            .take_while(|(place, _)| at.is_some_and(|at| place.is_after(at)));
+            .take_while(|(position, _)| at.is_some_and(|at| position.is_after(at)));
         later.fold(Arc::clone(&self.members), |members, (_, change)| {
             with(&members, &change.user, !change.added)
         })
     }
 
-    fn change(&mut self, change: &Change, rules: Rules) -> Applied {
-        match self.judge(change, rules) {
-            Verdict::Newer => {
+    /// Applies a change. Returns whether the list has to be dropped.
+    fn change(&mut self, change: &MemberChange, rules: ReconcileRules) -> bool {
+        match self.inclusion(change, rules) {
+            Inclusion::Newer => {
                 let members = with(&self.members, &change.user, change.added);
                 let differs = !Arc::ptr_eq(&members, &self.members);
-                if let (Some(place), true) = (change.place, differs) {
+                if let (Some(position), true) = (change.position, differs) {
                     if self.recent.len() == RECENT_MAX {
                         self.recent.remove(0);
                     }
-                    self.recent.push((place, change.clone()));
+                    self.recent.push((position, change.clone()));
                 }
                 self.members = members;
-                Applied::Kept
+                false
             }
-            Verdict::Included => Applied::Kept,
-            Verdict::Unsure => Applied::Dropped,
+            Inclusion::Included => false,
+            Inclusion::Unknown => true,
         }
     }
 
-    fn judge(&self, change: &Change, rules: Rules) -> Verdict {
-        if change.place.is_none() {
-            // It stands in the log as well. Who can ask need not wait until it is read there.
-            return if rules.can_ask { Verdict::Unsure } else { Verdict::Included };
+    fn inclusion(&self, change: &MemberChange, rules: ReconcileRules) -> Inclusion {
+        if change.position.is_none() {
+            // The change is in the log too. With a conversation service, drop the list and fetch it now.
+            return if rules.has_source { Inclusion::Unknown } else { Inclusion::Included };
         }
         match self.basis {
-            Basis::Log => Verdict::Newer,
+            Basis::Log => Inclusion::Newer,
             Basis::Answer { asked_at_ms, answered_at_ms } => {
                 let (at, skew) = (change.appended_at_ms, rules.clock_skew_ms);
                 if at.saturating_add(skew) < asked_at_ms {
-                    Verdict::Included
+                    Inclusion::Included
                 } else if at > answered_at_ms.saturating_add(skew) {
-                    Verdict::Newer
+                    Inclusion::Newer
                 } else {
-                    Verdict::Unsure
+                    Inclusion::Unknown
                 }
             }
         }
     }
 }
 
-/// The list with or without a user: a copy, because readers hold the old one.
+/// A copy of the list with or without a user. Readers keep the old one.
 fn with(members: &Members, user: &Arc<str>, is_member: bool) -> Members {
     match (members.binary_search(user), is_member) {
         (Ok(_), true) | (Err(_), false) => Arc::clone(members),

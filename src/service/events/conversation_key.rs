@@ -1,14 +1,14 @@
-//! The one place that turns a conversation's id into the number the shards compare.
+//! Hashes conversation ids to the keys that shards compare.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;
 
 use crate::domain::ids::ConversationKey;
 
-/// Drawn once per process: an outsider cannot construct ids whose keys collide.
+/// Seeded per process, so that an attacker cannot construct ids whose keys collide.
 static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
-/// The key of a conversation: the same for the same id as long as the process lives.
+/// The key of a conversation. The same id has the same key for the lifetime of the process.
 pub fn conversation_key(conversation: &str) -> ConversationKey {
     ConversationKey(HASHER.hash_one(conversation))
 }

@@ -2,36 +2,22 @@
 //! proto3 JSON.
 #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
 
-pub mod shared {
-    pub mod v1 {
-        tonic::include_proto!("realchat.shared.v1");
-        include!(concat!(env!("OUT_DIR"), "/realchat.shared.v1.serde.rs"));
-    }
+macro_rules! package {
+    ($name:ident, $package:literal) => {
+        pub mod $name {
+            pub mod v1 {
+                tonic::include_proto!($package);
+                include!(concat!(env!("OUT_DIR"), "/", $package, ".serde.rs"));
+            }
+        }
+    };
 }
-pub mod message {
-    pub mod v1 {
-        tonic::include_proto!("realchat.message.v1");
-        include!(concat!(env!("OUT_DIR"), "/realchat.message.v1.serde.rs"));
-    }
-}
-pub mod conversation {
-    pub mod v1 {
-        tonic::include_proto!("realchat.conversation.v1");
-        include!(concat!(env!("OUT_DIR"), "/realchat.conversation.v1.serde.rs"));
-    }
-}
-pub mod presence {
-    pub mod v1 {
-        tonic::include_proto!("realchat.presence.v1");
-        include!(concat!(env!("OUT_DIR"), "/realchat.presence.v1.serde.rs"));
-    }
-}
-pub mod delivery {
-    pub mod v1 {
-        tonic::include_proto!("realchat.delivery.v1");
-        include!(concat!(env!("OUT_DIR"), "/realchat.delivery.v1.serde.rs"));
-    }
-}
+
+package!(shared, "realchat.shared.v1");
+package!(message, "realchat.message.v1");
+package!(conversation, "realchat.conversation.v1");
+package!(presence, "realchat.presence.v1");
+package!(delivery, "realchat.delivery.v1");
 
 /// The descriptors of all packages, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/realchat_descriptor.bin"));

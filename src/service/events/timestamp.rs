@@ -1,24 +1,24 @@
-//! `google.protobuf.Timestamp` with the JSON form that proto3 asks for.
+//! `google.protobuf.Timestamp` with its proto3 JSON form.
 //!
-//! The crate that generates the JSON code brings a type of its own, which writes `+00:00` where
-//! the proto3 JSON mapping wants `Z`.
+//! The crate that generates the JSON code has its own type, which writes `+00:00` where the proto3 JSON
+//! mapping requires `Z`.
 
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 
-/// 0001-01-01T00:00:00Z, the first that proto3 JSON can say.
+/// 0001-01-01T00:00:00Z, the first timestamp of proto3 JSON.
 const SECONDS_MIN: i64 = -62_135_596_800;
 /// 9999-12-31T23:59:59Z, the last.
 const SECONDS_MAX: i64 = 253_402_300_799;
 
-/// The time now, Unix time in ms.
+/// The current Unix time, ms.
 pub fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
-/// A point in time; the wire type.
+/// A point in time, as on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Message)]
 pub struct Timestamp {
     /// Unix time, seconds.
@@ -35,12 +35,12 @@ impl Timestamp {
         Self { seconds: ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 }
     }
 
-    /// Unix time in milliseconds, rounded down; the nearest that fits.
+    /// Unix time in milliseconds, rounded down and saturated.
     pub fn unix_ms(self) -> i64 {
         self.seconds.saturating_mul(1000).saturating_add(i64::from(self.nanos / 1_000_000))
     }
 
-    /// Whether the proto3 JSON mapping has a form for it.
+    /// Whether proto3 JSON can express it.
     fn is_valid(self) -> bool {
         (SECONDS_MIN..=SECONDS_MAX).contains(&self.seconds)
             && (0..1_000_000_000).contains(&self.nanos)
@@ -56,7 +56,7 @@ impl From<SystemTime> for Timestamp {
 
 impl Serialize for Timestamp {
     /// # Errors
-    /// Outside the years 1 to 9999, or nanoseconds that are not a fraction of a second.
+    /// Outside the years 1 to 9999, or nanoseconds out of range.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         if !self.is_valid() {
             return Err(ser::Error::custom("timestamp out of range"));
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn json_is_utc_with_z_and_as_many_digits_as_needed() {
+    fn json_is_utc_with_z_and_the_digits_needed() {
         for (seconds, nanos, text) in [
             (0, 0, "1970-01-01T00:00:00Z"),
             (1_700_000_000, 120_000_000, "2023-11-14T22:13:20.120Z"),
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn what_json_cannot_say_is_refused() {
+    fn timestamp_out_of_range_is_refused() {
         for (seconds, nanos) in [(SECONDS_MIN - 1, 0), (SECONDS_MAX + 1, 0), (0, -1), (i64::MAX, 0)]
         {
             assert!(serde_json::to_string(&Timestamp { seconds, nanos }).is_err());

@@ -1,19 +1,19 @@
-//! One record, written once for each kind of session among its recipients (design decision 1).
+//! Encodes an event, once per kind of session among its recipients (design decision 1).
 //!
-//! | session | what it is sent |
+//! | session | message |
 //! | --- | --- |
 //! | binary | one binary message: the record's value, unchanged |
-//! | JSON | one text message: the envelope in proto3 JSON with the inner event in place of the bytes, `{"eventType":"EVENT_TYPE_MESSAGE_SENT","schemaVersion":1,"occurredAt":"2024-01-01T00:00:00Z","payload":{"message":{"messageId":"…","sequence":"7",…}}}`; the payload of a kind of event that this program does not know is base64 |
+//! | JSON | one text message: the envelope in proto3 JSON with the inner event in place of the bytes, `{"eventType":"EVENT_TYPE_MESSAGE_SENT","schemaVersion":1,"occurredAt":"2024-01-01T00:00:00Z","payload":{"message":{"messageId":"…","sequence":"7",…}}}`; the payload of an unknown event type is base64 |
 //! | gRPC | one serialized `DeliveryEvent`, see below |
 //!
-//! `DeliveryEvent` has room for a message and its place in a conversation, so on the stream
+//! `DeliveryEvent` has fields for a message and its position in a conversation, so on a gRPC stream:
 //!
-//! | event | becomes |
+//! | event | `DeliveryEvent` |
 //! | --- | --- |
 //! | message sent | all three fields |
-//! | message deleted | a message of `message_id`, `conversation_id` and `deleted_at` (when the event occurred), sequence 0 |
-//! | conversation created, membership changed | `conversation_id` alone: look it up again |
-//! | read receipt, presence, unknown kinds | nothing: the contract has no field that could say it |
+//! | message deleted | a message with `message_id`, `conversation_id` and `deleted_at` (time of the event), sequence 0 |
+//! | conversation created, membership changed | only `conversation_id`: the client looks the conversation up |
+//! | read receipt, presence, unknown types | not sent: the contract has no field for it |
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -37,10 +37,10 @@ use crate::service::events::proto::presence::v1::PresenceUpdateEvent;
 use crate::service::events::proto::shared::v1::{EventEnvelope, EventType};
 use crate::service::events::timestamp::Timestamp;
 
-/// `EventEnvelope.schema_version` of the envelopes that Delivery makes itself (contract §§3, 4).
+/// `EventEnvelope.schema_version` of envelopes that Delivery creates (contract §§3, 4).
 const SCHEMA_VERSION: i32 = 1;
 
-/// When compression is worth its time.
+/// Settings of compression.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CompressionConfig {
     /// Messages below this size are sent uncompressed, bytes.
@@ -50,14 +50,14 @@ pub struct CompressionConfig {
 }
 
 impl Default for CompressionConfig {
-    /// 256 bytes: below it the deflate form of an envelope saves less than a TCP header.
+    /// 256 bytes: for a smaller envelope deflate saves less than the size of a TCP header.
     fn default() -> Self {
         Self { threshold_bytes: 256, level: 1 }
     }
 }
 
-/// Writes events. One for each thread or task that encodes; the compressor (some 300 KiB) comes
-/// into being with the first session that wants it.
+/// Encodes events. One per thread or task; the compressor (about 300 KiB) is created for the first
+/// session that uses it.
 #[derive(Debug)]
 pub struct Encoder {
     config: CompressionConfig,
@@ -70,7 +70,7 @@ impl Encoder {
         Self { config, compressor: None }
     }
 
-    /// The event with a frame for each of the `wanted` encodings that can express it.
+    /// The event with a frame for each encoding in `wanted` that can express it.
     /// `appended_at_ms`: see [`Event::appended_at_ms`].
     pub fn encode(
         &mut self,
@@ -102,8 +102,8 @@ impl Encoder {
         event
     }
 
-    /// The compressed form if it is wanted and shorter; the plain one if it is wanted or needed
-    /// in the other's place.
+    /// Adds the compressed frame if it is wanted and shorter, and the plain frame if it is wanted or
+    /// replaces the compressed one.
     fn frames(
         &mut self,
         mut event: Event,
@@ -133,7 +133,7 @@ impl Encoder {
     }
 }
 
-/// The place of a message within its conversation. Sequences count from 1 (contract §1).
+/// The position of a message in its conversation. Sequences start at 1 (contract §1).
 fn position(
     record: &DecodedEvent<'_>,
     conversation: Option<ConversationKey>,
@@ -146,8 +146,8 @@ fn position(
     }
 }
 
-/// A serialized `EventEnvelope` made by Delivery itself (contract §§3, 4). `payload` is the
-/// serialized inner event.
+/// A serialized `EventEnvelope` that Delivery creates (contract §§3, 4). `payload` is the serialized inner
+/// event.
 pub fn encode_envelope(
     event_type: EventType,
     occurred_at: Option<Timestamp>,
@@ -162,8 +162,8 @@ pub fn encode_envelope(
     .encode_to_vec()
 }
 
-/// `EventEnvelope` in proto3 JSON, but with the inner event. Fields of default value are left out,
-/// as the mapping has it.
+/// `EventEnvelope` in proto3 JSON, with the inner event as payload. Default values are left out, as the
+/// proto3 JSON mapping requires.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct JsonEnvelope {
@@ -181,7 +181,7 @@ fn is_zero(value: &i32) -> bool {
     *value == 0
 }
 
-/// A name, or the number of a kind that has none here.
+/// The name of an event type, or its number if it is unknown.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum JsonEventType {
@@ -213,7 +213,7 @@ impl JsonPayload {
     }
 }
 
-/// The text of a JSON session's message. `None`: a string in it is not UTF-8, or its timestamp is outside of what JSON can say.
+/// The JSON text of an event. `None`: a string is not UTF-8, or a timestamp is out of range.
 pub fn json(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     let envelope = EventEnvelope::decode(record.value).ok()?;
     let event_type = match EventType::try_from(record.event_type) {
@@ -246,7 +246,7 @@ pub fn json(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     serde_json::to_vec(&JsonEnvelope { event_type, schema_version, occurred_at, payload }).ok()
 }
 
-/// A serialized `DeliveryEvent`; `None` where it has no way to say it (see the module).
+/// A serialized `DeliveryEvent`. `None`: it cannot express the event (see the module).
 fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     match record.body {
         EventBody::MessageSent { conversation, sequence } => {
@@ -254,11 +254,11 @@ fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
                 DeliveryEvent { conversation_id: conversation.to_owned(), sequence, message: None };
             let mut out = Vec::with_capacity(record.payload.len() + 2 * conversation.len() + 24);
             head.encode(&mut out).ok()?;
-            // Routing reads two fields only. A client's library reads them all, and would end the
-            // stream over a text that is not UTF-8.
+            // Routing reads only two fields. A client's library reads all of them and would end the
+            // stream if a string is not UTF-8.
             MessageSentEvent::decode(record.payload).ok()?;
-            // Field 3 is a message as field 1 of the payload is: its bytes go on as they are, and
-            // with them fields that this program does not know.
+            // Field 3 has the type of field 1 of the payload, so its bytes are copied, including
+            // unknown fields.
             for message in repeated(record.payload, 1).ok()? {
                 encode_key(3, WireType::LengthDelimited, &mut out);
                 encode_varint(message.len() as u64, &mut out);

@@ -35,7 +35,7 @@ fn encode(value: &[u8], wanted: EncodingSet) -> Event {
     Encoder::new(CompressionConfig::default()).encode(&decode(value).unwrap(), wanted, 5)
 }
 
-/// The payload of a frame shorter than 126 bytes, or of one with 16 bits of length.
+/// The payload of a frame with a 7-bit or 16-bit length.
 fn payload(frame: &[u8]) -> &[u8] {
     if frame[1] < 126 { &frame[2..] } else { &frame[4..] }
 }
@@ -94,7 +94,7 @@ fn json_holds_the_inner_event() {
 }
 
 #[test]
-fn json_of_a_kind_unknown_here_keeps_the_bytes() {
+fn json_of_an_unknown_event_type_keeps_the_bytes() {
     let value = [0x08, 0x1f, 0x22, 0x02, 0xff, 0xfe];
     assert_eq!(text(&value), r#"{"eventType":31,"payload":"//4="}"#);
     assert_eq!(text(&[0x08, 0x00]), "{}");
@@ -102,7 +102,7 @@ fn json_of_a_kind_unknown_here_keeps_the_bytes() {
 }
 
 #[test]
-fn what_json_cannot_say_is_left_out_and_the_rest_still_goes() {
+fn event_that_json_cannot_express_is_still_sent_in_other_encodings() {
     let mut broken = message("");
     broken.sent_at = Some(Timestamp { seconds: i64::MAX, nanos: 0 });
     let event = encode(&sent(broken), all());
@@ -113,7 +113,7 @@ fn what_json_cannot_say_is_left_out_and_the_rest_still_goes() {
 }
 
 #[test]
-fn stream_is_spared_what_its_clients_cannot_read() {
+fn stream_gets_no_string_that_is_not_utf8() {
     let mut not_utf8 = sent(message("hello"));
     let at = not_utf8.windows(5).position(|bytes| bytes == b"alice").unwrap();
     not_utf8[at] = 0xff;
@@ -131,7 +131,7 @@ fn stream_carries_messages_and_deletions() {
             message: Some(message("hello"))
         })
     );
-    // The same message in two parts is merged by whoever reads it.
+    // A message in two parts: the reader merges them.
     let parts = [
         MessageSentEvent { message: Some(Message { sequence: 0, ..message("a") }) },
         MessageSentEvent { message: Some(Message { sequence: 8, ..Message::default() }) },
@@ -161,7 +161,7 @@ fn stream_carries_messages_and_deletions() {
 }
 
 #[test]
-fn stream_hints_at_membership_and_is_silent_on_the_rest() {
+fn stream_gets_the_conversation_id_of_membership_events_and_no_receipts() {
     let change =
         MembershipChangedEvent { conversation_id: "c".into(), user_id: "bob".into(), added: true };
     let value = encode_envelope(EventType::MembershipChanged, None, change.encode_to_vec());
@@ -175,13 +175,13 @@ fn stream_hints_at_membership_and_is_silent_on_the_rest() {
 }
 
 #[test]
-fn compressed_only_where_it_pays() {
+fn only_long_messages_are_compressed() {
     let long = sent(message(&"ha ".repeat(300)));
     let event = encode(&long, only(Encoding::BinaryDeflate));
     let frame = event.frame(Encoding::BinaryDeflate).unwrap();
     assert_eq!(frame[0], 0xc2, "FIN, RSV1, binary");
     assert!(frame.len() < long.len() / 4);
-    assert_eq!(event.frame(Encoding::Binary), None, "nobody wants it plain");
+    assert_eq!(event.frame(Encoding::Binary), None, "not wanted");
     let mut inflater = crate::protocol::deflate::Inflater::default();
     assert_eq!(inflater.inflate(payload(frame), long.len()).unwrap(), long);
 

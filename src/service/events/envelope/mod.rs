@@ -1,15 +1,14 @@
-//! What a record says, read once and without a copy: the kind of the event, its conversation, and
-//! what the router must know of it (contract §§1, 2).
+//! Decodes an event as far as routing needs it, without a copy: its type, its conversation, and a few
+//! fields (contract §§1, 2).
 //!
-//! The payload is walked only as deep as routing needs; a string that nobody here reads is not
-//! checked. Whatever the bytes, [`decode`] returns and does not panic.
+//! Strings that routing does not read are not checked. [`decode`] never panics, whatever the bytes.
 
 mod wire;
 
 use crate::service::events::envelope::wire::Fields;
 use crate::service::events::proto::shared::v1::EventType;
 
-/// Why a record is not an `EventEnvelope` with the event it names. The publisher's fault.
+/// Why a record cannot be decoded. The publisher's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EnvelopeError {
     /// No value (a tombstone), or an empty one.
@@ -18,16 +17,16 @@ pub enum EnvelopeError {
     /// A field ends after the record does.
     #[error("truncated")]
     Truncated,
-    /// A variable-length integer of more than 64 bits.
+    /// A varint of more than 64 bits.
     #[error("overlong integer")]
     Varint,
     /// Field number 0, or one beyond 29 bits.
     #[error("invalid field number")]
     Key,
-    /// A field is not of the type that the contract gives it.
+    /// The wire type of a field does not fit its type in the contract.
     #[error("wrong wire type")]
     WireType,
-    /// A group that does not end, or groups nested deeper than anyone writes them.
+    /// A group without an end, or groups nested too deeply.
     #[error("malformed group")]
     Group,
     /// An id that is not UTF-8.
@@ -35,50 +34,50 @@ pub enum EnvelopeError {
     Utf8,
 }
 
-/// A decoded record; everything borrowed from its value.
+/// A decoded event. Borrows from the record's value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecodedEvent<'a> {
-    /// The whole value, a serialized `EventEnvelope`: what a binary session is sent, unchanged.
+    /// The whole value, a serialized `EventEnvelope`. Binary sessions get it unchanged.
     pub value: &'a [u8],
-    /// `EventEnvelope.event_type` as it stands there; see [`EventBody::Unknown`].
+    /// `EventEnvelope.event_type`, which may be unknown to this program.
     pub event_type: i32,
-    /// `EventEnvelope.payload`: the serialized inner event.
+    /// `EventEnvelope.payload`, the serialized inner event.
     pub payload: &'a [u8],
     /// The inner event.
     pub body: EventBody<'a>,
 }
 
-/// The inner event, as far as routing needs it. Ids may be empty: proto3 has no required fields.
+/// The inner event, as far as routing needs it. Ids may be empty, because proto3 has no required fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EventBody<'a> {
     /// `ConversationCreatedEvent`.
     ConversationCreated {
         /// The new conversation.
         conversation: &'a str,
-        /// Its complete member list, sorted, each once.
+        /// The complete member list, sorted, without duplicates.
         members: Vec<&'a str>,
     },
     /// `MembershipChangedEvent`.
     MembershipChanged {
         /// The conversation.
         conversation: &'a str,
-        /// Who joined or left.
+        /// The user who joined or left.
         user: &'a str,
-        /// Joined, or left.
+        /// `true`: joined; `false`: left.
         added: bool,
     },
     /// `MessageSentEvent`.
     MessageSent {
         /// The conversation.
         conversation: &'a str,
-        /// The message's place in it; 0 if not given.
+        /// The message's sequence in it; 0 if not set.
         sequence: i64,
     },
     /// `MessageDeletedEvent`.
     MessageDeleted {
         /// The conversation.
         conversation: &'a str,
-        /// Which message.
+        /// The message.
         message_id: &'a str,
     },
     /// `ReadReceiptUpdatedEvent`.
@@ -86,18 +85,18 @@ pub enum EventBody<'a> {
         /// The conversation.
         conversation: &'a str,
     },
-    /// `PresenceUpdateEvent`: belongs to no conversation.
+    /// `PresenceUpdateEvent`, which has no conversation.
     PresenceUpdated {
-        /// Whose presence changed.
+        /// The user whose presence changed.
         user: &'a str,
     },
-    /// A kind of event younger than this program, or none at all. It is routed by its record's
-    /// key and passed on unchanged.
+    /// An event type that this program does not know, or none. It is routed by the record's key and
+    /// sent unchanged.
     Unknown,
 }
 
 impl<'a> DecodedEvent<'a> {
-    /// The conversation named inside; `None` if the event names none.
+    /// The conversation of the event; `None` if it names none.
     pub fn conversation(&self) -> Option<&'a str> {
         let id = match self.body {
             EventBody::ConversationCreated { conversation, .. }
@@ -114,7 +113,7 @@ impl<'a> DecodedEvent<'a> {
 /// Decodes a record's value.
 ///
 /// # Errors
-/// See [`EnvelopeError`]. Nothing of such a record can be trusted.
+/// See [`EnvelopeError`].
 pub fn decode(value: &[u8]) -> Result<DecodedEvent<'_>, EnvelopeError> {
     if value.is_empty() {
         return Err(EnvelopeError::Empty);
@@ -145,8 +144,8 @@ pub fn decode(value: &[u8]) -> Result<DecodedEvent<'_>, EnvelopeError> {
     Ok(DecodedEvent { value, event_type, payload, body })
 }
 
-/// Every occurrence of an embedded message or bytes field. One that is not repeated may still
-/// occur several times: the occurrences are to be merged, which is what concatenation does.
+/// Every occurrence of an embedded message or bytes field. A field that is not `repeated` may occur several
+/// times too; concatenating the occurrences merges them, as protobuf requires.
 pub(crate) fn repeated(message: &[u8], wanted: u32) -> Result<Vec<&[u8]>, EnvelopeError> {
     let mut found = Vec::new();
     let mut fields = Fields::new(message);
@@ -181,7 +180,7 @@ fn conversation_created(payload: &[u8]) -> Result<EventBody<'_>, EnvelopeError> 
                 while let Some((number, field)) = inner.next()? {
                     match number {
                         1 => conversation = field.string()?,
-                        // The same people once more, as the conversation itself lists them.
+                        // The conversation lists the members again.
                         7 => members.push(field.string()?),
                         8 => members.push(string_field(field.bytes()?, 1)?),
                         _ => {}

@@ -34,7 +34,7 @@ fn golden_bytes() {
 }
 
 #[test]
-fn every_cut_is_an_answer() {
+fn truncated_value_does_not_panic() {
     for len in 0..GOLDEN.len() {
         let _ = decode(&GOLDEN[..len]);
     }
@@ -43,7 +43,7 @@ fn every_cut_is_an_answer() {
 }
 
 #[test]
-fn unknown_kind_is_kept_whole() {
+fn unknown_event_type_keeps_its_payload() {
     let value = [0x08, 0x1f, 0x22, 0x01, 0xff];
     let record = decode(&value).unwrap();
     assert_eq!((record.event_type, record.payload), (31, &[0xff][..]));
@@ -51,7 +51,7 @@ fn unknown_kind_is_kept_whole() {
 }
 
 #[test]
-fn created_lists_everybody_once_wherever_named() {
+fn creation_lists_every_member_once_wherever_named() {
     let created = ConversationCreatedEvent {
         conversation: Some(Conversation {
             conversation_id: "c".into(),
@@ -90,7 +90,7 @@ fn envelope(event_type: i32, payload: Vec<u8>) -> Vec<u8> {
     .encode_to_vec()
 }
 
-/// What prost makes of the same bytes, in our terms.
+/// What prost decodes from the same bytes.
 fn oracle(value: &[u8]) -> Option<(i32, Vec<u8>, EventBody<'static>)> {
     fn leak(text: String) -> &'static str {
         text.leak()
@@ -144,8 +144,8 @@ fn oracle(value: &[u8]) -> Option<(i32, Vec<u8>, EventBody<'static>)> {
     Some((envelope.event_type, envelope.payload.to_vec(), body))
 }
 
-/// Whatever prost accepts (but nothing at all) is accepted and means the same. (The reverse does not hold: strings that
-/// routing does not read are not checked.)
+/// Every nonempty value that prost accepts is decoded to the same event. The reverse does not hold,
+/// because strings that routing does not read are not checked.
 fn agree(value: &[u8]) -> Result<(), TestCaseError> {
     let ours = decode(value);
     if !value.is_empty()
@@ -160,7 +160,7 @@ fn agree(value: &[u8]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// Wire format by construction: known and unknown fields, repeated, in any order and nesting.
+/// Valid wire format: known and unknown fields, repeated, in any order and nesting.
 fn wire_bytes() -> impl Strategy<Value = Vec<u8>> {
     fn varint(mut value: u64, out: &mut Vec<u8>) {
         while value >= 0x80 {
@@ -209,12 +209,12 @@ proptest! {
     }
 
     #[test]
-    fn random_wire_format_means_what_prost_says(value in wire_bytes()) {
+    fn random_wire_format_decodes_as_prost_does(value in wire_bytes()) {
         agree(&value)?;
     }
 
     #[test]
-    fn every_kind_of_payload_means_what_prost_says(
+    fn every_event_type_decodes_as_prost_does(
         kind in prop::sample::select(vec![0, 1, 2, 10, 11, 12, 20, 99, -1]),
         payload in wire_bytes(),
     ) {
@@ -222,7 +222,7 @@ proptest! {
     }
 
     #[test]
-    fn well_formed_message_is_read(
+    fn well_formed_message_is_decoded(
         conversation in ".{0,40}", sequence: i64, content in ".{0,200}", cut in 0usize..400,
     ) {
         let message = Message {

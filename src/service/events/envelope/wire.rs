@@ -1,24 +1,24 @@
-//! A walk over protobuf wire format without allocation. Accepts and refuses what prost does for
-//! the fields it is asked about; bytes of unknown fields are skipped, not judged.
+//! Reads protobuf wire format without allocation. For the fields it reads, it accepts and refuses what
+//! prost does; unknown fields are skipped without a check.
 
 use crate::service::events::envelope::EnvelopeError;
 
-/// Groups within groups (an encoding that proto3 never writes) that a skip follows.
+/// Deepest nesting of groups, an encoding that proto3 never writes.
 const GROUP_DEPTH_MAX: u32 = 32;
 
-/// One field as it stands on the wire.
+/// The value of one field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FieldValue<'a> {
     /// Wire type 0.
     Varint(u64),
     /// Wire type 2.
     Bytes(&'a [u8]),
-    /// Wire types 1, 3 and 5: no field of the contract has them, so they are skipped.
+    /// Wire types 1, 3 and 5: skipped, because no field of the contract has them.
     Other,
 }
 
 impl<'a> FieldValue<'a> {
-    /// `int64` and, truncated, `int32` and enums.
+    /// `int64`; `int32` and enums when truncated.
     pub(super) fn integer(self) -> Result<u64, EnvelopeError> {
         match self {
             Self::Varint(value) => Ok(value),
@@ -40,7 +40,7 @@ impl<'a> FieldValue<'a> {
     }
 }
 
-/// The fields of one message in their order.
+/// The fields of one message, in order.
 #[derive(Clone, Debug)]
 pub(super) struct Fields<'a> {
     rest: &'a [u8],
@@ -86,7 +86,7 @@ impl<'a> Fields<'a> {
         for (at, &byte) in self.rest.iter().enumerate().take(10) {
             value |= u64::from(byte & 0x7f) << (7 * at);
             if byte < 0x80 {
-                // The tenth byte holds the 64th bit and nothing else.
+                // The tenth byte has only the 64th bit.
                 if at == 9 && byte > 1 {
                     return Err(EnvelopeError::Varint);
                 }
@@ -103,7 +103,7 @@ impl<'a> Fields<'a> {
         Ok(taken)
     }
 
-    /// Skips what follows a key of wire type 1, 3 or 5.
+    /// Skips a value of wire type 1, 3 or 5.
     fn skip(&mut self, number: u32, wire_type: u8) -> Result<(), EnvelopeError> {
         match wire_type {
             1 => self.take(8).map(drop),
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn each_wire_type_is_stepped_over() {
+    fn every_wire_type_is_read_or_skipped() {
         let message = [
             0x08, 0x96, 0x01, // 1: varint 150
             0x12, 0x02, b'h', b'i', // 2: bytes
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_named() {
+    fn malformed_input_is_an_error() {
         assert_eq!(all(&[0x80]), Err(EnvelopeError::Truncated));
         assert_eq!(all(&[0x00, 0x00]), Err(EnvelopeError::Key));
         assert_eq!(all(&[0x12, 0x05, b'x']), Err(EnvelopeError::Truncated));

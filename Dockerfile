@@ -1,14 +1,13 @@
-# Two stages: a Debian with the toolchain builds, an image with glibc and nothing else runs.
+# Two stages: Debian with the toolchain for the build, an image with only glibc for the program.
 #
 #   docker build -t delivery .
 #   docker run --rm --security-opt seccomp=deploy/seccomp.json delivery config --reference
 #
-# --security-opt: Docker's own profile leaves io_uring out, and the shards cannot start without it
-# (docs/operations.md).
+# --security-opt: Docker's default profile blocks io_uring, which the shards need (docs/operations.md).
 
 FROM rust:1.95-slim-bookworm AS build
 
-# librdkafka, zstd and mimalloc are C sources inside their crates. No protoc: protox is Rust.
+# A C compiler for librdkafka, zstd and mimalloc, whose crates contain C sources. protoc is not needed.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc g++ make libc6-dev \
  && rm -rf /var/lib/apt/lists/*
@@ -19,7 +18,8 @@ COPY proto proto
 COPY src src
 # Not compiled; cargo reads the manifests of development dependencies as well.
 COPY tests/kit tests/kit
-# The caches keep registry and objects between builds; the binary is copied out of them.
+# The caches keep the registry and the objects between builds. They are not part of the image, so the
+# binary is copied out of them.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
     cargo build --release --locked --bin delivery \
@@ -29,7 +29,7 @@ FROM gcr.io/distroless/cc-debian12:nonroot
 
 COPY --from=build /delivery /usr/local/bin/delivery
 
-# 65532, as in the base image; numeric, so that Kubernetes can tell that it is not root.
+# The user of the base image. Numeric, so that Kubernetes can verify that it is not root.
 USER 65532:65532
 
 # Public WebSocket, admin, gRPC.

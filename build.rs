@@ -25,8 +25,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .bytes(".realchat.shared.v1.EventEnvelope.payload")
         .extern_path(".google.protobuf.Timestamp", "crate::service::events::timestamp::Timestamp")
-        // `DeliveryApi.Connect` would collide with the generated `connect(endpoint)`: clients are
-        // made from a channel instead.
+        // The method `DeliveryApi.Connect` would collide with the generated `connect(endpoint)`.
+        // Clients are created from a channel instead.
         .build_transport(false)
         .compile_fds(descriptors)?;
 

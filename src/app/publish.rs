@@ -61,23 +61,9 @@ enum Event {
         name: String,
     },
     /// Add a user to a conversation
-    Add {
-        /// Conversation id
-        #[arg(long)]
-        conversation: String,
-        /// User id
-        #[arg(long)]
-        user: String,
-    },
+    Add(Member),
     /// Remove a user from a conversation
-    Remove {
-        /// Conversation id
-        #[arg(long)]
-        conversation: String,
-        /// User id
-        #[arg(long)]
-        user: String,
-    },
+    Remove(Member),
     /// Send a message
     Message {
         /// Conversation id
@@ -115,6 +101,16 @@ enum Event {
     },
 }
 
+#[derive(Args, Debug)]
+struct Member {
+    /// Conversation id
+    #[arg(long)]
+    conversation: String,
+    /// User id
+    #[arg(long)]
+    user: String,
+}
+
 /// Publishes the event.
 ///
 /// # Errors
@@ -123,7 +119,7 @@ pub fn run(publish: &Publish) -> Result<(), String> {
     let record = record(publish);
     let publisher = Publisher::new(&publish.brokers)?;
     let position = publisher.publish(&record)?;
-    println!("{} {position}", record.what);
+    println!("{} {position}", record.description);
     Ok(())
 }
 
@@ -137,7 +133,7 @@ pub struct NewRecord {
     /// A serialized `EventEnvelope`.
     pub value: Vec<u8>,
     /// The event in words, for the output.
-    pub what: String,
+    pub description: String,
 }
 
 fn record(publish: &Publish) -> NewRecord {
@@ -147,12 +143,8 @@ fn record(publish: &Publish) -> NewRecord {
         Event::Create { conversation, members, name } => {
             create(conversations, conversation, name, members, now)
         }
-        Event::Add { conversation, user } => {
-            membership(conversations, conversation, user, true, now)
-        }
-        Event::Remove { conversation, user } => {
-            membership(conversations, conversation, user, false, now)
-        }
+        Event::Add(member) => membership(conversations, member, true, now),
+        Event::Remove(member) => membership(conversations, member, false, now),
         Event::Message { conversation, sender, sequence, text } => {
             let sequence = sequence.unwrap_or(now.unix_ms());
             sent(messages, conversation, sender, sequence, text, now)
@@ -162,8 +154,8 @@ fn record(publish: &Publish) -> NewRecord {
                 conversation_id: conversation.clone(),
                 message_id: message_id.clone(),
             };
-            let what = format!("deletion of {message_id}");
-            wrap(messages, conversation, EventType::MessageDeleted, &event, now, what)
+            let description = format!("deletion of {message_id}");
+            wrap(messages, conversation, EventType::MessageDeleted, &event, now, description)
         }
         Event::Read { conversation, user, sequence } => {
             let event = conversation::ReadReceiptUpdatedEvent {
@@ -171,8 +163,15 @@ fn record(publish: &Publish) -> NewRecord {
                 user_id: user.clone(),
                 read_sequence: *sequence,
             };
-            let what = format!("read receipt of {user}");
-            wrap(conversations, conversation, EventType::ReadReceiptUpdated, &event, now, what)
+            let description = format!("read receipt of {user}");
+            wrap(
+                conversations,
+                conversation,
+                EventType::ReadReceiptUpdated,
+                &event,
+                now,
+                description,
+            )
         }
     }
 }
@@ -195,18 +194,19 @@ pub fn create(topic: &str, id: &str, name: &str, members: &[String], now: Timest
         }),
         participant_user_ids: members.to_vec(),
     };
-    let what = format!("conversation {id} of {}", members.join(", "));
-    wrap(topic, id, EventType::ConversationCreated, &event, now, what)
+    let description = format!("conversation {id} of {}", members.join(", "));
+    wrap(topic, id, EventType::ConversationCreated, &event, now, description)
 }
 
-fn membership(topic: &str, id: &str, user: &str, added: bool, now: Timestamp) -> NewRecord {
+fn membership(topic: &str, member: &Member, added: bool, now: Timestamp) -> NewRecord {
+    let Member { conversation, user } = member;
     let event = conversation::MembershipChangedEvent {
-        conversation_id: id.to_owned(),
-        user_id: user.to_owned(),
+        conversation_id: conversation.clone(),
+        user_id: user.clone(),
         added,
     };
-    let what = format!("{} {user}", if added { "added" } else { "removed" });
-    wrap(topic, id, EventType::MembershipChanged, &event, now, what)
+    let description = format!("{} {user}", if added { "added" } else { "removed" });
+    wrap(topic, conversation, EventType::MembershipChanged, &event, now, description)
 }
 
 /// The record of a sent message.
@@ -231,8 +231,8 @@ pub fn sent(
             ..Default::default()
         }),
     };
-    let what = format!("message {message_id}");
-    wrap(topic, conversation, EventType::MessageSent, &event, now, what)
+    let description = format!("message {message_id}");
+    wrap(topic, conversation, EventType::MessageSent, &event, now, description)
 }
 
 fn wrap(
@@ -241,10 +241,10 @@ fn wrap(
     kind: EventType,
     event: &impl prost::Message,
     now: Timestamp,
-    what: String,
+    description: String,
 ) -> NewRecord {
     let value = encode_envelope(kind, Some(now), event.encode_to_vec());
-    NewRecord { topic: topic.to_owned(), key: key.to_owned(), value, what }
+    NewRecord { topic: topic.to_owned(), key: key.to_owned(), value, description }
 }
 
 /// Receives the broker's response to the last record.
@@ -263,7 +263,7 @@ impl ProducerContext for LastResponse {
 
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         use rdkafka::Message as _;
-        let answer = match result {
+        let response = match result {
             Ok(record) => Ok(format!(
                 "→ {} partition {} offset {}",
                 record.topic(),
@@ -272,7 +272,7 @@ impl ProducerContext for LastResponse {
             )),
             Err((error, _)) => Err(error.to_string()),
         };
-        *self.0.lock().expect("no holder panics") = Some(answer);
+        *self.0.lock().expect("no holder panics") = Some(response);
     }
 }
 
@@ -314,8 +314,8 @@ impl Publisher {
         self.producer
             .flush(ACCEPT_MAX + Duration::from_secs(1))
             .map_err(|e| refused(e.to_string()))?;
-        let answer = self.response.0.lock().expect("no holder panics").take();
-        answer.unwrap_or_else(|| Err("no response".to_owned())).map_err(refused)
+        let response = self.response.0.lock().expect("no holder panics").take();
+        response.unwrap_or_else(|| Err("no response".to_owned())).map_err(refused)
     }
 }
 

@@ -1,5 +1,4 @@
-//! The command as a newcomer and as an operator use it: everything from outside, nothing else
-//! installed.
+//! Tests of the command line from outside, without any other service.
 
 mod node;
 mod settings;

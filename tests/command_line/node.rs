@@ -1,4 +1,4 @@
-//! A node that needs nothing else: started, listened to, told to go.
+//! A `dev` node: its demo, published events, stopping and draining.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ use crate::support::wait::{SOON, until};
 use crate::tail::Tail;
 
 fn publish(node: &Node, arguments: &[&str]) {
-    let brokers = until(SOON, "the start-up message names its Kafka", || {
+    let brokers = until(SOON, "the start-up message contains the brokers", || {
         let log = node.log();
         let (brokers, _) = log.split_once("--brokers ")?.1.split_once(' ')?;
         Some(brokers.to_owned())
@@ -25,13 +25,13 @@ fn publish(node: &Node, arguments: &[&str]) {
 }
 
 #[test]
-fn demo_talks_to_whoever_listens() {
+fn demo_sends_messages_to_a_connected_client() {
     let node = NodeBuilder::dev().set("DEV_DEMO", "true").start();
     let tail = Tail::connect(&node, "carol", &["--count", "4"]);
     let mut last = 0;
     let mut messages = 0;
     while let Some(event) = tail.event() {
-        // Whether it was there before the conversation was created is chance.
+        // The client may connect before or after the conversation is created.
         if event["eventType"] == "EVENT_TYPE_CONVERSATION_CREATED" {
             continue;
         }
@@ -46,7 +46,7 @@ fn demo_talks_to_whoever_listens() {
 }
 
 #[test]
-fn published_events_reach_the_members_of_the_moment() {
+fn published_events_reach_the_current_members() {
     let node = NodeBuilder::dev().start();
     let alice = Tail::connect(&node, "alice", &["--count", "5"]);
     let bob = Tail::connect(&node, "bob", &["--count", "4"]);
@@ -60,7 +60,8 @@ fn published_events_reach_the_members_of_the_moment() {
     ];
     for (event, kind) in both {
         publish(&node, &team(event));
-        // Messages and conversations are two topics, between which there is no order but this.
+        // The events are in two topics, whose records are not ordered among each other. Waiting for each
+        // event orders them.
         assert_eq!([alice.kind(), bob.kind()], [Some(kind.into()), Some(kind.into())]);
     }
     assert_eq!(bob.kind(), None);
@@ -77,13 +78,13 @@ fn signal_ends_sessions_with_1001_and_the_process_with_0() {
         node.signal(signal);
         let notice = tail.notice();
         assert!(notice.starts_with("closed with 1001 "), "{notice}");
-        let status = until(SOON, "the node leaves", || node.ended());
+        let status = until(SOON, "the node exits", || node.ended());
         assert_eq!(status.code(), Some(0), "{}", node.log());
     }
 }
 
 #[test]
-fn drain_tells_sessions_when_to_come_back_and_a_signal_cuts_it_short() {
+fn drain_turns_readiness_off_and_a_signal_exits_at_once() {
     let mut node = NodeBuilder::dev().set("DRAIN_PERIOD", "1h").start();
     let _first = Tail::connect(&node, "alice", &[]);
     let _second = Tail::connect(&node, "bob", &[]);
@@ -93,11 +94,11 @@ fn drain_tells_sessions_when_to_come_back_and_a_signal_cuts_it_short() {
     });
     assert!(node.get("/health/ready").unwrap().body.contains("draining"));
     node.signal(Signal::TERM);
-    let status = until(SOON, "the node leaves", || node.ended());
+    let status = until(SOON, "the node exits", || node.ended());
     assert_eq!(status.code(), Some(128 + 15), "{}", node.log());
 }
 
-/// Every word of a file that looks like one of our metrics.
+/// Every word of a text that looks like the name of one of our metrics.
 fn metric_names(text: &str) -> Vec<&str> {
     let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let words = text.split(|c| !word(c));
@@ -107,14 +108,14 @@ fn metric_names(text: &str) -> Vec<&str> {
 
 #[test]
 fn alerts_and_dashboard_name_only_metrics_that_exist() {
-    // Nobody answers there: every part is configured, none has to be there.
+    // All services are configured, so that their metrics exist, but none is running.
     let mut settings = NodeBuilder::dev();
-    let nobody = format!("127.0.0.1:{}", free_port());
+    let unused = format!("127.0.0.1:{}", free_port());
     for name in ["REDIS_ADDR", "MSG_SVC_ADDR", "CONV_SVC_ADDR", "PRESENCE_SVC_ADDR"] {
-        settings = settings.set(name, &nobody);
+        settings = settings.set(name, &unused);
     }
     let node = settings.set("ROUTING_MODE", "broadcast").spawn();
-    let page = until(SOON, "the page with Kafka's lag", || {
+    let page = until(SOON, "the metrics page contains the consumer lag", || {
         let page = node.get("/metrics")?.body;
         page.contains("\nkafka_consumer_lag{").then_some(page)
     });

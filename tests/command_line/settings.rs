@@ -1,4 +1,4 @@
-//! What the command says of its configuration.
+//! The configuration as the command reports it.
 
 use std::process::{Command, Output};
 
@@ -30,7 +30,7 @@ fn valid_configuration_is_printed_with_sources_and_without_secrets() {
 }
 
 #[test]
-fn every_fault_is_told_at_once_and_the_status_is_2() {
+fn all_errors_are_reported_together_with_status_2() {
     let variables = [("HTTP_PORT", "web"), ("PING_INTERVAL", "54"), ("JWT_SECRET", "hunter2")];
     for command in ["serve", "config"] {
         let (code, out, err) = run(&[command, "--shards", "many"], &variables);
@@ -47,7 +47,7 @@ fn every_fault_is_told_at_once_and_the_status_is_2() {
 }
 
 #[test]
-fn unknown_key_of_the_file_is_refused_with_the_nearest_name() {
+fn unknown_key_in_the_file_is_refused_with_the_nearest_name() {
     let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("unknown-key.toml");
     std::fs::write(&path, "kafka_broker = 'kafka:9092'\n").unwrap();
     let (code, _, err) = run(&["config", "--dev", "--config", path.to_str().unwrap()], &[]);
@@ -56,7 +56,7 @@ fn unknown_key_of_the_file_is_refused_with_the_nearest_name() {
 }
 
 #[test]
-fn trust_on_a_public_address_is_not_for_dev() {
+fn dev_refuses_trust_on_a_public_address() {
     let (code, _, err) = run(&["dev", "--http-port", "0.0.0.0:0"], &[]);
     assert_eq!(code, Some(1));
     assert!(err.contains("example: HTTP_PORT=127.0.0.1:"), "{err}");

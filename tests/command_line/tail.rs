@@ -10,19 +10,19 @@ use serde_json::Value;
 use crate::support::node::{Node, binary};
 use crate::support::wait::SOON;
 
-/// A running tail; killed when dropped.
+/// A running `delivery tail`, killed when dropped.
 pub(crate) struct Tail {
     child: Child,
     notices: Receiver<String>,
     events: Receiver<String>,
 }
 
-/// The lines of a pipe, so that a missing one fails the test instead of stopping it.
+/// The lines of a pipe, read on a thread, so that a missing line fails the test instead of blocking it.
 fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, lines) = channel();
     thread::spawn(move || {
         let mut lines = BufReader::new(pipe).lines().map_while(Result::ok);
-        // Ends with the pipe, or with the test that no longer listens.
+        // Ends with the pipe or with the test.
         lines.all(|line| sender.send(line).is_ok())
     });
     lines
@@ -47,12 +47,12 @@ impl Tail {
         tail
     }
 
-    /// The next line of what it says about itself.
+    /// The next line on standard error.
     pub(crate) fn notice(&self) -> String {
         self.notices.recv_timeout(SOON).expect("a line on standard error")
     }
 
-    /// The next event; `None`: it has ended.
+    /// The next event; `None`: the process has ended.
     pub(crate) fn event(&self) -> Option<Value> {
         match self.events.recv_timeout(SOON) {
             Ok(line) => Some(serde_json::from_str(&line).unwrap()),
@@ -61,7 +61,7 @@ impl Tail {
         }
     }
 
-    /// The kind of the next event, without its common beginning.
+    /// The type of the next event, without its common prefix.
     pub(crate) fn kind(&self) -> Option<String> {
         let event = self.event()?;
         Some(event["eventType"].as_str().unwrap().trim_start_matches("EVENT_TYPE_").to_owned())
@@ -70,7 +70,7 @@ impl Tail {
 
 impl Drop for Tail {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // An error means that it has ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

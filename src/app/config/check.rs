@@ -121,7 +121,7 @@ fn tokens(settings: &Settings, layers: &mut Layers) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::load;
+    use super::super::{dev_settings, load};
     use super::*;
 
     fn subjects(profile: Profile, flags: &[(&'static str, &str)]) -> Vec<String> {
@@ -159,12 +159,8 @@ mod tests {
 
     #[test]
     fn routing_mode_depends_on_redis() {
-        let settings = |flags: &[(&'static str, &str)]| {
-            let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
-            load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings
-        };
-        assert_eq!(settings(&[]).routing(), RoutingMode::Broadcast);
-        assert_eq!(settings(&[("redis_addr", "r:1")]).routing(), RoutingMode::Group);
-        assert_eq!(settings(&[("routing_mode", "group")]).routing(), RoutingMode::Group);
+        assert_eq!(dev_settings(&[]).routing(), RoutingMode::Broadcast);
+        assert_eq!(dev_settings(&[("redis_addr", "r:1")]).routing(), RoutingMode::Group);
+        assert_eq!(dev_settings(&[("routing_mode", "group")]).routing(), RoutingMode::Group);
     }
 }

@@ -1,5 +1,4 @@
-//! The files that deploy Delivery are right by construction: what they set is given to the
-//! configuration as the process would get it.
+//! Tests of the deployment files. The settings in them are loaded as the process would load them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,14 +17,14 @@ fn read(path: &str) -> String {
 
 fn load_environment(variables: &BTreeMap<String, String>) -> Loaded {
     for name in variables.keys() {
-        assert!(TABLE.iter().any(|setting| setting.env() == *name), "{name} is no setting");
+        assert!(TABLE.iter().any(|setting| setting.env() == *name), "{name} is not a setting");
     }
     let layers = Layers::new(Profile::Serve)
         .with_environment(|name| variables.get(name).map(std::convert::Into::into));
     load(layers).unwrap_or_else(|errors| panic!("{errors}"))
 }
 
-/// Follows keys; a missing one fails the test.
+/// The value at a path of keys. A missing key fails the test.
 fn at<'a, 'i>(yaml: &'a Yaml<'i>, path: &[&str]) -> &'a Yaml<'i> {
     path.iter().fold(yaml, |yaml, key| {
         yaml.as_mapping_get(key).unwrap_or_else(|| panic!("no `{key}` of {path:?}"))
@@ -48,11 +47,11 @@ fn compose_file_starts_a_valid_node_with_what_io_uring_needs() {
     let delivery = at(services, &["delivery"]);
     let loaded = load_environment(&pairs(at(delivery, &["environment"])));
 
-    // Each back end that is named is a service here, on the port it listens on.
+    // Each back end in the settings is a service of the file, on the port it listens on.
     let settings = &loaded.settings;
     for peer in settings.kafka_brokers.iter().chain(&settings.redis_addr) {
         let (host, _) = peer.as_str().split_once(':').unwrap();
-        assert!(services.as_mapping_get(host).is_some(), "{host} is no service");
+        assert!(services.as_mapping_get(host).is_some(), "{host} is not a service");
     }
     let kafka = pairs(at(services, &["kafka", "environment"]));
     assert!(kafka["KAFKA_ADVERTISED_LISTENERS"].contains(settings.kafka_brokers[0].as_str()));
@@ -66,16 +65,19 @@ fn compose_file_starts_a_valid_node_with_what_io_uring_needs() {
     assert!(repository().join(profile).is_file(), "{profile}");
     assert_eq!(strings(at(delivery, &["cap_drop"])), ["ALL"]);
     for port in strings(at(delivery, &["ports"])) {
-        assert!(port.starts_with("127.0.0.1:"), "{port}: everybody is trusted here");
+        assert!(
+            port.starts_with("127.0.0.1:"),
+            "{port}: must be on loopback, because every client is trusted"
+        );
     }
-    // What the process may take to leave, and the time it is given for it.
+    // The grace period is longer than the time the process may take to stop.
     let grace = at(delivery, &["stop_grace_period"]).as_str().unwrap().trim_end_matches('s');
-    let leaves = settings.drain_period + settings.stop_timeout;
-    assert!(grace.parse::<u64>().unwrap() > leaves.as_secs(), "{leaves:?}");
+    let stop_time = settings.drain_period + settings.stop_timeout;
+    assert!(grace.parse::<u64>().unwrap() > stop_time.as_secs(), "{stop_time:?}");
 }
 
 #[test]
-fn kafka_is_the_one_that_the_tests_use() {
+fn kafka_version_is_that_of_the_tests() {
     let pom = read("tests/services/pom.xml");
     let version = pom.split("<kafka.version>").nth(1).unwrap().split('<').next().unwrap();
     let compose = read("compose.yaml");
@@ -85,7 +87,7 @@ fn kafka_is_the_one_that_the_tests_use() {
 }
 
 #[test]
-fn seccomp_profile_allows_io_uring_and_refuses_what_it_does_not_name() {
+fn seccomp_profile_allows_io_uring_and_denies_calls_it_does_not_list() {
     let profile: serde_json::Value = serde_json::from_str(&read("deploy/seccomp.json")).unwrap();
     assert_eq!(profile["defaultAction"], "SCMP_ACT_ERRNO");
     let groups = profile["syscalls"].as_array().unwrap();
@@ -97,7 +99,7 @@ fn seccomp_profile_allows_io_uring_and_refuses_what_it_does_not_name() {
     for name in ["io_uring_setup", "io_uring_enter", "io_uring_register", "execve", "futex"] {
         assert!(allowed.contains(&name), "{name}");
     }
-    // What a break-in would want, and this program does not.
+    // Calls that an attacker would use and Delivery does not.
     for name in
         ["ptrace", "mount", "unshare", "setns", "bpf", "keyctl", "init_module", "userfaultfd"]
     {
@@ -109,11 +111,11 @@ fn seccomp_profile_allows_io_uring_and_refuses_what_it_does_not_name() {
     let mut unique = allowed.clone();
     unique.sort_unstable();
     unique.dedup();
-    assert_eq!(unique.len(), allowed.len(), "a name stands twice");
+    assert_eq!(unique.len(), allowed.len(), "a name is listed twice");
 }
 
 #[test]
-fn image_is_built_from_what_is_there_and_does_not_run_as_root() {
+fn image_is_built_from_existing_files_and_does_not_run_as_root() {
     let file = read("Dockerfile").replace("\\\n", " ");
     let lines: Vec<&str> = file.lines().filter(|line| !line.starts_with('#')).collect();
     let ignored = read(".dockerignore");
@@ -135,7 +137,7 @@ fn image_is_built_from_what_is_there_and_does_not_run_as_root() {
 }
 
 #[test]
-fn systemd_unit_sets_only_settings_and_gives_time_to_leave() {
+fn systemd_unit_sets_only_settings_and_has_a_stop_timeout() {
     let unit = read("deploy/delivery.service");
     let values = |key: &str| -> Vec<String> {
         let prefix = format!("{key}=");

@@ -122,6 +122,13 @@ pub struct Loaded {
     pub sources: Vec<ValueSource>,
 }
 
+/// The settings of `dev` with these flags.
+#[cfg(test)]
+pub(super) fn dev_settings(flags: &[(&'static str, &str)]) -> Settings {
+    let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
+    load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -136,9 +136,9 @@ settings! {
         /// Idle time after which a client is pinged. The ping goes out up to a ninth earlier, so that
         /// clients that connected together are not pinged together.
         ping_interval: Duration = "54s", from "1s" to "1h", example "54s";
-        /// Idle time after which a client is disconnected. Must be longer than the ping interval.
+        /// Idle time after which a connection is terminated. Must be longer than the ping interval.
         idle_timeout: Duration = "60s", from "2s" to "2h", example "60s";
-        /// Time without progress of a send after which a client is disconnected.
+        /// Time without progress of a send after which a connection is terminated.
         write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";
         /// Maximum time for a client to answer a close frame.
         close_timeout: Duration = "5s", from "100ms" to "1m", example "5s";

@@ -149,30 +149,25 @@ fn program() -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::{Layers, Profile, load};
+    use super::super::config::dev_settings;
     use super::*;
-
-    fn settings(flags: &[(&'static str, &str)]) -> Settings {
-        let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
-        load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings
-    }
 
     #[test]
     fn trust_is_refused_on_public_addresses() {
-        assert!(refuse_public_trust(&settings(&[])).is_ok());
-        assert!(refuse_public_trust(&settings(&[("http_port", "127.0.0.1:0")])).is_ok());
+        assert!(refuse_public_trust(&dev_settings(&[])).is_ok());
+        assert!(refuse_public_trust(&dev_settings(&[("http_port", "127.0.0.1:0")])).is_ok());
         for name in ["http_port", "http_addr", "grpc_addr"] {
-            let why = refuse_public_trust(&settings(&[(name, "0.0.0.0:8083")])).unwrap_err();
+            let why = refuse_public_trust(&dev_settings(&[(name, "0.0.0.0:8083")])).unwrap_err();
             assert!(why.starts_with(&name.to_uppercase()), "{why}");
         }
         let secret = "0123456789abcdef0123456789abcdef";
         let jwt = [("auth_mode", "jwt"), ("jwt_secret", secret), ("http_port", "0.0.0.0:1")];
-        assert!(refuse_public_trust(&settings(&jwt)).is_ok());
+        assert!(refuse_public_trust(&dev_settings(&jwt)).is_ok());
     }
 
     #[test]
     fn greeting_has_the_actual_ports_and_names_what_is_missing() {
-        let mut settings = settings(&[]);
+        let mut settings = dev_settings(&[]);
         settings.kafka_brokers = Vec::<PeerAddress>::parse("127.0.0.1:40001").unwrap();
         let at = Addresses {
             websocket: "127.0.0.1:40002".parse().unwrap(),

@@ -296,11 +296,10 @@ fn human(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::app::config::{Layers, Profile, load};
+    use crate::app::config::dev_settings;
 
     fn budget(flags: &[(&'static str, &str)], connections_per_shard: u32) -> MemoryBudget {
-        let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
-        let settings = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings;
+        let settings = dev_settings(flags);
         let sizing = Sizing { shards: 2, routers: 1, service_threads: 2, connections_per_shard };
         let shard = super::super::shards::shard_config(&settings, &sizing);
         MemoryBudget::new(&settings, &sizing, &shard)

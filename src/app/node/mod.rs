@@ -283,7 +283,7 @@ impl Node {
         let all_ended = timeout_at(deadline, self.sessions.shut_down(shutdown)).await.is_ok();
         if !all_ended {
             tracing::error!(
-                "sessions still open {stop_timeout:?} after the drain period, cutting them"
+                "sessions still open {stop_timeout:?} after the drain period, terminating them"
             );
         }
         drop(self.from_other_nodes);

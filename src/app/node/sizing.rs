@@ -142,16 +142,14 @@ fn too_many(connections: u32, shards: usize, beside: u32, machine: Machine) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::app::config::{Layers, Profile, load};
+    use crate::app::config::dev_settings;
 
     fn decide(
         flags: &[(&'static str, &str)],
         cores: usize,
         descriptors: u64,
     ) -> Result<Sizing, String> {
-        let flags = flags.iter().map(|(name, value)| (*name, (*value).to_owned()));
-        let settings = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap().settings;
-        Sizing::decide(&settings, Machine { cores, descriptors })
+        Sizing::decide(&dev_settings(flags), Machine { cores, descriptors })
     }
 
     #[test]

@@ -93,7 +93,7 @@ impl Streams {
         // An error means that the server has failed before and has logged why.
         let _ = self.stop.send(());
         if timeout(self.shutdown_max, self.server).await.is_err() {
-            tracing::warn!("gRPC connections still open, cutting them");
+            tracing::warn!("gRPC connections still open, terminating them");
         }
     }
 }

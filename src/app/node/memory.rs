@@ -230,7 +230,7 @@ fn other_services(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let presence = presence_config("".into(), sizing);
     let waiting = presence.sessions_waiting_max + presence.ends_waiting_max;
     let mut amounts = vec![("presence", waiting as u64 * PRESENCE_BYTES)];
-    if settings.redis_addr.is_empty() {
+    if !settings.has_redis() {
         return amounts;
     }
     let fan_out = PresenceFanoutConfig::default();
@@ -326,6 +326,7 @@ mod tests {
         let waiting = 1_000 + HANDOFF_RING_SLOTS + PENDING_REPORTS_MAX;
         assert_eq!(messages - base, 2 * waiting as u64 * 1_024);
         assert!(bound(&[("redis_addr", "localhost:6379")], 1_000) > base);
+        assert!(bound(&[("redis_url", "redis://localhost:6379")], 1_000) > base);
         assert!(bound(&[("dead_letter_topic", "dead")], 1_000) > base);
     }
 

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use proc_macro2::{Delimiter, Group, Span, TokenStream, TokenTree};
+
 pub(super) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -43,92 +45,61 @@ pub(super) fn read(path: &Path) -> String {
     fs::read_to_string(root().join(path)).expect("readable")
 }
 
-/// The source without comments, strings and characters. Line breaks are kept.
+/// The source without comments and literals. Line breaks are kept.
 pub(super) fn code_of(source: &str) -> String {
-    let bytes = source.as_bytes();
-    let mut code = String::with_capacity(source.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let end = match bytes[at] {
-            b'/' if bytes[at..].starts_with(b"//") => line_end(bytes, at),
-            b'/' if bytes[at..].starts_with(b"/*") => block_comment_end(bytes, at),
-            b'r' if raw_string_hashes(bytes, at).is_some() => {
-                let hashes = raw_string_hashes(bytes, at).expect("just seen");
-                let close = format!("\"{}", "#".repeat(hashes));
-                let body = at + hashes + 2;
-                source[body..].find(&close).map_or(bytes.len(), |n| body + n + close.len())
+    let mut code = Code { text: String::with_capacity(source.len()), line: 1 };
+    code.push_all(source.parse().expect("compiles"));
+    code.text
+}
+
+struct Code {
+    text: String,
+    /// The line of the source at the end of `text`, from 1.
+    line: usize,
+}
+
+impl Code {
+    fn push_all(&mut self, tokens: TokenStream) {
+        for token in tokens {
+            match token {
+                TokenTree::Ident(ident) => self.push(&format!(" {ident}"), ident.span()),
+                TokenTree::Punct(punct) => self.push(&punct.to_string(), punct.span()),
+                TokenTree::Literal(literal) => self.push(" ", literal.span()),
+                TokenTree::Group(group) => self.push_group(&group),
             }
-            b'"' => quoted_end(bytes, at, b'"'),
-            b'\'' if is_char_literal(bytes, at) => quoted_end(bytes, at, b'\''),
-            byte => {
-                code.push(if byte.is_ascii() { byte as char } else { '?' });
-                at += 1;
-                continue;
+        }
+    }
+
+    fn push_group(&mut self, group: &Group) {
+        let (open, close) = match group.delimiter() {
+            Delimiter::Parenthesis => ("(", ")"),
+            Delimiter::Brace => ("{", "}"),
+            Delimiter::Bracket if is_doc(group) => {
+                // The lexer turns a doc comment into `#[doc = "…"]` or `#![doc = "…"]`.
+                let attribute = self.text.trim_end_matches('!').trim_end_matches('#').len();
+                return self.text.truncate(attribute);
             }
+            Delimiter::Bracket => ("[", "]"),
+            Delimiter::None => ("", ""),
         };
-        code.extend(bytes[at..end].iter().filter(|byte| **byte == b'\n').map(|_| '\n'));
-        code.push(' ');
-        at = end;
+        self.push(open, group.span_open());
+        self.push_all(group.stream());
+        self.push(close, group.span_close());
     }
-    code
-}
 
-fn line_end(bytes: &[u8], from: usize) -> usize {
-    bytes[from..].iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |n| from + n)
-}
-
-fn block_comment_end(bytes: &[u8], from: usize) -> usize {
-    let mut depth = 0;
-    let mut at = from;
-    while at < bytes.len() {
-        if bytes[at..].starts_with(b"/*") {
-            depth += 1;
-            at += 2;
-        } else if bytes[at..].starts_with(b"*/") {
-            depth -= 1;
-            at += 2;
-            if depth == 0 {
-                return at;
-            }
-        } else {
-            at += 1;
+    fn push(&mut self, text: &str, span: Span) {
+        while self.line < span.start().line {
+            self.text.push('\n');
+            self.line += 1;
         }
+        let after_word = self.text.ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        self.text.push_str(if after_word { text } else { text.trim_start() });
     }
-    at
 }
 
-/// The number of hashes of `r"`, `r#"`, …; `None` if no raw string starts at `at`.
-fn raw_string_hashes(bytes: &[u8], at: usize) -> Option<usize> {
-    let word_before = at > 0
-        && (bytes[at - 1].is_ascii_alphanumeric() && bytes[at - 1] != b'b'
-            || bytes[at - 1] == b'_');
-    let hashes = bytes[at + 1..].iter().take_while(|byte| **byte == b'#').count();
-    (!word_before && bytes.get(at + 1 + hashes) == Some(&b'"')).then_some(hashes)
-}
-
-fn quoted_end(bytes: &[u8], from: usize, quote: u8) -> usize {
-    let mut at = from + 1;
-    while at < bytes.len() && bytes[at] != quote {
-        at += if bytes[at] == b'\\' { 2 } else { 1 };
-    }
-    (at + 1).min(bytes.len())
-}
-
-/// Distinguishes `'x'` and `'\n'` from the lifetime `'x`.
-fn is_char_literal(bytes: &[u8], at: usize) -> bool {
-    match bytes.get(at + 1) {
-        Some(b'\\') => true,
-        Some(first) => {
-            let width = match first {
-                0x00..=0x7f => 1,
-                0x80..=0xdf => 2,
-                0xe0..=0xef => 3,
-                _ => 4,
-            };
-            bytes.get(at + 1 + width) == Some(&b'\'')
-        }
-        None => false,
-    }
+fn is_doc(attribute: &Group) -> bool {
+    let first = attribute.stream().into_iter().next();
+    matches!(first, Some(TokenTree::Ident(name)) if name == "doc")
 }
 
 /// The part of a file before its tests.
@@ -150,14 +121,16 @@ pub(super) fn report(findings: &[String]) {
 }
 
 #[test]
-fn comments_and_strings_are_removed_and_lifetimes_kept() {
+fn comments_and_literals_are_removed() {
     let source = r##"use crate::a; // crate::no
 /* crate::no /* nested */ crate::no */ fn f<'a>(x: &'a str) -> char { '"' }
+/// crate::no
 const S: &str = "crate::no \" crate::no"; const R: &str = r#"crate::no " "#;
 use crate::b; #[cfg(test)] mod tests { use crate::c; }"##;
     let code = code_of(source);
-    assert_eq!(code.matches("crate::").count(), 3);
-    assert!(!code.contains("no"));
-    assert_eq!(without_tests(&code).matches("crate::").count(), 2);
-    assert_eq!(code.lines().count(), source.lines().count());
+    assert_eq!(code.matches("crate::").count(), 3, "{code}");
+    assert!(!code.contains("no"), "{code}");
+    assert_eq!(without_tests(&code).matches("crate::").count(), 2, "{code}");
+    assert_eq!(code.lines().count(), source.lines().count(), "{code}");
+    assert_eq!(code.lines().nth(2), Some(""), "a comment is no code");
 }

@@ -1,4 +1,4 @@
-//! The clock that server and client share: monotonic, the same for every process of a machine.
+//! The monotonic clock, which is the same for all processes of a machine.
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -8,7 +8,7 @@ pub fn now_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// What `CLOCK_REALTIME` is ahead of [`now_ns`] by, ns.
+/// Difference between `CLOCK_REALTIME` and [`now_ns`], ns.
 pub fn unix_offset_ns() -> u64 {
     let unix = clock_gettime(ClockId::Realtime);
     let unix_ns = unix.tv_sec as u64 * 1_000_000_000 + unix.tv_nsec as u64;

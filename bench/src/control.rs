@@ -1,12 +1,12 @@
-//! How the conductor talks to servers and clients: words on their standard input, one JSON object
-//! per line on their standard output.
+//! The protocol between the conductor and its servers and clients: one word per line on their
+//! standard input, one JSON object per line on their standard output.
 
 use std::io::{self, BufRead, Write};
 use std::sync::mpsc::{Receiver, channel};
 
 use serde::Serialize;
 
-use crate::generator::Plan;
+use crate::generator::PushPlan;
 use crate::journey::Passage;
 
 /// Prints one answer.
@@ -14,17 +14,24 @@ pub fn answer(value: &impl Serialize) {
     let mut line = serde_json::to_string(value).expect("plain data");
     line.push('\n');
     let mut out = io::stdout().lock();
-    // The conductor is gone if this fails; the end of the input will tell.
+    // Fails if the conductor has ended; then the standard input ends too.
     let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
 }
 
-/// The lines of the standard input, read by a thread of their own; `wake` is called for each and
-/// for the end.
-pub fn commands(wake: impl Fn() + Send + 'static) -> Receiver<String> {
+/// The lines of the standard input as `parse` reads them, from a thread of their own; a line that it
+/// does not understand is reported and dropped. `wake` is called after each line and at the end.
+pub fn commands<W: Send + 'static>(
+    parse: impl Fn(&str) -> Option<W> + Send + 'static,
+    wake: impl Fn() + Send + 'static,
+) -> Receiver<W> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
         for line in io::stdin().lock().lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
+            let Some(word) = parse(&line) else {
+                eprintln!("unknown word: {line}");
+                continue;
+            };
+            if sender.send(word).is_err() {
                 break;
             }
             wake();
@@ -38,9 +45,9 @@ pub fn commands(wake: impl Fn() + Send + 'static) -> Receiver<String> {
 /// A server listens.
 #[derive(Debug, Serialize)]
 pub struct Ready {
-    /// Where.
+    /// Its address.
     pub ready: String,
-    /// Its process: whose processor time counts.
+    /// The process whose processor time counts.
     pub pid: u32,
 }
 
@@ -54,34 +61,33 @@ impl Ready {
 /// A server has handed out all events of a plan.
 #[derive(Debug, Serialize)]
 pub struct Pushed {
-    /// Messages that were due to clients.
+    /// Messages due to clients.
     pub messages: u64,
     /// From the first event to the last send, ns.
     pub elapsed_ns: u64,
-    /// Processor time that making the events took, where a thread of its own made them, ns.
+    /// Processor time for generating the events, ns; 0 if another process does it.
     pub generator_ns: u64,
     /// Sends that the socket took only in part or not at once.
     pub retries: u64,
-    /// Sends in all, where they are counted: fewer than messages if those that waited went together.
+    /// Sends, where they are counted: fewer than messages if several messages shared one.
     pub sends: Option<u64>,
 }
 
-/// How many sessions are open.
+/// The number of open sessions.
 #[derive(Debug, Serialize)]
-pub struct Sessions {
+pub struct OpenSessions {
     /// The number.
     pub sessions: usize,
 }
 
-/// What a plan needs beforehand is there.
+/// The server is ready for a plan.
 #[derive(Debug, Serialize)]
 pub struct Prepared {
-    /// Whether anything had to be done.
+    /// Whether there was anything to do.
     pub prepared: bool,
 }
 
-/// What a server behind Kafka saw of the events that it has pushed one by one: said after
-/// [`Pushed`].
+/// What a server behind Kafka observed of events that it pushed one by one. Follows [`Pushed`].
 #[derive(Debug, Serialize)]
 pub struct Passages {
     /// One for each event.
@@ -91,28 +97,33 @@ pub struct Passages {
 /// A word from the conductor to a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
-    /// `sessions`: print how many are open.
+    /// `sessions`: print the number of open sessions.
     Sessions,
-    /// `prepare …`: make ready for a plan.
-    Prepare(Plan),
-    /// `push …`: push, and print when the last send is done.
-    Push(Plan),
-    /// `echo MS`: answer echoes for so long (those that always do need not be told).
+    /// `presence`: print the counts of the presence service.
+    Presence,
+    /// `prepare PLAN`: get ready for a plan.
+    Prepare(PushPlan),
+    /// `push PLAN`: push, and print when the last send is done.
+    Push(PushPlan),
+    /// `echo MS`: answer echoes for this time, if the server does not always do that.
     Echo(u64),
-    /// `quit`: end.
+    /// `quit`: exit.
     Quit,
 }
 
-/// Understands a line.
-pub fn word(line: &str) -> Option<Word> {
-    let (first, rest) = line.split_once(' ').unwrap_or((line, ""));
-    match first {
-        "sessions" => Some(Word::Sessions),
-        "prepare" => rest.parse().ok().map(Word::Prepare),
-        "push" => rest.parse().ok().map(Word::Push),
-        "echo" => rest.parse().ok().map(Word::Echo),
-        "quit" => Some(Word::Quit),
-        _ => None,
+impl Word {
+    /// Parses a line.
+    pub fn parse(line: &str) -> Option<Self> {
+        let (first, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match first {
+            "sessions" => Some(Self::Sessions),
+            "presence" => Some(Self::Presence),
+            "prepare" => rest.parse().ok().map(Self::Prepare),
+            "push" => rest.parse().ok().map(Self::Push),
+            "echo" => rest.parse().ok().map(Self::Echo),
+            "quit" => Some(Self::Quit),
+            _ => None,
+        }
     }
 }
 
@@ -121,11 +132,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_understood() {
-        assert_eq!(word("sessions"), Some(Word::Sessions));
-        let plan = Plan { group: 1, burst: 2, events: 3, rate: 4, at_once: 5, bytes: 128 };
-        assert_eq!(word(&format!("push {plan}")), Some(Word::Push(plan)));
-        assert_eq!(word("push 1"), None);
-        assert_eq!(word("echo 500"), Some(Word::Echo(500)));
+    fn words_are_parsed() {
+        assert_eq!(Word::parse("sessions"), Some(Word::Sessions));
+        let plan = PushPlan { group: 1, burst: 2, events: 3, rate: 4, at_once: 5, bytes: 128 };
+        assert_eq!(Word::parse(&format!("push {plan}")), Some(Word::Push(plan)));
+        assert_eq!(Word::parse("push 1"), None);
+        assert_eq!(Word::parse("echo 500"), Some(Word::Echo(500)));
     }
 }

@@ -1,4 +1,4 @@
-//! WebSocket frames from the client's side, and the server's for those that have no library.
+//! WebSocket frames, for the client and for the servers without a library.
 
 /// A server frame at the front of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,7 +9,7 @@ pub struct Frame<'a> {
     pub compressed: bool,
     /// The payload.
     pub payload: &'a [u8],
-    /// Bytes of the whole frame.
+    /// Size of the whole frame, bytes.
     pub total: usize,
 }
 
@@ -24,7 +24,7 @@ pub const PING: u8 = 9;
 /// Pong.
 pub const PONG: u8 = 10;
 
-/// The frame at the front of `input`, if it is whole: unmasked, from a server.
+/// Parses a complete, unmasked server frame at the front of `input`.
 pub fn parse(input: &[u8]) -> Option<Frame<'_>> {
     let (header, length) = lengths(input)?;
     let payload = input.get(header..header + length)?;
@@ -37,8 +37,7 @@ pub fn parse(input: &[u8]) -> Option<Frame<'_>> {
     })
 }
 
-/// The frame at the front of `input`, if it is whole: masked, from a client. It is unmasked in
-/// place.
+/// Parses a complete, masked client frame at the front of `input`, and unmasks it in place.
 pub fn parse_masked(input: &mut [u8]) -> Option<Frame<'_>> {
     let (header, length) = lengths(input)?;
     let total = header + 4 + length;
@@ -54,7 +53,7 @@ pub fn parse_masked(input: &mut [u8]) -> Option<Frame<'_>> {
     Some(Frame { opcode: first & 0x0f, compressed: first & 0x40 != 0, payload, total })
 }
 
-/// Header without mask, and payload.
+/// Lengths of the header without the mask, and of the payload.
 fn lengths(input: &[u8]) -> Option<(usize, usize)> {
     Some(match *input.get(1)? & 0x7f {
         126 => (4, usize::from(u16::from_be_bytes(input.get(2..4)?.try_into().ok()?))),
@@ -63,13 +62,13 @@ fn lengths(input: &[u8]) -> Option<(usize, usize)> {
     })
 }
 
-/// Appends a frame of a server: final, not masked.
+/// Appends a server frame: final, not masked.
 pub fn put(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
     put_header(out, opcode, payload.len(), 0);
     out.extend_from_slice(payload);
 }
 
-/// Appends a frame of a client: final, masked with zeros as a client in a hurry may.
+/// Appends a client frame: final, masked with the key 0, which leaves the payload as it is.
 pub fn put_masked(out: &mut Vec<u8>, opcode: u8, payload: &[u8]) {
     put_header(out, opcode, payload.len(), 0x80);
     out.extend_from_slice(&[0; 4]);
@@ -91,12 +90,12 @@ fn put_header(out: &mut Vec<u8>, opcode: u8, length: usize, mask: u8) {
     }
 }
 
-/// Where the head of an HTTP message ends.
+/// End of the head of an HTTP message.
 pub fn head_end(input: &[u8]) -> Option<usize> {
     memchr::memmem::find(input, b"\r\n\r\n").map(|at| at + 4)
 }
 
-/// The answer of a server to an upgrade request, RFC 6455 §4.2.2.
+/// The answer to an upgrade request, RFC 6455 §4.2.2.
 pub fn upgrade_answer(request: &[u8]) -> Option<Vec<u8>> {
     const NAME: &[u8] = b"Sec-WebSocket-Key: ";
     let at = memchr::memmem::find(request, NAME)? + NAME.len();
@@ -116,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_of_every_length_form_come_back() {
+    fn frames_of_every_length_form_are_parsed() {
         for length in [0, 125, 126, 65_535, 65_536] {
             let payload = vec![7; length];
             let mut bytes = Vec::new();

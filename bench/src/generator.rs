@@ -1,4 +1,4 @@
-//! Which event goes to whom, and when. Every server pulls from the same generator.
+//! Generates the events: their recipients and times. Every server takes them from the same generator.
 
 use std::ops::Range;
 use std::str::FromStr;
@@ -6,31 +6,31 @@ use std::str::FromStr;
 use crate::clock::now_ns;
 use crate::payload::{Stamp, Template};
 
-/// What is to be pushed.
+/// The events of one push.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
-    /// How many sessions get each event: they are divided into so many conversations of this size.
+pub struct PushPlan {
+    /// Recipients of each event. The sessions are divided into conversations of this size.
     pub group: usize,
-    /// Events for one conversation in a row, before the next one's turn.
+    /// Consecutive events for one conversation.
     pub burst: usize,
-    /// Events in all.
+    /// Number of events.
     pub events: u64,
-    /// Events per second; 0: as fast as they are taken.
+    /// Events per second; 0: no limit.
     pub rate: u64,
-    /// How many become due together, at that rate: as they come from a log, by the handful.
+    /// Events that become due together, at that rate, as when they are read from a log in batches.
     pub at_once: u64,
-    /// Bytes of each value.
+    /// Size of each value, bytes.
     pub bytes: usize,
 }
 
-impl Plan {
-    /// Whether events are due one by one, to one session each: it is about latency then.
+impl PushPlan {
+    /// Whether events are due one by one, for one session each. Such plans measure latency.
     pub fn is_one_by_one(&self) -> bool {
         self.rate > 0 && self.at_once == 1 && self.group == 1
     }
 }
 
-impl FromStr for Plan {
+impl FromStr for PushPlan {
     type Err = String;
 
     /// `GROUP BURST EVENTS RATE AT_ONCE BYTES`
@@ -54,40 +54,40 @@ impl FromStr for Plan {
     }
 }
 
-impl std::fmt::Display for Plan {
+impl std::fmt::Display for PushPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { group, burst, events, rate, at_once, bytes } = self;
         write!(f, "{group} {burst} {events} {rate} {at_once} {bytes}")
     }
 }
 
-/// Conversations of different sizes have different numbers.
+/// Range of conversation numbers for one size.
 const NUMBERS_PER_SIZE: usize = 10_000;
 
-/// The number of the conversation that is number `at` among those of its size.
+/// The number of the conversation with index `at` among those of its size.
 pub fn conversation(group: usize, at: usize) -> usize {
     group * NUMBERS_PER_SIZE + at
 }
 
-/// One event.
+/// A generated event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Item {
     /// Its conversation.
     pub conversation: usize,
-    /// The sessions that get it.
+    /// Its recipients.
     pub sessions: Range<usize>,
     /// The serialized envelope.
     pub value: Vec<u8>,
 }
 
-/// See the module.
+/// Generator of the events of a plan.
 #[derive(Debug)]
 pub struct Generator {
-    plan: Plan,
+    plan: PushPlan,
     template: Template,
     sessions: usize,
     conversations: u64,
-    /// Events of the plans before.
+    /// Events of earlier plans.
     before: u64,
     produced: u64,
     started_ns: u64,
@@ -95,39 +95,39 @@ pub struct Generator {
 
 impl Generator {
     /// A generator for sessions 0 to `sessions`, exclusive.
-    pub fn new(plan: Plan, sessions: usize) -> Self {
+    pub fn new(plan: PushPlan, sessions: usize) -> Self {
         Self::after(0, plan, sessions)
     }
 
-    /// The same, going on after so many events of earlier plans with the same group and burst: the
-    /// sequences of a conversation have no gap between them.
-    pub fn after(before: u64, plan: Plan, sessions: usize) -> Self {
+    /// A generator that continues after `before` events of earlier plans with the same group and burst,
+    /// so that the sequences of each conversation have no gap.
+    pub fn after(before: u64, plan: PushPlan, sessions: usize) -> Self {
         let conversations = (sessions / plan.group).max(1) as u64;
         let template = Template::new(plan.bytes);
         Self { plan, template, sessions, conversations, before, produced: 0, started_ns: now_ns() }
     }
 
-    /// Sessions that get each event.
+    /// Recipients of each event.
     pub fn group(&self) -> usize {
         self.plan.group
     }
 
-    /// Whether all events were taken.
+    /// Whether all events have been taken.
     pub fn is_finished(&self) -> bool {
         self.produced == self.plan.events
     }
 
-    /// Messages that the events so far amount to.
+    /// Messages of all events so far.
     pub fn messages(&self) -> u64 {
         self.produced * self.plan.group.min(self.sessions) as u64
     }
 
-    /// Events so far, those of earlier plans included.
+    /// Events so far, including those of earlier plans.
     pub fn total(&self) -> u64 {
         self.before + self.produced
     }
 
-    /// The last sequence of conversation number `at`, 0 for none.
+    /// The last sequence of the conversation with index `at`; 0: none.
     pub fn last_sequence(&self, at: usize) -> u64 {
         let burst = self.plan.burst as u64;
         let (turns, rest) = (self.total() / burst, self.total() % burst);
@@ -140,8 +140,8 @@ impl Generator {
             }
     }
 
-    /// When the event of conversation `at` with this sequence was due, ns; `None`: in an earlier
-    /// plan, or the plan has no rate.
+    /// Time at which the event with this sequence of conversation `at` was due, ns. `None`: it belongs
+    /// to an earlier plan, or the plan has no rate.
     pub fn due_of(&self, at: usize, sequence: u64) -> Option<u64> {
         let burst = self.plan.burst as u64;
         let turn = (sequence - 1) / burst * self.conversations + at as u64;
@@ -156,8 +156,8 @@ impl Generator {
         due_ns(self.plan, self.started_ns, number)
     }
 
-    /// When the handfuls are due, ns, without looking at the generator again; none if all may be
-    /// taken at once.
+    /// Times at which batches become due, ns; empty without a rate. Independent of the generator's
+    /// state.
     pub fn schedule(&self) -> impl Iterator<Item = u64> + use<> {
         let (plan, started_ns) = (self.plan, self.started_ns);
         let events = if plan.rate > 0 { plan.events } else { 0 };
@@ -166,11 +166,11 @@ impl Generator {
             .map(move |number| due_ns(plan, started_ns, number))
     }
 
-    /// Processor time that making all events takes, ns, from a sample: for servers that make them
-    /// in their own loop.
+    /// Estimated processor time for generating all events, ns, from a sample. For servers that generate
+    /// them in their own loop.
     pub fn total_cost_ns(&self) -> u64 {
         const SAMPLES: u64 = 10_000;
-        let plan = Plan { events: SAMPLES, rate: 0, ..self.plan };
+        let plan = PushPlan { events: SAMPLES, rate: 0, ..self.plan };
         let mut sample = Self::new(plan, self.sessions);
         let before = crate::usage::thread_ns();
         while let Some(item) = sample.next_due() {
@@ -179,12 +179,12 @@ impl Generator {
         (crate::usage::thread_ns() - before) * self.plan.events / SAMPLES
     }
 
-    /// When the next event is due, ns; `None`: at once.
+    /// Time at which the next event is due, ns; `None`: now.
     pub fn due_ns(&self) -> Option<u64> {
         (self.plan.rate > 0).then(|| self.due_ns_of(self.produced))
     }
 
-    /// The next event, if there is one and it is due.
+    /// The next event, if it is due.
     pub fn next_due(&mut self) -> Option<Item> {
         if self.is_finished() {
             return None;
@@ -199,7 +199,7 @@ impl Generator {
         let number = self.total();
         let turn = number / burst;
         let conversation = (turn % self.conversations) as usize;
-        // Each conversation has had `burst` events in each round that is over.
+        // Each conversation has had `burst` events in each completed round.
         let sequence = turn / self.conversations * burst + number % burst + 1;
         self.produced += 1;
         let first = conversation * self.plan.group;
@@ -213,8 +213,8 @@ impl Generator {
     }
 }
 
-/// When event number `number` of a plan with a rate is due, ns.
-fn due_ns(plan: Plan, started_ns: u64, number: u64) -> u64 {
+/// Time at which event `number` of a plan with a rate is due, ns.
+fn due_ns(plan: PushPlan, started_ns: u64, number: u64) -> u64 {
     let before = u128::from(number - number % plan.at_once) * 1_000_000_000;
     started_ns + (before / u128::from(plan.rate)) as u64
 }
@@ -253,9 +253,9 @@ mod tests {
     }
 
     #[test]
-    fn a_later_plan_goes_on_where_the_last_one_ended() {
+    fn a_later_plan_continues_after_the_previous_one() {
         for plan in ["1 1 7 1000000 1 128", "1 3 10 1000000 1 128", "2 2 5 1000000 1 128"] {
-            let plan: Plan = plan.parse().unwrap();
+            let plan: PushPlan = plan.parse().unwrap();
             let mut last = std::collections::HashMap::new();
             let mut before = 0;
             for _ in 0..3 {
@@ -276,20 +276,20 @@ mod tests {
     }
 
     #[test]
-    fn rate_holds_events_back() {
+    fn events_are_not_due_before_their_rate_allows() {
         let mut generator = Generator::new("1 1 2 1 1 128".parse().unwrap(), 1);
         assert!(generator.next_due().is_some());
         assert!(generator.next_due().is_none() && !generator.is_finished());
     }
 
     #[test]
-    fn handful_is_due_together() {
+    fn batch_is_due_together() {
         let mut generator = Generator::new("1 1 4 1 3 128".parse().unwrap(), 1);
-        let handful: Vec<_> = std::iter::from_fn(|| generator.next_due()).collect();
+        let batch: Vec<_> = std::iter::from_fn(|| generator.next_due()).collect();
         let due = |item: &Item| Stamp::find(&item.value).unwrap().intended_ns;
-        let first = due(&handful[0]);
-        assert_eq!(handful.len(), 3);
-        assert!(handful.iter().all(|item| due(item) == first));
+        let first = due(&batch[0]);
+        assert_eq!(batch.len(), 3);
+        assert!(batch.iter().all(|item| due(item) == first));
         assert_eq!(generator.due_ns(), Some(first + 3_000_000_000));
         assert_eq!(generator.schedule().collect::<Vec<_>>(), [first, first + 3_000_000_000]);
     }

@@ -1,5 +1,5 @@
-//! The way of an event through Kafka, as told by three who saw a part of it: the producer, a plain
-//! consumer, and the client. The conductor puts it together.
+//! The path of an event through Kafka. The producer, a plain consumer and the client each record a part
+//! of it; the conductor joins these.
 //!
 //! ```text
 //! due ─► sent ─► appended ─► acknowledged
@@ -11,60 +11,60 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-/// What the client saw of one event.
+/// The arrival of one event at the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arrival {
     /// The session.
     pub session: u32,
-    /// Which of its events.
+    /// Sequence of the event in that session.
     pub sequence: u32,
-    /// When it was read, [`now_ns`](crate::clock::now_ns).
+    /// Time of the read, [`now_ns`](crate::clock::now_ns).
     pub at_ns: u64,
 }
 
-/// What the producer and the plain consumer saw of it. Moments are of
+/// The times that the producer and the plain consumer recorded for one event, as
 /// [`now_ns`](crate::clock::now_ns).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Passage {
-    /// The session that it is for.
+    /// The recipient.
     pub session: u32,
-    /// Which of its events.
+    /// Sequence of the event in that session.
     pub sequence: u32,
-    /// When it was meant to be sent.
+    /// Time at which it was due.
     pub due_ns: u64,
-    /// When the producer had it in its queue.
+    /// Time at which it entered the producer's queue.
     pub sent_ns: u64,
-    /// When the broker appended it, by its own clock (`LogAppendTime`): rounded down to a
-    /// millisecond, and read before the append. What is counted from it is never too short.
+    /// Time of the append by the broker's clock (`LogAppendTime`). The broker reads it before the append
+    /// and rounds it down to a millisecond, so durations from here are never too short.
     pub appended_ns: u64,
-    /// When the producer's callback was told of the append: the append was earlier. What is counted
-    /// from it is too short by the answer's way, and may be negative.
+    /// Time of the producer's callback, which is after the append. Durations from here are too short by
+    /// the time of the answer, and may be negative.
     pub acknowledged_ns: u64,
-    /// When the plain consumer was handed it.
+    /// Time at which the plain consumer received it.
     pub consumed_ns: u64,
 }
 
-/// A part of the way.
+/// A part of the path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
-    /// The generator's own delay.
+    /// Delay of the generator.
     DueToSent,
-    /// The producer: lingering, queue, request, until the append.
+    /// The producer until the append: linger time, queue, request.
     SentToAppended,
-    /// The producer and the broker: until the answer.
+    /// The producer and the broker until the answer.
     SentToAcknowledged,
-    /// What a plain consumer needs.
+    /// A plain consumer.
     AppendedToConsumed,
-    /// What Delivery needs, up to the client's read.
+    /// Delivery, up to the client's read.
     AppendedToArrived,
     /// The same, counted from the answer.
     AcknowledgedToArrived,
-    /// What Delivery and the client add to a plain consumer; negative if they were earlier.
+    /// Delivery and the client compared with the plain consumer; negative if they were earlier.
     ConsumedToArrived,
 }
 
 impl Part {
-    /// All, in their order on the way.
+    /// All parts in order.
     pub const ALL: [Self; 7] = [
         Self::DueToSent,
         Self::SentToAppended,
@@ -75,7 +75,7 @@ impl Part {
         Self::ConsumedToArrived,
     ];
 
-    /// As in the table.
+    /// Title in the table.
     pub fn title(self) -> &'static str {
         match self {
             Self::DueToSent => "due → in the producer's queue",
@@ -102,18 +102,18 @@ impl Part {
     }
 }
 
-/// How long one part took: sorted, ns.
+/// Durations of one part, sorted, ns.
 pub struct Durations(Vec<i64>);
 
 impl Durations {
-    /// The value that `share` of all are at most, µs; 0 if there are none.
+    /// A quantile, µs; 0 if there are no durations.
     pub fn quantile_us(&self, share: f64) -> f64 {
         let rank = (self.0.len() as f64 * share).ceil() as usize;
         self.0.get(rank.saturating_sub(1)).map_or(0.0, |ns| *ns as f64 / 1000.0)
     }
 }
 
-/// Every part of the way, of the events of which all have told.
+/// Durations of every part, for the events that all three have recorded.
 pub fn parts(passages: &[Passage], arrivals: &[Arrival]) -> Vec<(Part, Durations)> {
     let arrived: HashMap<(u32, u32), u64> = arrivals
         .iter()
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_between_the_moments_of_the_same_event() {
+    fn parts_join_the_times_of_the_same_event() {
         let arrivals = [arrival(2, 17_000), arrival(1, 25_000), arrival(9, 1)];
         let parts = parts(&[passage(1), passage(2), passage(3)], &arrivals);
         let of = |wanted: Part, share| {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_not_all_have_seen_does_not_count() {
+    fn events_that_not_all_recorded_are_left_out() {
         let unseen = Passage { consumed_ns: 0, ..passage(1) };
         let parts = parts(&[unseen], &[arrival(1, 25_000)]);
         assert!(parts.iter().all(|(_, durations)| durations.quantile_us(0.99) == 0.0));

@@ -1,51 +1,54 @@
-//! Delivery as it is deployed, `delivery serve` behind a real Kafka: what is pushed is first in a
-//! topic. Its process is the one that is measured; this one only tells Kafka and the conductor.
+//! Delivery as it is deployed: `delivery serve` behind a real Kafka. The server's process is the one
+//! that is measured; this one only publishes to Kafka and answers the conductor.
 //!
-//! As fast as it can: the events are written beforehand within a transaction, which the consumer
-//! does not see before its commit (`isolation.level=read_committed` is librdkafka's default), so
-//! that neither writing them nor the broker's reading them in is what is measured.
+//! A plan without a rate: the events are written beforehand within a transaction, which the consumer
+//! does not see before its commit (`isolation.level=read_committed` is librdkafka's default). So
+//! neither writing them nor the broker's disk is measured.
 //!
-//! One by one: it is kept when each record was sent, appended and acknowledged, and when a plain
-//! consumer got it ([`crate::journey`]).
+//! A plan of events that are due one by one: records when each was sent, appended and acknowledged,
+//! and when a plain consumer received it ([`crate::journey`]).
 
 mod plain;
 mod trace;
 
 use std::collections::HashMap;
-use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use delivery_testkit::ports::free_port;
+use delivery_testkit::publisher::create_topics;
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext};
 
+use crate::admin::AdminPort;
 use crate::clock::now_ns;
 use crate::control::Pushed;
-use crate::generator::{Generator, Item, Plan, conversation};
+use crate::generator::{Generator, Item, PushPlan, conversation};
 use crate::journey::Passage;
 use crate::names;
-use crate::payload::{Stamp, creation};
+use crate::payload::{Stamp, conversation_id, creation};
+use crate::program::Program;
 use crate::usage;
 use plain::PlainConsumer;
 use trace::{TracedProducer, UNTRACED};
 
-/// As a small deployment has; records are spread over them by conversation.
+/// As in a small deployment; records are spread over them by conversation.
 const PARTITIONS: i32 = 4;
-const KAFKA_PATIENCE: Duration = Duration::from_secs(60);
-const READY_PATIENCE: Duration = Duration::from_secs(30);
+/// Limit for one operation of Kafka.
+const KAFKA_MAX: Duration = Duration::from_secs(60);
+const READY_MAX: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
-/// What the consumer has to have read before it counts as idle again.
+/// Metric: records that the routers have read.
 const RECORDS: &str = "delivery_router_records_total";
+/// Metric: open sessions.
 const SESSIONS: &str = "delivery_shard_sessions";
 
-/// What it needs.
+/// Configuration of [`ServedDelivery`].
 #[derive(Clone, Debug)]
-pub struct Setting {
+pub struct ServedConfig {
     /// `host:port` of a broker.
     pub brokers: String,
     /// The `delivery` program.
@@ -56,81 +59,80 @@ pub struct Setting {
     pub own_core: usize,
 }
 
-/// See the module.
-pub struct Served {
-    server: Child,
+/// A running `delivery serve` and the producers of its events.
+pub struct ServedDelivery {
+    server: Program,
     brokers: String,
     server_core: usize,
-    /// Where it listens.
+    /// Address of the server.
     pub address: SocketAddr,
-    admin: SocketAddr,
-    /// Topics.
+    admin: AdminPort,
+    /// Topic of the messages.
     messages: String,
+    /// Topic of the conversations.
     conversations: String,
-    /// Writes what is to appear at once.
+    /// Producer of events that become visible all at once.
     at_once: BaseProducer,
-    /// Writes each event when it is due. A millisecond of lingering keeps the broker, which shares
-    /// its core with the client, from an answer per event; it is part of the latency.
+    /// Producer of events that are sent when they are due. It lingers for a millisecond, which is
+    /// part of the latency: without it the broker, which shares its core with the client, would
+    /// answer every event by itself.
     paced: TracedProducer,
-    /// Reads what is due one by one as well.
+    /// Reads the same records, while events are due one by one.
     plain: Option<PlainConsumer>,
-    /// What was seen of the events of the last push.
+    /// Observations of the last push.
     passages: Vec<Passage>,
-    /// Sizes of conversations that have been made.
-    made: Vec<usize>,
-    /// Events that are written and wait for their commit.
-    filled: Option<Plan>,
+    /// Sizes of the conversations that have been created.
+    prepared: Vec<usize>,
+    /// The plan whose events are written but not committed.
+    uncommitted: Option<PushPlan>,
 }
 
 fn failed(error: &KafkaError) -> io::Error {
     io::Error::other(format!("Kafka: {error}"))
 }
 
-fn free_address() -> io::Result<SocketAddr> {
-    TcpListener::bind(("127.0.0.1", 0))?.local_addr()
-}
-
-impl Served {
-    /// Makes a topic and starts a server that reads it.
+impl ServedDelivery {
+    /// Creates the topics and starts a server that reads them.
     ///
     /// # Errors
-    /// No broker, or the server does not get ready.
-    pub fn start(setting: &Setting) -> io::Result<Self> {
-        let mut client = ClientConfig::new();
-        client.set("bootstrap.servers", &setting.brokers);
-        // Two, as in a deployment: the second is read by the membership cache as well.
+    /// The broker is unreachable, or the server does not get ready.
+    pub fn start(config: &ServedConfig) -> io::Result<Self> {
+        // Two topics, as in a deployment: the membership cache reads the second as well.
         let run = std::process::id();
         let messages = format!("messaging.bench-{run}");
         let conversations = format!("conversation.bench-{run}");
-        make_topics(&client, &[&messages, &conversations])?;
-        let (address, admin) = (free_address()?, free_address()?);
-        // The child inherits the core; this process then leaves it.
-        usage::pin(setting.server_core)?;
-        // It ends with this process, however that ends.
-        let server = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "--"])
-            .arg(&setting.program)
-            .arg("serve")
-            .env("HTTP_PORT", address.to_string())
-            .env("HTTP_ADDR", admin.to_string())
-            .env("GRPC_ADDR", "")
-            .env("SHARDS", "1")
-            .env("CONNECTIONS_MAX", "14000")
-            .env("AUTH_MODE", "trust")
-            .env("ECHO", "true")
-            .env("CONNECTIONS_PER_ADDRESS", "0")
-            .env("HANDSHAKES_PER_SECOND", "0")
-            .env("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0")
-            .env("SO_SNDBUF", "128KiB")
-            .env("ROUTING_MODE", "group")
-            .env("KAFKA_BROKERS", &setting.brokers)
-            .env("KAFKA_TOPICS", format!("{messages},{conversations}"))
-            .env("KAFKA_GROUP", &messages)
-            .env("LOG_LEVEL", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()?;
-        usage::pin(setting.own_core)?;
+        let settings = [("message.timestamp.type", "LogAppendTime")];
+        create_topics(&config.brokers, &[&messages, &conversations], PARTITIONS, &settings)?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let admin = AdminPort(free_port());
+        // The child inherits the core; this process then moves to its own.
+        usage::pin(config.server_core)?;
+        let mut server = Program::start(
+            "delivery",
+            None,
+            &[config.program.display().to_string(), "serve".to_owned()],
+            &[
+                ("HTTP_PORT", address.to_string()),
+                ("HTTP_ADDR", format!("127.0.0.1:{}", admin.0)),
+                ("GRPC_ADDR", String::new()),
+                ("SHARDS", "1".to_owned()),
+                ("CONNECTIONS_MAX", "14000".to_owned()),
+                ("AUTH_MODE", "trust".to_owned()),
+                ("ECHO", "true".to_owned()),
+                ("CONNECTIONS_PER_ADDRESS", "0".to_owned()),
+                ("HANDSHAKES_PER_SECOND", "0".to_owned()),
+                ("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0".to_owned()),
+                ("SO_SNDBUF", "128KiB".to_owned()),
+                ("ROUTING_MODE", "group".to_owned()),
+                ("KAFKA_BROKERS", config.brokers.clone()),
+                ("KAFKA_TOPICS", format!("{messages},{conversations}")),
+                ("KAFKA_GROUP", messages.clone()),
+                ("LOG_LEVEL", "warn".to_owned()),
+            ],
+        )?;
+        usage::pin(config.own_core)?;
+        let mut client = ClientConfig::new();
+        client.set("bootstrap.servers", &config.brokers);
         let at_once = client
             .clone()
             .set("transactional.id", &messages)
@@ -138,19 +140,20 @@ impl Served {
             .set("linger.ms", "5")
             .create::<BaseProducer>()
             .map_err(|error| failed(&error))?;
-        at_once.init_transactions(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
+        at_once.init_transactions(KAFKA_MAX).map_err(|error| failed(&error))?;
         let paced = client
             .set("linger.ms", "1")
-            // At most five requests under way, as Java's producer has it by default. Without that
-            // bound a broker that is behind for a moment gets more requests instead of larger ones,
-            // and stays behind.
+            // At most five requests in flight, as by default in Java's producer. Without a bound, a
+            // broker that falls behind receives more requests instead of larger ones, and stays
+            // behind.
             .set("enable.idempotence", "true")
             .create_with_context(trace::Trace::default())
             .map_err(|error| failed(&error))?;
-        let mut served = Self {
+        server.wait_until(READY_MAX, || admin.is_ready())?;
+        Ok(Self {
             server,
-            brokers: setting.brokers.clone(),
-            server_core: setting.server_core,
+            brokers: config.brokers.clone(),
+            server_core: config.server_core,
             address,
             admin,
             messages,
@@ -159,82 +162,50 @@ impl Served {
             paced,
             plain: None,
             passages: Vec::new(),
-            made: Vec::new(),
-            filled: None,
-        };
-        served.wait_ready()?;
-        Ok(served)
+            prepared: Vec::new(),
+            uncommitted: None,
+        })
     }
 
-    /// The server's process.
+    /// The server's process id.
     pub fn pid(&self) -> u32 {
         self.server.id()
     }
 
-    fn wait_ready(&mut self) -> io::Result<()> {
-        let from = Instant::now();
-        while !matches!(self.get("/health/ready"), Ok((200, _))) {
-            if let Some(status) = self.server.try_wait()? {
-                return Err(io::Error::other(format!("delivery ended: {status}")));
-            }
-            if from.elapsed() > READY_PATIENCE {
-                return Err(io::Error::other("delivery does not get ready"));
-            }
-            std::thread::sleep(POLL);
-        }
-        Ok(())
+    /// Records that the server has read.
+    fn records(&self) -> io::Result<u64> {
+        Ok(self.admin.metric(RECORDS, "")? as u64)
     }
 
-    /// Status and body of an answer of the admin port.
-    fn get(&self, path: &str) -> io::Result<(u16, String)> {
-        let mut stream = TcpStream::connect(self.admin)?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        let status = text.split_whitespace().nth(1).and_then(|status| status.parse().ok());
-        Ok((status.unwrap_or(0), text))
-    }
-
-    /// The sum of the samples of one name.
-    fn metric(&self, name: &str) -> io::Result<u64> {
-        let (_, page) = self.get("/metrics")?;
-        let samples = page.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
-        });
-        let values = samples.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
-        Ok(values.sum::<f64>() as u64)
-    }
-
-    /// Sessions that are open.
+    /// Open sessions.
     ///
     /// # Errors
     /// The server does not answer.
     pub fn sessions(&self) -> io::Result<usize> {
-        Ok(self.metric(SESSIONS)? as usize)
+        Ok(self.admin.metric(SESSIONS, "")? as usize)
     }
 
-    /// Makes the conversations of a plan, and writes its events if it has no rate, or readies the
-    /// plain consumer if they are due one by one. Always does something: what is pushed has been read
-    /// by the broker before.
+    /// Creates the conversations of a plan. Also writes its events if it has no rate, and starts the
+    /// plain consumer if they are due one by one.
     ///
     /// # Errors
-    /// Kafka's.
-    pub fn prepare(&mut self, plan: Plan) -> io::Result<()> {
+    /// Kafka failed.
+    pub fn prepare(&mut self, plan: PushPlan) -> io::Result<()> {
         let sessions = self.sessions()?;
-        if !self.made.contains(&plan.group) {
-            self.made.push(plan.group);
-            self.make_conversations(plan.group, sessions)?;
+        if !self.prepared.contains(&plan.group) {
+            self.prepared.push(plan.group);
+            self.create_conversations(plan.group, sessions)?;
         }
         if plan.rate == 0 {
             self.at_once.begin_transaction().map_err(|error| failed(&error))?;
             let mut generator = Generator::new(plan, sessions);
             while let Some(item) = generator.next_due() {
-                let key = key(item.conversation);
+                let key = conversation_id(item.conversation);
                 let record = BaseRecord::to(&self.messages).key(&*key).payload(&*item.value);
                 write(&self.at_once, record)?;
             }
-            self.at_once.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
-            self.filled = Some(plan);
+            self.at_once.flush(KAFKA_MAX).map_err(|error| failed(&error))?;
+            self.uncommitted = Some(plan);
         } else if plan.is_one_by_one() {
             let topics = [&*self.messages, &*self.conversations];
             self.plain = Some(PlainConsumer::start(&self.brokers, &topics, self.server_core)?);
@@ -242,37 +213,37 @@ impl Served {
         Ok(())
     }
 
-    fn make_conversations(&self, group: usize, sessions: usize) -> io::Result<()> {
+    fn create_conversations(&self, group: usize, sessions: usize) -> io::Result<()> {
         let count = (sessions / group).max(1);
-        let until = self.metric(RECORDS)? + count as u64;
+        let until = self.records()? + count as u64;
         for at in 0..count {
             let first = at * group;
             let members = first..(first + group).min(sessions);
             let number = conversation(group, at);
             let value = creation(number, members.map(names::user));
-            let key = key(number);
+            let key = conversation_id(number);
             let record = BaseRecord::with_opaque_to(&self.conversations, UNTRACED);
             write(&self.paced, record.key(&*key).payload(&*value))?;
         }
-        self.paced.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
-        while self.metric(RECORDS)? < until {
+        self.paced.flush(KAFKA_MAX).map_err(|error| failed(&error))?;
+        while self.records()? < until {
             std::thread::sleep(POLL);
         }
         Ok(())
     }
 
-    /// Lets the server see the events.
+    /// Makes the events of a plan visible to the server.
     ///
     /// # Errors
-    /// Kafka's, or the plan has not been prepared.
-    pub fn push(&mut self, plan: Plan) -> io::Result<Pushed> {
+    /// Kafka failed, or the plan has not been prepared.
+    pub fn push(&mut self, plan: PushPlan) -> io::Result<Pushed> {
         let sessions = self.sessions()?;
         let started_ns = now_ns();
         if plan.rate == 0 {
-            if self.filled.take() != Some(plan) {
-                return Err(io::Error::other("prepare it first"));
+            if self.uncommitted.take() != Some(plan) {
+                return Err(io::Error::other("the plan is not prepared"));
             }
-            self.at_once.commit_transaction(KAFKA_PATIENCE).map_err(|error| failed(&error))?;
+            self.at_once.commit_transaction(KAFKA_MAX).map_err(|error| failed(&error))?;
         } else {
             self.push_paced(plan, sessions)?;
         }
@@ -289,7 +260,7 @@ impl Served {
         })
     }
 
-    fn push_paced(&self, plan: Plan, sessions: usize) -> io::Result<()> {
+    fn push_paced(&self, plan: PushPlan, sessions: usize) -> io::Result<()> {
         let mut generator = Generator::new(plan, sessions);
         while !generator.is_finished() {
             let Some(item) = generator.next_due() else {
@@ -299,11 +270,11 @@ impl Served {
                 continue;
             };
             let number = if plan.is_one_by_one() { self.trace(&item) } else { UNTRACED };
-            let key = key(item.conversation);
+            let key = conversation_id(item.conversation);
             let record = BaseRecord::with_opaque_to(&self.messages, number);
             write(&self.paced, record.key(&*key).payload(&*item.value))?;
         }
-        self.paced.flush(KAFKA_PATIENCE).map_err(|error| failed(&error))
+        self.paced.flush(KAFKA_MAX).map_err(|error| failed(&error))
     }
 
     fn trace(&self, item: &Item) -> usize {
@@ -311,14 +282,10 @@ impl Served {
         self.paced.context().begin(item.sessions.start, stamp.sequence, stamp.intended_ns)
     }
 
-    /// What was seen of the events of the last push, if they were due one by one.
+    /// Observations of the last push, if its events were due one by one.
     pub fn passages(&mut self) -> Vec<Passage> {
         std::mem::take(&mut self.passages)
     }
-}
-
-fn key(conversation: usize) -> String {
-    format!("c{conversation:07}")
 }
 
 fn write<C: ProducerContext>(
@@ -339,44 +306,14 @@ fn write<C: ProducerContext>(
     Ok(())
 }
 
-/// The passages with the moments at which the plain consumer read.
+/// Adds the times of the plain consumer to the passages.
 fn joined(mut passages: Vec<Passage>, read: Vec<plain::Read>) -> Vec<Passage> {
     let read: HashMap<_, _> =
         read.into_iter().map(|(key, sequence, at_ns)| ((key, sequence), at_ns)).collect();
     for passage in &mut passages {
-        let key = key(conversation(1, passage.session as usize)).into_bytes();
+        let key = conversation_id(conversation(1, passage.session as usize)).into_bytes();
         let at_ns = read.get(&(key, u64::from(passage.sequence)));
         passage.consumed_ns = at_ns.copied().unwrap_or(0);
     }
     passages
-}
-
-fn make_topics(client: &ClientConfig, topics: &[&str]) -> io::Result<()> {
-    let admin: AdminClient<DefaultClientContext> =
-        client.create().map_err(|error| failed(&error))?;
-    let new: Vec<_> = topics
-        .iter()
-        .map(|topic| {
-            NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1))
-                .set("message.timestamp.type", "LogAppendTime")
-        })
-        .collect();
-    let options = AdminOptions::new().operation_timeout(Some(KAFKA_PATIENCE));
-    let made = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(admin.create_topics(&new, &options))
-        .map_err(|error| failed(&error))?;
-    match made.into_iter().find_map(Result::err) {
-        None => Ok(()),
-        Some((topic, error)) => Err(io::Error::other(format!("topic {topic}: {error}"))),
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        // Nothing of it is kept.
-        let _ = self.server.kill();
-        let _ = self.server.wait();
-    }
 }

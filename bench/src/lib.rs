@@ -1,6 +1,6 @@
-//! What the load client, the comparison servers and the conductor share.
+//! The load client, the comparison servers and the conductor of the benchmarks.
 
-#[cfg(feature = "delivery")]
+pub mod admin;
 pub mod backend;
 pub mod client;
 pub mod clock;
@@ -9,13 +9,12 @@ pub mod control;
 pub mod flame;
 pub mod frame;
 pub mod generator;
-pub mod histogram;
 pub mod journey;
-#[cfg(feature = "delivery")]
 pub mod kafka;
+pub mod latency;
 pub mod names;
-#[cfg(feature = "delivery")]
 pub mod ours;
 pub mod payload;
+pub mod program;
 pub mod servers;
 pub mod usage;

@@ -1,4 +1,4 @@
-//! Users and devices of the load: as long as real ones (a UUID, 16 bytes), numbered.
+//! Ids of the users and devices of the load: numbered, and as long as real ones (a UUID; 16 bytes).
 
 /// The user of session `index`: 36 bytes.
 pub fn user(index: usize) -> String {
@@ -10,12 +10,12 @@ pub fn device(index: usize) -> String {
     format!("device-{index:09}")
 }
 
-/// The session of [`user`].
+/// The inverse of [`user`].
 pub fn number(user: &str) -> Option<usize> {
     user.get(24..36)?.parse().ok()
 }
 
-/// The session of a request for [`user`], from the bytes of its request line.
+/// The session of an upgrade request, from the user in its request line.
 pub fn index_of(request: &[u8]) -> Option<usize> {
     let at = memchr::memmem::find(request, b"user_id=")? + b"user_id=".len();
     number(std::str::from_utf8(request.get(at..at + 36)?).ok()?)

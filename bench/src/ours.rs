@@ -32,7 +32,7 @@ use delivery::service::sessions::presence::Presence;
 
 use crate::clock::now_ns;
 use crate::control::Pushed;
-use crate::generator::{Generator, Plan, conversation};
+use crate::generator::{Generator, PushPlan, conversation};
 use crate::names;
 use crate::payload::creation;
 use crate::usage;
@@ -237,7 +237,7 @@ impl Ours {
     }
 
     /// Makes the conversations that a plan needs. Returns whether there was anything to do.
-    pub fn prepare(&mut self, plan: Plan) -> bool {
+    pub fn prepare(&mut self, plan: PushPlan) -> bool {
         if self.prepared.contains(&plan.group) {
             return false;
         }
@@ -269,7 +269,7 @@ impl Ours {
     }
 
     /// Pushes a plan.
-    pub fn push(&self, plan: Plan) -> Pushed {
+    pub fn push(&self, plan: PushPlan) -> Pushed {
         let generator = Generator::new(plan, self.sessions());
         let generator_ns = generator.total_cost_ns();
         let sends = self.sends();

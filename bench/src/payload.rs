@@ -1,35 +1,35 @@
-//! The event that all servers push: a serialized `EventEnvelope` of an exact length, with a stamp
-//! that the client finds again in any encoding.
+//! The event that all servers push: a serialized `EventEnvelope` of an exact length, with a stamp that
+//! the client finds in any encoding.
 //!
 //! ```text
 //! … metadata_json = "bench:" | sequence: 16 hex digits | intended time, ns: 16 hex digits
 //! ```
 
-/// Marks the stamp.
+/// Prefix of the stamp.
 const MARK: &[u8] = b"bench:";
 const DIGITS: usize = 16;
 /// Shortest value that a [`Template`] can make.
 pub const BYTES_MIN: usize = 80;
 
-/// What the client reads from an event.
+/// The sequence and time in an event, which the client reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
     /// Counts the events of one session, from 1.
     pub sequence: u64,
-    /// When the event was meant to be injected, [`now_ns`](crate::clock::now_ns): a generator that
-    /// is late does not make the latency look better.
+    /// Time at which the event was due, [`now_ns`](crate::clock::now_ns). Latency counts from here, so
+    /// that a late generator does not improve it.
     pub intended_ns: u64,
 }
 
 impl Stamp {
-    /// The text that carries it.
+    /// The text of the stamp.
     pub fn text(self) -> String {
         format!("bench:{:016x}{:016x}", self.sequence, self.intended_ns)
     }
 
-    /// Finds it.
+    /// Finds the stamp in a payload.
     pub fn find(payload: &[u8]) -> Option<Self> {
-        // Nearly always at the very end; a JSON encoding has more after it.
+        // At the end of a binary payload; JSON has more text after it.
         let length = MARK.len() + 2 * DIGITS;
         let tail = payload.len().checked_sub(length)?;
         let at = if payload[tail..].starts_with(MARK) {
@@ -48,8 +48,8 @@ fn hex(digits: &[u8]) -> Option<u64> {
     })
 }
 
-/// What messages are written with: as in a chat, a few hundred words of which the short ones come
-/// often. Deflate makes about half of it, as it does of a chat; a run of one letter would vanish.
+/// Words of the generated messages. As in a chat, short ones are frequent, so that deflate halves the
+/// text, as it does with a chat. A run of one letter would compress to nearly nothing.
 const WORDS: &str = "the to and you it is that in we on for be at this have not me so do but can just \
     what they all will was get like out up one now know time there good see go come back when how our \
     about then them really maybe think still need right later today tomorrow morning evening meeting \
@@ -64,7 +64,7 @@ fn prose(bytes: usize) -> Vec<u8> {
     let mut text = Vec::with_capacity(bytes + 16);
     let mut state = 1_u64;
     while text.len() < bytes {
-        // Knuth's generator; the lesser of two makes the first words the frequent ones.
+        // Knuth's generator; the minimum of two draws makes the first words the most frequent.
         let mut draw = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 33) as usize % words.len()
@@ -76,7 +76,7 @@ fn prose(bytes: usize) -> Vec<u8> {
     text
 }
 
-/// A value of an exact length, made once and stamped for each event.
+/// A value of an exact length, built once and stamped for each event.
 #[derive(Clone, Debug)]
 pub struct Template {
     value: Vec<u8>,
@@ -90,11 +90,11 @@ const CONVERSATION_DIGITS: usize = 7;
 const SEQUENCE_BYTES: usize = 5;
 
 impl Template {
-    /// `MESSAGE_SENT` of exactly `bytes` (at least [`BYTES_MIN`]), its message padded in `content`.
+    /// A `MESSAGE_SENT` of exactly `bytes` (at least [`BYTES_MIN`]), with padding in `content`.
     pub fn new(bytes: usize) -> Self {
         assert!(bytes >= BYTES_MIN, "{bytes}");
-        // One byte more of content may make two or three more of the whole, where a length grows;
-        // nanoseconds of another size then make up for it.
+        // One more byte of content can add two or three bytes, where a length field grows. Nanoseconds
+        // of another size compensate for that.
         for padding in (0..=bytes - BYTES_MIN).rev() {
             for nanos in [None, Some(1), Some(200), Some(20_000), Some(3_000_000)] {
                 let value = build(padding, nanos);
@@ -103,11 +103,11 @@ impl Template {
                 }
             }
         }
-        unreachable!("every length from {BYTES_MIN} on can be met");
+        unreachable!("every length from {BYTES_MIN} on is possible");
     }
 
     fn locate(value: Vec<u8>) -> Self {
-        let find = |what: &[u8]| memchr::memmem::find(&value, what).expect("built so");
+        let find = |what: &[u8]| memchr::memmem::find(&value, what).expect("it is in every value");
         Self {
             conversation_at: find(b"c0000000") + 1,
             sequence_at: find(&[4 << 3, 0x80, 0x80, 0x80, 0x80, 0]) + 1,
@@ -116,7 +116,7 @@ impl Template {
         }
     }
 
-    /// The event of one conversation.
+    /// The event of one conversation with a stamp.
     pub fn envelope(&self, conversation: usize, stamp: Stamp) -> Vec<u8> {
         let mut value = self.value.clone();
         let name = format!("{conversation:0CONVERSATION_DIGITS$}");
@@ -205,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_length_can_be_met_and_carries_its_stamp() {
+    fn every_length_is_possible_and_has_its_stamp() {
         for bytes in (BYTES_MIN..600).chain([1024, 16_384, 16_500, 20_000]) {
             let template = Template::new(bytes);
             for sequence in [1, 127, 128, 1 << 34] {
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn conversations_have_their_numbers_in_their_ids() {
+    fn conversation_ids_contain_their_numbers() {
         assert_eq!(conversation_id(12), "c0000012");
         assert_eq!(conversation_number("c0000012"), Some(12));
         assert_eq!(conversation_number("general"), None);

@@ -1,4 +1,4 @@
-//! Processor time and memory of a process, and of the core that serves its sockets.
+//! Processor time and memory: of a process, of a core's softirq thread, of the machine.
 
 use std::fs;
 use std::io;
@@ -6,40 +6,40 @@ use std::io;
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// Restricts the calling thread, and the threads it makes from here on, to one core.
+/// Pins the calling thread, and the threads that it creates later, to one core.
 ///
 /// # Errors
-/// There is no such core.
+/// The core does not exist.
 pub fn pin(core: usize) -> io::Result<()> {
     let mut set = CpuSet::new();
     set.set(core);
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// Nanoseconds that all threads of a process have run.
+/// Processor time of all threads of a process, ns.
 ///
 /// # Errors
-/// There is no such process, or the kernel keeps no schedule statistics.
+/// The process does not exist, or the kernel has no scheduler statistics.
 pub fn process_ns(pid: u32) -> io::Result<u64> {
     let mut total = 0;
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread that ended meanwhile is not there any more.
+        // A thread may end in the meantime.
         total += run_ns(&thread?.path().join("schedstat")).unwrap_or(0);
     }
     Ok(total)
 }
 
-/// Nanoseconds that the calling thread has run.
+/// Processor time of the calling thread, ns.
 pub fn thread_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// Nanoseconds that the thread for deferred interrupts of a core has run: the kernel's share of
-/// loopback traffic that the process itself is not charged with.
+/// Processor time of `ksoftirqd` of a core, ns: the part of loopback traffic that is not charged to a
+/// process.
 ///
 /// # Errors
-/// The kernel does not show its threads here.
+/// The kernel threads are not visible in `/proc`.
 pub fn softirq_ns(core: usize) -> io::Result<u64> {
     let wanted = format!("ksoftirqd/{core}");
     for entry in fs::read_dir("/proc")? {
@@ -63,13 +63,13 @@ fn run_ns(schedstat: &std::path::Path) -> io::Result<u64> {
 /// Resident memory of a process, bytes.
 ///
 /// # Errors
-/// There is no such process.
+/// The process does not exist.
 pub fn resident_bytes(pid: u32) -> io::Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     kib_of(&status, "VmRSS:").ok_or_else(|| io::Error::other("no VmRSS"))
 }
 
-/// Kernel memory in slabs, of the whole machine, bytes.
+/// Slab memory of the kernel, for the whole machine, bytes.
 ///
 /// # Errors
 /// `/proc` is not mounted.
@@ -78,7 +78,7 @@ pub fn slab_bytes() -> io::Result<u64> {
     kib_of(&meminfo, "Slab:").ok_or_else(|| io::Error::other("no Slab"))
 }
 
-/// Memory that can be had without swapping, bytes.
+/// Memory available without swapping, bytes.
 ///
 /// # Errors
 /// `/proc` is not mounted.
@@ -104,7 +104,7 @@ fn kib_of(text: &str, name: &str) -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
-/// The process of a child as [`Pid`], to end it.
+/// The process id of a child as [`Pid`].
 pub fn pid_of(id: u32) -> Option<Pid> {
     Pid::from_raw(i32::try_from(id).ok()?)
 }

@@ -1,8 +1,8 @@
-//! What stands around a node: see `delivery_bench::backend`.
+//! The back end around a node: see `delivery_bench::backend`.
 
 use clap::Parser;
 use delivery_bench::backend::Backend;
-use delivery_bench::control::{self, Prepared, Word, word};
+use delivery_bench::control::{self, Prepared, Word};
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -10,7 +10,7 @@ struct Arguments {
     /// Kafka brokers.
     #[arg(long)]
     brokers: String,
-    /// Sessions that events are for.
+    /// Sessions that receive the events.
     #[arg(long)]
     sessions: usize,
 }
@@ -24,24 +24,22 @@ struct Ready {
 
 fn main() -> std::io::Result<()> {
     let arguments = Arguments::parse();
-    let words = control::commands(|| {});
+    let words = control::commands(Word::parse, || {});
     let mut backend = Backend::start(&arguments.brokers, arguments.sessions)?;
     control::answer(&Ready {
         ready: backend.address.to_string(),
         messages: backend.topics.messages.clone(),
         conversations: backend.topics.conversations.clone(),
     });
-    while let Ok(line) = words.recv() {
-        match word(&line) {
-            Some(Word::Prepare(plan)) => {
+    for word in words {
+        match word {
+            Word::Prepare(plan) => {
                 control::answer(&Prepared { prepared: backend.prepare(plan) });
             }
-            Some(Word::Push(plan)) => control::answer(&backend.push(plan)),
-            Some(Word::Quit) => break,
-            None if line == "presence" => {
-                control::answer(&backend.presence());
-            }
-            Some(Word::Sessions | Word::Echo(_)) | None => eprintln!("unknown word: {line}"),
+            Word::Push(plan) => control::answer(&backend.push(plan)),
+            Word::Presence => control::answer(&backend.presence()),
+            Word::Sessions | Word::Echo(_) => {}
+            Word::Quit => break,
         }
     }
     std::process::exit(0)

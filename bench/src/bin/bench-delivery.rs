@@ -1,7 +1,7 @@
-//! Delivery as a contender: see `delivery_bench::ours`.
+//! Delivery without Kafka as a contender: see `delivery_bench::ours`.
 
 use clap::Parser;
-use delivery_bench::control::{self, Prepared, Ready, Sessions, Word, word};
+use delivery_bench::control::{self, OpenSessions, Prepared, Ready, Word};
 use delivery_bench::ours::{OurConfig, Ours};
 use delivery_bench::usage;
 
@@ -19,13 +19,13 @@ struct Arguments {
     /// SO_SNDBUF, bytes; 0: the system's default.
     #[arg(long, default_value_t = 128 * 1024)]
     send_buffer_bytes: usize,
-    /// Silence after which a client is pinged, ms; dropped a ninth later.
+    /// Idle time after which a client is pinged, ms; it is dropped a ninth of that later.
     #[arg(long, default_value_t = 54_000)]
     ping_after_ms: u64,
     /// Core to run on.
     #[arg(long)]
     core: Option<usize>,
-    /// Core of the thread that says when the next event is due.
+    /// Core of the thread that wakes the router when an event is due.
     #[arg(long)]
     own_core: Option<usize>,
 }
@@ -35,7 +35,7 @@ fn main() -> std::io::Result<()> {
     if let Some(core) = arguments.core {
         usage::pin(core)?;
     }
-    let words = control::commands(|| {});
+    let words = control::commands(Word::parse, || {});
     let mut ours = Ours::start(OurConfig {
         shards: arguments.shards,
         connections: arguments.connections,
@@ -46,16 +46,15 @@ fn main() -> std::io::Result<()> {
         usage::pin(core)?;
     }
     control::answer(&Ready::here(&ours.address));
-    while let Ok(line) = words.recv() {
-        match word(&line) {
-            Some(Word::Sessions) => control::answer(&Sessions { sessions: ours.sessions() }),
-            Some(Word::Prepare(plan)) => {
+    for word in words {
+        match word {
+            Word::Sessions => control::answer(&OpenSessions { sessions: ours.sessions() }),
+            Word::Prepare(plan) => {
                 control::answer(&Prepared { prepared: ours.prepare(plan) });
             }
-            Some(Word::Push(plan)) => control::answer(&ours.push(plan)),
-            Some(Word::Echo(_)) => {}
-            Some(Word::Quit) => break,
-            None => eprintln!("unknown word: {line}"),
+            Word::Push(plan) => control::answer(&ours.push(plan)),
+            Word::Presence | Word::Echo(_) => {}
+            Word::Quit => break,
         }
     }
     std::process::exit(0)

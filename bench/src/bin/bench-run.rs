@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use delivery_bench::conductor::{Contender, Plan, Role, WORKS, run};
+use delivery_bench::conductor::{Comparison, Contender, Role, WORKS, run};
 
 #[derive(Parser)]
 struct Arguments {
@@ -63,7 +63,7 @@ fn main() -> std::io::Result<()> {
         .into_iter()
         .filter(|work| arguments.works.is_empty() || arguments.works.iter().any(|w| w == work.name))
         .collect();
-    run(&Plan {
+    run(&Comparison {
         contenders: arguments.servers.iter().map(contender).collect(),
         works,
         rounds: arguments.rounds,

@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use delivery_bench::conductor::{Presence, ScalePlan, ScaleWork, scale};
 
 #[derive(Parser)]
 struct Arguments {
     /// What is to be found out.
     #[arg(value_enum, default_value = "hold")]
-    work: Work,
+    work: ScaleWork,
     /// Sessions in all.
     #[arg(long, default_value_t = 200_000)]
     sessions: usize,
@@ -18,7 +18,7 @@ struct Arguments {
     base: usize,
     /// Who is told of sessions.
     #[arg(long, value_enum, default_value = "redis")]
-    presence: To,
+    presence: Presence,
     /// Sessions that come again are caught up, by a message and a conversation service.
     #[arg(long)]
     catch_up: bool,
@@ -48,46 +48,15 @@ struct Arguments {
     output: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Work {
-    /// Cost, speed and completeness of many sessions.
-    Hold,
-    /// What a storm of connects and disconnects leaves behind.
-    Storm,
-    /// What readers that do not read take.
-    Stall,
-    /// Latency with heartbeats and without.
-    Heartbeat,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum To {
-    /// Redis.
-    Redis,
-    /// The presence service.
-    Service,
-    /// Nobody.
-    Off,
-}
-
 fn main() -> std::io::Result<()> {
     let arguments = Arguments::parse();
     let programs = std::env::current_exe()?.with_file_name("");
     let node = arguments.node.unwrap_or_else(|| programs.join("delivery"));
     scale(&ScalePlan {
-        work: match arguments.work {
-            Work::Hold => ScaleWork::Hold,
-            Work::Storm => ScaleWork::Storm,
-            Work::Stall => ScaleWork::Stall,
-            Work::Heartbeat => ScaleWork::Heartbeat,
-        },
+        work: arguments.work,
         sessions: arguments.sessions,
         base: arguments.base,
-        presence: match arguments.presence {
-            To::Redis => Presence::Redis,
-            To::Service => Presence::Service,
-            To::Off => Presence::Off,
-        },
+        presence: arguments.presence,
         catch_up: arguments.catch_up,
         storm: arguments.storm,
         push_s: arguments.push_s,

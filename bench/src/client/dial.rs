@@ -1,22 +1,23 @@
-//! Connecting: at the start, again after a churn, and over and over in a storm.
+//! Connecting: at the start, after a churn, and repeatedly in a storm.
 
 use std::collections::VecDeque;
 
 use serde::Serialize;
 
 use crate::clock::now_ns;
-use crate::histogram::{Histogram, Percentiles};
+use crate::latency::{Latencies, Percentiles};
 
-/// Connections that have been asked for.
+/// The queue of sessions to connect.
 #[derive(Debug, Default)]
 pub(super) struct Dialer {
     queue: VecDeque<u32>,
-    under_way: usize,
-    job: Option<Job>,
+    in_flight: usize,
+    run: Option<DialRun>,
 }
 
+/// A requested series of connects.
 #[derive(Debug)]
-struct Job {
+struct DialRun {
     word: &'static str,
     started_ns: u64,
     /// Connections per second; 0: as fast as the window allows.
@@ -24,32 +25,32 @@ struct Job {
     begun: u64,
     opened: u64,
     failed: u64,
-    /// Connections of a storm that have not been asked for yet.
+    /// Connects of a storm that are not queued yet.
     again: u64,
     is_storm: bool,
-    handshakes: Histogram,
+    handshakes: Latencies,
 }
 
-/// How it went.
+/// Result of a [`DialRun`].
 #[derive(Debug, Serialize)]
-pub(super) struct Dialed {
-    /// The word that asked for it.
+pub(super) struct DialReport {
+    /// The word that requested it.
     pub(super) dialed: &'static str,
-    /// Sessions that came up.
+    /// Sessions opened.
     pub(super) opened: u64,
-    /// Those that did not.
+    /// Failed handshakes.
     pub(super) failed: u64,
-    /// From the first to the last, ns.
+    /// From the first connect to the last answer, ns.
     pub(super) elapsed_ns: u64,
-    /// From the connect to the whole answer, µs.
+    /// From connect to the complete answer, µs.
     pub(super) handshake_us: Percentiles,
 }
 
 impl Dialer {
-    /// Asks for connections of these sessions.
+    /// Requests connects of these sessions.
     pub(super) fn start(&mut self, word: &'static str, sessions: Vec<u32>, rate: u64) {
         self.queue = sessions.into();
-        self.job = Some(Job {
+        self.run = Some(DialRun {
             word,
             started_ns: now_ns(),
             rate,
@@ -58,75 +59,75 @@ impl Dialer {
             failed: 0,
             again: 0,
             is_storm: false,
-            handshakes: Histogram::default(),
+            handshakes: Latencies::default(),
         });
     }
 
-    /// The same, but each session is closed when it is up, and up and down again until there were
-    /// `total` in all.
+    /// Requests a storm: each session is closed once it is open, and connected again, until there were
+    /// `total` connects.
     pub(super) fn storm(&mut self, sessions: Vec<u32>, total: u64) {
         let again = total.saturating_sub(sessions.len() as u64);
         self.start("storm", sessions, 0);
-        if let Some(job) = &mut self.job {
-            (job.again, job.is_storm) = (again, true);
+        if let Some(run) = &mut self.run {
+            (run.again, run.is_storm) = (again, true);
         }
     }
 
     pub(super) fn is_busy(&self) -> bool {
-        self.job.is_some()
+        self.run.is_some()
     }
 
-    /// The next session to connect, if it is time and the window has room.
+    /// The next session to connect, if the rate and the window allow it.
     pub(super) fn next(&mut self, window: usize) -> Option<u32> {
-        let job = self.job.as_mut()?;
-        if self.under_way >= window {
+        let run = self.run.as_mut()?;
+        if self.in_flight >= window {
             return None;
         }
-        if job.rate > 0 {
-            let due = (now_ns() - job.started_ns) as u128 * u128::from(job.rate) / 1_000_000_000;
-            if u128::from(job.begun) > due {
+        if run.rate > 0 {
+            let due = (now_ns() - run.started_ns) as u128 * u128::from(run.rate) / 1_000_000_000;
+            if u128::from(run.begun) > due {
                 return None;
             }
         }
         let next = self.queue.pop_front()?;
-        job.begun += 1;
-        self.under_way += 1;
+        run.begun += 1;
+        self.in_flight += 1;
         Some(next)
     }
 
-    /// A session is up. Returns whether it is to go down again.
+    /// A session is open. Returns whether it must be closed again.
     pub(super) fn opened(&mut self, index: u32, began_ns: u64) -> bool {
-        self.under_way -= 1;
-        let Some(job) = &mut self.job else { return false };
-        job.opened += 1;
-        job.handshakes.record(now_ns() - began_ns);
-        if job.is_storm && job.again > 0 {
-            job.again -= 1;
+        self.in_flight -= 1;
+        let Some(run) = &mut self.run else { return false };
+        run.opened += 1;
+        run.handshakes.record(now_ns() - began_ns);
+        if run.is_storm && run.again > 0 {
+            run.again -= 1;
             self.queue.push_back(index);
         }
-        job.is_storm
+        run.is_storm
     }
 
-    /// A session did not come up.
+    /// A handshake failed.
     pub(super) fn failed(&mut self) {
-        self.under_way -= 1;
-        if let Some(job) = &mut self.job {
-            job.failed += 1;
+        self.in_flight -= 1;
+        if let Some(run) = &mut self.run {
+            run.failed += 1;
         }
     }
 
-    /// The outcome, once all have come up or failed.
-    pub(super) fn finished(&mut self) -> Option<Dialed> {
-        if !self.queue.is_empty() || self.under_way > 0 {
+    /// The result, once all have opened or failed.
+    pub(super) fn finished(&mut self) -> Option<DialReport> {
+        if !self.queue.is_empty() || self.in_flight > 0 {
             return None;
         }
-        let job = self.job.take()?;
-        Some(Dialed {
-            dialed: job.word,
-            opened: job.opened,
-            failed: job.failed,
-            elapsed_ns: now_ns() - job.started_ns,
-            handshake_us: job.handshakes.percentiles(),
+        let run = self.run.take()?;
+        Some(DialReport {
+            dialed: run.word,
+            opened: run.opened,
+            failed: run.failed,
+            elapsed_ns: now_ns() - run.started_ns,
+            handshake_us: run.handshakes.percentiles(),
         })
     }
 }
@@ -136,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn storm_goes_on_until_its_total() {
+    fn storm_ends_at_its_total() {
         let mut dialer = Dialer::default();
         dialer.storm(vec![0, 1], 5);
         let mut seen = Vec::new();
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn window_and_failures() {
+    fn window_limits_the_handshakes_and_failures_are_counted() {
         let mut dialer = Dialer::default();
         dialer.start("connect", vec![3, 4], 0);
         assert_eq!((dialer.next(1), dialer.next(1)), (Some(3), None));

@@ -1,9 +1,9 @@
-//! Messages that come back: a closed loop with a window.
+//! Echo runs: a closed loop with a window of messages in flight.
 
 use serde::Serialize;
 
 use crate::clock::now_ns;
-use crate::histogram::{Histogram, Percentiles};
+use crate::latency::{Latencies, Percentiles};
 use crate::payload::Stamp;
 
 /// An echo run.
@@ -12,21 +12,21 @@ pub(super) struct Echo {
     bytes: usize,
     started_ns: u64,
     ends_ns: u64,
-    /// The session whose turn is next.
+    /// The session that sends next.
     pub(super) turn: usize,
-    pub(super) under_way: usize,
+    pub(super) in_flight: usize,
     received: u64,
-    latency: Histogram,
+    latency: Latencies,
 }
 
-/// How it went.
+/// Result of an echo run.
 #[derive(Debug, Serialize)]
-pub(super) struct Echoed {
-    /// Messages that came back.
+pub(super) struct EchoReport {
+    /// Echoes received.
     pub(super) echoed: u64,
-    /// Processor or wall time is measured over this, ns.
+    /// Duration of the run, ns.
     pub(super) elapsed_ns: u64,
-    /// From the send to the read, µs.
+    /// From send to read, µs.
     pub(super) latency_us: Percentiles,
 }
 
@@ -38,17 +38,17 @@ impl Echo {
             started_ns,
             ends_ns: started_ns + ms * 1_000_000,
             turn: 0,
-            under_way: 0,
+            in_flight: 0,
             received: 0,
-            latency: Histogram::default(),
+            latency: Latencies::default(),
         }
     }
 
-    pub(super) fn is_over(&self) -> bool {
+    pub(super) fn has_ended(&self) -> bool {
         now_ns() >= self.ends_ns
     }
 
-    /// What to send now.
+    /// The next payload.
     pub(super) fn payload(&self) -> Vec<u8> {
         let mut payload = vec![b'x'; self.bytes];
         let text = Stamp { sequence: 1, intended_ns: now_ns() }.text();
@@ -58,16 +58,16 @@ impl Echo {
         payload
     }
 
-    pub(super) fn came_back(&mut self, payload: &[u8]) {
-        self.under_way -= 1;
+    pub(super) fn receive(&mut self, payload: &[u8]) {
+        self.in_flight -= 1;
         self.received += 1;
         if let Some(stamp) = Stamp::find(payload) {
             self.latency.record(now_ns() - stamp.intended_ns);
         }
     }
 
-    pub(super) fn report(&self) -> Echoed {
-        Echoed {
+    pub(super) fn report(&self) -> EchoReport {
+        EchoReport {
             echoed: self.received,
             elapsed_ns: now_ns() - self.started_ns,
             latency_us: self.latency.percentiles(),

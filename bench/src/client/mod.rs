@@ -1,19 +1,19 @@
-//! The load client: one thread, one epoll, some tens of bytes per session.
+//! The load client: one thread, one epoll, 32 bytes per session.
 //!
 //! Words on the standard input, each answered by one JSON line:
 //!
 //! | word | does |
 //! | --- | --- |
-//! | `reset` | forgets counts and sequences |
-//! | `trace` | does the same, and notes each message from then on until the next reset |
-//! | `arrivals` | prints what was noted |
+//! | `reset` | clears counts and sequences |
+//! | `trace` | does the same, and records each message until the next reset |
+//! | `arrivals` | prints the recorded messages |
 //! | `report` | prints the counts since the last reset |
-//! | `latency` | prints the whole histogram of latencies since then, to be added to those of other clients |
-//! | `echo WINDOW BYTES MS` | sends messages, `WINDOW` of them under way at a time, and waits for each to come back |
-//! | `churn COUNT` | closes so many sessions and connects them again |
-//! | `storm COUNT` | connects and closes so many times in all |
+//! | `latency` | prints the histogram of latencies since then, to be merged with those of other clients |
+//! | `echo WINDOW BYTES MS` | sends messages and waits for their echoes, `WINDOW` in flight |
+//! | `churn COUNT` | closes this many sessions and connects them again |
+//! | `storm COUNT` | connects and closes this many times in all |
 //! | `stall`, `unstall` | stops and resumes reading |
-//! | `quit` | ends |
+//! | `quit` | exits |
 
 mod dial;
 mod echo;

@@ -1,4 +1,4 @@
-//! Sockets that are connected without waiting, from as many source addresses as it takes.
+//! Non-blocking connects from several source addresses.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
@@ -7,21 +7,21 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_tcp_nodelay};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
-/// Connections from one source address: few enough that the system finds a free port at once.
+/// Connections per source address: few enough that the system finds a free port quickly.
 const PER_SOURCE: usize = 2_000;
-/// Source addresses of one process: those after it take others, because the ports of closed
-/// connections stay taken for a minute.
+/// Source addresses per process. The next process uses others, because the ports of closed connections
+/// stay in TIME_WAIT for a minute.
 const SOURCES: u32 = 1 << 12;
 /// 127.0.0.0/8 without its first addresses.
 const FIRST: u32 = (127 << 24) + 256;
 
-/// The source address of the process' connection number `number`.
+/// Source address of connection `number` of a process.
 pub(super) fn source_of(process: u32, number: usize) -> Ipv4Addr {
     let number = (number / PER_SOURCE) as u32 % (SOURCES - 1);
     Ipv4Addr::from(FIRST + process % (SOURCES - 1) * SOURCES + number)
 }
 
-/// Begins to connect, for the time number `number` in this process.
+/// Begins connection `number` of this process.
 pub(super) fn begin(
     server: SocketAddr,
     number: usize,
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sources_are_loopback_and_change_in_time() {
+    fn sources_are_loopback_and_change_with_the_number() {
         assert_eq!(source_of(0, 0), Ipv4Addr::new(127, 0, 1, 0));
         assert_eq!(source_of(0, PER_SOURCE), Ipv4Addr::new(127, 0, 1, 1));
         assert_ne!(source_of(1, 0), source_of(2, 0));

@@ -2,56 +2,48 @@
 
 use std::net::SocketAddr;
 
-use serde::Serialize;
+use delivery_testkit::token::sign_hs256;
+use serde_json::json;
 
 use crate::generator::conversation;
 use crate::names;
 use crate::payload::conversation_id;
 
-/// What the client is to be.
+const TOKEN_LIFETIME_S: u64 = 24 * 3600;
+
+/// Configuration of a load client.
 #[derive(Clone, Debug)]
 pub struct ClientConfig {
     /// The server.
     pub server: SocketAddr,
-    /// Number of the first session: processes side by side take different ones.
+    /// Number of the first session; parallel processes use different ranges.
     pub first: usize,
     /// Sessions.
     pub sessions: usize,
     /// `/ws` or `/echo`.
     pub path: String,
-    /// Connections per second; 0: as fast as they go.
+    /// Connections per second; 0: no limit.
     pub connect_rate: u64,
-    /// Sent as the first message of a session; empty: none.
+    /// First message of a session; empty: none.
     pub hello: String,
-    /// A session that connects again says which sequence it has of its conversation, if it has one
-    /// (there is one conversation for so many sessions); 0: it says [`ClientConfig::hello`] again.
+    /// Sessions per conversation: a session that reconnects sends the last sequence that it has of its
+    /// conversation. 0: it sends [`ClientConfig::hello`] again.
     pub resume_group: usize,
-    /// `SO_RCVBUF` of each socket, bytes; 0: the system's.
+    /// `SO_RCVBUF` of each socket, bytes; 0: the system's default.
     pub receive_buffer_bytes: usize,
     /// `Sec-WebSocket-Protocol`, if any.
     pub protocol: Option<String>,
-    /// Offer permessage-deflate.
+    /// Whether to offer permessage-deflate.
     pub deflate: bool,
-    /// Secret of the HS256 tokens to carry.
+    /// Key of the HS256 tokens; `None`: no tokens.
     pub token_secret: Option<String>,
     /// `iss` and `aud` of the tokens.
     pub token_issuer: Option<String>,
     /// See [`ClientConfig::token_issuer`].
     pub token_audience: Option<String>,
-    /// Look for messages again and again instead of being woken for them: on loopback it is the
-    /// sender who pays for waking the receiver.
+    /// Whether to poll for messages instead of sleeping: on loopback the sender pays for waking the
+    /// receiver.
     pub never_sleep: bool,
-}
-
-#[derive(Serialize)]
-struct Claims<'a> {
-    sub: &'a str,
-    exp: u64,
-    iat: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    iss: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    aud: Option<&'a str>,
 }
 
 /// The upgrade request of session `number`.
@@ -79,7 +71,7 @@ pub(super) fn upgrade_request(config: &ClientConfig, number: usize) -> Vec<u8> {
     request.into_bytes()
 }
 
-/// The first message of session `number`, which has received up to `mark` of its conversation.
+/// The first message of session `number`, which has received its conversation up to `mark`.
 pub(super) fn hello(config: &ClientConfig, number: usize, mark: u32) -> String {
     if config.resume_group == 0 || mark == 0 {
         return config.hello.clone();
@@ -89,17 +81,12 @@ pub(super) fn hello(config: &ClientConfig, number: usize, mark: u32) -> String {
 }
 
 fn token(config: &ClientConfig, user: &str, secret: &str) -> String {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
-    let claims = Claims {
-        sub: user,
-        iat: now,
-        exp: now + 24 * 3600,
-        iss: config.token_issuer.as_deref(),
-        aud: config.token_audience.as_deref(),
-    };
-    let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
-    jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key)
-        .expect("plain claims under HS256")
+    let now = std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs();
+    let mut claims = json!({ "sub": user, "iat": now, "exp": now + TOKEN_LIFETIME_S });
+    for (name, value) in [("iss", &config.token_issuer), ("aud", &config.token_audience)] {
+        if let Some(value) = value {
+            claims[name] = value.as_str().into();
+        }
+    }
+    sign_hs256(&claims, secret)
 }

@@ -15,29 +15,29 @@ use super::dial::Dialer;
 use super::echo::Echo;
 use super::net;
 use super::request::{ClientConfig, hello, upgrade_request};
-use super::session::{Phase, Session};
+use super::session::{Session, SocketState};
 use super::tally::Tally;
 use crate::clock::now_ns;
 use crate::control;
 use crate::frame;
-use crate::histogram::Histogram;
 use crate::journey::Arrival;
+use crate::latency::Latencies;
 use crate::payload::Stamp;
 
-/// Handshakes under way at a time, so that the server's backlog is not what is measured.
+/// Handshakes in flight: few enough that the server's backlog does not limit them.
 const DIALING_MAX: usize = 512;
 const EVENTS_MAX: usize = 512;
 const READ_BYTES: usize = 256 * 1024;
 const COMMAND: u64 = u64::MAX;
 
-/// See [`super`].
+/// The load client.
 pub struct Client {
     config: ClientConfig,
     epoll: OwnedFd,
     sessions: Vec<Session>,
     open: usize,
     dialer: Dialer,
-    /// Connects begun.
+    /// Connects begun so far.
     dialed: usize,
     echo: Option<Echo>,
     stalled: bool,
@@ -61,23 +61,26 @@ struct Arrivals<'a> {
 
 #[derive(Serialize)]
 struct Latency<'a> {
-    latency: &'a Histogram,
+    latency: &'a Latencies,
 }
 
 impl Client {
-    /// A client that has not connected yet.
+    /// A client without connections.
     ///
     /// # Errors
-    /// The system gives no epoll or eventfd.
+    /// The system has no epoll or eventfd left.
     pub fn new(config: ClientConfig) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         epoll::add(&epoll, &*bell, EventData::new_u64(COMMAND), EventFlags::IN | EventFlags::ET)?;
         let ringer = Arc::clone(&bell);
-        let commands = control::commands(move || {
-            // The only failure is a counter that is full, which wakes as well.
-            let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes());
-        });
+        let commands = control::commands(
+            |line| Some(line.to_owned()),
+            move || {
+                // Fails only if the counter is full, which wakes the client as well.
+                let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes());
+            },
+        );
         Ok(Self {
             sessions: (0..config.sessions).map(|_| Session::down()).collect(),
             config,
@@ -96,10 +99,10 @@ impl Client {
         })
     }
 
-    /// Connects, then does as it is told until its input ends.
+    /// Connects, then obeys words until the standard input ends.
     ///
     /// # Errors
-    /// The system's, of epoll.
+    /// epoll failed.
     pub fn run(mut self) -> io::Result<()> {
         let all = (0..self.config.sessions as u32).collect();
         self.dialer.start("connect", all, self.config.connect_rate);
@@ -192,7 +195,7 @@ impl Client {
     }
 
     fn churn(&mut self, count: usize) {
-        // Spread over all, another set each time.
+        // Spread over all sessions; a different set each time.
         let step = (self.sessions.len() / count.max(1)).max(1);
         let from = now_ns() as usize % step;
         let chosen: Vec<u32> =
@@ -220,7 +223,7 @@ impl Client {
                         socket: Some(socket),
                         began_ns: began,
                         mark: self.sessions[index].mark,
-                        phase: Phase::Dialing,
+                        state: SocketState::Dialing,
                         ..Session::down()
                     };
                 }
@@ -234,12 +237,12 @@ impl Client {
     }
 
     fn ready(&mut self, index: usize, flags: EventFlags) {
-        if self.sessions[index].phase == Phase::Dialing {
+        if self.sessions[index].state == SocketState::Dialing {
             if flags.intersects(EventFlags::ERR | EventFlags::HUP) {
                 return self.lose(index);
             }
             if flags.contains(EventFlags::OUT) {
-                self.sessions[index].phase = Phase::Upgrading;
+                self.sessions[index].state = SocketState::Upgrading;
                 let request = upgrade_request(&self.config, self.config.first + index);
                 self.write(index, &request);
             }
@@ -250,19 +253,19 @@ impl Client {
         }
     }
 
-    /// What the load sends is far smaller than a socket's buffer.
+    /// Writes bytes that are far fewer than a socket's buffer holds.
     fn write(&mut self, index: usize, bytes: &[u8]) {
         let Some(socket) = &self.sessions[index].socket else { return };
         match rustix::io::write(socket.as_fd(), bytes) {
             Ok(count) if count == bytes.len() => {}
-            Ok(_) | Err(Errno::AGAIN) => panic!("a socket that takes no {} bytes", bytes.len()),
+            Ok(_) | Err(Errno::AGAIN) => panic!("the socket did not take {} bytes", bytes.len()),
             Err(_) => self.lose(index),
         }
     }
 
     fn read(&mut self, index: usize) {
         loop {
-            if self.stalled && self.sessions[index].phase == Phase::Open {
+            if self.stalled && self.sessions[index].state == SocketState::Open {
                 return;
             }
             let session = &mut self.sessions[index];
@@ -295,10 +298,10 @@ impl Client {
         }
     }
 
-    /// Returns how many bytes were used up.
+    /// Returns the number of bytes consumed.
     fn consume(&mut self, index: usize, input: &[u8]) -> usize {
         let mut used = 0;
-        if self.sessions[index].phase == Phase::Upgrading {
+        if self.sessions[index].state == SocketState::Upgrading {
             let Some(head) = frame::head_end(input) else { return 0 };
             if !input.starts_with(b"HTTP/1.1 101") {
                 if self.tally.refused < 3 {
@@ -319,7 +322,7 @@ impl Client {
 
     fn opened(&mut self, index: usize) {
         let Session { began_ns, mark, .. } = self.sessions[index];
-        self.sessions[index].phase = Phase::Open;
+        self.sessions[index].state = SocketState::Open;
         self.open += 1;
         let hello = hello(&self.config, self.config.first + index, mark);
         if !hello.is_empty() {
@@ -358,8 +361,8 @@ impl Client {
         if self.sessions[index].waits {
             self.sessions[index].waits = false;
             if let Some(echo) = &mut self.echo {
-                echo.came_back(&payload);
-                if !echo.is_over() {
+                echo.receive(&payload);
+                if !echo.has_ended() {
                     self.send_echoes(1);
                 }
             }
@@ -388,7 +391,7 @@ impl Client {
         self.inflater.reset(false);
         self.inflated.clear();
         self.inflated.reserve(1 << 20);
-        // A payload that does not inflate has no stamp, and is counted as such.
+        // A payload that cannot be inflated is counted as one without a stamp.
         let _ = self.inflater.decompress_vec(&input, &mut self.inflated, FlushDecompress::Sync);
         std::mem::take(&mut self.inflated)
     }
@@ -401,11 +404,11 @@ impl Client {
             let index = echo.turn;
             echo.turn = (echo.turn + 1) % self.sessions.len();
             tried += 1;
-            if self.sessions[index].phase != Phase::Open || self.sessions[index].waits {
+            if self.sessions[index].state != SocketState::Open || self.sessions[index].waits {
                 continue;
             }
             self.sessions[index].waits = true;
-            echo.under_way += 1;
+            echo.in_flight += 1;
             sent += 1;
             let mut bytes = Vec::new();
             frame::put_masked(&mut bytes, frame::BINARY, &echo.payload());
@@ -415,7 +418,7 @@ impl Client {
     }
 
     fn pace_echo(&mut self) {
-        if self.echo.as_ref().is_some_and(|echo| echo.is_over() && echo.under_way == 0)
+        if self.echo.as_ref().is_some_and(|echo| echo.has_ended() && echo.in_flight == 0)
             && let Some(echo) = self.echo.take()
         {
             control::answer(&echo.report());
@@ -424,12 +427,12 @@ impl Client {
 
     /// Our own close: a close frame, then the end.
     fn close(&mut self, index: usize) {
-        if self.sessions[index].phase == Phase::Open {
+        if self.sessions[index].state == SocketState::Open {
             let mut bytes = Vec::new();
             frame::put_masked(&mut bytes, frame::CLOSE, &1000_u16.to_be_bytes());
             self.write(index, &bytes);
         }
-        if self.sessions[index].phase == Phase::Open {
+        if self.sessions[index].state == SocketState::Open {
             self.open -= 1;
         }
         self.down(index);
@@ -443,19 +446,19 @@ impl Client {
 
     /// The other side ended it, or it never came up.
     fn lose(&mut self, index: usize) {
-        match self.sessions[index].phase {
-            Phase::Down => {}
-            Phase::Dialing | Phase::Upgrading => {
+        match self.sessions[index].state {
+            SocketState::Down => {}
+            SocketState::Dialing | SocketState::Upgrading => {
                 self.tally.refused += 1;
                 self.dialer.failed();
             }
-            Phase::Open => {
+            SocketState::Open => {
                 self.tally.closed += 1;
                 self.open -= 1;
                 if self.sessions[index].waits
                     && let Some(echo) = &mut self.echo
                 {
-                    echo.under_way -= 1;
+                    echo.in_flight -= 1;
                 }
             }
         }

@@ -1,39 +1,46 @@
-//! One session: a descriptor, a phase, and bytes only while a frame is cut in two.
+//! One session: a descriptor, a state, and a buffer only while a frame is incomplete.
 
 use std::os::fd::OwnedFd;
 
-/// How far a session is.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(super) enum SocketState {
     /// No socket.
     Down,
-    /// Connecting.
+    /// `connect(2)` is in progress.
     Dialing,
-    /// The request is sent.
+    /// The upgrade request is sent.
     Upgrading,
     /// Open.
     Open,
 }
 
-/// See the module.
+/// A session of the load client.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) socket: Option<OwnedFd>,
-    /// The beginning of a frame or of an answer; boxed, so that a session without one stays small.
+    /// An incomplete frame or answer; boxed to keep a session without one small.
     #[expect(clippy::box_collection, reason = "a word instead of three per idle session")]
     pub(super) partial: Option<Box<Vec<u8>>>,
-    /// When the connect began, ns.
+    /// Time at which the connect began, ns.
     pub(super) began_ns: u64,
-    /// The last sequence received, 0 for none.
+    /// The last sequence received; 0: none.
     pub(super) mark: u32,
-    pub(super) phase: Phase,
-    /// An echo is under way.
+    pub(super) state: SocketState,
+    /// An echo is in flight.
     pub(super) waits: bool,
 }
 
 impl Session {
     pub(super) fn down() -> Self {
-        Self { socket: None, partial: None, began_ns: 0, mark: 0, phase: Phase::Down, waits: false }
+        Self {
+            socket: None,
+            partial: None,
+            began_ns: 0,
+            mark: 0,
+            state: SocketState::Down,
+            waits: false,
+        }
     }
 }
 

@@ -1,9 +1,9 @@
-//! What the client counts.
+//! Counts of the client.
 
 use serde::Serialize;
 
-use crate::histogram::{Histogram, Percentiles};
 use crate::journey::Arrival;
+use crate::latency::{Latencies, Percentiles};
 
 /// Counts since the last report.
 #[derive(Debug, Default)]
@@ -17,45 +17,45 @@ pub(super) struct Tally {
     pub(super) closed: u64,
     pub(super) refused: u64,
     pub(super) bytes: u64,
-    pub(super) latency: Histogram,
+    pub(super) latency: Latencies,
     pub(super) first_ns: Option<u64>,
     pub(super) last_ns: u64,
-    /// Each message, if that is wanted.
+    /// Every message, if tracing.
     pub(super) arrivals: Option<Vec<Arrival>>,
 }
 
-/// The same, to be printed.
+/// A printed [`Tally`].
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
-    /// Sessions that are open.
+pub(super) struct TallyReport {
+    /// Open sessions.
     pub(super) open: usize,
     /// Messages received.
     pub(super) messages: u64,
-    /// Messages that never came although a later one of the same session did.
+    /// Messages that did not arrive before a later one of the same session.
     pub(super) gaps: u64,
-    /// Messages that came again at once.
+    /// Messages received twice in a row.
     pub(super) duplicates: u64,
-    /// Messages that came after a later one.
+    /// Messages received after a later one.
     pub(super) reordered: u64,
     /// Messages without a stamp.
     pub(super) unstamped: u64,
     /// Pings answered.
     pub(super) pings: u64,
-    /// Sessions that the server ended.
+    /// Sessions that the server closed.
     pub(super) closed: u64,
-    /// Connections that did not become sessions.
+    /// Failed handshakes.
     pub(super) refused: u64,
     /// Bytes read.
     pub(super) bytes: u64,
     /// From the first to the last message, ns.
     pub(super) span_ns: u64,
-    /// From the intended moment of injection to the read, µs.
+    /// From the time at which the event was due to the read, µs.
     pub(super) latency_us: Percentiles,
 }
 
 impl Tally {
-    pub(super) fn report(&self, open: usize) -> Report {
-        Report {
+    pub(super) fn report(&self, open: usize) -> TallyReport {
+        TallyReport {
             open,
             messages: self.messages,
             gaps: self.gaps,
@@ -71,7 +71,7 @@ impl Tally {
         }
     }
 
-    /// Places a sequence number after the last one of its session (0: none known yet).
+    /// Counts a sequence number against the last one of its session (0: none yet).
     pub(super) fn order(&mut self, last: &mut u32, sequence: u32) {
         if *last == 0 || sequence == *last + 1 {
             *last = sequence;
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_wrong_is_told_apart() {
+    fn gaps_duplicates_and_disorder_are_counted_apart() {
         let mut tally = Tally::default();
         let mut last = 0;
         for sequence in [5, 6, 9, 9, 7, 10] {

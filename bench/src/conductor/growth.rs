@@ -247,10 +247,10 @@ fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::R
     let events = (in_a_row * sessions) as u64;
     let mut costs = Vec::new();
     for Pace { rate, at_once, .. } in PACES {
-        let pushes = generator::Plan { group: 1, burst: 1, events, rate, at_once, bytes: 128 };
+        let pushes = generator::PushPlan { group: 1, burst: 1, events, rate, at_once, bytes: 128 };
         server.ask(&format!("prepare {pushes}"), "prepared")?;
         // Every session once: what it then costs is not its first time.
-        let once = generator::Plan { events: sessions as u64, ..pushes };
+        let once = generator::PushPlan { events: sessions as u64, ..pushes };
         push(&mut server, &mut fleet, once)?;
         let (mut ns, mut messages) = (0, 0);
         while messages < MESSAGES as u64 {
@@ -266,7 +266,7 @@ fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::R
 }
 
 /// Pushes, until all of it has arrived.
-fn push(server: &mut Worker, fleet: &mut Fleet, pushes: generator::Plan) -> io::Result<()> {
+fn push(server: &mut Worker, fleet: &mut Fleet, pushes: generator::PushPlan) -> io::Result<()> {
     fleet.ask("reset", "done")?;
     server.ask(&format!("push {pushes}"), "elapsed_ns")?;
     let seen = fleet.receive(pushes.events as f64)?;

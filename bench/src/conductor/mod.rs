@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 pub use growth::{GrowthPlan, GrowthServer, run as growth};
 pub use samples::{Metric, Samples, Summary};
-pub use scale::{Presence, ScalePlan, Work as ScaleWork, run as scale};
+pub use scale::{Presence, ScalePlan, ScaleWork, run as scale};
 pub use work::{WORKS, Wire, Work};
 
 /// What a server is able to do.
@@ -44,7 +44,7 @@ pub struct Contender {
 
 /// What to run.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct Comparison {
     /// The servers; ratios are to the first.
     pub contenders: Vec<Contender>,
     /// What they are to do.
@@ -71,7 +71,7 @@ pub struct Plan {
 ///
 /// # Errors
 /// A program cannot be started, or does not answer.
-pub fn run(plan: &Plan) -> io::Result<()> {
+pub fn run(plan: &Comparison) -> io::Result<()> {
     let mut samples = Samples::default();
     for round in 0..plan.rounds {
         let mut order: Vec<&Contender> = plan.contenders.iter().collect();

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::child::{Worker, number};
 use super::samples::{Metric, Samples};
 use super::work::{Task, Wire, Work};
-use super::{Contender, Plan, Role};
+use super::{Comparison, Contender, Role};
 use crate::generator;
 use crate::journey::{self, Arrival, Durations, Part, Passage};
 use crate::usage;
@@ -38,7 +38,7 @@ impl Drop for Recording {
 
 /// The server at work.
 struct Field<'a> {
-    plan: &'a Plan,
+    plan: &'a Comparison,
     server: Worker,
     address: String,
     /// The process whose time counts.
@@ -46,7 +46,11 @@ struct Field<'a> {
     role: Role,
 }
 
-pub(super) fn run(plan: &Plan, contender: &Contender, samples: &mut Samples) -> io::Result<()> {
+pub(super) fn run(
+    plan: &Comparison,
+    contender: &Contender,
+    samples: &mut Samples,
+) -> io::Result<()> {
     let mut command = contender.command.clone();
     command.extend(["--core".into(), plan.server_core.to_string()]);
     if contender.role != Role::Other {
@@ -97,12 +101,12 @@ pub(super) fn run(plan: &Plan, contender: &Contender, samples: &mut Samples) -> 
 /// What is pushed before anything is measured, to warm caches, queues, the system's own buffers. A
 /// broker is a JVM that compiles what it does often; while it does, on the core that it shares with
 /// the client and the producer, a single event waits for seconds.
-fn warm_up(pushes: generator::Plan, role: Role) -> generator::Plan {
+fn warm_up(pushes: generator::PushPlan, role: Role) -> generator::PushPlan {
     let events = match role {
         Role::Kafka if pushes.is_one_by_one() => pushes.rate * BROKER_WARM_S,
         Role::Kafka | Role::Delivery | Role::Other => pushes.events / 10,
     };
-    generator::Plan { events, ..pushes }
+    generator::PushPlan { events, ..pushes }
 }
 
 struct Outcome {
@@ -196,7 +200,7 @@ impl Field<'_> {
         Ok((usage::process_ns(self.pid)?, usage::softirq_ns(self.plan.server_core)?))
     }
 
-    fn push(&mut self, client: &mut Worker, pushes: generator::Plan) -> io::Result<Outcome> {
+    fn push(&mut self, client: &mut Worker, pushes: generator::PushPlan) -> io::Result<Outcome> {
         self.server.ask(&format!("prepare {pushes}"), "prepared")?;
         std::thread::sleep(SETTLE);
         let traced = self.role == Role::Kafka && pushes.is_one_by_one();

@@ -1,13 +1,13 @@
 //! What the servers are made to do.
 
 use super::Role;
-use crate::generator::Plan;
+use crate::generator::PushPlan;
 
 /// What a work asks of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
     /// Push so.
-    Push(Plan),
+    Push(PushPlan),
     /// Answer echoes: how many at a time, of what size, for how long (ms).
     Echo {
         /// Messages under way.
@@ -92,10 +92,10 @@ const JSON_KIB_BYTES: usize = 841;
 const fn push(group: usize, burst: usize, bytes: usize) -> Task {
     let rate = MESSAGES_PER_S / group as u64;
     let at_once = AT_ONCE / group as u64;
-    Task::Push(Plan { group, burst, events: MESSAGES / group as u64, rate, at_once, bytes })
+    Task::Push(PushPlan { group, burst, events: MESSAGES / group as u64, rate, at_once, bytes })
 }
 
-const LATENCY: Plan = Plan {
+const LATENCY: PushPlan = PushPlan {
     group: 1,
     burst: 1,
     events: LATENCY_RATE * 3,
@@ -117,14 +117,14 @@ pub const WORKS: [Work; 10] = [
         "flood",
         "push, one recipient each, as fast as it goes",
         Wire::Binary,
-        Task::Push(Plan { events: MESSAGES, rate: 0, ..LATENCY }),
+        Task::Push(PushPlan { events: MESSAGES, rate: 0, ..LATENCY }),
     ),
     work("latency", "push, 25,000 a second, one by one", Wire::Binary, Task::Push(LATENCY)),
     work(
         "slow",
         "push, 5,000 a second, one by one",
         Wire::Binary,
-        Task::Push(Plan { events: SLOW_RATE * 3, rate: SLOW_RATE, ..LATENCY }),
+        Task::Push(PushPlan { events: SLOW_RATE * 3, rate: SLOW_RATE, ..LATENCY }),
     ),
     work("json", "conversations of 100, JSON", Wire::Json, push(100, 1, 128)),
     work("kib", "conversations of 100, 1 KiB of JSON", Wire::Json, push(100, 1, JSON_KIB_BYTES)),
@@ -153,7 +153,6 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "delivery")]
     #[test]
     fn a_kib_of_json_is_one() {
         use crate::payload::{Stamp, Template};

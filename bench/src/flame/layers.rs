@@ -164,7 +164,10 @@ mod tests {
             of(&["router", "delivery::service::routing::router::Core", "_mi_page_malloc"]),
             Layer::Allocation
         );
-        assert_eq!(of(&["router", "delivery::service::routing::router::Core", "memcpy"]), Layer::Router);
+        assert_eq!(
+            of(&["router", "delivery::service::routing::router::Core", "memcpy"]),
+            Layer::Router
+        );
         assert_eq!(of(&["rdk:broker1", "poll_loop"]), Layer::Kafka);
         assert_eq!(of(&["main", "std::rt"]), Layer::Other);
         assert_eq!(of(&["ksoftirqd/0", "anything"]), Layer::Delivered);

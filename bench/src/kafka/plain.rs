@@ -1,5 +1,5 @@
-//! A plain consumer: what librdkafka hands to a loop that does nothing else, with Delivery's
-//! settings, on Delivery's core, at the same time. What Delivery cannot be faster than.
+//! A plain consumer: a loop that only polls librdkafka, with Delivery's settings, on Delivery's core,
+//! at the same time. Delivery cannot be faster than this.
 
 use std::io;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use rdkafka::error::KafkaResult;
 use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::{KAFKA_PATIENCE, PARTITIONS, POLL, failed};
+use super::{KAFKA_MAX, PARTITIONS, POLL, failed};
 use crate::clock::now_ns;
 use crate::payload::Stamp;
 use crate::usage;
@@ -21,10 +21,10 @@ use crate::usage;
 /// One wait for a record.
 const WAIT: Duration = Duration::from_millis(100);
 
-/// What was read: key, sequence, when.
+/// A record that was read: key, sequence, time.
 pub(super) type Read = (Vec<u8>, u64, u64);
 
-/// See the module. Reads from where the topics end when it is made.
+/// A running plain consumer. Starts at the end of the topics.
 pub(super) struct PlainConsumer {
     stopping: Arc<AtomicBool>,
     read: Arc<AtomicU64>,
@@ -33,9 +33,9 @@ pub(super) struct PlainConsumer {
 
 impl PlainConsumer {
     /// # Errors
-    /// Kafka's.
+    /// Kafka failed, or the core does not exist.
     pub(super) fn start(brokers: &str, topics: &[&str], core: usize) -> io::Result<Self> {
-        // Threads that the consumer starts inherit the core; this one then leaves it.
+        // The consumer's own threads inherit the core; this thread then moves back.
         let own = rustix::thread::sched_getaffinity(None)?;
         usage::pin(core)?;
         let consumer = consumer(brokers, topics);
@@ -45,7 +45,7 @@ impl PlainConsumer {
         let thread = std::thread::Builder::new().name("plain".into()).spawn({
             let (stopping, read) = (Arc::clone(&stopping), Arc::clone(&read));
             move || {
-                usage::pin(core).expect("it could be pinned before");
+                usage::pin(core).expect("pinned to it above");
                 let mut records = Vec::new();
                 while !stopping.load(Ordering::Acquire) {
                     let Some(Ok(message)) = consumer.poll(WAIT) else { continue };
@@ -62,10 +62,10 @@ impl PlainConsumer {
         Ok(Self { stopping, read, thread })
     }
 
-    /// Waits for so many records, gives them out and ends.
+    /// Waits for this many records, stops, and returns them.
     pub(super) fn finish(self, records: u64) -> Vec<Read> {
         let from = Instant::now();
-        while self.read.load(Ordering::Acquire) < records && from.elapsed() < KAFKA_PATIENCE {
+        while self.read.load(Ordering::Acquire) < records && from.elapsed() < KAFKA_MAX {
             std::thread::sleep(POLL);
         }
         self.stopping.store(true, Ordering::Release);
@@ -76,13 +76,13 @@ impl PlainConsumer {
 fn consumer(brokers: &str, topics: &[&str]) -> KafkaResult<BaseConsumer> {
     let consumer: BaseConsumer =
         consumer_properties(&KafkaConfig::new(brokers), "bench-plain").create()?;
-    let mut places = TopicPartitionList::new();
+    let mut positions = TopicPartitionList::new();
     for topic in topics {
         for partition in 0..PARTITIONS {
-            let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_PATIENCE)?;
-            places.add_partition_offset(topic, partition, Offset::Offset(end))?;
+            let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_MAX)?;
+            positions.add_partition_offset(topic, partition, Offset::Offset(end))?;
         }
     }
-    consumer.assign(&places)?;
+    consumer.assign(&positions)?;
     Ok(consumer)
 }

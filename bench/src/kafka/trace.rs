@@ -1,4 +1,4 @@
-//! When the producer's records were sent, appended and acknowledged.
+//! Times at which the producer's records were sent, appended and acknowledged.
 
 use std::sync::Mutex;
 
@@ -9,14 +9,14 @@ use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 use crate::clock::{now_ns, unix_offset_ns};
 use crate::journey::Passage;
 
-/// A producer that keeps a [`Passage`] of each record that it is told the number of.
+/// A producer that keeps a [`Passage`] of each record that [`Trace::begin`] has numbered.
 pub(super) type TracedProducer = BaseProducer<Trace>;
 
-/// See the module.
+/// The passages so far, by number.
 #[derive(Default)]
 pub(super) struct Trace(Mutex<Vec<Passage>>);
 
-/// Number of a record of which nothing is kept.
+/// Number of a record that is not traced.
 pub(super) const UNTRACED: usize = usize::MAX;
 
 impl Trace {
@@ -24,7 +24,7 @@ impl Trace {
         self.0.lock().expect("no holder panics")
     }
 
-    /// Begins the passage of a record that is about to be sent; returns its number.
+    /// Begins the passage of a record that is about to be sent. Returns its number.
     pub(super) fn begin(&self, session: usize, sequence: u64, due_ns: u64) -> usize {
         let passage = Passage {
             session: session as u32,
@@ -38,7 +38,7 @@ impl Trace {
         passages.len() - 1
     }
 
-    /// Gives out what was kept.
+    /// Takes all passages.
     pub(super) fn take(&self) -> Vec<Passage> {
         std::mem::take(&mut *self.passages())
     }
@@ -49,8 +49,8 @@ impl ClientContext for Trace {}
 impl ProducerContext for Trace {
     type DeliveryOpaque = usize;
 
-    /// Called by whoever polls the producer. A record that failed stays without these moments, and
-    /// the client misses it.
+    /// Called by the thread that polls the producer. A record that failed keeps times of 0, and the
+    /// client reports it as lost.
     fn delivery(&self, result: &DeliveryResult<'_>, number: usize) {
         let Ok(message) = result else { return };
         if let Some(passage) = self.passages().get_mut(number) {

@@ -14,9 +14,9 @@ use super::bare;
 use super::rings::Rings;
 use super::table::{COMMAND, LISTENER, Table};
 use crate::clock::now_ns;
-use crate::control::{self, Prepared, Pushed, Sessions, Word, word};
+use crate::control::{self, OpenSessions, Prepared, Pushed, Word};
 use crate::frame;
-use crate::generator::{Generator, Plan};
+use crate::generator::{Generator, PushPlan};
 
 const EVENTS_MAX: usize = 512;
 /// Events sent between two looks at the sockets.
@@ -59,14 +59,14 @@ pub(super) fn run(
     let flags = EventFlags::IN | EventFlags::ET;
     epoll::add(table.epoll(), &*bell, EventData::new_u64(COMMAND), flags)?;
     let ringer = Arc::clone(&bell);
-    let words = control::commands(move || {
+    let words = control::commands(Word::parse, move || {
         let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes()); // fails only when full: rung
     });
     Server { table, engine, parking, push: None }.serve(&words)
 }
 
 impl Server {
-    fn serve(&mut self, words: &Receiver<String>) -> io::Result<()> {
+    fn serve(&mut self, words: &Receiver<Word>) -> io::Result<()> {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENTS_MAX);
         loop {
             let wait = self.advance();
@@ -104,24 +104,23 @@ impl Server {
         }
     }
 
-    fn obey(&mut self, words: &Receiver<String>) -> io::Result<bool> {
+    fn obey(&mut self, words: &Receiver<Word>) -> io::Result<bool> {
         loop {
-            let line = match words.try_recv() {
-                Ok(line) => line,
+            let word = match words.try_recv() {
+                Ok(word) => word,
                 Err(TryRecvError::Empty) => return Ok(true),
                 Err(TryRecvError::Disconnected) => return Ok(false),
             };
-            match word(&line) {
-                Some(Word::Sessions) => control::answer(&Sessions { sessions: self.sessions() }),
-                Some(Word::Prepare(_)) => control::answer(&Prepared { prepared: false }),
-                Some(Word::Push(plan)) => self.begin(plan)?,
-                Some(Word::Echo(ms)) if self.engine == Engine::Uring => {
+            match word {
+                Word::Sessions => control::answer(&OpenSessions { sessions: self.sessions() }),
+                Word::Prepare(_) => control::answer(&Prepared { prepared: false }),
+                Word::Push(plan) => self.begin(plan)?,
+                Word::Echo(ms) if self.engine == Engine::Uring => {
                     let descriptors: Vec<i32> = self.table.descriptors().collect();
                     bare::echo(&descriptors, ms)?;
                 }
-                Some(Word::Echo(_)) => {}
-                Some(Word::Quit) => return Ok(false),
-                None => eprintln!("unknown word: {line}"),
+                Word::Presence | Word::Echo(_) => {}
+                Word::Quit => return Ok(false),
             }
         }
     }
@@ -130,7 +129,7 @@ impl Server {
         self.parking.as_ref().map_or(self.table.open, Rings::sessions)
     }
 
-    fn begin(&mut self, plan: Plan) -> io::Result<()> {
+    fn begin(&mut self, plan: PushPlan) -> io::Result<()> {
         let generator = Generator::new(plan, self.sessions());
         match self.engine {
             Engine::Send => {

@@ -15,8 +15,8 @@ use tungstenite::protocol::WebSocketConfig;
 use tungstenite::{Bytes, Message};
 
 use crate::clock::now_ns;
-use crate::control::{self, Prepared, Pushed, Sessions, Word, word};
-use crate::generator::{Generator, Item, Plan};
+use crate::control::{self, OpenSessions, Prepared, Pushed, Word};
+use crate::generator::{Generator, Item, PushPlan};
 use crate::names;
 use crate::usage;
 
@@ -41,7 +41,7 @@ impl Buffers {
     }
 }
 
-struct Shared {
+struct SessionTable {
     buffers: Buffers,
     /// Sender of session `index`.
     sessions: Mutex<Vec<Option<Sender<Bytes>>>>,
@@ -54,62 +54,61 @@ pub(super) fn run(listener: TcpListener, capacity: usize, buffers: Buffers) -> i
     // One worker: the server has one core.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let shared = Arc::new(Shared {
+    let table = Arc::new(SessionTable {
         buffers,
         sessions: Mutex::new(vec![None; capacity]),
         open: AtomicUsize::new(0),
         sent: AtomicU64::new(0),
     });
-    runtime.spawn(accept(listener, Arc::clone(&shared)));
-    let words = control::commands(|| {});
-    while let Ok(line) = words.recv() {
-        match word(&line) {
-            Some(Word::Sessions) => {
-                control::answer(&Sessions { sessions: shared.open.load(Ordering::Relaxed) });
+    runtime.spawn(accept(listener, Arc::clone(&table)));
+    let words = control::commands(Word::parse, || {});
+    for word in words {
+        match word {
+            Word::Sessions => {
+                control::answer(&OpenSessions { sessions: table.open.load(Ordering::Relaxed) });
             }
-            Some(Word::Prepare(_)) => control::answer(&Prepared { prepared: false }),
-            Some(Word::Push(plan)) => control::answer(&push(plan, &shared)),
-            Some(Word::Echo(_)) => {}
-            Some(Word::Quit) => break,
-            None => eprintln!("unknown word: {line}"),
+            Word::Prepare(_) => control::answer(&Prepared { prepared: false }),
+            Word::Push(plan) => control::answer(&push(plan, &table)),
+            Word::Presence | Word::Echo(_) => {}
+            Word::Quit => break,
         }
     }
     Ok(())
 }
 
-async fn accept(listener: TcpListener, shared: Arc<Shared>) -> io::Result<()> {
+async fn accept(listener: TcpListener, table: Arc<SessionTable>) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     loop {
         let (stream, _) = listener.accept().await?;
-        tokio::spawn(serve(stream, Arc::clone(&shared)));
+        tokio::spawn(serve(stream, Arc::clone(&table)));
     }
 }
 
-async fn serve(stream: TcpStream, shared: Arc<Shared>) {
+async fn serve(stream: TcpStream, table: Arc<SessionTable>) {
     let mut session = None;
     #[expect(clippy::result_large_err, reason = "tungstenite's own signature")]
     let note = |request: &Request, response: Response| {
         session = names::index_of(request.uri().to_string().as_bytes());
         Ok(response)
     };
-    let config = shared.buffers.config();
+    let config = table.buffers.config();
     let Ok(socket) = accept_hdr_async_with_config(stream, note, Some(config)).await else { return };
     let (sender, receiver) = channel(QUEUE);
     if let Some(session) = session
-        && let Some(place) = shared.sessions.lock().expect("no holder panics").get_mut(session)
+        && let Some(place) = table.sessions.lock().expect("no holder panics").get_mut(session)
     {
         *place = Some(sender);
     }
-    shared.open.fetch_add(1, Ordering::Relaxed);
-    converse(socket, receiver, &shared).await;
-    shared.open.fetch_sub(1, Ordering::Relaxed);
+    table.open.fetch_add(1, Ordering::Relaxed);
+    converse(socket, receiver, &table).await;
+    table.open.fetch_sub(1, Ordering::Relaxed);
 }
 
 async fn converse(
     mut socket: WebSocketStream<TcpStream>,
     mut events: Receiver<Bytes>,
-    shared: &Shared,
+    table: &SessionTable,
 ) {
     loop {
         tokio::select! {
@@ -129,7 +128,7 @@ async fn converse(
                 if socket.flush().await.is_err() {
                     return;
                 }
-                shared.sent.fetch_add(count, Ordering::Relaxed);
+                table.sent.fetch_add(count, Ordering::Relaxed);
             }
             message = socket.next() => match message {
                 Some(Ok(message @ Message::Binary(_))) => {
@@ -145,13 +144,13 @@ async fn converse(
 }
 
 /// On the calling thread, which is the one that reads the words.
-fn push(plan: Plan, shared: &Shared) -> Pushed {
+fn push(plan: PushPlan, table: &SessionTable) -> Pushed {
     let sessions: Vec<Option<Sender<Bytes>>> =
-        shared.sessions.lock().expect("no holder panics").clone();
-    let open = shared.open.load(Ordering::Relaxed);
+        table.sessions.lock().expect("no holder panics").clone();
+    let open = table.open.load(Ordering::Relaxed);
     let cpu = usage::thread_ns();
     let started_ns = now_ns();
-    let before = shared.sent.load(Ordering::Relaxed);
+    let before = table.sent.load(Ordering::Relaxed);
     let mut generator = Generator::new(plan, open);
     let (mut messages, mut retries) = (0, 0);
     while !generator.is_finished() {
@@ -171,11 +170,11 @@ fn push(plan: Plan, shared: &Shared) -> Pushed {
             }
         }
         // As far ahead as Delivery's rings let a router be.
-        while messages - (shared.sent.load(Ordering::Relaxed) - before) > 8192 {
+        while messages - (table.sent.load(Ordering::Relaxed) - before) > 8192 {
             std::thread::sleep(Duration::from_micros(100));
         }
     }
-    while shared.sent.load(Ordering::Relaxed) - before < messages {
+    while table.sent.load(Ordering::Relaxed) - before < messages {
         std::thread::sleep(Duration::from_micros(100));
     }
     Pushed {

@@ -13,9 +13,9 @@ use tungstenite::protocol::{Role, WebSocket, WebSocketConfig};
 use tungstenite::{Bytes, Message};
 
 use crate::clock::now_ns;
-use crate::control::{self, Prepared, Pushed, Sessions, Word, word};
+use crate::control::{self, OpenSessions, Prepared, Pushed, Word};
 use crate::frame;
-use crate::generator::{Generator, Plan};
+use crate::generator::{Generator, PushPlan};
 use crate::names;
 
 /// Messages that wait for one session, as in Delivery.
@@ -31,7 +31,7 @@ struct Mailbox {
     bell: Notify,
 }
 
-struct Shared {
+struct Mailboxes {
     sessions: RefCell<Vec<Option<Rc<Mailbox>>>>,
     open: Cell<usize>,
     sent: Cell<u64>,
@@ -66,39 +66,38 @@ impl Write for Pipe {
 
 /// Until the standard input ends.
 pub(super) fn run(listener: TcpListener, capacity: usize) -> io::Result<()> {
-    let words = control::commands(|| {});
+    let words = control::commands(Word::parse, || {});
     tokio_uring::start(async move {
-        let shared = Rc::new(Shared {
+        let mailboxes = Rc::new(Mailboxes {
             sessions: RefCell::new(vec![None; capacity]),
             open: Cell::new(0),
             sent: Cell::new(0),
         });
         let listener = tokio_uring::net::TcpListener::from_std(listener);
-        tokio_uring::spawn(accept(listener, Rc::clone(&shared)));
+        tokio_uring::spawn(accept(listener, Rc::clone(&mailboxes)));
         loop {
-            let Ok(line) = words.try_recv() else {
+            let Ok(word) = words.try_recv() else {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 continue;
             };
-            match word(&line) {
-                Some(Word::Sessions) => control::answer(&Sessions { sessions: shared.open.get() }),
-                Some(Word::Prepare(_)) => control::answer(&Prepared { prepared: false }),
-                Some(Word::Push(plan)) => control::answer(&push(plan, &shared).await),
-                Some(Word::Echo(_)) => {}
-                Some(Word::Quit) => std::process::exit(0),
-                None => eprintln!("unknown word: {line}"),
+            match word {
+                Word::Sessions => control::answer(&OpenSessions { sessions: mailboxes.open.get() }),
+                Word::Prepare(_) => control::answer(&Prepared { prepared: false }),
+                Word::Push(plan) => control::answer(&push(plan, &mailboxes).await),
+                Word::Presence | Word::Echo(_) => {}
+                Word::Quit => std::process::exit(0),
             }
         }
     })
 }
 
-async fn accept(listener: tokio_uring::net::TcpListener, shared: Rc<Shared>) {
+async fn accept(listener: tokio_uring::net::TcpListener, mailboxes: Rc<Mailboxes>) {
     while let Ok((stream, _)) = listener.accept().await {
-        tokio_uring::spawn(serve(stream, Rc::clone(&shared)));
+        tokio_uring::spawn(serve(stream, Rc::clone(&mailboxes)));
     }
 }
 
-async fn serve(stream: TcpStream, shared: Rc<Shared>) {
+async fn serve(stream: TcpStream, mailboxes: Rc<Mailboxes>) {
     let stream = Rc::new(stream);
     let mut head = Vec::new();
     let end = loop {
@@ -117,11 +116,11 @@ async fn serve(stream: TcpStream, shared: Rc<Shared>) {
     }
     let mailbox = Rc::new(Mailbox::default());
     if let Some(session) = names::index_of(&head[..end])
-        && let Some(place) = shared.sessions.borrow_mut().get_mut(session)
+        && let Some(place) = mailboxes.sessions.borrow_mut().get_mut(session)
     {
         *place = Some(Rc::clone(&mailbox));
     }
-    shared.open.set(shared.open.get() + 1);
+    mailboxes.open.set(mailboxes.open.get() + 1);
     let config = WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(0);
     let mut pipe = Pipe::default();
     pipe.input.extend(&head[end..]);
@@ -131,11 +130,11 @@ async fn serve(stream: TcpStream, shared: Rc<Shared>) {
         Rc::clone(&stream),
         Rc::clone(&socket),
         Rc::clone(&mailbox),
-        Rc::clone(&shared),
+        Rc::clone(&mailboxes),
     ));
     read(&stream, &socket, &mailbox).await;
     writer.abort();
-    shared.open.set(shared.open.get() - 1);
+    mailboxes.open.set(mailboxes.open.get() - 1);
 }
 
 async fn read(stream: &TcpStream, socket: &RefCell<WebSocket<Pipe>>, mailbox: &Mailbox) {
@@ -169,7 +168,7 @@ async fn write(
     stream: Rc<TcpStream>,
     socket: Rc<RefCell<WebSocket<Pipe>>>,
     mailbox: Rc<Mailbox>,
-    shared: Rc<Shared>,
+    mailboxes: Rc<Mailboxes>,
 ) {
     loop {
         let mut count = 0;
@@ -191,16 +190,16 @@ async fn write(
         if stream.write_all(output).await.0.is_err() {
             return;
         }
-        shared.sent.set(shared.sent.get() + count);
+        mailboxes.sent.set(mailboxes.sent.get() + count);
     }
 }
 
-async fn push(plan: Plan, shared: &Shared) -> Pushed {
-    let sessions: Vec<Option<Rc<Mailbox>>> = shared.sessions.borrow().clone();
-    let mut generator = Generator::new(plan, shared.open.get());
+async fn push(plan: PushPlan, mailboxes: &Mailboxes) -> Pushed {
+    let sessions: Vec<Option<Rc<Mailbox>>> = mailboxes.sessions.borrow().clone();
+    let mut generator = Generator::new(plan, mailboxes.open.get());
     let generator_ns = generator.total_cost_ns();
     let started_ns = now_ns();
-    let before = shared.sent.get();
+    let before = mailboxes.sent.get();
     let (mut messages, mut retries) = (0_u64, 0);
     while !generator.is_finished() {
         let Some(item) = generator.next_due() else {
@@ -222,11 +221,11 @@ async fn push(plan: Plan, shared: &Shared) -> Pushed {
             }
         }
         // As far ahead as Delivery's rings let a router be.
-        while messages - (shared.sent.get() - before) > 8192 {
+        while messages - (mailboxes.sent.get() - before) > 8192 {
             tokio::time::sleep(PARK).await;
         }
     }
-    while shared.sent.get() - before < messages {
+    while mailboxes.sent.get() - before < messages {
         tokio::time::sleep(PARK).await;
     }
     Pushed { messages, elapsed_ns: now_ns() - started_ns, generator_ns, retries, sends: None }

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::super::child::{Worker, number};
 use super::memory;
 use super::node::{TOKEN_AUDIENCE, TOKEN_ISSUER, TOKEN_SECRET};
-use crate::histogram::Histogram;
+use crate::conductor::child::{Worker, number};
+use crate::latency::Latencies;
 
 /// Sessions of one process.
 pub(in crate::conductor) const PER_CLIENT: usize = 15_000;
@@ -41,7 +41,7 @@ pub(in crate::conductor) struct Fleet {
 
 /// How connecting went.
 #[derive(Clone, Copy, Debug, Default)]
-pub(in crate::conductor) struct Dialed {
+pub(in crate::conductor) struct FleetDialed {
     pub(in crate::conductor) opened: f64,
     pub(in crate::conductor) failed: f64,
     pub(in crate::conductor) seconds: f64,
@@ -86,7 +86,7 @@ impl Fleet {
     }
 
     /// Connects until there are so many sessions, some processes at a time.
-    pub(in crate::conductor) fn grow(&mut self, sessions: usize) -> io::Result<Dialed> {
+    pub(in crate::conductor) fn grow(&mut self, sessions: usize) -> io::Result<FleetDialed> {
         self.grow_seen(sessions, || Ok(()))
     }
 
@@ -95,9 +95,9 @@ impl Fleet {
         &mut self,
         sessions: usize,
         mut seen: impl FnMut() -> io::Result<()>,
-    ) -> io::Result<Dialed> {
+    ) -> io::Result<FleetDialed> {
         let from = Instant::now();
-        let mut all = Dialed::default();
+        let mut all = FleetDialed::default();
         let mut dialing = self.clients.len();
         while self.sessions < sessions || dialing < self.clients.len() {
             while self.sessions < sessions && self.clients.len() - dialing < DIALING {
@@ -153,9 +153,9 @@ impl Fleet {
     }
 
     /// One in so many sessions of each process closes and connects again.
-    pub(in crate::conductor) fn churn(&mut self, one_in: usize) -> io::Result<Dialed> {
+    pub(in crate::conductor) fn churn(&mut self, one_in: usize) -> io::Result<FleetDialed> {
         let from = Instant::now();
-        let mut all = Dialed::default();
+        let mut all = FleetDialed::default();
         for dialed in self.ask(&format!("churn {}", self.per_process / one_in), "dialed")? {
             all.add(&dialed);
         }
@@ -196,10 +196,10 @@ impl Fleet {
     }
 
     /// The latencies of all together.
-    pub(in crate::conductor) fn latency(&mut self) -> io::Result<Histogram> {
-        let mut all = Histogram::default();
+    pub(in crate::conductor) fn latency(&mut self) -> io::Result<Latencies> {
+        let mut all = Latencies::default();
         for answer in self.ask("latency", "latency")? {
-            let one: Histogram = serde_json::from_value(answer["latency"].clone())?;
+            let one: Latencies = serde_json::from_value(answer["latency"].clone())?;
             all.add(&one);
         }
         Ok(all)
@@ -214,7 +214,7 @@ impl Fleet {
     }
 }
 
-impl Dialed {
+impl FleetDialed {
     fn add(&mut self, answer: &Value) {
         self.opened += number(answer, "opened");
         self.failed += number(answer, "failed");

@@ -5,8 +5,8 @@ use std::io;
 use std::thread::sleep;
 use std::time::Duration;
 
-use super::super::child::number;
-use super::{Report, ScalePlan};
+use super::{ScalePlan, ScaleReport};
+use crate::conductor::child::number;
 use crate::generator;
 use crate::usage;
 
@@ -16,7 +16,7 @@ const CASES: [(&str, u64); 2] = [("every 54 s", 54_000), ("none", 3_600_000)];
 const HEARTBEATS_BEGIN: Duration = Duration::from_secs(60);
 
 /// Runs it.
-pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
+pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     report.note(&format!(
         "{} sessions in {} shards, {} events a second for {} s, injected at the router, one recipient each",
         plan.sessions,
@@ -29,8 +29,14 @@ pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
         let (mut server, mut fleet) = plan.parts(plan.shards(), &arguments)?;
         fleet.grow(plan.sessions)?;
         let events = plan.rate * plan.push_s;
-        let push =
-            generator::Plan { group: 1, burst: 1, events, rate: plan.rate, at_once: 1, bytes: 128 };
+        let push = generator::PushPlan {
+            group: 1,
+            burst: 1,
+            events,
+            rate: plan.rate,
+            at_once: 1,
+            bytes: 128,
+        };
         server.ask(&format!("prepare {push}"), "prepared")?;
         sleep(HEARTBEATS_BEGIN);
         fleet.ask("reset", "done")?;

@@ -5,14 +5,14 @@ use std::io;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::super::child::number;
-use super::super::lines::{Line, lines};
-use super::super::samples::Summary;
 use super::fleet::Fleet;
 use super::memory::{Reading, beyond_the_sockets, watch};
 use super::node::Node;
 use super::services::Services;
-use super::{Report, SETTLE, ScalePlan};
+use super::{SETTLE, ScalePlan, ScaleReport};
+use crate::conductor::child::number;
+use crate::conductor::lines::{Line, lines};
+use crate::conductor::samples::Summary;
 use crate::generator;
 use crate::usage;
 
@@ -27,14 +27,14 @@ const POLL: Duration = Duration::from_millis(100);
 
 struct Run<'a> {
     plan: &'a ScalePlan,
-    report: &'a mut Report,
+    report: &'a mut ScaleReport,
     services: Services,
     node: Node,
     fleet: Fleet,
 }
 
 /// Runs it.
-pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
+pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     let (services, node) = plan.node()?;
     // A first connect has nothing to catch up with; one that comes again says what it has.
     let resume_group = if plan.catch_up { plan.group } else { 0 };
@@ -199,7 +199,7 @@ impl Run<'_> {
     fn one_each(&mut self) -> io::Result<()> {
         let group = self.plan.group;
         let events = (self.plan.sessions / group) as u64;
-        let once = generator::Plan { group, burst: 1, events, rate: 0, at_once: 1, bytes: 128 };
+        let once = generator::PushPlan { group, burst: 1, events, rate: 0, at_once: 1, bytes: 128 };
         self.services.backend.ask(&format!("prepare {once}"), "prepared")?;
         self.drained()?;
         sleep(SETTLE);
@@ -228,7 +228,7 @@ impl Run<'_> {
     fn push_while_they_come_and_go(&mut self) -> io::Result<()> {
         let (rate, seconds) = (self.plan.rate, self.plan.push_s);
         let group = self.plan.group;
-        let plan = generator::Plan {
+        let plan = generator::PushPlan {
             group,
             burst: 1,
             events: rate * seconds,

@@ -1,7 +1,6 @@
 //! Many sessions in one server: what each costs, how fast they come, whether all get what is sent,
 //! what a storm and readers that do not read leave behind.
 
-mod child;
 pub(super) mod fleet;
 mod heartbeat;
 mod hold;
@@ -17,6 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::ValueEnum;
 pub use services::Presence;
 
 use self::fleet::{Fleet, FleetConfig};
@@ -32,17 +32,16 @@ const CONNECTIONS_PER_SHARD: usize = 19_600;
 /// Until memory that was used for a moment has gone back.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// What is to be found out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// What many sessions cost, how fast they come, whether all get what is sent while some come
-    /// and go.
+/// A run of `bench-scale`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScaleWork {
+    /// Cost, speed and completeness of many sessions, while some reconnect.
     Hold,
     /// What a storm of connects and disconnects leaves behind.
     Storm,
-    /// What readers that do not read take.
+    /// Memory that clients which do not read take.
     Stall,
-    /// Whether heartbeats show in the latency.
+    /// Latency with heartbeats and without.
     Heartbeat,
 }
 
@@ -50,7 +49,7 @@ pub enum Work {
 #[derive(Clone, Debug)]
 pub struct ScalePlan {
     /// What is to be found out.
-    pub work: Work,
+    pub work: ScaleWork,
     /// Sessions in all.
     pub sessions: usize,
     /// Memory growth is counted from here.
@@ -85,12 +84,12 @@ pub struct ScalePlan {
 /// A program cannot be started or does not answer, or sessions did not come up.
 pub fn run(plan: &ScalePlan) -> io::Result<()> {
     fs::create_dir_all(&plan.output)?;
-    let mut report = Report::default();
+    let mut report = ScaleReport::default();
     let outcome = match plan.work {
-        Work::Hold => hold::run(plan, &mut report),
-        Work::Storm => storm::run(plan, &mut report),
-        Work::Stall => stall::run(plan, &mut report),
-        Work::Heartbeat => heartbeat::run(plan, &mut report),
+        ScaleWork::Hold => hold::run(plan, &mut report),
+        ScaleWork::Storm => storm::run(plan, &mut report),
+        ScaleWork::Stall => stall::run(plan, &mut report),
+        ScaleWork::Heartbeat => heartbeat::run(plan, &mut report),
     };
     // What was found before it failed is worth keeping.
     let name = format!("{:?}-{}.md", plan.work, plan.sessions).to_lowercase();
@@ -101,11 +100,11 @@ pub fn run(plan: &ScalePlan) -> io::Result<()> {
 
 /// What was found, as it is found.
 #[derive(Debug, Default)]
-struct Report {
+struct ScaleReport {
     text: String,
 }
 
-impl Report {
+impl ScaleReport {
     fn note(&mut self, line: &str) {
         eprintln!("{line}");
         let _ = writeln!(self.text, "- {line}");

@@ -1,4 +1,4 @@
-//! Redis, Kafka and the neighbours, as a deployment has them.
+//! The services around a node: Redis, Kafka and the back end.
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
@@ -6,28 +6,31 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::super::child::{Worker, number};
-use super::child::{Program, answers, free_port};
+use clap::ValueEnum;
+use delivery_testkit::ports::free_port;
+
+use crate::conductor::child::{Worker, number};
+use crate::program::{Program, is_listening};
 
 const START_MAX: Duration = Duration::from_secs(90);
 
-/// Who is told of sessions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where the node registers its sessions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Presence {
-    /// Redis, and it alone is known of the neighbours: the fan-out of changes and catch-up are off.
+    /// Redis.
     Redis,
     /// The presence service over gRPC; without Redis.
     Service,
-    /// Nobody.
+    /// Nowhere.
     Off,
 }
 
-/// Everything around a node.
+/// The running services.
 pub(super) struct Services {
     _kafka: Option<Program>,
     redis: Option<(Program, u16)>,
     pub(super) backend: Worker,
-    /// Of the three neighbours.
+    /// Address of the conversation, message and presence services.
     pub(super) neighbours: String,
     pub(super) brokers: String,
     pub(super) topics: String,
@@ -35,7 +38,7 @@ pub(super) struct Services {
 }
 
 impl Services {
-    /// Starts what is needed; Kafka only if `brokers` names none.
+    /// Starts the services; Kafka only if `brokers` names none.
     pub(super) fn start(
         directory: &Path,
         backend: &Path,
@@ -73,7 +76,7 @@ impl Services {
         self.redis.as_ref().map(|(_, port)| format!("127.0.0.1:{port}"))
     }
 
-    /// Sessions that presence holds; `None`: nobody is told.
+    /// Sessions registered with presence; `None`: presence is off.
     pub(super) fn registered(&mut self) -> io::Result<Option<u64>> {
         Ok(match self.presence {
             Presence::Off => None,
@@ -93,25 +96,26 @@ fn kafka(directory: &Path) -> io::Result<(Program, String)> {
     let start = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/services/kafka");
     let data = directory.join("kafka");
     let _ = fs::remove_dir_all(&data);
-    let port = free_port()?;
+    let (port, controller) = (free_port(), free_port());
     let mut command = vec![start.display().to_string(), data.display().to_string()];
-    // The controller's port is the next but one, should the next be taken meanwhile.
-    command.extend([port.to_string(), (port + 2).to_string()]);
-    let mut kafka = Program::start("kafka", directory, &command, &[])?;
-    kafka.until(START_MAX, || answers(port)).map_err(|error| {
-        io::Error::other(format!("{error}; `tests/run setup` fetches Kafka, --brokers names one"))
+    command.extend([port.to_string(), controller.to_string()]);
+    let mut kafka = Program::start("kafka", Some(&directory.join("kafka.log")), &command, &[])?;
+    kafka.wait_until(START_MAX, || is_listening(port)).map_err(|error| {
+        io::Error::other(format!(
+            "{error}; run `tests/run setup` first, or name brokers with --brokers"
+        ))
     })?;
     Ok((kafka, format!("127.0.0.1:{port}")))
 }
 
 fn redis(directory: &Path) -> io::Result<(Program, u16)> {
-    let port = free_port()?;
+    let port = free_port();
     let arguments = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--port"];
     let mut command = vec!["redis-server".to_owned()];
     command.extend(arguments.map(str::to_owned));
     command.push(port.to_string());
-    let mut redis = Program::start("redis", directory, &command, &[])?;
-    redis.until(START_MAX, || answers(port))?;
+    let mut redis = Program::start("redis", Some(&directory.join("redis.log")), &command, &[])?;
+    redis.wait_until(START_MAX, || is_listening(port))?;
     Ok((redis, port))
 }
 
@@ -123,5 +127,5 @@ fn keys(port: u16) -> io::Result<u64> {
     std::str::from_utf8(&answer[..count])
         .ok()
         .and_then(|text| text.trim().strip_prefix(':')?.parse().ok())
-        .ok_or_else(|| io::Error::other("Redis does not say how many keys it has"))
+        .ok_or_else(|| io::Error::other("DBSIZE: unexpected answer of Redis"))
 }

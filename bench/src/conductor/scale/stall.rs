@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use super::memory::{Reading, watch};
-use super::{Report, SETTLE, ScalePlan};
+use super::{SETTLE, ScalePlan, ScaleReport};
 use crate::generator;
 
 /// Events for each session in one step, and their size.
@@ -20,7 +20,7 @@ const CLIENT_BUFFER_BYTES: usize = 4096;
 const STEP_SETTLE: Duration = Duration::from_secs(2);
 
 /// Runs it.
-pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
+pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     let (mut services, node) = plan.node()?;
     let arguments =
         vec!["--hello={}".to_owned(), format!("--receive-buffer-bytes={CLIENT_BUFFER_BYTES}")];
@@ -28,7 +28,7 @@ pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
     fleet.grow(plan.sessions)?;
     fleet.ask("stall", "done")?;
     let events = STEP_EVENTS * (plan.sessions / plan.group) as u64;
-    let step = generator::Plan {
+    let step = generator::PushPlan {
         group: plan.group,
         burst: 1,
         events,

@@ -4,9 +4,9 @@ use std::io;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::super::child::number;
 use super::memory::Reading;
-use super::{Report, SETTLE, ScalePlan};
+use super::{SETTLE, ScalePlan, ScaleReport};
+use crate::conductor::child::number;
 use crate::usage;
 
 /// Processes that storm, each with so many sessions up and down at a time.
@@ -19,7 +19,7 @@ const GONE_MAX: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
 
 /// Runs it.
-pub(super) fn run(plan: &ScalePlan, report: &mut Report) -> io::Result<()> {
+pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     let (services, node) = plan.node()?;
     let read = || Reading::take(node.id());
     let active = || node.metric("websocket_connections_active", "");

@@ -1,5 +1,5 @@
-//! Issue “Guarantees”, show 4: every client stalled and Kafka at full speed. Memory stays under the
-//! bound that the node computes from its settings; once the clients read again, nothing was lost.
+//! Issue “Guarantees”, show 4: every client is stalled and Kafka runs at full speed. Memory stays below
+//! the bound that the node calculates from its settings; once the clients read again, nothing is lost.
 
 use std::time::{Duration, Instant};
 
@@ -22,19 +22,19 @@ use super::support::wait::until;
 const ROOMS: usize = 200;
 const MEMBERS: usize = 5;
 const SESSIONS: usize = ROOMS * MEMBERS;
-/// Twice what the shard may hold.
+/// Twice the limit of the shard.
 const EVENTS: usize = 64 * 1024;
 const EVENT_BYTES: usize = 2 * 1024;
-/// What a gRPC client lets the server send before it reads, bytes.
+/// Flow-control window of a gRPC client, bytes.
 const STREAM_WINDOW: u32 = 16 * 1024;
-/// Without an event taken in for so long, the intake has stopped.
+/// The intake has stopped when no event was taken in for this long.
 const STANDS_STILL: Duration = Duration::from_secs(3);
 const PROGRESS_WITHIN: Duration = Duration::from_secs(120);
 
-/// gRPC sessions, each on a connection of its own, that read nothing until they are told to.
+/// gRPC sessions that read nothing at first, each on its own connection.
 struct Streams {
     runtime: Runtime,
-    /// Requests end a stream when they end.
+    /// A stream ends when its requests end.
     _requests: Vec<mpsc::Sender<DeliveryConnectRequest>>,
     events: Vec<Streaming<DeliveryEvent>>,
 }
@@ -66,7 +66,7 @@ impl Streams {
         streams
     }
 
-    /// Reads each to its last message; in order and none twice.
+    /// Reads each to its last message, and asserts order and no duplicates.
     fn read(&mut self, last: i64) -> Vec<JoinHandle<()>> {
         let events = std::mem::take(&mut self.events).into_iter();
         let read = |mut events: Streaming<DeliveryEvent>| async move {
@@ -102,7 +102,7 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
         .start();
     let mut publisher = Publisher::new(&brokers, &topic);
     let user = |session: usize| format!("user-{session}");
-    // One in each room, beside those that come by WebSocket.
+    // One in each room, in addition to the WebSocket clients.
     let streaming = |number: usize| format!("streaming-{number}");
     let room = |number: usize| format!("room-{number}");
     for number in 0..ROOMS {
@@ -153,8 +153,8 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
     }
     publisher.flush(PROGRESS_WITHIN);
     let mut peak = 0;
-    // Whichever bound is reached first stops the intake: the shard takes nothing for a while,
-    // though the topic holds more.
+    // The first bound that is reached stops the intake: the shard takes nothing for a while, although
+    // the topic has more.
     let mut taken = (0.0, Instant::now());
     until(PROGRESS_WITHIN, "the shard takes no more", || {
         peak = peak.max(node.resident_bytes());

@@ -1,5 +1,5 @@
-//! Real clients feel at home: tungstenite, Node `ws`, Python `websockets`, a page in Chromium; both
-//! subprotocols, with and without permessage-deflate.
+//! Interoperability with real clients: tungstenite, Node `ws`, Python `websockets`, and a page in
+//! Chromium; both subprotocols, with and without permessage-deflate.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -18,21 +18,21 @@ use super::support::node::{Node, NodeBuilder};
 use super::support::services::kafka_brokers;
 use super::support::tally::Tally;
 
-/// For one line of a client: a browser on a busy machine starts slowly.
+/// Limit for one line of a client: a browser on a busy machine starts slowly.
 const LINE_WITHIN: Duration = Duration::from_secs(60);
 const MESSAGES: i64 = 200;
 
-/// A program that connects and prints one line per happening.
+/// A client program that connects and prints one line per event.
 struct Client {
     lines: Receiver<String>,
-    /// Closed to tell the client to end its session.
+    /// Closed to make the client close its session.
     input: Option<ChildStdin>,
     close_page: Arc<AtomicBool>,
     child: Option<Child>,
 }
 
 impl Client {
-    /// A program that prints to its standard output.
+    /// A program that prints its lines to standard output.
     fn program(command: &mut Command) -> Self {
         let mut child = command
             .stdin(Stdio::piped())
@@ -52,7 +52,7 @@ impl Client {
         Self { lines, input, close_page: Arc::default(), child: Some(child) }
     }
 
-    /// Chromium with `tests/clients/browser.html`, which posts its lines back to us.
+    /// Chromium with `tests/clients/browser.html`, which posts its lines to this process.
     fn browser(profile: &Path, url: &str, protocol: &str) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let page = listener.local_addr().expect("bound");
@@ -93,10 +93,10 @@ impl Drop for Client {
     }
 }
 
-/// Serves the page, and takes the lines it posts; the answer to a post may tell it to close.
+/// Serves the page and receives the lines that it posts. The answer to a post may order it to close.
 fn serve_page(listener: &TcpListener, lines: &Sender<String>, close: &AtomicBool) {
     for stream in listener.incoming().map_while(Result::ok) {
-        // Chromium opens connections on which it then asks nothing.
+        // Chromium opens connections on which it sends no request.
         let (lines, close) = (lines.clone(), close.load(Ordering::Relaxed));
         std::thread::spawn(move || serve_one(stream, &lines, close));
     }
@@ -138,7 +138,7 @@ fn serve_one(mut stream: TcpStream, lines: &Sender<String>, close: bool) -> Opti
     stream.write_all(body.as_bytes()).ok()
 }
 
-/// Publishes a conversation of one, and checks what the client got of it, and how it left.
+/// Publishes a conversation of one member, and checks what the client received and how it closed.
 fn feels_at_home(client: impl FnOnce(&str, &str, bool) -> Client, protocol: &str, deflate: bool) {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, "clients", 1);
@@ -163,7 +163,7 @@ fn feels_at_home(client: impl FnOnce(&str, &str, bool) -> Client, protocol: &str
     let mut publisher = Publisher::new(&brokers, &topic);
     publisher.created("room", &["reader".into()]);
     for sequence in 1..=MESSAGES {
-        // Below and above the threshold for compressing, and longer than 16 bits count.
+        // Below and above the threshold for compression, and longer than a 16-bit length.
         let length = match sequence {
             _ if sequence % 50 == 0 => 70_000,
             _ => [10, 300, 2_000, 5_000][sequence as usize % 4],
@@ -187,7 +187,7 @@ fn feels_at_home(client: impl FnOnce(&str, &str, bool) -> Client, protocol: &str
                 sequences
                     .extend(find(&event, "sequence").map(|value| value.parse::<i64>().unwrap()));
             }
-            _ => panic!("the client says: {line}"),
+            _ => panic!("unexpected line of the client: {line}"),
         }
     }
     if protocol == "realchat.v1.json" {
@@ -197,13 +197,13 @@ fn feels_at_home(client: impl FnOnce(&str, &str, bool) -> Client, protocol: &str
         assert_eq!((stream.last, stream.duplicates, stream.out_of_order), (MESSAGES, 0, 0));
         assert!(stream.missing.is_empty());
     }
-    leaves_in_good_order(&node, &mut publisher, &mut client);
+    closes_in_order(&node, &mut publisher, &mut client);
 }
 
-/// The closing handshake from the client's side: 1000 is answered with 1000.
-fn leaves_in_good_order(node: &Node, publisher: &mut Publisher, client: &mut Client) {
+/// The closing handshake that the client begins: 1000 is answered with 1000.
+fn closes_in_order(node: &Node, publisher: &mut Publisher, client: &mut Client) {
     client.close();
-    // A page learns that it should close from the answer to its next post.
+    // The page receives the order to close with the answer to its next post.
     publisher.message("room", MESSAGES + 1, "reader", "wake up");
     loop {
         let line = client.line();
@@ -218,7 +218,7 @@ fn leaves_in_good_order(node: &Node, publisher: &mut Publisher, client: &mut Cli
     });
 }
 
-/// The text of the first member of this name, wherever it is.
+/// The text of the first member of this name, at any depth.
 fn find(value: &serde_json::Value, name: &str) -> Option<String> {
     match value {
         serde_json::Value::Object(members) => match members.get(name) {
@@ -254,7 +254,7 @@ fn python_websockets(url: &str, protocol: &str, deflate: bool) -> Client {
     )
 }
 
-/// Always offers deflate: whether it is used is the server's setting.
+/// Always offers deflate; the server's setting decides whether it is used.
 fn chromium(url: &str, protocol: &str, deflate: bool) -> Client {
     let profile = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
         "chromium-{}-{protocol}-{}",
@@ -264,7 +264,7 @@ fn chromium(url: &str, protocol: &str, deflate: bool) -> Client {
     Client::browser(&profile, url, protocol)
 }
 
-/// In this process; knows no deflate.
+/// In this process, without deflate.
 fn tungstenite(url: &str, protocol: &str, _deflate: bool) -> Client {
     use tungstenite::client::IntoClientRequest as _;
     use tungstenite::{Message, connect};
@@ -337,14 +337,14 @@ clients! {
 /// Stubs generated from `proto/` by another implementation.
 #[test]
 #[ignore = "needs the clients: tests/run clients"]
-fn python_grpc_stubs_catch_up_and_leave() {
+fn python_grpc_stubs_catch_up_and_close() {
     use delivery_testkit::neighbours::FakeNeighbours;
 
-    use crate::support::back_end::knows;
+    use crate::support::back_end::with_neighbours;
 
     let neighbours = FakeNeighbours::start();
     neighbours.state().create("room", &["alice"], 5);
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let mut client = Client::program(
         Command::new(installed(".services/clients/python/bin/python"))
             .arg(installed("tests/clients/stream.py"))

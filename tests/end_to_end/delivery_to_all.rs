@@ -1,4 +1,4 @@
-//! Issue “The whole way”, show 2 and 3: every session receives exactly what its user should.
+//! Issue “The whole way”, show 2 and 3: every session receives exactly the messages of its user.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,10 +13,10 @@ use super::support::world::{Chance, World};
 
 /// Messages of a run.
 const EVENTS: usize = 100_000;
-/// Deliveries published and not yet received, at most, on average per session: far below the 128
-/// that end a session, so that what is tested is delivery and not overflow.
+/// Limit of deliveries published but not yet received, on average per session. Far below the 128 that
+/// close a session, because this test is not about overflow.
 const AHEAD_PER_SESSION: u64 = 16;
-/// Without any progress for so long, the run has failed.
+/// The run has failed after this long without progress.
 const PROGRESS_WITHIN: Duration = Duration::from_secs(120);
 
 struct Run {
@@ -66,7 +66,7 @@ impl Run {
         self.tallies.iter().flat_map(|tally| tally.others.values()).sum()
     }
 
-    /// Turns until `wanted` says so.
+    /// Runs the clients until `wanted` returns true.
     fn turn_until(&mut self, mut wanted: impl FnMut(&Self) -> bool) {
         let mut progress = (0, Instant::now());
         while !wanted(self) {
@@ -84,7 +84,7 @@ impl Run {
         }
     }
 
-    /// Announces every conversation, then sends `EVENTS` messages to conversations by chance.
+    /// Publishes every conversation, then `EVENTS` messages to random conversations.
     fn publish(&mut self, publisher: &mut Publisher) -> BTreeMap<String, i64> {
         let devices = self
             .world
@@ -129,7 +129,7 @@ impl Run {
         conversations.into_iter().map(|(id, _)| id).zip(last).collect()
     }
 
-    /// Exactly what each user should have, no more, no less, in order.
+    /// Asserts that each user received exactly their messages, in order.
     fn check(&self, published: &BTreeMap<String, i64>) {
         let by_user = self.world.by_user();
         let mut totals = Totals::default();
@@ -192,7 +192,7 @@ fn seven_shards_deliver_the_same() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn short_sends_tear_no_frame() {
-    // A queue that overflows is another test's matter: these sockets are full most of the time.
+    // Queues must not overflow here: these sockets are full most of the time.
     let node = NodeBuilder::serve()
         .set("SHARDS", 2)
         .set("SO_SNDBUF", 4_608)

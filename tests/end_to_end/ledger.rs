@@ -1,11 +1,11 @@
-//! What the ledger says of a session, held against what the process and the kernel take for it while
-//! a hundred thousand come.
+//! Compares the ledger's memory per session with what the process and the kernel allocate while a
+//! hundred thousand sessions connect.
 //!
-//! One number after start-up says little: pools, tables and threads take their memory with the first
-//! sessions, and tables double. So memory is read at two counts, at both of which the 64 parts of the
-//! directory are nine tenths full and the records of a shard four fifths of a power of two: between
-//! them each table doubles once, and the slope is what a session costs on average. What a table
-//! outgrew the allocator may keep for a while; that is as much again as the tables have grown.
+//! A single reading is not enough: pools, tables and threads allocate with the first sessions, and
+//! tables double. So memory is read at two counts of sessions. At both, the 64 parts of the directory
+//! are 90 % full and the records of a shard fill 80 % of a power of two. Between them each table
+//! doubles once, so the slope is the average cost of a session. The allocator may keep the old copy of
+//! a table for a while, which is as much again as the tables have grown.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -15,44 +15,44 @@ use crate::support::crowd::{Crowd, descriptors};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::wait::until;
 
-/// Sessions at most, and of one shard.
+/// Sessions at most: in all, and of one shard.
 const SESSIONS: usize = 102_400;
 const PER_SHARD: usize = 12_800;
-/// Files of a shard beside those of its sessions, refusals and reserve included.
+/// Files of a shard beyond those of its sessions, including refusals and reserve.
 const FILES_BESIDE: usize = 512;
-/// The kernel's memory for both ends of a connection, and that the machine should have many times.
+/// Kernel memory for both ends of a connection, with a wide margin.
 const CONNECTION_BYTES: u64 = 10_000;
 const MEMORY_SHARE: u64 = 4;
 
-/// Measured to reckoned; the least without what tables outgrew, the most with it. The allocator rounds
-/// up (to 80 bytes for the ids), and what handshakes needed for a moment is not given back at once.
-/// Forgetting the smallest part, 32 bytes, would be beyond the upper one.
+/// Allowed ratio of measured to calculated memory: the minimum without the old copies of tables, the
+/// maximum with them. The allocator rounds up (to 80 bytes for the ids) and does not return the memory
+/// of handshakes at once. A ledger without its smallest part, 32 bytes, would exceed the maximum.
 const LEAST: f64 = 0.95;
 const MOST: f64 = 1.18;
-/// The parts that are tables.
+/// The parts of the ledger that are tables.
 const TABLES: [&str; 2] = ["directory", "record"];
-/// Issue “A million quiet connections, and the fastest push”: bytes of a session.
+/// Issue “A million quiet connections, and the fastest push”: bytes per session.
 const BUDGET: f64 = 400.0;
-/// Slab growth by cache to the ledger: structures differ between kernels.
+/// Allowed ratio of slab growth by cache to the ledger: structures differ between kernels.
 const CACHES: RangeInclusive<f64> = 0.8..=1.2;
-/// Of all slabs of the machine, in which others live as well.
+/// The same for all slabs of the machine, which other processes use as well.
 const ALL_SLABS: RangeInclusive<f64> = 0.7..=1.4;
-/// Readings of the slabs: what others do in the middle of one moves the median of all little.
+/// Readings of the slabs. Other processes that disturb one of them hardly move the median.
 const STEPS: usize = 12;
 
-/// Memory stays the same within this for so many looks: it has settled.
+/// Memory has settled when it stays within this for this many readings.
 const SETTLED_BYTES: f64 = 32.0 * 1024.0;
 const SETTLED_LOOKS: usize = 40;
 const SETTLED_WITHIN: Duration = Duration::from_secs(120);
 const ADMITTED_WITHIN: Duration = Duration::from_secs(120);
 
-/// Of which caches a socket is made.
+/// Slab caches of a socket.
 const SOCKET: [&str; 6] =
     ["TCP", "sock_inode_cache", "filp", "dentry", "lsm_inode_cache", "lsm_file_cache"];
-/// What the kernel remembers of a poll that waits.
+/// Slab cache of a pending poll.
 const WATCH: &str = "io_kiocb";
 
-/// As many sessions as the machine's memory lets a test have; the numbers keep their relations.
+/// As many sessions as the machine's memory allows; the numbers keep their proportions.
 struct Size {
     shards: usize,
     few: usize,
@@ -62,8 +62,8 @@ struct Size {
 impl Size {
     fn of_this_machine() -> Self {
         let limit = usize::try_from(descriptors()).unwrap_or(usize::MAX);
-        // The kernel spreads connections by a hash, not evenly. Smaller shards would not do: what
-        // each takes for itself, and touches bit by bit, would not be small beside its sessions.
+        // The kernel spreads connections by a hash, not evenly. Shards must not be smaller: their own
+        // memory, which they touch gradually, has to be small compared with that of their sessions.
         let least = PER_SHARD + PER_SHARD / 4 + FILES_BESIDE;
         assert!(
             limit >= least,
@@ -79,13 +79,13 @@ impl Size {
     }
 }
 
-/// One moment.
+/// Memory at one moment.
 #[derive(Clone, Debug)]
 struct Reading {
     sessions: f64,
-    /// The process' own memory, swapped or not; its program text comes and goes.
+    /// Anonymous memory of the process, resident or swapped; excludes its program text.
     process: f64,
-    /// Slots that the shards have memory for: by chunks of 1,024.
+    /// Allocated slots of all shards: chunks of 1,024.
     slots: f64,
 }
 
@@ -106,14 +106,14 @@ impl Reading {
         Self { sessions: sessions as f64, process, slots }
     }
 
-    /// Bytes of the process, and slots, for each session since `before`.
+    /// Bytes and slots per session since `before`.
     fn since(&self, before: &Self) -> (f64, f64) {
         let sessions = self.sessions - before.sessions;
         ((self.process - before.process) / sessions, (self.slots - before.slots) / sessions)
     }
 }
 
-/// The kernel's slabs: all of the machine, and by cache where one may look.
+/// The kernel's slabs: of the whole machine, and by cache where that is readable.
 struct Slabs {
     all: f64,
     caches: BTreeMap<String, f64>,
@@ -121,13 +121,13 @@ struct Slabs {
 
 impl Slabs {
     fn read() -> Self {
-        // Only root may.
+        // Only root can read it.
         let caches = std::fs::read_to_string("/proc/slabinfo").unwrap_or_default();
         let all = bytes_of(&read("/proc/meminfo"), "Slab:");
         Self { all, caches: caches.lines().filter_map(cache).collect() }
     }
 
-    /// `None`: nobody tells.
+    /// `None`: not readable.
     fn of(&self, names: &[&str]) -> Option<f64> {
         let known = names.iter().filter_map(|name| self.caches.get(*name));
         self.caches.contains_key(names[0]).then(|| known.sum())
@@ -151,7 +151,7 @@ fn bytes_of(text: &str, name: &str) -> f64 {
     kib.unwrap_or_else(|| panic!("no {name}")) * 1024.0
 }
 
-/// Connects until there are so many, all of them admitted.
+/// Connects until there are this many sessions and all are admitted.
 fn grow(crowd: &mut Crowd, node: &Node, sessions: usize) {
     crowd.grow(sessions);
     let ended = || node.metrics().nonzero("delivery_shard_ended_total");
@@ -162,7 +162,7 @@ fn grow(crowd: &mut Crowd, node: &Node, sessions: usize) {
     });
 }
 
-/// Bytes of a session in the kernel's slabs, by `what` grows: the median over the steps.
+/// Growth of `what` in the kernel's slabs, bytes per session: the median over the steps.
 fn slope(steps: &[(usize, Slabs)], what: impl Fn(&Slabs) -> Option<f64>) -> Option<f64> {
     let each = |pair: &[(usize, Slabs)]| {
         let sessions = (pair[1].0 - pair[0].0) as f64;
@@ -184,13 +184,14 @@ fn assert_within(what: &str, measured: f64, (least, most): (f64, f64)) {
 
 #[test]
 #[ignore = "loads the machine: tests/run end_to_end"]
-fn session_takes_what_the_ledger_says() {
-    // The node inherits it: a huge page that the kernel makes of small ones is no session's.
+fn session_takes_the_memory_of_the_ledger() {
+    // The node inherits this: a huge page that the kernel makes of small ones would be counted as
+    // memory of sessions.
     rustix::thread::disable_transparent_huge_pages(true).expect("Linux has this");
     let size = Size::of_this_machine();
     let node = NodeBuilder::dev()
         .set("SHARDS", size.shards)
-        // The crowd answers no pings.
+        // The clients answer no pings.
         .set("PING_INTERVAL", "1h")
         .set("IDLE_TIMEOUT", "2h")
         .start();
@@ -209,7 +210,7 @@ fn session_takes_what_the_ledger_says() {
         slabs.push((sessions, Slabs::read()));
     }
     let (measured, slots) = Reading::take(&node, size.many).since(&few);
-    // Slots come by the chunk.
+    // Slots are allocated in chunks.
     let reckoned = all + part("slot") * (slots - 1.0);
     let outgrown: f64 = TABLES.into_iter().map(part).sum();
     assert_within("process", measured, (LEAST * reckoned, MOST * (reckoned + outgrown)));
@@ -217,12 +218,12 @@ fn session_takes_what_the_ledger_says() {
 
     let name = "delivery_memory_session_kernel_bytes";
     let kernel = |part: &str| metrics.sum(name, &[&format!("part=\"{part}\"")]);
-    // The other end is a socket in a table, too, but watched by nobody.
+    // The other end is a socket in a table, too, but without a poll.
     let both = 2.0 * metrics.sum(name, &[]) - kernel("watch");
     let around = |reckoned: f64, range: &RangeInclusive<f64>| {
         (reckoned * range.start(), reckoned * range.end())
     };
-    let measured = slope(&slabs, |slabs| Some(slabs.all)).expect("everybody may look");
+    let measured = slope(&slabs, |slabs| Some(slabs.all)).expect("readable by every user");
     assert_within("slabs, both ends", measured, around(both, &ALL_SLABS));
     let sockets = slope(&slabs, |slabs| slabs.of(&SOCKET));
     let watches = slope(&slabs, |slabs| slabs.of(&[WATCH]));

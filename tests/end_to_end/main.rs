@@ -1,5 +1,5 @@
-//! What crosses a wire: a real Kafka, a real Redis, the real binary, real sockets. Each test that
-//! needs a service is ignored by a plain `cargo test`; `tests/run` starts the services and runs them.
+//! Tests of the real binary over real sockets, with a real Kafka and a real Redis. A plain `cargo test`
+//! ignores those that need a service; `tests/run` starts the services and runs them.
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,4 +1,4 @@
-//! What the pages say of metrics and of memory, held against the metrics page of a node.
+//! Compares the metrics and memory figures in the documents with the metrics page of a node.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,14 @@ use delivery_testkit::ports::free_port;
 use super::support::node::{Node, NodeBuilder};
 use super::support::wait::until;
 
-/// On the metrics page once something has happened, or only for partitions that are read.
+/// Metrics that appear only after an event, or only for partitions that are read.
 const ONLY_SOMETIMES: [&str; 2] = ["kafka_consumer_lag", "http_request_duration_seconds"];
 
 fn nobody_there() -> String {
     format!("127.0.0.1:{}", free_port())
 }
 
-/// With every part that counts something. It need not be ready.
+/// A node with every part that has metrics. It need not be ready.
 fn node_with_everything() -> Node {
     let node = NodeBuilder::serve()
         .set("KAFKA_BROKERS", nobody_there())
@@ -52,7 +52,7 @@ fn pages() -> Vec<PathBuf> {
     pages
 }
 
-/// The words of a text that may be metrics: with `…` for what is left out, and the first label.
+/// The words of a text that may be metrics, with their first label; `…` stands for an omitted part.
 fn metrics_named(text: &str) -> BTreeSet<(String, Option<String>)> {
     let is_part = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '…';
     let mut found = BTreeSet::new();
@@ -61,13 +61,13 @@ fn metrics_named(text: &str) -> BTreeSet<(String, Option<String>)> {
         let word: String = rest[start..].chars().take_while(|c| is_part(*c)).collect();
         let before = rest[..start].chars().next_back();
         rest = &rest[start + word.len()..];
-        // `delivery_api…` are modules made from the proto files.
+        // `delivery_api…` are generated modules.
         let ours = word
             .strip_prefix("delivery_")
             .is_some_and(|rest| !rest.is_empty() && !rest.starts_with("api"));
         let abridged = word.starts_with('…') && word.ends_with("_total");
         let named = ["websocket_connections_active", "kafka_consumer_lag", "http_requests_total"];
-        // Not a path, a crate or the name of a test.
+        // Not a path, a crate or a test.
         let apart = !before.is_some_and(|c| c.is_alphanumeric() || "/:.-{".contains(c))
             && !rest.starts_with("::")
             && !rest.starts_with(".rs");
@@ -83,7 +83,7 @@ fn metrics_named(text: &str) -> BTreeSet<(String, Option<String>)> {
     found
 }
 
-/// Whether the name is what is left of `metric` with parts left out.
+/// Whether `name` is `metric` with parts omitted.
 fn stands_for(name: &str, metric: &str) -> bool {
     let mut parts = name.split('…');
     let first = parts.next().unwrap_or_default();
@@ -156,7 +156,7 @@ fn every_queue_is_in_the_memory_bound_and_every_part_of_it_is_a_queue() {
 }
 
 #[test]
-fn names_with_parts_left_out_stand_for_whole_ones() {
+fn names_with_omitted_parts_match_whole_names() {
     assert!(stands_for("delivery_redis_up", "delivery_redis_up"));
     assert!(!stands_for("delivery_redis", "delivery_redis_up"));
     assert!(stands_for("delivery_redis_…", "delivery_redis_up"));

@@ -74,7 +74,7 @@ impl Bench {
     }
 }
 
-async fn each_node_is_told_once(options: Options<'static>) {
+async fn each_node_receives_one_message(options: Options<'static>) {
     let Some(mut bench) = Bench::new(options, |_| {}).await else { return };
     bench.register("alice", "phone", "here");
     bench.register("alice", "desk", "n1");
@@ -98,13 +98,13 @@ async fn each_node_is_told_once(options: Options<'static>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_node_concerned_is_told_once() {
-    each_node_is_told_once(Options::default()).await;
+async fn each_node_concerned_receives_one_message() {
+    each_node_receives_one_message(Options::default()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_node_concerned_is_told_once_through_a_cluster() {
-    each_node_is_told_once(Options { cluster: true, ..Options::default() }).await;
+async fn each_node_concerned_receives_one_message_through_a_cluster() {
+    each_node_receives_one_message(Options { cluster: true, ..Options::default() }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,7 +158,7 @@ async fn publish_that_reached_nobody_is_counted_and_its_users_are_looked_for_aga
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_that_is_away_is_not_waited_for() {
+async fn unreachable_redis_is_not_waited_for() {
     let Some(mut bench) = Bench::new(Options::default(), |_| {}).await else { return };
     bench.handed_over("one", &["known-to-be-nowhere"]).await;
     bench.server.kill();

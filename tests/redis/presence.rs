@@ -231,7 +231,7 @@ async fn end_after_the_lifetime_leaves_nothing_and_is_published() {
 }
 
 #[tokio::test]
-async fn redis_that_was_away_is_told_the_newest_state() {
+async fn redis_receives_the_newest_state_after_an_outage() {
     let Some(mut server) = Server::start(Options::default()) else { return };
     let node = Node::new("node-1", &format!("127.0.0.1:{}", server.port)).await;
     server.kill();

@@ -156,7 +156,7 @@ async fn router_that_is_busy_is_waited_for_within_bounds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn change_of_presence_is_told_to_those_who_want_to_know() {
+async fn presence_change_reaches_the_subscribers() {
     let Some(server) = Server::start(Options::default()) else { return };
     let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
     let inbox = listening(&link, "n1").await;

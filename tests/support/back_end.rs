@@ -1,4 +1,4 @@
-//! What stands around a node in a RealChat deployment: Kafka, and the neighbours of the contract.
+//! The back end of a node in a RealChat deployment: Kafka, and the neighbours of the contract.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -9,25 +9,25 @@ use delivery_testkit::proto::shared::v1::{EventEnvelope, EventType};
 use delivery_testkit::publisher::{Publisher, new_topic};
 use prost::Message as _;
 
-use super::client::{Client, Heard};
+use super::client::{Client, Received};
 use super::fleet::Connect;
 use super::node::NodeBuilder;
 use super::services::kafka_brokers;
 
-/// See the module.
+/// A running back end.
 pub struct BackEnd {
-    /// Where the events are.
+    /// Kafka brokers.
     pub brokers: String,
-    /// A topic of this test's own.
+    /// The topic; no other test uses it.
     pub topic: String,
     /// The producer of the events.
     pub publisher: Publisher,
-    /// Conversation, message and presence service.
+    /// The conversation, message and presence services.
     pub neighbours: FakeNeighbours,
 }
 
 impl BackEnd {
-    /// On the Kafka of the environment, one topic with this many partitions.
+    /// Uses the Kafka of the environment, with one new topic of this many partitions.
     pub fn start(name: &str, partitions: i32) -> Self {
         let brokers = kafka_brokers();
         let topic = new_topic(&brokers, name, partitions);
@@ -35,38 +35,38 @@ impl BackEnd {
         Self { publisher, brokers, topic, neighbours: FakeNeighbours::start() }
     }
 
-    /// A node that knows all of it.
+    /// A node with the addresses of this back end.
     pub fn node(&self) -> NodeBuilder {
-        knows(NodeBuilder::serve(), &self.neighbours)
+        with_neighbours(NodeBuilder::serve(), &self.neighbours)
             .set("KAFKA_BROKERS", &self.brokers)
             .set("KAFKA_TOPICS", &self.topic)
             .set("KAFKA_GROUP", &self.topic)
     }
 }
 
-/// Tells a node where the neighbours are.
-pub fn knows(node: NodeBuilder, neighbours: &FakeNeighbours) -> NodeBuilder {
+/// Sets the addresses of the neighbours.
+pub fn with_neighbours(node: NodeBuilder, neighbours: &FakeNeighbours) -> NodeBuilder {
     node.set("MSG_SVC_ADDR", neighbours.address())
         .set("CONV_SVC_ADDR", neighbours.address())
         .set("PRESENCE_SVC_ADDR", neighbours.address())
 }
 
-/// A session that resumes from these positions, `{"conversation": sequence, …}`.
+/// Opens a session that resumes from these positions, `{"conversation": sequence, …}`.
 pub fn resuming(address: SocketAddr, user: &str, device: &str, positions: &str) -> Client {
     let first_message = Some(format!(r#"{{"last_sequences":{positions}}}"#));
     Client::opened(&Connect { first_message, ..Connect::session(address, user, device) })
 }
 
-/// The next event of a client, as it came and decoded.
+/// The next event of a client: its bytes, and decoded.
 #[track_caller]
 pub fn event(client: &mut Client) -> (Vec<u8>, EventEnvelope) {
     loop {
-        match client.hear() {
-            Heard::Binary(payload) => {
+        match client.receive() {
+            Received::Binary(payload) => {
                 let envelope = EventEnvelope::decode(&*payload).expect("an EventEnvelope");
                 return (payload, envelope);
             }
-            Heard::Ping => {}
+            Received::Ping => {}
             other => panic!("not an event: {other:?}"),
         }
     }
@@ -88,14 +88,14 @@ pub fn event_type(client: &mut Client) -> EventType {
     event(client).1.event_type()
 }
 
-/// Hears no event for this long. For what must not come: a later event that does come says more.
+/// Asserts that no event arrives for this long. Where possible, expect a later event instead.
 #[track_caller]
-pub fn hears_nothing(client: &mut Client, time: Duration) {
+pub fn receives_nothing(client: &mut Client, time: Duration) {
     let deadline = Instant::now() + time;
     while let Some(left) = deadline.checked_duration_since(Instant::now()) {
-        match client.hear_within(left) {
-            None | Some(Heard::Ping) => {}
-            Some(other) => panic!("heard {other:?}"),
+        match client.receive_within(left) {
+            None | Some(Received::Ping) => {}
+            Some(other) => panic!("received {other:?}"),
         }
     }
 }

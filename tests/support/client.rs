@@ -1,4 +1,4 @@
-//! One client at a time, for tests that tell a story.
+//! A single client, for tests that go step by step.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use super::fleet::{Connect, Fleet, Seen};
 use super::wait::SOON;
 
-/// What a client saw, kept.
+/// An owned [`Seen`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Heard {
-    /// The head of the 101.
+pub enum Received {
+    /// Head of the answer with status 101.
     Open(String),
-    /// Status and whole answer.
+    /// Status and the whole answer.
     Refused(u16, String),
     /// A binary message.
     Binary(Vec<u8>),
@@ -24,11 +24,11 @@ pub enum Heard {
     Pong(Vec<u8>),
     /// A close frame.
     Closed(u16, String),
-    /// The end without a close frame.
-    Gone,
+    /// The socket ended without a close frame.
+    Ended,
 }
 
-impl From<Seen<'_>> for Heard {
+impl From<Seen<'_>> for Received {
     fn from(seen: Seen<'_>) -> Self {
         match seen {
             Seen::Open(head) => Self::Open(head.into()),
@@ -38,15 +38,15 @@ impl From<Seen<'_>> for Heard {
             Seen::Ping => Self::Ping,
             Seen::Pong(payload) => Self::Pong(payload.into()),
             Seen::Closed(code, reason) => Self::Closed(code, reason.into()),
-            Seen::Gone => Self::Gone,
+            Seen::Ended => Self::Ended,
         }
     }
 }
 
-/// See the module.
+/// A client whose events are read one at a time.
 pub struct Client {
     fleet: Fleet,
-    heard: VecDeque<Heard>,
+    heard: VecDeque<Received>,
 }
 
 impl Client {
@@ -57,14 +57,14 @@ impl Client {
         Self { fleet, heard: VecDeque::new() }
     }
 
-    /// Takes in a socket on which an upgrade request has been sent, whole or not.
+    /// Uses a socket on which an upgrade request has been sent, whole or in part.
     pub fn adopt(stream: std::net::TcpStream) -> Self {
         let mut fleet = Fleet::new();
         fleet.adopt(stream, None, true).expect("a socket");
         Self { fleet, heard: VecDeque::new() }
     }
 
-    /// An honest session, open.
+    /// Opens an honest session.
     pub fn session(address: SocketAddr, user: &str, device: &str) -> Self {
         Self::opened(&Connect::session(address, user, device))
     }
@@ -73,20 +73,20 @@ impl Client {
     #[track_caller]
     pub fn opened(connect: &Connect) -> Self {
         let mut client = Self::connect(connect);
-        match client.hear() {
-            Heard::Open(_) => client,
+        match client.receive() {
+            Received::Open(_) => client,
             other => panic!("not open: {other:?}"),
         }
     }
 
     /// Waits for the next thing.
     #[track_caller]
-    pub fn hear(&mut self) -> Heard {
-        self.hear_within(SOON).expect("hears something in time")
+    pub fn receive(&mut self) -> Received {
+        self.receive_within(SOON).expect("an event in time")
     }
 
     /// Waits for the next thing, but not longer.
-    pub fn hear_within(&mut self, limit: Duration) -> Option<Heard> {
+    pub fn receive_within(&mut self, limit: Duration) -> Option<Received> {
         let deadline = Instant::now() + limit;
         while self.heard.is_empty() {
             let left = deadline.checked_duration_since(Instant::now())?;
@@ -96,18 +96,18 @@ impl Client {
         self.heard.pop_front()
     }
 
-    /// Waits for the end, passing over everything before it.
+    /// Waits for the end of the connection and skips everything before it.
     #[track_caller]
-    pub fn hear_end(&mut self) -> Heard {
+    pub fn receive_end(&mut self) -> Received {
         loop {
-            let heard = self.hear();
-            if matches!(heard, Heard::Closed(..) | Heard::Gone | Heard::Refused(..)) {
+            let heard = self.receive();
+            if matches!(heard, Received::Closed(..) | Received::Ended | Received::Refused(..)) {
                 return heard;
             }
         }
     }
 
-    /// Sends a masked frame, whole or not.
+    /// Sends a masked frame. `false`: the socket did not take it whole.
     pub fn send(&mut self, opcode: u8, payload: &[u8]) -> bool {
         self.fleet.send(0, opcode, payload)
     }
@@ -122,12 +122,12 @@ impl Client {
         self.fleet.close(0, code);
     }
 
-    /// Ends without a word.
+    /// Terminates the connection without a close frame.
     pub fn abort(&mut self) {
         self.fleet.abort(0);
     }
 
-    /// The socket, to be rude with.
+    /// The socket, for invalid traffic.
     pub fn stream(&self) -> &std::net::TcpStream {
         self.fleet.stream(0)
     }

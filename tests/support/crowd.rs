@@ -1,6 +1,6 @@
-//! Idle sessions by the ten thousand. After its handshake a client's socket moves into the file
-//! table of a ring and gives up its descriptor, so that `RLIMIT_NOFILE` bounds one table and not the
-//! crowd, and nothing but the socket itself is left of a client.
+//! Tens of thousands of idle sessions. After its handshake, a client's socket moves into the file table
+//! of a ring and its descriptor is closed. So `RLIMIT_NOFILE` bounds one table instead of the number of
+//! clients, and a client costs no memory beyond its socket.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
@@ -12,17 +12,17 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_
 use super::fleet::{Connect, masked_frame};
 use super::wait::SOON;
 
-/// Handshakes under way at once.
+/// Handshakes in flight.
 const AT_ONCE: usize = 64;
-/// Files of one table, if the limit allows that many.
+/// Files of one table, if `RLIMIT_NOFILE` allows that many.
 const TABLE_FILES: u32 = 16_000;
-/// Descriptors that are left to the rest of the test.
+/// Descriptors left for the rest of the test.
 const DESCRIPTORS_OWN: u64 = 256;
-/// Clients of one source address: few enough that the system finds a free port at once.
+/// Clients of one source address: few enough that the system finds a free port quickly.
 const PER_SOURCE: usize = 5_000;
-/// The first of the source addresses.
+/// The first source address.
 const FIRST_SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 64, 1);
-/// An answer to an upgrade request is shorter.
+/// Longer than any answer to an upgrade request.
 const HEAD_BYTES_MAX: usize = 1024;
 
 /// A ring that only holds files.
@@ -31,7 +31,7 @@ struct Table {
     used: u32,
 }
 
-/// See the module. All clients leave, without a close frame, when it is dropped.
+/// The clients. Dropping it terminates all of them without a close frame.
 pub struct Crowd {
     server: SocketAddr,
     tables: Vec<Table>,
@@ -40,21 +40,22 @@ pub struct Crowd {
 }
 
 impl Crowd {
-    /// Nobody yet. Lets this process, and what it starts from now on, have as many descriptors as
-    /// it may.
+    /// A crowd without clients. Raises `RLIMIT_NOFILE` of this process, and of those that it starts,
+    /// to the maximum.
     pub fn new(server: SocketAddr) -> Self {
         let room = descriptors().saturating_sub(DESCRIPTORS_OWN);
         let table_files = TABLE_FILES.min(u32::try_from(room).unwrap_or(u32::MAX));
         Self { server, tables: Vec::new(), table_files, clients: 0 }
     }
 
-    /// Connects until there are so many, each a user of its own with ids as they are in the field:
-    /// 36 bytes the user's, 16 the device's.
+    /// Connects until there are this many clients, each a different user. Ids are as long as real ones:
+    /// 36 bytes for the user, 16 for the device.
     pub fn grow(&mut self, clients: usize) {
         while self.clients < clients {
             let until = clients.min(self.clients + AT_ONCE);
-            let shaking: Vec<_> = (self.clients..until).map(|number| self.ask(number)).collect();
-            for mut stream in shaking {
+            let handshaking: Vec<_> =
+                (self.clients..until).map(|number| self.dial(number)).collect();
+            for mut stream in handshaking {
                 await_opening(&mut stream);
                 let hello = masked_frame(true, 1, br#"{"last_sequences":{}}"#);
                 stream.write_all(&hello).expect("a fresh socket takes a small message");
@@ -65,7 +66,7 @@ impl Crowd {
     }
 
     /// Connects and sends the upgrade request.
-    fn ask(&self, number: usize) -> TcpStream {
+    fn dial(&self, number: usize) -> TcpStream {
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None);
         let socket = socket.expect("a socket");
@@ -80,7 +81,7 @@ impl Crowd {
         stream
     }
 
-    /// Puts a reference to the socket into a table; that of the descriptor may go.
+    /// Puts the socket into a table, so that its descriptor can be closed.
     fn keep(&mut self, stream: &TcpStream) {
         if self.tables.last().is_none_or(|table| table.used == self.table_files) {
             let ring = IoUring::new(1).expect("a ring");
@@ -95,7 +96,7 @@ impl Crowd {
     }
 }
 
-/// `RLIMIT_NOFILE`, raised as far as it goes.
+/// Raises `RLIMIT_NOFILE` to the maximum and returns it.
 pub fn descriptors() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);

@@ -1,5 +1,5 @@
-//! Many WebSocket clients on one thread. Written apart from the server's own framing, so that the
-//! two can disagree; knows just enough of RFC 6455 for an honest client, and how to be a bad one.
+//! Many WebSocket clients on one thread. Shares no code with the server's framing, so that the two can
+//! disagree. Implements the part of RFC 6455 that an honest client needs, and some violations.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -10,54 +10,54 @@ use base64::Engine as _;
 use rustix::event::{Timespec, epoll};
 use sha1::{Digest as _, Sha1};
 
-/// Read from one socket at a time.
+/// Bytes read from a socket at a time.
 const SCRATCH_BYTES: usize = 256 * 1024;
-/// Any key will do for masking: the server must unmask whatever comes.
+/// Masking key of every frame. A constant is valid: the server must unmask with any key.
 const MASK: [u8; 4] = [0x5a, 0x01, 0xfe, 0x80];
-/// The nonce of every handshake, and the answer to it (RFC 6455 §4.2.2).
+/// `Sec-WebSocket-Key` of every handshake (RFC 6455 §4.2.2).
 const KEY: &str = "ZGVsaXZlcnktdGVzdHMhIQ==";
 
-/// Names a client of one fleet.
+/// Index of a client in its fleet.
 pub type ClientId = usize;
 
-/// What happened to a client.
+/// An event of a client.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Seen<'a> {
-    /// The handshake was answered with 101; the head of the answer.
+    /// The handshake was answered with 101. The head of the answer.
     Open(&'a str),
-    /// The handshake was answered with something else: status and the whole answer so far.
+    /// The handshake was answered with another status. The status and the answer so far.
     Refused(u16, &'a str),
     /// A binary message.
     Binary(&'a [u8]),
     /// A text message.
     Text(&'a str),
-    /// A ping, answered already.
+    /// A ping, already answered.
     Ping,
     /// A pong.
     Pong(&'a [u8]),
-    /// A close frame, answered already; the socket is closed. 1005: it carried no code.
+    /// A close frame, already answered; the socket is closed. 1005: the frame has no code.
     Closed(u16, &'a str),
     /// The socket ended without a close frame.
-    Gone,
+    Ended,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum ClientState {
     Handshaking,
     Open,
-    /// We sent a close frame.
+    /// This client has sent a close frame.
     Closing,
-    Over,
+    Ended,
 }
 
 #[derive(Debug)]
 struct Client {
-    /// Gone when the client is: a test with many clients has no descriptors to spare.
+    /// `None` once the client has ended: a test with many clients has no descriptors to spare.
     stream: Option<TcpStream>,
-    phase: Phase,
+    state: ClientState,
     /// Sent as soon as the connection is open.
     first_message: Option<String>,
-    /// The beginning of what has not come whole.
+    /// An incomplete answer or frame.
     partial: Vec<u8>,
     answers_pings: bool,
 }
@@ -65,11 +65,11 @@ struct Client {
 /// How a client connects.
 #[derive(Clone, Debug)]
 pub struct Connect {
-    /// Where.
+    /// Address of the server.
     pub address: SocketAddr,
     /// Path and query.
     pub target: String,
-    /// Header lines beyond those of every upgrade, each with its CRLF.
+    /// More header lines, each with its CRLF.
     pub headers: String,
     /// Sent as soon as the connection is open.
     pub first_message: Option<String>,
@@ -102,7 +102,7 @@ impl Connect {
     }
 }
 
-/// See the module.
+/// The clients and their epoll.
 pub struct Fleet {
     epoll: OwnedFd,
     clients: Vec<Client>,
@@ -111,8 +111,8 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Without clients. Lets this process, and what it starts from now on, have as many
-    /// descriptors as it may.
+    /// A fleet without clients. Raises `RLIMIT_NOFILE` of this process, and of those that it starts,
+    /// to the maximum.
     pub fn new() -> Self {
         use rustix::process::{Resource, getrlimit, setrlimit};
         let limit = getrlimit(Resource::Nofile);
@@ -133,7 +133,7 @@ impl Fleet {
         self.adopt(stream, connect.first_message.clone(), connect.answers_pings)
     }
 
-    /// Takes in a socket on which an upgrade request has been sent, whole or not.
+    /// Adds a socket on which an upgrade request has been sent, whole or in part.
     pub fn adopt(
         &mut self,
         stream: TcpStream,
@@ -148,10 +148,9 @@ impl Fleet {
             epoll::EventData::new_u64(id as u64),
             epoll::EventFlags::IN | epoll::EventFlags::RDHUP,
         )?;
-        let phase = Phase::Handshaking;
         self.clients.push(Client {
             stream: Some(stream),
-            phase,
+            state: ClientState::Handshaking,
             first_message,
             partial: Vec::new(),
             answers_pings,
@@ -166,16 +165,16 @@ impl Fleet {
 
     /// Whether the client's connection is open.
     pub fn is_open(&self, id: ClientId) -> bool {
-        self.clients[id].phase == Phase::Open
+        self.clients[id].state == ClientState::Open
     }
 
     /// Clients whose connection is open.
     pub fn open_count(&self) -> usize {
-        self.clients.iter().filter(|client| client.phase == Phase::Open).count()
+        self.clients.iter().filter(|client| client.state == ClientState::Open).count()
     }
 
-    /// Waits up to `timeout` for something to read and tells what came. Returns how many sockets
-    /// had something.
+    /// Waits up to `timeout` for readable sockets and calls `on` for each event. Returns the number
+    /// of readable sockets.
     pub fn turn(&mut self, timeout: Duration, on: &mut impl FnMut(ClientId, Seen<'_>)) -> usize {
         let timeout =
             Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
@@ -189,10 +188,10 @@ impl Fleet {
         for event in &ready {
             let id = event.data.u64() as usize;
             let client = &mut self.clients[id];
-            if client.phase != Phase::Over
+            if client.state != ClientState::Ended
                 && !client.read(&mut self.scratch, &mut |seen| on(id, seen))
             {
-                client.end(&self.epoll);
+                client.terminate(&self.epoll);
             }
         }
         let count = ready.len();
@@ -200,7 +199,7 @@ impl Fleet {
         count
     }
 
-    /// Sends a masked frame. `false`: the socket did not take it.
+    /// Sends a masked frame. `false`: the socket did not take it whole.
     pub fn send(&mut self, id: ClientId, opcode: u8, payload: &[u8]) -> bool {
         self.clients[id].send(opcode, payload)
     }
@@ -214,12 +213,12 @@ impl Fleet {
     pub fn close(&mut self, id: ClientId, code: u16) {
         let client = &mut self.clients[id];
         client.send(8, &code.to_be_bytes());
-        if client.phase == Phase::Open {
-            client.phase = Phase::Closing;
+        if client.state == ClientState::Open {
+            client.state = ClientState::Closing;
         }
     }
 
-    /// Stops reading, as a stalled program does: the socket's buffers fill.
+    /// Stops reading, so that the socket's buffers fill.
     pub fn stall(&mut self, id: ClientId) {
         epoll::delete(&self.epoll, self.stream(id)).expect("was added");
     }
@@ -231,14 +230,14 @@ impl Fleet {
         epoll::add(&self.epoll, self.stream(id), data, flags).expect("was not added");
     }
 
-    /// Ends the connection without a close frame; with a reset if anything was unread.
+    /// Terminates the connection without a close frame; with a reset if anything is unread.
     pub fn abort(&mut self, id: ClientId) {
-        self.clients[id].end(&self.epoll);
+        self.clients[id].terminate(&self.epoll);
     }
 
-    /// The socket, to be rude with.
+    /// The socket, for invalid traffic.
     pub fn stream(&self, id: ClientId) -> &TcpStream {
-        self.clients[id].stream.as_ref().expect("not over")
+        self.clients[id].stream.as_ref().expect("not ended")
     }
 }
 
@@ -262,10 +261,10 @@ pub fn dial(connect: &Connect) -> io::Result<TcpStream> {
 }
 
 impl Client {
-    fn end(&mut self, epoll: &OwnedFd) {
-        self.phase = Phase::Over;
+    fn terminate(&mut self, epoll: &OwnedFd) {
+        self.state = ClientState::Ended;
         if let Some(stream) = self.stream.take() {
-            // Fails if the client was stalled, that is not watched.
+            // Fails if the client is stalled, because it is not in the set then.
             let _ = epoll::delete(epoll, &stream);
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
@@ -278,12 +277,12 @@ impl Client {
         matches!(stream.write(&frame), Ok(written) if written == frame.len())
     }
 
-    /// Reads what is there. `false`: the connection is over, and that has been told.
+    /// Reads once. `false`: the connection has ended, and `on` was called for that.
     fn read(&mut self, scratch: &mut [u8], on: &mut impl FnMut(Seen<'_>)) -> bool {
         let Some(stream) = &mut self.stream else { return false };
         match stream.read(scratch) {
             Ok(0) => {
-                on(Seen::Gone);
+                on(Seen::Ended);
                 false
             }
             Ok(count) => {
@@ -301,16 +300,16 @@ impl Client {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => true,
             Err(_) => {
-                on(Seen::Gone);
+                on(Seen::Ended);
                 false
             }
         }
     }
 
-    /// Handles what came whole and returns how much that was. `None`: the connection is over.
+    /// Handles complete frames and returns their length. `None`: the connection has ended.
     fn take(&mut self, input: &[u8], on: &mut impl FnMut(Seen<'_>)) -> Option<usize> {
         let mut used = 0;
-        if self.phase == Phase::Handshaking {
+        if self.state == ClientState::Handshaking {
             let end = input.windows(4).position(|window| window == b"\r\n\r\n");
             let Some(end) = end else { return Some(0) };
             used = end + 4;
@@ -321,7 +320,7 @@ impl Client {
                 return None;
             }
             assert!(head.contains(&accept_value()), "the wrong Sec-WebSocket-Accept: {head}");
-            self.phase = Phase::Open;
+            self.state = ClientState::Open;
             on(Seen::Open(head));
             if let Some(text) = self.first_message.take() {
                 assert!(self.send(1, text.as_bytes()), "a fresh socket takes a small message");
@@ -339,7 +338,7 @@ impl Client {
                 }
                 10 => on(Seen::Pong(payload)),
                 8 => {
-                    if self.phase != Phase::Closing {
+                    if self.state != ClientState::Closing {
                         self.send(8, payload);
                     }
                     let code = payload.first_chunk().map_or(1005, |code| u16::from_be_bytes(*code));
@@ -357,7 +356,7 @@ impl Client {
     }
 }
 
-/// The first whole frame: opcode, payload, length in all. The server neither masks nor fragments.
+/// The first complete frame: opcode, payload, total length. The server neither masks nor fragments.
 fn server_frame(input: &[u8]) -> Option<(u8, &[u8], usize)> {
     let [first, second, ..] = *input else { return None };
     assert_eq!(first & 0xf0, 0x80, "FIN, no reserved bits: {first:#x}");

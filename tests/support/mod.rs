@@ -1,5 +1,5 @@
-//! What the tests share: a client fleet and its tally, a producer, services, processes.
-#![allow(dead_code, unreachable_pub, reason = "shared by test targets that each use a part")]
+//! Shared by the tests: a client fleet and its tally, Kafka and Redis, processes.
+#![allow(dead_code, unreachable_pub, reason = "each test target uses a part")]
 
 pub mod back_end;
 pub mod client;

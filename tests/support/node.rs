@@ -1,4 +1,4 @@
-//! A Delivery process: started with settings from the environment, watched from outside only.
+//! A Delivery process: configured through its environment, observed from outside only.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::wait::{SOON, until};
 
-/// Of a node's output, shown when its test fails.
+/// Lines of a node's output that are shown when its test fails.
 const LAST_LINES: usize = 40;
 
 /// The binary under test: `DELIVERY_BIN`, or the one cargo built with the tests.
@@ -27,12 +27,12 @@ fn local(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// How to start a node. Settings are those of the environment, as a deployment sets them.
+/// Configuration of a node: environment variables, as in a deployment.
 #[derive(Clone, Debug)]
 pub struct NodeBuilder {
     command: &'static str,
     settings: BTreeMap<String, String>,
-    /// Where its output goes instead of a file of its own.
+    /// File for its output; `None`: a new file.
     output: Option<&'static str>,
 }
 
@@ -42,7 +42,7 @@ impl NodeBuilder {
         Self { command: "serve", settings: BTreeMap::new(), output: None }.base()
     }
 
-    /// `delivery dev` without its demo: needs nothing else.
+    /// `delivery dev` without its demo. Needs no other service.
     pub fn dev() -> Self {
         Self { command: "dev", settings: BTreeMap::new(), output: None }
             .base()
@@ -55,18 +55,18 @@ impl NodeBuilder {
             .set("GRPC_ADDR", local(free_port()))
             .set("SHARDS", 1)
             .set("AUTH_MODE", "trust")
-            // No test may fail because the machine is slow: one that is about a time limit sets it.
+            // No test may fail because the machine is slow. A test of a time limit sets that limit.
             .set("CALL_TIMEOUT", "60s")
             .set("HANDSHAKE_TIMEOUT", "2m")
             .set("IDLE_TIMEOUT", "10m")
             .set("PING_INTERVAL", "5m")
             .set("WRITE_TIMEOUT", "2m")
-            // All clients of a test come from one address.
+            // All clients of a test connect from one address.
             .set("CONNECTIONS_PER_ADDRESS", 0)
             .set("HANDSHAKES_PER_SECOND_PER_ADDRESS", 0)
     }
 
-    /// Sets one.
+    /// Sets one variable.
     pub fn set(mut self, name: &str, value: impl ToString) -> Self {
         self.settings.insert(name.into(), value.to_string());
         self
@@ -78,7 +78,7 @@ impl NodeBuilder {
         self.base().set("SHARDS", shards)
     }
 
-    /// Sends its output to a file that is there already.
+    /// Writes its output to an existing file.
     pub fn output(mut self, path: &'static str) -> Self {
         self.output = Some(path);
         self
@@ -88,7 +88,7 @@ impl NodeBuilder {
         self.settings[name].parse().expect("host:port")
     }
 
-    /// Starts it without waiting. Its output goes to a file in the target folder.
+    /// Starts it without waiting for readiness. Its output goes to a file in the target folder.
     pub fn spawn(&self) -> Node {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -99,7 +99,7 @@ impl NodeBuilder {
             None => File::create(&log_path),
         };
         let log = log.expect("a log file");
-        // The node ends with the test that started it, however that ends.
+        // The kernel kills the node when the test ends, even if the test is killed.
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .arg(binary())
@@ -122,7 +122,7 @@ impl NodeBuilder {
         }
     }
 
-    /// Starts it and waits until it says that it is ready.
+    /// Starts it and waits until it is ready.
     pub fn start(&self) -> Node {
         let mut node = self.spawn();
         node.wait_ready();
@@ -148,18 +148,18 @@ impl Node {
     pub fn wait_ready(&mut self) {
         until(SOON, "the node is ready", || {
             if let Some(status) = self.child.try_wait().expect("our child") {
-                panic!("the node ended at once ({status}):\n{}", self.log());
+                panic!("the node exited ({status}):\n{}", self.log());
             }
             self.get("/health/ready").filter(|answer| answer.status == 200).map(|_| ())
         });
     }
 
-    /// What it has printed.
+    /// Its output so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log_path).unwrap_or_default()
     }
 
-    /// An answer of the admin port; `None`: it did not answer.
+    /// An answer of the admin port; `None`: no answer.
     pub fn get(&self, path: &str) -> Option<Answer> {
         request(self.admin, "GET", path).ok()
     }
@@ -176,7 +176,7 @@ impl Node {
         Metrics::parse(&answer.body)
     }
 
-    /// Its process.
+    /// Its process id.
     pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }
@@ -186,18 +186,18 @@ impl Node {
         kill_process(self.pid(), signal).expect("it is running");
     }
 
-    /// Whether it has ended, and how.
+    /// Its exit status, if it has exited.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().expect("our child")
     }
 
-    /// SIGTERM, then waits for its end.
+    /// Sends SIGTERM and waits until it exits.
     pub fn stop(&mut self, limit: Duration) -> ExitStatus {
         self.signal(Signal::TERM);
         until(limit, "the node stops after SIGTERM", || self.ended())
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -295,7 +295,7 @@ impl Metrics {
             .sum()
     }
 
-    /// What grew, and by how much.
+    /// The series that grew, and by how much.
     pub fn grown_since(&self, before: &Self) -> Vec<(String, f64)> {
         let old: BTreeMap<_, _> =
             before.samples.iter().map(|(name, value)| (name, *value)).collect();
@@ -305,13 +305,13 @@ impl Metrics {
         grown.filter(|(_, by)| *by > 0.0).collect()
     }
 
-    /// The series that begin so and are not 0.
+    /// The series with this prefix that are not 0.
     pub fn nonzero(&self, prefix: &str) -> Vec<(String, f64)> {
         let wanted = |sample: &&(String, f64)| sample.0.starts_with(prefix) && sample.1 != 0.0;
         self.samples.iter().filter(wanted).cloned().collect()
     }
 
-    /// Whether a series of this name is there.
+    /// Whether there is a series of this name.
     pub fn has(&self, name: &str) -> bool {
         self.samples.iter().any(|(series, _)| series.split('{').next() == Some(name))
     }

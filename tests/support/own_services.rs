@@ -1,4 +1,4 @@
-//! A Kafka and a Redis of a test's own: to be killed, stopped and started again.
+//! A Kafka and a Redis for one test, which can kill, pause and restart them.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -10,14 +10,14 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::wait::{SOON, until};
 
-/// One service in a folder of its own; killed when dropped, and its folder removed.
+/// A service with a folder of its own. Dropping it kills the service and removes the folder.
 #[derive(Debug)]
 pub struct OwnService {
     script: &'static str,
     arguments: Vec<String>,
     folder: PathBuf,
     child: Option<Child>,
-    /// Where it listens.
+    /// Its address.
     pub address: SocketAddr,
 }
 
@@ -28,7 +28,7 @@ impl OwnService {
         Self::new("redis", port, vec![port.to_string()])
     }
 
-    /// A Kafka that tells clients to connect to `advertised` (a proxy before it).
+    /// A Kafka whose advertised listener is `advertised` (a proxy in front of it).
     pub fn kafka(port: u16, advertised: SocketAddr) -> Self {
         let arguments = [port, free_port(), advertised.port()];
         Self::new("kafka", port, arguments.iter().map(u16::to_string).collect())
@@ -44,18 +44,18 @@ impl OwnService {
         service
     }
 
-    /// Starts it, again after [`OwnService::kill`], and waits until it answers.
+    /// Starts it, for example after [`OwnService::kill`], and waits until it answers.
     pub fn start(&mut self) {
         self.launch();
         until(SOON, self.script, || self.answers().then_some(()));
     }
 
-    /// Whether somebody listens.
+    /// Whether it accepts connections.
     pub fn answers(&self) -> bool {
         TcpStream::connect(self.address).is_ok()
     }
 
-    /// Starts it without waiting.
+    /// Starts it without waiting for an answer.
     pub fn launch(&mut self) {
         assert!(self.child.is_none(), "it is running");
         let log = File::create(self.folder.join("output.log")).expect("a log file");
@@ -73,7 +73,7 @@ impl OwnService {
         self.child = Some(child);
     }
 
-    /// SIGKILL; what it had on disk stays for the next start.
+    /// Sends SIGKILL. Its files stay for the next start.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();

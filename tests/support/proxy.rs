@@ -1,29 +1,29 @@
-//! A TCP proxy on loopback that can go silent: neither end sees a FIN or a reset, bytes just stop
-//! coming, as when a network is cut.
+//! A TCP proxy on loopback that can cut its connections as a broken network does: bytes stop, but
+//! neither end sees a FIN or a reset.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-/// How often a copying thread looks whether it is still wanted.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Interval at which a copying thread checks whether it must stop.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Passing,
-    /// Takes connections and bytes of nobody, closes nothing.
+    /// Accepts no connections, passes no bytes, closes nothing.
     Silent,
     Stopped,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct ModeSwitch {
     mode: Mutex<Mode>,
     changed: Condvar,
 }
 
-impl Shared {
+impl ModeSwitch {
     /// Waits while silent. `false`: stopped.
     fn may_pass(&self) -> bool {
         let mode = self.mode.lock().expect("no holder panics");
@@ -37,27 +37,28 @@ impl Shared {
     }
 }
 
-/// See the module. Closes its connections when dropped.
+/// A running proxy. Closes its connections when dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    /// Where to connect.
+    /// Its address.
     pub address: SocketAddr,
-    shared: Arc<Shared>,
+    shared: Arc<ModeSwitch>,
 }
 
 impl Proxy {
-    /// Passes everything to `target`, on a port of its own.
+    /// Forwards connections to `target`, on a free port.
     pub fn start(target: SocketAddr) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let address = listener.local_addr().expect("bound");
-        let shared = Arc::new(Shared { mode: Mutex::new(Mode::Passing), changed: Condvar::new() });
+        let shared =
+            Arc::new(ModeSwitch { mode: Mutex::new(Mode::Passing), changed: Condvar::new() });
         let accepting = shared.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
                 if !accepting.may_pass() {
                     break;
                 }
-                // A target that is away refuses: so do we.
+                // If the target refuses, the client's connection is closed.
                 if let Ok(server) = TcpStream::connect(target) {
                     let _ = join(client, server, &accepting);
                 }
@@ -66,12 +67,12 @@ impl Proxy {
         Self { address, shared }
     }
 
-    /// Cuts both directions of every connection, and takes no new one.
+    /// Cuts both directions of every connection, and accepts no new one.
     pub fn cut(&self) {
         self.shared.set(Mode::Silent);
     }
 
-    /// Passes again; what was sent meanwhile arrives late, as after retransmission.
+    /// Forwards again. Bytes sent in the meantime arrive late, as after a retransmission.
     pub fn heal(&self) {
         self.shared.set(Mode::Passing);
     }
@@ -85,10 +86,10 @@ impl Drop for Proxy {
     }
 }
 
-fn join(client: TcpStream, server: TcpStream, shared: &Arc<Shared>) -> io::Result<()> {
+fn join(client: TcpStream, server: TcpStream, shared: &Arc<ModeSwitch>) -> io::Result<()> {
     for stream in [&client, &server] {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(LOOK_EVERY))?;
+        stream.set_read_timeout(Some(CHECK_INTERVAL))?;
     }
     let pairs = [(client.try_clone()?, server.try_clone()?), (server, client)];
     for (from, to) in pairs {
@@ -98,7 +99,7 @@ fn join(client: TcpStream, server: TcpStream, shared: &Arc<Shared>) -> io::Resul
     Ok(())
 }
 
-fn copy(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
+fn copy(mut from: TcpStream, mut to: TcpStream, shared: &ModeSwitch) {
     let mut buffer = vec![0; 64 * 1024];
     while shared.may_pass() {
         match from.read(&mut buffer) {
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cut_keeps_bytes_back_and_healing_lets_them_through() {
+    fn cut_holds_bytes_and_heal_delivers_them() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let proxy = Proxy::start(listener.local_addr().unwrap());
         let mut client = TcpStream::connect(proxy.address).unwrap();
@@ -133,7 +134,7 @@ mod tests {
 
         proxy.cut();
         client.write_all(b"two").unwrap();
-        server.set_read_timeout(Some(3 * LOOK_EVERY)).unwrap();
+        server.set_read_timeout(Some(3 * CHECK_INTERVAL)).unwrap();
         assert_eq!(server.read(&mut read).unwrap_err().kind(), io::ErrorKind::WouldBlock);
 
         proxy.heal();

@@ -1,4 +1,4 @@
-//! The keys and channels of contract §4, looked at from outside.
+//! The Redis keys and channels of contract §4, as another service sees them.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc;
@@ -10,7 +10,7 @@ use redis::Commands as _;
 
 use super::wait::SOON;
 
-/// A Redis, with keys under names that no other test uses.
+/// A connection to Redis. Tests use key names that no other test uses.
 pub struct Registry {
     client: redis::Client,
     connection: redis::Connection,
@@ -29,7 +29,7 @@ impl Registry {
         self.connection.get(format!("session:{user}:{device}")).expect("Redis answers")
     }
 
-    /// How long that key still lives, seconds.
+    /// Remaining lifetime of that key, seconds.
     pub fn lives_for(&mut self, user: &str, device: &str) -> i64 {
         self.connection.ttl(format!("session:{user}:{device}")).expect("Redis answers")
     }
@@ -60,12 +60,12 @@ impl Registry {
             .expect("Redis answers");
     }
 
-    /// Hands a record's value to an instance. Returns how many listened.
+    /// Hands a record's value to an instance. Returns the number of subscribers.
     pub fn hand_over(&mut self, instance: &str, value: &[u8]) -> u64 {
         self.connection.publish(format!("delivery:{instance}"), value).expect("Redis answers")
     }
 
-    /// Listens on a channel from now on.
+    /// Subscribes to a channel.
     pub fn listen(&self, channel: &str) -> Listener {
         let mut connection = self.client.get_connection().expect("Redis answers");
         let channel = channel.to_owned();
@@ -87,12 +87,12 @@ impl Registry {
     }
 }
 
-/// See [`Registry::listen`].
+/// A subscription; see [`Registry::listen`].
 pub struct Listener(mpsc::Receiver<Vec<u8>>);
 
 impl Listener {
     /// The next message's bytes.
-    pub fn hear(&mut self) -> Vec<u8> {
+    pub fn receive(&mut self) -> Vec<u8> {
         self.0.recv_timeout(SOON).expect("a message in time")
     }
 }

@@ -1,4 +1,4 @@
-//! The real services: those that the environment names (`tests/run` starts them and names them).
+//! Addresses of the real services, from the environment (`tests/run` starts them and sets it).
 
 fn from_environment(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| {

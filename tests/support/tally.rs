@@ -1,4 +1,4 @@
-//! What one session received, conversation by conversation, held against what it should have.
+//! Counts what one session received, per conversation, and compares it with what was published.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,21 +6,21 @@ use delivery_testkit::proto::message::v1::MessageSentEvent;
 use delivery_testkit::proto::shared::v1::{EventEnvelope, EventType};
 use prost::Message as _;
 
-/// The messages of one conversation as they came.
+/// The messages of one conversation in their order of arrival.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stream {
     /// The highest sequence seen; 0 before the first.
     pub last: i64,
-    /// Seen a second time, or again after later ones.
+    /// Messages received more than once.
     pub duplicates: u64,
-    /// Passed over, and not seen since.
+    /// Sequences that were skipped and have not arrived since.
     pub missing: BTreeSet<i64>,
-    /// Seen only after a later one.
+    /// Messages that arrived after a later one.
     pub out_of_order: u64,
 }
 
 impl Stream {
-    /// Returns whether it was seen for the first time.
+    /// Returns whether the message is new.
     fn saw(&mut self, sequence: i64) -> bool {
         if sequence > self.last {
             self.missing.extend(self.last + 1..sequence);
@@ -35,23 +35,23 @@ impl Stream {
     }
 }
 
-/// See the module.
+/// Counts of one session.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     /// By conversation id.
     pub streams: BTreeMap<String, Stream>,
-    /// Messages in all.
+    /// All messages.
     pub messages: u64,
     /// Other events, by type.
     pub others: BTreeMap<i32, u64>,
 }
 
-/// Sums over many tallies.
+/// Sums of many tallies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Messages received.
     pub received: u64,
-    /// Never received although they should have been.
+    /// Published but never received.
     pub lost: u64,
     /// Received again.
     pub duplicates: u64,
@@ -60,8 +60,8 @@ pub struct Totals {
 }
 
 impl Tally {
-    /// Takes a message's payload: the serialized envelope. Returns the content of a message that
-    /// was seen for the first time.
+    /// Counts a payload, which is a serialized envelope. Returns the content of a message that is
+    /// new.
     pub fn saw(&mut self, payload: &[u8]) -> Option<String> {
         let envelope = EventEnvelope::decode(payload).expect("an EventEnvelope");
         assert_eq!(envelope.schema_version, 1);
@@ -80,17 +80,17 @@ impl Tally {
         fresh.then_some(message.content)
     }
 
-    /// Messages that are missing below the last one seen.
+    /// Messages missing below the last one received.
     pub fn gaps(&self) -> u64 {
         self.streams.values().map(|stream| stream.missing.len() as u64).sum()
     }
 
-    /// Adds up, where `published` says the last sequence published of each conversation that this
-    /// session should have received whole.
+    /// Adds the counts to `totals`. `published` has the last published sequence of each conversation
+    /// that this session should have received completely.
     pub fn add_to(&self, totals: &mut Totals, published: &BTreeMap<String, i64>) {
         for (conversation, stream) in &self.streams {
             let last = published.get(conversation).copied();
-            assert!(last.is_some(), "received {conversation}, of which the user is no member");
+            assert!(last.is_some(), "received {conversation}, but the user is not a member");
             assert!(stream.last <= last.unwrap_or(0), "{conversation}: more than was published");
             totals.duplicates += stream.duplicates;
             totals.out_of_order += stream.out_of_order;
@@ -104,7 +104,7 @@ impl Tally {
     }
 }
 
-/// The last sequence of each conversation, as a client's first message.
+/// A client's first message: the last sequence of each conversation.
 pub fn resume_request(tally: &Tally) -> String {
     let positions: serde_json::Map<_, _> = tally
         .streams
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tally_tells_loss_from_duplicates_from_disorder() {
+    fn loss_duplicates_and_disorder_are_counted_apart() {
         let mut stream = Stream::default();
         for sequence in [1, 2, 2, 5, 4, 1] {
             stream.saw(sequence);

@@ -1,18 +1,18 @@
-//! Users, devices and conversations, the same for the same seed.
+//! Generated users, devices and conversations; the same seed gives the same world.
 
 use std::collections::BTreeMap;
 
-/// A small generator of our own, so that a seed means the same for ever (xorshift64*).
+/// A random number generator (xorshift64*) that never changes, so that a seed always gives the same world.
 #[derive(Clone, Debug)]
 pub struct Chance(u64);
 
 impl Chance {
-    /// Any seed.
+    /// From any seed.
     pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    /// Less than `bound`.
+    /// A number below `bound`.
     pub fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -21,7 +21,7 @@ impl Chance {
     }
 }
 
-/// See the module.
+/// The conversations and the sessions.
 #[derive(Clone, Debug)]
 pub struct World {
     /// Conversation id → members.
@@ -31,8 +31,8 @@ pub struct World {
 }
 
 impl World {
-    /// `conversations` of 2 to `members_max` members, small ones more often; `sessions` in all:
-    /// every fourth user has three devices, the others one.
+    /// `conversations` of 2 to `members_max` members, most of them small, and `sessions` sessions:
+    /// every fourth user has three devices, the others have one.
     pub fn new(seed: u64, conversations: usize, members_max: usize, sessions: usize) -> Self {
         let mut chance = Chance::new(seed);
         let mut all = Vec::with_capacity(sessions);
@@ -49,7 +49,7 @@ impl World {
         assert!(members_max <= users.len());
         let conversations = (0..conversations)
             .map(|number| {
-                // The first has the least, the second the most; the rest lean to the small.
+                // The first has the minimum, the second the maximum; the rest are mostly small.
                 let size = match number {
                     0 => 2,
                     1 => members_max,

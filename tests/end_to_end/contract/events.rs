@@ -1,4 +1,4 @@
-//! Contract §2 and §3: which events reach whom, and as what bytes.
+//! Contract §2 and §3: which events each session receives, and their bytes.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use delivery_testkit::proto::shared::v1::EventType;
 use delivery_testkit::publisher::{envelope, message as new_message};
 use prost::Message as _;
 
-use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
-use crate::support::client::{Client, Heard};
+use crate::support::back_end::{BackEnd, event, event_type, message, receives_nothing};
+use crate::support::client::{Client, Received};
 use crate::support::wait::{SOON, until};
 
-/// Long enough for what should not come to have come.
+/// Long enough for an event that must not arrive to arrive.
 const A_WHILE: Duration = Duration::from_millis(500);
 
 fn names(users: &[&str]) -> Vec<String> {
@@ -22,7 +22,7 @@ fn names(users: &[&str]) -> Vec<String> {
 /// Promise: “At least once to every session that stays.”
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn every_member_gets_it_on_every_device_the_sender_included() {
+fn message_reaches_every_member_on_every_device_the_sender_included() {
     let mut back_end = BackEnd::start("members", 1);
     let node = back_end.node().start();
     let session = |user, device| Client::session(node.public, user, device);
@@ -35,12 +35,12 @@ fn every_member_gets_it_on_every_device_the_sender_included() {
         assert_eq!(event_type(member), EventType::ConversationCreated);
         assert_eq!(message(member), ("room".into(), 1));
     }
-    hears_nothing(&mut stranger, A_WHILE);
+    receives_nothing(&mut stranger, A_WHILE);
 }
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn unknown_conversation_is_asked_for_once() {
+fn unknown_conversation_is_fetched_once() {
     let mut back_end = BackEnd::start("unknown", 1);
     back_end.neighbours.state().create("old", &["alice", "bob"], 0);
     let node = back_end.node().start();
@@ -56,7 +56,7 @@ fn unknown_conversation_is_asked_for_once() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn added_member_gets_the_event_that_adds_him_and_all_after_it() {
+fn added_member_receives_the_event_that_adds_them_and_all_later_ones() {
     let mut back_end = BackEnd::start("added", 1);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
@@ -76,9 +76,9 @@ fn added_member_gets_the_event_that_adds_him_and_all_after_it() {
 /// Promise: “Members are complete or unknown.”
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn member_added_while_the_list_was_not_cached_silences_nobody() {
+fn member_added_while_the_list_is_not_cached_does_not_hide_the_others() {
     let mut back_end = BackEnd::start("added-uncached", 1);
-    // The conversation service knows the new member already, as it does when it publishes that.
+    // As in a real back end, the conversation service has the new member before it publishes.
     back_end.neighbours.state().create("old", &["alice", "bob", "carol"], 0);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
@@ -93,7 +93,7 @@ fn member_added_while_the_list_was_not_cached_silences_nobody() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn removed_member_gets_the_event_that_removes_him_and_nothing_after_it() {
+fn removed_member_receives_the_event_that_removes_them_and_no_later_one() {
     let mut back_end = BackEnd::start("removed", 1);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
@@ -106,12 +106,12 @@ fn removed_member_gets_the_event_that_removes_him_and_nothing_after_it() {
     back_end.publisher.created("other", &names(&["bob"]));
     assert_eq!(event_type(&mut bob), EventType::ConversationCreated);
     assert_eq!(event_type(&mut bob), EventType::MembershipChanged);
-    // The same partition: had anything of the room come, it would have come before this.
+    // The same partition: an event of the room would have arrived before this one.
     assert_eq!(event_type(&mut bob), EventType::ConversationCreated);
     assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
     assert_eq!(event_type(&mut alice), EventType::MembershipChanged);
     assert_eq!(message(&mut alice), ("room".into(), 1));
-    hears_nothing(&mut bob, A_WHILE);
+    receives_nothing(&mut bob, A_WHILE);
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn bytes_are_those_of_the_record() {
     let mut alice = Client::session(node.public, "alice", "phone");
     back_end.publisher.created("room", &names(&["alice"]));
     event(&mut alice);
-    // With a field that no version of ours knows: 15, varint, 5.
+    // With an unknown field: 15, varint, 5.
     let mut value =
         envelope(EventType::MessageDeleted, vec![10, 4, b'r', b'o', b'o', b'm']).encode_to_vec();
     value.extend([0x78, 5]);
@@ -152,7 +152,7 @@ fn deletions_and_receipts_reach_the_members() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn record_that_cannot_be_decoded_is_counted_logged_and_passed() {
+fn record_that_cannot_be_decoded_is_counted_logged_and_skipped() {
     let mut back_end = BackEnd::start("garbage", 1);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
@@ -174,7 +174,7 @@ fn unroutable_conversation_stalls_only_its_own_partition() {
     let mut alice = Client::session(node.public, "alice", "phone");
     back_end.publisher.message("lost", 1, "alice", "waits");
     back_end.neighbours.wait(SOON, |known| known.count(Method::Members) >= 2);
-    // Other partitions move on: of these rooms all but those beside `lost` arrive.
+    // Other partitions progress: all of these rooms arrive, except those in the partition of `lost`.
     for number in 0..64 {
         back_end.publisher.created(&format!("room-{number}"), &names(&["alice"]));
     }
@@ -184,14 +184,14 @@ fn unroutable_conversation_stalls_only_its_own_partition() {
         created += 1;
     }
     back_end.neighbours.set(Method::Members, Behaviour::Normal);
-    until(SOON, "the waiting message comes", || {
+    until(SOON, "the waiting message arrives", || {
         (event_type(&mut alice) == EventType::MessageSent).then_some(())
     });
 }
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn trace_of_a_record_is_found_in_the_log() {
+fn trace_id_of_a_record_is_in_the_log() {
     const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let mut back_end = BackEnd::start("traced", 1);
     back_end.neighbours.state().create("room", &["alice"], 0);
@@ -213,7 +213,7 @@ fn trace_of_a_record_is_found_in_the_log() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn events_cost_presence_no_question() {
+fn events_cause_no_calls_to_presence() {
     let mut back_end = BackEnd::start("unasked", 1);
     back_end.neighbours.state().create("room", &["alice", "bob", "carol"], 0);
     let node = back_end.node().start();
@@ -236,13 +236,13 @@ fn events_cost_presence_no_question() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn burst_does_not_take_a_quick_reader_for_a_slow_one() {
+fn burst_does_not_close_a_fast_reader_as_slow() {
     const BURST: i64 = 2_000;
     let mut back_end = BackEnd::start("burst", 1);
     back_end.neighbours.state().create("room", &["alice"], 0);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
-    // Live first: a burst into a catch-up meets another bound.
+    // Wait until the session is live: a burst during catch-up is bounded otherwise.
     back_end.publisher.message("room", 1, "alice", "hello");
     assert_eq!(message(&mut alice), ("room".into(), 1));
     for sequence in 2..=BURST {
@@ -255,7 +255,7 @@ fn burst_does_not_take_a_quick_reader_for_a_slow_one() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn later_messages_of_a_client_carry_no_meaning() {
+fn later_messages_of_a_client_are_ignored() {
     let mut back_end = BackEnd::start("meaningless", 1);
     let node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
@@ -269,13 +269,13 @@ fn later_messages_of_a_client_carry_no_meaning() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn stopping_node_closes_its_sessions_and_leaves_with_zero() {
+fn stopping_node_closes_its_sessions_and_exits_with_zero() {
     let back_end = BackEnd::start("stop", 1);
     let mut node = back_end.node().start();
     let mut alice = Client::session(node.public, "alice", "phone");
     back_end.neighbours.wait(SOON, |known| known.registrations.len() == 1);
     let status = node.stop(SOON);
-    assert!(matches!(alice.hear_end(), Heard::Closed(1001, _)));
+    assert!(matches!(alice.receive_end(), Received::Closed(1001, _)));
     assert!(status.success(), "{status}");
     back_end.neighbours.wait(SOON, |known| known.registrations.is_empty());
 }

@@ -1,4 +1,4 @@
-//! The contract, sentence by sentence: `docs/contract.md` says which test proves which.
+//! The contract, sentence by sentence: `docs/contract.md` names the test of each.
 
 mod events;
 mod nodes;

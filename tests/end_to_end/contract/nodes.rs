@@ -1,4 +1,4 @@
-//! Contract §4 with a real Redis: the registry, the hand-off between nodes, presence changes of others.
+//! Contract §4 with a real Redis: the registry, the hand-off between nodes, presence changes of contacts.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use delivery_testkit::proto::shared::v1::EventType;
 use delivery_testkit::publisher::{envelope, message as new_message};
 use prost::Message as _;
 
-use crate::support::back_end::{BackEnd, event, event_type, hears_nothing, message};
-use crate::support::client::{Client, Heard};
+use crate::support::back_end::{BackEnd, event, event_type, message, receives_nothing};
+use crate::support::client::{Client, Received};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::registry::Registry;
 use crate::support::services::redis_addr;
@@ -16,7 +16,7 @@ use crate::support::wait::{SOON, until};
 
 const A_WHILE: Duration = Duration::from_millis(500);
 
-/// Users, instances and topics named after the test, since all share one Redis.
+/// Users, instances and topics are named after the test, because all tests share one Redis.
 pub(super) struct Nodes {
     pub(super) back_end: BackEnd,
     pub(super) registry: Registry,
@@ -69,14 +69,15 @@ fn registry_has_the_keys_of_the_contract() {
     assert!((1..=60).contains(&lives_for), "{lives_for} s");
     assert_eq!(nodes.registry.devices_of(&alice), ["phone".to_owned()].into());
     let mut next_of_alice = || loop {
-        let update = PresenceUpdateEvent::decode(&*updates.hear()).expect("a PresenceUpdateEvent");
+        let update =
+            PresenceUpdateEvent::decode(&*updates.receive()).expect("a PresenceUpdateEvent");
         if update.user_id == alice {
             return update.status();
         }
     };
     assert_eq!(next_of_alice(), PresenceStatus::Online);
     session.close(1000);
-    session.hear_end();
+    session.receive_end();
     assert_eq!(next_of_alice(), PresenceStatus::Offline);
     assert_eq!(nodes.registry.instance_of(&alice, "phone"), None);
     assert!(nodes.registry.devices_of(&alice).is_empty());
@@ -96,7 +97,7 @@ fn event_reaches_the_members_on_every_node_once_and_in_order() {
     nodes.registered(&users[0], 0);
     nodes.registered(&users[1], 1);
     nodes.registered(&users[2], 1);
-    // Some of these partitions belong to the one node, some to the other.
+    // Each of the two nodes has some of these partitions.
     for room in 0..12 {
         let room = format!("{}-room-{room}", nodes.name);
         nodes.back_end.publisher.created(&room, &users);
@@ -112,7 +113,7 @@ fn event_reaches_the_members_on_every_node_once_and_in_order() {
         for (room, stream) in &tally.streams {
             assert_eq!((stream.last, stream.duplicates, stream.out_of_order), (20, 0, 0), "{room}");
         }
-        hears_nothing(client, A_WHILE);
+        receives_nothing(client, A_WHILE);
     }
 }
 
@@ -121,7 +122,7 @@ fn event_reaches_the_members_on_every_node_once_and_in_order() {
 fn record_is_handed_over_unchanged_once_per_instance() {
     let mut nodes = Nodes::new("hand-over");
     let users = [nodes.user("alice"), nodes.user("bob"), nodes.user("here")];
-    // Another instance, played by this test, holds two of the three members.
+    // This test acts as another instance, which has two of the three members.
     let elsewhere = nodes.instance(9);
     nodes.registry.register(&users[0], "phone", &elsewhere);
     nodes.registry.register(&users[1], "phone", &elsewhere);
@@ -130,12 +131,12 @@ fn record_is_handed_over_unchanged_once_per_instance() {
     let mut here = Client::session(node.public, &users[2], "phone");
     nodes.back_end.publisher.created("hand-over-room", &users);
     let first = event(&mut here).0;
-    assert_eq!(channel.hear(), first);
+    assert_eq!(channel.receive(), first);
     for sequence in 1..=5 {
         nodes.back_end.publisher.message("hand-over-room", sequence, &users[0], "hello");
         let here = event(&mut here).0;
-        // Were it published once per user, the next would be the same again.
-        assert_eq!(channel.hear(), here);
+        // If it were published once per user, the next message would be the same.
+        assert_eq!(channel.receive(), here);
     }
 }
 
@@ -156,10 +157,10 @@ fn record_handed_over_is_delivered_to_own_sessions_only() {
     let value = envelope(EventType::MessageSent, sent.encode_to_vec()).encode_to_vec();
     assert_eq!(nodes.registry.hand_over(&nodes.instance(0), &value), 1, "the node listens");
     assert_eq!(event(&mut session).0, value);
-    // It was not passed on: the next thing on bob's channel comes from Kafka.
+    // It was not passed on: the next message on bob's channel comes from Kafka.
     nodes.back_end.publisher.message("taken-room", 2, &alice, "from Kafka");
     let from_kafka = event(&mut session).0;
-    assert_eq!(channel.hear(), from_kafka);
+    assert_eq!(channel.receive(), from_kafka);
 }
 
 #[test]
@@ -180,7 +181,7 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
     nodes.registered(&alice, 0);
     nodes.registered(&bob, 0);
     nodes.registered(&mallory, 0);
-    // Connecting was a change too; this one says the opposite.
+    // Connecting was a change too; this one is the opposite.
     nodes.registry.announce(&alice, PresenceStatus::Offline);
     let is_it = |envelope: &delivery_testkit::proto::shared::v1::EventEnvelope| {
         assert_eq!(envelope.event_type(), EventType::PresenceUpdated);
@@ -190,10 +191,10 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
         update.user_id == alice && update.status() == PresenceStatus::Offline
     };
     while !is_it(&event(&mut bob_hears).1) {}
-    // Once, although they share two conversations; not to alice herself, not to a stranger.
+    // Once, although they share two conversations; not to alice, not to a stranger.
     for client in [&mut bob_hears, &mut alice_hears, &mut mallory_hears] {
-        while let Some(heard) = client.hear_within(A_WHILE) {
-            let Heard::Binary(payload) = heard else { continue };
+        while let Some(heard) = client.receive_within(A_WHILE) {
+            let Received::Binary(payload) = heard else { continue };
             let envelope = delivery_testkit::proto::shared::v1::EventEnvelope::decode(&*payload);
             assert!(!is_it(&envelope.expect("an EventEnvelope")), "again, or to the wrong one");
         }
@@ -202,7 +203,7 @@ fn presence_change_reaches_those_who_share_a_conversation_once() {
 
 #[test]
 #[ignore = "needs Kafka and Redis: tests/run end_to_end"]
-fn removed_member_hears_no_more_of_who_is_there() {
+fn removed_member_receives_no_more_presence_changes() {
     let mut nodes = Nodes::new("gone");
     let [alice, bob, carol] = ["alice", "bob", "carol"].map(|name| nodes.user(name));
     nodes.back_end.neighbours.state().create("gone-room", &[&alice, &bob, &carol], 0);
@@ -223,13 +224,13 @@ fn removed_member_hears_no_more_of_who_is_there() {
     nodes.registry.announce(&alice, PresenceStatus::Offline);
     assert_eq!(status_of_alice(&mut bob_hears), PresenceStatus::Offline);
 
-    // The conversation service has it first.
+    // The conversation service has it before it is published.
     nodes.back_end.neighbours.state().members.get_mut("gone-room").expect("made").remove(&bob);
     nodes.back_end.publisher.membership("gone-room", &bob, false);
     while event_type(&mut bob_hears) != EventType::MembershipChanged {}
     nodes.registry.announce(&alice, PresenceStatus::Online);
     while status_of_alice(&mut carol_hears) != PresenceStatus::Online {}
-    hears_nothing(&mut bob_hears, A_WHILE);
+    receives_nothing(&mut bob_hears, A_WHILE);
 }
 
 #[test]
@@ -242,8 +243,8 @@ fn session_replaced_across_nodes_leaves_the_successor_registered() {
     nodes.registered(&alice, 0);
     let mut new = Client::session(second.public, &alice, "phone");
     nodes.registered(&alice, 1);
-    // The newer connection wins, whichever node it is on.
-    assert_eq!(old.hear_end(), Heard::Closed(4000, "session_replaced".into()));
+    // The newer connection wins, on either node.
+    assert_eq!(old.receive_end(), Received::Closed(4000, "session_replaced".into()));
     nodes.back_end.publisher.created("replaced-room", std::slice::from_ref(&alice));
     assert_eq!(event_type(&mut new), EventType::ConversationCreated);
     assert_eq!(nodes.registry.instance_of(&alice, "phone"), Some(nodes.instance(1)));
@@ -252,7 +253,7 @@ fn session_replaced_across_nodes_leaves_the_successor_registered() {
 
 #[test]
 #[ignore = "needs Kafka and Redis: tests/run end_to_end"]
-fn killed_node_is_forgotten_and_its_users_are_served_elsewhere() {
+fn entries_of_a_killed_node_expire_and_its_users_are_served_by_other_nodes() {
     let mut nodes = Nodes::new("killed");
     let [alice, bob] = ["alice", "bob"].map(|name| nodes.user(name));
     nodes.back_end.neighbours.state().create("killed-room", &[&alice, &bob], 0);
@@ -264,7 +265,7 @@ fn killed_node_is_forgotten_and_its_users_are_served_elsewhere() {
     nodes.registered(&alice, 0);
     nodes.registered(&bob, 0);
     first.kill();
-    // Its entries stay until they expire, or until the user is back: alice is.
+    // Its entries stay until they expire or the user is back, as alice is.
     assert_eq!(nodes.registry.instance_of(&alice, "phone"), Some(nodes.instance(0)));
     let mut on_second = Client::session(second.public, &alice, "phone");
     nodes.registered(&alice, 1);

@@ -1,15 +1,15 @@
-//! Contract §4: who tells the presence service what, and when.
+//! Contract §4: the calls to the presence service.
 
 use delivery_testkit::neighbours::{Behaviour, Call, FakeNeighbours, Method};
 use tonic::Code;
 
-use crate::support::back_end::knows;
-use crate::support::client::{Client, Heard};
+use crate::support::back_end::with_neighbours;
+use crate::support::client::{Client, Received};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::wait::SOON;
 
 fn node(neighbours: &FakeNeighbours) -> NodeBuilder {
-    knows(NodeBuilder::dev(), neighbours).set("INSTANCE_ID", "node-under-test")
+    with_neighbours(NodeBuilder::dev(), neighbours).set("INSTANCE_ID", "node-under-test")
 }
 
 fn register(user: &str) -> Call {
@@ -33,7 +33,7 @@ fn session_is_registered_refreshed_and_unregistered() {
     has(&neighbours, &register("alice"));
     has(&neighbours, &Call::Refresh { user: "alice".into(), device: "phone".into() });
     alice.close(1000);
-    alice.hear_end();
+    alice.receive_end();
     has(&neighbours, &unregister("alice"));
     neighbours.wait(SOON, |known| known.registrations.is_empty());
 }
@@ -43,7 +43,7 @@ fn node_without_a_name_gets_one_at_each_start() {
     let neighbours = FakeNeighbours::start();
     let mut names = std::collections::BTreeSet::new();
     for number in 0..2 {
-        let node = knows(NodeBuilder::dev(), &neighbours).set("INSTANCE_ID", "").start();
+        let node = with_neighbours(NodeBuilder::dev(), &neighbours).set("INSTANCE_ID", "").start();
         let user = format!("user-{number}");
         let _session = Client::session(node.public, &user, "phone");
         let key = (user, "phone".to_owned());
@@ -81,7 +81,7 @@ fn every_kind_of_end_unregisters() {
     at_fault.send(2, &[0; 2000]);
     has(&neighbours, &unregister("at-fault"));
 
-    // Stays connected and answers nothing.
+    // Stays connected but answers no pings.
     let _silent = registered(&node, &neighbours, "silent");
     has(&neighbours, &unregister("silent"));
 
@@ -97,10 +97,10 @@ fn end_of_a_replaced_session_does_not_unregister_its_successor() {
     let mut first = registered(&node, &neighbours, "alice");
     for _ in 0..10 {
         let second = Client::session(node.public, "alice", "phone");
-        assert_eq!(first.hear_end(), Heard::Closed(4000, "session_replaced".into()));
+        assert_eq!(first.receive_end(), Received::Closed(4000, "session_replaced".into()));
         first = second;
     }
-    // A later session's calls come after whatever the ends above might have caused.
+    // The calls of a later session come after any call that the ends above caused.
     let mut marker = registered(&node, &neighbours, "marker");
     marker.close(1000);
     has(&neighbours, &unregister("marker"));
@@ -110,7 +110,7 @@ fn end_of_a_replaced_session_does_not_unregister_its_successor() {
 }
 
 #[test]
-fn session_that_came_and_went_while_presence_was_away_costs_at_most_one_call() {
+fn session_that_opened_and_ended_during_a_presence_outage_costs_at_most_one_call() {
     let neighbours = FakeNeighbours::start();
     for method in [Method::Register, Method::Unregister, Method::Refresh] {
         neighbours.set(method, Behaviour::Failing(Code::Unavailable));
@@ -119,7 +119,7 @@ fn session_that_came_and_went_while_presence_was_away_costs_at_most_one_call() {
     for number in 0..50 {
         let mut client = Client::session(node.public, &format!("user-{number}"), "phone");
         client.close(1000);
-        client.hear_end();
+        client.receive_end();
     }
     let stays = Client::session(node.public, "stays", "phone");
     neighbours.state().calls.clear();
@@ -134,7 +134,7 @@ fn session_that_came_and_went_while_presence_was_away_costs_at_most_one_call() {
             Call::Register { user: of, .. } | Call::Unregister { user: of, .. } => *of == user,
             _ => false,
         };
-        // The call under way when presence came back, and at most one for the end.
+        // The call in flight when presence came back, and at most one for the end.
         assert!(known.calls.iter().filter(of_user).count() <= 2, "{user}");
         assert!(!known.registrations.contains_key(&(user, "phone".to_owned())));
     }
@@ -152,7 +152,7 @@ fn hanging_presence_delays_nobody() {
     for number in 0..200 {
         let mut client = Client::session(node.public, &format!("user-{number}"), "phone");
         assert!(client.send(9, b"here"));
-        assert_eq!(client.hear(), Heard::Pong(b"here".to_vec()));
+        assert_eq!(client.receive(), Received::Pong(b"here".to_vec()));
     }
     neighbours.wait(SOON, |known| known.count(Method::Register) >= 1);
     let known = neighbours.state();

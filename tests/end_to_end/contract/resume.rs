@@ -1,4 +1,4 @@
-//! Contract §3: what a client missed is caught up, in order, at the socket's pace, and never twice.
+//! Contract §3: a client receives what it missed, in order, at the socket's pace, and never twice.
 
 use std::time::Duration;
 
@@ -8,8 +8,8 @@ use delivery_testkit::proto::shared::v1::EventType;
 use prost::Message as _;
 use tonic::Code;
 
-use crate::support::back_end::{BackEnd, event, knows, message, resuming};
-use crate::support::client::{Client, Heard};
+use crate::support::back_end::{BackEnd, event, message, resuming, with_neighbours};
+use crate::support::client::{Client, Received};
 use crate::support::fleet::Connect;
 use crate::support::node::NodeBuilder;
 use crate::support::wait::SOON;
@@ -23,7 +23,7 @@ fn neighbours_with(conversation: &str, members: &[&str], messages: i64) -> FakeN
 #[test]
 fn conversation_named_is_caught_up_from_its_sequence_in_pages_of_100() {
     let neighbours = neighbours_with("room", &["alice"], 250);
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", r#"{"room": 7}"#);
     for sequence in 8..=250 {
         assert_eq!(message(&mut alice), ("room".into(), sequence));
@@ -47,7 +47,7 @@ fn conversation_named_is_caught_up_from_its_sequence_in_pages_of_100() {
 fn conversation_not_named_is_caught_up_from_its_beginning() {
     let neighbours = neighbours_with("listed", &["alice", "bob"], 3);
     neighbours.state().create("of-others", &["bob"], 3);
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     for sequence in 1..=3 {
         assert_eq!(message(&mut alice), ("listed".into(), sequence));
@@ -64,17 +64,17 @@ fn conversation_not_named_is_caught_up_from_its_beginning() {
 fn nobody_reads_a_conversation_by_naming_it() {
     let neighbours = neighbours_with("secret", &["bob"], 3);
     neighbours.state().create("room", &["alice"], 1);
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", r#"{"secret": 0}"#);
     assert_eq!(message(&mut alice), ("room".into(), 1));
-    crate::support::back_end::hears_nothing(&mut alice, Duration::from_millis(500));
+    crate::support::back_end::receives_nothing(&mut alice, Duration::from_millis(500));
     assert!(neighbours.state().calls.contains(&Call::Members { conversation: "secret".into() }));
 }
 
 #[test]
 fn caught_up_message_is_an_envelope_of_its_own() {
     let neighbours = neighbours_with("room", &["alice"], 1);
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     let (_, envelope) = event(&mut alice);
     assert_eq!(envelope.event_type(), EventType::MessageSent);
@@ -93,7 +93,7 @@ fn live_events_wait_for_the_catch_up_and_come_once_in_order() {
     back_end.neighbours.state().create("room", &["alice"], 150);
     back_end.neighbours.set(Method::Sync, Behaviour::Delayed(Duration::from_millis(300)));
     let node = back_end.node().start();
-    // Another device shows when the live events have been routed.
+    // Another device receives the live events, which shows that they have been routed.
     let mut witness = resuming(node.public, "alice", "witness", r#"{"room": 150}"#);
     let mut alice = resuming(node.public, "alice", "phone", r#"{"room": 0}"#);
     back_end.neighbours.wait(SOON, |known| known.in_flight.get(&Method::Sync).copied() >= Some(1));
@@ -101,7 +101,7 @@ fn live_events_wait_for_the_catch_up_and_come_once_in_order() {
     for sequence in 141..=170 {
         back_end.publisher.message("room", sequence, "alice", "live");
     }
-    // What it said it has does not come again.
+    // What the client already has is not sent again.
     for sequence in 151..=170 {
         assert_eq!(message(&mut witness), ("room".into(), sequence));
     }
@@ -112,7 +112,7 @@ fn live_events_wait_for_the_catch_up_and_come_once_in_order() {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn what_waits_behind_a_catch_up_is_bounded() {
+fn live_events_held_during_a_catch_up_are_bounded() {
     let mut back_end = BackEnd::start("held", 1);
     back_end.neighbours.state().create("room", &["alice"], 1);
     back_end.neighbours.set(Method::Sync, Behaviour::Held);
@@ -122,23 +122,28 @@ fn what_waits_behind_a_catch_up_is_bounded() {
     for sequence in 2..=6 {
         back_end.publisher.message("room", sequence, "alice", "live");
     }
-    assert!(matches!(alice.hear_end(), Heard::Closed(1013, _)), "told, not grown and not skipped");
-    // What it asks for with its next attempt is all there is.
+    assert!(
+        matches!(alice.receive_end(), Received::Closed(1013, _)),
+        "closed with 1013, without unbounded memory and without gaps"
+    );
+    // Its next attempt catches up with everything.
     back_end.neighbours.set(Method::Sync, Behaviour::Normal);
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     assert_eq!(message(&mut alice), ("room".into(), 1));
 }
 
 #[test]
-fn failed_catch_up_is_told_to_the_client() {
+fn failed_catch_up_closes_the_session_with_a_reason() {
     let neighbours = neighbours_with("room", &["alice"], 3);
     neighbours.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
-    let Heard::Closed(1013, reason) = alice.hear_end() else { panic!("not told") };
+    let Received::Closed(1013, reason) = alice.receive_end() else {
+        panic!("not closed with 1013")
+    };
     assert!(!reason.is_empty());
 
-    // It comes back for the next attempt.
+    // The service is back for the next attempt.
     neighbours.set(Method::Sync, Behaviour::Normal);
     let mut alice = resuming(node.public, "alice", "phone", "{}");
     assert_eq!(message(&mut alice), ("room".into(), 1));
@@ -148,16 +153,17 @@ fn failed_catch_up_is_told_to_the_client() {
 fn hanging_message_service_ends_the_catch_up_by_its_deadline() {
     let neighbours = neighbours_with("room", &["alice"], 3);
     neighbours.set(Method::Sync, Behaviour::Hanging);
-    let node = knows(NodeBuilder::dev(), &neighbours).set("CALL_TIMEOUT", "200ms").start();
+    let node =
+        with_neighbours(NodeBuilder::dev(), &neighbours).set("CALL_TIMEOUT", "200ms").start();
     let mut alice = resuming(node.public, "alice", "phone", "{}");
-    assert!(matches!(alice.hear_end(), Heard::Closed(1013, _)));
+    assert!(matches!(alice.receive_end(), Received::Closed(1013, _)));
 }
 
 #[test]
 fn catch_up_goes_no_faster_than_the_socket() {
-    // Far more than the queue of 128 holds: a catch-up that does not wait would end the session.
+    // Far more than the queue of 128 holds: a catch-up that does not wait would close the session.
     let neighbours = neighbours_with("room", &["alice"], 5_000);
-    let node = knows(NodeBuilder::dev(), &neighbours).set("SO_SNDBUF", "4608").start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).set("SO_SNDBUF", "4608").start();
     let connect = Connect::session(node.public, "alice", "phone");
     let mut alice = Client::opened(&Connect { receive_buffer: Some(2304), ..connect });
     neighbours.wait(SOON, |known| known.count(Method::Sync) >= 1);
@@ -167,7 +173,7 @@ fn catch_up_goes_no_faster_than_the_socket() {
 }
 
 #[test]
-fn many_that_come_at_once_keep_the_calls_in_flight_bounded() {
+fn many_simultaneous_catch_ups_keep_the_calls_in_flight_bounded() {
     use crate::support::fleet::{Fleet, Seen};
     use crate::support::tally::Tally;
 
@@ -176,7 +182,7 @@ fn many_that_come_at_once_keep_the_calls_in_flight_bounded() {
     let members: Vec<_> = users.iter().map(String::as_str).collect();
     let neighbours = neighbours_with("room", &members, 5);
     neighbours.set(Method::Sync, Behaviour::Delayed(Duration::from_millis(20)));
-    let node = knows(NodeBuilder::dev(), &neighbours).set("RESUME_CALLS_MAX", 8).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).set("RESUME_CALLS_MAX", 8).start();
     let mut fleet = Fleet::new();
     for user in &users {
         let connect = Connect::session(node.public, user, "phone");

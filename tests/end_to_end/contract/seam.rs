@@ -1,5 +1,5 @@
-//! The seam between catch-up and live events, where other nodes route some of them: what is routed
-//! before they can know the session comes with the catch-up.
+//! The transition from catch-up to live events when other nodes route some of them: events that are
+//! routed before those nodes see the session arrive with the catch-up.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use delivery_testkit::publisher::message;
 
 use super::nodes::Nodes;
 use crate::support::back_end::resuming;
-use crate::support::client::{Client, Heard};
+use crate::support::client::{Client, Received};
 use crate::support::node::Node;
 use crate::support::tally::Tally;
 use crate::support::wait::{SOON, until};
@@ -26,14 +26,14 @@ fn caught_up(node: &Node, sessions: f64) {
     });
 }
 
-/// Takes what comes until every room has come to this sequence.
-fn hears_up_to(client: &mut Client, tally: &mut Tally, last: i64) {
+/// Receives until every room has reached this sequence.
+fn receive_up_to(client: &mut Client, tally: &mut Tally, last: i64) {
     while (0..ROOMS)
         .any(|number| tally.streams.get(&room(number)).is_none_or(|room| room.last < last))
     {
-        match client.hear() {
-            Heard::Binary(payload) => drop(tally.saw(&payload)),
-            Heard::Ping => {}
+        match client.receive() {
+            Received::Binary(payload) => drop(tally.saw(&payload)),
+            Received::Ping => {}
             other => panic!("{other:?}"),
         }
     }
@@ -59,7 +59,7 @@ impl Nodes {
 /// Promise: “A session that asks to resume misses no message.”
 #[test]
 #[ignore = "needs Kafka and Redis: tests/run end_to_end"]
-fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
+fn events_routed_by_other_nodes_before_they_see_a_session_come_with_its_catch_up() {
     let mut nodes = Nodes::new("seam");
     let (alice, witnesses) = (nodes.user("alice"), [nodes.user("first"), nodes.user("second")]);
     for number in 0..ROOMS {
@@ -70,14 +70,14 @@ fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
         nodes
             .builder(number)
             .set("PRESENCE_MODE", "service")
-            // Nothing of this test is decided by time.
+            // This test must not depend on time.
             .set("CALL_TIMEOUT", "1m")
             .set("REGISTRATION_WAIT", "5m")
             .start()
     };
     let (first, second) = (start(0), start(1));
-    // The presence service of this test writes nothing to Redis: each witness hears what his own
-    // node routes, and so tells which that is.
+    // The presence service of this test writes nothing to Redis. So each witness receives what its own
+    // node routes, which shows the node of each partition.
     let mut witness = [
         Client::session(first.public, &witnesses[0], "phone"),
         Client::session(second.public, &witnesses[1], "phone"),
@@ -86,7 +86,7 @@ fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
     caught_up(&second, 1.0);
     let mut seen = [Tally::default(), Tally::default()];
     for (witness, seen) in witness.iter_mut().zip(&mut seen) {
-        hears_up_to(witness, seen, 3);
+        receive_up_to(witness, seen, 3);
     }
 
     nodes.back_end.neighbours.set(Method::Register, Behaviour::Held);
@@ -97,15 +97,15 @@ fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
     for number in 0..ROOMS {
         tally.streams.entry(room(number)).or_default().last = 1;
     }
-    hears_up_to(&mut session, &mut tally, 3);
+    receive_up_to(&mut session, &mut tally, 3);
 
-    // Routed while nobody can know of the session.
+    // Routed before any other node can see the session.
     nodes.say_in_every_room(4);
     let mut routed = [BTreeSet::new(), BTreeSet::new()];
     until(SOON, "every room's event has been routed", || {
         for number in 0..2 {
-            while let Some(heard) = witness[number].hear_within(Duration::from_millis(50)) {
-                if let Heard::Binary(payload) = heard {
+            while let Some(heard) = witness[number].receive_within(Duration::from_millis(50)) {
+                if let Received::Binary(payload) = heard {
                     seen[number].saw(&payload);
                 }
             }
@@ -116,23 +116,23 @@ fn what_other_nodes_route_before_they_know_a_session_comes_with_its_catch_up() {
     });
     assert!(!routed[0].is_empty(), "the other node has its share: {routed:?}");
 
-    // The presence service has written, but not answered yet: the other node may find it, or may
-    // still believe that alice is nowhere.
+    // The presence service has written, but not answered yet: the other node may find the session, or
+    // still have a cached answer that alice has none.
     nodes.registry.register(&alice, "phone", &nodes.instance(1));
     nodes.say_in_every_room(5);
     let in_flight = nodes.back_end.neighbours.state().in_flight[&Method::Register];
-    assert_eq!(in_flight, 1, "the session is not registered yet as far as its node knows");
+    assert_eq!(in_flight, 1, "the node still waits for the answer to its registration");
     assert_eq!(second.metrics().sum("delivery_resume_completed_total", &[]), 1.0);
     nodes.back_end.neighbours.set(Method::Register, Behaviour::Normal);
-    hears_up_to(&mut session, &mut tally, 5);
+    receive_up_to(&mut session, &mut tally, 5);
 
-    // From here on it needs no message service.
+    // From here on the session needs no message service.
     caught_up(&second, 2.0);
     let calls = nodes.back_end.neighbours.state().count(Method::Sync);
     for number in 0..ROOMS {
         nodes.back_end.publisher.message(&room(number), 6, "sender", "live");
     }
-    hears_up_to(&mut session, &mut tally, 6);
+    receive_up_to(&mut session, &mut tally, 6);
     let known = nodes.back_end.neighbours.state();
     assert_eq!(known.count(Method::Sync), calls);
     let registered =

@@ -1,4 +1,4 @@
-//! Contract §5 and §6: what deployments set already, and what their dashboards and probes read.
+//! Contract §5 and §6: the settings of existing deployments, and the metrics and probes that they read.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use crate::support::back_end::BackEnd;
 use crate::support::client::Client;
 use crate::support::node::{NodeBuilder, request};
 
-/// `delivery config` under these variables: whether it is valid, and all it prints.
+/// Runs `delivery config` with these variables: whether they are valid, and its output.
 fn config(variables: &[(&str, &str)]) -> (bool, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_delivery"))
         .arg("config")

@@ -1,4 +1,4 @@
-//! Issue “A citizen of RealChat”, show 3: ten thousand sessions, all dropped at once and back within
+//! Issue “A citizen of RealChat”, show 3: ten thousand sessions disconnect at once and reconnect within
 //! five seconds.
 
 use std::time::{Duration, Instant};
@@ -15,17 +15,17 @@ const SESSIONS: usize = 10_000;
 const ROOM: usize = 20;
 const BACK_WITHIN: Duration = Duration::from_secs(5);
 const SETTLED_WITHIN: Duration = Duration::from_secs(180);
-/// How long a neighbour takes to answer.
+/// Time that a neighbour takes to answer.
 const ANSWER_TIME: Duration = Duration::from_millis(5);
-/// `RESUME_CALLS_MAX` as it is by default.
+/// Default of `RESUME_CALLS_MAX`.
 const RESUME_CALLS_MAX: usize = 64;
-/// What presence may have in flight at once.
+/// Calls that presence may have in flight.
 const PRESENCE_CALLS_MAX: usize = 64;
 
 struct Storm {
     back_end: BackEnd,
     fleet: Fleet,
-    /// Session by client: the first `SESSIONS` clients, then those that came back.
+    /// Session of each client: the first `SESSIONS` clients, then those that reconnected.
     tallies: Vec<Tally>,
     sequence: i64,
 }
@@ -45,7 +45,7 @@ impl Storm {
         self.fleet.connect(&Connect { first_message, ..connect }).expect("the server accepts");
     }
 
-    /// One message to every room; the message service has it first.
+    /// Publishes one message to every room. The message service has it before that.
     fn publish(&mut self) {
         self.sequence += 1;
         for room in Self::rooms() {
@@ -79,15 +79,15 @@ impl Storm {
 
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
-fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
+fn ten_thousand_sessions_that_disconnect_at_once_reconnect_without_loss() {
     let back_end = BackEnd::start("storm", 3);
     for room in 0..SESSIONS / ROOM {
         let members = (0..ROOM).map(|member| Storm::user(room * ROOM + member)).collect();
         back_end.neighbours.state().members.insert(format!("room-{room}"), members);
     }
-    // All of them come from one address here.
+    // Here all clients connect from one address.
     let node = back_end.node().set("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0").start();
-    // Answers that take a moment, as over a network: otherwise none would ever be in flight.
+    // Answers take some time, as over a network; otherwise no calls would be in flight.
     for method in
         [Method::Register, Method::Unregister, Method::Refresh, Method::List, Method::Sync]
     {
@@ -118,7 +118,7 @@ fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
     let began = Instant::now();
     for session in 0..SESSIONS {
         storm.connect(&node, session);
-        // Spread over the five seconds, with events of their rooms among them.
+        // Spread over the five seconds, with events of their rooms in between.
         while began.elapsed() < BACK_WITHIN.mul_f64(session as f64 / SESSIONS as f64) {
             storm.turn();
         }
@@ -149,7 +149,7 @@ fn ten_thousand_dropped_at_once_are_back_and_have_lost_nothing() {
         };
         assert!(peak <= bound, "{method:?}: {peak} in flight");
     }
-    // Who was gone for a moment costs at most one call to leave and one to come back.
+    // A session that reconnects costs at most one call to unregister and one to register.
     assert!(known.count(Method::Register) + known.count(Method::Unregister) <= 2 * SESSIONS);
     drop(known);
     for tally in &storm.tallies {

@@ -1,4 +1,4 @@
-//! Contract §1, `DeliveryApi.Connect`: a gRPC session is a session like any other.
+//! Contract §1, `DeliveryApi.Connect`: gRPC sessions.
 
 use delivery_testkit::neighbours::{Call, FakeNeighbours, Method};
 use delivery_testkit::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
@@ -10,12 +10,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
-use crate::support::back_end::{BackEnd, event_type, knows};
-use crate::support::client::{Client, Heard};
+use crate::support::back_end::{BackEnd, event_type, with_neighbours};
+use crate::support::client::{Client, Received};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::wait::SOON;
 
-/// A stream of one session, used from a test without a runtime.
+/// The stream of one session, for tests without a runtime.
 struct Stream {
     runtime: Runtime,
     requests: mpsc::Sender<DeliveryConnectRequest>,
@@ -43,24 +43,24 @@ impl Stream {
         Ok(Self { runtime, requests, events: events.into_inner() })
     }
 
-    fn say(&self, request: DeliveryConnectRequest) {
+    fn send(&self, request: DeliveryConnectRequest) {
         self.requests.blocking_send(request).expect("the stream is open");
     }
 
-    /// The next event, or how the stream ended.
-    fn hear(&mut self) -> Result<DeliveryEvent, Status> {
+    /// The next event, or the status that ended the stream.
+    fn receive(&mut self) -> Result<DeliveryEvent, Status> {
         let events = &mut self.events;
         let next = async { tokio::time::timeout(SOON, events.message()).await.expect("in time") };
         self.runtime.block_on(next).map(|event| event.expect("an event, not the end"))
     }
 }
 
-/// The status of a session that is not admitted, whenever it comes.
+/// The status of a session that is not admitted, from the call or from the stream.
 #[track_caller]
 fn refused(node: &Node, request: DeliveryConnectRequest) -> Status {
     match Stream::connect(node, request) {
         Err(status) => status,
-        Ok(mut stream) => stream.hear().expect_err("not admitted"),
+        Ok(mut stream) => stream.receive().expect_err("not admitted"),
     }
 }
 
@@ -79,7 +79,7 @@ fn stream_gets_messages_as_they_are_sent() {
     }
     let mut seen = Vec::new();
     while seen.len() < 3 {
-        let event = alice.hear().expect("open");
+        let event = alice.receive().expect("open");
         assert_eq!(event.conversation_id, "room");
         if let Some(message) = event.message {
             assert_eq!((message.sequence, message.content.as_str()), (event.sequence, "hello"));
@@ -93,7 +93,7 @@ fn stream_gets_messages_as_they_are_sent() {
 fn conversation_named_for_the_first_time_is_resumed_from_its_sequence() {
     let neighbours = FakeNeighbours::start();
     neighbours.state().create("room", &["alice"], 150);
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let request = DeliveryConnectRequest {
         conversation_id: "room".into(),
         last_received_sequence: 40,
@@ -101,18 +101,18 @@ fn conversation_named_for_the_first_time_is_resumed_from_its_sequence() {
     };
     let mut alice = Stream::connect(&node, request.clone()).expect("admitted");
     for sequence in 41..=150 {
-        let event = alice.hear().expect("open");
+        let event = alice.receive().expect("open");
         assert_eq!((event.conversation_id.as_str(), event.sequence), ("room", sequence));
     }
-    // Named again it is an acknowledgement: nothing is fetched for it.
+    // Named again, it is an acknowledgement: nothing is fetched.
     let pages = neighbours.state().count(Method::Sync);
-    alice.say(DeliveryConnectRequest { last_received_sequence: 150, ..request });
+    alice.send(DeliveryConnectRequest { last_received_sequence: 150, ..request });
     neighbours.state().create("second", &["alice"], 1);
-    alice.say(DeliveryConnectRequest {
+    alice.send(DeliveryConnectRequest {
         conversation_id: "second".into(),
         ..first("alice", "phone")
     });
-    let event = alice.hear().expect("open");
+    let event = alice.receive().expect("open");
     assert_eq!((event.conversation_id.as_str(), event.sequence), ("second", 1));
     let known = neighbours.state();
     let of_room =
@@ -123,12 +123,12 @@ fn conversation_named_for_the_first_time_is_resumed_from_its_sequence() {
 #[test]
 fn stream_and_socket_replace_each_other() {
     let neighbours = FakeNeighbours::start();
-    let node = knows(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
     let mut socket = Client::session(node.public, "alice", "phone");
     let mut stream = Stream::connect(&node, first("alice", "phone")).expect("admitted");
-    assert_eq!(socket.hear_end(), Heard::Closed(4000, "session_replaced".into()));
+    assert_eq!(socket.receive_end(), Received::Closed(4000, "session_replaced".into()));
     let _socket = Client::session(node.public, "alice", "phone");
-    assert_eq!(stream.hear().expect_err("replaced").code(), Code::Aborted);
+    assert_eq!(stream.receive().expect_err("replaced").code(), Code::Aborted);
     neighbours.wait(SOON, |known| known.registrations.len() == 1);
     assert_eq!(neighbours.state().count(Method::Unregister), 0);
 }
@@ -149,7 +149,7 @@ fn statuses_say_what_is_wrong() {
 }
 
 #[test]
-fn health_service_says_serving() {
+fn health_service_answers_serving() {
     use tonic_health::pb::HealthCheckRequest;
     use tonic_health::pb::health_check_response::ServingStatus;
     use tonic_health::pb::health_client::HealthClient;

@@ -7,7 +7,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use delivery_testkit::token::sign_hs256;
 use serde_json::json;
 
-use crate::support::client::{Client, Heard};
+use crate::support::client::{Client, Received};
 use crate::support::fleet::Connect;
 use crate::support::node::{Node, NodeBuilder};
 
@@ -37,21 +37,21 @@ fn token(user: &str) -> String {
     sign_hs256(&claims(user, Duration::from_secs(600)), SECRET)
 }
 
-/// Connects as alice's phone with more header lines and a longer query.
-fn with(node: &Node, headers: &str, query: &str) -> Heard {
+/// Connects as alice's phone with these additional header lines and query parameters.
+fn with(node: &Node, headers: &str, query: &str) -> Received {
     let connect = Connect::session(node.public, "alice", "phone");
     let target = format!("{}{query}", connect.target);
-    Client::connect(&Connect { headers: headers.into(), target, ..connect }).hear()
+    Client::connect(&Connect { headers: headers.into(), target, ..connect }).receive()
 }
 
-fn bearer(node: &Node, token: &str) -> Heard {
+fn bearer(node: &Node, token: &str) -> Received {
     with(node, &format!("Authorization: Bearer {token}\r\n"), "")
 }
 
 #[track_caller]
-fn refused(heard: Heard, expected: u16) -> String {
+fn refused(heard: Received, expected: u16) -> String {
     match heard {
-        Heard::Refused(status, answer) if status == expected => answer,
+        Received::Refused(status, answer) if status == expected => answer,
         other => panic!("not refused with {expected}: {other:?}"),
     }
 }
@@ -60,10 +60,10 @@ fn refused(heard: Heard, expected: u16) -> String {
 fn token_is_taken_from_header_query_and_subprotocol() {
     let node = node().start();
     let token = token("alice");
-    assert!(matches!(bearer(&node, &token), Heard::Open(_)));
-    assert!(matches!(with(&node, "", &format!("&access_token={token}")), Heard::Open(_)));
+    assert!(matches!(bearer(&node, &token), Received::Open(_)));
+    assert!(matches!(with(&node, "", &format!("&access_token={token}")), Received::Open(_)));
     let offered = format!("Sec-WebSocket-Protocol: realchat.v1, bearer.{token}\r\n");
-    let Heard::Open(head) = with(&node, &offered, "") else { panic!("refused") };
+    let Received::Open(head) = with(&node, &offered, "") else { panic!("refused") };
     assert!(head.contains("Sec-WebSocket-Protocol: realchat.v1\r\n"), "{head}");
     assert!(!head.contains(&token), "the token is not sent back");
     let log = node.log();
@@ -76,8 +76,8 @@ fn user_id_may_be_left_out() {
     let connect = Connect::session(node.public, "", "phone");
     let target = "/ws?device_id=phone".into();
     let headers = format!("Authorization: Bearer {}\r\n", token("alice"));
-    let heard = Client::connect(&Connect { target, headers, ..connect }).hear();
-    assert!(matches!(heard, Heard::Open(_)), "{heard:?}");
+    let heard = Client::connect(&Connect { target, headers, ..connect }).receive();
+    assert!(matches!(heard, Received::Open(_)), "{heard:?}");
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn token_that_does_not_hold_is_refused() {
         ("no token", "abc".into()),
     ];
     for (what, token) in cases {
-        let Heard::Refused(401, answer) = bearer(&node, &token) else { panic!("{what}: taken") };
+        let Received::Refused(401, answer) = bearer(&node, &token) else { panic!("{what}: taken") };
         assert!(!answer.contains(&token), "{what}: shown");
     }
     let answer = refused(with(&node, "", ""), 401);
@@ -126,7 +126,7 @@ fn session_ends_when_its_token_expires() {
     let connect = Connect::session(node.public, "alice", "phone");
     let headers = format!("Authorization: Bearer {short}\r\n");
     let mut client = Client::opened(&Connect { headers, ..connect });
-    assert_eq!(client.hear_end(), Heard::Closed(4401, "token expired".into()));
+    assert_eq!(client.receive_end(), Received::Closed(4401, "token expired".into()));
 }
 
 #[test]
@@ -138,19 +138,19 @@ fn fresh_token_keeps_the_session() {
     let mut client = Client::opened(&Connect { headers, ..connect });
     let somebody_else = json!({ "access_token": token("mallory") }).to_string();
     assert!(client.send_text(&somebody_else));
-    let Heard::Text(answer) = client.hear() else { panic!("no answer") };
+    let Received::Text(answer) = client.receive() else { panic!("no answer") };
     assert!(answer.contains("error"), "{answer}");
     assert!(client.send_text(&json!({ "access_token": token("alice") }).to_string()));
-    let Heard::Text(answer) = client.hear() else { panic!("no answer") };
+    let Received::Text(answer) = client.receive() else { panic!("no answer") };
     assert!(answer.contains("token_expires_at"), "{answer}");
-    // The old one's time passes; a second session with as short a token shows when it has.
+    // The first token expires; a second session with an equally short token shows when.
     let connect = Connect::session(node.public, "alice", "desk");
     let short = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
     let headers = format!("Authorization: Bearer {short}\r\n");
     let mut second = Client::opened(&Connect { headers, ..connect });
-    assert!(matches!(second.hear_end(), Heard::Closed(4401, _)));
+    assert!(matches!(second.receive_end(), Received::Closed(4401, _)));
     assert!(client.send(9, b"still here"));
-    assert_eq!(client.hear(), Heard::Pong(b"still here".to_vec()));
+    assert_eq!(client.receive(), Received::Pong(b"still here".to_vec()));
 }
 
 #[test]

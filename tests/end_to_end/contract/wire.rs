@@ -1,4 +1,4 @@
-//! Contract §1: packages, messages, fields, numbers and types are wire facts.
+//! Contract §1: packages, messages, fields, numbers and types on the wire.
 
 use std::collections::{BTreeMap, BTreeSet};
 

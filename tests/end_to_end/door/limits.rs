@@ -1,4 +1,4 @@
-//! Every limit of the public port through a real socket: what breaks it is answered as documented, is
+//! Every limit of the public port through a real socket: a violation is answered as documented and
 //! counted, and the next client is served.
 
 use std::io::Write as _;
@@ -7,17 +7,17 @@ use std::time::Duration;
 use delivery_testkit::publisher::{Publisher, new_topic};
 
 use super::serves_the_next_client;
-use crate::support::client::{Client, Heard};
+use crate::support::client::{Client, Received};
 use crate::support::fleet::{Connect, Fleet, Seen, dial, masked_frame};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::services::kafka_brokers;
 use crate::support::wait::{SOON, until};
 
-/// Connects and expects an HTTP answer other than 101; returns it whole.
+/// Connects, expects an HTTP answer other than 101, and returns the whole answer.
 #[track_caller]
 fn refused(node: &Node, user: &str, device: &str) -> (u16, String) {
-    match Client::connect(&Connect::session(node.public, user, device)).hear() {
-        Heard::Refused(status, answer) => (status, answer),
+    match Client::connect(&Connect::session(node.public, user, device)).receive() {
+        Received::Refused(status, answer) => (status, answer),
         other => panic!("not refused: {other:?}"),
     }
 }
@@ -28,7 +28,7 @@ fn retry_after(answer: &str) -> u32 {
     value.expect("has Retry-After").trim().parse().expect("seconds")
 }
 
-/// Waits until the sum over the shards of this counter is at least `least`.
+/// Waits until the sum of this counter over the shards is at least `least`.
 #[track_caller]
 fn counted(node: &Node, counter: &str, labels: &[&str], least: f64) {
     until(SOON, counter, || (node.metrics().sum(counter, labels) >= least).then_some(()));
@@ -50,10 +50,10 @@ fn connections_in_all() {
     assert!(retry_after(&answer) >= 1);
     counted(&node, "delivery_shard_refused_full_total", &[], 1.0);
     first.close(1000);
-    first.hear_end();
+    first.receive_end();
     until(SOON, "the slot is free again", || {
         let mut next = Client::connect(&Connect::session(node.public, "d", "1"));
-        matches!(next.hear(), Heard::Open(_)).then_some(())
+        matches!(next.receive(), Received::Open(_)).then_some(())
     });
 }
 
@@ -66,9 +66,9 @@ fn connections_of_one_user() {
     assert_eq!(status, 429, "{answer}");
     assert!(retry_after(&answer) >= 1);
     counted(&node, "delivery_session_refused_user_limit_total", &[], 1.0);
-    // The same device again is no further session: it replaces.
+    // The same device again replaces its session and is not counted as another one.
     let _again = Client::session(node.public, "a", "1");
-    assert_eq!(first.hear_end(), Heard::Closed(4000, "session_replaced".into()));
+    assert_eq!(first.receive_end(), Received::Closed(4000, "session_replaced".into()));
     serves_the_next_client(node.public);
 }
 
@@ -82,21 +82,21 @@ fn connections_from_one_address() {
     assert!(retry_after(&answer) >= 1);
     counted(&node, "delivery_shard_refused_address_count_total", &[], 1.0);
     first.close(1000);
-    first.hear_end();
+    first.receive_end();
     until(SOON, "the address may connect again", || {
         let mut next = Client::connect(&Connect::session(node.public, "d", "1"));
-        matches!(next.hear(), Heard::Open(_)).then_some(())
+        matches!(next.receive(), Received::Open(_)).then_some(())
     });
 }
 
-/// Connects until one is refused, and then until one is let in again.
+/// Connects until one attempt is refused, and then until one is accepted again.
 fn handshake_rate(setting: &str, status: u16, counter: &str) {
     let node = NodeBuilder::dev().set(setting, 2).start();
     let answer = (0..100)
         .find_map(|number| {
             let connect = Connect::session(node.public, "a", &number.to_string());
-            match Client::connect(&connect).hear() {
-                Heard::Refused(status, answer) => Some((status, answer)),
+            match Client::connect(&connect).receive() {
+                Received::Refused(status, answer) => Some((status, answer)),
                 _ => None,
             }
         })
@@ -106,7 +106,7 @@ fn handshake_rate(setting: &str, status: u16, counter: &str) {
     counted(&node, counter, &[], 1.0);
     until(SOON, "the rate allows another", || {
         let mut next = Client::connect(&Connect::session(node.public, "b", "1"));
-        matches!(next.hear(), Heard::Open(_)).then_some(())
+        matches!(next.receive(), Received::Open(_)).then_some(())
     });
 }
 
@@ -130,7 +130,7 @@ fn messages_each_second() {
             break;
         }
     }
-    assert!(matches!(client.hear_end(), Heard::Closed(1008, reason) if !reason.is_empty()));
+    assert!(matches!(client.receive_end(), Received::Closed(1008, reason) if !reason.is_empty()));
     counted(&node, "delivery_shard_inbound_rate_exceeded_total", &[], 1.0);
     ended(&node, "peer_at_fault");
     serves_the_next_client(node.public);
@@ -148,7 +148,7 @@ fn bytes_each_second() {
             break;
         }
     }
-    assert!(matches!(client.hear_end(), Heard::Closed(1008, reason) if !reason.is_empty()));
+    assert!(matches!(client.receive_end(), Received::Closed(1008, reason) if !reason.is_empty()));
     counted(&node, "delivery_shard_inbound_rate_exceeded_total", &[], 1.0);
     serves_the_next_client(node.public);
 }
@@ -158,25 +158,25 @@ fn size_of_a_message() {
     let node = NodeBuilder::dev().set("MESSAGE_BYTES_MAX", "1KiB").start();
     let mut whole = Client::session(node.public, "a", "phone");
     whole.send(2, &[0; 1025]);
-    assert!(matches!(whole.hear_end(), Heard::Closed(1009, _)));
+    assert!(matches!(whole.receive_end(), Received::Closed(1009, _)));
 
     let mut in_parts = Client::session(node.public, "b", "phone");
     let parts = [masked_frame(false, 2, &[0; 600]), masked_frame(false, 0, &[0; 600])].concat();
     in_parts.stream().write_all(&parts).expect("a fresh socket takes it");
-    assert!(matches!(in_parts.hear_end(), Heard::Closed(1009, _)));
+    assert!(matches!(in_parts.receive_end(), Received::Closed(1009, _)));
 
-    // The announced length alone is enough: nothing is allocated for it.
+    // The announced length alone is refused; nothing is allocated for it.
     let mut announced = Client::session(node.public, "c", "phone");
     announced
         .stream()
         .write_all(&[0x82, 0xff, 0, 0, 0x10, 0, 0, 0, 0, 0, 1, 2, 3, 4])
         .expect("a fresh socket takes it");
-    assert!(matches!(announced.hear_end(), Heard::Closed(1009, _)));
+    assert!(matches!(announced.receive_end(), Received::Closed(1009, _)));
 
     let mut allowed = Client::session(node.public, "d", "phone");
     assert!(allowed.send(2, &[0; 1024]));
     allowed.send(9, b"");
-    assert_eq!(allowed.hear(), Heard::Pong(Vec::new()));
+    assert_eq!(allowed.receive(), Received::Pong(Vec::new()));
     serves_the_next_client(node.public);
 }
 
@@ -187,13 +187,13 @@ fn time_for_the_handshake() {
     let mut stream = dial(&connect).expect("the server accepts");
     stream.write_all(&connect.request().as_bytes()[..40]).expect("a fresh socket takes it");
     let mut client = Client::adopt(stream);
-    assert!(matches!(client.hear(), Heard::Refused(408, _)));
+    assert!(matches!(client.receive(), Received::Refused(408, _)));
     counted(&node, "delivery_shard_handshake_timeouts_total", &[], 1.0);
     ended(&node, "handshake_timeout");
 
-    // One that says nothing at all is let go too.
+    // A client that sends nothing at all is terminated too.
     let mut silent = Client::adopt(dial(&connect).expect("the server accepts"));
-    assert!(matches!(silent.hear(), Heard::Refused(408, _) | Heard::Gone));
+    assert!(matches!(silent.receive(), Received::Refused(408, _) | Received::Ended));
     serves_the_next_client(node.public);
 }
 
@@ -208,12 +208,12 @@ fn silence_after_the_handshake() {
     let dead = fleet.connect(&dead).expect("the server accepts");
     let mut pings = [0, 0];
     let mut dead_at = None;
-    // Until the one that answers has been pinged again after the other is gone.
+    // Until the client that answers is pinged again after the other one has ended.
     until(SOON, "the silent one is dropped, the other is not", || {
         fleet.turn(Duration::from_millis(50), &mut |client, seen| match seen {
             Seen::Open(_) => {}
             Seen::Ping => pings[client] += 1,
-            Seen::Gone | Seen::Closed(..) if client == dead => dead_at = Some(pings[alive]),
+            Seen::Ended | Seen::Closed(..) if client == dead => dead_at = Some(pings[alive]),
             other => panic!("client {client}: {other:?}"),
         });
         dead_at.is_some_and(|at| pings[alive] > at + 1).then_some(())
@@ -229,11 +229,11 @@ fn time_for_the_answer_to_a_close_frame() {
         NodeBuilder::dev().set("CLOSE_TIMEOUT", "300ms").set("MESSAGE_BYTES_MAX", "1KiB").start();
     let client = Client::session(node.public, "rude", "phone");
     let mut stream = client.stream().try_clone().expect("a second handle");
-    // Too big: the server closes with 1009, and this client never answers.
+    // Too large: the server closes with 1009, and this client never answers.
     stream.write_all(&masked_frame(true, 2, &[0; 2000])).expect("a fresh socket takes it");
     ended(&node, "peer_at_fault");
     let active = || node.metrics().sum("websocket_connections_active", &[]);
-    until(SOON, "the connection is gone", || (active() == 0.0).then_some(()));
+    until(SOON, "the connection has ended", || (active() == 0.0).then_some(()));
     serves_the_next_client(node.public);
 }
 
@@ -245,13 +245,13 @@ fn origins() {
         let connect = Connect::session(node.public, "a", "browser");
         let headers =
             if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
-        Client::connect(&Connect { headers, ..connect }).hear()
+        Client::connect(&Connect { headers, ..connect }).receive()
     };
     for allowed in ["https://chat.example.com", "https://www.example.org"] {
-        assert!(matches!(from(allowed), Heard::Open(_)), "{allowed}");
+        assert!(matches!(from(allowed), Received::Open(_)), "{allowed}");
     }
     for refused in ["https://evil.example", "http://chat.example.com", "null"] {
-        assert!(matches!(from(refused), Heard::Refused(403, _)), "{refused}");
+        assert!(matches!(from(refused), Received::Refused(403, _)), "{refused}");
     }
     serves_the_next_client(node.public);
 }
@@ -260,17 +260,17 @@ fn origins() {
 fn echo_is_off_unless_switched_on() {
     let node = NodeBuilder::dev().set("ECHO", false).start();
     let connect = Connect { target: "/echo".into(), ..Connect::session(node.public, "", "") };
-    assert!(matches!(Client::connect(&connect).hear(), Heard::Refused(404, _)));
+    assert!(matches!(Client::connect(&connect).receive(), Received::Refused(404, _)));
     let node = NodeBuilder::dev().start();
     let connect = Connect { address: node.public, first_message: None, ..connect };
     let mut client = Client::opened(&connect);
     client.send_text("hello");
-    assert_eq!(client.hear(), Heard::Text("hello".into()));
+    assert_eq!(client.receive(), Received::Text("hello".into()));
     client.send(2, &[7; 300]);
-    assert_eq!(client.hear(), Heard::Binary(vec![7; 300]));
+    assert_eq!(client.receive(), Received::Binary(vec![7; 300]));
 }
 
-/// A node on a real Kafka, with one conversation of `stalled` and `honest`.
+/// A node with a real Kafka, and one conversation of `stalled` and `honest`.
 fn node_with_a_room(node: NodeBuilder) -> (Node, Publisher) {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, "limits", 1);
@@ -280,12 +280,12 @@ fn node_with_a_room(node: NodeBuilder) -> (Node, Publisher) {
     (node, publisher)
 }
 
-/// Publishes until the stalled client's session has ended, which is how the server says so.
+/// Publishes until the stalled client's session has ended.
 fn stalls(node: &Node, publisher: &mut Publisher, content: &str, reason: &str) {
     let mut honest = Client::session(node.public, "honest", "phone");
-    assert!(matches!(honest.hear(), Heard::Binary(_)), "the creation");
+    assert!(matches!(honest.receive(), Received::Binary(_)), "the creation");
     let connect = Connect::session(node.public, "stalled", "phone");
-    // Open, and then not read from.
+    // Opened, and then not read.
     let mut stalled = Client::opened(&Connect { receive_buffer: Some(2304), ..connect });
     let label = format!("reason=\"{reason}\"");
     let has_ended = || node.metrics().sum("delivery_shard_ended_total", &[&label]) >= 1.0;
@@ -294,11 +294,14 @@ fn stalls(node: &Node, publisher: &mut Publisher, content: &str, reason: &str) {
         for _ in 0..16 {
             sequence += 1;
             publisher.message("room", sequence, "honest", content);
-            assert!(matches!(honest.hear(), Heard::Binary(_)), "the honest one notices nothing");
+            assert!(
+                matches!(honest.receive(), Received::Binary(_)),
+                "the honest one notices nothing"
+            );
         }
         has_ended().then_some(())
     });
-    assert!(matches!(stalled.hear_end(), Heard::Closed(1011, _) | Heard::Gone));
+    assert!(matches!(stalled.receive_end(), Received::Closed(1011, _) | Received::Ended));
     serves_the_next_client(node.public);
 }
 
@@ -345,10 +348,10 @@ fn client_without_a_first_message_goes_live_after_the_grace() {
     publisher.flush(SOON);
     let mut messages = 0;
     while messages < 1 {
-        let Heard::Binary(payload) = client.hear() else { panic!("not an event") };
+        let Received::Binary(payload) = client.receive() else { panic!("not an event") };
         messages += u64::from(crate::support::tally::Tally::default().saw(&payload).is_some());
     }
-    // What comes too late is told, not skipped in silence.
+    // Late events are reported, not silently dropped.
     client.send_text(r#"{"last_sequences":{}}"#);
-    assert!(matches!(client.hear_end(), Heard::Closed(4408, _)));
+    assert!(matches!(client.receive_end(), Received::Closed(4408, _)));
 }

@@ -1,5 +1,5 @@
-//! The public port: what comes in, and what is kept out. Needs nothing but the binary (`delivery dev`),
-//! except where a queue must be filled.
+//! The public port: which requests and clients are accepted, and which are refused. Only the tests that
+//! fill a queue need more than the binary (`delivery dev`).
 
 mod limits;
 mod slow;
@@ -7,14 +7,14 @@ mod upgrades;
 
 use std::net::SocketAddr;
 
-use crate::support::client::{Client, Heard};
+use crate::support::client::{Client, Received};
 
-/// The server still serves: an honest client connects, is answered a ping, and leaves in good order.
+/// Asserts that the server still serves: a client connects, gets a pong, and closes cleanly.
 #[track_caller]
 fn serves_the_next_client(address: SocketAddr) {
     let mut client = Client::session(address, "next", "client");
     assert!(client.send(9, b"still there?"));
-    assert_eq!(client.hear(), Heard::Pong(b"still there?".to_vec()));
+    assert_eq!(client.receive(), Received::Pong(b"still there?".to_vec()));
     client.close(1000);
-    assert_eq!(client.hear_end(), Heard::Closed(1000, String::new()));
+    assert_eq!(client.receive_end(), Received::Closed(1000, String::new()));
 }

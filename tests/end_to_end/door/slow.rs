@@ -14,17 +14,17 @@ use crate::support::services::kafka_brokers;
 use crate::support::tally::Tally;
 
 const HONEST: usize = 1_000;
-/// Of each kind: half a handshake, a byte a second, a stalled reader, a peer that is half open.
+/// Clients of each kind: half a handshake, one byte per second, a stalled reader, a half-open peer.
 const SLOW_OF_EACH: usize = 2_500;
 /// Members of a room, all honest or all stalled.
 const ROOM: usize = 50;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Resident memory of the whole process, bytes. What one connection may hold: its slot, its queue
-/// (128 references to shared events), and a batch that is being sent.
+/// Resident memory of the process, bytes. One connection may hold its slot, its queue (128 references
+/// to shared events), and the batch in flight.
 const MEMORY_MAX: u64 = 400 << 20;
 
-/// The slow ones, which this test must keep busy by hand.
+/// The slow clients that this test drives by hand.
 struct Slow {
     half_sent: Vec<TcpStream>,
     byte_a_second: Vec<TcpStream>,
@@ -57,7 +57,7 @@ impl Slow {
         }
     }
 
-    /// Those whom the server has not let go yet.
+    /// Those that the server has not terminated yet.
     fn left(&mut self) -> usize {
         for streams in [&mut self.half_sent, &mut self.byte_a_second] {
             streams.retain(|stream| {
@@ -66,7 +66,7 @@ impl Slow {
                 loop {
                     match stream.peek(&mut buffer) {
                         Ok(0) => return false,
-                        // The 408 that comes before the end.
+                        // The answer 408 before the end.
                         Ok(_) => {
                             let mut stream = stream;
                             let _ = std::io::Read::read(&mut stream, &mut buffer);
@@ -80,7 +80,7 @@ impl Slow {
     }
 }
 
-/// Rooms of `ROOM` users each, named after their first.
+/// Rooms of `ROOM` users each, named after their first user.
 fn rooms(kind: &str, users: usize) -> BTreeMap<String, Vec<String>> {
     let users: Vec<String> = (0..users).map(|number| format!("{kind}-{number}")).collect();
     users.chunks(ROOM).map(|room| (format!("room-of-{}", room[0]), room.to_vec())).collect()
@@ -108,7 +108,7 @@ fn honest_clients_notice_nothing_of_ten_thousand_slow_ones() {
     }
     publisher.flush(Duration::from_secs(30));
 
-    // Honest clients first, then everybody else.
+    // Honest clients first, then all others.
     let mut fleet = Fleet::new();
     let connect = |user: &str| Connect::session(node.public, user, "phone");
     for user in honest_rooms.values().flatten() {
@@ -133,11 +133,11 @@ fn honest_clients_notice_nothing_of_ten_thousand_slow_ones() {
             saw(client, &seen, is_honest(client), &mut tallies, &mut gone);
         });
     }
-    // From here on the stalled read nothing.
+    // From here on the stalled clients read nothing.
     stalled.clone().for_each(|client| fleet.stall(client));
     let mut slow = Slow::connect(&connect("never-there"));
 
-    // A message a second to every room, until all the slow ones are gone; then some more.
+    // One message per second to every room until all slow clients have ended; then some more.
     let began = Instant::now();
     let (mut sequence, mut memory_peak, mut next_at) = (0, 0, began);
     let content = "x".repeat(500);
@@ -168,7 +168,7 @@ fn honest_clients_notice_nothing_of_ten_thousand_slow_ones() {
         }
     }
     println!(
-        "slow clients gone after {:.0} s; peak {} MiB; honest ones had each message within {:?}",
+        "slow clients ended after {:.0} s; peak {} MiB; honest clients received each message within {:?}",
         began.elapsed().as_secs_f32(),
         memory_peak >> 20,
         latency_max
@@ -211,7 +211,7 @@ fn saw(
         Seen::Binary(payload) if honest => {
             tallies[client].saw(payload);
         }
-        Seen::Closed(..) | Seen::Gone | Seen::Refused(..) => gone.push(client),
+        Seen::Closed(..) | Seen::Ended | Seen::Refused(..) => gone.push(client),
         _ => {}
     }
 }

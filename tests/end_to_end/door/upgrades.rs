@@ -1,4 +1,4 @@
-//! Every request of the table through a real socket; an honest client is served after each.
+//! Sends every request of the table through a real socket. An honest client is served after each.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -9,11 +9,11 @@ use crate::support::node::NodeBuilder;
 use crate::support::wait::SOON;
 use crate::upgrade_cases::cases;
 
-/// Sends the bytes and reads to the end of the answer's head, and to its end if it is a refusal.
+/// Sends the bytes and reads the head of the answer; the whole answer if it is a refusal.
 fn answer(address: SocketAddr, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).expect("the server accepts");
     stream.set_read_timeout(Some(SOON)).expect("a socket");
-    // A server that has seen enough may close before it has read all.
+    // The server may close before it has read everything.
     let _ = stream.write_all(request);
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
@@ -35,14 +35,14 @@ fn answer(address: SocketAddr, request: &[u8]) -> String {
 }
 
 #[test]
-fn odd_and_hostile_requests_are_answered_and_the_next_client_is_served() {
+fn unusual_and_hostile_requests_are_answered_and_the_next_client_is_served() {
     let node = NodeBuilder::dev().start();
     let mut findings = Vec::new();
     let mut cases = cases();
     assert!(cases.len() >= 150);
     for case in &mut cases {
         if case.name == "token instead of a user" {
-            // Lawful, but this node reads no tokens: to it nobody is named.
+            // Valid, but this node reads no tokens, so the request names no user.
             (case.status, case.contains) = (400, "missing user_id or device_id");
         }
         let answer = answer(node.public, &case.request);
@@ -64,7 +64,7 @@ fn odd_and_hostile_requests_are_answered_and_the_next_client_is_served() {
 
 #[test]
 fn bytes_that_follow_the_request_at_once_are_not_lost() {
-    use crate::support::client::{Client, Heard};
+    use crate::support::client::{Client, Received};
     use crate::support::fleet::{Connect, Fleet, Seen, dial, masked_frame};
 
     let node = NodeBuilder::dev().start();
@@ -89,6 +89,6 @@ fn bytes_that_follow_the_request_at_once_are_not_lost() {
         stream.write_all(&[byte]).expect("a fresh socket takes it");
     }
     let mut client = Client::adopt(stream);
-    assert!(matches!(client.hear(), Heard::Open(_)));
-    assert_eq!(client.hear(), Heard::Pong(b"in the same segment".to_vec()));
+    assert!(matches!(client.receive(), Received::Open(_)));
+    assert_eq!(client.receive(), Received::Pong(b"in the same segment".to_vec()));
 }

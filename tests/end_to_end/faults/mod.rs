@@ -1,4 +1,4 @@
-//! Issue “Guarantees”, show 1 and 3: each part killed, stopped or cut off in turn, under steady load.
+//! Issue “Guarantees”, show 1 and 3: each part is killed, stopped or cut off in turn, under steady load.
 //! Each test is a row of the table in `docs/faults.md`.
 
 mod scene;
@@ -18,7 +18,7 @@ use scene::{Outcome, Scene, Size, USUAL};
 const WARM_UP: Duration = Duration::from_secs(5);
 const AFTERWARDS: Duration = Duration::from_secs(10);
 
-/// The settings as they are.
+/// The default settings.
 fn plain(_number: usize, node: NodeBuilder) -> NodeBuilder {
     node
 }
@@ -31,28 +31,28 @@ fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-/// What the page promises under every fault of this table.
+/// The promises that hold under every fault of this table.
 fn nothing_lost_in_order(outcome: &Outcome) {
     assert_eq!(outcome.totals.lost, 0, "lost: {outcome:?}");
     assert_eq!(outcome.totals.out_of_order, 0, "out of order: {outcome:?}");
 }
 
-/// Whoever stayed connected got everything live.
+/// Every session that stayed connected received everything live.
 fn nothing_missed_live(outcome: &Outcome) {
     nothing_lost_in_order(outcome);
     assert_eq!(outcome.missed_live, 0, "missed by sessions that stayed: {outcome:?}");
 }
 
-/// The same, and the other nodes saw no more handshakes than they are told to expect.
+/// The same, and the other nodes got no more handshakes than `docs/guarantees.md` allows.
 fn nothing_lost_and_nobody_stormed(outcome: &Outcome) {
     nothing_lost_in_order(outcome);
     for drain in &outcome.drains {
-        assert!(drain.sessions > 0, "nobody was there: {outcome:?}");
+        assert!(drain.sessions > 0, "the drained node had no sessions: {outcome:?}");
         assert!(drain.handshakes_per_s <= drain.budget_per_s, "a storm: {outcome:?}");
     }
 }
 
-/// Each with what shows it on the metrics page of a node, which is what its row says.
+/// Each with the metrics that show it, as its row in the table says.
 macro_rules! faults {
     ($($name:ident($scene:ident: $nodes:literal, $size:expr, $adapt:expr) $fault:block
         => $judge:ident, shown by [$($metric:literal),*];)+) => {
@@ -196,7 +196,7 @@ faults! {
         scene.reconnect_through(proxy.address, 4);
         scene.run(seconds(5));
         proxy.cut();
-        // Longer than the node waits for a sign of life: it buries them before they come again.
+        // Longer than the idle timeout: the node terminates these sessions before they reconnect.
         scene.run(seconds(12));
         scene.desert(proxy.address);
         scene.run(seconds(15));
@@ -220,10 +220,9 @@ faults! {
     } => nothing_lost_and_nobody_stormed, shown by [];
 }
 
-/// Each row of the table names the metrics by which its test sees that the fault shows, in the order
-/// of the tests.
+/// Each row of the table names the metrics that show its fault, in the order of the tests.
 #[test]
-fn table_says_what_the_tests_see() {
+fn table_names_the_metrics_that_its_tests_check() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/faults.md");
     let page = std::fs::read_to_string(path).expect("the page");
     let (table, _) = page.split_once("\n## ").expect("a section after the table");
@@ -239,7 +238,7 @@ fn table_says_what_the_tests_see() {
         for metric in *metrics {
             assert!(named.contains(metric), "{test} sees {metric}; its row: {row}");
         }
-        // The rest are gauges and what is seen beside the metrics page.
+        // The rest are gauges, and effects outside the metrics page.
         let counters = named.iter().filter(|name| name.contains("_total"));
         let unseen: Vec<_> = counters.filter(|name| !metrics.contains(*name)).collect();
         assert!(unseen.is_empty(), "{test} sees nothing of {unseen:?}");

@@ -1,5 +1,5 @@
-//! A small RealChat under steady load: Kafka, Redis and neighbours of our own, some Delivery nodes,
-//! and clients that reconnect and resume as `docs/guarantees.md` tells them to.
+//! A small RealChat under steady load: Kafka, Redis, neighbours, some Delivery nodes, and clients that
+//! reconnect and resume as `docs/guarantees.md` says.
 
 mod drain;
 
@@ -17,28 +17,28 @@ use crate::support::proxy::Proxy;
 use crate::support::tally::{Tally, Totals, resume_request};
 use crate::support::world::{Chance, World};
 
-use drain::{Drained, told_to_wait};
+use drain::{Drained, waiting_time};
 
-/// How much of everything.
+/// The size of a scene.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Size {
     pub(super) sessions: usize,
     pub(super) conversations: usize,
 }
 
-/// Of a row of the table unless it says otherwise.
+/// The size that most rows of the table use.
 pub(super) const USUAL: Size = Size { sessions: 300, conversations: 60 };
 
-/// Messages published each second.
+/// Messages published per second.
 const RATE: u32 = 200;
 const MEMBERS_MAX: usize = 30;
-/// From the end of a session to the next attempt: a back-off with jitter between these.
+/// Backoff from the end of a session to the next attempt: random between these.
 const BACK_OFF_MS: (usize, usize) = (100, 600);
-/// For an answer to the handshake; a client then tries another node.
+/// Limit for an answer to the handshake; then the client tries another node.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(3);
-/// After the last fault is healed, everything published must be there after so long.
+/// Limit from the end of the last fault until everything published has arrived.
 const SETTLED_WITHIN: Duration = Duration::from_secs(90);
-/// All sessions are open so long after the nodes are ready.
+/// Limit from the readiness of the nodes until all sessions are open.
 const CONNECTED_WITHIN: Duration = Duration::from_secs(30);
 
 /// One device of one user.
@@ -46,16 +46,16 @@ struct Session {
     user: String,
     device: String,
     tally: Tally,
-    /// The connection, open or opening, with the time it was begun.
+    /// The connection, open or opening, with the time of its start.
     client: Option<(ClientId, Instant)>,
     reconnect_at: Option<Instant>,
     /// The node to try next, or the one that it is connected to.
     node: usize,
-    /// Connects through this instead of directly to its first node.
+    /// Connects through this address instead of directly to its first node.
     through: Option<std::net::SocketAddr>,
 }
 
-/// What a run came to: a row of the fault table.
+/// The result of a run: a row of the fault table.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) published: u64,
@@ -64,14 +64,14 @@ pub(super) struct Outcome {
     pub(super) missed_live: u64,
     pub(super) longest_stall: Duration,
     pub(super) reconnects: u64,
-    /// Counters that grew, all nodes together.
+    /// Counters that grew, summed over all nodes.
     pub(super) grown: BTreeMap<String, f64>,
-    /// What the other nodes saw of each drain.
+    /// Effect of each drain on the other nodes.
     pub(super) drains: Vec<Drained>,
 }
 
 impl Outcome {
-    /// Whether a counter grew, given as on a page: with one label or without.
+    /// Whether a counter grew. It is written as on the metrics page, with at most one label.
     pub(super) fn shows(&self, metric: &str) -> bool {
         let (name, label) = metric.split_once('{').unwrap_or((metric, "}"));
         let label = label.trim_end_matches('}');
@@ -82,7 +82,7 @@ impl Outcome {
     }
 }
 
-/// See the module.
+/// A running scene.
 pub(super) struct Scene {
     pub(super) kafka: OwnService,
     pub(super) kafka_proxy: Proxy,
@@ -95,7 +95,7 @@ pub(super) struct Scene {
     fleet: Fleet,
     sessions: Vec<Session>,
     owners: Vec<usize>,
-    /// When each connection was answered with 101, and by which node.
+    /// Time and node of each answer 101.
     handshakes: Vec<(Instant, usize)>,
     drains: Vec<Drained>,
     publisher: Publisher,
@@ -106,7 +106,7 @@ pub(super) struct Scene {
     next_message_at: Instant,
     longest_stall: Duration,
     reconnects: u64,
-    /// How sessions ended, by close code (0: without one).
+    /// Ends of sessions by close code (0: without one).
     pub(super) endings: BTreeMap<u16, u64>,
     before: Vec<Metrics>,
 }
@@ -145,7 +145,7 @@ impl Scene {
                     .set("PRESENCE_SVC_ADDR", neighbours.address())
                     .set("PRESENCE_MODE", "redis")
                     .set("ROUTING_MODE", "group")
-                    // Faults are met with the time limits of a production node.
+                    // Faults are tested with the time limits of a production node.
                     .set("CALL_TIMEOUT", "2s")
                     .set("HANDSHAKE_TIMEOUT", "10s")
                     .set("IDLE_TIMEOUT", "60s")
@@ -206,10 +206,10 @@ impl Scene {
         self.nodes.iter().map(running).collect()
     }
 
-    /// Load for this long.
+    /// Keeps up the load for this long.
     pub(super) fn run(&mut self, time: Duration) {
         let end = Instant::now() + time;
-        // A pause between two phases is not made up for by a burst.
+        // No burst after a pause between two phases.
         self.next_message_at =
             self.next_message_at.max(Instant::now() - Duration::from_millis(100));
         while Instant::now() < end {
@@ -228,13 +228,13 @@ impl Scene {
         let sender = &members[self.chance.below(members.len())];
         self.last[number] += 1;
         let content = format!("{} and the rest of a message", self.began.elapsed().as_millis());
-        // The message service has it before it is published, as in a real back end.
+        // As in a real back end, the message service has it before it is published.
         let stored = message(conversation, self.last[number], sender, &content);
         self.neighbours.state().messages.entry(conversation.clone()).or_default().push(stored);
         self.publisher.message(conversation, self.last[number], sender, &content);
     }
 
-    /// Reads what came, and lets sessions whose time has come reconnect.
+    /// Reads what arrived, and reconnects the sessions that are due.
     fn turn(&mut self) {
         let Self { fleet, sessions, owners, began, longest_stall, endings, .. } = self;
         let Self { chance, handshakes, .. } = self;
@@ -251,17 +251,17 @@ impl Scene {
                 }
                 Seen::Closed(code, reason) => (code, reason),
                 Seen::Refused(status, _) => (status, ""),
-                Seen::Gone => (0, ""),
+                Seen::Ended => (0, ""),
                 Seen::Open(_) => {
                     handshakes.push((Instant::now(), session.node));
                     return;
                 }
                 Seen::Text(_) | Seen::Ping | Seen::Pong(_) => return,
             };
-            // The end of a connection that was given up already is no news.
+            // The end of an abandoned connection is ignored.
             if session.client.is_some_and(|(id, _)| id == client) {
                 *endings.entry(code).or_default() += 1;
-                match told_to_wait(reason) {
+                match waiting_time(reason) {
                     Some(wait) => session.retry_after(wait),
                     None => session.retry_later(chance),
                 }
@@ -307,8 +307,8 @@ impl Scene {
         }
     }
 
-    /// Gives up the connections of the sessions of this node as a client does that hears nothing,
-    /// without telling the server.
+    /// Abandons the connections of the sessions of this node without a close frame, as a client does
+    /// that receives nothing.
     pub(super) fn desert(&mut self, through: std::net::SocketAddr) {
         for session in &mut self.sessions {
             if session.through == Some(through) {
@@ -318,7 +318,7 @@ impl Scene {
         }
     }
 
-    /// Makes every `nth` session reconnect through this address, and waits until they have.
+    /// Makes every `nth` session reconnect through this address, and waits until all have.
     pub(super) fn reconnect_through(&mut self, through: std::net::SocketAddr, nth: usize) {
         for session in self.sessions.iter_mut().step_by(nth) {
             if let Some((id, _)) = session.client.take() {
@@ -332,7 +332,7 @@ impl Scene {
         });
     }
 
-    /// Ends the connections of every `nth` session without a word.
+    /// Terminates the connections of every `nth` session without a close frame.
     pub(super) fn drop_sessions(&mut self, nth: usize) {
         for session in self.sessions.iter_mut().step_by(nth) {
             if let Some((id, _)) = session.client.take() {
@@ -342,25 +342,25 @@ impl Scene {
         }
     }
 
-    /// Starts a node again with the settings it had.
+    /// Restarts a node with the same settings.
     pub(super) fn start_node(&mut self, number: usize) {
         assert!(self.nodes[number].is_none(), "it is running");
         self.nodes[number] = Some(self.builders[number].spawn());
     }
 
-    /// Adds a node with the settings of node 0 and these.
+    /// Adds a node with the settings of node 0 and some more.
     pub(super) fn add_node(&mut self, adapt: impl FnOnce(NodeBuilder) -> NodeBuilder) {
         self.builders.push(adapt(self.builders[0].clone().on_ports_of_its_own()));
         self.nodes.push(None);
         self.start_node(self.nodes.len() - 1);
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub(super) fn kill_node(&mut self, number: usize) {
         self.nodes[number].take().expect("it is running").kill();
     }
 
-    /// SIGTERM; load goes on until it has ended.
+    /// Sends SIGTERM and keeps up the load until the node has exited.
     pub(super) fn stop_node(&mut self, number: usize, within: Duration) {
         let mut node = self.nodes[number].take().expect("it is running");
         node.signal(rustix::process::Signal::TERM);
@@ -375,7 +375,7 @@ impl Scene {
         assert!(status.success(), "{status}: {}", node.log());
     }
 
-    /// Load until the node says that it is ready.
+    /// Keeps up the load until the node is ready.
     pub(super) fn run_until_ready(&mut self, number: usize) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.readiness(number).0 != 200 {
@@ -390,7 +390,7 @@ impl Scene {
         answer.map_or((0, "no answer".into()), |answer| (answer.status, answer.body.trim().into()))
     }
 
-    /// Turns without publishing until it is so.
+    /// Runs the clients without publishing until the condition holds.
     fn settle(&mut self, what: &str, within: Duration, mut done: impl FnMut(&Self) -> bool) {
         let deadline = Instant::now() + within;
         while !done(self) {
@@ -415,14 +415,14 @@ impl Scene {
         totals
     }
 
-    /// Stops the load, waits for what is still under way, lets every session that misses something
-    /// reconnect and catch up, and adds up.
+    /// Stops the load, waits for messages in flight, makes every session with gaps reconnect and catch
+    /// up, and returns the result.
     pub(super) fn finish(mut self, name: &str) -> Outcome {
         self.publisher.flush(SETTLED_WITHIN);
         self.settle("all sessions are open again", SETTLED_WITHIN, |scene| scene.all_open());
         let deadline = Instant::now() + SETTLED_WITHIN;
         let (mut lost, mut quiet_since) = (u64::MAX, Instant::now());
-        // Until all is there, or nothing more came for a while.
+        // Until everything has arrived, or nothing more arrives.
         while lost > 0
             && quiet_since.elapsed() < Duration::from_secs(10)
             && Instant::now() < deadline
@@ -434,7 +434,7 @@ impl Scene {
             }
         }
         let missed_live = lost;
-        // Catch-up fills gaps, out of order and with what is there already: told apart from disorder.
+        // Catch-up fills gaps out of order and with duplicates; these are not counted as disorder.
         let live = self.totals();
         let longest_stall = self.longest_stall;
         if lost > 0 {
@@ -456,7 +456,7 @@ impl Scene {
         outcome
     }
 
-    /// Counters of trouble that grew, all nodes together.
+    /// Error counters that grew, summed over all nodes.
     fn changed_counters(&self) -> BTreeMap<String, f64> {
         let mut changed = BTreeMap::new();
         for (before, after) in self.before.iter().zip(&self.metrics()) {

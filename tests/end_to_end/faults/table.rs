@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::scene::Outcome;
 
-/// Counters that say how much work was done, not that something went wrong.
+/// Counters of work, as opposed to errors.
 const ORDINARY: [&str; 4] = ["_bucket", "_sum", "_count", "_bytes"];
 
 /// Prints a row, and appends it to `faults.md` in the target folder.

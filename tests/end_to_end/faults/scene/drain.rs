@@ -1,27 +1,27 @@
-//! A node that goes in good order, and what the others see of it.
+//! Draining of a node, and its effect on the other nodes.
 
 use std::time::{Duration, Instant};
 
 use super::{CONNECTED_WITHIN, Scene, Session};
 
-/// Over which a draining node spreads the returns of its clients (`docs/guarantees.md`).
+/// Period over which a draining node spreads the reconnects of its clients (`docs/guarantees.md`).
 const RECONNECT_SPREAD: Duration = Duration::from_secs(5);
 
-/// What became of the sessions of a node that was drained.
+/// The sessions of a drained node after its drain.
 #[derive(Debug)]
 pub(in super::super) struct Drained {
-    /// That it had.
+    /// Sessions that the node had.
     pub(in super::super) sessions: usize,
-    /// Most handshakes in any second at all the other nodes together, from the order to drain until
-    /// everybody was back.
+    /// Most handshakes per second at all other nodes together, from the order to drain until all
+    /// sessions were back.
     pub(in super::super) handshakes_per_s: usize,
-    /// What the page allows them: see `docs/guarantees.md`.
+    /// Handshakes per second that `docs/guarantees.md` allows.
     pub(in super::super) budget_per_s: usize,
 }
 
 impl Scene {
-    /// SIGTERM to a node that drains over `period`, load until it has ended and everybody is back,
-    /// and what the others saw of it.
+    /// Sends SIGTERM to a node that drains over `period`, keeps up the load until it has exited and all
+    /// sessions are back, and returns what the other nodes measured.
     pub(in super::super) fn drain_node(&mut self, number: usize, period: Duration) {
         let of_node = |session: &&Session| session.client.is_some() && session.node == number;
         let sessions = self.sessions.iter().filter(of_node).count();
@@ -30,12 +30,12 @@ impl Scene {
         self.stop_node(number, period + Duration::from_secs(30));
         let deadline = Instant::now() + CONNECTED_WITHIN;
         while !self.all_open() {
-            assert!(Instant::now() < deadline, "not everybody came back: {:?}", self.endings);
+            assert!(Instant::now() < deadline, "not all sessions reconnected: {:?}", self.endings);
             self.run(Duration::from_millis(100));
         }
         let new = &self.handshakes[before..];
         assert!(new.iter().all(|(_, node)| *node != number), "it took sessions while draining");
-        // The nodes count at least those (an answer that a client did not wait for is one more).
+        // The nodes count at least these: an answer that a client did not wait for is one more.
         assert!(self.upgraded_elsewhere(number) - upgraded >= new.len() as f64);
         let in_second = |(from, _): &(Instant, usize)| {
             let within = |at: Instant| at >= *from && at - *from < Duration::from_secs(1);
@@ -54,8 +54,8 @@ impl Scene {
     }
 }
 
-/// How long the reason of a 1012 says to wait.
-pub(super) fn told_to_wait(reason: &str) -> Option<Duration> {
+/// The waiting time in the reason of a 1012.
+pub(super) fn waiting_time(reason: &str) -> Option<Duration> {
     let ms = reason.strip_prefix("draining; reconnect in ")?.strip_suffix(" ms")?.parse().ok()?;
     Some(Duration::from_millis(ms))
 }

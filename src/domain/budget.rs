@@ -1,10 +1,12 @@
-//! How much memory the events of one maker may take, wherever they wait: in rings, shards or the hub.
+//! A memory bound for the events of one producer, wherever they wait: in rings, in shards or in the
+//! stream hub.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A bound shared by all events of one maker, who asks before making the next. Each is charged
-/// when it is made, and pays back when the last who holds it lets go.
+/// A bound shared by all events of one producer. The producer checks it before it makes the next
+/// event. Each event is charged when it is made; the charge is returned when its last holder drops
+/// it.
 #[derive(Debug)]
 pub struct EventBudget {
     held: AtomicU64,
@@ -12,29 +14,29 @@ pub struct EventBudget {
 }
 
 impl EventBudget {
-    /// Nothing held yet.
+    /// An empty budget.
     pub fn new(bytes_max: u64) -> Arc<Self> {
         Arc::new(Self { held: AtomicU64::new(0), bytes_max })
     }
 
-    /// Bytes of the events that are alive.
+    /// Bytes charged at the moment.
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Whether one more may be made. It may exceed the bound by itself.
+    /// Whether one more event may be made. That event may exceed the bound by itself.
     pub fn has_room(&self) -> bool {
         self.held() < self.bytes_max
     }
 
-    /// Takes so many bytes until the charge is dropped.
+    /// Takes `bytes` until the charge is dropped.
     pub fn charge(self: &Arc<Self>, bytes: u64) -> Charge {
         self.held.fetch_add(bytes, Ordering::Relaxed);
         Charge { budget: Arc::clone(self), bytes }
     }
 }
 
-/// What one event takes of its maker's budget.
+/// The share of one event in its producer's budget.
 #[derive(Debug)]
 pub struct Charge {
     budget: Arc<EventBudget>,

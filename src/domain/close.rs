@@ -7,21 +7,21 @@ use std::borrow::Cow;
 pub struct CloseCode(pub u16);
 
 impl CloseCode {
-    /// The purpose of the connection is fulfilled.
+    /// The connection has served its purpose.
     pub const NORMAL: Self = Self(1000);
     /// The server is going down: reconnect to any node.
     pub const GOING_AWAY: Self = Self(1001);
     /// The peer broke RFC 6455.
     pub const PROTOCOL_ERROR: Self = Self(1002);
-    /// A kind of data that is not accepted here.
+    /// A type of data that the server does not accept.
     pub const UNSUPPORTED_DATA: Self = Self(1003);
     /// Text that is not UTF-8.
     pub const INVALID_PAYLOAD: Self = Self(1007);
-    /// A limit that is not about size was broken (rates).
+    /// A limit other than size was exceeded (rates).
     pub const POLICY_VIOLATION: Self = Self(1008);
     /// A message or frame over the limit.
     pub const MESSAGE_TOO_BIG: Self = Self(1009);
-    /// Send queue overflow (contract §3), or a fault of ours.
+    /// Send queue overflow (contract §3), or an internal error.
     pub const INTERNAL_ERROR: Self = Self(1011);
     /// This node is being drained: reconnect after the time in the reason.
     pub const SERVICE_RESTART: Self = Self(1012);
@@ -29,13 +29,13 @@ impl CloseCode {
     pub const TRY_AGAIN_LATER: Self = Self(1013);
     /// The same user and device connected again (contract §3).
     pub const SESSION_REPLACED: Self = Self(4000);
-    /// The token expired and no fresh one came in time.
+    /// The token expired and was not renewed in time.
     pub const TOKEN_EXPIRED: Self = Self(4401);
-    /// The resume request came after the grace for it had passed.
+    /// The resume request came after its grace period.
     pub const RESUME_TOO_LATE: Self = Self(4408);
 }
 
-/// What the server puts in a close frame.
+/// The content of a close frame that the server sends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Close {
     /// The status code.
@@ -51,20 +51,20 @@ impl Close {
     }
 }
 
-/// How a connection came to its end. One metric label each, so that a dead peer is told apart from
-/// a clean close.
+/// How a connection ended. Each reason has its own metric label, so that dead peers and clean
+/// closes can be told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum EndReason {
     /// The client closed with a close frame.
     ClosedByPeer,
-    /// The client's socket ended (FIN) without a close frame.
+    /// The client shut down its half of the stream (FIN) without a close frame.
     PeerGone,
     /// The client's socket was reset or failed.
     PeerReset,
-    /// Nothing came for the idle time although it was pinged.
+    /// Nothing was received for the idle time, although the client was pinged.
     PeerSilent,
-    /// The client broke RFC 6455 or a limit.
+    /// The client violated RFC 6455 or a limit.
     PeerAtFault,
     /// The send queue was full: a slow reader.
     QueueOverflow,
@@ -78,15 +78,15 @@ pub enum EndReason {
     ClosedByService,
     /// The node is draining or stopping.
     Draining,
-    /// A fault of ours or of the kernel.
+    /// An internal error, or an error of the kernel.
     ServerFault,
 }
 
 impl EndReason {
-    /// How many there are.
+    /// Number of reasons.
     pub const COUNT: usize = 12;
 
-    /// All of them, in the order of their numbers.
+    /// All reasons, in the order of their numbers.
     pub const ALL: [EndReason; Self::COUNT] = [
         Self::ClosedByPeer,
         Self::PeerGone,

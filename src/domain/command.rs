@@ -1,8 +1,8 @@
-//! What crosses the hand-off between the service side and the shards.
+//! Commands and reports: the items that cross the hand-off between the service side and the shards.
 //!
-//! A *peer* is a thread of the service side that owns one ring to and one ring from each shard:
-//! the session manager and each router. What a shard reports about a connection goes to the
-//! session manager; a [`ShardReport::Done`] goes back to the peer that issued the ticket.
+//! A *peer* is a thread of the service side that owns one ring to and one ring from each shard: the
+//! session manager and each router. Reports about a connection go to the session manager;
+//! [`ShardReport::Done`] goes to the peer that issued the ticket.
 
 use std::net::IpAddr;
 use std::num::NonZeroU64;
@@ -13,7 +13,8 @@ use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, ConversationPosition};
 
-/// Names one delivery towards one shard until the shard reports it done. Meaning is the issuer's.
+/// Identifies one delivery to one shard until the shard reports it done. Only the issuer interprets
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub NonZeroU64);
 
@@ -29,14 +30,14 @@ pub struct ReplyTo {
 /// The recipients of one event on one shard, each with the encoding it negotiated.
 #[derive(Clone, Debug)]
 pub enum Recipients {
-    /// The common case of a direct conversation: no allocation.
+    /// A single recipient, as in a direct conversation: needs no allocation.
     One(ConnectionKey, Encoding),
-    /// Any number; no connection twice.
+    /// Any number of recipients; no connection twice.
     Many(Box<[(ConnectionKey, Encoding)]>),
 }
 
 impl Recipients {
-    /// All of them.
+    /// All recipients.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (ConnectionKey, Encoding)> + '_ {
         let (one, many) = match self {
             Self::One(key, encoding) => (Some((*key, *encoding)), &[][..]),
@@ -66,114 +67,116 @@ impl Iterator for RecipientsIter<'_> {
 
 impl ExactSizeIterator for RecipientsIter<'_> {}
 
-/// Whether a delivery is what happens now or what a session missed.
+/// Whether an event is live or was missed by the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeliveryClass {
-    /// A live event: held back while its session catches up, dropped if catch-up delivered it.
+    /// A live event. It is held while its session catches up, and dropped if catch-up has delivered
+    /// it.
     Live,
-    /// A caught-up message: passes the held ones.
+    /// A caught-up message. It is sent before the held live events.
     CatchUp,
 }
 
-/// From the service side to a shard.
+/// A command from the service side to a shard.
 #[derive(Debug)]
 pub enum ShardCommand {
-    /// Append the event to each recipient's queue. Done (if a ticket asks for the report) when for
-    /// each recipient the send has completed, or the session has ended, or was stale already.
+    /// Append the event to each recipient's queue. The delivery is done when, for each recipient,
+    /// the send has completed, the session has ended, or the connection was stale already.
     Deliver {
-        /// The event with a frame for each encoding among the recipients.
+        /// The event, with a frame for each encoding among the recipients.
         event: Arc<Event>,
-        /// Who gets it.
+        /// The recipients.
         recipients: Recipients,
         /// Live or caught up.
         class: DeliveryClass,
-        /// Reported back when done; `None`: no report wanted.
+        /// Returned in [`ShardReport::Done`]; `None`: no report wanted.
         ticket: Option<Ticket>,
     },
     /// Answer the handshake with 101: the session is in the directory. Its live events are held
-    /// until [`ShardCommand::GoLive`] or the end of the resume grace.
+    /// until [`ShardCommand::GoLive`] or the end of the resume grace period.
     Admit {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
     },
     /// Answer the handshake with an HTTP error and close.
     Refuse {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
-        /// What to answer.
+        /// The HTTP response.
         refusal: Refusal,
     },
-    /// Catch-up is complete: send what was held, except what `delivered` covers, and go live.
+    /// Catch-up is complete: send the held events, except those that `delivered` covers, and go
+    /// live.
     GoLive {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
-        /// Per conversation the highest sequence that catch-up delivered: live events at or below
-        /// it are duplicates.
+        /// Per conversation, the highest sequence that catch-up delivered. Live events up to it are
+        /// duplicates.
         delivered: Box<[ConversationPosition]>,
     },
-    /// Send a text message of the service's own (answers to the client's control messages).
+    /// Send a text message of the service (answers to the client's control messages).
     SendText {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
         /// The text.
         text: Box<str>,
     },
-    /// Send what is queued, then a close frame, and end.
+    /// Send what is queued, then close with this close frame.
     Close {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
         /// Code and reason.
         close: Close,
-        /// The metric label under which it ends.
+        /// The reason under which the end is counted.
         why: EndReason,
     },
     /// Close the listener; open connections stay.
     StopAccepting,
-    /// Close every connection with this close, then report [`ShardReport::Stopped`] and end the
-    /// thread.
+    /// Close every connection with this close frame, then report [`ShardReport::Stopped`] and end
+    /// the thread.
     Stop {
-        /// Code and reason for those still open.
+        /// Code and reason for the connections that are still open.
         close: Close,
     },
 }
 
-/// An HTTP answer other than 101.
+/// An HTTP response other than 101.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// HTTP status, 400 to 599.
     pub status: u16,
-    /// The body: one line that says what was wrong and what to do. Tells no secret.
+    /// The body: one line that says what was wrong and what to do. Contains no secret.
     pub body: std::borrow::Cow<'static, str>,
     /// `Retry-After` in seconds, for 429 and 503.
     pub retry_after_s: Option<u32>,
 }
 
-/// What an upgrade request says of the client: for the service to decide on.
+/// The content of an upgrade request, on which the service decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// `user_id` of the query, decoded; empty if missing.
     pub user_id: String,
     /// `device_id` of the query, decoded; empty if missing.
     pub device_id: String,
-    /// The bearer token, wherever it was found. Never printed: see [`Secret`].
+    /// The bearer token, from wherever in the request it was. Never printed: see [`Secret`].
     pub token: Option<Secret>,
     /// The client's address.
     pub address: IpAddr,
-    /// What its events will be encoded as.
+    /// The encoding of the session's events.
     pub encoding: Encoding,
 }
 
-/// A string that `Debug` does not show.
+/// A string that `Debug` does not print.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Wraps it.
+    /// Wraps a value.
     pub fn new(value: String) -> Self {
         Self(value)
     }
 
-    /// The value: for verifying only, never for a log, an error or a metric.
+    /// The value. Only for verification; never for a log, an error or a metric.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -185,46 +188,47 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// From a shard to the service side.
+/// A report from a shard to the service side.
 #[derive(Debug)]
 pub enum ShardReport {
-    /// A complete upgrade request waits for [`ShardCommand::Admit`] or [`ShardCommand::Refuse`].
+    /// A complete upgrade request awaits [`ShardCommand::Admit`] or [`ShardCommand::Refuse`].
     Opened {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
-        /// What the client said.
+        /// The content of the request.
         hello: Box<Hello>,
     },
-    /// A text message from the client: the resume request, or a fresh token.
+    /// A text message from the client: the resume request, or a new token.
     Message {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
-        /// The text, checked as UTF-8.
+        /// The text, valid UTF-8.
         text: Box<str>,
     },
-    /// A gRPC session named a conversation for the first time: send what follows `after`, as
-    /// [`DeliveryClass::CatchUp`], then [`ShardCommand::GoLive`] with exactly this conversation in
-    /// `delivered`: the highest sequence that was sent, or `after`. Only its own live events wait
-    /// meanwhile. Only the stream hub reports this, once per conversation of a session.
+    /// A gRPC session named a conversation for the first time. The peer sends what follows `after`
+    /// as [`DeliveryClass::CatchUp`], then [`ShardCommand::GoLive`] with exactly this conversation
+    /// in `delivered`: the highest sequence that was sent, or `after`. Only live events of this
+    /// conversation are held meanwhile. Only the stream hub sends this report, once per
+    /// conversation of a session.
     Resume {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
         /// The conversation's id, not empty.
         conversation: Box<str>,
-        /// The last sequence the client has of it, 0 or more.
+        /// The last sequence that the client has, 0 or more.
         after: i64,
     },
-    /// The resume grace passed without a first message: the session has gone live by itself.
+    /// The resume grace period passed without a first message: the session has gone live.
     GraceExpired {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
     },
-    /// The connection has ended. Sent once for each connection that was reported opened; the key
-    /// is not used again before the report is in the ring.
+    /// The connection has ended. Sent once for each connection that was reported opened. The key is
+    /// not reused before this report is in the ring.
     Ended {
-        /// Which connection.
+        /// The connection.
         connection: ConnectionKey,
-        /// How.
+        /// The reason.
         why: EndReason,
     },
     /// All recipients of a delivery are done.
@@ -232,7 +236,7 @@ pub enum ShardReport {
         /// The ticket of the delivery.
         ticket: Ticket,
     },
-    /// The shard has closed everything; its thread ends after this.
+    /// All connections have ended; the shard's thread ends after this report.
     Stopped,
 }
 

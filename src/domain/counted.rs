@@ -1,8 +1,8 @@
-//! A number of things, in words: `1 shard`, `2 shards`.
+//! A count with its noun: `1 shard`, `2 shards`.
 
 use std::fmt;
 
-/// So many of a thing whose plural takes an `s`.
+/// A count and its noun. The plural of the noun is formed with an `s`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counted<T>(pub T, pub &'static str);
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A count with a single writer: a plain load and store, no locked instruction.
+/// A counter with a single writer: a plain load and store, no locked instruction.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -22,13 +22,13 @@ impl Counter {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// The value as last written.
+    /// The last written value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// A count that any thread may add to.
+/// A counter that any thread may add to.
 #[derive(Debug, Default)]
 pub struct SharedCounter(AtomicU64);
 
@@ -80,20 +80,20 @@ pub trait CounterSet: Default + Send + Sync + 'static {
     fn visit(&self, visit: Visit<'_>);
 }
 
-/// What a field of [`counters!`](crate::counters) is to Prometheus.
+/// The Prometheus type of a field of [`counters!`](crate::counters).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricKind {
-    /// Only grows.
+    /// Only increases.
     Counter,
-    /// Goes up and down.
+    /// Increases and decreases.
     Gauge,
 }
 
-/// Upper bounds of the latency buckets, ms; a last bucket takes the rest.
+/// Upper bounds of the latency buckets, ms. One more bucket takes the rest.
 pub const LATENCY_BUCKETS_MS: [u64; 14] =
     [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 60_000];
 
-/// Time from the append to the log to the completed send, one writer.
+/// Histogram of the time from the append to the log to the completed send. Single writer.
 #[derive(Debug, Default)]
 pub struct LatencyHistogram {
     buckets: [Counter; LATENCY_BUCKETS_MS.len() + 1],
@@ -108,7 +108,7 @@ impl LatencyHistogram {
         self.sum_ms.add(latency_ms.saturating_mul(count));
     }
 
-    /// Counts per bucket (not cumulative), and the sum of all latencies in ms.
+    /// Counts per bucket (not cumulative), and the sum of all latencies, ms.
     pub fn read(&self) -> ([u64; LATENCY_BUCKETS_MS.len() + 1], u64) {
         (std::array::from_fn(|i| self.buckets[i].get()), self.sum_ms.get())
     }

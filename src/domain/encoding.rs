@@ -1,12 +1,12 @@
-//! How the events of a session are written.
+//! The encodings of a session's events.
 
-/// How the events of a session are written. Fixed at the handshake.
+/// The encoding of a session's events. Fixed at the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Encoding {
     /// `realchat.v1`: a binary WebSocket message, the serialized `EventEnvelope`.
     Binary = 0,
-    /// The same with permessage-deflate (RFC 7692), no context takeover.
+    /// The same with permessage-deflate (RFC 7692), without context takeover.
     BinaryDeflate = 1,
     /// `realchat.v1.json`: a text WebSocket message, proto3 JSON with the inner event decoded.
     Json = 2,
@@ -17,20 +17,20 @@ pub enum Encoding {
 }
 
 impl Encoding {
-    /// How many there are.
+    /// Number of encodings.
     pub const COUNT: usize = 5;
 
-    /// All of them, in the order of their numbers.
+    /// All encodings, in the order of their numbers.
     pub const ALL: [Encoding; Self::COUNT] =
         [Self::Binary, Self::BinaryDeflate, Self::Json, Self::JsonDeflate, Self::Stream];
 
-    /// As an index into per-encoding tables.
+    /// Index into per-encoding tables.
     pub fn index(self) -> usize {
         self as usize
     }
 
-    /// What is sent instead where compression does not pay: a compressing session may be sent any
-    /// single message uncompressed (RFC 7692 §6).
+    /// The encoding that replaces this one where compression does not pay: a session with
+    /// permessage-deflate may receive any single message uncompressed (RFC 7692 §6).
     pub fn uncompressed(self) -> Encoding {
         match self {
             Self::Binary | Self::BinaryDeflate => Self::Binary,
@@ -40,22 +40,22 @@ impl Encoding {
     }
 }
 
-/// A set of encodings: what the recipients of one event need between them.
+/// A set of encodings, such as those among the recipients of one event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EncodingSet(u8);
 
 impl EncodingSet {
-    /// Adds one.
+    /// Adds an encoding.
     pub fn insert(&mut self, encoding: Encoding) {
         self.0 |= 1 << encoding.index();
     }
 
-    /// Whether it is in the set.
+    /// Whether the set contains an encoding.
     pub fn contains(self, encoding: Encoding) -> bool {
         self.0 & (1 << encoding.index()) != 0
     }
 
-    /// Whether nothing is.
+    /// Whether the set is empty.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }

@@ -6,27 +6,28 @@ use crate::domain::budget::{Charge, EventBudget};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConversationKey, ConversationPosition};
 
-/// One immutable event with its ready frames: server frames are not masked (RFC 6455 §5.1), so the
-/// same bytes serve every recipient.
+/// One immutable event with its encoded frames. Server frames are not masked (RFC 6455 §5.1), so
+/// the same bytes serve every recipient.
 #[derive(Debug, Default)]
 pub struct Event {
     frames: [Option<Box<[u8]>>; Encoding::COUNT],
-    /// Place within its conversation; `None` for events that have none (receipts, presence,
-    /// membership). Catch-up uses it to send nothing twice.
+    /// Position within the conversation; `None` for events without one (receipts, presence,
+    /// membership). Catch-up uses it to avoid duplicates.
     pub position: Option<ConversationPosition>,
-    /// The conversation it belongs to, with or without a place in it; `None` where it belongs to
-    /// none (presence). While a conversation is being caught up, all its live events wait.
+    /// The conversation of the event, whether or not it has a position in it; `None` for events of
+    /// no conversation (presence). While a conversation is being caught up, all its live events are
+    /// held.
     pub conversation: Option<ConversationKey>,
-    /// When the event was appended to its log, Unix time in ms; 0 where unknown. For the latency
+    /// When the event was appended to its log, Unix time in ms; 0 if unknown. For the latency
     /// histogram.
     pub appended_at_ms: u64,
-    /// What it takes of its maker's budget; `None`: it is bounded otherwise.
+    /// Share of the producer's budget; `None`: the event is bounded in another way.
     charge: Option<Charge>,
 }
 
 impl Event {
-    /// Memory of an event beside its frames and the lists of its recipients, bytes: itself, its
-    /// counts, and what each shard that holds it keeps.
+    /// Memory of an event besides its frames and its recipient lists, bytes: the event itself, its
+    /// reference counts, and the bookkeeping of each shard that holds it.
     pub const OVERHEAD_BYTES: u64 = 512;
 
     /// An event without frames yet.
@@ -35,34 +36,34 @@ impl Event {
         Self { frames: Default::default(), position, conversation, appended_at_ms, charge: None }
     }
 
-    /// Says which conversation an event without a position belongs to.
+    /// Sets the conversation of an event without a position.
     pub fn of_conversation(mut self, conversation: ConversationKey) -> Self {
         debug_assert!(self.position.is_none_or(|position| position.conversation == conversation));
         self.conversation = Some(conversation);
         self
     }
 
-    /// Adds the ready bytes for one encoding: a whole frame, header and payload.
+    /// Adds the bytes for one encoding: a whole frame, header and payload.
     pub fn with_frame(mut self, encoding: Encoding, frame: Box<[u8]>) -> Self {
         self.frames[encoding.index()] = Some(frame);
         self
     }
 
-    /// Charges its bytes, and `beside` more for what travels with it, to a budget as long as it
-    /// lives.
+    /// Charges the event's bytes, plus `beside` for data that travels with it, to a budget for as
+    /// long as the event lives.
     pub fn charged_to(mut self, budget: &Arc<EventBudget>, beside: u64) -> Self {
         self.charge = Some(budget.charge(self.bytes() + Self::OVERHEAD_BYTES + beside));
         self
     }
 
-    /// Bytes of all frames together.
+    /// Total bytes of all frames.
     pub fn bytes(&self) -> u64 {
         self.frames.iter().flatten().map(|frame| frame.len() as u64).sum()
     }
 
-    /// The bytes for a session of this encoding, or those of its uncompressed form where the event
-    /// did not shrink. `None`: the event cannot be expressed in it (or was not prepared for it),
-    /// and the session is skipped.
+    /// The bytes for a session of this encoding, or those of the uncompressed encoding if the event
+    /// did not shrink. `None`: the event cannot be expressed in this encoding or was not encoded in
+    /// it, and the session is skipped.
     pub fn frame(&self, encoding: Encoding) -> Option<&[u8]> {
         self.frames[encoding.index()]
             .as_deref()

@@ -1,9 +1,9 @@
-//! What goes out: frames that wait in send queues, and the buffer a send carries.
+//! Outgoing data: the frames in send queues, and the buffer of a send.
 //!
-//! The ring lets the kernel read a [`SendBuffer`] while it keeps the value, and relies on what this
-//! file keeps private: bytes in here are never changed, and stay at their address when a value is
-//! moved. There is no interior mutability around them, and whoever else holds the `Arc` or the `Rc`
-//! cannot get an exclusive reference while this one exists.
+//! The kernel reads a [`SendBuffer`] while the ring keeps the value. The unsafe code in `uring`
+//! relies on what this file keeps private: the bytes never change, and they stay at their address
+//! when a value is moved. There is no interior mutability around them, and no other holder of the
+//! `Arc` or `Rc` can get an exclusive reference while this one exists.
 
 use std::cell::Cell;
 use std::fmt;
@@ -14,13 +14,13 @@ use crate::domain::command::ReplyTo;
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 
-/// One frame (or HTTP answer), or one event with its frames, held once per shard however many
-/// connections it waits for. Counts without atomics; the event's own atomic count is touched once
-/// per shard.
+/// One frame or HTTP response, or one event with its frames. It exists once per shard, however many
+/// connections it is queued for. Its reference count is not atomic; the event's own atomic count is
+/// touched once per shard.
 pub struct Outgoing {
     content: Content,
     reply_to: Option<ReplyTo>,
-    /// Recipients whose delivery has neither completed nor been given up.
+    /// Recipients whose delivery is not done yet.
     outstanding: Cell<u32>,
 }
 
@@ -30,7 +30,7 @@ enum Content {
 }
 
 impl Outgoing {
-    /// An event that came through the hand-off, for `recipients` connections.
+    /// An event from the hand-off, for `recipients` connections.
     pub fn event(event: Arc<Event>, reply_to: Option<ReplyTo>, recipients: u32) -> Rc<Self> {
         Rc::new(Self {
             content: Content::Event(event),
@@ -39,13 +39,13 @@ impl Outgoing {
         })
     }
 
-    /// Bytes of the shard's own making: a control frame, an HTTP answer, an echo.
+    /// Bytes made by the shard itself: a control frame, an HTTP response, an echo.
     pub fn own(bytes: Box<[u8]>) -> Rc<Self> {
         Rc::new(Self { content: Content::Own(bytes), reply_to: None, outstanding: Cell::new(0) })
     }
 
-    /// The bytes for a connection of this encoding, the same at every call and at the same address
-    /// as long as `self` lives. `None`: the event cannot be expressed in it.
+    /// The bytes for a connection of this encoding. Each call returns the same bytes at the same
+    /// address for as long as `self` lives. `None`: the event cannot be expressed in this encoding.
     pub fn bytes(&self, encoding: Encoding) -> Option<&[u8]> {
         match &self.content {
             Content::Event(event) => event.frame(encoding),
@@ -53,7 +53,7 @@ impl Outgoing {
         }
     }
 
-    /// The event, if it is one.
+    /// The event, if this is one.
     pub fn as_event(&self) -> Option<&Event> {
         match &self.content {
             Content::Event(event) => Some(event),
@@ -61,21 +61,21 @@ impl Outgoing {
         }
     }
 
-    /// One recipient is done. Returns whether it was the last.
+    /// Counts one recipient as done. Returns whether it was the last.
     pub fn one_done(&self) -> bool {
         let left = self.outstanding.get().checked_sub(1).expect("more done than recipients");
         self.outstanding.set(left);
         left == 0
     }
 
-    /// Who wants to know.
+    /// The peer that awaits the report, if any.
     pub fn reply_to(&self) -> Option<ReplyTo> {
         self.reply_to
     }
 }
 
 impl fmt::Debug for Outgoing {
-    /// Without the bytes: they are the users' own.
+    /// Omits the bytes: they are user data.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Outgoing")
             .field("reply_to", &self.reply_to)
@@ -84,8 +84,9 @@ impl fmt::Debug for Outgoing {
     }
 }
 
-/// The bytes of one send. The kernel owns it from the request to the completion, which gives it
-/// back. Moving it moves no byte: [`SendBuffer::bytes`] is at the same address as long as it lives.
+/// The bytes of one send. The kernel owns it from the request to the completion, which returns it.
+/// Moving the value moves no byte: [`SendBuffer::bytes`] stays at the same address for as long as
+/// it lives.
 #[derive(Debug)]
 pub struct SendBuffer {
     source: Source,
@@ -93,15 +94,15 @@ pub struct SendBuffer {
 
 #[derive(Debug)]
 enum Source {
-    /// One frame, straight from where all its recipients share it.
+    /// One frame, read directly from the memory that all recipients share.
     Shared { outgoing: Rc<Outgoing>, encoding: Encoding, from: usize },
     /// Several frames, copied together.
     Batch(Vec<u8>),
 }
 
 impl SendBuffer {
-    /// The frame for `encoding` without its first `from` bytes, which have been sent. At least one
-    /// byte is left.
+    /// The frame for `encoding` without its first `from` bytes, which were sent before. At least
+    /// one byte is left.
     pub fn shared(outgoing: Rc<Outgoing>, encoding: Encoding, from: usize) -> Self {
         let length = outgoing.bytes(encoding).map_or(0, <[u8]>::len);
         assert!(from < length, "nothing to send: {from} of {length}");
@@ -114,7 +115,7 @@ impl SendBuffer {
         Self { source: Source::Batch(bytes) }
     }
 
-    /// What to send.
+    /// The bytes to send.
     pub fn bytes(&self) -> &[u8] {
         match &self.source {
             Source::Shared { outgoing, encoding, from } => {
@@ -124,7 +125,7 @@ impl SendBuffer {
         }
     }
 
-    /// The staging buffer, if it was one, to be used again.
+    /// The batch buffer, if this is one, for reuse.
     pub fn into_batch(self) -> Option<Vec<u8>> {
         match self.source {
             Source::Shared { .. } => None,

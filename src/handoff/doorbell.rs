@@ -1,4 +1,4 @@
-//! An eventfd that is written only when the other side sleeps.
+//! An eventfd that is written only while the other side sleeps.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,7 +7,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::sleep::SleepFlag;
 
-/// The bell of one sleeper; any number of ringers.
+/// The doorbell of one sleeper. Any number of threads may ring it.
 #[derive(Debug)]
 pub struct Doorbell {
     event: OwnedFd,
@@ -15,7 +15,7 @@ pub struct Doorbell {
 }
 
 impl Doorbell {
-    /// A bell whose owner is awake.
+    /// A doorbell whose owner is awake.
     ///
     /// # Errors
     /// The process is out of file descriptors.
@@ -24,21 +24,21 @@ impl Doorbell {
         Ok(Self { event, flag: SleepFlag::new() })
     }
 
-    /// Sleeper: announces that it is about to wait. Every ring must be looked into once more
-    /// between this and the wait.
+    /// Sleeper: announces a wait. It must check every ring once more between this call and the
+    /// wait.
     pub fn about_to_sleep(&self) {
         self.flag.about_to_sleep(false);
     }
 
-    /// The same, but [`Doorbell::nudge`] does not wake it: for a sleeper that looks into its rings
-    /// again before long, and has no use for what it is nudged for until then.
+    /// Sleeper: the same, but [`Doorbell::nudge`] does not wake it. For a sleeper that checks its
+    /// rings again soon anyway and does not need nudged items before that.
     pub fn about_to_sleep_soundly(&self) {
         self.flag.about_to_sleep(true);
     }
 
-    /// Sleeper: awake again. The eventfd is not read here: a ringer may have cleared the flag and
-    /// be just about to write. What waits for edges (a reactor's ring, tokio) need not read it at
-    /// all; it may wake once for nothing.
+    /// Sleeper: awake again. Does not read the eventfd: a ringer may have cleared the flag and be
+    /// about to write. Edge-triggered waiters (a reactor's ring, tokio) need not read it at all;
+    /// the cost is at most one spurious wakeup.
     pub fn awake(&self) {
         self.flag.awake();
     }
@@ -50,7 +50,7 @@ impl Doorbell {
         }
     }
 
-    /// Ringer: the same unless the sleeper sleeps soundly.
+    /// Ringer: the same, except that it does not wake a sound sleeper.
     pub fn nudge(&self) {
         if self.flag.must_nudge() {
             self.wake();
@@ -58,20 +58,21 @@ impl Doorbell {
     }
 
     fn wake(&self) {
-        // The only failure is EAGAIN at 2^64 - 1 unread rings, which is as good as a ring.
+        // The only possible error is EAGAIN at 2^64 - 1 unread rings, which wakes the sleeper as
+        // well.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }
 
-    /// Sleeper: waits for a ring, at most `timeout_ms`. For threads that have no other thing to
-    /// wait for; a reactor waits in its ring instead.
+    /// Sleeper: waits for a ring, at most `timeout_ms`. For threads that wait for nothing else; a
+    /// reactor waits in its io_uring instead.
     pub fn wait(&self, timeout_ms: u32) {
         let timeout = Timespec {
             tv_sec: i64::from(timeout_ms / 1000),
             tv_nsec: i64::from(timeout_ms % 1000) * 1_000_000,
         };
-        // EINTR or a timeout: the caller looks at its rings again, as after a ring.
+        // EINTR or a timeout: the caller checks its rings again, as after a ring.
         if let Ok(1..) = poll(&mut [PollFd::new(&self.event, PollFlags::IN)], Some(&timeout)) {
-            // Read by the one who was woken by it: the next wait is for the next ring.
+            // Read by the woken thread, so that the next wait is for the next ring.
             let _ = rustix::io::read(&self.event, &mut [0; 8]);
         }
     }

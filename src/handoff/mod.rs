@@ -1,4 +1,5 @@
-//! The bounded rings between the service side and the shards, and the bell that wakes a sleeper.
+//! The bounded rings between the service side and the shards, and the doorbell that wakes a
+//! sleeping side.
 
 mod doorbell;
 mod ring;
@@ -7,7 +8,7 @@ mod sleep;
 pub use doorbell::Doorbell;
 pub use ring::{Consumer, Producer, Pushed, ring};
 
-/// What `sleep` is built on; in `tests/loom`, loom's model of the same.
+/// The atomics of `sleep`. `tests/loom` replaces them by loom's model.
 mod atomic {
     pub(super) use std::sync::atomic::{AtomicBool, Ordering, fence};
 }

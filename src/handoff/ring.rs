@@ -1,11 +1,11 @@
-//! A bounded single-producer single-consumer ring. Nothing blocks, nothing grows; the outcome of a
-//! push cannot be ignored.
+//! A bounded single-producer single-consumer ring. It never blocks and never grows, and the outcome
+//! of a push must be handled.
 
 use std::sync::Arc;
 
 use crate::handoff::Doorbell;
 
-/// The outcome of a push. An item that was not accepted comes back.
+/// The outcome of a push. An item that was not accepted is returned.
 #[must_use = "an ignored overflow is a lost message"]
 #[derive(Debug, PartialEq, Eq)]
 pub enum Pushed<T> {
@@ -13,11 +13,11 @@ pub enum Pushed<T> {
     Accepted,
     /// The ring is full: back off and push again later.
     Full(T),
-    /// The consumer is gone: nothing will ever be taken.
+    /// The consumer is gone: no item will ever be taken.
     Closed(T),
 }
 
-/// The sending end.
+/// The producer's end.
 #[derive(Debug)]
 pub struct Producer<T> {
     ring: rtrb::Producer<T>,
@@ -25,13 +25,13 @@ pub struct Producer<T> {
     rung: bool,
 }
 
-/// The receiving end.
+/// The consumer's end.
 #[derive(Debug)]
 pub struct Consumer<T> {
     ring: rtrb::Consumer<T>,
 }
 
-/// A ring of `slots` items whose consumer sleeps on `bell`; one bell may serve many rings.
+/// A ring of `slots` items whose consumer sleeps on `bell`. One doorbell may serve many rings.
 pub fn ring<T>(slots: usize, bell: Arc<Doorbell>) -> (Producer<T>, Consumer<T>) {
     assert!(slots > 0);
     let (producer, consumer) = rtrb::RingBuffer::new(slots);
@@ -39,8 +39,8 @@ pub fn ring<T>(slots: usize, bell: Arc<Doorbell>) -> (Producer<T>, Consumer<T>) 
 }
 
 impl<T> Producer<T> {
-    /// Never blocks or allocates. The consumer may see the item at once, but is woken for it only
-    /// by [`Producer::publish`].
+    /// Pushes an item. Never blocks or allocates. The consumer may see the item at once, but only
+    /// [`Producer::publish`] wakes it.
     pub fn push(&mut self, item: T) -> Pushed<T> {
         if self.ring.is_abandoned() {
             return Pushed::Closed(item);
@@ -54,15 +54,15 @@ impl<T> Producer<T> {
         }
     }
 
-    /// Rings the doorbell, once for all that was pushed since the last time. The bell itself makes
-    /// a system call only if the consumer sleeps.
+    /// Rings the doorbell, once for all pushes since the last call. The doorbell makes a system
+    /// call only if the consumer sleeps.
     pub fn publish(&mut self) {
         if !std::mem::replace(&mut self.rung, true) {
             self.bell.ring();
         }
     }
 
-    /// The same for what can wait: [`Doorbell::nudge`].
+    /// The same for items that can wait: uses [`Doorbell::nudge`].
     pub fn publish_quietly(&mut self) {
         if !std::mem::replace(&mut self.rung, true) {
             self.bell.nudge();
@@ -76,29 +76,29 @@ impl<T> Producer<T> {
 }
 
 impl<T> Drop for Producer<T> {
-    /// A sleeping consumer learns that its peer is gone.
+    /// Wakes the consumer, so that it notices that the producer is gone.
     fn drop(&mut self) {
         self.bell.ring();
     }
 }
 
 impl<T> Consumer<T> {
-    /// The oldest item.
+    /// Takes the oldest item.
     pub fn pop(&mut self) -> Option<T> {
         self.ring.pop().ok()
     }
 
-    /// Whether nothing waits.
+    /// Whether the ring is empty.
     pub fn is_empty(&self) -> bool {
         self.ring.is_empty()
     }
 
-    /// Items that wait.
+    /// Number of items.
     pub fn len(&self) -> usize {
         self.ring.slots()
     }
 
-    /// Whether the producer is gone; what it pushed before can still be popped.
+    /// Whether the producer is gone. The items that it pushed can still be popped.
     pub fn is_abandoned(&self) -> bool {
         self.ring.is_abandoned()
     }

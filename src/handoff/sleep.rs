@@ -1,17 +1,18 @@
-//! Who sleeps, and who has to wake whom: the flag of a doorbell, without the bell.
+//! The sleep protocol of a doorbell: the flag that says whether the owner sleeps, without the
+//! eventfd.
 //!
 //! ```text
 //! sleeper                         ringer
 //! ───────                         ──────
 //! sleeping = true                 push into a ring
 //! fence(SeqCst)                   fence(SeqCst)
-//! look into every ring again      sleeping?  → false, write the eventfd
+//! check every ring again          sleeping?  → false, write the eventfd
 //! wait on the eventfd
 //! ```
 //!
-//! The two fences make it impossible that the sleeper misses the push *and* the ringer misses the
-//! flag: one of them comes first in the single order of all SeqCst fences. `tests/loom` compiles
-//! this very file against a model of the memory and tries every interleaving.
+//! With the two fences it is impossible that the sleeper misses the push *and* the ringer misses
+//! the flag: one fence comes first in the single order of all SeqCst fences. `tests/loom` compiles
+//! this file against a memory model and tries every interleaving.
 
 use super::atomic::{AtomicBool, Ordering, fence};
 
@@ -19,30 +20,30 @@ use super::atomic::{AtomicBool, Ordering, fence};
 #[derive(Debug)]
 pub(super) struct SleepFlag {
     sleeping: AtomicBool,
-    /// Written before `sleeping` is raised, and so seen by whoever sees that.
+    /// Written before `sleeping` is set, so a thread that sees `sleeping` also sees this.
     soundly: AtomicBool,
 }
 
 impl SleepFlag {
-    /// Of an owner that is awake.
+    /// The owner is awake.
     pub(super) fn new() -> Self {
         Self { sleeping: AtomicBool::new(false), soundly: AtomicBool::new(false) }
     }
 
-    /// Sleeper: from here on, whoever has pushed will ring, or the push is seen by a look that
-    /// follows; if it sleeps soundly, only whoever pushes what cannot wait.
+    /// Sleeper: after this call, each pusher rings, or the sleeper's next check sees its push. If
+    /// `soundly`, this holds only for pushes that cannot wait.
     pub(super) fn about_to_sleep(&self, soundly: bool) {
         self.soundly.store(soundly, Ordering::Relaxed);
         self.sleeping.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
     }
 
-    /// Sleeper: awake again; ringers need not ring.
+    /// Sleeper: awake again; nobody needs to ring.
     pub(super) fn awake(&self) {
         self.sleeping.store(false, Ordering::Relaxed);
     }
 
-    /// Ringer, after its push: whether to ring. Of several ringers one is told to.
+    /// Ringer, after its push: whether to ring. Of several ringers, one gets `true`.
     pub(super) fn must_ring(&self) -> bool {
         fence(Ordering::SeqCst);
         self.wakes()

@@ -1,4 +1,4 @@
-//! The settings of a shard, with defaults fit for production.
+//! Settings of a shard, with production defaults.
 
 use crate::domain::limits::{
     ACCEPTS_IN_FLIGHT_MAX, CONNECTIONS_PER_SHARD_MAX, RECEIVE_BUFFER_BYTES, SEND_BATCH_BYTES,
@@ -6,68 +6,68 @@ use crate::domain::limits::{
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::wheel::TICK_MS;
 
-/// What one shard is told at start. `app` fills it in from the settings; the same for all shards.
+/// Settings of one shard, the same for all shards. `app` derives them from the program's settings.
 #[derive(Clone, Debug)]
 pub struct ShardConfig {
-    /// Connections of this shard, half-open ones included; those beyond are answered 503.
+    /// Connections of this shard, including unfinished handshakes. Further clients get a 503.
     pub connections_max: u32,
-    /// Slots beyond [`ShardConfig::connections_max`] for answering 503 (and 429). Once they are
-    /// used up too, clients wait in the listener's backlog.
+    /// Slots beyond [`ShardConfig::connections_max`] for answering 503 and 429. When they are used
+    /// up too, clients wait in the listener's backlog.
     pub refusals_max: u32,
     /// Accepts in flight at a time.
     pub accepts_max: u32,
-    /// Receive buffers of [`RECEIVE_BUFFER_BYTES`] for all connections together: a power of two.
+    /// Receive buffers of [`RECEIVE_BUFFER_BYTES`] shared by all connections: a power of two.
     pub receive_buffers: u16,
     /// `Retry-After` of a 429 or 503, seconds.
     pub retry_after_s: u32,
 
-    /// From the accept to the complete upgrade request (then 408) and from there to the service's
-    /// decision (then 503), ms each.
+    /// Time from the accept to the complete upgrade request (then 408), and from there to the
+    /// service's decision (then 503), ms each.
     pub handshake_ms_max: u64,
-    /// From the 101 to the client's first message (the resume request): then the session goes live
-    /// by itself, ms.
+    /// Time from the 101 to the client's first message (the resume request), ms. Then the session
+    /// goes live without it.
     pub resume_grace_ms: u64,
-    /// From the first message to [`Release`](crate::domain::command::ShardCommand::GoLive): then
-    /// the session is closed with 1013, ms.
+    /// Time from the first message to [`GoLive`](crate::domain::command::ShardCommand::GoLive), ms.
+    /// Then the session is closed with 1013.
     pub catch_up_ms_max: u64,
-    /// How long what catch-up delivered is remembered after the release, ms.
+    /// How long the positions delivered by catch-up are kept after the session goes live, ms.
     pub dedupe_ms: u64,
     /// Silence after which a client is pinged, ms (contract §3: 54 s).
     pub ping_after_ms: u64,
-    /// Pings are sent earlier by up to this, ms, spread over the connections, so that those that
-    /// came together are not pinged together.
+    /// Pings are sent up to this much earlier, ms. The amount differs per connection, so that
+    /// clients that connected together are not pinged together.
     pub ping_spread_ms: u64,
-    /// Silence after which a client is dropped, ms (contract §3: 60 s).
+    /// Silence after which a client is disconnected, ms (contract §3: 60 s).
     pub idle_ms_max: u64,
-    /// A send without progress is given up after this, ms.
+    /// A connection is terminated when a send makes no progress for this time, ms.
     pub write_ms_max: u64,
-    /// From our close frame to the client's, and to the end of what was queued, ms.
+    /// Time from our close frame to the client's, and to the end of the queue, ms.
     pub close_ms_max: u64,
-    /// From our end of stream to the client's, ms: what arrives meanwhile is discarded, because
-    /// closing over it would reset the connection and destroy our last words.
+    /// Time from our FIN to the client's, ms. Bytes that arrive meanwhile are discarded: closing
+    /// the socket with unread bytes would reset the connection and destroy the last frames.
     pub linger_ms_max: u64,
 
-    /// Frames that wait for one connection; with one more it is closed with 1011 (contract §3).
+    /// Frames queued for one connection. On overflow it is closed with 1011 (contract §3).
     pub queue_frames_max: u16,
-    /// Bytes that wait for one connection, likewise. A single frame may be longer.
+    /// Bytes queued for one connection, likewise. A single frame may be longer.
     pub queue_bytes_max: u32,
-    /// Live events that wait while a session catches up; with one more it is closed with 1013.
+    /// Live events held while a session catches up. On overflow it is closed with 1013.
     pub hold_frames_max: u16,
-    /// Bytes of the same.
+    /// Bytes of the held events, likewise.
     pub hold_bytes_max: u32,
-    /// Events that wait in this shard for anybody. At this number it takes no more from the
-    /// routers' rings, so that their partitions pause.
+    /// Events queued in this shard for any recipient. At this number the shard takes no more from
+    /// the routers' rings, so that their partitions pause.
     pub events_max: u32,
-    /// Bytes of the same, all encodings counted.
+    /// Bytes of those events, all encodings counted.
     pub event_bytes_max: u64,
 
-    /// Client messages and control frames in any second; with one more: 1008.
+    /// Client messages and control frames per second; above it: 1008.
     pub inbound_frames_per_s_max: u16,
-    /// Client bytes in any second; with one more: 1008.
+    /// Client bytes per second; above it: 1008.
     pub inbound_bytes_per_s_max: u32,
-    /// Longest client message, bytes: 1009 beyond.
+    /// Longest client message, bytes; above it: 1009.
     pub message_bytes_max: u32,
-    /// What is served and tolerated of upgrade requests: routes, origins, compression, sizes.
+    /// Rules for upgrade requests: routes, origins, compression, sizes.
     pub upgrade: UpgradeRules,
     /// Longest message to `/echo`, bytes; its rates are not limited.
     pub echo_message_bytes_max: u32,
@@ -107,15 +107,15 @@ impl Default for ShardConfig {
 }
 
 impl ShardConfig {
-    /// Slots the slab may have: connections, refusals, accepts in flight.
+    /// Maximum number of slots: connections, refusals, accepts in flight.
     pub fn slots_max(&self) -> u32 {
         self.connections_max + self.refusals_max + self.accepts_max
     }
 
-    /// What is wrong with it, as the name of the field and the rule that it breaks.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// The first rule that is broken.
+    /// The first violated rule: the name of the field, and the rule.
     pub fn validate(&self) -> Result<(), (&'static str, &'static str)> {
         let rules = [
             (self.connections_max > 0, "connections_max", "at least 1"),

@@ -1,20 +1,20 @@
-//! One connection: where it stands, what waits for it, what is in flight on it.
+//! One connection: its lifecycle, its send queue, its requests in flight.
 //!
 //! ```text
-//!  Accepting ─► Handshake ─► Deciding ─► Holding ─► Filtering ─► Live      admitted sessions
-//!                  │   │        │           │  │        │          │
-//!                  │   └► Echo  │           │  └────────┼──────────┤      (/echo)
-//!                  │       │    │           │           │          │
-//!                  ▼       ▼    ▼           ▼           ▼          ▼
-//!                Ending: last words (an HTTP answer, a close frame) leave the queue
-//!                  │                 ▲ waits for the peer's close frame if ours went first
-//!                  ▼
-//!                Lingering: our end of stream is sent, the peer's awaited
-//!                  │
-//!                  ▼                 (every lifecycle can come here at once: resets, deadlines)
-//!                Terminating: nothing is begun any more, what is in flight is joined
-//!                  ▼
-//!                Closing ─► the slot is free
+//!   Accepting ─► Handshake ─► Deciding ─► Holding ─► Filtering ─► Live      admitted sessions
+//!                   │   │        │           │  │        │          │
+//!                   │   └► Echo  │           │  └────────┼──────────┤      (/echo)
+//!                   │       │    │           │           │          │
+//!                   ▼       ▼    ▼           ▼           ▼          ▼
+//!                 Closing: the last frames (an HTTP response, a close frame) are sent
+//!                   │                 ▲ waits for the peer's close frame if ours was first
+//!                   ▼
+//!                 Lingering: our FIN is sent, the peer's is awaited
+//!                   │
+//!                   ▼                 (any of these can come here directly: resets, deadlines)
+//!                 Terminating: no new requests, those in flight complete
+//!                   ▼
+//!                 Freeing: the kernel closes the socket ─► the slot is free
 //! ```
 
 use std::cmp::Reverse;
@@ -31,36 +31,36 @@ use crate::reactor::slab::Slab;
 use crate::reactor::wheel::{Tick, TimerLink, TimerSlots};
 use crate::uring::HowToClose;
 
-/// What a slot holds. An idle session owns nothing beyond it.
+/// The content of a slot. An idle session owns no other memory.
 #[derive(Debug)]
 pub struct Connection {
-    /// Where it stands, with what only that lifecycle needs.
+    /// The lifecycle, with the state that only it needs.
     pub lifecycle: Lifecycle,
-    /// The closing handshake.
+    /// State of the closing handshake.
     pub phase: Phase,
     /// Requests to the kernel that have not completed.
     pub in_flight: RequestSet,
-    /// What else is to be remembered.
+    /// Further facts.
     pub flags: Flags,
     /// The receiving half.
     pub receiver: Receiver,
-    /// What waits to be sent.
+    /// Frames to be sent.
     pub queue: SendQueue,
-    /// Its place in the wheel.
+    /// Link in the timer wheel.
     pub timer: TimerLink,
-    /// When anything was last received.
+    /// When bytes were last received.
     pub last_received: Tick,
-    /// Deadline of the lifecycle; in an open lifecycle that of the send without progress, if
+    /// Deadline of the lifecycle. In an open lifecycle: deadline of the stalled send, if
     /// [`Flags::STALLED`].
     pub deadline: Tick,
-    /// What it has sent this second.
+    /// What the client has sent in this second.
     pub inbound: InboundRate,
-    /// What is given back to the gate at the end; `None`: it was not let in.
+    /// Returned to the limiter at the end; `None`: the connection was not admitted.
     pub address: Option<AddressPermit>,
 }
 
 impl Connection {
-    /// A slot for an accept.
+    /// A connection whose accept is in flight.
     pub fn accepting() -> Self {
         Self {
             lifecycle: Lifecycle::Accepting,
@@ -78,48 +78,48 @@ impl Connection {
     }
 }
 
-/// See the diagram above.
+/// The lifecycle of a connection: see the diagram of the [module](self).
 #[derive(Debug)]
 pub enum Lifecycle {
-    /// The kernel has the slot: no client yet.
+    /// An accept is in flight: no client yet.
     Accepting,
     /// The upgrade request is incomplete.
     Handshake(Box<Handshake>),
     /// The session manager decides on the request.
     Deciding(Box<Deciding>),
-    /// Admitted; live events wait until catch-up is complete.
+    /// Admitted; live events are held until catch-up is complete.
     Holding(Box<Holding>),
-    /// Live, but what catch-up delivered may still come again.
+    /// Live, but duplicates of caught-up messages may still come.
     Filtering(Box<Filter>),
     /// Live.
     Live,
-    /// On `/echo`; compresses with this window, bits, if at all.
+    /// On `/echo`. The window of its compression, bits; `None`: no compression.
     Echo(Option<u8>),
-    /// Last words are in the queue.
+    /// The last frames are in the queue.
     Closing(EndReason),
-    /// They are sent, and our end of stream.
+    /// They are sent, and so is our FIN.
     Lingering(EndReason),
-    /// What is in flight is joined.
+    /// Requests in flight complete; no new ones.
     Terminating(HowToClose),
-    /// The kernel closes it.
+    /// The kernel closes the socket.
     Freeing,
 }
 
-/// What a lifecycle counts as.
+/// The class of a lifecycle, as the gauges count it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LifecycleClass {
     /// Before the 101.
     Handshake,
-    /// An admitted session that may be delivered to.
+    /// An admitted session; it may receive deliveries.
     Session,
     /// `/echo`.
     Echo,
-    /// Before the accept, or ending.
+    /// Before the accept, or after the close began.
     Other,
 }
 
 impl Lifecycle {
-    /// What it counts as.
+    /// The class of this lifecycle.
     pub fn class(&self) -> LifecycleClass {
         match self {
             Self::Handshake(_) | Self::Deciding(_) => LifecycleClass::Handshake,
@@ -133,42 +133,42 @@ impl Lifecycle {
         }
     }
 
-    /// Whether frames may be queued for it: after the 101, before the last words.
+    /// Whether frames may be queued: after the 101, before the close.
     pub fn is_open(&self) -> bool {
         matches!(self.class(), LifecycleClass::Session | LifecycleClass::Echo)
     }
 
-    /// Whether nothing may be begun on it any more.
+    /// Whether no new request may start.
     pub fn is_over(&self) -> bool {
         matches!(self, Self::Terminating(_) | Self::Freeing)
     }
 }
 
-/// While the upgrade request is incomplete.
+/// State while the upgrade request is incomplete.
 #[derive(Debug)]
 pub struct Handshake {
     /// The client's address.
     pub peer: std::net::IpAddr,
-    /// What has come of the request, if it did not come whole.
+    /// The request so far, unless it arrived in one piece.
     pub input: Vec<u8>,
 }
 
-/// While the session manager decides.
+/// State while the session manager decides.
 #[derive(Debug)]
 pub struct Deciding {
-    /// The 101, ready.
+    /// The encoded 101.
     pub response: Box<[u8]>,
-    /// Client messages may come compressed.
+    /// Client messages may be compressed.
     pub deflate: bool,
-    /// Live events: a session is delivered to as soon as the service side knows it.
+    /// Live events. A session gets deliveries as soon as the service side knows it.
     pub held: SendQueue,
-    /// What the client sent right behind its request.
+    /// Bytes that the client sent directly behind its request.
     pub rest: Box<[u8]>,
 }
 
 impl Lifecycle {
-    /// Live events that wait although nothing keeps them from being sent but the lifecycle, and what
-    /// catch-up has delivered of them.
+    /// The live events that this lifecycle holds back, and the positions that catch-up has
+    /// delivered.
     pub fn held(&mut self) -> Option<(&mut SendQueue, Option<&mut Filter>)> {
         match self {
             Self::Deciding(deciding) => Some((&mut deciding.held, None)),
@@ -188,33 +188,34 @@ impl Lifecycle {
     }
 }
 
-/// While a session catches up, and while what was held then leaves at the socket's pace.
+/// State while a session catches up, and while the held events drain at the socket's pace.
 #[derive(Debug)]
 pub struct Holding {
-    /// Live events.
+    /// The held live events.
     pub queue: SendQueue,
-    /// When the first message, or the release, is overdue.
+    /// When the first message, or `GoLive`, is overdue.
     pub deadline: Tick,
-    /// Set by the release: what catch-up has delivered.
+    /// Set by `GoLive`: the positions that catch-up has delivered.
     pub delivered_by_catch_up: Option<Filter>,
 }
 
-/// Live events that catch-up has delivered already.
+/// Drops live events that catch-up has delivered already.
 #[derive(Debug)]
 pub struct Filter {
     /// Sorted by conversation.
     positions: Box<[ConversationPosition]>,
-    /// Those that have not been surpassed by a live event.
+    /// Conversations in which no later live event has come yet.
     left: usize,
-    /// When the rest is forgotten.
+    /// When the filter expires.
     pub until: Tick,
 }
 
-/// Stands for a position that has been surpassed: every event is after it.
+/// Marks a conversation in which a later live event has come: every event is after it.
 const SURPASSED: i64 = i64::MIN;
 
 impl Filter {
-    /// Remembers `positions` until `until`; of several in one conversation the last.
+    /// A filter for `positions` that expires at `until`. Of several positions in one conversation,
+    /// the last counts.
     pub fn new(positions: Box<[ConversationPosition]>, until: Tick) -> Self {
         let mut positions = positions.into_vec();
         positions
@@ -224,8 +225,8 @@ impl Filter {
         Self { positions: positions.into_boxed_slice(), left, until }
     }
 
-    /// Whether a live event at `position` has been delivered by catch-up. The first one after what
-    /// was delivered ends the memory of its conversation: events of a conversation come in order.
+    /// Whether catch-up has delivered the live event at `position`. The first later event ends the
+    /// filtering of its conversation: events of a conversation come in order.
     pub fn covers(&mut self, position: ConversationPosition) -> bool {
         let found =
             self.positions.binary_search_by_key(&position.conversation, |known| known.conversation);
@@ -241,118 +242,119 @@ impl Filter {
         false
     }
 
-    /// Whether there is nothing left to remember.
+    /// Whether the filter has nothing left to drop.
     pub fn is_spent(&self) -> bool {
         self.left == 0
     }
 }
 
-/// Kinds of requests, as a set.
+/// A set of request kinds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RequestSet(u8);
 
 impl RequestSet {
     /// An accept.
     pub const ACCEPT: Self = Self(1);
-    /// The watch for data.
+    /// The poll for data.
     pub const POLL_READABLE: Self = Self(1 << 1);
     /// A receive.
     pub const RECEIVE: Self = Self(1 << 2);
     /// A send.
     pub const SEND: Self = Self(1 << 3);
-    /// The watch for room.
+    /// The poll for room.
     pub const POLL_WRITABLE: Self = Self(1 << 4);
-    /// The end of our half.
+    /// The shutdown of our half.
     pub const SHUTDOWN: Self = Self(1 << 5);
-    /// The end of the watches.
+    /// The cancel of the polls.
     pub const CANCEL: Self = Self(1 << 6);
     /// The close.
     pub const CLOSE: Self = Self(1 << 7);
 
-    /// Whether nothing is in flight.
+    /// Whether the set is empty.
     pub fn is_none(self) -> bool {
         self.0 == 0
     }
 
     #[cfg(any(test, feature = "simulation"))]
-    /// Whether each of these is in the other set too.
+    /// Whether this is a subset of `other`.
     pub fn is_within(self, other: Self) -> bool {
         self.0 & !other.0 == 0
     }
 
-    /// Whether any of these is.
+    /// Whether the set has any of these.
     pub fn any(self, of: Self) -> bool {
         self.0 & of.0 != 0
     }
 
-    /// Both sets.
+    /// The union of both sets.
     pub const fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// A request of this kind leaves.
+    /// Adds a request that starts.
     ///
     /// # Panics
-    /// If one is in flight already.
+    /// If one of its kind is in flight already.
     pub fn begin(&mut self, one: Self) {
         assert!(!self.any(one), "two requests of one kind: {one:?}");
         self.0 |= one.0;
     }
 
-    /// It has completed.
+    /// Removes a request that has completed.
     ///
     /// # Panics
-    /// If none was in flight.
+    /// If none of its kind was in flight.
     pub fn complete(&mut self, one: Self) {
         assert!(self.any(one), "a completion without a request: {one:?}");
         self.0 &= !one.0;
     }
 }
 
-/// Facts about a connection, as a set.
+/// A set of facts about a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags(u16);
 
 impl Flags {
-    /// It is in the list of those with something to send.
+    /// It is in the list of connections with something to send.
     pub const DIRTY: Self = Self(1);
-    /// There is something to receive that was not asked for yet.
+    /// There is something to receive, and no receive has been requested for it.
     pub const READABLE: Self = Self(1 << 1);
-    /// It is in the list of those that wait to receive.
+    /// It is in the list of connections that wait to receive.
     pub const WAITING: Self = Self(1 << 2);
-    /// It has been pinged since it was last heard.
+    /// It has been pinged since bytes were last received.
     pub const PINGED: Self = Self(1 << 3);
-    /// The session manager knows it: its end must be reported.
+    /// It was reported opened, so its end must be reported.
     pub const OPENED: Self = Self(1 << 4);
     /// It has sent its first message.
     pub const FIRST_MESSAGE: Self = Self(1 << 5);
-    /// The socket took less than it was given; the queue's deadline runs.
+    /// The socket took less than given; the send deadline runs.
     pub const STALLED: Self = Self(1 << 6);
-    /// Its queue was full; once the send in flight has completed, what was not begun goes.
+    /// Its queue has overflown. When the send in flight completes, all frames that were not begun
+    /// are dropped.
     pub const CUT: Self = Self(1 << 7);
-    /// Its messages may come compressed.
+    /// Its messages may be compressed.
     pub const DEFLATE: Self = Self(1 << 8);
-    /// It has ended its half of the stream.
+    /// The client has shut down its half of the stream.
     pub const FIN_RECEIVED: Self = Self(1 << 9);
-    /// Its socket has failed; what came before is still to be received.
+    /// Its socket has failed; bytes from before the failure can still be received.
     pub const BROKEN: Self = Self(1 << 10);
-    /// The rings have waited for its queue long enough: nothing waits for it any more until it has
-    /// read most of what it holds.
+    /// The intake has waited long enough for its queue. It does not wait again before most of the
+    /// queue has been sent.
     pub const SLOW: Self = Self(1 << 11);
 
-    /// Whether all of these are set.
+    /// Whether this is set.
     pub fn has(self, one: Self) -> bool {
         self.0 & one.0 == one.0
     }
 
-    /// Sets it. Returns whether it was set before.
+    /// Sets it. Returns the previous value.
     pub fn set(&mut self, one: Self) -> bool {
         let before = self.has(one);
         self.0 |= one.0;
         before
     }
 
-    /// Clears it. Returns whether it was set before.
+    /// Clears it. Returns the previous value.
     pub fn clear(&mut self, one: Self) -> bool {
         let before = self.has(one);
         self.0 &= !one.0;

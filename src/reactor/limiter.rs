@@ -1,5 +1,5 @@
-//! Who may connect: connections and handshakes per second, in all and per address. Shared by all
-//! shards, asked once per accept.
+//! Limits on connections and handshakes per second, in total and per address. Shared by all shards,
+//! consulted once per accept.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -12,17 +12,17 @@ use slab::Slab;
 /// The limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionLimits {
-    /// Connections from one address (an IPv6 client is its /64).
+    /// Connections from one address (for IPv6: from one /64).
     pub connections_per_address_max: u32,
     /// Handshakes per second from one address.
     pub handshakes_per_address_per_s_max: u32,
-    /// Handshakes per second in all.
+    /// Handshakes per second in total.
     pub handshakes_per_s_max: u32,
 }
 
 impl Default for ConnectionLimits {
-    /// Many users may be behind one address (offices, mobile carriers, a proxy), so the limits
-    /// per address are wide.
+    /// Many users may share one address (offices, mobile carriers, a proxy), so the limits per
+    /// address are generous.
     fn default() -> Self {
         Self {
             connections_per_address_max: 20_000,
@@ -32,7 +32,7 @@ impl Default for ConnectionLimits {
     }
 }
 
-/// Why not.
+/// The limit that an accept exceeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LimitExceeded {
     /// Too many handshakes this second.
@@ -43,7 +43,7 @@ pub enum LimitExceeded {
     AddressConnections,
 }
 
-/// What an admitted connection gives back at its end.
+/// The right to one connection from an address. It is returned when the connection has ended.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "the address would count as connected for ever"]
 pub struct AddressPermit(NonZeroU32);
@@ -58,8 +58,8 @@ impl AddressPermit {
     }
 }
 
-/// Counts addresses. Holds one entry per address that is connected or was turned to within the
-/// last second, so its memory is bounded by the connections and the handshake rate.
+/// Counts connections and handshakes per address. It has one entry per address that is connected or
+/// was within the last second, so the connections and the handshake rate bound its memory.
 #[derive(Debug)]
 pub struct ConnectionLimiter {
     config: ConnectionLimits,
@@ -71,7 +71,7 @@ struct LimiterState {
     total: RateWindow,
     index: HashMap<u128, u32>,
     entries: Slab<AddressUse>,
-    /// Entries that may have become useless, with the time from which they are.
+    /// Entries that may have become unused, each with the time from which it may be removed.
     expiring: VecDeque<(u64, u32)>,
 }
 
@@ -80,20 +80,21 @@ struct AddressUse {
     address: u128,
     open: u32,
     rate: RateWindow,
-    /// It is in [`LimiterState::expiring`].
+    /// Whether the entry is in [`LimiterState::expiring`].
     expiring: bool,
 }
 
-/// Counts within one second of the clock.
+/// A count within one second of the clock.
 #[derive(Clone, Copy, Debug, Default)]
 struct RateWindow {
     second: u64,
     count: u32,
 }
 
-/// How long an entry outlives its last connection, ms: its rate must be remembered.
+/// How long an entry outlives its last connection, ms: its rate must be kept.
 const EXPIRY_MS: u64 = 1_000;
-/// Useless entries removed with each request, so that they go faster than they come.
+/// Unused entries removed per call: more than one, so that they are removed faster than they are
+/// added.
 const REMOVALS_PER_CALL: usize = 2;
 
 impl RateWindow {
@@ -109,16 +110,15 @@ impl RateWindow {
 }
 
 impl ConnectionLimiter {
-    /// A limiter that has let nobody in yet.
+    /// A limiter without connections.
     pub fn new(config: ConnectionLimits) -> Self {
         Self { config, state: Mutex::default() }
     }
 
-    /// Asks for a client at this address to be let in. `now_ms` is a clock that all shards
-    /// share.
+    /// Admits a client from this address. All shards pass `now_ms` of the same clock.
     ///
     /// # Errors
-    /// The limit that it is beyond.
+    /// The limit that is exceeded.
     pub fn admit(&self, address: IpAddr, now_ms: u64) -> Result<AddressPermit, LimitExceeded> {
         let address = normalise(address);
         let mut state = self.lock();
@@ -138,7 +138,7 @@ impl ConnectionLimiter {
         Ok(AddressPermit::new(id))
     }
 
-    /// A connection that was let in has ended.
+    /// Returns the permit of a connection that has ended.
     pub fn release(&self, permit: AddressPermit, now_ms: u64) {
         let mut state = self.lock();
         let entry = &mut state.entries[permit.id() as usize];
@@ -150,19 +150,19 @@ impl ConnectionLimiter {
     }
 
     #[cfg(test)]
-    /// Addresses that are remembered.
+    /// Number of entries.
     pub fn addresses(&self) -> usize {
         self.lock().entries.len()
     }
 
     #[cfg(any(test, feature = "simulation"))]
-    /// Connections that are in.
+    /// Number of admitted connections.
     pub fn connections(&self) -> u64 {
         self.lock().entries.iter().map(|(_, entry)| u64::from(entry.open)).sum()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, LimiterState> {
-        // Nothing in here panics but for a broken invariant, and then counts are still sound.
+        // Only a broken invariant panics under this lock, and the counts are sound even then.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
@@ -175,7 +175,7 @@ impl LimiterState {
         let entry = AddressUse { address, open: 0, rate: RateWindow::default(), expiring: false };
         let id = u32::try_from(self.entries.insert(entry)).expect("addresses fit 32 bits");
         self.index.insert(address, id);
-        // If it is not let in, nobody will say that it left.
+        // If the client is not admitted, nobody will release this entry.
         self.mark_expiring(id, now_ms);
         id
     }
@@ -209,7 +209,7 @@ impl LimiterState {
     }
 }
 
-/// An address as a number: IPv4 mapped, IPv6 cut to the /64 that one customer has.
+/// An address as a number: IPv4 is mapped to IPv6, IPv6 is cut to the /64 that one customer has.
 fn normalise(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),

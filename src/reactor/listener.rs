@@ -1,4 +1,4 @@
-//! The listening sockets: one per shard on one address, among which the system spreads the clients.
+//! The listening sockets: one per shard, all on one address. The kernel distributes the clients.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,34 +11,34 @@ use rustix::net::sockopt::{
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, listen, socket_with};
 
-/// How the shards listen.
+/// Settings of the listening sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenerConfig {
-    /// Where. Port 0 is replaced by a free one, the same for all shards. An unspecified IPv6
-    /// address takes IPv4 clients too.
+    /// The address. Port 0 is replaced by a free port, the same for all shards. The unspecified
+    /// IPv6 address accepts IPv4 clients too.
     pub address: SocketAddr,
-    /// Kernel memory that one connection's unread output may take (`SO_SNDBUF`), bytes; the kernel
-    /// doubles the number for its own bookkeeping. `None`: the system's default, which grows to
-    /// megabytes for a client that does not read.
+    /// Kernel memory for unread output of one connection (`SO_SNDBUF`), bytes. The kernel doubles
+    /// it for its own bookkeeping. `None`: the system's default, which grows to megabytes for a
+    /// client that does not read.
     pub send_buffer_bytes: Option<usize>,
-    /// Clients that wait to be accepted, per shard; the system caps it (`net.core.somaxconn`).
+    /// Clients that wait to be accepted, per shard. The system caps it (`net.core.somaxconn`).
     pub backlog: i32,
 }
 
 impl ListenerConfig {
-    /// 128 KiB of unread output, 4,096 waiting clients.
+    /// Defaults: 128 KiB of unread output, a backlog of 4,096 clients.
     pub fn new(address: SocketAddr) -> Self {
         Self { address, send_buffer_bytes: Some(128 * 1024), backlog: 4096 }
     }
 }
 
-/// Why there is no listener.
+/// The address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address}: {source}{}", hint(source))]
 pub struct ListenError {
-    /// Where.
+    /// The address.
     pub address: SocketAddr,
-    /// What the system said.
+    /// The error of the system.
     #[source]
     pub source: io::Error,
 }
@@ -52,8 +52,8 @@ fn hint(source: &io::Error) -> &'static str {
     }
 }
 
-/// One listening socket per shard, all on the same address, and that address. The options are set
-/// here because each accepted socket inherits them.
+/// Opens one listening socket per shard, all on the same address, and returns that address. The
+/// options are set here because accepted sockets inherit them.
 ///
 /// # Errors
 /// The address cannot be listened on.
@@ -66,7 +66,7 @@ pub fn listen_all(
     let mut listeners = Vec::with_capacity(shards);
     for _ in 0..shards {
         let (listener, address) = listen_one(&config).map_err(failed)?;
-        // The first socket's port, if it was free to choose, is everybody's.
+        // If the port was 0, the port of the first socket is used for all.
         config.address = address;
         listeners.push(listener);
     }

@@ -1,17 +1,17 @@
-//! Send queues: lists of frames, linked through one pool of nodes per shard, so that an empty queue
-//! costs four numbers and a full one needs no allocation of its own.
+//! Send queues: linked lists of frames in one pool per shard. An empty queue costs a few numbers,
+//! and a full one needs no allocation of its own.
 
 use std::rc::Rc;
 
 use crate::domain::encoding::Encoding;
 use crate::domain::outgoing::{Outgoing, SendBuffer};
 
-/// End of a list.
+/// The end of a list.
 const NONE: u32 = u32::MAX;
-/// Nodes kept allocated however few are in use.
+/// Pool entries that stay allocated when fewer are in use.
 const FRAMES_KEPT: usize = 4096;
 
-/// The nodes of all queues of a shard.
+/// The entries of all queues of a shard.
 #[derive(Debug)]
 pub struct FramePool {
     nodes: Vec<QueuedFrame>,
@@ -21,7 +21,7 @@ pub struct FramePool {
 
 #[derive(Debug)]
 struct QueuedFrame {
-    /// `None`: the node is free.
+    /// `None`: the entry is free.
     outgoing: Option<Rc<Outgoing>>,
     next: u32,
 }
@@ -33,15 +33,15 @@ impl Default for FramePool {
 }
 
 impl FramePool {
-    /// Memory of one queued frame beside the frame itself, bytes.
+    /// Memory of one queued frame besides the frame itself, bytes.
     pub const FRAME_BYTES: usize = size_of::<QueuedFrame>();
 
-    /// Nodes in use: frames that wait, in all queues together.
+    /// Entries in use: frames in all queues.
     pub fn used(&self) -> usize {
         self.used
     }
 
-    /// Nodes that memory is held for.
+    /// Entries that memory is allocated for.
     pub fn allocated(&self) -> usize {
         self.nodes.capacity()
     }
@@ -67,7 +67,7 @@ impl FramePool {
         self.free = index;
         self.used -= 1;
         if self.used == 0 && self.nodes.len() > FRAMES_KEPT {
-            // The only moment at which no list refers to any node.
+            // No list refers to any entry now, so this is the moment to shrink.
             self.nodes.clear();
             self.nodes.shrink_to(FRAMES_KEPT);
             self.free = NONE;
@@ -80,17 +80,17 @@ impl FramePool {
     }
 }
 
-/// What waits for one connection, oldest first. The front one may have been sent in part.
+/// The frames queued for one connection, oldest first. The front frame may have been sent in part.
 #[derive(Debug)]
 pub struct SendQueue {
     front: u32,
     back: u32,
-    /// Bytes that wait: those of all frames less [`SendQueue::front_sent`].
+    /// Queued bytes: those of all frames minus [`SendQueue::front_sent`].
     bytes: u32,
     /// Bytes of the front frame that have been sent.
     front_sent: u32,
     frames: u16,
-    /// What the frames are written as.
+    /// The encoding of the frames.
     encoding: Encoding,
 }
 
@@ -100,34 +100,34 @@ impl SendQueue {
         Self { front: NONE, back: NONE, bytes: 0, front_sent: 0, frames: 0, encoding }
     }
 
-    /// Changes what the frames are written as. Nothing may wait that depends on it.
+    /// Changes the encoding. The queue must be empty.
     pub fn set_encoding(&mut self, encoding: Encoding) {
         assert!(self.is_empty());
         self.encoding = encoding;
     }
 
-    /// What the frames are written as.
+    /// The encoding of the frames.
     pub fn encoding(&self) -> Encoding {
         self.encoding
     }
 
-    /// Whether nothing waits.
+    /// Whether the queue is empty.
     pub fn is_empty(&self) -> bool {
         self.frames == 0
     }
 
-    /// Frames that wait, the one sent in part included.
+    /// Queued frames, including one that was sent in part.
     pub fn frames(&self) -> usize {
         usize::from(self.frames)
     }
 
-    /// Bytes that wait.
+    /// Queued bytes.
     pub fn bytes(&self) -> usize {
         self.bytes as usize
     }
 
     #[cfg(any(test, feature = "simulation"))]
-    /// Events among the frames. Walks the list.
+    /// Number of events among the frames. Walks the list.
     pub fn events(&self, pool: &FramePool) -> usize {
         let mut events = 0;
         let mut node = self.front;
@@ -138,12 +138,13 @@ impl SendQueue {
         events
     }
 
-    /// Whether the front frame has been sent in part: it must be completed before anything else.
+    /// Whether the front frame has been sent in part. It must be completed before anything else is
+    /// sent.
     pub fn is_mid_frame(&self) -> bool {
         self.front_sent > 0
     }
 
-    /// Appends a frame. The caller has checked the limits and that it can be expressed in this
+    /// Appends a frame. The caller has checked the limits and that the frame exists in this
     /// encoding.
     pub fn push(&mut self, pool: &mut FramePool, outgoing: Rc<Outgoing>) {
         let length = outgoing.bytes(self.encoding).map_or(0, <[u8]>::len);
@@ -159,7 +160,7 @@ impl SendQueue {
         self.back = node;
     }
 
-    /// Takes the oldest frame out whole; for lists that are not being sent from.
+    /// Removes the oldest frame as a whole. For queues from which nothing is being sent.
     pub fn pop(&mut self, pool: &mut FramePool) -> Option<Rc<Outgoing>> {
         if self.is_empty() {
             return None;
@@ -169,7 +170,7 @@ impl SendQueue {
         Some(self.remove_front(pool, left))
     }
 
-    /// `sent` more bytes are on their way: takes out the frames that are complete now, each handed
+    /// Counts `sent` more bytes as sent. Removes the frames that are complete now and passes each
     /// to `done`.
     pub fn advance(
         &mut self,
@@ -190,15 +191,15 @@ impl SendQueue {
         }
     }
 
-    /// Takes out all that has not been begun, each handed to `gone`: what remains is the rest of a
-    /// frame sent in part, or nothing.
-    pub fn cut(&mut self, pool: &mut FramePool, mut gone: impl FnMut(Rc<Outgoing>)) {
+    /// Drops all frames that were not begun and passes each to `dropped`. What remains is the rest
+    /// of a frame that was sent in part, or nothing.
+    pub fn cut(&mut self, pool: &mut FramePool, mut dropped: impl FnMut(Rc<Outgoing>)) {
         let keep = self.is_mid_frame().then(|| {
             let left = self.front_length(pool) - self.front_sent as usize;
             let sent = self.front_sent;
             (self.remove_front(pool, left), sent)
         });
-        self.clear(pool, &mut gone);
+        self.clear(pool, &mut dropped);
         if let Some((outgoing, sent)) = keep {
             self.push(pool, outgoing);
             self.front_sent = sent;
@@ -206,17 +207,18 @@ impl SendQueue {
         }
     }
 
-    /// Takes everything out, each handed to `gone`.
-    pub fn clear(&mut self, pool: &mut FramePool, mut gone: impl FnMut(Rc<Outgoing>)) {
+    /// Drops all frames and passes each to `dropped`.
+    pub fn clear(&mut self, pool: &mut FramePool, mut dropped: impl FnMut(Rc<Outgoing>)) {
         while let Some(outgoing) = self.pop(pool) {
-            gone(outgoing);
+            dropped(outgoing);
         }
         assert_eq!((self.bytes, self.front_sent), (0, 0));
     }
 
-    /// What to send next: one frame straight from where it is shared, or as many as fit into `limit`
-    /// bytes copied into a buffer from `staging` (called only then, gives an empty one; if it has
-    /// none, one frame goes alone). The queue keeps all until [`SendQueue::advance`].
+    /// The buffer of the next send: one frame from shared memory, or as many frames as fit into
+    /// `limit` bytes, copied into a buffer from `staging`. `staging` is called only if several
+    /// frames fit, and returns an empty buffer; if it returns `None`, one frame is sent alone. The
+    /// queue keeps all frames until [`SendQueue::advance`].
     pub fn next_send(
         &self,
         pool: &FramePool,
@@ -263,7 +265,7 @@ impl SendQueue {
         self.front_length(pool) - self.front_sent as usize
     }
 
-    /// `left` is what [`SendQueue::front_left`] says.
+    /// `left` is the value of [`SendQueue::front_left`].
     fn remove_front(&mut self, pool: &mut FramePool, left: usize) -> Rc<Outgoing> {
         let (outgoing, next) = pool.release(self.front);
         self.front = next;
@@ -323,8 +325,8 @@ mod tests {
     }
 
     proptest! {
-        /// Several queues on one pool against byte strings: whatever the cuts of the sends, the
-        /// bytes come out in order, none missing, none twice.
+        /// Several queues on one pool, checked against byte strings: however the sends are split,
+        /// the bytes come out in order, without loss or duplicates.
         #[test]
         fn bytes_come_out_as_they_went_in(
             steps in prop::collection::vec((0..3usize, any::<bool>(), 1..300usize), 1..400),

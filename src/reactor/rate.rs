@@ -1,4 +1,4 @@
-//! What one client may send in a second.
+//! The rate limit of one client.
 
 use crate::reactor::wheel::{TICK_MS, Tick};
 
@@ -11,14 +11,14 @@ pub struct InboundRate {
 }
 
 impl InboundRate {
-    /// Counts what arrived. Returns whether it is still within the limits.
+    /// Counts received bytes. Returns whether they are within the limit.
     pub fn count(&mut self, now: Tick, bytes: usize, bytes_max: u32) -> bool {
         self.turn_to(now);
         self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
         self.bytes <= bytes_max
     }
 
-    /// Counts a frame. Returns whether it is still within the limit.
+    /// Counts a frame. Returns whether it is within the limit.
     pub fn count_frame(&mut self, now: Tick, frames_max: u16) -> bool {
         self.turn_to(now);
         self.frames = self.frames.saturating_add(1);
@@ -26,7 +26,7 @@ impl InboundRate {
     }
 
     fn turn_to(&mut self, now: Tick) {
-        // Wraps after 18 hours: two seconds with the same number that far apart are no matter.
+        // Wraps after 18 hours. That two seconds so far apart have the same number does not matter.
         let second = (u64::from(now) * TICK_MS / 1000) as u16;
         if self.second != second {
             *self = Self { second, frames: 0, bytes: 0 };

@@ -1,20 +1,22 @@
-//! The slots of the connections: chunks that come and go, generations that tell a slot's users
-//! apart, the lowest free slot first so that after a storm the upper chunks empty and go back.
+//! The slab of a shard's connections. Slots are allocated and returned in chunks; a generation per
+//! slot distinguishes its uses. The lowest chunk with a free slot is used first, so that the upper
+//! chunks empty and are returned after a peak.
 
 use crate::domain::ids::{ConnectionKey, GENERATION_MAX};
 
 /// Slots of one chunk: allocated and returned together.
 pub const CHUNK_SLOTS: usize = 1024;
-/// Chunks kept although empty, so that a load around a chunk's edge does not allocate each time.
+/// Empty chunks that stay allocated, so that a load around the size of a chunk does not allocate
+/// each time.
 const EMPTY_CHUNKS_KEPT: usize = 1;
-/// End of a free list.
+/// The end of a free list.
 const NONE: u32 = u32::MAX;
 
 /// Slots for values of `T`, addressed by number and generation.
 #[derive(Debug)]
 pub struct Slab<T> {
     chunks: Vec<Chunk<T>>,
-    /// Greatest number of slots.
+    /// Maximum number of slots.
     limit: usize,
     used: usize,
     /// No chunk below this one has a free slot.
@@ -25,13 +27,13 @@ pub struct Slab<T> {
 
 #[derive(Debug)]
 struct Chunk<T> {
-    /// `None`: given back.
+    /// `None`: the memory is returned.
     slots: Option<Box<[Slot<T>]>>,
-    /// First of the free list, as an index into the chunk.
+    /// First entry of the free list, as an index into the chunk.
     free: u32,
     used: usize,
-    /// Every generation of this chunk so far is at most this: where those of a chunk that was
-    /// given back and is needed again begin.
+    /// Upper bound of all generations used in this chunk. When the chunk is allocated again, its
+    /// generations start above it.
     generation: u32,
 }
 
@@ -44,7 +46,7 @@ struct Slot<T> {
 #[derive(Debug)]
 enum Content<T> {
     Used(T),
-    /// Next of the free list.
+    /// The next entry of the free list.
     Free(u32),
 }
 
@@ -70,12 +72,12 @@ impl<T> Slab<T> {
         self.used
     }
 
-    /// Slots that memory is held for.
+    /// Slots that memory is allocated for.
     pub fn allocated(&self) -> usize {
         self.allocated_chunks * CHUNK_SLOTS
     }
 
-    /// Whether [`Slab::insert`] would find room.
+    /// Whether [`Slab::insert`] would succeed.
     pub fn has_room(&self) -> bool {
         self.used < self.limit
     }
@@ -107,41 +109,41 @@ impl<T> Slab<T> {
         Some(ConnectionKey { slot: u32::try_from(slot).expect("slots fit 32 bits"), generation })
     }
 
-    /// The value of this slot and generation; `None` if it is gone.
+    /// The value of this slot and generation, if present.
     pub fn get_mut(&mut self, key: ConnectionKey) -> Option<&mut T> {
         let slot = key.slot as usize;
-        let slot_ = self
+        let entry = self
             .chunks
             .get_mut(slot / CHUNK_SLOTS)?
             .slots
             .as_deref_mut()?
             .get_mut(slot % CHUNK_SLOTS)?;
-        match &mut slot_.content {
-            Content::Used(value) if slot_.generation == key.generation => Some(value),
+        match &mut entry.content {
+            Content::Used(value) if entry.generation == key.generation => Some(value),
             _ => None,
         }
     }
 
-    /// The value of this slot and generation; `None` if it is gone.
+    /// The value of this slot and generation, if present.
     pub fn get(&self, key: ConnectionKey) -> Option<&T> {
         let slot = key.slot as usize;
         let slots = self.chunks.get(slot / CHUNK_SLOTS)?.slots.as_deref()?;
-        let slot_ = &slots[slot % CHUNK_SLOTS];
-        match &slot_.content {
-            Content::Used(value) if slot_.generation == key.generation => Some(value),
+        let entry = &slots[slot % CHUNK_SLOTS];
+        match &entry.content {
+            Content::Used(value) if entry.generation == key.generation => Some(value),
             _ => None,
         }
     }
 
     #[cfg(any(test, feature = "simulation"))]
-    /// All values in use, the lowest slot first.
+    /// All values, the lowest slot first.
     pub fn iter(&self) -> impl Iterator<Item = (ConnectionKey, &T)> {
         self.chunks.iter().enumerate().flat_map(|(number, chunk)| {
             let slots = chunk.slots.as_deref().unwrap_or_default().iter().enumerate();
-            let used = slots.filter_map(move |(within, slot_)| match &slot_.content {
+            let used = slots.filter_map(move |(within, entry)| match &entry.content {
                 Content::Used(value) => {
                     let slot = (number * CHUNK_SLOTS + within) as u32;
-                    Some((ConnectionKey { slot, generation: slot_.generation }, value))
+                    Some((ConnectionKey { slot, generation: entry.generation }, value))
                 }
                 Content::Free(_) => None,
             });
@@ -149,7 +151,7 @@ impl<T> Slab<T> {
         })
     }
 
-    /// The value in this slot, whatever its generation; for lists that are linked by slots.
+    /// The value in this slot, whatever its generation. For lists that are linked by slots.
     ///
     /// # Panics
     /// If the slot is free: the list is broken.
@@ -165,9 +167,9 @@ impl<T> Slab<T> {
     /// The key of a slot in use; `None` if it is free or was never allocated.
     pub fn key_at(&self, slot: u32) -> Option<ConnectionKey> {
         let slots = self.chunks.get(slot as usize / CHUNK_SLOTS)?.slots.as_deref()?;
-        let slot_ = &slots[slot as usize % CHUNK_SLOTS];
-        matches!(slot_.content, Content::Used(_))
-            .then_some(ConnectionKey { slot, generation: slot_.generation })
+        let entry = &slots[slot as usize % CHUNK_SLOTS];
+        matches!(entry.content, Content::Used(_))
+            .then_some(ConnectionKey { slot, generation: entry.generation })
     }
 
     /// One past the highest slot that may be in use.
@@ -175,7 +177,7 @@ impl<T> Slab<T> {
         u32::try_from(self.chunks.len() * CHUNK_SLOTS).expect("slots fit 32 bits")
     }
 
-    /// Takes the value out and frees the slot; its next user has another generation.
+    /// Removes the value and frees the slot. The next use has another generation.
     pub fn remove(&mut self, key: ConnectionKey) -> Option<T> {
         self.get_mut(key)?;
         let index = key.slot as usize / CHUNK_SLOTS;
@@ -218,22 +220,22 @@ impl<T> Chunk<T> {
 
     fn take(&mut self, value: T) -> (usize, u32) {
         let within = self.free as usize;
-        let slot_ = &mut self.slots.as_deref_mut().expect("allocated")[within];
-        let Content::Free(next) = slot_.content else { panic!("slot {within} is free and used") };
+        let entry = &mut self.slots.as_deref_mut().expect("allocated")[within];
+        let Content::Free(next) = entry.content else { panic!("slot {within} is free and used") };
         self.free = next;
-        slot_.content = Content::Used(value);
+        entry.content = Content::Used(value);
         self.used += 1;
-        (within, slot_.generation)
+        (within, entry.generation)
     }
 
     fn release(&mut self, within: usize) -> T {
-        let slot_ = &mut self.slots.as_deref_mut().expect("allocated")[within];
-        let content = std::mem::replace(&mut slot_.content, Content::Free(self.free));
+        let entry = &mut self.slots.as_deref_mut().expect("allocated")[within];
+        let content = std::mem::replace(&mut entry.content, Content::Free(self.free));
         let Content::Used(value) = content else { panic!("slot {within} is freed twice") };
-        slot_.generation = next_generation(slot_.generation);
-        // A wrapped generation is small; the chunk's bound then stays where it is, which is safe:
-        // a chunk allocated anew begins above it.
-        self.generation = self.generation.max(slot_.generation);
+        entry.generation = next_generation(entry.generation);
+        // A generation that has wrapped is small. The chunk's bound then stays, which is safe: a
+        // chunk that is allocated again starts above it.
+        self.generation = self.generation.max(entry.generation);
         self.free = within as u32;
         self.used -= 1;
         value
@@ -280,7 +282,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against a map: every key finds its own value until removed, and nothing after.
+        /// Checked against a map: every key finds its own value until removed, and nothing after
+        /// that.
         #[test]
         fn behaves_like_a_map(steps in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..4000)) {
             let mut slab = Slab::new(2 * CHUNK_SLOTS);

@@ -1,4 +1,4 @@
-//! A shard on a thread of its own.
+//! The thread of a shard.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,49 +11,51 @@ use crate::reactor::config::ShardConfig;
 use crate::reactor::shard::{Shard, ShardLinks, Turn};
 use crate::uring::{Ring, RingConfig, SetupError};
 
-/// Why a shard does not run.
+/// Why a shard could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    /// Its ring cannot be set up. The text says what to do about it.
+    /// The ring cannot be set up. The text says what to do.
     #[error("shard {}: {source}", shard.0)]
     Ring {
-        /// Which one.
+        /// The shard.
         shard: ShardId,
-        /// Why.
+        /// The reason.
         #[source]
         source: SetupError,
     },
-    /// The system gives no thread.
+    /// The system refuses a thread.
     #[error("shard {}: no thread: {source}", shard.0)]
     Thread {
-        /// Which one.
+        /// The shard.
         shard: ShardId,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         source: io::Error,
     },
 }
 
-/// A running shard. It ends after [`ShardCommand::Stop`](crate::domain::command::ShardCommand::Stop),
-/// or when the session manager's rings are dropped.
+/// A running shard. Its thread ends after
+/// [`ShardCommand::Stop`](crate::domain::command::ShardCommand::Stop), or when the session
+/// manager's rings are dropped.
 #[derive(Debug)]
 pub struct ShardHandle {
     thread: JoinHandle<io::Result<()>>,
 }
 
 impl ShardHandle {
-    /// Whether its thread has ended; if nobody told it to, [`ShardHandle::join`] says why.
+    /// Whether the thread has ended. If it was not stopped, [`ShardHandle::join`] returns the
+    /// reason.
     pub fn is_finished(&self) -> bool {
         self.thread.is_finished()
     }
 
-    /// Waits for its end.
+    /// Waits until the thread has ended.
     ///
     /// # Errors
     /// The ring failed while running.
     ///
     /// # Panics
-    /// If the shard's thread has panicked: an invariant of ours was broken.
+    /// If the thread has panicked: an invariant is broken.
     pub fn join(self) -> io::Result<()> {
         match self.thread.join() {
             Ok(ended) => ended,
@@ -65,7 +67,7 @@ impl ShardHandle {
 /// Starts a shard that accepts from `listener`.
 ///
 /// # Errors
-/// The ring or the thread cannot be had.
+/// The ring or the thread cannot be created.
 pub fn spawn(
     shard: ShardId,
     config: ShardConfig,
@@ -77,7 +79,7 @@ pub fn spawn(
         receive_buffers: config.receive_buffers,
         ..RingConfig::default()
     };
-    // A ring belongs to the thread that made it, so the thread says whether it could.
+    // A ring belongs to the thread that creates it, so the thread reports the outcome.
     let (report, made) = mpsc::sync_channel(1);
     let run = move || {
         let bell = Arc::clone(&links.bell);
@@ -90,7 +92,7 @@ pub fn spawn(
         let kernel = match set_up() {
             Ok(ring) => ring,
             Err(source) => {
-                // The receiver waits for exactly this.
+                // `spawn` waits for this report, so the send succeeds.
                 let _ = report.send(Err(source));
                 return Ok(());
             }
@@ -137,7 +139,7 @@ mod tests {
     use crate::reactor::listener::{ListenerConfig, listen_all};
     use crate::reactor::shard::PeerRings;
 
-    /// A shard and the service side's end of its rings.
+    /// A shard, and the service side's ends of its rings.
     struct Rig {
         address: SocketAddr,
         commands: Producer<ShardCommand>,
@@ -195,7 +197,7 @@ mod tests {
             tungstenite::client(request, stream).unwrap().0
         }
 
-        /// Connects a session and lets it in.
+        /// Connects a session and admits it.
         fn session(&mut self) -> (tungstenite::WebSocket<TcpStream>, ConnectionKey) {
             std::thread::scope(|scope| {
                 let address = self.address;

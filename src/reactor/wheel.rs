@@ -1,5 +1,5 @@
-//! A hierarchical timer wheel that owns nothing: it links slots. Setting, moving and ending a timer
-//! costs a few writes, whatever their number.
+//! A hierarchical timer wheel over the slots of a slab; it owns no memory per timer. Setting,
+//! moving and unsetting a timer costs a few writes, however many there are.
 //!
 //! ```text
 //! level 0: 64 buckets of 1 tick       |■□□□…□|   the next 64 ticks
@@ -8,36 +8,36 @@
 //! level 3: 64 buckets of 262,144 ticks
 //! ```
 //!
-//! A timer lies in the level of the highest six-bit digit in which its tick differs from now, in
-//! the bucket of that digit; when time reaches the bucket, its timers move to lower levels. What
-//! lies farther than the wheel reaches is put at its end: it fires early, and whoever set it looks
-//! at the time and sets it again, as it does for deadlines that have moved meanwhile.
+//! The level of a timer is the highest six-bit digit in which its tick differs from now; its bucket
+//! is that digit. When time reaches the bucket, its timers move to lower levels. A timer beyond the
+//! wheel's reach is put at its end and fires early. Its owner then checks the time and sets it
+//! again, as it does for deadlines that have moved.
 
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
 
-/// One tick, ms: how late a deadline may be noticed.
+/// One tick, ms: a deadline may be noticed this late.
 pub const TICK_MS: u64 = 16;
 
 const BUCKET_BITS: u32 = 6;
 const BUCKETS: usize = 1 << BUCKET_BITS;
 const LEVELS: usize = 4;
-/// Farthest a timer can lie from now, ticks: a day and a half.
+/// Largest distance of a timer from now, ticks: a day and a half.
 const REACH_TICKS: u32 = (1 << (BUCKET_BITS * LEVELS as u32 - 1)) - 1;
 const NONE: u32 = u32::MAX;
-/// Set in the `previous` of the first timer of a bucket; the rest of it is level and bucket.
+/// Set in the `previous` of the first timer of a bucket; the other bits are level and bucket.
 const FIRST: u32 = 1 << 31;
 const _: () = assert!(CONNECTIONS_PER_SHARD_MAX < FIRST, "a slot is told apart from a bucket");
 
-/// A time in ticks since the shard began.
+/// Time in ticks since the shard started.
 pub type Tick = u32;
 
-/// What the wheel keeps in each slot.
+/// The link that the wheel keeps in each slot.
 #[derive(Debug)]
 pub struct TimerLink {
     /// When it fires.
     due: Tick,
     next: u32,
-    /// The slot before it, or the bucket (see [`FIRST`]), or [`NONE`] if it is not set.
+    /// The previous slot, or the bucket (see [`FIRST`]), or [`NONE`] if the timer is not set.
     previous: u32,
 }
 
@@ -54,7 +54,7 @@ impl TimerLink {
     }
 }
 
-/// Where the links are.
+/// Access to the links of the slots.
 pub trait TimerSlots {
     /// The link of a slot in use.
     fn timer(&mut self, slot: u32) -> &mut TimerLink;
@@ -100,7 +100,7 @@ impl TimerWheel {
         self.link(slots, slot, due.clamp(self.now + 1, self.now + REACH_TICKS));
     }
 
-    /// Ends the timer of `slot`, if it is set.
+    /// Unsets the timer of `slot`, if it is set.
     pub fn unset(&mut self, slots: &mut impl TimerSlots, slot: u32) {
         let link = slots.timer(slot);
         if link.previous == NONE {
@@ -123,9 +123,9 @@ impl TimerWheel {
         }
     }
 
-    /// Moves time on to `now` at most, fires what is due, each handed to `fired` unset, in the
-    /// order of their ticks. Stops after `limit` of them; call again for the rest. Returns whether
-    /// `now` was reached.
+    /// Advances time to `now` at most. Due timers are unset and appended to `fired`, in the order
+    /// of their ticks. Stops after `limit` timers; call again for the rest. Returns whether `now`
+    /// was reached.
     pub fn advance(
         &mut self,
         slots: &mut impl TimerSlots,
@@ -133,7 +133,7 @@ impl TimerWheel {
         limit: usize,
         fired: &mut Vec<u32>,
     ) -> bool {
-        // Each round fires one bucket or moves one down; a timer moves at most LEVELS times.
+        // Each round fires one bucket or moves one down. A timer moves at most LEVELS times.
         while let Some((at, level, bucket)) = self.next_bucket() {
             if at > now {
                 break;
@@ -159,12 +159,12 @@ impl TimerWheel {
         true
     }
 
-    /// No timer fires before this tick. It may be a little early: then there is something to move.
+    /// No timer fires before this tick. The tick may be early: then timers move to a lower level.
     pub fn next_due(&self) -> Option<Tick> {
         self.next_bucket().map(|(at, ..)| at)
     }
 
-    /// The first occupied bucket in the order of time: its first tick, its level, its number.
+    /// The first occupied bucket in time order: its first tick, its level, its index.
     fn next_bucket(&self) -> Option<(Tick, usize, usize)> {
         (0..LEVELS)
             .filter(|level| self.occupied[*level] != 0)
@@ -177,14 +177,16 @@ impl TimerWheel {
                 let first = ((self.now >> shift) + ahead) << shift;
                 (first, level, bucket)
             })
-            // Of two that begin at the same tick, the higher goes first: it feeds the lower.
+            // If two begin at the same tick, the higher level goes first: its timers move to the
+            // lower.
             .min_by_key(|(at, level, _)| (*at, LEVELS - level))
     }
 
     fn link(&mut self, slots: &mut impl TimerSlots, slot: u32, due: Tick) {
         let differ = due ^ self.now;
         let level = if differ == 0 { 0 } else { (31 - differ.leading_zeros()) / BUCKET_BITS };
-        // A carry may differ above the highest level although the distance is within reach.
+        // After a carry, a digit above the highest level may differ although the distance is within
+        // reach.
         let level = (level as usize).min(LEVELS - 1);
         let bucket = (due >> (BUCKET_BITS * level as u32)) as usize % BUCKETS;
         let first = std::mem::replace(&mut self.buckets[level][bucket], slot);
@@ -210,7 +212,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a sorted map: each timer fires once, at its tick, not earlier, in order.
+        /// Checked against a sorted map: each timer fires once, at its tick, not earlier, in order.
         #[test]
         fn fires_like_a_sorted_map(
             start in prop_oneof![Just(0u32), 0..1u32 << 30],

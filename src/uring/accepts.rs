@@ -1,4 +1,4 @@
-//! Where the kernel writes the addresses of those it accepts.
+//! The memory into which the kernel writes peer addresses.
 
 use std::cell::UnsafeCell;
 use std::mem::{MaybeUninit, size_of};
@@ -8,7 +8,7 @@ use crate::domain::limits::ACCEPTS_IN_FLIGHT_MAX;
 
 const UNKNOWN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 
-/// A socket address and its length, at a place of their own.
+/// A socket address and its length, at a fixed address.
 #[derive(Debug)]
 pub(super) struct AddressCell {
     address: UnsafeCell<MaybeUninit<libc::sockaddr_storage>>,
@@ -26,11 +26,11 @@ impl AddressCell {
     }
 }
 
-/// The cells, lent to one accept each. They live on the heap and are never moved.
+/// The cells, each lent to one accept. They are on the heap and never move.
 #[derive(Debug)]
 pub(super) struct Accepts {
     cells: Box<[AddressCell]>,
-    /// Which connection's accept has the cell of the same index.
+    /// The slot of the connection to which the cell of the same index is lent.
     lent: [Option<u32>; ACCEPTS_IN_FLIGHT_MAX],
 }
 
@@ -42,7 +42,8 @@ impl Accepts {
         }
     }
 
-    /// A cell for the accept into `slot`, with its length set for the kernel. `None`: all are lent.
+    /// Lends a cell to the accept into `slot`, with its length set for the kernel. `None`: all are
+    /// lent.
     pub(super) fn lend(&mut self, slot: u32) -> Option<&AddressCell> {
         debug_assert!(!self.lent.contains(&Some(slot)), "two accepts into one slot");
         let index = self.lent.iter().position(Option::is_none)?;
@@ -56,7 +57,7 @@ impl Accepts {
         Some(cell)
     }
 
-    /// Takes the cell of a completed accept back. `accepted` says whether the kernel wrote it.
+    /// Takes back the cell of a completed accept. `accepted`: the kernel has written it.
     pub(super) fn take_back(&mut self, slot: u32, accepted: bool) -> Option<SocketAddr> {
         let index = self
             .lent
@@ -68,7 +69,7 @@ impl Accepts {
     }
 }
 
-/// The address in a cell; the unspecified one for a peer that has none (a Unix socket).
+/// The address in a cell; the unspecified address for a peer without one (a Unix socket).
 fn read_address(cell: &AddressCell) -> SocketAddr {
     // SAFETY:
     // - Exclusive: called by `take_back` alone, after the accept's only completion and with

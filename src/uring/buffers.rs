@@ -5,8 +5,8 @@
 //!            entry: address u64, length u32, buffer u16, (entry 0 only:) tail u16
 //! ```
 //!
-//! A buffer is the kernel's from the moment it is published in the ring until a completion names
-//! it; then it is lent out as a [`Lease`], whose drop publishes it again.
+//! The kernel owns a buffer from the moment it is published in the ring until a completion names
+//! it. Then it is lent as a [`Lease`]; dropping the lease publishes it again.
 
 use std::cell::Cell;
 use std::io;
@@ -20,15 +20,15 @@ use io_uring::types::BufRingEntry;
 
 use crate::domain::limits::RECEIVE_BUFFER_BYTES;
 
-/// The one buffer group of a ring.
+/// The only buffer group of a ring.
 pub(super) const BUFFER_GROUP: u16 = 0;
 const PAGE_BYTES: usize = 4096;
-/// The kernel's own bound (`io_uring_register(2)`).
+/// The kernel's bound (`io_uring_register(2)`).
 pub(super) const BUFFERS_MAX: u16 = 1 << 15;
 
 const _: () = assert!(RECEIVE_BUFFER_BYTES.is_multiple_of(PAGE_BYTES));
 
-/// The mapping and who owns which part of it.
+/// The mapping, and which buffers are lent.
 #[derive(Debug)]
 pub(super) struct BufferRing {
     mapping: NonNull<u8>,
@@ -41,8 +41,8 @@ pub(super) struct BufferRing {
 }
 
 impl BufferRing {
-    /// Maps `count` buffers, all lent to nobody and none published yet. Pages cost memory only once
-    /// the kernel has written them.
+    /// Maps `count` buffers. None is lent or published yet. Pages use no memory before the kernel
+    /// writes them.
     pub(super) fn new(count: u16) -> io::Result<Self> {
         assert!(count.is_power_of_two() && count <= BUFFERS_MAX);
         let ring_bytes = usize::from(count) * size_of::<BufRingEntry>();
@@ -76,7 +76,7 @@ impl BufferRing {
         })
     }
 
-    /// Where the ring begins: page-aligned, as registration demands.
+    /// Address of the ring: page-aligned, as registration requires.
     pub(super) fn ring_address(&self) -> u64 {
         self.mapping.as_ptr() as u64
     }
@@ -85,7 +85,7 @@ impl BufferRing {
         self.count
     }
 
-    /// Gives all buffers to the kernel. Once, after registration.
+    /// Gives all buffers to the kernel. Call it once, after registration.
     pub(super) fn publish_all(&self) {
         assert_eq!(self.tail.get(), 0);
         for id in 0..self.count {
@@ -103,7 +103,7 @@ impl BufferRing {
         }
     }
 
-    /// Makes the buffer the kernel's. The caller has no reference into it any more.
+    /// Gives the buffer to the kernel. The caller has no reference into it any more.
     fn publish(&self, id: u16) {
         let tail = self.tail.get();
         let place = tail & (self.count - 1);
@@ -129,14 +129,14 @@ impl BufferRing {
         //   above. The field is two bytes, aligned to two.
         // - It is shared with the kernel only by atomic access, from both sides, from here on.
         let kernel_tail = unsafe { AtomicU16::from_ptr(BufRingEntry::tail(entries).cast_mut()) };
-        // Release: the kernel that sees the tail sees the entry.
+        // Release: a kernel that sees the tail also sees the entry.
         kernel_tail.store(tail, Ordering::Release);
     }
 }
 
 impl Drop for BufferRing {
-    /// Reached when the ring and every lease are gone; the ring keeps its reference for ever if it
-    /// cannot prove that the kernel has let go.
+    /// Runs when the ring and all leases are gone. A dropped ring leaks its reference unless the
+    /// kernel has completed all operations.
     fn drop(&mut self) {
         // SAFETY:
         // - The range is exactly what `mmap` returned and is unmapped once.
@@ -146,7 +146,7 @@ impl Drop for BufferRing {
     }
 }
 
-/// A kernel-filled receive buffer. Dropping it hands it back, on every path.
+/// A receive buffer filled by the kernel. Dropping it returns it.
 #[derive(Debug)]
 pub struct Lease {
     ring: Rc<BufferRing>,
@@ -155,7 +155,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Takes over a buffer that a completion named, with the number of bytes it holds.
+    /// Takes a buffer that a completion named, with the number of bytes it holds.
     pub(super) fn take(ring: &Rc<BufferRing>, id: u16, len: usize) -> Self {
         assert!(id < ring.count, "the kernel named a buffer that it was never given");
         assert!(len <= RECEIVE_BUFFER_BYTES);
@@ -197,7 +197,7 @@ impl Drop for Lease {
 
 #[cfg(test)]
 impl Lease {
-    /// Whether neither the ring nor another lease keeps the buffers.
+    /// Whether this lease is the last owner of the buffers.
     pub(super) fn is_last_of_its_ring(&self) -> bool {
         Rc::strong_count(&self.ring) == 1
     }

@@ -9,11 +9,11 @@ use crate::domain::outgoing::SendBuffer;
 struct InFlight {
     connection: ConnectionKey,
     buffer: SendBuffer,
-    /// Tells a completion for this use of the place from one for another use: there must be none.
+    /// Detects a completion that belongs to another use of this entry. There must be none.
     serial: u32,
 }
 
-/// One place per send in flight, none per connection: an idle connection costs nothing here.
+/// One entry per send in flight, none per connection: an idle connection needs no memory here.
 #[derive(Debug)]
 pub(super) struct Sends {
     places: Slab<InFlight>,
@@ -25,7 +25,7 @@ impl Sends {
         Self { places: Slab::new(), serial: 0 }
     }
 
-    /// Keeps the buffer; returns the key by which the completion will name it.
+    /// Keeps the buffer and returns the key under which its completion comes.
     pub(super) fn keep(&mut self, connection: ConnectionKey, buffer: SendBuffer) -> ConnectionKey {
         self.serial = (self.serial + 1) & GENERATION_MAX;
         let place = self.places.insert(InFlight { connection, buffer, serial: self.serial });
@@ -38,7 +38,7 @@ impl Sends {
         self.places[key.slot as usize].buffer.bytes()
     }
 
-    /// Ends the keeping.
+    /// Removes the buffer of a completed send.
     pub(super) fn release(&mut self, key: ConnectionKey) -> (ConnectionKey, SendBuffer) {
         let in_flight = self.places.remove(key.slot as usize);
         assert_eq!(in_flight.serial, key.generation, "a send completed twice");

@@ -1,4 +1,4 @@
-//! Setting a ring up, and saying plainly why it cannot be.
+//! Setup of a ring, with errors that say what to do.
 
 use std::ffi::CStr;
 use std::io;
@@ -13,39 +13,38 @@ use super::buffers::{BUFFER_GROUP, BUFFERS_MAX, BufferRing};
 use super::operation::NEEDED;
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
 
-/// Linux 6.1: deferred task work (`IORING_SETUP_DEFER_TASKRUN`), and every operation used here.
+/// Linux 6.1: deferred task work (`IORING_SETUP_DEFER_TASKRUN`) and all required operations.
 const KERNEL_MIN: (u32, u32) = (6, 1);
-/// Files of the table beyond the connections': the listener and the doorbell.
+/// Files of the table besides the connections: the listener and the doorbell.
 pub(super) const EXTRA_FILES: u32 = 2;
-/// The kernel's own bound of a completion queue.
+/// The kernel's bound of a completion queue.
 const COMPLETIONS_MAX: u32 = 1 << 16;
 const COMPLETIONS_MIN: u32 = 1 << 12;
-/// Pauses between attempts at a ring for which memory is not free at the moment, ms.
+/// Pauses between attempts to create a ring while memory is short, ms.
 const MEMORY_PAUSES_MS: [u64; 6] = [10, 20, 50, 100, 300, 1_000];
 const UNPRIVILEGED_SETTING: &str = "/proc/sys/kernel/io_uring_disabled";
 
-/// What a ring is made for.
+/// Settings of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Connections at most: files 0 to this, exclusive. At most `RLIMIT_NOFILE` less 2.
+    /// Maximum number of connections: files 0 to this, exclusive. At most `RLIMIT_NOFILE` - 2.
     pub connections: u32,
     /// Receive buffers of [`RECEIVE_BUFFER_BYTES`](crate::domain::limits::RECEIVE_BUFFER_BYTES)
     /// each: a power of two, at most 32,768.
     pub receive_buffers: u16,
-    /// Operations submitted together at most; rounded up to a power of two. More than some 64 gain
-    /// nothing by themselves.
+    /// Maximum number of operations per submission; rounded up to a power of two. More than about
+    /// 64 brings no gain.
     pub submissions: u32,
 }
 
 impl Default for RingConfig {
-    /// 4,096 connections, 256 receive buffers (1 MiB, of which only what is used is resident), 256
-    /// submissions.
+    /// 4,096 connections, 256 receive buffers (1 MiB, resident only where used), 256 submissions.
     fn default() -> Self {
         Self { connections: 4096, receive_buffers: 256, submissions: 256 }
     }
 }
 
-/// Why there is no ring. The text says what to do about it.
+/// Why the ring cannot be set up. The text says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// The kernel is older than 6.1.
@@ -61,17 +60,17 @@ pub enum SetupError {
     /// `io_uring_setup` was refused with EPERM.
     #[error("io_uring is forbidden here (EPERM): {hint}")]
     Forbidden {
-        /// What forbids it, as far as can be seen.
+        /// The probable cause.
         hint: String,
     },
-    /// `io_uring_setup` is unknown (ENOSYS).
+    /// `io_uring_setup` does not exist (ENOSYS).
     #[error(
         "this kernel has no io_uring (ENOSYS): it was built without CONFIG_IO_URING, or a sandbox \
          (gVisor, an old seccomp profile) hides it; run on a kernel that has it, or let the \
          sandbox pass io_uring_setup, io_uring_enter and io_uring_register"
     )]
     Missing,
-    /// An operation or feature is missing although the version promises it.
+    /// An operation or feature is missing although the kernel version has it.
     #[error(
         "Linux {release} lacks {what}, which a kernel of that version has: a sandbox restricts io_uring"
     )]
@@ -81,7 +80,7 @@ pub enum SetupError {
         /// The operation or feature.
         what: &'static str,
     },
-    /// The fixed-file table is larger than the process may have files open.
+    /// The fixed-file table exceeds the process's limit of open files.
     #[error(
         "a shard for {connections} connections needs a table of {files} files, but RLIMIT_NOFILE is {limit} \
          (EMFILE): raise it (`ulimit -n`, LimitNOFILE=, --ulimit nofile=), or use more shards with \
@@ -90,20 +89,20 @@ pub enum SetupError {
     TooManyFiles {
         /// As configured.
         connections: u32,
-        /// The table's size.
+        /// Size of the table.
         files: u32,
         /// The soft limit.
         limit: u64,
     },
-    /// The configuration cannot be met on any system.
+    /// The configuration is invalid on any system.
     #[error("{0}")]
     Config(&'static str),
-    /// Anything else the system said.
+    /// Any other error of the system.
     #[error("cannot {what}: {source}")]
     System {
-        /// What was being done.
+        /// The action that failed.
         what: &'static str,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
 }
@@ -114,7 +113,7 @@ pub(super) struct Parts {
     pub(super) buffers: BufferRing,
 }
 
-/// Sets up a ring, its file table and its buffers, for the calling thread alone.
+/// Sets up a ring, its file table and its buffers for the calling thread only.
 pub(super) fn set_up(config: &RingConfig) -> Result<Parts, SetupError> {
     check(config)?;
     let release = kernel_release();
@@ -158,8 +157,8 @@ fn check(config: &RingConfig) -> Result<(), SetupError> {
     Ok(())
 }
 
-/// The best the kernel takes: deferred task work (a third off the cost of an echo), else
-/// cooperative, else neither.
+/// Creates a ring with the best mode that the kernel supports: deferred task work (a third off the
+/// cost of an echo), else cooperative, else the default.
 fn create(config: &RingConfig) -> Result<IoUring, SetupError> {
     let completions = completion_entries(config.connections, config.submissions);
     let builder = || {
@@ -182,8 +181,8 @@ fn create(config: &RingConfig) -> Result<IoUring, SetupError> {
     Err(explain(refused.expect("three attempts were made")))
 }
 
-/// The kernel takes the pages of a ring in one go and says ENOMEM if so many are not free at that
-/// moment, though most of what is used be page cache: reclaiming it takes a moment.
+/// Retries on ENOMEM. The kernel allocates all pages of a ring at once and fails if they are not
+/// free at that moment, even if reclaiming page cache would free them.
 fn build_patiently(builder: &io_uring::Builder, submissions: u32) -> io::Result<IoUring> {
     let mut pauses = MEMORY_PAUSES_MS.into_iter();
     loop {
@@ -196,7 +195,7 @@ fn build_patiently(builder: &io_uring::Builder, submissions: u32) -> io::Result<
     }
 }
 
-/// Room for a completion of every operation that [`Ring`](super::Ring) lets into flight (half) and
+/// Room for a completion of every operation that [`Ring`](super::Ring) has in flight (half), and
 /// for as many sockets that become readable in one turn (the other half).
 fn completion_entries(connections: u32, submissions: u32) -> u32 {
     let wanted = connections.saturating_mul(2).max(submissions.saturating_mul(4));
@@ -274,7 +273,7 @@ fn kernel_release() -> String {
         .unwrap_or_default()
 }
 
-/// Major and minor number; `None` if the text is of another form.
+/// Major and minor number; `None` if the text has another form.
 fn kernel_version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))

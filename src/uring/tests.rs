@@ -35,7 +35,7 @@ fn next(ring: &mut Ring) -> Completion<Lease> {
     }
 }
 
-/// A ring, and a client that is its file 0.
+/// A ring, and a client whose socket is its file 0.
 fn connected() -> (Ring, TcpStream) {
     let (mut ring, listener) = listening();
     ring.accept(key(0));
@@ -87,7 +87,7 @@ fn accepts_name_their_slots_and_peers() {
         };
         peers.push((peer, connection.slot as u8));
     }
-    // What goes out through a slot arrives at the client of that address.
+    // The client with that address receives what is sent through the slot.
     for (_, slot) in &peers {
         ring.send(key(u32::from(*slot)), SendBuffer::batch(vec![*slot]));
     }

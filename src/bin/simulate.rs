@@ -1,4 +1,4 @@
-//! Runs the shard on the simulated kernel for as many seeds and steps as wanted.
+//! Runs the shard on the simulated kernel: any number of seeds and steps (docs/simulation.md).
 
 use std::time::Instant;
 
@@ -6,8 +6,8 @@ use clap::Parser;
 use delivery::domain::counted::Counted;
 use delivery::reactor::simulation::{self, Summary, trace};
 
-/// Drives the shard's own code through every fault that a seed can think of. A failing seed fails
-/// again in the same way.
+/// Runs the shard on a simulated kernel with faults that depend on a seed. A failing seed always
+/// fails in the same way.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// The first seed.
@@ -16,7 +16,7 @@ struct Arguments {
     /// Steps per seed.
     #[arg(long, default_value_t = 100_000)]
     steps: u64,
-    /// Seeds, counted up from the first.
+    /// Number of seeds, counted up from the first.
     #[arg(long, default_value_t = 1)]
     seeds: u64,
 }

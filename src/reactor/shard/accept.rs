@@ -1,4 +1,4 @@
-//! From the listener to the handshake.
+//! Accepts connections and applies the limits.
 
 use std::net::IpAddr;
 
@@ -13,7 +13,7 @@ use crate::reactor::connection::{Connection, Handshake, Lifecycle, RequestSet};
 use crate::reactor::limiter::{AddressPermit, LimitExceeded};
 use crate::uring::{HowToClose, Kernel};
 
-/// Pause after an accept failed for want of something, ms: asking again at once would spin.
+/// Pause after an accept failed for lack of a resource, ms. An immediate retry would spin.
 const ACCEPT_RETRY_MS: u64 = 100;
 
 /// The state of the listener.
@@ -21,7 +21,7 @@ const ACCEPT_RETRY_MS: u64 = 100;
 pub(super) struct AcceptState {
     open: bool,
     pub(super) in_flight: u32,
-    /// No accepts before this.
+    /// No accepts before this time.
     retry_at_ms: Option<u64>,
 }
 
@@ -38,11 +38,11 @@ impl AcceptState {
 }
 
 impl<K: Kernel> Shard<K> {
-    /// Keeps accepts in flight as long as there are slots for their clients.
+    /// Keeps accepts in flight as long as there are free slots.
     pub(super) fn arm_accepts(&mut self) {
         match self.accepting.retry_at_ms {
             Some(at) if self.kernel.now_ms() < at => return,
-            // What is past is no reason to wake up.
+            // A time in the past must not wake the shard.
             _ => self.accepting.retry_at_ms = None,
         }
         if !self.accepting.open || self.reports.is_backlogged() {
@@ -56,7 +56,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Closes the listener; what is open stays.
+    /// Closes the listener; open connections stay.
     pub(super) fn stop_accepting(&mut self) {
         if std::mem::replace(&mut self.accepting.open, false) {
             self.kernel.stop_accepting();
@@ -102,14 +102,14 @@ impl<K: Kernel> Shard<K> {
             return;
         }
         self.counters.counts.accept_failures.add(1);
-        // A client that is gone before it was accepted is no reason to wait.
+        // Errors that concern one client which is already gone: no pause.
         let clients_fault = [Errno::CONNABORTED, Errno::CONNRESET, Errno::PROTO, Errno::PERM];
         if !clients_fault.contains(&error) {
             self.accepting.retry_at_ms = Some(self.kernel.now_ms() + ACCEPT_RETRY_MS);
         }
     }
 
-    /// Asks the limits of the shard and those shared by all shards.
+    /// Checks the limit of this shard and the limits shared by all shards.
     fn check_limits(&mut self, peer: IpAddr) -> Result<AddressPermit, Refused> {
         let counts = &self.counters.counts;
         let retry_after_s = self.config.retry_after_s;
@@ -137,7 +137,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Answers a request, or what might have become one, with an HTTP error, and ends.
+    /// Answers a request, or an incomplete one, with an HTTP error and closes.
     pub(super) fn answer(&mut self, key: ConnectionKey, refused: &Refused, why: EndReason) {
         let deadline = self.after(self.config.close_ms_max);
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));

@@ -1,5 +1,5 @@
-//! Whether everything the shard believes agrees with everything else. For the simulation, which
-//! asks after every step; far too slow for a running shard.
+//! Consistency checks over the whole state of a shard. Only the simulation runs them, after every
+//! step; they are far too slow for production.
 
 use super::clock::next_deadline;
 use super::{PENDING_REPORTS_MAX, Shard};
@@ -9,12 +9,12 @@ use crate::reactor::connection::{Connection, Flags, Lifecycle, LifecycleClass, R
 use crate::reactor::queue::SendQueue;
 use crate::uring::Kernel;
 
-/// Frames beyond its limit that a queue may hold: the 101, a close frame, a heartbeat, and answers
-/// to one receive.
+/// Frames that a queue may hold beyond its limit: the 101, a close frame, a ping, and answers to
+/// one receive.
 const OWN_FRAMES_MAX: usize = 1024;
 
-/// Reports to the session manager that one turn may add to [`PENDING_REPORTS_MAX`]: those of the
-/// completions of the turn.
+/// Reports to the session manager that one turn may add beyond [`PENDING_REPORTS_MAX`]: one per
+/// completion of the turn.
 const REPORTS_PER_TURN_MAX: usize = 1024;
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -33,7 +33,7 @@ struct Sums {
 }
 
 impl<K: Kernel> Shard<K> {
-    /// Looks at every connection and every list.
+    /// Checks every connection and every list.
     ///
     /// # Panics
     /// If two of them disagree, or a bound is exceeded.
@@ -92,12 +92,12 @@ impl<K: Kernel> Shard<K> {
         self.slab.used()
     }
 
-    /// The requests in flight of each connection, as the shard believes.
+    /// The requests in flight per connection, according to the shard.
     pub fn flights(&self) -> impl Iterator<Item = (ConnectionKey, RequestSet)> + '_ {
         self.slab.iter().map(|(key, connection)| (key, connection.in_flight))
     }
 
-    /// Whether it knows that there is something to receive of this connection, or will not care.
+    /// Whether the shard will receive from this connection, or has no interest in it any more.
     pub fn has_noticed_input(&self, key: ConnectionKey) -> bool {
         self.slab.get(key).is_none_or(|connection| {
             let flags = connection.flags;
@@ -106,12 +106,12 @@ impl<K: Kernel> Shard<K> {
         })
     }
 
-    /// Whether it has been pinged since it was last heard.
+    /// Whether it has been pinged since bytes were last received.
     pub fn is_pinged(&self, key: ConnectionKey) -> bool {
         self.slab.get(key).is_some_and(|connection| connection.flags.has(Flags::PINGED))
     }
 
-    /// Staging buffers that are out.
+    /// Staging buffers in use.
     pub fn staging_out(&self) -> usize {
         self.staging.out()
     }
@@ -174,7 +174,7 @@ impl<K: Kernel> Shard<K> {
     }
 }
 
-/// The queue of [`Lifecycle::held`].
+/// The held queue, if the lifecycle has one.
 fn held_queue(lifecycle: &Lifecycle) -> Option<&SendQueue> {
     match lifecycle {
         Lifecycle::Deciding(deciding) => Some(&deciding.held),

@@ -1,5 +1,5 @@
-//! Deadlines. A connection has one timer, set to the earliest of them or before: when it fires, the
-//! deadlines are looked at again, so that receiving something moves a deadline without touching the
+//! Deadlines. Each connection has one timer, set to its earliest deadline or before. When it fires,
+//! all deadlines are checked again, so a receive can move a deadline without touching the timer
 //! wheel.
 
 use super::{SESSION_MANAGER, Shard};
@@ -19,12 +19,12 @@ const CATCH_UP_TOO_LONG: Close =
     Close::new(CloseCode::TRY_AGAIN_LATER, "catch-up took too long: reconnect and resume");
 
 impl<K: Kernel> Shard<K> {
-    /// Handles what is due. Returns whether some is left for the next turn.
+    /// Handles due timers. Returns whether some are left for the next turn.
     pub(super) fn run_timers(&mut self) -> bool {
         let mut fired = std::mem::take(&mut self.fired);
         let reached = self.wheel.advance(&mut self.slab, self.now, TIMERS_PER_TURN_MAX, &mut fired);
         for slot in fired.drain(..) {
-            // One that was handled before it may have ended this one.
+            // An earlier timer of this turn may have freed the slot.
             if let Some(key) = self.slab.key_at(slot) {
                 self.check_deadlines(key);
                 self.schedule(key);
@@ -34,7 +34,7 @@ impl<K: Kernel> Shard<K> {
         !reached
     }
 
-    /// Sees to it that the timer fires no later than the earliest deadline.
+    /// Sets the timer so that it fires no later than the earliest deadline.
     pub(super) fn schedule(&mut self, key: ConnectionKey) {
         let Some(connection) = self.slab.get_mut(key) else { return };
         let Some(deadline) = next_deadline(connection, key, &self.config) else { return };
@@ -60,7 +60,7 @@ impl<K: Kernel> Shard<K> {
                 self.answer(key, &refused, EndReason::HandshakeTimeout);
                 self.receive_on(key);
             }
-            // What it has not taken by now it will not take.
+            // Bytes that it has not taken by now are discarded.
             &Lifecycle::Closing(why) if overdue => self.terminate(key, why, HowToClose::Abort),
             &Lifecycle::Lingering(why) if overdue => self.terminate(key, why, HowToClose::Orderly),
             Lifecycle::Handshake(_)
@@ -71,7 +71,7 @@ impl<K: Kernel> Shard<K> {
             | Lifecycle::Filtering(_)
             | Lifecycle::Live
             | Lifecycle::Echo(_) => {
-                // If the socket has room again, its next send decides.
+                // If the socket has room again, the next send decides.
                 let stalled = connection.flags.has(Flags::STALLED);
                 if stalled && overdue && connection.in_flight.any(RequestSet::POLL_WRITABLE) {
                     self.terminate(key, EndReason::WriteTimeout, HowToClose::Abort);
@@ -82,9 +82,9 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Contract §3: a silent client is pinged, then dropped. From the ping it has the whole time
-    /// between the two, however late the ping is: a process that was stopped for a minute does not
-    /// drop everybody. Returns whether it is gone.
+    /// Pings a silent client, and terminates it if it stays silent (contract §3). After the ping it
+    /// always has the full time between the two, so a process that was suspended for a minute does
+    /// not disconnect everybody. Returns whether the connection was terminated.
     fn check_silence(&mut self, key: ConnectionKey) -> bool {
         let now = self.now;
         let ping_due = ping_due(&self.config, key);
@@ -95,7 +95,7 @@ impl<K: Kernel> Shard<K> {
             return false;
         }
         if connection.flags.has(Flags::READABLE) || connection.in_flight.any(RequestSet::RECEIVE) {
-            // It has spoken; we have not listened yet.
+            // The client has sent something that has not been received yet.
             connection.last_received = now;
             connection.flags.clear(Flags::PINGED);
             return false;
@@ -106,7 +106,7 @@ impl<K: Kernel> Shard<K> {
         }
         connection.flags.set(Flags::PINGED);
         connection.last_received = now - ping_due;
-        // Behind whatever waits: a client that is sent much answers as one that is sent little.
+        // Behind everything queued, so that busy and idle clients are treated alike.
         self.counters.counts.pings_sent.add(1);
         self.push(key, Rc::clone(&self.ping));
         false
@@ -134,21 +134,21 @@ impl<K: Kernel> Shard<K> {
     }
 }
 
-/// Settings are validated to be far below the wheel's range.
+/// Validation keeps all settings far below the range of the wheel.
 fn ticks(ms: u64) -> Tick {
     ms.div_ceil(TICK_MS) as Tick
 }
 
-/// Silence before a ping: the setting, less a part of the spread that depends on the connection.
+/// Silence before a ping: the setting minus a part of the spread that depends on the connection.
 fn ping_due(config: &ShardConfig, key: ConnectionKey) -> Tick {
     let spread = ticks(config.ping_spread_ms) + 1;
-    // Fibonacci hashing: neighbours in the slab lie far apart.
+    // Fibonacci hashing: neighbours in the slab get distant values.
     let scattered = key.slot.wrapping_add(key.generation).wrapping_mul(0x9E37_79B9);
     let earlier = (u64::from(scattered) * u64::from(spread)) >> 32;
     ticks(config.ping_after_ms) - earlier as Tick
 }
 
-/// The earliest deadline, by the lifecycle; `None`: it waits for the kernel only.
+/// The earliest deadline; `None`: the connection waits only for the kernel.
 pub(super) fn next_deadline(
     connection: &Connection,
     key: ConnectionKey,

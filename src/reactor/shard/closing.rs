@@ -1,5 +1,6 @@
-//! Every way out. Last words first (`Ending`), then our end of stream (`Lingering`), or neither;
-//! then in named steps: terminate (begin nothing more), join (what is in flight), close.
+//! All ways to end a connection. `Closing` sends the last frames and `Lingering` our FIN; either
+//! may be skipped. `Terminating` starts no new requests and waits for those in flight; `Freeing`
+//! closes the socket.
 
 use super::tally::Outcome;
 use super::{SESSION_MANAGER, Shard, Stopping};
@@ -13,14 +14,13 @@ use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
 use crate::uring::{HowToClose, Kernel};
 
-/// Contract §3.
+/// Close frame of a queue overflow (contract §3).
 const QUEUE_OVERFLOW: Close = Close::new(CloseCode::INTERNAL_ERROR, "backpressure overflow");
-/// Connections told to go in one turn.
+/// Connections closed per turn while the shard stops.
 const CLOSES_PER_TURN_MAX: u32 = 256;
 
 impl<K: Kernel> Shard<K> {
-    /// Sends what is queued, then a close frame; then the client's close frame is awaited
-    /// (RFC 6455 §7.1.2).
+    /// Sends the queue, then a close frame, and awaits the client's close frame (RFC 6455 §7.1.2).
     pub(super) fn close(&mut self, key: ConnectionKey, close: &Close, why: EndReason) {
         self.begin_close(key, why);
         let connection = self.connection(key).expect("still here");
@@ -29,7 +29,8 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// The same, but the client broke a rule: nothing more of it is read (RFC 6455 §7.1.7).
+    /// The same after a protocol violation of the client: nothing more is read from it (RFC 6455
+    /// §7.1.7).
     pub(super) fn close_for_violation(&mut self, key: ConnectionKey, close: &Close) {
         let connection = self.connection(key).expect("still here");
         let open = connection.lifecycle.is_open();
@@ -42,8 +43,8 @@ impl<K: Kernel> Shard<K> {
         self.shut_down_if_flushed(key);
     }
 
-    /// The queue is full: the client does not read (contract §3). What has been begun is
-    /// completed, the rest gives way to the close frame.
+    /// Closes a connection whose queue is full: the client does not read (contract §3). The frame
+    /// that was begun is completed; the close frame replaces the rest.
     pub(super) fn close_for_overflow(&mut self, key: ConnectionKey) {
         self.counters.counts.queue_overflows.add(1);
         self.begin_close(key, EndReason::QueueOverflow);
@@ -54,7 +55,7 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// Carries an overflow out, as soon as no send is reading the queue.
+    /// Drops the frames of an overflown queue, once no send is reading the queue.
     pub(super) fn cut_if_due(&mut self, key: ConnectionKey) {
         let connection = self.slab.get_mut(key).expect("still here");
         if connection.in_flight.any(RequestSet::SEND) || !connection.flags.clear(Flags::CUT) {
@@ -66,7 +67,8 @@ impl<K: Kernel> Shard<K> {
         self.push_own(key, frame::encode_close(&QUEUE_OVERFLOW));
     }
 
-    /// The client's close frame: answered, unless it is the answer (RFC 6455 §5.5.1).
+    /// Handles the client's close frame: answers it, unless it is itself the answer (RFC 6455
+    /// §5.5.1).
     pub(super) fn peer_closed(&mut self, key: ConnectionKey, code: Option<CloseCode>) {
         let connection = self.connection(key).expect("still here");
         let phase = connection.phase.next(Signal::CloseReceived).expect("frames were read");
@@ -84,8 +86,8 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// The client has ended its half of the stream: of an open connection that is the end, but last
-    /// words are still said.
+    /// The client has shut down its half of the stream. An open connection is terminated; one that
+    /// is closing still sends its last frames.
     pub(super) fn fin_received(&mut self, key: ConnectionKey) {
         let connection = self.connection(key).expect("still here");
         connection.flags.set(Flags::FIN_RECEIVED);
@@ -99,7 +101,8 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// An open connection begins to end: what it held back and the rest of its receiver go.
+    /// Begins the close of an open connection. Its held events and the state of its receiver are
+    /// dropped.
     fn begin_close(&mut self, key: ConnectionKey, why: EndReason) {
         let deadline = self.after(self.config.close_ms_max);
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
@@ -108,7 +111,7 @@ impl<K: Kernel> Shard<K> {
         self.connection(key).expect("still here").deadline = deadline;
     }
 
-    /// What a lifecycle held back will not be sent.
+    /// Drops the events that a lifecycle holds.
     pub(super) fn give_up_held(&mut self, mut lifecycle: Lifecycle) {
         if let Some((held, _)) = lifecycle.held() {
             held.clear(&mut self.nodes, |outgoing| {
@@ -117,7 +120,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// If all last words are said and no answer is awaited: our end of stream.
+    /// Sends our FIN, if all frames are sent and no close frame is awaited.
     pub(super) fn shut_down_if_flushed(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.linger_ms_max);
         let connection = self.connection(key).expect("still here");
@@ -139,8 +142,8 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// Begins nothing more on this connection. Its deliveries are given up, its end is reported
-    /// under the reason with which it began to end.
+    /// Starts no new requests on this connection. Drops its deliveries and reports its end, with
+    /// the reason of the close if that had begun before.
     pub(super) fn terminate(&mut self, key: ConnectionKey, why: EndReason, how: HowToClose) {
         let lifecycle = self.set_lifecycle(key, Lifecycle::Terminating(how));
         assert!(!lifecycle.is_over(), "ended twice");
@@ -166,7 +169,7 @@ impl<K: Kernel> Shard<K> {
         self.free_if_idle(key);
     }
 
-    /// Once nothing is in flight: close.
+    /// Closes the socket, if nothing is in flight.
     pub(super) fn free_if_idle(&mut self, key: ConnectionKey) {
         let connection = self.connection(key).expect("still here");
         if let Lifecycle::Terminating(how) = connection.lifecycle
@@ -178,13 +181,13 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// A request that changes nothing but being in flight has completed.
+    /// A request without other effects has completed.
     pub(super) fn request_completed(&mut self, key: ConnectionKey, of: RequestSet) {
         self.completed(key, of);
         self.free_if_idle(key);
     }
 
-    /// The socket is closed: the slot is free.
+    /// The socket is closed: frees the slot.
     pub(super) fn free_slot(&mut self, key: ConnectionKey) {
         self.completed(key, RequestSet::CLOSE);
         let connection = self.slab.remove(key).expect("still here");
@@ -195,7 +198,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// The service closes a session, or one that it has not decided on yet.
+    /// Closes a session for the service, or refuses one that is still undecided.
     pub(super) fn close_by_service(&mut self, key: ConnectionKey, close: &Close, why: EndReason) {
         match self.connection(key).map(|connection| &connection.lifecycle) {
             Some(lifecycle) if lifecycle.is_open() => self.close(key, close, why),
@@ -204,7 +207,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Closes everything; the shard has stopped when all slots are free.
+    /// Closes all connections. The shard has stopped when all slots are free.
     pub(super) fn stop(&mut self, close: Close) {
         if self.stopping.is_none() {
             self.stop_accepting();
@@ -212,7 +215,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Tells some more connections to go. Returns whether some have not been told.
+    /// Closes some more connections. Returns whether some are left.
     pub(super) fn close_some(&mut self) -> bool {
         let Some(Stopping { close, cursor }) = self.stopping.take() else { return false };
         let end = self.slab.slots_end();

@@ -1,4 +1,4 @@
-//! From the rings to the queues.
+//! Takes commands from the rings and queues deliveries.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,13 +17,15 @@ use crate::reactor::connection::{Filter, Flags, Lifecycle};
 use crate::reactor::queue::SendQueue;
 use crate::uring::Kernel;
 
-/// How long a socket may take nothing before its client counts as a slow reader, ticks: a burst
-/// fills the socket of the quickest reader for a moment.
+/// How long a socket may take nothing before its client counts as a slow reader, ticks. A burst
+/// fills even a fast reader's socket for a moment.
 const STALL_TICKS_MAX: u32 = 2;
-/// How long the rings wait for one queue, ticks; then its client counts as a slow reader until it
-/// has read most of what waits. One that takes a little now and then cannot hold up the others.
+/// How long the intake waits for one queue, ticks. After that its client counts as a slow reader
+/// until most of its queue is sent, so that a client that reads in small amounts cannot stall the
+/// others.
 const QUEUE_WAIT_TICKS_MAX: u32 = 8;
-/// Recipients served in one turn, after which the rings wait for the next. One event may exceed it.
+/// Recipients per turn. When this is reached, the rings wait for the next turn. One event may
+/// exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
 const HOLD_OVERFLOW: Close = Close::new(
     CloseCode::TRY_AGAIN_LATER,
@@ -31,13 +33,13 @@ const HOLD_OVERFLOW: Close = Close::new(
 );
 
 impl<K: Kernel> Shard<K> {
-    /// Takes a bounded batch from each ring, beginning with another one each turn.
+    /// Takes a bounded batch from each ring, starting with another ring each turn.
     pub(super) fn take_commands(&mut self) -> Leftover {
         let peers = self.commands.len();
         let mut budget = DELIVERIES_PER_TURN_MAX;
         let mut left = Leftover::default();
         if self.reports.is_stopped() {
-            // The last report may wait for room; nothing may follow it.
+            // The last report may still wait for room. No report may follow it.
             return left;
         }
         for turn in 0..peers {
@@ -72,16 +74,17 @@ impl<K: Kernel> Shard<K> {
         left
     }
 
-    /// Whether there is anything in the rings that would be taken.
+    /// Whether the rings hold anything that would be taken.
     pub(super) fn commands_wait(&self, left: Leftover) -> bool {
         let routers_wait = left.intake_paused || left.intake_waits;
         let considered = if routers_wait { SESSION_MANAGER + 1 } else { self.commands.len() };
         self.commands[..considered].iter().any(|ring| !ring.is_empty())
     }
 
-    /// A queue fills in one turn when events come in a burst, and a socket takes one batch a turn.
-    /// That makes nobody a slow reader: the rings wait until the queue has room again, or until
-    /// its socket has taken nothing for [`STALL_TICKS_MAX`], which is what overflow is for.
+    /// Whether the intake waits for a queue. A burst may fill a queue within one turn, while a
+    /// socket takes only one batch per turn; that does not make its client a slow reader. The
+    /// intake waits until the queue has room, or until its socket has taken nothing for
+    /// [`STALL_TICKS_MAX`]; then the queue may overflow.
     fn is_waiting_for_queue(&mut self) -> bool {
         let Some(AwaitedQueue { key, since }) = self.awaited else { return false };
         if !self.is_filling(key) {
@@ -99,7 +102,7 @@ impl<K: Kernel> Shard<K> {
         let queue = &connection.queue;
         let nearly_full = queue.frames() >= usize::from(frames_max) * 3 / 4
             || queue.bytes() >= bytes_max as usize / 4 * 3;
-        // The limit of a stalled socket is that far from its last progress.
+        // The deadline of a stalled socket is this far from its last progress.
         let limit = self.after(self.config.write_ms_max);
         let stalls = connection.flags.has(Flags::STALLED)
             && connection.deadline.saturating_add(STALL_TICKS_MAX) <= limit;
@@ -112,7 +115,7 @@ impl<K: Kernel> Shard<K> {
         events >= u64::from(self.config.events_max) || bytes >= self.config.event_bytes_max
     }
 
-    /// Carries a command out. Returns how many recipients it had.
+    /// Executes a command. Returns the number of its recipients.
     fn command(&mut self, peer: usize, command: ShardCommand) -> usize {
         match command {
             ShardCommand::Deliver { event, recipients, class, ticket } => {
@@ -159,7 +162,7 @@ impl<K: Kernel> Shard<K> {
     /// Appends an event to a connection's queue.
     ///
     /// # Errors
-    /// It is done already: what became of it.
+    /// The outcome, if the delivery is done already.
     fn deliver_one(
         &mut self,
         key: ConnectionKey,
@@ -171,7 +174,7 @@ impl<K: Kernel> Shard<K> {
             Lifecycle::Live | Lifecycle::Filtering(_) => false,
             Lifecycle::Deciding(_) if class == DeliveryClass::Live => true,
             Lifecycle::Holding(_) => class == DeliveryClass::Live,
-            // Nobody catches up before the 101.
+            // There is no catch-up before the 101.
             Lifecycle::Accepting
             | Lifecycle::Handshake(_)
             | Lifecycle::Deciding(_)
@@ -211,7 +214,7 @@ impl<K: Kernel> Shard<K> {
         Ok(())
     }
 
-    /// Keeps a live event back.
+    /// Holds a live event.
     fn hold(
         &mut self,
         key: ConnectionKey,
@@ -243,7 +246,7 @@ impl<K: Kernel> Shard<K> {
         Err(Outcome::Ended)
     }
 
-    /// Catch-up is complete: what was held and is not covered by it follows.
+    /// Ends catch-up: sends the held events that catch-up has not delivered.
     fn go_live(&mut self, key: ConnectionKey, delivered: Box<[ConversationPosition]>) {
         let until = self.after(self.config.dedupe_ms);
         let Some(Lifecycle::Holding(_)) =
@@ -254,7 +257,7 @@ impl<K: Kernel> Shard<K> {
         self.go_live_with(key, Filter::new(delivered, until));
     }
 
-    /// Nobody asked to catch up, or catch-up is complete.
+    /// The same, with a filter; also when the resume grace period has passed.
     pub(super) fn go_live_with(&mut self, key: ConnectionKey, mut filter: Filter) {
         let connection = self.slab.get_mut(key).expect("still here");
         let Lifecycle::Holding(holding) = &mut connection.lifecycle else { panic!("not holding") };
@@ -274,7 +277,7 @@ impl<K: Kernel> Shard<K> {
         self.drain_held(key);
     }
 
-    /// Moves what was held into the queue at the socket's pace; once all is moved the session is
+    /// Moves held events into the queue at the socket's pace. When all are moved, the session is
     /// live.
     pub(super) fn drain_held(&mut self, key: ConnectionKey) {
         let frames_max = usize::from(self.config.queue_frames_max / 2);
@@ -324,7 +327,7 @@ fn covered(filter: Option<&mut Filter>, outgoing: &Outgoing) -> bool {
     }
 }
 
-/// Asks the filter of a live session, which ends with the last that it remembers.
+/// Applies the filter of a live session, and removes it once it is spent.
 fn filter(lifecycle: &mut Lifecycle, outgoing: &Outgoing) -> Result<(), Outcome> {
     let Lifecycle::Filtering(filter) = lifecycle else { return Ok(()) };
     if covered(Some(filter), outgoing) {

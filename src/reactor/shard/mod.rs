@@ -1,14 +1,13 @@
-//! The loop of one shard and the state it works on. The loop only dispatches; what happens is in
-//! the files beside it, one for each direction:
+//! A shard: its event loop and its state. The loop only dispatches; the work is in the submodules:
 //!
-//! - `accept`: listener to handshake, limits;
-//! - `upgrade`: request to session;
-//! - `receive`: bytes to messages;
-//! - `intake`: rings to queues;
-//! - `send`: queues to sockets;
+//! - `accept`: new connections and their limits;
+//! - `upgrade`: from the upgrade request to the session;
+//! - `receive`: from bytes to messages;
+//! - `intake`: from the rings to the send queues;
+//! - `send`: from the send queues to the sockets;
 //! - `clock`: deadlines;
-//! - `ending`: every way out;
-//! - `reports`: what the service side is told.
+//! - `closing`: all ways to end a connection;
+//! - `reports`: reports to the service side.
 
 mod accept;
 #[cfg(any(test, feature = "simulation"))]
@@ -49,52 +48,52 @@ use tally::Tally;
 
 pub use reports::PENDING_REPORTS_MAX;
 
-/// Index of the session manager among the peers: it is told of connections, and its ring is drained
-/// even when too many events wait.
+/// Index of the session manager among the peers. It gets the reports about connections. Its ring is
+/// read even when too many events are queued.
 pub const SESSION_MANAGER: usize = 0;
 
-/// Wait for room in a report ring, ms: nobody rings when a peer has taken something.
+/// Interval of retries while a report ring is full, ms: the peers do not ring when they take a
+/// report.
 const REPORT_RETRY_MS: u64 = 2;
 
-/// The rings of one peer, seen from the shard.
+/// The shard's ends of one peer's rings.
 #[derive(Debug)]
 pub struct PeerRings {
-    /// What it wants.
+    /// Commands from the peer.
     pub commands: Consumer<ShardCommand>,
-    /// What it is told.
+    /// Reports to the peer.
     pub reports: Producer<ShardReport>,
 }
 
-/// What a shard is connected to.
+/// The connections of a shard to the rest of the program.
 pub struct ShardLinks {
     /// The session manager first, then the routers.
     pub peers: Vec<PeerRings>,
-    /// Rung by the peers when the shard sleeps.
+    /// The shard's doorbell: peers ring it when the shard sleeps.
     pub bell: Arc<Doorbell>,
-    /// Shared by all shards.
+    /// Limits shared by all shards.
     pub limiter: Arc<ConnectionLimiter>,
-    /// Its counts.
+    /// The shard's counters.
     pub counters: Arc<ShardCounters>,
 }
 
-/// What became of a turn.
+/// The outcome of a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// Go on.
+    /// The shard continues.
     Done,
-    /// Everything is closed and reported.
+    /// All connections have ended, and all reports are delivered.
     Stopped,
 }
 
-/// One shard. Does nothing by itself: [`Shard::turn`] is called again and again by its thread, or
-/// by the simulation.
+/// One shard. Its thread, or the simulation, calls [`Shard::turn`] repeatedly.
 pub struct Shard<K: Kernel> {
     kernel: K,
     config: ShardConfig,
     slab: Slab<Connection>,
     nodes: FramePool,
     wheel: TimerWheel,
-    /// The kernel's time at tick 0.
+    /// The kernel's time at tick 0, ms.
     began_ms: u64,
     now: Tick,
     commands: Vec<Consumer<ShardCommand>>,
@@ -104,9 +103,10 @@ pub struct Shard<K: Kernel> {
     limiter: Arc<ConnectionLimiter>,
     counters: Arc<ShardCounters>,
     scratch: Scratch,
-    /// The heartbeat: one frame for all.
+    /// The ping frame, shared by all connections.
     ping: Rc<Outgoing>,
-    /// Connections with something to send; each at most once ([`Flags::DIRTY`](crate::reactor::connection::Flags::DIRTY)).
+    /// Connections with something to send; each at most once
+    /// ([`Flags::DIRTY`](crate::reactor::connection::Flags::DIRTY)).
     dirty: VecDeque<ConnectionKey>,
     /// Connections that wait to receive; each at most once.
     waiting: VecDeque<ConnectionKey>,
@@ -114,37 +114,36 @@ pub struct Shard<K: Kernel> {
     staging: send::Staging,
     fired: Vec<u32>,
     accepting: accept::AcceptState,
-    /// Connections that the limiter has let in and whose slot is not free yet.
+    /// Connections that the limiter has admitted and whose slot is not free yet.
     admitted: u32,
     first_peer: usize,
-    /// A session whose queue is nearly full although its socket takes what it gets: the routers'
-    /// rings wait for it.
+    /// The session with an almost full queue that the routers' rings wait for. Its socket keeps up.
     awaited: Option<AwaitedQueue>,
     stopping: Option<Stopping>,
 }
 
-/// The way to the end.
+/// State of a stopping shard.
 #[derive(Debug)]
 struct Stopping {
     close: Close,
-    /// Slots below this have been told.
+    /// Slots below this have been closed.
     cursor: u32,
 }
 
-/// A session that the rings wait for.
+/// A session whose queue the rings wait for.
 #[derive(Clone, Copy, Debug)]
 struct AwaitedQueue {
     key: ConnectionKey,
     since: Tick,
 }
 
-/// What is left to be done although the turn is over.
+/// Work that is left at the end of a turn.
 #[derive(Clone, Copy, Debug, Default)]
 struct Leftover {
     work: bool,
-    /// The rings are left alone: nothing in them is a reason to stay awake.
+    /// Too many events are queued: the routers' rings are not a reason to stay awake.
     intake_paused: bool,
-    /// The same, until a socket has taken something, or for a tick.
+    /// The same, until a socket has taken something, or for one tick.
     intake_waits: bool,
 }
 
@@ -152,7 +151,7 @@ impl<K: Kernel> Shard<K> {
     /// A shard without connections.
     ///
     /// # Panics
-    /// If the configuration is not valid or there is no session manager among the peers.
+    /// If the configuration is invalid, or there is no session manager among the peers.
     pub fn new(kernel: K, config: ShardConfig, links: ShardLinks) -> Self {
         assert_eq!(config.validate(), Ok(()));
         assert!(links.peers.len() > SESSION_MANAGER);
@@ -187,11 +186,11 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// One turn: what has completed, what the service side wants, what time has brought, and one
-    /// system call that submits all of it and waits if nothing is left to do. Each part is bounded.
+    /// One turn: handles completions, commands and timers, then makes one system call that submits
+    /// all requests and waits if there is nothing left to do. Each part is bounded.
     ///
     /// # Errors
-    /// The kernel's interface has failed; the shard cannot go on.
+    /// The kernel interface has failed; the shard cannot continue.
     pub fn turn(&mut self) -> io::Result<Turn> {
         self.read_clock();
         while let Some(completion) = self.kernel.next_completion() {
@@ -235,8 +234,8 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Sleeps only if nothing is left: announces it to the bell first, then looks at the rings once
-    /// more, so that a push meanwhile is either seen or rings.
+    /// Submits, and sleeps if no work is left. Before sleeping it announces the sleep to the
+    /// doorbell and checks the rings once more, so that a concurrent push is either seen or rings.
     fn enter(&mut self, left: Leftover) -> io::Result<()> {
         self.counters.counts.turns.add(1);
         if left.work {
@@ -267,12 +266,12 @@ impl<K: Kernel> Shard<K> {
     fn read_clock(&mut self) {
         let ms = self.kernel.now_ms().saturating_sub(self.began_ms);
         let now = Tick::try_from(ms / TICK_MS).expect("two years of ticks");
-        // A clock that stands still or jumps ahead is fine; one that steps back is ignored.
+        // Tolerates a clock that stands still or jumps ahead. A step back is ignored.
         self.now = self.now.max(now);
         self.tally.unix_ms = self.kernel.unix_ms();
     }
 
-    /// In ticks, rounded up.
+    /// The tick that is at least `ms` from now.
     fn after(&self, ms: u64) -> Tick {
         self.now + Tick::try_from(ms.div_ceil(TICK_MS)).expect("settings are far below two years")
     }
@@ -281,8 +280,8 @@ impl<K: Kernel> Shard<K> {
         self.slab.get_mut(key)
     }
 
-    /// The connection of a completion. The kernel never names one that is gone: its slot is not
-    /// freed before all has completed.
+    /// Removes a completed request and returns its connection. The connection is present: a slot is
+    /// not freed before all its requests have completed.
     fn completed(&mut self, key: ConnectionKey, of: RequestSet) -> &mut Connection {
         let connection =
             self.slab.get_mut(key).expect("a slot is kept while anything is in flight");
@@ -290,7 +289,7 @@ impl<K: Kernel> Shard<K> {
         connection
     }
 
-    /// Moves a connection on, and the gauges with it. Returns the lifecycle it leaves.
+    /// Changes a connection's lifecycle and updates the gauges. Returns the previous lifecycle.
     fn set_lifecycle(&mut self, key: ConnectionKey, to: Lifecycle) -> Lifecycle {
         let connection = self.slab.get_mut(key).expect("only a present connection moves on");
         let from = std::mem::replace(&mut connection.lifecycle, to);

@@ -1,4 +1,4 @@
-//! From bytes to messages.
+//! Receives bytes and handles messages.
 
 use super::{SESSION_MANAGER, Shard};
 use crate::domain::close::{Close, CloseCode, EndReason};
@@ -9,19 +9,19 @@ use crate::protocol::{deflate, frame};
 use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
 use crate::uring::{HowToClose, Kernel, Received};
 
-/// Effort of compressing an echo; what it echoes is of no importance.
+/// Compression level of echoes, which need no better one.
 const ECHO_DEFLATE_LEVEL: u32 = 1;
 const TOO_MUCH: Close =
     Close::new(CloseCode::POLICY_VIOLATION, "too many messages or bytes a second");
 
 impl<K: Kernel> Shard<K> {
-    /// There is something to receive.
+    /// The connection has something to receive.
     pub(super) fn readable(&mut self, key: ConnectionKey, armed: bool, broken: bool) {
         if armed {
             let connection = self.connection(key).expect("a slot is kept while it is watched");
             assert!(connection.in_flight.any(RequestSet::POLL_READABLE));
         } else {
-            // If the kernel gave the watch up, not we: the next receive begins another.
+            // If the kernel ended the poll by itself, the next receive starts another.
             let connection = self.completed(key, RequestSet::POLL_READABLE);
             if connection.lifecycle.is_over() {
                 return self.free_if_idle(key);
@@ -35,7 +35,7 @@ impl<K: Kernel> Shard<K> {
         self.receive_on(key);
     }
 
-    /// Asks for what there is to receive, if it may be received now.
+    /// Requests a receive, if there is something to receive and it may be received now.
     pub(super) fn receive_on(&mut self, key: ConnectionKey) {
         let too_many_reports = self.reports.is_backlogged();
         let buffers = self.kernel.receive_buffers();
@@ -46,10 +46,10 @@ impl<K: Kernel> Shard<K> {
             return;
         }
         match connection.lifecycle {
-            // What follows the request is read when it has been decided on.
+            // Bytes behind the request are received after the decision.
             Lifecycle::Deciding(_) | Lifecycle::Accepting => return,
             Lifecycle::Terminating(_) | Lifecycle::Freeing => return,
-            // An echo is read at the pace at which its answers leave.
+            // An echo is received at the pace at which its answers are sent.
             Lifecycle::Echo(_)
                 if connection.queue.frames() >= usize::from(queue_frames_max / 2)
                     || connection.queue.bytes() >= queue_bytes_max as usize =>
@@ -74,7 +74,7 @@ impl<K: Kernel> Shard<K> {
         self.kernel.receive(key);
     }
 
-    /// Those that had to wait for a buffer, or for the session manager.
+    /// Starts receives that had to wait for a buffer or for the session manager.
     pub(super) fn start_receives(&mut self) {
         for _ in 0..self.waiting.len() {
             if self.reports.is_backlogged()
@@ -123,7 +123,7 @@ impl<K: Kernel> Shard<K> {
         self.receive_on(key);
     }
 
-    /// What arrived belongs to the request, or to frames, or to nothing any more.
+    /// Passes received bytes to the handshake or the frame decoder, or drops them after the close.
     fn bytes(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
         let connection = self.connection(key).expect("still here");
         match &connection.lifecycle {
@@ -204,13 +204,14 @@ impl<K: Kernel> Shard<K> {
             Lifecycle::Holding(_) | Lifecycle::Filtering(_) | Lifecycle::Live => {
                 self.client_message(key, kind, payload);
             }
-            // After our close frame: its own will follow.
+            // After our close frame; the client's is still to come.
             _ => self.counters.counts.messages_discarded.add(1),
         }
     }
 
-    /// The first message is the resume request, in text as the contract says or in bytes as some
-    /// libraries send text. Of the later ones those go up that may be a control message.
+    /// Handles a message of a session. The first message is the resume request: text according to
+    /// the contract, binary from some libraries. Later messages are passed on only if they may be
+    /// control messages.
     fn client_message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8]) {
         let catch_up_deadline = self.after(self.config.catch_up_ms_max);
         let message_bytes_max = self.config.message_bytes_max as usize;
@@ -227,15 +228,15 @@ impl<K: Kernel> Shard<K> {
                 self.counters.counts.messages_passed.add(1);
                 let report = ShardReport::Message { connection: key, text: text.into() };
                 self.reports.push(SESSION_MANAGER, report);
-                // The deadline of catch-up may come before that of the first message.
+                // The deadline of catch-up may be earlier than that of the first message.
                 self.schedule(key);
             }
             None => self.counters.counts.messages_discarded.add(1),
         }
     }
 
-    /// RFC 6455 §5.5.2: answered with a pong, unless so much waits already that the client does not
-    /// read; and nothing is sent after a close frame (§5.5.1).
+    /// Answers a ping with a pong (RFC 6455 §5.5.2), unless so much is queued that the client
+    /// apparently does not read. Nothing is sent after a close frame (§5.5.1).
     fn pinged(&mut self, key: ConnectionKey, payload: &[u8]) {
         self.counters.counts.pings_received.add(1);
         let frames_max = usize::from(self.config.queue_frames_max / 2);

@@ -1,5 +1,5 @@
-//! What the service side is told. A report that finds its ring full waits in order; how many can
-//! wait is bounded by what stops meanwhile.
+//! Reports to the service side. A report whose ring is full waits, in order. The number of waiting
+//! reports is bounded, because the shard then stops whatever causes new ones.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,12 +10,11 @@ use crate::handoff::{Producer, Pushed};
 use crate::reactor::counters::ShardCounters;
 use crate::uring::Kernel;
 
-/// Reports to the session manager that wait for room before the shard stops accepting and
-/// receiving, so that no further ones arise but the ends of connections it has: at most one for
-/// each slot.
+/// Waiting reports to the session manager at which the shard stops accepting and receiving. From
+/// then on only the ends of existing connections add reports: at most one per slot.
 pub const PENDING_REPORTS_MAX: usize = 1024;
 
-/// The report rings and what did not fit into them.
+/// The report rings, and the reports that did not fit.
 #[derive(Debug)]
 pub(super) struct Reports {
     peers: Vec<ReportQueue>,
@@ -26,8 +25,8 @@ pub(super) struct Reports {
 #[derive(Debug)]
 struct ReportQueue {
     ring: Producer<ShardReport>,
-    /// In order. Bounded: by [`PENDING_REPORTS_MAX`] and the slots towards the session manager, by
-    /// the events that the shard may hold towards a router (each has one report).
+    /// In order. Bounded: to the session manager by [`PENDING_REPORTS_MAX`] and the number of
+    /// slots, to a router by the events that the shard may hold (one report each).
     pending: VecDeque<ShardReport>,
 }
 
@@ -38,12 +37,12 @@ impl Reports {
         Self { peers, counters, stopped: false }
     }
 
-    /// Reports to this peer, now or later, after what waits already.
+    /// Sends a report to this peer, behind the reports that wait.
     pub(super) fn push(&mut self, peer: usize, report: ShardReport) {
         let peer = &mut self.peers[peer];
         if peer.pending.is_empty() {
             match peer.ring.push(report) {
-                // Closed: the peer's thread has ended, nobody wants to know.
+                // Closed: the peer's thread has ended, so the report is dropped.
                 Pushed::Accepted | Pushed::Closed(_) => {}
                 Pushed::Full(report) => {
                     self.counters.counts.reports_delayed.add(1);
@@ -56,7 +55,7 @@ impl Reports {
         }
     }
 
-    /// Pushes what waits and fits, and wakes the peers.
+    /// Pushes waiting reports as long as they fit, and wakes the peers.
     pub(super) fn publish(&mut self) {
         for (number, peer) in self.peers.iter_mut().enumerate() {
             while let Some(report) = peer.pending.pop_front() {
@@ -75,19 +74,19 @@ impl Reports {
             if number == SESSION_MANAGER {
                 peer.ring.publish();
             } else {
-                // A router that waits for no report has time until its next record: at low rates
-                // every second of its wakings would be for an offset that nobody commits yet.
+                // A router does not need a report before its next record. At low rates, waking it
+                // would commit offsets no sooner but double its wakeups.
                 peer.ring.publish_quietly();
             }
         }
     }
 
-    /// Whether any report waits for room.
+    /// Whether any report waits.
     pub(super) fn has_pending(&self) -> bool {
         self.peers.iter().any(|peer| !peer.pending.is_empty())
     }
 
-    /// Whether so many wait for the session manager that nothing may happen that needs another.
+    /// Whether so many reports wait for the session manager that nothing may cause another.
     pub(super) fn is_backlogged(&self) -> bool {
         self.pending_for_manager() >= PENDING_REPORTS_MAX
     }
@@ -97,13 +96,13 @@ impl Reports {
         self.peers[SESSION_MANAGER].pending.len()
     }
 
-    /// Whether the end of the shard has been reported, or waits to be.
+    /// Whether the end of the shard has been reported or waits to be.
     pub(super) fn is_stopped(&self) -> bool {
         self.stopped
     }
 
-    /// Reports the end of the shard to all peers, after everything else. Returns whether all is in
-    /// the rings.
+    /// Reports the end of the shard to all peers, behind everything else. Returns whether all
+    /// reports are in the rings.
     pub(super) fn stop(&mut self) -> bool {
         if !std::mem::replace(&mut self.stopped, true) {
             for peer in 0..self.peers.len() {

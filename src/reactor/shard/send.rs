@@ -1,5 +1,5 @@
-//! From queues to sockets. One send is in flight per connection, so the order is the queue's; what
-//! waited meanwhile goes together in the next.
+//! Sends the queues. One send is in flight per connection, so frames keep their order; frames that
+//! were queued meanwhile go out together in the next send.
 
 use std::rc::Rc;
 
@@ -14,14 +14,14 @@ use crate::domain::outgoing::{Outgoing, SendBuffer};
 use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
 use crate::uring::{HowToClose, Kernel};
 
-/// Sends begun in one turn: enough that the system call's own cost vanishes, few enough that their
-/// completions fit the ring.
+/// Sends started per turn: enough to amortise the system call, few enough that their completions
+/// fit into the ring.
 pub(super) const SENDS_PER_TURN_MAX: usize = 256;
-/// Staging buffers kept when nothing is being sent.
+/// Staging buffers kept while nothing is being sent.
 const STAGING_KEPT: usize = 16;
 
-/// Buffers for frames that are copied together. As many as sends of one turn can need; a send
-/// completes within the next system call, so few are out for longer.
+/// Buffers for frames that are copied together. There may be as many as sends of one turn; a send
+/// completes within the next system call, so few are in use for longer.
 #[derive(Debug, Default)]
 pub(super) struct Staging {
     spare: Vec<Vec<u8>>,
@@ -29,7 +29,8 @@ pub(super) struct Staging {
 }
 
 impl Staging {
-    /// An empty buffer of [`SEND_BATCH_BYTES`]; `None`: all are out, and one frame goes alone.
+    /// An empty buffer of [`SEND_BATCH_BYTES`]; `None`: all are in use, and one frame is sent
+    /// alone.
     fn take(&mut self) -> Option<Vec<u8>> {
         if self.out == SENDS_PER_TURN_MAX {
             return None;
@@ -45,32 +46,32 @@ impl Staging {
         self.spare.push(buffer);
     }
 
-    /// Returns memory after a peak.
+    /// Frees memory after a peak.
     fn trim(&mut self) {
         self.spare.truncate(STAGING_KEPT);
     }
 
-    /// Buffers that are out.
+    /// Buffers in use.
     pub(super) fn out(&self) -> usize {
         self.out
     }
 }
 
 impl<K: Kernel> Shard<K> {
-    /// Appends a frame of the shard's own.
+    /// Queues a frame made by the shard.
     pub(super) fn push_own(&mut self, key: ConnectionKey, bytes: Box<[u8]>) {
         self.push(key, Outgoing::own(bytes));
     }
 
-    /// Appends what is no delivery: last words, heartbeats, and answers to the client, which are
-    /// bounded by where they come from.
+    /// Queues what is not a delivery: last frames, pings, and answers to the client. Their sources
+    /// bound them.
     pub(super) fn push(&mut self, key: ConnectionKey, outgoing: Rc<Outgoing>) {
         let connection = self.slab.get_mut(key).expect("only a present connection is spoken to");
         connection.queue.push(&mut self.nodes, outgoing);
         self.mark_dirty(key);
     }
 
-    /// It has something to send.
+    /// Lists the connection as having something to send.
     pub(super) fn mark_dirty(&mut self, key: ConnectionKey) {
         let connection = self.slab.get_mut(key).expect("still here");
         if !connection.in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE))
@@ -80,7 +81,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Begins the sends of this turn. Returns whether some are left for the next.
+    /// Starts the sends of this turn. Returns whether some are left for the next turn.
     pub(super) fn start_sends(&mut self) -> bool {
         for _ in 0..SENDS_PER_TURN_MAX {
             let Some(key) = self.dirty.pop_front() else {
@@ -157,14 +158,14 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// The socket is full: nothing more is tried until it has room, and if that takes too long the
-    /// connection ends.
+    /// The socket is full. Nothing is sent until it has room; after the write timeout the
+    /// connection is terminated.
     fn stalled(&mut self, key: ConnectionKey, progress: bool) {
         let deadline = self.after(self.config.write_ms_max);
         let connection = self.connection(key).expect("still here");
         connection.in_flight.begin(RequestSet::POLL_WRITABLE);
         let first = !connection.flags.set(Flags::STALLED);
-        // In an ending lifecycle the lifecycle's own deadline runs.
+        // After the close has begun, the deadline of the lifecycle applies.
         if connection.lifecycle.is_open() && (first || progress) {
             connection.deadline = deadline;
         }
@@ -172,7 +173,7 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// All that was asked for has been taken.
+    /// The socket has taken the whole buffer.
     fn progressed(&mut self, key: ConnectionKey) {
         let quarter = usize::from(self.config.queue_frames_max / 4);
         let connection = self.connection(key).expect("still here");
@@ -189,7 +190,7 @@ impl<K: Kernel> Shard<K> {
         } else {
             self.mark_dirty(key);
         }
-        // An echo may have waited for this.
+        // An echo may have been waiting for room in the queue.
         self.receive_on(key);
     }
 

@@ -1,4 +1,4 @@
-//! What waits and what has become of it: the life of a delivery, from the ring to its report.
+//! Accounting of deliveries, from the ring to the report.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,30 +9,30 @@ use crate::domain::outgoing::Outgoing;
 use crate::reactor::connection::LifecycleClass;
 use crate::reactor::counters::ShardCounters;
 
-/// What became of one delivery.
+/// The outcome of one delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// All its bytes have been taken by the socket.
+    /// The socket has taken all its bytes.
     Sent,
-    /// Its connection was gone when it came.
+    /// Its connection did not exist any more when it came.
     Stale,
-    /// Its connection ended while it waited, or was ending when it came.
+    /// Its connection ended while it was queued, or was closing when it came.
     Ended,
-    /// Catch-up had delivered it.
+    /// Catch-up had delivered it already.
     Duplicate,
     /// It cannot be expressed in the session's encoding.
     Skipped,
 }
 
-/// The books of a shard.
+/// The accounts of a shard.
 #[derive(Debug)]
 pub(super) struct Tally {
     counters: Arc<ShardCounters>,
-    /// Tickets whose report is due.
+    /// Deliveries that are done and not reported yet.
     done: Vec<ReplyTo>,
     events_held: u64,
     event_bytes_held: u64,
-    /// As of this turn; for latencies.
+    /// Unix time of this turn, ms; for latencies.
     pub(super) unix_ms: u64,
 }
 
@@ -49,7 +49,7 @@ impl Tally {
         self.event_bytes_held += event.bytes();
     }
 
-    /// One recipient of an event is done; for frames of the shard's own nothing happens.
+    /// One recipient of an event is done. Frames made by the shard are not counted.
     pub(super) fn recipient_done(&mut self, outgoing: &Rc<Outgoing>, outcome: Outcome) {
         let Some(event) = outgoing.as_event() else { return };
         let counts = &self.counters.counts;
@@ -78,12 +78,12 @@ impl Tally {
         self.done.extend(reply_to);
     }
 
-    /// Tickets whose report is due.
+    /// Takes the deliveries that are done and not reported yet.
     pub(super) fn take_done(&mut self) -> std::vec::Drain<'_, ReplyTo> {
         self.done.drain(..)
     }
 
-    /// Events that wait, and the bytes of their frames.
+    /// Queued events, and the bytes of their frames.
     pub(super) fn held(&self) -> (u64, u64) {
         (self.events_held, self.event_bytes_held)
     }

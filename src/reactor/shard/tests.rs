@@ -1,5 +1,5 @@
-//! One promise at a time, on the simulated kernel without faults. All of them together, under
-//! faults, are the simulation's matter.
+//! Tests of single guarantees on the simulated kernel, without faults. The simulation tests all of
+//! them together, with faults.
 
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
@@ -20,7 +20,7 @@ use crate::reactor::simulation::wire::{CLOSE, PING, TEXT, Wire, WireEvent, clien
 struct Rig {
     shard: Shard<SimulatedKernel>,
     commands: Producer<ShardCommand>,
-    /// A router's.
+    /// Commands from a router.
     routed: Producer<ShardCommand>,
     reports: Consumer<ShardReport>,
     counters: Arc<ShardCounters>,
@@ -61,7 +61,7 @@ impl Rig {
         }
     }
 
-    /// Lets time pass in steps of a tick, so that nothing is noticed late.
+    /// Advances time in steps of a tick, so that no deadline is noticed late.
     fn pass(&mut self, ms: u64) {
         for _ in 0..ms.div_ceil(TICK_MS) {
             self.shard.kernel_mut().pass(TICK_MS);
@@ -90,7 +90,7 @@ impl Rig {
         client.wire.next()
     }
 
-    /// A session up to the session manager's decision.
+    /// Connects a session up to the session manager's decision.
     fn request_session(&mut self, capacity: usize) -> (Client, ConnectionKey) {
         let client = self.connect(capacity);
         let request = "GET /ws?user_id=u&device_id=d HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\
@@ -105,7 +105,7 @@ impl Rig {
         }
     }
 
-    /// A session that holds live events back.
+    /// A session that holds live events.
     fn session(&mut self, capacity: usize) -> (Client, ConnectionKey) {
         let (mut client, connection) = self.request_session(capacity);
         self.command(ShardCommand::Admit { connection });
@@ -123,13 +123,13 @@ impl Rig {
         self.command(delivery(to, sequence, class));
     }
 
-    /// A router pushes; the shard has its turn later.
+    /// Pushes from a router; the shard takes its turn later.
     fn routes(&mut self, to: ConnectionKey, sequence: i64) {
         let command = delivery(to, sequence, DeliveryClass::Live);
         assert!(matches!(self.routed.push(command), Pushed::Accepted));
     }
 
-    /// The sequences of the events that came, and what ended them.
+    /// The sequences of the received events, up to a frame of another kind.
     fn events(&mut self, client: &mut Client) -> Vec<i64> {
         let mut sequences = Vec::new();
         while let Some(WireEvent::Frame(_, payload)) = self.receives(client) {

@@ -1,4 +1,4 @@
-//! From the request to the session.
+//! From the upgrade request to the session.
 
 use super::{SESSION_MANAGER, Shard};
 use crate::domain::close::EndReason;
@@ -11,7 +11,8 @@ use crate::reactor::queue::SendQueue;
 use crate::uring::Kernel;
 
 impl<K: Kernel> Shard<K> {
-    /// More of the request. It usually comes whole and is read where it lies.
+    /// Handles bytes of the request. It usually arrives in one piece and is parsed in the receive
+    /// buffer.
     pub(super) fn handshake_bytes(&mut self, key: ConnectionKey, bytes: &[u8]) {
         let connection = self.slab.get_mut(key).expect("still here");
         let Lifecycle::Handshake(handshake) = &mut connection.lifecycle else {
@@ -40,7 +41,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// A session is wanted: the session manager decides.
+    /// A request for a session: the session manager decides.
     fn requested(
         &mut self,
         key: ConnectionKey,
@@ -80,7 +81,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// The session manager lets it in.
+    /// The session manager admits the session.
     pub(super) fn admit(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.resume_grace_ms);
         let deciding = match self.connection(key).map(|connection| &mut connection.lifecycle) {
@@ -103,7 +104,7 @@ impl<K: Kernel> Shard<K> {
         self.receive_on(key);
     }
 
-    /// The 101 goes out.
+    /// Queues the 101.
     fn open(&mut self, key: ConnectionKey, response: Box<[u8]>, deflate: bool) {
         let now = self.now;
         self.counters.counts.upgraded.add(1);
@@ -117,7 +118,7 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// The session manager does not let it in.
+    /// The session manager refuses the session.
     pub(super) fn refuse(&mut self, key: ConnectionKey, refusal: Refusal) {
         let Some(Lifecycle::Deciding(_)) =
             self.connection(key).map(|connection| &connection.lifecycle)

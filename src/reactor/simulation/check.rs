@@ -1,4 +1,4 @@
-//! What is promised, and whether it is so.
+//! Checks of what reaches the service side and the clients against the model.
 
 use super::client::{ClientKind, Reading, number_of};
 use super::trace::{TraceEvent, note};
@@ -79,14 +79,14 @@ impl Simulation {
         }
     }
 
-    /// The client of a key that has been opened and not ended.
+    /// The client of a key that was opened and has not ended.
     fn open_session(&self, connection: ConnectionKey) -> usize {
         let number = *self.by_key.get(&connection).expect("a report about nobody");
         assert!(self.clients[number].session.ended.is_none(), "a report after the end");
         number
     }
 
-    /// The first message: what it missed is looked up.
+    /// Handles the first message: draws the messages that the session missed.
     fn resume(&mut self, number: usize) {
         if !std::mem::replace(&mut self.clients[number].session.resume_asked, true) {
             for _ in 0..self.random.below(4) {
@@ -104,14 +104,15 @@ impl Simulation {
             let number = self.by_key[&done.recipients[0]];
             self.clients[number].session.catch_up_in_flight -= 1;
         }
-        // What is still to be seen by somebody who has not ended would have been reported early.
+        // A recipient that has not ended and still lacks the event shows a report that came too
+        // early.
         for key in done.recipients {
             let Some(number) = self.by_key.get(&key) else { continue };
             self.clients[*number].session.presume_done(peer, done.number);
         }
     }
 
-    /// Everything that reached a wire since the last look.
+    /// Reads everything that the shard has put on the wires.
     pub(super) fn read_wires(&mut self) {
         let mut index = 0;
         while index < self.active.len() {
@@ -120,8 +121,8 @@ impl Simulation {
             let sent = self.kernel().take_sent(socket);
             if !sent.is_empty() {
                 self.clients[number].wire.push(&sent);
-                while let Some(said) = self.clients[number].wire.next() {
-                    self.said(number, said);
+                while let Some(item) = self.clients[number].wire.next() {
+                    self.received(number, item);
                 }
             }
             if self.kernel().is_closed(socket) {
@@ -133,8 +134,8 @@ impl Simulation {
         }
     }
 
-    fn said(&mut self, number: usize, said: WireEvent) {
-        match said {
+    fn received(&mut self, number: usize, item: WireEvent) {
+        match item {
             WireEvent::Answer(status) => {
                 note(TraceEvent::Wire(number, "answer", status.into()));
                 let client = &mut self.clients[number];
@@ -158,8 +159,8 @@ impl Simulation {
                 note(TraceEvent::Wire(number, "ping", 0));
                 assert!(payload.is_empty());
                 let client = &mut self.clients[number];
-                if client.may_speak() && (client.reading == Reading::Prompt || self.resting) {
-                    client.pongs(&mut self.random);
+                if client.may_send() && (client.reading == Reading::Prompt || self.resting) {
+                    client.queue_pong(&mut self.random);
                 }
             }
             WireEvent::Frame(wire::PONG, payload) => {
@@ -176,31 +177,31 @@ impl Simulation {
                 let expected = self.clients[number].session.texts.pop_front();
                 assert_eq!(expected.map(String::into_bytes), Some(payload), "another text");
             }
-            WireEvent::Frame(opcode, payload) => self.saw_event(number, opcode, &payload),
+            WireEvent::Frame(opcode, payload) => self.received_event(number, opcode, &payload),
         }
     }
 
-    fn saw_event(&mut self, number: usize, opcode: u8, payload: &[u8]) {
+    fn received_event(&mut self, number: usize, opcode: u8, payload: &[u8]) {
         let event = wire::event_number(payload);
         note(TraceEvent::Wire(number, "event", event));
         let now_ms = self.now_ms();
         let client = &mut self.clients[number];
         let json = client.kind == ClientKind::Session { json: true };
         assert_eq!(opcode, if json { wire::TEXT } else { wire::BINARY }, "the other encoding");
-        // Which peer's it is: the one that has it outstanding or queued for this session.
+        // The peer that sent it: the one from which the session awaits it.
         let session = &mut client.session;
         let has = |queue: &std::collections::VecDeque<super::session::ModelEvent>| {
             queue.iter().any(|model| model.number == event)
         };
         let peer = session.addressed.iter().position(has);
         let peer = peer.expect("an event that was not addressed to it, or comes twice");
-        session.sees(peer, event, now_ms, self.limits);
+        session.receives(peer, event, now_ms, self.limits);
         self.wire_events += 1;
         self.summary.received += 1;
     }
 
-    /// Contract §3: no ping to one that just spoke. Judged when it is queued: it may wait behind
-    /// other frames while the client speaks.
+    /// No client is pinged that has just sent something (contract §3). Checked when the ping is
+    /// queued, because it may wait behind other frames while the client sends.
     pub(super) fn check_pings(&mut self) {
         let config = &self.setup.config;
         let least_ms = config.ping_after_ms - config.ping_spread_ms - 2 * TICK_MS;
@@ -220,7 +221,7 @@ impl Simulation {
         }
     }
 
-    /// Each close code has its reason.
+    /// Checks that each close code has its cause.
     fn check_close(&self, number: usize, code: u16) {
         let client = &self.clients[number];
         let (acts, session) = (client.acts, &client.session);
@@ -237,7 +238,7 @@ impl Simulation {
         assert!(lawful, "closed with {code}");
     }
 
-    /// Each way to end has its cause.
+    /// Checks that each end reason has its cause.
     fn check_reason(&self, number: usize, why: EndReason) {
         let Some(shard) = &self.shard else { return assert!(self.stopping) };
         let now_ms = self.now_ms();
@@ -258,7 +259,7 @@ impl Simulation {
             }
             EndReason::QueueOverflow => true,
             EndReason::WriteTimeout => session.admitted_at_ms.is_some(),
-            // An admission may have crossed it on its way.
+            // An admission may have crossed the timeout.
             EndReason::HandshakeTimeout => !session.resume_asked,
             EndReason::Refused => session.refused,
             EndReason::ClosedByService => session.closed_by_service,
@@ -269,13 +270,13 @@ impl Simulation {
         assert!(lawful, "ended as {}", why.label());
     }
 
-    /// The shard and the kernel agree about what is in flight.
+    /// The shard and the kernel agree on the requests in flight.
     pub(super) fn check_kernel(&mut self) {
         let shard = self.shard.as_ref().expect("running");
         let mut slots = 0;
         for (key, flight) in shard.flights() {
             slots += 1;
-            // The kernel has ended what the shard has not been told of yet.
+            // The kernel may have completed requests whose completions the shard has not reaped.
             assert!(shard.kernel().in_flight(key).is_within(flight), "{key:?}: {flight:?}");
         }
         assert_eq!(slots, shard.slots_used());
@@ -297,7 +298,7 @@ impl Simulation {
         assert!(counts.grace_expired.get() >= self.reports_grace);
     }
 
-    /// Nothing is left of a shard that has stopped.
+    /// A stopped shard has released everything.
     pub(super) fn check_stopped(&mut self) {
         let shard = self.shard.as_ref().expect("just stopped");
         assert_eq!(shard.slots_used(), 0, "slots leak");
@@ -322,7 +323,7 @@ impl Simulation {
         assert_eq!(ended, counts.accepted.get(), "an end for each that was accepted");
     }
 
-    /// After everything.
+    /// Checks of the totals, after the whole run.
     pub(super) fn check_end(&mut self) {
         let routers = SESSION_MANAGER + 1..PEERS;
         assert!(

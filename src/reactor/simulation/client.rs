@@ -1,4 +1,4 @@
-//! A client: honest, slow, broken or hostile, as the seed decides; and what it has the right to
+//! The model of a client: honest, slow, broken or hostile, depending on the seed; and what it may
 //! expect.
 
 use std::collections::VecDeque;
@@ -8,31 +8,31 @@ use super::session::Session;
 use super::wire::{self, Wire, client_frame};
 use crate::reactor::simulation::kernel::SocketId;
 
-/// What it came for.
+/// What the client connects for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ClientKind {
-    /// A session, with JSON or without.
+    /// A session, with or without JSON.
     Session { json: bool },
     /// `/echo`.
     Echo,
     /// A request that is refused.
     Bad,
-    /// A request that never ends.
+    /// A request that is never completed.
     Endless,
 }
 
-/// How it reads.
+/// How the client reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reading {
-    /// All there is.
+    /// Everything, at once.
     Prompt,
-    /// A little now and then.
+    /// A little at a time.
     Slow,
-    /// Not at all.
+    /// Nothing.
     Stalled,
 }
 
-/// What it has done that explains how it ends.
+/// Actions of the client that explain its end.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ClientActs {
     pub(super) ended: bool,
@@ -46,23 +46,23 @@ pub(super) struct Client {
     pub(super) socket: SocketId,
     pub(super) kind: ClientKind,
     pub(super) reading: Reading,
-    /// To be sent: the request, later cut frames.
+    /// Bytes to send: the request, later frames.
     pub(super) outbox: VecDeque<u8>,
     pub(super) wire: Wire,
     pub(super) answered: Option<u16>,
     pub(super) acts: ClientActs,
     pub(super) session: Session,
-    /// Texts that the session manager must be told of, in order.
+    /// Texts that must be reported to the session manager, in order.
     pub(super) texts: VecDeque<String>,
     /// Payloads of pings that may be answered.
     pub(super) pings: VecDeque<Vec<u8>>,
-    /// What must be echoed.
+    /// Payloads that must be echoed.
     pub(super) echoes: VecDeque<Vec<u8>>,
-    /// Nothing more is expected of it, or from it.
+    /// Whether the shard has closed its socket.
     pub(super) over: bool,
-    /// It has been pinged and has not been heard since, as the shard sees it.
+    /// Whether the shard has pinged it and received nothing since.
     pub(super) pinged: bool,
-    /// Frames it has said.
+    /// Frames that it has queued.
     pub(super) frames: usize,
     serial: u32,
 }
@@ -99,9 +99,9 @@ impl Client {
             serial: 0,
         };
         client.outbox.extend(request(number, kind).into_bytes());
-        // Some do not wait for the answer.
+        // Some clients do not wait for the response.
         if matches!(kind, ClientKind::Session { .. }) && random.chance(32) {
-            client.says_text(random);
+            client.queue_text(random);
         }
         client
     }
@@ -111,15 +111,15 @@ impl Client {
     }
 
     /// Whether it may still send frames.
-    pub(super) fn may_speak(&self) -> bool {
+    pub(super) fn may_send(&self) -> bool {
         let ClientActs { ended, reset, closed, broke_protocol, .. } = self.acts;
         let has_session_or_echo =
             matches!(self.kind, ClientKind::Session { .. } | ClientKind::Echo);
         has_session_or_echo && !(self.over || ended || reset || closed || broke_protocol)
     }
 
-    /// Queues a text that must reach the session manager, perhaps in fragments.
-    pub(super) fn says_text(&mut self, random: &mut Random) {
+    /// Queues a text that must reach the session manager, possibly in fragments.
+    pub(super) fn queue_text(&mut self, random: &mut Random) {
         self.serial += 1;
         let text =
             format!("{{\"n\":{},\"pad\":\"{}\"}}", self.serial, "x".repeat(random.below(200)));
@@ -128,7 +128,7 @@ impl Client {
         if random.chance(64) {
             self.frame(false, wire::TEXT, &bytes[..cut], random);
             if random.chance(128) {
-                self.pings_it(random);
+                self.queue_ping(random);
             }
             self.frame(true, 0, &bytes[cut..], random);
         } else {
@@ -138,45 +138,46 @@ impl Client {
     }
 
     /// Queues a message without meaning.
-    pub(super) fn says_nothing(&mut self, random: &mut Random) {
-        // The first message is the resume request whatever it is, so it is not one of these.
+    pub(super) fn queue_meaningless(&mut self, random: &mut Random) {
+        // The first message is the resume request whatever its content, so it must not be one of
+        // these.
         if self.serial > 0 {
             self.frame(true, wire::BINARY, &vec![1; random.below(300)], random);
         }
     }
 
-    pub(super) fn pings_it(&mut self, random: &mut Random) {
+    pub(super) fn queue_ping(&mut self, random: &mut Random) {
         let payload = vec![random.draw() as u8; random.below(126)];
         self.frame(true, wire::PING, &payload, random);
         self.pings.push_back(payload);
     }
 
-    pub(super) fn pongs(&mut self, random: &mut Random) {
+    pub(super) fn queue_pong(&mut self, random: &mut Random) {
         self.frame(true, wire::PONG, &[], random);
     }
 
-    pub(super) fn says_echo(&mut self, random: &mut Random) {
+    pub(super) fn queue_echo(&mut self, random: &mut Random) {
         let length = if random.chance(16) { random.below(30_000) } else { random.below(200) };
         let payload = vec![random.draw() as u8; length];
         self.frame(true, wire::BINARY, &payload, random);
         self.echoes.push_back(payload);
     }
 
-    pub(super) fn closes(&mut self, random: &mut Random) {
+    pub(super) fn queue_close(&mut self, random: &mut Random) {
         let payload: &[u8] = if random.chance(128) { &[] } else { &[3, 232] };
         self.frame(true, wire::CLOSE, payload, random);
         self.acts.closed = true;
     }
 
-    /// Breaks RFC 6455: an unmasked frame, a reserved opcode, a continuation of nothing.
-    pub(super) fn breaks_protocol(&mut self, random: &mut Random) {
+    /// Queues a violation of RFC 6455: an unmasked frame or a reserved opcode.
+    pub(super) fn queue_violation(&mut self, random: &mut Random) {
         let bad: &[u8] = random.pick(&[&[0x81, 0x01, b'x'][..], &[0x83, 0x80, 0, 0, 0, 0]]);
         self.outbox.extend(bad);
         self.acts.broke_protocol = true;
     }
 
-    /// Sends more than the rate allows.
-    pub(super) fn floods(&mut self, random: &mut Random) {
+    /// Queues more frames than the rate limit allows.
+    pub(super) fn queue_flood(&mut self, random: &mut Random) {
         for _ in 0..200 {
             self.frame(true, wire::PONG, &[], random);
         }
@@ -187,15 +188,15 @@ impl Client {
         self.outbox.extend(client_frame(fin, opcode, payload, Self::key(random)));
     }
 
-    /// It closes back when it is closed.
-    pub(super) fn answers_close(&mut self, random: &mut Random) {
-        if self.may_speak() {
-            self.closes(random);
+    /// Answers the server's close frame.
+    pub(super) fn answer_close(&mut self, random: &mut Random) {
+        if self.may_send() {
+            self.queue_close(random);
         }
     }
 }
 
-/// The number of the client that calls itself this.
+/// The number of the client with this user id.
 pub(super) fn number_of(user_id: &str) -> usize {
     user_id.strip_prefix('u').and_then(|number| number.parse().ok()).expect("a user of ours")
 }

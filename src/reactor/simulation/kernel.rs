@@ -1,9 +1,9 @@
-//! A kernel without an operating system: sockets are byte queues, time stands still until it is
-//! moved, and every freedom that a real kernel has is taken, as the seed decides: completions come
-//! late and in another order, sends are short or take nothing, receives are short or find no
-//! buffer, accepts fail, watches end by themselves or tell of nothing.
+//! A simulated kernel. Sockets are byte queues, and time passes only when the simulation moves it.
+//! From a seed it takes every liberty that a real kernel has: completions are late and reordered,
+//! sends are short or take nothing, receives are short or find no buffer, accepts fail, polls end
+//! by themselves or are spurious.
 //!
-//! It also holds the shard to its duties: one request of a kind per connection, no request on a
+//! It also asserts the duties of the shard: one request of a kind per connection, no request on a
 //! file that is not open under that key, nothing in flight on a file that is closed.
 
 mod network;
@@ -24,12 +24,12 @@ use crate::reactor::connection::RequestSet;
 use crate::reactor::simulation::random::Random;
 use crate::uring::{Completion, HowToClose, Kernel, Received, Wait};
 
-/// How often each freedom is taken, of 256 times.
+/// Probability of each fault, out of 256.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
     /// A request does not complete yet.
     pub late: u8,
-    /// A send takes a part.
+    /// A send takes a part of the buffer.
     pub short_send: u8,
     /// A send takes nothing.
     pub zero_send: u8,
@@ -39,31 +39,31 @@ pub struct Faults {
     pub no_buffer: u8,
     /// An accept fails.
     pub accept_failure: u8,
-    /// A watch ends by itself.
+    /// A poll for data ends by itself.
     pub poll_ends: u8,
-    /// A watch tells of nothing.
+    /// A poll completes although nothing has happened.
     pub spurious: u8,
 }
 
-/// Number of a socket, counted from the beginning; one per client connection.
+/// Index of a socket; one per client connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SocketId(pub usize);
 
-/// A connection between a client and the shard, as the network sees it.
+/// A connection between a client and the shard.
 #[derive(Debug)]
 struct Socket {
     address: SocketAddr,
-    /// From the client, not yet received.
+    /// Bytes from the client that have not been received.
     inbound: VecDeque<u8>,
-    /// The client's half has ended.
+    /// The client has shut down its half.
     inbound_ended: bool,
-    /// To the client, not yet read.
+    /// Number of bytes to the client that it has not read.
     outbound: usize,
-    /// How much of it fits.
+    /// Size of the socket's send buffer.
     outbound_capacity: usize,
-    /// To the client, not yet looked at by the simulation.
+    /// Bytes to the client that the simulation has not taken.
     sent: Vec<u8>,
-    /// Our half has ended.
+    /// The shard has shut down its half.
     outbound_ended: bool,
     /// Reset by the client.
     reset: bool,
@@ -71,19 +71,19 @@ struct Socket {
     closed: bool,
     /// When the shard last received something.
     received_at_ms: u64,
-    /// Something arrived since the watch last told.
+    /// Something arrived since the last completion of the poll.
     unannounced: bool,
-    /// The file it is, once accepted.
+    /// The index of its file, once accepted.
     file: Option<u32>,
 }
 
-/// A place in the file table.
+/// An entry of the file table.
 #[derive(Debug)]
 struct File {
     key: ConnectionKey,
     socket: Option<SocketId>,
     in_flight: RequestSet,
-    /// A cancel has been carried out: watches complete for the last time.
+    /// A cancel has completed: polls complete for the last time.
     cancelled: bool,
 }
 
@@ -99,18 +99,18 @@ enum Request {
     Close(ConnectionKey, HowToClose),
 }
 
-/// See the [module](self).
+/// The simulated kernel: see the [module](self).
 #[derive(Debug)]
 pub struct SimulatedKernel {
     random: Random,
-    /// What may go wrong; changed at will.
+    /// The probabilities of faults; may be changed at any time.
     pub faults: Faults,
     now_ms: u64,
     unix_ms: u64,
     listening: bool,
     files: Vec<Option<File>>,
     sockets: Vec<Socket>,
-    /// Connected, not accepted.
+    /// Connected, not yet accepted.
     backlog: VecDeque<SocketId>,
     requests: Vec<Request>,
     completions: VecDeque<Completion<SimulatedLease>>,
@@ -146,7 +146,7 @@ impl Drop for SimulatedLease {
     }
 }
 
-/// A day and a bit: what the trait promises of the clock's zero.
+/// More than a day, as the trait promises.
 const START_MS: u64 = 100_000_000;
 /// Any time in this century.
 const UNIX_START_MS: u64 = 1_800_000_000_000;
@@ -171,18 +171,18 @@ impl SimulatedKernel {
         }
     }
 
-    /// Lets time pass.
+    /// Advances time.
     pub fn pass(&mut self, ms: u64) {
         self.now_ms += ms;
         self.unix_ms = self.unix_ms.saturating_add(ms);
     }
 
-    /// Sets the Unix clock forwards or back, as an administrator does.
+    /// Steps the Unix clock forwards or back.
     pub fn step_unix_clock(&mut self, ms: i64) {
         self.unix_ms = self.unix_ms.saturating_add_signed(ms);
     }
 
-    /// Until when the shard sleeps, if it does.
+    /// Until when the shard sleeps, if it sleeps with a deadline.
     pub fn sleeps_until_ms(&self) -> Option<u64> {
         match self.waits {
             Wait::UntilMs(at) if at > self.now_ms => Some(at),
@@ -190,7 +190,7 @@ impl SimulatedKernel {
         }
     }
 
-    /// Whether the wait of the last `enter` would be over by itself.
+    /// Whether the wait of the last `enter` is over without a doorbell.
     pub fn is_awake(&self) -> bool {
         !self.completions.is_empty()
             || match self.waits {
@@ -200,18 +200,18 @@ impl SimulatedKernel {
             }
     }
 
-    /// Lets requests complete, or some of them, in an order of the seed's choice.
+    /// Completes requests, or some of them, in an order that depends on the seed.
     pub fn progress(&mut self) {
         let mut index = 0;
         while index < self.requests.len() {
-            // A swap brings another request here: the order gets mixed by itself.
+            // A swap moves another request to this index, which mixes the order.
             if self.random.chance(self.faults.late) || !self.try_complete(index) {
                 index += 1;
             }
         }
     }
 
-    /// Whether the request has completed and is gone from the list.
+    /// Tries to complete a request. Returns whether it was removed from the list.
     fn try_complete(&mut self, index: usize) -> bool {
         match &self.requests[index] {
             Request::Accept(key) => {
@@ -290,7 +290,7 @@ impl SimulatedKernel {
         let broken = socket.reset;
         self.completions.push_back(Completion::Readable { connection, armed: !ends, broken });
         if ends {
-            // What is there when a new watch begins is told at once.
+            // A new poll completes at once for what is there already.
             self.socket(connection).unannounced = true;
             self.complete(connection, RequestSet::POLL_READABLE);
             self.requests.swap_remove(index);
@@ -368,7 +368,7 @@ impl SimulatedKernel {
         let socket = self.socket(connection);
         socket.closed = true;
         socket.file = None;
-        // A reset destroys what the client has not read; closing over unread bytes is one too.
+        // A reset destroys what the client has not read. Closing with unread bytes is a reset too.
         if how == HowToClose::Abort || !socket.inbound.is_empty() {
             socket.reset = true;
         }

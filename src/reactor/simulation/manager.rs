@@ -1,4 +1,4 @@
-//! What the session manager does: decides, catches up, closes.
+//! Actions of the session manager: decisions, catch-up, closes.
 
 use super::*;
 
@@ -16,7 +16,7 @@ impl Simulation {
         }
     }
 
-    /// Lets one in, or not.
+    /// Decides on one request.
     pub(super) fn decide(&mut self) {
         if self.undecided.is_empty() {
             return;
@@ -43,7 +43,7 @@ impl Simulation {
         self.service.command(SESSION_MANAGER, command);
     }
 
-    /// Goes on with somebody's catch-up.
+    /// Continues catch-up of some sessions.
     pub(super) fn catch_up(&mut self) {
         for index in 0..self.directory.len() {
             let number = self.directory[index];
@@ -53,7 +53,8 @@ impl Simulation {
         }
     }
 
-    /// Sends the next of what a session missed, at the pace at which it is done; then releases it.
+    /// Sends a session more of what it missed, within the window of deliveries in flight; at the
+    /// end, lets it go live.
     pub(super) fn catch_up_one(&mut self, number: usize) {
         let unix_ms = self.unix_ms();
         let now_ms = self.now_ms();

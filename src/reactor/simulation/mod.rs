@@ -1,9 +1,9 @@
-//! The shard's own code on the simulated kernel, with clients, a session manager and routers
-//! around it, all driven by one seed and a clock that stands still until it is moved. After every
-//! step what the shard believes is held against itself ([`Shard::audit`]), against the kernel and
-//! against what the model knows.
+//! The shard on a simulated kernel, with clients, a session manager and routers around it. One seed
+//! drives everything, and time passes only when the simulation moves it. After every step the state
+//! of the shard is checked for consistency ([`Shard::audit`]), against the kernel and against the
+//! model.
 //!
-//! A failing seed fails again in the same way; [`trace`] prints what happened last.
+//! A failing seed always fails in the same way; [`trace`] prints the last steps.
 
 mod check;
 mod client;
@@ -41,13 +41,13 @@ use session::Limits;
 use setup::Setup;
 use trace::{TraceEvent, note};
 
-/// Steps after which a world that does not come to rest is stuck.
+/// Steps after which a simulation that does not come to rest counts as stuck.
 const REST_STEPS_MAX: usize = 50_000;
 
-/// What a run did, to show that it did something.
+/// What a run did, as evidence that it did something.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Steps taken, those at the end included.
+    /// Steps, including those at the end.
     pub steps: u64,
     /// Client connections.
     pub clients: u64,
@@ -57,12 +57,12 @@ pub struct Summary {
     pub received: u64,
     /// Virtual time, ms.
     pub passed_ms: u64,
-    /// The shard's own counts, and its connections by the way they ended.
+    /// The shard's counters, and the number of ended connections by reason.
     pub counts: BTreeMap<&'static str, u64>,
 }
 
 impl Summary {
-    /// Adds another run's.
+    /// Adds the summary of another run.
     pub fn add(&mut self, other: &Summary) {
         self.steps += other.steps;
         self.clients += other.clients;
@@ -86,12 +86,12 @@ impl Summary {
     }
 }
 
-/// One shard and everything around it.
+/// One shard and its surroundings.
 struct Simulation {
     random: Random,
     setup: Setup,
     limits: Limits,
-    /// `None` once it has stopped.
+    /// `None`: it has stopped.
     shard: Option<Shard<SimulatedKernel>>,
     counters: Arc<ShardCounters>,
     limiter: Arc<ConnectionLimiter>,
@@ -99,21 +99,21 @@ struct Simulation {
     clients: Vec<Client>,
     active: Vec<usize>,
     by_key: HashMap<ConnectionKey, usize>,
-    /// Sessions that events may be addressed to; some have ended without anybody knowing yet.
+    /// Sessions that events may be addressed to. Some have ended without a report so far.
     directory: Vec<usize>,
-    /// Keys of the dead.
+    /// Keys of ended connections.
     dead_keys: Vec<ConnectionKey>,
-    /// Requests that the session manager has not decided on yet.
+    /// Requests that the session manager has not decided on.
     undecided: Vec<usize>,
     stopping: bool,
-    /// The shard was stopped while everything went on.
+    /// The shard was stopped before the run came to rest.
     stopped_early: bool,
-    /// The session manager has died: nobody takes its reports.
+    /// The session manager has died: its reports are not taken.
     abandoned: bool,
-    /// Clients have stopped acting and read everything.
+    /// Clients take no more actions and read everything.
     resting: bool,
     summary: Summary,
-    /// Events that completed on a wire.
+    /// Events that arrived whole on a wire.
     wire_events: u64,
     reports_opened: u64,
     reports_ended: u64,
@@ -121,10 +121,10 @@ struct Simulation {
     reports_grace: u64,
 }
 
-/// Runs one seed for this many steps, then lets everything come to rest and stops the shard.
+/// Runs one seed for `steps` steps, lets everything come to rest and stops the shard.
 ///
 /// # Panics
-/// If anything that was promised is not so.
+/// If a guarantee is violated.
 pub fn run(seed: u64, steps: u64) -> Summary {
     trace::begin(seed);
     let mut world = Simulation::new(seed);
@@ -161,7 +161,7 @@ impl Simulation {
             counters: Arc::clone(&counters),
         };
         let limits = Limits {
-            // A deadline is counted in whole ticks from the one that has begun.
+            // Deadlines are counted in whole ticks, from the current one.
             resume_grace_ms: setup.config.resume_grace_ms - TICK_MS,
             dedupe_ms: setup.config.dedupe_ms - TICK_MS,
         };
@@ -206,7 +206,7 @@ impl Simulation {
         self.shard.as_ref().expect("running").kernel().unix_ms()
     }
 
-    /// Something happens, then the shard runs if it is awake.
+    /// One action, then the shard's turn if it is awake.
     fn step(&mut self) {
         match self.random.below(100) {
             0 if self.random.chance(self.setup.stops_accepting) => {
@@ -230,7 +230,7 @@ impl Simulation {
         self.turn();
     }
 
-    /// The shard's turn, if anything would wake it; then everything is checked.
+    /// The shard's turn, if anything would wake it, and all checks.
     fn turn(&mut self) {
         self.summary.steps += 1;
         let Some(shard) = self.shard.as_mut() else { return };
@@ -290,7 +290,7 @@ impl Simulation {
         }
     }
 
-    /// Sends a piece of what it has to say, cut anywhere.
+    /// Sends a random part of a client's queued bytes.
     fn send_some(&mut self, number: usize) {
         let client = &mut self.clients[number];
         if client.outbox.is_empty() {
@@ -316,46 +316,46 @@ impl Simulation {
         self.kernel().client_reads(socket, limit);
     }
 
-    /// Reads everything and says what it began to say.
+    /// Reads everything and sends all queued bytes.
     fn read_all(&mut self, number: usize) {
         let socket = self.clients[number].socket;
         self.kernel().client_reads(socket, usize::MAX);
         let bytes: Vec<u8> = self.clients[number].outbox.drain(..).collect();
         self.kernel().client_sends(socket, &bytes);
         let client = &mut self.clients[number];
-        if client.session.close_seen.is_some() && client.may_speak() {
-            client.answers_close(&mut self.random);
+        if client.session.close_seen.is_some() && client.may_send() {
+            client.answer_close(&mut self.random);
         }
     }
 
     fn speak(&mut self, number: usize) {
         let client = &mut self.clients[number];
-        if !client.may_speak() || client.answered != Some(101) || client.outbox.len() > 100_000 {
+        if !client.may_send() || client.answered != Some(101) || client.outbox.len() > 100_000 {
             return;
         }
         let random = &mut self.random;
         if client.session.close_seen.is_some() {
-            return client.answers_close(random);
+            return client.answer_close(random);
         }
         if client.kind == ClientKind::Echo {
             return match random.below(16) {
-                0 => client.pings_it(random),
-                1 => client.closes(random),
-                _ => client.says_echo(random),
+                0 => client.queue_ping(random),
+                1 => client.queue_close(random),
+                _ => client.queue_echo(random),
             };
         }
         match random.below(64) {
-            0 => client.closes(random),
-            1 => client.breaks_protocol(random),
-            2 => client.floods(random),
-            3..=15 => client.pings_it(random),
-            16..=20 => client.pongs(random),
-            21..=28 => client.says_nothing(random),
-            _ => client.says_text(random),
+            0 => client.queue_close(random),
+            1 => client.queue_violation(random),
+            2 => client.queue_flood(random),
+            3..=15 => client.queue_ping(random),
+            16..=20 => client.queue_pong(random),
+            21..=28 => client.queue_meaningless(random),
+            _ => client.queue_text(random),
         }
     }
 
-    /// Leaves without a word, now and then.
+    /// Now and then, shuts down or resets a client's connection without a close frame.
     fn leave(&mut self, number: usize) {
         if !self.random.chance(self.setup.leaving) {
             return;
@@ -392,7 +392,7 @@ impl Simulation {
         }
     }
 
-    /// One, some or all of the directory, and now and then somebody who is gone.
+    /// One, some or all sessions of the directory, and now and then an ended one.
     fn recipients(
         &mut self,
         peer: usize,
@@ -415,7 +415,7 @@ impl Simulation {
         recipients
     }
 
-    /// Texts and closes of the service's own.
+    /// Texts and closes sent by the service.
     fn service_acts(&mut self) {
         if self.directory.is_empty() || self.resting {
             return;
@@ -478,10 +478,9 @@ fn encoding(kind: ClientKind) -> Encoding {
 mod tests {
     use super::*;
 
-    /// The same seeds each time, so that a change is judged by what it did: new ones are for
-    /// `simulate`.
+    /// Fixed seeds, so that a failure is caused by a change of the code. `simulate` runs new ones.
     const FIRST_SEED: u64 = 1;
-    /// Seeds of one run; a step costs some microseconds in a build without optimisation.
+    /// Seeds per run; a step takes some microseconds without optimisation.
     const SEEDS: u64 = 100;
     const STEPS: u64 = 10_000;
 
@@ -492,7 +491,7 @@ mod tests {
         let mut total = Summary::default();
         (FIRST_SEED..FIRST_SEED + SEEDS).for_each(|seed| total.add(&run(seed, STEPS)));
         assert!(total.steps >= SEEDS * STEPS);
-        // What these runs are there to meet, they have met.
+        // The runs must reach every counter and every end reason.
         for (name, count) in total.counts {
             assert!(count > 0, "{name} never happened");
         }

@@ -1,6 +1,6 @@
-//! The only source of chance in a simulation: everything else follows from its seed.
+//! The random source of the simulation. Everything else follows from its seed.
 
-/// SplitMix64: small, fast, the same on every machine and in every version.
+/// SplitMix64: small, fast, and the same on every machine.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
@@ -19,22 +19,22 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Below `end`, which is not 0.
+    /// A number below `end`, which is not 0.
     pub fn below(&mut self, end: usize) -> usize {
         ((u128::from(self.draw()) * end as u128) >> 64) as usize
     }
 
-    /// From `low` to `high`, both included.
+    /// A number from `low` to `high`, both included.
     pub fn between(&mut self, low: u64, high: u64) -> u64 {
         low + self.below((high - low) as usize + 1) as u64
     }
 
-    /// True `of_256` times out of 256.
+    /// True with a probability of `of_256` / 256.
     pub fn chance(&mut self, of_256: u8) -> bool {
         (self.draw() as u8) < of_256
     }
 
-    /// One of them; not empty.
+    /// An element of `from`, which is not empty.
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }

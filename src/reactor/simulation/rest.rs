@@ -1,10 +1,10 @@
-//! The end of a run: everybody rests, then the shard stops, and nothing may be left.
+//! The end of a run: everything comes to rest, the shard stops, and nothing may be left.
 
 use super::*;
 
 impl Simulation {
-    /// Everybody stops acting, reads and takes what there is, until nothing moves; whoever has not
-    /// ended then has everything.
+    /// Clients take no more actions, and everything is read and taken until nothing moves. Then
+    /// each session that has not ended must have received everything.
     pub(super) fn rest(&mut self) {
         self.resting = true;
         if self.shard.is_some() {
@@ -35,14 +35,14 @@ impl Simulation {
         }
         self.turn();
         if self.shard.as_ref().is_some_and(|shard| !shard.kernel().is_awake()) {
-            // Whatever the shard still waits for, it has said until when.
+            // If the shard waits for a deadline, it has told the kernel.
             let until = self.kernel().sleeps_until_ms();
             let now_ms = self.now_ms();
             self.pass(until.map_or(1, |at_ms| (at_ms - now_ms).min(100)));
         }
     }
 
-    /// What still moves.
+    /// The reason why the simulation is not at rest, if any.
     pub(super) fn unrest(&mut self) -> Option<&'static str> {
         let unread = (0..self.active.len()).any(|index| {
             let socket = self.clients[self.active[index]].socket;
@@ -64,7 +64,7 @@ impl Simulation {
         conditions.into_iter().find(|(moves, _)| *moves).map(|(_, what)| what)
     }
 
-    /// The shard is told to stop, or its session manager dies.
+    /// Tells the shard to stop, or lets its session manager die.
     pub(super) fn begin_to_stop(&mut self) {
         if std::mem::replace(&mut self.stopping, true) {
             return;
@@ -79,7 +79,7 @@ impl Simulation {
         }
     }
 
-    /// Stops the shard, if that has not happened yet, and takes the last reports.
+    /// Stops the shard, unless that has happened already, and takes the last reports.
     pub(super) fn stop(&mut self) {
         if !self.stopping {
             self.by_key.values().for_each(|number| self.clients[*number].session.check_complete());

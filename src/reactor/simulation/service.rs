@@ -1,5 +1,5 @@
-//! The service side: a session manager and two routers, each with its rings, slow or quick as the
-//! seed decides.
+//! The model of the service side: a session manager and two routers with their rings, slow or fast
+//! depending on the seed.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -22,21 +22,21 @@ use crate::reactor::simulation::random::Random;
 /// Session manager and routers.
 pub(super) const PEERS: usize = 3;
 /// Conversations per router.
-const STREAMS: u64 = 4;
+const CONVERSATIONS: u64 = 4;
 
-/// A peer's end of its rings.
+/// A peer's ends of its rings.
 #[derive(Debug)]
 pub(super) struct ModelPeer {
     commands: Producer<ShardCommand>,
     reports: Consumer<ShardReport>,
-    /// What found the ring full, in order.
+    /// Commands that found the ring full, in order.
     pub(super) backlog: VecDeque<ShardCommand>,
     /// The last sequence of each conversation.
-    sequences: [i64; STREAMS as usize],
+    sequences: [i64; CONVERSATIONS as usize],
     pub(super) stopped: bool,
 }
 
-/// What a delivery was about, until it is done.
+/// A delivery that has not been reported done.
 #[derive(Debug)]
 pub(super) struct Outstanding {
     pub(super) peer: usize,
@@ -51,12 +51,12 @@ pub(super) struct Service {
     next_number: u64,
     /// Something was published since the shard's last turn.
     pub(super) rang: bool,
-    /// Deliveries pushed, and their recipients.
+    /// Number of deliveries pushed, and of their recipients.
     pub(super) pushed: (u64, u64),
 }
 
 impl Service {
-    /// The service and the shard's ends of the rings.
+    /// The service side, and the shard's ends of the rings.
     pub(super) fn new(slots: usize, shard_bell: &Arc<Doorbell>) -> (Self, Vec<PeerRings>) {
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let (peers, rings) = (0..PEERS)
@@ -67,7 +67,7 @@ impl Service {
                     commands,
                     reports,
                     backlog: VecDeque::new(),
-                    sequences: [0; STREAMS as usize],
+                    sequences: [0; CONVERSATIONS as usize],
                     stopped: false,
                 };
                 (peer, PeerRings { commands: taken, reports: given })
@@ -83,7 +83,7 @@ impl Service {
         (service, rings)
     }
 
-    /// Pushes in order; what does not fit waits here, as it would in a paused partition.
+    /// Pushes in order. What does not fit waits in the backlog, as it would in a paused partition.
     pub(super) fn command(&mut self, peer: usize, command: ShardCommand) {
         self.peers[peer].backlog.push_back(command);
         self.push_backlog(peer);
@@ -104,7 +104,7 @@ impl Service {
         commands.publish();
     }
 
-    /// This peer's thread dies: its ends of the rings are dropped.
+    /// Simulates the death of a peer's thread: its ends of the rings are dropped.
     pub(super) fn abandon(&mut self, peer: usize) {
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let peer = &mut self.peers[peer];
@@ -118,37 +118,37 @@ impl Service {
         self.peers[peer].reports.pop()
     }
 
-    /// Whether all that was said has been taken, both ways.
+    /// Whether all commands and reports have been taken.
     pub(super) fn is_idle(&self) -> bool {
         let quiet = |peer: &ModelPeer| peer.backlog.is_empty() && peer.reports.is_empty();
         self.peers.iter().all(quiet)
     }
 
-    /// A live event of one of this router's conversations; now and then an old one again.
+    /// A live event of one of this router's conversations; now and then a repeated one.
     pub(super) fn live_event(&mut self, peer: usize, random: &mut Random) -> ModelEvent {
-        let stream = random.below(STREAMS as usize);
+        let stream = random.below(CONVERSATIONS as usize);
         let sequence = &mut self.peers[peer].sequences[stream];
         let again = random.chance(8);
         if !again {
             *sequence += 1;
         }
         let position = ConversationPosition {
-            conversation: ConversationKey(peer as u64 * STREAMS + stream as u64),
+            conversation: ConversationKey(peer as u64 * CONVERSATIONS + stream as u64),
             sequence: if again { (*sequence - random.below(5) as i64).max(1) } else { *sequence },
         };
         self.event(DeliveryClass::Live, Some(position).filter(|_| !random.chance(40)), random)
     }
 
-    /// Caught-up messages of one conversation: from some way back to perhaps a little ahead of what
-    /// the router has seen.
+    /// Caught-up messages of one conversation: from some messages back to perhaps a little beyond
+    /// the router's last.
     pub(super) fn catch_up(&mut self, random: &mut Random) -> Vec<ModelEvent> {
         let peer = 1 + random.below(PEERS - 1);
-        let stream = random.below(STREAMS as usize);
+        let stream = random.below(CONVERSATIONS as usize);
         let last = self.peers[peer].sequences[stream] + random.below(3) as i64;
         let first = (last - random.below(6) as i64).max(1);
         (first..=last)
             .map(|sequence| {
-                let conversation = ConversationKey(peer as u64 * STREAMS + stream as u64);
+                let conversation = ConversationKey(peer as u64 * CONVERSATIONS + stream as u64);
                 let position = ConversationPosition { conversation, sequence };
                 self.event(DeliveryClass::CatchUp, Some(position), random)
             })
@@ -162,12 +162,12 @@ impl Service {
         random: &mut Random,
     ) -> ModelEvent {
         self.next_number += 1;
-        // Caught-up messages can always be written; some live events not for all.
+        // Caught-up messages can always be encoded; some live events not in every encoding.
         let expressible = class == DeliveryClass::CatchUp || !random.chance(12);
         ModelEvent { number: self.next_number, class, position, expressible }
     }
 
-    /// Delivers it to all of these at once.
+    /// Delivers an event to these recipients at once.
     pub(super) fn deliver(
         &mut self,
         peer: usize,

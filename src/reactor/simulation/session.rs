@@ -1,4 +1,4 @@
-//! What the service side has asked for one session, and what the session may therefore see.
+//! The model of a session: what the service side has sent to it, and what it may therefore receive.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -12,11 +12,11 @@ pub(super) struct ModelEvent {
     pub(super) number: u64,
     pub(super) class: DeliveryClass,
     pub(super) position: Option<ConversationPosition>,
-    /// There is a frame for sessions of this kind.
+    /// Whether it can be encoded for the session.
     pub(super) expressible: bool,
 }
 
-/// The shard's deadlines that decide what may be seen, ms.
+/// The shard's deadlines that affect what a session may receive, ms.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub(super) resume_grace_ms: u64,
@@ -33,26 +33,27 @@ pub(super) struct Session {
     pub(super) live_at_ms: Option<u64>,
     pub(super) grace_expired: bool,
     pub(super) ended: Option<EndReason>,
-    /// Per peer, what was addressed to it and has not been seen, in the order of that peer.
+    /// Per peer, the events that were addressed to it and not received, in order.
     pub(super) addressed: Vec<VecDeque<ModelEvent>>,
     pub(super) seen: u64,
     /// Texts of the service that must arrive.
     pub(super) texts: VecDeque<String>,
-    /// What catch-up delivered and no live event has surpassed.
+    /// What catch-up delivered, per conversation, until a later live event comes.
     filter: BTreeMap<u64, i64>,
-    /// An event was missing that only the filter explains.
+    /// An event is missing that only the filter can have dropped.
     relied_on_filter: bool,
-    /// It saw something that only the end of the grace explains.
+    /// It received something that only the end of the grace period explains.
     presumes_grace_expired: bool,
     pub(super) close_seen: Option<u16>,
-    /// Catch-up that waits for earlier catch-up to be done.
+    /// Caught-up messages that wait for earlier ones to be done.
     pub(super) catch_up: VecDeque<ModelEvent>,
     pub(super) catch_up_in_flight: usize,
     pub(super) delivered: Vec<ConversationPosition>,
     pub(super) resume_asked: bool,
-    /// Reported done before it was seen: lawful only if the session ended.
+    /// Events reported done before they were received: correct only if the session has ended.
     presumed: BTreeSet<u64>,
-    /// It was seen after that: lawful only if the session was ending with a send in flight.
+    /// One of them was received later: correct only if the session was closing with a send in
+    /// flight.
     done_early: bool,
 }
 
@@ -72,7 +73,8 @@ impl Session {
         }
     }
 
-    /// Whether the filter drops this event; one that it lets through ends its memory.
+    /// Whether the filter drops this event. An event that passes ends the filtering of its
+    /// conversation.
     fn covers(&mut self, event: &ModelEvent) -> bool {
         let Some(position) =
             event.position.filter(|_| event.class == DeliveryClass::Live && event.expressible)
@@ -89,9 +91,9 @@ impl Session {
         }
     }
 
-    /// The session received this event: it was addressed to it, in this order, and nothing before
-    /// it is missing.
-    pub(super) fn sees(&mut self, peer: usize, number: u64, now_ms: u64, limits: Limits) {
+    /// The session received this event. It must have been addressed to it, in this order, with
+    /// nothing missing before it.
+    pub(super) fn receives(&mut self, peer: usize, number: u64, now_ms: u64, limits: Limits) {
         self.seen += 1;
         loop {
             let event = self.addressed.get_mut(peer).and_then(VecDeque::pop_front);
@@ -104,7 +106,7 @@ impl Session {
             assert!(event.expressible, "an event without a frame");
             self.done_early |= self.presumed.remove(&number);
             if event.class == DeliveryClass::Live {
-                self.sees_live(covered, now_ms, limits);
+                self.receives_live(covered, now_ms, limits);
             }
             return;
         }
@@ -118,13 +120,13 @@ impl Session {
         }
     }
 
-    fn sees_live(&mut self, covered: bool, now_ms: u64, limits: Limits) {
+    fn receives_live(&mut self, covered: bool, now_ms: u64, limits: Limits) {
         let caught_up = self.addressed.first().is_none_or(VecDeque::is_empty);
         let lawful = self
             .live_at_ms
             .is_some_and(|at_ms| caught_up && (!covered || now_ms >= at_ms + limits.dedupe_ms));
         if !lawful && !self.grace_expired {
-            // Only the end of the grace explains it; its report must follow.
+            // Only the end of the grace period explains this; its report must follow.
             let grace_over =
                 self.admitted_at_ms.is_some_and(|at_ms| now_ms >= at_ms + limits.resume_grace_ms);
             assert!(grace_over, "a live event before the end of catch-up, or a duplicate of it");
@@ -132,7 +134,7 @@ impl Session {
         }
     }
 
-    /// Nothing more will come: if it has not ended, nothing is missing.
+    /// Nothing more will come: unless the session has ended, nothing may be missing.
     pub(super) fn check_complete(&mut self) {
         self.check_filter();
         if self.ended.is_some() || self.close_seen.is_some() || self.admitted_at_ms.is_none() {
@@ -154,7 +156,7 @@ impl Session {
         assert!(!self.presumes_grace_expired || self.grace_expired, "live too early");
     }
 
-    /// A delivery to it has been reported done.
+    /// A delivery to this session was reported done.
     pub(super) fn presume_done(&mut self, peer: usize, number: u64) {
         let waits = self
             .addressed
@@ -165,7 +167,7 @@ impl Session {
         }
     }
 
-    /// Whether nothing more is to be expected of it while everybody rests.
+    /// Whether nothing more is expected while everything is at rest.
     pub(super) fn is_at_rest(&self) -> bool {
         self.ended.is_some() || self.live_at_ms.is_some() || self.grace_expired
     }

@@ -1,5 +1,5 @@
-//! What differs from seed to seed: limits small enough to be met, faults rare or frequent, crowds
-//! large or small.
+//! The parameters that differ between seeds: limits small enough to be reached, rare or frequent
+//! faults, few or many clients.
 
 use super::random::Random;
 use crate::protocol::upgrade::UpgradeRules;
@@ -14,25 +14,25 @@ pub(super) struct Setup {
     pub(super) faults: Faults,
     pub(super) ring_slots: usize,
     pub(super) clients_max: usize,
-    /// Addresses the clients come from.
+    /// Number of client addresses.
     pub(super) addresses: usize,
-    /// How often many come at once, of 256.
+    /// Probability that many clients connect at once, out of 256.
     pub(super) storm: u8,
-    /// How often somebody leaves without a word, of 256.
+    /// Probability that a client leaves without a close frame, out of 256.
     pub(super) leaving: u8,
-    /// Events a router pushes at once.
+    /// Maximum number of events that a router pushes at once.
     pub(super) burst: usize,
-    /// Caught-up events in flight per session.
+    /// Maximum number of caught-up events in flight per session.
     pub(super) catch_up_window: usize,
-    /// The shard is stopped while everything goes on.
+    /// Whether the shard is stopped before the run comes to rest.
     pub(super) stops_early: bool,
-    /// How often it is told to stop accepting, of 256: once is enough.
+    /// Probability that it is told to stop accepting, out of 256. Once is enough.
     pub(super) stops_accepting: u8,
-    /// How often the service closes, of 256.
+    /// Probability that the service closes a session, out of 256.
     pub(super) service_closes: u8,
-    /// Most of the time that passes at once, ms.
+    /// Maximum time that passes at once, ms.
     pub(super) pace_ms: u64,
-    /// How often the clocks jump, of 256.
+    /// Probability that the clocks jump, out of 256.
     pub(super) clock_jumps: u8,
 }
 
@@ -88,13 +88,13 @@ fn config(random: &mut Random) -> ShardConfig {
     }
 }
 
-/// A third of the seeds knows no faults: there, what is wrong is wrong without an excuse.
+/// A third of the seeds has no faults. There, faults cannot be the excuse for a failure.
 fn faults(random: &mut Random) -> Faults {
     if random.chance(85) {
         return Faults::default();
     }
     let rate = |random: &mut Random| random.pick(&[0, 2, 30, 120]);
-    // In some, what is sent leaves at once, so that it can be judged by its time.
+    // In a third of the others, sends complete at once, so that their timing can be checked.
     let sends = if random.chance(85) { 0 } else { u8::MAX };
     Faults {
         late: sends & random.pick(&[0, 20, 128, 230]),

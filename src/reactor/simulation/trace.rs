@@ -1,12 +1,12 @@
-//! The last things that happened, to be printed when a seed fails.
+//! The last trace events, printed when a seed fails.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 
-/// Steps that are remembered.
+/// Number of trace events kept.
 const REMEMBERED: usize = 80;
 
-/// What one step did.
+/// One action of a step.
 #[derive(Clone, Copy, Debug)]
 pub enum TraceEvent {
     /// A client connected.
@@ -15,19 +15,19 @@ pub enum TraceEvent {
     Sends(usize, &'static str, usize),
     /// A client read up to this many bytes.
     Reads(usize, usize),
-    /// A client ended its half of the stream.
+    /// A client shut down its half of the stream.
     Ends(usize),
     /// A client reset the connection.
     Resets(usize),
     /// A peer pushed a command that concerns this client.
     Pushes(usize, &'static str, usize),
-    /// A report about this client came.
+    /// A report about this client was taken.
     Report(usize, &'static str, usize),
     /// Time passed, ms.
     Pass(u64),
     /// The Unix clock was stepped, ms.
     Steps(i64),
-    /// The shard put something on the wire of this client.
+    /// The shard sent something to this client.
     Wire(usize, &'static str, u64),
     /// The shard took a turn.
     Turn,
@@ -44,7 +44,7 @@ thread_local! {
         const { RefCell::new(Trace { seed: 0, step: 0, acts: VecDeque::new() }) };
 }
 
-/// Forgets everything; what follows is of this seed.
+/// Clears the trace for this seed.
 pub(super) fn begin(seed: u64) {
     TRACE.with_borrow_mut(|trace| {
         trace.seed = seed;
@@ -53,12 +53,12 @@ pub(super) fn begin(seed: u64) {
     });
 }
 
-/// What follows belongs to this step.
+/// Sets the current step.
 pub(super) fn step(step: u64) {
     TRACE.with_borrow_mut(|trace| trace.step = step);
 }
 
-/// Remembers.
+/// Records a trace event.
 pub(super) fn note(act: TraceEvent) {
     TRACE.with_borrow_mut(|trace| {
         if trace.acts.len() == REMEMBERED {
@@ -69,7 +69,8 @@ pub(super) fn note(act: TraceEvent) {
     });
 }
 
-/// Makes every panic of this process tell the seed, the step and what happened last in its thread.
+/// Makes every panic of this process print the seed, the step and the last trace events of its
+/// thread.
 pub fn print_on_panic() {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {

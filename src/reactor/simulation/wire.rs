@@ -1,15 +1,15 @@
-//! The client's end of the wire: what the shard sent, as a client reads it.
+//! The client's view of a connection: decodes what the shard has sent.
 
-/// One thing that the shard said.
+/// Something that the shard sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::reactor) enum WireEvent {
-    /// The head of an HTTP answer.
+    /// The head of an HTTP response; its status.
     Answer(u16),
-    /// A frame.
+    /// A frame: opcode and payload.
     Frame(u8, Vec<u8>),
 }
 
-/// Reads a stream piece by piece.
+/// Decodes a stream incrementally.
 #[derive(Debug, Default)]
 pub(in crate::reactor) struct Wire {
     buffer: Vec<u8>,
@@ -39,7 +39,7 @@ impl Wire {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next thing that is whole.
+    /// The next complete item.
     pub(in crate::reactor) fn next(&mut self) -> Option<WireEvent> {
         match self.state {
             State::Head => {
@@ -102,14 +102,15 @@ pub(in crate::reactor) fn client_frame(
     frame
 }
 
-/// The payload of an event: its number, then bytes that follow from it, so that a splice shows.
+/// The payload of an event: its number, then bytes derived from it, so that spliced frames are
+/// detected.
 pub(in crate::reactor) fn event_payload(number: u64, padding: usize) -> Vec<u8> {
     let mut payload = number.to_be_bytes().to_vec();
     payload.extend((0..padding).map(|index| (number as u8) ^ (index as u8)));
     payload
 }
 
-/// The number of an event, if its payload is whole and its own.
+/// The number of an event whose payload is complete and its own.
 pub(in crate::reactor) fn event_number(payload: &[u8]) -> u64 {
     let (number, padding) = payload.split_first_chunk::<8>().expect("an event");
     let number = u64::from_be_bytes(*number);

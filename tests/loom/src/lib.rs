@@ -1,6 +1,7 @@
-//! See `Cargo.toml`. Here is the model of what surrounds the flag: a ring, an eventfd, and the two
-//! ways to wait on it. A sleeper that nobody wakes is a deadlock, and one that is woken for nothing
-//! again and again exceeds the bound of branches; loom reports both.
+//! Models of the sleep protocol of `src/handoff` under loom (see `Cargo.toml`). This file models
+//! the surroundings of the flag: a ring, an eventfd, and the two ways to wait on it. loom reports a
+//! sleeper that nobody wakes as a deadlock, and one that is woken spuriously without end as a
+//! branch limit.
 
 #![cfg(test)]
 
@@ -18,7 +19,7 @@ use loom::thread;
 use atomic::{AtomicBool, Ordering, fence};
 use sleep::SleepFlag;
 
-/// What the sleeper and the ringers agree by.
+/// The protocol between the sleeper and the ringers.
 trait Protocol: Send + Sync + 'static {
     fn about_to_sleep(&self);
     fn awake(&self);
@@ -37,8 +38,8 @@ impl Protocol for SleepFlag {
     }
 }
 
-/// The eventfd: `poll(2)` returns while the count is not 0, and the doorbell reads it then; an
-/// edge-triggered watch (io_uring, epoll) tells of writes since it told last.
+/// The eventfd. `poll(2)` returns while the count is not 0, and the doorbell then reads it. An
+/// edge-triggered poll (io_uring, epoll) returns for writes since its last return.
 #[derive(Default)]
 struct EventFd {
     state: Mutex<State>,
@@ -81,19 +82,19 @@ impl EventFd {
 enum Waiting {
     /// A thread in `poll(2)`.
     Level,
-    /// A shard in its ring, a task of tokio.
+    /// A shard in its io_uring, or a tokio task.
     Edge,
 }
 
 struct Shared<P> {
     flag: P,
     event: EventFd,
-    /// One ring per ringer: what was pushed. A ring publishes with Release and is read with
-    /// Acquire, as `rtrb` does; that alone does not order it with the flag.
+    /// One ring per ringer: the number of pushed items. A ring publishes with Release and is read
+    /// with Acquire, as in `rtrb`; that alone does not order it with the flag.
     rings: Vec<AtomicUsize>,
 }
 
-/// Each ringer pushes `pushes` items and rings after each; the sleeper takes them all.
+/// Each ringer pushes `pushes` items and rings after each. The sleeper takes them all.
 fn run<P: Protocol>(new: fn() -> P, ringers: usize, pushes: usize, how: Waiting) {
     let shared = Arc::new(Shared {
         flag: new(),
@@ -151,7 +152,7 @@ fn two_ringers_wake_one_sleeper() {
     model(Some(3), || run(SleepFlag::new, 2, 1, Waiting::Edge));
 }
 
-/// A push that can wait is seen by whoever sleeps lightly, also if it slept soundly before.
+/// A push that can wait is seen by a light sleeper, even if it slept soundly before.
 #[test]
 fn nudge_is_not_lost_on_a_light_sleeper() {
     model(None, || {
@@ -177,7 +178,7 @@ fn nudge_is_not_lost_on_a_light_sleeper() {
     });
 }
 
-/// The protocol without its fences: the model must find the sleeper that nobody wakes.
+/// The protocol without its fences. The model must find the sleeper that nobody wakes.
 struct WithoutFences(AtomicBool);
 
 impl Protocol for WithoutFences {
@@ -198,12 +199,12 @@ fn without_fences_a_sleeper_is_forgotten() {
     model(None, || run(|| WithoutFences(AtomicBool::new(false)), 1, 1, Waiting::Level));
 }
 
-/// The sleeper does not look again after it has announced its sleep.
+/// The sleeper does not check the rings again after it has announced its sleep.
 struct FlagTooLate(AtomicBool);
 
 impl Protocol for FlagTooLate {
     fn about_to_sleep(&self) {
-        // The caller looks into its rings now, and the flag is raised for the next time only.
+        // The caller checks its rings now, but the flag is set only for the next time.
         fence(Ordering::SeqCst);
         thread::yield_now();
         self.0.store(true, Ordering::Relaxed);

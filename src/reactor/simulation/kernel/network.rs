@@ -1,9 +1,10 @@
-//! The other side: what clients do to the kernel and what can be seen of it from outside.
+//! The network side of the simulated kernel: actions of the clients, and what can be observed from
+//! outside.
 
 use super::*;
 
 impl SimulatedKernel {
-    /// A client connects. `None`: nobody listens.
+    /// A client connects. `None`: the listener is closed.
     pub fn connect(&mut self, address: Ipv4Addr, outbound_capacity: usize) -> Option<SocketId> {
         if !self.listening {
             return None;
@@ -27,7 +28,7 @@ impl SimulatedKernel {
         Some(id)
     }
 
-    /// The client sends. After its end, a reset or the shard's close it goes nowhere.
+    /// A client sends. Bytes after its FIN, a reset or the shard's close are lost.
     pub fn client_sends(&mut self, id: SocketId, bytes: &[u8]) {
         let socket = &mut self.sockets[id.0];
         let open = !socket.inbound_ended && !socket.reset && !socket.closed;
@@ -37,14 +38,14 @@ impl SimulatedKernel {
         }
     }
 
-    /// The client ends its half.
+    /// A client shuts down its half of the stream.
     pub fn client_ends(&mut self, id: SocketId) {
         let socket = &mut self.sockets[id.0];
         socket.inbound_ended = true;
         socket.unannounced = true;
     }
 
-    /// The client resets the connection. What it sent before may be lost.
+    /// A client resets the connection. Bytes that it sent before may be lost.
     pub fn client_resets(&mut self, id: SocketId) {
         let lost = self.random.chance(128);
         let socket = &mut self.sockets[id.0];
@@ -55,13 +56,13 @@ impl SimulatedKernel {
         }
     }
 
-    /// The client reads up to `limit` bytes, which makes room.
+    /// A client reads up to `limit` bytes, which makes room in the send buffer.
     pub fn client_reads(&mut self, id: SocketId, limit: usize) {
         let socket = &mut self.sockets[id.0];
         socket.outbound -= socket.outbound.min(limit);
     }
 
-    /// What the shard has sent since this was last asked, in order.
+    /// The bytes that the shard has sent since the last call.
     pub fn take_sent(&mut self, id: SocketId) -> Vec<u8> {
         std::mem::take(&mut self.sockets[id.0].sent)
     }
@@ -76,18 +77,18 @@ impl SimulatedKernel {
         self.sockets[id.0].inbound.len()
     }
 
-    /// When the shard last received something of it.
+    /// When the shard last received bytes from it.
     pub fn received_at_ms(&self, id: SocketId) -> u64 {
         self.sockets[id.0].received_at_ms
     }
 
-    /// Whether the shard's half has ended, or all of it.
+    /// Whether the shard has shut down its half, or closed the socket.
     pub fn server_ended(&self, id: SocketId) -> bool {
         let socket = &self.sockets[id.0];
         socket.outbound_ended || socket.closed
     }
 
-    /// Whether it has been accepted and something can be exchanged.
+    /// Whether it has been accepted and is not reset or closed.
     pub fn is_open(&self, id: SocketId) -> bool {
         let socket = &self.sockets[id.0];
         socket.file.is_some() && !socket.reset
@@ -98,7 +99,7 @@ impl SimulatedKernel {
         self.sockets[id.0].closed
     }
 
-    /// What is in flight on a file, to be compared with what the shard believes.
+    /// The requests in flight on a file, to compare with the shard's.
     pub fn in_flight(&self, key: ConnectionKey) -> RequestSet {
         match self.files.get(key.slot as usize) {
             Some(Some(file)) if file.key == key => file.in_flight,
@@ -116,7 +117,7 @@ impl SimulatedKernel {
         self.buffers - self.buffers_free.get()
     }
 
-    /// Receive buffers in completions that have not been handed over.
+    /// Receive buffers in completions that the shard has not reaped.
     pub fn leases_waiting(&self) -> usize {
         let lent = |completion: &&Completion<SimulatedLease>| {
             matches!(completion, Completion::Received { received: Received::Bytes { .. }, .. })
@@ -124,8 +125,8 @@ impl SimulatedKernel {
         self.completions.iter().filter(lent).count()
     }
 
-    /// Connections with something to receive (bytes, an end, a failure) of which the shard has been
-    /// told everything, and which it has not asked for.
+    /// Connections with something to receive (bytes, FIN, a failure) that the shard has been told
+    /// of and has not requested.
     pub fn unasked(&self) -> Vec<ConnectionKey> {
         if !self.completions.is_empty() {
             return Vec::new();
@@ -139,7 +140,7 @@ impl SimulatedKernel {
         self.files.iter().flatten().filter(unasked).map(|file| file.key).collect()
     }
 
-    /// Requests and completions that have not been handed over.
+    /// Requests and completions that the shard has not reaped.
     pub fn pending(&self) -> usize {
         self.requests.len() + self.completions.len()
     }

@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn charge_is_paid_back_when_it_is_dropped() {
+    fn charge_is_returned_on_drop() {
         let budget = EventBudget::new(100);
         let first = budget.charge(99);
         assert!(budget.has_room());

@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn latency_falls_into_the_bucket_whose_bound_it_does_not_exceed() {
+    fn latency_is_counted_in_the_first_bucket_that_holds_it() {
         let histogram = LatencyHistogram::default();
         histogram.record(1, 1);
         histogram.record(2, 2);

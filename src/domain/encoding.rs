@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn encoding_set_holds_each_member_apart() {
+    fn encoding_set_distinguishes_its_members() {
         for one in Encoding::ALL {
             let mut set = EncodingSet::default();
             assert!(set.is_empty());

@@ -63,7 +63,8 @@ impl Outgoing {
 
     /// Counts one recipient as done. Returns whether it was the last.
     pub fn one_done(&self) -> bool {
-        let left = self.outstanding.get().checked_sub(1).expect("more done than recipients");
+        let left =
+            self.outstanding.get().checked_sub(1).expect("more recipients done than there are");
         self.outstanding.set(left);
         left == 0
     }

@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn late_ring_wakes_once_for_nothing_and_not_for_ever() {
+    fn late_ring_causes_one_spurious_wakeup() {
         let bell = Doorbell::new().unwrap();
         bell.about_to_sleep();
         bell.ring();

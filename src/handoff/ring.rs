@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_pushed_survives_the_producer() {
+    fn pushed_items_survive_the_producer() {
         let (mut producer, mut consumer) = ring(4, Arc::new(Doorbell::new().unwrap()));
         assert_eq!(producer.push(1), Pushed::Accepted);
         drop(producer);

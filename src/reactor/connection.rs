@@ -368,7 +368,7 @@ impl TimerSlots for Slab<Connection> {
     }
 }
 
-const _: () = assert!(Slab::<Connection>::SLOT_BYTES <= 96, "what an idle session costs a shard");
+const _: () = assert!(Slab::<Connection>::SLOT_BYTES <= 96, "memory of an idle session");
 
 #[cfg(test)]
 mod tests {
@@ -380,12 +380,12 @@ mod tests {
     }
 
     #[test]
-    fn filter_covers_up_to_what_was_delivered_until_it_is_surpassed() {
+    fn filter_covers_delivered_positions_until_a_later_event() {
         let mut filter = Filter::new(Box::new([at(7, 5), at(3, 2), at(7, 4)]), 0);
         assert!(filter.covers(at(7, 4)) && filter.covers(at(7, 5)));
         assert!(!filter.covers(at(9, 1)));
         assert!(!filter.covers(at(7, 6)));
-        assert!(!filter.covers(at(7, 5)), "a republished event goes through once surpassed");
+        assert!(!filter.covers(at(7, 5)), "a republished event passes after a later one");
         assert!(!filter.is_spent());
         assert!(!filter.covers(at(3, 3)));
         assert!(filter.is_spent());

@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn each_limit_has_its_own_answer() {
+    fn each_limit_has_its_own_error() {
         let limiter = limiter(2, 3, 4);
         let first = limiter.admit(V4, 0).unwrap();
         let second = limiter.admit(V4, 0).unwrap();
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn one_ipv6_network_and_one_mapped_ipv4_are_one_address_each() {
+    fn ipv6_network_and_mapped_ipv4_count_as_one_address() {
         let limiter = limiter(1, 9, 9);
         let _first = limiter.admit("2001:db8::1".parse().unwrap(), 0).unwrap();
         assert_eq!(
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_left_are_forgotten() {
+    fn entries_of_released_addresses_are_removed() {
         let limiter = limiter(9, 9, 1_000_000);
         for number in 0..10_000_u32 {
             let address = IpAddr::V4(number.into());

@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn dual_stack_takes_both_families() {
+    fn dual_stack_accepts_both_families() {
         let config = ListenerConfig::new("[::]:0".parse().unwrap());
         let Ok((_listeners, address)) = listen_all(&config, 1) else {
             return; // no IPv6 on this machine

@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn one_frame_is_sent_from_where_it_is_and_several_are_copied() {
+    fn one_frame_is_sent_in_place_and_several_are_copied() {
         let mut pool = FramePool::default();
         let mut queue = SendQueue::new(Encoding::Binary);
         assert!(queue.next_send(&pool, 100, || unreachable!()).is_none());
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_keeps_the_rest_of_what_has_been_begun() {
+    fn cut_keeps_the_rest_of_a_frame_that_was_begun() {
         let mut pool = FramePool::default();
         let mut queue = SendQueue::new(Encoding::Binary);
         for byte in 0..3 {
@@ -328,7 +328,7 @@ mod tests {
         /// Several queues on one pool, checked against byte strings: however the sends are split,
         /// the bytes come out in order, without loss or duplicates.
         #[test]
-        fn bytes_come_out_as_they_went_in(
+        fn bytes_come_out_in_order(
             steps in prop::collection::vec((0..3usize, any::<bool>(), 1..300usize), 1..400),
         ) {
             let mut pool = FramePool::default();

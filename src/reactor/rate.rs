@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_start_anew_each_second() {
+    fn counts_restart_each_second() {
         let mut rate = InboundRate::default();
         assert!(rate.count(0, 10, 10) && rate.count_frame(0, 1));
         assert!(!rate.count(62, 1, 10) && !rate.count_frame(62, 1));

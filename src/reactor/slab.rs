@@ -158,7 +158,9 @@ impl<T> Slab<T> {
     pub fn at_mut(&mut self, slot: u32) -> &mut T {
         let slot = slot as usize;
         let slots = self.chunks[slot / CHUNK_SLOTS].slots.as_deref_mut();
-        match &mut slots.expect("a linked slot's chunk is there")[slot % CHUNK_SLOTS].content {
+        match &mut slots.expect("the chunk of a linked slot is allocated")[slot % CHUNK_SLOTS]
+            .content
+        {
             Content::Used(value) => value,
             Content::Free(_) => panic!("slot {slot} is linked but free"),
         }
@@ -267,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_goes_back_after_a_storm_and_old_keys_stay_dead() {
+    fn memory_is_returned_after_a_peak_and_old_keys_stay_invalid() {
         let mut slab = Slab::new(10 * CHUNK_SLOTS);
         let keys: Vec<_> = (0..10 * CHUNK_SLOTS).map(|i| slab.insert(i).unwrap()).collect();
         assert_eq!(slab.allocated(), 10 * CHUNK_SLOTS);

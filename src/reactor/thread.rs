@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn stop_closes_those_that_are_open() {
+    fn stop_closes_open_connections() {
         let mut rig = Rig::start();
         let (mut client, _) = rig.session();
         let reader = std::thread::spawn(move || {

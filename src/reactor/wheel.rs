@@ -26,7 +26,7 @@ const REACH_TICKS: u32 = (1 << (BUCKET_BITS * LEVELS as u32 - 1)) - 1;
 const NONE: u32 = u32::MAX;
 /// Set in the `previous` of the first timer of a bucket; the other bits are level and bucket.
 const FIRST: u32 = 1 << 31;
-const _: () = assert!(CONNECTIONS_PER_SHARD_MAX < FIRST, "a slot is told apart from a bucket");
+const _: () = assert!(CONNECTIONS_PER_SHARD_MAX < FIRST, "slots and buckets have distinct values");
 
 /// Time in ticks since the shard started.
 pub type Tick = u32;

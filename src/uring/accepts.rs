@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cells_run_out_and_come_back() {
+    fn cells_run_out_and_are_returned() {
         let mut accepts = Accepts::new();
         for slot in 0..ACCEPTS_IN_FLIGHT_MAX as u32 {
             assert!(accepts.lend(slot).is_some());

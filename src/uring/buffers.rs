@@ -65,7 +65,7 @@ impl BufferRing {
         if mapping == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let mapping = NonNull::new(mapping.cast()).expect("mmap chose the address");
+        let mapping = NonNull::new(mapping.cast()).expect("mmap returns no null mapping");
         Ok(Self {
             mapping,
             mapping_bytes,
@@ -157,7 +157,7 @@ pub struct Lease {
 impl Lease {
     /// Takes a buffer that a completion named, with the number of bytes it holds.
     pub(super) fn take(ring: &Rc<BufferRing>, id: u16, len: usize) -> Self {
-        assert!(id < ring.count, "the kernel named a buffer that it was never given");
+        assert!(id < ring.count, "the kernel named an unknown buffer");
         assert!(len <= RECEIVE_BUFFER_BYTES);
         assert!(!ring.lent[usize::from(id)].replace(true), "the kernel used a lent buffer");
         Self { ring: Rc::clone(ring), id, len }

@@ -128,7 +128,7 @@ impl Ring {
     }
 
     fn check(&self, connection: ConnectionKey) {
-        assert!(connection.slot < self.connections, "no file of that number");
+        assert!(connection.slot < self.connections, "no such file");
     }
 
     /// Queues an operation. The next `enter` submits it, or a full queue does earlier.
@@ -306,7 +306,8 @@ impl Kernel for Ring {
     fn accept(&mut self, connection: ConnectionKey) {
         self.check(connection);
         let listener = self.listener_file();
-        let cell = self.accepts.lend(connection.slot).expect("the caller keeps to the bound");
+        let cell =
+            self.accepts.lend(connection.slot).expect("the caller respects ACCEPTS_IN_FLIGHT_MAX");
         let entry = operation::accept(listener, connection, cell);
         self.push(entry);
     }

@@ -264,7 +264,7 @@ fn kernel_release() -> String {
     let mut names = MaybeUninit::<libc::utsname>::zeroed();
     // SAFETY: the pointer is to a live local of the right type; `uname` only writes through it.
     let outcome = unsafe { libc::uname(names.as_mut_ptr()) };
-    assert_eq!(outcome, 0, "uname fails for a bad pointer only");
+    assert_eq!(outcome, 0, "uname fails only for a bad pointer");
     // SAFETY: zero-filled and then written by `uname`; it is arrays of bytes throughout.
     let names = unsafe { names.assume_init() };
     let bytes = names.release.map(|byte| byte.cast_unsigned());
@@ -313,7 +313,7 @@ mod tests {
             return;
         }
         let config = RingConfig { connections, ..RingConfig::default() };
-        let Err(error) = set_up(&config) else { panic!("more files than the limit") };
+        let Err(error) = set_up(&config) else { panic!("the table exceeds the limit") };
         assert!(error.to_string().contains(&format!("RLIMIT_NOFILE is {limit}")), "{error}");
     }
 

@@ -102,7 +102,7 @@ fn accepts_name_their_slots_and_peers() {
 }
 
 #[test]
-fn watch_tells_of_data_and_of_the_end() {
+fn poll_announces_data_and_the_end_of_stream() {
     let (mut ring, mut client) = connected();
     ring.poll_readable(key(0));
     for text in [b"first", b"again"] {
@@ -126,7 +126,7 @@ fn watch_tells_of_data_and_of_the_end() {
 }
 
 #[test]
-fn what_does_not_fit_one_buffer_is_announced() {
+fn data_beyond_one_buffer_is_announced() {
     let (mut ring, mut client) = connected();
     let text: Vec<u8> = (0..RECEIVE_BUFFER_BYTES + 100).map(|n| n as u8).collect();
     client.write_all(&text).unwrap();
@@ -172,7 +172,7 @@ fn exhausted_buffers_lose_nothing() {
 }
 
 #[test]
-fn full_socket_takes_a_part_and_tells_when_there_is_room() {
+fn full_socket_takes_a_part_and_announces_room() {
     let (mut ring, mut client) = connected();
     let chunk = vec![7; 1 << 20];
     let mut sent = 0;
@@ -296,7 +296,7 @@ fn wait_ends_at_its_deadline_and_enter_reads_the_clocks() {
 }
 
 #[test]
-fn operations_beyond_the_bound_wait_their_turn() {
+fn operations_beyond_the_bound_are_queued() {
     let (mut ring, _client) = connected();
     let asked = 3 * 4096;
     for _ in 0..asked {
@@ -313,7 +313,7 @@ fn operations_beyond_the_bound_wait_their_turn() {
 }
 
 #[test]
-fn dropped_ring_leaves_nothing_to_the_kernel() {
+fn dropped_ring_leaves_no_operation_in_flight() {
     let (mut ring, mut client) = connected();
     client.write_all(b"kept").unwrap();
     let lease = loop {

@@ -75,7 +75,7 @@ impl<K: Kernel> Shard<K> {
         let refused = match self.check_limits(peer) {
             Ok(ticket) => {
                 let deadline = self.after(self.config.handshake_ms_max);
-                let connection = self.connection(key).expect("still here");
+                let connection = self.connection(key).expect("the connection is present");
                 connection.address = Some(ticket);
                 connection.deadline = deadline;
                 self.set_lifecycle(
@@ -86,7 +86,10 @@ impl<K: Kernel> Shard<K> {
             }
             Err(refused) => Some(refused),
         };
-        self.connection(key).expect("still here").in_flight.begin(RequestSet::POLL_READABLE);
+        self.connection(key)
+            .expect("the connection is present")
+            .in_flight
+            .begin(RequestSet::POLL_READABLE);
         self.kernel.poll_readable(key);
         match refused {
             None => self.schedule(key),
@@ -97,7 +100,7 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn accept_failed(&mut self, key: ConnectionKey, error: Errno) {
         self.accepting.in_flight -= 1;
         self.completed(key, RequestSet::ACCEPT);
-        self.slab.remove(key).expect("still here");
+        self.slab.remove(key).expect("the connection is present");
         if error == Errno::CANCELED && !self.accepting.open {
             return;
         }
@@ -142,9 +145,9 @@ impl<K: Kernel> Shard<K> {
         let deadline = self.after(self.config.close_ms_max);
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
         self.give_up_held(lifecycle);
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         connection.deadline = deadline;
-        connection.phase = connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
+        connection.phase = connection.phase.next(Signal::Aborted).expect("allowed in every phase");
         self.push_own(key, upgrade::response_refused(refused).into());
         self.schedule(key);
     }

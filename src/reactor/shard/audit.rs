@@ -65,11 +65,11 @@ impl<K: Kernel> Shard<K> {
             handshakes: counts.handshakes.get(),
             echoes: counts.echoes.get(),
         };
-        assert_eq!(sums, believed, "what the connections add up to, and what the shard believes");
+        assert_eq!(sums, believed, "sums over all connections against the totals of the shard");
         assert!(self.slab.used() <= self.config.slots_max() as usize);
         assert!(self.admitted <= self.config.connections_max);
         assert!(self.receives_in_flight <= self.kernel.receive_buffers());
-        assert!(self.tally.held().0 <= sums.deliveries, "an event is held for nobody");
+        assert!(self.tally.held().0 <= sums.deliveries, "an event without recipients is held");
         let reports = self.reports.pending_for_manager();
         assert!(
             reports <= PENDING_REPORTS_MAX + REPORTS_PER_TURN_MAX + self.slab.used(),
@@ -133,13 +133,13 @@ impl<K: Kernel> Shard<K> {
         assert!(lawful, "{lifecycle:?} with {phase:?}, {in_flight:?}");
         assert!(
             !in_flight.any(RequestSet::SEND) || !in_flight.any(RequestSet::POLL_WRITABLE),
-            "two ways to send"
+            "a send and a poll for room in flight"
         );
         assert!(
             queue.is_empty()
                 || flags.has(Flags::DIRTY)
                 || in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE)),
-            "frames that nobody will send: {lifecycle:?}"
+            "queued frames without a send: {lifecycle:?}"
         );
         let own =
             if matches!(lifecycle, Lifecycle::Echo(_)) { usize::MAX / 2 } else { OWN_FRAMES_MAX };

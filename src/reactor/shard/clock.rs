@@ -89,7 +89,7 @@ impl<K: Kernel> Shard<K> {
         let now = self.now;
         let ping_due = ping_due(&self.config, key);
         let idle = ticks(self.config.idle_ms_max);
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         let pinged = connection.flags.has(Flags::PINGED);
         if now < connection.last_received + if pinged { idle } else { ping_due } {
             return false;
@@ -114,7 +114,7 @@ impl<K: Kernel> Shard<K> {
 
     fn check_catch_up(&mut self, key: ConnectionKey) {
         let now = self.now;
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         match &connection.lifecycle {
             Lifecycle::Holding(holding)
                 if holding.delivered_by_catch_up.is_none() && now >= holding.deadline =>

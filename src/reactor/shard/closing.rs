@@ -23,8 +23,8 @@ impl<K: Kernel> Shard<K> {
     /// Sends the queue, then a close frame, and awaits the client's close frame (RFC 6455 §7.1.2).
     pub(super) fn close(&mut self, key: ConnectionKey, close: &Close, why: EndReason) {
         self.begin_close(key, why);
-        let connection = self.connection(key).expect("still here");
-        connection.phase = connection.phase.next(Signal::CloseSent).expect("was open");
+        let connection = self.connection(key).expect("the connection is present");
+        connection.phase = connection.phase.next(Signal::CloseSent).expect("the phase was open");
         self.push_own(key, frame::encode_close(close));
         self.schedule(key);
     }
@@ -32,14 +32,14 @@ impl<K: Kernel> Shard<K> {
     /// The same after a protocol violation of the client: nothing more is read from it (RFC 6455
     /// §7.1.7).
     pub(super) fn close_for_violation(&mut self, key: ConnectionKey, close: &Close) {
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         let open = connection.lifecycle.is_open();
         if open {
             self.close(key, close, EndReason::PeerAtFault);
         }
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         connection.receiver = Receiver::default();
-        connection.phase = connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
+        connection.phase = connection.phase.next(Signal::Aborted).expect("allowed in every phase");
         self.shut_down_if_flushed(key);
     }
 
@@ -48,8 +48,8 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn close_for_overflow(&mut self, key: ConnectionKey) {
         self.counters.counts.queue_overflows.add(1);
         self.begin_close(key, EndReason::QueueOverflow);
-        let connection = self.connection(key).expect("still here");
-        connection.phase = connection.phase.next(Signal::CloseSent).expect("was open");
+        let connection = self.connection(key).expect("the connection is present");
+        connection.phase = connection.phase.next(Signal::CloseSent).expect("the phase was open");
         connection.flags.set(Flags::CUT);
         self.cut_if_due(key);
         self.schedule(key);
@@ -57,7 +57,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Drops the frames of an overflown queue, once no send is reading the queue.
     pub(super) fn cut_if_due(&mut self, key: ConnectionKey) {
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         if connection.in_flight.any(RequestSet::SEND) || !connection.flags.clear(Flags::CUT) {
             return;
         }
@@ -70,31 +70,37 @@ impl<K: Kernel> Shard<K> {
     /// Handles the client's close frame: answers it, unless it is itself the answer (RFC 6455
     /// §5.5.1).
     pub(super) fn peer_closed(&mut self, key: ConnectionKey, code: Option<CloseCode>) {
-        let connection = self.connection(key).expect("still here");
-        let phase = connection.phase.next(Signal::CloseReceived).expect("frames were read");
+        let connection = self.connection(key).expect("the connection is present");
+        let phase = connection
+            .phase
+            .next(Signal::CloseReceived)
+            .expect("frames are read only before the close");
         connection.phase = phase;
         match phase {
             Phase::OwingEcho => {
                 self.begin_close(key, EndReason::ClosedByPeer);
-                let connection = self.connection(key).expect("still here");
-                connection.phase = connection.phase.next(Signal::CloseSent).expect("owed");
+                let connection = self.connection(key).expect("the connection is present");
+                connection.phase =
+                    connection.phase.next(Signal::CloseSent).expect("an echo is owed");
                 self.push_own(key, frame::encode_close_reply(code));
                 self.schedule(key);
             }
             Phase::Closed => self.shut_down_if_flushed(key),
-            Phase::Upgrading | Phase::Open | Phase::AwaitingPeer => unreachable!("see the table"),
+            Phase::Upgrading | Phase::Open | Phase::AwaitingPeer => {
+                unreachable!("not reachable by a received close frame")
+            }
         }
     }
 
     /// The client has shut down its half of the stream. An open connection is terminated; one that
     /// is closing still sends its last frames.
     pub(super) fn fin_received(&mut self, key: ConnectionKey) {
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         connection.flags.set(Flags::FIN_RECEIVED);
         match connection.lifecycle {
             Lifecycle::Closing(_) => {
                 connection.phase =
-                    connection.phase.next(Signal::Aborted).expect("lawful from anywhere");
+                    connection.phase.next(Signal::Aborted).expect("allowed in every phase");
                 self.shut_down_if_flushed(key);
             }
             _ => self.terminate(key, EndReason::PeerGone, HowToClose::Orderly),
@@ -106,9 +112,9 @@ impl<K: Kernel> Shard<K> {
     fn begin_close(&mut self, key: ConnectionKey, why: EndReason) {
         let deadline = self.after(self.config.close_ms_max);
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
-        assert!(lifecycle.is_open(), "only an open connection has a closing handshake");
+        assert!(lifecycle.is_open(), "only an open connection is closed");
         self.give_up_held(lifecycle);
-        self.connection(key).expect("still here").deadline = deadline;
+        self.connection(key).expect("the connection is present").deadline = deadline;
     }
 
     /// Drops the events that a lifecycle holds.
@@ -123,7 +129,7 @@ impl<K: Kernel> Shard<K> {
     /// Sends our FIN, if all frames are sent and no close frame is awaited.
     pub(super) fn shut_down_if_flushed(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.linger_ms_max);
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         let Lifecycle::Closing(why) = connection.lifecycle else { return };
         if connection.phase != Phase::Closed
             || !connection.queue.is_empty()
@@ -146,13 +152,13 @@ impl<K: Kernel> Shard<K> {
     /// the reason of the close if that had begun before.
     pub(super) fn terminate(&mut self, key: ConnectionKey, why: EndReason, how: HowToClose) {
         let lifecycle = self.set_lifecycle(key, Lifecycle::Terminating(how));
-        assert!(!lifecycle.is_over(), "ended twice");
+        assert!(!lifecycle.is_over(), "terminated twice");
         let why = match lifecycle {
             Lifecycle::Closing(why) | Lifecycle::Lingering(why) => why,
             _ => why,
         };
         self.wheel.unset(&mut self.slab, key.slot);
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         connection.receiver = Receiver::default();
         connection.queue.clear(&mut self.nodes, |outgoing| {
             self.tally.recipient_done(&outgoing, Outcome::Ended);
@@ -171,7 +177,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Closes the socket, if nothing is in flight.
     pub(super) fn free_if_idle(&mut self, key: ConnectionKey) {
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         if let Lifecycle::Terminating(how) = connection.lifecycle
             && connection.in_flight.is_none()
         {
@@ -190,7 +196,7 @@ impl<K: Kernel> Shard<K> {
     /// The socket is closed: frees the slot.
     pub(super) fn free_slot(&mut self, key: ConnectionKey) {
         self.completed(key, RequestSet::CLOSE);
-        let connection = self.slab.remove(key).expect("still here");
+        let connection = self.slab.remove(key).expect("the connection is present");
         assert!(connection.in_flight.is_none() && connection.queue.is_empty());
         if let Some(ticket) = connection.address {
             self.admitted -= 1;

@@ -91,7 +91,7 @@ impl<K: Kernel> Shard<K> {
             self.awaited = None;
         } else if self.now >= since + QUEUE_WAIT_TICKS_MAX {
             self.awaited = None;
-            self.connection(key).expect("its queue was looked at").flags.set(Flags::SLOW);
+            self.connection(key).expect("its queue was checked above").flags.set(Flags::SLOW);
         }
         self.awaited.is_some()
     }
@@ -222,9 +222,9 @@ impl<K: Kernel> Shard<K> {
         length: usize,
     ) -> Result<(), Outcome> {
         let config = &self.config;
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         let (held, delivered_by_catch_up) =
-            connection.lifecycle.held().expect("a lifecycle that holds");
+            connection.lifecycle.held().expect("the lifecycle holds events");
         if covered(delivered_by_catch_up, outgoing) {
             return Err(Outcome::Duplicate);
         }
@@ -259,8 +259,10 @@ impl<K: Kernel> Shard<K> {
 
     /// The same, with a filter; also when the resume grace period has passed.
     pub(super) fn go_live_with(&mut self, key: ConnectionKey, mut filter: Filter) {
-        let connection = self.slab.get_mut(key).expect("still here");
-        let Lifecycle::Holding(holding) = &mut connection.lifecycle else { panic!("not holding") };
+        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let Lifecycle::Holding(holding) = &mut connection.lifecycle else {
+            panic!("the session holds no events")
+        };
         if holding.delivered_by_catch_up.is_some() {
             return self.counters.counts.commands_stale.add(1);
         }
@@ -282,8 +284,10 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn drain_held(&mut self, key: ConnectionKey) {
         let frames_max = usize::from(self.config.queue_frames_max / 2);
         let bytes_max = self.config.queue_bytes_max as usize / 2;
-        let connection = self.slab.get_mut(key).expect("still here");
-        let Lifecycle::Holding(holding) = &mut connection.lifecycle else { panic!("not holding") };
+        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let Lifecycle::Holding(holding) = &mut connection.lifecycle else {
+            panic!("the session holds no events")
+        };
         if holding.delivered_by_catch_up.is_none() {
             return;
         }

@@ -265,7 +265,7 @@ impl<K: Kernel> Shard<K> {
 
     fn read_clock(&mut self) {
         let ms = self.kernel.now_ms().saturating_sub(self.began_ms);
-        let now = Tick::try_from(ms / TICK_MS).expect("two years of ticks");
+        let now = Tick::try_from(ms / TICK_MS).expect("the shard runs for less than two years");
         // Tolerates a clock that stands still or jumps ahead. A step back is ignored.
         self.now = self.now.max(now);
         self.tally.unix_ms = self.kernel.unix_ms();
@@ -284,14 +284,14 @@ impl<K: Kernel> Shard<K> {
     /// not freed before all its requests have completed.
     fn completed(&mut self, key: ConnectionKey, of: RequestSet) -> &mut Connection {
         let connection =
-            self.slab.get_mut(key).expect("a slot is kept while anything is in flight");
+            self.slab.get_mut(key).expect("a slot is kept while a request is in flight");
         connection.in_flight.complete(of);
         connection
     }
 
     /// Changes a connection's lifecycle and updates the gauges. Returns the previous lifecycle.
     fn set_lifecycle(&mut self, key: ConnectionKey, to: Lifecycle) -> Lifecycle {
-        let connection = self.slab.get_mut(key).expect("only a present connection moves on");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         let from = std::mem::replace(&mut connection.lifecycle, to);
         self.tally.lifecycle_changed(from.class(), connection.lifecycle.class());
         from

@@ -18,7 +18,8 @@ impl<K: Kernel> Shard<K> {
     /// The connection has something to receive.
     pub(super) fn readable(&mut self, key: ConnectionKey, armed: bool, broken: bool) {
         if armed {
-            let connection = self.connection(key).expect("a slot is kept while it is watched");
+            let connection =
+                self.connection(key).expect("a slot is kept while a poll is in flight");
             assert!(connection.in_flight.any(RequestSet::POLL_READABLE));
         } else {
             // If the kernel ended the poll by itself, the next receive starts another.
@@ -27,7 +28,7 @@ impl<K: Kernel> Shard<K> {
                 return self.free_if_idle(key);
             }
         }
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         connection.flags.set(Flags::READABLE);
         if broken {
             connection.flags.set(Flags::BROKEN);
@@ -125,10 +126,10 @@ impl<K: Kernel> Shard<K> {
 
     /// Passes received bytes to the handshake or the frame decoder, or drops them after the close.
     fn bytes(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         match &connection.lifecycle {
             Lifecycle::Handshake(_) => self.handshake_bytes(key, bytes),
-            Lifecycle::Accepting | Lifecycle::Deciding(_) => panic!("nothing was asked for yet"),
+            Lifecycle::Accepting | Lifecycle::Deciding(_) => panic!("no receive was requested"),
             _ if connection.phase.reads_frames() => self.frames(key, bytes),
             _ => {}
         }
@@ -137,7 +138,7 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn frames(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
         let now = self.now;
         let config = &self.config;
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         let limited = !matches!(connection.lifecycle, Lifecycle::Echo(_));
         let message_bytes_max =
             if limited { config.message_bytes_max } else { config.echo_message_bytes_max };
@@ -153,7 +154,7 @@ impl<K: Kernel> Shard<K> {
         let mut sink = |incoming: Incoming<'_>| self.incoming(key, incoming);
         let verdict = receiver.receive(bytes, &rules, &mut scratch, &mut sink);
         self.scratch = scratch;
-        let connection = self.connection(key).expect("a slot outlives its receives");
+        let connection = self.connection(key).expect("a slot is kept while a receive is in flight");
         if !connection.lifecycle.is_over() {
             connection.receiver = receiver;
         }
@@ -166,7 +167,7 @@ impl<K: Kernel> Shard<K> {
     fn incoming(&mut self, key: ConnectionKey, incoming: Incoming<'_>) -> Flow {
         let now = self.now;
         let frames_max = self.config.inbound_frames_per_s_max;
-        let connection = self.connection(key).expect("a slot outlives its receives");
+        let connection = self.connection(key).expect("a slot is kept while a receive is in flight");
         if !connection.phase.reads_frames() {
             return Flow::Stop;
         }
@@ -191,7 +192,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8], compressed: bool) {
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         match connection.lifecycle {
             Lifecycle::Echo(window_bits) => {
                 let window_bits = window_bits.filter(|_| compressed);
@@ -215,7 +216,7 @@ impl<K: Kernel> Shard<K> {
     fn client_message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8]) {
         let catch_up_deadline = self.after(self.config.catch_up_ms_max);
         let message_bytes_max = self.config.message_bytes_max as usize;
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         let first = !connection.flags.has(Flags::FIRST_MESSAGE);
         let wanted = first || (kind == MessageKind::Text && payload.first() == Some(&b'{'));
         let text = std::str::from_utf8(payload).ok();
@@ -240,7 +241,7 @@ impl<K: Kernel> Shard<K> {
     fn pinged(&mut self, key: ConnectionKey, payload: &[u8]) {
         self.counters.counts.pings_received.add(1);
         let frames_max = usize::from(self.config.queue_frames_max / 2);
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         if connection.phase.may_send() && connection.queue.frames() < frames_max {
             self.push_own(key, frame::encode_pong(payload));
         } else {

@@ -66,14 +66,14 @@ impl<K: Kernel> Shard<K> {
     /// Queues what is not a delivery: last frames, pings, and answers to the client. Their sources
     /// bound them.
     pub(super) fn push(&mut self, key: ConnectionKey, outgoing: Rc<Outgoing>) {
-        let connection = self.slab.get_mut(key).expect("only a present connection is spoken to");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         connection.queue.push(&mut self.nodes, outgoing);
         self.mark_dirty(key);
     }
 
     /// Lists the connection as having something to send.
     pub(super) fn mark_dirty(&mut self, key: ConnectionKey) {
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         if !connection.in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE))
             && !connection.flags.set(Flags::DIRTY)
         {
@@ -132,7 +132,7 @@ impl<K: Kernel> Shard<K> {
             }
         };
         assert!(taken <= asked, "the socket took {taken} of {asked}");
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         connection.queue.advance(&mut self.nodes, taken, |outgoing| {
             self.tally.recipient_done(&outgoing, Outcome::Sent);
         });
@@ -162,7 +162,7 @@ impl<K: Kernel> Shard<K> {
     /// connection is terminated.
     fn stalled(&mut self, key: ConnectionKey, progress: bool) {
         let deadline = self.after(self.config.write_ms_max);
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         connection.in_flight.begin(RequestSet::POLL_WRITABLE);
         let first = !connection.flags.set(Flags::STALLED);
         // After the close has begun, the deadline of the lifecycle applies.
@@ -176,12 +176,12 @@ impl<K: Kernel> Shard<K> {
     /// The socket has taken the whole buffer.
     fn progressed(&mut self, key: ConnectionKey) {
         let quarter = usize::from(self.config.queue_frames_max / 4);
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         connection.flags.clear(Flags::STALLED);
         if matches!(connection.lifecycle, Lifecycle::Holding(_)) {
             self.drain_held(key);
         }
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         if connection.queue.frames() <= quarter {
             connection.flags.clear(Flags::SLOW);
         }

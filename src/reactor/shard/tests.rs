@@ -168,12 +168,14 @@ fn delivery(to: ConnectionKey, sequence: i64, class: DeliveryClass) -> ShardComm
 }
 
 fn closed_with(said: Option<WireEvent>) -> u16 {
-    let Some(WireEvent::Frame(CLOSE, payload)) = said else { panic!("{said:?} is no close") };
+    let Some(WireEvent::Frame(CLOSE, payload)) = said else {
+        panic!("{said:?} is not a close frame")
+    };
     u16::from_be_bytes([payload[0], payload[1]])
 }
 
 #[test]
-fn live_events_wait_for_the_release_and_duplicates_are_dropped() {
+fn live_events_are_held_until_go_live_and_duplicates_are_dropped() {
     let mut rig = Rig::new(ShardConfig::default());
     let (mut client, key) = rig.session(100_000);
     for sequence in [3, 4] {
@@ -193,7 +195,7 @@ fn live_events_wait_for_the_release_and_duplicates_are_dropped() {
 }
 
 #[test]
-fn live_events_wait_from_the_moment_the_service_knows_the_session() {
+fn live_events_are_held_before_the_session_is_admitted() {
     let mut rig = Rig::new(ShardConfig::default());
     let (mut client, connection) = rig.request_session(100_000);
     rig.delivers(connection, 1, DeliveryClass::Live);
@@ -204,7 +206,7 @@ fn live_events_wait_from_the_moment_the_service_knows_the_session() {
 }
 
 #[test]
-fn session_without_a_first_message_goes_live_after_the_grace() {
+fn session_without_a_first_message_goes_live_after_the_grace_period() {
     let mut rig = Rig::new(ShardConfig { resume_grace_ms: 1_000, ..ShardConfig::default() });
     let (mut client, key) = rig.session(100_000);
     rig.delivers(key, 1, DeliveryClass::Live);
@@ -246,11 +248,11 @@ fn full_queue_completes_its_frame_and_closes_with_1011() {
         assert_eq!(payload, sequence.to_be_bytes());
     }
     assert_eq!(closed_with(rig.receives(&mut client)), 1011);
-    assert_eq!(rig.done().len(), 30, "what was given up is done too");
+    assert_eq!(rig.done().len(), 30, "dropped deliveries are done too");
 }
 
 #[test]
-fn reader_that_stalls_is_given_up_after_the_write_timeout() {
+fn stalled_reader_is_terminated_after_the_write_timeout() {
     let mut rig = Rig::new(ShardConfig { write_ms_max: 1_000, ..ShardConfig::default() });
     let (client, key) = rig.live(400);
     for sequence in 1..=50 {
@@ -264,7 +266,7 @@ fn reader_that_stalls_is_given_up_after_the_write_timeout() {
 }
 
 #[test]
-fn silent_client_is_pinged_then_dropped_and_a_talking_one_is_not() {
+fn silent_client_is_pinged_then_terminated_and_an_active_one_is_not() {
     let config = ShardConfig { ping_spread_ms: 0, ..ShardConfig::default() };
     let mut rig = Rig::new(config);
     let (mut silent, _) = rig.live(100_000);
@@ -279,11 +281,11 @@ fn silent_client_is_pinged_then_dropped_and_a_talking_one_is_not() {
     rig.pass(200);
     assert!(rig.shard.kernel().is_closed(silent.socket));
     assert_eq!(rig.ended(), EndReason::PeerSilent);
-    assert_eq!(rig.receives(&mut talking), None, "it just spoke");
+    assert_eq!(rig.receives(&mut talking), None, "it has just sent something");
 }
 
 #[test]
-fn shard_that_slept_long_pings_before_it_drops() {
+fn shard_that_slept_long_pings_before_it_terminates() {
     let mut rig = Rig::new(ShardConfig::default());
     let (mut client, _) = rig.live(100_000);
     rig.shard.kernel_mut().pass(600_000);
@@ -334,7 +336,7 @@ fn refused_request_is_answered_and_its_end_reported() {
 }
 
 #[test]
-fn inbound_rate_is_closed_with_1008_and_a_broken_frame_with_1002() {
+fn exceeded_rate_is_closed_with_1008_and_an_invalid_frame_with_1002() {
     let mut rig = Rig::new(ShardConfig { inbound_frames_per_s_max: 3, ..ShardConfig::default() });
     let (mut client, _) = rig.live(100_000);
     for _ in 0..3 {
@@ -349,7 +351,7 @@ fn inbound_rate_is_closed_with_1008_and_a_broken_frame_with_1002() {
 }
 
 #[test]
-fn first_message_and_control_messages_go_up_and_others_are_discarded() {
+fn first_message_and_control_messages_are_reported_and_others_discarded() {
     let mut rig = Rig::new(ShardConfig::default());
     let (client, _) = rig.live(100_000);
     for text in [&b"hello"[..], b"hello again", b"{\"access_token\":\"x\"}"] {
@@ -364,7 +366,7 @@ fn first_message_and_control_messages_go_up_and_others_are_discarded() {
 }
 
 #[test]
-fn close_of_the_client_is_answered_with_its_code() {
+fn close_frame_of_the_client_is_answered_with_its_code() {
     let mut rig = Rig::new(ShardConfig::default());
     let (mut client, _) = rig.live(100_000);
     rig.sends(&client, &client_frame(true, CLOSE, &[0x0B, 0xB8], [7; 4]));
@@ -376,7 +378,7 @@ fn close_of_the_client_is_answered_with_its_code() {
 }
 
 #[test]
-fn burst_is_no_slow_reader_and_a_trickling_one_holds_the_rings_up_only_so_long() {
+fn burst_is_not_a_slow_reader_and_a_slow_reader_delays_the_rings_for_a_bounded_time() {
     let mut rig = Rig::new(ShardConfig { queue_frames_max: 8, ..ShardConfig::default() });
     let (mut quick, key) = rig.live(100_000);
     for sequence in 1..=60 {
@@ -395,7 +397,7 @@ fn burst_is_no_slow_reader_and_a_trickling_one_holds_the_rings_up_only_so_long()
         rig.shard.kernel_mut().client_reads(trickling.socket, 1);
         rig.pass(TICK_MS);
     }
-    assert_eq!(rig.events(&mut quick), [61], "held up by another's queue");
+    assert_eq!(rig.events(&mut quick), [61], "delayed by the queue of another session");
     assert!(rig.counters.counts.intake_waits.get() > 0);
     assert_eq!(rig.counters.counts.queue_overflows.get(), 1);
 }

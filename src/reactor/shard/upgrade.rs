@@ -14,7 +14,7 @@ impl<K: Kernel> Shard<K> {
     /// Handles bytes of the request. It usually arrives in one piece and is parsed in the receive
     /// buffer.
     pub(super) fn handshake_bytes(&mut self, key: ConnectionKey, bytes: &[u8]) {
-        let connection = self.slab.get_mut(key).expect("still here");
+        let connection = self.slab.get_mut(key).expect("the connection is present");
         let Lifecycle::Handshake(handshake) = &mut connection.lifecycle else {
             panic!("request bytes outside the handshake");
         };
@@ -64,7 +64,7 @@ impl<K: Kernel> Shard<K> {
         };
         let deadline = self.after(self.config.handshake_ms_max);
         self.set_lifecycle(key, Lifecycle::Deciding(Box::new(deciding)));
-        let connection = self.connection(key).expect("still here");
+        let connection = self.connection(key).expect("the connection is present");
         connection.flags.set(Flags::OPENED);
         connection.deadline = deadline;
         self.schedule(key);
@@ -93,9 +93,9 @@ impl<K: Kernel> Shard<K> {
         let holding =
             Lifecycle::Holding(Box::new(Holding { queue, deadline, delivered_by_catch_up: None }));
         let Lifecycle::Deciding(deciding) = self.set_lifecycle(key, holding) else {
-            panic!("the lifecycle was just looked at");
+            panic!("the lifecycle was checked above");
         };
-        self.connection(key).expect("still here").queue.set_encoding(encoding);
+        self.connection(key).expect("the connection is present").queue.set_encoding(encoding);
         self.open(key, deciding.response, deciding.deflate);
         let mut rest = deciding.rest;
         if !rest.is_empty() {
@@ -108,8 +108,9 @@ impl<K: Kernel> Shard<K> {
     fn open(&mut self, key: ConnectionKey, response: Box<[u8]>, deflate: bool) {
         let now = self.now;
         self.counters.counts.upgraded.add(1);
-        let connection = self.connection(key).expect("still here");
-        connection.phase = connection.phase.next(Signal::UpgradeSent).expect("was upgrading");
+        let connection = self.connection(key).expect("the connection is present");
+        connection.phase =
+            connection.phase.next(Signal::UpgradeSent).expect("the phase was upgrading");
         connection.last_received = now;
         if deflate {
             connection.flags.set(Flags::DEFLATE);

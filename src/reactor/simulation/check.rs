@@ -74,14 +74,14 @@ impl Simulation {
                 self.dead_keys.push(connection);
                 self.reports_ended += 1;
             }
-            ShardReport::Resume { .. } => panic!("only the stream hub asks for that"),
+            ShardReport::Resume { .. } => panic!("only the stream hub sends this report"),
             ShardReport::Done { .. } | ShardReport::Stopped => unreachable!("handled before"),
         }
     }
 
     /// The client of a key that was opened and has not ended.
     fn open_session(&self, connection: ConnectionKey) -> usize {
-        let number = *self.by_key.get(&connection).expect("a report about nobody");
+        let number = *self.by_key.get(&connection).expect("a report about an unknown connection");
         assert!(self.clients[number].session.ended.is_none(), "a report after the end");
         number
     }
@@ -98,7 +98,7 @@ impl Simulation {
 
     fn done(&mut self, peer: usize, ticket: u64) {
         note(TraceEvent::Report(peer, "Done", ticket as usize));
-        let done = self.service.outstanding.remove(&ticket).expect("done once, and asked for");
+        let done = self.service.outstanding.remove(&ticket).expect("done once, with a ticket");
         assert_eq!(done.peer, peer, "another peer's ticket");
         if peer == SESSION_MANAGER {
             let number = self.by_key[&done.recipients[0]];
@@ -171,11 +171,11 @@ impl Simulation {
             WireEvent::Frame(opcode, payload) if self.clients[number].kind == ClientKind::Echo => {
                 assert_eq!(opcode, wire::BINARY);
                 let expected = self.clients[number].echoes.pop_front();
-                assert_eq!(expected, Some(payload), "not an echo");
+                assert_eq!(expected, Some(payload), "not what was sent to /echo");
             }
             WireEvent::Frame(wire::TEXT, payload) if payload.first() == Some(&b't') => {
                 let expected = self.clients[number].session.texts.pop_front();
-                assert_eq!(expected.map(String::into_bytes), Some(payload), "another text");
+                assert_eq!(expected.map(String::into_bytes), Some(payload), "the wrong text");
             }
             WireEvent::Frame(opcode, payload) => self.received_event(number, opcode, &payload),
         }
@@ -187,14 +187,18 @@ impl Simulation {
         let now_ms = self.now_ms();
         let client = &mut self.clients[number];
         let json = client.kind == ClientKind::Session { json: true };
-        assert_eq!(opcode, if json { wire::TEXT } else { wire::BINARY }, "the other encoding");
+        assert_eq!(
+            opcode,
+            if json { wire::TEXT } else { wire::BINARY },
+            "an event in the wrong encoding"
+        );
         // The peer that sent it: the one from which the session awaits it.
         let session = &mut client.session;
         let has = |queue: &std::collections::VecDeque<super::session::ModelEvent>| {
             queue.iter().any(|model| model.number == event)
         };
         let peer = session.addressed.iter().position(has);
-        let peer = peer.expect("an event that was not addressed to it, or comes twice");
+        let peer = peer.expect("an event that was not addressed to the session, or a duplicate");
         session.receives(peer, event, now_ms, self.limits);
         self.wire_events += 1;
         self.summary.received += 1;
@@ -215,7 +219,10 @@ impl Simulation {
                 let silent_ms = now_ms - shard.kernel().received_at_ms(socket);
                 assert!(silent_ms >= least_ms, "pinged after {silent_ms} ms");
                 let unread = shard.kernel().unreceived(socket);
-                assert!(unread == 0 || self.setup.faults.late > 0, "pinged while its bytes wait");
+                assert!(
+                    unread == 0 || self.setup.faults.late > 0,
+                    "pinged although it has unreceived bytes"
+                );
             }
             self.clients[self.active[index]].pinged = pinged;
         }
@@ -291,7 +298,10 @@ impl Simulation {
 
     pub(super) fn check_counters(&mut self) {
         let counts = &self.counters.counts;
-        assert!(counts.deliveries_sent.get() <= self.wire_events, "sent more than there is");
+        assert!(
+            counts.deliveries_sent.get() <= self.wire_events,
+            "more deliveries sent than received"
+        );
         assert!(counts.events_taken.get() <= self.service.pushed.0);
         assert!(counts.deliveries.get() <= self.service.pushed.1);
         assert!(counts.messages_passed.get() >= self.reports_message);
@@ -300,13 +310,13 @@ impl Simulation {
 
     /// A stopped shard has released everything.
     pub(super) fn check_stopped(&mut self) {
-        let shard = self.shard.as_ref().expect("just stopped");
+        let shard = self.shard.as_ref().expect("has just stopped");
         assert_eq!(shard.slots_used(), 0, "slots leak");
         assert_eq!(shard.staging_out(), 0, "staging buffers leak");
         assert_eq!(shard.kernel().files_open(), 0, "files leak");
         assert_eq!(shard.kernel().buffers_lent(), 0, "receive buffers leak");
         assert_eq!(shard.kernel().pending(), 0, "requests leak");
-        assert_eq!(self.limiter.connections(), 0, "the limiter counts somebody who is gone");
+        assert_eq!(self.limiter.connections(), 0, "the limiter counts an ended connection");
         let counts = &self.counters.counts;
         for gauge in [
             &counts.sessions,
@@ -320,7 +330,7 @@ impl Simulation {
             assert_eq!(gauge.get(), 0);
         }
         let ended: u64 = self.counters.ended.iter().map(|counter| counter.get()).sum();
-        assert_eq!(ended, counts.accepted.get(), "an end for each that was accepted");
+        assert_eq!(ended, counts.accepted.get(), "one end for each accepted connection");
     }
 
     /// Checks of the totals, after the whole run.
@@ -328,7 +338,7 @@ impl Simulation {
         let routers = SESSION_MANAGER + 1..PEERS;
         assert!(
             routers.clone().all(|peer| self.service.peers[peer].stopped),
-            "not told of the end"
+            "a router did not get the last report"
         );
         let counts = &self.counters.counts;
         let never_taken = self.service.pushed.0 - counts.events_taken.get();

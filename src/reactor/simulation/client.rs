@@ -198,7 +198,10 @@ impl Client {
 
 /// The number of the client with this user id.
 pub(super) fn number_of(user_id: &str) -> usize {
-    user_id.strip_prefix('u').and_then(|number| number.parse().ok()).expect("a user of ours")
+    user_id
+        .strip_prefix('u')
+        .and_then(|number| number.parse().ok())
+        .expect("a user of the simulation")
 }
 
 fn request(number: usize, kind: ClientKind) -> String {

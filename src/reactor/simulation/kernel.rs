@@ -347,7 +347,7 @@ impl SimulatedKernel {
         let asked = buffer.bytes().len();
         let part = self.random.below(asked) + 1;
         let socket = self.socket(connection);
-        assert!(!socket.outbound_ended, "sent after the end of our half");
+        assert!(!socket.outbound_ended, "a send after the shutdown");
         let room = socket.outbound_capacity - socket.outbound;
         let taken = asked.min(room).min(if short { part } else { asked });
         let result = if socket.reset {
@@ -420,7 +420,7 @@ impl Kernel for SimulatedKernel {
         if self.files.len() <= slot {
             self.files.resize_with(slot + 1, || None);
         }
-        assert!(self.files[slot].is_none(), "accept into a place that is taken");
+        assert!(self.files[slot].is_none(), "an accept into an occupied file");
         let in_flight = RequestSet::default();
         self.files[slot] =
             Some(File { key: connection, socket: None, in_flight, cancelled: false });

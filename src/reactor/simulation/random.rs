@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_kept() {
+    fn values_stay_in_range() {
         let mut random = Random::new(1);
         for _ in 0..10_000 {
             assert!(random.below(3) < 3);

@@ -54,7 +54,7 @@ impl Simulation {
         let not_at_rest =
             self.by_key.values().any(|number| !self.clients[*number].session.is_at_rest());
         let conditions = [
-            (unread, "a client has something to read or to say"),
+            (unread, "a client has bytes to read or to send"),
             (!self.service.outstanding.is_empty(), "a delivery is not done"),
             (!self.service.is_idle(), "a ring is not empty"),
             (!self.undecided.is_empty(), "a request is not decided on"),

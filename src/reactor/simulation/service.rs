@@ -189,7 +189,7 @@ impl Service {
                 .with_frame(Encoding::Json, frame::encode(Opcode::Text, false, &payload));
         }
         let ticket = (event.class == DeliveryClass::CatchUp || random.chance(230))
-            .then(|| Ticket(NonZeroU64::new(event.number).expect("counted from 1")));
+            .then(|| Ticket(NonZeroU64::new(event.number).expect("event numbers start at 1")));
         if ticket.is_some() {
             let recipients = recipients.iter().map(|(key, _)| *key).collect();
             let outstanding = Outstanding { peer, recipients, number: event.number };

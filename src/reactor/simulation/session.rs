@@ -97,7 +97,8 @@ impl Session {
         self.seen += 1;
         loop {
             let event = self.addressed.get_mut(peer).and_then(VecDeque::pop_front);
-            let event = event.expect("an event that was not addressed to it, or comes twice");
+            let event =
+                event.expect("an event that was not addressed to the session, or a duplicate");
             let covered = self.covers(&event);
             if event.number != number {
                 self.misses(&event, covered);
@@ -153,7 +154,10 @@ impl Session {
 
     fn check_filter(&self) {
         assert!(!(self.relied_on_filter && self.grace_expired), "dropped without a filter");
-        assert!(!self.presumes_grace_expired || self.grace_expired, "live too early");
+        assert!(
+            !self.presumes_grace_expired || self.grace_expired,
+            "live before the end of the grace period"
+        );
     }
 
     /// A delivery to this session was reported done.

@@ -67,7 +67,7 @@ impl Wire {
             127 => (10, u64::from_be_bytes(rest.get(..8)?.try_into().unwrap()) as usize),
             length => (2, *length as usize),
         };
-        assert!(*second < 128, "a server does not mask");
+        assert!(*second < 128, "server frames are not masked");
         let opcode = first & 0x0F;
         let payload = self.buffer.get(header..header + length)?.to_vec();
         self.buffer.drain(..header + length);

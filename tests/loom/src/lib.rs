@@ -195,7 +195,7 @@ impl Protocol for WithoutFences {
 
 #[test]
 #[should_panic(expected = "deadlock")]
-fn without_fences_a_sleeper_is_forgotten() {
+fn without_fences_a_sleeper_is_not_woken() {
     model(None, || run(|| WithoutFences(AtomicBool::new(false)), 1, 1, Waiting::Level));
 }
 
@@ -220,6 +220,6 @@ impl Protocol for FlagTooLate {
 
 #[test]
 #[should_panic(expected = "deadlock")]
-fn flag_raised_after_the_fence_forgets_a_sleeper() {
+fn flag_set_after_the_fence_leaves_a_sleeper_asleep() {
     model(None, || run(|| FlagTooLate(AtomicBool::new(false)), 1, 1, Waiting::Level));
 }

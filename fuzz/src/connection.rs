@@ -3,8 +3,11 @@
 
 use delivery::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules, Receiver, Scratch};
 
+use tungstenite::Message;
+use tungstenite::protocol::CloseFrame;
+
 use super::input::{FuzzInput, frames};
-use super::oracle::{self, OwnedIncoming, Transcript};
+use super::oracle::{self, Transcript};
 
 /// First byte: the rules and the kind of input. Second byte: how the stream is split. Rest: the
 /// stream, as bytes or as a script of frames.
@@ -50,32 +53,27 @@ fn receive(pieces: impl IntoIterator<Item = Vec<u8>>, rules: &ReceiveRules) -> T
     }
     let held_max = 512 + 2 * (rules.message_bytes_max + rules.message_bytes_max / 256 + 64);
     assert!(receiver.held_bytes() <= held_max, "holds {} bytes", receiver.held_bytes());
-    if transcript.error.is_some()
-        || matches!(transcript.incoming.last(), Some(OwnedIncoming::Close(_)))
-    {
+    if transcript.error.is_some() || transcript.incoming.last().is_some_and(Message::is_close) {
         assert_eq!(receiver.held_bytes(), 0, "holds memory after it has stopped");
     }
     transcript
 }
 
-fn owned(incoming: Incoming<'_>, rules: &ReceiveRules) -> OwnedIncoming {
+fn owned(incoming: Incoming<'_>, rules: &ReceiveRules) -> Message {
     match incoming {
         Incoming::Message { kind, payload, compressed } => {
             assert!(payload.len() <= rules.message_bytes_max, "over the limit");
             assert!(rules.deflate || !compressed);
             match kind {
-                MessageKind::Text => {
-                    assert!(std::str::from_utf8(payload).is_ok());
-                    OwnedIncoming::Text(payload.to_vec())
-                }
-                MessageKind::Binary => OwnedIncoming::Binary(payload.to_vec()),
+                MessageKind::Text => Message::text(std::str::from_utf8(payload).expect("checked")),
+                MessageKind::Binary => Message::binary(payload.to_vec()),
             }
         }
-        Incoming::Ping(payload) => OwnedIncoming::Ping(payload.to_vec()),
-        Incoming::Pong(payload) => OwnedIncoming::Pong(payload.to_vec()),
-        Incoming::Close(close) => {
-            OwnedIncoming::Close(close.map(|(code, reason)| (code.0, reason.to_owned())))
-        }
+        Incoming::Ping(payload) => Message::Ping(payload.to_vec().into()),
+        Incoming::Pong(payload) => Message::Pong(payload.to_vec().into()),
+        Incoming::Close(close) => Message::Close(
+            close.map(|(code, reason)| CloseFrame { code: code.0.into(), reason: reason.into() }),
+        ),
     }
 }
 

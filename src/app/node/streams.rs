@@ -14,7 +14,7 @@ use super::sizing::Sizing;
 use crate::app::admin::Collector;
 use crate::app::config::Settings;
 use crate::service::streams::grpc::{self, GrpcConfig};
-use crate::service::streams::hub::{HubConfig, HubMetrics, HubPeer, OutboxLimits, hub};
+use crate::service::streams::hub::{Hub, HubConfig, HubMetrics, HubPeer, OutboxLimits};
 
 /// Waited for beyond the shutdown timeout of the server.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
@@ -63,7 +63,7 @@ impl Streams {
             stall_timeout: settings.write_timeout,
             close_timeout: settings.close_timeout,
         };
-        let (handle, hub) = hub(config, peers, side.bell, Arc::clone(&metrics))
+        let (handle, hub) = Hub::new(config, peers, side.bell, Arc::clone(&metrics))
             .map_err(|error| format!("the gRPC hub did not start: {error}"))?;
         tokio::spawn(hub.run());
 

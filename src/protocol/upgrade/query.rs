@@ -22,57 +22,44 @@ impl SessionQuery {
     /// 400 for a value that does not decode to UTF-8, contains control characters or is too long, and
     /// for a parameter that is given twice: parsers could disagree which one counts.
     pub fn parse(query: &str) -> Result<Self, Refused> {
-        let mut parameters = SessionParameters::default();
+        let mut values: [Option<String>; PARAMETERS.len()] = Default::default();
         for pair in query.split('&') {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
             // A key that does not decode is an unknown parameter.
             let Some(key) = decode(key, KEY_BYTES_MAX) else { continue };
-            match key.as_str() {
-                "user_id" => parameters.user_id.set(value, ID_BYTES_MAX, "user_id")?,
-                "device_id" => parameters.device_id.set(value, ID_BYTES_MAX, "device_id")?,
-                "access_token" => {
-                    parameters.access_token.set(value, TOKEN_BYTES_MAX, "access_token")?
-                }
-                _ => {}
+            let Some(index) = PARAMETERS.iter().position(|(name, _)| key == *name) else {
+                continue;
+            };
+            if values[index].is_some() {
+                return Err(Refused::bad_request(format!("{key} is given twice")));
             }
+            values[index] = Some(parameter(&key, value, PARAMETERS[index].1)?);
         }
+        let [user_id, device_id, access_token] = values;
         Ok(Self {
-            user_id: parameters.user_id.0.unwrap_or_default(),
-            device_id: parameters.device_id.0.unwrap_or_default(),
-            access_token: parameters.access_token.0.filter(|token| !token.is_empty()),
+            user_id: user_id.unwrap_or_default(),
+            device_id: device_id.unwrap_or_default(),
+            access_token: access_token.filter(|token| !token.is_empty()),
         })
     }
 }
 
+/// Names of the parameters and their longest values, bytes after decoding.
+const PARAMETERS: [(&str, usize); 3] =
+    [("user_id", ID_BYTES_MAX), ("device_id", ID_BYTES_MAX), ("access_token", TOKEN_BYTES_MAX)];
 /// Longest known key, bytes after decoding.
 const KEY_BYTES_MAX: usize = "access_token".len();
 
-#[derive(Default)]
-struct SessionParameters {
-    user_id: Parameter,
-    device_id: Parameter,
-    access_token: Parameter,
-}
-
-#[derive(Default)]
-struct Parameter(Option<String>);
-
-impl Parameter {
-    fn set(&mut self, value: &str, bytes_max: usize, name: &str) -> Result<(), Refused> {
-        if self.0.is_some() {
-            return Err(Refused::bad_request(format!("{name} is given twice")));
-        }
-        let Some(value) = decode(value, bytes_max) else {
-            return Err(Refused::bad_request(format!(
-                "{name} must be percent-encoded UTF-8 of at most {bytes_max} bytes"
-            )));
-        };
-        if value.chars().any(char::is_control) {
-            return Err(Refused::bad_request(format!("{name} contains a control character")));
-        }
-        self.0 = Some(value);
-        Ok(())
+fn parameter(name: &str, value: &str, bytes_max: usize) -> Result<String, Refused> {
+    let Some(value) = decode(value, bytes_max) else {
+        return Err(Refused::bad_request(format!(
+            "{name} must be percent-encoded UTF-8 of at most {bytes_max} bytes"
+        )));
+    };
+    if value.chars().any(char::is_control) {
+        return Err(Refused::bad_request(format!("{name} contains a control character")));
     }
+    Ok(value)
 }
 
 /// Decodes percent-encoding, and `+` as a space as HTML forms and `URLSearchParams` encode it. `None`

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use http::StatusCode;
+
 use crate::domain::command::Refusal;
 
 /// A refused upgrade request. The server closes the connection after the response.
@@ -62,7 +64,8 @@ impl From<Refusal> for Refused {
 /// The complete response.
 pub fn response_refused(refused: &Refused) -> Vec<u8> {
     let Refused { refusal: Refusal { status, body, retry_after_s }, head } = refused;
-    let reason = reason_phrase(*status);
+    let reason = StatusCode::from_u16(*status).ok().and_then(|known| known.canonical_reason());
+    let reason = reason.unwrap_or_default();
     let mut answer = format!("HTTP/1.1 {status} {reason}\r\nConnection: close");
     match status {
         // RFC 9110 §15.5.22, §7.8: a 426 MUST contain `Upgrade`, listed in `Connection`. RFC 6455
@@ -86,30 +89,6 @@ pub fn response_refused(refused: &Refused) -> Vec<u8> {
         answer.push_str(body);
     }
     answer.into_bytes()
-}
-
-fn reason_phrase(status: u16) -> &'static str {
-    match status {
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        408 => "Request Timeout",
-        409 => "Conflict",
-        414 => "URI Too Long",
-        417 => "Expectation Failed",
-        426 => "Upgrade Required",
-        429 => "Too Many Requests",
-        431 => "Request Header Fields Too Large",
-        500 => "Internal Server Error",
-        501 => "Not Implemented",
-        502 => "Bad Gateway",
-        503 => "Service Unavailable",
-        504 => "Gateway Timeout",
-        505 => "HTTP Version Not Supported",
-        _ => "",
-    }
 }
 
 #[cfg(test)]

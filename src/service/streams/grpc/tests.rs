@@ -68,14 +68,29 @@ impl Port {
         Call { requests, answer }
     }
 
-    /// An admitted session of alice.
-    async fn session(&mut self) -> (ClientSession, ConnectionKey) {
+    /// A call of alice that waits for the session manager.
+    async fn requested(&mut self) -> (Call, ConnectionKey) {
         let call = self.call(None);
         call.send("alice", "desk", "", 0).await;
-        let connection = self.manager.opened().await;
+        (call, self.manager.opened().await)
+    }
+
+    /// An admitted session of alice.
+    async fn session(&mut self) -> (ClientSession, ConnectionKey) {
+        let (call, connection) = self.requested().await;
         self.manager.send(ShardCommand::Admit { connection });
         let events = call.answer.await.unwrap().unwrap();
         (ClientSession { requests: call.requests, events }, connection)
+    }
+
+    /// Asserts that the next report requests this catch-up.
+    async fn assert_catch_up(&mut self, expected: (&str, i64)) {
+        match self.manager.report().await {
+            ShardReport::Resume { conversation, after, .. } => {
+                assert_eq!((&*conversation, after), expected);
+            }
+            other => panic!("expected a catch-up: {other:?}"),
+        }
     }
 
     async fn ended(&mut self, session: ConnectionKey) -> EndReason {
@@ -170,12 +185,7 @@ async fn catch_up_changes_to_live_without_gap_or_duplicate() {
     let events = call.answer.await.unwrap().unwrap();
     let mut session = ClientSession { requests: call.requests, events };
 
-    match port.manager.report().await {
-        ShardReport::Resume { conversation, after, .. } => {
-            assert_eq!((&*conversation, after), ("c", 1));
-        }
-        other => panic!("not a resume: {other:?}"),
-    }
+    port.assert_catch_up(("c", 1)).await;
     port.router.deliver(connection, message("c", 4), DeliveryClass::Live, 2);
     port.router.deliver(connection, message("other", 9), DeliveryClass::Live, 3);
     for sequence in [2, 3] {
@@ -192,12 +202,7 @@ async fn catch_up_changes_to_live_without_gap_or_duplicate() {
     // A later position is an acknowledgement.
     session.report_position("c", 4).await;
     session.report_position("d", 0).await;
-    match port.manager.report().await {
-        ShardReport::Resume { conversation, after, .. } => {
-            assert_eq!((&*conversation, after), ("d", 0));
-        }
-        other => panic!("not a resume: {other:?}"),
-    }
+    port.assert_catch_up(("d", 0)).await;
 }
 
 #[tokio::test]
@@ -263,9 +268,7 @@ async fn refusals_have_their_status() {
         (429, Code::ResourceExhausted),
         (503, Code::Unavailable),
     ] {
-        let call = port.call(None);
-        call.send("alice", "desk", "", 0).await;
-        let connection = port.manager.opened().await;
+        let (call, connection) = port.requested().await;
         let refusal = Refusal { status: http, body: "why".into(), retry_after_s: None };
         port.manager.send(ShardCommand::Refuse { connection, refusal });
         let status = call.refused().await;

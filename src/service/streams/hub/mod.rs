@@ -17,7 +17,6 @@ mod slot_map;
 mod status;
 mod task;
 
-use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ use crate::domain::command::{Hello, ShardCommand, ShardReport};
 use crate::domain::counters::{LatencyHistogram, SharedCounter};
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
-use crate::handoff::{Consumer, Doorbell, Producer};
+use crate::handoff::{Consumer, Producer};
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::timestamp::unix_ms;
 
@@ -138,32 +137,6 @@ pub struct HubPeer {
     pub commands: Consumer<ShardCommand>,
     /// To the peer.
     pub reports: Producer<ShardReport>,
-}
-
-/// Creates the hub and its handle. `peers` are the session manager, then the routers; their producers
-/// ring `bell`. The caller runs [`Hub::run`] on the current runtime.
-///
-/// # Errors
-/// The runtime cannot poll the bell.
-pub fn hub(
-    config: HubConfig,
-    peers: Vec<HubPeer>,
-    bell: Arc<Doorbell>,
-    metrics: Arc<HubMetrics>,
-) -> io::Result<(HubHandle, Hub)> {
-    assert!(!peers.is_empty(), "the session manager is the first peer");
-    let (requests, receiver) = mpsc::channel(HUB_REQUESTS_MAX);
-    let notices = Arc::new(Notices::default());
-    let (accepting, is_accepting) = watch::channel(true);
-    let handle = HubHandle {
-        requests,
-        notices: Arc::clone(&notices),
-        metrics: Arc::clone(&metrics),
-        limits: config.outbox.clone(),
-        accepting: is_accepting,
-    };
-    let hub = Hub::new(config, peers, bell, receiver, notices, metrics, accepting)?;
-    Ok((handle, hub))
 }
 
 /// A request from a stream to the hub's task.

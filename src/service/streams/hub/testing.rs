@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use super::{Hub, HubConfig, HubHandle, HubMetrics, HubPeer, hub};
+use super::{Hub, HubConfig, HubHandle, HubMetrics, HubPeer};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
@@ -33,7 +33,7 @@ pub(crate) fn hub_with_peers(
         hub_peers.push(HubPeer { commands: hub_commands, reports: hub_reports });
     }
     let metrics = Arc::new(HubMetrics::default());
-    let (handle, hub) = hub(config, hub_peers, bell, metrics).unwrap();
+    let (handle, hub) = Hub::new(config, hub_peers, bell, metrics).unwrap();
     let Ok(peers) = <[TestPeer; 2]>::try_from(peers) else { unreachable!("the loop made two") };
     (handle, hub, peers)
 }

@@ -12,7 +12,9 @@ use tonic::Status;
 use super::delivery::{Delivery, Notice, Notices};
 use super::outbox::{DeliverOutcome, Outbox, Unsent};
 use super::slot_map::SlotMap;
-use super::{AdmissionReply, HubConfig, HubMetrics, HubPeer, HubRequest, status};
+use super::{
+    AdmissionReply, HUB_REQUESTS_MAX, HubConfig, HubHandle, HubMetrics, HubPeer, HubRequest, status,
+};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{
     DeliveryClass, Hello, Recipients, ReplyTo, ShardCommand, ShardReport, Ticket,
@@ -71,29 +73,43 @@ pub struct Hub {
 }
 
 impl Hub {
-    pub(super) fn new(
+    /// Creates the hub and its handle. `peers` are the session manager, then the routers; their
+    /// producers ring `bell`. The caller runs [`Hub::run`] on the current runtime.
+    ///
+    /// # Errors
+    /// The runtime cannot poll the bell.
+    pub fn new(
         config: HubConfig,
         peers: Vec<HubPeer>,
         bell: Arc<Doorbell>,
-        requests: mpsc::Receiver<HubRequest>,
-        notices: Arc<Notices>,
         metrics: Arc<HubMetrics>,
-        accepting: watch::Sender<bool>,
-    ) -> io::Result<Self> {
+    ) -> io::Result<(HubHandle, Self)> {
+        assert!(!peers.is_empty(), "the session manager is the first peer");
+        let (requests, receiver) = mpsc::channel(HUB_REQUESTS_MAX);
+        let notices = Arc::new(Notices::default());
+        let (accepting, is_accepting) = watch::channel(true);
+        let handle = HubHandle {
+            requests,
+            notices: Arc::clone(&notices),
+            metrics: Arc::clone(&metrics),
+            limits: config.outbox.clone(),
+            accepting: is_accepting,
+        };
         let link = |port| PeerLink { port, backlog: VecDeque::new() };
-        Ok(Self {
+        let hub = Self {
             streams: SlotMap::new(config.streams_max),
             config,
             peers: peers.into_iter().map(link).collect(),
             bell: AsyncBell::new(bell)?,
-            requests,
+            requests: receiver,
             notices,
             metrics,
             open: 0,
             accepting,
             stopping: false,
             next_sweep: Instant::now() + SWEEP_INTERVAL,
-        })
+        };
+        Ok((handle, hub))
     }
 
     /// Runs the hub.

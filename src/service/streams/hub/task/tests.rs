@@ -39,12 +39,22 @@ async fn report(hub: &mut Hub, peer: &mut TestPeer) -> ShardReport {
     }
 }
 
-async fn admitted(hub: &mut Hub, handle: &HubHandle, manager: &mut TestPeer) -> StreamSession {
+/// A call of [`HubHandle::open`] that waits for the session manager.
+async fn requested(
+    hub: &mut Hub,
+    handle: &HubHandle,
+    manager: &mut TestPeer,
+) -> (JoinHandle<Result<StreamSession, Status>>, ConnectionKey) {
     let opening = opening(handle);
     let ShardReport::Opened { connection, hello } = report(hub, manager).await else {
         panic!("expected an opening");
     };
     assert_eq!((hello.user_id.as_str(), hello.device_id.as_str()), ("alice", "desk"));
+    (opening, connection)
+}
+
+async fn admitted(hub: &mut Hub, handle: &HubHandle, manager: &mut TestPeer) -> StreamSession {
+    let (opening, connection) = requested(hub, handle, manager).await;
     manager.send(ShardCommand::Admit { connection });
     hub.turn();
     let session = opening.await.unwrap().unwrap();
@@ -64,8 +74,18 @@ fn next(session: &StreamSession) -> Result<Arc<Delivery>, Status> {
     }
 }
 
-fn ticket_number(ticket: u64) -> Ticket {
-    Ticket(NonZeroU64::new(ticket).unwrap())
+/// The ticket of the next report, which must be `Done`.
+async fn done(hub: &mut Hub, peer: &mut TestPeer) -> u64 {
+    match report(hub, peer).await {
+        ShardReport::Done { ticket } => ticket.0.get(),
+        other => panic!("expected a delivery: {other:?}"),
+    }
+}
+
+async fn closed_with(session: &StreamSession) -> Status {
+    std::future::poll_fn(|context| session.outbox.poll_next(context, Instant::now()))
+        .await
+        .unwrap_err()
 }
 
 fn assert_ended(report: &ShardReport, session: ConnectionKey, expected: EndReason) {
@@ -88,7 +108,7 @@ async fn delivery_is_done_when_the_last_stream_drops_it() {
         event: Arc::new(event(STREAM, 1, b"one")),
         recipients: Recipients::Many(recipients),
         class: DeliveryClass::Live,
-        ticket: Some(ticket_number(5)),
+        ticket: NonZeroU64::new(5).map(Ticket),
     });
     hub.turn();
     let taken = next(&first).unwrap();
@@ -98,8 +118,7 @@ async fn delivery_is_done_when_the_last_stream_drops_it() {
     assert!(router.try_report().is_none());
     // The second stream ends without reading the event.
     drop(second);
-    let ShardReport::Done { ticket } = report(&mut hub, &mut router).await else { panic!() };
-    assert_eq!(ticket, ticket_number(5));
+    assert_eq!(done(&mut hub, &mut router).await, 5);
 }
 
 #[tokio::test]
@@ -111,8 +130,7 @@ async fn event_without_recipients_is_done_at_once() {
     router.deliver(key(&session), Event::new(None, 0), DeliveryClass::Live, 2);
     // The second is done first: it has no encoding for a stream.
     for expected in [2, 1] {
-        let ShardReport::Done { ticket } = report(&mut hub, &mut router).await else { panic!() };
-        assert_eq!(ticket, ticket_number(expected));
+        assert_eq!(done(&mut hub, &mut router).await, expected);
     }
     assert_eq!(handle.metrics().counters.stream_events_stale.get(), 1);
     assert_eq!(handle.metrics().counters.stream_events_inexpressible.get(), 1);
@@ -121,10 +139,7 @@ async fn event_without_recipients_is_done_at_once() {
 #[tokio::test]
 async fn refusal_reaches_the_caller_and_the_manager_gets_its_end() {
     let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 64);
-    let opening = opening(&handle);
-    let ShardReport::Opened { connection, .. } = report(&mut hub, &mut manager).await else {
-        panic!();
-    };
+    let (opening, connection) = requested(&mut hub, &handle, &mut manager).await;
     let refusal = Refusal { status: 401, body: "token expired".into(), retry_after_s: None };
     manager.send(ShardCommand::Refuse { connection, refusal });
     assert_ended(&report(&mut hub, &mut manager).await, connection, EndReason::Refused);
@@ -149,8 +164,7 @@ async fn replaced_session_gets_queued_events_and_then_aborted() {
     assert!(manager.try_report().is_none());
     let connection = key(&session);
     drop(session);
-    let ended = report(&mut hub, &mut manager).await;
-    assert_ended(&ended, connection, EndReason::ClosedByService);
+    assert_ended(&report(&mut hub, &mut manager).await, connection, EndReason::ClosedByService);
 }
 
 #[tokio::test]
@@ -167,8 +181,7 @@ async fn slow_reader_is_closed_and_its_deliveries_are_done() {
     }
     let mut tickets = Vec::new();
     for _ in 0..4 {
-        let ShardReport::Done { ticket } = report(&mut hub, &mut router).await else { panic!() };
-        tickets.push(ticket.0.get());
+        tickets.push(done(&mut hub, &mut router).await);
     }
     tickets.sort_unstable();
     assert_eq!(tickets, [1, 2, 3, 4]);
@@ -193,12 +206,11 @@ async fn stream_without_reads_is_closed_after_the_stall_timeout() {
 
     hub.sweep(Instant::now() + timeout);
     // Its delivery is done,
-    assert!(matches!(report(&mut hub, &mut router).await, ShardReport::Done { .. }));
+    assert_eq!(done(&mut hub, &mut router).await, 1);
     assert!(manager.try_report().is_none());
     // and the session ends even if its writer never runs again.
     hub.sweep(Instant::now() + timeout + hub.config.close_timeout);
-    let ended = report(&mut hub, &mut manager).await;
-    assert_ended(&ended, key(&session), EndReason::WriteTimeout);
+    assert_ended(&report(&mut hub, &mut manager).await, key(&session), EndReason::WriteTimeout);
     drop(session);
     hub.turn();
     assert!(manager.try_report().is_none(), "the session ends once");
@@ -231,10 +243,7 @@ async fn deliveries_are_limited_in_bytes() {
 #[tokio::test]
 async fn caller_that_is_gone_at_its_admission_leaves_no_session() {
     let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 64);
-    let opening = opening(&handle);
-    let ShardReport::Opened { connection, .. } = report(&mut hub, &mut manager).await else {
-        panic!();
-    };
+    let (opening, connection) = requested(&mut hub, &handle, &mut manager).await;
     opening.abort();
     assert!(opening.await.is_err());
     manager.send(ShardCommand::Admit { connection });
@@ -246,17 +255,13 @@ async fn caller_that_is_gone_at_its_admission_leaves_no_session() {
 #[tokio::test]
 async fn request_of_a_caller_that_is_gone_is_removed() {
     let (handle, mut hub, [mut manager, _router]) = hub_with_peers(HubConfig::default(), 64);
-    let opening = opening(&handle);
-    let ShardReport::Opened { connection, .. } = report(&mut hub, &mut manager).await else {
-        panic!();
-    };
+    let (opening, connection) = requested(&mut hub, &handle, &mut manager).await;
     hub.sweep(Instant::now());
     assert!(manager.try_report().is_none(), "the caller still waits");
     opening.abort();
     assert!(opening.await.is_err());
     hub.sweep(Instant::now());
-    let ended = report(&mut hub, &mut manager).await;
-    assert_ended(&ended, connection, EndReason::HandshakeTimeout);
+    assert_ended(&report(&mut hub, &mut manager).await, connection, EndReason::HandshakeTimeout);
     manager.send(ShardCommand::Admit { connection });
     hub.turn();
     assert_eq!(handle.metrics().counters.stream_commands_stale.get(), 1);
@@ -329,9 +334,7 @@ async fn stop_closes_every_stream_and_is_reported_to_every_peer() {
     manager.send(ShardCommand::Stop {
         close: Close::new(CloseCode::SERVICE_RESTART, "draining; reconnect in 100 ms"),
     });
-    let status = std::future::poll_fn(|context| session.outbox.poll_next(context, Instant::now()))
-        .await
-        .unwrap_err();
+    let status = closed_with(&session).await;
     assert_eq!(status.code(), Code::Unavailable);
     assert_eq!(status.message(), "draining; reconnect in 100 ms");
     drop(session);
@@ -348,9 +351,7 @@ async fn dropped_session_manager_closes_all_streams() {
     let session = admitted(&mut hub, &handle, &mut manager).await;
     let running = tokio::spawn(hub.run());
     drop(manager);
-    let status = std::future::poll_fn(|context| session.outbox.poll_next(context, Instant::now()))
-        .await
-        .unwrap_err();
+    let status = closed_with(&session).await;
     assert_eq!(status.code(), Code::Unavailable);
     drop(session);
     running.await.unwrap();

@@ -1,4 +1,4 @@
-//! A session that moves: the other nodes hear of it, and send its events to where it is.
+//! A session that moves: its new node announces it, and events follow it at once.
 
 use std::sync::Arc;
 
@@ -11,13 +11,14 @@ use delivery::service::sessions::presence::{
 use super::link::until;
 use super::nodes::Bench;
 use super::server::Options;
-use super::subscriptions::remembering;
+use super::subscriptions::invalidating;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn session_that_moved_gets_its_events_where_it_is_at_once() {
-    // What is remembered is believed for an hour here, so that only the announcement can help.
+async fn session_that_moved_gets_its_events_at_its_new_node_at_once() {
+    // Cached locations live for an hour here, so only the announcement can invalidate one.
     let Some(mut bench) = Bench::new(Options::default(), |_| {}).await else { return };
-    let (_subscriptions, heard) = remembering(&bench.link, "here", bench.nodes.locations()).await;
+    let (_subscriptions, subscribed) =
+        invalidating(&bench.link, "here", bench.nodes.locations()).await;
     let (mut old, mut new) = (bench.node("n1").await, bench.node("n2").await);
     bench.register("alice", "phone", "n1");
     bench.handed_over("one", &["alice"]).await;
@@ -31,7 +32,7 @@ async fn session_that_moved_gets_its_events_where_it_is_at_once() {
     let target = PresenceTarget::Redis(bench.link.clone());
     let presence = Presence::spawn(config, target, Arc::new(PresenceCounters::default()));
     assert!(presence.register(&SessionIds::new("alice", "phone"), false));
-    until(|| heard.redis_moves_heard.get() > 0, tokio::task::yield_now).await;
+    until(|| subscribed.redis_moves_heard.get() > 0, tokio::task::yield_now).await;
 
     bench.handed_over("two", &["alice"]).await;
     assert_eq!(new.next().await, "two");

@@ -1,4 +1,4 @@
-//! One link: every way to reach Redis, and what happens while it is away.
+//! The link: every kind of connection, and a Redis that is unreachable.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use rustix::process::Signal;
 
 use super::server::{Options, Server};
 
-/// Longest a test waits for what must come.
+/// Maximum time a test waits for an event.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Waits until `happened`, looking again after each round trip of `between`.
+/// Waits until `happened`, checking again after each `between`.
 pub(crate) async fn until<F: Future>(
     mut happened: impl FnMut() -> bool,
     mut between: impl FnMut() -> F,
@@ -44,7 +44,7 @@ pub(crate) async fn linked(config: RedisConfig) -> (RedisLink, Arc<RedisLinkCoun
     (link, counters)
 }
 
-async fn remembers(link: &RedisLink) {
+async fn stores_values(link: &RedisLink) {
     let mut commands = Vec::new();
     for n in 0..1_000 {
         let mut set = cmd("SET");
@@ -69,7 +69,7 @@ async fn plain_server_with_password() {
     let options = Options { password: Some("p@ss/word"), ..Options::default() };
     let Some(server) = Server::start(options) else { return };
     let address = format!("redis://:p%40ss%2Fword@127.0.0.1:{}", server.port);
-    remembers(&linked(config(&address)).await.0).await;
+    stores_values(&linked(config(&address)).await.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,9 +89,9 @@ async fn server_with_tls_and_password() {
     let address = format!("rediss://default:secret@127.0.0.1:{}", server.port);
     let trusting =
         RedisConfig { root_certificates: Some(made.cert.pem().into_bytes()), ..config(&address) };
-    remembers(&linked(trusting).await.0).await;
+    stores_values(&linked(trusting).await.0).await;
 
-    // Without its root the server is not trusted.
+    // Without the root certificate the connection fails.
     let counters = Arc::new(RedisLinkCounters::default());
     let link = connect(config(&address), Arc::clone(&counters));
     until(|| counters.redis_connection_failures.get() > 0, tokio::task::yield_now).await;
@@ -104,11 +104,11 @@ async fn cluster_whose_keys_are_spread_over_slots() {
         return;
     };
     let address = format!("redis+cluster://127.0.0.1:{}", server.port);
-    remembers(&linked(config(&address)).await.0).await;
+    stores_values(&linked(config(&address)).await.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_command_in_error_leaves_the_others_their_answers() {
+async fn failed_command_does_not_affect_the_others() {
     let Some(server) = Server::start(Options::default()) else { return };
     let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
     let mut wrong = cmd("GET");
@@ -119,7 +119,7 @@ async fn one_command_in_error_leaves_the_others_their_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_server_fails_calls_at_once_and_comes_back_by_itself() {
+async fn killed_server_fails_calls_at_once_and_is_reconnected() {
     let Some(mut server) = Server::start(Options::default()) else { return };
     let (link, counters) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
     server.kill();
@@ -127,9 +127,9 @@ async fn killed_server_fails_calls_at_once_and_comes_back_by_itself() {
     assert_eq!(link.run(vec![cmd("PING")]).await.unwrap_err(), RedisFault::Down);
     assert!(counters.redis_commands_refused.get() > 0);
 
-    let _server = Server::start_on(server.port, Options::default()).expect("the port is ours");
+    let _server = Server::start_on(server.port, Options::default()).expect("the port is free");
     until(|| link.is_up(), tokio::task::yield_now).await;
-    remembers(&link).await;
+    stores_values(&link).await;
     assert_eq!(counters.redis_connections.get(), 2);
 }
 
@@ -143,5 +143,5 @@ async fn hanging_server_is_given_up_after_the_deadline() {
     assert_eq!(counters.redis_connection_losses.get(), 1);
     server.signal(Signal::CONT);
     until(|| link.is_up(), tokio::task::yield_now).await;
-    remembers(&link).await;
+    stores_values(&link).await;
 }

@@ -1,4 +1,4 @@
-//! What crosses the wire to Redis, against a real `redis-server`.
+//! Tests of the Redis client against a real `redis-server`.
 
 mod announcer;
 mod link;

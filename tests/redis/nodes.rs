@@ -1,4 +1,4 @@
-//! Handing records to other nodes: whom, once, in order, and what happens when it cannot be done.
+//! Hand-offs to other nodes: recipients, order, and failures.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -90,7 +90,7 @@ async fn each_node_receives_one_message(options: Options<'static>) {
     assert_eq!((first.next().await, second.next().await), ("two".into(), "three".into()));
     assert_eq!(first.next().await, "three");
 
-    // Known by now to be here only, or nowhere.
+    // Cached by now: on this node only, or on none.
     assert_eq!(bench.forward("four", &["carol", "dave"]), Forwarding::Nobody);
     assert_eq!(bench.counters.redis_lookups.get(), 4);
     assert_eq!(bench.counters.redis_publishes.get(), 5);
@@ -108,7 +108,7 @@ async fn each_node_concerned_receives_one_message_through_a_cluster() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn records_keep_their_order_and_a_user_is_asked_for_once() {
+async fn records_keep_their_order_and_a_user_is_looked_up_once() {
     let Some(bench) = Bench::new(Options::default(), |_| {}).await else { return };
     bench.register("alice", "phone", "n1");
     let mut node = bench.node("n1").await;
@@ -135,23 +135,23 @@ async fn large_conversation_is_looked_up_in_parts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn publish_that_reached_nobody_is_counted_and_its_users_are_looked_for_again() {
+async fn publish_without_a_listener_is_counted_and_its_users_are_looked_up_again() {
     let Some(mut bench) = Bench::new(Options::default(), |_| {}).await else { return };
     bench.register("alice", "phone", "n1");
     bench.register("bob", "phone", "n1");
     bench.handed_over("nobody hears this", &["alice", "bob"]).await;
-    // They are still registered at n1, so there is nobody else to tell.
+    // They are still registered at n1, so there is no other node to address.
     assert_eq!(bench.counters.redis_publishes_unheard.get(), 1);
     assert_eq!(bench.counters.redis_publishes_again.get(), 0);
 
-    // Meanwhile alice has moved, and what is remembered of her is old.
+    // Meanwhile alice has moved, so her cached location is stale.
     bench.register("alice", "phone", "n2");
     let mut node = bench.node("n2").await;
     bench.handed_over("one", &["alice", "bob"]).await;
     assert_eq!(node.next().await, "one");
     assert_eq!(bench.counters.redis_publishes_unheard.get(), 2);
     assert_eq!(bench.counters.redis_publishes_again.get(), 1);
-    // From now on she is known to be there.
+    // Her new location is cached now.
     bench.handed_over("two", &["alice"]).await;
     assert_eq!(node.next().await, "two");
     assert_eq!(bench.counters.redis_publishes_unheard.get(), 2);

@@ -1,4 +1,4 @@
-//! A `redis-server` of a test's own: on a free port of loopback, gone with the test.
+//! A `redis-server` process for one test, on a free loopback port.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use delivery_testkit::ports::free_port;
 
-/// How a server is set up beyond its port.
+/// Options of a server.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Options<'a> {
     /// `requirepass`.
@@ -19,28 +19,28 @@ pub(crate) struct Options<'a> {
     pub(crate) cluster: bool,
 }
 
-/// A running server.
+/// A running server; dropping it kills it.
 pub(crate) struct Server {
     child: Child,
-    /// Where it listens.
+    /// Its port on loopback.
     pub(crate) port: u16,
     _folder: TempDir,
 }
 
 impl Server {
-    /// Starts one. `None`, with a word about it, where `redis-server` is not installed.
+    /// Starts a server. `None`, with a message, if `redis-server` is not installed.
     pub(crate) fn start(options: Options<'_>) -> Option<Self> {
-        // The port was free when it was given out; another process may have taken it since.
+        // Another process may have taken the free port meanwhile.
         (0..5).find_map(|_| Self::start_on(free_port(), options)).or_else(|| {
             match Command::new("redis-server").arg("--version").output() {
                 Ok(_) => panic!("redis-server does not start"),
-                Err(_) => eprintln!("left out: redis-server is not installed"),
+                Err(_) => eprintln!("skipped: redis-server is not installed"),
             }
             None
         })
     }
 
-    /// Starts one on this port, `None` if that fails.
+    /// Starts a server on this port; `None` if that fails.
     pub(crate) fn start_on(port: u16, options: Options<'_>) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let mut command = Command::new("redis-server");
@@ -67,7 +67,7 @@ impl Server {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let ready =
             lines.by_ref().map_while(Result::ok).any(|line| line.contains("Ready to accept"));
-        // The rest is read and forgotten, so that the server never waits for its log.
+        // Drain the log, so that the server never blocks on it.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         let server = Self { child, port, _folder: folder };
         if !ready {
@@ -94,12 +94,12 @@ impl Server {
         }
     }
 
-    /// A connection for the test's own commands; for a server without password and TLS.
+    /// A connection for the test's own commands; needs a server without password and TLS.
     pub(crate) fn connection(&self) -> redis::Connection {
         redis::Client::open(("127.0.0.1", self.port)).unwrap().get_connection().unwrap()
     }
 
-    /// Stops it as a crash would.
+    /// Kills it, like a crash.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

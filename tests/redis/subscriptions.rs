@@ -1,4 +1,4 @@
-//! What is published for this node comes, in order, and gaps are told.
+//! Subscriptions: order, gaps and bounds.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,7 +44,7 @@ impl PresenceUpdates for Presence {
     }
 }
 
-/// A subscribed instance, and what came for it.
+/// A subscribed instance and what it received.
 pub(crate) struct Inbox {
     inputs: mpsc::Receiver<RouterInput>,
     counters: Arc<SubscriptionCounters>,
@@ -53,7 +53,7 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// The next record that was handed over.
+    /// The next handed-over record.
     pub(crate) async fn next(&mut self) -> String {
         match self.inputs.recv().await.unwrap() {
             RouterInput::Remote { value } => String::from_utf8(value.to_vec()).unwrap(),
@@ -76,8 +76,8 @@ async fn with(config: SubscriptionsConfig, link: &RedisLink, router_slots: usize
     Inbox { inputs, counters, presence, subscriptions }
 }
 
-/// Subscriptions of an instance that only keep what it remembers true.
-pub(crate) async fn remembering(
+/// Subscriptions that only invalidate cached locations.
+pub(crate) async fn invalidating(
     link: &RedisLink,
     instance: &str,
     locations: &Arc<Locations>,
@@ -106,7 +106,7 @@ async fn gap_is_counted_and_the_subscription_restored() {
 
     server.kill();
     until(|| !inbox.subscriptions.is_up(), tokio::task::yield_now).await;
-    let server = Server::start_on(server.port, Options::default()).expect("the port is ours");
+    let server = Server::start_on(server.port, Options::default()).expect("the port is free");
     until(|| inbox.subscriptions.is_up(), tokio::task::yield_now).await;
     assert_eq!(publish(&server, "delivery:n1", b"two"), 1);
     assert_eq!(inbox.next().await, "two");
@@ -116,7 +116,7 @@ async fn gap_is_counted_and_the_subscription_restored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn silent_connection_is_given_up() {
+async fn silent_connection_is_replaced() {
     let Some(server) = Server::start(Options::default()) else { return };
     let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
     let quick = SubscriptionsConfig {
@@ -132,7 +132,7 @@ async fn silent_connection_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn router_that_is_busy_is_waited_for_within_bounds() {
+async fn busy_router_is_waited_for_within_bounds() {
     let Some(server) = Server::start(Options::default()) else { return };
     let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
     let few = SubscriptionsConfig { records_max: 4, ..SubscriptionsConfig::new("n1".into()) };
@@ -140,8 +140,8 @@ async fn router_that_is_busy_is_waited_for_within_bounds() {
     for n in 0..20 {
         publish(&server, "delivery:n1", n.to_string().as_bytes());
     }
-    // One in the router, one at its door, four in the queue; which of the first few depends on how
-    // soon they were moved on. A record is counted when it comes, and as dropped a moment later.
+    // One record is in the router, one on its way, four in the queue; which ones depends on timing.
+    // A record is counted on arrival, and a moment later as dropped.
     let counters = Arc::clone(&inbox.counters);
     let all_seen =
         || counters.redis_hand_offs.get() == 20 && counters.redis_hand_offs_dropped.get() >= 14;

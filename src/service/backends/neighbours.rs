@@ -1,11 +1,12 @@
-//! The services that Delivery asks by gRPC: conversation, message and presence (contract §1).
+//! gRPC clients of the neighbours: the conversation, message and presence services (contract §1).
 //!
-//! Each has one HTTP/2 channel that connects when it is first needed and again when it broke. Every
-//! call has a deadline; nothing here retries, because only the asker knows what a retry is worth.
-//! A peer that is gone without a word (no answer, no reset) would keep its dead connection for as
-//! long as TCP tries: after a few calls in a row without any answer the channel is made anew.
+//! Each has one HTTP/2 channel. It connects at the first call and reconnects by itself. Every call
+//! has a deadline. There are no retries: only the caller can judge whether one is worthwhile.
+//! A peer that vanished without a reset would hold its dead connection for as long as TCP
+//! retransmits, so a new channel replaces it after a few calls in a row without an answer.
 
 use std::future::Future;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
@@ -31,36 +32,37 @@ use crate::service::events::proto::presence::v1::{
     UnregisterSessionRequest,
 };
 
-/// One answer of a neighbour, bytes: the member list of a very large conversation, or a page of
-/// large messages. A larger one is refused while it arrives.
+/// Maximum size of an answer, bytes: enough for the member list of a very large conversation or a
+/// page of large messages. A larger answer is rejected while it arrives.
 pub const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// Calls in a row without any answer after which the connection is given up.
-const SILENT_CALLS_MAX: u32 = 3;
-/// How much later than ours the deadline is that a neighbour is told.
-const DEADLINE_TOLD_LATER: Duration = Duration::from_millis(50);
-/// Between two channels made anew: a neighbour that is merely slow is not stormed.
+/// Calls in a row without an answer after which the connection is replaced.
+const UNANSWERED_CALLS_MAX: u32 = 3;
+/// Added to the deadline in the request. tonic enforces that deadline on this side too, and its
+/// error would look like an answer of the neighbour, so our own must come first.
+const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
+/// Minimum time between two replacements: a slow neighbour gets no storm of connections.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How to reach one neighbour.
+/// Address and timeouts of one neighbour.
 #[derive(Clone, Debug)]
 pub struct NeighbourConfig {
-    /// `http://host:port` in the clear, `https://host:port` with TLS.
+    /// `http://host:port` without TLS, `https://host:port` with TLS.
     pub url: String,
-    /// Roots to trust for `https`, PEM; `None`: the public web's.
+    /// Trusted roots for `https`, PEM; `None`: the public web's.
     pub root_certificates: Option<Vec<u8>>,
-    /// For one call, connecting included.
+    /// Deadline of one call, connecting included.
     pub call_timeout: Duration,
-    /// For a connection to be made.
+    /// Time to establish a connection.
     pub connect_timeout: Duration,
-    /// Between HTTP/2 pings while calls are under way and nothing comes. Idle connections are not
-    /// pinged over HTTP/2: gRPC servers by default take that for abuse; TCP keepalive does it.
+    /// Interval of HTTP/2 pings while calls are in flight and nothing arrives. Idle connections use
+    /// TCP keepalive instead, because gRPC servers by default treat idle HTTP/2 pings as abuse.
     pub keepalive_interval: Duration,
-    /// For a ping to be answered.
+    /// Time for the answer to a ping.
     pub keepalive_timeout: Duration,
 }
 
 impl NeighbourConfig {
-    /// The defaults for a URL: 2 s for a call, 2 s to connect, a ping after 20 s, 5 s to answer it.
+    /// Defaults: 2 s per call, 2 s to connect, a ping after 20 s, 5 s for its answer.
     pub fn new(url: String) -> Self {
         Self {
             url,
@@ -95,27 +97,27 @@ impl NeighbourConfig {
 crate::counters! {
     /// Calls to one neighbour.
     pub struct NeighbourCounters of SharedCounter {
-        Counter calls: "Calls begun",
+        Counter calls: "Calls started",
         Counter failures: "Calls that failed, timed out or were refused",
-        Counter timeouts: "Calls that were not answered in time",
-        Gauge in_flight: "Calls under way",
-        Counter renewals: "Connections given up because nothing was answered",
+        Counter timeouts: "Calls without an answer before the deadline",
+        Gauge in_flight: "Calls in flight",
+        Counter renewals: "Connections replaced because calls got no answer",
     }
 }
 
 /// The channel to one neighbour.
-struct Link {
+struct NeighbourLink {
     endpoint: Endpoint,
     channel: RwLock<Channel>,
     call_timeout: Duration,
     /// Calls in a row without an answer.
-    silent: AtomicU32,
+    unanswered: AtomicU32,
     renewed: Mutex<Instant>,
     outage: Outage,
     counters: Arc<NeighbourCounters>,
 }
 
-/// Takes a call off the gauge, also when its future is dropped.
+/// Decrements the gauge when the call ends or its future is dropped.
 struct InFlight<'a>(&'a NeighbourCounters);
 
 impl Drop for InFlight<'_> {
@@ -124,7 +126,7 @@ impl Drop for InFlight<'_> {
     }
 }
 
-impl Link {
+impl NeighbourLink {
     fn new(
         config: &NeighbourConfig,
         counters: Arc<NeighbourCounters>,
@@ -134,15 +136,14 @@ impl Link {
             channel: RwLock::new(endpoint.connect_lazy()),
             endpoint,
             call_timeout: config.call_timeout,
-            silent: AtomicU32::new(0),
+            unanswered: AtomicU32::new(0),
             renewed: Mutex::new(Instant::now()),
             outage: Outage::default(),
             counters,
         })
     }
 
-    /// One call with its deadline; the neighbour is told the deadline too, a little later: tonic
-    /// keeps it on this side as well, and its word would look like the neighbour's.
+    /// One call with its deadline, which the request carries too.
     async fn call<Q, A, F>(
         &self,
         question: Q,
@@ -156,23 +157,23 @@ impl Link {
         let _in_flight = InFlight(&self.counters);
         let channel = self.channel.read().expect("no holder panics").clone();
         let mut request = Request::new(question);
-        request.set_timeout(self.call_timeout + DEADLINE_TOLD_LATER);
+        request.set_timeout(self.call_timeout + DEADLINE_MARGIN);
         match timeout(self.call_timeout, ask(channel, request)).await {
             Ok(answer) => {
-                self.silent.store(0, Ordering::Relaxed);
+                self.unanswered.store(0, Ordering::Relaxed);
                 match &answer {
                     Err(status) if status.code() == Code::Unavailable => {
-                        self.away(status.message())
+                        self.note_failure(status.message())
                     }
-                    Ok(_) | Err(_) => self.answers(),
+                    Ok(_) | Err(_) => self.note_answer(),
                 }
                 answer.map(Response::into_inner).inspect_err(|_| self.counters.failures.add(1))
             }
             Err(_) => {
                 self.counters.failures.add(1);
                 self.counters.timeouts.add(1);
-                if self.silent.fetch_add(1, Ordering::Relaxed) + 1 >= SILENT_CALLS_MAX {
-                    self.away("no answer in time");
+                if self.unanswered.fetch_add(1, Ordering::Relaxed) + 1 >= UNANSWERED_CALLS_MAX {
+                    self.note_failure("no answer in time");
                     self.renew();
                 }
                 Err(Status::deadline_exceeded("no answer in time"))
@@ -180,49 +181,49 @@ impl Link {
         }
     }
 
-    /// For the log: host and port, which name the neighbour and hold no secret.
+    /// Host and port, for the log. They hold no secret.
     fn address(&self) -> String {
         let uri = self.endpoint.uri();
         let port = uri.port_u16().map_or_else(String::new, |port| format!(":{port}"));
         format!("{}{port}", uri.host().unwrap_or_default())
     }
 
-    fn away(&self, why: &str) {
-        if let Some(again) = self.outage.failed(Instant::now()) {
-            tracing::warn!(service = self.address(), why, "a service does not answer{again}");
+    fn note_failure(&self, why: &str) {
+        if let Some(report) = self.outage.failed(Instant::now()) {
+            tracing::warn!(service = self.address(), why, "service unreachable{report}");
         }
     }
 
-    fn answers(&self) {
-        if let Some(back) = self.outage.works(Instant::now()) {
-            tracing::info!(service = self.address(), "a service answers again {back}");
+    fn note_answer(&self) {
+        if let Some(recovery) = self.outage.succeeded(Instant::now()) {
+            tracing::info!(service = self.address(), "service reachable again {recovery}");
         }
     }
 
-    /// Leaves the present connection to the calls that are on it, and begins another.
+    /// Opens a new connection for later calls. Calls in flight keep the old one.
     fn renew(&self) {
         let mut renewed = self.renewed.lock().expect("no holder panics");
         if renewed.elapsed() < RENEWAL_INTERVAL {
             return;
         }
         *renewed = Instant::now();
-        self.silent.store(0, Ordering::Relaxed);
+        self.unanswered.store(0, Ordering::Relaxed);
         *self.channel.write().expect("no holder panics") = self.endpoint.connect_lazy();
         self.counters.renewals.add(1);
     }
 }
 
-/// What an asker makes of a failure: some are the answer.
+/// Maps a status to an error.
 fn failure(status: &Status) -> NeighbourError {
     match status.code() {
-        // Also what services say of an id that cannot be one, or that is not the user's business.
+        // Services also answer so for a malformed id and for one that the user may not see.
         Code::NotFound | Code::InvalidArgument | Code::PermissionDenied => NeighbourError::NotFound,
         code => NeighbourError::Unavailable(format!("{code:?}")),
     }
 }
 
-/// `x-user-id`: on whose behalf (contract §3). Ids that cannot be a header value go as they are
-/// in the message alone.
+/// Sets `x-user-id`, the user on whose behalf the call is made (contract §3). An id that is no
+/// valid header value is sent in the message only.
 fn on_behalf<Q>(user: &str, mut request: Request<Q>) -> Request<Q> {
     if let Ok(value) = MetadataValue::<Ascii>::try_from(user) {
         request.metadata_mut().insert("x-user-id", value);
@@ -230,12 +231,16 @@ fn on_behalf<Q>(user: &str, mut request: Request<Q>) -> Request<Q> {
     request
 }
 
-/// The conversation service.
+/// The client of one neighbour; clones share the connection. `Api`: the client that tonic
+/// generates.
 #[derive(Clone)]
-pub struct ConversationService(Arc<Link>);
+pub struct Neighbour<Api> {
+    link: Arc<NeighbourLink>,
+    api: PhantomData<Api>,
+}
 
-impl ConversationService {
-    /// Connects when first asked. Needs a tokio runtime.
+impl<Api> Neighbour<Api> {
+    /// Connects at the first call. Needs a tokio runtime.
     ///
     /// # Errors
     /// The URL or the certificates are malformed.
@@ -243,13 +248,17 @@ impl ConversationService {
         config: &NeighbourConfig,
         counters: Arc<NeighbourCounters>,
     ) -> Result<Self, tonic::transport::Error> {
-        Ok(Self(Arc::new(Link::new(config, counters)?)))
+        let link = Arc::new(NeighbourLink::new(config, counters)?);
+        Ok(Self { link, api: PhantomData })
     }
 }
 
+/// The conversation service.
+pub type ConversationService = Neighbour<ConversationApiClient<Channel>>;
+
 impl ConversationSource for ConversationService {
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
-        let link = Arc::clone(&self.0);
+        let link = Arc::clone(&self.link);
         Box::pin(async move {
             let question = GetConversationRequest { conversation_id: conversation.to_string() };
             let answer = link
@@ -260,8 +269,8 @@ impl ConversationSource for ConversationService {
                 })
                 .await
                 .map_err(|status| failure(&status))?;
-            // The list beside the conversation is the full one; a service that fills only the
-            // conversation's own list is understood too.
+            // The answer's own list is the complete one. A service that fills only the list within
+            // the conversation is supported too.
             let mut members = answer.participant_user_ids;
             if members.is_empty()
                 && let Some(conversation) = answer.conversation
@@ -278,7 +287,7 @@ impl ConversationListing for ConversationService {
         &self,
         user: Arc<str>,
     ) -> BoxFuture<Result<Vec<Conversation>, NeighbourError>> {
-        let link = Arc::clone(&self.0);
+        let link = Arc::clone(&self.link);
         Box::pin(async move {
             let question = ListConversationsRequest { user_id: user.to_string() };
             let answer = link.call(question, |channel, request| async move {
@@ -295,21 +304,7 @@ impl ConversationListing for ConversationService {
 }
 
 /// The message service.
-#[derive(Clone)]
-pub struct MessageService(Arc<Link>);
-
-impl MessageService {
-    /// Connects when first asked. Needs a tokio runtime.
-    ///
-    /// # Errors
-    /// The URL or the certificates are malformed.
-    pub fn new(
-        config: &NeighbourConfig,
-        counters: Arc<NeighbourCounters>,
-    ) -> Result<Self, tonic::transport::Error> {
-        Ok(Self(Arc::new(Link::new(config, counters)?)))
-    }
-}
+pub type MessageService = Neighbour<MessageApiClient<Channel>>;
 
 impl MessageSource for MessageService {
     fn messages_after(
@@ -319,7 +314,7 @@ impl MessageSource for MessageService {
         after: i64,
         page_size: u16,
     ) -> BoxFuture<Result<Vec<Message>, NeighbourError>> {
-        let link = Arc::clone(&self.0);
+        let link = Arc::clone(&self.link);
         Box::pin(async move {
             let question = SyncMessagesRequest {
                 conversation_id: conversation.to_string(),
@@ -340,25 +335,13 @@ impl MessageSource for MessageService {
 }
 
 /// The presence service.
-#[derive(Clone)]
-pub struct PresenceService(Arc<Link>);
+pub type PresenceService = Neighbour<PresenceApiClient<Channel>>;
 
 impl PresenceService {
-    /// Connects when first asked. Needs a tokio runtime.
-    ///
-    /// # Errors
-    /// The URL or the certificates are malformed.
-    pub fn new(
-        config: &NeighbourConfig,
-        counters: Arc<NeighbourCounters>,
-    ) -> Result<Self, tonic::transport::Error> {
-        Ok(Self(Arc::new(Link::new(config, counters)?)))
-    }
-
     /// `RegisterSession`.
     ///
     /// # Errors
-    /// The service's status, or `DEADLINE_EXCEEDED`; so for all calls here.
+    /// The status of the service, or `DEADLINE_EXCEEDED`.
     pub async fn register(&self, user: &str, device: &str, instance: &str) -> Result<(), Status> {
         let question = RegisterSessionRequest {
             user_id: user.to_owned(),
@@ -368,7 +351,7 @@ impl PresenceService {
         let ask = |channel, request| async move {
             PresenceApiClient::new(channel).register_session(request).await
         };
-        self.0.call(question, ask).await.map(drop)
+        self.link.call(question, ask).await.map(drop)
     }
 
     /// `UnregisterSession`.
@@ -381,7 +364,7 @@ impl PresenceService {
         let ask = |channel, request| async move {
             PresenceApiClient::new(channel).unregister_session(request).await
         };
-        self.0.call(question, ask).await.map(drop)
+        self.link.call(question, ask).await.map(drop)
     }
 
     /// `RefreshSession`.
@@ -394,7 +377,7 @@ impl PresenceService {
         let ask = |channel, request| async move {
             PresenceApiClient::new(channel).refresh_session(request).await
         };
-        self.0.call(question, ask).await.map(drop)
+        self.link.call(question, ask).await.map(drop)
     }
 
     /// `GetUserDevices`.
@@ -406,7 +389,7 @@ impl PresenceService {
         let ask = |channel, request| async move {
             PresenceApiClient::new(channel).get_user_devices(request).await
         };
-        self.0.call(question, ask).await.map(|answer| answer.devices)
+        self.link.call(question, ask).await.map(|answer| answer.devices)
     }
 }
 
@@ -425,7 +408,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn questions_are_those_of_the_contract() {
+    async fn requests_are_those_of_the_contract() {
         let fake = FakeNeighbours::start();
         fake.state().create("c", &["alice", "bob"], 3);
         let config = config(fake.url());
@@ -462,7 +445,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answer_that_will_not_change_is_told_from_a_failure() {
+    async fn permanent_answer_differs_from_a_failure() {
         let fake = FakeNeighbours::start();
         let counters = counters();
         let service = ConversationService::new(&config(fake.url()), Arc::clone(&counters)).unwrap();
@@ -475,7 +458,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn hanging_neighbour_costs_the_deadline_and_in_the_end_the_connection() {
+    async fn hanging_neighbour_costs_the_deadline_and_finally_the_connection() {
         let fake = FakeNeighbours::start();
         fake.state().create("c", &["alice"], 0);
         fake.set(Method::Members, Behaviour::Hanging);
@@ -483,20 +466,20 @@ mod tests {
         let config =
             NeighbourConfig { call_timeout: Duration::from_millis(50), ..config(fake.url()) };
         let service = ConversationService::new(&config, Arc::clone(&counters)).unwrap();
-        *service.0.renewed.lock().unwrap() -= RENEWAL_INTERVAL;
-        for _ in 0..SILENT_CALLS_MAX {
+        *service.link.renewed.lock().unwrap() -= RENEWAL_INTERVAL;
+        for _ in 0..UNANSWERED_CALLS_MAX {
             let late = service.members("c".into()).await;
             assert_eq!(late, Err(NeighbourError::Unavailable("DeadlineExceeded".into())));
         }
-        assert_eq!(counters.timeouts.get(), u64::from(SILENT_CALLS_MAX));
+        assert_eq!(counters.timeouts.get(), u64::from(UNANSWERED_CALLS_MAX));
         assert_eq!(counters.renewals.get(), 1);
         assert_eq!(counters.in_flight.get(), 0);
-        // The fake learns that nobody waits any more.
+        // The fake notices that the calls are cancelled.
         fake.until(|known| known.in_flight[&Method::Members] == 0).await;
     }
 
     #[tokio::test]
-    async fn abandoned_call_leaves_the_gauge() {
+    async fn cancelled_call_leaves_the_gauge() {
         let fake = FakeNeighbours::start();
         fake.set(Method::Members, Behaviour::Hanging);
         let counters = counters();
@@ -510,7 +493,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn neighbour_that_comes_back_is_reached_again() {
+    async fn neighbour_that_restarts_is_reached_again() {
         let mut fake = FakeNeighbours::start();
         fake.state().create("c", &["alice"], 0);
         let service = ConversationService::new(&config(fake.url()), counters()).unwrap();
@@ -540,12 +523,12 @@ mod tests {
         };
         let service = ConversationService::new(&trusting, counters()).unwrap();
         assert!(service.members("c".into()).await.is_ok());
-        let strangers = ConversationService::new(&config(url), counters()).unwrap();
-        assert!(strangers.members("c".into()).await.is_err());
+        let untrusting = ConversationService::new(&config(url), counters()).unwrap();
+        assert!(untrusting.members("c".into()).await.is_err());
     }
 
     #[test]
-    fn user_that_is_no_header_value_is_asked_for_all_the_same() {
+    fn user_id_that_is_no_header_value_gets_no_header() {
         let asked = on_behalf("al\u{ef}ce\n", Request::new(()));
         assert!(asked.metadata().get("x-user-id").is_none());
     }

@@ -1,15 +1,15 @@
-//! What the log says of something that is away: once when it goes, then at growing intervals and with
-//! a count, and once when it is back.
+//! Rate limit for the log lines of an outage: one line when it begins, then lines at growing
+//! intervals with a count of the failures, and one line at recovery.
 //!
 //! ```text
-//!   failed  failed …            failed             failed                     works
+//!   failed  failed …            failed             failed                   succeeded
 //!     │       ·  ·  · · · · · · · │ · · · · · · · · · │ · · · · · · · · · · · · │
-//!   first                  again: how often,   again: twice as long        back: after
-//!   line                   for how long        after the one before        how long
+//!   first                  next line: count,   next line: after twice      recovery line:
+//!   line                   duration            the interval                duration
 //! ```
 //!
-//! Something that comes and goes is told of no more often: what was away and back before the next line
-//! is due is only counted. Time is an argument; the callers count in their metrics what fails.
+//! Flapping causes no more lines: an outage that begins and ends before the next line is due is
+//! only counted. Time is an argument. Callers count failures in their own metrics.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,130 +18,139 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Between the first line and the second; doubles each time.
-const QUIET_MIN: Duration = Duration::from_secs(10);
-/// Longest time without a line.
-const QUIET_MAX: Duration = Duration::from_secs(600);
+/// Interval between the first line and the second; doubles with each line.
+const INTERVAL_MIN: Duration = Duration::from_secs(10);
+/// Longest interval between two lines.
+const INTERVAL_MAX: Duration = Duration::from_secs(600);
 
-/// What there is to say of a failure. Shown, it goes behind the words of the line: nothing for the
-/// first time.
+/// Content of a line about an outage. Displayed, it is the end of that line, and empty for the
+/// first failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Away {
+pub struct OutageReport {
     /// Failures since the last line, this one included.
     pub failures: u64,
-    /// How long it has been away.
-    pub lasting: Duration,
+    /// Since the first failure.
+    pub duration: Duration,
 }
 
-impl fmt::Display for Away {
+impl fmt::Display for OutageReport {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.failures == 1 && self.lasting.is_zero() {
+        if self.failures == 1 && self.duration.is_zero() {
             return Ok(());
         }
-        let seconds = self.lasting.as_secs();
+        let seconds = self.duration.as_secs();
         match self.failures {
             1 => write!(out, " (for {seconds} s)"),
             failures => {
-                write!(out, " (for {seconds} s; {failures} times since the last such line)")
+                write!(out, " (for {seconds} s, {failures} failures since the last report)")
             }
         }
     }
 }
 
-/// It is back. Shown, it says after how long.
+/// Content of the line about a recovery. Displayed, it is the end of that line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Back {
-    /// How long it was away.
-    pub lasted: Duration,
+pub struct Recovery {
+    /// From the first failure to the recovery.
+    pub duration: Duration,
 }
 
-impl fmt::Display for Back {
+impl fmt::Display for Recovery {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "after {} s", self.lasted.as_secs())
+        write!(out, "after {} s", self.duration.as_secs())
     }
 }
 
 #[derive(Debug)]
-struct State {
-    away_since: Option<Instant>,
-    last: Option<Instant>,
-    /// A line told of this time that it is away.
-    told: bool,
-    /// Failures that no line told of.
-    untold: u64,
-    /// Before then no further line.
-    due: Option<Instant>,
-    quiet: Duration,
+struct OutageState {
+    /// The first failure of the current outage.
+    since: Option<Instant>,
+    last_failure: Option<Instant>,
+    /// Whether the current outage was reported.
+    reported: bool,
+    /// Failures since the last report.
+    unreported: u64,
+    /// No report before then.
+    report_due: Option<Instant>,
+    interval: Duration,
 }
 
-/// See the module. Several threads may share one.
+/// Decides which failures and recoveries of one dependency are logged. Threads may share it.
 #[derive(Debug)]
 pub struct Outage {
-    /// What works is asked about often, so that costs no lock.
-    is_away: AtomicBool,
-    state: Mutex<State>,
+    /// Spares the frequent successes the lock.
+    is_failing: AtomicBool,
+    state: Mutex<OutageState>,
 }
 
 impl Default for Outage {
     fn default() -> Self {
-        let (away_since, last, due) = (None, None, None);
-        let state = State { away_since, last, told: false, untold: 0, due, quiet: QUIET_MIN };
-        Self { is_away: AtomicBool::new(false), state: Mutex::new(state) }
+        let state = OutageState {
+            since: None,
+            last_failure: None,
+            reported: false,
+            unreported: 0,
+            report_due: None,
+            interval: INTERVAL_MIN,
+        };
+        Self { is_failing: AtomicBool::new(false), state: Mutex::new(state) }
     }
 }
 
 impl Outage {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, OutageState> {
         self.state.lock().expect("no holder panics")
     }
 
-    /// It failed, or is still away. `None`: nothing is to be said now.
-    pub fn failed(&self, now: Instant) -> Option<Away> {
+    /// An operation failed. `None`: do not log it now.
+    pub fn failed(&self, now: Instant) -> Option<OutageReport> {
         let mut state = self.state();
-        // Nobody may be there to say that it works: what does not fail for so long does.
-        if state.last.is_some_and(|last| now >= last + state.quiet) {
-            state.away_since = None;
-            state.told = false;
+        // Success is not always reported: no failure for an interval counts as recovery.
+        if state.last_failure.is_some_and(|last| now >= last + state.interval) {
+            state.since = None;
+            state.reported = false;
         }
-        let is_new = state.away_since.is_none();
-        let since = *state.away_since.get_or_insert(now);
-        self.is_away.store(true, Ordering::Relaxed);
-        state.last = Some(now);
-        state.untold += 1;
-        state.quiet = match state.due {
+        let is_new = state.since.is_none();
+        let since = *state.since.get_or_insert(now);
+        self.is_failing.store(true, Ordering::Relaxed);
+        state.last_failure = Some(now);
+        state.unreported += 1;
+        state.interval = match state.report_due {
             Some(due) if now < due => return None,
-            // It was well for as long as it was quiet: what was not told then is no news any more.
-            Some(due) if is_new && now >= due + state.quiet => {
-                state.untold = 1;
-                QUIET_MIN
+            // It worked for a whole interval: older failures are no longer of interest.
+            Some(due) if is_new && now >= due + state.interval => {
+                state.unreported = 1;
+                INTERVAL_MIN
             }
-            Some(_) => (2 * state.quiet).min(QUIET_MAX),
-            None => QUIET_MIN,
+            Some(_) => (2 * state.interval).min(INTERVAL_MAX),
+            None => INTERVAL_MIN,
         };
-        state.due = Some(now + state.quiet);
-        state.told = true;
-        let failures = std::mem::take(&mut state.untold);
-        Some(Away { failures, lasting: now.duration_since(since) })
+        state.report_due = Some(now + state.interval);
+        state.reported = true;
+        let failures = std::mem::take(&mut state.unreported);
+        Some(OutageReport { failures, duration: now.duration_since(since) })
     }
 
-    /// It works. `None`: nothing is to be said, because no line said that it did not.
-    pub fn works(&self, now: Instant) -> Option<Back> {
-        self.works_after(Duration::ZERO, now)
+    /// An operation succeeded. `None`: do not log it, the outage was not reported or there was
+    /// none.
+    pub fn succeeded(&self, now: Instant) -> Option<Recovery> {
+        self.succeeded_after(Duration::ZERO, now)
     }
 
-    /// Part of it works. That is believed when nothing has failed for `calm`.
-    pub fn works_after(&self, calm: Duration, now: Instant) -> Option<Back> {
-        if !self.is_away.load(Ordering::Relaxed) {
+    /// An operation succeeded while others may still fail: counts as recovery once nothing has
+    /// failed for `calm`.
+    pub fn succeeded_after(&self, calm: Duration, now: Instant) -> Option<Recovery> {
+        if !self.is_failing.load(Ordering::Relaxed) {
             return None;
         }
         let mut state = self.state();
-        if state.last.is_some_and(|last| now < last + calm) {
+        if state.last_failure.is_some_and(|last| now < last + calm) {
             return None;
         }
-        self.is_away.store(false, Ordering::Relaxed);
-        let since = state.away_since.take()?;
-        let told = std::mem::take(&mut state.told);
-        told.then(|| Back { lasted: now.duration_since(since) })
+        self.is_failing.store(false, Ordering::Relaxed);
+        let since = state.since.take()?;
+        let reported = std::mem::take(&mut state.reported);
+        reported.then(|| Recovery { duration: now.duration_since(since) })
     }
 }
 
@@ -149,8 +158,8 @@ impl Outage {
 mod tests {
     use super::*;
 
-    /// Lines of `outage` while it fails every half second, as seconds and failures told.
-    fn lines(outage: &Outage, from: Instant, seconds: u64) -> Vec<(u64, u64)> {
+    /// Reports of `outage` while it fails every half second: second and failures.
+    fn reports(outage: &Outage, from: Instant, seconds: u64) -> Vec<(u64, u64)> {
         (0..2 * seconds)
             .map(|half| from + Duration::from_millis(500 * half))
             .filter_map(|now| Some(((now - from).as_secs(), outage.failed(now)?.failures)))
@@ -158,67 +167,67 @@ mod tests {
     }
 
     #[test]
-    fn outage_is_told_at_once_then_ever_less_often_and_its_end_once() {
+    fn outage_is_reported_at_once_then_less_often_and_its_end_once() {
         let (outage, start) = (Outage::default(), Instant::now());
-        let told = lines(&outage, start, 3_600);
+        let seen = reports(&outage, start, 3_600);
         let expected = [(0, 1), (10, 20), (30, 40), (70, 80), (150, 160), (310, 320), (630, 640)];
-        assert_eq!(told[..7], expected);
-        assert_eq!(told[7..], [(1_230, 1_200), (1_830, 1_200), (2_430, 1_200), (3_030, 1_200)]);
+        assert_eq!(seen[..7], expected);
+        assert_eq!(seen[7..], [(1_230, 1_200), (1_830, 1_200), (2_430, 1_200), (3_030, 1_200)]);
         let end = start + Duration::from_secs(3_600);
-        assert_eq!(outage.works(end), Some(Back { lasted: Duration::from_secs(3_600) }));
-        assert_eq!(outage.works(end), None);
+        assert_eq!(outage.succeeded(end), Some(Recovery { duration: Duration::from_secs(3_600) }));
+        assert_eq!(outage.succeeded(end), None);
     }
 
     #[test]
-    fn next_outage_after_a_calm_time_is_told_at_once_again() {
+    fn next_outage_after_a_calm_time_is_reported_at_once() {
         let (outage, start) = (Outage::default(), Instant::now());
-        assert_eq!(lines(&outage, start, 40).len(), 3);
-        assert!(outage.works(start + Duration::from_secs(40)).is_some());
+        assert_eq!(reports(&outage, start, 40).len(), 3);
+        assert!(outage.succeeded(start + Duration::from_secs(40)).is_some());
         let later = start + Duration::from_secs(200);
-        assert_eq!(lines(&outage, later, 40), [(0, 1), (10, 20), (30, 40)]);
+        assert_eq!(reports(&outage, later, 40), [(0, 1), (10, 20), (30, 40)]);
     }
 
     #[test]
-    fn what_comes_and_goes_is_told_of_no_more_often() {
+    fn flapping_causes_no_more_reports() {
         let (outage, start) = (Outage::default(), Instant::now());
-        let mut told = 0;
+        let mut reports = 0;
         for second in 0..600 {
             let now = start + Duration::from_secs(second);
-            told += usize::from(outage.failed(now).is_some());
-            told += usize::from(outage.works(now + Duration::from_millis(500)).is_some());
+            reports += usize::from(outage.failed(now).is_some());
+            reports += usize::from(outage.succeeded(now + Duration::from_millis(500)).is_some());
         }
-        assert_eq!(told, 12, "six times that it is away, and back");
+        assert_eq!(reports, 12, "six outages and six recoveries");
     }
 
     #[test]
-    fn part_that_works_is_not_taken_for_the_whole() {
+    fn success_of_a_part_is_not_a_recovery() {
         let (outage, start, calm) = (Outage::default(), Instant::now(), Duration::from_secs(5));
         for second in 0..100 {
             let now = start + Duration::from_secs(second);
             let _ = outage.failed(now);
-            assert_eq!(outage.works_after(calm, now + Duration::from_millis(500)), None);
+            assert_eq!(outage.succeeded_after(calm, now + Duration::from_millis(500)), None);
         }
         let end = start + Duration::from_secs(104);
-        assert_eq!(outage.works_after(calm, end), Some(Back { lasted: end - start }));
+        assert_eq!(outage.succeeded_after(calm, end), Some(Recovery { duration: end - start }));
     }
 
     #[test]
-    fn failures_far_apart_are_no_outage() {
+    fn failures_far_apart_are_separate_outages() {
         let (outage, start) = (Outage::default(), Instant::now());
         for hour in 0..5 {
-            let away = outage.failed(start + Duration::from_secs(3_600 * hour)).unwrap();
-            assert_eq!(away.to_string(), "");
+            let report = outage.failed(start + Duration::from_secs(3_600 * hour)).unwrap();
+            assert_eq!(report.to_string(), "");
         }
     }
 
     #[test]
-    fn words_are_added_from_the_second_line_on() {
+    fn duration_and_count_are_added_from_the_second_report_on() {
         let (outage, start) = (Outage::default(), Instant::now());
         assert_eq!(outage.failed(start).unwrap().to_string(), "");
         assert_eq!(outage.failed(start + Duration::from_secs(9)), None);
         let again = outage.failed(start + Duration::from_secs(12)).unwrap();
-        assert_eq!(again.to_string(), " (for 12 s; 2 times since the last such line)");
-        let back = outage.works(start + Duration::from_secs(75)).unwrap();
-        assert_eq!(back.to_string(), "after 75 s");
+        assert_eq!(again.to_string(), " (for 12 s, 2 failures since the last report)");
+        let recovery = outage.succeeded(start + Duration::from_secs(75)).unwrap();
+        assert_eq!(recovery.to_string(), "after 75 s");
     }
 }

@@ -1,4 +1,4 @@
-//! What the parts of the service side ask of each other, so that each can be tested alone.
+//! Traits between the modules of the service side, so that each can be tested alone.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,45 +10,45 @@ use crate::handoff::Pushed;
 use crate::service::events::proto::conversation::v1::Conversation;
 use crate::service::events::proto::message::v1::Message;
 
-/// A boxed future, for traits that are used as objects.
+/// A boxed future, for traits used as trait objects.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;
 
-/// Why a neighbour's answer did not come.
+/// Why a call to a neighbour failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NeighbourError {
-    /// It does not know what it was asked for: asking again will not help.
+    /// The requested object does not exist; a retry will not help.
     #[error("not found")]
     NotFound,
-    /// It failed, refused or did not answer in time: asking again may help.
+    /// The neighbour failed, refused or did not answer in time; a retry may help.
     #[error("{0}")]
     Unavailable(String),
 }
 
-/// Who belongs to a conversation (the conversation service; contract §1).
+/// Member lists of conversations (the conversation service; contract §1).
 pub trait ConversationSource: Send + Sync + 'static {
     /// The complete member list of one conversation.
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>>;
 }
 
-/// Told of every change of membership that is read or handed over. Must not block.
+/// Receives every membership change that is consumed or handed over. Must not block.
 pub trait MembershipChanges: Send + Sync + 'static {
-    /// This user was added to a conversation or removed from one.
+    /// The user was added to a conversation or removed from one.
     fn changed(&self, user: &str);
 }
 
-/// Which conversations a user belongs to (the conversation service; contract §1).
+/// Conversations of a user (the conversation service; contract §1).
 pub trait ConversationListing: Send + Sync + 'static {
-    /// All conversations of one user, as the service reports them.
+    /// All conversations of the user, as the service reports them.
     fn conversations_of(
         &self,
         user: Arc<str>,
     ) -> BoxFuture<Result<Vec<Conversation>, NeighbourError>>;
 }
 
-/// What was said in a conversation (the message service; contract §1).
+/// Messages of a conversation (the message service; contract §1).
 pub trait MessageSource: Send + Sync + 'static {
-    /// The messages of one conversation after a sequence, ascending, at most `page_size`; a
-    /// shorter page is the last. Asked on behalf of `user`.
+    /// The messages of the conversation after a sequence, ascending, at most `page_size`; a shorter
+    /// page is the last. The call is made on behalf of `user`.
     fn messages_after(
         &self,
         user: Arc<str>,
@@ -58,26 +58,26 @@ pub trait MessageSource: Send + Sync + 'static {
     ) -> BoxFuture<Result<Vec<Message>, NeighbourError>>;
 }
 
-/// What comes to a router from elsewhere than Kafka: delivered to sessions here, never forwarded,
+/// Input of a router that does not come from Kafka: delivered to sessions on this node only,
 /// without an offset.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouterInput {
-    /// Another node handed over a record's value: for the members of its conversation.
+    /// A record handed over by another node, for the members of its conversation.
     Remote {
         /// A serialized `EventEnvelope`.
         value: Bytes,
     },
-    /// For exactly these users.
+    /// An event for exactly these users.
     ToUsers {
         /// A serialized `EventEnvelope`.
         value: Bytes,
-        /// Whom it is for; no user twice.
+        /// The recipients, none twice.
         users: Vec<Arc<str>>,
     },
 }
 
 impl RouterInput {
-    /// Bytes that it holds.
+    /// Memory it holds, bytes.
     pub fn bytes(&self) -> usize {
         size_of::<Self>()
             + match self {
@@ -87,35 +87,35 @@ impl RouterInput {
     }
 }
 
-/// The way into a router.
+/// The inbox of a router.
 pub trait RouterInbox: Send + Sync + 'static {
-    /// Never blocks. What is handed over by one caller is routed in the order it came.
+    /// Never blocks. The inputs of one caller are routed in the order of its calls.
     fn send(&self, input: RouterInput) -> Pushed<RouterInput>;
 }
 
-/// How a hand-off to other nodes began.
+/// Immediate result of a hand-off to other nodes.
 #[must_use = "an event not handed over must be counted"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forwarding {
-    /// Nothing to wait for: none of these users is known to be on another node.
+    /// None of the users is on another node.
     Nobody,
-    /// Under way: [`crate::service::backends::ports::ForwardDone`] will be called once.
+    /// In progress: [`ForwardDone`] will be called once.
     Pending,
-    /// Too much is under way already; counted, and not to be waited for.
+    /// Not accepted, and counted: Redis is unreachable or the queue is full.
     Refused,
 }
 
-/// Called once when a pending hand-off has ended, well or not (what failed is counted there).
+/// Called once when a pending hand-off has ended. Failures are counted by the callee.
 pub type ForwardDone = Box<dyn FnOnce() + Send + 'static>;
 
 /// Users connected to other nodes (contract §4).
 pub trait RemoteNodes: Send + Sync + 'static {
-    /// Hands a record's value to each node that holds one of these users, once per node. `users`
-    /// is every member: one who is here may have a second device elsewhere. Never blocks; values
-    /// reach one node in the order of the calls.
+    /// Hands a record's value over to each node that holds a session of one of these users, once
+    /// per node. `users` are all members: a user on this node may have a second device on another.
+    /// Never blocks; values reach one node in the order of the calls.
     fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding;
 
-    /// Whether the next value may be offered now. `false` only while those before it take all the
-    /// room and get on: what is away or stands still is not waited for.
+    /// Whether to offer the next value now. `false` only while the queue is full and draining; the
+    /// caller does not wait for a Redis that is unreachable or stalled.
     fn has_room(&self) -> bool;
 }

@@ -19,8 +19,8 @@ impl AsRawFd for BellFd {
 
 /// A [`Doorbell`] whose sleeper is a tokio task.
 ///
-/// The order is the doorbell's: [`AsyncBell::about_to_sleep`], look into every ring once more,
-/// then [`AsyncBell::rung`] beside whatever else the task waits for, then [`AsyncBell::awake`].
+/// Call in this order: [`AsyncBell::about_to_sleep`], check every ring once more,
+/// await [`AsyncBell::rung`] together with the task's other events, then [`AsyncBell::awake`].
 pub struct AsyncBell {
     fd: AsyncFd<BellFd>,
 }
@@ -29,11 +29,11 @@ impl AsyncBell {
     /// Registers the bell with the current runtime.
     ///
     /// # Errors
-    /// The runtime's poller refuses the descriptor.
+    /// The runtime cannot poll the descriptor.
     #[expect(
         deprecated,
-        reason = "its replacement is the same call, marked unsafe because a descriptor might be \
-                  closed under it; here the eventfd is owned by the bell, which the Arc keeps"
+        reason = "its replacement is the same call, marked unsafe because the descriptor must stay \
+                  open; here the doorbell owns the eventfd, and the Arc keeps the doorbell"
     )]
     pub fn new(bell: Arc<Doorbell>) -> io::Result<Self> {
         Ok(Self { fd: AsyncFd::with_interest(BellFd(bell), Interest::READABLE)? })
@@ -49,11 +49,11 @@ impl AsyncBell {
         self.fd.get_ref().0.awake();
     }
 
-    /// Waits for a ring; may return once for nothing. Cancel safe.
+    /// Waits for a ring; may return once without one. Cancel safe.
     pub async fn rung(&self) {
         match self.fd.readable().await {
-            // The readiness goes before the eventfd is read: a ring that comes in between is an
-            // edge of its own, so it is seen again rather than lost.
+            // Readiness is cleared before the eventfd is read: a ring in between is a new edge, so
+            // it wakes again and is not lost.
             Ok(mut guard) => guard.clear_ready(),
             // The runtime is shutting down: this task will not be polled again.
             Err(_) => std::future::pending().await,

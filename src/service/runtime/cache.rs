@@ -168,8 +168,8 @@ impl<V: Weigh> Cache<V> {
         before - self.len()
     }
 
-    /// Looks at the next few entries and evicts those that are stale. Called with each insertion, it
-    /// keeps stale entries few.
+    /// Looks at the next few entries and evicts those that are stale. Called with each insertion,
+    /// it keeps stale entries few.
     pub fn evict_stale(&mut self, is_stale: impl Fn(&V) -> bool) {
         for _ in 0..STALE_LOOKS {
             self.turn(|slot| is_stale(&slot.value));

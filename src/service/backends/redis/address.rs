@@ -1,48 +1,48 @@
-//! Where Redis is: one server or a cluster, with or without TLS and password.
+//! The address of Redis: one server or a cluster, with or without TLS and password.
 //!
-//! | written | means |
+//! | form | meaning |
 //! | --- | --- |
-//! | `host:port`, `host` | one server (`REDIS_ADDR`; port 6379 if left out) |
+//! | `host:port`, `host` | one server (`REDIS_ADDR`; default port 6379) |
 //! | `redis://[user:password@]host[:port][/db]` | one server |
 //! | `rediss://…` | the same over TLS |
-//! | `redis+cluster://[user:password@]host:port[,host:port…]` | a cluster, any of whose nodes may be named |
+//! | `redis+cluster://[user:password@]host:port[,host:port…]` | a cluster, found through these nodes |
 //! | `rediss+cluster://…` | the same over TLS |
 //! | two or more of the first three, comma-separated | a cluster |
 //!
-//! User and password are percent-encoded. In a list, an item without a scheme takes scheme, user
-//! and password of the first.
+//! User and password are percent-encoded. In a list, an item without a scheme uses scheme,
+//! user and password of the first item.
 
 use std::fmt;
 
 use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo};
 
-/// Nodes of a cluster that may be named; the rest is learned from them.
+/// Maximum number of cluster nodes in an address; they report the others.
 const SEEDS_MAX: usize = 64;
 
 /// One server, or some nodes of a cluster. `Debug` and `Display` show hosts and ports only.
 #[derive(Clone)]
 pub enum RedisAddress {
-    /// A single server, or whatever answers like one.
+    /// A single server, or a proxy that acts as one.
     Single(Box<ConnectionInfo>),
-    /// Redis Cluster: at least one node.
+    /// At least one node of a Redis Cluster.
     Cluster(Vec<ConnectionInfo>),
 }
 
-/// Why an address cannot be used. Never quotes it: it may hold a password.
+/// Why an address is invalid. Never quotes it, because it may hold a password.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RedisAddressError {
-    /// Nothing was given.
+    /// No item.
     #[error("the Redis address is empty")]
     Empty,
-    /// Neither host:port nor a URL that is understood.
+    /// Neither host:port nor a supported URL.
     #[error(
         "item {0} of the Redis address is neither host:port nor a URL with the scheme redis, \
          rediss, redis+cluster or rediss+cluster (characters such as @ : / % in a password must \
          be percent-encoded)"
     )]
     Malformed(usize),
-    /// More nodes than any cluster needs to be found.
-    #[error("more than {SEEDS_MAX} Redis nodes are named")]
+    /// More items than [`SEEDS_MAX`].
+    #[error("the Redis address has more than {SEEDS_MAX} items")]
     TooMany,
     /// A cluster client cannot use Unix sockets.
     #[error("item {0} of the Redis address is not a TCP address")]
@@ -50,10 +50,10 @@ pub enum RedisAddressError {
 }
 
 impl RedisAddress {
-    /// Reads it; see the module for the forms.
+    /// Parses one of the forms above.
     ///
     /// # Errors
-    /// Not one of the forms; the text is not repeated in the error.
+    /// The text has another form; the error does not quote it.
     pub fn parse(text: &str) -> Result<Self, RedisAddressError> {
         let items: Vec<&str> =
             text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect();
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn url_brings_tls_user_password_and_database() {
+    fn url_sets_tls_user_password_and_database() {
         let node = single("rediss://app:p%40ss%2Fword@redis.example:6390/3");
         assert!(matches!(node.addr(), ConnectionAddr::TcpTls { port: 6390, .. }));
         assert_eq!(node.redis_settings().username(), Some("app"));
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_addresses_are_refused_without_being_quoted() {
+    fn malformed_addresses_are_rejected_without_being_quoted() {
         assert_eq!(RedisAddress::parse(" , ").unwrap_err(), RedisAddressError::Empty);
         for bad in ["http://a:1", "redis://", "a:port", ":6379", "redis://u:hunter2@:1/"] {
             let error = RedisAddress::parse(bad).unwrap_err();

@@ -1,9 +1,9 @@
-//! Telling the other nodes that a user is here now.
+//! Announces to the other nodes that a user is connected to this one.
 //!
-//! What they remember of his place is good for a second, and a session that moved without going
-//! offline is announced by nobody else: for that second its events would go to where it was. So
-//! each node says whom it has registered, and the others forget what they knew. Users that come
-//! while one announcement is on its way go together in the next.
+//! The other nodes cache a user's location for a second, and nobody else announces a session that
+//! moved without going offline: for that second, its events would go to its old node. So each node
+//! announces the users it has registered, and the others drop what they have cached. Users
+//! registered while an announcement is in flight are batched in the next one.
 
 use std::collections::HashSet;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -11,150 +11,147 @@ use std::sync::{Arc, LazyLock, Mutex};
 use prost::Message as _;
 use redis::cmd;
 use tokio::sync::Notify;
-use tokio::task::AbortHandle;
+use tokio::task::JoinSet;
 
 use super::link::RedisLink;
 use super::nodes::NodesCounters;
 
-/// The channel; not one of an instance, whose names begin `delivery:`.
+/// The channel of the announcements. Channels of instances begin with `delivery:`.
 pub(super) const CHANNEL: &str = "delivery-moves";
 /// Users in one announcement.
 const USERS_AT_ONCE: usize = 4_096;
-/// Users that wait; of more the others are told to forget everybody.
+/// Maximum number of users that wait; beyond that, the other nodes are told to drop all entries.
 pub const USERS_MAX: usize = 65_536;
 
-/// Tells this process's announcements from those of the others.
+/// Identifies this process's announcements.
 pub(super) static ORIGIN: LazyLock<u64> = LazyLock::new(rand::random);
 
 /// What is published on [`CHANNEL`].
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Moves {
-    /// Who is registered at another place than before, or at one more.
+pub(super) struct MovedUsers {
+    /// Users with a new registration.
     #[prost(string, repeated, tag = "1")]
     pub(super) users: Vec<String>,
-    /// There were too many to name.
+    /// Too many to name: all users may have moved.
     #[prost(bool, tag = "2")]
     pub(super) everybody: bool,
-    /// Of the process that says so.
+    /// [`ORIGIN`] of the announcing process.
     #[prost(uint64, tag = "3")]
     pub(super) origin: u64,
 }
 
+/// Users whose registration is not announced yet.
 #[derive(Debug, Default)]
-struct Waiting {
+struct PendingUsers {
     users: HashSet<String>,
     everybody: bool,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
-    waiting: Mutex<Waiting>,
-    news: Notify,
+struct PendingAnnouncements {
+    users: Mutex<PendingUsers>,
+    added: Notify,
 }
 
-#[derive(Debug)]
-struct Task(AbortHandle);
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Clones share it; the task ends with the last of them.
+/// A handle on the announcing task. Dropping the last clone stops the task.
 #[derive(Clone, Debug)]
 pub struct Announcer {
-    shared: Arc<Shared>,
-    _task: Arc<Task>,
+    pending: Arc<PendingAnnouncements>,
+    _task: Arc<JoinSet<()>>,
 }
 
 impl Announcer {
-    /// Starts the task that announces. Needs a tokio runtime.
+    /// Starts the announcing task. Needs a tokio runtime.
     pub fn start(link: RedisLink, counters: Arc<NodesCounters>) -> Self {
-        let shared = Arc::new(Shared::default());
-        let task = tokio::spawn(announce(Arc::clone(&shared), link, counters));
-        Self { shared, _task: Arc::new(Task(task.abort_handle())) }
+        let pending = Arc::<PendingAnnouncements>::default();
+        let mut task = JoinSet::new();
+        task.spawn(announce(Arc::clone(&pending), link, counters));
+        Self { pending, _task: Arc::new(task) }
     }
 
-    /// A session of this user was registered for this node.
+    /// Announces that a session of this user is registered on this node.
     pub fn registered(&self, user: &str) {
-        let mut waiting = self.shared.waiting.lock().expect("no holder panics");
-        if waiting.users.len() < USERS_MAX {
-            waiting.users.insert(user.to_owned());
+        let mut pending = self.pending.users.lock().expect("no holder panics");
+        if pending.users.len() < USERS_MAX {
+            pending.users.insert(user.to_owned());
         } else {
-            waiting.users.clear();
-            waiting.everybody = true;
+            pending.users.clear();
+            pending.everybody = true;
         }
-        drop(waiting);
-        self.shared.news.notify_one();
+        drop(pending);
+        self.pending.added.notify_one();
     }
 }
 
-async fn announce(shared: Arc<Shared>, link: RedisLink, counters: Arc<NodesCounters>) {
+async fn announce(
+    pending: Arc<PendingAnnouncements>,
+    link: RedisLink,
+    counters: Arc<NodesCounters>,
+) {
     loop {
-        let moves = take(&mut shared.waiting.lock().expect("no holder panics"));
-        let Some(moves) = moves else {
-            shared.news.notified().await;
+        let moved = take(&mut pending.users.lock().expect("no holder panics"));
+        let Some(moved) = moved else {
+            pending.added.notified().await;
             continue;
         };
-        let count = moves.users.len() as u64;
+        let count = moved.users.len() as u64;
         let mut publish = cmd("PUBLISH");
-        publish.arg(CHANNEL).arg(moves.encode_to_vec());
+        publish.arg(CHANNEL).arg(moved.encode_to_vec());
         match link.run(vec![publish]).await {
             Ok(_) => counters.redis_moves_announced.add(count),
-            // The others' memory ends within its second; it is empty if they lost Redis too.
+            // The other nodes' entries expire within a second, and are dropped if Redis is lost.
             Err(_) => counters.redis_moves_unannounced.add(count),
         }
     }
 }
 
-fn take(waiting: &mut Waiting) -> Option<Moves> {
-    if std::mem::take(&mut waiting.everybody) {
-        waiting.users.clear();
-        return Some(Moves { users: Vec::new(), everybody: true, origin: *ORIGIN });
+fn take(pending: &mut PendingUsers) -> Option<MovedUsers> {
+    if std::mem::take(&mut pending.everybody) {
+        pending.users.clear();
+        return Some(MovedUsers { users: Vec::new(), everybody: true, origin: *ORIGIN });
     }
-    if waiting.users.is_empty() {
+    if pending.users.is_empty() {
         return None;
     }
-    let users = if waiting.users.len() <= USERS_AT_ONCE {
-        std::mem::take(&mut waiting.users).into_iter().collect()
+    let users = if pending.users.len() <= USERS_AT_ONCE {
+        std::mem::take(&mut pending.users).into_iter().collect()
     } else {
-        let users: Vec<String> = waiting.users.iter().take(USERS_AT_ONCE).cloned().collect();
+        let users: Vec<String> = pending.users.iter().take(USERS_AT_ONCE).cloned().collect();
         for user in &users {
-            waiting.users.remove(user);
+            pending.users.remove(user);
         }
         users
     };
-    Some(Moves { users, everybody: false, origin: *ORIGIN })
+    Some(MovedUsers { users, everybody: false, origin: *ORIGIN })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn waiting(count: usize) -> Waiting {
+    fn pending(count: usize) -> PendingUsers {
         let users = (0..count).map(|n| n.to_string()).collect();
-        Waiting { users, everybody: false }
+        PendingUsers { users, everybody: false }
     }
 
     #[test]
-    fn everybody_who_waits_is_announced_once_in_parts() {
-        let mut waiting = waiting(2 * USERS_AT_ONCE + 1);
-        let mut told = HashSet::new();
+    fn every_pending_user_is_announced_once_in_parts() {
+        let mut pending = pending(2 * USERS_AT_ONCE + 1);
+        let mut announced = HashSet::new();
         let mut parts = 0;
-        while let Some(moves) = take(&mut waiting) {
+        while let Some(moved) = take(&mut pending) {
             parts += 1;
-            assert!(moves.users.into_iter().all(|user| told.insert(user)));
+            assert!(moved.users.into_iter().all(|user| announced.insert(user)));
         }
-        assert_eq!((parts, told.len()), (3, 2 * USERS_AT_ONCE + 1));
+        assert_eq!((parts, announced.len()), (3, 2 * USERS_AT_ONCE + 1));
     }
 
     #[test]
-    fn too_many_are_everybody() {
-        let mut waiting = waiting(3);
-        waiting.everybody = true;
-        let everybody = Moves { users: Vec::new(), everybody: true, origin: *ORIGIN };
-        assert_eq!(take(&mut waiting), Some(everybody));
-        assert_eq!(take(&mut waiting), None);
+    fn too_many_users_are_everybody() {
+        let mut pending = pending(3);
+        pending.everybody = true;
+        let everybody = MovedUsers { users: Vec::new(), everybody: true, origin: *ORIGIN };
+        assert_eq!(take(&mut pending), Some(everybody));
+        assert_eq!(take(&mut pending), None);
     }
 }

@@ -1,8 +1,8 @@
-//! Which node of a cluster owns a channel.
+//! Finds the node of a cluster that owns a channel.
 //!
-//! A cluster passes every message on to all its nodes, but `PUBLISH` counts only the listeners of
-//! the node that it was sent to. The publisher's commands go to the owner of the channel's slot, so
-//! the subscriber listens there too, and "reached nobody" means in a cluster what it means elsewhere.
+//! A cluster broadcasts every message to all its nodes, but `PUBLISH` counts only the listeners of
+//! the node that executes it: the owner of the channel's slot. So the subscriber connects to that
+//! node, and a count of 0 means "no listener", as it does with a single server.
 
 use redis::cluster_routing::Slot;
 use redis::{ConnectionAddr, ConnectionInfo, FromRedisValue, Value, cmd};
@@ -10,8 +10,8 @@ use redis::{ConnectionAddr, ConnectionInfo, FromRedisValue, Value, cmd};
 use super::address::RedisAddress;
 use super::link::RedisLink;
 
-/// Where to subscribe to a channel: the one server, or the owner of the channel's slot. `None`: no
-/// node owns it now, or nobody could be asked.
+/// The node to subscribe at: the single server, or the owner of the channel's slot. `None`: no node
+/// owns it now, or Redis is unreachable.
 pub(super) async fn home(link: &RedisLink, channel: &str) -> Option<ConnectionInfo> {
     let nodes = match &link.config().address {
         RedisAddress::Single(node) => return Some((**node).clone()),
@@ -22,7 +22,7 @@ pub(super) async fn home(link: &RedisLink, channel: &str) -> Option<ConnectionIn
     slots.arg("SLOTS");
     let answer = link.run(vec![slots]).await.ok()?.pop()?.ok()?;
     let (host, port) = owner(&answer, Slot::for_key(channel))?;
-    // A node that does not know its own name is the one that was asked.
+    // A node reports an empty name for itself if it does not know its own.
     let host = if host.is_empty() || host == "?" { host_of(seed).to_owned() } else { host };
     Some(at(seed, &host, port))
 }
@@ -35,7 +35,7 @@ fn owner(answer: &Value, slot: Slot) -> Option<(String, u16)> {
         let Value::Array(range) = range else { return None };
         let [first, last, Value::Array(node), ..] = &range[..] else { return None };
         let number = |value: &Value| u16::from_redis_value_ref(value).ok();
-        // A slot does not tell its number, but it can be compared.
+        // `Slot` does not expose its number, only equality.
         if !(number(first)?..=number(last)?).any(|number| Slot::new(number) == Some(slot)) {
             return None;
         }

@@ -1,15 +1,15 @@
-//! One shared connection to Redis, kept up by a supervisor.
+//! One shared connection to Redis. A supervisor task reconnects it.
 //!
 //! ```text
 //!            connected                    a probe failed,
 //!   Down ──────────────────► Up           the connection broke
-//!    ▲  back-off with jitter  │ ─────────────────────────────┐
+//!    ▲  backoff with jitter   │ ─────────────────────────────┐
 //!    └────────────────────────┴──────────────────────────────┘
 //! ```
 //!
-//! While it is down every call fails at once: nobody waits for a Redis that is known to be away.
-//! While it is up a call waits at most [`RedisConfig::response_timeout`]; one that failed makes the
-//! supervisor probe at once instead of at the next interval.
+//! While it is down, every call fails at once. While it is up, a call waits at most
+//! [`RedisConfig::response_timeout`]. A failed call makes the supervisor probe at once instead of
+//! at the next interval.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -23,7 +23,7 @@ use redis::{
     TlsCertificates, Value,
 };
 use tokio::sync::Notify;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::address::RedisAddress;
@@ -31,29 +31,29 @@ use crate::counters;
 use crate::service::backends::outage::Outage;
 use crate::service::runtime::backoff::Backoff;
 
-/// Commands of one call that are on the wire together, so that neither side buffers without bound.
+/// Commands of one call that are in flight together; bounds the buffers of both sides.
 const PIPELINE_COMMANDS_MAX: usize = 512;
 
 /// Settings of a link.
 #[derive(Clone, Debug)]
 pub struct RedisConfig {
-    /// Where Redis is.
+    /// The server or cluster.
     pub address: RedisAddress,
-    /// Roots for `rediss`, PEM; `None`: the system's.
+    /// Trusted roots for `rediss`, PEM; `None`: the public web's.
     pub root_certificates: Option<Vec<u8>>,
-    /// For a connection to be made and greeted.
+    /// Time to establish a connection, handshake included.
     pub connect_timeout: Duration,
-    /// For the answers to one call.
+    /// Time for all answers to one call.
     pub response_timeout: Duration,
-    /// Between probes of a connection that works.
+    /// Interval of probes while connected.
     pub probe_interval: Duration,
     /// Delays between attempts to connect.
     pub backoff: Backoff,
 }
 
 impl RedisConfig {
-    /// The defaults for an address: 1 s to connect, 500 ms to answer, a probe every 5 s, 100 ms to
-    /// 5 s between attempts.
+    /// Defaults: 1 s to connect, 500 ms for answers, a probe every 5 s, 100 ms to 5 s (plus up to
+    /// half of it) between attempts.
     pub fn new(address: RedisAddress) -> Self {
         Self {
             address,
@@ -66,7 +66,7 @@ impl RedisConfig {
         }
     }
 
-    /// A client for one node of these settings.
+    /// A client for one node with these settings.
     pub(super) fn client(&self, node: ConnectionInfo) -> RedisResult<Client> {
         match (&self.root_certificates, node.addr()) {
             (Some(roots), redis::ConnectionAddr::TcpTls { .. }) => {
@@ -81,30 +81,30 @@ fn certificates(roots: &[u8]) -> TlsCertificates {
     TlsCertificates { client_tls: None, root_cert: Some(roots.to_vec()) }
 }
 
-/// Why a call has no answers.
+/// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RedisFault {
-    /// Redis is known to be away; nothing was sent.
+    /// There is no connection; nothing was sent.
     #[error("Redis is not connected")]
     Down,
-    /// No answer in time; it may have been carried out.
+    /// No answer in time; the commands may have been executed.
     #[error("Redis did not answer in time")]
     TimedOut,
-    /// The connection failed; it may have been carried out.
+    /// The connection failed; the commands may have been executed.
     #[error("the connection to Redis failed: {0}")]
     Failed(String),
 }
 
 counters! {
-    /// What a link to Redis went through.
+    /// Connections and commands of a link.
     pub struct RedisLinkCounters of SharedCounter {
         Gauge redis_up: "1 while commands can be sent to Redis",
-        Counter redis_connections: "Connections to Redis that were made",
+        Counter redis_connections: "Connections to Redis established",
         Counter redis_connection_failures: "Attempts to connect to Redis that failed",
-        Counter redis_connection_losses: "Working connections to Redis that were lost or given up",
+        Counter redis_connection_losses: "Established connections to Redis that were lost",
         Counter redis_commands: "Commands sent to Redis",
-        Counter redis_commands_failed: "Commands to Redis without an answer: connection lost or too late",
-        Counter redis_commands_refused: "Commands not sent because Redis was known to be away",
+        Counter redis_commands_failed: "Commands to Redis without an answer: connection lost or timed out",
+        Counter redis_commands_refused: "Commands not sent because Redis was unreachable",
     }
 }
 
@@ -114,57 +114,53 @@ enum Connection {
     Cluster(ClusterConnection),
 }
 
-struct Shared {
+/// What the handles and the supervisor share.
+struct LinkState {
     config: RedisConfig,
     counters: Arc<RedisLinkCounters>,
     connection: RwLock<Option<Connection>>,
-    suspect: Notify,
+    /// A call failed: probe now.
+    probe_now: Notify,
 }
 
-/// A handle on the shared connection; clones share it. The connection ends with the last of them.
+/// A handle on the shared connection. Dropping the last clone closes it.
 #[derive(Clone)]
 pub struct RedisLink {
-    shared: Arc<Shared>,
-    _supervisor: Arc<Supervisor>,
+    shared: Arc<LinkState>,
+    _supervisor: Arc<JoinSet<()>>,
 }
 
-struct Supervisor(AbortHandle);
-
-impl Drop for Supervisor {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Starts to connect in the background, and keeps at it. Needs a tokio runtime.
+/// Connects in the background, and reconnects until dropped. Needs a tokio runtime.
 pub fn connect(config: RedisConfig, counters: Arc<RedisLinkCounters>) -> RedisLink {
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(LinkState {
         config,
         counters,
         connection: RwLock::new(None),
-        suspect: Notify::new(),
+        probe_now: Notify::new(),
     });
-    let task = tokio::spawn(supervise(Arc::clone(&shared)));
-    RedisLink { shared, _supervisor: Arc::new(Supervisor(task.abort_handle())) }
+    let mut supervisor = JoinSet::new();
+    supervisor.spawn(supervise(Arc::clone(&shared)));
+    RedisLink { shared, _supervisor: Arc::new(supervisor) }
 }
 
 impl RedisLink {
-    /// Whether commands can be sent: for readiness, and to fail early.
+    /// Whether commands can be sent.
     pub fn is_up(&self) -> bool {
         self.shared.connection.read().expect("no holder panics").is_some()
     }
 
-    /// The settings it was made with.
+    /// The settings of the link.
     pub fn config(&self) -> &RedisConfig {
         &self.shared.config
     }
 
-    /// Sends commands together and returns their answers in order, an error of one command in its
-    /// place. Each command names keys of one slot at most; in a cluster each goes to the node of
-    /// its slot, so nothing is said of the order in which they are carried out there.
+    /// Sends commands together and returns their answers in order; a command's error takes the
+    /// place of its answer. Each command names keys of one slot at most. A cluster executes each on
+    /// the node of its slot, in no particular order.
     ///
     /// # Errors
-    /// Redis is away, or the answers did not all come in time: what was carried out is unknown.
+    /// Redis is unreachable, or not all answers arrived in time: any of the commands may have been
+    /// executed.
     pub async fn run(&self, commands: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, RedisFault> {
         let counters = &self.shared.counters;
         let count = commands.len() as u64;
@@ -187,18 +183,18 @@ impl RedisLink {
         };
         if broken > 0 {
             counters.redis_commands_failed.add(broken);
-            self.shared.suspect.notify_one();
+            self.shared.probe_now.notify_one();
         }
         answers
     }
 }
 
-/// Whether an answer is the connection's failure rather than the server's word.
+/// Whether the connection failed, rather than the server answering with an error.
 fn lost(answer: &RedisResult<Value>) -> bool {
     answer.as_ref().is_err_and(|error| error.is_io_error() || error.is_timeout())
 }
 
-/// The kind of an error without what the server said: that may quote a command's arguments.
+/// The kind of an error without the server's message, which may quote a command's arguments.
 pub(super) fn category(error: &RedisError) -> String {
     match error.code() {
         Some(code) => code.to_owned(),
@@ -220,7 +216,7 @@ impl Connection {
             Self::Single(connection) => {
                 connection.clone().send_packed_command(&ping).await.map(drop)
             }
-            // Any node: a cluster that lost one of them still serves the others' slots.
+            // Any node: a cluster that lost one node still serves the other slots.
             Self::Cluster(connection) => {
                 let anywhere = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
                 connection.clone().route_command(ping, anywhere).await.map(drop)
@@ -247,7 +243,7 @@ async fn pipelined(
     Ok(answers)
 }
 
-/// Side by side: the client writes to each node what has gathered for it.
+/// Runs commands concurrently, so that the client batches what goes to one node.
 async fn routed(
     connection: ClusterConnection,
     commands: Vec<Cmd>,
@@ -257,19 +253,19 @@ async fn routed(
     let mut running = JoinSet::new();
     for (index, command) in commands.into_iter().enumerate() {
         if running.len() == PIPELINE_COMMANDS_MAX {
-            settle(&mut running, &mut answers).await?;
+            take_answer(&mut running, &mut answers).await?;
         }
         let mut connection = connection.clone();
         running.spawn(async move { (index, command.query_async(&mut connection).await) });
     }
     while !running.is_empty() {
-        settle(&mut running, &mut answers).await?;
+        take_answer(&mut running, &mut answers).await?;
     }
     Ok(answers)
 }
 
-/// Takes one answer. A node that cannot be reached fails its own commands, not the others'.
-async fn settle(
+/// Takes one answer. An unreachable node fails its own commands only.
+async fn take_answer(
     running: &mut JoinSet<(usize, RedisResult<Value>)>,
     answers: &mut [RedisResult<Value>],
 ) -> RedisResult<()> {
@@ -283,7 +279,7 @@ async fn settle(
     }
 }
 
-async fn supervise(shared: Arc<Shared>) {
+async fn supervise(shared: Arc<LinkState>) {
     let mut attempt = 0;
     let outage = Outage::default();
     let address = &shared.config.address;
@@ -295,19 +291,21 @@ async fn supervise(shared: Arc<Shared>) {
             Ok(connection) => {
                 let since = Instant::now();
                 shared.counters.redis_connections.add(1);
-                match outage.works(since) {
-                    Some(back) => tracing::info!(%address, "connected to Redis again {back}"),
+                match outage.succeeded(since) {
+                    Some(recovery) => {
+                        tracing::info!(%address, "connected to Redis again {recovery}")
+                    }
                     None => tracing::info!(%address, "connected to Redis"),
                 }
                 set(&shared, Some(connection.clone()));
                 let why = watch(&shared, &connection).await;
                 set(&shared, None);
                 shared.counters.redis_connection_losses.add(1);
-                if let Some(again) = outage.failed(Instant::now()) {
-                    tracing::warn!(%address, why, "lost Redis{again}");
+                if let Some(report) = outage.failed(Instant::now()) {
+                    tracing::warn!(%address, why, "connection to Redis lost{report}");
                 }
-                // A connection that lasted starts from the shortest wait again; one that did not
-                // (a proxy that accepts for a server that is away) keeps doubling.
+                // Only a connection that lasted resets the backoff: a proxy may accept connections
+                // for a server that is down.
                 if since.elapsed() > shared.config.backoff.max() {
                     attempt = 0;
                 }
@@ -315,8 +313,8 @@ async fn supervise(shared: Arc<Shared>) {
             Err(error) => {
                 shared.counters.redis_connection_failures.add(1);
                 let why = category(&error);
-                if let Some(again) = outage.failed(Instant::now()) {
-                    tracing::warn!(%address, why, "cannot connect to Redis{again}");
+                if let Some(report) = outage.failed(Instant::now()) {
+                    tracing::warn!(%address, why, "Redis unreachable, reconnecting{report}");
                 }
             }
         }
@@ -325,16 +323,16 @@ async fn supervise(shared: Arc<Shared>) {
     }
 }
 
-fn set(shared: &Shared, connection: Option<Connection>) {
+fn set(shared: &LinkState, connection: Option<Connection>) {
     shared.counters.redis_up.set(u64::from(connection.is_some()));
     *shared.connection.write().expect("no holder panics") = connection;
 }
 
-/// Returns when the connection is no longer good, with the reason.
-async fn watch(shared: &Shared, connection: &Connection) -> String {
+/// Probes the connection until it fails; returns the reason.
+async fn watch(shared: &LinkState, connection: &Connection) -> String {
     loop {
-        // Either way the answer is a probe.
-        let _ = timeout(shared.config.probe_interval, shared.suspect.notified()).await;
+        // Probe after a failed call and after the interval.
+        let _ = timeout(shared.config.probe_interval, shared.probe_now.notified()).await;
         match timeout(shared.config.response_timeout, connection.probe()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return category(&error),

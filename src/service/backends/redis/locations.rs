@@ -1,7 +1,8 @@
 //! A short-lived cache of users' locations: the other instances that hold sessions of a user.
 //!
 //! An entry expires after its lifetime. It is removed earlier when the presence service reports a
-//! change of the user, when an instance that it names has stopped listening, and when room is needed.
+//! change of the user, when an instance that it names has stopped listening, and when room is
+//! needed.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;

@@ -1,5 +1,5 @@
-//! Redis: where users are (contract §4), handing events to their nodes, and what other nodes and
-//! the presence service publish.
+//! Redis (contract §4): users' locations, hand-offs to other nodes, and subscriptions to what other
+//! nodes and the presence service publish.
 
 mod address;
 mod announcer;
@@ -7,7 +7,7 @@ mod cluster;
 mod link;
 mod locations;
 mod nodes;
-mod pace;
+mod progress;
 mod registry;
 mod subscriptions;
 
@@ -20,7 +20,7 @@ pub use subscriptions::{
     PresenceUpdates, Sinks, SubscriptionCounters, Subscriptions, SubscriptionsConfig,
 };
 
-/// The channel on which an instance is handed records (contract §4).
+/// The channel on which an instance receives hand-offs (contract §4).
 fn channel_of(instance: &str) -> String {
     format!("delivery:{instance}")
 }

@@ -1,4 +1,4 @@
-//! Asking the registry of the presence service where users are (contract §4).
+//! Looks up users' locations in the registry of the presence service (contract §4).
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -8,14 +8,14 @@ use redis::{FromRedisValue, RedisResult, Value, cmd};
 use super::link::{RedisFault, RedisLink};
 use super::locations::Instances;
 
-/// Devices of one user that are looked at; a set that outgrew this is the registry's fault.
+/// Maximum devices per user that are looked up; further ones are ignored.
 const DEVICES_MAX: usize = 64;
-/// Instances that are kept so that one name is one allocation.
+/// Maximum number of interned instance names.
 const NAMES_MAX: usize = 1024;
-/// Users asked for in one go.
+/// Maximum users per lookup.
 pub(super) const USERS_AT_ONCE: usize = 1024;
 
-/// Asks, and knows the names of instances.
+/// A reader of the registry, with interned instance names.
 pub(super) struct Registry {
     link: RedisLink,
     own: Arc<str>,
@@ -28,9 +28,9 @@ impl Registry {
         Self { link, own, names: HashSet::new(), none: Arc::from([]) }
     }
 
-    /// For each of at most [`USERS_AT_ONCE`] users the other instances that hold sessions of him,
-    /// in two round trips: his devices, then the instance of each. `None` for a user whose keys
-    /// could not be read.
+    /// For each of at most [`USERS_AT_ONCE`] users, the other instances that hold sessions of the
+    /// user. Two round trips: the users' devices, then the instance of each device. `None`: the
+    /// user's keys could not be read.
     pub(super) async fn look_up(
         &mut self,
         users: &[Arc<str>],
@@ -64,14 +64,14 @@ impl Registry {
                 continue;
             };
             let own = holders.by_ref().take(devices.len().min(DEVICES_MAX));
-            // A key that is gone is a session that was not refreshed: nobody holds it.
+            // A missing key is a session that was not refreshed: no instance holds it.
             let holders: Option<Vec<Option<String>>> = own.map(value).collect();
             found.push(holders.map(|holders| self.others(holders.into_iter().flatten())));
         }
         Ok(found)
     }
 
-    /// Every instance but this one, none twice.
+    /// All instances except this one, none twice.
     fn others(&mut self, holders: impl Iterator<Item = String>) -> Instances {
         let mut others: Vec<Arc<str>> = Vec::new();
         for holder in holders {
@@ -96,7 +96,7 @@ impl Registry {
     }
 }
 
-/// `None`: an error, or not of the kind that the key is said to be.
+/// `None`: an error, or a value of another type.
 fn value<T: FromRedisValue>(answer: RedisResult<Value>) -> Option<T> {
     answer.ok().and_then(|value| T::from_redis_value(value).ok())
 }

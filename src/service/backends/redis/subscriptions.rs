@@ -1,16 +1,16 @@
-//! What other nodes and the presence service publish for this one (contract §4).
+//! Subscriptions to what other nodes and the presence service publish (contract §4).
 //!
 //! ```text
 //!   connect ─► subscribe ─► read ──────► hand-offs ─► bounded queue ─► router
 //!      ▲                     │ │
-//!      │  back-off, jitter   │ └───────► presence ──► what changed is forgotten, fan-out
+//!      │  backoff, jitter    │ └───────► presence ──► location cache, fan-out
 //!      └─── lost, silent ◄───┘
 //! ```
 //!
-//! Redis keeps nothing for a subscriber that is away. What was published meanwhile is lost, and
-//! how much it was nobody knows; what is counted is the gaps and their time, from the last sign of
-//! life to the new subscription. The reader never waits for anything else than Redis, so that what
-//! waits does so in a queue with a bound and not in the client library, which has none.
+//! Redis keeps nothing for a disconnected subscriber: what is published meanwhile is lost, in an
+//! unknown amount. Counted are the gaps and their time, from the last sign of life to the new
+//! subscription. The reader never waits for the router, because the buffer of the client library is
+//! unbounded; records wait in a bounded queue instead.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::StreamExt as _;
 
-use super::announcer::{self, Moves};
+use super::announcer::{self, MovedUsers};
 use super::cluster;
 use super::link::{RedisConfig, RedisLink, category};
 use super::locations::Locations;
@@ -36,28 +36,28 @@ use crate::service::backends::ports::{RouterInbox, RouterInput};
 
 /// The channel of the presence service.
 const PRESENCE_UPDATES: &str = "presence:updates";
-/// Between attempts at a router that is full.
+/// Interval of attempts while the router is full.
 const ROUTER_RETRY: Duration = Duration::from_millis(1);
-/// Between looks for who owns the channel's slot, in a cluster.
+/// Interval of checks whether the channel's slot has moved to another node of a cluster.
 const OWNER_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Settings of the subscriptions; how to connect is the link's matter.
+/// Settings of the subscriptions; those of the connection are the link's.
 #[derive(Clone, Debug)]
 pub struct SubscriptionsConfig {
     /// This node's instance id: other nodes publish on its channel.
     pub instance: Arc<str>,
-    /// Whether other nodes hand records over (`ROUTING_MODE=group`).
+    /// Whether to subscribe to hand-offs (`ROUTING_MODE=group`).
     pub hand_offs: bool,
-    /// Handed-over records that may wait for the router.
+    /// Maximum number of handed-over records waiting for the router.
     pub records_max: usize,
-    /// Their bytes.
+    /// Maximum bytes of these records.
     pub bytes_max: usize,
-    /// Between pings on the subscribed connection.
+    /// Interval of pings on the subscribed connection.
     pub ping_interval: Duration,
 }
 
 impl SubscriptionsConfig {
-    /// The defaults for an instance: with hand-offs, 8,192 records or 32 MiB, a ping every 5 s.
+    /// Defaults: hand-offs, 8,192 records or 32 MiB, a ping every 5 s.
     pub fn new(instance: Arc<str>) -> Self {
         Self {
             instance,
@@ -70,42 +70,42 @@ impl SubscriptionsConfig {
 }
 
 counters! {
-    /// What came through the subscriptions.
+    /// Connections and messages of the subscriptions.
     pub struct SubscriptionCounters of SharedCounter {
         Gauge redis_subscribed: "1 while subscribed",
-        Counter redis_subscriptions: "Connections on which the subscriptions were made",
-        Counter redis_subscription_gaps: "Times without subscription after the first one",
-        Counter redis_subscription_gap_ms: "Time without subscription, ms, from the last sign of life; what was published then is lost",
-        Counter redis_hand_offs: "Records that other nodes handed over",
-        Counter redis_hand_offs_dropped: "Records handed over and dropped because too many waited for the router",
-        Gauge redis_hand_offs_waiting: "Records handed over that wait for the router",
-        Counter redis_presence_updates: "Changes of presence that were published",
-        Counter redis_moves_heard: "Users whom nodes, this one included, said to have registered",
+        Counter redis_subscriptions: "Connections subscribed",
+        Counter redis_subscription_gaps: "Periods without a subscription after the first subscription",
+        Counter redis_subscription_gap_ms: "Time without a subscription, ms, from the last sign of life; what is published then is lost",
+        Counter redis_hand_offs: "Records handed over by other nodes",
+        Counter redis_hand_offs_dropped: "Handed-over records dropped because the queue to the router was full",
+        Gauge redis_hand_offs_waiting: "Handed-over records waiting for the router",
+        Counter redis_presence_updates: "Presence changes received",
+        Counter redis_moves_heard: "Users announced as registered, by all nodes including this one",
     }
 }
 
-/// Takes changes of presence. Must not block, and bounds what it keeps.
+/// Receives changes of presence. Must not block, and bounds its memory.
 pub trait PresenceUpdates: Send + Sync + 'static {
     /// A serialized `PresenceUpdateEvent`.
     fn updated(&self, payload: &[u8]);
     /// Changes may have been missed.
     fn missed(&self);
-    /// A node says that it has registered a session of this user (see [`super::Announcer`]).
+    /// A node has registered a session of this user (see [`super::Announcer`]).
     fn moved(&self, user: &str) {
         let _ = user;
     }
-    /// The same, and it is another node than this one.
+    /// Another node has registered a session of this user; follows [`PresenceUpdates::moved`].
     fn moved_elsewhere(&self, user: &str) {
         let _ = user;
     }
 }
 
-/// Where what comes goes.
+/// Receivers of what is published.
 #[derive(Clone)]
 pub struct Sinks {
     /// Handed-over records.
     pub router: Arc<dyn RouterInbox>,
-    /// Changes of presence, each to all of these.
+    /// Each receives all changes of presence.
     pub presence: Vec<Arc<dyn PresenceUpdates>>,
 }
 
@@ -126,14 +126,14 @@ impl PresenceUpdates for Locations {
     }
 }
 
-/// The running subscriptions; they end when this is dropped.
+/// The running subscriptions; dropping this ends them.
 pub struct Subscriptions {
     counters: Arc<SubscriptionCounters>,
     _tasks: JoinSet<()>,
 }
 
 impl Subscriptions {
-    /// Starts to subscribe in the background, and keeps at it. Needs a tokio runtime.
+    /// Subscribes in the background, and resubscribes until dropped. Needs a tokio runtime.
     pub fn start(
         config: SubscriptionsConfig,
         link: RedisLink,
@@ -163,13 +163,13 @@ impl Subscriptions {
         Self { counters, _tasks: tasks }
     }
 
-    /// Whether what is published now will come: for readiness.
+    /// Whether it is subscribed now.
     pub fn is_up(&self) -> bool {
         self.counters.redis_subscribed.get() != 0
     }
 }
 
-/// Hands records to the router in their order, at its pace.
+/// Moves records to the router in order, as fast as it accepts them.
 async fn pump(
     mut records: mpsc::Receiver<Bytes>,
     router: Arc<dyn RouterInbox>,
@@ -220,7 +220,7 @@ impl Reader {
             match self.subscribe().await {
                 Ok(subscribed) => {
                     attempt = 0;
-                    let _ = outage.works(Instant::now());
+                    let _ = outage.succeeded(Instant::now());
                     if let Some(last_sign) = last_sign {
                         let gap = last_sign.elapsed();
                         self.counters.redis_subscription_gaps.add(1);
@@ -228,18 +228,18 @@ impl Reader {
                         self.counters.redis_subscription_gap_ms.add(gap_ms);
                         tracing::warn!(
                             gap_ms,
-                            "subscribed to Redis again; what was published is lost"
+                            "subscribed to Redis again; events published meanwhile are lost"
                         );
                     }
                     self.sinks.presence.iter().for_each(|sink| sink.missed());
-                    // Up only now: who sees that finds the gap counted and nothing old remembered.
+                    // Set last: an observer then finds the gap counted and no stale entries.
                     self.counters.redis_subscribed.set(1);
                     last_sign = Some(self.read(subscribed).await);
                     self.counters.redis_subscribed.set(0);
                 }
                 Err(why) => {
-                    if let Some(again) = outage.failed(Instant::now()) {
-                        tracing::warn!(why, "cannot subscribe to Redis{again}");
+                    if let Some(report) = outage.failed(Instant::now()) {
+                        tracing::warn!(why, "cannot subscribe to Redis, retrying{report}");
                     }
                 }
             }
@@ -295,11 +295,11 @@ impl Reader {
                     None => return last_sign,
                 },
                 Some(sign) = signs.recv() => last_sign = sign,
-                // The only task there is has ended: no answer to a ping.
+                // The ping task has ended: a ping had no answer.
                 Some(_) = pinging.join_next() => return last_sign,
                 Some(Ok(moved)) = moving.join_next() => {
-                    // The old one is read to its end after the new one has begun: what is published
-                    // in between may come twice, but it comes.
+                    // The old connection is drained after the new subscription: a message in
+                    // between may arrive twice, but is not lost.
                     while let Ok(Some(message)) = timeout(Duration::ZERO, messages.next()).await {
                         self.take(&message);
                     }
@@ -312,7 +312,7 @@ impl Reader {
         }
     }
 
-    /// Waits until the channel has another owner than this node, and subscribes there.
+    /// Waits until the channel is owned by another node than `node`, and subscribes there.
     async fn moved_from(self: Arc<Self>, node: ConnectionInfo) -> Subscribed {
         loop {
             sleep(OWNER_CHECK_INTERVAL).await;
@@ -337,7 +337,7 @@ impl Reader {
             loop {
                 sleep(every).await;
                 match timeout(patience, sink.ping::<Value>()).await {
-                    // A sign that finds the channel full is one among others.
+                    // A full channel already holds a sign of life.
                     Ok(Ok(_)) => drop(alive.try_send(Instant::now())),
                     Ok(Err(_)) | Err(_) => return,
                 }
@@ -358,17 +358,17 @@ impl Reader {
     }
 
     fn take_moves(&self, payload: &[u8]) {
-        // What cannot be read is from a node of another time; to forget too much does no harm.
-        let everybody = Moves { users: Vec::new(), everybody: true, origin: 0 };
-        let moves = Moves::decode(payload).unwrap_or(everybody);
-        self.counters.redis_moves_heard.add(moves.users.len() as u64);
+        // An unreadable message comes from another version; dropping too many entries is safe.
+        let everybody = MovedUsers { users: Vec::new(), everybody: true, origin: 0 };
+        let moved = MovedUsers::decode(payload).unwrap_or(everybody);
+        self.counters.redis_moves_heard.add(moved.users.len() as u64);
         for sink in &self.sinks.presence {
-            if moves.everybody {
+            if moved.everybody {
                 sink.missed();
             }
-            moves.users.iter().for_each(|user| sink.moved(user));
-            if moves.origin != *announcer::ORIGIN {
-                moves.users.iter().for_each(|user| sink.moved_elsewhere(user));
+            moved.users.iter().for_each(|user| sink.moved(user));
+            if moved.origin != *announcer::ORIGIN {
+                moved.users.iter().for_each(|user| sink.moved_elsewhere(user));
             }
         }
     }
@@ -407,7 +407,7 @@ mod tests {
     use crate::service::events::proto::presence::v1::PresenceUpdateEvent;
 
     #[test]
-    fn place_of_a_user_whose_presence_changed_is_unknown() {
+    fn presence_change_invalidates_the_location() {
         let (locations, now) = (Locations::new(LocationsConfig::default()), Instant::now());
         for user in ["alice", "bob"] {
             locations.remember(user.into(), locations.ask(user, now), Arc::from([]));

@@ -19,7 +19,8 @@ type Part = Cache<ListState>;
 #[derive(Debug)]
 pub(super) struct MemberLists {
     parts: Box<[RwLock<Part>]>,
-    /// Seeded anew in each process; see [`Directory`](crate::service::members::directory::Directory).
+    /// Seeded anew in each process; see
+    /// [`Directory`](crate::service::members::directory::Directory).
     hasher: DefaultHashBuilder,
     /// One allocation per user, however many conversations they are in.
     users: Mutex<InternedIds>,

@@ -227,7 +227,8 @@ impl Observer {
         let status = &self.shared.status;
         if statistics.brokers.values().any(responsive) {
             status.reached();
-            if let Some(back) = self.shared.connections.works_after(RECOVERED_AFTER, Instant::now())
+            if let Some(back) =
+                self.shared.connections.succeeded_after(RECOVERED_AFTER, Instant::now())
             {
                 tracing::info!("Kafka: brokers reachable again {back}");
             }

@@ -52,7 +52,7 @@ impl ProducerContext for DeadLetterContext {
         match result {
             Ok(_) => {
                 self.counters.dead_letters_stored.add(1);
-                if let Some(back) = self.outage.works(Instant::now()) {
+                if let Some(back) = self.outage.succeeded(Instant::now()) {
                     tracing::info!("dead letters stored again {back}");
                 }
             }

@@ -1,8 +1,8 @@
 //! The contacts of a user: everybody who shares a conversation with them, cached for a short time.
 //!
 //! When a user is added to a conversation or removed from one, the entries of this user and those
-//! that name them become void: a removed member receives nothing more. Entries are checked when they
-//! are read, so a change costs one note.
+//! that name them become void: a removed member receives nothing more. Entries are checked when
+//! they are read, so a change costs one note.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;

@@ -205,7 +205,7 @@ fn subprotocols(t: &mut Table) {
         "the client's first choice, the other",
         offer("realchat.v1,realchat.v1.json"),
     );
-    t.is(101, json, "unknown ones passed over", offer("mqtt, realchat.v2, realchat.v1.json"));
+    t.is(101, json, "unknown ones are ignored", offer("mqtt, realchat.v2, realchat.v1.json"));
     t.accepts("only unknown ones", offer("mqtt, chat"));
     t.accepts("names are case-sensitive", offer("RealChat.V1"));
     t.is(101, json, "on two lines", offer("mqtt").and("Sec-WebSocket-Protocol: realchat.v1.json"));

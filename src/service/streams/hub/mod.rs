@@ -192,7 +192,7 @@ struct PendingAdmission<'a> {
 
 impl Drop for PendingAdmission<'_> {
     fn drop(&mut self) {
-        // The channel still contains an answer only if nobody has read it.
+        // The channel contains an answer only if `open` has not read it.
         self.answer.close();
         if let Ok(Ok(connection)) = self.answer.try_recv() {
             self.hub.notices.send(Notice::StreamEnded(connection, EndReason::PeerGone));

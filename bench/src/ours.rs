@@ -1,5 +1,5 @@
-//! Delivery itself, wired as `app` wires it but for Kafka: a router reads a partition that the
-//! generator writes.
+//! Delivery, wired as in `app` but without Kafka: a router reads a partition that the generator
+//! writes.
 
 use std::io;
 use std::net::SocketAddr;
@@ -39,16 +39,16 @@ use crate::usage;
 
 const POLL: Duration = Duration::from_micros(200);
 
-/// What the partition holds at the moment.
+/// Content of the partition.
 #[derive(Default)]
 struct Log {
-    /// Creation events, in turn.
+    /// Creation events.
     creations: std::vec::IntoIter<Vec<u8>>,
     generator: Option<Generator>,
     offset: i64,
 }
 
-/// The router's end of it.
+/// The router's source of records.
 struct Source(Arc<Mutex<Log>>);
 
 impl RecordSource for Source {
@@ -69,28 +69,28 @@ impl RecordSource for Source {
     }
 }
 
-/// How it is built.
+/// Configuration of [`Ours`].
 #[derive(Clone, Copy, Debug)]
 pub struct OurConfig {
     /// Shards.
     pub shards: u16,
-    /// Connections of each.
+    /// Connections per shard.
     pub connections: u32,
     /// `SO_SNDBUF`, bytes; 0: the system's default.
     pub send_buffer_bytes: usize,
-    /// Silence after which a client is pinged, ms.
+    /// Idle time after which a client is pinged, ms.
     pub ping_after_ms: u64,
 }
 
-/// Delivery, running.
+/// A running Delivery.
 pub struct Ours {
-    /// Where it listens.
+    /// Its address.
     pub address: SocketAddr,
     log: Arc<Mutex<Log>>,
     committable: Arc<CommittableOffset>,
     router: RouterControl,
     counters: Vec<Arc<ShardCounters>>,
-    /// Sizes of conversations that have been made.
+    /// Sizes of the conversations that have been created.
     prepared: Vec<usize>,
     _sessions: SessionHandle,
     _shards: Vec<ShardHandle>,
@@ -115,10 +115,10 @@ fn peer(
 }
 
 impl Ours {
-    /// Starts it on a free port.
+    /// Starts Delivery on a free port.
     ///
     /// # Errors
-    /// What could not be had.
+    /// A port, a thread or a ring is not available.
     pub fn start(config: OurConfig) -> io::Result<Self> {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -227,7 +227,7 @@ impl Ours {
         })
     }
 
-    /// Sessions that are open.
+    /// Open sessions.
     pub fn sessions(&self) -> usize {
         self.counters.iter().map(|counters| counters.counts.sessions.get() as usize).sum()
     }
@@ -236,7 +236,7 @@ impl Ours {
         self.counters.iter().map(|counters| counters.counts.sends.get()).sum()
     }
 
-    /// Makes the conversations that a plan needs. Returns whether there was anything to do.
+    /// Creates the conversations that a plan needs. Returns whether there was anything to do.
     pub fn prepare(&mut self, plan: PushPlan) -> bool {
         if self.prepared.contains(&plan.group) {
             return false;
@@ -261,7 +261,7 @@ impl Ours {
         true
     }
 
-    /// Every record below this offset is done: sent on each socket concerned.
+    /// Waits until every record below this offset has been sent on each socket concerned.
     fn wait_until(&self, offset: i64) {
         while self.committable.get() < Some(offset) {
             std::thread::sleep(POLL);
@@ -290,7 +290,7 @@ impl Ours {
         Pushed {
             messages: plan.events * plan.group.min(self.sessions()) as u64,
             elapsed_ns: now_ns() - started_ns,
-            // This thread is only here to say when the next event is due.
+            // This thread only wakes the router when an event is due.
             generator_ns: generator_ns + usage::thread_ns() - own_ns,
             retries: 0,
             sends: Some(self.sends() - sends),

@@ -8,15 +8,15 @@ use delivery_bench::flame;
 
 #[derive(Parser)]
 struct Arguments {
-    /// What `perf record` has written.
+    /// Output of `perf record`.
     data: PathBuf,
-    /// Where the picture goes.
+    /// Where to write the SVG.
     #[arg(long)]
     svg: Option<PathBuf>,
-    /// What stands above it.
+    /// Title.
     #[arg(long, default_value = "")]
     title: String,
-    /// Processor time of one message, µs, as measured without perf: what the shares are shares of.
+    /// Processor time of one message as measured without perf, µs; shares are multiplied by it.
     #[arg(long)]
     us: Option<f64>,
 }

@@ -14,10 +14,10 @@ struct Arguments {
     /// Numbers of sessions.
     #[arg(long, value_delimiter = ',', default_value = "1000,10000,50000,200000")]
     sessions: Vec<usize>,
-    /// How often each.
+    /// Rounds.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Client processes; otherwise as many as the most sessions need.
+    /// Client processes; by default as many as the largest number of sessions needs.
     #[arg(long)]
     clients: Option<usize>,
     /// Core of the server.
@@ -26,7 +26,7 @@ struct Arguments {
     /// Core of the clients.
     #[arg(long, default_value_t = 1)]
     client_core: usize,
-    /// Where the tables and the plots go.
+    /// Folder for the tables and the plots.
     #[arg(long, default_value = "results")]
     output: PathBuf,
 }

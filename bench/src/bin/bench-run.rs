@@ -18,7 +18,7 @@ struct Arguments {
     /// Works: push, groups, burst, flood, latency, slow, json, kib, deflate, echo.
     #[arg(long, value_delimiter = ',')]
     works: Vec<String>,
-    /// How often each.
+    /// Rounds.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Sessions.
@@ -30,11 +30,11 @@ struct Arguments {
     /// Core of the client.
     #[arg(long, default_value_t = 1)]
     client_core: usize,
-    /// Let the client look for messages again and again, so that the server does not pay for
-    /// waking it. Nothing else may want the client's core then.
+    /// Let the client poll for messages, so that the server does not pay for waking it. Its core must
+    /// not be used for anything else.
     #[arg(long)]
     client_never_sleeps: bool,
-    /// Where the table and the plots go.
+    /// Folder for the table and the plots.
     #[arg(long, default_value = "results")]
     output: PathBuf,
     /// Record the server's core with perf during each work, into this folder; see bench-flame.

@@ -7,43 +7,43 @@ use delivery_bench::conductor::{Presence, ScalePlan, ScaleWork, scale};
 
 #[derive(Parser)]
 struct Arguments {
-    /// What is to be found out.
+    /// What to measure.
     #[arg(value_enum, default_value = "hold")]
     work: ScaleWork,
-    /// Sessions in all.
+    /// Number of sessions.
     #[arg(long, default_value_t = 200_000)]
     sessions: usize,
-    /// Memory growth is counted from here; the sessions that stay in a storm.
+    /// Sessions from which memory growth is counted; the idle sessions of a storm.
     #[arg(long, default_value_t = 20_000)]
     base: usize,
-    /// Who is told of sessions.
+    /// Where sessions are registered.
     #[arg(long, value_enum, default_value = "redis")]
     presence: Presence,
-    /// Sessions that come again are caught up, by a message and a conversation service.
+    /// Reconnecting sessions catch up, from a message and a conversation service.
     #[arg(long)]
     catch_up: bool,
     /// Connects and disconnects of a storm.
     #[arg(long, default_value_t = 1_000_000)]
     storm: usize,
-    /// Seconds of pushing while 1 % come again every ten seconds; 0: one event to each only.
+    /// Seconds of pushing while 1 % reconnect every ten seconds; 0: one event to each only.
     #[arg(long, default_value_t = 0)]
     push_s: u64,
-    /// Events per second meanwhile.
+    /// Events per second.
     #[arg(long, default_value_t = 5_000)]
     rate: u64,
-    /// Sessions that get each event.
+    /// Recipients of each event.
     #[arg(long, default_value_t = 1)]
     group: usize,
-    /// Kafka brokers; without them one is started, from what `tests/run setup` has fetched.
+    /// Kafka brokers; by default starts the Kafka that `tests/run setup` has fetched.
     #[arg(long)]
     brokers: Option<String>,
     /// More settings of the node, NAME=VALUE.
     #[arg(long = "set")]
     settings: Vec<String>,
-    /// The node's program; the one that was built with this one if left out.
+    /// The node's program; by default the one in the folder of this program.
     #[arg(long)]
     node: Option<PathBuf>,
-    /// Where the report and the logs go.
+    /// Folder for the report and the logs.
     #[arg(long, default_value = "results")]
     output: PathBuf,
 }

@@ -12,7 +12,7 @@ struct Arguments {
     /// Sessions at most.
     #[arg(long, default_value_t = 16_384)]
     capacity: usize,
-    /// Let `bare` keep its sockets in file tables of its rings, for more sessions than descriptors.
+    /// Let `bare` keep its sockets in file tables, for more sessions than descriptors.
     #[arg(long)]
     park: bool,
     /// Core to run on.

@@ -1,4 +1,4 @@
-//! A server or a client as a process that is told words and answers in JSON.
+//! A server or client process that obeys words and answers in JSON.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-/// Longest that an answer may take.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Limit for an answer.
+const ANSWER_MAX: Duration = Duration::from_secs(120);
 
-/// See the module. Ended when dropped.
+/// A running process. Stopped when dropped.
 pub(super) struct Worker {
     child: Child,
     words: ChildStdin,
@@ -54,16 +54,16 @@ impl Worker {
         self.words.flush()
     }
 
-    /// The next answer that has a member of this name.
+    /// The next answer with a member of this name.
     pub(super) fn expect(&self, member: &str) -> io::Result<Value> {
-        self.expect_within(member, PATIENCE)
+        self.expect_within(member, ANSWER_MAX)
     }
 
-    /// The same, with another patience.
-    pub(super) fn expect_within(&self, member: &str, patience: Duration) -> io::Result<Value> {
+    /// The same with another limit.
+    pub(super) fn expect_within(&self, member: &str, limit: Duration) -> io::Result<Value> {
         loop {
-            let answer = self.answers.recv_timeout(patience).map_err(|_| {
-                io::Error::other(format!("{} does not answer with {member:?}", self.name))
+            let answer = self.answers.recv_timeout(limit).map_err(|_| {
+                io::Error::other(format!("{} gave no answer with {member:?}", self.name))
             })?;
             if answer.get(member).is_some() {
                 return Ok(answer);
@@ -79,7 +79,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // It may have ended already.
+        // It may have exited already.
         let _ = self.tell("quit");
         for _ in 0..100 {
             if !matches!(self.child.try_wait(), Ok(None)) {
@@ -92,7 +92,7 @@ impl Drop for Worker {
     }
 }
 
-/// A number of an answer; 0 if it is missing.
+/// A number in an answer; 0 if it is missing.
 pub(super) fn number(answer: &Value, member: &str) -> f64 {
     answer.get(member).and_then(Value::as_f64).unwrap_or(0.0)
 }

@@ -1,5 +1,5 @@
-//! What a message costs as the sessions of one server grow in number: Delivery and the bare ring side
-//! by side, at a steady pace and as fast as it goes.
+//! Cost of a message against the number of sessions: Delivery and the bare ring, at a steady rate and at
+//! full speed.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -19,18 +19,18 @@ use crate::usage;
 const PER_SHARD: usize = 17_000;
 /// Connections of one shard: what a file table of `RLIMIT_NOFILE` 20,000 holds.
 const CONNECTIONS: usize = 19_700;
-/// Messages of one measurement; more sessions get one each.
+/// Messages of one measurement; with more sessions, one each.
 const MESSAGES: usize = 200_000;
-/// Messages to a session in a row. A client's TCP acknowledges the first 16 segments after a silence
-/// at once, on the core that sends; later ones at the client's read, on its own core. All are to be
-/// of the first kind, whatever the number of sessions.
+/// Consecutive messages to a session. After a pause, TCP acknowledges the first 16 segments at once, on
+/// the sender's core, and later ones at the client's read, on its own core. All measured messages must
+/// be of the first kind, for any number of sessions.
 const IN_A_ROW: usize = 15;
-/// A silence: longer than the retransmission timeout, 200 ms.
-const SILENCE: Duration = Duration::from_secs(1);
+/// The pause: longer than the retransmission timeout, 200 ms.
+const PAUSE: Duration = Duration::from_secs(1);
 const ARRIVAL_MAX: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
 
-/// How fast, and so many at once.
+/// A rate, and the events that become due together.
 struct Pace {
     name: &'static str,
     title: &'static str,
@@ -38,29 +38,29 @@ struct Pace {
     at_once: u64,
 }
 
-/// The first as the works of `bench-run`.
+/// The first is that of the works of `bench-run`.
 const PACES: [Pace; 2] = [
     Pace {
         name: "growth",
-        title: "64,000 messages a second, by handfuls of 512",
+        title: "64,000 messages a second, in batches of 512",
         rate: 64_000,
         at_once: 512,
     },
-    Pace { name: "growth-flood", title: "as fast as it goes", rate: 0, at_once: 1 },
+    Pace { name: "growth-flood", title: "at full speed", rate: 0, at_once: 1 },
 ];
 
-/// A server that takes part.
+/// A server in the comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GrowthServer {
-    /// `bare`: the bare ring, its sockets in file tables. `bare:plain`: with descriptors, of which
-    /// there are not many.
+    /// `bare`: the bare ring with its sockets in file tables. `bare:plain`: with descriptors, whose
+    /// number is limited.
     Bare {
-        /// In file tables.
+        /// Whether the sockets are in file tables.
         park: bool,
     },
-    /// `delivery`, with as many shards as the sessions need. `delivery:12`: with so many.
+    /// `delivery`: as many shards as the sessions need. `delivery:12`: 12 shards.
     Delivery {
-        /// That many.
+        /// The number of shards.
         shards: Option<usize>,
     },
 }
@@ -75,7 +75,7 @@ impl FromStr for GrowthServer {
             ("delivery", "") => Ok(Self::Delivery { shards: None }),
             ("delivery", shards) => match shards.parse() {
                 Ok(shards @ 1..) => Ok(Self::Delivery { shards: Some(shards) }),
-                _ => Err(format!("{shards:?} is no number of shards")),
+                _ => Err(format!("{shards:?} is not a number of shards")),
             },
             _ => Err(format!("want bare, bare:plain, delivery or delivery:SHARDS, got {text:?}")),
         }
@@ -112,17 +112,17 @@ impl GrowthServer {
     }
 }
 
-/// What to run.
+/// A run of `bench-growth`.
 #[derive(Clone, Debug)]
 pub struct GrowthPlan {
     /// The servers; ratios are to the first.
     pub servers: Vec<GrowthServer>,
-    /// Numbers of sessions; growth is counted from the first.
+    /// Numbers of sessions; growth is relative to the first.
     pub sessions: Vec<usize>,
-    /// How often each.
+    /// Rounds.
     pub rounds: usize,
-    /// Client processes, the same for all numbers, so that the server has as many to wake; `None`:
-    /// what the most sessions need.
+    /// Client processes, the same for all numbers, so that the server always has as many to wake.
+    /// `None`: as many as the largest number of sessions needs.
     pub clients: Option<usize>,
     /// The folder of the programs.
     pub programs: PathBuf,
@@ -130,17 +130,17 @@ pub struct GrowthPlan {
     pub server_core: usize,
     /// Core of the clients.
     pub client_core: usize,
-    /// Where the tables and the plots go.
+    /// Folder for the tables and the plots.
     pub output: PathBuf,
 }
 
-/// µs for each message, one for each round: by pace, server and number of sessions.
+/// µs per message by pace, server and number of sessions; one value per round.
 type Costs = Vec<Vec<Vec<Vec<f64>>>>;
 
-/// Runs it: the numbers in turn, at each number the servers in turn; every other round backwards.
+/// Runs each server at each number of sessions; every second round in reverse order.
 ///
 /// # Errors
-/// A program cannot be started or does not answer, sessions do not come up, messages are lost.
+/// A program does not start or answer, sessions do not open, or messages are lost.
 pub fn run(plan: &GrowthPlan) -> io::Result<()> {
     let empty = vec![vec![Vec::new(); plan.sessions.len()]; plan.servers.len()];
     let mut costs: Costs = vec![empty; PACES.len()];
@@ -219,7 +219,7 @@ fn plot(plan: &GrowthPlan, pace: &Pace, costs: &[Vec<Vec<f64>>]) -> String {
     lines(&format!("push, one recipient each, {}", pace.title), subtitle, &drawn)
 }
 
-/// µs per message at each pace, of the process and of its core's deferred interrupts.
+/// µs per message at each pace, of the process and of `ksoftirqd` of its core.
 fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::Result<Vec<f64>> {
     let mut server = Worker::start(&contender.command(plan, sessions))?;
     let address = server.expect("ready")?["ready"].as_str().unwrap_or_default().to_owned();
@@ -236,7 +236,7 @@ fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::R
     let from = Instant::now();
     while number(&server.ask("sessions", "sessions")?, "sessions") < sessions as f64 {
         if from.elapsed() > ARRIVAL_MAX {
-            return Err(io::Error::other("the server does not know all sessions"));
+            return Err(io::Error::other("the server does not have all sessions"));
         }
         std::thread::sleep(POLL);
     }
@@ -249,12 +249,12 @@ fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::R
     for Pace { rate, at_once, .. } in PACES {
         let pushes = generator::PushPlan { group: 1, burst: 1, events, rate, at_once, bytes: 128 };
         server.ask(&format!("prepare {pushes}"), "prepared")?;
-        // Every session once: what it then costs is not its first time.
+        // Warm-up: one message to every session.
         let once = generator::PushPlan { events: sessions as u64, ..pushes };
         push(&mut server, &mut fleet, once)?;
         let (mut ns, mut messages) = (0, 0);
         while messages < MESSAGES as u64 {
-            std::thread::sleep(SILENCE);
+            std::thread::sleep(PAUSE);
             let before = used(&server)?;
             push(&mut server, &mut fleet, pushes)?;
             ns += used(&server)? - before;
@@ -265,13 +265,13 @@ fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::R
     Ok(costs)
 }
 
-/// Pushes, until all of it has arrived.
+/// Pushes a plan and waits until all messages have arrived.
 fn push(server: &mut Worker, fleet: &mut Fleet, pushes: generator::PushPlan) -> io::Result<()> {
     fleet.ask("reset", "done")?;
     server.ask(&format!("push {pushes}"), "elapsed_ns")?;
     let seen = fleet.receive(pushes.events as f64)?;
     if seen.messages != pushes.events as f64 || seen.wrong() + seen.closed > 0.0 {
-        return Err(io::Error::other(format!("not all came as they should: {seen:?}")));
+        return Err(io::Error::other(format!("messages lost or wrong: {seen:?}")));
     }
     Ok(())
 }
@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn servers_are_understood() {
+    fn servers_are_parsed() {
         assert_eq!("bare".parse(), Ok(GrowthServer::Bare { park: true }));
         assert_eq!("delivery:12".parse(), Ok(GrowthServer::Delivery { shards: Some(12) }));
         assert!("delivery:0".parse::<GrowthServer>().is_err());

@@ -1,4 +1,4 @@
-//! Lines over a number of sessions, with the spread at their points, as SVG like the bars.
+//! Line plots over the number of sessions, with the spread at each point, as SVG.
 
 use std::fmt::Write as _;
 
@@ -9,19 +9,19 @@ const HEIGHT: f64 = 320.0;
 const LEFT: f64 = 48.0;
 const RIGHT: f64 = 150.0;
 const BOTTOM: f64 = 32.0;
-/// Horizontal lines, at most so many beside that of 0.
+/// Maximum of horizontal lines above that of 0.
 const RULES: f64 = 8.0;
-/// Texts below and beside each other keep this distance.
+/// Minimum distance between texts.
 const TEXT_HEIGHT: f64 = 17.0;
 const TEXT_WIDTH: f64 = 56.0;
 
-/// What one thing amounts to at some numbers of sessions, in their order.
+/// A line: values at some numbers of sessions, in ascending order.
 pub(super) struct Line {
     pub(super) name: String,
     pub(super) points: Vec<(f64, Summary)>,
 }
 
-/// One line for each; sessions on a logarithmic scale, amounts from 0.
+/// Draws the lines; sessions on a logarithmic scale, values from 0.
 pub(super) fn lines(title: &str, subtitle: &str, drawn: &[Line]) -> String {
     let axes = Axes::of(drawn);
     let mut svg = String::new();

@@ -1,4 +1,4 @@
-//! Runs servers and clients against each other, in turn and again, and writes down what came out.
+//! Runs servers and clients in turn, in several rounds, and writes the results.
 
 mod child;
 mod growth;
@@ -20,36 +20,36 @@ pub use samples::{Metric, Samples, Summary};
 pub use scale::{Presence, ScalePlan, ScaleWork, run as scale};
 pub use work::{WORKS, Wire, Work};
 
-/// What a server is able to do.
+/// Kind of a server: which works it can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// To push the bytes that it is given, and to echo.
+    /// Pushes given bytes, and echoes.
     Other,
-    /// All works: Delivery, events injected at its router.
+    /// Delivery with events injected at its router: all works.
     Delivery,
-    /// Pushes: Delivery, events from Kafka.
+    /// Delivery with events from Kafka: pushes only.
     Kafka,
 }
 
-/// A server that takes part.
+/// A server in the comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contender {
     /// Its name in the table.
     pub name: String,
     /// Its kind.
     pub role: Role,
-    /// Program and arguments; the core is added.
+    /// Program and arguments, without the core.
     pub command: Vec<String>,
 }
 
-/// What to run.
+/// A run of `bench-run`.
 #[derive(Clone, Debug)]
 pub struct Comparison {
     /// The servers; ratios are to the first.
     pub contenders: Vec<Contender>,
-    /// What they are to do.
+    /// The works.
     pub works: Vec<Work>,
-    /// How often each.
+    /// Rounds.
     pub rounds: usize,
     /// Sessions, of one client process.
     pub sessions: usize,
@@ -59,15 +59,15 @@ pub struct Comparison {
     pub server_core: usize,
     /// Core of the client.
     pub client_core: usize,
-    /// Whether the client looks for messages again and again instead of being woken for them.
+    /// Whether the client polls for messages instead of sleeping.
     pub client_never_sleeps: bool,
-    /// Where the table and the plots go.
+    /// Folder for the table and the plots.
     pub output: PathBuf,
-    /// Where `perf` recordings of each work go: then it is not the figures that count.
+    /// Folder for a `perf` recording of each work. Recording distorts the figures.
     pub profile: Option<PathBuf>,
 }
 
-/// Runs everything, interleaved: each round runs each server once, every other round backwards.
+/// Runs everything: each round runs each server once; every second round in reverse order.
 ///
 /// # Errors
 /// A program cannot be started, or does not answer.

@@ -1,17 +1,17 @@
-//! What was measured: numbers by work, server and metric.
+//! Measured values by work, server and metric.
 
 use std::collections::BTreeMap;
 
 use crate::journey::Part;
 
-/// What a number is of.
+/// A measured quantity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Metric {
-    /// Processor time per message: the process, and the core's thread for deferred interrupts.
+    /// Processor time per message, µs: the process and `ksoftirqd` of its core.
     CpuUs,
-    /// The same without what making the events took.
+    /// The same without generating the events.
     CpuServingUs,
-    /// The part of it that is the thread for deferred interrupts.
+    /// The part of `ksoftirqd`.
     SoftirqUs,
     /// Messages per second.
     PerSecond,
@@ -23,48 +23,48 @@ pub enum Metric {
     P99Us,
     /// 99.9th percentile, µs.
     P999Us,
-    /// Median of a part of the way through Kafka, µs.
+    /// Median of a part of the path through Kafka, µs.
     PartP50Us(Part),
-    /// Its 99th percentile, µs.
+    /// 99th percentile of a part, µs.
     PartP99Us(Part),
-    /// Messages lost, doubled, out of order or without a stamp.
+    /// Messages lost, duplicated, out of order or without a stamp.
     Wrong,
 }
 
-/// See the module.
+/// The values by work, server and metric; one per round.
 #[derive(Debug, Default)]
 pub struct Samples(BTreeMap<(&'static str, String, Metric), Vec<f64>>);
 
-/// Several runs of one thing.
+/// Summary of the rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
-    /// The one in the middle.
+    /// Median.
     pub median: f64,
-    /// The least.
+    /// Minimum.
     pub min: f64,
-    /// The greatest.
+    /// Maximum.
     pub max: f64,
 }
 
 impl Samples {
-    /// Adds a number.
+    /// Adds a value.
     pub fn add(&mut self, work: &'static str, contender: &str, metric: Metric, value: f64) {
         self.0.entry((work, contender.to_owned(), metric)).or_default().push(value);
     }
 
-    /// All numbers of one thing, as one.
+    /// Summary over the rounds.
     pub fn summary(&self, work: &'static str, contender: &str, metric: Metric) -> Option<Summary> {
         Some(Summary::of(self.values(work, contender, metric)?))
     }
 
-    /// All numbers of one thing, by round.
+    /// The values by round.
     pub fn values(&self, work: &'static str, contender: &str, metric: Metric) -> Option<&[f64]> {
         Some(self.0.get(&(work, contender.to_owned(), metric))?)
     }
 }
 
 impl Summary {
-    /// Of at least one number.
+    /// Summary of at least one value.
     pub fn of(values: &[f64]) -> Self {
         let mut values = values.to_vec();
         values.sort_by(f64::total_cmp);

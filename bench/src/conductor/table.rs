@@ -1,4 +1,4 @@
-//! The table: ratios first, then what they are ratios of.
+//! The results table: ratios, then the values.
 
 use std::fmt::Write as _;
 
@@ -6,7 +6,7 @@ use super::samples::{Metric, Samples, Summary};
 use super::work::Work;
 use crate::journey::Part;
 
-/// Markdown. Ratios are of medians, to the first of `contenders` that does the work.
+/// Renders Markdown. Ratios are of medians, to the first of `contenders` that does the work.
 pub(super) fn markdown(works: &[Work], contenders: &[&str], samples: &Samples) -> String {
     let mut text = String::new();
     let out = &mut text;
@@ -45,7 +45,7 @@ pub(super) fn markdown(works: &[Work], contenders: &[&str], samples: &Samples) -
     text
 }
 
-/// The parts of the way through Kafka, where they are known.
+/// The parts of the path through Kafka, if they were recorded.
 fn parts(out: &mut String, work: &Work, name: &str, samples: &Samples) {
     let rows: Vec<_> = Part::ALL
         .into_iter()

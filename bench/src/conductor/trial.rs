@@ -1,4 +1,4 @@
-//! One server, once: its sessions connected, every work done.
+//! One round of one server: connects the sessions and does every work.
 
 use std::io;
 use std::process::{Child, Command, Stdio};
@@ -14,34 +14,34 @@ use crate::generator;
 use crate::journey::{self, Arrival, Durations, Part, Passage};
 use crate::usage;
 
-/// Longest wait for messages that are still on their way.
+/// Limit for messages in flight.
 const ARRIVAL_MAX: Duration = Duration::from_secs(20);
-/// What was sent to the clients before has arrived after this, and their TCP counts as silent (RTO,
-/// 200 ms or somewhat more): see the length of a work.
+/// Pause before a work. Earlier messages have arrived, and TCP treats the connection as idle (RTO, 200
+/// ms or slightly more): see `MESSAGES` of the works.
 const SETTLE: Duration = Duration::from_millis(1000);
 const POLL: Duration = Duration::from_millis(20);
-/// Seconds of what is measured that a broker gets beforehand.
+/// Seconds of warm-up for a broker.
 const BROKER_WARM_S: u64 = 20;
 
-/// `perf record`, until it is dropped.
+/// A running `perf record`, stopped when dropped.
 struct Recording(Child);
 
 impl Drop for Recording {
     fn drop(&mut self) {
         if let Some(pid) = usage::pid_of(self.0.id()) {
-            // It writes the rest and ends. If it has ended already, nothing is lost.
+            // It writes the rest and exits. It may have exited already.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
         }
         let _ = self.0.wait();
     }
 }
 
-/// The server at work.
-struct Field<'a> {
+/// A running server.
+struct Trial<'a> {
     plan: &'a Comparison,
     server: Worker,
     address: String,
-    /// The process whose time counts.
+    /// The process whose processor time counts.
     pid: u32,
     role: Role,
 }
@@ -60,7 +60,7 @@ pub(super) fn run(
     let ready = server.expect("ready")?;
     let address = ready["ready"].as_str().unwrap_or_default().to_owned();
     let pid = number(&ready, "pid") as u32;
-    let mut field = Field { plan, server, address, pid, role: contender.role };
+    let mut trial = Trial { plan, server, address, pid, role: contender.role };
     let works: Vec<&Work> = plan.works.iter().filter(|work| work.suits(contender.role)).collect();
     for wire in Wire::ALL {
         let pushes: Vec<_> = works
@@ -74,33 +74,33 @@ pub(super) fn run(
         if pushes.is_empty() {
             continue;
         }
-        let mut client = field.connect("/ws", r#"{"last_sequences":{}}"#, wire)?;
-        field.settle(plan.sessions)?;
+        let mut client = trial.connect("/ws", r#"{"last_sequences":{}}"#, wire)?;
+        trial.settle(plan.sessions)?;
         for (name, pushes) in pushes {
-            field.push(&mut client, warm_up(pushes, contender.role))?;
-            let recording = field.recording(name, contender)?;
-            let outcome = field.push(&mut client, pushes)?;
+            trial.push(&mut client, warm_up(pushes, contender.role))?;
+            let recording = trial.recording(name, contender)?;
+            let outcome = trial.push(&mut client, pushes)?;
             drop(recording);
             outcome.record(name, contender, samples);
         }
         drop(client);
-        field.settle(0)?;
+        trial.settle(0)?;
     }
     for work in works {
         let Task::Echo { window, bytes, ms } = work.task else { continue };
-        let mut client = field.connect("/echo", "", work.wire)?;
-        field.echo(&mut client, (window, bytes, ms / 10))?;
-        let recording = field.recording(work.name, contender)?;
-        let outcome = field.echo(&mut client, (window, bytes, ms))?;
+        let mut client = trial.connect("/echo", "", work.wire)?;
+        trial.echo(&mut client, (window, bytes, ms / 10))?;
+        let recording = trial.recording(work.name, contender)?;
+        let outcome = trial.echo(&mut client, (window, bytes, ms))?;
         drop(recording);
         outcome.record(work.name, contender, samples);
     }
     Ok(())
 }
 
-/// What is pushed before anything is measured, to warm caches, queues, the system's own buffers. A
-/// broker is a JVM that compiles what it does often; while it does, on the core that it shares with
-/// the client and the producer, a single event waits for seconds.
+/// The plan pushed before a measurement, to warm up caches, queues and kernel buffers. A broker is a JVM
+/// that compiles hot code, on the core that it shares with the client and the producer; meanwhile a
+/// single event can wait for seconds.
 fn warm_up(pushes: generator::PushPlan, role: Role) -> generator::PushPlan {
     let events = match role {
         Role::Kafka if pushes.is_one_by_one() => pushes.rate * BROKER_WARM_S,
@@ -118,7 +118,7 @@ struct Outcome {
     sends: Option<f64>,
     wrong: f64,
     latency: Value,
-    /// Of the way through Kafka, if there was one and it was looked at.
+    /// Parts of the path through Kafka, if recorded.
     parts: Vec<(Part, Durations)>,
 }
 
@@ -145,7 +145,7 @@ impl Outcome {
     }
 }
 
-impl Field<'_> {
+impl Trial<'_> {
     fn connect(&self, path: &str, hello: &str, wire: Wire) -> io::Result<Worker> {
         let mut command = vec![
             self.plan.client.display().to_string(),
@@ -162,12 +162,12 @@ impl Field<'_> {
         let client = Worker::start(&command)?;
         let dialed = client.expect("dialed")?;
         if number(&dialed, "failed") > 0.0 {
-            return Err(io::Error::other(format!("not all sessions came up: {dialed}")));
+            return Err(io::Error::other(format!("not all sessions opened: {dialed}")));
         }
         Ok(client)
     }
 
-    /// Records all that runs on the server's core, if that is wanted.
+    /// Records everything on the server's core, if requested.
     fn recording(&self, work: &str, contender: &Contender) -> io::Result<Option<Recording>> {
         let Some(folder) = &self.plan.profile else { return Ok(None) };
         std::fs::create_dir_all(folder)?;
@@ -182,12 +182,12 @@ impl Field<'_> {
         Ok(Some(Recording(child)))
     }
 
-    /// Waits until the server has so many sessions.
+    /// Waits until the server has this many sessions.
     fn settle(&mut self, sessions: usize) -> io::Result<()> {
         let from = Instant::now();
         while number(&self.server.ask("sessions", "sessions")?, "sessions") != sessions as f64 {
             if from.elapsed() > ARRIVAL_MAX {
-                let why = format!("the server does not come to {sessions} sessions");
+                let why = format!("the server does not reach {sessions} sessions");
                 return Err(io::Error::other(why));
             }
             std::thread::sleep(POLL);
@@ -195,7 +195,7 @@ impl Field<'_> {
         Ok(())
     }
 
-    /// Processor time used up to now, ns: of the process, and of the core's deferred interrupts.
+    /// Processor time so far, ns: of the process and of `ksoftirqd` of its core.
     fn used(&self) -> io::Result<(u64, u64)> {
         Ok((usage::process_ns(self.pid)?, usage::softirq_ns(self.plan.server_core)?))
     }
@@ -233,7 +233,7 @@ impl Field<'_> {
             .sum::<f64>()
             + (messages - number(&report, "messages")).abs();
         if wrong > 0.0 {
-            eprintln!("  something is wrong: {pushed} {report}");
+            eprintln!("  messages lost or wrong: {pushed} {report}");
         }
         Ok(Outcome {
             messages,
@@ -253,7 +253,7 @@ impl Field<'_> {
         client: &mut Worker,
         (window, bytes, ms): (usize, usize, u64),
     ) -> io::Result<Outcome> {
-        // Some need a head start: to arm every socket.
+        // Some servers need time to arm every socket.
         self.server.tell(&format!("echo {}", ms + 1000))?;
         std::thread::sleep(Duration::from_millis(200));
         let before = self.used()?;

@@ -1,28 +1,28 @@
-//! What the servers are made to do.
+//! The works that are measured.
 
 use super::Role;
 use crate::generator::PushPlan;
 
-/// What a work asks of a server.
+/// Task of a work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
-    /// Push so.
+    /// Push a plan.
     Push(PushPlan),
-    /// Answer echoes: how many at a time, of what size, for how long (ms).
+    /// Answer echoes.
     Echo {
-        /// Messages under way.
+        /// Messages in flight.
         window: usize,
-        /// Bytes of each.
+        /// Size of each message, bytes.
         bytes: usize,
-        /// Duration.
+        /// Duration, ms.
         ms: u64,
     },
 }
 
-/// What the sessions of a work have asked for in their upgrade.
+/// Encoding that the sessions of a work request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wire {
-    /// Nothing: binary.
+    /// Binary, the default.
     Binary,
     /// The JSON subprotocol.
     Json,
@@ -31,10 +31,10 @@ pub enum Wire {
 }
 
 impl Wire {
-    /// All, in the order in which they are used.
+    /// All, in order of use.
     pub const ALL: [Self; 3] = [Self::Binary, Self::Json, Self::JsonDeflate];
 
-    /// What the client has to be told.
+    /// Arguments of the client.
     pub fn arguments(self) -> &'static [&'static str] {
         match self {
             Self::Binary => &[],
@@ -44,51 +44,49 @@ impl Wire {
     }
 }
 
-/// One row of the table.
+/// A work: one section of the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work {
     /// Its name on the command line.
     pub name: &'static str,
     /// Its name in the table.
     pub title: &'static str,
-    /// What is done.
+    /// Its task.
     pub task: Task,
-    /// By what kind of sessions.
+    /// Encoding of its sessions.
     pub wire: Wire,
 }
 
 impl Work {
-    /// Whether a server of this kind can do it.
+    /// Whether a server of this kind can do the work.
     pub fn suits(&self, role: Role) -> bool {
         match (self.task, self.wire) {
             (Task::Push(_), Wire::Json | Wire::JsonDeflate) => role == Role::Delivery,
-            // Records are spread over partitions, so eight in a row do not stay together.
+            // Bursts are not kept together across partitions.
             (Task::Push(plan), Wire::Binary) => role != Role::Kafka || plan.burst == 1,
             (Task::Echo { .. }, _) => role != Role::Kafka,
         }
     }
 }
 
-/// Messages a second of most works: about half of what one core can push, so that the client keeps
-/// up. A server that is ahead of its client fills the sockets, and then it is the memory of what
-/// waits in them that is measured.
+/// Messages per second of most works: about half of what one core can push, so that the client keeps
+/// up. A server ahead of its client fills the sockets, which would measure memory traffic instead.
 const MESSAGES_PER_S: u64 = 64_000;
-/// Of which so many come at once.
+/// Messages that become due together.
 const AT_ONCE: u64 = 512;
-/// Messages of a work: 15 for each of 10,000 sessions. A receiver acknowledges the first 16
-/// segments after a silence at once (`TCP_MAX_QUICKACKS`), within the send, on the server's core;
-/// what follows is acknowledged when the client reads, on the client's, and costs the server a
-/// third less. Chat is silence, mostly, so that it is the first that is measured, with every server.
+/// Messages of a work: 15 for each of 10,000 sessions. After a pause, a receiver acknowledges the first
+/// 16 segments at once (`TCP_MAX_QUICKACKS`), within the send, on the server's core. Later ones are
+/// acknowledged when the client reads, on the client's core, and cost the server a third less. Chat
+/// sessions are mostly idle, so only the first kind is measured.
 const MESSAGES: u64 = 150_000;
-/// Events a second of the work that is about latency: a fifth of the most that one core pushes
-/// here.
+/// Events per second of the latency work: a fifth of what one core can push.
 const LATENCY_RATE: u64 = 25_000;
-/// The same where a broker, its producer and the client share a core with ease.
+/// The same at a rate that leaves room on the core that broker, producer and client share.
 const SLOW_RATE: u64 = 5_000;
-/// Bytes of the value that becomes 1024 bytes of JSON.
+/// Size of a value whose JSON has 1024 bytes.
 const JSON_KIB_BYTES: usize = 841;
 
-/// For conversations of `group`, so many in a row, by the handful.
+/// A push to conversations of `group`, `burst` events in a row, in batches.
 const fn push(group: usize, burst: usize, bytes: usize) -> Task {
     let rate = MESSAGES_PER_S / group as u64;
     let at_once = AT_ONCE / group as u64;
@@ -115,7 +113,7 @@ pub const WORKS: [Work; 10] = [
     work("burst", "8 events waiting per session", Wire::Binary, push(1, 8, 128)),
     work(
         "flood",
-        "push, one recipient each, as fast as it goes",
+        "push, one recipient each, at full speed",
         Wire::Binary,
         Task::Push(PushPlan { events: MESSAGES, rate: 0, ..LATENCY }),
     ),
@@ -136,7 +134,7 @@ pub const WORKS: [Work; 10] = [
     ),
     work(
         "echo",
-        "echo, 256 under way",
+        "echo, 256 in flight",
         Wire::Binary,
         Task::Echo { window: 256, bytes: 128, ms: 3000 },
     ),
@@ -154,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kib_of_json_is_one() {
+    fn kib_of_json_has_1024_bytes() {
         use crate::payload::{Stamp, Template};
         use delivery::service::{encode, envelope};
 

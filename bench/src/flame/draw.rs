@@ -1,4 +1,4 @@
-//! The flame graph: a picture without scripts; a browser shows a frame's name and share on hovering.
+//! The flame graph: an SVG without scripts. A browser shows a frame's name and share on hovering.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,7 +10,7 @@ const ROW: f64 = 16.0;
 const TOP: f64 = 28.0;
 /// Frames narrower than this are not drawn, px.
 const NARROWEST: f64 = 1.0;
-/// Room for one letter, px.
+/// Width of a letter, px.
 const LETTER: f64 = 6.6;
 
 #[derive(Default)]
@@ -19,7 +19,7 @@ struct Node {
     under: BTreeMap<String, Node>,
 }
 
-/// Draws it.
+/// Draws a flame graph.
 pub fn svg(title: &str, stacks: &Stacks) -> String {
     let mut root = Node::default();
     for (stack, count) in stacks {
@@ -83,7 +83,7 @@ fn draw(svg: &mut String, node: &Node, left: f64, bottom: f64, scale: f64, total
     }
 }
 
-/// Ours red, Kafka's client green, the allocator violet, everything else (the system) in sand.
+/// Delivery is red, Kafka's client green, the allocator violet, everything else beige.
 fn colour(name: &str) -> &'static str {
     if name.contains("delivery") {
         "#e5705a"
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_of_one_parent_are_as_wide_as_their_share() {
+    fn width_of_a_frame_is_its_share() {
         let stack = |frames: &[&str]| frames.iter().map(|frame| (*frame).to_owned()).collect();
         let stacks = Stacks::from([(stack(&["shard", "a<b>"]), 3), (stack(&["shard", "c"]), 1)]);
         let svg = svg("title", &stacks);

@@ -1,4 +1,4 @@
-//! Where the time goes: from what `perf script` prints to a flame graph and a table of layers.
+//! Flame graphs and a table of layers from the output of `perf script`.
 
 mod draw;
 mod layers;
@@ -34,7 +34,7 @@ pub fn fold(script: &str) -> Stacks {
 fn symbol(line: &str) -> String {
     let name = line.trim().split_once(' ').map_or("[unknown]", |(_, name)| name.trim());
     let name = name.rsplit_once("+0x").map_or(name, |(name, _)| name);
-    // Without the hash, and without what stands for generic arguments.
+    // Without the hash and the generic arguments.
     let name = format!("{:#}", rustc_demangle::demangle(name));
     name.split("::h").next().filter(|_| is_hashed(&name)).map_or(name.clone(), str::to_owned)
 }
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn samples_are_folded_from_the_outside() {
+    fn samples_are_folded_outermost_first() {
         let script = "shard-0 \n\t  ffff tcp_sendmsg+0x12\n\t 55 delivery::uring::Ring::enter\n\n\
                       shard-0 \n\t  ffff tcp_sendmsg+0x99\n\t 55 delivery::uring::Ring::enter\n\n\
                       swapper \n\t  ffff default_idle\n\n";
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn hashes_go() {
+    fn hashes_are_removed() {
         assert_eq!(symbol(" 7f00 a::b::h0123456789abcdef+0x3"), "a::b");
         assert_eq!(symbol(" 7f00 a::hello"), "a::hello");
         assert_eq!(symbol(" 7f00"), "[unknown]");

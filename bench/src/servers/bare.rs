@@ -1,4 +1,4 @@
-//! The limit: a ring that sends the same bytes to the same sockets, and nothing else.
+//! The limit: an io_uring that only sends the same bytes to the same sockets.
 
 #![allow(unsafe_code)]
 
@@ -16,17 +16,17 @@ use crate::control::Pushed;
 use crate::frame;
 use crate::generator::Generator;
 
-/// A send, or what is left of one.
+/// A send, or the rest of one.
 struct Send {
     session: usize,
     frames: Rc<Vec<u8>>,
     from: usize,
 }
 
-/// What is to be sent, in order.
+/// Queue of sends, in order.
 struct Waiting {
     sends: VecDeque<Send>,
-    /// The batch that each session was last part of.
+    /// Last batch of each session.
     batch_of: Vec<u64>,
     batch: u64,
 }
@@ -36,7 +36,7 @@ impl Waiting {
         Self { sends: VecDeque::new(), batch_of: vec![0; sessions], batch: 0 }
     }
 
-    /// Events in a row for one session go out as one send from one buffer.
+    /// Consecutive events for one session are merged into one send.
     fn push(&mut self, session: usize, frame: &Rc<Vec<u8>>) {
         match self.sends.back_mut() {
             Some(last) if last.session == session => {
@@ -46,21 +46,21 @@ impl Waiting {
         }
     }
 
-    /// The next sends that may be under way together: never two of one socket, of which a short
-    /// one would be spliced into by the other.
+    /// The next sends that can be in flight together: never two of one socket, because a short send
+    /// would let the other one cut into its frame.
     fn next_batch(&mut self, into: &mut Vec<Send>) {
         self.batch += 1;
         while into.len() < ENTRIES as usize
             && self.sends.front().is_some_and(|send| self.batch_of[send.session] != self.batch)
         {
-            let send = self.sends.pop_front().expect("looked at");
+            let send = self.sends.pop_front().expect("checked above");
             self.batch_of[send.session] = self.batch;
             into.push(send);
         }
     }
 }
 
-/// Pushes until the generator is through: as many sends per submission as fit.
+/// Pushes until the generator is finished, with as many sends per submission as fit.
 pub(super) fn push(mut generator: Generator, rings: &mut Rings) -> io::Result<Pushed> {
     let generator_ns = generator.total_cost_ns();
     let started_ns = now_ns();
@@ -97,8 +97,8 @@ pub(super) fn push(mut generator: Generator, rings: &mut Rings) -> io::Result<Pu
         }
         sends += in_flight.len() as u64;
         rings.submit(&mut results)?;
-        // Tried again before newer ones, so that no frame is cut in two by another. A socket that
-        // failed is the client's to count.
+        // The rest of a short send goes first, so that no other frame cuts into it. The client counts
+        // sockets that failed.
         for (place, mut send) in in_flight.drain(..).enumerate().rev() {
             let sent = match results[place] {
                 error if error == -libc::EAGAIN => 0,
@@ -121,12 +121,12 @@ pub(super) fn push(mut generator: Generator, rings: &mut Rings) -> io::Result<Pu
     })
 }
 
-/// A buffer per socket, for the time of an echo run.
+/// Size of the receive buffer of each socket in an echo run.
 const ECHO_BYTES: usize = 512;
 const RECEIVE: u64 = 0;
 const SEND: u64 = 1;
 
-/// Answers every message on these sockets for so long.
+/// Echoes every message on these sockets for this time.
 pub(super) fn echo(descriptors: &[i32], ms: u64) -> io::Result<()> {
     let mut ring = ring()?;
     let ends = now_ns() + ms * 1_000_000;

@@ -1,4 +1,4 @@
-//! The epoll loop, and the frame around the bare ring: both take connections the same way.
+//! The epoll server. It also accepts the connections of the bare ring.
 
 use std::io;
 use std::net::TcpListener;
@@ -19,7 +19,7 @@ use crate::frame;
 use crate::generator::{Generator, PushPlan};
 
 const EVENTS_MAX: usize = 512;
-/// Events sent between two looks at the sockets.
+/// Events sent between two waits for the sockets.
 const BATCH: usize = 256;
 
 /// How it sends.
@@ -34,7 +34,7 @@ pub(super) enum Engine {
 struct Server {
     table: Table,
     engine: Engine,
-    /// Where sockets go as soon as their sessions are open, if they do.
+    /// Rings that take over the sockets of open sessions, if parking.
     parking: Option<Rings>,
     push: Option<Push>,
 }
@@ -46,7 +46,7 @@ struct Push {
     generator_ns: u64,
 }
 
-/// Until the standard input ends. `park`: a ring keeps its sockets in tables of its own.
+/// Runs until the standard input ends. `park`: rings keep the sockets in their file tables.
 pub(super) fn run(
     listener: TcpListener,
     capacity: usize,
@@ -60,7 +60,7 @@ pub(super) fn run(
     epoll::add(table.epoll(), &*bell, EventData::new_u64(COMMAND), flags)?;
     let ringer = Arc::clone(&bell);
     let words = control::commands(Word::parse, move || {
-        let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes()); // fails only when full: rung
+        let _ = rustix::io::write(&*ringer, &1_u64.to_ne_bytes()); // fails only if full, which wakes as well
     });
     Server { table, engine, parking, push: None }.serve(&words)
 }
@@ -155,7 +155,7 @@ impl Server {
         }
     }
 
-    /// Pushes what is due; returns how long epoll may wait then.
+    /// Pushes due events. Returns the timeout for epoll.
     fn advance(&mut self) -> Option<Timespec> {
         let no_wait = Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         let Some(push) = &mut self.push else { return None };
@@ -174,7 +174,7 @@ impl Server {
         }
         if push.generator.is_finished() {
             if self.table.unsent > 0 {
-                return None; // epoll tells when they can be sent
+                return None; // epoll reports when they can be sent
             }
             control::answer(&Pushed {
                 messages: push.messages,

@@ -1,4 +1,5 @@
-//! The comparison servers: one job, one protocol, each the way its kind is usually written. See [`Word`](crate::control::Word) for what they are told.
+//! The comparison servers: the same task and protocol, each written as is usual for its kind. They obey
+//! the words of [`Word`](crate::control::Word).
 
 mod bare;
 mod epoll;
@@ -15,26 +16,26 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use self::tokio_tungstenite::Buffers;
 
-/// Which one.
+/// A comparison server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
-    /// io_uring and nothing else: the limit.
+    /// A bare io_uring: the limit.
     Bare,
     /// epoll and `send(2)`.
     Epoll,
     /// tokio, a task per connection, tungstenite.
     Tokio,
-    /// The same, with the buffers that tungstenite has unless told otherwise.
+    /// The same with the default buffers of tungstenite.
     TokioDefaults,
     /// tokio-uring, a task per connection, tungstenite.
     TokioUring,
 }
 
-/// Runs it until its standard input ends. `capacity`: sessions at most. `park`: the bare one keeps
-/// sockets in tables of its rings, so that there may be more of them than descriptors.
+/// Runs a server until its standard input ends. `capacity`: maximum of sessions. `park`: the bare server
+/// keeps its sockets in file tables of its rings, so that there can be more sessions than descriptors.
 ///
 /// # Errors
-/// The system's.
+/// A system call failed.
 pub fn run(kind: Kind, capacity: usize, park: bool) -> io::Result<()> {
     let listener = listen()?;
     match kind {
@@ -46,7 +47,7 @@ pub fn run(kind: Kind, capacity: usize, park: bool) -> io::Result<()> {
     }
 }
 
-/// On a free port, with a backlog and a send buffer like Delivery's.
+/// Listens on a free port, with Delivery's backlog and send buffer.
 fn listen() -> io::Result<TcpListener> {
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;

@@ -1,6 +1,5 @@
-//! The rings of the bare server, and where they find the socket of a session: by its descriptor, or,
-//! for more sessions than a process may have descriptors, in the file tables of as many rings as
-//! that takes.
+//! The rings of the bare server. They find the socket of a session by its descriptor or, for more
+//! sessions than descriptors, in the file tables of several rings.
 
 #![allow(unsafe_code)]
 
@@ -24,16 +23,16 @@ pub(super) fn ring() -> io::Result<IoUring> {
         .build(ENTRIES)
 }
 
-/// See the module.
+/// The rings and the sockets.
 pub(super) struct Rings {
     rings: Vec<IoUring>,
-    /// What each has to submit.
+    /// Queued sends of each ring.
     queued: Vec<usize>,
     sockets: Sockets,
 }
 
 enum Sockets {
-    /// Descriptor of each session; the table of files is the process'.
+    /// Descriptor of each session.
     Descriptors(Vec<i32>),
     /// Session `s` is file `s % each` of ring `s / each`.
     Parked { each: usize, count: usize },
@@ -46,8 +45,8 @@ impl Rings {
         Ok(Self { rings: vec![ring()?], queued: vec![0], sockets })
     }
 
-    /// Rings whose tables hold `capacity` sockets together; each is as large as a process may have
-    /// descriptors, and no larger is allowed.
+    /// Rings whose tables together hold `capacity` sockets. A table cannot be larger than
+    /// `RLIMIT_NOFILE`.
     pub(super) fn parking(capacity: usize) -> io::Result<Self> {
         let limit = getrlimit(Resource::Nofile);
         setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })?;
@@ -64,7 +63,7 @@ impl Rings {
         Ok(Self { rings, queued, sockets: Sockets::Parked { each, count: 0 } })
     }
 
-    /// Keeps the socket of a session that has none yet; its descriptor is not needed any more.
+    /// Puts the socket of a session into a table. Its descriptor can be closed then.
     pub(super) fn park(&mut self, session: usize, socket: &OwnedFd) -> io::Result<()> {
         let Sockets::Parked { each, count } = &mut self.sockets else {
             panic!("these rings send to descriptors");
@@ -75,7 +74,7 @@ impl Rings {
         Ok(())
     }
 
-    /// Sessions that have a socket here.
+    /// Sessions with a socket.
     pub(super) fn sessions(&self) -> usize {
         match &self.sockets {
             Sockets::Descriptors(descriptors) => descriptors.len(),
@@ -83,7 +82,7 @@ impl Rings {
         }
     }
 
-    /// Puts one send of a batch in line; its result will be found at `place`.
+    /// Queues one send of a batch. `place`: index of its result.
     ///
     /// # Safety
     /// `bytes` stay where they are, unchanged, until [`Rings::submit`] has returned.
@@ -107,8 +106,8 @@ impl Rings {
         self.queued[at] += 1;
     }
 
-    /// Submits what is in line, one system call for each ring that has anything, and puts the
-    /// results where they were asked for.
+    /// Submits the queued sends with one system call per ring, and writes their results to their
+    /// places.
     pub(super) fn submit(&mut self, results: &mut [i32]) -> io::Result<()> {
         for (ring, queued) in self.rings.iter_mut().zip(&mut self.queued) {
             if *queued == 0 {
@@ -120,7 +119,7 @@ impl Rings {
                 results[entry.user_data() as usize] = entry.result();
                 completed += 1;
             }
-            assert_eq!(completed, *queued, "a send is still under way");
+            assert_eq!(completed, *queued, "a send is still in flight");
             *queued = 0;
         }
         Ok(())
@@ -139,7 +138,7 @@ mod tests {
         let mut rings = Rings::parking(3).unwrap();
         let ring_of_its_own = ring().unwrap();
         ring_of_its_own.submitter().register_files_sparse(2).unwrap();
-        // As if no more than two fitted into one.
+        // As if a table held only two.
         rings.sockets = Sockets::Parked { each: 2, count: 0 };
         rings.rings.push(ring_of_its_own);
         rings.queued.push(0);

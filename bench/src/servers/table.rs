@@ -1,4 +1,4 @@
-//! Connections of the hand-written servers, by descriptor and by session.
+//! Connections of the epoll and bare servers, by descriptor and by session.
 
 use std::io;
 use std::net::TcpListener;
@@ -18,20 +18,20 @@ pub(super) const COMMAND: u64 = u64::MAX - 1;
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: OwnedFd,
-    /// The beginning of a request or a frame.
+    /// An incomplete request or frame.
     partial: Vec<u8>,
-    /// What the socket did not take.
+    /// Bytes that the socket did not take.
     pub(super) unsent: Vec<u8>,
     open: bool,
     session: Option<usize>,
 }
 
-/// All of them.
+/// All connections.
 #[derive(Debug)]
 pub(super) struct Table {
     epoll: OwnedFd,
     listener: TcpListener,
-    /// By descriptor: small numbers.
+    /// By descriptor.
     connections: Vec<Option<Connection>>,
     /// Descriptor of session `index`.
     by_session: Vec<Option<u32>>,
@@ -93,8 +93,8 @@ impl Table {
         self.by_session.iter().flatten().map(|number| *number as i32)
     }
 
-    /// Reads what is there, answers it. Returns the session if it has said its hello: nothing more
-    /// is to be expected of it.
+    /// Reads and answers. Returns the session if its hello has arrived, after which it sends nothing
+    /// more.
     pub(super) fn read(&mut self, number: usize) -> Option<usize> {
         let connection = self.connections.get_mut(number)?.as_mut()?;
         let kept = connection.partial.len();
@@ -155,19 +155,18 @@ impl Table {
         hello
     }
 
-    /// Hands over the socket of an open session, which is no longer watched. `None`: it still has
-    /// something to send.
+    /// Removes the socket of an open session from epoll and returns it. `None`: it has unsent bytes.
     pub(super) fn take(&mut self, session: usize) -> Option<OwnedFd> {
         let place = self.by_session.get_mut(session)?;
         let number = (*place)? as usize;
         let connection = self.connections[number].take_if(|taken| taken.unsent.is_empty())?;
         *place = None;
-        // Closing the descriptor would not end the watch: somebody else keeps the file.
+        // Closing the descriptor would not remove it from epoll: a ring keeps the file open.
         epoll::delete(&self.epoll, &connection.socket).expect("a connection of ours is in the set");
         Some(connection.socket)
     }
 
-    /// Sends what the socket takes and keeps the rest.
+    /// Sends as much as the socket takes and keeps the rest.
     pub(super) fn send(&mut self, number: usize, bytes: &[u8]) {
         let Some(Some(connection)) = self.connections.get_mut(number) else { return };
         if !connection.unsent.is_empty() {
@@ -190,7 +189,7 @@ impl Table {
         }
     }
 
-    /// The socket takes bytes again.
+    /// Sends unsent bytes of a socket that is writable again.
     pub(super) fn flush(&mut self, number: usize) {
         let Some(Some(connection)) = self.connections.get_mut(number) else { return };
         if connection.unsent.is_empty() {

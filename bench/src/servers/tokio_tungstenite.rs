@@ -1,4 +1,4 @@
-//! The usual way: tokio, a task per connection, tungstenite, a channel per session.
+//! The usual design: tokio, a task per connection, tungstenite, a channel per session.
 
 use std::io;
 use std::net::TcpListener;
@@ -20,15 +20,15 @@ use crate::generator::{Generator, Item, PushPlan};
 use crate::names;
 use crate::usage;
 
-/// Messages that wait for one session, as in Delivery.
+/// Queue of one session, messages, as in Delivery.
 const QUEUE: usize = 128;
 
-/// The two ways to run it.
+/// Sizes of the buffers.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Buffers {
-    /// As small as they get: the server at its best.
+    /// As small as possible: the best case of this server.
     Small,
-    /// tungstenite's own: 128 KiB to read into and 128 KiB to write from, for each session.
+    /// Defaults of tungstenite: 128 KiB for reading and 128 KiB for writing, per session.
     Defaults,
 }
 
@@ -49,7 +49,7 @@ struct SessionTable {
     sent: AtomicU64,
 }
 
-/// Until the standard input ends.
+/// Runs until the standard input ends.
 pub(super) fn run(listener: TcpListener, capacity: usize, buffers: Buffers) -> io::Result<()> {
     // One worker: the server has one core.
     let runtime =
@@ -118,7 +118,7 @@ async fn converse(
                 if socket.feed(Message::Binary(event)).await.is_err() {
                     return;
                 }
-                // What waits goes out with it.
+                // Waiting events are sent together with it.
                 while let Ok(event) = events.try_recv() {
                     count += 1;
                     if socket.feed(Message::Binary(event)).await.is_err() {
@@ -143,7 +143,7 @@ async fn converse(
     }
 }
 
-/// On the calling thread, which is the one that reads the words.
+/// Runs on the calling thread, which also reads the words.
 fn push(plan: PushPlan, table: &SessionTable) -> Pushed {
     let sessions: Vec<Option<Sender<Bytes>>> =
         table.sessions.lock().expect("no holder panics").clone();
@@ -169,7 +169,7 @@ fn push(plan: PushPlan, table: &SessionTable) -> Pushed {
                 std::thread::sleep(Duration::from_micros(100));
             }
         }
-        // As far ahead as Delivery's rings let a router be.
+        // As far ahead as Delivery's rings allow.
         while messages - (table.sent.load(Ordering::Relaxed) - before) > 8192 {
             std::thread::sleep(Duration::from_micros(100));
         }

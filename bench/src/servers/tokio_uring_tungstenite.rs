@@ -1,4 +1,5 @@
-//! tokio-uring, a task per connection, and tungstenite over bytes in memory: it knows no io_uring.
+//! tokio-uring, two tasks per connection, and tungstenite over bytes in memory, because it does not
+//! support io_uring.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -18,13 +19,13 @@ use crate::frame;
 use crate::generator::{Generator, PushPlan};
 use crate::names;
 
-/// Messages that wait for one session, as in Delivery.
+/// Queue of one session, messages, as in Delivery.
 const QUEUE: usize = 128;
 const READ_BYTES: usize = 4096;
 /// tokio-uring submits when its thread parks; a yield does not park it.
 const PARK: Duration = Duration::from_millis(1);
 
-/// One session's events, and the bell of its writer.
+/// Events of one session, and what wakes its writer.
 #[derive(Default)]
 struct Mailbox {
     events: RefCell<VecDeque<Bytes>>,
@@ -37,7 +38,7 @@ struct Mailboxes {
     sent: Cell<u64>,
 }
 
-/// Bytes in memory as the stream that tungstenite wants.
+/// A stream for tungstenite over bytes in memory.
 #[derive(Default)]
 struct Pipe {
     input: VecDeque<u8>,
@@ -64,7 +65,7 @@ impl Write for Pipe {
     }
 }
 
-/// Until the standard input ends.
+/// Runs until the standard input ends.
 pub(super) fn run(listener: TcpListener, capacity: usize) -> io::Result<()> {
     let words = control::commands(Word::parse, || {});
     tokio_uring::start(async move {
@@ -220,7 +221,7 @@ async fn push(plan: PushPlan, mailboxes: &Mailboxes) -> Pushed {
                 tokio::time::sleep(PARK).await;
             }
         }
-        // As far ahead as Delivery's rings let a router be.
+        // As far ahead as Delivery's rings allow.
         while messages - (mailboxes.sent.get() - before) > 8192 {
             tokio::time::sleep(PARK).await;
         }

@@ -1,4 +1,4 @@
-//! The clients, in as many processes as it takes.
+//! The client processes.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use crate::latency::Latencies;
 
 /// Sessions of one process.
 pub(in crate::conductor) const PER_CLIENT: usize = 15_000;
-/// Processes that connect at the same time: each has some hundred handshakes under way.
+/// Processes that connect at the same time; each has several hundred handshakes in flight.
 const DIALING: usize = 2;
 const ARRIVAL_MAX: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
@@ -23,13 +23,13 @@ const POLL: Duration = Duration::from_millis(100);
 pub(in crate::conductor) struct FleetConfig {
     pub(in crate::conductor) program: PathBuf,
     pub(in crate::conductor) server: String,
-    /// Carry tokens.
+    /// Whether the sessions have tokens.
     pub(in crate::conductor) tokens: bool,
     /// More arguments.
     pub(in crate::conductor) arguments: Vec<String>,
 }
 
-/// See the module. They end with it.
+/// The running client processes. Stopped when dropped.
 pub(in crate::conductor) struct Fleet {
     config: FleetConfig,
     clients: Vec<Worker>,
@@ -39,18 +39,18 @@ pub(in crate::conductor) struct Fleet {
     first: usize,
 }
 
-/// How connecting went.
+/// Result of connecting.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::conductor) struct FleetDialed {
     pub(in crate::conductor) opened: f64,
     pub(in crate::conductor) failed: f64,
     pub(in crate::conductor) seconds: f64,
-    /// Worst of the processes' handshake times, ms.
+    /// Maximum over the processes, ms.
     pub(in crate::conductor) p99_ms: f64,
     pub(in crate::conductor) max_ms: f64,
 }
 
-/// What all clients have received since the last reset.
+/// Counts of all clients since the last reset.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(in crate::conductor) struct Received {
     pub(in crate::conductor) open: f64,
@@ -65,7 +65,7 @@ pub(in crate::conductor) struct Received {
 }
 
 impl Received {
-    /// Messages that are not as they should be.
+    /// Messages lost, duplicated, out of order or without a stamp.
     pub(in crate::conductor) fn wrong(&self) -> f64 {
         self.gaps + self.duplicates + self.reordered + self.unstamped
     }
@@ -76,7 +76,7 @@ impl Fleet {
         Self { config, clients: Vec::new(), sessions: 0, per_process: PER_CLIENT, first: 0 }
     }
 
-    /// So many sessions in each process from here on, and the number of the first of all.
+    /// Sets the sessions per process from now on, and the number of the first session.
     pub(in crate::conductor) fn per_process(&mut self, sessions: usize, first: usize) {
         (self.per_process, self.first) = (sessions, first);
     }
@@ -85,12 +85,12 @@ impl Fleet {
         self.sessions
     }
 
-    /// Connects until there are so many sessions, some processes at a time.
+    /// Connects until there are this many sessions.
     pub(in crate::conductor) fn grow(&mut self, sessions: usize) -> io::Result<FleetDialed> {
         self.grow_seen(sessions, || Ok(()))
     }
 
-    /// The same; `seen` is called whenever a process has all of its sessions.
+    /// The same; `seen` is called whenever a process has all its sessions.
     pub(in crate::conductor) fn grow_seen(
         &mut self,
         sessions: usize,
@@ -113,7 +113,7 @@ impl Fleet {
         }
         all.seconds = from.elapsed().as_secs_f64();
         if all.failed > 0.0 {
-            return Err(io::Error::other(format!("{} sessions did not come up", all.failed)));
+            return Err(io::Error::other(format!("{} sessions did not open", all.failed)));
         }
         Ok(all)
     }
@@ -134,7 +134,7 @@ impl Fleet {
         Worker::start(&command)
     }
 
-    /// Tells all the same and waits for the answers, which have this member.
+    /// Sends a word to all clients and waits for answers with this member.
     pub(in crate::conductor) fn ask(&mut self, word: &str, member: &str) -> io::Result<Vec<Value>> {
         self.tell(word)?;
         self.clients.iter().map(|client| client.expect(member)).collect()
@@ -147,12 +147,12 @@ impl Fleet {
     pub(in crate::conductor) fn expect_within(
         &self,
         member: &str,
-        patience: Duration,
+        limit: Duration,
     ) -> io::Result<Vec<Value>> {
-        self.clients.iter().map(|client| client.expect_within(member, patience)).collect()
+        self.clients.iter().map(|client| client.expect_within(member, limit)).collect()
     }
 
-    /// One in so many sessions of each process closes and connects again.
+    /// Reconnects one in `one_in` sessions of each process.
     pub(in crate::conductor) fn churn(&mut self, one_in: usize) -> io::Result<FleetDialed> {
         let from = Instant::now();
         let mut all = FleetDialed::default();
@@ -179,7 +179,7 @@ impl Fleet {
         Ok(all)
     }
 
-    /// Waits until all have so many messages, or nothing has come for long.
+    /// Waits until the clients have this many messages, or nothing more arrives.
     pub(in crate::conductor) fn receive(&mut self, messages: f64) -> io::Result<Received> {
         let mut last = Received::default();
         let mut since = Instant::now();
@@ -195,7 +195,7 @@ impl Fleet {
         }
     }
 
-    /// The latencies of all together.
+    /// Latencies of all clients.
     pub(in crate::conductor) fn latency(&mut self) -> io::Result<Latencies> {
         let mut all = Latencies::default();
         for answer in self.ask("latency", "latency")? {
@@ -205,7 +205,7 @@ impl Fleet {
         Ok(all)
     }
 
-    /// All end at once.
+    /// Stops all clients at once.
     pub(in crate::conductor) fn leave(&mut self) -> io::Result<()> {
         self.tell("quit")?;
         self.clients.clear();

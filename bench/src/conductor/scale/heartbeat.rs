@@ -1,5 +1,4 @@
-//! Whether the heartbeats of many sessions show in the latency of a steady push: with them and
-//! without, in turn.
+//! Latency of a steady push to many sessions, with heartbeats and without.
 
 use std::io;
 use std::thread::sleep;
@@ -10,12 +9,12 @@ use crate::conductor::child::number;
 use crate::generator;
 use crate::usage;
 
-/// With heartbeats as the contract has them, and with none within the run.
+/// The heartbeats of the contract, and none within the run.
 const CASES: [(&str, u64); 2] = [("every 54 s", 54_000), ("none", 3_600_000)];
-/// From the last connect until heartbeats are under way evenly.
+/// From the last connect until heartbeats are spread evenly.
 const HEARTBEATS_BEGIN: Duration = Duration::from_secs(60);
 
-/// Runs it.
+/// Runs both cases.
 pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     report.note(&format!(
         "{} sessions in {} shards, {} events a second for {} s, injected at the router, one recipient each",
@@ -42,8 +41,8 @@ pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> 
         fleet.ask("reset", "done")?;
         let cpu = usage::process_ns(server.id())?;
         server.tell(&format!("push {push}"))?;
-        let patience = Duration::from_secs(plan.push_s + 60);
-        let pushed = server.expect_within("elapsed_ns", patience)?;
+        let limit = Duration::from_secs(plan.push_s + 60);
+        let pushed = server.expect_within("elapsed_ns", limit)?;
         let seen = fleet.receive(number(&pushed, "messages"))?;
         let cpu = usage::process_ns(server.id())? - cpu;
         let latency = fleet.latency()?.percentiles();

@@ -16,11 +16,11 @@ use crate::conductor::samples::Summary;
 use crate::generator;
 use crate::usage;
 
-/// For presence to have been told of everybody, and for the node to have read what is in Kafka.
+/// Limit for presence to have all sessions, and for the node to have read everything in Kafka.
 const CATCH_UP_MAX: Duration = Duration::from_secs(180);
-/// How long the sessions are left in peace to see what that costs.
+/// Time for which the idle cost is measured.
 const IDLE: Duration = Duration::from_secs(20);
-/// Of the sessions so many per cent come again, each so many seconds.
+/// One in this many sessions reconnects, at this interval.
 const CHURN_ONE_IN: usize = 100;
 const CHURN_EVERY: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(100);
@@ -33,10 +33,10 @@ struct Run<'a> {
     fleet: Fleet,
 }
 
-/// Runs it.
+/// Runs the work.
 pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     let (services, node) = plan.node()?;
-    // A first connect has nothing to catch up with; one that comes again says what it has.
+    // A first connect has nothing to catch up with; a reconnect sends its position.
     let resume_group = if plan.catch_up { plan.group } else { 0 };
     let arguments = vec!["--hello={}".to_owned(), format!("--resume-group={resume_group}")];
     let fleet = plan.clients_of(&node, arguments);
@@ -53,7 +53,7 @@ pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> 
     run.idle()?;
     run.one_each()?;
     if plan.push_s > 0 {
-        run.push_while_they_come_and_go()?;
+        run.push_while_sessions_reconnect()?;
     }
     run.leave(&empty, &base)
 }
@@ -63,7 +63,7 @@ impl Run<'_> {
         Reading::take(self.node.id())
     }
 
-    /// Presence knows of everybody; says how long that took, s.
+    /// Waits until presence has all sessions. Returns the time that took, s.
     fn presence(&mut self) -> io::Result<f64> {
         let from = Instant::now();
         let wanted = self.fleet.sessions() as u64;
@@ -97,7 +97,7 @@ impl Run<'_> {
         let cpu = usage::process_ns(self.node.id())? - cpu;
         self.report.note(&format!(
             "connected {} in {:.1} s: {:.0} a second; handshakes p99 {:.0} ms, at most {:.0} ms (worst process); \
-             presence had all of them {late:.1} s later; {:.0} µs of the node's processor time each",
+             all registered {late:.1} s later; {:.0} µs of the node's processor time each",
             dialed.opened,
             dialed.seconds,
             dialed.opened / dialed.seconds,
@@ -113,7 +113,7 @@ impl Run<'_> {
         Ok(before)
     }
 
-    /// Memory of a session against their number, each counted from `base`: sessions and bytes.
+    /// Plots memory per session against the number of sessions, both counted from `base`.
     fn plot(&self, base: (f64, f64), samples: &[(f64, f64)]) -> io::Result<()> {
         let ledger = self.node.metric("delivery_memory_session_bytes", "")?;
         let points: Vec<_> = samples
@@ -124,12 +124,12 @@ impl Run<'_> {
             })
             .collect();
         let ends = [points.first(), points.last()].into_iter().flatten();
-        let reckoned = ends.map(|(sessions, _)| (*sessions, Summary::of(&[ledger]))).collect();
+        let expected = ends.map(|(sessions, _)| (*sessions, Summary::of(&[ledger]))).collect();
         let svg = lines(
             "memory of the process for each session",
             &format!("bytes, from {:.0} sessions on, while they connect; the last at rest", base.0),
             &[
-                Line { name: "ledger".to_owned(), points: reckoned },
+                Line { name: "ledger".to_owned(), points: expected },
                 Line { name: "delivery".to_owned(), points },
             ],
         );
@@ -178,18 +178,18 @@ impl Run<'_> {
         let used = (usage::process_ns(self.node.id())? - cpu) as f64;
         let share = used / from.elapsed().as_nanos() as f64 * 100.0;
         self.report.note(&format!(
-            "left in peace for {} s (heartbeats, presence refreshed): {share:.1} % of a core",
+            "idle for {} s (heartbeats, presence refreshes): {share:.1} % of a core",
             IDLE.as_secs()
         ));
         Ok(())
     }
 
-    /// The node has read everything that is in Kafka.
+    /// Waits until the node has read everything in Kafka.
     fn drained(&self) -> io::Result<()> {
         let from = Instant::now();
         while self.node.metric("kafka_consumer_lag", "")? > 0.0 {
             if from.elapsed() > CATCH_UP_MAX {
-                return Err(io::Error::other("the node does not get through what is in Kafka"));
+                return Err(io::Error::other("the node does not reach the end of the topics"));
             }
             sleep(POLL);
         }
@@ -215,7 +215,7 @@ impl Run<'_> {
         self.report.note(&format!(
             "one event to each through Kafka, conversations of {group}: {} of {messages} received, {} wrong, in \
              {seconds:.1} s; {:.2} µs of the node's processor time each ({} MB with the members of {events} \
-             conversations remembered)",
+             conversations cached)",
             seen.messages,
             seen.wrong(),
             cpu as f64 / messages / 1000.0,
@@ -225,7 +225,7 @@ impl Run<'_> {
     }
 
     /// One per cent reconnects every ten seconds.
-    fn push_while_they_come_and_go(&mut self) -> io::Result<()> {
+    fn push_while_sessions_reconnect(&mut self) -> io::Result<()> {
         let (rate, seconds) = (self.plan.rate, self.plan.push_s);
         let group = self.plan.group;
         let plan = generator::PushPlan {
@@ -256,9 +256,9 @@ impl Run<'_> {
         let caught_up = self.node.metric("delivery_resume_messages_total", "")?;
         let latency = self.fleet.latency()?.percentiles();
         self.report.note(&format!(
-            "{rate} events a second through Kafka for {seconds} s while 1 % come again every 10 s ({churned:.0} did, \
+            "{rate} events a second through Kafka for {seconds} s while 1 % reconnect every 10 s ({churned:.0} did, \
              slowest handshake {slowest:.0} ms): {} of {messages} received ({caught_up:.0} of them by catch-up), {} lost, \
-             {} twice, {} out of order; {} sessions failed to come again, {} were closed by the node, {} are open",
+             {} duplicate, {} out of order; {} sessions failed to reconnect, {} were closed by the node, {} are open",
             seen.messages, seen.gaps, seen.duplicates, seen.reordered, failed + seen.refused, seen.closed, seen.open
         ));
         self.report.note(&format!(
@@ -277,23 +277,23 @@ impl Run<'_> {
         self.fleet.leave()?;
         while self.node.metric("websocket_connections_active", "")? > 0.0 {
             if from.elapsed() > CATCH_UP_MAX {
-                return Err(io::Error::other("sessions stay although their clients are gone"));
+                return Err(io::Error::other("sessions remain after their clients have exited"));
             }
             sleep(POLL);
         }
-        let gone = from.elapsed().as_secs_f64();
+        let ended = from.elapsed().as_secs_f64();
         while self.node.metric("delivery_presence_waiting", "")? > 0.0
             || self.node.metric("delivery_presence_under_way", "")? > 0.0
         {
             sleep(POLL);
         }
-        let told = from.elapsed().as_secs_f64();
-        let untold = self.node.metric("delivery_presence_overflowed_ends_total", "")?;
+        let unregistered = from.elapsed().as_secs_f64();
+        let expiring = self.node.metric("delivery_presence_overflowed_ends_total", "")?;
         sleep(SETTLE);
         let now = self.read()?.resident / 1_000_000;
         self.report.note(&format!(
-            "all left at once: none known {gone:.1} s later, presence told {told:.1} s later ({untold:.0} ends left to the \
-             lifetime of their registrations); process memory {now} MB ({} MB before the first came, {} MB with {})",
+            "all clients exited: all sessions ended {ended:.1} s later, all unregistered {unregistered:.1} s later ({expiring:.0} left to \
+             expire); process memory {now} MB ({} MB before the first session, {} MB with {})",
             empty.resident / 1_000_000,
             base.resident / 1_000_000,
             self.plan.base

@@ -1,4 +1,4 @@
-//! Where memory went: the process, the kernel's caches by name, the sockets' buffers.
+//! Memory of the process, of the kernel's slab caches, and of the socket buffers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,11 +6,11 @@ use std::io;
 
 use crate::usage;
 
-/// A run ends by itself below this, bytes: what else runs on the machine is not to be killed.
+/// A run stops below this, bytes, before the kernel kills other programs.
 const AVAILABLE_MIN: u64 = 3 << 29;
 const PAGE: u64 = 4096;
-/// Caches that hold what a socket is made of, and what the client's epoll keeps for each of its own
-/// (an `eventpoll_pwq` is of a size with an `anon_vma_chain`, whose cache the kernel may use for it).
+/// Slab caches of a socket and of an entry of the client's epoll. (An `eventpoll_pwq` has the size of an
+/// `anon_vma_chain`, so the kernel may put it into that cache.)
 const SOCKETS: [&str; 13] = [
     "TCP",
     "sock_inode_cache",
@@ -27,16 +27,16 @@ const SOCKETS: [&str; 13] = [
     "tw_sock_TCP",
 ];
 
-/// The memory of one moment.
+/// Memory at one moment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Reading {
-    /// Of the process, resident, bytes.
+    /// Resident memory of the process, bytes.
     pub(super) resident: u64,
-    /// Of the kernel's slabs, all of the machine, bytes.
+    /// Slab memory of the machine, bytes.
     pub(super) slab: u64,
-    /// Of the buffers of all TCP sockets, bytes.
+    /// Buffers of all TCP sockets, bytes.
     pub(super) socket_buffers: u64,
-    /// Of the slabs by cache, bytes; empty where only root may know.
+    /// Slab memory by cache, bytes; empty if only root can read it.
     caches: BTreeMap<String, u64>,
 }
 
@@ -51,7 +51,7 @@ impl Reading {
         })
     }
 
-    /// The caches that grew most since `before`, with bytes for each of `sessions`.
+    /// Growth of the caches since `before`, bytes per session; largest first.
     pub(super) fn growth(&self, before: &Self, sessions: f64) -> Vec<(&str, f64)> {
         let mut grown: Vec<_> = self
             .caches
@@ -67,7 +67,7 @@ impl Reading {
     }
 }
 
-/// What of a growth is neither the sockets' own nor the client's, bytes.
+/// Growth of the caches that belong to neither a socket nor the client, bytes.
 pub(super) fn beyond_the_sockets(growth: &[(&str, f64)]) -> f64 {
     growth.iter().filter(|(name, _)| !SOCKETS.contains(name)).map(|(_, bytes)| bytes).sum()
 }
@@ -86,7 +86,7 @@ pub(super) fn watch() -> io::Result<()> {
     let available = usage::available_bytes()?;
     if available < AVAILABLE_MIN {
         let left = available >> 20;
-        return Err(io::Error::other(format!("stopped: the machine has only {left} MiB left")));
+        return Err(io::Error::other(format!("stopped: only {left} MiB of memory available")));
     }
     Ok(())
 }
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cache_lines_are_understood() {
+    fn cache_lines_are_parsed() {
         let line = "TCP   78  130  2368   13    8 : tunables    0    0    0 : slabdata     10     10      0";
         assert_eq!(cache(line), Some(("TCP".to_owned(), 10 * 8 * 4096)));
         assert_eq!(cache("slabinfo - version: 2.1"), None);
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_socket_is_told_apart() {
+    fn growth_beyond_the_sockets_is_summed() {
         assert_eq!(beyond_the_sockets(&[("TCP", 2368.0), ("io_kiocb", 256.0), ("a", 4.0)]), 260.0);
     }
 }

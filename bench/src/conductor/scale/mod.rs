@@ -1,5 +1,5 @@
-//! Many sessions in one server: what each costs, how fast they come, whether all get what is sent,
-//! what a storm and readers that do not read leave behind.
+//! Many sessions in one server: cost per session, rate of connects, completeness of delivery, and the
+//! effects of storms and stalled readers.
 
 pub(super) mod fleet;
 mod heartbeat;
@@ -24,12 +24,12 @@ use self::node::Node;
 use self::services::Services;
 use super::child::Worker;
 
-/// Sessions of one shard on average: its file table, no larger than `RLIMIT_NOFILE`, has to hold
-/// the unevenness with which the system spreads connections over the listeners.
+/// Average sessions per shard. The kernel spreads connections unevenly over the listeners, and a shard's
+/// file table cannot be larger than `RLIMIT_NOFILE`.
 const PER_SHARD: usize = 17_900;
-/// The server's connection table, no larger than `RLIMIT_NOFILE` lets it be.
+/// Size of a shard's connection table, limited by `RLIMIT_NOFILE`.
 const CONNECTIONS_PER_SHARD: usize = 19_600;
-/// Until memory that was used for a moment has gone back.
+/// Pause until temporary memory has been freed.
 const SETTLE: Duration = Duration::from_secs(5);
 
 /// A run of `bench-scale`.
@@ -45,43 +45,43 @@ pub enum ScaleWork {
     Heartbeat,
 }
 
-/// What to run.
+/// Configuration of a run.
 #[derive(Clone, Debug)]
 pub struct ScalePlan {
-    /// What is to be found out.
+    /// What to measure.
     pub work: ScaleWork,
-    /// Sessions in all.
+    /// Number of sessions.
     pub sessions: usize,
-    /// Memory growth is counted from here.
+    /// Sessions from which memory growth is counted.
     pub base: usize,
-    /// Who is told of sessions.
+    /// Where sessions are registered.
     pub presence: Presence,
-    /// Whether sessions that come again are caught up, by a message and a conversation service.
+    /// Whether reconnecting sessions catch up, from a message and a conversation service.
     pub catch_up: bool,
     /// Connects and disconnects of a storm.
     pub storm: usize,
-    /// For how long events are pushed while sessions come and go, s; 0: one event to each only.
+    /// Time for which events are pushed while sessions reconnect, s; 0: one event to each only.
     pub push_s: u64,
-    /// Events per second meanwhile.
+    /// Events per second.
     pub rate: u64,
-    /// Sessions that get each event.
+    /// Recipients of each event.
     pub group: usize,
-    /// Kafka brokers; `None`: one of our own.
+    /// Kafka brokers; `None`: starts one.
     pub brokers: Option<String>,
     /// More settings of the node, `NAME=VALUE`.
     pub settings: Vec<String>,
-    /// The folder of the programs of the bench.
+    /// Folder of the benchmarks' programs.
     pub programs: PathBuf,
     /// The node's program.
     pub node: PathBuf,
-    /// Where the report and the logs go.
+    /// Folder for the report and the logs.
     pub output: PathBuf,
 }
 
-/// Runs it.
+/// Runs a plan and writes its report.
 ///
 /// # Errors
-/// A program cannot be started or does not answer, or sessions did not come up.
+/// A program does not start or answer, or sessions do not open.
 pub fn run(plan: &ScalePlan) -> io::Result<()> {
     fs::create_dir_all(&plan.output)?;
     let mut report = ScaleReport::default();
@@ -91,14 +91,14 @@ pub fn run(plan: &ScalePlan) -> io::Result<()> {
         ScaleWork::Stall => stall::run(plan, &mut report),
         ScaleWork::Heartbeat => heartbeat::run(plan, &mut report),
     };
-    // What was found before it failed is worth keeping.
+    // The report is kept even after a failure.
     let name = format!("{:?}-{}.md", plan.work, plan.sessions).to_lowercase();
     fs::write(plan.output.join(name), &report.text)?;
     println!("{}", report.text);
     outcome
 }
 
-/// What was found, as it is found.
+/// The findings, printed as they are added.
 #[derive(Debug, Default)]
 struct ScaleReport {
     text: String,
@@ -137,7 +137,7 @@ impl ScalePlan {
         &self.output
     }
 
-    /// A real node and what stands around it.
+    /// Starts a real node and the services around it.
     fn node(&self) -> io::Result<(Services, Node)> {
         let services = Services::start(
             self.logs(),
@@ -147,7 +147,7 @@ impl ScalePlan {
             self.sessions,
         )?;
         let mut settings = vec![
-            // A conversation for each session is more than is remembered by default.
+            // One conversation per session exceeds the default.
             ("MEMBERSHIP_CACHE_MAX", (2 * self.sessions).max(200_000).to_string()),
         ];
         let mode = match self.presence {
@@ -184,8 +184,8 @@ impl ScalePlan {
         })
     }
 
-    /// The parts of a node without Kafka, tokens and presence, for what is to be measured without
-    /// them, on core 0; and its clients, on core 1.
+    /// Starts Delivery without Kafka, tokens and presence on core 0, and creates its clients on core
+    /// 1.
     fn parts(&self, shards: usize, arguments: &[String]) -> io::Result<(Worker, Fleet)> {
         let mut command = vec![
             self.program("bench-delivery").display().to_string(),

@@ -1,5 +1,5 @@
-//! Readers that do not read: what they take of the process and of the kernel while events are
-//! pushed to them, against what the settings say.
+//! Stalled readers: their memory in the process and in the kernel while events are pushed, compared with
+//! the settings.
 
 use std::io;
 use std::process::Command;
@@ -14,12 +14,12 @@ use crate::generator;
 const STEP_EVENTS: u64 = 16;
 const EVENT_BYTES: usize = 1024;
 const STEPS_MAX: usize = 40;
-/// What the client's end takes in is little beside what is measured, and the same for each step.
+/// Receive buffer of a client: small compared with what is measured, and the same in each step.
 const CLIENT_BUFFER_BYTES: usize = 4096;
-/// Until what was pushed has reached the sockets, as far as it does.
+/// Pause until pushed events have reached the sockets.
 const STEP_SETTLE: Duration = Duration::from_secs(2);
 
-/// Runs it.
+/// Runs the work.
 pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     let (mut services, node) = plan.node()?;
     let arguments =
@@ -81,7 +81,7 @@ pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> 
     sleep(SETTLE);
     let after = Reading::take(node.id())?;
     report.note(&format!(
-        "when they have left: process memory {:+.1} MB, slabs {:+.1} MB, socket buffers {:+.1} MB against before",
+        "after their end: process memory {:+.1} MB, slabs {:+.1} MB, socket buffers {:+.1} MB against before",
         (after.resident as f64 - before.resident as f64) / 1e6,
         (after.slab as f64 - before.slab as f64) / 1e6,
         (after.socket_buffers as f64 - before.socket_buffers as f64) / 1e6
@@ -89,8 +89,8 @@ pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> 
     Ok(())
 }
 
-/// What the kernel charges the server's sockets for unsent and unacknowledged output, bytes: the
-/// mean and the most. `None`: there is no `ss`.
+/// Unsent and unacknowledged output that the kernel charges to the server's sockets, bytes: mean and
+/// maximum. `None`: `ss` is not installed.
 fn send_queues(server: &str) -> Option<(f64, f64)> {
     let port = server.rsplit_once(':')?.1;
     let filter = ["-tmnH", "state", "established", "sport", "=", &format!(":{port}")];

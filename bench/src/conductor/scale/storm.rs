@@ -1,4 +1,4 @@
-//! A storm of connects and disconnects beside sessions that stay: what it leaves behind.
+//! A storm of connects and disconnects in addition to idle sessions: the memory that remains.
 
 use std::io;
 use std::thread::sleep;
@@ -9,16 +9,16 @@ use super::{SETTLE, ScalePlan, ScaleReport};
 use crate::conductor::child::number;
 use crate::usage;
 
-/// Processes that storm, each with so many sessions up and down at a time.
+/// Storming processes, and the sessions of each.
 const PROCESSES: usize = 2;
 const SESSIONS: usize = 500;
-/// The storm comes in so many parts: what is left behind grows with each, or does not.
+/// Parts of the storm. A leak would grow with each.
 const PARTS: usize = 4;
 const PART_MAX: Duration = Duration::from_secs(600);
 const GONE_MAX: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(100);
 
-/// Runs it.
+/// Runs the work.
 pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> {
     let (services, node) = plan.node()?;
     let read = || Reading::take(node.id());
@@ -53,7 +53,7 @@ pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> 
         let since = Instant::now();
         while active()? > plan.base as f64 {
             if since.elapsed() > GONE_MAX {
-                return Err(io::Error::other("sessions of the storm stay"));
+                return Err(io::Error::other("sessions of the storm do not end"));
             }
             sleep(POLL);
         }

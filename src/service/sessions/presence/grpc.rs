@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use tonic::{Code, Status};
 
-use super::queue::{OperationOutcome, PresenceOperation};
+use super::queue::OperationOutcome::{self, Done, Elsewhere, Failed, Rejected, Vanished};
+use super::queue::PresenceOperation::{self, Refresh, Register, Unregister};
 use super::{OperationBatch, PresenceBackend};
 use crate::service::backends::neighbours::PresenceService;
 use crate::service::backends::ports::BoxFuture;
@@ -50,25 +51,25 @@ async fn perform(
 ) -> Result<OperationOutcome, Status> {
     let (user, device) = (ids.user(), ids.device());
     match operation {
-        PresenceOperation::Register => service.register(user, device, instance).await?,
-        PresenceOperation::Refresh { check: false } => match service.refresh(user, device).await {
+        Register => service.register(user, device, instance).await?,
+        Refresh { check: false } => match service.refresh(user, device).await {
             Err(status) if status.code() == Code::NotFound => {
-                return Ok(OperationOutcome::Vanished);
+                return Ok(Vanished);
             }
             refreshed => refreshed?,
         },
-        PresenceOperation::Refresh { check: true } => match holder(service, ids).await? {
-            None => return Ok(OperationOutcome::Vanished),
-            Some(holder) if holder != instance => return Ok(OperationOutcome::Elsewhere),
+        Refresh { check: true } => match holder(service, ids).await? {
+            None => return Ok(Vanished),
+            Some(holder) if holder != instance => return Ok(Elsewhere),
             Some(_) => service.refresh(user, device).await?,
         },
-        PresenceOperation::Unregister => match holder(service, ids).await? {
-            None => return Ok(OperationOutcome::Vanished),
-            Some(holder) if holder != instance => return Ok(OperationOutcome::Elsewhere),
+        Unregister => match holder(service, ids).await? {
+            None => return Ok(Vanished),
+            Some(holder) if holder != instance => return Ok(Elsewhere),
             Some(_) => service.unregister(user, device).await?,
         },
     }
-    Ok(OperationOutcome::Done)
+    Ok(Done)
 }
 
 /// The instance that a session is registered with.
@@ -85,7 +86,7 @@ fn failure(status: &Status) -> OperationOutcome {
         | Code::OutOfRange
         | Code::FailedPrecondition
         | Code::PermissionDenied
-        | Code::Unimplemented => OperationOutcome::Rejected,
+        | Code::Unimplemented => Rejected,
         Code::Ok
         | Code::Cancelled
         | Code::Unknown
@@ -97,6 +98,6 @@ fn failure(status: &Status) -> OperationOutcome {
         | Code::Internal
         | Code::Unavailable
         | Code::DataLoss
-        | Code::Unauthenticated => OperationOutcome::Failed,
+        | Code::Unauthenticated => Failed,
     }
 }

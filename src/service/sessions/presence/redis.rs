@@ -18,7 +18,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use prost::Message as _;
 use redis::{Cmd, FromRedisValue, RedisResult, Value};
 
-use super::queue::{OperationOutcome, PresenceOperation};
+use super::queue::OperationOutcome::{self, Done, Elsewhere, Failed, Vanished};
+use super::queue::PresenceOperation::{self, Refresh, Register, Unregister};
 use super::{OperationBatch, PresenceBackend};
 use crate::service::backends::ports::BoxFuture;
 use crate::service::backends::redis::{RedisFault, RedisLink};
@@ -68,7 +69,7 @@ impl PresenceBackend for RedisPresence {
             match batch(&link, &instance, &operations).await {
                 Ok(outcomes) => outcomes,
                 // Some commands may have been carried out; all of them can be repeated.
-                Err(_) => vec![OperationOutcome::Failed; operations.len()],
+                Err(_) => vec![Failed; operations.len()],
             }
         })
     }
@@ -133,20 +134,20 @@ async fn batch(
     let mut commands = Vec::with_capacity((1 + KEEP_COMMANDS) * operations.len());
     for (ids, operation) in operations {
         match operation {
-            PresenceOperation::Register => {
+            Register => {
                 let mut set = redis::cmd("SET");
                 set.arg(session_key(ids)).arg(instance).arg("EX").arg(LIFETIME_S).arg("GET");
                 commands.push(set);
                 commands.extend(keep_device(ids));
             }
-            PresenceOperation::Refresh { check } => {
+            Refresh { check } => {
                 commands.push(script(EXTEND, ids, instance));
                 // Another node may have removed the device when its session of the same device ended.
                 if *check {
                     commands.extend(keep_device(ids));
                 }
             }
-            PresenceOperation::Unregister => commands.push(script(REMOVE, ids, instance)),
+            Unregister => commands.push(script(REMOVE, ids, instance)),
         }
     }
     let mut answers = link.run(commands).await?.into_iter();
@@ -155,44 +156,38 @@ async fn batch(
     let mut unregistered = Vec::new();
     for (ids, operation) in operations {
         let Some(first) = answers.next() else {
-            return Ok(vec![OperationOutcome::Failed; operations.len()]);
+            return Ok(vec![Failed; operations.len()]);
         };
         let kept = match operation {
-            PresenceOperation::Register | PresenceOperation::Refresh { check: true } => {
-                KEEP_COMMANDS
-            }
-            PresenceOperation::Refresh { check: false } | PresenceOperation::Unregister => 0,
+            Register | Refresh { check: true } => KEEP_COMMANDS,
+            Refresh { check: false } | Unregister => 0,
         };
         let well = answers.by_ref().take(kept).filter(Result::is_ok).count() == kept;
         let was = match holder(first) {
             Ok(was) if well => was,
             Ok(_) | Err(_) => {
-                outcomes.push(OperationOutcome::Failed);
+                outcomes.push(Failed);
                 continue;
             }
         };
         outcomes.push(match (operation, was) {
-            (PresenceOperation::Register, was) => {
+            (Register, was) => {
                 if was.is_none() {
                     updates.push(update(ids.user(), PresenceStatus::Online));
                 }
-                OperationOutcome::Done
+                Done
             }
-            (PresenceOperation::Refresh { .. }, None) => OperationOutcome::Vanished,
+            (Refresh { .. }, None) => Vanished,
             // It had expired, or an earlier attempt removed it and then failed.
-            (PresenceOperation::Unregister, None) => {
+            (Unregister, None) => {
                 unregistered.push(ids);
-                OperationOutcome::Vanished
+                Vanished
             }
-            (PresenceOperation::Refresh { .. } | PresenceOperation::Unregister, Some(holder))
-                if holder != instance =>
-            {
-                OperationOutcome::Elsewhere
-            }
-            (PresenceOperation::Refresh { .. }, Some(_)) => OperationOutcome::Done,
-            (PresenceOperation::Unregister, Some(_)) => {
+            (Refresh { .. } | Unregister, Some(holder)) if holder != instance => Elsewhere,
+            (Refresh { .. }, Some(_)) => Done,
+            (Unregister, Some(_)) => {
                 unregistered.push(ids);
-                OperationOutcome::Done
+                Done
             }
         });
     }

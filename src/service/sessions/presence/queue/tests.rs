@@ -4,6 +4,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::super::visibility::{Visibility, VisibilityConfig, VisibilityState};
+use super::NextOperation::{Idle, NotBefore, Start};
+use super::OperationOutcome::{Done, Elsewhere, Failed, Rejected, Vanished};
+use super::PresenceOperation::{Refresh, Register, Unregister};
 use super::circuit_breaker::{FAILURES_IN_ROW_MAX, PROBE_BACKOFF};
 use super::entry::{REFRESH_AGE_MAX, RETRY_BACKOFF};
 use super::*;
@@ -34,8 +37,8 @@ impl Bench {
 
     fn next(&mut self) -> Option<PresenceOperation> {
         match self.queue.next(self.now) {
-            NextOperation::Start(_, operation) => Some(operation),
-            NextOperation::NotBefore(_) | NextOperation::Idle => None,
+            Start(_, operation) => Some(operation),
+            NotBefore(_) | Idle => None,
         }
     }
 
@@ -62,7 +65,7 @@ impl Bench {
     }
 
     fn fails(&mut self, operation: PresenceOperation) {
-        self.does(operation, OperationOutcome::Failed);
+        self.does(operation, Failed);
         self.now += RETRY_BACKOFF.max();
     }
 }
@@ -71,12 +74,12 @@ impl Bench {
 fn session_is_registered_refreshed_and_unregistered() {
     let mut bench = Bench::new();
     assert!(bench.queue.register(&ids(0), false, bench.now));
-    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    bench.does(Register, Done);
     assert!(bench.is_idle());
     assert!(bench.queue.refresh(&ids(0), false, bench.now));
-    bench.does(PresenceOperation::Refresh { check: false }, OperationOutcome::Done);
+    bench.does(Refresh { check: false }, Done);
     assert!(bench.queue.unregister(&ids(0), bench.now));
-    bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
+    bench.does(Unregister, Done);
     assert!(bench.is_idle());
 }
 
@@ -94,13 +97,13 @@ fn session_that_ends_before_its_registration_costs_no_call() {
 fn session_that_ends_while_presence_is_unreachable_costs_one_call() {
     let mut bench = Bench::new();
     bench.queue.register(&ids(0), false, bench.now);
-    bench.fails(PresenceOperation::Register);
+    bench.fails(Register);
     for _ in 0..50 {
         bench.queue.unregister(&ids(0), bench.now);
         bench.queue.register(&ids(0), false, bench.now);
     }
     bench.queue.unregister(&ids(0), bench.now);
-    bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
+    bench.does(Unregister, Done);
     assert!(bench.is_idle());
 }
 
@@ -108,14 +111,14 @@ fn session_that_ends_while_presence_is_unreachable_costs_one_call() {
 fn newest_state_follows_the_call_in_flight() {
     let mut bench = Bench::new();
     bench.queue.register(&ids(0), false, bench.now);
-    assert_eq!(bench.next(), Some(PresenceOperation::Register));
+    assert_eq!(bench.next(), Some(Register));
     bench.queue.unregister(&ids(0), bench.now);
     assert_eq!(bench.next(), None, "one call for a session at a time");
-    bench.complete(PresenceOperation::Register, OperationOutcome::Done);
-    assert_eq!(bench.next(), Some(PresenceOperation::Unregister));
+    bench.complete(Register, Done);
+    assert_eq!(bench.next(), Some(Unregister));
     bench.queue.register(&ids(0), false, bench.now);
-    bench.complete(PresenceOperation::Unregister, OperationOutcome::Done);
-    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    bench.complete(Unregister, Done);
+    bench.does(Register, Done);
     assert!(bench.is_idle());
 }
 
@@ -123,11 +126,11 @@ fn newest_state_follows_the_call_in_flight() {
 fn check_requested_during_a_call_is_made_after_it() {
     let mut bench = Bench::new();
     bench.queue.register(&ids(0), false, bench.now);
-    assert_eq!(bench.next(), Some(PresenceOperation::Register));
+    assert_eq!(bench.next(), Some(Register));
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.complete(PresenceOperation::Register, OperationOutcome::Done);
-    bench.fails(PresenceOperation::Refresh { check: true });
-    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Done);
+    bench.complete(Register, Done);
+    bench.fails(Refresh { check: true });
+    bench.does(Refresh { check: true }, Done);
     assert!(bench.is_idle());
 }
 
@@ -135,8 +138,8 @@ fn check_requested_during_a_call_is_made_after_it() {
 fn vanished_registration_is_queued_again() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Vanished);
-    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    bench.does(Refresh { check: true }, Vanished);
+    bench.does(Register, Done);
     assert!(bench.is_idle());
 }
 
@@ -144,16 +147,16 @@ fn vanished_registration_is_queued_again() {
 fn refresh_that_waited_too_long_becomes_a_registration() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), false, bench.now);
-    bench.fails(PresenceOperation::Refresh { check: false });
+    bench.fails(Refresh { check: false });
     bench.now += REFRESH_AGE_MAX;
-    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    bench.does(Register, Done);
 }
 
 #[test]
 fn session_registered_elsewhere_is_reported_once_and_not_registered_again() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
+    bench.does(Refresh { check: true }, Elsewhere);
     assert!(bench.is_idle());
     assert_eq!(bench.queue.take_replaced(), [ids(0)]);
     assert_eq!(bench.queue.take_replaced(), []);
@@ -163,14 +166,14 @@ fn session_registered_elsewhere_is_reported_once_and_not_registered_again() {
 fn session_that_reconnected_is_not_reported_as_replaced() {
     let mut bench = Bench::new();
     bench.queue.refresh(&ids(0), true, bench.now);
-    assert_eq!(bench.next(), Some(PresenceOperation::Refresh { check: true }));
+    assert_eq!(bench.next(), Some(Refresh { check: true }));
     bench.queue.register(&ids(0), true, bench.now);
-    bench.complete(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
+    bench.complete(Refresh { check: true }, Elsewhere);
     assert_eq!(bench.queue.take_replaced(), []);
-    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    bench.does(Register, Done);
 
     bench.queue.refresh(&ids(0), true, bench.now);
-    bench.does(PresenceOperation::Refresh { check: true }, OperationOutcome::Elsewhere);
+    bench.does(Refresh { check: true }, Elsewhere);
     bench.queue.register(&ids(0), false, bench.now);
     assert_eq!(bench.queue.take_replaced(), [], "found before it came back");
 }
@@ -186,20 +189,20 @@ fn unreachable_presence_is_probed_one_call_at_a_time() {
     let end = now + Duration::from_secs(60);
     while now < end {
         match queue.next(now) {
-            NextOperation::Start(ids, operation) => {
-                queue.complete(ids, operation, OperationOutcome::Failed, 0.0, now);
+            Start(ids, operation) => {
+                queue.complete(ids, operation, Failed, 0.0, now);
                 calls += 1;
             }
-            NextOperation::NotBefore(at) => now = at,
-            NextOperation::Idle => unreachable!("there is always something to try"),
+            NotBefore(at) => now = at,
+            Idle => unreachable!("there is always something to try"),
         }
     }
     assert!((20..40).contains(&calls), "{calls} calls in a minute");
     // After a success the queue runs at full pace at once.
-    let NextOperation::Start(ids, operation) = queue.next(now) else { panic!("a call is due") };
-    queue.complete(ids, operation, OperationOutcome::Done, 0.0, now);
-    let NextOperation::Start(..) = queue.next(now) else { panic!("slow") };
-    let NextOperation::Start(..) = queue.next(now) else { panic!("one at a time") };
+    let Start(ids, operation) = queue.next(now) else { panic!("a call is due") };
+    queue.complete(ids, operation, Done, 0.0, now);
+    let Start(..) = queue.next(now) else { panic!("slow") };
+    let Start(..) = queue.next(now) else { panic!("one at a time") };
 }
 
 #[test]
@@ -226,10 +229,8 @@ fn unregistrations_take_no_room_from_registrations() {
     assert!((0..5).all(|user| queue.register(&ids(user), false, now)));
     assert!((2_000..2_010).filter(|user| queue.unregister(&ids(*user), now)).count() == 0);
     for _ in 0..1_010 {
-        let NextOperation::Start(ids, operation) = queue.next(now) else {
-            panic!("there is something to do")
-        };
-        queue.complete(ids, operation, OperationOutcome::Done, 0.5, now);
+        let Start(ids, operation) = queue.next(now) else { panic!("there is something to do") };
+        queue.complete(ids, operation, Done, 0.5, now);
     }
     assert_eq!((queue.len(), queue.ends), (0, 0));
 }
@@ -238,12 +239,12 @@ fn unregistrations_take_no_room_from_registrations() {
 fn shutdown_only_unregisters() {
     let mut bench = Bench::new();
     bench.queue.unregister(&ids(0), bench.now);
-    bench.does(PresenceOperation::Unregister, OperationOutcome::Failed);
+    bench.does(Unregister, Failed);
     bench.queue.register(&ids(1), false, bench.now);
     bench.queue.shut_down();
     assert!(!bench.queue.register(&ids(2), false, bench.now));
     assert_eq!(bench.queue.pending_unregistrations(), 1);
-    bench.does(PresenceOperation::Unregister, OperationOutcome::Done);
+    bench.does(Unregister, Done);
     assert_eq!(bench.queue.pending_unregistrations(), 0);
     assert!(bench.is_idle());
 }
@@ -252,18 +253,18 @@ fn shutdown_only_unregisters() {
 fn notifier_reports_only_its_own_registration() {
     let mut bench = Bench::new();
     let first = bench.admits(0, false);
-    assert_eq!(bench.next(), Some(PresenceOperation::Register));
+    assert_eq!(bench.next(), Some(Register));
     // The device connects again during its first registration.
     let second = bench.admits(0, true);
     assert_eq!(first.state(bench.now), VisibilityState::NotVisible, "it is over with that one");
-    bench.complete(PresenceOperation::Register, OperationOutcome::Done);
+    bench.complete(Register, Done);
     assert_eq!(
         second.state(bench.now),
         VisibilityState::Pending(bench.now + REACH.registration_wait)
     );
-    bench.does(PresenceOperation::Register, OperationOutcome::Failed);
+    bench.does(Register, Failed);
     bench.now += RETRY_BACKOFF.delay(0, 1.0);
-    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    bench.does(Register, Done);
     assert_eq!(
         second.state(bench.now),
         VisibilityState::Pending(bench.now + REACH.lookup_lifetime)
@@ -275,11 +276,11 @@ fn notifier_reports_only_its_own_registration() {
 fn delayed_or_rejected_registration_is_not_waited_for() {
     let mut bench = Bench::new();
     let refused = bench.admits(0, false);
-    bench.does(PresenceOperation::Register, OperationOutcome::Rejected);
+    bench.does(Register, Rejected);
     assert_eq!(refused.state(bench.now), VisibilityState::NotVisible);
 
     bench.queue.register(&ids(0), false, bench.now);
-    (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(PresenceOperation::Register));
+    (0..FAILURES_IN_ROW_MAX).for_each(|_| bench.fails(Register));
     let late = bench.admits(0, false);
     assert_eq!(
         late.state(bench.now),
@@ -287,7 +288,7 @@ fn delayed_or_rejected_registration_is_not_waited_for() {
         "presence is known to be unreachable"
     );
     bench.now += PROBE_BACKOFF.max();
-    bench.does(PresenceOperation::Register, OperationOutcome::Done);
+    bench.does(Register, Done);
     let reached = bench.now + REACH.lookup_lifetime;
     assert_eq!(late.state(reached), VisibilityState::Visible, "it counts when it comes");
 
@@ -326,9 +327,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 /// Carries a call out like the presence service.
 fn carry_out(registered: &mut HashSet<SessionIds>, ids: &SessionIds, operation: PresenceOperation) {
     match operation {
-        PresenceOperation::Register => drop(registered.insert(ids.clone())),
-        PresenceOperation::Unregister => drop(registered.remove(ids)),
-        PresenceOperation::Refresh { .. } => {}
+        Register => drop(registered.insert(ids.clone())),
+        Unregister => drop(registered.remove(ids)),
+        Refresh { .. } => {}
     }
 }
 
@@ -357,7 +358,7 @@ proptest! {
                     }
                 }
                 Step::Begin => {
-                    if let NextOperation::Start(ids, operation) = queue.next(now) {
+                    if let Start(ids, operation) = queue.next(now) {
                         prop_assert!(under_way.iter().all(|(other, _)| *other != ids));
                         under_way.push((ids, operation));
                     }
@@ -368,7 +369,7 @@ proptest! {
                         if carried_out || answered {
                             carry_out(&mut registered, &ids, operation);
                         }
-                        let outcome = if answered { OperationOutcome::Done } else { OperationOutcome::Failed };
+                        let outcome = if answered { Done } else { Failed };
                         queue.complete(ids, operation, outcome, 0.5, now);
                     }
                 }
@@ -380,16 +381,16 @@ proptest! {
             prop_assert_eq!(queue.ends, ends);
         }
         for (ids, operation) in under_way {
-            queue.complete(ids, operation, OperationOutcome::Failed, 0.5, now);
+            queue.complete(ids, operation, Failed, 0.5, now);
         }
         loop {
             match queue.next(now) {
-                NextOperation::Start(ids, operation) => {
+                Start(ids, operation) => {
                     carry_out(&mut registered, &ids, operation);
-                    queue.complete(ids, operation, OperationOutcome::Done, 0.5, now);
+                    queue.complete(ids, operation, Done, 0.5, now);
                 }
-                NextOperation::NotBefore(at) => now = at,
-                NextOperation::Idle => break,
+                NotBefore(at) => now = at,
+                Idle => break,
             }
         }
         prop_assert_eq!(queue.len(), 0);

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::slice;
 
 use syn::visit::Visit;
 use syn::{Item, UseTree};
@@ -47,7 +48,7 @@ impl Imports {
         let for_tests: Vec<Module> = files
             .iter()
             .flat_map(|(module, file)| {
-                file.test_modules.iter().map(|name| [&module[..], &[name.clone()]].concat())
+                file.test_modules.iter().map(|name| [&module[..], slice::from_ref(name)].concat())
             })
             .collect();
         files.retain(|module, _| !for_tests.iter().any(|test| module.starts_with(test)));
@@ -70,9 +71,8 @@ impl Imports {
         &self,
         parent: &[String],
     ) -> BTreeMap<(String, String), (Module, Module)> {
-        let child = |module: &Module| {
-            module.strip_prefix(parent).and_then(|rest| rest.first()).map(String::clone)
-        };
+        let child =
+            |module: &Module| module.strip_prefix(parent).and_then(|rest| rest.first()).cloned();
         let mut found = BTreeMap::new();
         for edge @ (from, to) in &self.edges {
             if let (Some(from), Some(to)) = (child(from), child(to))

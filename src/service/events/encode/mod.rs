@@ -246,7 +246,7 @@ pub fn json(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     serde_json::to_vec(&JsonEnvelope { event_type, schema_version, occurred_at, payload }).ok()
 }
 
-/// A serialized `DeliveryEvent`. `None`: it cannot express the event (see the module).
+/// A serialized `DeliveryEvent`. `None`: it cannot express the event, see the table above.
 fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     match record.body {
         EventBody::MessageSent { conversation, sequence } => {

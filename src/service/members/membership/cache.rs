@@ -19,7 +19,7 @@ type Part = Cache<ListState>;
 #[derive(Debug)]
 pub(super) struct MemberLists {
     parts: Box<[RwLock<Part>]>,
-    /// Seeded anew in each process; see
+    /// Each process has its own seed; see
     /// [`Directory`](crate::service::members::directory::Directory).
     hasher: DefaultHashBuilder,
     /// One allocation per user, however many conversations they are in.

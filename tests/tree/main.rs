@@ -1,8 +1,10 @@
-//! Rules of the tree: layers and import cycles, documents that match the code, and
+//! Rules of the tree: layers and import cycles, names, plain English, documents that match the code, and
 //! `tests/run`.
 
 mod docs;
+mod english;
 mod imports;
 mod layers;
+mod names;
 mod runner;
 mod source;

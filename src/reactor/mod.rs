@@ -1,5 +1,4 @@
-//! The shard: the event loop, the connection slab, send queues, the timer wheel; generic over a
-//! kernel.
+//! The shard: event loop, connection slab, send queues, timer wheel. Generic over a kernel.
 
 pub mod config;
 pub mod connection;

@@ -73,10 +73,10 @@ impl<K: Kernel> Shard<K> {
             return self.terminate(key, EndReason::Draining, HowToClose::Orderly);
         }
         let refused = match self.check_limits(peer) {
-            Ok(ticket) => {
+            Ok(permit) => {
                 let deadline = self.after(self.config.handshake_ms_max);
                 let connection = self.connection(key).expect("the connection is present");
-                connection.address = Some(ticket);
+                connection.address = Some(permit);
                 connection.deadline = deadline;
                 self.set_lifecycle(
                     key,
@@ -121,9 +121,9 @@ impl<K: Kernel> Shard<K> {
             return Err(Refused::unavailable("this node is full", retry_after_s));
         }
         match self.limiter.admit(peer, self.kernel.unix_ms()) {
-            Ok(ticket) => {
+            Ok(permit) => {
                 self.admitted += 1;
-                Ok(ticket)
+                Ok(permit)
             }
             Err(LimitExceeded::TotalRate) => {
                 counts.refused_total_rate.add(1);

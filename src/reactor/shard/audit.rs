@@ -93,7 +93,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// The requests in flight per connection, according to the shard.
-    pub fn flights(&self) -> impl Iterator<Item = (ConnectionKey, RequestSet)> + '_ {
+    pub fn requests_in_flight(&self) -> impl Iterator<Item = (ConnectionKey, RequestSet)> + '_ {
         self.slab.iter().map(|(key, connection)| (key, connection.in_flight))
     }
 

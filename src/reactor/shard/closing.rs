@@ -198,9 +198,9 @@ impl<K: Kernel> Shard<K> {
         self.completed(key, RequestSet::CLOSE);
         let connection = self.slab.remove(key).expect("the connection is present");
         assert!(connection.in_flight.is_none() && connection.queue.is_empty());
-        if let Some(ticket) = connection.address {
+        if let Some(permit) = connection.address {
             self.admitted -= 1;
-            self.limiter.release(ticket, self.kernel.unix_ms());
+            self.limiter.release(permit, self.kernel.unix_ms());
         }
     }
 

@@ -80,7 +80,10 @@ pub fn print_on_panic() {
             for (step, act) in &trace.acts {
                 eprintln!("  {step:>8} {act:?}");
             }
-            eprintln!("replay: cargo run --release --bin simulate -- --seed {}", trace.seed);
+            eprintln!(
+                "replay: cargo run --release --features simulation --bin simulate -- --seed {}",
+                trace.seed
+            );
         });
     }));
 }

@@ -24,7 +24,7 @@ pub enum SpawnError {
         source: SetupError,
     },
     /// The system refuses a thread.
-    #[error("shard {}: no thread: {source}", shard.0)]
+    #[error("shard {}: cannot start a thread: {source}", shard.0)]
     Thread {
         /// The shard.
         shard: ShardId,

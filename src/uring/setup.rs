@@ -49,7 +49,7 @@ impl Default for RingConfig {
 pub enum SetupError {
     /// The kernel is older than 6.1.
     #[error(
-        "Linux {release} is too old: io_uring as it is used here needs Linux {}.{} or newer",
+        "Linux {release} is too old: this program needs Linux {}.{} or newer for io_uring",
         KERNEL_MIN.0,
         KERNEL_MIN.1
     )]
@@ -58,7 +58,7 @@ pub enum SetupError {
         release: String,
     },
     /// `io_uring_setup` was refused with EPERM.
-    #[error("io_uring is forbidden here (EPERM): {hint}")]
+    #[error("io_uring is not permitted (EPERM): {hint}")]
     Forbidden {
         /// The probable cause.
         hint: String,
@@ -66,13 +66,13 @@ pub enum SetupError {
     /// `io_uring_setup` does not exist (ENOSYS).
     #[error(
         "this kernel has no io_uring (ENOSYS): it was built without CONFIG_IO_URING, or a sandbox \
-         (gVisor, an old seccomp profile) hides it; run on a kernel that has it, or let the \
-         sandbox pass io_uring_setup, io_uring_enter and io_uring_register"
+         (gVisor, an old seccomp profile) blocks it; use a kernel that has it, or allow \
+         io_uring_setup, io_uring_enter and io_uring_register in the sandbox"
     )]
     Missing,
     /// An operation or feature is missing although the kernel version has it.
     #[error(
-        "Linux {release} lacks {what}, which a kernel of that version has: a sandbox restricts io_uring"
+        "Linux {release} lacks {what}, although this version should have it: a sandbox may restrict io_uring"
     )]
     Incomplete {
         /// As `uname -r` prints it.
@@ -214,15 +214,15 @@ fn explain(error: io::Error) -> SetupError {
 
 fn forbidden_hint(setting: Option<&str>) -> String {
     match setting.map(str::trim) {
-        Some("2") => "kernel.io_uring_disabled is 2, which forbids it to everybody; \
+        Some("2") => "kernel.io_uring_disabled is 2, which forbids it for everybody; \
                       set it to 0 (`sysctl kernel.io_uring_disabled=0`)"
             .to_owned(),
         Some("1") => "kernel.io_uring_disabled is 1, which allows it only with CAP_SYS_ADMIN or \
                       to the group kernel.io_uring_group; set it to 0, or put the process into \
                       that group"
             .to_owned(),
-        _ => "the seccomp profile of a container does that (Docker and Kubernetes runtimes by \
-              default); use a profile that allows io_uring_setup, io_uring_enter and \
+        _ => "probably by the seccomp profile of a container (the default of Docker and \
+              Kubernetes runtimes); use a profile that allows io_uring_setup, io_uring_enter and \
               io_uring_register"
             .to_owned(),
     }
@@ -240,7 +240,7 @@ fn check_features(ring: &IoUring, release: &str) -> Result<(), SetupError> {
     let mut probe = Probe::new();
     ring.submitter()
         .register_probe(&mut probe)
-        .map_err(|source| SetupError::System { what: "ask which operations there are", source })?;
+        .map_err(|source| SetupError::System { what: "query the supported operations", source })?;
     match NEEDED.iter().find(|(code, _)| !probe.is_supported(*code)) {
         Some((_, name)) => Err(incomplete(name)),
         None => Ok(()),

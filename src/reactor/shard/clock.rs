@@ -154,7 +154,7 @@ pub(super) fn next_deadline(
     key: ConnectionKey,
     config: &ShardConfig,
 ) -> Option<Tick> {
-    let stage_deadline = match &connection.lifecycle {
+    let lifecycle_deadline = match &connection.lifecycle {
         Lifecycle::Accepting | Lifecycle::Terminating(_) | Lifecycle::Freeing => return None,
         Lifecycle::Handshake(_)
         | Lifecycle::Deciding(_)
@@ -173,5 +173,5 @@ pub(super) fn next_deadline(
         false => connection.last_received + ping_due(config, key),
     };
     let stall = connection.flags.has(Flags::STALLED).then_some(connection.deadline);
-    [Some(silence), stage_deadline, stall].into_iter().flatten().min()
+    [Some(silence), lifecycle_deadline, stall].into_iter().flatten().min()
 }

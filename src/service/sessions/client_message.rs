@@ -65,27 +65,28 @@ pub fn parse(text: &str) -> Result<ClientMessage, InvalidMessage> {
     if !text.trim_ascii_start().starts_with('{') {
         return Err(InvalidMessage::Malformed);
     }
-    let fields: Fields = serde_json::from_str(text).map_err(|_| InvalidMessage::Malformed)?;
+    let fields: MessageFields =
+        serde_json::from_str(text).map_err(|_| InvalidMessage::Malformed)?;
     if fields.last_sequences.is_none() && fields.access_token.is_none() {
         return Err(InvalidMessage::Unknown);
     }
     Ok(ClientMessage {
         last_sequences: fields.last_sequences.map(|LastSequences(positions)| positions),
-        access_token: fields.access_token.map(|Token(token)| token),
+        access_token: fields.access_token.map(|TokenField(token)| token),
     })
 }
 
 #[derive(Deserialize)]
-struct Fields {
+struct MessageFields {
     #[serde(default)]
     last_sequences: Option<LastSequences>,
     #[serde(default)]
-    access_token: Option<Token>,
+    access_token: Option<TokenField>,
 }
 
-struct Token(Secret);
+struct TokenField(Secret);
 
-impl<'de> Deserialize<'de> for Token {
+impl<'de> Deserialize<'de> for TokenField {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let token = String::deserialize(deserializer)?;
         if token.is_empty() || token.len() > TOKEN_BYTES_MAX {

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use super::node_state::NodeState;
 use super::records::{SessionState, expiry};
 use super::state::SessionManager;
-use super::{CheckPurpose, Request};
+use super::{CheckPurpose, ManagerRequest};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Hello, Refusal, ShardCommand};
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
@@ -76,7 +76,7 @@ impl SessionManager {
         let Some(requests) = self.requests.upgrade() else { return };
         tokio::spawn(async move {
             let outcome = check.await;
-            let checked = Request::Checked { shard, connection, outcome, purpose };
+            let checked = ManagerRequest::Checked { shard, connection, outcome, purpose };
             // An error means that the manager has ended, so the connection has too.
             let _ = requests.send(checked).await;
         });

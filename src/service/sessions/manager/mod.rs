@@ -133,7 +133,7 @@ pub enum Shutdown {
 }
 
 /// From other tasks to the session manager.
-enum Request {
+enum ManagerRequest {
     /// A token check is complete.
     Checked {
         shard: ShardId,
@@ -158,7 +158,7 @@ enum CheckPurpose {
 /// The application's handle of the session manager.
 #[derive(Clone)]
 pub struct SessionHandle {
-    requests: mpsc::Sender<Request>,
+    requests: mpsc::Sender<ManagerRequest>,
     presence: Presence,
     unregister_timeout: Duration,
     state: SharedNodeState,
@@ -175,7 +175,7 @@ impl SessionHandle {
     /// earlier one that is still running; both return at the same time.
     pub async fn shut_down(&self, shutdown: Shutdown) {
         let (stopped, wait) = oneshot::channel();
-        if self.requests.send(Request::ShutDown { shutdown, stopped }).await.is_ok() {
+        if self.requests.send(ManagerRequest::ShutDown { shutdown, stopped }).await.is_ok() {
             // An error means that the manager has ended, so all sessions have.
             let _ = wait.await;
         }
@@ -191,6 +191,6 @@ impl PresenceUpdates for SessionHandle {
     /// Checks whether a session of this node has moved to another one. If the queue is full, the
     /// next refresh finds out.
     fn moved_elsewhere(&self, user: &str) {
-        let _ = self.requests.try_send(Request::MovedElsewhere(user.into()));
+        let _ = self.requests.try_send(ManagerRequest::MovedElsewhere(user.into()));
     }
 }

@@ -12,8 +12,8 @@ use super::node_state::{NodeState, SharedNodeState};
 use super::records::SessionRecords;
 use super::state::SessionManager;
 use super::{
-    REQUESTS_WAITING_MAX, Request, SessionConfig, SessionCounters, SessionHandle, SessionPorts,
-    TICK,
+    ManagerRequest, REQUESTS_WAITING_MAX, SessionConfig, SessionCounters, SessionHandle,
+    SessionPorts, TICK,
 };
 use crate::domain::command::ShardReport;
 use crate::domain::ids::ShardId;
@@ -57,7 +57,7 @@ impl SessionManager {
 
     async fn run(
         mut self,
-        mut requests: mpsc::Receiver<Request>,
+        mut requests: mpsc::Receiver<ManagerRequest>,
         mut catch_up_reports: mpsc::Receiver<CatchUpReport>,
         bell: AsyncBell,
     ) {
@@ -109,7 +109,7 @@ impl SessionManager {
 
     fn take_requests(
         &mut self,
-        requests: &mut mpsc::Receiver<Request>,
+        requests: &mut mpsc::Receiver<ManagerRequest>,
         catch_up_reports: &mut mpsc::Receiver<CatchUpReport>,
     ) {
         for _ in 0..REQUESTS_PER_TURN_MAX {
@@ -136,13 +136,13 @@ impl SessionManager {
         }
     }
 
-    pub(super) fn on_request(&mut self, request: Request) {
+    pub(super) fn on_request(&mut self, request: ManagerRequest) {
         match request {
-            Request::Checked { shard, connection, outcome, purpose } => {
+            ManagerRequest::Checked { shard, connection, outcome, purpose } => {
                 self.on_checked(shard, connection, outcome, purpose);
             }
-            Request::MovedElsewhere(user) => self.check_registrations(&user),
-            Request::ShutDown { shutdown, stopped } => {
+            ManagerRequest::MovedElsewhere(user) => self.check_registrations(&user),
+            ManagerRequest::ShutDown { shutdown, stopped } => {
                 self.on_shut_down(shutdown, stopped, Instant::now());
             }
         }

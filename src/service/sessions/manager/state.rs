@@ -11,7 +11,7 @@ use super::links::ControlLink;
 use super::node_state::SharedNodeState;
 use super::records::{SessionRecords, SessionState};
 use super::sweep::Sweep;
-use super::{Request, SessionConfig, SessionCounters, SessionPorts};
+use super::{ManagerRequest, SessionConfig, SessionCounters, SessionPorts};
 use crate::domain::close::{Close, EndReason};
 use crate::domain::command::ShardCommand;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
@@ -35,7 +35,7 @@ pub struct SessionManager {
     pub(super) counters: Arc<SessionCounters>,
     /// For the token checks that the manager starts. Weak, so that the manager ends with its last
     /// handle.
-    pub(super) requests: mpsc::WeakSender<Request>,
+    pub(super) requests: mpsc::WeakSender<ManagerRequest>,
     /// For the catch-ups that the manager starts.
     pub(super) catch_up_reports: mpsc::Sender<CatchUpReport>,
     pub(super) catch_ups: CatchUps,
@@ -52,7 +52,7 @@ impl SessionManager {
         config: SessionConfig,
         ports: SessionPorts,
         counters: Arc<SessionCounters>,
-        requests: mpsc::WeakSender<Request>,
+        requests: mpsc::WeakSender<ManagerRequest>,
         catch_up_reports: mpsc::Sender<CatchUpReport>,
         node_state: SharedNodeState,
     ) -> Self {

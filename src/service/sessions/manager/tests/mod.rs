@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::node_state::SharedNodeState;
 use super::state::SessionManager;
 use super::{
-    NodeState, Request, SessionConfig, SessionCounters, SessionPorts, ShardPort, Shutdown,
+    ManagerRequest, NodeState, SessionConfig, SessionCounters, SessionPorts, ShardPort, Shutdown,
 };
 use crate::domain::close::{CloseCode, EndReason};
 use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
@@ -55,12 +55,12 @@ struct Bench {
     directory: Arc<Directory>,
     counters: Arc<SessionCounters>,
     /// Requests of other tasks to the manager.
-    requests: mpsc::Receiver<Request>,
+    requests: mpsc::Receiver<ManagerRequest>,
     catch_ups: mpsc::Receiver<CatchUpReport>,
     /// The manager's time, advanced by the tests.
     clock: Instant,
     /// Keeps the manager's channel open.
-    _requests_in: mpsc::Sender<Request>,
+    _requests_in: mpsc::Sender<ManagerRequest>,
 }
 
 impl Bench {

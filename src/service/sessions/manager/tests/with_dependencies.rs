@@ -231,7 +231,7 @@ async fn session_that_moved_to_another_node_is_closed_here_and_stays_registered_
     two.admitted(0, key(0, 0), "alice", "phone");
     fake.until(registered("node-2")).await;
 
-    one.manager.on_request(Request::MovedElsewhere("alice".into()));
+    one.manager.on_request(ManagerRequest::MovedElsewhere("alice".into()));
     let closed = loop {
         // The check finds the other node's name; the next tick closes the session.
         fake.until(|state| state.count(Method::Devices) > 0).await;

@@ -139,7 +139,7 @@ async fn publish_without_a_listener_is_counted_and_its_users_are_looked_up_again
     let Some(mut bench) = Bench::new(Options::default(), |_| {}).await else { return };
     bench.register("alice", "phone", "n1");
     bench.register("bob", "phone", "n1");
-    bench.handed_over("nobody hears this", &["alice", "bob"]).await;
+    bench.handed_over("without a listener", &["alice", "bob"]).await;
     // They are still registered at n1, so there is no other node to address.
     assert_eq!(bench.counters.redis_publishes_unheard.get(), 1);
     assert_eq!(bench.counters.redis_publishes_again.get(), 0);

@@ -32,13 +32,13 @@ impl Node {
         Self { presence, counters, link }
     }
 
-    /// Waits until so many registrations, refreshes and ends have been told in all.
-    async fn told(&self, registered: u64, refreshed: u64, unregistered: u64) {
+    /// Waits until the totals of registrations, refreshes and unregistrations are these.
+    async fn counted(&self, registered: u64, refreshed: u64, unregistered: u64) {
         let wanted = (registered, refreshed, unregistered);
         let counters = &self.counters;
-        let told =
+        let totals =
             || (counters.registered.get(), counters.refreshed.get(), counters.unregistered.get());
-        until(|| told() == wanted, tokio::task::yield_now).await;
+        until(|| totals() == wanted, tokio::task::yield_now).await;
     }
 
     async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> T {
@@ -60,7 +60,7 @@ impl Node {
     }
 }
 
-/// Hears what is published on `presence:updates`.
+/// A subscriber of `presence:updates`.
 struct Listener {
     updates: redis::aio::PubSub,
 }
@@ -103,23 +103,23 @@ async fn keys_and_updates_are_those_of_the_contract() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
         one.presence.register(&ids("alice", "phone"), false);
-        one.told(1, 0, 0).await;
+        one.counted(1, 0, 0).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
         let lifetime_s: i64 = one.ask(&["TTL", "session:alice:phone"]).await;
         assert!((55..=60).contains(&lifetime_s), "{lifetime_s}");
 
         one.presence.register(&ids("alice", "desk"), false);
-        one.told(2, 0, 0).await;
+        one.counted(2, 0, 0).await;
         assert_eq!(one.devices("alice").await, ["desk", "phone"]);
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
 
         one.presence.unregister(&ids("alice", "phone"));
-        one.told(2, 0, 1).await;
+        one.counted(2, 0, 1).await;
         assert_eq!(one.holder("alice", "phone").await, None);
         assert_eq!(one.devices("alice").await, ["desk"]);
         one.presence.unregister(&ids("alice", "desk"));
-        one.told(2, 0, 2).await;
+        one.counted(2, 0, 2).await;
         // The end of the first device was no change of the user's presence.
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
         assert!(one.devices("alice").await.is_empty());
@@ -131,16 +131,16 @@ async fn keys_and_updates_are_those_of_the_contract() {
 async fn refresh_keeps_a_registration_alive_and_makes_a_lost_one_again() {
     everywhere(|_, one, _two| async move {
         one.presence.register(&ids("alice", "phone"), false);
-        one.told(1, 0, 0).await;
+        one.counted(1, 0, 0).await;
         let _: bool = one.ask(&["EXPIRE", "session:alice:phone", "7"]).await;
         one.presence.refresh(&ids("alice", "phone"), 1);
-        one.told(1, 1, 0).await;
+        one.counted(1, 1, 0).await;
         let lifetime_s: i64 = one.ask(&["TTL", "session:alice:phone"]).await;
         assert!(lifetime_s > 50, "{lifetime_s}");
 
         let _: Value = one.ask(&["DEL", "session:alice:phone"]).await;
         one.presence.refresh(&ids("alice", "phone"), 1);
-        one.told(2, 1, 0).await;
+        one.counted(2, 1, 0).await;
         assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
         assert_eq!(one.counters.vanished.get(), 1);
     })
@@ -151,9 +151,9 @@ async fn refresh_keeps_a_registration_alive_and_makes_a_lost_one_again() {
 async fn session_that_moved_is_neither_taken_back_nor_unregistered() {
     everywhere(|_, one, two| async move {
         one.presence.register(&ids("alice", "phone"), false);
-        one.told(1, 0, 0).await;
+        one.counted(1, 0, 0).await;
         two.presence.register(&ids("alice", "phone"), false);
-        two.told(1, 0, 0).await;
+        two.counted(1, 0, 0).await;
 
         one.presence.refresh(&ids("alice", "phone"), 1);
         let mut replaced = Vec::new();
@@ -167,7 +167,7 @@ async fn session_that_moved_is_neither_taken_back_nor_unregistered() {
         .await;
         assert_eq!(replaced, [ids("alice", "phone")]);
         one.presence.unregister(&ids("alice", "phone"));
-        one.told(1, 0, 1).await;
+        one.counted(1, 0, 1).await;
         assert_eq!(two.holder("alice", "phone").await.as_deref(), Some("node-2"));
         assert_eq!(two.devices("alice").await, ["phone"]);
     })
@@ -180,10 +180,10 @@ async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
         let mut updates = Listener::new(port).await;
         let _: Value = one.ask(&["SADD", "presence:user:alice:devices", "ghost"]).await;
         one.presence.register(&ids("alice", "phone"), false);
-        one.told(1, 0, 0).await;
+        one.counted(1, 0, 0).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         one.presence.unregister(&ids("alice", "phone"));
-        one.told(1, 0, 1).await;
+        one.counted(1, 0, 1).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
         assert!(one.devices("alice").await.is_empty());
     })
@@ -195,7 +195,7 @@ async fn no_key_outlives_what_renews_it() {
     everywhere(|_, one, _two| async move {
         let set = "presence:user:alice:devices";
         one.presence.register(&ids("alice", "phone"), false);
-        one.told(1, 0, 0).await;
+        one.counted(1, 0, 0).await;
         let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
         assert_eq!(keys.len(), 2, "{keys:?}");
         let lifetime_s: i64 = one.ask(&["TTL", set]).await;
@@ -204,10 +204,10 @@ async fn no_key_outlives_what_renews_it() {
         // A check renews it; a refresh in between need not.
         let _: bool = one.ask(&["EXPIRE", set, "700"]).await;
         one.presence.refresh(&ids("alice", "phone"), 1);
-        one.told(1, 1, 0).await;
+        one.counted(1, 1, 0).await;
         assert!(one.ask::<i64>(&["TTL", set]).await <= 700);
         one.presence.refresh(&ids("alice", "phone"), 0);
-        one.told(1, 2, 0).await;
+        one.counted(1, 2, 0).await;
         assert!(one.ask::<i64>(&["TTL", set]).await > 3_000);
     })
     .await;
@@ -218,11 +218,11 @@ async fn end_after_the_lifetime_leaves_nothing_and_is_published() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
         one.presence.register(&ids("alice", "phone"), false);
-        one.told(1, 0, 0).await;
+        one.counted(1, 0, 0).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         let _: Value = one.ask(&["DEL", "session:alice:phone"]).await;
         one.presence.unregister(&ids("alice", "phone"));
-        one.told(1, 0, 1).await;
+        one.counted(1, 0, 1).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
         let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
         assert!(keys.is_empty(), "{keys:?}");

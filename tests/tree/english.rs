@@ -41,15 +41,17 @@ const PHRASES: [&str; 29] = [
 /// Text files of the tree, by the end of their names.
 const KINDS: [&str; 9] = ["rs", "md", "sh", "toml", "yaml", "html", "service", "conf", "run"];
 
-const FOLDERS: [&str; 6] = ["src", "tests", "docs", "deploy", "fuzz/src", "fuzz/fuzz_targets"];
+const FOLDERS: [&str; 7] =
+    ["src", "tests", "docs", "deploy", "fuzz/src", "fuzz/fuzz_targets", "bench/src"];
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
     "Cargo.toml",
     "Dockerfile",
     "compose.yaml",
+    "bench/README.md",
     "fuzz/README.md",
 ];
 

@@ -131,7 +131,7 @@ const TARGETS: [Target; 18] = [
     },
 ];
 
-/// Markdown: those of which there are figures. The spread is that of the rounds' own ratios.
+/// The targets that have figures, in Markdown. The spread is that of the rounds' own ratios.
 pub(super) fn markdown(samples: &Samples) -> String {
     let mut text = String::new();
     let _ = writeln!(

@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn kib_of_json_has_1024_bytes() {
         use crate::payload::{Stamp, Template};
-        use delivery::service::{encode, envelope};
+        use delivery::service::events::{encode, envelope};
 
         let stamp = Stamp { sequence: 100, intended_ns: 1 };
         let value = Template::new(JSON_KIB_BYTES).envelope(1_000_000, stamp);

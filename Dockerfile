@@ -14,6 +14,7 @@ RUN apt-get update \
 
 WORKDIR /src
 COPY Cargo.toml Cargo.lock build.rs ./
+COPY .cargo .cargo
 COPY proto proto
 COPY src src
 # Not compiled; cargo reads the manifests of development dependencies as well.

@@ -223,27 +223,24 @@ pub fn json(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     let inner = record.payload;
     let payload = match record.body {
         EventBody::ConversationCreated { .. } => {
-            JsonPayload::ConversationCreated(ConversationCreatedEvent::decode(inner).ok()?)
+            inner_json(inner, JsonPayload::ConversationCreated)?
         }
-        EventBody::MembershipChanged { .. } => {
-            JsonPayload::MembershipChanged(MembershipChangedEvent::decode(inner).ok()?)
-        }
-        EventBody::MessageSent { .. } => {
-            JsonPayload::MessageSent(MessageSentEvent::decode(inner).ok()?)
-        }
-        EventBody::MessageDeleted { .. } => {
-            JsonPayload::MessageDeleted(MessageDeletedEvent::decode(inner).ok()?)
-        }
-        EventBody::ReadReceiptUpdated { .. } => {
-            JsonPayload::ReadReceiptUpdated(ReadReceiptUpdatedEvent::decode(inner).ok()?)
-        }
-        EventBody::PresenceUpdated { .. } => {
-            JsonPayload::PresenceUpdated(PresenceUpdateEvent::decode(inner).ok()?)
-        }
+        EventBody::MembershipChanged { .. } => inner_json(inner, JsonPayload::MembershipChanged)?,
+        EventBody::MessageSent { .. } => inner_json(inner, JsonPayload::MessageSent)?,
+        EventBody::MessageDeleted { .. } => inner_json(inner, JsonPayload::MessageDeleted)?,
+        EventBody::ReadReceiptUpdated { .. } => inner_json(inner, JsonPayload::ReadReceiptUpdated)?,
+        EventBody::PresenceUpdated { .. } => inner_json(inner, JsonPayload::PresenceUpdated)?,
         EventBody::Unknown => JsonPayload::Base64(BASE64.encode(inner)),
     };
     let EventEnvelope { schema_version, occurred_at, .. } = envelope;
     serde_json::to_vec(&JsonEnvelope { event_type, schema_version, occurred_at, payload }).ok()
+}
+
+fn inner_json<M: prost::Message + Default>(
+    inner: &[u8],
+    wrap: fn(M) -> JsonPayload,
+) -> Option<JsonPayload> {
+    M::decode(inner).ok().map(wrap)
 }
 
 /// A serialized `DeliveryEvent`. `None`: it cannot express the event, see the table above.

@@ -6,7 +6,7 @@ use crate::service::backends::ports::BoxFuture;
 /// A conversation service with every conversation: its members are its own name and "b".
 #[derive(Default)]
 struct FakeService {
-    asked: AtomicUsize,
+    requested: AtomicUsize,
     gate: Option<tokio::sync::Semaphore>,
 }
 
@@ -16,7 +16,7 @@ impl ConversationSource for FakeSource {
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
         let service = Arc::clone(&self.0);
         Box::pin(async move {
-            service.asked.fetch_add(1, Ordering::Relaxed);
+            service.requested.fetch_add(1, Ordering::Relaxed);
             if let Some(gate) = &service.gate {
                 gate.acquire().await.expect("open").forget();
             }
@@ -82,7 +82,7 @@ fn one_request_serves_all_callers() {
     }
     node.service.gate.as_ref().unwrap().add_permits(10);
     assert_eq!(node.members("a", now), ["a", "b"]);
-    assert_eq!(node.service.asked.load(Ordering::Relaxed), 1);
+    assert_eq!(node.service.requested.load(Ordering::Relaxed), 1);
     assert_eq!(node.counters.members.get(), 2);
 }
 
@@ -167,7 +167,7 @@ fn expired_list_is_used_while_it_is_fetched_again() {
         now,
     );
     assert_eq!(node.members("a", now + 749), ["x"]);
-    assert_eq!(node.service.asked.load(Ordering::Relaxed), 0);
+    assert_eq!(node.service.requested.load(Ordering::Relaxed), 0);
     assert_eq!(node.members("a", now + 1000), ["x"]);
     assert_eq!(node.counters.fetches_under_way.get(), 1);
     node.service.gate.as_ref().unwrap().add_permits(1);

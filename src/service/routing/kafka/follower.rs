@@ -56,7 +56,7 @@ pub(super) struct Follower {
     behind: HashMap<(String, i32), i64>,
     /// How often the end of a partition with this number was reached, over all topics.
     ends: HashMap<i32, usize>,
-    /// Whether the cache was told to serve.
+    /// Whether the cache gets every change.
     following: bool,
 }
 

@@ -62,13 +62,17 @@ impl Cluster {
         self.publish(MESSAGES, conversation, &message(conversation, sequence));
     }
 
+    fn consumer(&self, group: &str) -> BaseConsumer {
+        ClientConfig::new()
+            .set("bootstrap.servers", self.mock.bootstrap_servers())
+            .set("group.id", group)
+            .create()
+            .unwrap()
+    }
+
     /// Sum of the committed offsets of a topic's partitions.
     fn committed(&self, topic: &str) -> i64 {
-        let consumer: BaseConsumer = ClientConfig::new()
-            .set("bootstrap.servers", self.mock.bootstrap_servers())
-            .set("group.id", "test")
-            .create()
-            .unwrap();
+        let consumer = self.consumer("test");
         let mut partitions = TopicPartitionList::new();
         partitions.add_partition_range(topic, 0, PARTITIONS - 1);
         let committed = consumer.committed_offsets(partitions, PATIENCE).unwrap();
@@ -365,11 +369,7 @@ fn undecodable_record_goes_to_the_dead_letter_topic_and_the_next_is_delivered() 
     until("stored", || node.counters.dead_letters_stored.get() == 1);
     until("committed", || cluster.committed(MESSAGES) == 2);
 
-    let reader: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", cluster.mock.bootstrap_servers())
-        .set("group.id", "reader")
-        .create()
-        .unwrap();
+    let reader = cluster.consumer("reader");
     let mut partition = TopicPartitionList::new();
     partition
         .add_partition_offset("dead", 0, rdkafka::topic_partition_list::Offset::Beginning)

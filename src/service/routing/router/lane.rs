@@ -138,7 +138,7 @@ impl PartitionLane {
 /// A queue of records that are routed in order.
 pub(super) struct Lane {
     pub(super) key: LaneKey,
-    /// `None`: records from elsewhere than a partition.
+    /// `None`: records from other nodes and from presence.
     pub(super) partition: Option<PartitionLane>,
     /// What blocks the front record; `None`: nothing known.
     pub(super) blocked: Option<Blocked>,

@@ -110,11 +110,7 @@ impl RouterCore {
         let PartitionLane { log, source, window, committable, .. } = partition;
         let mut waits = None;
         let took = source.poll(&mut |raw| {
-            self.counters.records.add(1);
-            if raw.offset < window.next() {
-                self.restart(key, window, raw.offset);
-            }
-            let record = RecordId { lane: *key, index: window.take(raw.offset) };
+            let record = self.admit(key, window, raw.offset);
             match self.attempt(raw, Arrival::Partition { log, record }, now_ms, now_ms) {
                 RouteOutcome::Done => {
                     if window.done(record.index) {
@@ -137,12 +133,16 @@ impl RouterCore {
         took
     }
 
-    /// Restarts the window, because the partition went back to an earlier offset (truncated or
-    /// recreated). Reports for earlier records become stale.
-    fn restart(&mut self, key: &mut LaneKey, window: &mut OffsetWindow, offset: i64) {
-        self.counters.records_repeated.add(1);
-        *key = self.next_lane_key(key.slot());
-        *window = OffsetWindow::new(offset, self.config.window_records_max);
+    /// Takes a record into the window. If the partition went back to an earlier offset (truncated or
+    /// recreated), the window restarts there, and reports for earlier records become stale.
+    fn admit(&mut self, key: &mut LaneKey, window: &mut OffsetWindow, offset: i64) -> RecordId {
+        self.counters.records.add(1);
+        if offset < window.next() {
+            self.counters.records_repeated.add(1);
+            *key = self.next_lane_key(key.slot());
+            *window = OffsetWindow::new(offset, self.config.window_records_max);
+        }
+        RecordId { lane: *key, index: window.take(offset) }
     }
 
     fn block(&mut self, lane: &mut Lane, blocked: Blocked, now_ms: u64) {
@@ -172,12 +172,8 @@ impl RouterCore {
         let PartitionLane { source, window, .. } = partition;
         let mut taken = None;
         let took = source.poll(&mut |raw| {
-            self.counters.records.add(1);
-            if raw.offset < window.next() {
-                self.restart(key, window, raw.offset);
-            }
+            let intake = Intake::Partition(self.admit(key, window, raw.offset));
             self.request_members(raw, now_ms);
-            let intake = Intake::Partition(RecordId { lane: *key, index: window.take(raw.offset) });
             taken = Some(WaitingRecord { record: OwnedRecord::new(raw), intake, since_ms: None });
         });
         if let Some(waiting) = taken {

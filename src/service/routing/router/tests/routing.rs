@@ -25,7 +25,7 @@ fn record_goes_once_to_each_shard_and_is_done_when_all_have_reported() {
     assert_eq!(second.len(), 2);
     assert_eq!(second[1].slots, [desk, bob]);
     assert_eq!(second[1].value, message("c", 1), "unchanged");
-    assert!(world.conversations.asked().is_empty(), "the creation event contains the members");
+    assert!(world.conversations.requested().is_empty(), "the creation event contains the members");
 
     assert_eq!(committable.get(), Some(0));
     world.report(1, second[1].ticket.unwrap());

@@ -17,9 +17,9 @@ fn unknown_conversation_blocks_its_partition_in_order_and_no_other() {
     first.append(2, message("later", 1));
     first.append(3, message("slow", 2));
     second.append(0, created("other", &["alice"]));
-    world.until("asked", |world| world.conversations.asked().len() == 2);
+    world.until("requested", |world| world.conversations.requested().len() == 2);
     // Once each, also for the record behind the front.
-    assert_eq!(world.conversations.asked(), ["slow", "later"]);
+    assert_eq!(world.conversations.requested(), ["slow", "later"]);
     let delivered = world.delivered(0);
     assert_eq!(delivered.len(), 1);
     assert_eq!(delivered[0].value, created("other", &["alice"]));
@@ -40,7 +40,7 @@ fn failed_request_for_members_is_retried_and_the_record_is_routed() {
     world.conversations.failing.store(true, Ordering::Relaxed);
     let (log, _) = world.assign(0);
     log.append(0, message("c", 1));
-    world.until("asked three times", |world| world.conversations.asked().len() >= 3);
+    world.until("requested three times", |world| world.conversations.requested().len() >= 3);
     world.conversations.failing.store(false, Ordering::Relaxed);
     world.until("delivered", |world| world.counters.deliveries.get() == 1);
     assert_eq!(world.taken(0), [[alice]]);
@@ -55,7 +55,7 @@ fn unroutable_record_is_given_up_after_the_configured_time() {
         let (log, committable) = world.assign(0);
         log.append(0, message("c", 1));
         log.append(1, created("d", &["alice"]));
-        world.until("asked", |world| !world.conversations.asked().is_empty());
+        world.until("requested", |world| !world.conversations.requested().is_empty());
         assert!(world.taken(0).is_empty());
         world.ahead_ms = 29_000;
         world.run_until_idle();

@@ -37,7 +37,7 @@ const SHARDS: u16 = 2;
 #[derive(Default)]
 pub(super) struct FakeConversations {
     pub(super) table: Mutex<HashMap<String, Vec<&'static str>>>,
-    pub(super) asked: Mutex<Vec<String>>,
+    pub(super) requested: Mutex<Vec<String>>,
     pub(super) failing: AtomicBool,
     gate: Option<tokio::sync::Semaphore>,
 }
@@ -52,8 +52,8 @@ impl FakeConversations {
         self.gate.as_ref().unwrap().add_permits(answers);
     }
 
-    pub(super) fn asked(&self) -> Vec<String> {
-        self.asked.lock().unwrap().clone()
+    pub(super) fn requested(&self) -> Vec<String> {
+        self.requested.lock().unwrap().clone()
     }
 }
 
@@ -63,7 +63,7 @@ impl ConversationSource for FakeSource {
     fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
         let service = Arc::clone(&self.0);
         Box::pin(async move {
-            service.asked.lock().unwrap().push(conversation.to_string());
+            service.requested.lock().unwrap().push(conversation.to_string());
             if let Some(gate) = &service.gate {
                 gate.acquire().await.unwrap().forget();
             }

@@ -31,7 +31,7 @@ pub struct ReplyTo {
 #[derive(Clone, Debug)]
 pub enum Recipients {
     /// A single recipient, as in a direct conversation: needs no allocation.
-    One(ConnectionKey, Encoding),
+    One((ConnectionKey, Encoding)),
     /// Any number of recipients; no connection twice.
     Many(Box<[(ConnectionKey, Encoding)]>),
 }
@@ -39,33 +39,13 @@ pub enum Recipients {
 impl Recipients {
     /// All recipients.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (ConnectionKey, Encoding)> + '_ {
-        let (one, many) = match self {
-            Self::One(key, encoding) => (Some((*key, *encoding)), &[][..]),
-            Self::Many(many) => (None, &many[..]),
+        let all = match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
         };
-        RecipientsIter { one, many: many.iter() }
+        all.iter().copied()
     }
 }
-
-struct RecipientsIter<'a> {
-    one: Option<(ConnectionKey, Encoding)>,
-    many: std::slice::Iter<'a, (ConnectionKey, Encoding)>,
-}
-
-impl Iterator for RecipientsIter<'_> {
-    type Item = (ConnectionKey, Encoding);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.one.take().or_else(|| self.many.next().copied())
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = usize::from(self.one.is_some()) + self.many.len();
-        (left, Some(left))
-    }
-}
-
-impl ExactSizeIterator for RecipientsIter<'_> {}
 
 /// Whether an event is live or was missed by the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

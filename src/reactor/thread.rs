@@ -249,7 +249,7 @@ mod tests {
         for number in 1..=100_u64 {
             rig.command(ShardCommand::Deliver {
                 event: event(&number.to_be_bytes()),
-                recipients: Recipients::One(connection, Encoding::Binary),
+                recipients: Recipients::One((connection, Encoding::Binary)),
                 class: DeliveryClass::Live,
                 ticket: NonZeroU64::new(number).map(Ticket),
             });

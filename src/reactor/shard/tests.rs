@@ -161,7 +161,7 @@ fn delivery(to: ConnectionKey, sequence: i64, class: DeliveryClass) -> ShardComm
     let event = Event::new(Some(position), 0).with_frame(Encoding::Binary, frame);
     ShardCommand::Deliver {
         event: Arc::new(event),
-        recipients: Recipients::One(to, Encoding::Binary),
+        recipients: Recipients::One((to, Encoding::Binary)),
         class,
         ticket: NonZeroU64::new(sequence as u64).map(Ticket),
     }

@@ -199,7 +199,7 @@ impl Service {
         self.pushed.0 += 1;
         self.pushed.1 += recipients.len() as u64;
         let recipients = match recipients {
-            [(key, encoding)] => Recipients::One(*key, *encoding),
+            [one] => Recipients::One(*one),
             many => Recipients::Many(many.into()),
         };
         let command = ShardCommand::Deliver {

@@ -97,7 +97,7 @@ impl RouterLinks {
         let mut taken = 0;
         for shard in &self.concerned {
             let recipients = match self.gathered[shard.index()][..] {
-                [(connection, encoding)] => Recipients::One(connection, encoding),
+                [one] => Recipients::One(one),
                 ref many => Recipients::Many(many.into()),
             };
             let command = ShardCommand::Deliver {

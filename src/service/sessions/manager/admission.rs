@@ -8,7 +8,7 @@ use super::state::SessionManager;
 use super::{CheckPurpose, ManagerRequest};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Hello, Refusal, ShardCommand};
-use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::domain::ids::SessionAddress;
 use crate::service::backends::ports::BoxFuture;
 use crate::service::members::directory::SessionIds;
 use crate::service::sessions::auth::{AuthFailure, Identity, TokenCheck};
@@ -39,28 +39,23 @@ const STOPPING: Refusal = Refusal {
 };
 
 impl SessionManager {
-    pub(super) fn on_opened(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-        hello: Box<Hello>,
-    ) {
-        if self.records[shard.index()].open(connection, hello.encoding).is_none() {
+    pub(super) fn on_opened(&mut self, address: SessionAddress, hello: Box<Hello>) {
+        if self.records[address.shard.index()].open(address).is_none() {
             self.counters.reports_stale.add(1);
             return;
         }
         self.counters.handshakes.add(1);
         if self.node_state.get() != NodeState::Serving {
-            return self.refuse(shard, connection, STOPPING);
+            return self.refuse(address, STOPPING);
         }
         if hello.device_id.is_empty() {
-            return self.refuse(shard, connection, IDS_MISSING);
+            return self.refuse(address, IDS_MISSING);
         }
         let check = self.auth.check(hello.token.as_ref(), &hello.user_id);
         let purpose = CheckPurpose::Admission(hello);
         match check {
-            TokenCheck::Done(outcome) => self.on_checked(shard, connection, outcome, purpose),
-            TokenCheck::Pending(check) => self.await_check(shard, connection, check, purpose),
+            TokenCheck::Done(outcome) => self.on_checked(address, outcome, purpose),
+            TokenCheck::Pending(check) => self.await_check(address, check, purpose),
         }
     }
 
@@ -68,15 +63,14 @@ impl SessionManager {
     /// of slots bounds them.
     pub(super) fn await_check(
         &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
+        address: SessionAddress,
         check: BoxFuture<Result<Identity, AuthFailure>>,
         purpose: CheckPurpose,
     ) {
         let Some(requests) = self.requests.upgrade() else { return };
         tokio::spawn(async move {
             let outcome = check.await;
-            let checked = ManagerRequest::Checked { shard, connection, outcome, purpose };
+            let checked = ManagerRequest::Checked { address, outcome, purpose };
             // An error means that the manager has ended, so the connection has too.
             let _ = requests.send(checked).await;
         });
@@ -84,55 +78,44 @@ impl SessionManager {
 
     pub(super) fn on_checked(
         &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
+        address: SessionAddress,
         outcome: Result<Identity, AuthFailure>,
         purpose: CheckPurpose,
     ) {
         let hello = match purpose {
             CheckPurpose::Admission(hello) => hello,
-            CheckPurpose::FreshToken => {
-                return self.on_fresh_token_checked(shard, connection, outcome);
-            }
+            CheckPurpose::FreshToken => return self.on_fresh_token_checked(address, outcome),
         };
-        let record = self.records[shard.index()].get(connection);
-        if record.is_none_or(|record| record.state != SessionState::Checking) {
+        if self.record(address).is_none_or(|record| record.state != SessionState::Checking) {
             return; // The client has disconnected during the check.
         }
         match outcome {
-            Ok(identity) => self.admit(shard, connection, &hello, identity),
-            Err(failure) => self.refuse(shard, connection, failure.refusal()),
+            Ok(identity) => self.admit(address, &hello, identity),
+            Err(failure) => self.refuse(address, failure.refusal()),
         }
     }
 
-    fn admit(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-        hello: &Hello,
-        identity: Identity,
-    ) {
+    fn admit(&mut self, address: SessionAddress, hello: &Hello, identity: Identity) {
         if self.node_state.get() != NodeState::Serving {
-            return self.refuse(shard, connection, STOPPING);
+            return self.refuse(address, STOPPING);
         }
         let ids = SessionIds::new(&identity.user, &hello.device_id);
         // A device that connects again replaces its old session, so the limit does not apply.
         if self.directory.find(&ids).is_none() {
             let held = self.directory.sessions_of(&identity.user, |_| {});
             if held >= self.config.sessions_per_user_max {
-                return self.refuse(shard, connection, USER_LIMIT);
+                return self.refuse(address, USER_LIMIT);
             }
         }
-        let Some(record) = self.records[shard.index()].get(connection) else { return };
         // The shard holds back what is routed to the session from here on, even before it has
         // carried out the admission. What was routed before is part of the catch-up.
-        self.links[shard.index()].send(ShardCommand::Admit { connection });
-        let address = SessionAddress { shard, encoding: hello.encoding, connection };
+        self.send(address.shard, ShardCommand::Admit { connection: address.connection });
         let replaced = self.directory.insert(ids.clone(), address);
         let (accepted, visibility) = self.presence.register_admitted(&ids, replaced.is_some());
         if let Some(visibility) = visibility {
-            self.catch_ups.expect(shard, connection, visibility);
+            self.catch_ups.expect(address, visibility);
         }
+        let Some(record) = self.record(address) else { return };
         record.state = SessionState::Live;
         record.expires_s = expiry(&identity);
         record.ids = Some(ids);
@@ -140,14 +123,14 @@ impl SessionManager {
         self.counters.admitted.add(1);
         self.counters.sessions.add(1);
         if let Some(old) = replaced
-            && self.close(old.shard, old.connection, REPLACED, EndReason::ClosedByService)
+            && self.close(old, REPLACED, EndReason::ClosedByService)
         {
             self.counters.replaced.add(1);
         }
     }
 
-    fn refuse(&mut self, shard: ShardId, connection: ConnectionKey, refusal: Refusal) {
-        if let Some(record) = self.records[shard.index()].get(connection) {
+    fn refuse(&mut self, address: SessionAddress, refusal: Refusal) {
+        if let Some(record) = self.record(address) {
             record.state = SessionState::Refused;
         }
         match refusal.status {
@@ -157,19 +140,15 @@ impl SessionManager {
             429 => self.counters.refused_user_limit.add(1),
             _ => self.counters.refused_unavailable.add(1),
         }
-        self.send(shard, ShardCommand::Refuse { connection, refusal });
+        self.send(address.shard, ShardCommand::Refuse { connection: address.connection, refusal });
     }
 
-    pub(super) fn on_ended(&mut self, shard: ShardId, connection: ConnectionKey) {
-        let Some(record) = self.records[shard.index()].free(connection) else {
-            self.counters.reports_stale.add(1);
-            return;
-        };
-        let Some(ids) = record.ids else { return };
+    pub(super) fn on_ended(&mut self, address: SessionAddress) {
+        let record = self.records[address.shard.index()].free(address.connection);
+        let Some(ids) = record.and_then(|record| record.ids) else { return };
         self.counters.sessions.sub(1);
         self.counters.ended.add(1);
-        let address = SessionAddress { shard, encoding: record.encoding, connection };
-        self.catch_ups.cancel(shard, connection);
+        self.catch_ups.cancel(address);
         // A replaced session is no longer in the directory: its successor stays registered.
         if self.directory.remove(&ids, address) {
             self.presence.unregister(&ids);

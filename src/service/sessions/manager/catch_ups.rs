@@ -10,7 +10,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use crate::domain::command::Ticket;
-use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::domain::ids::{SessionAddress, ShardId};
 use crate::service::sessions::catch_up::CatchUpScope;
 use crate::service::sessions::client_message::CONVERSATIONS_NAMED_MAX;
 use crate::service::sessions::presence::{Visibility, VisibilityState};
@@ -45,20 +45,20 @@ pub(super) struct CatchUps {
     chunks: Slab<(ShardId, oneshot::Sender<()>)>,
 }
 
+/// The key of a session in [`CatchUps`].
+fn slot(address: SessionAddress) -> (ShardId, u32) {
+    (address.shard, address.connection.slot)
+}
+
 impl CatchUps {
     /// Keeps the visibility of a session that was just admitted.
-    pub(super) fn expect(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-        visibility: Arc<Visibility>,
-    ) {
-        self.visibilities.insert((shard, connection.slot), visibility);
+    pub(super) fn expect(&mut self, address: SessionAddress, visibility: Arc<Visibility>) {
+        self.visibilities.insert(slot(address), visibility);
     }
 
     /// The session will not request a catch-up.
-    pub(super) fn expect_none(&mut self, shard: ShardId, connection: ConnectionKey) {
-        self.visibilities.remove(&(shard, connection.slot));
+    pub(super) fn expect_none(&mut self, address: SessionAddress) {
+        self.visibilities.remove(&slot(address));
     }
 
     /// What this catch-up has to wait for. `None`: no other node hands over events, or every one
@@ -68,7 +68,7 @@ impl CatchUps {
         address: SessionAddress,
         scope: &CatchUpScope,
     ) -> Option<Arc<Visibility>> {
-        let key = (address.shard, address.connection.slot);
+        let key = slot(address);
         match scope {
             // A session has only one of these.
             CatchUpScope::Session(_) => self.visibilities.remove(&key),
@@ -86,11 +86,10 @@ impl CatchUps {
     /// Decides whether a new request starts now or is queued.
     pub(super) fn admit(
         &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
+        address: SessionAddress,
         scope: CatchUpScope,
     ) -> CatchUpAdmission {
-        let session = self.sessions.entry((shard, connection.slot)).or_default();
+        let session = self.sessions.entry(slot(address)).or_default();
         if session.running < CONCURRENT_PER_SESSION_MAX {
             return CatchUpAdmission::Start(scope);
         }
@@ -102,8 +101,7 @@ impl CatchUps {
     }
 
     pub(super) fn started(&mut self, address: SessionAddress, task: AbortHandle) {
-        let key = (address.shard, address.connection.slot);
-        let session = self.sessions.entry(key).or_default();
+        let session = self.sessions.entry(slot(address)).or_default();
         session.tasks.retain(|task| !task.is_finished());
         session.tasks.push(task);
         session.running += 1;
@@ -112,7 +110,7 @@ impl CatchUps {
     /// One catch-up of the session is complete. Returns the next one to start, and whether the
     /// session has caught up completely.
     pub(super) fn completed(&mut self, address: SessionAddress) -> (Option<CatchUpScope>, bool) {
-        let key = (address.shard, address.connection.slot);
+        let key = slot(address);
         let Some(session) = self.sessions.get_mut(&key) else { return (None, false) };
         session.running = session.running.saturating_sub(1);
         let next = session.queued.pop_front();
@@ -124,9 +122,9 @@ impl CatchUps {
     }
 
     /// Aborts the catch-ups of a session that has ended or is being closed.
-    pub(super) fn cancel(&mut self, shard: ShardId, connection: ConnectionKey) {
-        self.expect_none(shard, connection);
-        if let Some(session) = self.sessions.remove(&(shard, connection.slot)) {
+    pub(super) fn cancel(&mut self, address: SessionAddress) {
+        self.expect_none(address);
+        if let Some(session) = self.sessions.remove(&slot(address)) {
             session.tasks.iter().for_each(AbortHandle::abort);
         }
     }

@@ -10,7 +10,7 @@ use super::state::SessionManager;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
 use crate::domain::event::Event;
-use crate::domain::ids::{ConnectionKey, ConversationPosition, SessionAddress, ShardId};
+use crate::domain::ids::{ConversationPosition, SessionAddress};
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::sessions::catch_up::{
     CatchUpReport, CatchUpRequest, CatchUpScope, CatchUpStart, CatchUpStep,
@@ -21,36 +21,23 @@ const TOO_MANY: Close =
     Close::new(CloseCode::POLICY_VIOLATION, "too many conversations are being caught up");
 
 impl SessionManager {
-    /// A gRPC session requests the messages of one conversation.
-    pub(super) fn on_resume(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-        conversation: Box<str>,
-        after: i64,
-    ) {
-        self.begin_catch_up(shard, connection, CatchUpScope::Conversation { conversation, after });
-    }
-
-    pub(super) fn begin_catch_up(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-        scope: CatchUpScope,
-    ) {
-        let Some(address) = self.live_address(shard, connection) else { return };
-        match self.catch_ups.admit(shard, connection, scope) {
+    /// A session requests the messages that it missed.
+    pub(super) fn begin_catch_up(&mut self, address: SessionAddress, scope: CatchUpScope) {
+        if !self.is_live(address) {
+            return;
+        }
+        match self.catch_ups.admit(address, scope) {
             CatchUpAdmission::Start(scope) => self.start_catch_up(address, scope),
             CatchUpAdmission::Queued => {}
             CatchUpAdmission::TooMany => {
-                self.close(shard, connection, TOO_MANY, EndReason::PeerAtFault);
+                self.close(address, TOO_MANY, EndReason::PeerAtFault);
             }
         }
     }
 
     fn start_catch_up(&mut self, address: SessionAddress, scope: CatchUpScope) {
-        let (shard, connection) = (address.shard, address.connection);
-        let Some(record) = self.records[shard.index()].get(connection) else { return };
+        let SessionAddress { shard, connection, .. } = address;
+        let Some(record) = self.record(address) else { return };
         let Some(ids) = record.ids.clone() else { return };
         let position = match &scope {
             CatchUpScope::Session(_) => None,
@@ -65,9 +52,9 @@ impl SessionManager {
         match self.catch_up.begin(request, self.catch_up_reports.clone()) {
             CatchUpStart::Running(task) => self.catch_ups.started(address, task),
             CatchUpStart::Off => {
-                self.catch_ups.cancel(shard, connection);
+                self.catch_ups.cancel(address);
                 match position {
-                    None => self.go_live(shard, connection, CatchUpState::Done),
+                    None => self.go_live(address, CatchUpState::Done),
                     Some(position) => {
                         let delivered = Box::new([position]);
                         self.send(shard, ShardCommand::GoLive { connection, delivered });
@@ -75,24 +62,24 @@ impl SessionManager {
                 }
             }
             CatchUpStart::Refused(close) => {
-                self.close(shard, connection, close, EndReason::ClosedByService);
+                self.close(address, close, EndReason::ClosedByService);
             }
         }
     }
 
     pub(super) fn on_catch_up_report(&mut self, CatchUpReport { address, step }: CatchUpReport) {
-        let (shard, connection) = (address.shard, address.connection);
-        if self.live_address(shard, connection).is_none() {
+        if !self.is_live(address) {
             return; // Dropping `sent` notifies the task.
         }
         match step {
             CatchUpStep::Chunk { events, sent } => self.deliver_chunk(address, events, sent),
             CatchUpStep::Complete { delivered } => {
-                self.send(shard, ShardCommand::GoLive { connection, delivered });
+                let connection = address.connection;
+                self.send(address.shard, ShardCommand::GoLive { connection, delivered });
                 self.on_catch_up_complete(address);
             }
             CatchUpStep::Failed(close) => {
-                self.close(shard, connection, close, EndReason::ClosedByService);
+                self.close(address, close, EndReason::ClosedByService);
             }
         }
     }
@@ -108,7 +95,7 @@ impl SessionManager {
         for (index, event) in events.into_iter().enumerate() {
             let command = ShardCommand::Deliver {
                 event,
-                recipients: Recipients::One(address.connection, address.encoding),
+                recipients: Recipients::One((address.connection, address.encoding)),
                 class: DeliveryClass::CatchUp,
                 // The queue keeps the order: when the last one is sent, all are.
                 ticket: if index == last { ticket.take() } else { None },
@@ -119,8 +106,7 @@ impl SessionManager {
 
     fn on_catch_up_complete(&mut self, address: SessionAddress) {
         let (next, is_last) = self.catch_ups.completed(address);
-        if is_last && let Some(record) = self.records[address.shard.index()].get(address.connection)
-        {
+        if is_last && let Some(record) = self.record(address) {
             record.catch_up = CatchUpState::Done;
         }
         if let Some(scope) = next {

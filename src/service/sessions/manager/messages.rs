@@ -10,7 +10,7 @@ use super::records::{CatchUpState, SessionState, expiry};
 use super::state::SessionManager;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Secret, ShardCommand};
-use crate::domain::ids::{ConnectionKey, ShardId};
+use crate::domain::ids::SessionAddress;
 use crate::service::sessions::auth::{AuthFailure, Identity, TokenCheck};
 use crate::service::sessions::catch_up::CatchUpScope;
 use crate::service::sessions::client_message::{self, ClientMessage};
@@ -19,11 +19,8 @@ use crate::service::sessions::client_message::{self, ClientMessage};
 const TOO_LATE: Close = Close::new(CloseCode::RESUME_TOO_LATE, "resume request too late");
 
 impl SessionManager {
-    pub(super) fn on_message(&mut self, shard: ShardId, connection: ConnectionKey, text: &str) {
-        let Some(record) = self.records[shard.index()].get(connection) else {
-            self.counters.reports_stale.add(1);
-            return;
-        };
+    pub(super) fn on_message(&mut self, address: SessionAddress, text: &str) {
+        let Some(record) = self.record(address) else { return };
         if record.state != SessionState::Live {
             return; // It is being closed.
         }
@@ -34,36 +31,31 @@ impl SessionManager {
         });
         let ClientMessage { last_sequences, access_token } = message.unwrap_or_default();
         if let Some(token) = access_token {
-            self.on_fresh_token(shard, connection, token);
+            self.on_fresh_token(address, token);
         }
         match last_sequences {
-            Some(named) if is_first => {
-                self.begin_catch_up(shard, connection, CatchUpScope::Session(named));
-            }
-            Some(_) => self.on_late_resume(shard, connection),
-            None if is_first => self.go_live(shard, connection, CatchUpState::TooLate),
+            Some(named) if is_first => self.begin_catch_up(address, CatchUpScope::Session(named)),
+            Some(_) => self.on_late_resume(address),
+            None if is_first => self.go_live(address, CatchUpState::TooLate),
             None => {}
         }
     }
 
     /// No resume request came within the grace: the shard has put the session live.
-    pub(super) fn on_grace_expired(&mut self, shard: ShardId, connection: ConnectionKey) {
-        let Some(record) = self.records[shard.index()].get(connection) else {
-            self.counters.reports_stale.add(1);
-            return;
-        };
+    pub(super) fn on_grace_expired(&mut self, address: SessionAddress) {
+        let Some(record) = self.record(address) else { return };
         if record.catch_up == CatchUpState::Awaited {
             record.catch_up = CatchUpState::TooLate;
-            self.catch_ups.expect_none(shard, connection);
+            self.catch_ups.expect_none(address);
         }
     }
 
-    fn on_late_resume(&mut self, shard: ShardId, connection: ConnectionKey) {
-        let Some(record) = self.records[shard.index()].get(connection) else { return };
+    fn on_late_resume(&mut self, address: SessionAddress) {
+        let Some(record) = self.record(address) else { return };
         match record.catch_up {
             CatchUpState::TooLate => {
                 self.counters.resumes_too_late.add(1);
-                self.close(shard, connection, TOO_LATE, EndReason::ClosedByService);
+                self.close(address, TOO_LATE, EndReason::ClosedByService);
             }
             // Contract §3: later requests are ignored.
             CatchUpState::Awaited | CatchUpState::Running | CatchUpState::Done => {
@@ -73,43 +65,39 @@ impl SessionManager {
     }
 
     /// Puts a session live that has nothing to catch up with.
-    pub(super) fn go_live(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-        state: CatchUpState,
-    ) {
-        if let Some(record) = self.records[shard.index()].get(connection) {
+    pub(super) fn go_live(&mut self, address: SessionAddress, state: CatchUpState) {
+        if let Some(record) = self.record(address) {
             record.catch_up = state;
-            self.catch_ups.expect_none(shard, connection);
-            self.send(shard, ShardCommand::GoLive { connection, delivered: Box::default() });
+            self.catch_ups.expect_none(address);
+            let (connection, delivered) = (address.connection, Box::default());
+            self.send(address.shard, ShardCommand::GoLive { connection, delivered });
         }
     }
 
-    fn on_fresh_token(&mut self, shard: ShardId, connection: ConnectionKey, token: Secret) {
-        let Some(record) = self.records[shard.index()].get(connection) else { return };
+    fn on_fresh_token(&mut self, address: SessionAddress, token: Secret) {
+        let Some(record) = self.record(address) else { return };
         let Some(ids) = record.ids.clone() else { return };
         if std::mem::replace(&mut record.token_in_check, true) {
             self.counters.messages_ignored.add(1);
             return; // One at a time: the first one has not been answered yet.
         }
         match self.auth.check(Some(&token), ids.user()) {
-            TokenCheck::Done(outcome) => self.on_fresh_token_checked(shard, connection, outcome),
+            TokenCheck::Done(outcome) => self.on_fresh_token_checked(address, outcome),
             TokenCheck::Pending(check) => {
-                self.await_check(shard, connection, check, CheckPurpose::FreshToken);
+                self.await_check(address, check, CheckPurpose::FreshToken);
             }
         }
     }
 
     pub(super) fn on_fresh_token_checked(
         &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
+        address: SessionAddress,
         outcome: Result<Identity, AuthFailure>,
     ) {
-        let Some(record) = self.records[shard.index()].get(connection) else { return };
+        let is_stopping = self.node_state.get() == NodeState::Stopping;
+        let Some(record) = self.record(address) else { return };
         record.token_in_check = false;
-        if record.state != SessionState::Live || self.node_state.get() == NodeState::Stopping {
+        if record.state != SessionState::Live || is_stopping {
             return;
         }
         let answer = match outcome {
@@ -123,7 +111,7 @@ impl SessionManager {
                 serde_json::json!({ "error": failure.to_string() })
             }
         };
-        let text = answer.to_string().into_boxed_str();
-        self.send(shard, ShardCommand::SendText { connection, text });
+        let (connection, text) = (address.connection, answer.to_string().into());
+        self.send(address.shard, ShardCommand::SendText { connection, text });
     }
 }

@@ -44,7 +44,7 @@ pub use self::state::SessionManager;
 
 use self::node_state::SharedNodeState;
 use crate::domain::command::Hello;
-use crate::domain::ids::{ConnectionKey, ShardId};
+use crate::domain::ids::SessionAddress;
 use crate::handoff::Doorbell;
 use crate::service::backends::redis::PresenceUpdates;
 use crate::service::members::directory::Directory;
@@ -136,8 +136,7 @@ pub enum Shutdown {
 enum ManagerRequest {
     /// A token check is complete.
     Checked {
-        shard: ShardId,
-        connection: ConnectionKey,
+        address: SessionAddress,
         outcome: Result<Identity, AuthFailure>,
         purpose: CheckPurpose,
     },

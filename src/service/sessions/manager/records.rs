@@ -96,6 +96,12 @@ impl SessionRecords {
         self.slots.len()
     }
 
+    /// The address of a connection, if it still holds its slot.
+    pub(super) fn address(&mut self, connection: ConnectionKey) -> Option<SessionAddress> {
+        let encoding = self.get(connection)?.encoding;
+        Some(SessionAddress { shard: self.shard, encoding, connection })
+    }
+
     /// The record of this connection, if it still holds its slot.
     pub(super) fn get(&mut self, connection: ConnectionKey) -> Option<&mut SessionRecord> {
         let record = self.slots.get_mut(connection.slot as usize)?;
@@ -115,11 +121,8 @@ impl SessionRecords {
 
     /// Starts a record. `None`: the slot is taken or above the limit of a shard, so the report was
     /// wrong.
-    pub(super) fn open(
-        &mut self,
-        connection: ConnectionKey,
-        encoding: Encoding,
-    ) -> Option<&mut SessionRecord> {
+    pub(super) fn open(&mut self, address: SessionAddress) -> Option<&mut SessionRecord> {
+        let SessionAddress { connection, encoding, .. } = address;
         if connection.slot >= CONNECTIONS_PER_SHARD_MAX {
             return None;
         }
@@ -164,6 +167,10 @@ mod tests {
         ConnectionKey { slot, generation }
     }
 
+    fn at(connection: ConnectionKey, encoding: Encoding) -> SessionAddress {
+        SessionAddress { shard: ShardId(0), encoding, connection }
+    }
+
     #[test]
     fn record_is_small() {
         assert!(size_of::<SessionRecord>() <= 32, "{}", size_of::<SessionRecord>());
@@ -172,11 +179,11 @@ mod tests {
     #[test]
     fn reused_slot_does_not_match_its_earlier_connection() {
         let mut records = SessionRecords::new(ShardId(0));
-        assert!(records.open(key(3, 1), Encoding::Json).is_some());
-        assert!(records.open(key(3, 2), Encoding::Json).is_none(), "the slot is taken");
+        assert!(records.open(at(key(3, 1), Encoding::Json)).is_some());
+        assert!(records.open(at(key(3, 2), Encoding::Json)).is_none(), "the slot is taken");
         assert!(records.free(key(3, 2)).is_none());
         assert_eq!(records.free(key(3, 1)).unwrap().encoding, Encoding::Json);
-        assert!(records.open(key(3, 2), Encoding::Binary).is_some());
+        assert!(records.open(at(key(3, 2), Encoding::Binary)).is_some());
         assert!(records.get(key(3, 1)).is_none());
         assert_eq!(records.at(3).unwrap().0.connection, key(3, 2));
         assert!(records.at(2).is_none());
@@ -186,7 +193,7 @@ mod tests {
     fn memory_is_returned_after_a_storm_and_sessions_stay() {
         let mut records = SessionRecords::new(ShardId(0));
         for slot in 0..50_000 {
-            records.open(key(slot, 1), Encoding::Binary).unwrap();
+            records.open(at(key(slot, 1), Encoding::Binary)).unwrap();
         }
         for slot in (0..50_000).filter(|slot| *slot != 7) {
             records.free(key(slot, 1)).unwrap();
@@ -195,12 +202,12 @@ mod tests {
         assert_eq!(records.len(), 8);
         assert!(records.slots.capacity() <= CAPACITY_KEPT, "{}", records.slots.capacity());
         assert!(records.get(key(7, 1)).is_some() && records.get(key(8, 1)).is_none());
-        assert!(records.open(key(49_999, 2), Encoding::Binary).is_some());
+        assert!(records.open(at(key(49_999, 2), Encoding::Binary)).is_some());
     }
 
     #[test]
     fn slot_above_the_limit_of_a_shard_is_refused() {
         let mut records = SessionRecords::new(ShardId(0));
-        assert!(records.open(key(CONNECTIONS_PER_SHARD_MAX, 0), Encoding::Binary).is_none());
+        assert!(records.open(at(key(CONNECTIONS_PER_SHARD_MAX, 0), Encoding::Binary)).is_none());
     }
 }

@@ -16,10 +16,10 @@ use super::{
     SessionPorts, TICK,
 };
 use crate::domain::command::ShardReport;
-use crate::domain::ids::ShardId;
+use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::runtime::bell::AsyncBell;
-use crate::service::sessions::catch_up::CatchUpReport;
+use crate::service::sessions::catch_up::{CatchUpReport, CatchUpScope};
 
 /// Wait before a full ring is tried again: a shard does not ring when it has made room.
 const FULL_RING_RETRY: Duration = Duration::from_millis(1);
@@ -124,22 +124,47 @@ impl SessionManager {
 
     fn on_report(&mut self, shard: ShardId, report: ShardReport) {
         match report {
-            ShardReport::Opened { connection, hello } => self.on_opened(shard, connection, hello),
-            ShardReport::Ended { connection, .. } => self.on_ended(shard, connection),
-            ShardReport::Stopped => self.on_stopped(shard),
-            ShardReport::Message { connection, text } => self.on_message(shard, connection, &text),
-            ShardReport::Resume { connection, conversation, after } => {
-                self.on_resume(shard, connection, conversation, after);
+            ShardReport::Opened { connection, hello } => {
+                let encoding = hello.encoding;
+                self.on_opened(SessionAddress { shard, encoding, connection }, hello);
             }
-            ShardReport::GraceExpired { connection } => self.on_grace_expired(shard, connection),
+            ShardReport::Ended { connection, .. } => {
+                self.with_session(shard, connection, Self::on_ended);
+            }
+            ShardReport::Stopped => self.on_stopped(shard),
+            ShardReport::Message { connection, text } => {
+                self.with_session(shard, connection, |manager, it| manager.on_message(it, &text));
+            }
+            ShardReport::Resume { connection, conversation, after } => {
+                let scope = CatchUpScope::Conversation { conversation, after };
+                self.with_session(shard, connection, |manager, it| {
+                    manager.begin_catch_up(it, scope)
+                });
+            }
+            ShardReport::GraceExpired { connection } => {
+                self.with_session(shard, connection, Self::on_grace_expired);
+            }
             ShardReport::Done { ticket } => self.on_done(ticket),
+        }
+    }
+
+    /// Handles a report about a session, unless the session has already ended.
+    fn with_session(
+        &mut self,
+        shard: ShardId,
+        connection: ConnectionKey,
+        handle: impl FnOnce(&mut Self, SessionAddress),
+    ) {
+        match self.records[shard.index()].address(connection) {
+            Some(address) => handle(self, address),
+            None => self.counters.reports_stale.add(1),
         }
     }
 
     pub(super) fn on_request(&mut self, request: ManagerRequest) {
         match request {
-            ManagerRequest::Checked { shard, connection, outcome, purpose } => {
-                self.on_checked(shard, connection, outcome, purpose);
+            ManagerRequest::Checked { address, outcome, purpose } => {
+                self.on_checked(address, outcome, purpose);
             }
             ManagerRequest::MovedElsewhere(user) => self.check_registrations(&user),
             ManagerRequest::ShutDown { shutdown, stopped } => {

@@ -9,12 +9,12 @@ use super::catch_ups::CatchUps;
 use super::drain::Drain;
 use super::links::ControlLink;
 use super::node_state::SharedNodeState;
-use super::records::{SessionRecords, SessionState};
+use super::records::{SessionRecord, SessionRecords, SessionState};
 use super::sweep::Sweep;
 use super::{ManagerRequest, SessionConfig, SessionCounters, SessionPorts};
 use crate::domain::close::{Close, EndReason};
 use crate::domain::command::ShardCommand;
-use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::domain::ids::{SessionAddress, ShardId};
 use crate::service::members::directory::Directory;
 use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
@@ -83,36 +83,25 @@ impl SessionManager {
 
     /// Sends a live session a close frame; the shard reports its end later. Returns false, and does
     /// nothing, if the session is not live.
-    pub(super) fn close(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-        close: Close,
-        why: EndReason,
-    ) -> bool {
-        let Some(record) = self.records[shard.index()].get(connection) else { return false };
+    pub(super) fn close(&mut self, address: SessionAddress, close: Close, why: EndReason) -> bool {
+        let Some(record) = self.record(address) else { return false };
         if record.state != SessionState::Live {
             return false;
         }
         record.state = SessionState::Closing;
-        self.catch_ups.cancel(shard, connection);
-        self.send(shard, ShardCommand::Close { connection, close, why });
+        self.catch_ups.cancel(address);
+        let connection = address.connection;
+        self.send(address.shard, ShardCommand::Close { connection, close, why });
         true
     }
 
-    /// The address of a live session.
-    pub(super) fn live_address(
-        &mut self,
-        shard: ShardId,
-        connection: ConnectionKey,
-    ) -> Option<SessionAddress> {
-        let record = self.records[shard.index()].get(connection)?;
-        let encoding = record.encoding;
-        (record.state == SessionState::Live).then_some(SessionAddress {
-            shard,
-            encoding,
-            connection,
-        })
+    /// The record of a session, if it still holds its slot.
+    pub(super) fn record(&mut self, address: SessionAddress) -> Option<&mut SessionRecord> {
+        self.records[address.shard.index()].get(address.connection)
+    }
+
+    pub(super) fn is_live(&mut self, address: SessionAddress) -> bool {
+        self.record(address).is_some_and(|record| record.state == SessionState::Live)
     }
 
     /// Slots that the largest shard has used.

@@ -69,7 +69,7 @@ impl SessionManager {
                 let wait_ms = drain.reconnect_wait_ms(self.config.reconnect_spread);
                 let reason = format!("draining; reconnect in {wait_ms} ms").into();
                 let close = Close { code: CloseCode::SERVICE_RESTART, reason };
-                self.close(address.shard, address.connection, close, EndReason::Draining);
+                self.close(address, close, EndReason::Draining);
                 drain.closed += 1;
             }
         }
@@ -97,7 +97,7 @@ impl SessionManager {
         for slot in 0..self.records[shard.index()].len() {
             let held = self.records[shard.index()].at(slot).map(|(address, _)| address);
             if let Some(address) = held {
-                self.on_ended(shard, address.connection);
+                self.on_ended(address);
             }
         }
         self.check_stopped();

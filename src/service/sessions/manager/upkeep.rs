@@ -32,9 +32,8 @@ impl SessionManager {
         let mut addresses = Vec::new();
         self.directory.sessions_of(user, |address| addresses.push(address));
         for address in addresses {
-            let record = self.records[address.shard.index()].get(address.connection);
-            if let Some(ids) = record.and_then(|record| record.ids.as_ref()) {
-                self.presence.check(ids);
+            if let Some(ids) = self.record(address).and_then(|record| record.ids.clone()) {
+                self.presence.check(&ids);
             }
         }
     }
@@ -45,8 +44,7 @@ impl SessionManager {
             let Some(address) = self.directory.find(&ids) else { continue };
             // Removed now, so that the end of the session does not unregister its successor.
             self.directory.remove(&ids, address);
-            let (shard, connection) = (address.shard, address.connection);
-            if self.close(shard, connection, REPLACED, EndReason::ClosedByService) {
+            if self.close(address, REPLACED, EndReason::ClosedByService) {
                 self.counters.replaced_elsewhere.add(1);
             }
         }
@@ -62,8 +60,7 @@ impl SessionManager {
                 if u64::from(record.expires_s) >= unix_s || record.token_in_check {
                     continue;
                 }
-                let (shard, connection) = (address.shard, address.connection);
-                if self.close(shard, connection, TOKEN_EXPIRED, EndReason::ClosedByService) {
+                if self.close(address, TOKEN_EXPIRED, EndReason::ClosedByService) {
                     self.counters.tokens_expired.add(1);
                 }
             }

@@ -78,7 +78,7 @@ impl TestPeer {
     ) {
         self.send(ShardCommand::Deliver {
             event: Arc::new(event),
-            recipients: Recipients::One(to, Encoding::Stream),
+            recipients: Recipients::One((to, Encoding::Stream)),
             class,
             ticket: NonZeroU64::new(ticket).map(Ticket),
         });

@@ -213,12 +213,13 @@ impl NeighbourLink {
     }
 }
 
-/// Maps a status to an error.
-fn failure(status: &Status) -> NeighbourError {
-    match status.code() {
-        // Services also answer so for a malformed id and for one that the user may not see.
-        Code::NotFound | Code::InvalidArgument | Code::PermissionDenied => NeighbourError::NotFound,
-        code => NeighbourError::Unavailable(format!("{code:?}")),
+impl From<Status> for NeighbourError {
+    fn from(status: Status) -> Self {
+        match status.code() {
+            // Services also answer so for a malformed id and for one that the user may not see.
+            Code::NotFound | Code::InvalidArgument | Code::PermissionDenied => Self::NotFound,
+            code => Self::Unavailable(format!("{code:?}")),
+        }
     }
 }
 
@@ -267,8 +268,7 @@ impl ConversationSource for ConversationService {
                         .max_decoding_message_size(ANSWER_BYTES_MAX);
                     client.get_conversation(request).await
                 })
-                .await
-                .map_err(|status| failure(&status))?;
+                .await?;
             // The answer's own list is the complete one. A service that fills only the list within
             // the conversation is supported too.
             let mut members = answer.participant_user_ids;
@@ -295,10 +295,7 @@ impl ConversationListing for ConversationService {
                     ConversationApiClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
                 client.list_conversations(on_behalf(&user, request)).await
             });
-            match answer.await {
-                Ok(answer) => Ok(answer.conversations),
-                Err(status) => Err(failure(&status)),
-            }
+            Ok(answer.await?.conversations)
         })
     }
 }
@@ -326,10 +323,7 @@ impl MessageSource for MessageService {
                     MessageApiClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
                 client.sync_messages(on_behalf(&user, request)).await
             });
-            match answer.await {
-                Ok(answer) => Ok(answer.messages),
-                Err(status) => Err(failure(&status)),
-            }
+            Ok(answer.await?.messages)
         })
     }
 }

@@ -18,7 +18,7 @@ const PARTS: usize = 64;
 /// ```text
 /// | user bytes: u16 | user | device |
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionIds(Arc<[u8]>);
 
 impl SessionIds {

@@ -67,12 +67,16 @@ pub fn parse(text: &str) -> Result<ClientMessage, InvalidMessage> {
     }
     let fields: MessageFields =
         serde_json::from_str(text).map_err(|_| InvalidMessage::Malformed)?;
-    if fields.last_sequences.is_none() && fields.access_token.is_none() {
-        return Err(InvalidMessage::Unknown);
+    match &fields.access_token {
+        None if fields.last_sequences.is_none() => return Err(InvalidMessage::Unknown),
+        Some(token) if token.is_empty() || token.len() > TOKEN_BYTES_MAX => {
+            return Err(InvalidMessage::Malformed);
+        }
+        Some(_) | None => {}
     }
     Ok(ClientMessage {
         last_sequences: fields.last_sequences.map(|LastSequences(positions)| positions),
-        access_token: fields.access_token.map(|TokenField(token)| token),
+        access_token: fields.access_token.map(Secret::new),
     })
 }
 
@@ -81,19 +85,7 @@ struct MessageFields {
     #[serde(default)]
     last_sequences: Option<LastSequences>,
     #[serde(default)]
-    access_token: Option<TokenField>,
-}
-
-struct TokenField(Secret);
-
-impl<'de> Deserialize<'de> for TokenField {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let token = String::deserialize(deserializer)?;
-        if token.is_empty() || token.len() > TOKEN_BYTES_MAX {
-            return Err(de::Error::custom("token length"));
-        }
-        Ok(Self(Secret::new(token)))
-    }
+    access_token: Option<String>,
 }
 
 struct LastSequences(Vec<LastSequence>);
@@ -115,7 +107,8 @@ impl<'de> Visitor<'de> for LastSequencesVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<LastSequences, A::Error> {
         let mut positions = Vec::new();
-        while let Some((conversation, Sequence(sequence))) = map.next_entry::<Box<str>, _>()? {
+        while let Some((conversation, sequence)) = map.next_entry::<Box<str>, Sequence>()? {
+            let sequence = sequence.value().ok_or_else(|| de::Error::custom("not an int64"))?;
             if conversation.is_empty() || conversation.len() > ID_BYTES_MAX {
                 return Err(de::Error::custom("conversation id length"));
             }
@@ -132,34 +125,21 @@ impl<'de> Visitor<'de> for LastSequencesVisitor {
     }
 }
 
-struct Sequence(i64);
-
-impl<'de> Deserialize<'de> for Sequence {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(SequenceVisitor)
-    }
+/// An int64, as a number or a string.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Sequence {
+    Number(i64),
+    Text(Box<str>),
 }
 
-struct SequenceVisitor;
-
-impl Visitor<'_> for SequenceVisitor {
-    type Value = Sequence;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an int64, as a number or a string")
-    }
-
-    /// Sequences start at 1, so a negative number means "nothing yet".
-    fn visit_i64<E: de::Error>(self, value: i64) -> Result<Sequence, E> {
-        Ok(Sequence(value.max(0)))
-    }
-
-    fn visit_u64<E: de::Error>(self, value: u64) -> Result<Sequence, E> {
-        i64::try_from(value).map(Sequence).map_err(|_| E::custom("not an int64"))
-    }
-
-    fn visit_str<E: de::Error>(self, value: &str) -> Result<Sequence, E> {
-        value.parse().map_err(|_| E::custom("not an int64")).and_then(|value| self.visit_i64(value))
+impl Sequence {
+    /// `None`: not an int64. Sequences start at 1, so a negative number means "nothing yet".
+    fn value(self) -> Option<i64> {
+        match self {
+            Self::Number(value) => Some(value.max(0)),
+            Self::Text(text) => text.parse().ok().map(|value: i64| value.max(0)),
+        }
     }
 }
 

@@ -286,28 +286,9 @@ impl OperationQueue {
     }
 }
 
-#[derive(Debug)]
+/// Ordered by time.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct DelayedRetry {
     at: Instant,
     ids: SessionIds,
-}
-
-impl PartialEq for DelayedRetry {
-    fn eq(&self, other: &Self) -> bool {
-        self.at == other.at
-    }
-}
-
-impl Eq for DelayedRetry {}
-
-impl PartialOrd for DelayedRetry {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for DelayedRetry {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.at.cmp(&other.at)
-    }
 }

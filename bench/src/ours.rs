@@ -6,27 +6,26 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use delivery::domain::command::{ShardCommand, ShardReport};
 use delivery::domain::ids::ShardId;
 use delivery::domain::limits::HANDOFF_RING_SLOTS;
-use delivery::handoff::{Consumer, Doorbell, Producer, ring};
+use delivery::handoff::{Doorbell, PeerEnd, ShardEnd, connect};
 use delivery::protocol::upgrade::UpgradeRules;
 use delivery::reactor::config::ShardConfig;
 use delivery::reactor::counters::ShardCounters;
 use delivery::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use delivery::reactor::listener::{ListenerConfig, listen_all};
-use delivery::reactor::shard::{PeerRings, ShardLinks};
+use delivery::reactor::shard::ShardLinks;
 use delivery::reactor::thread::{ShardHandle, spawn};
 use delivery::service::members::directory::Directory;
 use delivery::service::members::membership::{Membership, MembershipConfig};
 use delivery::service::routing::router::{
     Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
-    RouterParts, ShardLink, TopicPartition,
+    RouterParts, TopicPartition,
 };
 use delivery::service::sessions::auth::Authenticator;
 use delivery::service::sessions::catch_up::CatchUpService;
 use delivery::service::sessions::manager::{
-    SessionConfig, SessionHandle, SessionManager, SessionPorts, ShardPort,
+    SessionConfig, SessionHandle, SessionManager, SessionPorts,
 };
 use delivery::service::sessions::presence::Presence;
 
@@ -97,19 +96,16 @@ pub struct Ours {
     _runtime: tokio::runtime::Runtime,
 }
 
-type PeerEnd = (Producer<ShardCommand>, Consumer<ShardReport>);
-
 fn peer(
     bell: &Arc<Doorbell>,
     bells: &[Arc<Doorbell>],
-    shards: &mut [Vec<PeerRings>],
+    shards: &mut [Vec<ShardEnd>],
 ) -> Vec<PeerEnd> {
     let mut ends = Vec::new();
     for (shard_bell, rings) in bells.iter().zip(shards) {
-        let (to, commands) = ring(HANDOFF_RING_SLOTS, Arc::clone(shard_bell));
-        let (reports, from) = ring(HANDOFF_RING_SLOTS, Arc::clone(bell));
-        rings.push(PeerRings { commands, reports });
-        ends.push((to, from));
+        let (peer_end, shard_end) = connect([HANDOFF_RING_SLOTS; 2], shard_bell, bell);
+        rings.push(shard_end);
+        ends.push(peer_end);
     }
     ends
 }
@@ -131,7 +127,7 @@ impl Ours {
 
         let bells: Vec<_> =
             (0..count).map(|_| Doorbell::new().map(Arc::new)).collect::<io::Result<_>>()?;
-        let mut rings: Vec<Vec<PeerRings>> = (0..count).map(|_| Vec::new()).collect();
+        let mut rings: Vec<Vec<ShardEnd>> = (0..count).map(|_| Vec::new()).collect();
         let manager_bell = Arc::new(Doorbell::new()?);
         let manager = peer(&manager_bell, &bells, &mut rings);
         let router_bell = Arc::new(Doorbell::new()?);
@@ -172,10 +168,7 @@ impl Ours {
             SessionConfig::default(),
             SessionPorts {
                 bell: manager_bell,
-                shards: manager
-                    .into_iter()
-                    .map(|(commands, reports)| ShardPort { commands, reports })
-                    .collect(),
+                shards: manager,
                 directory: Arc::clone(&directory),
                 auth: Authenticator::trust(),
                 presence: Presence::off(),
@@ -193,10 +186,7 @@ impl Ours {
             config: RouterConfig::default(),
             counters: Arc::default(),
             bell: router_bell,
-            links: routes
-                .into_iter()
-                .map(|(commands, reports)| ShardLink { commands, reports })
-                .collect(),
+            links: routes,
             directory,
             membership: Arc::clone(&membership),
             remote: None,

@@ -2,10 +2,12 @@
 //! sleeping side.
 
 mod doorbell;
+mod ends;
 mod ring;
 mod sleep;
 
 pub use doorbell::Doorbell;
+pub use ends::{PeerEnd, ShardEnd, connect};
 pub use ring::{Consumer, Producer, Pushed, ring};
 
 /// The atomics of `sleep`. `tests/loom` replaces them by loom's model.

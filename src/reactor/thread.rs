@@ -131,13 +131,12 @@ mod tests {
     use crate::domain::event::Event;
     use crate::domain::ids::ConnectionKey;
     use crate::domain::limits::HANDOFF_RING_SLOTS;
-    use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+    use crate::handoff::{Consumer, Doorbell, PeerEnd, Producer, Pushed, connect};
     use crate::protocol::frame::{self, Opcode};
     use crate::protocol::upgrade::UpgradeRules;
     use crate::reactor::counters::ShardCounters;
     use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
     use crate::reactor::listener::{ListenerConfig, listen_all};
-    use crate::reactor::shard::PeerRings;
 
     /// A shard, and the service side's ends of its rings.
     struct Rig {
@@ -155,8 +154,7 @@ mod tests {
             let (mut listeners, address) = listen_all(&listen, 1).unwrap();
             let (shard_bell, bell) =
                 (Arc::new(Doorbell::new().unwrap()), Arc::new(Doorbell::new().unwrap()));
-            let (commands, taken) = ring(HANDOFF_RING_SLOTS, Arc::clone(&shard_bell));
-            let (given, reports) = ring(HANDOFF_RING_SLOTS, Arc::clone(&bell));
+            let (peer, end) = connect([HANDOFF_RING_SLOTS; 2], &shard_bell, &bell);
             let counters = Arc::new(ShardCounters::default());
             let config = ShardConfig {
                 connections_max: 200,
@@ -164,12 +162,13 @@ mod tests {
                 ..ShardConfig::default()
             };
             let links = ShardLinks {
-                peers: vec![PeerRings { commands: taken, reports: given }],
+                peers: vec![end],
                 bell: shard_bell,
                 limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
                 counters: Arc::clone(&counters),
             };
             let handle = spawn(ShardId(0), config, listeners.remove(0), links).unwrap();
+            let PeerEnd { commands, reports } = peer;
             Self { address, commands, reports, bell, counters, handle }
         }
 

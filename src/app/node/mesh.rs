@@ -4,21 +4,8 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::limits::HANDOFF_RING_SLOTS;
-use crate::handoff::{Consumer, Doorbell, Producer, ring};
-
-/// The rings of a peer to and from one shard.
-pub(super) struct PeerEnd {
-    pub commands: Producer<ShardCommand>,
-    pub reports: Consumer<ShardReport>,
-}
-
-/// The rings of a shard to and from one peer.
-pub(super) struct ShardEnd {
-    pub commands: Consumer<ShardCommand>,
-    pub reports: Producer<ShardReport>,
-}
+use crate::handoff::{Doorbell, PeerEnd, ShardEnd, connect};
 
 /// The rings of one shard: first those of the session manager, then those of the routers.
 pub(super) struct ShardSide {
@@ -54,10 +41,9 @@ impl Mesh {
             let bell = bell()?;
             let mut ends = Vec::with_capacity(shards);
             for shard in &mut shard_sides {
-                let (to_shard, commands) = ring(HANDOFF_RING_SLOTS, Arc::clone(&shard.bell));
-                let (reports, from_shard) = ring(HANDOFF_RING_SLOTS, Arc::clone(&bell));
-                shard.peers.push(ShardEnd { commands, reports });
-                ends.push(PeerEnd { commands: to_shard, reports: from_shard });
+                let (peer_end, shard_end) = connect([HANDOFF_RING_SLOTS; 2], &shard.bell, &bell);
+                shard.peers.push(shard_end);
+                ends.push(peer_end);
             }
             Ok(PeerSide { bell, shards: ends })
         };
@@ -70,6 +56,7 @@ impl Mesh {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::command::ShardCommand;
     use crate::domain::ids::ConnectionKey;
     use crate::handoff::Pushed;
 

@@ -41,7 +41,7 @@ use crate::reactor::listener::{ListenerConfig, listen_all};
 use crate::service::members::directory::Directory;
 use crate::service::sessions::manager::{
     NodeState, SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts,
-    ShardPort, Shutdown,
+    Shutdown,
 };
 
 /// What to run.
@@ -256,12 +256,9 @@ fn sessions(
         sessions_per_user_max: settings.connections_per_user.size(),
         ..SessionConfig::default()
     };
-    let shards = side.shards.into_iter();
     let ports = SessionPorts {
         bell: side.bell,
-        shards: shards
-            .map(|end| ShardPort { commands: end.commands, reports: end.reports })
-            .collect(),
+        shards: side.shards,
         directory,
         auth: Arc::clone(&back_ends.auth),
         presence: back_ends.presence.clone(),

@@ -19,7 +19,7 @@ use crate::service::routing::kafka::{
 };
 use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::{
-    Router, RouterConfig, RouterControl, RouterCounters, RouterParts, ShardLink,
+    Router, RouterConfig, RouterControl, RouterCounters, RouterParts,
 };
 
 /// What the routers reach beyond this node.
@@ -62,14 +62,11 @@ impl Routing {
         let mut threads = Vec::new();
         for (number, side) in sides.into_iter().enumerate() {
             let counters = Arc::new(RouterCounters::default());
-            let links = side.shards.into_iter();
             let (router, control) = Router::new(RouterParts {
                 config: router_config(settings, sizing),
                 counters: Arc::clone(&counters),
                 bell: side.bell,
-                links: links
-                    .map(|end| ShardLink { commands: end.commands, reports: end.reports })
-                    .collect(),
+                links: side.shards,
                 directory: Arc::clone(directory),
                 membership: Arc::clone(&membership),
                 remote: remote.clone(),

@@ -14,7 +14,7 @@ use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::counters::ShardCounters;
 use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
-use crate::reactor::shard::{PeerRings, ShardLinks};
+use crate::reactor::shard::ShardLinks;
 use crate::reactor::thread::{ShardHandle, spawn};
 
 /// Receive buffers per shard, 2 MiB. Only those in use are resident.
@@ -94,7 +94,8 @@ impl Shards {
         for (number, (listener, side)) in (0..).zip(listeners.into_iter().zip(sides)) {
             let counters = Arc::new(ShardCounters::default());
             shards.counters.push(Arc::clone(&counters));
-            let links = links(side, Arc::clone(&limiter), counters);
+            let ShardSide { bell, peers } = side;
+            let links = ShardLinks { peers, bell, limiter: Arc::clone(&limiter), counters };
             let handle = spawn(ShardId(number), config.clone(), listener, links);
             shards.handles.push(handle.map_err(|error| error.to_string())?);
         }
@@ -123,15 +124,4 @@ impl Shards {
         });
         failed.next().map_or(Ok(()), Err)
     }
-}
-
-fn links(
-    side: ShardSide,
-    limiter: Arc<ConnectionLimiter>,
-    counters: Arc<ShardCounters>,
-) -> ShardLinks {
-    let peers = side.peers.into_iter();
-    let peers =
-        peers.map(|end| PeerRings { commands: end.commands, reports: end.reports }).collect();
-    ShardLinks { peers, bell: side.bell, limiter, counters }
 }

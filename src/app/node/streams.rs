@@ -14,7 +14,7 @@ use super::sizing::Sizing;
 use crate::app::admin::Collector;
 use crate::app::config::Settings;
 use crate::service::streams::grpc::{self, GrpcConfig};
-use crate::service::streams::hub::{Hub, HubConfig, HubMetrics, HubPeer, OutboxLimits};
+use crate::service::streams::hub::{Hub, HubConfig, HubMetrics, OutboxLimits};
 
 /// Waited for beyond the shutdown timeout of the server.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
@@ -50,9 +50,6 @@ impl Streams {
         side: ShardSide,
         collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
-        let peers = side.peers.into_iter();
-        let peers =
-            peers.map(|end| HubPeer { commands: end.commands, reports: end.reports }).collect();
         let metrics = Arc::new(HubMetrics::default());
         let config = HubConfig {
             outbox: outbox_limits(settings),
@@ -63,7 +60,7 @@ impl Streams {
             stall_timeout: settings.write_timeout,
             close_timeout: settings.close_timeout,
         };
-        let (handle, hub) = Hub::new(config, peers, side.bell, Arc::clone(&metrics))
+        let (handle, hub) = Hub::new(config, side.peers, side.bell, Arc::clone(&metrics))
             .map_err(|error| format!("the gRPC hub did not start: {error}"))?;
         tokio::spawn(hub.run());
 

@@ -29,10 +29,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::domain::close::Close;
-use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::command::ShardCommand;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::outgoing::Outgoing;
-use crate::handoff::{Consumer, Doorbell, Producer};
+use crate::handoff::{Consumer, Doorbell, ShardEnd};
 use crate::protocol::frame;
 use crate::protocol::receiver::Scratch;
 use crate::reactor::config::ShardConfig;
@@ -56,19 +56,10 @@ pub const SESSION_MANAGER: usize = 0;
 /// report.
 const REPORT_RETRY_MS: u64 = 2;
 
-/// The shard's ends of one peer's rings.
-#[derive(Debug)]
-pub struct PeerRings {
-    /// Commands from the peer.
-    pub commands: Consumer<ShardCommand>,
-    /// Reports to the peer.
-    pub reports: Producer<ShardReport>,
-}
-
 /// The connections of a shard to the rest of the program.
 pub struct ShardLinks {
     /// The session manager first, then the routers.
-    pub peers: Vec<PeerRings>,
+    pub peers: Vec<ShardEnd>,
     /// The shard's doorbell: peers ring it when the shard sleeps.
     pub bell: Arc<Doorbell>,
     /// Limits shared by all shards.

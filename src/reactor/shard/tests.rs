@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use super::*;
 use crate::domain::close::EndReason;
-use crate::domain::command::{DeliveryClass, Recipients, Refusal, Ticket};
+use crate::domain::command::{DeliveryClass, Recipients, Refusal, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConversationKey, ConversationPosition};
-use crate::handoff::{Pushed, ring};
+use crate::handoff::{PeerEnd, Producer, Pushed, connect};
 use crate::protocol::frame::Opcode;
 use crate::reactor::limiter::ConnectionLimits;
 use crate::reactor::simulation::kernel::{SimulatedKernel, SocketId};
@@ -34,16 +34,11 @@ struct Client {
 impl Rig {
     fn new(config: ShardConfig) -> Self {
         let bell = Arc::new(Doorbell::new().unwrap());
-        let (commands, taken) = ring(64, Arc::clone(&bell));
-        let (given, reports) = ring(64, Arc::clone(&bell));
-        let (routed, taken_too) = ring(64, Arc::clone(&bell));
-        let (unread, _) = ring(64, Arc::clone(&bell));
+        let (PeerEnd { commands, reports }, manager) = connect([64; 2], &bell, &bell);
+        let (PeerEnd { commands: routed, .. }, router) = connect([64; 2], &bell, &bell);
         let counters = Arc::new(ShardCounters::default());
         let links = ShardLinks {
-            peers: vec![
-                PeerRings { commands: taken, reports: given },
-                PeerRings { commands: taken_too, reports: unread },
-            ],
+            peers: vec![manager, router],
             bell,
             limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
             counters: Arc::clone(&counters),

@@ -14,9 +14,8 @@ use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardRepor
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, ConversationKey, ConversationPosition};
-use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::handoff::{Consumer, Doorbell, PeerEnd, Producer, Pushed, ShardEnd, connect, ring};
 use crate::protocol::frame::{self, Opcode};
-use crate::reactor::shard::PeerRings;
 use crate::reactor::simulation::random::Random;
 
 /// Session manager and routers.
@@ -57,12 +56,11 @@ pub(super) struct Service {
 
 impl Service {
     /// The service side, and the shard's ends of the rings.
-    pub(super) fn new(slots: usize, shard_bell: &Arc<Doorbell>) -> (Self, Vec<PeerRings>) {
+    pub(super) fn new(slots: usize, shard_bell: &Arc<Doorbell>) -> (Self, Vec<ShardEnd>) {
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let (peers, rings) = (0..PEERS)
             .map(|_| {
-                let (commands, taken) = ring(slots, Arc::clone(shard_bell));
-                let (given, reports) = ring(slots, Arc::clone(&bell));
+                let (PeerEnd { commands, reports }, end) = connect([slots; 2], shard_bell, &bell);
                 let peer = ModelPeer {
                     commands,
                     reports,
@@ -70,7 +68,7 @@ impl Service {
                     sequences: [0; CONVERSATIONS as usize],
                     stopped: false,
                 };
-                (peer, PeerRings { commands: taken, reports: given })
+                (peer, end)
             })
             .unzip();
         let service = Self {

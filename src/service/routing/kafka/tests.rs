@@ -17,14 +17,12 @@ use super::*;
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
-use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::members::membership::{MembershipConfig, MembershipCounters};
 use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::tests::world::{changed, created, message};
-use crate::service::routing::router::{
-    Router, RouterConfig, RouterCounters, RouterParts, ShardLink,
-};
+use crate::service::routing::router::{Router, RouterConfig, RouterCounters, RouterParts};
 
 const MESSAGES: &str = "messaging.events.v1";
 const CONVERSATIONS: &str = "conversation.events.v1";
@@ -101,8 +99,7 @@ struct TestNode {
 
 /// A shard whose sessions take every event at once.
 fn shard(
-    mut commands: Consumer<ShardCommand>,
-    mut reports: Producer<ShardReport>,
+    ShardEnd { mut commands, mut reports }: ShardEnd,
     bell: Arc<Doorbell>,
     stalled: Arc<AtomicBool>,
 ) -> Receiver<Vec<u8>> {
@@ -160,10 +157,9 @@ impl TestNode {
         });
         let (bell, shard_bell) =
             (Arc::new(Doorbell::new().unwrap()), Arc::new(Doorbell::new().unwrap()));
-        let (commands, taken) = ring(1024, Arc::clone(&shard_bell));
-        let (reports, reported) = ring(4096, Arc::clone(&bell));
+        let (link, end) = connect([1024, 4096], &shard_bell, &bell);
         let stalled = Arc::<AtomicBool>::default();
-        let delivered = shard(taken, reports, shard_bell, Arc::clone(&stalled));
+        let delivered = shard(end, shard_bell, Arc::clone(&stalled));
         let directory = Arc::new(Directory::new());
         let address = SessionAddress {
             shard: ShardId(0),
@@ -176,7 +172,7 @@ impl TestNode {
             config: RouterConfig::default(),
             counters: Arc::clone(&router_counters),
             bell,
-            links: vec![ShardLink { commands, reports: reported }],
+            links: vec![link],
             directory,
             membership: Arc::clone(&membership),
             remote: None,

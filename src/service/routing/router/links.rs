@@ -6,21 +6,12 @@ use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardRepor
 use crate::domain::encoding::{Encoding, EncodingSet};
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
-use crate::handoff::{Consumer, Producer, Pushed};
-
-/// A router's rings to and from one shard.
-#[derive(Debug)]
-pub struct ShardLink {
-    /// Commands to the shard.
-    pub commands: Producer<ShardCommand>,
-    /// Reports of the shard.
-    pub reports: Consumer<ShardReport>,
-}
+use crate::handoff::{PeerEnd, Pushed};
 
 /// A router's rings to all shards, and the recipients gathered for the current event.
 #[derive(Debug)]
 pub(super) struct RouterLinks {
-    links: Vec<ShardLink>,
+    links: Vec<PeerEnd>,
     /// Recipients of the current event, per shard. The allocations are reused.
     gathered: Vec<Vec<(ConnectionKey, Encoding)>>,
     /// Shards with recipients.
@@ -30,7 +21,7 @@ pub(super) struct RouterLinks {
 }
 
 impl RouterLinks {
-    pub(super) fn new(links: Vec<ShardLink>) -> Self {
+    pub(super) fn new(links: Vec<PeerEnd>) -> Self {
         let gathered = links.iter().map(|_| Vec::new()).collect();
         Self {
             links,

@@ -31,7 +31,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_
 use std::time::Duration;
 
 use crate::counters;
-use crate::handoff::{Doorbell, Pushed};
+use crate::handoff::{Doorbell, PeerEnd, Pushed};
 use crate::service::backends::ports::{RemoteNodes, RouterInbox, RouterInput};
 use crate::service::events::encode::CompressionConfig;
 use crate::service::events::envelope::{self, EventBody};
@@ -43,7 +43,6 @@ use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::lane::Revocation;
 
 pub use crate::service::routing::router::lane::{Assignment, CommittableOffset, TopicPartition};
-pub use crate::service::routing::router::links::ShardLink;
 pub use crate::service::routing::router::record::{RawRecord, RecordSource};
 pub use crate::service::routing::router::thread::Router;
 
@@ -141,7 +140,7 @@ pub struct RouterParts {
     /// The doorbell that wakes the router.
     pub bell: Arc<Doorbell>,
     /// A ring pair with every shard, indexed by shard number.
-    pub links: Vec<ShardLink>,
+    pub links: Vec<PeerEnd>,
     /// The sessions of this node.
     pub directory: Arc<Directory>,
     /// The members of conversations.

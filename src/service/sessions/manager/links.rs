@@ -3,19 +3,10 @@
 use std::collections::VecDeque;
 
 use crate::domain::command::{ShardCommand, ShardReport};
-use crate::handoff::{Consumer, Producer, Pushed};
+use crate::handoff::{PeerEnd, Pushed};
 
 /// Capacity of the overflow queue that is kept after a storm, commands.
 const CAPACITY_KEPT: usize = 1024;
-
-/// The rings between the session manager and one shard (or the gRPC hub).
-#[derive(Debug)]
-pub struct ShardPort {
-    /// To the shard.
-    pub commands: Producer<ShardCommand>,
-    /// From the shard. Its doorbell is that of [`super::SessionPorts`].
-    pub reports: Consumer<ShardReport>,
-}
 
 /// A port, and an overflow queue for commands while the ring is full.
 ///
@@ -25,14 +16,14 @@ pub struct ShardPort {
 /// (`catch_up::CatchUpConfig`). Per shard there are two orders.
 #[derive(Debug)]
 pub(super) struct ControlLink {
-    port: ShardPort,
+    port: PeerEnd,
     waiting: VecDeque<ShardCommand>,
     /// The shard has reported that it stopped, or is lost.
     pub(super) stopped: bool,
 }
 
 impl ControlLink {
-    pub(super) fn new(port: ShardPort) -> Self {
+    pub(super) fn new(port: PeerEnd) -> Self {
         Self { port, waiting: VecDeque::new(), stopped: false }
     }
 
@@ -95,15 +86,14 @@ impl ControlLink {
 mod tests {
     use super::*;
     use crate::domain::ids::ConnectionKey;
-    use crate::handoff::{Doorbell, ring};
+    use crate::handoff::{Doorbell, connect};
     use std::sync::Arc;
 
     #[test]
     fn commands_keep_their_order_over_a_full_ring() {
         let bell = Arc::new(Doorbell::new().unwrap());
-        let (commands, mut shard) = ring(2, Arc::clone(&bell));
-        let (_reports, reports) = ring(2, bell);
-        let mut link = ControlLink::new(ShardPort { commands, reports });
+        let (port, mut shard) = connect([2; 2], &bell, &bell);
+        let mut link = ControlLink::new(port);
         let mut seen = Vec::new();
         for slot in 0..10 {
             link.send(ShardCommand::Admit { connection: ConnectionKey { slot, generation: 0 } });
@@ -111,7 +101,7 @@ mod tests {
         assert_eq!(link.waiting(), 8);
         while seen.len() < 10 {
             link.flush();
-            while let Some(ShardCommand::Admit { connection }) = shard.pop() {
+            while let Some(ShardCommand::Admit { connection }) = shard.commands.pop() {
                 seen.push(connection.slot);
             }
         }
@@ -122,11 +112,10 @@ mod tests {
     #[test]
     fn lost_shard_is_noticed_after_its_last_report() {
         let bell = Arc::new(Doorbell::new().unwrap());
-        let (commands, _shard) = ring(2, Arc::clone(&bell));
-        let (mut shard, reports) = ring(2, bell);
-        let mut link = ControlLink::new(ShardPort { commands, reports });
+        let (port, mut shard) = connect([2; 2], &bell, &bell);
+        let mut link = ControlLink::new(port);
         assert!(!link.is_ready());
-        assert!(matches!(shard.push(ShardReport::Stopped), Pushed::Accepted));
+        assert!(matches!(shard.reports.push(ShardReport::Stopped), Pushed::Accepted));
         drop(shard);
         assert!(link.is_ready() && !link.is_lost());
         assert!(link.report().is_some());

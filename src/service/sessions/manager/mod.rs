@@ -37,7 +37,6 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-pub use self::links::ShardPort;
 pub use self::node_state::NodeState;
 pub use self::records::RECORD_BYTES;
 pub use self::state::SessionManager;
@@ -45,7 +44,7 @@ pub use self::state::SessionManager;
 use self::node_state::SharedNodeState;
 use crate::domain::command::Hello;
 use crate::domain::ids::SessionAddress;
-use crate::handoff::Doorbell;
+use crate::handoff::{Doorbell, PeerEnd};
 use crate::service::backends::redis::PresenceUpdates;
 use crate::service::members::directory::Directory;
 use crate::service::sessions::auth::{AuthFailure, Authenticator, Identity};
@@ -84,7 +83,7 @@ pub struct SessionPorts {
     /// Doorbell that all shards ring for the session manager.
     pub bell: Arc<Doorbell>,
     /// By shard number; the gRPC hub, if there is one, is the last.
-    pub shards: Vec<ShardPort>,
+    pub shards: Vec<PeerEnd>,
     /// The sessions of this node. Only the session manager writes to it.
     pub directory: Arc<Directory>,
     /// Checks tokens.

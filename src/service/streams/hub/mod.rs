@@ -26,11 +26,10 @@ use tonic::Status;
 
 use crate::counters;
 use crate::domain::close::EndReason;
-use crate::domain::command::{Hello, ShardCommand, ShardReport};
+use crate::domain::command::Hello;
 use crate::domain::counters::{LatencyHistogram, SharedCounter};
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
-use crate::handoff::{Consumer, Producer};
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::timestamp::unix_ms;
 
@@ -128,15 +127,6 @@ impl HubMetrics {
         let _writer = self.latency_writer.lock().expect("no holder panics");
         self.latency.record(latency_ms, 1);
     }
-}
-
-/// The hub's ends of the rings to and from one peer.
-#[derive(Debug)]
-pub struct HubPeer {
-    /// From the peer.
-    pub commands: Consumer<ShardCommand>,
-    /// To the peer.
-    pub reports: Producer<ShardReport>,
 }
 
 /// A request from a stream to the hub's task.

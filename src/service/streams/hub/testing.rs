@@ -3,18 +3,17 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use super::{Hub, HubConfig, HubHandle, HubMetrics, HubPeer};
+use super::{Hub, HubConfig, HubHandle, HubMetrics};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, ConversationKey, ConversationPosition};
-use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::handoff::{Doorbell, PeerEnd, Pushed, connect};
 use crate::service::runtime::bell::AsyncBell;
 
 /// A test's end of the rings to and from the hub.
 pub(crate) struct TestPeer {
-    commands: Producer<ShardCommand>,
-    reports: Consumer<ShardReport>,
+    end: PeerEnd,
     bell: AsyncBell,
 }
 
@@ -26,11 +25,10 @@ pub(crate) fn hub_with_peers(
     let bell = Arc::new(Doorbell::new().unwrap());
     let (mut peers, mut hub_peers) = (Vec::new(), Vec::new());
     for _ in 0..2 {
-        let (commands, hub_commands) = ring(ring_slots, Arc::clone(&bell));
         let peer_bell = Arc::new(Doorbell::new().unwrap());
-        let (hub_reports, reports) = ring(ring_slots, Arc::clone(&peer_bell));
-        peers.push(TestPeer { commands, reports, bell: AsyncBell::new(peer_bell).unwrap() });
-        hub_peers.push(HubPeer { commands: hub_commands, reports: hub_reports });
+        let (end, hub_end) = connect([ring_slots; 2], &bell, &peer_bell);
+        peers.push(TestPeer { end, bell: AsyncBell::new(peer_bell).unwrap() });
+        hub_peers.push(hub_end);
     }
     let metrics = Arc::new(HubMetrics::default());
     let (handle, hub) = Hub::new(config, hub_peers, bell, metrics).unwrap();
@@ -40,20 +38,20 @@ pub(crate) fn hub_with_peers(
 
 impl TestPeer {
     pub(crate) fn send(&mut self, command: ShardCommand) {
-        let Pushed::Accepted = self.commands.push(command) else {
+        let Pushed::Accepted = self.end.commands.push(command) else {
             panic!("the ring is full or the hub has ended");
         };
-        self.commands.publish();
+        self.end.commands.publish();
     }
 
     pub(crate) fn try_report(&mut self) -> Option<ShardReport> {
-        self.reports.pop()
+        self.end.reports.pop()
     }
 
     pub(crate) async fn report(&mut self) -> ShardReport {
         loop {
             self.bell.about_to_sleep();
-            if let Some(report) = self.reports.pop() {
+            if let Some(report) = self.end.reports.pop() {
                 self.bell.awake();
                 return report;
             }

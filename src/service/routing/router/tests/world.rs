@@ -10,7 +10,7 @@ use prost::Message as _;
 use crate::domain::command::{ShardCommand, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
-use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::{
     BoxFuture, ConversationSource, ForwardDone, Forwarding, NeighbourError, RemoteNodes,
 };
@@ -26,7 +26,7 @@ use crate::service::members::membership::{Membership, MembershipConfig, Membersh
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterDone, DeadLetterSink};
 use crate::service::routing::router::{
     Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
-    RouterCounters, RouterParts, ShardLink, TopicPartition,
+    RouterCounters, RouterParts, TopicPartition,
 };
 use crate::service::runtime::backoff::Backoff;
 
@@ -154,11 +154,6 @@ impl RecordSource for FakePartition {
     }
 }
 
-pub(super) struct FakeShard {
-    commands: Consumer<ShardCommand>,
-    reports: Producer<ShardReport>,
-}
-
 /// One delivery as a shard sees it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct DeliveredEvent {
@@ -176,7 +171,7 @@ pub(super) struct RouterWorld {
     pub(super) conversations: Arc<FakeConversations>,
     pub(super) nodes: Arc<FakeNodes>,
     pub(super) dead_letters: Arc<FakeDeadLetters>,
-    pub(super) shards: Vec<FakeShard>,
+    pub(super) shards: Vec<ShardEnd>,
     directory: Arc<Directory>,
     bell: Arc<Doorbell>,
     slots: u32,
@@ -222,12 +217,7 @@ impl RouterWorld {
         membership.follow();
         let bell = Arc::new(Doorbell::new().unwrap());
         let (links, shards) = (0..SHARDS)
-            .map(|_| {
-                let (commands, taken) = ring(RING_SLOTS, Arc::new(Doorbell::new().unwrap()));
-                let (reports, reported) = ring(64, Arc::clone(&bell));
-                let link = ShardLink { commands, reports: reported };
-                (link, FakeShard { commands: taken, reports })
-            })
+            .map(|_| connect([RING_SLOTS, 64], &Arc::new(Doorbell::new().unwrap()), &bell))
             .unzip();
         let (nodes, dead_letters) =
             (Arc::<FakeNodes>::default(), Arc::<FakeDeadLetters>::default());

@@ -11,14 +11,12 @@ use tokio::time::Instant;
 
 use super::node_state::SharedNodeState;
 use super::state::SessionManager;
-use super::{
-    ManagerRequest, NodeState, SessionConfig, SessionCounters, SessionPorts, ShardPort, Shutdown,
-};
+use super::{ManagerRequest, NodeState, SessionConfig, SessionCounters, SessionPorts, Shutdown};
 use crate::domain::close::{CloseCode, EndReason};
 use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, ShardId};
-use crate::handoff::{Consumer, Doorbell, Producer, Pushed, ring};
+use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
@@ -26,11 +24,6 @@ use crate::service::sessions::presence::Presence;
 
 /// Slots of the command rings: few, so that they fill up.
 const RING_SLOTS: usize = 4;
-
-struct Shard {
-    commands: Consumer<ShardCommand>,
-    reports: Producer<ShardReport>,
-}
 
 /// Dependencies of the manager under test.
 struct Dependencies {
@@ -51,7 +44,7 @@ impl Default for Dependencies {
 
 struct Bench {
     manager: SessionManager,
-    shards: Vec<Option<Shard>>,
+    shards: Vec<Option<ShardEnd>>,
     directory: Arc<Directory>,
     counters: Arc<SessionCounters>,
     /// Requests of other tasks to the manager.
@@ -76,10 +69,8 @@ impl Bench {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (ports, shards) = (0..shards)
             .map(|_| {
-                let (commands, shard_commands) = ring(RING_SLOTS, Arc::clone(&bell));
-                let (shard_reports, reports) = ring(1024, Arc::clone(&bell));
-                let shard = Shard { commands: shard_commands, reports: shard_reports };
-                (ShardPort { commands, reports }, Some(shard))
+                let (port, shard) = connect([RING_SLOTS, 1024], &bell, &bell);
+                (port, Some(shard))
             })
             .unzip();
         let directory = Arc::new(Directory::new());

@@ -404,7 +404,7 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
 }
 
 /// A shard that opens connections, counts admissions, and stops when ordered to.
-fn run_shard(mut shard: Shard, sessions: u32) {
+fn run_shard(mut shard: ShardEnd, sessions: u32) {
     for slot in 0..sessions {
         let hello = Box::new(Hello {
             user_id: format!("user-{slot}"),
@@ -442,10 +442,9 @@ async fn manager_task_wakes_for_its_shards_and_ends_with_them() {
     let mut ports = Vec::new();
     let mut threads = Vec::new();
     for _ in 0..2 {
-        let (commands, shard_commands) = ring(RING_SLOTS, Arc::new(Doorbell::new().unwrap()));
-        let (shard_reports, reports) = ring(64, Arc::clone(&bell));
-        ports.push(ShardPort { commands, reports });
-        let shard = Shard { commands: shard_commands, reports: shard_reports };
+        let shard_bell = Arc::new(Doorbell::new().unwrap());
+        let (port, shard) = connect([RING_SLOTS, 64], &shard_bell, &bell);
+        ports.push(port);
         threads.push(std::thread::spawn(move || run_shard(shard, SESSIONS)));
     }
     let directory = Arc::new(Directory::new());

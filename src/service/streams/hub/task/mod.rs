@@ -13,7 +13,7 @@ use super::delivery::{Delivery, Notice, Notices};
 use super::outbox::{DeliverOutcome, Outbox, Unsent};
 use super::slot_map::SlotMap;
 use super::{
-    AdmissionReply, HUB_REQUESTS_MAX, HubConfig, HubHandle, HubMetrics, HubPeer, HubRequest, status,
+    AdmissionReply, HUB_REQUESTS_MAX, HubConfig, HubHandle, HubMetrics, HubRequest, status,
 };
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{
@@ -22,7 +22,7 @@ use crate::domain::command::{
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
-use crate::handoff::{Doorbell, Pushed};
+use crate::handoff::{Doorbell, Pushed, ShardEnd};
 use crate::service::runtime::bell::AsyncBell;
 
 /// Interval between checks for stalled streams and expired deadlines.
@@ -35,7 +35,7 @@ const ABANDONED: Close = Close::new(CloseCode::GOING_AWAY, "server stopping");
 const MANAGER: usize = 0;
 
 struct PeerLink {
-    port: HubPeer,
+    port: ShardEnd,
     /// Reports that did not fit into the ring. Bounded: one `Done` per delivery in progress, one
     /// `Ended` per stream, and no new `Opened` or `Resume` while the backlog is not empty.
     backlog: VecDeque<ShardReport>,
@@ -80,7 +80,7 @@ impl Hub {
     /// The runtime cannot poll the bell.
     pub fn new(
         config: HubConfig,
-        peers: Vec<HubPeer>,
+        peers: Vec<ShardEnd>,
         bell: Arc<Doorbell>,
         metrics: Arc<HubMetrics>,
     ) -> io::Result<(HubHandle, Self)> {

@@ -10,6 +10,7 @@ use prost::Message as _;
 
 use crate::support::back_end::{BackEnd, event, event_type, message, receives_nothing};
 use crate::support::client::{Client, Received};
+use crate::support::node::Node;
 use crate::support::wait::{SOON, until};
 
 /// Long enough for an event that must not arrive to arrive.
@@ -17,6 +18,17 @@ const A_WHILE: Duration = Duration::from_millis(500);
 
 fn names(users: &[&str]) -> Vec<String> {
     users.iter().map(|user| (*user).to_owned()).collect()
+}
+
+/// A node whose conversation service has this conversation, and a session of alice.
+fn with_alice(name: &str, known: &[(&str, &[&str])]) -> (BackEnd, Node, Client) {
+    let back_end = BackEnd::start(name, 1);
+    for (conversation, members) in known {
+        back_end.neighbours.state().create(conversation, members, 0);
+    }
+    let node = back_end.node().start();
+    let alice = Client::session(node.public, "alice", "phone");
+    (back_end, node, alice)
 }
 
 /// Promise: “At least once to every session that stays.”
@@ -41,10 +53,7 @@ fn message_reaches_every_member_on_every_device_the_sender_included() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn unknown_conversation_is_fetched_once() {
-    let mut back_end = BackEnd::start("unknown", 1);
-    back_end.neighbours.state().create("old", &["alice", "bob"], 0);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, _node, mut alice) = with_alice("unknown", &[("old", &["alice", "bob"])]);
     for sequence in 1..=20 {
         back_end.publisher.message("old", sequence, "bob", "hello");
     }
@@ -57,9 +66,7 @@ fn unknown_conversation_is_fetched_once() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn added_member_receives_the_event_that_adds_them_and_all_later_ones() {
-    let mut back_end = BackEnd::start("added", 1);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, node, mut alice) = with_alice("added", &[]);
     let mut carol = Client::session(node.public, "carol", "phone");
     back_end.publisher.created("room", &names(&["alice", "bob"]));
     back_end.publisher.message("room", 1, "alice", "before");
@@ -77,11 +84,9 @@ fn added_member_receives_the_event_that_adds_them_and_all_later_ones() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn member_added_while_the_list_is_not_cached_does_not_hide_the_others() {
-    let mut back_end = BackEnd::start("added-uncached", 1);
     // As in a real back end, the conversation service has the new member before it publishes.
-    back_end.neighbours.state().create("old", &["alice", "bob", "carol"], 0);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, node, mut alice) =
+        with_alice("added-uncached", &[("old", &["alice", "bob", "carol"])]);
     let mut carol = Client::session(node.public, "carol", "phone");
     back_end.publisher.membership("old", "carol", true);
     back_end.publisher.message("old", 1, "alice", "hello");
@@ -94,9 +99,7 @@ fn member_added_while_the_list_is_not_cached_does_not_hide_the_others() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn removed_member_receives_the_event_that_removes_them_and_no_later_one() {
-    let mut back_end = BackEnd::start("removed", 1);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, node, mut alice) = with_alice("removed", &[]);
     let mut bob = Client::session(node.public, "bob", "phone");
     back_end.publisher.created("room", &names(&["alice", "bob"]));
     back_end.publisher.membership("room", "bob", false);
@@ -117,9 +120,7 @@ fn removed_member_receives_the_event_that_removes_them_and_no_later_one() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn bytes_are_those_of_the_record() {
-    let mut back_end = BackEnd::start("bytes", 1);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, _node, mut alice) = with_alice("bytes", &[]);
     back_end.publisher.created("room", &names(&["alice"]));
     event(&mut alice);
     // With an unknown field: 15, varint, 5.
@@ -133,9 +134,7 @@ fn bytes_are_those_of_the_record() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn deletions_and_receipts_reach_the_members() {
-    let mut back_end = BackEnd::start("kinds", 1);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, _node, mut alice) = with_alice("kinds", &[]);
     back_end.publisher.created("room", &names(&["alice", "bob"]));
     back_end.publisher.message("room", 1, "bob", "hello");
     back_end.publisher.receipt("room", "alice", 1);
@@ -153,9 +152,7 @@ fn deletions_and_receipts_reach_the_members() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn record_that_cannot_be_decoded_is_counted_logged_and_skipped() {
-    let mut back_end = BackEnd::start("garbage", 1);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, node, mut alice) = with_alice("garbage", &[]);
     back_end.publisher.publish_bytes("room", b"\xff\xff\xff no envelope");
     back_end.publisher.created("room", &names(&["alice"]));
     assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
@@ -214,10 +211,8 @@ fn trace_id_of_a_record_is_in_the_log() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn events_cause_no_calls_to_presence() {
-    let mut back_end = BackEnd::start("unasked", 1);
-    back_end.neighbours.state().create("room", &["alice", "bob", "carol"], 0);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, _node, mut alice) =
+        with_alice("unasked", &[("room", &["alice", "bob", "carol"])]);
     back_end.neighbours.wait(SOON, |known| known.count(Method::Register) == 1);
     for sequence in 1..=100 {
         back_end.publisher.message("room", sequence, "alice", "hello");
@@ -238,10 +233,7 @@ fn events_cause_no_calls_to_presence() {
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn burst_does_not_close_a_fast_reader_as_slow() {
     const BURST: i64 = 2_000;
-    let mut back_end = BackEnd::start("burst", 1);
-    back_end.neighbours.state().create("room", &["alice"], 0);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, _node, mut alice) = with_alice("burst", &[("room", &["alice"])]);
     // Wait until the session is live: a burst during catch-up is bounded otherwise.
     back_end.publisher.message("room", 1, "alice", "hello");
     assert_eq!(message(&mut alice), ("room".into(), 1));
@@ -256,9 +248,7 @@ fn burst_does_not_close_a_fast_reader_as_slow() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn later_messages_of_a_client_are_ignored() {
-    let mut back_end = BackEnd::start("meaningless", 1);
-    let node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (mut back_end, _node, mut alice) = with_alice("meaningless", &[]);
     for text in ["hello", "{}", r#"{"unknown": 1}"#, "[]", "{\"last_sequences\":"] {
         assert!(alice.send_text(text));
     }
@@ -270,9 +260,7 @@ fn later_messages_of_a_client_are_ignored() {
 #[test]
 #[ignore = "needs Kafka: tests/run end_to_end"]
 fn stopping_node_closes_its_sessions_and_exits_with_zero() {
-    let back_end = BackEnd::start("stop", 1);
-    let mut node = back_end.node().start();
-    let mut alice = Client::session(node.public, "alice", "phone");
+    let (back_end, mut node, mut alice) = with_alice("stop", &[]);
     back_end.neighbours.wait(SOON, |known| known.registrations.len() == 1);
     let status = node.stop(SOON);
     assert!(matches!(alice.receive_end(), Received::Closed(1001, _)));

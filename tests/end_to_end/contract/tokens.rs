@@ -48,6 +48,13 @@ fn bearer(node: &Node, token: &str) -> Received {
     with(node, &format!("Authorization: Bearer {token}\r\n"), "")
 }
 
+/// A session of alice whose token expires in 3 s.
+fn short_session(node: &Node, device: &str) -> Client {
+    let token = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
+    let headers = format!("Authorization: Bearer {token}\r\n");
+    Client::opened(&Connect { headers, ..Connect::session(node.public, "alice", device) })
+}
+
 #[track_caller]
 fn refused(heard: Received, expected: u16) -> String {
     match heard {
@@ -122,20 +129,14 @@ fn token_that_does_not_hold_is_refused() {
 #[test]
 fn session_ends_when_its_token_expires() {
     let node = node().start();
-    let short = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
-    let connect = Connect::session(node.public, "alice", "phone");
-    let headers = format!("Authorization: Bearer {short}\r\n");
-    let mut client = Client::opened(&Connect { headers, ..connect });
+    let mut client = short_session(&node, "phone");
     assert_eq!(client.receive_end(), Received::Closed(4401, "token expired".into()));
 }
 
 #[test]
 fn fresh_token_keeps_the_session() {
     let node = node().start();
-    let short = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
-    let connect = Connect::session(node.public, "alice", "phone");
-    let headers = format!("Authorization: Bearer {short}\r\n");
-    let mut client = Client::opened(&Connect { headers, ..connect });
+    let mut client = short_session(&node, "phone");
     let somebody_else = json!({ "access_token": token("mallory") }).to_string();
     assert!(client.send_text(&somebody_else));
     let Received::Text(answer) = client.receive() else { panic!("no answer") };
@@ -144,10 +145,7 @@ fn fresh_token_keeps_the_session() {
     let Received::Text(answer) = client.receive() else { panic!("no answer") };
     assert!(answer.contains("token_expires_at"), "{answer}");
     // The first token expires; a second session with an equally short token shows when.
-    let connect = Connect::session(node.public, "alice", "desk");
-    let short = sign_hs256(&claims("alice", Duration::from_secs(3)), SECRET);
-    let headers = format!("Authorization: Bearer {short}\r\n");
-    let mut second = Client::opened(&Connect { headers, ..connect });
+    let mut second = short_session(&node, "desk");
     assert!(matches!(second.receive_end(), Received::Closed(4401, _)));
     assert!(client.send(9, b"still here"));
     assert_eq!(client.receive(), Received::Pong(b"still here".to_vec()));

@@ -22,10 +22,21 @@ fn refused(node: &Node, user: &str, device: &str) -> (u16, String) {
     }
 }
 
+/// Asserts the status of a refusal that says when to try again.
 #[track_caller]
-fn retry_after(answer: &str) -> u32 {
+fn is_temporary((status, answer): (u16, String), expected: u16) {
+    assert_eq!(status, expected, "{answer}");
     let value = answer.lines().find_map(|line| line.strip_prefix("Retry-After: "));
-    value.expect("has Retry-After").trim().parse().expect("seconds")
+    let seconds: u32 = value.expect("has Retry-After").trim().parse().expect("seconds");
+    assert!(seconds >= 1);
+}
+
+#[track_caller]
+fn connects_again(node: &Node, what: &str) {
+    until(SOON, what, || {
+        let mut next = Client::connect(&Connect::session(node.public, "d", "1"));
+        matches!(next.receive(), Received::Open(_)).then_some(())
+    });
 }
 
 /// Waits until the sum of this counter over the shards is at least `least`.
@@ -40,21 +51,21 @@ fn ended(node: &Node, reason: &str) {
     counted(node, "delivery_shard_ended_total", &[&label], 1.0);
 }
 
-#[test]
-fn connections_in_all() {
-    let node = NodeBuilder::dev().set("CONNECTIONS_MAX", 2).start();
+/// The third connection is refused until one of the first two has ended.
+fn two_connections(setting: &str, status: u16, counter: &str) {
+    let node = NodeBuilder::dev().set(setting, 2).start();
     let mut first = Client::session(node.public, "a", "1");
     let _second = Client::session(node.public, "b", "1");
-    let (status, answer) = refused(&node, "c", "1");
-    assert_eq!(status, 503, "{answer}");
-    assert!(retry_after(&answer) >= 1);
-    counted(&node, "delivery_shard_refused_full_total", &[], 1.0);
+    is_temporary(refused(&node, "c", "1"), status);
+    counted(&node, counter, &[], 1.0);
     first.close(1000);
     first.receive_end();
-    until(SOON, "the slot is free again", || {
-        let mut next = Client::connect(&Connect::session(node.public, "d", "1"));
-        matches!(next.receive(), Received::Open(_)).then_some(())
-    });
+    connects_again(&node, "the slot is free again");
+}
+
+#[test]
+fn connections_in_all() {
+    two_connections("CONNECTIONS_MAX", 503, "delivery_shard_refused_full_total");
 }
 
 #[test]
@@ -62,9 +73,7 @@ fn connections_of_one_user() {
     let node = NodeBuilder::dev().set("CONNECTIONS_PER_USER", 2).start();
     let mut first = Client::session(node.public, "a", "1");
     let _second = Client::session(node.public, "a", "2");
-    let (status, answer) = refused(&node, "a", "3");
-    assert_eq!(status, 429, "{answer}");
-    assert!(retry_after(&answer) >= 1);
+    is_temporary(refused(&node, "a", "3"), 429);
     counted(&node, "delivery_session_refused_user_limit_total", &[], 1.0);
     // The same device again replaces its session and is not counted as another one.
     let _again = Client::session(node.public, "a", "1");
@@ -74,19 +83,8 @@ fn connections_of_one_user() {
 
 #[test]
 fn connections_from_one_address() {
-    let node = NodeBuilder::dev().set("CONNECTIONS_PER_ADDRESS", 2).start();
-    let mut first = Client::session(node.public, "a", "1");
-    let _second = Client::session(node.public, "b", "1");
-    let (status, answer) = refused(&node, "c", "1");
-    assert_eq!(status, 429, "{answer}");
-    assert!(retry_after(&answer) >= 1);
-    counted(&node, "delivery_shard_refused_address_count_total", &[], 1.0);
-    first.close(1000);
-    first.receive_end();
-    until(SOON, "the address may connect again", || {
-        let mut next = Client::connect(&Connect::session(node.public, "d", "1"));
-        matches!(next.receive(), Received::Open(_)).then_some(())
-    });
+    let counter = "delivery_shard_refused_address_count_total";
+    two_connections("CONNECTIONS_PER_ADDRESS", 429, counter);
 }
 
 /// Connects until one attempt is refused, and then until one is accepted again.
@@ -101,13 +99,9 @@ fn handshake_rate(setting: &str, status: u16, counter: &str) {
             }
         })
         .expect("one is refused");
-    assert_eq!(answer.0, status, "{}", answer.1);
-    assert!(retry_after(&answer.1) >= 1);
+    is_temporary(answer, status);
     counted(&node, counter, &[], 1.0);
-    until(SOON, "the rate allows another", || {
-        let mut next = Client::connect(&Connect::session(node.public, "b", "1"));
-        matches!(next.receive(), Received::Open(_)).then_some(())
-    });
+    connects_again(&node, "the rate allows another");
 }
 
 #[test]

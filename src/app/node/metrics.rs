@@ -63,16 +63,11 @@ pub(super) fn shards(
             let shard = shard.to_string();
             let labels = [("shard", shard.as_str())];
             export(page, "shard_", &counters.counts, &labels);
+            let help = "Connections that have ended, by reason.";
             for why in EndReason::ALL {
-                let labels = [("shard", shard.as_str()), ("reason", why.label())];
+                let labels = [labels[0], ("reason", why.label())];
                 let value = number(counters.ended[why as usize].get());
-                page.sample(
-                    MetricKind::Counter,
-                    ENDED,
-                    "Connections that have ended, by reason.",
-                    &labels,
-                    value,
-                );
+                page.sample(MetricKind::Counter, ENDED, help, &labels, value);
             }
         }
         if let Some(hub) = &hub {

@@ -61,7 +61,7 @@ impl fmt::Display for Recovery {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct OutageState {
     /// The first failure of the current outage.
     since: Option<Instant>,
@@ -72,29 +72,16 @@ struct OutageState {
     unreported: u64,
     /// No report before then.
     report_due: Option<Instant>,
+    /// Until the next report. Set by the first failure.
     interval: Duration,
 }
 
 /// Decides which failures and recoveries of one dependency are logged. Threads may share it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Outage {
     /// Spares the frequent successes the lock.
     is_failing: AtomicBool,
     state: Mutex<OutageState>,
-}
-
-impl Default for Outage {
-    fn default() -> Self {
-        let state = OutageState {
-            since: None,
-            last_failure: None,
-            reported: false,
-            unreported: 0,
-            report_due: None,
-            interval: INTERVAL_MIN,
-        };
-        Self { is_failing: AtomicBool::new(false), state: Mutex::new(state) }
-    }
 }
 
 impl Outage {

@@ -45,7 +45,7 @@ impl SessionManager {
             return;
         }
         self.counters.handshakes.add(1);
-        if self.node_state.get() != NodeState::Serving {
+        if self.state() != NodeState::Serving {
             return self.refuse(address, STOPPING);
         }
         if hello.device_id.is_empty() {
@@ -96,7 +96,7 @@ impl SessionManager {
     }
 
     fn admit(&mut self, address: SessionAddress, hello: &Hello, identity: Identity) {
-        if self.node_state.get() != NodeState::Serving {
+        if self.state() != NodeState::Serving {
             return self.refuse(address, STOPPING);
         }
         let ids = SessionIds::new(&identity.user, &hello.device_id);

@@ -94,7 +94,7 @@ impl SessionManager {
         address: SessionAddress,
         outcome: Result<Identity, AuthFailure>,
     ) {
-        let is_stopping = self.node_state.get() == NodeState::Stopping;
+        let is_stopping = self.state() == NodeState::Stopping;
         let Some(record) = self.record(address) else { return };
         record.token_in_check = false;
         if record.state != SessionState::Live || is_stopping {

@@ -35,13 +35,12 @@ mod upkeep;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::node_state::NodeState;
 pub use self::records::RECORD_BYTES;
 pub use self::state::SessionManager;
 
-use self::node_state::SharedNodeState;
 use crate::domain::command::Hello;
 use crate::domain::ids::SessionAddress;
 use crate::handoff::{Doorbell, PeerEnd};
@@ -159,13 +158,13 @@ pub struct SessionHandle {
     requests: mpsc::Sender<ManagerRequest>,
     presence: Presence,
     unregister_timeout: Duration,
-    state: SharedNodeState,
+    state: watch::Receiver<NodeState>,
 }
 
 impl SessionHandle {
     /// Lifecycle of the node. It is ready only while serving.
     pub fn state(&self) -> NodeState {
-        self.state.get()
+        *self.state.borrow()
     }
 
     /// Closes all sessions. Returns when every shard has stopped and presence has unregistered the

@@ -4,11 +4,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::links::ControlLink;
-use super::node_state::{NodeState, SharedNodeState};
+use super::node_state::NodeState;
 use super::records::SessionRecords;
 use super::state::SessionManager;
 use super::{
@@ -43,14 +43,15 @@ impl SessionManager {
         let bell = AsyncBell::new(Arc::clone(&ports.bell))?;
         let (requests, request_receiver) = mpsc::channel(REQUESTS_WAITING_MAX);
         let (catch_up_reports, report_receiver) = mpsc::channel(CATCH_UP_REPORTS_WAITING_MAX);
+        let (node_state, state) = watch::channel(NodeState::Serving);
         let handle = SessionHandle {
             requests,
             presence: ports.presence.clone(),
             unregister_timeout: config.unregister_timeout,
-            state: SharedNodeState::new(),
+            state,
         };
-        let (weak, state) = (handle.requests.downgrade(), handle.state.clone());
-        let manager = Self::new(config, ports, counters, weak, catch_up_reports, state);
+        let weak = handle.requests.downgrade();
+        let manager = Self::new(config, ports, counters, weak, catch_up_reports, node_state);
         tokio::spawn(manager.run(request_receiver, report_receiver, bell));
         Ok(handle)
     }
@@ -62,7 +63,7 @@ impl SessionManager {
         bell: AsyncBell,
     ) {
         let mut next_tick = Instant::now() + TICK;
-        while self.node_state.get() != NodeState::Stopped {
+        while self.state() != NodeState::Stopped {
             self.take_reports();
             self.take_requests(&mut requests, &mut catch_up_reports);
             let now = Instant::now();

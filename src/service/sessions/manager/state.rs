@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::catch_ups::CatchUps;
 use super::drain::Drain;
 use super::links::ControlLink;
-use super::node_state::SharedNodeState;
+use super::node_state::NodeState;
 use super::records::{SessionRecord, SessionRecords, SessionState};
 use super::sweep::Sweep;
 use super::{ManagerRequest, SessionConfig, SessionCounters, SessionPorts};
@@ -41,7 +41,8 @@ pub struct SessionManager {
     pub(super) catch_ups: CatchUps,
     pub(super) refresh_sweep: Sweep,
     pub(super) expiry_sweep: Sweep,
-    pub(super) node_state: SharedNodeState,
+    /// Its handles read it.
+    pub(super) node_state: watch::Sender<NodeState>,
     pub(super) drain: Option<Drain>,
     /// Callers that wait for the last shard to stop.
     pub(super) shutdown_waiters: Vec<oneshot::Sender<()>>,
@@ -54,7 +55,7 @@ impl SessionManager {
         counters: Arc<SessionCounters>,
         requests: mpsc::WeakSender<ManagerRequest>,
         catch_up_reports: mpsc::Sender<CatchUpReport>,
-        node_state: SharedNodeState,
+        node_state: watch::Sender<NodeState>,
     ) -> Self {
         let count = u16::try_from(ports.shards.len()).expect("shards are numbered in 16 bits");
         Self {
@@ -75,6 +76,10 @@ impl SessionManager {
             drain: None,
             shutdown_waiters: Vec::new(),
         }
+    }
+
+    pub(super) fn state(&self) -> NodeState {
+        *self.node_state.borrow()
     }
 
     pub(super) fn send(&mut self, shard: ShardId, command: ShardCommand) {

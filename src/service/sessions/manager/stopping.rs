@@ -27,10 +27,10 @@ impl SessionManager {
         now: Instant,
     ) {
         self.shutdown_waiters.push(stopped);
-        match (self.node_state.get(), shutdown) {
+        match (self.state(), shutdown) {
             (NodeState::Serving | NodeState::Draining, Shutdown::Stop) => self.stop_shards(STOPPED),
             (NodeState::Serving, Shutdown::Drain(period)) => {
-                self.node_state.set(NodeState::Draining);
+                self.node_state.send_replace(NodeState::Draining);
                 for link in &mut self.links {
                     link.send(ShardCommand::StopAccepting);
                 }
@@ -76,8 +76,8 @@ impl SessionManager {
     }
 
     fn stop_shards(&mut self, close: Close) {
-        let accepting = self.node_state.get() == NodeState::Serving;
-        self.node_state.set(NodeState::Stopping);
+        let accepting = self.state() == NodeState::Serving;
+        self.node_state.send_replace(NodeState::Stopping);
         self.drain = None;
         for link in &mut self.links {
             if accepting {
@@ -105,10 +105,8 @@ impl SessionManager {
 
     /// Completes the shutdown when the last shard has stopped.
     fn check_stopped(&mut self) {
-        if self.node_state.get() == NodeState::Stopping
-            && self.links.iter().all(|link| link.stopped)
-        {
-            self.node_state.set(NodeState::Stopped);
+        if self.state() == NodeState::Stopping && self.links.iter().all(|link| link.stopped) {
+            self.node_state.send_replace(NodeState::Stopped);
             for waiter in self.shutdown_waiters.drain(..) {
                 let _ = waiter.send(()); // The caller may have given up.
             }

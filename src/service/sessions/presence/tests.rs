@@ -36,6 +36,16 @@ impl Node {
         }
     }
 
+    async fn registered(&self, ids: &SessionIds) {
+        self.presence.register(ids, false);
+        self.settled().await;
+    }
+
+    async fn unregistered(&self, ids: &SessionIds) {
+        self.presence.unregister(ids);
+        self.settled().await;
+    }
+
     /// Refreshes with a check.
     async fn checked(&self, ids: &SessionIds) {
         assert!(self.presence.refresh(ids, 0));
@@ -57,8 +67,7 @@ async fn calls_are_those_of_the_contract() {
     let node = Node::new("node-1", &fake);
     let ids = phone("alice");
     let (user, device) = ("alice".to_owned(), "phone".to_owned());
-    node.presence.register(&ids, false);
-    node.settled().await;
+    node.registered(&ids).await;
     let register = Call::Register {
         user: user.clone(),
         device: device.clone(),
@@ -73,8 +82,7 @@ async fn calls_are_those_of_the_contract() {
     assert_eq!(fake.state().count(Method::Refresh), 6);
     assert_eq!(fake.state().count(Method::Devices), 2, "the first and every third are checked");
 
-    node.presence.unregister(&ids);
-    node.settled().await;
+    node.unregistered(&ids).await;
     assert_eq!(fake.state().calls.last(), Some(&Call::Unregister { user, device }));
     let counters = &node.counters;
     assert_eq!(counters.registered.get(), 1);
@@ -87,19 +95,15 @@ async fn late_end_on_one_node_leaves_the_session_on_the_other() {
     let fake = FakeNeighbours::start();
     let (one, two) = (Node::new("node-1", &fake), Node::new("node-2", &fake));
     let ids = phone("alice");
-    one.presence.register(&ids, false);
-    one.settled().await;
-    two.presence.register(&ids, false);
-    two.settled().await;
+    one.registered(&ids).await;
+    two.registered(&ids).await;
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
 
-    one.presence.unregister(&ids);
-    one.settled().await;
+    one.unregistered(&ids).await;
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
     assert_eq!(fake.state().count(Method::Unregister), 0);
 
-    two.presence.unregister(&ids);
-    two.settled().await;
+    two.unregistered(&ids).await;
     assert_eq!(registered(&fake, "alice"), None);
 }
 
@@ -108,12 +112,10 @@ async fn node_learns_that_its_session_was_replaced_on_another() {
     let fake = FakeNeighbours::start();
     let (one, two) = (Node::new("node-1", &fake), Node::new("node-2", &fake));
     let ids = phone("alice");
-    one.presence.register(&ids, false);
-    one.settled().await;
+    one.registered(&ids).await;
     one.checked(&ids).await;
     assert_eq!(one.presence.take_replaced(), []);
-    two.presence.register(&ids, false);
-    two.settled().await;
+    two.registered(&ids).await;
     one.checked(&ids).await;
     assert_eq!(one.presence.take_replaced(), [ids]);
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-2"));
@@ -124,8 +126,7 @@ async fn missing_registration_is_made_again() {
     let fake = FakeNeighbours::start();
     let node = Node::new("node-1", &fake);
     let ids = phone("alice");
-    node.presence.register(&ids, false);
-    node.settled().await;
+    node.registered(&ids).await;
     fake.state().registrations.clear();
     node.checked(&ids).await;
     assert_eq!(registered(&fake, "alice").as_deref(), Some("node-1"));

@@ -6,10 +6,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::node_state::SharedNodeState;
 use super::state::SessionManager;
 use super::{ManagerRequest, NodeState, SessionConfig, SessionCounters, SessionPorts, Shutdown};
 use crate::domain::close::{CloseCode, EndReason};
@@ -91,7 +90,7 @@ impl Bench {
             Arc::clone(&counters),
             requests_in.downgrade(),
             catch_ups_in,
-            SharedNodeState::new(),
+            watch::Sender::new(NodeState::Serving),
         );
         let _requests_in = requests_in;
         let clock = Instant::now();
@@ -275,11 +274,11 @@ fn stop_stops_every_shard_and_waits_for_all() {
     bench.open(1, key(0, 0), "bob", "phone");
     assert_eq!(bench.refused(1).0, 503);
     bench.report(1, ShardReport::Stopped);
-    assert_eq!(bench.manager.node_state.get(), NodeState::Stopping);
+    assert_eq!(bench.manager.state(), NodeState::Stopping);
     assert!(wait.try_recv().is_err());
     bench.end(0, key(0, 0));
     bench.report(0, ShardReport::Stopped);
-    assert_eq!(bench.manager.node_state.get(), NodeState::Stopped);
+    assert_eq!(bench.manager.state(), NodeState::Stopped);
     assert!(wait.try_recv().is_ok());
 }
 
@@ -294,7 +293,7 @@ fn drain_closes_at_a_steady_pace_and_gives_each_session_a_wait() {
     }
     let begun = Instant::now();
     let _wait = bench.order(Shutdown::Drain(Duration::from_secs(10)), begun);
-    assert_eq!(bench.manager.node_state.get(), NodeState::Draining);
+    assert_eq!(bench.manager.state(), NodeState::Draining);
     let mut closed = Vec::new();
     for tick in 1..10 {
         bench.manager.tick(begun + Duration::from_secs(tick), 0);
@@ -329,7 +328,7 @@ fn drain_closes_at_a_steady_pace_and_gives_each_session_a_wait() {
 fn drain_ends_early_without_sessions() {
     let mut bench = Bench::new(1);
     let _wait = bench.order(Shutdown::Drain(Duration::from_secs(600)), Instant::now());
-    assert_eq!(bench.manager.node_state.get(), NodeState::Stopping);
+    assert_eq!(bench.manager.state(), NodeState::Stopping);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Endpoint;
 use tonic::{Request, Streaming};
 
-use super::support::fleet::{Connect, Fleet, Seen};
+use super::support::fleet::{Connect, Fleet, Received};
 use super::support::node::{Node, NodeBuilder};
 use super::support::services::kafka_brokers;
 use super::support::tally::Tally;
@@ -123,10 +123,10 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
     let mut ended = Vec::new();
     let mut turn = |fleet: &mut Fleet| {
         fleet.turn(Duration::from_millis(10), &mut |client, seen| match seen {
-            Seen::Binary(payload) => {
-                tallies[client].saw(payload);
+            Received::Binary(payload) => {
+                tallies[client].saw(&payload);
             }
-            Seen::Open(_) | Seen::Ping => {}
+            Received::Open(_) | Received::Ping => {}
             other => ended.push(format!("client {client}: {other:?}")),
         });
         assert!(ended.is_empty(), "{ended:?}");

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use delivery_testkit::publisher::{Publisher, new_topic};
 
-use super::support::fleet::{Connect, Fleet, Seen};
+use super::support::fleet::{Connect, Fleet, Received};
 use super::support::node::{Metrics, Node, NodeBuilder};
 use super::support::services::kafka_brokers;
 use super::support::tally::{Tally, Totals};
@@ -48,10 +48,10 @@ impl Run {
     fn turn(&mut self) {
         let Self { fleet, tallies, ended, .. } = self;
         fleet.turn(Duration::from_millis(5), &mut |client, seen| match seen {
-            Seen::Binary(payload) => {
-                tallies[client].saw(payload);
+            Received::Binary(payload) => {
+                tallies[client].saw(&payload);
             }
-            Seen::Open(_) | Seen::Ping => {}
+            Received::Open(_) | Received::Ping => {}
             other => ended.push(format!("client {client}: {other:?}")),
         });
         let why = || self.node.metrics().nonzero("delivery_shard_");

@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use crate::support::crowd::{Crowd, descriptors};
+use crate::support::crowd::Crowd;
+use crate::support::fleet::raise_descriptor_limit;
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::wait::until;
 
@@ -61,7 +62,7 @@ struct Size {
 
 impl Size {
     fn of_this_machine() -> Self {
-        let limit = usize::try_from(descriptors()).unwrap_or(usize::MAX);
+        let limit = usize::try_from(raise_descriptor_limit()).unwrap_or(usize::MAX);
         // The kernel spreads connections by a hash, not evenly. Shards must not be smaller: their own
         // memory, which they touch gradually, has to be small compared with that of their sessions.
         let least = PER_SHARD + PER_SHARD / 4 + FILES_BESIDE;

@@ -4,49 +4,14 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::fleet::{Connect, Fleet, Seen};
+pub use super::fleet::Received;
+use super::fleet::{Connect, Fleet};
 use super::wait::SOON;
-
-/// An owned [`Seen`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Received {
-    /// Head of the answer with status 101.
-    Open(String),
-    /// Status and the whole answer.
-    Refused(u16, String),
-    /// A binary message.
-    Binary(Vec<u8>),
-    /// A text message.
-    Text(String),
-    /// A ping.
-    Ping,
-    /// A pong.
-    Pong(Vec<u8>),
-    /// A close frame.
-    Closed(u16, String),
-    /// The socket ended without a close frame.
-    Ended,
-}
-
-impl From<Seen<'_>> for Received {
-    fn from(seen: Seen<'_>) -> Self {
-        match seen {
-            Seen::Open(head) => Self::Open(head.into()),
-            Seen::Refused(status, answer) => Self::Refused(status, answer.into()),
-            Seen::Binary(payload) => Self::Binary(payload.into()),
-            Seen::Text(text) => Self::Text(text.into()),
-            Seen::Ping => Self::Ping,
-            Seen::Pong(payload) => Self::Pong(payload.into()),
-            Seen::Closed(code, reason) => Self::Closed(code, reason.into()),
-            Seen::Ended => Self::Ended,
-        }
-    }
-}
 
 /// A client whose events are read one at a time.
 pub struct Client {
     fleet: Fleet,
-    heard: VecDeque<Received>,
+    received: VecDeque<Received>,
 }
 
 impl Client {
@@ -54,14 +19,14 @@ impl Client {
     pub fn connect(connect: &Connect) -> Self {
         let mut fleet = Fleet::new();
         fleet.connect(connect).expect("the server accepts");
-        Self { fleet, heard: VecDeque::new() }
+        Self { fleet, received: VecDeque::new() }
     }
 
     /// Uses a socket on which an upgrade request has been sent, whole or in part.
     pub fn adopt(stream: std::net::TcpStream) -> Self {
         let mut fleet = Fleet::new();
         fleet.adopt(stream, None, true).expect("a socket");
-        Self { fleet, heard: VecDeque::new() }
+        Self { fleet, received: VecDeque::new() }
     }
 
     /// Opens an honest session.
@@ -88,21 +53,21 @@ impl Client {
     /// Waits for the next thing, but not longer.
     pub fn receive_within(&mut self, limit: Duration) -> Option<Received> {
         let deadline = Instant::now() + limit;
-        while self.heard.is_empty() {
+        while self.received.is_empty() {
             let left = deadline.checked_duration_since(Instant::now())?;
-            let heard = &mut self.heard;
-            self.fleet.turn(left, &mut |_, seen| heard.push_back(seen.into()));
+            let received = &mut self.received;
+            self.fleet.turn(left, &mut |_, event| received.push_back(event));
         }
-        self.heard.pop_front()
+        self.received.pop_front()
     }
 
     /// Waits for the end of the connection and skips everything before it.
     #[track_caller]
     pub fn receive_end(&mut self) -> Received {
         loop {
-            let heard = self.receive();
-            if matches!(heard, Received::Closed(..) | Received::Ended | Received::Refused(..)) {
-                return heard;
+            let received = self.receive();
+            if matches!(received, Received::Closed(..) | Received::Ended | Received::Refused(..)) {
+                return received;
             }
         }
     }

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd as _;
 use io_uring::IoUring;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 
-use super::fleet::{Connect, masked_frame};
+use super::fleet::{Connect, masked_frame, raise_descriptor_limit};
 use super::wait::SOON;
 
 /// Handshakes in flight.
@@ -43,7 +43,7 @@ impl Crowd {
     /// A crowd without clients. Raises `RLIMIT_NOFILE` of this process, and of those that it starts,
     /// to the maximum.
     pub fn new(server: SocketAddr) -> Self {
-        let room = descriptors().saturating_sub(DESCRIPTORS_OWN);
+        let room = raise_descriptor_limit().saturating_sub(DESCRIPTORS_OWN);
         let table_files = TABLE_FILES.min(u32::try_from(room).unwrap_or(u32::MAX));
         Self { server, tables: Vec::new(), table_files, clients: 0 }
     }
@@ -94,15 +94,6 @@ impl Crowd {
         assert_eq!(kept.expect("a place in the table"), 1);
         table.used += 1;
     }
-}
-
-/// Raises `RLIMIT_NOFILE` to the maximum and returns it.
-pub fn descriptors() -> u64 {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
-        .expect("up to the maximum");
-    limit.maximum.unwrap_or(u64::MAX)
 }
 
 fn await_opening(stream: &mut TcpStream) {

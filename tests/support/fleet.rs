@@ -21,22 +21,22 @@ const KEY: &str = "ZGVsaXZlcnktdGVzdHMhIQ==";
 pub type ClientId = usize;
 
 /// An event of a client.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Seen<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Received {
     /// The handshake was answered with 101. The head of the answer.
-    Open(&'a str),
+    Open(String),
     /// The handshake was answered with another status. The status and the answer so far.
-    Refused(u16, &'a str),
+    Refused(u16, String),
     /// A binary message.
-    Binary(&'a [u8]),
+    Binary(Vec<u8>),
     /// A text message.
-    Text(&'a str),
+    Text(String),
     /// A ping, already answered.
     Ping,
     /// A pong.
-    Pong(&'a [u8]),
+    Pong(Vec<u8>),
     /// A close frame, already answered; the socket is closed. 1005: the frame has no code.
-    Closed(u16, &'a str),
+    Closed(u16, String),
     /// The socket ended without a close frame.
     Ended,
 }
@@ -114,10 +114,7 @@ impl Fleet {
     /// A fleet without clients. Raises `RLIMIT_NOFILE` of this process, and of those that it starts,
     /// to the maximum.
     pub fn new() -> Self {
-        use rustix::process::{Resource, getrlimit, setrlimit};
-        let limit = getrlimit(Resource::Nofile);
-        let limit = rustix::process::Rlimit { current: limit.maximum, ..limit };
-        setrlimit(Resource::Nofile, limit).expect("up to the maximum");
+        raise_descriptor_limit();
         Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC).expect("epoll"),
             clients: Vec::new(),
@@ -175,7 +172,7 @@ impl Fleet {
 
     /// Waits up to `timeout` for readable sockets and calls `on` for each event. Returns the number
     /// of readable sockets.
-    pub fn turn(&mut self, timeout: Duration, on: &mut impl FnMut(ClientId, Seen<'_>)) -> usize {
+    pub fn turn(&mut self, timeout: Duration, on: &mut impl FnMut(ClientId, Received)) -> usize {
         let timeout =
             Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
         self.ready.clear();
@@ -189,7 +186,7 @@ impl Fleet {
             let id = event.data.u64() as usize;
             let client = &mut self.clients[id];
             if client.state != ClientState::Ended
-                && !client.read(&mut self.scratch, &mut |seen| on(id, seen))
+                && !client.read(&mut self.scratch, &mut |received| on(id, received))
             {
                 client.terminate(&self.epoll);
             }
@@ -278,11 +275,11 @@ impl Client {
     }
 
     /// Reads once. `false`: the connection has ended, and `on` was called for that.
-    fn read(&mut self, scratch: &mut [u8], on: &mut impl FnMut(Seen<'_>)) -> bool {
+    fn read(&mut self, scratch: &mut [u8], on: &mut impl FnMut(Received)) -> bool {
         let Some(stream) = &mut self.stream else { return false };
         match stream.read(scratch) {
             Ok(0) => {
-                on(Seen::Ended);
+                on(Received::Ended);
                 false
             }
             Ok(count) => {
@@ -300,14 +297,14 @@ impl Client {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => true,
             Err(_) => {
-                on(Seen::Ended);
+                on(Received::Ended);
                 false
             }
         }
     }
 
     /// Handles complete frames and returns their length. `None`: the connection has ended.
-    fn take(&mut self, input: &[u8], on: &mut impl FnMut(Seen<'_>)) -> Option<usize> {
+    fn take(&mut self, input: &[u8], on: &mut impl FnMut(Received)) -> Option<usize> {
         let mut used = 0;
         if self.state == ClientState::Handshaking {
             let end = input.windows(4).position(|window| window == b"\r\n\r\n");
@@ -316,36 +313,33 @@ impl Client {
             let head = std::str::from_utf8(&input[..used]).expect("an ASCII answer");
             let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
             if status != 101 {
-                on(Seen::Refused(status, &String::from_utf8_lossy(input)));
+                on(Received::Refused(status, String::from_utf8_lossy(input).into()));
                 return None;
             }
             assert!(head.contains(&accept_value()), "the wrong Sec-WebSocket-Accept: {head}");
             self.state = ClientState::Open;
-            on(Seen::Open(head));
+            on(Received::Open(head.into()));
             if let Some(text) = self.first_message.take() {
                 assert!(self.send(1, text.as_bytes()), "a fresh socket takes a small message");
             }
         }
         while let Some((opcode, payload, length)) = server_frame(&input[used..]) {
             match opcode {
-                1 => on(Seen::Text(std::str::from_utf8(payload).expect("the server sends UTF-8"))),
-                2 => on(Seen::Binary(payload)),
+                1 => on(Received::Text(utf8(payload))),
+                2 => on(Received::Binary(payload.into())),
                 9 => {
                     if self.answers_pings {
                         self.send(10, payload);
                     }
-                    on(Seen::Ping);
+                    on(Received::Ping);
                 }
-                10 => on(Seen::Pong(payload)),
+                10 => on(Received::Pong(payload.into())),
                 8 => {
                     if self.state != ClientState::Closing {
                         self.send(8, payload);
                     }
                     let code = payload.first_chunk().map_or(1005, |code| u16::from_be_bytes(*code));
-                    on(Seen::Closed(
-                        code,
-                        std::str::from_utf8(payload.get(2..).unwrap_or(&[])).expect("UTF-8"),
-                    ));
+                    on(Received::Closed(code, utf8(payload.get(2..).unwrap_or_default())));
                     return None;
                 }
                 _ => panic!("the server sent opcode {opcode}"),
@@ -354,6 +348,19 @@ impl Client {
         }
         Some(used)
     }
+}
+
+fn utf8(text: &[u8]) -> String {
+    String::from_utf8(text.into()).expect("the server sends UTF-8")
+}
+
+/// Raises `RLIMIT_NOFILE` to the maximum and returns it.
+pub fn raise_descriptor_limit() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+        .expect("up to the maximum");
+    limit.maximum.unwrap_or(u64::MAX)
 }
 
 /// The first complete frame: opcode, payload, total length. The server neither masks nor fragments.

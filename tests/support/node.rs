@@ -205,11 +205,9 @@ impl Node {
 
     /// Resident memory, bytes.
     pub fn resident_bytes(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.child.id());
-        let status = std::fs::read_to_string(path).expect("it is running");
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("has VmRSS");
-        let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
-        kib.expect("a number") * 1024
+        let process = procfs::process::Process::new(self.child.id().cast_signed());
+        let status = process.and_then(|process| process.status()).expect("it is running");
+        status.vmrss.expect("a process has VmRSS") * 1024
     }
 }
 
@@ -219,15 +217,8 @@ impl Drop for Node {
         if std::thread::panicking() {
             let log = self.log();
             let lines: Vec<_> = log.lines().collect();
-            let last = lines[lines.len().saturating_sub(LAST_LINES)..].join(
-                "
-",
-            );
-            eprintln!(
-                "--- the node's last lines ({}):
-{last}",
-                self.log_path.display()
-            );
+            let last = lines[lines.len().saturating_sub(LAST_LINES)..].join("\n");
+            eprintln!("--- the node's last lines ({}):\n{last}", self.log_path.display());
         } else {
             let _ = std::fs::remove_file(&self.log_path);
         }

@@ -174,7 +174,7 @@ fn catch_up_goes_no_faster_than_the_socket() {
 
 #[test]
 fn many_simultaneous_catch_ups_keep_the_calls_in_flight_bounded() {
-    use crate::support::fleet::{Fleet, Seen};
+    use crate::support::fleet::Fleet;
     use crate::support::tally::Tally;
 
     const CLIENTS: usize = 500;
@@ -192,10 +192,10 @@ fn many_simultaneous_catch_ups_keep_the_calls_in_flight_bounded() {
     let mut tallies = vec![Tally::default(); CLIENTS];
     crate::support::wait::until(Duration::from_secs(60), "all have caught up", || {
         fleet.turn(Duration::from_millis(50), &mut |client, seen| match seen {
-            Seen::Binary(payload) => {
-                tallies[client].saw(payload);
+            Received::Binary(payload) => {
+                tallies[client].saw(&payload);
             }
-            Seen::Open(_) | Seen::Ping => {}
+            Received::Open(_) | Received::Ping => {}
             other => panic!("client {client}: {other:?}"),
         });
         tallies.iter().all(|tally| tally.messages == 5).then_some(())

@@ -7,7 +7,7 @@ use delivery_testkit::neighbours::{Behaviour, Method};
 use delivery_testkit::publisher::message;
 
 use crate::support::back_end::BackEnd;
-use crate::support::fleet::{Connect, Fleet, Seen};
+use crate::support::fleet::{Connect, Fleet, Received};
 use crate::support::node::Node;
 use crate::support::tally::{Tally, resume_request};
 
@@ -58,10 +58,10 @@ impl Storm {
     fn turn(&mut self) {
         let Self { fleet, tallies, .. } = self;
         fleet.turn(Duration::from_millis(10), &mut |client, seen| match seen {
-            Seen::Binary(payload) => {
-                tallies[client % SESSIONS].saw(payload);
+            Received::Binary(payload) => {
+                tallies[client % SESSIONS].saw(&payload);
             }
-            Seen::Open(_) | Seen::Ping => {}
+            Received::Open(_) | Received::Ping => {}
             other => panic!("client {client}: {other:?}"),
         });
     }

@@ -8,7 +8,7 @@ use delivery_testkit::publisher::{Publisher, new_topic};
 
 use super::serves_the_next_client;
 use crate::support::client::{Client, Received};
-use crate::support::fleet::{Connect, Fleet, Seen, dial, masked_frame};
+use crate::support::fleet::{Connect, Fleet, dial, masked_frame};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::services::kafka_brokers;
 use crate::support::wait::{SOON, until};
@@ -205,9 +205,11 @@ fn silence_after_the_handshake() {
     // Until the client that answers is pinged again after the other one has ended.
     until(SOON, "the silent one is dropped, the other is not", || {
         fleet.turn(Duration::from_millis(50), &mut |client, seen| match seen {
-            Seen::Open(_) => {}
-            Seen::Ping => pings[client] += 1,
-            Seen::Ended | Seen::Closed(..) if client == dead => dead_at = Some(pings[alive]),
+            Received::Open(_) => {}
+            Received::Ping => pings[client] += 1,
+            Received::Ended | Received::Closed(..) if client == dead => {
+                dead_at = Some(pings[alive])
+            }
             other => panic!("client {client}: {other:?}"),
         });
         dead_at.is_some_and(|at| pings[alive] > at + 1).then_some(())

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use delivery_testkit::publisher::{Publisher, new_topic};
 
 use super::serves_the_next_client;
-use crate::support::fleet::{ClientId, Connect, Fleet, Seen, dial};
+use crate::support::fleet::{ClientId, Connect, Fleet, Received, dial};
 use crate::support::node::NodeBuilder;
 use crate::support::services::kafka_brokers;
 use crate::support::tally::Tally;
@@ -202,16 +202,16 @@ fn honest_clients_notice_nothing_of_ten_thousand_slow_ones() {
 
 fn saw(
     client: ClientId,
-    seen: &Seen<'_>,
+    seen: &Received,
     honest: bool,
     tallies: &mut [Tally],
     gone: &mut Vec<ClientId>,
 ) {
     match seen {
-        Seen::Binary(payload) if honest => {
+        Received::Binary(payload) if honest => {
             tallies[client].saw(payload);
         }
-        Seen::Closed(..) | Seen::Ended | Seen::Refused(..) => gone.push(client),
+        Received::Closed(..) | Received::Ended | Received::Refused(..) => gone.push(client),
         _ => {}
     }
 }

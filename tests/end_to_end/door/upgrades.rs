@@ -65,7 +65,7 @@ fn unusual_and_hostile_requests_are_answered_and_the_next_client_is_served() {
 #[test]
 fn bytes_that_follow_the_request_at_once_are_not_lost() {
     use crate::support::client::{Client, Received};
-    use crate::support::fleet::{Connect, Fleet, Seen, dial, masked_frame};
+    use crate::support::fleet::{Connect, Fleet, dial, masked_frame};
 
     let node = NodeBuilder::dev().start();
     let connect = Connect::session(node.public, "eager", "phone");
@@ -78,7 +78,7 @@ fn bytes_that_follow_the_request_at_once_are_not_lost() {
     let mut ponged = false;
     crate::support::wait::until(SOON, "the ping is answered", || {
         fleet.turn(Duration::from_millis(50), &mut |_, seen| {
-            ponged |= seen == Seen::Pong(b"in the same segment");
+            ponged |= seen == Received::Pong(b"in the same segment".into());
         });
         ponged.then_some(())
     });

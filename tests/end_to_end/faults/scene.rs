@@ -10,7 +10,7 @@ use delivery_testkit::neighbours::FakeNeighbours;
 use delivery_testkit::ports::free_port;
 use delivery_testkit::publisher::{Publisher, message, new_topic};
 
-use crate::support::fleet::{ClientId, Connect, Fleet, Seen};
+use crate::support::fleet::{ClientId, Connect, Fleet, Received};
 use crate::support::node::{Metrics, Node, NodeBuilder};
 use crate::support::own_services::OwnService;
 use crate::support::proxy::Proxy;
@@ -241,27 +241,27 @@ impl Scene {
         fleet.turn(Duration::from_millis(2), &mut |client, seen| {
             let session = &mut sessions[owners[client]];
             let (code, reason) = match seen {
-                Seen::Binary(payload) => {
-                    if let Some(content) = session.tally.saw(payload) {
+                Received::Binary(payload) => {
+                    if let Some(content) = session.tally.saw(&payload) {
                         let sent = content.split(' ').next().and_then(|ms| ms.parse().ok());
                         let sent = Duration::from_millis(sent.expect("a time"));
                         *longest_stall = (*longest_stall).max(began.elapsed().saturating_sub(sent));
                     }
                     return;
                 }
-                Seen::Closed(code, reason) => (code, reason),
-                Seen::Refused(status, _) => (status, ""),
-                Seen::Ended => (0, ""),
-                Seen::Open(_) => {
+                Received::Closed(code, reason) => (code, reason),
+                Received::Refused(status, _) => (status, String::new()),
+                Received::Ended => (0, String::new()),
+                Received::Open(_) => {
                     handshakes.push((Instant::now(), session.node));
                     return;
                 }
-                Seen::Text(_) | Seen::Ping | Seen::Pong(_) => return,
+                Received::Text(_) | Received::Ping | Received::Pong(_) => return,
             };
             // The end of an abandoned connection is ignored.
             if session.client.is_some_and(|(id, _)| id == client) {
                 *endings.entry(code).or_default() += 1;
-                match waiting_time(reason) {
+                match waiting_time(&reason) {
                     Some(wait) => session.retry_after(wait),
                     None => session.retry_later(chance),
                 }

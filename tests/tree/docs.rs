@@ -7,27 +7,17 @@ use super::source::{read, report, root, rust_files, without_tests};
 
 /// The names of all functions of the tree, test functions included.
 fn tests() -> BTreeSet<String> {
+    let word = |text: &str| -> String {
+        text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+    };
     let mut names = BTreeSet::new();
-    for folder in ["src", "tests"] {
-        for path in rust_files(folder) {
-            let source = read(&path);
-            for part in source.split("fn ").skip(1) {
-                let name: String =
-                    part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-                names.insert(name);
-            }
-            // A macro generates tests from lines `name: …;`.
-            for line in source.lines() {
-                let name: String =
-                    line.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-                if !name.is_empty()
-                    && line.trim()[name.len()..].starts_with(": ")
-                    && line.trim().ends_with(';')
-                {
-                    names.insert(name);
-                }
-            }
-        }
+    for path in ["src", "tests"].into_iter().flat_map(rust_files) {
+        let source = read(&path);
+        names.extend(source.split("fn ").skip(1).map(word));
+        // A macro generates tests from lines `name: …;`.
+        let generated = source.lines().map(str::trim).filter(|line| line.ends_with(';'));
+        let name = |line: &str| line.split_once(": ").map(|(name, _)| name.to_owned());
+        names.extend(generated.filter_map(name).filter(|name| word(name) == *name));
     }
     names
 }

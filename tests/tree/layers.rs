@@ -52,11 +52,6 @@ const IMPURE: [&str; 12] = [
 /// Lines of code per file, without tests and comments.
 const CODE_LINES_MAX: usize = 450;
 
-fn layer_of(path: &Path) -> Option<&'static str> {
-    let name = path.strip_prefix("src").ok()?.components().next()?.as_os_str().to_str()?;
-    LAYERS.iter().map(|(layer, _)| *layer).find(|layer| *layer == name)
-}
-
 #[test]
 fn every_folder_is_a_layer_and_every_layer_is_on_the_map() {
     let map = read(Path::new("src/lib.rs"));
@@ -116,107 +111,74 @@ fn modules_do_not_import_each_other_in_a_cycle() {
 /// spreads it over many rings and file tables.
 const BARE_RING: [&str; 2] = ["bench/src/servers/bare.rs", "bench/src/servers/rings.rs"];
 
+/// Fails with every finding of `find` in the Rust files below `folders`, given the path and the source.
+fn check(folders: &[&str], find: impl Fn(&Path, &str) -> Vec<String>) {
+    let findings = folders.iter().flat_map(|folder| rust_files(folder)).flat_map(|path| {
+        let found = find(&path, &read(&path));
+        found.into_iter().map(move |finding| format!("{}: {finding}", path.display()))
+    });
+    report(&findings.collect::<Vec<_>>());
+}
+
+/// The words of a text that are among `wanted`.
+fn words(text: &str, wanted: &[&str]) -> Vec<String> {
+    let words = text.split(|c: char| !c.is_alphanumeric() && c != '_');
+    words.filter(|word| wanted.contains(word)).map(str::to_owned).collect()
+}
+
 #[test]
 fn unsafe_code_is_only_in_uring() {
-    let mut findings = Vec::new();
-    for folder in ["src", "tests", "fuzz", "bench"] {
-        for path in rust_files(folder) {
-            if path.starts_with("src/uring") || BARE_RING.iter().any(|file| path == Path::new(file))
-            {
-                continue;
-            }
-            let code = code_of(&read(&path));
-            for word in code.split(|c: char| !c.is_alphanumeric() && c != '_') {
-                if word == "unsafe" || word == "unsafe_code" {
-                    findings.push(format!("{}: {word}", path.display()));
-                }
-            }
-        }
-    }
-    report(&findings);
+    check(&["src", "tests", "fuzz", "bench"], |path, source| {
+        let allowed = path.starts_with("src/uring") || BARE_RING.map(Path::new).contains(&path);
+        if allowed { Vec::new() } else { words(&code_of(source), &["unsafe", "unsafe_code"]) }
+    });
 }
 
 #[test]
 fn every_unsafe_block_has_a_safety_comment() {
-    let mut findings = Vec::new();
-    for path in rust_files("src/uring") {
-        let source = read(&path);
+    check(&["src/uring"], |_, source| {
         let lines: Vec<&str> = source.lines().collect();
-        for (number, line) in lines.iter().enumerate() {
+        let has_reason = |number: usize| {
+            let above = lines[..number].iter().rev().take(16);
+            let mut block = above.take_while(|line| !line.trim().is_empty());
+            block.any(|line| line.contains("SAFETY:"))
+        };
+        let is_unsafe = |line: &str| {
             let code = line.split("//").next().unwrap_or_default();
-            if !code.contains("unsafe {") && !code.contains("unsafe impl") {
-                continue;
-            }
-            let reason = lines[..number]
-                .iter()
-                .rev()
-                .take(16)
-                .take_while(|above| {
-                    !above.trim().is_empty() || above.trim_start().starts_with("//")
-                })
-                .any(|above| above.contains("SAFETY:"));
-            if !reason {
-                findings.push(format!("{}:{}: no SAFETY comment", path.display(), number + 1));
-            }
-        }
-    }
-    report(&findings);
+            code.contains("unsafe {") || code.contains("unsafe impl")
+        };
+        (0..lines.len())
+            .filter(|number| is_unsafe(lines[*number]) && !has_reason(*number))
+            .map(|number| format!("line {}: no SAFETY comment", number + 1))
+            .collect()
+    });
 }
 
 #[test]
 fn pure_layers_have_no_clock_randomness_or_io() {
-    let mut findings = Vec::new();
-    for path in rust_files("src") {
-        let Some(layer) = layer_of(&path) else { continue };
-        if !PURE.contains(&layer) {
-            continue;
-        }
-        let code = code_of(&read(&path));
-        for word in IMPURE {
-            if without_tests(&code).contains(word) {
-                findings.push(format!("{}: {word}", path.display()));
-            }
-        }
-    }
-    report(&findings);
+    check(&PURE.map(|layer| format!("src/{layer}")).each_ref().map(String::as_str), |_, source| {
+        let code = code_of(source);
+        let used = IMPURE.iter().filter(|path| without_tests(&code).contains(**path));
+        used.map(|path| (*path).to_owned()).collect()
+    });
 }
 
 #[test]
 fn files_are_short() {
-    let mut findings = Vec::new();
-    for folder in ["src", "tests"] {
-        for path in rust_files(folder) {
-            if path.starts_with("tests/data") {
-                continue; // Data tables.
-            }
-            let code = code_of(&read(&path));
-            let lines = without_tests(&code).lines().filter(|line| !line.trim().is_empty()).count();
-            if lines > CODE_LINES_MAX {
-                findings.push(format!("{}: {lines} lines of code", path.display()));
-            }
-        }
-    }
-    report(&findings);
+    check(&["src", "tests"], |path, source| {
+        let code = code_of(source);
+        let lines = without_tests(&code).lines().filter(|line| !line.trim().is_empty()).count();
+        let is_data = path.starts_with("tests/data");
+        if is_data || lines <= CODE_LINES_MAX { Vec::new() } else { vec![format!("{lines} lines")] }
+    });
 }
 
 #[test]
 fn no_work_is_left_unfinished() {
-    let words = ["TODO", "FIXME", "XXX", "HACK"];
-    let mut findings = Vec::new();
-    for folder in ["src", "tests", "fuzz", "bench"] {
-        for path in rust_files(folder) {
-            if path == Path::new("tests/tree/layers.rs") {
-                continue;
-            }
-            let source = read(&path);
-            for (number, line) in source.lines().enumerate() {
-                for word in words {
-                    if line.split(|c: char| !c.is_alphanumeric()).any(|part| part == word) {
-                        findings.push(format!("{}:{}: {word}", path.display(), number + 1));
-                    }
-                }
-            }
+    check(&["src", "tests", "fuzz", "bench"], |path, source| {
+        match path.ends_with("tree/layers.rs") {
+            true => Vec::new(),
+            false => words(source, &["TODO", "FIXME", "XXX", "HACK"]),
         }
-    }
-    report(&findings);
+    });
 }

@@ -14,7 +14,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
 
 use crate::service::routing::kafka::client::{self, Observer};
-use crate::service::routing::kafka::{FirstOffset, KafkaStartError, ReaderResources};
+use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
 
 /// Timeout of one poll.
@@ -145,8 +145,8 @@ impl GroupContext {
     }
 
     /// Sets the start offset of each partition: the committed offset, or else
-    /// [`KafkaConfig::first_offset`](super::KafkaConfig::first_offset). If the brokers do not answer,
-    /// the offset stays unset and librdkafka retries.
+    /// the end. That offset is committed, even if no record is read before the next restart. If the
+    /// brokers do not answer, the offset stays unset and librdkafka retries.
     fn set_start_offsets(
         &self,
         consumer: &BaseConsumer<Self>,
@@ -164,10 +164,7 @@ impl GroupContext {
             let start = match element.offset() {
                 committed @ Offset::Offset(_) => committed,
                 _ => match consumer.fetch_watermarks(topic, partition, REQUEST_TIMEOUT) {
-                    Ok((low, high)) => Offset::Offset(match self.shared().config.first_offset {
-                        FirstOffset::Beginning => low,
-                        FirstOffset::End => high,
-                    }),
+                    Ok((_, high)) => Offset::Offset(high),
                     Err(error) => {
                         tracing::warn!(%error, topic, partition, "cannot fetch the offsets of a partition");
                         continue;

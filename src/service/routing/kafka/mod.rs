@@ -54,15 +54,6 @@ pub enum RoutingMode {
     Broadcast,
 }
 
-/// Where a group starts in a partition without a committed offset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FirstOffset {
-    /// At the end. That offset is committed, even if no record is read before the next restart.
-    End,
-    /// At the beginning.
-    Beginning,
-}
-
 /// Settings of the Kafka consumers. All but `brokers` have defaults.
 #[derive(Clone, Debug)]
 pub struct KafkaConfig {
@@ -70,15 +61,10 @@ pub struct KafkaConfig {
     pub brokers: String,
     /// Topics of events.
     pub topics: Vec<String>,
-    /// Topics of membership events. Empty: those of `topics` that start with `conversation`, or all
-    /// of them if none does.
-    pub membership_topics: Vec<String>,
     /// How several nodes share the work.
     pub mode: RoutingMode,
     /// The consumer group.
     pub group: String,
-    /// Where the group starts without a committed offset.
-    pub first_offset: FirstOffset,
     /// `client.id`: this node's name.
     pub client_id: String,
     /// Properties of librdkafka; they override the defaults of Delivery.
@@ -102,10 +88,8 @@ impl KafkaConfig {
         Self {
             brokers: brokers.into(),
             topics: vec!["messaging.events.v1".into(), "conversation.events.v1".into()],
-            membership_topics: Vec::new(),
             mode: RoutingMode::Broadcast,
             group: "delivery-service-group".into(),
-            first_offset: FirstOffset::End,
             client_id: "delivery".into(),
             properties: Vec::new(),
             commit_interval_ms: 1_000,
@@ -116,10 +100,9 @@ impl KafkaConfig {
         }
     }
 
+    /// Topics of membership events: those of `topics` that start with `conversation`, or all of them
+    /// if none does.
     fn membership_topics(&self) -> Vec<String> {
-        if !self.membership_topics.is_empty() {
-            return self.membership_topics.clone();
-        }
         let named: Vec<_> =
             self.topics.iter().filter(|topic| topic.starts_with("conversation")).cloned().collect();
         if named.is_empty() { self.topics.clone() } else { named }
@@ -259,7 +242,6 @@ impl Kafka {
     ) -> Result<Self, KafkaStartError> {
         assert!(!routers.is_empty());
         let mut topics = config.topics.clone();
-        topics.extend(config.membership_topics());
         topics.sort_unstable();
         topics.dedup();
         let shared = Arc::new(ReaderResources {

@@ -314,9 +314,7 @@ impl Backend {
         Pushed {
             messages: plan.events * plan.group.min(self.sessions) as u64,
             elapsed_ns: now_ns() - started_ns,
-            generator_ns: 0,
-            retries: 0,
-            sends: None,
+            ..Pushed::default()
         }
     }
 }

@@ -59,7 +59,7 @@ impl Ready {
 }
 
 /// A server has handed out all events of a plan.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Pushed {
     /// Messages due to clients.
     pub messages: u64,

@@ -30,7 +30,7 @@ use crate::generator::{Generator, Item, PushPlan, conversation};
 use crate::journey::Passage;
 use crate::names;
 use crate::payload::{Stamp, conversation_id, creation};
-use crate::program::Program;
+use crate::program::{Program, beside};
 use crate::usage;
 use plain::PlainConsumer;
 use trace::{TracedProducer, UNTRACED};
@@ -47,15 +47,19 @@ const RECORDS: &str = "delivery_router_records_total";
 const SESSIONS: &str = "delivery_shard_sessions";
 
 /// Configuration of [`ServedDelivery`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, clap::Parser)]
 pub struct ServedConfig {
     /// `host:port` of a broker.
+    #[arg(long, env = "KAFKA_BROKERS")]
     pub brokers: String,
-    /// The `delivery` program.
+    /// The `delivery` program; by default the one in the folder of this one.
+    #[arg(long, default_value_os_t = beside("delivery"))]
     pub program: PathBuf,
     /// Core of the server.
+    #[arg(long = "core")]
     pub server_core: usize,
     /// Core of this process.
+    #[arg(long)]
     pub own_core: usize,
 }
 
@@ -254,9 +258,7 @@ impl ServedDelivery {
         Ok(Pushed {
             messages: plan.events * plan.group.min(sessions) as u64,
             elapsed_ns,
-            generator_ns: 0,
-            retries: 0,
-            sends: None,
+            ..Pushed::default()
         })
     }
 

@@ -69,15 +69,19 @@ impl RecordSource for Source {
 }
 
 /// Configuration of [`Ours`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, clap::Args)]
 pub struct OurConfig {
     /// Shards.
+    #[arg(long, default_value_t = 1)]
     pub shards: u16,
     /// Connections per shard.
+    #[arg(long, default_value_t = 16_000)]
     pub connections: u32,
     /// `SO_SNDBUF`, bytes; 0: the system's default.
+    #[arg(long, default_value_t = 128 * 1024)]
     pub send_buffer_bytes: usize,
-    /// Idle time after which a client is pinged, ms.
+    /// Idle time after which a client is pinged, ms; it is dropped a ninth of that later.
+    #[arg(long, default_value_t = 54_000)]
     pub ping_after_ms: u64,
 }
 

@@ -3,6 +3,8 @@
 use std::fs;
 use std::io;
 
+use procfs::process::{Process, all_processes};
+use procfs::{Current as _, Meminfo};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -21,12 +23,10 @@ pub fn pin(core: usize) -> io::Result<()> {
 /// # Errors
 /// The process does not exist, or the kernel has no scheduler statistics.
 pub fn process_ns(pid: u32) -> io::Result<u64> {
-    let mut total = 0;
-    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread may end in the meantime.
-        total += run_ns(&thread?.path().join("schedstat")).unwrap_or(0);
-    }
-    Ok(total)
+    let threads = process(pid)?.tasks().map_err(io::Error::other)?;
+    // A thread may end in the meantime.
+    let used = threads.flatten().filter_map(|thread| thread.schedstat().ok());
+    Ok(used.map(|used| used.sum_exec_runtime).sum())
 }
 
 /// Processor time of the calling thread, ns.
@@ -42,22 +42,14 @@ pub fn thread_ns() -> u64 {
 /// The kernel threads are not visible in `/proc`.
 pub fn softirq_ns(core: usize) -> io::Result<u64> {
     let wanted = format!("ksoftirqd/{core}");
-    for entry in fs::read_dir("/proc")? {
-        let path = entry?.path();
-        let is_it = fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == wanted);
-        if is_it {
-            return run_ns(&path.join("schedstat"));
-        }
-    }
-    Err(io::Error::other(format!("no thread {wanted}")))
+    let is_it = |process: &Process| process.stat().is_ok_and(|stat| stat.comm == wanted);
+    let found = all_processes().map_err(io::Error::other)?.flatten().find(is_it);
+    let thread = found.ok_or_else(|| io::Error::other(format!("no thread {wanted}")))?;
+    Ok(thread.schedstat().map_err(io::Error::other)?.sum_exec_runtime)
 }
 
-fn run_ns(schedstat: &std::path::Path) -> io::Result<u64> {
-    fs::read_to_string(schedstat)?
-        .split_whitespace()
-        .next()
-        .and_then(|first| first.parse().ok())
-        .ok_or_else(|| io::Error::other("schedstat of an unknown form"))
+fn process(pid: u32) -> io::Result<Process> {
+    Process::new(pid.cast_signed()).map_err(io::Error::other)
 }
 
 /// Resident memory of a process, bytes.
@@ -65,8 +57,8 @@ fn run_ns(schedstat: &std::path::Path) -> io::Result<u64> {
 /// # Errors
 /// The process does not exist.
 pub fn resident_bytes(pid: u32) -> io::Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    kib_of(&status, "VmRSS:").ok_or_else(|| io::Error::other("no VmRSS"))
+    let status = process(pid)?.status().map_err(io::Error::other)?;
+    status.vmrss.map(|kib| kib * 1024).ok_or_else(|| io::Error::other("no VmRSS"))
 }
 
 /// Slab memory of the kernel, for the whole machine, bytes.
@@ -74,8 +66,7 @@ pub fn resident_bytes(pid: u32) -> io::Result<u64> {
 /// # Errors
 /// `/proc` is not mounted.
 pub fn slab_bytes() -> io::Result<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo")?;
-    kib_of(&meminfo, "Slab:").ok_or_else(|| io::Error::other("no Slab"))
+    Ok(Meminfo::current().map_err(io::Error::other)?.slab)
 }
 
 /// Memory available without swapping, bytes.
@@ -83,8 +74,8 @@ pub fn slab_bytes() -> io::Result<u64> {
 /// # Errors
 /// `/proc` is not mounted.
 pub fn available_bytes() -> io::Result<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo")?;
-    kib_of(&meminfo, "MemAvailable:").ok_or_else(|| io::Error::other("no MemAvailable"))
+    let available = Meminfo::current().map_err(io::Error::other)?.mem_available;
+    available.ok_or_else(|| io::Error::other("no MemAvailable"))
 }
 
 /// Memory of the buffers of all TCP sockets of the machine, bytes.
@@ -97,11 +88,6 @@ pub fn socket_buffer_bytes() -> io::Result<u64> {
     line.and_then(|line| line.rsplit_once(" mem ")?.1.trim().parse::<u64>().ok())
         .map(|pages| pages * 4096)
         .ok_or_else(|| io::Error::other("sockstat of an unknown form"))
-}
-
-fn kib_of(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find(|line| line.starts_with(name))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
 /// The process id of a child as [`Pid`].

@@ -10,18 +10,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[derive(Parser)]
 struct Arguments {
-    /// Shards.
-    #[arg(long, default_value_t = 1)]
-    shards: u16,
-    /// Connections of each shard.
-    #[arg(long, default_value_t = 16_000)]
-    connections: u32,
-    /// SO_SNDBUF, bytes; 0: the system's default.
-    #[arg(long, default_value_t = 128 * 1024)]
-    send_buffer_bytes: usize,
-    /// Idle time after which a client is pinged, ms; it is dropped a ninth of that later.
-    #[arg(long, default_value_t = 54_000)]
-    ping_after_ms: u64,
+    #[command(flatten)]
+    delivery: OurConfig,
     /// Core to run on.
     #[arg(long)]
     core: Option<usize>,
@@ -36,12 +26,7 @@ fn main() -> std::io::Result<()> {
         usage::pin(core)?;
     }
     let words = control::commands(Word::parse, || {});
-    let mut ours = Ours::start(OurConfig {
-        shards: arguments.shards,
-        connections: arguments.connections,
-        send_buffer_bytes: arguments.send_buffer_bytes,
-        ping_after_ms: arguments.ping_after_ms,
-    })?;
+    let mut ours = Ours::start(arguments.delivery)?;
     if let Some(core) = arguments.own_core {
         usage::pin(core)?;
     }

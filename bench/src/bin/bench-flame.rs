@@ -36,11 +36,11 @@ fn main() -> std::io::Result<()> {
     for (layer, count) in flame::layers(&stacks) {
         let share = count as f64 / total as f64;
         let us = arguments.us.map_or_else(|| "–".to_owned(), |us| format!("{:.2}", us * share));
-        println!("| {} | {:.1} % | {us} |", layer.name(), share * 100.0);
+        println!("| {layer} | {:.1} % | {us} |", share * 100.0);
     }
     println!("\n{total} samples");
     match arguments.svg {
-        Some(path) => std::fs::write(path, flame::svg(&arguments.title, &stacks)),
+        Some(path) => std::fs::write(path, flame::svg(&arguments.title, &stacks)?),
         None => Ok(()),
     }
 }

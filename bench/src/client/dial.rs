@@ -16,7 +16,7 @@ pub(super) struct Dialer {
 }
 
 /// A requested series of connects.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct DialRun {
     word: &'static str,
     started_ns: u64,
@@ -50,17 +50,7 @@ impl Dialer {
     /// Requests connects of these sessions.
     pub(super) fn start(&mut self, word: &'static str, sessions: Vec<u32>, rate: u64) {
         self.queue = sessions.into();
-        self.run = Some(DialRun {
-            word,
-            started_ns: now_ns(),
-            rate,
-            begun: 0,
-            opened: 0,
-            failed: 0,
-            again: 0,
-            is_storm: false,
-            handshakes: Latencies::default(),
-        });
+        self.run = Some(DialRun { word, started_ns: now_ns(), rate, ..DialRun::default() });
     }
 
     /// Requests a storm: each session is closed once it is open, and connected again, until there were

@@ -12,37 +12,50 @@ use crate::payload::conversation_id;
 const TOKEN_LIFETIME_S: u64 = 24 * 3600;
 
 /// Configuration of a load client.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct ClientConfig {
     /// The server.
+    #[arg(long)]
     pub server: SocketAddr,
     /// Number of the first session; parallel processes use different ranges.
+    #[arg(long, default_value_t = 0)]
     pub first: usize,
-    /// Sessions.
+    /// Sessions of this process.
+    #[arg(long, default_value_t = 1000)]
     pub sessions: usize,
-    /// `/ws` or `/echo`.
+    /// Path of the upgrade request: `/ws` or `/echo`.
+    #[arg(long, default_value = "/ws")]
     pub path: String,
     /// Connections per second; 0: no limit.
+    #[arg(long, default_value_t = 0)]
     pub connect_rate: u64,
     /// First message of a session; empty: none.
+    #[arg(long, default_value = r#"{"last_sequences":{}}"#)]
     pub hello: String,
     /// Sessions per conversation: a session that reconnects sends the last sequence that it has of its
-    /// conversation. 0: it sends [`ClientConfig::hello`] again.
+    /// conversation. 0: it sends the hello again.
+    #[arg(long, default_value_t = 0)]
     pub resume_group: usize,
     /// `SO_RCVBUF` of each socket, bytes; 0: the system's default.
+    #[arg(long, default_value_t = 0)]
     pub receive_buffer_bytes: usize,
     /// `Sec-WebSocket-Protocol`, if any.
+    #[arg(long)]
     pub protocol: Option<String>,
-    /// Whether to offer permessage-deflate.
+    /// Offer permessage-deflate.
+    #[arg(long)]
     pub deflate: bool,
-    /// Key of the HS256 tokens; `None`: no tokens.
+    /// Key of the HS256 tokens; without it, no tokens.
+    #[arg(long)]
     pub token_secret: Option<String>,
-    /// `iss` and `aud` of the tokens.
+    /// Issuer of the tokens.
+    #[arg(long)]
     pub token_issuer: Option<String>,
-    /// See [`ClientConfig::token_issuer`].
+    /// Audience of the tokens.
+    #[arg(long)]
     pub token_audience: Option<String>,
-    /// Whether to poll for messages instead of sleeping: on loopback the sender pays for waking the
-    /// receiver.
+    /// Poll for messages instead of sleeping: on loopback the sender pays for waking the receiver.
+    #[arg(long)]
     pub never_sleep: bool,
 }
 

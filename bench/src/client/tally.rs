@@ -5,30 +5,9 @@ use serde::Serialize;
 use crate::journey::Arrival;
 use crate::latency::{Latencies, Percentiles};
 
-/// Counts since the last report.
-#[derive(Debug, Default)]
+/// Counts since the last reset. Printed as part of a [`TallyReport`].
+#[derive(Debug, Default, Serialize)]
 pub(super) struct Tally {
-    pub(super) messages: u64,
-    pub(super) gaps: u64,
-    pub(super) duplicates: u64,
-    pub(super) reordered: u64,
-    pub(super) unstamped: u64,
-    pub(super) pings: u64,
-    pub(super) closed: u64,
-    pub(super) refused: u64,
-    pub(super) bytes: u64,
-    pub(super) latency: Latencies,
-    pub(super) first_ns: Option<u64>,
-    pub(super) last_ns: u64,
-    /// Every message, if tracing.
-    pub(super) arrivals: Option<Vec<Arrival>>,
-}
-
-/// A printed [`Tally`].
-#[derive(Debug, Serialize)]
-pub(super) struct TallyReport {
-    /// Open sessions.
-    pub(super) open: usize,
     /// Messages received.
     pub(super) messages: u64,
     /// Messages that did not arrive before a later one of the same session.
@@ -47,25 +26,35 @@ pub(super) struct TallyReport {
     pub(super) refused: u64,
     /// Bytes read.
     pub(super) bytes: u64,
+    #[serde(skip)]
+    pub(super) latency: Latencies,
+    #[serde(skip)]
+    pub(super) first_ns: Option<u64>,
+    #[serde(skip)]
+    pub(super) last_ns: u64,
+    /// Every message, if tracing.
+    #[serde(skip)]
+    pub(super) arrivals: Option<Vec<Arrival>>,
+}
+
+/// A printed [`Tally`].
+#[derive(Debug, Serialize)]
+pub(super) struct TallyReport<'a> {
+    /// Open sessions.
+    open: usize,
+    #[serde(flatten)]
+    tally: &'a Tally,
     /// From the first to the last message, ns.
-    pub(super) span_ns: u64,
+    span_ns: u64,
     /// From the time at which the event was due to the read, µs.
-    pub(super) latency_us: Percentiles,
+    latency_us: Percentiles,
 }
 
 impl Tally {
-    pub(super) fn report(&self, open: usize) -> TallyReport {
+    pub(super) fn report(&self, open: usize) -> TallyReport<'_> {
         TallyReport {
             open,
-            messages: self.messages,
-            gaps: self.gaps,
-            duplicates: self.duplicates,
-            reordered: self.reordered,
-            unstamped: self.unstamped,
-            pings: self.pings,
-            closed: self.closed,
-            refused: self.refused,
-            bytes: self.bytes,
+            tally: self,
             span_ns: self.first_ns.map_or(0, |first| self.last_ns - first),
             latency_us: self.latency.percentiles(),
         }

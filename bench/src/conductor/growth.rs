@@ -9,10 +9,11 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use super::child::{Worker, number};
-use super::lines::{Line, lines};
+use super::plot::{Line, lines};
 use super::samples::Summary;
 use super::scale::fleet::{Fleet, FleetConfig, PER_CLIENT};
 use crate::generator;
+use crate::program::beside;
 use crate::usage;
 
 /// Sessions of one shard on average; see `PER_SHARD` of `scale`.
@@ -93,7 +94,7 @@ impl GrowthServer {
     }
 
     fn command(self, plan: &GrowthPlan, sessions: usize) -> Vec<String> {
-        let program = |name: &str| plan.programs.join(name).display().to_string();
+        let program = |name: &str| beside(name).display().to_string();
         let mut command = match self {
             Self::Bare { park } => {
                 let mut command = vec![program("bench-server"), "bare".to_owned()];
@@ -112,25 +113,31 @@ impl GrowthServer {
     }
 }
 
-/// A run of `bench-growth`.
-#[derive(Clone, Debug)]
+/// Cost of a message against the number of sessions.
+#[derive(Clone, Debug, clap::Parser)]
 pub struct GrowthPlan {
-    /// The servers; ratios are to the first.
+    /// Servers: bare, bare:plain (with descriptors instead of file tables), delivery,
+    /// delivery:SHARDS. Ratios are to the first.
+    #[arg(long, value_delimiter = ',', default_value = "bare,delivery")]
     pub servers: Vec<GrowthServer>,
     /// Numbers of sessions; growth is relative to the first.
+    #[arg(long, value_delimiter = ',', default_value = "1000,10000,50000,200000")]
     pub sessions: Vec<usize>,
     /// Rounds.
+    #[arg(long, default_value_t = 3)]
     pub rounds: usize,
-    /// Client processes, the same for all numbers, so that the server always has as many to wake.
-    /// `None`: as many as the largest number of sessions needs.
+    /// Client processes, the same for all numbers, so that the server always has as many to wake. By
+    /// default as many as the largest number of sessions needs.
+    #[arg(long)]
     pub clients: Option<usize>,
-    /// The folder of the programs.
-    pub programs: PathBuf,
     /// Core of the server.
+    #[arg(long, default_value_t = 0)]
     pub server_core: usize,
     /// Core of the clients.
+    #[arg(long, default_value_t = 1)]
     pub client_core: usize,
     /// Folder for the tables and the plots.
+    #[arg(long, default_value = "results")]
     pub output: PathBuf,
 }
 
@@ -224,7 +231,7 @@ fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::R
     let mut server = Worker::start(&contender.command(plan, sessions))?;
     let address = server.expect("ready")?["ready"].as_str().unwrap_or_default().to_owned();
     let mut fleet = Fleet::new(FleetConfig {
-        program: plan.programs.join("bench-client"),
+        program: beside("bench-client"),
         server: address,
         tokens: false,
         arguments: vec![format!("--core={}", plan.client_core)],

@@ -2,7 +2,6 @@
 
 mod child;
 mod growth;
-mod lines;
 mod plot;
 mod samples;
 mod scale;
@@ -11,14 +10,18 @@ mod targets;
 mod trial;
 mod work;
 
+use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 pub use growth::{GrowthPlan, GrowthServer, run as growth};
 pub use samples::{Metric, Samples, Summary};
 pub use scale::{Presence, ScalePlan, ScaleWork, run as scale};
 pub use work::{WORKS, Wire, Work};
+
+use crate::program::beside;
 
 /// Kind of a server: which works it can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,28 +45,63 @@ pub struct Contender {
     pub command: Vec<String>,
 }
 
-/// A run of `bench-run`.
-#[derive(Clone, Debug)]
+impl FromStr for Contender {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let program = |name: &str| beside(name).display().to_string();
+        let (name, role, command) = match text.split_once('=') {
+            Some((name, command)) => {
+                (name, Role::Delivery, command.split_whitespace().map(str::to_owned).collect())
+            }
+            None if text == "delivery" => (text, Role::Delivery, vec![program("bench-delivery")]),
+            None if text == "kafka" => (text, Role::Kafka, vec![program("bench-kafka")]),
+            None => (text, Role::Other, vec![program("bench-server"), text.to_owned()]),
+        };
+        Ok(Self { name: name.to_owned(), role, command })
+    }
+}
+
+/// Compares servers.
+#[derive(Clone, Debug, clap::Parser)]
 pub struct Comparison {
-    /// The servers; ratios are to the first.
+    /// Servers, in the order of the table: bare, epoll, tokio, tokio-defaults, tokio-uring, delivery,
+    /// kafka, or NAME=COMMAND, a build of bench-delivery. Ratios are to the first.
+    #[arg(
+        long = "servers",
+        value_delimiter = ',',
+        default_value = "bare,epoll,tokio,tokio-defaults,tokio-uring,delivery,kafka"
+    )]
     pub contenders: Vec<Contender>,
     /// The works.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "push,groups,burst,flood,latency,slow,json,kib,deflate,echo"
+    )]
     pub works: Vec<Work>,
     /// Rounds.
+    #[arg(long, default_value_t = 5)]
     pub rounds: usize,
     /// Sessions, of one client process.
+    #[arg(long, default_value_t = 10_000)]
     pub sessions: usize,
-    /// The client's program.
-    pub client: PathBuf,
-    /// Core of the servers.
+    /// Core of the server.
+    #[arg(long, default_value_t = 0)]
     pub server_core: usize,
     /// Core of the client.
+    #[arg(long, default_value_t = 1)]
     pub client_core: usize,
-    /// Whether the client polls for messages instead of sleeping.
+    /// Let the client poll for messages, so that the server does not pay for waking it. Its core must
+    /// not be used for anything else.
+    #[arg(long)]
     pub client_never_sleeps: bool,
     /// Folder for the table and the plots.
+    #[arg(long, default_value = "results")]
     pub output: PathBuf,
-    /// Folder for a `perf` recording of each work. Recording distorts the figures.
+    /// Record the server's core with perf during each work, into this folder; see bench-flame.
+    /// Recording distorts the figures.
+    #[arg(long)]
     pub profile: Option<PathBuf>,
 }
 

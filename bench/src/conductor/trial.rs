@@ -12,6 +12,7 @@ use super::work::{Task, Wire, Work};
 use super::{Comparison, Contender, Role};
 use crate::generator;
 use crate::journey::{self, Arrival, Durations, Part, Passage};
+use crate::program::beside;
 use crate::usage;
 
 /// Limit for messages in flight.
@@ -148,7 +149,7 @@ impl Outcome {
 impl Trial<'_> {
     fn connect(&self, path: &str, hello: &str, wire: Wire) -> io::Result<Worker> {
         let mut command = vec![
-            self.plan.client.display().to_string(),
+            beside("bench-client").display().to_string(),
             format!("--server={}", self.address),
             format!("--sessions={}", self.plan.sessions),
             format!("--core={}", self.plan.client_core),

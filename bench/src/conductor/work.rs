@@ -1,5 +1,7 @@
 //! The works that are measured.
 
+use std::str::FromStr;
+
 use super::Role;
 use crate::generator::PushPlan;
 
@@ -66,6 +68,14 @@ impl Work {
             (Task::Push(plan), Wire::Binary) => role != Role::Kafka || plan.burst == 1,
             (Task::Echo { .. }, _) => role != Role::Kafka,
         }
+    }
+}
+
+impl FromStr for Work {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        WORKS.into_iter().find(|work| work.name == name).ok_or_else(|| format!("no work {name:?}"))
     }
 }
 

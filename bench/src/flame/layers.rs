@@ -4,128 +4,96 @@ use std::collections::BTreeMap;
 
 use super::Stacks;
 
-/// A part of the whole, in the order of the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Layer {
-    /// The system's way out: socket, TCP, IP, the loopback device.
-    Send,
-    /// What loopback adds on the sender's core: the receiver's TCP and IP.
-    Delivered,
-    /// The system's way in, for what clients send.
-    Receive,
-    /// The ring itself: submissions, completions, watches.
-    Ring,
-    /// Sleeping and waking: futexes, eventfds, the scheduler.
-    Wakes,
-    /// The system, otherwise.
-    Kernel,
-    /// The shard: queues, timers, frames.
-    Shard,
-    /// Rings and bells between the threads.
-    Handoff,
-    /// Routing: records, members, directory, offsets.
-    Router,
-    /// Writing the frames.
-    Encode,
-    /// librdkafka and what reads from it.
-    Kafka,
-    /// The allocator.
-    Allocation,
-    /// What only the measurement does.
-    Generator,
-    /// Everything else.
-    Other,
-}
+/// The kernel's way out: socket, TCP, IP, the loopback device.
+const SEND: &str = "kernel: send";
+/// What loopback adds on the sender's core: the receiver's TCP and IP.
+const DELIVERED: &str = "kernel: the receiver's half of loopback";
+/// The kernel's way in, for what clients send.
+const RECEIVE: &str = "kernel: receive";
+/// Submissions, completions, watches.
+const RING: &str = "kernel: io_uring itself";
+/// Futexes, eventfds, the scheduler.
+const WAKES: &str = "kernel: sleeping and waking";
+const KERNEL_OTHER: &str = "kernel: other";
+const SHARD: &str = "shard (reactor, uring, protocol)";
+const HANDOFF: &str = "hand-off";
+const ROUTER: &str = "router (envelope, members, directory, offsets)";
+const ENCODE: &str = "encoding";
+const KAFKA: &str = "Kafka's client";
+const ALLOCATION: &str = "allocation";
+/// Work that only the measurement does.
+const GENERATOR: &str = "generating the events";
+const OTHER: &str = "other";
 
-impl Layer {
-    /// Its name in the table.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Send => "kernel: send",
-            Self::Delivered => "kernel: the receiver's half of loopback",
-            Self::Receive => "kernel: receive",
-            Self::Ring => "kernel: io_uring itself",
-            Self::Wakes => "kernel: sleeping and waking",
-            Self::Kernel => "kernel: other",
-            Self::Shard => "shard (reactor, uring, protocol)",
-            Self::Handoff => "hand-off",
-            Self::Router => "router (envelope, members, directory, offsets)",
-            Self::Encode => "encoding",
-            Self::Kafka => "Kafka's client",
-            Self::Allocation => "allocation",
-            Self::Generator => "making the events",
-            Self::Other => "other",
-        }
-    }
-}
-
-/// Samples of each layer.
-pub fn layers(stacks: &Stacks) -> BTreeMap<Layer, u64> {
+/// Samples of each layer, most first.
+pub fn layers(stacks: &Stacks) -> Vec<(&'static str, u64)> {
     let mut counts = BTreeMap::new();
     for (stack, count) in stacks {
         *counts.entry(layer_of(stack)).or_default() += count;
     }
+    let mut counts: Vec<_> = counts.into_iter().collect();
+    counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
     counts
 }
 
 /// By the system's functions: the first that occurs anywhere in the stack decides.
-const KERNEL: [(&str, Layer); 24] = [
-    ("tcp_v4_rcv", Layer::Delivered),
-    ("__netif_receive_skb", Layer::Delivered),
-    ("net_rx_action", Layer::Delivered),
-    ("tcp_sendmsg", Layer::Send),
-    ("io_send", Layer::Send),
-    ("sys_sendto", Layer::Send),
-    ("__tcp_transmit_skb", Layer::Send),
-    ("tcp_recvmsg", Layer::Receive),
-    ("io_recv", Layer::Receive),
-    ("sys_recvfrom", Layer::Receive),
-    ("sys_futex", Layer::Wakes),
-    ("eventfd_write", Layer::Wakes),
-    ("eventfd_read", Layer::Wakes),
-    ("io_cqring_wait", Layer::Wakes),
-    ("sys_epoll_wait", Layer::Wakes),
-    ("sys_poll", Layer::Wakes),
-    ("sys_ppoll", Layer::Wakes),
-    ("nanosleep", Layer::Wakes),
-    ("schedule", Layer::Wakes),
-    ("sys_io_uring_enter", Layer::Ring),
-    ("syscall_exit", Layer::Kernel),
-    ("do_syscall_64", Layer::Kernel),
-    ("asm_", Layer::Kernel),
-    ("entry_SYSCALL", Layer::Kernel),
+const KERNEL: [(&str, &str); 24] = [
+    ("tcp_v4_rcv", DELIVERED),
+    ("__netif_receive_skb", DELIVERED),
+    ("net_rx_action", DELIVERED),
+    ("tcp_sendmsg", SEND),
+    ("io_send", SEND),
+    ("sys_sendto", SEND),
+    ("__tcp_transmit_skb", SEND),
+    ("tcp_recvmsg", RECEIVE),
+    ("io_recv", RECEIVE),
+    ("sys_recvfrom", RECEIVE),
+    ("sys_futex", WAKES),
+    ("eventfd_write", WAKES),
+    ("eventfd_read", WAKES),
+    ("io_cqring_wait", WAKES),
+    ("sys_epoll_wait", WAKES),
+    ("sys_poll", WAKES),
+    ("sys_ppoll", WAKES),
+    ("nanosleep", WAKES),
+    ("schedule", WAKES),
+    ("sys_io_uring_enter", RING),
+    ("syscall_exit", KERNEL_OTHER),
+    ("do_syscall_64", KERNEL_OTHER),
+    ("asm_", KERNEL_OTHER),
+    ("entry_SYSCALL", KERNEL_OTHER),
 ];
 
 /// By our own functions and those of libraries: the innermost that is known decides.
-const PROCESS: [(&str, Layer); 22] = [
-    ("mi_", Layer::Allocation),
-    ("malloc", Layer::Allocation),
-    ("cfree", Layer::Allocation),
-    ("rd_kafka", Layer::Kafka),
-    ("rdkafka", Layer::Kafka),
-    ("delivery::service::routing::kafka", Layer::Kafka),
-    ("delivery_bench::generator", Layer::Generator),
-    ("delivery_bench::payload", Layer::Generator),
-    ("delivery_bench::ours::Source", Layer::Generator),
-    ("<delivery_bench::ours", Layer::Generator),
-    ("delivery::service::events::encode", Layer::Encode),
-    ("delivery::protocol::frame::encode", Layer::Encode),
-    ("delivery::protocol::deflate", Layer::Encode),
-    ("zlib_rs", Layer::Encode),
-    ("serde_json", Layer::Encode),
-    ("delivery::handoff", Layer::Handoff),
-    ("rtrb", Layer::Handoff),
-    ("delivery::service", Layer::Router),
-    ("delivery::reactor", Layer::Shard),
-    ("delivery::uring", Layer::Shard),
-    ("io_uring::", Layer::Shard),
-    ("delivery::protocol", Layer::Shard),
+const PROCESS: [(&str, &str); 22] = [
+    ("mi_", ALLOCATION),
+    ("malloc", ALLOCATION),
+    ("cfree", ALLOCATION),
+    ("rd_kafka", KAFKA),
+    ("rdkafka", KAFKA),
+    ("delivery::service::routing::kafka", KAFKA),
+    ("delivery_bench::generator", GENERATOR),
+    ("delivery_bench::payload", GENERATOR),
+    ("delivery_bench::ours::Source", GENERATOR),
+    ("<delivery_bench::ours", GENERATOR),
+    ("delivery::service::events::encode", ENCODE),
+    ("delivery::protocol::frame::encode", ENCODE),
+    ("delivery::protocol::deflate", ENCODE),
+    ("zlib_rs", ENCODE),
+    ("serde_json", ENCODE),
+    ("delivery::handoff", HANDOFF),
+    ("rtrb", HANDOFF),
+    ("delivery::service", ROUTER),
+    ("delivery::reactor", SHARD),
+    ("delivery::uring", SHARD),
+    ("io_uring::", SHARD),
+    ("delivery::protocol", SHARD),
 ];
 
-fn layer_of(stack: &[String]) -> Layer {
+fn layer_of(stack: &[String]) -> &'static str {
     let any = |what: &str| stack.iter().any(|frame| frame.contains(what));
     if stack[0].starts_with("ksoftirqd") {
-        return Layer::Delivered;
+        return DELIVERED;
     }
     if let Some((_, layer)) = KERNEL.iter().find(|(what, _)| any(what)) {
         return *layer;
@@ -140,14 +108,14 @@ fn layer_of(stack: &[String]) -> Layer {
             return *layer;
         }
     }
-    if stack[0].starts_with("rdk") { Layer::Kafka } else { Layer::Other }
+    if stack[0].starts_with("rdk") { KAFKA } else { OTHER }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn of(frames: &[&str]) -> Layer {
+    fn of(frames: &[&str]) -> &'static str {
         layer_of(&frames.iter().map(|frame| (*frame).to_owned()).collect::<Vec<_>>())
     }
 
@@ -155,21 +123,15 @@ mod tests {
     fn innermost_of_ours_and_any_of_the_kernels() {
         let send =
             ["shard-0", "delivery::uring::ring::Ring::enter", "do_syscall_64", "tcp_sendmsg"];
-        assert_eq!(of(&send), Layer::Send);
-        assert_eq!(
-            of(&[&send[..], &["tcp_v4_rcv", "sock_def_readable"]].concat()),
-            Layer::Delivered
-        );
+        assert_eq!(of(&send), SEND);
+        assert_eq!(of(&[&send[..], &["tcp_v4_rcv", "sock_def_readable"]].concat()), DELIVERED);
         assert_eq!(
             of(&["router", "delivery::service::routing::router::Core", "_mi_page_malloc"]),
-            Layer::Allocation
+            ALLOCATION
         );
-        assert_eq!(
-            of(&["router", "delivery::service::routing::router::Core", "memcpy"]),
-            Layer::Router
-        );
-        assert_eq!(of(&["rdk:broker1", "poll_loop"]), Layer::Kafka);
-        assert_eq!(of(&["main", "std::rt"]), Layer::Other);
-        assert_eq!(of(&["ksoftirqd/0", "anything"]), Layer::Delivered);
+        assert_eq!(of(&["router", "delivery::service::routing::router::Core", "memcpy"]), ROUTER);
+        assert_eq!(of(&["rdk:broker1", "poll_loop"]), KAFKA);
+        assert_eq!(of(&["main", "std::rt"]), OTHER);
+        assert_eq!(of(&["ksoftirqd/0", "anything"]), DELIVERED);
     }
 }

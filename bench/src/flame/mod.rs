@@ -1,12 +1,12 @@
 //! Flame graphs and a table of layers from the output of `perf script`.
 
-mod draw;
 mod layers;
 
 use std::collections::BTreeMap;
+use std::io;
 
-pub use draw::svg;
-pub use layers::{Layer, layers};
+use inferno::flamegraph::{Options, from_lines};
+pub use layers::layers;
 
 /// Samples by stack, outermost frame first; the outermost is the thread's name.
 pub type Stacks = BTreeMap<Vec<String>, u64>;
@@ -28,6 +28,25 @@ pub fn fold(script: &str) -> Stacks {
         *stacks.entry(stack).or_default() += 1;
     }
     stacks
+}
+
+/// Draws a flame graph, as SVG.
+///
+/// # Errors
+/// There are no samples.
+pub fn svg(title: &str, stacks: &Stacks) -> io::Result<Vec<u8>> {
+    let mut options = Options::default();
+    options.title = title.to_owned();
+    // A semicolon separates frames; a name contains one in the type of an array.
+    let line = |(stack, count): (&Vec<String>, &u64)| {
+        let frames: Vec<_> = stack.iter().map(|frame| frame.replace(';', ",")).collect();
+        format!("{} {count}", frames.join(";"))
+    };
+    let lines: Vec<_> = stacks.iter().map(line).collect();
+    let mut svg = Vec::new();
+    from_lines(&mut options, lines.iter().map(String::as_str), &mut svg)
+        .map_err(io::Error::other)?;
+    Ok(svg)
 }
 
 /// The symbol of one line.
@@ -62,6 +81,15 @@ mod tests {
             (stack.join(";").as_str(), *count),
             ("shard-0;delivery::uring::Ring::enter;tcp_sendmsg", 2)
         );
+    }
+
+    #[test]
+    fn width_of_a_frame_is_its_share() {
+        let stack = |frames: &[&str]| frames.iter().map(|frame| (*frame).to_owned()).collect();
+        let stacks = Stacks::from([(stack(&["shard", "a<b>"]), 3), (stack(&["shard", "c"]), 1)]);
+        let svg = String::from_utf8(svg("title", &stacks).unwrap()).unwrap();
+        assert!(svg.contains("a&lt;b&gt; (3 samples, 75.00%)"), "{svg}");
+        assert!(svg.contains("shard (4 samples, 100.00%)"), "{svg}");
     }
 
     #[test]

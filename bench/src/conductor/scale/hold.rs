@@ -11,7 +11,7 @@ use super::node::Node;
 use super::services::Services;
 use super::{SETTLE, ScalePlan, ScaleReport};
 use crate::conductor::child::number;
-use crate::conductor::lines::{Line, lines};
+use crate::conductor::plot::{Line, lines};
 use crate::conductor::samples::Summary;
 use crate::generator;
 use crate::usage;

@@ -13,7 +13,7 @@ mod storm;
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -23,6 +23,7 @@ use self::fleet::{Fleet, FleetConfig};
 use self::node::Node;
 use self::services::Services;
 use super::child::Worker;
+use crate::program::beside;
 
 /// Average sessions per shard. The kernel spreads connections unevenly over the listeners, and a shard's
 /// file table cannot be larger than `RLIMIT_NOFILE`.
@@ -45,36 +46,47 @@ pub enum ScaleWork {
     Heartbeat,
 }
 
-/// Configuration of a run.
-#[derive(Clone, Debug)]
+/// Many sessions in one server.
+#[derive(Clone, Debug, clap::Parser)]
 pub struct ScalePlan {
     /// What to measure.
+    #[arg(value_enum, default_value = "hold")]
     pub work: ScaleWork,
     /// Number of sessions.
+    #[arg(long, default_value_t = 200_000)]
     pub sessions: usize,
-    /// Sessions from which memory growth is counted.
+    /// Sessions from which memory growth is counted; the idle sessions of a storm.
+    #[arg(long, default_value_t = 20_000)]
     pub base: usize,
     /// Where sessions are registered.
+    #[arg(long, value_enum, default_value = "redis")]
     pub presence: Presence,
-    /// Whether reconnecting sessions catch up, from a message and a conversation service.
+    /// Reconnecting sessions catch up, from a message and a conversation service.
+    #[arg(long)]
     pub catch_up: bool,
     /// Connects and disconnects of a storm.
+    #[arg(long, default_value_t = 1_000_000)]
     pub storm: usize,
-    /// Time for which events are pushed while sessions reconnect, s; 0: one event to each only.
+    /// Seconds of pushing while 1 % reconnect every ten seconds; 0: one event to each only.
+    #[arg(long, default_value_t = 0)]
     pub push_s: u64,
     /// Events per second.
+    #[arg(long, default_value_t = 5_000)]
     pub rate: u64,
     /// Recipients of each event.
+    #[arg(long, default_value_t = 1)]
     pub group: usize,
-    /// Kafka brokers; `None`: starts one.
+    /// Kafka brokers; by default starts the Kafka that `tests/run setup` has fetched.
+    #[arg(long)]
     pub brokers: Option<String>,
-    /// More settings of the node, `NAME=VALUE`.
+    /// More settings of the node, NAME=VALUE.
+    #[arg(long = "set")]
     pub settings: Vec<String>,
-    /// Folder of the benchmarks' programs.
-    pub programs: PathBuf,
-    /// The node's program.
+    /// The node's program; by default the one in the folder of this program.
+    #[arg(long, default_value_os_t = beside("delivery"))]
     pub node: PathBuf,
     /// Folder for the report and the logs.
+    #[arg(long, default_value = "results")]
     pub output: PathBuf,
 }
 
@@ -129,19 +141,11 @@ impl ScalePlan {
         self.sessions.div_ceil(PER_SHARD)
     }
 
-    fn program(&self, name: &str) -> PathBuf {
-        self.programs.join(name)
-    }
-
-    fn logs(&self) -> &Path {
-        &self.output
-    }
-
     /// Starts a real node and the services around it.
     fn node(&self) -> io::Result<(Services, Node)> {
         let services = Services::start(
-            self.logs(),
-            &self.program("bench-backend"),
+            &self.output,
+            &beside("bench-backend"),
             self.brokers.as_deref(),
             self.presence,
             self.sessions,
@@ -170,14 +174,14 @@ impl ScalePlan {
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect();
         let node =
-            Node::start(self.logs(), &self.node, self.shards(), &services, &settings, &more)?;
+            Node::start(&self.output, &self.node, self.shards(), &services, &settings, &more)?;
         Ok((services, node))
     }
 
     /// Clients of a node, not connected yet.
     fn clients_of(&self, node: &Node, arguments: Vec<String>) -> Fleet {
         Fleet::new(FleetConfig {
-            program: self.program("bench-client"),
+            program: beside("bench-client"),
             server: node.address.clone(),
             tokens: true,
             arguments,
@@ -188,7 +192,7 @@ impl ScalePlan {
     /// 1.
     fn parts(&self, shards: usize, arguments: &[String]) -> io::Result<(Worker, Fleet)> {
         let mut command = vec![
-            self.program("bench-delivery").display().to_string(),
+            beside("bench-delivery").display().to_string(),
             format!("--shards={shards}"),
             format!("--connections={CONNECTIONS_PER_SHARD}"),
             "--core=0".to_owned(),
@@ -197,7 +201,7 @@ impl ScalePlan {
         let server = Worker::start(&command)?;
         let address = server.expect("ready")?["ready"].as_str().unwrap_or_default().to_owned();
         let fleet = Fleet::new(FleetConfig {
-            program: self.program("bench-client"),
+            program: beside("bench-client"),
             server: address,
             tokens: false,
             arguments: vec!["--core=1".to_owned()],

@@ -9,6 +9,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use rustix::event::{Timespec, epoll};
 use sha1::{Digest as _, Sha1};
+use tungstenite::protocol::frame::FrameHeader;
 
 /// Bytes read from a socket at a time.
 const SCRATCH_BYTES: usize = 256 * 1024;
@@ -379,19 +380,10 @@ fn server_frame(input: &[u8]) -> Option<(u8, &[u8], usize)> {
 
 /// A client's frame.
 pub fn masked_frame(fin: bool, opcode: u8, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![u8::from(fin) << 7 | opcode];
-    match payload.len() {
-        length @ 0..=125 => frame.push(0x80 | length as u8),
-        length @ 126..=65_535 => {
-            frame.push(0x80 | 126);
-            frame.extend_from_slice(&(length as u16).to_be_bytes());
-        }
-        length => {
-            frame.push(0x80 | 127);
-            frame.extend_from_slice(&(length as u64).to_be_bytes());
-        }
-    }
-    frame.extend_from_slice(&MASK);
+    let (opcode, mask) = (opcode.into(), Some(MASK));
+    let header = FrameHeader { is_final: fin, opcode, mask, ..FrameHeader::default() };
+    let mut frame = Vec::new();
+    header.format(payload.len() as u64, &mut frame).expect("memory takes it");
     frame.extend(payload.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask));
     frame
 }

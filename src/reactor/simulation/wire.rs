@@ -1,5 +1,7 @@
 //! The client's view of a connection: decodes what the shard has sent.
 
+use tungstenite::protocol::frame::FrameHeader;
+
 /// Something that the shard sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::reactor) enum WireEvent {
@@ -85,19 +87,10 @@ pub(in crate::reactor) fn client_frame(
     payload: &[u8],
     key: [u8; 4],
 ) -> Vec<u8> {
-    let mut frame = vec![if fin { 0x80 } else { 0 } | opcode];
-    match payload.len() {
-        length @ 0..=125 => frame.push(0x80 | length as u8),
-        length @ 126..=65_535 => {
-            frame.push(0x80 | 126);
-            frame.extend_from_slice(&(length as u16).to_be_bytes());
-        }
-        length => {
-            frame.push(0x80 | 127);
-            frame.extend_from_slice(&(length as u64).to_be_bytes());
-        }
-    }
-    frame.extend_from_slice(&key);
+    let header =
+        FrameHeader { is_final: fin, opcode: opcode.into(), mask: Some(key), ..Default::default() };
+    let mut frame = Vec::new();
+    header.format(payload.len() as u64, &mut frame).expect("memory takes it");
     frame.extend(payload.iter().zip(key.iter().cycle()).map(|(byte, key)| byte ^ key));
     frame
 }

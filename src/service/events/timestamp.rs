@@ -3,7 +3,7 @@
 //! The crate that generates the JSON code has its own type, which writes `+00:00` where the proto3 JSON
 //! mapping requires `Z`.
 
-use std::fmt;
+use std::borrow::Cow;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
@@ -30,11 +30,6 @@ pub struct Timestamp {
 }
 
 impl Timestamp {
-    /// From Unix time in milliseconds.
-    pub fn from_unix_ms(ms: i64) -> Self {
-        Self { seconds: ms.div_euclid(1000), nanos: (ms.rem_euclid(1000) * 1_000_000) as i32 }
-    }
-
     /// Unix time in milliseconds, rounded down and saturated.
     pub fn unix_ms(self) -> i64 {
         self.seconds.saturating_mul(1000).saturating_add(i64::from(self.nanos / 1_000_000))
@@ -67,22 +62,12 @@ impl Serialize for Timestamp {
 }
 
 impl<'de> Deserialize<'de> for Timestamp {
+    /// # Errors
+    /// Not an RFC 3339 timestamp.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Rfc3339;
-
-        impl de::Visitor<'_> for Rfc3339 {
-            type Value = Timestamp;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an RFC 3339 timestamp")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Timestamp, E> {
-                let parsed: prost_types::Timestamp = text.parse().map_err(E::custom)?;
-                Ok(Timestamp { seconds: parsed.seconds, nanos: parsed.nanos })
-            }
-        }
-        deserializer.deserialize_str(Rfc3339)
+        let text = Cow::<str>::deserialize(deserializer)?;
+        let parsed: prost_types::Timestamp = text.parse().map_err(de::Error::custom)?;
+        Ok(Self { seconds: parsed.seconds, nanos: parsed.nanos })
     }
 }
 
@@ -115,9 +100,8 @@ mod tests {
 
     #[test]
     fn milliseconds_round_down() {
-        assert_eq!(Timestamp::from_unix_ms(-1), Timestamp { seconds: -1, nanos: 999_000_000 });
         assert_eq!(Timestamp { seconds: 1, nanos: 1_999_999 }.unix_ms(), 1001);
-        assert_eq!(Timestamp::from_unix_ms(-1).unix_ms(), -1);
+        assert_eq!(Timestamp { seconds: -1, nanos: 999_000_000 }.unix_ms(), -1);
         assert_eq!(Timestamp { seconds: i64::MAX, nanos: 0 }.unix_ms(), i64::MAX);
     }
 }

@@ -110,7 +110,7 @@ impl Received {
     }
 }
 
-/// Why a session has ended, and what follows.
+/// How a session ended, and what the client does next.
 enum Outcome {
     Done,
     /// A retry would not help.
@@ -143,7 +143,7 @@ fn session(tail: &Tail, received: &mut Received) -> Outcome {
             Ok(Message::Binary(value)) => {
                 silences = 0;
                 received.record(&value);
-                // Standard output is closed if the reader has enough, as with `| head`.
+                // The reader of standard output may close it early, as `head` does.
                 if print_line(&value).is_err()
                     || tail.count.is_some_and(|max| received.events >= max)
                 {

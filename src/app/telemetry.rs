@@ -30,7 +30,7 @@ counters! {
 
 enum LogItem {
     Line(Box<[u8]>),
-    /// Drop the sender: all lines before it are written.
+    /// The thread drops the sender. By then it has written all earlier lines.
     Flush(SyncSender<()>),
 }
 

@@ -7,8 +7,8 @@ use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, 
 pub const WINDOW_BITS_MIN: u8 = 8;
 /// Largest window. Events are compressed with it.
 pub const WINDOW_BITS_MAX: u8 = 15;
-/// Smallest window to compress with. For a window of 8, DEFLATE libraries emit distances that it
-/// cannot resolve, so such a client gets everything uncompressed, as RFC 7692 §6 allows.
+/// Smallest window to compress with. DEFLATE libraries emit distances that a window of 8 cannot
+/// resolve. A client with such a window gets everything uncompressed, as RFC 7692 §6 allows.
 const WINDOW_BITS_USABLE_MIN: u8 = 9;
 /// End of a flushed output, which the sender removes (RFC 7692 §7.2.1): an empty stored block.
 const FLUSH_TAIL: [u8; 4] = [0x00, 0x00, 0xff, 0xff];
@@ -50,8 +50,8 @@ impl Compressor {
     /// The payload of a compressed message; `None` if it is not shorter than the message.
     pub fn compress(&mut self, message: &[u8]) -> Option<Vec<u8>> {
         self.deflate.reset();
-        // Capacity for the message and the tail that is removed. An output that fills it does not save
-        // anything and may not be flushed.
+        // Room for the message and the tail that is removed. An output that fills it is not shorter
+        // than the message and may be incomplete.
         let mut output = Vec::with_capacity(message.len() + FLUSH_TAIL.len());
         let status = self.deflate.compress_vec(message, &mut output, FlushCompress::Sync).ok()?;
         let whole = status == Status::Ok

@@ -81,7 +81,7 @@ pub struct Scratch {
     inflater: Option<Box<Inflater>>,
 }
 
-/// A message of which fragments are missing.
+/// A message whose last fragment has not arrived.
 #[derive(Debug)]
 pub(super) struct OpenMessage {
     pub(super) kind: MessageKind,
@@ -109,12 +109,12 @@ impl OpenMessage {
     }
 }
 
-/// Receives what the receiver emits.
+/// Callback for the messages and control frames that the receiver emits.
 pub(super) trait Sink: FnMut(Incoming<'_>) -> Flow {}
 impl<S: FnMut(Incoming<'_>) -> Flow> Sink for S {}
 
-/// Arguments of one [`Receiver::receive`](super::receiver::Receiver::receive) call. Checks complete
-/// messages and control frames and passes them to the sink.
+/// Checks complete messages and control frames and passes them to the sink. Holds the arguments of
+/// one [`Receiver::receive`](super::receiver::Receiver::receive) call.
 pub(super) struct Emitter<'a, S> {
     pub(super) rules: &'a ReceiveRules,
     pub(super) scratch: &'a mut Scratch,

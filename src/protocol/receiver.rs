@@ -1,7 +1,7 @@
 //! Receiving half of a connection after the upgrade: bytes in, messages and control frames out.
 //!
-//! A frame that is complete in the input is emitted without a copy. Only an incomplete header, control
-//! frame or message is stored, in one allocation that an idle connection does not have.
+//! A frame that is complete in the input is emitted without a copy. Only an incomplete header,
+//! control frame or message is stored, in one allocation. An idle connection has none.
 //!
 //! ```text
 //!               ┌────────────────◄─ frame complete ─────────────────┐

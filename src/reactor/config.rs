@@ -41,19 +41,20 @@ pub struct ShardConfig {
     pub idle_ms_max: u64,
     /// A connection is terminated when a send makes no progress for this time, ms.
     pub write_ms_max: u64,
-    /// Time from our close frame to the client's, and to the end of the queue, ms.
+    /// Time after our close frame for the queue to be sent and for the client's close frame to
+    /// arrive, ms.
     pub close_ms_max: u64,
-    /// Time from our FIN to the client's, ms. Bytes that arrive meanwhile are discarded: closing
+    /// Time from our FIN to the client's, ms. Bytes that arrive in this time are discarded: closing
     /// the socket with unread bytes would reset the connection and destroy the last frames.
     pub linger_ms_max: u64,
 
     /// Frames queued for one connection. On overflow it is closed with 1011 (contract §3).
     pub queue_frames_max: u16,
-    /// Bytes queued for one connection, likewise. A single frame may be longer.
+    /// Bytes queued for one connection, with the same effect. A single frame may be longer.
     pub queue_bytes_max: u32,
     /// Live events held while a session catches up. On overflow it is closed with 1013.
     pub hold_frames_max: u16,
-    /// Bytes of the held events, likewise.
+    /// Bytes of the held events, with the same effect.
     pub hold_bytes_max: u32,
     /// Events queued in this shard for any recipient. At this number the shard takes no more from
     /// the routers' rings, so that their partitions pause.

@@ -40,7 +40,7 @@ pub struct Connection {
     pub phase: Phase,
     /// Requests to the kernel that have not completed.
     pub in_flight: RequestSet,
-    /// Further facts.
+    /// Boolean properties.
     pub flags: Flags,
     /// The receiving half.
     pub receiver: Receiver,
@@ -97,9 +97,9 @@ pub enum Lifecycle {
     Echo(Option<u8>),
     /// The last frames are in the queue.
     Closing(EndReason),
-    /// They are sent, and so is our FIN.
+    /// The last frames and our FIN are sent.
     Lingering(EndReason),
-    /// Requests in flight complete; no new ones.
+    /// Waits for the requests in flight. No new ones start.
     Terminating(HowToClose),
     /// The kernel closes the socket.
     Freeing,
@@ -204,13 +204,14 @@ pub struct Holding {
 pub struct Filter {
     /// Sorted by conversation.
     positions: Box<[ConversationPosition]>,
-    /// Conversations in which no later live event has come yet.
+    /// Number of conversations without a later live event so far.
     left: usize,
     /// When the filter expires.
     pub until: Tick,
 }
 
-/// Marks a conversation in which a later live event has come: every event is after it.
+/// Replaces the position of a conversation in which a later live event has come. Every event is
+/// after it.
 const SURPASSED: i64 = i64::MIN;
 
 impl Filter {
@@ -261,7 +262,7 @@ impl RequestSet {
     pub const RECEIVE: Self = Self(1 << 2);
     /// A send.
     pub const SEND: Self = Self(1 << 3);
-    /// The poll for room.
+    /// The poll for room in the send buffer.
     pub const POLL_WRITABLE: Self = Self(1 << 4);
     /// The shutdown of our half.
     pub const SHUTDOWN: Self = Self(1 << 5);
@@ -310,7 +311,7 @@ impl RequestSet {
     }
 }
 
-/// A set of facts about a connection.
+/// A set of boolean properties of a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags(u16);
 
@@ -329,8 +330,8 @@ impl Flags {
     pub const FIRST_MESSAGE: Self = Self(1 << 5);
     /// The socket took less than given; the send deadline runs.
     pub const STALLED: Self = Self(1 << 6);
-    /// Its queue has overflown. When the send in flight completes, all frames that were not begun
-    /// are dropped.
+    /// Its queue has overflowed. When the send in flight completes, all frames except a partly sent
+    /// one are dropped.
     pub const CUT: Self = Self(1 << 7);
     /// Its messages may be compressed.
     pub const DEFLATE: Self = Self(1 << 8);

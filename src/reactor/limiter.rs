@@ -91,7 +91,7 @@ struct RateWindow {
     count: u32,
 }
 
-/// How long an entry outlives its last connection, ms: its rate must be kept.
+/// How long an entry is kept after its last connection, ms: its rate is counted per second.
 const EXPIRY_MS: u64 = 1_000;
 /// Unused entries removed per call: more than one, so that they are removed faster than they are
 /// added.
@@ -175,7 +175,7 @@ impl LimiterState {
         let entry = AddressUse { address, open: 0, rate: RateWindow::default(), expiring: false };
         let id = u32::try_from(self.entries.insert(entry)).expect("addresses fit 32 bits");
         self.index.insert(address, id);
-        // If the client is not admitted, nobody will release this entry.
+        // If the client is not admitted, no permit will release this entry.
         self.mark_expiring(id, now_ms);
         id
     }

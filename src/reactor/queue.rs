@@ -1,5 +1,5 @@
-//! Send queues: linked lists of frames in one pool per shard. An empty queue costs a few numbers,
-//! and a full one needs no allocation of its own.
+//! Send queues: linked lists of frames in one pool per shard. A queue itself is a few numbers, and
+//! has no allocation of its own.
 
 use std::rc::Rc;
 
@@ -191,8 +191,8 @@ impl SendQueue {
         }
     }
 
-    /// Drops all frames that were not begun and passes each to `dropped`. What remains is the rest
-    /// of a frame that was sent in part, or nothing.
+    /// Drops all frames except one that was sent in part, and passes each dropped frame to
+    /// `dropped`.
     pub fn cut(&mut self, pool: &mut FramePool, mut dropped: impl FnMut(Rc<Outgoing>)) {
         let keep = self.is_mid_frame().then(|| {
             let left = self.front_length(pool) - self.front_sent as usize;

@@ -26,7 +26,7 @@ impl InboundRate {
     }
 
     fn turn_to(&mut self, now: Tick) {
-        // Wraps after 18 hours. That two seconds so far apart have the same number does not matter.
+        // Wraps after 18 hours. Two seconds that far apart may share a number.
         let second = (u64::from(now) * TICK_MS / 1000) as u16;
         if self.second != second {
             *self = Self { second, frames: 0, bytes: 0 };

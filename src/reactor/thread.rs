@@ -23,7 +23,7 @@ pub enum SpawnError {
         #[source]
         source: SetupError,
     },
-    /// The system refuses a thread.
+    /// The system cannot create a thread.
     #[error("shard {}: cannot start a thread: {source}", shard.0)]
     Thread {
         /// The shard.

@@ -7,14 +7,14 @@ use crate::domain::counters::MetricKind;
 
 #[derive(Debug)]
 struct MetricFamily {
-    /// Its type as the format spells it.
+    /// The type of the metric, as the format spells it.
     kind: &'static str,
     help: String,
     samples: String,
 }
 
-/// Collects the samples of the metrics page. They may be added in any order: the format requires the
-/// samples of one metric together, so the page groups them.
+/// Collects the samples of the metrics page. Samples may be added in any order. The page groups
+/// them by metric, as the format requires.
 #[derive(Debug)]
 pub struct MetricsPage {
     service: String,

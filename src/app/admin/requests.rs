@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::exposition::{MetricsPage, number};
 use crate::domain::counters::MetricKind;
 
-/// The paths with their own label. All others share one, so that clients cannot make the page grow.
+/// Paths with a label of their own. All others share one label, so that clients cannot make the
+/// page grow.
 const PATHS: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/admin/drain", "/try"];
 const METHODS: [&str; 3] = ["GET", "HEAD", "POST"];
 const OTHER: &str = "other";
@@ -67,7 +68,7 @@ impl RequestMetrics {
     }
 }
 
-/// Adds a sample of `http_requests_total`. Those of the public port come from the shards.
+/// Adds a sample of `http_requests_total`. Requests to the public port are counted by the shards.
 pub fn answered(page: &mut MetricsPage, method: &str, path: &str, status: &str, count: u64) {
     let labels = [("method", method), ("path", path), ("status", status)];
     page.sample(MetricKind::Counter, "http_requests_total", COUNT_HELP, &labels, number(count));

@@ -1,4 +1,4 @@
-//! Checks across settings: what is missing, and what contradicts each other.
+//! Checks across settings: finds missing and contradictory ones.
 
 use super::Profile;
 use super::layers::Layers;
@@ -7,7 +7,7 @@ use super::value::{AuthMode, Name, PresenceMode, RoutingMode, SettingValue as _}
 use crate::protocol::upgrade::origin::{BadOrigin, Origins};
 use crate::service::backends::redis::{RedisAddress, RedisAddressError};
 
-/// Least length of an HS256 key: the length of its hash (RFC 7518 §3.2).
+/// Minimum length of an HS256 key, bytes: the length of its hash (RFC 7518 §3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;
 
 impl Settings {
@@ -100,7 +100,7 @@ fn tokens(settings: &Settings, layers: &mut Layers) {
     }
     if given > 1 {
         let why = "is one of several keys: set only one of jwt_secret, jwt_key_file, jwks_url";
-        // If two keys are set, at least one is not the secret: the error is about that one.
+        // At least one of the keys is not `jwt_secret`. The error names that one.
         let name = if settings.jwks_url.is_some() { "jwks_url" } else { "jwt_key_file" };
         layers.reject(name, why);
     }

@@ -1,4 +1,4 @@
-//! The layers of the configuration: which text wins for each setting, and what is wrong with it.
+//! The layers of the configuration: chooses the text of each setting, and collects the errors.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -78,7 +78,7 @@ pub struct Layers {
 }
 
 impl Layers {
-    /// Only the defaults.
+    /// Layers that contain the defaults only.
     pub fn new(profile: Profile) -> Self {
         Self { profile, given: BTreeMap::new(), resolved: Vec::new(), errors: Vec::new() }
     }

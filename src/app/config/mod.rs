@@ -18,7 +18,7 @@ pub use value::{
     PresenceMode, RoutingMode, SecretUrl, SettingValue, Size, TomlForm,
 };
 
-/// Whose defaults apply.
+/// The command whose defaults apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
     /// `delivery serve`: for production.

@@ -13,7 +13,7 @@ impl Layers {
     #[must_use]
     pub fn with_environment(mut self, variable: impl Fn(&str) -> Option<OsString>) -> Self {
         for setting in TABLE {
-            // `RUST_LOG` is customary for Rust programs, so it overrides `LOG_LEVEL`.
+            // `RUST_LOG` is the usual variable of Rust programs, so it overrides `LOG_LEVEL`.
             let rust_log = (setting.name == "log_level").then(|| "RUST_LOG".to_owned());
             for name in rust_log.into_iter().chain([setting.env()]) {
                 match variable(&name).map(OsString::into_string) {

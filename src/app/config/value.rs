@@ -28,7 +28,7 @@ pub trait SettingValue: Sized {
     /// The text that [`SettingValue::parse`] reads back as the same value (a mask for secrets).
     fn show(&self) -> String;
 
-    /// What is compared with the bounds of the setting. `None`: the value has no order.
+    /// The number that is compared with the bounds of the setting. `None`: the value has no order.
     fn magnitude(&self) -> Option<u64> {
         None
     }
@@ -479,7 +479,7 @@ impl SettingValue for Targets {
     }
 }
 
-/// Makes an enum a setting that is one of a few words.
+/// Implements [`SettingValue`] for an enum: each variant is one word.
 macro_rules! words {
     ($name:ident { $($variant:ident = $word:literal,)* }) => {
         impl SettingValue for $name {
@@ -499,7 +499,7 @@ macro_rules! words {
     };
 }
 
-/// Declares an enum that is such a setting.
+/// Declares an enum and applies `words!` to it.
 macro_rules! choice {
     ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident = $word:literal,)* }) => {
         $(#[$outer])*

@@ -34,7 +34,7 @@ impl Demo {
     /// Kafka did not accept the first event, or the thread cannot be started.
     pub(super) fn start(settings: &Settings) -> Result<Self, String> {
         let publisher = Publisher::new(&settings.kafka_brokers.show())?;
-        // By default messages come first and conversations second; other names have the same order.
+        // `kafka_topics` lists the topic of messages first and that of conversations second.
         let topic = |index: usize| {
             let topics = &settings.kafka_topics;
             topics[index.min(topics.len() - 1)].as_str().to_owned()
@@ -75,7 +75,7 @@ impl Drop for Demo {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // The panic hook has printed a panic.
+            // The panic hook has already printed the panic.
             let _ = thread.join();
         }
     }

@@ -28,7 +28,7 @@ pub fn run(loaded: Loaded) -> Result<(), String> {
     } else {
         None
     };
-    // No demo messages are written to a Kafka that is not ours.
+    // Only the embedded Kafka gets demo messages, never the user's own.
     let demo_wanted = settings.dev_demo && embedded.is_some();
     let mut demo = None;
     let shown = settings.clone();

@@ -136,7 +136,7 @@ fn presence(
     Ok(Presence::spawn(config, target, register("presence_", collectors)))
 }
 
-/// The bounds of presence. All sessions may end at once.
+/// The bounds of presence. There is room for the unregistration of all sessions at once.
 pub(super) fn presence_config(instance: Arc<str>, sizing: &Sizing) -> PresenceConfig {
     let config = PresenceConfig::new(instance);
     let ends_waiting_max = config.ends_waiting_max.max(sizing.sessions_max());

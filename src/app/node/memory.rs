@@ -70,14 +70,15 @@ type PartSizes = Vec<(&'static str, u64)>;
 pub(super) struct MemoryBudget {
     /// One idle session.
     session: PartSizes,
-    /// The whole process without what grows with the partitions, each part at its maximum.
+    /// The process without the parts that grow with the number of partitions. Each part is at its
+    /// maximum.
     fixed: PartSizes,
     /// What each partition adds to the bound.
     partition: PartSizes,
 }
 
 impl MemoryBudget {
-    /// Computes it from the settings.
+    /// Computes the budget from the settings.
     pub(super) fn new(settings: &Settings, sizing: &Sizing, shard: &ShardConfig) -> Self {
         let session = vec![
             ("slot", Slab::<Connection>::SLOT_BYTES as u64),
@@ -108,7 +109,7 @@ impl MemoryBudget {
         self.fixed.iter().copied().chain(each).collect()
     }
 
-    /// Logs the numbers.
+    /// Logs the memory per session and the bound.
     pub(super) fn log(&self) {
         tracing::info!(
             "memory per idle session: {} B ({}), and about {} B in the kernel ({})",
@@ -188,7 +189,7 @@ fn shards(sizing: &Sizing, shard: &ShardConfig) -> PartSizes {
     ]
 }
 
-/// Routing, without what grows with the partitions.
+/// Routing, without the parts that grow with the number of partitions.
 fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let routers = u64::from(sizing.routers);
     let router = router_config(settings, sizing);
@@ -311,7 +312,7 @@ mod tests {
 
     #[test]
     fn idle_session_stays_within_its_budget() {
-        // Issue 6: at most 400 bytes of process memory, presence state and allocator included.
+        // The target: at most 400 bytes of process memory, presence state and allocator included.
         let session = total(&budget(&[], 1_000).session);
         assert!(session <= 350, "{session}");
     }

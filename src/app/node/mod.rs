@@ -54,7 +54,7 @@ pub struct Plan {
     pub try_page: Option<fn(&Addresses) -> String>,
 }
 
-/// The addresses a node listens on, with the actual port if any free one was wanted.
+/// The addresses that a node listens on. A port 0 in the settings is replaced by the actual port.
 #[derive(Clone, Copy, Debug)]
 pub struct Addresses {
     /// The public port.
@@ -269,14 +269,14 @@ fn sessions(
 }
 
 impl Node {
-    /// Closes the sessions, then stops what feeds them. What is not done within the drain period
-    /// plus `stop_timeout` is abandoned.
+    /// Closes the sessions, then stops the parts that feed them. Abandons what is not done within
+    /// the drain period plus `stop_timeout`.
     async fn stop(self) -> Result<(), String> {
         let Settings { drain_period, stop_timeout, .. } = self.settings;
         let shutdown =
             if drain_period.is_zero() { Shutdown::Stop } else { Shutdown::Drain(drain_period) };
         let deadline = Instant::now() + drain_period + stop_timeout;
-        // Routing goes on meanwhile, so open sessions still receive events.
+        // Routing continues, so sessions that are still open receive events.
         let all_ended = timeout_at(deadline, self.sessions.shut_down(shutdown)).await.is_ok();
         if !all_ended {
             tracing::error!(
@@ -295,7 +295,7 @@ impl Node {
                 "the last offset commit timed out: some events will be delivered again"
             );
         }
-        // A shard that still has sessions does not end. The exit of the process ends it.
+        // A shard that still has sessions runs until the process exits.
         if all_ended { self.shards.join() } else { Ok(()) }
     }
 }
@@ -305,7 +305,8 @@ fn instance_id(settings: &Settings) -> Arc<str> {
     if let Some(name) = &settings.instance_id {
         return name.as_str().into();
     }
-    // In a container this is its id, in a pod the name of the pod. If unreadable, the number suffices.
+    // In a container this is its id, in a pod the name of the pod. If it cannot be read, the random
+    // number is enough.
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     format!("{}-{:08x}", host.trim(), rand::random::<u32>()).into()
 }

@@ -35,7 +35,7 @@ pub(super) struct OtherNodesListener {
 }
 
 impl OtherNodes {
-    /// Uses this Redis connection.
+    /// Creates the sending side on this Redis connection.
     pub(super) fn new(
         settings: &Settings,
         instance: &Arc<str>,
@@ -62,10 +62,10 @@ impl OtherNodes {
         self.nodes.clone().map(|nodes| -> Arc<dyn RemoteNodes> { nodes })
     }
 
-    /// Subscribes to what the other nodes and the presence service publish. A presence change is sent
-    /// to the users on this node who share a conversation with that user, as `conversations` lists
-    /// them; without that service it is sent to nobody. A session that has moved to another node is
-    /// closed on this one.
+    /// Subscribes to what the other nodes and the presence service publish. Sends a presence change
+    /// to all users on this node who share a conversation with the changed user. `conversations`
+    /// lists the conversations; without it nobody receives the change. Closes a session of this
+    /// node that has moved to another node.
     pub(super) fn listen(
         &self,
         instance: &Arc<str>,

@@ -1,4 +1,4 @@
-//! Starts what leads from Kafka to the shards: membership cache, router threads, Kafka threads.
+//! Starts the path from Kafka to the shards: membership cache, router threads, Kafka threads.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -22,7 +22,7 @@ use crate::service::routing::router::{
     Router, RouterConfig, RouterControl, RouterCounters, RouterParts,
 };
 
-/// What the routers reach beyond this node.
+/// The back ends of the routers.
 pub(super) struct RoutingPeers {
     /// Source of member lists; `None`: they come from events only.
     pub source: Option<Arc<dyn ConversationSource>>,
@@ -118,7 +118,7 @@ impl Routing {
         self.kafka.stop(grace);
         self.controls.iter().for_each(RouterControl::stop);
         for thread in self.threads {
-            // The panic hook has printed a panic.
+            // The panic hook has already printed the panic.
             let _ = thread.join();
         }
     }

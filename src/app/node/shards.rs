@@ -80,8 +80,8 @@ impl Shards {
     /// Starts one thread per listener.
     ///
     /// # Errors
-    /// A ring cannot be set up. The text says what to do. Shards that did start end by themselves,
-    /// because their peers are gone.
+    /// A ring cannot be set up. The text says what to do. Shards that have started end by
+    /// themselves, because their rings are dropped.
     pub(super) fn start(
         config: &ShardConfig,
         limiter: ConnectionLimits,

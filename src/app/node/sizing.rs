@@ -13,7 +13,7 @@ use crate::reactor::config::ShardConfig;
 
 /// Default number of connections per shard, if the descriptor limit allows it.
 const CONNECTIONS_PER_SHARD_AUTO: u32 = 65_536;
-/// Entries of a shard's file table beside its slots: the listener, the doorbell, and spare ones.
+/// Entries of a shard's file table besides its slots: the listener, the doorbell, and spare ones.
 const TABLE_EXTRA: u32 = 16;
 /// Descriptors of the process itself: Kafka, Redis, gRPC, admin, the rings. Client sockets take none.
 const DESCRIPTORS_OWN: u64 = 1024;
@@ -73,7 +73,8 @@ impl Sizing {
     /// # Errors
     /// The tables would exceed the descriptor limit. The text says what to do.
     pub(super) fn decide(settings: &Settings, machine: Machine) -> Result<Self, String> {
-        // One core in eight for routing and Kafka, whose cost is about a tenth of that of the sends.
+        // One core in eight is for routing and Kafka: they cost about a tenth of what the sends
+        // cost.
         let left_over = machine.cores.saturating_sub((machine.cores / 8).max(1)).max(1);
         let shards = match settings.shards {
             Auto::Auto => left_over.min(1024),
@@ -91,7 +92,8 @@ impl Sizing {
             Auto::Auto => table_max.min(CONNECTIONS_PER_SHARD_AUTO),
             Auto::Given(count) => {
                 let even = count.0.div_ceil(shards as u64);
-                // The kernel distributes connections by a hash, not evenly.
+                // The kernel distributes connections by a hash, so some shards get more than
+                // others.
                 let spare = if shards > 1 { even / 8 } else { 0 };
                 u32::try_from(even + spare).unwrap_or(u32::MAX)
             }

@@ -16,7 +16,7 @@ use crate::app::config::Settings;
 use crate::service::streams::grpc::{self, GrpcConfig};
 use crate::service::streams::hub::{Hub, HubConfig, HubMetrics, OutboxLimits};
 
-/// Waited for beyond the shutdown timeout of the server.
+/// Extra waiting time after the shutdown timeout of the server.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
 
 /// The bounds of each stream's outbox.
@@ -85,9 +85,9 @@ impl Streams {
         Ok(Self { stop, server, shutdown_max, metrics })
     }
 
-    /// Stops the server. Its sessions have ended.
+    /// Stops the server. Called after the sessions have been closed.
     pub(super) async fn stop(self) {
-        // An error means that the server has failed before and has logged why.
+        // An error means that the server has already failed and logged the reason.
         let _ = self.stop.send(());
         if timeout(self.shutdown_max, self.server).await.is_err() {
             tracing::warn!("gRPC connections still open, terminating them");

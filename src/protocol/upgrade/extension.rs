@@ -5,13 +5,13 @@ use crate::protocol::upgrade::list;
 
 /// Registered name of the extension (RFC 7692 §8.1).
 const NAME: &str = "permessage-deflate";
-/// Most extensions in one request. More are refused.
+/// Maximum number of extensions in one request. A request with more is refused.
 const OFFERS_MAX: usize = 16;
-/// Most parameters of one extension. permessage-deflate has four.
+/// Maximum number of parameters of one extension. permessage-deflate has four.
 const PARAMETERS_MAX: usize = 16;
 
-/// Negotiated parameters. Neither side keeps its window between messages: so the server compresses an
-/// event once for all recipients, and no connection stores an inflate window.
+/// Negotiated parameters. Neither side keeps its window between messages. So the server compresses
+/// an event once for all recipients, and no connection stores an inflate window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeflateParams {
     /// Window of the server's compressor, as a power of two: 8 to 15.

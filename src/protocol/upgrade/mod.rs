@@ -50,7 +50,7 @@ pub struct UpgradeRules {
     /// Longest request line and header fields together, bytes. Default: 16 KiB, room for a long token
     /// and cookies.
     pub head_bytes_max: usize,
-    /// Most header fields, up to [`FIELDS_MAX`]. Default: 64.
+    /// Maximum number of header fields, up to [`FIELDS_MAX`]. Default: 64.
     pub fields_max: usize,
 }
 
@@ -241,8 +241,8 @@ fn complete(
     })
 }
 
-/// RFC 9112 §3.2: a request with no `Host`, two, or an invalid one MUST be answered with 400. `Host` is
-/// optional in HTTP/1.0.
+/// RFC 9112 §3.2: a request without `Host`, with two of them or with an invalid one MUST be
+/// answered with 400. `Host` is optional in HTTP/1.0.
 fn check_host(fields: &HeaderFields<'_>, minor_version: u8) -> Result<(), Refused> {
     match fields.one("host")? {
         Some(host) if target::is_authority(host) => Ok(()),

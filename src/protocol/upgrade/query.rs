@@ -1,4 +1,4 @@
-//! SessionQuery of `/ws`, percent-decoded.
+//! The query of a `/ws` request, percent-decoded.
 
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::protocol::upgrade::refused::Refused;

@@ -5,7 +5,7 @@ use crate::protocol::upgrade::refused::Refused;
 /// Path and query of a request target, not decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct RequestTarget<'a> {
-    /// Compared undecoded: for some proxies an encoded `/ws` is another path.
+    /// Compared without decoding, because some proxies treat an encoded `/ws` as another path.
     pub(super) path: &'a str,
     /// The part after `?`; empty without a query.
     pub(super) query: &'a str,

@@ -82,8 +82,8 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Pings a silent client, and terminates it if it stays silent (contract §3). After the ping it
-    /// always has the full time between the two, so a process that was suspended for a minute does
+    /// Pings a silent client, and terminates it if it stays silent (contract §3). After the ping a
+    /// client always has the full time to answer. So a process that was suspended for a minute does
     /// not disconnect everybody. Returns whether the connection was terminated.
     fn check_silence(&mut self, key: ConnectionKey) -> bool {
         let now = self.now;
@@ -106,7 +106,8 @@ impl<K: Kernel> Shard<K> {
         }
         connection.flags.set(Flags::PINGED);
         connection.last_received = now - ping_due;
-        // Behind everything queued, so that busy and idle clients are treated alike.
+        // The ping goes behind all queued frames, so that busy and idle clients are treated the
+        // same.
         self.counters.counts.pings_sent.add(1);
         self.push(key, Rc::clone(&self.ping));
         false

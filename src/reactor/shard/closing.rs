@@ -29,7 +29,7 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// The same after a protocol violation of the client: nothing more is read from it (RFC 6455
+    /// Closes after a protocol violation of the client. Nothing more is read from it (RFC 6455
     /// §7.1.7).
     pub(super) fn close_for_violation(&mut self, key: ConnectionKey, close: &Close) {
         let connection = self.connection(key).expect("the connection is present");
@@ -43,8 +43,8 @@ impl<K: Kernel> Shard<K> {
         self.shut_down_if_flushed(key);
     }
 
-    /// Closes a connection whose queue is full: the client does not read (contract §3). The frame
-    /// that was begun is completed; the close frame replaces the rest.
+    /// Closes a connection whose queue is full: the client does not read (contract §3). A partly
+    /// sent frame is completed; the close frame replaces all others.
     pub(super) fn close_for_overflow(&mut self, key: ConnectionKey) {
         self.counters.counts.queue_overflows.add(1);
         self.begin_close(key, EndReason::QueueOverflow);
@@ -148,8 +148,8 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// Starts no new requests on this connection. Drops its deliveries and reports its end, with
-    /// the reason of the close if that had begun before.
+    /// Starts no new requests on this connection. Drops its deliveries and reports its end. If a
+    /// close had already begun, the reason of the close is reported.
     pub(super) fn terminate(&mut self, key: ConnectionKey, why: EndReason, how: HowToClose) {
         let lifecycle = self.set_lifecycle(key, Lifecycle::Terminating(how));
         assert!(!lifecycle.is_over(), "terminated twice");

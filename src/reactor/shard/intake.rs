@@ -74,7 +74,7 @@ impl<K: Kernel> Shard<K> {
         left
     }
 
-    /// Whether the rings hold anything that would be taken.
+    /// Whether the rings hold a command that the next turn would take.
     pub(super) fn commands_wait(&self, left: Leftover) -> bool {
         let routers_wait = left.intake_paused || left.intake_waits;
         let considered = if routers_wait { SESSION_MANAGER + 1 } else { self.commands.len() };
@@ -82,9 +82,10 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Whether the intake waits for a queue. A burst may fill a queue within one turn, while a
-    /// socket takes only one batch per turn; that does not make its client a slow reader. The
-    /// intake waits until the queue has room, or until its socket has taken nothing for
-    /// [`STALL_TICKS_MAX`]; then the queue may overflow.
+    /// socket takes only one batch per turn. That does not make its client a slow reader. The
+    /// intake waits until the queue has room, until its socket has taken nothing for
+    /// [`STALL_TICKS_MAX`], or for at most [`QUEUE_WAIT_TICKS_MAX`]. After that the queue may
+    /// overflow.
     fn is_waiting_for_queue(&mut self) -> bool {
         let Some(AwaitedQueue { key, since }) = self.awaited else { return false };
         if !self.is_filling(key) {
@@ -257,7 +258,7 @@ impl<K: Kernel> Shard<K> {
         self.go_live_with(key, Filter::new(delivered, until));
     }
 
-    /// The same, with a filter; also when the resume grace period has passed.
+    /// Ends catch-up with a filter. Also called when the resume grace period has passed.
     pub(super) fn go_live_with(&mut self, key: ConnectionKey, mut filter: Filter) {
         let connection = self.slab.get_mut(key).expect("the connection is present");
         let Lifecycle::Holding(holding) = &mut connection.lifecycle else {

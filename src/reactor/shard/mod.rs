@@ -134,7 +134,7 @@ struct Leftover {
     work: bool,
     /// Too many events are queued: the routers' rings are not a reason to stay awake.
     intake_paused: bool,
-    /// The same, until a socket has taken something, or for one tick.
+    /// The intake waits for a queue: the same until a socket has taken something, or for one tick.
     intake_waits: bool,
 }
 

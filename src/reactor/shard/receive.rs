@@ -47,7 +47,7 @@ impl<K: Kernel> Shard<K> {
             return;
         }
         match connection.lifecycle {
-            // Bytes behind the request are received after the decision.
+            // Bytes after the request are received after the decision.
             Lifecycle::Deciding(_) | Lifecycle::Accepting => return,
             Lifecycle::Terminating(_) | Lifecycle::Freeing => return,
             // An echo is received at the pace at which its answers are sent.
@@ -205,7 +205,7 @@ impl<K: Kernel> Shard<K> {
             Lifecycle::Holding(_) | Lifecycle::Filtering(_) | Lifecycle::Live => {
                 self.client_message(key, kind, payload);
             }
-            // After our close frame; the client's is still to come.
+            // Our close frame is sent, and the client's has not arrived.
             _ => self.counters.counts.messages_discarded.add(1),
         }
     }

@@ -1,5 +1,5 @@
 //! Reports to the service side. A report whose ring is full waits, in order. The number of waiting
-//! reports is bounded, because the shard then stops whatever causes new ones.
+//! reports is bounded: at the bound, the shard stops the work that causes new ones.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -75,7 +75,7 @@ impl Reports {
                 peer.ring.publish();
             } else {
                 // A router does not need a report before its next record. At low rates, waking it
-                // would commit offsets no sooner but double its wakeups.
+                // would double its wakeups and commit offsets no earlier.
                 peer.ring.publish_quietly();
             }
         }

@@ -1,5 +1,5 @@
-//! Sends the queues. One send is in flight per connection, so frames keep their order; frames that
-//! were queued meanwhile go out together in the next send.
+//! Sends the queues. One send is in flight per connection, so frames keep their order. Frames that
+//! are queued during a send go out together in the next one.
 
 use std::rc::Rc;
 
@@ -63,8 +63,8 @@ impl<K: Kernel> Shard<K> {
         self.push(key, Outgoing::own(bytes));
     }
 
-    /// Queues what is not a delivery: last frames, pings, and answers to the client. Their sources
-    /// bound them.
+    /// Queues a frame that is not a delivery: a last frame, a ping or an answer to the client. The
+    /// caller bounds their number.
     pub(super) fn push(&mut self, key: ConnectionKey, outgoing: Rc<Outgoing>) {
         let connection = self.slab.get_mut(key).expect("the connection is present");
         connection.queue.push(&mut self.nodes, outgoing);

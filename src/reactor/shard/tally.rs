@@ -14,9 +14,9 @@ use crate::reactor::counters::ShardCounters;
 pub(super) enum Outcome {
     /// The socket has taken all its bytes.
     Sent,
-    /// Its connection did not exist any more when it came.
+    /// Its connection no longer existed when it arrived.
     Stale,
-    /// Its connection ended while it was queued, or was closing when it came.
+    /// Its connection ended while it was queued, or was closing when it arrived.
     Ended,
     /// Catch-up had delivered it already.
     Duplicate,
@@ -24,7 +24,7 @@ pub(super) enum Outcome {
     Skipped,
 }
 
-/// The accounts of a shard.
+/// Counts the events and deliveries of a shard.
 #[derive(Debug)]
 pub(super) struct Tally {
     counters: Arc<ShardCounters>,

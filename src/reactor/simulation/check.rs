@@ -192,7 +192,7 @@ impl Simulation {
             if json { wire::TEXT } else { wire::BINARY },
             "an event in the wrong encoding"
         );
-        // The peer that sent it: the one from which the session awaits it.
+        // Its sender is the peer from which the session awaits it.
         let session = &mut client.session;
         let has = |queue: &std::collections::VecDeque<super::session::ModelEvent>| {
             queue.iter().any(|model| model.number == event)

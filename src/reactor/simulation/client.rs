@@ -137,10 +137,9 @@ impl Client {
         self.texts.push_back(text);
     }
 
-    /// Queues a message without meaning.
+    /// Queues a message that has no meaning for the server.
     pub(super) fn queue_meaningless(&mut self, random: &mut Random) {
-        // The first message is the resume request whatever its content, so it must not be one of
-        // these.
+        // The first message is always the resume request, so it must not be one of these.
         if self.serial > 0 {
             self.frame(true, wire::BINARY, &vec![1; random.below(300)], random);
         }

@@ -1,5 +1,5 @@
 //! A simulated kernel. Sockets are byte queues, and time passes only when the simulation moves it.
-//! From a seed it takes every liberty that a real kernel has: completions are late and reordered,
+//! The seed decides when it does what a real kernel may do: completions are late and reordered,
 //! sends are short or take nothing, receives are short or find no buffer, accepts fail, polls end
 //! by themselves or are spurious.
 //!
@@ -146,7 +146,7 @@ impl Drop for SimulatedLease {
     }
 }
 
-/// More than a day, as the trait promises.
+/// More than a day, as the trait requires.
 const START_MS: u64 = 100_000_000;
 /// Any time in this century.
 const UNIX_START_MS: u64 = 1_800_000_000_000;

@@ -35,7 +35,7 @@ impl Simulation {
         }
         self.turn();
         if self.shard.as_ref().is_some_and(|shard| !shard.kernel().is_awake()) {
-            // If the shard waits for a deadline, it has told the kernel.
+            // If the shard waits for a deadline, it has passed it to the kernel.
             let until = self.kernel().sleeps_until_ms();
             let now_ms = self.now_ms();
             self.pass(until.map_or(1, |at_ms| (at_ms - now_ms).min(100)));
@@ -64,7 +64,7 @@ impl Simulation {
         conditions.into_iter().find(|(moves, _)| *moves).map(|(_, what)| what)
     }
 
-    /// Tells the shard to stop, or lets its session manager die.
+    /// Orders the shard to stop, or drops its session manager.
     pub(super) fn begin_to_stop(&mut self) {
         if std::mem::replace(&mut self.stopping, true) {
             return;

@@ -26,7 +26,7 @@ pub(super) struct Setup {
     pub(super) catch_up_window: usize,
     /// Whether the shard is stopped before the run comes to rest.
     pub(super) stops_early: bool,
-    /// Probability that it is told to stop accepting, out of 256. Once is enough.
+    /// Probability that it is ordered to stop accepting, out of 256. Once is enough.
     pub(super) stops_accepting: u8,
     /// Probability that the service closes a session, out of 256.
     pub(super) service_closes: u8,
@@ -88,7 +88,7 @@ fn config(random: &mut Random) -> ShardConfig {
     }
 }
 
-/// A third of the seeds has no faults. There, faults cannot be the excuse for a failure.
+/// A third of the seeds has no faults, so that faults cannot explain a failure there.
 fn faults(random: &mut Random) -> Faults {
     if random.chance(85) {
         return Faults::default();

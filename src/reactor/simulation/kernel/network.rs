@@ -125,8 +125,8 @@ impl SimulatedKernel {
         self.completions.iter().filter(lent).count()
     }
 
-    /// Connections with something to receive (bytes, FIN, a failure) that the shard has been told
-    /// of and has not requested.
+    /// Connections with something to receive (bytes, FIN, a failure) that the kernel has announced
+    /// to the shard and the shard has not requested.
     pub fn unasked(&self) -> Vec<ConnectionKey> {
         if !self.completions.is_empty() {
             return Vec::new();

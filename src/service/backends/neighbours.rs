@@ -1,9 +1,9 @@
 //! gRPC clients of the neighbours: the conversation, message and presence services (contract §1).
 //!
 //! Each has one HTTP/2 channel. It connects at the first call and reconnects by itself. Every call
-//! has a deadline. There are no retries: only the caller can judge whether one is worthwhile.
-//! A peer that vanished without a reset would hold its dead connection for as long as TCP
-//! retransmits, so a new channel replaces it after a few calls in a row without an answer.
+//! has a deadline. There are no retries: only the caller can judge whether one is worthwhile. If a
+//! peer disappears without a reset, TCP keeps the dead connection for as long as it retransmits. So
+//! a new channel replaces it after a few calls in a row without an answer.
 
 use std::future::Future;
 use std::marker::PhantomData;
@@ -40,7 +40,8 @@ const UNANSWERED_CALLS_MAX: u32 = 3;
 /// Added to the deadline in the request. tonic enforces that deadline on this side too, and its
 /// error would look like an answer of the neighbour, so our own must come first.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
-/// Minimum time between two replacements: a slow neighbour gets no storm of connections.
+/// Minimum time between two replacements, so that a slow neighbour does not get many new
+/// connections.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Address and timeouts of one neighbour.
@@ -143,7 +144,7 @@ impl NeighbourLink {
         })
     }
 
-    /// One call with its deadline, which the request carries too.
+    /// Makes one call with its deadline. The request contains the deadline too.
     async fn call<Q, A, F>(
         &self,
         question: Q,
@@ -216,14 +217,15 @@ impl NeighbourLink {
 impl From<Status> for NeighbourError {
     fn from(status: Status) -> Self {
         match status.code() {
-            // Services also answer so for a malformed id and for one that the user may not see.
+            // Services also use these codes for a malformed id and for one that the user may not
+            // see.
             Code::NotFound | Code::InvalidArgument | Code::PermissionDenied => Self::NotFound,
             code => Self::Unavailable(format!("{code:?}")),
         }
     }
 }
 
-/// Sets `x-user-id`, the user on whose behalf the call is made (contract §3). An id that is no
+/// Sets `x-user-id`, the user on whose behalf the call is made (contract §3). An id that is not a
 /// valid header value is sent in the message only.
 fn on_behalf<Q>(user: &str, mut request: Request<Q>) -> Request<Q> {
     if let Ok(value) = MetadataValue::<Ascii>::try_from(user) {

@@ -23,7 +23,7 @@ const INTERVAL_MIN: Duration = Duration::from_secs(10);
 /// Longest interval between two lines.
 const INTERVAL_MAX: Duration = Duration::from_secs(600);
 
-/// Content of a line about an outage. Displayed, it is the end of that line, and empty for the
+/// Content of a log line about an outage. `Display` writes the end of that line: nothing for the
 /// first failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutageReport {
@@ -48,7 +48,7 @@ impl fmt::Display for OutageReport {
     }
 }
 
-/// Content of the line about a recovery. Displayed, it is the end of that line.
+/// Content of the log line about a recovery. `Display` writes the end of that line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recovery {
     /// From the first failure to the recovery.
@@ -70,16 +70,16 @@ struct OutageState {
     reported: bool,
     /// Failures since the last report.
     unreported: u64,
-    /// No report before then.
+    /// No report before this time.
     report_due: Option<Instant>,
-    /// Until the next report. Set by the first failure.
+    /// Time until the next report. Set by the first failure.
     interval: Duration,
 }
 
 /// Decides which failures and recoveries of one dependency are logged. Threads may share it.
 #[derive(Debug, Default)]
 pub struct Outage {
-    /// Spares the frequent successes the lock.
+    /// Lets the frequent successes skip the lock.
     is_failing: AtomicBool,
     state: Mutex<OutageState>,
 }
@@ -104,7 +104,7 @@ impl Outage {
         state.unreported += 1;
         state.interval = match state.report_due {
             Some(due) if now < due => return None,
-            // It worked for a whole interval: older failures are no longer of interest.
+            // No failure for a whole interval: older failures no longer count.
             Some(due) if is_new && now >= due + state.interval => {
                 state.unreported = 1;
                 INTERVAL_MIN

@@ -1,5 +1,4 @@
-//! Tracks which records of a partition are done, and so up to which offset it may be committed
-//! (design decision 6).
+//! Tracks which records of a partition are done, and thus which offset may be committed.
 //!
 //! ```text
 //! taken in order      100   101   104   105   106        (offsets may have gaps)

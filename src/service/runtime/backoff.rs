@@ -42,7 +42,8 @@ impl Backoff {
         self.delay(retry, rand::random())
     }
 
-    /// Applies the jitter alone: for a regular interval that no fleet should keep in step.
+    /// Applies only the jitter, to a regular interval, so that many nodes do not act at the same
+    /// moment.
     pub fn spread(&self, interval: Duration, chance: f64) -> Duration {
         let (least, most) = self.jitter;
         interval.mul_f64(least + chance * (most - least))

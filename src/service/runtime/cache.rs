@@ -16,7 +16,7 @@ use slab::Slab;
 /// Slots that one [`Cache::evict_stale`] looks at.
 const STALE_LOOKS: usize = 4;
 
-/// What an entry costs, and whether it can go.
+/// The weight of an entry, and whether it can be evicted.
 pub trait Weigh {
     /// Its share of [`Bounds::weight_max`].
     fn weight(&self) -> usize;
@@ -45,8 +45,8 @@ struct Slot<V> {
     used: AtomicBool,
 }
 
-/// A bounded map from strings. The caller hashes, locks, and decides when to evict: one hash serves
-/// for a choice among several caches too.
+/// A bounded map from strings. The caller hashes, locks, and decides when to evict: the same hash
+/// can also select one of several caches.
 #[derive(Debug)]
 pub struct Cache<V> {
     index: HashTable<u32>,
@@ -87,7 +87,7 @@ impl<V: Weigh> Cache<V> {
         self.slot(hash, key).is_some()
     }
 
-    /// What `read` makes of an entry. `Some` marks the entry as used.
+    /// Applies `read` to an entry. `Some` marks the entry as used.
     pub fn read<T>(&self, hash: u64, key: &str, read: impl FnOnce(&V) -> Option<T>) -> Option<T> {
         let slot = &self.slots[self.slot(hash, key)?];
         let found = read(&slot.value)?;
@@ -155,7 +155,7 @@ impl<V: Weigh> Cache<V> {
     pub fn evict(&mut self, keep: &str) -> usize {
         let before = self.len();
         let Bounds { entries_max, weight_max } = self.bounds;
-        // Two rounds: the first one may do no more than take all the marks off.
+        // Two rounds: the first one may only remove all marks.
         let mut looks = 2 * self.slots.capacity();
         while (self.len() > entries_max || self.weight > weight_max) && looks > 0 {
             looks -= 1;
@@ -176,7 +176,7 @@ impl<V: Weigh> Cache<V> {
         }
     }
 
-    /// Moves the hand over one slot, and evicts the entry there if `goes` says so.
+    /// Moves the hand over one slot, and evicts the entry there if `goes` returns true.
     fn turn(&mut self, goes: impl FnOnce(&Slot<V>) -> bool) {
         let slot = self.hand;
         self.hand = if slot + 1 < self.slots.capacity() { slot + 1 } else { 0 };

@@ -1,9 +1,10 @@
 //! Announces to the other nodes that a user is connected to this one.
 //!
-//! The other nodes cache a user's location for a second, and nobody else announces a session that
-//! moved without going offline: for that second, its events would go to its old node. So each node
-//! announces the users it has registered, and the others drop what they have cached. Users
-//! registered while an announcement is in flight are batched in the next one.
+//! The other nodes cache a user's location for a second. The presence service does not announce a
+//! session that moves without going offline, so for that second its events would go to its old
+//! node. Each node therefore announces the users that it has registered, and the others drop their
+//! cached locations. Users registered while an announcement is in flight are batched in the next
+//! one.
 
 use std::collections::HashSet;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -20,7 +21,7 @@ use super::nodes::NodesCounters;
 pub(super) const CHANNEL: &str = "delivery-moves";
 /// Users in one announcement.
 const USERS_AT_ONCE: usize = 4_096;
-/// Maximum number of users that wait; beyond that, the other nodes are told to drop all entries.
+/// Maximum number of users that wait; beyond that, the other nodes drop all entries.
 pub const USERS_MAX: usize = 65_536;
 
 /// Identifies this process's announcements.

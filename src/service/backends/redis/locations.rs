@@ -32,8 +32,8 @@ pub struct LocationsConfig {
 }
 
 impl Default for LocationsConfig {
-    /// One second for either, 200,000 users. The lifetime is short because nobody announces a
-    /// session that moved to another node without going offline.
+    /// One second for either, 200,000 users. The lifetimes are short because the announcement of a
+    /// session that moved to another node may be lost.
     fn default() -> Self {
         Self {
             elsewhere_ttl: Duration::from_secs(1),
@@ -44,7 +44,7 @@ impl Default for LocationsConfig {
 }
 
 impl LocationsConfig {
-    /// The longest lifetime of an entry, from when the registry was asked.
+    /// The longest lifetime of an entry, counted from the request to the registry.
     pub fn lifetime(&self) -> Duration {
         self.elsewhere_ttl.max(self.nowhere_ttl)
     }
@@ -68,11 +68,11 @@ impl Weigh for Location {
 #[derive(Debug)]
 struct Part {
     cache: Cache<Location>,
-    /// Counts invalidations: an answer to an earlier question is not cached.
+    /// Counts invalidations. An answer to a request from before the last one is not cached.
     invalidations: u64,
 }
 
-/// The cache of users' locations; any thread.
+/// The cache of users' locations. Usable from any thread.
 #[derive(Debug)]
 pub struct Locations {
     config: LocationsConfig,
@@ -83,8 +83,8 @@ pub struct Locations {
     any_gone: AtomicBool,
 }
 
-/// Taken before the registry is asked. The answer is as old as its question, because it may have
-/// been true at any moment in between.
+/// Taken before a request to the registry. The answer counts as old as its request, because it may
+/// describe any moment since then.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Asked {
     at: Instant,
@@ -137,14 +137,14 @@ impl Locations {
                 .is_some_and(|at| *at >= since)
     }
 
-    /// Call before asking the registry for a user.
+    /// Call this before requesting a user from the registry.
     pub(super) fn ask(&self, user: &str, now: Instant) -> Asked {
         let (_, part) = self.part(user);
         let invalidations = part.read().expect("no holder panics").invalidations;
         Asked { at: now, invalidations }
     }
 
-    /// Caches an answer, unless an entry was invalidated after the question.
+    /// Caches an answer, unless an entry was invalidated after the request.
     pub(super) fn remember(&self, user: Arc<str>, asked: Asked, instances: Instances) {
         let (hash, part) = self.part(&user);
         let mut part = part.write().expect("no holder panics");

@@ -11,8 +11,8 @@
 //! a user is looked up once for all records that wait for the answer, and records reach an instance
 //! in the order of the calls, even when a first attempt had no listener.
 //!
-//! A full queue that is draining is waited for ([`RemoteNodes::has_room`]), so a backlog is handed
-//! over at the pace of Redis. A record that cannot be handed over is counted and dropped: an
+//! Routers wait for a full queue that is draining ([`RemoteNodes::has_room`]), so a backlog is
+//! handed over at the pace of Redis. A record that cannot be handed over is counted and dropped: an
 //! unreachable or hanging Redis must not block the partition for users on this node.
 
 use std::collections::{HashMap, HashSet};
@@ -34,7 +34,7 @@ use crate::service::backends::ports::{ForwardDone, Forwarding, RemoteNodes};
 
 /// Records taken from the queue together.
 const BATCH_RECORDS_MAX: usize = 512;
-/// BatchLocations of the queue in reserve, for routers that find room at the same moment.
+/// Places of the queue that are kept free, for routers that find room at the same moment.
 const PLACES_RESERVED: usize = 64;
 /// `PUBLISH` commands sent together.
 const PUBLISHES_AT_ONCE: usize = 512;
@@ -87,7 +87,7 @@ counters! {
     }
 }
 
-/// Calls back when dropped, whatever happened to the record.
+/// Calls back when dropped, in every outcome of the hand-off.
 struct CallOnDrop(Option<ForwardDone>);
 
 impl Drop for CallOnDrop {

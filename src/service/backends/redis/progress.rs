@@ -1,4 +1,4 @@
-//! Whether the hand-off to Redis progresses: a bound on how long routers wait for it.
+//! Detects whether the hand-off to Redis progresses. This bounds how long routers wait for it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;

@@ -7,10 +7,10 @@
 //!      └─── lost, silent ◄───┘
 //! ```
 //!
-//! Redis keeps nothing for a disconnected subscriber: what is published meanwhile is lost, in an
-//! unknown amount. Counted are the gaps and their time, from the last sign of life to the new
-//! subscription. The reader never waits for the router, because the buffer of the client library is
-//! unbounded; records wait in a bounded queue instead.
+//! Redis keeps nothing for a disconnected subscriber: messages published during the gap are lost,
+//! and their number is unknown. The metrics count the gaps and their duration, from the last sign
+//! of life to the new subscription. The reader never waits for the router, because the buffer of
+//! the client library is unbounded; records wait in a bounded queue instead.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -163,7 +163,7 @@ impl Subscriptions {
         Self { counters, _tasks: tasks }
     }
 
-    /// Whether it is subscribed now.
+    /// Whether the subscriptions are active now.
     pub fn is_up(&self) -> bool {
         self.counters.redis_subscribed.get() != 0
     }
@@ -232,7 +232,8 @@ impl Reader {
                         );
                     }
                     self.sinks.presence.iter().for_each(|sink| sink.missed());
-                    // Set last: an observer then finds the gap counted and no stale entries.
+                    // Set last, so that whoever reads 1 also finds the gap counted and no stale
+                    // entries.
                     self.counters.redis_subscribed.set(1);
                     last_sign = Some(self.read(subscribed).await);
                     self.counters.redis_subscribed.set(0);

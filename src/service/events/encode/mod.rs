@@ -1,4 +1,4 @@
-//! Encodes an event, once per kind of session among its recipients (design decision 1).
+//! Encodes an event, once per kind of session among its recipients.
 //!
 //! | session | message |
 //! | --- | --- |

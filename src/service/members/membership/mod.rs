@@ -1,4 +1,4 @@
-//! The membership cache: member lists that are complete or unknown (design decision 8).
+//! The membership cache: every member list is either complete or unknown.
 //!
 //! All routers of the node share it. Every change reaches this cache, because the follower
 //! (`kafka::follower`) reads the membership topics on every node, whichever node delivers their records.

@@ -86,8 +86,8 @@ pub(super) fn with_user_properties(
     for (name, value) in &config.properties {
         properties.set(name, value);
     }
-    // `tracing` filters the lines. Debug lines come by the thousand, so librdkafka makes them only if
-    // the property `debug` is set.
+    // `tracing` filters the lines. There are thousands of debug lines, so librdkafka writes them
+    // only if the property `debug` is set.
     let debugging = config.properties.iter().any(|(name, _)| name == "debug");
     properties.set_log_level(if debugging {
         RDKafkaLogLevel::Debug

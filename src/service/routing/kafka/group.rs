@@ -144,9 +144,9 @@ impl GroupContext {
         Ok(())
     }
 
-    /// Sets the start offset of each partition: the committed offset, or else
-    /// the end. That offset is committed, even if no record is read before the next restart. If the
-    /// brokers do not answer, the offset stays unset and librdkafka retries.
+    /// Sets the start offset of each partition: the committed offset, or the end if there is none.
+    /// That offset is committed, even if no record is read before the next restart. If the brokers
+    /// do not answer, the offset stays unset and librdkafka retries.
     fn set_start_offsets(
         &self,
         consumer: &BaseConsumer<Self>,

@@ -45,7 +45,7 @@ pub use crate::service::routing::kafka::client::{consumer_properties, partition_
 pub use crate::service::routing::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
 pub use crate::service::routing::kafka::status::{KafkaStatus, PartitionLag};
 
-/// How several nodes share the work (design decision 7).
+/// How several nodes share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RoutingMode {
     /// A consumer group shares the partitions; records are handed off to the nodes of other users.
@@ -72,7 +72,7 @@ pub struct KafkaConfig {
     /// Time between two commits, ms.
     pub commit_interval_ms: u64,
     /// How long a revoked partition waits for its records in flight, ms. The whole group waits
-    /// meanwhile.
+    /// during this time.
     pub revoke_grace_ms: u64,
     /// Time between two searches for new partitions, ms.
     pub discovery_interval_ms: u64,

@@ -89,7 +89,7 @@ impl KafkaStatus {
         state.last_error = Some(reason);
     }
 
-    /// As [`KafkaStatus::unreachable`]. Returns whether the reason is new.
+    /// Like [`KafkaStatus::unreachable`]. Returns whether the reason is new.
     pub(super) fn cannot_start(&self, reason: String) -> bool {
         let mut state = self.state();
         state.connected = false;

@@ -237,9 +237,9 @@ impl RouterCore {
         }
     }
 
-    /// Whether the creation event may still arrive. Counted from the append, so that a backlog is not
-    /// delayed at every such record; and at most from the first attempt, in case the publisher's clock
-    /// is ahead.
+    /// Whether the creation event may still arrive. The wait is counted from the append, so that a
+    /// backlog is not delayed at every such record. If the publisher's clock is ahead, it is
+    /// counted from the first attempt.
     fn may_still_come(&self, raw: RawRecord<'_>, attempt: Attempt) -> bool {
         let from_ms = raw.appended_at_ms.min(attempt.since_ms);
         attempt.now_ms < from_ms.saturating_add(self.config.creation_wait_ms)

@@ -109,7 +109,8 @@ impl InFlight {
         self.deadlines.push_back((deadline_ms, ticket));
     }
 
-    /// Ends the expecting. `Some`: no report is expected, so the record is done.
+    /// States that all expected reports are registered. `Some`: there are none, so the record is
+    /// done.
     pub(super) fn seal(&mut self, ticket: Ticket) -> Option<RecordId> {
         if self.get(ticket).expect("open").remaining > 0 {
             return None;

@@ -158,7 +158,7 @@ enum LaneCommand {
     Stop,
 }
 
-/// Controls one router: its partitions, its inbox and its end.
+/// Controls one router: its partitions, its inbox and its thread's end.
 #[derive(Clone)]
 pub struct RouterControl {
     lanes: Sender<LaneCommand>,

@@ -66,9 +66,9 @@ crate::counters! {
 
 /// A token check.
 pub enum TokenCheck {
-    /// The outcome was known at once.
+    /// The outcome is known at once.
     Done(Result<Identity, AuthFailure>),
-    /// The outcome takes time: a caller that must not wait awaits it in a task.
+    /// The outcome takes time. A caller that must not wait awaits it in a task.
     Pending(BoxFuture<Result<Identity, AuthFailure>>),
 }
 
@@ -80,7 +80,7 @@ pub struct Authenticator {
 
 #[derive(Debug)]
 enum AuthMethod {
-    /// Every client is trusted: for trying the program out, or behind a gateway that authenticates.
+    /// Every client is trusted. For tests and demos, or behind a gateway that authenticates.
     Trust,
     Jwt(Arc<TokenVerifier>),
 }

@@ -18,8 +18,9 @@
 //! - **Failures** are retried a few times. Then the session is closed with 1013 and a reason, and the
 //!   client resumes from what it has. Nothing is skipped silently.
 //! - **Other nodes** (`ROUTING_MODE=group`) hand over a session's events only once they can find it
-//!   ([`Visibility`]). Stored messages are sent at once. When the session is visible, later messages are
-//!   fetched too, and only then the session goes live. It does not hold a slot while waiting.
+//!   ([`Visibility`]). Stored messages are sent at once. When the session is visible, later
+//!   messages are fetched too, and only then the session goes live. A catch-up does not hold a slot
+//!   while it waits.
 //!
 //! The shard holds the session's live events back during catch-up. [`CatchUpStep::Complete`] says what
 //! was sent, so that nothing is sent twice.

@@ -2,7 +2,7 @@
 //!
 //! One tokio task, connected to every shard (the gRPC hub counts as the last one). It keeps a small
 //! record per connection, and no task or timer. Slow work (fetching keys for a token, presence,
-//! catch-up) runs in tasks of its own and comes back as a request.
+//! catch-up) runs in tasks of its own. Each result comes back as a request.
 //!
 //! ```text
 //! Opened ──► Checking ──► Live ──► Closing ──► (Ended) Free

@@ -11,9 +11,9 @@
 //! connection. A must not remove B's registration:
 //!
 //! - **redis**: A removes the registration only if it still names A, in one script.
-//! - **service**: `UnregisterSession` does not name an instance. A calls `GetUserDevices` first, and
-//!   leaves a registration that names another instance alone. A race of some milliseconds remains
-//!   between the two calls; B finds it when it checks its registration.
+//! - **service**: `UnregisterSession` does not name an instance. A calls `GetUserDevices` first,
+//!   and does not touch a registration that names another instance. A race of some milliseconds
+//!   remains between the two calls; B finds it when it checks its registration.
 //!
 //! The registration of each session is checked at its first refresh, at every third from then on, and
 //! when another node announces that it has registered the user (`ROUTING_MODE=group`). A missing
@@ -192,9 +192,9 @@ impl Presence {
         self.refresh_interval
     }
 
-    /// Registers a session that was just admitted. `replaced`: it took the place of another one of
-    /// this node. Returns false if there is no room (call [`Presence::register`] at the next
-    /// refresh), and its visibility if other nodes hand over events.
+    /// Registers a session that was just admitted. `replaced`: it replaces another session of this
+    /// node. Returns false if there is no room (call [`Presence::register`] at the next refresh),
+    /// and its visibility if other nodes hand over events.
     pub fn register_admitted(
         &self,
         ids: &SessionIds,

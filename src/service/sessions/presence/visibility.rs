@@ -8,10 +8,11 @@
 //! ```
 //!
 //! A node that routes an event looks up the members in the registry. It caches the answer, also a
-//! negative one, for [`VisibilityConfig::lookup_lifetime`] from the time of the request. That long
-//! after the registration no node uses an older answer, even if it missed the announcement. Events
-//! routed earlier are covered by catch-up: the message service has a message before its event is
-//! published, so a catch-up that requests its last page after that time misses nothing.
+//! negative one, for [`VisibilityConfig::lookup_lifetime`] from the time of the request. Once this
+//! time has passed after the registration, no node uses an older answer, even if it missed the
+//! announcement. Events routed earlier are covered by catch-up: the message service has a message
+//! before its event is published, so a catch-up that requests its last page after that time misses
+//! nothing.
 //!
 //! Presence may be unreachable, so the wait is bounded: see [`VisibilityState::NotVisible`].
 
@@ -56,7 +57,7 @@ pub struct Visibility {
 }
 
 impl Visibility {
-    /// Of a session that was just admitted.
+    /// The visibility of a session that was just admitted.
     pub fn new(config: VisibilityConfig, now: Instant) -> Self {
         Self {
             config,
@@ -114,7 +115,8 @@ impl Visibility {
     }
 }
 
-/// Notifies a [`Visibility`] of the registration. If it is dropped before, waiting is pointless.
+/// Notifies a [`Visibility`] of the registration. If it is dropped before, waiting for the
+/// registration is pointless.
 #[derive(Debug)]
 pub(super) struct VisibilityNotifier(Arc<Visibility>);
 

@@ -1,8 +1,8 @@
 //! The contacts of a user: everybody who shares a conversation with them, cached for a short time.
 //!
-//! When a user is added to a conversation or removed from one, the entries of this user and those
-//! that name them become void: a removed member receives nothing more. Entries are checked when
-//! they are read, so a change costs one note.
+//! When a user is added to a conversation or removed from one, the entry of this user and all
+//! entries that name them become invalid: a removed member receives nothing more. Entries are
+//! checked when they are read, so a change adds only one note.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;
@@ -23,7 +23,7 @@ pub(super) type Users = Arc<[Arc<str>]>;
 #[derive(Debug)]
 struct UserContacts {
     users: Users,
-    /// When the conversation service was asked.
+    /// When the request to the conversation service was made.
     since: Instant,
 }
 
@@ -40,9 +40,10 @@ pub(super) struct Contacts {
     weight_max: usize,
     cache: Cache<UserContacts>,
     hasher: DefaultHashBuilder,
-    /// Users whose conversations changed, and when last. Older than the lifetime: no longer needed.
+    /// Users whose conversations changed, and when last. Changes older than the lifetime are not
+    /// needed.
     changes: HashMap<Arc<str>, Instant>,
-    /// Answers to questions from before then are not cached.
+    /// Answers to requests from before this time are not cached.
     dropped_at: Option<Instant>,
 }
 
@@ -61,7 +62,7 @@ impl Contacts {
     /// The user was added to a conversation or removed from one.
     pub(super) fn changed(&mut self, user: &str, now: Instant) {
         if self.cache.is_empty() {
-            // A question under way may still get the old answer.
+            // A request in flight may still return the old list.
             self.changes.clear();
             self.dropped_at = Some(now);
             return;
@@ -92,7 +93,7 @@ impl Contacts {
         })
     }
 
-    /// Caches the answer to a question of `since`, unless it alone exceeds the bound.
+    /// Caches the answer to a request made at `since`, unless it alone exceeds the bound.
     pub(super) fn remember(&mut self, user: Arc<str>, users: Users, since: Instant, now: Instant) {
         if self.dropped_at.is_some_and(|at| at >= since) {
             return;
@@ -177,7 +178,7 @@ mod tests {
         assert!(contacts.find("a", at(1)).is_none(), "names them");
         assert!(contacts.find("b", at(1)).is_none(), "is their own");
         assert!(contacts.find("d", at(1)).is_some());
-        // An answer to a question from before the change is void too.
+        // An answer to a request from before the change is invalid too.
         contacts.remember("a".into(), with(&["b", "c"]), at(1), at(2));
         assert!(contacts.find("a", at(2)).is_none());
         contacts.remember("a".into(), with(&["c"]), at(2), at(2));

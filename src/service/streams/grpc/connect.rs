@@ -35,7 +35,7 @@ pub(super) struct ConnectService {
     handler: Arc<ConnectHandler>,
 }
 
-/// Handles the calls, with what they share.
+/// Handles the calls. Holds what they share.
 struct ConnectHandler {
     config: GrpcConfig,
     hub: HubHandle,

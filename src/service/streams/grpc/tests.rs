@@ -215,7 +215,7 @@ async fn first_request_must_name_user_and_device() {
     drop(call.requests);
     let status = call.answer.await.unwrap().unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
-    // Without a user the token may name it, so the session manager decides.
+    // If the request names no user, the token may, so the session manager decides.
     let call = port.call(None);
     call.send("", "desk", "", 0).await;
     let connection = port.manager.opened().await;

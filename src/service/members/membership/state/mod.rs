@@ -60,7 +60,7 @@ impl LogPosition {
 pub(super) struct Watermarks(HashMap<(u16, i32), i64>);
 
 impl Watermarks {
-    /// Watermarks a position as read. Returns whether it is read for the first time.
+    /// Marks a position as read. Returns whether it is read for the first time.
     pub(super) fn advance(&mut self, position: LogPosition) -> bool {
         let next = self.0.entry((position.topic, position.partition)).or_insert(0);
         let first = position.offset >= *next;
@@ -234,7 +234,7 @@ impl ListState {
                 if dropped {
                     fetching.expired = None;
                 }
-                // One more than the maximum watermarks the overflow.
+                // One change more than the maximum marks the overflow.
                 if fetching.changes.len() <= CHANGES_MAX {
                     fetching.changes.push(change);
                 }

@@ -10,8 +10,8 @@ use crate::service::runtime::backoff::Backoff;
 /// Delays before a failed call is retried.
 pub(super) const RETRY_BACKOFF: Backoff =
     Backoff::new(Duration::from_millis(500), Duration::from_secs(15));
-/// A refresh older than this is replaced by a registration: the registration that it was for (60 s,
-/// contract §4) may expire before the call is made.
+/// A refresh that has waited longer than this becomes a registration, because the existing
+/// registration (60 s, contract §4) may expire before the call is made.
 pub(super) const REFRESH_AGE_MAX: Duration = Duration::from_secs(35);
 
 /// A call for one session.
@@ -62,7 +62,7 @@ pub(super) enum EntryState {
     InFlight,
 }
 
-/// What an outcome leads to.
+/// What to do after an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FollowUp {
     /// Nothing is left to do.

@@ -46,8 +46,8 @@ pub(super) enum NextOperation {
 pub(super) struct QueueLimits {
     /// Registrations and refreshes; refreshes take at most half of it.
     pub(super) sessions_max: usize,
-    /// Unregistrations. They have room of their own: many sessions that end at once do not keep new
-    /// ones from being registered.
+    /// Unregistrations. They have their own room, so that many sessions that end at once do not
+    /// delay the registration of new ones.
     pub(super) ends_max: usize,
 }
 

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A live event is held if and only if the session is opening or the conversation of the event is
-//! catching up. So events of one conversation keep their order, whatever happens in the others.
+//! catching up. So events of one conversation keep their order, independently of the others.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -373,7 +373,7 @@ impl OutboxState {
         self.unread_since.get_or_insert(now);
     }
 
-    /// Whether the client has this live event. Unknown, hence false, during catch-up.
+    /// Whether the client has this live event. False during catch-up, when this is not known.
     fn is_duplicate(&self, delivery: &Delivery) -> bool {
         let Some(position) = delivery.event().position else { return false };
         self.conversations

@@ -115,7 +115,7 @@ enum Outcome {
     Done,
     /// A retry would not help.
     GiveUp(String),
-    /// A retry may help. `wait` is the delay the server has asked for.
+    /// A retry may help. `wait` is the delay that the server requests.
     Retry {
         why: String,
         wait: Option<Duration>,

@@ -44,7 +44,7 @@ use crate::service::sessions::manager::{
     Shutdown,
 };
 
-/// What to run.
+/// The input of [`run`].
 pub struct Plan {
     /// All settings.
     pub settings: Settings,

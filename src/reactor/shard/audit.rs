@@ -97,7 +97,7 @@ impl<K: Kernel> Shard<K> {
         self.slab.iter().map(|(key, connection)| (key, connection.in_flight))
     }
 
-    /// Whether the shard will receive from this connection, or has no interest in it any more.
+    /// Whether the shard will receive from this connection, or no longer needs to.
     pub fn has_noticed_input(&self, key: ConnectionKey) -> bool {
         self.slab.get(key).is_none_or(|connection| {
             let flags = connection.flags;

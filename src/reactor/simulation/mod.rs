@@ -44,7 +44,7 @@ use trace::{TraceEvent, note};
 /// Steps after which a simulation that does not come to rest counts as stuck.
 const REST_STEPS_MAX: usize = 50_000;
 
-/// What a run did, as evidence that it did something.
+/// The totals of a run. They show that it did something.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
     /// Steps, including those at the end.

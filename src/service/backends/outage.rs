@@ -29,7 +29,7 @@ const INTERVAL_MAX: Duration = Duration::from_secs(600);
 pub struct OutageReport {
     /// Failures since the last line, this one included.
     pub failures: u64,
-    /// Since the first failure.
+    /// Time since the first failure.
     pub duration: Duration,
 }
 
@@ -51,7 +51,7 @@ impl fmt::Display for OutageReport {
 /// Content of the log line about a recovery. `Display` writes the end of that line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recovery {
-    /// From the first failure to the recovery.
+    /// Time from the first failure to the recovery.
     pub duration: Duration,
 }
 

@@ -71,7 +71,7 @@ pub enum RouterInput {
     ToUsers {
         /// A serialized `EventEnvelope`.
         value: Bytes,
-        /// The recipients, none twice.
+        /// The recipients, without duplicates.
         users: Vec<Arc<str>>,
     },
 }

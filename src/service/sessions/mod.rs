@@ -1,4 +1,4 @@
-//! Who is connected: handshakes, tokens, catch-up, presence.
+//! Sessions of clients: handshakes, tokens, catch-up, presence.
 
 pub mod auth;
 pub mod catch_up;

@@ -27,7 +27,7 @@ pub const USERS_MAX: usize = 65_536;
 /// Identifies this process's announcements.
 pub(super) static ORIGIN: LazyLock<u64> = LazyLock::new(rand::random);
 
-/// What is published on [`CHANNEL`].
+/// A message on [`CHANNEL`].
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct MovedUsers {
     /// Users with a new registration.

@@ -50,7 +50,7 @@ impl LocationsConfig {
     }
 }
 
-/// The other instances that hold sessions of a user, none twice; mostly empty.
+/// The other instances that hold sessions of a user, without duplicates. Usually empty.
 pub(super) type Instances = Arc<[Arc<str>]>;
 
 #[derive(Debug)]

@@ -71,7 +71,7 @@ impl Registry {
         Ok(found)
     }
 
-    /// All instances except this one, none twice.
+    /// All instances except this one, without duplicates.
     fn others(&mut self, holders: impl Iterator<Item = String>) -> Instances {
         let mut others: Vec<Arc<str>> = Vec::new();
         for holder in holders {

@@ -127,12 +127,12 @@ fn cache_stays_within_its_bounds() {
         assert!(node.counters.conversations.get() <= 160);
         assert!(node.counters.members.get() <= 1600);
     }
-    // As many as the member bound lets in, part by part.
+    // As many as the member bound of each part allows.
     let held = node.counters.conversations.get();
     assert!((48..=80).contains(&held), "{held}");
     assert_eq!(node.counters.members.get(), held * 20);
     assert_eq!(node.counters.evictions.get(), 2000 - held);
-    // One that is larger than its part's share is held all the same, alone in its part.
+    // A list that is larger than its part's share is cached too, alone in its part.
     let large: Vec<_> = (0..500).map(|n| format!("member-{n}")).collect();
     let large: Vec<_> = large.iter().map(String::as_str).collect();
     node.membership.created("large", &large, position(2000), now, now);

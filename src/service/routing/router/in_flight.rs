@@ -1,5 +1,5 @@
-//! Records that were handed on and are not done yet. Each has a ticket, which comes back from every
-//! shard that delivers the record and from the hand-off to other nodes.
+//! Records that were passed on and are not done yet. Each has a ticket. Every shard that delivers
+//! the record returns the ticket, and so does the hand-off to other nodes.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;

@@ -76,7 +76,7 @@ impl std::fmt::Debug for Assignment {
     }
 }
 
-/// How a waiting record came in.
+/// Where a waiting record came from.
 #[derive(Debug)]
 pub(super) enum Intake {
     /// From the lane's partition.

@@ -41,7 +41,7 @@ impl RouterLinks {
         self.recipients = 0;
     }
 
-    /// Adds a recipient. The caller adds none twice.
+    /// Adds a recipient. The caller adds each one only once.
     pub(super) fn gather(&mut self, session: SessionAddress) {
         let gathered = &mut self.gathered[session.shard.index()];
         if gathered.is_empty() {

@@ -231,7 +231,7 @@ pub struct RouterHandle {
 }
 
 impl RouterHandle {
-    /// Of all routers of the node, at least one.
+    /// The inboxes of all routers of the node, at least one.
     pub fn new(routers: Vec<RouterControl>) -> Self {
         assert!(!routers.is_empty());
         Self { routers: routers.into() }

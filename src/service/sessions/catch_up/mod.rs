@@ -71,7 +71,7 @@ pub struct CatchUpConfig {
     pub chunk_messages_max: usize,
     /// Bytes per chunk, likewise. A single message may be longer.
     pub chunk_bytes_max: usize,
-    /// The same as for live events.
+    /// When to compress: the same as for live events.
     pub compression: CompressionConfig,
 }
 
@@ -156,12 +156,12 @@ pub struct CatchUpRequest {
     pub visibility: Option<Arc<Visibility>>,
 }
 
-/// From a catch-up to the session manager.
+/// A report of a catch-up to the session manager.
 #[derive(Debug)]
 pub struct CatchUpReport {
     /// The session.
     pub address: SessionAddress,
-    /// What to do for it.
+    /// What the session manager has to do.
     pub step: CatchUpStep,
 }
 

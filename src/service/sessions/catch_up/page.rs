@@ -12,8 +12,8 @@ use crate::service::events::envelope;
 use crate::service::events::proto::message::v1::{Message, MessageSentEvent};
 use crate::service::events::proto::shared::v1::EventType;
 
-/// The messages after `after`, ascending, without duplicates. The contract says so of every page; the
-/// caller relies on it, so it is enforced here.
+/// The messages after `after`, ascending, without duplicates. The contract guarantees this for
+/// every page. The caller relies on it, so it is enforced here.
 pub(super) fn in_order(mut messages: Vec<Message>, after: i64) -> Vec<Message> {
     messages.retain(|message| message.sequence > after);
     messages.sort_by_key(|message| message.sequence);

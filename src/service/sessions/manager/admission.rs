@@ -59,8 +59,8 @@ impl SessionManager {
         }
     }
 
-    /// Waits for a check in a task of its own. There is one per waiting connection, so the number
-    /// of slots bounds them.
+    /// Waits for a token check in a task of its own. There is one task per waiting connection, so
+    /// the number of slots bounds the tasks.
     pub(super) fn await_check(
         &mut self,
         address: SessionAddress,
@@ -107,8 +107,8 @@ impl SessionManager {
                 return self.refuse(address, USER_LIMIT);
             }
         }
-        // The shard holds back what is routed to the session from here on, even before it has
-        // carried out the admission. What was routed before is part of the catch-up.
+        // From now on the shard holds back all events that are routed to the session, even before
+        // it has executed the admission. Catch-up covers earlier events.
         self.send(address.shard, ShardCommand::Admit { connection: address.connection });
         let replaced = self.directory.insert(ids.clone(), address);
         let (accepted, visibility) = self.presence.register_admitted(&ids, replaced.is_some());

@@ -39,7 +39,7 @@ pub(super) enum CatchUpAdmission {
 #[derive(Debug, Default)]
 pub(super) struct CatchUps {
     sessions: HashMap<(ShardId, u32), SessionCatchUps>,
-    /// Of sessions that may still request a catch-up (`ROUTING_MODE=group`).
+    /// The visibility of sessions that may still request a catch-up (`ROUTING_MODE=group`).
     visibilities: HashMap<(ShardId, u32), Arc<Visibility>>,
     /// Chunks in flight by ticket: the shard, and the task to notify.
     chunks: Slab<(ShardId, oneshot::Sender<()>)>,

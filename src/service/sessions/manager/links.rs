@@ -10,10 +10,10 @@ const CAPACITY_KEPT: usize = 1024;
 
 /// A port, and an overflow queue for commands while the ring is full.
 ///
-/// The queue has no bound of its own because its inputs are bounded. Per connection there is at most
-/// one answer to its handshake, one close, one command to go live, and one answer for each of its own
-/// messages (the shard limits their rate). Catch-up has one chunk per page in flight
-/// (`catch_up::CatchUpConfig`). Per shard there are two orders.
+/// The queue has no bound of its own because its inputs are bounded. Per connection there is at
+/// most one answer to its handshake, one close, one command to go live, and one answer for each of
+/// its own messages (the shard limits their rate). Catch-up has one chunk per page in flight
+/// (`catch_up::CatchUpConfig`). Per shard there are two more: to stop accepting, and to stop.
 #[derive(Debug)]
 pub(super) struct ControlLink {
     port: PeerEnd,

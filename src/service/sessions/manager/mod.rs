@@ -14,7 +14,7 @@
 //! | `run` | the loop: takes reports and requests, calls the handlers below |
 //! | `admission`, `messages`, `catching_up`, `upkeep`, `stopping` | the handlers |
 //! | `state` | [`SessionManager`] and the actions that all handlers share |
-//! | `records`, `links`, `catch_ups`, `drain`, `sweep`, `node_state` | its parts; they do not know the manager |
+//! | `records`, `links`, `catch_ups`, `drain`, `sweep`, `node_state` | its parts; they do not use the manager |
 
 mod admission;
 mod catch_ups;
@@ -81,7 +81,7 @@ impl Default for SessionConfig {
 pub struct SessionPorts {
     /// Doorbell that all shards ring for the session manager.
     pub bell: Arc<Doorbell>,
-    /// By shard number; the gRPC hub, if there is one, is the last.
+    /// The rings to the shards, by shard number. The gRPC hub, if there is one, is the last.
     pub shards: Vec<PeerEnd>,
     /// The sessions of this node. Only the session manager writes to it.
     pub directory: Arc<Directory>,
@@ -130,7 +130,7 @@ pub enum Shutdown {
     Drain(Duration),
 }
 
-/// From other tasks to the session manager.
+/// A request of another task to the session manager.
 enum ManagerRequest {
     /// A token check is complete.
     Checked {

@@ -33,15 +33,15 @@ pub struct SessionManager {
     pub(super) presence: Presence,
     pub(super) catch_up: CatchUpService,
     pub(super) counters: Arc<SessionCounters>,
-    /// For the token checks that the manager starts. Weak, so that the manager ends with its last
-    /// handle.
+    /// Given to the token checks that the manager starts. Weak, so that the manager ends with its
+    /// last handle.
     pub(super) requests: mpsc::WeakSender<ManagerRequest>,
-    /// For the catch-ups that the manager starts.
+    /// Given to the catch-ups that the manager starts.
     pub(super) catch_up_reports: mpsc::Sender<CatchUpReport>,
     pub(super) catch_ups: CatchUps,
     pub(super) refresh_sweep: Sweep,
     pub(super) expiry_sweep: Sweep,
-    /// Its handles read it.
+    /// Read by the manager's handles.
     pub(super) node_state: watch::Sender<NodeState>,
     pub(super) drain: Option<Drain>,
     /// Callers that wait for the last shard to stop.

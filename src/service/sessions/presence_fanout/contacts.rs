@@ -17,7 +17,7 @@ use crate::service::runtime::cache::{Bounds, Cache, Weigh};
 /// Changes noted; beyond that, all entries are dropped.
 const CHANGES_MAX: usize = 10_000;
 
-/// Users, none twice.
+/// Users, without duplicates.
 pub(super) type Users = Arc<[Arc<str>]>;
 
 #[derive(Debug)]

@@ -61,7 +61,7 @@ pub struct PresenceFanoutConfig {
     /// How long a user's contacts are cached. A member who was added receives changes after at most
     /// this time; one who was removed receives none from the removal on.
     pub contacts_lifetime: Duration,
-    /// Bound of the cache: users plus the contacts of each, about 60 bytes each.
+    /// Bound of the cache: the sum of all users and their contacts, about 60 bytes each.
     pub contacts_max: usize,
 }
 
@@ -115,7 +115,7 @@ pub struct PresenceFanoutParts {
 #[derive(Debug)]
 struct PresenceChange {
     occurred_at: i64,
-    /// As it was published.
+    /// The change as it was published.
     payload: Vec<u8>,
 }
 

@@ -286,7 +286,7 @@ impl RequestReader {
     async fn request_failed(self, status: Status) {
         match status.code() {
             Code::Cancelled => self.session.ended(EndReason::ClosedByPeer),
-            // From this server's decoder.
+            // These codes come from this server's decoder.
             Code::InvalidArgument | Code::OutOfRange => {
                 self.handler.counters.grpc_calls_malformed.add(1);
                 self.close_at_fault(status);

@@ -72,13 +72,13 @@ struct Among {
     shelf: Arc<Shelf>,
 }
 
-/// Of a session that was just admitted in group mode.
+/// The visibility of a session that was just admitted in group mode.
 fn admitted() -> Arc<Visibility> {
     let config = VisibilityConfig { lookup_lifetime: LONG, registration_wait: LONG };
     Arc::new(Visibility::new(config, Instant::now()))
 }
 
-/// Of a session that is visible on every node.
+/// The visibility of a session that every node can find.
 fn reached() -> Arc<Visibility> {
     let visibility = admitted();
     now_reached(&visibility);
@@ -200,7 +200,7 @@ async fn waiting_for_other_nodes_does_not_hold_a_slot() {
     now_reached(&visibility);
     assert_eq!(among.bench.step().await.address.connection.slot, 1);
 
-    // Without room in the budget it holds its slot.
+    // Without room in the budget the catch-up keeps its slot.
     let mut among = Among::new(CatchUpConfig { requests_bytes_max: 100, ..config });
     among.shelf.holds(&"a-long-name-".repeat(10), 1);
     let visibility = admitted();

@@ -16,7 +16,7 @@ pub(super) const PROBE_BACKOFF: Backoff =
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CallPermit {
     Now,
-    /// Not before the outcome of the probe in flight.
+    /// Only after the outcome of the probe in flight.
     AfterOutcome,
     NotBefore(Instant),
 }

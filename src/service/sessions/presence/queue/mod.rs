@@ -255,7 +255,7 @@ impl OperationQueue {
         self.replaced.drain().collect()
     }
 
-    /// From here on only unregistrations are carried out, and failed ones are retried at once.
+    /// From now on only unregistrations are carried out, and failed ones are retried at once.
     pub(super) fn shut_down(&mut self) {
         self.shutting_down = true;
         for Reverse(DelayedRetry { ids, .. }) in std::mem::take(&mut self.delayed) {
@@ -271,7 +271,8 @@ impl OperationQueue {
         self.entries.values().filter(|entry| entry.must_unregister()).count()
     }
 
-    /// Whether there are any. Called after each outcome, so it does not count them all.
+    /// Whether [`OperationQueue::pending_unregistrations`] is above 0. Called after each outcome,
+    /// so it does not count them all.
     pub(super) fn has_pending_unregistrations(&self) -> bool {
         self.entries.values().any(QueueEntry::must_unregister)
     }

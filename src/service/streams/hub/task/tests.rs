@@ -205,10 +205,10 @@ async fn stream_without_reads_is_closed_after_the_stall_timeout() {
     assert!(router.try_report().is_none());
 
     hub.sweep(Instant::now() + timeout);
-    // Its delivery is done,
+    // The delivery of the stalled stream is reported done.
     assert_eq!(done(&mut hub, &mut router).await, 1);
     assert!(manager.try_report().is_none());
-    // and the session ends even if its writer never runs again.
+    // Its session ends even if its writer never runs again.
     hub.sweep(Instant::now() + timeout + hub.config.close_timeout);
     assert_ended(&report(&mut hub, &mut manager).await, key(&session), EndReason::WriteTimeout);
     drop(session);

@@ -53,12 +53,10 @@ pub(super) fn begin(seed: u64) {
     });
 }
 
-/// Sets the current step.
 pub(super) fn step(step: u64) {
     TRACE.with_borrow_mut(|trace| trace.step = step);
 }
 
-/// Records a trace event.
 pub(super) fn note(act: TraceEvent) {
     TRACE.with_borrow_mut(|trace| {
         if trace.acts.len() == REMEMBERED {

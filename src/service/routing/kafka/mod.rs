@@ -145,7 +145,8 @@ struct ReaderResources {
     status: Arc<KafkaStatus>,
     counters: Arc<KafkaCounters>,
     topics: Vec<Arc<str>>,
-    /// Throttle the log lines of all clients: connection errors, and other errors.
+    /// Limit the rate of the log lines of all clients: one for connection errors, one for other
+    /// errors.
     connections: Outage,
     errors: Outage,
     stopping: AtomicBool,

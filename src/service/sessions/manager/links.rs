@@ -13,7 +13,8 @@ const CAPACITY_KEPT: usize = 1024;
 /// The queue has no bound of its own because its inputs are bounded. Per connection there is at
 /// most one answer to its handshake, one close, one command to go live, and one answer for each of
 /// its own messages (the shard limits their rate). Catch-up has one chunk per page in flight
-/// (`catch_up::CatchUpConfig`). Per shard there are two more: to stop accepting, and to stop.
+/// (`catch_up::CatchUpConfig`). Per shard there are two more commands: to stop accepting, and to
+/// stop.
 #[derive(Debug)]
 pub(super) struct ControlLink {
     port: PeerEnd,

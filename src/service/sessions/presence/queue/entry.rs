@@ -91,7 +91,6 @@ pub(super) struct QueueEntry {
 }
 
 impl QueueEntry {
-    /// A waiting entry.
     pub(super) fn new(
         desired: DesiredState,
         registration: RegistrationState,
@@ -148,7 +147,6 @@ impl QueueEntry {
                 && self.registration != RegistrationState::Absent)
     }
 
-    /// Its operation is starting.
     pub(super) fn begin(&mut self) {
         self.state = EntryState::InFlight;
         self.check = false;

@@ -14,7 +14,8 @@
 //!  └────────────────────────────────┘               └──────────────────────────────────┘
 //! ```
 //!
-//! Layers, from the bottom up. A layer imports only layers below it; `tests/tree` checks this, and that
+//! Layers, from the bottom up. A layer imports only some of the layers below it (`LAYERS` in
+//! `tests/tree/layers.rs`): the service knows neither reactor nor ring. The test checks this, and that
 //! unsafe code stays in [`uring`].
 //!
 //! | layer | contents |

@@ -58,8 +58,9 @@ impl AddressPermit {
     }
 }
 
-/// Counts connections and handshakes per address. It has one entry per address that is connected or
-/// was within the last second, so the connections and the handshake rate bound its memory.
+/// Counts connections and handshakes per address. It has one entry per address that is connected,
+/// or was or tried to be within the last second, so the connections and the handshake rate bound its
+/// memory.
 #[derive(Debug)]
 pub struct ConnectionLimiter {
     config: ConnectionLimits,

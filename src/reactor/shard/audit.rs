@@ -1,5 +1,5 @@
-//! Consistency checks over the whole state of a shard. Only the simulation runs them, after every
-//! step; they are far too slow for production.
+//! Consistency checks over the whole state of a shard. Only tests and the simulation run them, after
+//! every step; they are far too slow for production.
 
 use super::clock::next_deadline;
 use super::{PENDING_REPORTS_MAX, Shard};

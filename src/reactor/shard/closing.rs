@@ -107,8 +107,8 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Begins the close of an open connection. Its held events and the state of its receiver are
-    /// dropped.
+    /// Begins the close of an open connection and drops its held events. The receiver stays: the
+    /// answer of the peer is still read.
     fn begin_close(&mut self, key: ConnectionKey, why: EndReason) {
         let deadline = self.after(self.config.close_ms_max);
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));

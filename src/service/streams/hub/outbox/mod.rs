@@ -29,16 +29,16 @@ use crate::domain::ids::{ConversationKey, ConversationPosition};
 pub struct OutboxLimits {
     /// Queued live events (contract §3: 128).
     pub live_messages_max: usize,
-    /// Bytes of queued live events. A single event may exceed it.
+    /// Bytes of queued live events. An event that is the only one queued may exceed it.
     pub live_bytes_max: usize,
     /// Held live events.
     pub hold_messages_max: usize,
-    /// Bytes of held live events. A single event may exceed it.
+    /// Bytes of held live events. An event that is the only one held may exceed it.
     pub hold_bytes_max: usize,
     /// Queued caught-up messages. Catch-up sends at the pace of the client, so it reaches this limit
     /// only if that pacing fails.
     pub catch_up_messages_max: usize,
-    /// Bytes of queued caught-up messages.
+    /// Bytes of queued caught-up messages. A message that is the only one queued may exceed it.
     pub catch_up_bytes_max: usize,
     /// Conversations that a client may name in one session.
     pub conversations_max: usize,

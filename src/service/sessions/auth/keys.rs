@@ -2,7 +2,7 @@
 //! match it. So a public key is never used as an HMAC secret.
 
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
-use jsonwebtoken::{Algorithm, DecodingKey, Header};
+use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, Header};
 
 use crate::domain::command::Secret;
 
@@ -15,6 +15,9 @@ const P256_POINT_BYTES: usize = 65;
 /// Bytes of an Ed25519 public key (RFC 8032).
 const ED25519_BYTES: usize = 32;
 
+/// Shortest modulus of an RSA key: 2048 bits (RFC 7518 §3.3).
+const RSA_MODULUS_BYTES_MIN: usize = 256;
+
 /// Why a key cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
@@ -24,6 +27,9 @@ pub enum KeyError {
     /// It is not PEM, or not of a supported kind.
     #[error("the key file holds no PEM public key of type RSA, EC P-256 or Ed25519")]
     Unknown,
+    /// ring verifies RSA keys of 2048 to 8192 bits.
+    #[error("the key file holds an RSA key of fewer than 2048 bits: create a longer one")]
+    RsaTooShort,
     /// The secret is empty.
     #[error("the secret is empty")]
     Empty,
@@ -137,6 +143,7 @@ fn of_pem_block(block: &str) -> Result<VerificationKey, KeyError> {
     match algorithm {
         Algorithm::ES256 if length != P256_POINT_BYTES => Err(KeyError::Unknown),
         Algorithm::EdDSA if length != ED25519_BYTES => Err(KeyError::Unknown),
+        Algorithm::RS256 if length < RSA_MODULUS_BYTES_MIN => Err(KeyError::RsaTooShort),
         _ => Ok(VerificationKey { id: None, algorithm, key }),
     }
 }
@@ -167,6 +174,14 @@ fn of_jwk(jwk: &Jwk) -> Option<VerificationKey> {
     if for_other_use || for_other_algorithm {
         return None;
     }
-    let key = DecodingKey::from_jwk(jwk).ok()?;
+    let mut key = DecodingKey::from_jwk(jwk).ok()?;
+    if let DecodingKeyKind::RsaModulusExponent { n, e } = key.kind() {
+        // Some publishers begin the numbers with a zero byte, as DER does. ring takes none.
+        let [n, e] = [n, e].map(|number| &number[number.iter().take_while(|b| **b == 0).count()..]);
+        if n.len() < RSA_MODULUS_BYTES_MIN {
+            return None;
+        }
+        key = DecodingKey::from_rsa_raw_components(n, e);
+    }
     Some(VerificationKey { id: common.key_id.clone(), algorithm, key })
 }

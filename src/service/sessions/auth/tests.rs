@@ -22,6 +22,7 @@ use super::*;
 /// A key made for these tests.
 const RSA_PRIVATE: &str = include_str!("testdata/rsa_private.pem");
 const RSA_PUBLIC: &str = include_str!("testdata/rsa_public.pem");
+const RSA_1024_PUBLIC: &str = include_str!("testdata/rsa_1024_public.pem");
 const SECRET: &str = "a secret of these tests, of 32 bytes or more";
 
 /// A pair of keys. Signs with its own code, so that the verifier is not its own oracle.
@@ -292,6 +293,53 @@ fn unusable_published_keys_are_ignored() {
     assert_eq!(KeySet::of_jwks(&keys.to_string()).unwrap().len(), 1);
     for useless in ["", "[]", "{}", r#"{"keys": []}"#, r#"{"keys": [{"kty": "oct", "k": "eA"}]}"#] {
         assert!(KeySet::of_jwks(useless).is_none(), "{useless}");
+    }
+}
+
+#[test]
+fn rsa_key_with_leading_zeros_verifies_and_a_short_one_is_refused() {
+    let rsa = Signer::rsa();
+    let mut jwk = rsa.jwk("a");
+    for number in ["n", "e"] {
+        let bytes = BASE64URL.decode(jwk[number].as_str().unwrap()).unwrap();
+        jwk[number] = json!(BASE64URL.encode([&[0, 0][..], &bytes].concat()));
+    }
+    let keys = KeySet::of_jwks(&json!({ "keys": [jwk] }).to_string()).unwrap();
+    let token = rsa.sign(Some("a"), &claims());
+    let header = verify::header(token.expose()).unwrap();
+    assert!(verify::verify(token.expose(), &header, &keys, &rules(), "", now_s()).is_ok());
+
+    assert_eq!(KeySet::of_pem(RSA_1024_PUBLIC.as_bytes()).err(), Some(KeyError::RsaTooShort));
+    let short = json!({ "kty": "RSA", "n": BASE64URL.encode([0xff; 128]), "e": "AQAB" });
+    assert!(KeySet::of_jwks(&json!({ "keys": [short] }).to_string()).is_none());
+}
+
+/// Signatures that neither ring nor this file made: RFC 7515, appendices A.2 and A.3.
+#[test]
+fn examples_of_rfc_7515_verify() {
+    const CLAIMS: &str = "eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ";
+    signature::install();
+    let rules = ClaimRules { issuer: None, audience: None, leeway: Duration::ZERO };
+    for (header, signature, key) in [
+        (
+            "eyJhbGciOiJSUzI1NiJ9",
+            "cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJdbF9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw",
+            json!({ "kty": "RSA", "e": "AQAB", "n": "ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4QlL-yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUsLA9e-KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoudF8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ" }),
+        ),
+        (
+            "eyJhbGciOiJFUzI1NiJ9",
+            "DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q",
+            json!({ "kty": "EC", "crv": "P-256", "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU", "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0" }),
+        ),
+    ] {
+        let token = format!("{header}.{CLAIMS}.{signature}");
+        let keys = KeySet::of_jwks(&json!({ "keys": [key] }).to_string()).unwrap();
+        let header = verify::header(&token).unwrap();
+        let check = |token: &str| verify::verify(token, &header, &keys, &rules, "", 1_300_000_000);
+        // The signature is right; the claims have no subject.
+        assert_eq!(check(&token), Err(AuthFailure::SubjectUnusable));
+        let tampered = token.replacen(".eyJpc3MiOiJqb2Ui", ".eyJpc3MiOiJqb2Vi", 1);
+        assert_eq!(check(&tampered), Err(AuthFailure::SignatureWrong));
     }
 }
 

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use delivery_testkit::admin::Metrics;
 use delivery_testkit::publisher::{Publisher, new_topic};
 
 use super::support::fleet::{Connect, Fleet, Received};
-use super::support::node::{Metrics, Node, NodeBuilder};
+use super::support::node::{Node, NodeBuilder};
 use super::support::services::kafka_brokers;
 use super::support::tally::{Tally, Totals};
 use super::support::world::{Chance, World};

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use delivery_testkit::admin::{Answer, Metrics, request};
 use delivery_testkit::ports::free_port;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -171,9 +171,7 @@ impl Node {
 
     /// Every sample of the metrics page.
     pub fn metrics(&self) -> Metrics {
-        let answer = self.get("/metrics").expect("the admin port answers");
-        assert_eq!(answer.status, 200, "{}", answer.body);
-        Metrics::parse(&answer.body)
+        Metrics::of(self.admin).expect("the admin port answers")
     }
 
     /// Its process id.
@@ -222,88 +220,5 @@ impl Drop for Node {
         } else {
             let _ = std::fs::remove_file(&self.log_path);
         }
-    }
-}
-
-/// An HTTP answer.
-#[derive(Clone, Debug)]
-pub struct Answer {
-    /// The status.
-    pub status: u16,
-    /// The head, with the status line.
-    pub head: String,
-    /// The body.
-    pub body: String,
-}
-
-/// One request on a connection of its own.
-pub fn request(address: SocketAddr, method: &str, path: &str) -> std::io::Result<Answer> {
-    let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-    );
-    raw_request(address, head.as_bytes())
-}
-
-/// Sends bytes and reads until the server closes.
-pub fn raw_request(address: SocketAddr, bytes: &[u8]) -> std::io::Result<Answer> {
-    let mut stream = TcpStream::connect_timeout(&address, SOON)?;
-    stream.set_read_timeout(Some(SOON))?;
-    stream.write_all(bytes)?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-    Ok(Answer { status, head: head.into(), body: body.into() })
-}
-
-/// A metrics page.
-#[derive(Clone, Debug, Default)]
-pub struct Metrics {
-    samples: Vec<(String, f64)>,
-}
-
-impl Metrics {
-    fn parse(page: &str) -> Self {
-        let samples = page
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-            .filter_map(|line| line.rsplit_once(' '))
-            .filter_map(|(series, value)| Some((series.to_owned(), value.parse().ok()?)))
-            .collect();
-        Self { samples }
-    }
-
-    /// The sum over the series of this name whose labels contain each of `labels` (`name="value"`).
-    pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
-        self.samples
-            .iter()
-            .filter(|(series, _)| {
-                let (own, rest) = series.split_once('{').unwrap_or((series, ""));
-                own == name && labels.iter().all(|label| rest.contains(label))
-            })
-            .map(|(_, value)| value)
-            .sum()
-    }
-
-    /// The series that grew, and by how much.
-    pub fn grown_since(&self, before: &Self) -> Vec<(String, f64)> {
-        let old: BTreeMap<_, _> =
-            before.samples.iter().map(|(name, value)| (name, *value)).collect();
-        let grown = self.samples.iter().map(|(name, value)| {
-            (name.clone(), value - old.get(name).copied().unwrap_or_default())
-        });
-        grown.filter(|(_, by)| *by > 0.0).collect()
-    }
-
-    /// The series with this prefix that are not 0.
-    pub fn nonzero(&self, prefix: &str) -> Vec<(String, f64)> {
-        let wanted = |sample: &&(String, f64)| sample.0.starts_with(prefix) && sample.1 != 0.0;
-        self.samples.iter().filter(wanted).cloned().collect()
-    }
-
-    /// Whether there is a series of this name.
-    pub fn has(&self, name: &str) -> bool {
-        self.samples.iter().any(|(series, _)| series.split('{').next() == Some(name))
     }
 }

@@ -50,8 +50,11 @@ impl Nodes {
 
     fn registered(&mut self, user: &str, number: usize) {
         let instance = self.instance(number);
-        until(SOON, "the registry names the instance", || {
-            (self.registry.instance_of(user, "phone").as_ref() == Some(&instance)).then_some(())
+        // Other nodes find a session by both keys, and they are not written in one step.
+        until(SOON, "the registry names the device and the instance", || {
+            let registered = self.registry.devices_of(user).contains("phone")
+                && self.registry.instance_of(user, "phone").as_ref() == Some(&instance);
+            registered.then_some(())
         });
     }
 }

@@ -2,9 +2,11 @@
 
 use std::process::Command;
 
+use delivery_testkit::admin::request;
+
 use crate::support::back_end::BackEnd;
 use crate::support::client::Client;
-use crate::support::node::{NodeBuilder, request};
+use crate::support::node::NodeBuilder;
 
 /// Runs `delivery config` with these variables: whether they are valid, and its output.
 fn config(variables: &[(&str, &str)]) -> (bool, String) {

@@ -6,12 +6,13 @@ mod drain;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use delivery_testkit::admin::Metrics;
 use delivery_testkit::neighbours::FakeNeighbours;
 use delivery_testkit::ports::free_port;
 use delivery_testkit::publisher::{Publisher, message, new_topic};
 
 use crate::support::fleet::{ClientId, Connect, Fleet, Received};
-use crate::support::node::{Metrics, Node, NodeBuilder};
+use crate::support::node::{Node, NodeBuilder};
 use crate::support::own_services::OwnService;
 use crate::support::proxy::Proxy;
 use crate::support::tally::{Tally, Totals, resume_request};

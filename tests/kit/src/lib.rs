@@ -1,9 +1,10 @@
 //! Test doubles of what surrounds a node: the conversation, message and presence services, the
-//! producer of the Kafka events, and the issuer of tokens.
+//! producer of the Kafka events, the issuer of tokens, and a client of the admin port.
 //!
 //! Generates its own wire types from `proto/` and depends on nothing of Delivery, so that the two
 //! can disagree.
 
+pub mod admin;
 pub mod neighbours;
 pub mod ports;
 pub mod publisher;

@@ -458,8 +458,7 @@ impl SettingValue for Targets {
     const KIND: &'static str = "log levels";
 
     fn parse(text: &str) -> Result<Self, String> {
-        let directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
-        directives.into_iter().try_fold(Self::new(), |targets, directive| {
+        text.split(',').map(str::trim).try_fold(Self::new(), |targets, directive| {
             let (target, level) = directive.rsplit_once('=').unwrap_or(("", directive));
             let parsed = level.parse::<LevelFilter>().ok().filter(|_| !level.is_empty());
             let level = parsed.ok_or_else(|| {
@@ -613,7 +612,9 @@ mod tests {
         use tracing::Level;
         assert!(shown("delivery", Level::INFO) && !shown("delivery", Level::DEBUG));
         assert!(shown("delivery::service::routing::kafka", Level::DEBUG));
-        for wrong in ["inof", "info,delivery", "delivery=", "delivery=loud", "d[span]=x"] {
+        for wrong in
+            ["", " ", "info,", "inof", "info,delivery", "delivery=", "delivery=loud", "d[span]=x"]
+        {
             let problem = Targets::parse(wrong).unwrap_err();
             assert!(problem.contains("error, warn, info"), "{problem}");
         }

@@ -137,10 +137,11 @@ impl MemberLists {
         let MembershipCounters { conversations, members, .. } = &*self.counters;
         let (conversations_before, members_before) = (part.len(), part.weight());
         let result = act(part);
-        conversations.add(part.len() as u64);
-        conversations.sub(conversations_before as u64);
-        members.add(part.weight() as u64);
-        members.sub(members_before as u64);
+        // Only the difference: a scrape in between must not see a part twice.
+        conversations.add(part.len().saturating_sub(conversations_before) as u64);
+        conversations.sub(conversations_before.saturating_sub(part.len()) as u64);
+        members.add(part.weight().saturating_sub(members_before) as u64);
+        members.sub(members_before.saturating_sub(part.weight()) as u64);
         result
     }
 

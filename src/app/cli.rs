@@ -11,7 +11,7 @@ use super::{dev, publish, serve, tail};
 const ABOUT: &str = "Pushes each RealChat event to every connected device of every member";
 
 const LONG_ABOUT: &str = "\
-Delivery holds the client connections of a RealChat back end. It reads events from Kafka and pushes each one
+Delivery holds the client connections of a RealChat back end. It reads events from Kafka and pushes each one \
 over WebSocket or gRPC to every connected device of every member of its conversation.
 
 To try it without installing anything else:
@@ -26,17 +26,17 @@ To send a message yourself (`delivery dev` prints the address of the broker):
 const SERVE_ABOUT: &str = "\
 Runs a node with production defaults.
 
-Each setting below can also be given as an environment variable (--http-port is HTTP_PORT) or as a line of
-the TOML file named by --config (http_port = \"8083\"). A flag overrides the environment, the environment
+Each setting below can also be given as an environment variable (--http-port is HTTP_PORT) or as a line of \
+the TOML file named by --config (http_port = \"8083\"). A flag overrides the environment, the environment \
 overrides the file. Required: --kafka-brokers, and --jwt-secret or another key (or --auth-mode trust).";
 
 const DEV_ABOUT: &str = "\
-Runs a node without installing anything else. Kafka is embedded and stores nothing, there is no Redis and no
-other service, anybody can connect as any user, and the node listens on this machine only. A demo
-conversation gets one message per second. All settings of `serve` can be set.";
+Runs a node without installing anything else. Kafka is embedded and stores nothing, there is no Redis and no \
+other service, anybody can connect as any user, and the node listens on this machine only. A demo \
+conversation gets a message about once a second. All settings of `serve` can be set.";
 
 const CONFIG_ABOUT: &str = "\
-Prints the effective configuration as a TOML file, with the source of each value and masked secrets. Takes
+Prints the effective configuration as a TOML file, with the source of each value and masked secrets. Takes \
 the same flags as `serve`. Exits with status 2 if the configuration is invalid.";
 
 /// Exit status if the command line or the configuration is invalid.
@@ -141,7 +141,7 @@ fn command() -> Command {
 /// Sets the long help. Its first sentence is the short help.
 fn about(command: Command, text: &'static str) -> Command {
     let first = text.split(['.', ':']).next().expect("split returns at least one piece");
-    command.about(first.replace('\n', " ")).long_about(text)
+    command.about(first).long_about(text)
 }
 
 fn setting_flags(command: Command) -> Command {

@@ -26,7 +26,7 @@ Connects as a client and prints one JSON line per event.
     delivery tail --user alice --device phone
     delivery tail --user bob --device desk --url node-1:8083 --token \"$TOKEN\" | jq .payload
 
-When the connection ends, it reconnects and asks for the messages after the last one it has of each
+When the connection ends, it reconnects and asks for the messages after the last one it has of each \
 conversation, so it misses none. Events go to standard output, notices to standard error.";
 
 /// The client pings after this time without data from the server, and reconnects after twice this time.
@@ -48,7 +48,7 @@ pub struct Tail {
     /// Device id to connect with: a new connection of the same user and device replaces the old one
     #[arg(long)]
     device: String,
-    /// Server address: host:port or ws://host:port/ws
+    /// Server address: host:port, or a ws:// or http:// URL
     #[arg(long, default_value = "127.0.0.1:8083")]
     url: String,
     /// Token to authenticate with (AUTH_MODE=jwt)

@@ -92,7 +92,7 @@ fn drain_turns_readiness_off_and_a_signal_exits_at_once() {
     until(SOON, "readiness turns off", || {
         node.get("/health/ready").filter(|answer| answer.status == 503)
     });
-    assert!(node.get("/health/ready").unwrap().body.contains("draining"));
+    assert_eq!(node.get("/health/ready").unwrap().body.trim(), "not ready: draining");
     node.signal(Signal::TERM);
     let status = until(SOON, "the node exits", || node.ended());
     assert_eq!(status.code(), Some(128 + 15), "{}", node.log());

@@ -122,8 +122,8 @@ settings! {
         /// Maximum number of events in one shard that are not sent to all recipients yet. A full shard
         /// accepts no further events, and the Kafka partitions concerned pause.
         shard_events_max: Count = "262144", from "1" to "16777216", example "262144";
-        /// Maximum number of bytes of those events. Multiplied by the number of shards, this is the
-        /// largest part of the memory bound.
+        /// Maximum number of bytes of the events in one shard that are not sent to all recipients yet.
+        /// Multiplied by the number of shards, this is the largest part of the memory bound.
         shard_event_bytes_max: Size = "256MiB", from "1MiB" to "1024GiB", example "256MiB";
         /// Kernel send buffer per client (`SO_SNDBUF`; the kernel doubles it). 0: the kernel sizes it
         /// dynamically, up to several megabytes per slow reader.
@@ -154,7 +154,7 @@ settings! {
         /// Compress events (permessage-deflate) for clients that support it.
         deflate: bool = "true", example "true";
         /// Size below which events are not compressed.
-        deflate_threshold: Size = "256B", from "0" to "1MiB", example "256";
+        deflate_threshold: Size = "256B", from "0" to "1MiB", example "256B";
         /// Serve `/echo`, for conformance suites and load tools.
         echo: bool = "false", dev "true", example "true";
     }
@@ -234,8 +234,8 @@ settings! {
         jwt_leeway: Duration = "30s", from "0s" to "10m", example "30s";
     }
     "Demo" {
-        /// Run the demo conversation of `delivery dev`: `demo` with alice, bob and carol, one message
-        /// per second. `--no-demo` is short for `--dev-demo false`.
+        /// Run the demo conversation of `delivery dev`: `demo` with alice, bob and carol, a message about
+        /// once a second. `--no-demo` (`dev` only) is short for `--dev-demo false`.
         dev_demo: bool = "true", example "true";
     }
     "Stopping" {

@@ -1,4 +1,4 @@
-//! The demo conversation: `demo` with alice, bob and carol, one message per second.
+//! The demo conversation: `demo` with alice, bob and carol, a message about once a second.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};

@@ -5,7 +5,9 @@ mod kafka;
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::config::{AuthMode, ListenAddress, Loaded, PeerAddress, SettingValue as _, Settings};
+use super::config::{
+    AuthMode, ListenAddress, Loaded, PeerAddress, SettingValue as _, Settings, TABLE,
+};
 use super::node::{self, Addresses, Plan};
 use demo::Demo;
 use kafka::EmbeddedKafka;
@@ -19,13 +21,17 @@ const PORT_MARK: &str = "{{WEBSOCKET_PORT}}";
 /// # Errors
 /// A part could not be started. The text says which, and what to do.
 pub fn run(loaded: Loaded) -> Result<(), String> {
-    let mut settings = loaded.settings;
+    let Loaded { mut settings, sources } = loaded;
     refuse_public_trust(&settings)?;
     let embedded = if settings.kafka_brokers.is_empty() {
         let kafka = EmbeddedKafka::start(&settings.kafka_topics)?;
         settings.kafka_brokers = Vec::<PeerAddress>::parse(&kafka.brokers())?;
         Some(kafka)
     } else {
+        let mut sources = TABLE.iter().zip(sources);
+        let (_, source) =
+            sources.find(|(row, _)| row.name == "kafka_brokers").expect("in the table");
+        println!("Using Kafka at {} ({source})", settings.kafka_brokers.show());
         None
     };
     // Only the embedded Kafka gets demo messages, never the user's own.
@@ -93,22 +99,23 @@ fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> 
     }
     out += &missing(settings);
     if demo {
-        out += "\nThe conversation `demo` (alice, bob, carol) gets one message per second. Watch it as alice:\n";
+        out += "\nThe conversation `demo` (alice, bob, carol) gets a message about once a second. Watch it as alice:\n";
     } else {
         out += &format!(
             "\nCreate a conversation, then watch it as alice:\n\n    \
              {program} publish --brokers {brokers} create --conversation demo --members alice,bob,carol\n"
         );
     }
-    let url = format!("ws://{websocket}/ws?user_id=alice&device_id=phone");
+    // Each command uses another device, so that none replaces the session of another.
+    let url = format!("ws://{websocket}/ws?user_id=alice&device_id=");
     out += &format!(
         "\n  in a browser:\n    http://{admin}/try\n\
          \n  with this program, in another terminal:\n    \
          {program} tail --url {websocket} --user alice --device phone\n\
-         \n  with websocat:\n    websocat --protocol realchat.v1.json '{url}'\n\
+         \n  with websocat:\n    websocat --protocol realchat.v1.json '{url}laptop'\n\
          \n  with Python (pip install websockets):\n    \
          python3 -c \"from websockets.sync.client import connect\n\
-         for event in connect('{url}', subprotocols=['realchat.v1.json']): print(event)\"\n\
+         for event in connect('{url}tablet', subprotocols=['realchat.v1.json']): print(event)\"\n\
          \nSend a message:\n\n    \
          {program} publish --brokers {brokers} message --conversation demo --sender bob \"Hello\"\n"
     );

@@ -328,8 +328,8 @@ fn local(listener: &TcpListener) -> SocketAddr {
 
 fn serving(sessions: SessionHandle) -> ReadinessCheck {
     Box::new(move || match sessions.state() {
-        NodeState::Serving => None,
-        NodeState::Draining => Some("draining".to_owned()),
+        // The admin port itself reports a drain.
+        NodeState::Serving | NodeState::Draining => None,
         NodeState::Stopping | NodeState::Stopped => Some("stopping".to_owned()),
     })
 }

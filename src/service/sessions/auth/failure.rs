@@ -11,8 +11,8 @@ pub enum AuthFailure {
     UserMissing,
     /// The token is missing.
     #[error(
-        "access token required: send `Authorization: Bearer`, `?access_token=`, or the \
-         subprotocol `bearer.<token>`"
+        "access token required: send `Authorization: Bearer <token>` (header or gRPC metadata); over \
+         WebSocket also `?access_token=<token>` or the subprotocol `bearer.<token>`"
     )]
     TokenMissing,
     /// Not a JWT.

@@ -103,6 +103,8 @@ fn event_reaches_the_members_on_every_node_once_and_in_order() {
     // Each of the two nodes has some of these partitions.
     for room in 0..12 {
         let room = format!("{}-room-{room}", nodes.name);
+        // A node that does not know the list asks the service that announced the conversation.
+        nodes.back_end.neighbours.state().create(&room, &users.each_ref().map(|user| &**user), 0);
         nodes.back_end.publisher.created(&room, &users);
         for sequence in 1..=20 {
             nodes.back_end.publisher.message(&room, sequence, &users[0], "hello");

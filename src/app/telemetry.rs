@@ -61,7 +61,7 @@ impl LogSink {
         &self.counters
     }
 
-    /// Waits until all lines so far are written, at most [`FLUSH_MAX`].
+    /// Waits until all lines so far are written, at most a second.
     pub fn flush(&self) {
         let (sender, done) = sync_channel(0);
         if self.lines.try_send(LogItem::Flush(sender)).is_ok() {

@@ -41,7 +41,7 @@ pub enum RedisAddressError {
          be percent-encoded)"
     )]
     Malformed(usize),
-    /// More items than [`SEEDS_MAX`].
+    /// More than 64 items.
     #[error("the Redis address has more than {SEEDS_MAX} items")]
     TooMany,
     /// A cluster client cannot use Unix sockets.

@@ -127,7 +127,7 @@ impl ServedDelivery {
                 ("HANDSHAKES_PER_SECOND", "0".to_owned()),
                 ("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0".to_owned()),
                 ("SO_SNDBUF", "128KiB".to_owned()),
-                ("ROUTING_MODE", "group".to_owned()),
+                ("ROUTING_MODE", "broadcast".to_owned()),
                 ("KAFKA_BROKERS", config.brokers.clone()),
                 ("KAFKA_TOPICS", format!("{messages},{conversations}")),
                 ("KAFKA_GROUP", messages.clone()),

@@ -80,9 +80,37 @@ pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
     if settings.presence() == PresenceMode::Redis && !settings.has_redis() {
         layers.reject("redis_addr", "is missing: presence_mode is `redis`");
     }
+    hand_off(settings, layers);
     if settings.idle_timeout <= settings.ping_interval {
         let why = "is not longer than ping_interval: it would cut off healthy clients";
         layers.reject("idle_timeout", why);
+    }
+}
+
+/// What the hand-off through Redis needs (`ROUTING_MODE=group`). The nodes share the partitions, so each
+/// event of a partition reaches the users on other nodes only through Redis, and only those that are in
+/// the registry. Without either, a node delivers its own part of the events and nobody notices.
+fn hand_off(settings: &Settings, layers: &mut Layers) {
+    if settings.routing() != RoutingMode::Group {
+        return;
+    }
+    if !settings.has_redis() {
+        let why = "is `group`, and redis_addr is missing: without Redis no event reaches a user on \
+                   another node (set redis_addr, or set routing_mode to `broadcast`, where every \
+                   node reads every partition)";
+        layers.reject("routing_mode", why);
+    }
+    if settings.presence() == PresenceMode::Off {
+        let mode = match settings.routing_mode {
+            Some(_) => "routing_mode is `group`",
+            None => "Redis is configured, so routing_mode is `group`",
+        };
+        let why = format!(
+            "is `off`, and {mode}: the nodes find a user on another node only in the registry of \
+             presence (set presence_svc_addr, or set presence_mode to `redis`, or set \
+             routing_mode to `broadcast`)"
+        );
+        layers.reject("presence_mode", why);
     }
 }
 
@@ -145,7 +173,8 @@ mod tests {
         let dev = |flags: &[_]| subjects(Profile::Dev, flags);
         assert_eq!(dev(&[("presence_mode", "service")]), ["PRESENCE_SVC_ADDR"]);
         assert_eq!(dev(&[("presence_mode", "redis")]), ["REDIS_ADDR"]);
-        assert_eq!(dev(&[("redis_url", "http://redis:1")]), ["--redis-url"]);
+        let broadcast = ("routing_mode", "broadcast");
+        assert_eq!(dev(&[("redis_url", "http://redis:1"), broadcast]), ["--redis-url"]);
         assert_eq!(dev(&[("origins", "example.com")]), ["--origins"]);
         assert_eq!(dev(&[("idle_timeout", "54s")]), ["--idle-timeout"]);
         assert_eq!(dev(&[("kafka_topics", "")]), ["--kafka-topics"]);
@@ -160,7 +189,102 @@ mod tests {
     #[test]
     fn routing_mode_depends_on_redis() {
         assert_eq!(dev_settings(&[]).routing(), RoutingMode::Broadcast);
-        assert_eq!(dev_settings(&[("redis_addr", "r:1")]).routing(), RoutingMode::Group);
-        assert_eq!(dev_settings(&[("routing_mode", "group")]).routing(), RoutingMode::Group);
+        let redis = ("redis_addr", "r:1");
+        let mode = |flags: &[_]| dev_settings(flags).routing();
+        assert_eq!(mode(&[redis, ("presence_mode", "redis")]), RoutingMode::Group);
+        assert_eq!(mode(&[redis, ("presence_svc_addr", "p:1")]), RoutingMode::Group);
+        assert_eq!(mode(&[redis, ("routing_mode", "broadcast")]), RoutingMode::Broadcast);
+    }
+
+    /// One value of each setting that the hand-off between nodes depends on; empty: not set.
+    struct HandOffSettings {
+        routing: &'static str,
+        redis: &'static str,
+        service: &'static str,
+        presence: &'static str,
+    }
+
+    /// All combinations.
+    fn hand_off_settings() -> Vec<HandOffSettings> {
+        let mut all = Vec::new();
+        for routing in ["", "group", "broadcast"] {
+            for redis in ["", "r:1"] {
+                for service in ["", "p:1"] {
+                    for presence in ["", "off", "service", "redis"] {
+                        all.push(HandOffSettings { routing, redis, service, presence });
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Promise: “A node whose settings cannot deliver between nodes does not start.”
+    #[test]
+    fn settings_that_deliver_only_a_part_are_refused_with_what_to_do() {
+        let no_redis = "redis_addr is missing";
+        let no_registry = "the nodes find a user on another node only in the registry";
+        for HandOffSettings { routing, redis, service, presence } in hand_off_settings() {
+            let registry = match presence {
+                "" => !service.is_empty(),
+                "off" => false,
+                _ => true,
+            };
+            let group = routing == "group" || (routing.is_empty() && !redis.is_empty());
+            let mut expected = Vec::new();
+            // Rules of presence itself.
+            if presence == "service" && service.is_empty() {
+                expected.push(("PRESENCE_SVC_ADDR", "presence_mode is `service`"));
+            }
+            if presence == "redis" && redis.is_empty() {
+                expected.push(("REDIS_ADDR", "presence_mode is `redis`"));
+            }
+            if group && redis.is_empty() {
+                expected.push(("ROUTING_MODE", no_redis));
+            }
+            if group && !registry {
+                expected.push(("PRESENCE_MODE", no_registry));
+            }
+            let flags = [
+                ("routing_mode", routing),
+                ("redis_addr", redis),
+                ("presence_svc_addr", service),
+                ("presence_mode", presence),
+            ];
+            let given = flags.iter().filter(|(_, value)| !value.is_empty());
+            let environment: Vec<_> =
+                given.map(|(name, value)| (name.to_ascii_uppercase(), *value)).collect();
+            let layers = Layers::new(Profile::Dev).with_environment(|name| {
+                let found = environment.iter().find(|(given, _)| given == name);
+                found.map(|(_, value)| (*value).into())
+            });
+            let errors = load(layers).map_or_else(|errors| errors.0, |_| Vec::new());
+            let found: Vec<_> = errors.iter().map(|error| error.subject.as_str()).collect();
+            let subjects: Vec<_> = expected.iter().map(|(subject, _)| *subject).collect();
+            assert_eq!(found, subjects, "{environment:?}");
+            for (error, (_, problem)) in errors.iter().zip(&expected) {
+                assert!(error.problem.contains(problem), "{environment:?}: {}", error.problem);
+            }
+        }
+    }
+
+    #[test]
+    fn refusal_of_redis_without_presence_names_every_way_out() {
+        let flags = [("redis_addr", "r:1".to_owned())];
+        let errors = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap_err();
+        assert_eq!(
+            errors.0[0].problem,
+            "is `off`, and Redis is configured, so routing_mode is `group`: the nodes find a user on \
+             another node only in the registry of presence (set presence_svc_addr, or set \
+             presence_mode to `redis`, or set routing_mode to `broadcast`)"
+        );
+        let flags = [("routing_mode", "group".to_owned()), ("presence_svc_addr", "p:1".to_owned())];
+        let errors = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap_err();
+        assert_eq!(
+            errors.0[0].problem,
+            "is `group`, and redis_addr is missing: without Redis no event reaches a user on another \
+             node (set redis_addr, or set routing_mode to `broadcast`, where every node reads every \
+             partition)"
+        );
     }
 }

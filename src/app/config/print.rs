@@ -93,6 +93,7 @@ mod tests {
         let flags = [
             ("jwt_secret", "0123456789abcdef0123456789abcdef".to_owned()),
             ("redis_url", "redis://me:hunter2@redis:6379".to_owned()),
+            ("routing_mode", "broadcast".to_owned()),
             ("shards", "3".to_owned()),
         ];
         let loaded = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap();

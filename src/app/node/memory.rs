@@ -328,8 +328,9 @@ mod tests {
         let messages = bound(&[("message_bytes_max", "65KiB")], 1_000);
         let waiting = 1_000 + HANDOFF_RING_SLOTS + PENDING_REPORTS_MAX;
         assert_eq!(messages - base, 2 * waiting as u64 * 1_024);
-        assert!(bound(&[("redis_addr", "localhost:6379")], 1_000) > base);
-        assert!(bound(&[("redis_url", "redis://localhost:6379")], 1_000) > base);
+        let registry = ("presence_mode", "redis");
+        assert!(bound(&[registry, ("redis_addr", "localhost:6379")], 1_000) > base);
+        assert!(bound(&[registry, ("redis_url", "redis://localhost:6379")], 1_000) > base);
         assert!(bound(&[("dead_letter_topic", "dead")], 1_000) > base);
     }
 

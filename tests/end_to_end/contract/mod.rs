@@ -3,6 +3,7 @@
 mod events;
 mod nodes;
 mod presence;
+mod registry;
 mod resume;
 mod seam;
 mod settings;

@@ -48,7 +48,7 @@ impl Nodes {
         format!("{}-{name}", self.name)
     }
 
-    fn registered(&mut self, user: &str, number: usize) {
+    pub(super) fn registered(&mut self, user: &str, number: usize) {
         let instance = self.instance(number);
         // Other nodes find a session by both keys, and they are not written in one step.
         until(SOON, "the registry names the device and the instance", || {

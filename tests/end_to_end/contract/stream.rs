@@ -22,7 +22,7 @@ struct Stream {
     events: Streaming<DeliveryEvent>,
 }
 
-fn first(user: &str, device: &str) -> DeliveryConnectRequest {
+pub(super) fn first(user: &str, device: &str) -> DeliveryConnectRequest {
     DeliveryConnectRequest { user_id: user.into(), device_id: device.into(), ..Default::default() }
 }
 
@@ -57,7 +57,7 @@ impl Stream {
 
 /// The status of a session that is not admitted, from the call or from the stream.
 #[track_caller]
-fn refused(node: &Node, request: DeliveryConnectRequest) -> Status {
+pub(super) fn refused(node: &Node, request: DeliveryConnectRequest) -> Status {
     match Stream::connect(node, request) {
         Err(status) => status,
         Ok(mut stream) => stream.receive().expect_err("not admitted"),

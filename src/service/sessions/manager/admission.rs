@@ -99,6 +99,11 @@ impl SessionManager {
         if self.state() != NodeState::Serving {
             return self.refuse(address, STOPPING);
         }
+        if let Some(reserved) = self.presence.reserved(&identity.user, &hello.device_id) {
+            self.counters.refused_reserved_ids.add(1);
+            let body = Cow::Borrowed(reserved.reason());
+            return self.refuse(address, Refusal { status: 400, body, retry_after_s: None });
+        }
         let ids = SessionIds::new(&identity.user, &hello.device_id);
         // A device that connects again replaces its old session, so the limit does not apply.
         if self.directory.find(&ids).is_none() {

@@ -23,6 +23,7 @@
 mod grpc;
 mod queue;
 mod redis;
+mod reserved;
 #[cfg(test)]
 mod tests;
 mod visibility;
@@ -37,6 +38,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use self::queue::{
     NextOperation, OperationOutcome, OperationQueue, PresenceOperation, QueueLimits,
 };
+pub use self::reserved::ReservedIn;
 use self::visibility::VisibilityNotifier;
 pub use self::visibility::{Visibility, VisibilityConfig, VisibilityState};
 use crate::domain::counters::SharedCounter;
@@ -185,6 +187,11 @@ impl Presence {
             refresh_interval: config.refresh_interval,
             visibility: config.visibility,
         }
+    }
+
+    /// Why a session with these ids cannot be registered. `None`: it can be, or there is no registry.
+    pub fn reserved(&self, user: &str, device: &str) -> Option<ReservedIn> {
+        self.shared.as_ref().and_then(|_| ReservedIn::find(user, device))
     }
 
     /// How often each session's registration is refreshed.

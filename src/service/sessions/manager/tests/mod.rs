@@ -1,6 +1,7 @@
 //! The manager with plain rings in place of shards, driven step by step without a clock.
 
 mod with_dependencies;
+mod with_presence;
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -1,32 +1,30 @@
-//! The manager with its dependencies: authentication, presence, catch-up.
+//! The manager with its dependencies: authentication, catch-up.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use delivery_testkit::neighbours::{Behaviour, FakeNeighbours, Method, NeighbourState};
+use delivery_testkit::neighbours::{Behaviour, FakeNeighbours, Method};
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use super::super::SessionManager;
 use super::*;
 use crate::domain::command::{DeliveryClass, Ticket};
 use crate::domain::ids::ConversationPosition;
 use crate::service::backends::neighbours::{
-    ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
+    ConversationService, MessageService, NeighbourConfig, NeighbourCounters,
 };
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::sessions::auth::tests::Signer;
 use crate::service::sessions::auth::{AuthCounters, ClaimRules, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpCounters, ReadAccess};
-use crate::service::sessions::presence::{PresenceConfig, PresenceTarget};
 
 const SECRET: &str = "a secret of these tests, of 32 bytes or more";
 const PEM: &[u8] = include_bytes!("../../auth/testdata/rsa_public.pem");
 /// Leeway of the tokens under test, seconds.
 const LEEWAY_S: u64 = 30;
 
-fn auth(source: KeySource) -> Dependencies {
+pub(super) fn auth(source: KeySource) -> Dependencies {
     let rules = ClaimRules { issuer: None, audience: None, leeway: Duration::from_secs(LEEWAY_S) };
     let auth = Authenticator::jwt(source, rules, Arc::<AuthCounters>::default()).unwrap();
     Dependencies { auth, ..Dependencies::default() }
@@ -36,7 +34,7 @@ fn claims(user: &str, exp: u64) -> Value {
     json!({ "sub": user, "exp": exp })
 }
 
-fn hs256(user: &str, exp: u64) -> Secret {
+pub(super) fn hs256(user: &str, exp: u64) -> Secret {
     Signer::hs256(SECRET).sign(None, &claims(user, exp))
 }
 
@@ -44,16 +42,19 @@ fn rs256(user: &str, exp: u64) -> Secret {
     Signer::rsa().sign(None, &claims(user, exp))
 }
 
+pub(super) fn secret() -> KeySource {
+    KeySource::Secret(Secret::new(SECRET.into()))
+}
+
 fn with_secret() -> Bench {
-    let source = KeySource::Secret(Secret::new(SECRET.into()));
-    Bench::with_dependencies(auth(source), 1, SessionConfig::default())
+    Bench::with_dependencies(auth(secret()), 1, SessionConfig::default())
 }
 
 fn with_public_key() -> Bench {
     Bench::with_dependencies(auth(KeySource::Pem(PEM.to_vec())), 1, SessionConfig::default())
 }
 
-fn now_s() -> u64 {
+pub(super) fn now_s() -> u64 {
     unix_ms() / 1000
 }
 
@@ -187,85 +188,6 @@ async fn session_whose_fresh_token_is_in_check_does_not_expire() {
     bench.manager.on_request(request);
     let answer = text_of(&bench.commands(0));
     assert_eq!(answer, json!({ "token_expires_at": exp + 1000 + LEEWAY_S }));
-}
-
-/// A node with a presence service.
-fn with_presence(fake: &FakeNeighbours, instance: &str) -> Bench {
-    let service = NeighbourConfig::new(fake.url());
-    let service = PresenceService::new(&service, Arc::<NeighbourCounters>::default()).unwrap();
-    let config = PresenceConfig::new(instance.into());
-    let presence = Presence::spawn(config, PresenceTarget::Service(service), Arc::default());
-    let dependencies = Dependencies { presence, ..Dependencies::default() };
-    Bench::with_dependencies(dependencies, 1, SessionConfig::default())
-}
-
-/// Whether alice's phone is registered with this instance.
-fn registered(instance: &str) -> impl Fn(&NeighbourState) -> bool {
-    let wanted = instance.to_owned();
-    move |state| {
-        let held = state.registrations.get(&("alice".to_owned(), "phone".to_owned()));
-        held.is_some_and(|held| *held == wanted)
-    }
-}
-
-#[tokio::test]
-async fn end_of_a_replaced_session_unregisters_nobody() {
-    let fake = FakeNeighbours::start();
-    let mut bench = with_presence(&fake, "node-1");
-    bench.admitted(0, key(0, 0), "alice", "phone");
-    fake.until(registered("node-1")).await;
-    bench.open(0, key(1, 0), "alice", "phone");
-    bench.end(0, key(0, 0));
-    fake.until(|state| state.count(Method::Register) == 2).await;
-    bench.end(0, key(1, 0));
-    fake.until(|state| state.registrations.is_empty()).await;
-    assert_eq!(fake.state().count(Method::Unregister), 1);
-}
-
-#[tokio::test]
-async fn session_that_moved_to_another_node_is_closed_here_and_stays_registered_there() {
-    let fake = FakeNeighbours::start();
-    let (mut one, mut two) = (with_presence(&fake, "node-1"), with_presence(&fake, "node-2"));
-    one.admitted(0, key(0, 0), "alice", "phone");
-    fake.until(registered("node-1")).await;
-    two.admitted(0, key(0, 0), "alice", "phone");
-    fake.until(registered("node-2")).await;
-
-    one.manager.on_request(ManagerRequest::MovedElsewhere("alice".into()));
-    let closed = loop {
-        // The check finds the other node's name; the next tick closes the session.
-        fake.until(|state| state.count(Method::Devices) > 0).await;
-        tokio::task::yield_now().await;
-        one.manager.tick(one.clock, 0);
-        let closed = closes(&one.commands(0));
-        if !closed.is_empty() {
-            break closed;
-        }
-    };
-    assert_eq!(closed, [(key(0, 0), CloseCode::SESSION_REPLACED, "session_replaced".into())]);
-    assert!(one.directory.is_empty());
-    assert_eq!(one.counters.replaced_elsewhere.get(), 1);
-    one.end(0, key(0, 0));
-    assert_eq!(fake.state().count(Method::Unregister), 0);
-    assert!(registered("node-2")(&fake.state()));
-}
-
-#[tokio::test]
-async fn refreshes_are_spread_over_the_interval() {
-    const SESSIONS: u32 = 200;
-    let fake = FakeNeighbours::start();
-    let mut bench = with_presence(&fake, "node-1");
-    for slot in 0..SESSIONS {
-        bench.admitted(0, key(slot, 0), &format!("user-{slot}"), "phone");
-    }
-    fake.until(|state| state.count(Method::Register) == SESSIONS as usize).await;
-    let begun = Instant::now();
-    bench.manager.tick(begun, 0);
-    for quarter in 1..=4_u32 {
-        bench.manager.tick(begun + Duration::from_secs(5) * quarter, 0);
-        let due = (SESSIONS / 4 * quarter) as usize;
-        fake.until(|state| state.count(Method::Refresh) == due).await;
-    }
 }
 
 fn with_catch_up(fake: &FakeNeighbours, config: CatchUpConfig) -> Bench {

@@ -175,6 +175,64 @@ async fn session_that_moved_is_neither_taken_back_nor_unregistered() {
 }
 
 #[tokio::test]
+async fn registration_lost_to_a_failover_is_taken_back_from_the_older_session() {
+    everywhere(|_, one, two| async move {
+        one.presence.register(&ids("alice", "phone"), false);
+        one.counted(1, 0, 0).await;
+        let fence = "delivery:fence:{session:alice:phone}";
+        let older: Vec<String> = one.ask(&["HGETALL", fence]).await;
+        two.presence.register(&ids("alice", "phone"), false);
+        two.counted(1, 0, 0).await;
+        // The replica that took over has not got the second registration.
+        let _: Value = one.ask(&["SET", "session:alice:phone", "node-1", "EX", "60"]).await;
+        let _: Value = one.ask(&["DEL", fence]).await;
+        let mut restore = vec!["HSET", fence];
+        restore.extend(older.iter().map(String::as_str));
+        let _: Value = one.ask(&restore).await;
+
+        two.presence.check(&ids("alice", "phone"));
+        two.counted(2, 0, 0).await;
+        assert_eq!(two.presence.take_replaced(), []);
+        assert_eq!(two.holder("alice", "phone").await.as_deref(), Some("node-2"));
+        one.presence.check(&ids("alice", "phone"));
+        let mut replaced = Vec::new();
+        until(
+            || {
+                replaced.extend(one.presence.take_replaced());
+                !replaced.is_empty()
+            },
+            tokio::task::yield_now,
+        )
+        .await;
+        assert_eq!(two.holder("alice", "phone").await.as_deref(), Some("node-2"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn session_replaced_on_its_own_node_keeps_the_successor_registered() {
+    everywhere(|_, one, two| async move {
+        one.presence.register(&ids("alice", "phone"), false);
+        one.counted(1, 0, 0).await;
+        two.presence.register(&ids("alice", "phone"), false);
+        two.counted(1, 0, 0).await;
+        // The client comes back to the first node, which has not noticed that it had left.
+        one.presence.register(&ids("alice", "phone"), true);
+        one.counted(2, 0, 0).await;
+        assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
+        two.presence.unregister(&ids("alice", "phone"));
+        two.counted(1, 0, 1).await;
+        assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
+        assert_eq!(one.devices("alice").await, ["phone"]);
+        one.presence.unregister(&ids("alice", "phone"));
+        one.counted(2, 0, 1).await;
+        assert_eq!(one.holder("alice", "phone").await, None);
+        assert!(one.devices("alice").await.is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
@@ -197,7 +255,11 @@ async fn no_key_outlives_what_renews_it() {
         one.presence.register(&ids("alice", "phone"), false);
         one.counted(1, 0, 0).await;
         let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
-        assert_eq!(keys.len(), 2, "{keys:?}");
+        assert_eq!(keys.len(), 3, "{keys:?}");
+        for key in &keys {
+            let lifetime_s: i64 = one.ask(&["TTL", key]).await;
+            assert!((1..=3_600).contains(&lifetime_s), "{key}: {lifetime_s} s");
+        }
         let lifetime_s: i64 = one.ask(&["TTL", set]).await;
         assert!((3_590..=3_600).contains(&lifetime_s), "{lifetime_s}");
 
@@ -224,8 +286,11 @@ async fn end_after_the_lifetime_leaves_nothing_and_is_published() {
         one.presence.unregister(&ids("alice", "phone"));
         one.counted(1, 0, 1).await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Offline));
+        // The fence stays for two minutes, so that a late registration of this session is void.
         let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
-        assert!(keys.is_empty(), "{keys:?}");
+        assert_eq!(keys, ["delivery:fence:{session:alice:phone}"]);
+        let lifetime_s: i64 = one.ask(&["TTL", &keys[0]]).await;
+        assert!((1..=120).contains(&lifetime_s), "{lifetime_s}");
     })
     .await;
 }

@@ -8,7 +8,7 @@ use super::routing::{prefetch_kib, router_config};
 use super::sizing::Sizing;
 use super::streams::outbox_limits;
 use crate::app::admin::{Collector, number};
-use crate::app::config::{RoutingMode, Settings};
+use crate::app::config::{PresenceMode, RoutingMode, Settings};
 use crate::app::telemetry::LINES_WAITING_MAX;
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::counters::MetricKind;
@@ -31,6 +31,7 @@ use crate::service::routing::kafka;
 use crate::service::routing::router::RECORD_UNDER_WAY_BYTES;
 use crate::service::sessions::catch_up::CatchUpConfig;
 use crate::service::sessions::manager;
+use crate::service::sessions::presence::FENCE_BYTES;
 use crate::service::sessions::presence_fanout::PresenceFanoutConfig;
 use crate::service::streams::grpc;
 use crate::service::streams::hub::{HUB_REQUESTS_MAX, OutboxLimits};
@@ -82,12 +83,15 @@ pub(super) struct MemoryBudget {
 impl MemoryBudget {
     /// Computes the budget from the settings.
     pub(super) fn new(settings: &Settings, sizing: &Sizing, shard: &ShardConfig) -> Self {
-        let session = vec![
+        let mut session = vec![
             ("slot", Slab::<Connection>::SLOT_BYTES as u64),
             ("record", manager::RECORD_BYTES as u64),
             ("directory", Directory::ENTRY_BYTES as u64),
             ("ids", (IDS_OVERHEAD + IDS_TYPICAL) as u64),
         ];
+        if settings.presence() == PresenceMode::Redis {
+            session.push(("fence", FENCE_BYTES as u64));
+        }
         let mut fixed = vec![("process", PROCESS_BYTES)];
         fixed.extend(shards(sizing, shard));
         fixed.extend(routing(settings, sizing));
@@ -232,7 +236,11 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
 fn other_services(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let presence = presence_config("".into(), sizing);
     let waiting = presence.sessions_waiting_max + presence.ends_waiting_max;
-    let mut amounts = vec![("presence", waiting as u64 * PRESENCE_BYTES)];
+    let fences = match settings.presence() {
+        PresenceMode::Redis => sizing.sessions_max() * FENCE_BYTES,
+        PresenceMode::Service | PresenceMode::Off => 0,
+    };
+    let mut amounts = vec![("presence", waiting as u64 * PRESENCE_BYTES + fences as u64)];
     if !settings.has_redis() {
         return amounts;
     }
@@ -317,6 +325,9 @@ mod tests {
         // The target: at most 400 bytes of process memory, presence state and allocator included.
         let session = total(&budget(&[], 1_000).session);
         assert!(session <= 350, "{session}");
+        let registry = [("presence_mode", "redis"), ("redis_addr", "localhost:6379")];
+        let session = total(&budget(&registry, 1_000).session);
+        assert!(session <= 400, "{session}");
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! Redis (contract §4): users' locations, hand-offs to other nodes, and subscriptions to what other
-//! nodes and the presence service publish.
+//! Redis (contract §4): fenced registrations, users' locations, hand-offs to other nodes, and
+//! subscriptions to what other nodes and the presence service publish.
 
 mod address;
 mod announcer;
 mod cluster;
+mod fence;
 mod link;
 mod locations;
 mod nodes;
@@ -13,6 +14,9 @@ mod subscriptions;
 
 pub use address::{RedisAddress, RedisAddressError};
 pub use announcer::{Announcer, USERS_MAX as MOVES_MAX};
+pub use fence::{
+    DRAWN_AT_ONCE, FENCE_LIFETIME_S, Fence, FencedWrite, REGISTRATION_LIFETIME_S, RegistrationKeys,
+};
 pub use link::{RedisConfig, RedisFault, RedisLink, RedisLinkCounters, connect};
 pub use locations::{Locations, LocationsConfig};
 pub use nodes::{Nodes, NodesConfig, NodesCounters};

@@ -18,7 +18,7 @@ impl SessionManager {
                 let Some((_, record)) = records.at(slot) else { continue };
                 let (SessionState::Live, Some(ids)) = (record.state, &record.ids) else { continue };
                 if record.registration_pending {
-                    record.registration_pending = !self.presence.register(ids, true);
+                    record.registration_pending = !self.presence.register_again(ids);
                 } else {
                     record.registration_pending = !self.presence.refresh(ids, record.refreshes);
                     record.refreshes = record.refreshes.wrapping_add(1);

@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 
 use super::queue::OperationOutcome::{self, Done, Elsewhere, Failed, Rejected, Vanished};
 use super::queue::PresenceOperation::{self, Refresh, Register, Unregister};
-use super::{OperationBatch, PresenceBackend};
+use super::{OperationBatch, OperationResult, PendingOperation, PresenceBackend};
 use crate::service::backends::neighbours::PresenceService;
 use crate::service::backends::ports::BoxFuture;
 use crate::service::members::directory::SessionIds;
@@ -24,16 +24,17 @@ impl GrpcPresence {
 }
 
 impl PresenceBackend for GrpcPresence {
-    fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationOutcome>> {
+    fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationResult>> {
         let service = self.service.clone();
         let instance = Arc::clone(&self.instance);
         Box::pin(async move {
-            let mut outcomes = Vec::with_capacity(operations.len());
-            for (ids, operation) in &operations {
+            let mut results = Vec::with_capacity(operations.len());
+            for PendingOperation { ids, operation, .. } in &operations {
                 let outcome = perform(&service, &instance, ids, *operation).await;
-                outcomes.push(outcome.unwrap_or_else(|status| failure(&status)));
+                let outcome = outcome.unwrap_or_else(|status| failure(&status));
+                results.push(OperationResult { outcome, fence: None });
             }
-            outcomes
+            results
         })
     }
 

@@ -8,17 +8,22 @@
 //!
 //! # One session, two nodes
 //! A client may move from node A to node B, and register with B while A still holds its dead
-//! connection. A must not remove B's registration:
+//! connection. A must neither replace nor remove B's registration, also if its calls are late:
 //!
-//! - **redis**: A removes the registration only if it still names A, in one script.
-//! - **service**: `UnregisterSession` does not name an instance. A calls `GetUserDevices` first,
-//!   and does not touch a registration that names another instance. A race of some milliseconds
-//!   remains between the two calls; B finds it when it checks its registration.
+//! - **redis**: every write is fenced by a number that grows with each session
+//!   (`backends::redis::fence`). A write of A's session does nothing once B's is registered. If B's
+//!   registration is lost, its next refresh makes it again.
+//! - **service**: the calls name no number and `UnregisterSession` no instance, so nothing can be fenced.
+//!   A calls `GetUserDevices` before it unregisters and at each check, and does not touch a
+//!   registration that names another instance. `RegisterSession` is called without asking, because a
+//!   registration that is found may be older as well as newer. What remains: a `RegisterSession` of A that
+//!   is carried out after B's, because presence was slow or unreachable, counts as the newer one; and
+//!   some milliseconds between `GetUserDevices` and `UnregisterSession`, which B repairs when it checks.
 //!
 //! The registration of each session is checked at its first refresh, at every third from then on, and
 //! when another node announces that it has registered the user (`ROUTING_MODE=group`). A missing
-//! registration is made again. If it names another instance, the session was replaced there, and is
-//! closed with 4000 like one that was replaced on this node.
+//! registration is made again. If a newer one is found (**service**: one of another instance), the
+//! session was replaced there, and is closed with 4000 like one that was replaced on this node.
 
 mod grpc;
 mod queue;
@@ -36,7 +41,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use self::queue::{
-    NextOperation, OperationOutcome, OperationQueue, PresenceOperation, QueueLimits,
+    FenceStanding, NextOperation, OperationOutcome, OperationQueue, PresenceOperation, QueueLimits,
 };
 pub use self::reserved::ReservedIn;
 use self::visibility::VisibilityNotifier;
@@ -44,13 +49,17 @@ pub use self::visibility::{Visibility, VisibilityConfig, VisibilityState};
 use crate::domain::counters::SharedCounter;
 use crate::service::backends::neighbours::PresenceService;
 use crate::service::backends::ports::BoxFuture;
-use crate::service::backends::redis::{Announcer, RedisLink};
+use crate::service::backends::redis::{Announcer, Fence, RedisLink};
 use crate::service::members::directory::SessionIds;
 
 /// How often registrations are refreshed (contract §4).
 pub const REFRESH_INTERVAL: Duration = Duration::from_secs(20);
 /// The registration of a session is checked at its first refresh and at every n-th after it.
 const CHECK_EVERY: u8 = 3;
+
+/// Memory per registered session with `PRESENCE_MODE=redis`, bytes: its number, in a table that is half
+/// full. The ids are shared.
+pub const FENCE_BYTES: usize = 2 * (size_of::<(SessionIds, Fence)>() + 1);
 
 /// Settings of presence.
 #[derive(Clone, Debug)]
@@ -106,13 +115,29 @@ crate::counters! {
     }
 }
 
+/// An operation to carry out.
+#[derive(Clone, Debug)]
+struct PendingOperation {
+    ids: SessionIds,
+    operation: PresenceOperation,
+    standing: FenceStanding,
+}
+
+/// What came of an operation.
+#[derive(Clone, Copy, Debug)]
+struct OperationResult {
+    outcome: OperationOutcome,
+    /// The number of the session, if it has drawn one, whatever the outcome.
+    fence: Option<Fence>,
+}
+
 /// Operations that are carried out together.
-type OperationBatch = Vec<(SessionIds, PresenceOperation)>;
+type OperationBatch = Vec<PendingOperation>;
 
 /// Carries operations out: by gRPC or in Redis.
 trait PresenceBackend: Send + Sync + 'static {
-    /// Returns one outcome per operation, in the same order.
-    fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationOutcome>>;
+    /// Returns one result per operation, in the same order.
+    fn perform(&self, operations: OperationBatch) -> BoxFuture<Vec<OperationResult>>;
 
     /// Operations per call of [`PresenceBackend::perform`], at most.
     fn batch_max(&self) -> usize;
@@ -200,7 +225,7 @@ impl Presence {
     }
 
     /// Registers a session that was just admitted. `replaced`: it replaces another session of this
-    /// node. Returns false if there is no room (call [`Presence::register`] at the next refresh),
+    /// node. Returns false if there is no room (call [`Presence::register_again`] at the next refresh),
     /// and its visibility if other nodes hand over events.
     pub fn register_admitted(
         &self,
@@ -223,10 +248,19 @@ impl Presence {
         (accepted, visibility)
     }
 
-    /// Registers a session for which there was no room before.
+    /// Registers a session that was just admitted, without its visibility.
     pub fn register(&self, ids: &SessionIds, replaced: bool) -> bool {
         self.enqueue(
             |queue| queue.register(ids, replaced, Instant::now()),
+            |counters| &counters.overflowed_registrations,
+        )
+    }
+
+    /// Registers a session for which there was no room before. It keeps its place among the sessions of
+    /// its device.
+    pub fn register_again(&self, ids: &SessionIds) -> bool {
+        self.enqueue(
+            |queue| queue.register_again(ids, Instant::now()),
             |counters| &counters.overflowed_registrations,
         )
     }
@@ -240,7 +274,7 @@ impl Presence {
     }
 
     /// Refreshes a session's registration for the `nth` time (from 0). Returns false if there is no
-    /// room: call [`Presence::register`] the next time, the registration may have expired by then.
+    /// room: call [`Presence::register_again`] the next time, the registration may have expired by then.
     pub fn refresh(&self, ids: &SessionIds, nth: u8) -> bool {
         self.enqueue(
             |queue| queue.refresh(ids, nth.is_multiple_of(CHECK_EVERY), Instant::now()),
@@ -299,7 +333,7 @@ impl Presence {
 
 /// The task: keeps up to `calls_max` calls in flight.
 async fn run(shared: Arc<SharedQueue>, backend: Arc<dyn PresenceBackend>, calls_max: usize) {
-    let mut calls: JoinSet<(OperationBatch, Vec<OperationOutcome>)> = JoinSet::new();
+    let mut calls: JoinSet<(OperationBatch, Vec<OperationResult>)> = JoinSet::new();
     loop {
         let mut wake = None;
         while calls.len() < calls_max {
@@ -308,8 +342,8 @@ async fn run(shared: Arc<SharedQueue>, backend: Arc<dyn PresenceBackend>, calls_
             if operations.is_empty() {
                 break;
             }
-            let outcomes = backend.perform(operations.clone());
-            calls.spawn(async move { (operations, outcomes.await) });
+            let results = backend.perform(operations.clone());
+            calls.spawn(async move { (operations, results.await) });
         }
         shared.counters.waiting.set(shared.lock().len() as u64);
         let asleep = async {
@@ -320,7 +354,7 @@ async fn run(shared: Arc<SharedQueue>, backend: Arc<dyn PresenceBackend>, calls_
         };
         tokio::select! {
             Some(done) = calls.join_next() => match done {
-                Ok((operations, outcomes)) => complete(&shared, operations, outcomes),
+                Ok((operations, results)) => complete(&shared, operations, results),
                 // Does not happen: nothing aborts the calls, and the backends do not panic.
                 Err(error) => tracing::error!(%error, "a call to presence panicked or was aborted"),
             },
@@ -338,7 +372,10 @@ fn take(shared: &SharedQueue, batch_max: usize) -> (OperationBatch, Option<Insta
     let mut wake = None;
     while operations.len() < batch_max {
         match queue.next(now) {
-            NextOperation::Start(ids, operation) => operations.push((ids, operation)),
+            NextOperation::Start(ids, operation) => {
+                let standing = queue.standing(&ids, now);
+                operations.push(PendingOperation { ids, operation, standing });
+            }
             NextOperation::NotBefore(at) => {
                 wake = Some(at);
                 break;
@@ -350,14 +387,16 @@ fn take(shared: &SharedQueue, batch_max: usize) -> (OperationBatch, Option<Insta
     (operations, wake)
 }
 
-fn complete(shared: &SharedQueue, operations: OperationBatch, outcomes: Vec<OperationOutcome>) {
+fn complete(shared: &SharedQueue, operations: OperationBatch, results: Vec<OperationResult>) {
     use OperationOutcome::{Done, Elsewhere, Failed, Rejected, Vanished};
     use PresenceOperation::{Refresh, Register, Unregister};
-    assert_eq!(operations.len(), outcomes.len(), "one outcome per operation");
+    assert_eq!(operations.len(), results.len(), "one result per operation");
     let counters = &shared.counters;
     counters.under_way.sub(operations.len() as u64);
     let mut queue = shared.lock();
-    for ((ids, operation), outcome) in operations.into_iter().zip(outcomes) {
+    for (pending, result) in operations.into_iter().zip(results) {
+        let PendingOperation { ids, operation, .. } = pending;
+        let outcome = result.outcome;
         match (outcome, operation) {
             (Done, Register) => {
                 counters.registered.add(1);
@@ -371,6 +410,9 @@ fn complete(shared: &SharedQueue, operations: OperationBatch, outcomes: Vec<Oper
             (Elsewhere, Register | Refresh { .. }) => {}
             (Failed, _) => counters.failures.add(1),
             (Rejected, _) => counters.rejected.add(1),
+        }
+        if let Some(fence) = result.fence {
+            queue.drawn(&ids, fence);
         }
         queue.complete(ids, operation, outcome, rand::random_range(0.0..=1.0), Instant::now());
     }

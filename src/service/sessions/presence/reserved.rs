@@ -7,7 +7,7 @@
 //! of user `a:b`. Without `:` in both, every reader sees the same two ids.
 //!
 //! Redis Cluster reads braces as a hash tag, which alone decides the slot of a key. Without braces in the
-//! ids, a second key for the same session can be given the same slot.
+//! ids, a registration and its fence (`backends::redis::fence`) can be given the same slot.
 //!
 //! `presence:user:{user}:devices` is unambiguous with any user. Ids that are empty, too long, or contain
 //! control characters are refused before, on every node.

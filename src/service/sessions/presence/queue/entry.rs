@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::super::visibility::VisibilityNotifier;
+use crate::service::backends::redis::Fence;
 use crate::service::runtime::backoff::Backoff;
 
 /// Delays before a failed call is retried.
@@ -75,6 +76,28 @@ pub(super) enum FollowUp {
     Retry(Duration),
 }
 
+/// What orders the session among those of its user and device (`PRESENCE_MODE=redis`).
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) struct FenceStanding {
+    pub(in super::super) admitted: Instant,
+    /// Its number, once it has drawn one.
+    pub(in super::super) fence: Option<Fence>,
+    /// The number of its predecessor on this node, which may still be registered.
+    pub(in super::super) previous: Option<Fence>,
+}
+
+impl FenceStanding {
+    pub(super) fn new(admitted: Instant) -> Self {
+        Self { admitted, fence: None, previous: None }
+    }
+
+    /// A session was admitted that replaces this one.
+    fn replace(&mut self, admitted: Instant) {
+        let previous = self.fence.or(self.previous);
+        *self = Self { admitted, fence: None, previous };
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct QueueEntry {
     pub(super) desired: DesiredState,
@@ -86,6 +109,7 @@ pub(super) struct QueueEntry {
     superseded: bool,
     attempts: u8,
     since: Instant,
+    pub(super) standing: FenceStanding,
     /// Notified when the session is registered.
     pub(super) notifier: Option<VisibilityNotifier>,
 }
@@ -105,19 +129,28 @@ impl QueueEntry {
             superseded: false,
             attempts: 0,
             since: now,
+            standing: FenceStanding::new(now),
             notifier: None,
         }
     }
 
     /// A session was admitted while this entry existed.
-    pub(super) fn register(&mut self) {
+    pub(super) fn register(&mut self, now: Instant) {
         self.desired = DesiredState::Online;
+        self.standing.replace(now);
         if self.state == EntryState::InFlight {
             self.superseded = true;
         } else if self.registration == RegistrationState::Present {
             // The new session needs a registration, not a refresh of its predecessor's.
             self.registration = RegistrationState::Unknown;
         }
+    }
+
+    /// A call of this entry has drawn a number, for the session that was admitted when it began.
+    pub(super) fn drawn(&mut self, fence: Fence) {
+        let drawn_for =
+            if self.superseded { &mut self.standing.previous } else { &mut self.standing.fence };
+        *drawn_for = Some(fence);
     }
 
     /// The operation to carry out. `None`: nothing is left to do.

@@ -27,8 +27,9 @@ use tokio::time::Instant;
 
 use self::circuit_breaker::{CallPermit, CircuitBreaker};
 use self::entry::{DesiredState, EntryState, FollowUp, QueueEntry, RegistrationState};
-pub(super) use self::entry::{OperationOutcome, PresenceOperation};
+pub(super) use self::entry::{FenceStanding, OperationOutcome, PresenceOperation};
 use super::visibility::VisibilityNotifier;
+use crate::service::backends::redis::Fence;
 use crate::service::members::directory::SessionIds;
 
 /// The next step of the task that carries operations out.
@@ -64,6 +65,8 @@ pub(super) struct OperationQueue {
     breaker: CircuitBreaker,
     /// Sessions found to be registered with another node, until they are taken.
     replaced: HashSet<SessionIds>,
+    /// The numbers of the sessions that are registered and have no entry (`PRESENCE_MODE=redis`).
+    fences: HashMap<SessionIds, Fence>,
     shutting_down: bool,
 }
 
@@ -78,6 +81,7 @@ impl OperationQueue {
             limits,
             breaker: CircuitBreaker::default(),
             replaced: HashSet::new(),
+            fences: HashMap::new(),
             shutting_down: false,
         }
     }
@@ -106,17 +110,40 @@ impl OperationQueue {
         match self.entries.get_mut(ids) {
             Some(entry) => {
                 self.ends -= usize::from(entry.desired == DesiredState::Offline);
-                entry.register();
+                entry.register(now);
                 true
             }
-            None if !room => false,
             None => {
-                let registration =
-                    if registered { RegistrationState::Unknown } else { RegistrationState::Absent };
-                self.insert(ids, QueueEntry::new(DesiredState::Online, registration, false, now));
-                true
+                // The number is its predecessor's, which must not pass for that of the new session.
+                let previous = self.fences.remove(ids);
+                if room {
+                    let registration = if registered {
+                        RegistrationState::Unknown
+                    } else {
+                        RegistrationState::Absent
+                    };
+                    let mut entry = QueueEntry::new(DesiredState::Online, registration, false, now);
+                    entry.standing.previous = previous;
+                    self.insert(ids, entry);
+                }
+                room
             }
         }
+    }
+
+    /// There was no room for a session before. Returns false if there still is none.
+    pub(super) fn register_again(&mut self, ids: &SessionIds, now: Instant) -> bool {
+        // A session found to be replaced must not be registered as a new one before it is closed.
+        if self.entries.contains_key(ids) || self.replaced.contains(ids) {
+            return true;
+        }
+        let room =
+            self.has_room() && self.online() < self.limits.sessions_max && !self.shutting_down;
+        if room {
+            let registration = RegistrationState::Unknown;
+            self.insert(ids, QueueEntry::new(DesiredState::Online, registration, false, now));
+        }
+        room
     }
 
     /// Notifies when presence has accepted the registration that was just
@@ -140,7 +167,10 @@ impl OperationQueue {
                 entry.desired = DesiredState::Offline;
                 true
             }
-            None if !room => false,
+            None if !room => {
+                self.fences.remove(ids);
+                false
+            }
             None => {
                 self.insert(
                     ids,
@@ -154,6 +184,9 @@ impl OperationQueue {
     /// A registration is due for a refresh. Refreshes take at most half of the room. Returns false
     /// if there is none.
     pub(super) fn refresh(&mut self, ids: &SessionIds, check: bool, now: Instant) -> bool {
+        if self.replaced.contains(ids) {
+            return true;
+        }
         let room =
             self.has_room() && self.online() < self.limits.sessions_max / 2 && !self.shutting_down;
         match self.entries.get_mut(ids) {
@@ -172,7 +205,10 @@ impl OperationQueue {
         }
     }
 
-    fn insert(&mut self, ids: &SessionIds, entry: QueueEntry) {
+    fn insert(&mut self, ids: &SessionIds, mut entry: QueueEntry) {
+        if let Some(fence) = self.fences.remove(ids) {
+            entry.standing.fence = Some(fence);
+        }
         self.ends += usize::from(entry.desired == DesiredState::Offline);
         self.entries.insert(ids.clone(), entry);
         self.waiting.push_back(ids.clone());
@@ -215,6 +251,18 @@ impl OperationQueue {
             .map_or(NextOperation::Idle, |Reverse(due)| NextOperation::NotBefore(due.at))
     }
 
+    /// What orders the session of an entry.
+    pub(super) fn standing(&self, ids: &SessionIds, now: Instant) -> FenceStanding {
+        self.entries.get(ids).map_or_else(|| FenceStanding::new(now), |entry| entry.standing)
+    }
+
+    /// An operation in flight has drawn a number for its session.
+    pub(super) fn drawn(&mut self, ids: &SessionIds, fence: Fence) {
+        if let Some(entry) = self.entries.get_mut(ids) {
+            entry.drawn(fence);
+        }
+    }
+
     /// Takes the outcome of an operation that [`OperationQueue::next`] returned. `chance`: 0 to 1.
     pub(super) fn complete(
         &mut self,
@@ -234,6 +282,7 @@ impl OperationQueue {
             FollowUp::Remove => self.remove(&ids),
             FollowUp::RemoveReplaced => {
                 self.remove(&ids);
+                self.fences.remove(&ids);
                 self.replaced.insert(ids);
             }
             FollowUp::Requeue => self.waiting.push_back(ids),
@@ -246,6 +295,9 @@ impl OperationQueue {
     fn remove(&mut self, ids: &SessionIds) {
         if let Some(entry) = self.entries.remove(ids) {
             self.ends -= usize::from(entry.desired == DesiredState::Offline);
+            if let (DesiredState::Online, Some(fence)) = (entry.desired, entry.standing.fence) {
+                self.fences.insert(ids.clone(), fence);
+            }
         }
         self.shrink();
     }
@@ -283,6 +335,9 @@ impl OperationQueue {
             self.entries.shrink_to(self.entries.len() * 2);
             self.waiting.shrink_to(self.waiting.len() * 2);
             self.delayed.shrink_to(self.delayed.len() * 2);
+        }
+        if self.fences.capacity() > 1024 && self.fences.len() < self.fences.capacity() / 8 {
+            self.fences.shrink_to(self.fences.len() * 2);
         }
     }
 }

@@ -1,3 +1,5 @@
+mod fences;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -35,8 +35,14 @@ impl Table {
         self.raw(status, contains, name, request.bytes());
     }
 
-    fn raw(&mut self, status: u16, contains: &'static str, name: &'static str, request: Vec<u8>) {
-        self.0.push(Case { name, request, status, contains });
+    fn raw(
+        &mut self,
+        status: u16,
+        contains: &'static str,
+        name: &'static str,
+        request: impl Into<Vec<u8>>,
+    ) {
+        self.0.push(Case { name, request: request.into(), status, contains });
     }
 }
 

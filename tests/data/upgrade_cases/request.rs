@@ -6,10 +6,9 @@ pub(super) const ACCEPT: &str = "\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZR
 pub(super) const UPGRADE: &str = "\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n";
 
 /// Request line and header fields.
-#[derive(Clone)]
 pub(super) struct Request {
-    pub(super) line: Vec<u8>,
-    pub(super) fields: Vec<Vec<u8>>,
+    line: Vec<u8>,
+    fields: Vec<Vec<u8>>,
 }
 
 pub(super) fn good() -> Request {

@@ -89,9 +89,7 @@ fn stalled_clients_pause_kafka_within_the_memory_bound_and_lose_nothing() {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, "back-pressure", 3);
     let node = NodeBuilder::serve()
-        .set("KAFKA_BROKERS", &brokers)
-        .set("KAFKA_TOPICS", &topic)
-        .set("KAFKA_GROUP", &topic)
+        .kafka(&brokers, &topic)
         .set("CONNECTIONS_MAX", SESSIONS + 50)
         .set("QUEUE_MESSAGES_MAX", 32_766)
         .set("QUEUE_BYTES_MAX", "1GiB")

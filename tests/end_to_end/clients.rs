@@ -142,11 +142,7 @@ fn serve_one(mut stream: TcpStream, lines: &Sender<String>, close: bool) -> Opti
 fn feels_at_home(client: impl FnOnce(&str, &str, bool) -> Client, protocol: &str, deflate: bool) {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, "clients", 1);
-    let node = NodeBuilder::serve()
-        .set("KAFKA_BROKERS", &brokers)
-        .set("KAFKA_TOPICS", &topic)
-        .set("DEFLATE", deflate)
-        .start();
+    let node = NodeBuilder::serve().kafka(&brokers, &topic).set("DEFLATE", deflate).start();
     let url = format!("ws://{}/ws?user_id=reader&device_id=desk", node.public);
     let mut client = client(&url, protocol, deflate);
 

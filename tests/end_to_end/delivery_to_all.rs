@@ -153,11 +153,7 @@ fn every_session_receives_its_own(
 ) -> Metrics {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, name, 3);
-    let node = node
-        .set("KAFKA_BROKERS", &brokers)
-        .set("KAFKA_TOPICS", &topic)
-        .set("KAFKA_GROUP", &topic)
-        .start();
+    let node = node.kafka(&brokers, &topic).start();
     let mut run = Run::connect(node, World::new(1, 200, 100, 2_000), receive_buffer);
     let began = Instant::now();
     let mut publisher = Publisher::new(&brokers, &topic);

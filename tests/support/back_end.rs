@@ -37,10 +37,7 @@ impl BackEnd {
 
     /// A node with the addresses of this back end.
     pub fn node(&self) -> NodeBuilder {
-        with_neighbours(NodeBuilder::serve(), &self.neighbours)
-            .set("KAFKA_BROKERS", &self.brokers)
-            .set("KAFKA_TOPICS", &self.topic)
-            .set("KAFKA_GROUP", &self.topic)
+        with_neighbours(NodeBuilder::serve(), &self.neighbours).kafka(&self.brokers, &self.topic)
     }
 }
 

@@ -72,6 +72,11 @@ impl NodeBuilder {
         self
     }
 
+    /// Reads this topic, in a consumer group of its own.
+    pub fn kafka(self, brokers: &str, topic: &str) -> Self {
+        self.set("KAFKA_BROKERS", brokers).set("KAFKA_TOPICS", topic).set("KAFKA_GROUP", topic)
+    }
+
     /// The same settings on other ports.
     pub fn on_ports_of_its_own(self) -> Self {
         let shards = self.settings["SHARDS"].clone();

@@ -270,7 +270,7 @@ fn echo_is_off_unless_switched_on() {
 fn node_with_a_room(node: NodeBuilder) -> (Node, Publisher) {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, "limits", 1);
-    let node = node.set("KAFKA_BROKERS", &brokers).set("KAFKA_TOPICS", &topic).start();
+    let node = node.kafka(&brokers, &topic).start();
     let mut publisher = Publisher::new(&brokers, &topic);
     publisher.created("room", &["stalled".into(), "honest".into()]);
     (node, publisher)

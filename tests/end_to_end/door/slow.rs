@@ -92,8 +92,7 @@ fn honest_clients_notice_nothing_of_ten_thousand_slow_ones() {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, "slow", 3);
     let node = NodeBuilder::serve()
-        .set("KAFKA_BROKERS", &brokers)
-        .set("KAFKA_TOPICS", &topic)
+        .kafka(&brokers, &topic)
         .set("HANDSHAKE_TIMEOUT", "10s")
         .set("PING_INTERVAL", "8s")
         .set("IDLE_TIMEOUT", "20s")

@@ -18,6 +18,9 @@ use scene::{Outcome, Scene, Size, USUAL};
 const WARM_UP: Duration = Duration::from_secs(5);
 const AFTERWARDS: Duration = Duration::from_secs(10);
 
+const DOWN: Behaviour = Behaviour::Failing(Code::Unavailable);
+const REGISTRATION: [Method; 3] = [Method::Register, Method::Unregister, Method::Refresh];
+
 /// The default settings.
 fn plain(_number: usize, node: NodeBuilder) -> NodeBuilder {
     node
@@ -29,6 +32,14 @@ fn broadcast(_number: usize, node: NodeBuilder) -> NodeBuilder {
 
 fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
+}
+
+/// Drops every third session while these methods of the neighbours misbehave, for this long.
+fn drops_sessions_while(scene: &mut Scene, methods: &[Method], fault: Behaviour, time: Duration) {
+    methods.iter().for_each(|method| scene.neighbours.set(*method, fault));
+    scene.drop_sessions(3);
+    scene.run(time);
+    methods.iter().for_each(|method| scene.neighbours.set(*method, Behaviour::Normal));
 }
 
 /// The promises that hold under every fault of this table.
@@ -138,48 +149,23 @@ faults! {
     } => nothing_lost_in_order, shown by ["delivery_redis_commands_failed_total", "delivery_redis_subscription_gaps_total"];
 
     presence_down(scene: 2, USUAL, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
-        for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Behaviour::Failing(Code::Unavailable));
-        }
-        scene.drop_sessions(3);
-        scene.run(seconds(30));
-        for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Behaviour::Normal);
-        }
+        drops_sessions_while(&mut scene, &REGISTRATION, DOWN, seconds(30));
     } => nothing_lost_in_order, shown by ["delivery_presence_failures_total"];
 
     presence_hanging(scene: 2, USUAL, |number, node| broadcast(number, node).set("PRESENCE_MODE", "service")) {
-        for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Behaviour::Hanging);
-        }
-        scene.drop_sessions(3);
-        scene.run(seconds(30));
-        for method in [Method::Register, Method::Unregister, Method::Refresh] {
-            scene.neighbours.set(method, Behaviour::Normal);
-        }
+        drops_sessions_while(&mut scene, &REGISTRATION, Behaviour::Hanging, seconds(30));
     } => nothing_lost_in_order, shown by ["delivery_presence_failures_total"];
 
     conversation_service_down(scene: 2, USUAL, plain) {
-        scene.neighbours.set(Method::Members, Behaviour::Failing(Code::Unavailable));
-        scene.neighbours.set(Method::List, Behaviour::Failing(Code::Unavailable));
-        scene.drop_sessions(3);
-        scene.run(seconds(20));
-        scene.neighbours.set(Method::Members, Behaviour::Normal);
-        scene.neighbours.set(Method::List, Behaviour::Normal);
+        drops_sessions_while(&mut scene, &[Method::Members, Method::List], DOWN, seconds(20));
     } => nothing_lost_in_order, shown by ["delivery_conversation_service_failures_total"];
 
     message_service_down(scene: 2, USUAL, plain) {
-        scene.neighbours.set(Method::Sync, Behaviour::Failing(Code::Unavailable));
-        scene.drop_sessions(3);
-        scene.run(seconds(20));
-        scene.neighbours.set(Method::Sync, Behaviour::Normal);
+        drops_sessions_while(&mut scene, &[Method::Sync], DOWN, seconds(20));
     } => nothing_lost_in_order, shown by ["delivery_message_service_failures_total"];
 
     message_service_hanging(scene: 2, USUAL, plain) {
-        scene.neighbours.set(Method::Sync, Behaviour::Hanging);
-        scene.drop_sessions(3);
-        scene.run(seconds(20));
-        scene.neighbours.set(Method::Sync, Behaviour::Normal);
+        drops_sessions_while(&mut scene, &[Method::Sync], Behaviour::Hanging, seconds(20));
     } => nothing_lost_in_order, shown by ["delivery_message_service_timeouts_total"];
 
     node_added_and_removed(scene: 2, USUAL, plain) {

@@ -11,6 +11,7 @@ use delivery_testkit::neighbours::FakeNeighbours;
 use delivery_testkit::ports::free_port;
 use delivery_testkit::publisher::{Publisher, message, new_topic};
 
+use crate::support::back_end::with_neighbours;
 use crate::support::fleet::{ClientId, Connect, Fleet, Received};
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::own_services::OwnService;
@@ -135,15 +136,10 @@ impl Scene {
             .collect();
         let builders: Vec<_> = (0..nodes)
             .map(|number| {
-                let node = NodeBuilder::serve()
+                let node = with_neighbours(NodeBuilder::serve(), &neighbours)
                     .set("INSTANCE_ID", format!("node-{number}"))
-                    .set("KAFKA_BROKERS", &brokers)
-                    .set("KAFKA_TOPICS", &topic)
-                    .set("KAFKA_GROUP", &topic)
+                    .kafka(&brokers, &topic)
                     .set("REDIS_ADDR", redis_proxy.address)
-                    .set("MSG_SVC_ADDR", neighbours.address())
-                    .set("CONV_SVC_ADDR", neighbours.address())
-                    .set("PRESENCE_SVC_ADDR", neighbours.address())
                     .set("PRESENCE_MODE", "redis")
                     .set("ROUTING_MODE", "group")
                     // Faults are tested with the time limits of a production node.

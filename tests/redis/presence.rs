@@ -41,6 +41,12 @@ impl Node {
         until(|| totals() == wanted, tokio::task::yield_now).await;
     }
 
+    /// Registers `alice`'s phone, the first registration of this node.
+    async fn registers_a_phone(&self) {
+        self.presence.register(&ids("alice", "phone"), false);
+        self.counted(1, 0, 0).await;
+    }
+
     async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> T {
         let mut command = cmd(words[0]);
         command.arg(&words[1..]);
@@ -102,8 +108,7 @@ async fn everywhere<F: Future<Output = ()>>(test: impl Fn(u16, Node, Node) -> F)
 async fn keys_and_updates_are_those_of_the_contract() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
-        one.presence.register(&ids("alice", "phone"), false);
-        one.counted(1, 0, 0).await;
+        one.registers_a_phone().await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         assert_eq!(one.holder("alice", "phone").await.as_deref(), Some("node-1"));
         let lifetime_s: i64 = one.ask(&["TTL", "session:alice:phone"]).await;
@@ -130,8 +135,7 @@ async fn keys_and_updates_are_those_of_the_contract() {
 #[tokio::test]
 async fn refresh_keeps_a_registration_alive_and_makes_a_lost_one_again() {
     everywhere(|_, one, _two| async move {
-        one.presence.register(&ids("alice", "phone"), false);
-        one.counted(1, 0, 0).await;
+        one.registers_a_phone().await;
         let _: bool = one.ask(&["EXPIRE", "session:alice:phone", "7"]).await;
         one.presence.refresh(&ids("alice", "phone"), 1);
         one.counted(1, 1, 0).await;
@@ -150,10 +154,8 @@ async fn refresh_keeps_a_registration_alive_and_makes_a_lost_one_again() {
 #[tokio::test]
 async fn session_that_moved_is_neither_taken_back_nor_unregistered() {
     everywhere(|_, one, two| async move {
-        one.presence.register(&ids("alice", "phone"), false);
-        one.counted(1, 0, 0).await;
-        two.presence.register(&ids("alice", "phone"), false);
-        two.counted(1, 0, 0).await;
+        one.registers_a_phone().await;
+        two.registers_a_phone().await;
 
         one.presence.refresh(&ids("alice", "phone"), 1);
         let mut replaced = Vec::new();
@@ -237,8 +239,7 @@ async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
         let _: Value = one.ask(&["SADD", "presence:user:alice:devices", "ghost"]).await;
-        one.presence.register(&ids("alice", "phone"), false);
-        one.counted(1, 0, 0).await;
+        one.registers_a_phone().await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         one.presence.unregister(&ids("alice", "phone"));
         one.counted(1, 0, 1).await;
@@ -252,8 +253,7 @@ async fn device_that_a_crashed_node_left_does_not_keep_its_user_online() {
 async fn no_key_outlives_what_renews_it() {
     everywhere(|_, one, _two| async move {
         let set = "presence:user:alice:devices";
-        one.presence.register(&ids("alice", "phone"), false);
-        one.counted(1, 0, 0).await;
+        one.registers_a_phone().await;
         let keys: Vec<String> = one.ask(&["KEYS", "*"]).await;
         assert_eq!(keys.len(), 3, "{keys:?}");
         for key in &keys {
@@ -279,8 +279,7 @@ async fn no_key_outlives_what_renews_it() {
 async fn end_after_the_lifetime_leaves_nothing_and_is_published() {
     everywhere(|port, one, _two| async move {
         let mut updates = Listener::new(port).await;
-        one.presence.register(&ids("alice", "phone"), false);
-        one.counted(1, 0, 0).await;
+        one.registers_a_phone().await;
         assert_eq!(updates.next().await, ("alice".into(), PresenceStatus::Online));
         let _: Value = one.ask(&["DEL", "session:alice:phone"]).await;
         one.presence.unregister(&ids("alice", "phone"));

@@ -186,8 +186,7 @@ async fn rejected_call_is_not_retried() {
     let fake = FakeNeighbours::start();
     fake.set(Method::Register, Behaviour::Failing(Code::InvalidArgument));
     let node = Node::new("node-1", &fake);
-    node.presence.register(&phone("alice"), false);
-    node.settled().await;
+    node.registered(&phone("alice")).await;
     assert_eq!(fake.state().count(Method::Register), 1);
     assert_eq!(node.counters.rejected.get(), 1);
 }
@@ -210,8 +209,7 @@ async fn shutdown_unregisters_all_sessions() {
 async fn shutdown_does_not_wait_for_ever() {
     let fake = FakeNeighbours::start();
     let node = Node::new("node-1", &fake);
-    node.presence.register(&phone("alice"), false);
-    node.settled().await;
+    node.registered(&phone("alice")).await;
     fake.set(Method::Devices, Behaviour::Hanging);
     node.presence.unregister(&phone("alice"));
     node.presence.shut_down(Duration::from_millis(50)).await;

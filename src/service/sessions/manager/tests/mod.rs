@@ -16,7 +16,7 @@ use crate::domain::close::{CloseCode, EndReason};
 use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, ShardId};
-use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
+use crate::handoff::{Doorbell, PeerEnd, Pushed, ShardEnd, connect};
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
@@ -39,6 +39,18 @@ impl Default for Dependencies {
             presence: Presence::off(),
             catch_up: CatchUpService::off(),
         }
+    }
+}
+
+impl Dependencies {
+    fn ports(
+        self,
+        bell: Arc<Doorbell>,
+        shards: Vec<PeerEnd>,
+        directory: Arc<Directory>,
+    ) -> SessionPorts {
+        let Self { auth, presence, catch_up } = self;
+        SessionPorts { bell, shards, directory, auth, presence, catch_up }
     }
 }
 
@@ -77,14 +89,7 @@ impl Bench {
         let counters = Arc::new(SessionCounters::default());
         let (requests_in, requests) = mpsc::channel(16);
         let (catch_ups_in, catch_ups) = mpsc::channel(16);
-        let ports = SessionPorts {
-            bell,
-            shards: ports,
-            directory: Arc::clone(&directory),
-            auth: dependencies.auth,
-            presence: dependencies.presence,
-            catch_up: dependencies.catch_up,
-        };
+        let ports = dependencies.ports(bell, ports, Arc::clone(&directory));
         let manager = SessionManager::new(
             config,
             ports,

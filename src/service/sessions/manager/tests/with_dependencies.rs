@@ -370,15 +370,7 @@ async fn manager_task_wakes_for_its_shards_and_ends_with_them() {
         threads.push(std::thread::spawn(move || run_shard(shard, SESSIONS)));
     }
     let directory = Arc::new(Directory::new());
-    let dependencies = Dependencies::default();
-    let ports = SessionPorts {
-        bell,
-        shards: ports,
-        directory: Arc::clone(&directory),
-        auth: dependencies.auth,
-        presence: dependencies.presence,
-        catch_up: dependencies.catch_up,
-    };
+    let ports = Dependencies::default().ports(bell, ports, Arc::clone(&directory));
     let counters = Arc::new(SessionCounters::default());
     let config = SessionConfig::default();
     let handle = SessionManager::spawn(config, ports, Arc::clone(&counters)).unwrap();

@@ -1,19 +1,24 @@
 //! Logs. A sink that blocks or is full must not stop the process: lines go through a bounded
 //! channel to a thread of their own. Lines that do not fit are dropped and counted.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
+use tokio::time::Instant;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::MakeWriter;
-use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{Layer as _, fmt, registry};
+use tracing_subscriber::{Layer, registry};
 
 use super::config::{LogFormat, Settings};
 use crate::counters;
+use crate::service::backends::outage::Outage;
 
 /// Lines that may wait for the sink. Further lines are dropped.
 pub const LINES_WAITING_MAX: usize = 8_192;
@@ -25,6 +30,7 @@ counters! {
     pub struct LogCounters of SharedCounter {
         Counter log_lines_dropped: "Log lines dropped because too many were waiting for the sink.",
         Counter log_write_errors: "Log lines whose write failed.",
+        Counter log_library_lines_limited: "Lines of the Redis client library that were not logged, because others were shortly before.",
     }
 }
 
@@ -119,6 +125,49 @@ impl<'a> MakeWriter<'a> for LogSink {
     }
 }
 
+/// Limits the lines of the Redis client library as those of an outage: one at once, then one after
+/// growing intervals. Its cluster client logs several lines for each failed command. The link to
+/// Redis logs the outage itself. Lines of level debug and trace are not limited.
+struct LibraryLines {
+    counters: Arc<LogCounters>,
+    outage: Outage,
+}
+
+impl LibraryLines {
+    fn new(counters: Arc<LogCounters>) -> Self {
+        Self { counters, outage: Outage::default() }
+    }
+}
+
+impl<S: Subscriber> Layer<S> for LibraryLines {
+    fn event_enabled(&self, event: &Event<'_>, _context: Context<'_, S>) -> bool {
+        if *event.metadata().level() > Level::INFO || !comes_from_redis(event) {
+            return true;
+        }
+        let enabled = self.outage.failed(Instant::now()).is_some();
+        if !enabled {
+            self.counters.log_library_lines_limited.add(1);
+        }
+        enabled
+    }
+}
+
+/// Whether the client library wrote the line. It uses the crate `log`; the bridge from there puts
+/// the module's path into a field.
+fn comes_from_redis(event: &Event<'_>) -> bool {
+    struct Origin(bool);
+    impl Visit for Origin {
+        fn record_str(&mut self, field: &Field, value: &str) {
+            self.0 |=
+                field.name() == "log.target" && (value == "redis" || value.starts_with("redis::"));
+        }
+        fn record_debug(&mut self, _field: &Field, _value: &dyn fmt::Debug) {}
+    }
+    let mut origin = Origin(false);
+    event.record(&mut origin);
+    origin.0
+}
+
 /// Starts logging to standard error.
 ///
 /// # Errors
@@ -126,7 +175,7 @@ impl<'a> MakeWriter<'a> for LogSink {
 pub fn start(settings: &Settings) -> Result<LogSink, String> {
     let sink = LogSink::start(io::stderr())
         .map_err(|error| format!("the log thread did not start: {error}"))?;
-    let lines = fmt::layer().with_writer(sink.clone());
+    let lines = tracing_subscriber::fmt::layer().with_writer(sink.clone());
     let lines = match settings.log_format {
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(true).boxed(),
         LogFormat::Text => {
@@ -134,7 +183,8 @@ pub fn start(settings: &Settings) -> Result<LogSink, String> {
             lines.with_ansi(colours).with_target(false).boxed()
         }
     };
-    registry().with(settings.log_level.clone()).with(lines).init();
+    let limit = LibraryLines::new(Arc::clone(sink.counters()));
+    registry().with(settings.log_level.clone()).with(limit).with(lines).init();
     Ok(sink)
 }
 
@@ -184,6 +234,38 @@ mod tests {
         drop(allow);
         let lines: Vec<_> = taken.iter().take(LINES_WAITING_MAX + 1).collect();
         assert_eq!(lines.last().unwrap(), LINES_WAITING_MAX.to_string().as_bytes());
+    }
+
+    #[test]
+    fn lines_of_the_redis_library_are_limited() {
+        #[derive(Clone, Default)]
+        struct Lines(Arc<std::sync::Mutex<Vec<u8>>>);
+        impl Write for Lines {
+            fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().write(piece)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (lines, counters) = (Lines::default(), Arc::<LogCounters>::default());
+        let writer = lines.clone();
+        let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
+        let subscriber = registry().with(LibraryLines::new(Arc::clone(&counters))).with(layer);
+        tracing::subscriber::with_default(subscriber, || {
+            for _ in 0..50 {
+                tracing::warn!(target: "log", { log.target = "redis::cluster" }, "from the library");
+                tracing::warn!(target: "log", { log.target = "redistribute" }, "from another");
+                tracing::warn!("our own");
+            }
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let count = |what| text.matches(what).count();
+        assert_eq!(
+            (count("from the library"), count("from another"), count("our own")),
+            (1, 50, 50)
+        );
+        assert_eq!(counters.log_library_lines_limited.get(), 49);
     }
 
     #[test]

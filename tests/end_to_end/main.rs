@@ -14,3 +14,4 @@ mod door;
 mod faults;
 mod ledger;
 mod pages;
+mod redis;

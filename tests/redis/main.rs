@@ -3,7 +3,11 @@
 mod announcer;
 mod fence;
 mod link;
+mod log;
 mod nodes;
 mod presence;
+mod refusals;
+mod sentinel;
+mod sentinel_process;
 mod server;
 mod subscriptions;

@@ -17,6 +17,8 @@ pub(crate) struct Options<'a> {
     pub(crate) tls: Option<(&'a Path, &'a Path, &'a Path)>,
     /// One node that owns every slot.
     pub(crate) cluster: bool,
+    /// Further arguments.
+    pub(crate) arguments: &'a [&'a str],
 }
 
 /// A running server; dropping it kills it.
@@ -24,7 +26,24 @@ pub(crate) struct Server {
     child: Child,
     /// Its port on loopback.
     pub(crate) port: u16,
-    _folder: TempDir,
+    folder: TempDir,
+}
+
+/// Runs commands written as words.
+pub(crate) trait Commands {
+    /// Runs a command that must succeed; `""` is an empty word.
+    fn command(&mut self, words: &str);
+}
+
+impl Commands for redis::Connection {
+    fn command(&mut self, words: &str) {
+        let mut words = words.split(' ').map(|word| if word == "\"\"" { "" } else { word });
+        let mut command = redis::cmd(words.next().unwrap());
+        for word in words {
+            command.arg(word);
+        }
+        command.exec(self).unwrap_or_else(|error| panic!("{error}"));
+    }
 }
 
 impl Server {
@@ -63,13 +82,14 @@ impl Server {
             command.args(["--cluster-enabled", "yes", "--cluster-port"]);
             command.arg(free_port().to_string());
         }
+        command.args(options.arguments);
         let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().ok()?;
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let ready =
             lines.by_ref().map_while(Result::ok).any(|line| line.contains("Ready to accept"));
         // Drain the log, so that the server never blocks on it.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        let server = Self { child, port, _folder: folder };
+        let server = Self { child, port, folder };
         if !ready {
             return None;
         }
@@ -97,6 +117,16 @@ impl Server {
     /// A connection for the test's own commands; needs a server without password and TLS.
     pub(crate) fn connection(&self) -> redis::Connection {
         redis::Client::open(("127.0.0.1", self.port)).unwrap().get_connection().unwrap()
+    }
+
+    /// Runs a command that must succeed, such as `CONFIG SET`, on a connection of its own.
+    pub(crate) fn command(&self, words: &str) {
+        self.connection().command(words);
+    }
+
+    /// Removes its folder, so that it can write no more files.
+    pub(crate) fn remove_folder(&self) {
+        std::fs::remove_dir_all(self.folder.path()).unwrap();
     }
 
     /// Kills it, like a crash.

@@ -60,10 +60,19 @@ impl Inbox {
             RouterInput::ToUsers { .. } => panic!("not a hand-off"),
         }
     }
+
+    /// Gaps that were counted.
+    pub(crate) fn gaps(&self) -> u64 {
+        self.counters.redis_subscription_gaps.get()
+    }
 }
 
 pub(crate) async fn listening(link: &RedisLink, instance: &str) -> Inbox {
-    with(SubscriptionsConfig::new(instance.into()), link, 8).await
+    let config = SubscriptionsConfig {
+        ping_interval: std::time::Duration::from_millis(50),
+        ..SubscriptionsConfig::new(instance.into())
+    };
+    with(config, link, 8).await
 }
 
 async fn with(config: SubscriptionsConfig, link: &RedisLink, router_slots: usize) -> Inbox {

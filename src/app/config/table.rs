@@ -191,7 +191,9 @@ settings! {
         /// Address of Redis; several are the nodes of a cluster. `redis_url` overrides it.
         redis_addr: Vec<PeerAddress> = "", example "redis:6379";
         /// URL of Redis: `redis://`, `rediss://` (TLS), `redis+cluster://` or `rediss+cluster://`, with
-        /// user, password and database. If `redis_addr` is empty as well, Redis is not used.
+        /// user, password and database; or `redis+sentinel://user:password@host:26379,host:26379/NAME`
+        /// for the primary that Sentinels monitor as NAME (`rediss+sentinel://`: TLS). If `redis_addr` is
+        /// empty as well, Redis is not used.
         redis_url: Option<SecretUrl> = "", example "rediss://delivery:password@redis:6379/0";
     }
     "Other services" {

@@ -177,13 +177,16 @@ impl SettingValue for SecretUrl {
         }
     }
 
-    /// The URL with user and password masked.
+    /// The URL with user, password and options masked: options may hold passwords too.
     fn show(&self) -> String {
-        let url = self.expose();
-        let Some((scheme, rest)) = url.split_once("://") else { return MASK.to_owned() };
+        let Some((scheme, rest)) = self.expose().split_once("://") else { return MASK.to_owned() };
+        let (rest, options) = match rest.split_once('?') {
+            Some((rest, _)) => (rest, format!("?{MASK}")),
+            None => (rest, String::new()),
+        };
         match rest.rsplit_once('@') {
-            Some((_, host)) => format!("{scheme}://{MASK}@{host}"),
-            None => url.to_owned(),
+            Some((_, host)) => format!("{scheme}://{MASK}@{host}{options}"),
+            None => format!("{scheme}://{rest}{options}"),
         }
     }
 }
@@ -593,6 +596,8 @@ mod tests {
         let url = SecretUrl::parse("rediss://user:hunter2@redis:6379/0").unwrap();
         assert_eq!(url.show(), "rediss://********@redis:6379/0");
         assert!(!format!("{url:?}").contains("hunter2"));
+        let url = SecretUrl::parse("redis+sentinel://a/main?sentinel_password=hunter2").unwrap();
+        assert_eq!(url.show(), "redis+sentinel://a/main?********");
         assert_eq!(Secret::parse("hunter2").unwrap().show(), MASK);
     }
 

@@ -5,22 +5,22 @@
 //! node, and a count of 0 means "no listener", as it does with a single server.
 
 use redis::cluster_routing::Slot;
-use redis::{ConnectionAddr, ConnectionInfo, FromRedisValue, Value, cmd};
+use redis::{ConnectionInfo, FromRedisValue, Value, cmd};
 
-use super::address::RedisAddress;
+use super::address::{RedisAddress, at, host_of};
 use super::link::RedisLink;
 
-/// The node to subscribe at: the single server, or the owner of the channel's slot. `None`: no node
-/// owns it now, or Redis is unreachable.
+/// The node to subscribe at: the server that the link uses, or the owner of the channel's slot.
+/// `None`: no node owns it now, or Redis is unreachable.
 pub(super) async fn home(link: &RedisLink, channel: &str) -> Option<ConnectionInfo> {
     let nodes = match &link.config().address {
-        RedisAddress::Single(node) => return Some((**node).clone()),
+        RedisAddress::Single(_) | RedisAddress::Sentinel(_) => return link.node(),
         RedisAddress::Cluster(nodes) => nodes,
     };
     let seed = nodes.first()?;
     let mut slots = cmd("CLUSTER");
     slots.arg("SLOTS");
-    let answer = link.run(vec![slots]).await.ok()?.pop()?.ok()?;
+    let answer = link.ask(vec![slots]).await.ok()?.pop()?.ok()?;
     let (host, port) = owner(&answer, Slot::for_key(channel))?;
     // A node reports an empty name for itself if it does not know its own.
     let host = if host.is_empty() || host == "?" { host_of(seed).to_owned() } else { host };
@@ -46,27 +46,6 @@ fn owner(answer: &Value, slot: Slot) -> Option<(String, u16)> {
         };
         Some((host, number(port)?))
     })
-}
-
-/// The same node settings for another host and port.
-fn at(node: &ConnectionInfo, host: &str, port: u16) -> ConnectionInfo {
-    let address = match node.addr() {
-        ConnectionAddr::TcpTls { insecure, tls_params, .. } => ConnectionAddr::TcpTls {
-            host: host.to_owned(),
-            port,
-            insecure: *insecure,
-            tls_params: tls_params.clone(),
-        },
-        _ => ConnectionAddr::Tcp(host.to_owned(), port),
-    };
-    node.clone().set_addr(address)
-}
-
-fn host_of(node: &ConnectionInfo) -> &str {
-    match node.addr() {
-        ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. } => host,
-        _ => "",
-    }
 }
 
 #[cfg(test)]

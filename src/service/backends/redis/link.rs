@@ -1,85 +1,38 @@
-//! One shared connection to Redis. A supervisor task reconnects it.
+//! One shared connection to Redis. A supervisor task reconnects it and probes whether Redis serves.
 //!
 //! ```text
-//!            connected                    a probe failed,
-//!   Down ──────────────────► Up           the connection broke
-//!    ▲  backoff with jitter   │ ─────────────────────────────┐
-//!    └────────────────────────┴──────────────────────────────┘
+//!            connected,             the connection broke, or the server
+//!            probe answered         is a replica or refuses the login
+//!   Down ──────────────────► Connected ────────────────────────────────┐
+//!    ▲  backoff with jitter   │ up: the last probe succeeded            │
+//!    │                        │ not up: Redis refuses to serve          │
+//!    └────────────────────────┴─────────────────────────────────────────┘
 //! ```
 //!
-//! While it is down, every call fails at once. While it is up, a call waits at most
-//! [`RedisConfig::response_timeout`]. A failed call makes the supervisor probe at once instead of
-//! at the next interval.
+//! *Down*: every call fails at once. *Connected*: a call waits at most
+//! [`RedisConfig::response_timeout`]. Calls are sent also while Redis refuses to serve, because some
+//! of them succeed: a full Redis still answers look-ups and passes on what is published. A failed or
+//! refused call makes the supervisor probe at once instead of at the next interval. Each new
+//! connection resolves the address again. While Redis refuses to serve, another connection is tried
+//! with each probe: the address may meanwhile lead to another server, or the credentials may have
+//! changed.
 
-use std::sync::{Arc, RwLock};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 
-use redis::aio::MultiplexedConnection;
-use redis::cluster::ClusterClient;
-use redis::cluster_async::ClusterConnection;
-use redis::cluster_routing::{RoutingInfo, SingleNodeRoutingInfo};
-use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, Pipeline, RedisError, RedisResult,
-    TlsCertificates, Value,
-};
-use tokio::sync::Notify;
+use redis::{Cmd, ConnectionInfo, ErrorKind, RedisResult, Value};
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::address::RedisAddress;
-use crate::counters;
+use super::config::RedisConfig;
+use super::connection::RedisConnection;
+use super::counters::RedisLinkCounters;
+use super::probe::{self, Health};
+use super::refusal::{RedisRefusal, reason};
+use super::sentinel;
 use crate::service::backends::outage::Outage;
-use crate::service::runtime::backoff::Backoff;
-
-/// Commands of one call that are in flight together; bounds the buffers of both sides.
-const PIPELINE_COMMANDS_MAX: usize = 512;
-
-/// Settings of a link.
-#[derive(Clone, Debug)]
-pub struct RedisConfig {
-    /// The server or cluster.
-    pub address: RedisAddress,
-    /// Trusted roots for `rediss`, PEM; `None`: the public web's.
-    pub root_certificates: Option<Vec<u8>>,
-    /// Time to establish a connection, handshake included.
-    pub connect_timeout: Duration,
-    /// Time for all answers to one call.
-    pub response_timeout: Duration,
-    /// Interval of probes while connected.
-    pub probe_interval: Duration,
-    /// Delays between attempts to connect.
-    pub backoff: Backoff,
-}
-
-impl RedisConfig {
-    /// Defaults: 1 s to connect, 500 ms for answers, a probe every 5 s, 100 ms to 5 s (plus up to
-    /// half of it) between attempts.
-    pub fn new(address: RedisAddress) -> Self {
-        Self {
-            address,
-            root_certificates: None,
-            connect_timeout: Duration::from_secs(1),
-            response_timeout: Duration::from_millis(500),
-            probe_interval: Duration::from_secs(5),
-            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5))
-                .with_jitter(1.0, 1.5),
-        }
-    }
-
-    /// A client for one node with these settings.
-    pub(super) fn client(&self, node: ConnectionInfo) -> RedisResult<Client> {
-        match (&self.root_certificates, node.addr()) {
-            (Some(roots), redis::ConnectionAddr::TcpTls { .. }) => {
-                Client::build_with_tls(node, certificates(roots))
-            }
-            _ => Client::open(node),
-        }
-    }
-}
-
-fn certificates(roots: &[u8]) -> TlsCertificates {
-    TlsCertificates { client_tls: None, root_cert: Some(roots.to_vec()) }
-}
 
 /// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -95,32 +48,21 @@ pub enum RedisFault {
     Failed(String),
 }
 
-counters! {
-    /// Connections and commands of a link.
-    pub struct RedisLinkCounters of SharedCounter {
-        Gauge redis_up: "1 while commands can be sent to Redis",
-        Counter redis_connections: "Connections to Redis established",
-        Counter redis_connection_failures: "Attempts to connect to Redis that failed",
-        Counter redis_connection_losses: "Established connections to Redis that were lost",
-        Counter redis_commands: "Commands sent to Redis",
-        Counter redis_commands_failed: "Commands to Redis without an answer: connection lost or timed out",
-        Counter redis_commands_refused: "Commands not sent because Redis was unreachable",
-    }
-}
-
-#[derive(Clone)]
-enum Connection {
-    Single(MultiplexedConnection),
-    Cluster(ClusterConnection),
-}
-
 /// What the handles and the supervisor share.
 struct LinkState {
     config: RedisConfig,
     counters: Arc<RedisLinkCounters>,
-    connection: RwLock<Option<Connection>>,
-    /// A call failed: probe now.
+    connection: RwLock<Option<RedisConnection>>,
+    /// Whether Redis serves.
+    up: AtomicBool,
+    /// Counts connections.
+    generation: watch::Sender<u64>,
+    /// A call failed or was refused: probe now.
     probe_now: Notify,
+    /// The last refusal of a command since the last probe.
+    refused: Mutex<Option<RedisRefusal>>,
+    /// Failures of the link and of the subscriptions, so that an outage is logged once.
+    outage: Outage,
 }
 
 /// A handle on the shared connection. Dropping the last clone closes it.
@@ -136,7 +78,11 @@ pub fn connect(config: RedisConfig, counters: Arc<RedisLinkCounters>) -> RedisLi
         config,
         counters,
         connection: RwLock::new(None),
+        up: AtomicBool::new(false),
+        generation: watch::Sender::new(0),
         probe_now: Notify::new(),
+        refused: Mutex::new(None),
+        outage: Outage::default(),
     });
     let mut supervisor = JoinSet::new();
     supervisor.spawn(supervise(Arc::clone(&shared)));
@@ -144,14 +90,45 @@ pub fn connect(config: RedisConfig, counters: Arc<RedisLinkCounters>) -> RedisLi
 }
 
 impl RedisLink {
-    /// Whether commands can be sent.
+    /// Whether Redis serves: the last probe succeeded.
     pub fn is_up(&self) -> bool {
-        self.shared.connection.read().expect("no holder panics").is_some()
+        self.shared.up.load(Ordering::Acquire)
+    }
+
+    /// Whether commands are sent; Redis may refuse them.
+    pub fn is_connected(&self) -> bool {
+        self.shared.current().is_some()
     }
 
     /// The settings of the link.
     pub fn config(&self) -> &RedisConfig {
         &self.shared.config
+    }
+
+    /// The server that the link uses now; `None`: a cluster, or not connected.
+    pub(super) fn node(&self) -> Option<ConnectionInfo> {
+        self.shared.current().and_then(|connection| connection.node().cloned())
+    }
+
+    /// The number of the current connection. Grows with each.
+    pub(super) fn generation(&self) -> u64 {
+        *self.shared.generation.borrow()
+    }
+
+    /// Waits for a connection after the one of this number.
+    pub(super) async fn reconnected(&self, generation: u64) {
+        let mut connections = self.shared.generation.subscribe();
+        let _ = connections.wait_for(|now| *now != generation).await;
+    }
+
+    /// Makes the link probe now: another connection to the same Redis failed.
+    pub(super) fn suspect(&self) {
+        self.shared.probe_now.notify_one();
+    }
+
+    /// The failures of the link and of what uses it.
+    pub(super) fn outage(&self) -> &Outage {
+        &self.shared.outage
     }
 
     /// Sends commands together and returns their answers in order; a command's error takes the
@@ -162,10 +139,29 @@ impl RedisLink {
     /// Redis is unreachable, or not all answers arrived in time: any of the commands may have been
     /// executed.
     pub async fn run(&self, commands: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, RedisFault> {
+        let answers = self.ask(commands).await;
+        for error in answers.iter().flatten().filter_map(|answer| answer.as_ref().err()) {
+            if let Some(refusal) = RedisRefusal::of(error) {
+                refusal.counter(&self.shared.counters).add(1);
+                *self.shared.refused.lock().expect("no holder panics") = Some(refusal);
+                self.shared.probe_now.notify_one();
+            }
+        }
+        answers
+    }
+
+    /// [`RedisLink::run`] for questions about Redis itself. A user may lack the permission for them:
+    /// their refusal does not mean that Redis does not serve.
+    ///
+    /// # Errors
+    /// Those of [`RedisLink::run`].
+    pub(super) async fn ask(
+        &self,
+        commands: Vec<Cmd>,
+    ) -> Result<Vec<RedisResult<Value>>, RedisFault> {
         let counters = &self.shared.counters;
         let count = commands.len() as u64;
-        let connection = self.shared.connection.read().expect("no holder panics").clone();
-        let Some(connection) = connection else {
+        let Some(connection) = self.shared.current() else {
             counters.redis_commands_refused.add(count);
             return Err(RedisFault::Down);
         };
@@ -174,7 +170,7 @@ impl RedisLink {
         let answers = match timeout(deadline, connection.run(commands)).await {
             Ok(Ok(answers)) => Ok(answers),
             Ok(Err(error)) if error.is_timeout() => Err(RedisFault::TimedOut),
-            Ok(Err(error)) => Err(RedisFault::Failed(category(&error))),
+            Ok(Err(error)) => Err(RedisFault::Failed(reason(&error))),
             Err(_) => Err(RedisFault::TimedOut),
         };
         let broken = match &answers {
@@ -191,119 +187,21 @@ impl RedisLink {
 
 /// Whether the connection failed, rather than the server answering with an error.
 fn lost(answer: &RedisResult<Value>) -> bool {
-    answer.as_ref().is_err_and(|error| error.is_io_error() || error.is_timeout())
-}
-
-/// The kind of an error without the server's message, which may quote a command's arguments.
-pub(super) fn category(error: &RedisError) -> String {
-    match error.code() {
-        Some(code) => code.to_owned(),
-        None => error.category().to_owned(),
-    }
-}
-
-impl Connection {
-    async fn run(self, commands: Vec<Cmd>) -> RedisResult<Vec<RedisResult<Value>>> {
-        match self {
-            Self::Single(connection) => pipelined(connection, commands).await,
-            Self::Cluster(connection) => routed(connection, commands).await,
-        }
-    }
-
-    async fn probe(&self) -> RedisResult<()> {
-        let ping = redis::cmd("PING");
-        match self {
-            Self::Single(connection) => {
-                connection.clone().send_packed_command(&ping).await.map(drop)
-            }
-            // Any node: a cluster that lost one node still serves the other slots.
-            Self::Cluster(connection) => {
-                let anywhere = RoutingInfo::SingleNode(SingleNodeRoutingInfo::Random);
-                connection.clone().route_command(ping, anywhere).await.map(drop)
-            }
-        }
-    }
-}
-
-async fn pipelined(
-    mut connection: MultiplexedConnection,
-    commands: Vec<Cmd>,
-) -> RedisResult<Vec<RedisResult<Value>>> {
-    let mut answers = Vec::with_capacity(commands.len());
-    let mut commands = commands.into_iter().peekable();
-    while commands.peek().is_some() {
-        let mut pipeline = Pipeline::new();
-        for command in commands.by_ref().take(PIPELINE_COMMANDS_MAX) {
-            pipeline.add_command(command);
-        }
-        pipeline.ignore_errors();
-        let part: Vec<RedisResult<Value>> = pipeline.query_async(&mut connection).await?;
-        answers.extend(part);
-    }
-    Ok(answers)
-}
-
-/// Runs commands concurrently, so that the client batches what goes to one node.
-async fn routed(
-    connection: ClusterConnection,
-    commands: Vec<Cmd>,
-) -> RedisResult<Vec<RedisResult<Value>>> {
-    let mut answers: Vec<RedisResult<Value>> =
-        (0..commands.len()).map(|_| Ok(Value::Nil)).collect();
-    let mut running = JoinSet::new();
-    for (index, command) in commands.into_iter().enumerate() {
-        if running.len() == PIPELINE_COMMANDS_MAX {
-            take_answer(&mut running, &mut answers).await?;
-        }
-        let mut connection = connection.clone();
-        running.spawn(async move { (index, command.query_async(&mut connection).await) });
-    }
-    while !running.is_empty() {
-        take_answer(&mut running, &mut answers).await?;
-    }
-    Ok(answers)
-}
-
-/// Takes one answer. An unreachable node fails its own commands only.
-async fn take_answer(
-    running: &mut JoinSet<(usize, RedisResult<Value>)>,
-    answers: &mut [RedisResult<Value>],
-) -> RedisResult<()> {
-    match running.join_next().await {
-        Some(Ok((index, answer))) => {
-            answers[index] = answer;
-            Ok(())
-        }
-        Some(Err(_)) => Err((redis::ErrorKind::Client, "a command was cancelled").into()),
-        None => Ok(()),
-    }
+    answer.as_ref().is_err_and(|error| {
+        let no_node = error.kind() == ErrorKind::ClusterConnectionNotFound;
+        error.is_io_error() || error.is_timeout() || no_node
+    })
 }
 
 async fn supervise(shared: Arc<LinkState>) {
     let mut attempt = 0;
-    let outage = Outage::default();
-    let address = &shared.config.address;
     loop {
-        let opened = timeout(shared.config.connect_timeout, open(&shared.config)).await;
-        match opened
-            .unwrap_or_else(|_| Err((redis::ErrorKind::Io, "connecting took too long").into()))
-        {
+        match RedisConnection::open(&shared.config).await {
             Ok(connection) => {
                 let since = Instant::now();
-                shared.counters.redis_connections.add(1);
-                match outage.succeeded(since) {
-                    Some(recovery) => {
-                        tracing::info!(%address, "connected to Redis again {recovery}")
-                    }
-                    None => tracing::info!(%address, "connected to Redis"),
-                }
-                set(&shared, Some(connection.clone()));
-                let why = watch(&shared, &connection).await;
-                set(&shared, None);
-                shared.counters.redis_connection_losses.add(1);
-                if let Some(report) = outage.failed(Instant::now()) {
-                    tracing::warn!(%address, why, "connection to Redis lost{report}");
-                }
+                let why = shared.watch(connection).await;
+                shared.disconnect();
+                shared.failed(&why);
                 // Only a connection that lasted resets the backoff: a proxy may accept connections
                 // for a server that is down.
                 if since.elapsed() > shared.config.backoff.max() {
@@ -312,10 +210,10 @@ async fn supervise(shared: Arc<LinkState>) {
             }
             Err(error) => {
                 shared.counters.redis_connection_failures.add(1);
-                let why = category(&error);
-                if let Some(report) = outage.failed(Instant::now()) {
-                    tracing::warn!(%address, why, "Redis unreachable, reconnecting{report}");
+                if let Some(refusal) = error.refusal {
+                    refusal.counter(&shared.counters).add(1);
                 }
+                shared.failed(&error.why);
             }
         }
         sleep(shared.config.backoff.random_delay(attempt)).await;
@@ -323,42 +221,139 @@ async fn supervise(shared: Arc<LinkState>) {
     }
 }
 
-fn set(shared: &LinkState, connection: Option<Connection>) {
-    shared.counters.redis_up.set(u64::from(connection.is_some()));
-    *shared.connection.write().expect("no holder panics") = connection;
-}
+impl LinkState {
+    fn current(&self) -> Option<RedisConnection> {
+        self.connection.read().expect("no holder panics").clone()
+    }
 
-/// Probes the connection until it fails; returns the reason.
-async fn watch(shared: &LinkState, connection: &Connection) -> String {
-    loop {
-        // Probe after a failed call and after the interval.
-        let _ = timeout(shared.config.probe_interval, shared.probe_now.notified()).await;
-        match timeout(shared.config.response_timeout, connection.probe()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return category(&error),
-            Err(_) => return "no answer to a probe".to_owned(),
+    /// Probes a new connection and uses it once Redis answers, until it must be replaced; returns
+    /// the reason.
+    async fn watch(&self, mut connection: RedisConnection) -> String {
+        let mut write = true;
+        let mut attempt = 0;
+        let mut in_use = false;
+        loop {
+            let health = self.check(&connection, &mut write).await;
+            if let Health::Refuses(refusal, _) = &health {
+                refusal.counter(&self.counters).add(1);
+            }
+            match health {
+                Health::Lost(why) => return format!("the connection failed: {why}"),
+                Health::Refuses(refusal, why) if refusal.needs_another_connection() => return why,
+                Health::Serves => {
+                    if !std::mem::replace(&mut in_use, true) {
+                        self.use_connection(&connection);
+                    }
+                    self.serves();
+                    attempt = 0;
+                    // Probe after a failed call and after the interval.
+                    let _ = timeout(self.config.probe_interval, self.probe_now.notified()).await;
+                }
+                Health::Refuses(_, why) | Health::Partial(why) => {
+                    if !std::mem::replace(&mut in_use, true) {
+                        self.use_connection(&connection);
+                    }
+                    self.set_up(false);
+                    self.failed(&why);
+                    sleep(self.config.backoff.random_delay(attempt)).await;
+                    attempt = attempt.saturating_add(1);
+                    if let Some(other) = self.another().await {
+                        self.use_connection(&other);
+                        connection = other;
+                        write = true;
+                    }
+                }
+            }
         }
     }
-}
 
-async fn open(config: &RedisConfig) -> RedisResult<Connection> {
-    match &config.address {
-        RedisAddress::Single(node) => {
-            let client = config.client((**node).clone())?;
-            let settings = AsyncConnectionConfig::new()
-                .set_connection_timeout(Some(config.connect_timeout))
-                .set_response_timeout(Some(config.response_timeout));
-            let connection = client.get_multiplexed_async_connection_with_config(&settings).await?;
-            Ok(Connection::Single(connection))
+    /// Probes the connection, and judges the answers of the calls since the last probe.
+    async fn check(&self, connection: &RedisConnection, write: &mut bool) -> Health {
+        let refused = self.refused.lock().expect("no holder panics").take();
+        let mut health = self.probe(connection, *write).await;
+        if *write && matches!(health, Health::Refuses(RedisRefusal::Permission, _)) {
+            *write = false;
+            health = self.probe(connection, false).await;
         }
-        RedisAddress::Cluster(nodes) => {
-            let mut builder = ClusterClient::builder(nodes.clone())
-                .connection_timeout(config.connect_timeout)
-                .response_timeout(config.response_timeout);
-            if let Some(roots) = &config.root_certificates {
-                builder = builder.certs(certificates(roots));
+        match (health, refused) {
+            (Health::Serves, Some(refusal)) => Health::Refuses(refusal, refusal.to_string()),
+            (Health::Serves, None) => self.check_primary(connection).await,
+            (health, _) => health,
+        }
+    }
+
+    async fn probe(&self, connection: &RedisConnection, write: bool) -> Health {
+        let commands = probe::commands(connection.probe_keys(), write);
+        match timeout(self.config.response_timeout, connection.clone().run(commands)).await {
+            Ok(Ok(answers)) => probe::judge(&answers),
+            Ok(Err(error)) => probe::judge(&[Err(error)]),
+            Err(_) => Health::Lost("no answer to a probe".to_owned()),
+        }
+    }
+
+    /// Whether the Sentinels still name this server. They may have chosen another primary while a
+    /// partition keeps the old one from learning it: it still accepts writes.
+    async fn check_primary(&self, connection: &RedisConnection) -> Health {
+        if let RedisAddress::Sentinel(address) = &self.config.address
+            && let Some(node) = connection.node()
+            && let Ok(primary) = sentinel::primary(&self.config, address).await
+            && primary.addr() != node.addr()
+        {
+            return Health::Lost("the Sentinels name another primary".to_owned());
+        }
+        Health::Serves
+    }
+
+    /// Another connection, if Redis serves on it. A cluster's client finds new nodes itself.
+    async fn another(&self) -> Option<RedisConnection> {
+        if matches!(self.config.address, RedisAddress::Cluster(_)) {
+            return None;
+        }
+        let other = RedisConnection::open(&self.config).await.ok()?;
+        (self.probe(&other, true).await == Health::Serves).then_some(other)
+    }
+
+    fn use_connection(&self, connection: &RedisConnection) {
+        *self.connection.write().expect("no holder panics") = Some(connection.clone());
+        self.counters.redis_connections.add(1);
+        self.generation.send_modify(|generation| *generation += 1);
+    }
+
+    fn disconnect(&self) {
+        let connection = self.connection.write().expect("no holder panics").take();
+        self.set_up(false);
+        // Otherwise the connection was never used.
+        match connection {
+            Some(_) => self.counters.redis_connection_losses.add(1),
+            None => self.counters.redis_connection_failures.add(1),
+        }
+    }
+
+    /// Returns whether it was up.
+    fn set_up(&self, up: bool) -> bool {
+        self.counters.redis_up.set(u64::from(up));
+        self.up.swap(up, Ordering::AcqRel)
+    }
+
+    fn serves(&self) {
+        if self.set_up(true) {
+            return;
+        }
+        let address = &self.config.address;
+        match self.outage.succeeded(Instant::now()) {
+            Some(recovery) => tracing::info!(%address, "Redis serves again {recovery}"),
+            None if self.counters.redis_connections.get() == 1 => {
+                tracing::info!(%address, "connected to Redis");
             }
-            Ok(Connection::Cluster(builder.build()?.get_async_connection().await?))
+            // The outage was not logged, so its end is not.
+            None => {}
+        }
+    }
+
+    fn failed(&self, why: &str) {
+        if let Some(report) = self.outage.failed(Instant::now()) {
+            let address = &self.config.address;
+            tracing::warn!(%address, why, "Redis does not serve, retrying{report}");
         }
     }
 }

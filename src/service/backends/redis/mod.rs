@@ -4,20 +4,28 @@
 mod address;
 mod announcer;
 mod cluster;
+mod config;
+mod connection;
+mod counters;
 mod fence;
 mod link;
 mod locations;
 mod nodes;
+mod probe;
 mod progress;
+mod refusal;
 mod registry;
+mod sentinel;
 mod subscriptions;
 
-pub use address::{RedisAddress, RedisAddressError};
+pub use address::{RedisAddress, RedisAddressError, SentinelAddress};
 pub use announcer::{Announcer, USERS_MAX as MOVES_MAX};
+pub use config::RedisConfig;
+pub use counters::RedisLinkCounters;
 pub use fence::{
     DRAWN_AT_ONCE, FENCE_LIFETIME_S, Fence, FencedWrite, REGISTRATION_LIFETIME_S, RegistrationKeys,
 };
-pub use link::{RedisConfig, RedisFault, RedisLink, RedisLinkCounters, connect};
+pub use link::{RedisFault, RedisLink, connect};
 pub use locations::{Locations, LocationsConfig};
 pub use nodes::{Nodes, NodesConfig, NodesCounters};
 pub use subscriptions::{

@@ -173,7 +173,7 @@ impl RemoteNodes for Nodes {
             counters.redis_forwards_local.add(1);
             return Forwarding::Nobody;
         }
-        if !shared.link.is_up() {
+        if !shared.link.is_connected() {
             counters.redis_forwards_refused_down.add(1);
             return Forwarding::Refused;
         }
@@ -202,7 +202,7 @@ impl RemoteNodes for Nodes {
         let reserved = PLACES_RESERVED.min(self.queue.max_capacity() / 2);
         let has_room = self.queue.capacity() > reserved
             && shared.waiting_bytes.load(Ordering::Relaxed) < self.bytes_max;
-        has_room || !shared.link.is_up() || !shared.progress.is_progressing(Instant::now())
+        has_room || !shared.link.is_connected() || !shared.progress.is_progressing(Instant::now())
     }
 }
 

@@ -7,6 +7,10 @@
 //!      └─── lost, silent ◄───┘
 //! ```
 //!
+//! The subscription follows the link: after each new connection of the link, and every few seconds, the
+//! reader checks that the server that the link uses knows the subscription (`PUBSUB NUMSUB`).
+//! Otherwise, for example when a partition keeps the old primary alive, it subscribes again there.
+//!
 //! Redis keeps nothing for a disconnected subscriber: messages published during the gap are lost,
 //! and their number is unknown. The metrics count the gaps and their duration, from the last sign
 //! of life to the new subscription. The reader never waits for the router, because the buffer of
@@ -19,16 +23,19 @@ use std::time::Duration;
 use bytes::Bytes;
 use prost::Message as _;
 use redis::aio::{PubSubSink, PubSubStream};
-use redis::{ConnectionInfo, Msg, RedisResult, Value};
+use redis::{ConnectionInfo, FromRedisValue, Msg, RedisResult, Value, cmd};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::StreamExt as _;
 
+use super::address::RedisAddress;
 use super::announcer::{self, MovedUsers};
 use super::cluster;
-use super::link::{RedisConfig, RedisLink, category};
+use super::config::RedisConfig;
+use super::link::RedisLink;
 use super::locations::Locations;
+use super::refusal::reason;
 use crate::counters;
 use crate::handoff::Pushed;
 use crate::service::backends::outage::Outage;
@@ -158,6 +165,7 @@ impl Subscriptions {
             queue,
             waiting_bytes,
             counters: Arc::clone(&counters),
+            gaps: Outage::default(),
         });
         tasks.spawn(reader.run());
         Self { counters, _tasks: tasks }
@@ -202,44 +210,74 @@ struct Reader {
     queue: mpsc::Sender<Bytes>,
     waiting_bytes: Arc<AtomicUsize>,
     counters: Arc<SubscriptionCounters>,
+    gaps: Outage,
 }
 
 /// A subscribed connection.
 struct Subscribed {
-    node: ConnectionInfo,
+    home: Home,
     sink: PubSubSink,
     messages: PubSubStream,
+}
+
+/// Where a connection is subscribed.
+struct Home {
+    node: ConnectionInfo,
+    /// The link's connection at that time.
+    generation: u64,
+}
+
+/// A subscription that replaces another.
+struct Moved {
+    subscribed: Subscribed,
+    /// What is published after this may have been missed; `None`: nothing was missed.
+    heard_until: Option<Instant>,
+}
+
+/// Whether the subscription is where it should be.
+enum Position {
+    Right,
+    /// In a cluster, whose nodes pass messages on to each other.
+    OtherNode(ConnectionInfo),
+    /// The server that the link uses does not know the subscription.
+    OtherServer(ConnectionInfo),
 }
 
 impl Reader {
     async fn run(self: Arc<Self>) {
         let mut attempt = 0;
         let mut last_sign: Option<Instant> = None;
-        let outage = Outage::default();
         loop {
+            let generation = self.link.generation();
             match self.subscribe().await {
                 Ok(subscribed) => {
-                    attempt = 0;
-                    let _ = outage.succeeded(Instant::now());
-                    if let Some(last_sign) = last_sign {
-                        let gap = last_sign.elapsed();
-                        self.counters.redis_subscription_gaps.add(1);
-                        let gap_ms = u64::try_from(gap.as_millis()).unwrap_or(u64::MAX);
-                        self.counters.redis_subscription_gap_ms.add(gap_ms);
-                        tracing::warn!(
-                            gap_ms,
-                            "subscribed to Redis again; events published meanwhile are lost"
-                        );
+                    let since = Instant::now();
+                    let _ = self.link.outage().succeeded(since);
+                    match last_sign {
+                        Some(last_sign) => self.missed_since(last_sign),
+                        None => self.sinks.presence.iter().for_each(|sink| sink.missed()),
                     }
-                    self.sinks.presence.iter().for_each(|sink| sink.missed());
                     // Set last, so that whoever reads 1 also finds the gap counted and no stale
                     // entries.
                     self.counters.redis_subscribed.set(1);
                     last_sign = Some(self.read(subscribed).await);
                     self.counters.redis_subscribed.set(0);
+                    self.link.suspect();
+                    // Only a connection that lasted resets the backoff, as in the link.
+                    if since.elapsed() > self.link.config().backoff.max() {
+                        attempt = 0;
+                    }
+                }
+                // The link logs why, and a new connection ends the wait.
+                Err(_) if !self.link.is_up() => {
+                    let delay = self.link.config().backoff.random_delay(attempt);
+                    let _ = timeout(delay, self.link.reconnected(generation)).await;
+                    attempt = attempt.saturating_add(1);
+                    continue;
                 }
                 Err(why) => {
-                    if let Some(report) = outage.failed(Instant::now()) {
+                    self.link.suspect();
+                    if let Some(report) = self.link.outage().failed(Instant::now()) {
                         tracing::warn!(why, "cannot subscribe to Redis, retrying{report}");
                     }
                 }
@@ -249,20 +287,36 @@ impl Reader {
         }
     }
 
-    async fn subscribe(&self) -> Result<Subscribed, String> {
-        let node = cluster::home(&self.link, &self.channel).await;
-        self.subscribe_at(node.ok_or("no node owns the channel")?).await
+    /// Counts and reports a gap that began after `last_sign`.
+    fn missed_since(&self, last_sign: Instant) {
+        let gap_ms = u64::try_from(last_sign.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.counters.redis_subscription_gaps.add(1);
+        self.counters.redis_subscription_gap_ms.add(gap_ms);
+        if let Some(report) = self.gaps.failed(Instant::now()) {
+            tracing::warn!(
+                gap_ms,
+                "subscribed to Redis again; events published meanwhile are lost{report}"
+            );
+        }
+        self.sinks.presence.iter().for_each(|sink| sink.missed());
     }
 
-    async fn subscribe_at(&self, node: ConnectionInfo) -> Result<Subscribed, String> {
+    async fn subscribe(&self) -> Result<Subscribed, String> {
+        let generation = self.link.generation();
+        let node = cluster::home(&self.link, &self.channel).await;
+        let node = node.ok_or("not connected, or no node owns the channel")?;
+        self.subscribe_at(Home { node, generation }).await
+    }
+
+    async fn subscribe_at(&self, home: Home) -> Result<Subscribed, String> {
         let config = self.link.config();
-        let subscribing = subscribe(config, node.clone(), self.channels());
+        let subscribing = subscribe(config, home.node.clone(), self.channels());
         let (sink, messages) = timeout(config.connect_timeout, subscribing)
             .await
             .map_err(|_| "no answer in time".to_owned())?
-            .map_err(|error| category(&error))?;
+            .map_err(|error| reason(&error))?;
         self.counters.redis_subscriptions.add(1);
-        Ok(Subscribed { node, sink, messages })
+        Ok(Subscribed { home, sink, messages })
     }
 
     fn channels(&self) -> Vec<&str> {
@@ -279,13 +333,13 @@ impl Reader {
 
     /// Reads until the connection is lost; returns its last sign of life.
     async fn read(self: &Arc<Self>, subscribed: Subscribed) -> Instant {
-        let Subscribed { node, sink, mut messages } = subscribed;
+        let Subscribed { home, sink, mut messages } = subscribed;
         let mut last_sign = Instant::now();
         let (alive, mut signs) = mpsc::channel(1);
         let mut pinging = JoinSet::new();
         pinging.spawn(self.pinger(sink, alive.clone()));
         let mut moving = JoinSet::new();
-        moving.spawn(Arc::clone(self).moved_from(node));
+        moving.spawn(Arc::clone(self).moved_from(home));
         loop {
             tokio::select! {
                 message = messages.next() => match message {
@@ -298,31 +352,83 @@ impl Reader {
                 Some(sign) = signs.recv() => last_sign = sign,
                 // The ping task has ended: a ping had no answer.
                 Some(_) = pinging.join_next() => return last_sign,
-                Some(Ok(moved)) = moving.join_next() => {
+                Some(Ok(Moved { subscribed, heard_until })) = moving.join_next() => {
                     // The old connection is drained after the new subscription: a message in
                     // between may arrive twice, but is not lost.
                     while let Ok(Some(message)) = timeout(Duration::ZERO, messages.next()).await {
                         self.take(&message);
                     }
+                    if let Some(heard_until) = heard_until {
+                        self.missed_since(heard_until);
+                    }
                     pinging = JoinSet::new();
-                    pinging.spawn(self.pinger(moved.sink, alive.clone()));
-                    moving.spawn(Arc::clone(self).moved_from(moved.node));
-                    messages = moved.messages;
+                    pinging.spawn(self.pinger(subscribed.sink, alive.clone()));
+                    moving.spawn(Arc::clone(self).moved_from(subscribed.home));
+                    messages = subscribed.messages;
                 }
             }
         }
     }
 
-    /// Waits until the channel is owned by another node than `node`, and subscribes there.
-    async fn moved_from(self: Arc<Self>, node: ConnectionInfo) -> Subscribed {
+    /// Waits until the subscription is no longer where it should be, and subscribes there.
+    async fn moved_from(self: Arc<Self>, mut home: Home) -> Moved {
+        let cluster = matches!(self.link.config().address, RedisAddress::Cluster(_));
+        let interval = if cluster { OWNER_CHECK_INTERVAL } else { self.config.ping_interval };
+        let mut heard = Instant::now();
         loop {
-            sleep(OWNER_CHECK_INTERVAL).await;
-            if let Some(home) = cluster::home(&self.link, &self.channel).await
-                && home.addr() != node.addr()
-                && let Ok(subscribed) = self.subscribe_at(home).await
-            {
-                return subscribed;
+            let _ = timeout(interval, self.link.reconnected(home.generation)).await;
+            let (asked, generation) = (Instant::now(), self.link.generation());
+            let (node, heard_until) = match self.position(&home, generation).await {
+                None => {
+                    // Not known: the link is down, or just lost its connection.
+                    sleep(self.link.config().backoff.random_delay(0)).await;
+                    continue;
+                }
+                Some(Position::Right) => {
+                    heard = asked;
+                    home.generation = generation;
+                    continue;
+                }
+                Some(Position::OtherNode(node)) => (node, None),
+                Some(Position::OtherServer(node)) => (node, Some(heard)),
+            };
+            match self.subscribe_at(Home { node, generation }).await {
+                Ok(subscribed) => return Moved { subscribed, heard_until },
+                Err(_) => sleep(self.link.config().backoff.max()).await,
             }
+        }
+    }
+
+    /// `None`: Redis does not say.
+    async fn position(&self, home: &Home, generation: u64) -> Option<Position> {
+        let node = cluster::home(&self.link, &self.channel).await?;
+        let other_address = node.addr() != home.node.addr();
+        if matches!(self.link.config().address, RedisAddress::Cluster(_)) {
+            let moved = Position::OtherNode(node);
+            return Some(if other_address { moved } else { Position::Right });
+        }
+        let known = !other_address
+            && if self.config.hand_offs {
+                self.is_known().await?
+            } else {
+                // Other nodes share all channels, so only the link's connection tells.
+                home.generation == generation
+            };
+        Some(if known { Position::Right } else { Position::OtherServer(node) })
+    }
+
+    /// Whether the server that the link uses has a subscriber of this node's channel. A user who
+    /// may not ask is believed to be subscribed. `None`: no answer.
+    async fn is_known(&self) -> Option<bool> {
+        let mut count = cmd("PUBSUB");
+        count.arg("NUMSUB").arg(&self.channel);
+        match self.link.ask(vec![count]).await.ok()?.pop()? {
+            Ok(answer) => {
+                let (_, subscribers): (String, u64) =
+                    FromRedisValue::from_redis_value(answer).ok()?;
+                Some(subscribers > 0)
+            }
+            Err(error) => error.code().is_some().then_some(true),
         }
     }
 

@@ -201,14 +201,15 @@ async fn script_that_does_not_end() {
 async fn server_that_loads_its_data() {
     let arguments = [
         ["--enable-debug-command", "yes"],
-        // Microseconds per key; answers clients after each KiB.
+        // Microseconds per key: seconds for all, so that the link sees it on any machine. Redis
+        // answers clients after each KiB.
         ["--key-load-delay", "1000"],
         ["--loading-process-events-interval-bytes", "1024"],
     ];
     let options = Options { arguments: arguments.as_flattened(), ..Options::default() };
     let Some(server) = Server::start(options) else { return };
     let mut keys = redis::pipe();
-    for key in 0..1_000 {
+    for key in 0..3_000 {
         keys.set(key, "x".repeat(1_000)).ignore();
     }
     keys.exec(&mut server.connection()).unwrap();

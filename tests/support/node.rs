@@ -47,6 +47,8 @@ impl NodeBuilder {
         Self { command: "dev", settings: BTreeMap::new(), output: None }
             .base()
             .set("DEV_DEMO", "false")
+            // Half a second in `dev`: the first message of a client may be later.
+            .set("RESUME_GRACE", "30s")
     }
 
     fn base(self) -> Self {

@@ -5,6 +5,7 @@ pub mod back_end;
 pub mod client;
 pub mod crowd;
 pub mod fleet;
+pub mod group;
 pub mod node;
 pub mod own_services;
 pub mod proxy;

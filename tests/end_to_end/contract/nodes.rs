@@ -25,7 +25,12 @@ pub(super) struct Nodes {
 
 impl Nodes {
     pub(super) fn new(name: &'static str) -> Self {
-        Self { back_end: BackEnd::start(name, 6), registry: Registry::new(&redis_addr()), name }
+        Self::with_partitions(name, 6)
+    }
+
+    pub(super) fn with_partitions(name: &'static str, partitions: i32) -> Self {
+        let back_end = BackEnd::start(name, partitions);
+        Self { back_end, registry: Registry::new(&redis_addr()), name }
     }
 
     pub(super) fn builder(&self, number: usize) -> NodeBuilder {

@@ -21,8 +21,8 @@ use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartit
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
 /// Timeout of one request to the brokers during a rebalance, while the group waits for this node.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long leaving the group may take.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Polls before leaving the group, at most. Each ends early if a rebalance interrupts it.
+const SETTLE_POLLS_MAX: u32 = 10;
 
 /// A partition assigned to this node.
 struct OwnedPartition {
@@ -211,9 +211,12 @@ impl GroupContext {
     ) {
         let shared = self.shared();
         let grace = if lost { Duration::ZERO } else { grace };
-        let unfinished = shared.revoke(logs, grace);
+        // Not owned: released before the consumer was closed, see `GroupReader::stop`.
+        let logs: Vec<_> =
+            logs.iter().filter(|log| self.owned().contains_key(log)).cloned().collect();
+        let unfinished = shared.revoke(&logs, grace);
         shared.counters.partitions_left_unfinished.add(unfinished);
-        for log in logs {
+        for log in &logs {
             tracing::info!(
                 topic = &*log.topic,
                 partition = log.partition,
@@ -324,17 +327,39 @@ impl GroupReader {
         }
     }
 
-    /// Leaves the group. The rebalance callback waits for records in flight and commits.
+    /// Waits for records in flight, commits, and leaves the group.
+    ///
+    /// librdkafka leaves the group when the consumer is closed, which is when its last reference is
+    /// dropped. Two faults of librdkafka 2.12 have to be avoided, after which the member stays until its
+    /// session times out, and its partitions wait:
+    ///
+    /// - If partitions are still being unassigned at that moment, it closes without leaving
+    ///   (`rd_kafka_cgrp_incr_unassign_done` does not finish the unassignment of a terminating group).
+    ///   So nothing is unassigned here: the routers give the partitions back, and closing the consumer
+    ///   unassigns them.
+    /// - If nothing is assigned, closing has nothing to unassign, and does not leave either. To
+    ///   unsubscribe before makes it leave.
     fn stop(self) {
-        self.consumer.unsubscribe();
+        self.settle();
         let context = self.consumer.context();
-        let deadline = Instant::now() + self.shared.stop_grace() + LEAVE_TIMEOUT;
-        while Instant::now() < deadline && !context.owned().is_empty() {
-            self.poll();
+        let owned: Vec<_> = context.owned().keys().cloned().collect();
+        let lost = self.consumer.assignment_lost();
+        // The routers drop the partition queues, each of which holds a reference.
+        context.release(&self.consumer, &owned, lost, self.shared.stop_grace());
+        if owned.is_empty() {
+            self.consumer.unsubscribe();
         }
-        let left: Vec<_> = context.owned().keys().cloned().collect();
-        if !left.is_empty() {
-            context.release(&self.consumer, &left, false, Duration::ZERO);
+    }
+
+    /// Polls until no rebalance interrupts a poll, so that no unassignment is in progress.
+    fn settle(&self) {
+        let rebalances = || self.shared.counters.rebalances.get();
+        for _ in 0..SETTLE_POLLS_MAX {
+            let before = rebalances();
+            self.poll();
+            if rebalances() == before {
+                return;
+            }
         }
     }
 }

@@ -69,10 +69,15 @@ impl LogSink {
 
     /// Waits until all lines so far are written, at most a second.
     pub fn flush(&self) {
+        self.flush_within(FLUSH_MAX);
+    }
+
+    /// The same, at most `limit`.
+    pub fn flush_within(&self, limit: Duration) {
         let (sender, done) = sync_channel(0);
         if self.lines.try_send(LogItem::Flush(sender)).is_ok() {
             // Both results end the wait: the sender was dropped, or the time is up.
-            let _ = done.recv_timeout(FLUSH_MAX);
+            let _ = done.recv_timeout(limit);
         }
     }
 }

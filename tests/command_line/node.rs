@@ -1,10 +1,14 @@
 //! A `dev` node: its demo, published events, stopping and draining.
 
+use std::io::Write as _;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use delivery_testkit::ports::free_port;
 use rustix::process::Signal;
 
+use crate::support::client::{Client, Received};
+use crate::support::fleet::{Connect, dial};
 use crate::support::node::{Node, NodeBuilder, binary};
 use crate::support::wait::{SOON, until};
 use crate::tail::Tail;
@@ -83,19 +87,90 @@ fn signal_ends_sessions_with_1001_and_the_process_with_0() {
     }
 }
 
-#[test]
-fn drain_turns_readiness_off_and_a_signal_exits_at_once() {
-    let mut node = NodeBuilder::dev().set("DRAIN_PERIOD", "1h").start();
-    let _first = Tail::connect(&node, "alice", &[]);
-    let _second = Tail::connect(&node, "bob", &[]);
-    assert_eq!(node.post("/admin/drain").unwrap().status, 202);
+fn until_not_ready(node: &Node) {
     until(SOON, "readiness turns off", || {
         node.get("/health/ready").filter(|answer| answer.status == 503)
     });
     assert_eq!(node.get("/health/ready").unwrap().body.trim(), "not ready: draining");
+}
+
+#[test]
+fn drain_request_is_not_cut_short_by_the_first_signal() {
+    let mut node = NodeBuilder::dev().set("DRAIN_PERIOD", "1h").start();
+    let _first = Tail::connect(&node, "alice", &[]);
+    let _second = Tail::connect(&node, "bob", &[]);
+    assert_eq!(node.post("/admin/drain").unwrap().status, 202);
+    until_not_ready(&node);
+    node.signal(Signal::TERM);
+    until(SOON, "the first signal is logged", || {
+        node.log().contains("SIGTERM: already draining").then_some(())
+    });
+    assert_eq!(node.ended(), None);
     node.signal(Signal::TERM);
     let status = until(SOON, "the node exits", || node.ended());
     assert_eq!(status.code(), Some(128 + 15), "{}", node.log());
+}
+
+#[test]
+fn second_signal_exits_at_once_during_the_drain_delay() {
+    let mut node = NodeBuilder::dev().set("DRAIN_DELAY", "10m").start();
+    node.signal(Signal::INT);
+    until_not_ready(&node);
+    assert!(node.metrics().sum("delivery_draining", &[]) > 0.0);
+    node.signal(Signal::TERM);
+    let status = until(SOON, "the node exits", || node.ended());
+    assert_eq!(status.code(), Some(128 + 15), "{}", node.log());
+}
+
+/// Whether a client that connects after readiness has turned off is served and then closed with 1012.
+/// `false`: the machine was so slow that the delay was over before the client had its event.
+fn served_during_the_delay(delay: Duration) -> bool {
+    let mut node = NodeBuilder::dev()
+        .set("DRAIN_DELAY", format!("{}s", delay.as_secs()))
+        .set("DRAIN_PERIOD", "1s")
+        .start();
+    publish(&node, &["create", "--conversation", "team", "--members", "alice,bob"]);
+    let begun = Instant::now();
+    node.signal(Signal::TERM);
+    until_not_ready(&node);
+    let over = |what: String| {
+        assert!(begun.elapsed() >= delay, "{what} in the delay of {delay:?}: {}", node.log());
+        false
+    };
+    let connect = Connect::session(node.public, "alice", "phone");
+    let mut stream = match dial(&connect) {
+        Ok(stream) => stream,
+        Err(error) => return over(error.to_string()),
+    };
+    if let Err(error) = stream.write_all(connect.request().as_bytes()) {
+        return over(error.to_string());
+    }
+    let mut client = Client::adopt(stream);
+    match client.receive() {
+        Received::Open(_) => {}
+        other => return over(format!("{other:?}")),
+    }
+    publish(&node, &["message", "--conversation", "team", "--sender", "bob", "Hello"]);
+    match client.receive() {
+        Received::Binary(_) => {}
+        other => return over(format!("{other:?}")),
+    }
+    match client.receive_end() {
+        Received::Closed(1012, reason) => assert!(reason.starts_with("draining;"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    // It was not closed early.
+    assert!(begun.elapsed() >= delay);
+    let status = until(SOON, "the node exits", || node.ended());
+    assert_eq!(status.code(), Some(0), "{}", node.log());
+    true
+}
+
+/// Promise: “No client is refused while load balancers notice.”
+#[test]
+fn draining_node_serves_new_connections_during_the_drain_delay() {
+    // Longer and longer, for slow machines.
+    assert!([4, 20, 100].map(Duration::from_secs).into_iter().any(served_during_the_delay));
 }
 
 /// Every word of a text that looks like the name of one of our metrics.

@@ -47,8 +47,6 @@ impl NodeBuilder {
         Self { command: "dev", settings: BTreeMap::new(), output: None }
             .base()
             .set("DEV_DEMO", "false")
-            // Half a second in `dev`: the first message of a client may be later.
-            .set("RESUME_GRACE", "30s")
     }
 
     fn base(self) -> Self {
@@ -57,6 +55,8 @@ impl NodeBuilder {
             .set("GRPC_ADDR", local(free_port()))
             .set("SHARDS", 1)
             .set("AUTH_MODE", "trust")
+            // No load balancer polls it.
+            .set("DRAIN_DELAY", "0s")
             // No test may fail because the machine is slow. A test of a time limit sets that limit.
             .set("CALL_TIMEOUT", "60s")
             .set("HANDSHAKE_TIMEOUT", "2m")

@@ -22,9 +22,7 @@ fn tree(groups: &str) -> TempDir {
 }
 
 fn runner(tree: &Path, groups: &[&str]) -> Command {
-    let mut command = Command::new("env");
-    // bash cannot trap a signal that it inherits as ignored, as below `nohup`.
-    command.args(["--default-signal=HUP,TERM", "bash"]);
+    let mut command = Command::new("bash");
     command.arg(tree.join("tests/run")).args(groups).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -43,10 +43,13 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Why the node is not ready; empty if it is.
+    /// Why the node is not ready; empty if it is. From the start of the drain to the exit, that is
+    /// the only reason.
     pub fn missing(&self) -> Vec<String> {
-        let draining = self.drain.borrow().then(|| "draining".to_owned());
-        draining.into_iter().chain(self.checks.iter().filter_map(|check| check())).collect()
+        if *self.drain.borrow() {
+            return vec!["draining".to_owned()];
+        }
+        self.checks.iter().filter_map(|check| check()).collect()
     }
 }
 
@@ -175,6 +178,8 @@ mod tests {
         assert!(!*drained.borrow());
         assert_eq!(send(address, "POST /admin/drain").await.0, 202);
         assert!(*drained.borrow());
+        // What is missing while the node stops does not matter any more.
+        assigned.store(false, Ordering::Relaxed);
         assert_eq!(send(address, "GET /health/ready").await, (503, "not ready: draining\n".into()));
         assert_eq!(send(address, "GET /metrics").await.0, 404);
         assert_eq!(send(address, "GET /try").await.0, 404);

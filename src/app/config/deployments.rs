@@ -72,7 +72,7 @@ fn compose_file_starts_a_valid_node_with_what_io_uring_needs() {
     }
     // The grace period is longer than the time the process may take to stop.
     let grace = at(delivery, &["stop_grace_period"]).as_str().unwrap().trim_end_matches('s');
-    let stop_time = settings.drain_period + settings.stop_timeout;
+    let stop_time = settings.drain_delay + settings.drain_period + settings.stop_timeout;
     assert!(grace.parse::<u64>().unwrap() > stop_time.as_secs(), "{stop_time:?}");
 }
 
@@ -147,7 +147,20 @@ fn systemd_unit_sets_only_settings_and_has_a_stop_timeout() {
         let (name, _) = variable.split_once('=').unwrap();
         assert!(TABLE.iter().any(|setting| setting.env() == name), "{name}");
     }
-    assert_eq!(values("TimeoutStopSec").len(), 1);
+    // Longer than the time the process may take to stop with the settings of the unit and defaults.
+    let environment: BTreeMap<_, _> = values("Environment")
+        .iter()
+        .filter_map(|variable| variable.split_once('='))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .chain([("KAFKA_BROKERS", "kafka:9092"), ("AUTH_MODE", "trust")].map(
+            // Settings without a usable default, which are in the files that the unit names.
+            |(name, value)| (name.to_owned(), value.to_owned()),
+        ))
+        .collect();
+    let settings = load_environment(&environment).settings;
+    let stop_time = settings.drain_delay + settings.drain_period + settings.stop_timeout;
+    let [given] = &values("TimeoutStopSec")[..] else { panic!("one TimeoutStopSec") };
+    assert!(given.parse::<u64>().unwrap() > stop_time.as_secs(), "{stop_time:?}");
     assert!(values("SystemCallFilter").iter().any(|filter| filter == "@system-service"));
     assert!(Path::new(values("ExecStart")[0].split(' ').next().unwrap()).is_absolute());
 }

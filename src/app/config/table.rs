@@ -241,8 +241,13 @@ settings! {
         dev_demo: bool = "true", example "true";
     }
     "Stopping" {
-        /// Time over which sessions are closed one after the other with 1012 when the node drains (on
-        /// SIGTERM, SIGINT or `POST /admin/drain`). 0: all are closed at once with 1001.
+        /// Time for which a node that drains or stops (on SIGTERM, SIGINT or `POST /admin/drain`) still
+        /// accepts and serves connections after its readiness has turned off, because load balancers
+        /// notice that only when they poll. Set it to the longest time that yours take. 0: the public
+        /// port closes at once.
+        drain_delay: Duration = "5s", dev "0s", from "0s" to "10m", example "15s";
+        /// Time over which sessions are closed one after the other with 1012, after the drain delay.
+        /// 0: all are closed at once with 1001.
         drain_period: Duration = "0s", from "0s" to "1h", example "20s";
         /// Maximum time from the end of the drain period to the exit of the process.
         stop_timeout: Duration = "10s", from "100ms" to "10m", example "10s";

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use crate::app::admin::{Collector, MetricsPage, number};
 use crate::domain::close::EndReason;
 use crate::domain::counters::{CounterSet, LATENCY_BUCKETS_MS, LatencyHistogram, MetricKind};
@@ -18,6 +20,15 @@ pub(super) fn register<C: CounterSet>(
     let counters = Arc::new(C::default());
     collectors.push(component(prefix, Arc::clone(&counters)));
     counters
+}
+
+/// `delivery_draining`.
+pub(super) fn draining(drained: watch::Receiver<bool>) -> Collector {
+    Box::new(move |page| {
+        let help = "1 from the request to drain or stop until the exit, otherwise 0.";
+        let value = number(u64::from(*drained.borrow()));
+        page.sample(MetricKind::Gauge, "delivery_draining", help, &[], value);
+    })
 }
 
 /// The metrics of one component: each field of its counters as `delivery_<prefix><field>`.

@@ -2,6 +2,7 @@
 //! reverse order.
 
 mod back_ends;
+mod deadlines;
 mod memory;
 mod mesh;
 mod metrics;
@@ -13,6 +14,7 @@ mod signals;
 mod sizing;
 mod streams;
 
+use std::fmt;
 use std::future::pending;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -22,9 +24,10 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::time::{Instant, interval, timeout, timeout_at};
+use tokio::time::{Instant, interval, sleep, timeout_at};
 
 use self::back_ends::BackEnds;
+use self::deadlines::Deadlines;
 use self::memory::MemoryBudget;
 use self::mesh::{Mesh, PeerSide};
 use self::other_nodes::OtherNodesListener;
@@ -33,15 +36,14 @@ use self::shards::{Shards, connection_limits, shard_config};
 use self::signals::Signals;
 use self::sizing::{Machine, Sizing};
 use self::streams::Streams;
-use super::admin::{self, Admin, Collector, ReadinessCheck, RequestMetrics};
+use super::admin::{self, Admin, Collector, RequestMetrics};
 use super::config::Settings;
 use super::telemetry::{self, LogSink};
 use crate::domain::counted::Counted;
 use crate::reactor::listener::{ListenerConfig, listen_all};
 use crate::service::members::directory::Directory;
 use crate::service::sessions::manager::{
-    NodeState, SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts,
-    Shutdown,
+    SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts, Shutdown,
 };
 
 /// The input of [`run`].
@@ -67,9 +69,8 @@ pub struct Addresses {
 
 /// Interval at which readiness is checked until the node is ready.
 const READY_INTERVAL: Duration = Duration::from_millis(50);
-/// Minimum time for the last offset commit.
-const COMMIT_MIN: Duration = Duration::from_secs(1);
-/// Time for the remaining tasks to end after the node has stopped. Only calls to other services remain.
+/// Time for the remaining tasks to end. Only calls to other services remain. Less if a node that
+/// stops has less time left.
 const TASKS_END_MAX: Duration = Duration::from_secs(1);
 
 /// Runs a node until it is stopped. Calls `on_ready` once, when the node is ready for the first time.
@@ -85,10 +86,23 @@ pub fn run(plan: Plan, on_ready: impl FnOnce(&Addresses)) -> Result<(), String> 
         .enable_all()
         .build()
         .map_err(|error| format!("the service threads did not start: {error}"))?;
-    let outcome = runtime.block_on(run_node(plan, sizing, &log, on_ready));
-    runtime.shutdown_timeout(TASKS_END_MAX);
-    log.flush();
+    let (outcome, exit) = match runtime.block_on(run_node(plan, sizing, &log, on_ready)) {
+        Ok(Stopped { outcome, exit }) => (outcome, Some(exit)),
+        Err(error) => (Err(error), None),
+    };
+    let exit = exit.unwrap_or_else(|| Instant::now() + TASKS_END_MAX);
+    let left = || exit.saturating_duration_since(Instant::now());
+    // Both are usually done at once. Half of the time is for each.
+    runtime.shutdown_timeout((left() / 2).min(TASKS_END_MAX));
+    log.flush_within(left());
     outcome
+}
+
+/// The end of a node that was started.
+struct Stopped {
+    outcome: Result<(), String>,
+    /// When the process exits at the latest.
+    exit: Instant,
 }
 
 /// The listening sockets. They are bound first, so that a port in use is reported at once.
@@ -134,15 +148,16 @@ async fn run_node(
     sizing: Sizing,
     log: &LogSink,
     on_ready: impl FnOnce(&Addresses),
-) -> Result<(), String> {
+) -> Result<Stopped, String> {
     let mut signals =
         Signals::catch().map_err(|error| format!("cannot install signal handlers: {error}"))?;
     let ports = Ports::bind(&plan.settings, plan.ip, &sizing).await?;
     let addresses = ports.addresses;
-    let (node, admin_listener, collectors) = start(plan.settings, &sizing, ports, log)?;
-
     let (drain, drained) = watch::channel(false);
-    let mut checks = vec![serving(node.sessions.clone()), node.routing.check()];
+    let (node, admin_listener, collectors) =
+        start(plan.settings, &sizing, ports, log, drained.clone())?;
+
+    let mut checks = vec![node.routing.check()];
     checks.extend(node.from_other_nodes.as_ref().map(OtherNodesListener::check));
     let admin = Arc::new(Admin {
         service: node.settings.service_name.to_string(),
@@ -155,18 +170,23 @@ async fn run_node(
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&admin)));
     tracing::info!("WebSocket on {}, admin on {}", addresses.websocket, addresses.admin);
 
-    let outcome = tokio::select! {
-        why = stop_requested(&mut signals, drained) => { tracing::info!("{why}: stopping"); Ok(()) }
-        number = node.shards.lost() => Err(format!("shard {number} has failed")),
+    let requested = tokio::select! {
+        request = stop_requested(&mut signals, drained) => Ok(request),
+        failure = node.failure() => Err(failure),
         () = ready_once(&admin, || on_ready(&addresses)) => unreachable!("it never returns"),
     };
     // Readiness turns off before the first session is closed.
     admin.drain.send_replace(true);
-    signals.exit_on_next(log.clone());
-    let ended = node.stop().await;
+    let by_signal = matches!(requested, Ok(StopRequest::Signal(_)));
+    signals.exit_on_second(by_signal, log.clone());
+    let outcome = match requested {
+        Ok(request) => node.serve_on(&request).await,
+        Err(failure) => Err(failure),
+    };
+    let Stopped { outcome: ended, exit } = node.stop().await;
     admin_task.abort();
     tracing::info!("stopped");
-    outcome.and(ended)
+    Ok(Stopped { outcome: outcome.and(ended), exit })
 }
 
 /// Starts everything except the admin port, in the order of the dependencies.
@@ -175,6 +195,7 @@ fn start(
     sizing: &Sizing,
     ports: Ports,
     log: &LogSink,
+    drained: watch::Receiver<bool>,
 ) -> Result<(Node, TcpListener, Vec<Collector>), String> {
     let config = shard_config(&settings, sizing);
     let memory = MemoryBudget::new(&settings, sizing, &config);
@@ -192,7 +213,8 @@ fn start(
     let streams = match ports.grpc {
         Some(listener) => {
             let side = mesh.shards.pop().expect("one more for the hub");
-            Some(Streams::start(&settings, sizing, listener, side, &mut back_ends.collectors)?)
+            let collectors = &mut back_ends.collectors;
+            Some(Streams::start(&settings, sizing, listener, side, drained.clone(), collectors)?)
         }
         None => None,
     };
@@ -229,6 +251,7 @@ fn start(
         metrics::shards(shards.counters.clone(), hub, Arc::clone(&counters)),
         metrics::component("session_", counters),
         metrics::component("", log),
+        metrics::draining(drained),
     ]);
     let node = Node { settings, shards, streams, sessions, routing, from_other_nodes };
     Ok((node, ports.admin, collectors))
@@ -269,34 +292,61 @@ fn sessions(
 }
 
 impl Node {
+    /// Waits until a part has failed without which the node cannot serve. Returns which.
+    async fn failure(&self) -> String {
+        format!("shard {} has failed", self.shards.lost().await)
+    }
+
+    /// Accepts and serves connections for another `drain_delay`, because load balancers poll
+    /// readiness.
+    ///
+    /// # Errors
+    /// A part has failed meanwhile.
+    async fn serve_on(&self, request: &StopRequest) -> Result<(), String> {
+        let delay = self.settings.drain_delay;
+        if delay.is_zero() {
+            tracing::info!("{request}: stopping");
+            return Ok(());
+        }
+        tracing::info!(
+            "{request}: not ready any more, accepting connections for another {delay:?}"
+        );
+        tokio::select! {
+            () = sleep(delay) => { tracing::info!("stopping"); Ok(()) }
+            failure = self.failure() => Err(failure),
+        }
+    }
+
     /// Closes the sessions, then stops the parts that feed them. Abandons what is not done within
     /// the drain period plus `stop_timeout`.
-    async fn stop(self) -> Result<(), String> {
+    async fn stop(self) -> Stopped {
         let Settings { drain_period, stop_timeout, .. } = self.settings;
         let shutdown =
             if drain_period.is_zero() { Shutdown::Stop } else { Shutdown::Drain(drain_period) };
-        let deadline = Instant::now() + drain_period + stop_timeout;
+        let deadlines = Deadlines::new(Instant::now() + drain_period, stop_timeout);
         // Routing continues, so sessions that are still open receive events.
-        let all_ended = timeout_at(deadline, self.sessions.shut_down(shutdown)).await.is_ok();
+        let ended = timeout_at(deadlines.sessions, self.sessions.shut_down(shutdown)).await;
+        let all_ended = ended.is_ok();
         if !all_ended {
             tracing::error!(
-                "sessions still open {stop_timeout:?} after the drain period, terminating them"
+                "sessions still open, terminating them (STOP_TIMEOUT={stop_timeout:?})"
             );
         }
         drop(self.from_other_nodes);
         if let Some(streams) = self.streams {
-            streams.stop().await;
+            streams.stop(deadlines.streams).await;
         }
-        let grace = deadline.saturating_duration_since(Instant::now()).max(COMMIT_MIN);
+        let grace = deadlines.records.saturating_duration_since(Instant::now());
         let routing = self.routing;
         let commit = tokio::task::spawn_blocking(move || routing.stop(grace));
-        if timeout(grace + COMMIT_MIN, commit).await.is_err() {
+        if timeout_at(deadlines.group, commit).await.is_err() {
             tracing::error!(
                 "the last offset commit timed out: some events will be delivered again"
             );
         }
         // A shard that still has sessions runs until the process exits.
-        if all_ended { self.shards.join() } else { Ok(()) }
+        let outcome = if all_ended { self.shards.join() } else { Ok(()) };
+        Stopped { outcome, exit: deadlines.exit }
     }
 }
 
@@ -326,14 +376,6 @@ fn local(listener: &TcpListener) -> SocketAddr {
     listener.local_addr().expect("a bound socket has an address")
 }
 
-fn serving(sessions: SessionHandle) -> ReadinessCheck {
-    Box::new(move || match sessions.state() {
-        // The admin port itself reports a drain.
-        NodeState::Serving | NodeState::Draining => None,
-        NodeState::Stopping | NodeState::Stopped => Some("stopping".to_owned()),
-    })
-}
-
 /// Calls `then` when the node is ready for the first time. Never returns.
 async fn ready_once(admin: &Admin, then: impl FnOnce()) {
     let mut ticks = interval(READY_INTERVAL);
@@ -348,11 +390,27 @@ async fn ready_once(admin: &Admin, then: impl FnOnce()) {
     pending().await
 }
 
-/// Waits for a signal or for a drain request on the admin port. Returns the cause.
-async fn stop_requested(signals: &mut Signals, mut drained: watch::Receiver<bool>) -> String {
+/// What stops a node that works.
+enum StopRequest {
+    /// The name of the signal.
+    Signal(&'static str),
+    /// A request on the admin port.
+    Drain,
+}
+
+impl fmt::Display for StopRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Signal(name) => name,
+            Self::Drain => "POST /admin/drain",
+        })
+    }
+}
+
+async fn stop_requested(signals: &mut Signals, mut drained: watch::Receiver<bool>) -> StopRequest {
     tokio::select! {
-        (name, _) = signals.next() => name.to_owned(),
+        (name, _) = signals.next() => StopRequest::Signal(name),
         // The sender lives as long as the admin port.
-        _ = drained.wait_for(|requested| *requested) => "POST /admin/drain".to_owned(),
+        _ = drained.wait_for(|requested| *requested) => StopRequest::Drain,
     }
 }

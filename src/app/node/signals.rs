@@ -32,9 +32,15 @@ impl Signals {
         }
     }
 
-    /// Makes the next signal exit the process at once, with 128 plus its number as the status.
-    pub(super) fn exit_on_next(mut self, log: LogSink) {
+    /// Makes the second signal exit the process at once, with 128 plus its number as the status.
+    /// `first_seen`: the first one has been received. Otherwise a drain request stops the node, and
+    /// the first signal changes nothing: Kubernetes sends it after a `preStop` hook that drains.
+    pub(super) fn exit_on_second(mut self, first_seen: bool, log: LogSink) {
         tokio::spawn(async move {
+            if !first_seen {
+                let (name, _) = self.next().await;
+                tracing::info!("{name}: already draining; a second signal exits at once");
+            }
             let (name, number) = self.next().await;
             tracing::warn!("second signal ({name}): exiting at once");
             log.flush();

@@ -1,12 +1,11 @@
 //! The gRPC port: the hub, which counts as one more shard, and the server in front of it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::mesh::ShardSide;
 use super::metrics::register;
@@ -15,9 +14,6 @@ use crate::app::admin::Collector;
 use crate::app::config::Settings;
 use crate::service::streams::grpc::{self, GrpcConfig};
 use crate::service::streams::hub::{Hub, HubConfig, HubMetrics, OutboxLimits};
-
-/// Extra waiting time after the shutdown timeout of the server.
-const SHUTDOWN_SLACK: Duration = Duration::from_secs(1);
 
 /// The bounds of each stream's outbox.
 pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
@@ -34,12 +30,11 @@ pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
 pub(super) struct Streams {
     stop: oneshot::Sender<()>,
     server: JoinHandle<()>,
-    shutdown_max: Duration,
     pub metrics: Arc<HubMetrics>,
 }
 
 impl Streams {
-    /// Starts the hub and the server on the current runtime.
+    /// Starts the hub and the server on the current runtime. `drained`: whether the node drains.
     ///
     /// # Errors
     /// The hub's doorbell cannot be waited on.
@@ -48,6 +43,7 @@ impl Streams {
         sizing: &Sizing,
         listener: TcpListener,
         side: ShardSide,
+        drained: watch::Receiver<bool>,
         collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
         let metrics = Arc::new(HubMetrics::default());
@@ -71,9 +67,9 @@ impl Streams {
             keepalive_timeout: settings.idle_timeout.saturating_sub(settings.ping_interval),
             ..GrpcConfig::default()
         };
-        let shutdown_max = config.shutdown_timeout + SHUTDOWN_SLACK;
         let (stop, stopped) = oneshot::channel();
-        let served = grpc::serve(config, listener, handle, register("", collectors), async {
+        let counters = register("", collectors);
+        let served = grpc::serve(config, listener, handle, counters, drained, async {
             // An error means that the node is gone, which stops the server as well.
             let _ = stopped.await;
         });
@@ -82,15 +78,16 @@ impl Streams {
                 tracing::error!("the gRPC server failed: {error}");
             }
         });
-        Ok(Self { stop, server, shutdown_max, metrics })
+        Ok(Self { stop, server, metrics })
     }
 
-    /// Stops the server. Called after the sessions have been closed.
-    pub(super) async fn stop(self) {
+    /// Stops the server, at the latest at `deadline`. Called after the sessions have been closed.
+    pub(super) async fn stop(mut self, deadline: Instant) {
         // An error means that the server has already failed and logged the reason.
         let _ = self.stop.send(());
-        if timeout(self.shutdown_max, self.server).await.is_err() {
+        if timeout_at(deadline, &mut self.server).await.is_err() {
             tracing::warn!("gRPC connections still open, terminating them");
+            self.server.abort();
         }
     }
 }

@@ -89,6 +89,23 @@ fn stream_gets_messages_as_they_are_sent() {
     assert_eq!(seen, [1, 2, 3]);
 }
 
+/// Promise: “No client is refused while load balancers notice.”
+#[test]
+fn stream_is_admitted_and_served_during_the_drain_delay() {
+    let neighbours = FakeNeighbours::start();
+    neighbours.state().create("room", &["alice"], 3);
+    let builder = with_neighbours(NodeBuilder::dev(), &neighbours);
+    let node = builder.set("DRAIN_DELAY", "10m").start();
+    assert_eq!(node.post("/admin/drain").expect("an answer").status, 202);
+    assert_eq!(node.get("/health/ready").expect("an answer").status, 503);
+    let request =
+        DeliveryConnectRequest { conversation_id: "room".into(), ..first("alice", "phone") };
+    let mut alice = Stream::connect(&node, request).expect("admitted");
+    for sequence in 1..=3 {
+        assert_eq!(alice.receive().expect("open").sequence, sequence);
+    }
+}
+
 #[test]
 fn conversation_named_for_the_first_time_is_resumed_from_its_sequence() {
     let neighbours = FakeNeighbours::start();

@@ -100,7 +100,7 @@ pub enum GrpcError {
 }
 
 /// Serves the port until `shutdown` resolves and all connections have closed, or the shutdown timeout
-/// expires.
+/// expires. While `drained` is true, the health service tells load balancers to go elsewhere.
 ///
 /// # Errors
 /// See [`GrpcError`]. An error of a single connection is not reported.
@@ -109,10 +109,11 @@ pub async fn serve(
     listener: TcpListener,
     hub: HubHandle,
     counters: Arc<GrpcCounters>,
+    drained: watch::Receiver<bool>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), GrpcError> {
     let (health, health_service) = tonic_health::server::health_reporter();
-    let reporting = tokio::spawn(report_health(health, hub.accepting()));
+    let reporting = tokio::spawn(report_health(health, hub.accepting(), drained));
     let (accepted, incoming) = mpsc::channel(ACCEPTED_MAX);
     let accepting =
         connections::accept(listener, config.connections_max, accepted, Arc::clone(&counters));
@@ -174,16 +175,23 @@ fn reflection() -> Result<tonic_reflection::server::Builder<'static>, GrpcError>
         .with_service_name("grpc.reflection.v1.ServerReflection"))
 }
 
-/// Reports `SERVING` while the node accepts new sessions, for the server and for `DeliveryApi`.
-async fn report_health(health: HealthReporter, mut accepting: watch::Receiver<bool>) {
+/// Reports `SERVING` while the node accepts new sessions and does not drain, for the server and for
+/// `DeliveryApi`.
+async fn report_health(
+    health: HealthReporter,
+    mut accepting: watch::Receiver<bool>,
+    mut drained: watch::Receiver<bool>,
+) {
     loop {
-        let status = match *accepting.borrow_and_update() {
-            true => ServingStatus::Serving,
-            false => ServingStatus::NotServing,
-        };
+        let serving = *accepting.borrow_and_update() && !*drained.borrow_and_update();
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         health.set_service_status("", status).await;
         health.set_service_status(ConnectService::NAME, status).await;
-        if accepting.changed().await.is_err() {
+        let changed = tokio::select! {
+            changed = accepting.changed() => changed,
+            changed = drained.changed() => changed,
+        };
+        if changed.is_err() {
             return;
         }
     }

@@ -30,6 +30,7 @@ struct Port {
     address: SocketAddr,
     channel: Channel,
     counters: Arc<GrpcCounters>,
+    drain: watch::Sender<bool>,
     shutdown: oneshot::Sender<()>,
     served: JoinHandle<Result<(), GrpcError>>,
 }
@@ -42,12 +43,13 @@ impl Port {
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(GrpcCounters::default());
         let (shutdown, until) = oneshot::channel::<()>();
-        let served = serve(config, listener, handle, Arc::clone(&counters), async {
+        let (drain, drained) = watch::channel(false);
+        let served = serve(config, listener, handle, Arc::clone(&counters), drained, async {
             let _ = until.await;
         });
         let served = tokio::spawn(served);
         let channel = channel(address).await;
-        Self { manager, router, address, channel, counters, shutdown, served }
+        Self { manager, router, address, channel, counters, drain, shutdown, served }
     }
 
     async fn default() -> Self {
@@ -413,6 +415,22 @@ async fn health_reports_whether_sessions_are_accepted() {
     let call = port.call(None);
     call.send("alice", "desk", "", 0).await;
     assert_eq!(call.refused().await.code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn health_turns_off_with_the_drain_and_not_with_the_last_session() {
+    let port = Port::default().await;
+    let mut health = HealthClient::new(port.channel.clone());
+    for service in ["", "realchat.delivery.v1.DeliveryApi"] {
+        port.drain.send_replace(false);
+        let request = HealthCheckRequest { service: service.into() };
+        let mut updates = health.watch(request).await.unwrap().into_inner();
+        assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::Serving as i32);
+        port.drain.send_replace(true);
+        assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::NotServing as i32);
+        port.drain.send_replace(false);
+        assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::Serving as i32);
+    }
 }
 
 #[tokio::test]

@@ -3,10 +3,14 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use delivery_testkit::ports::free_port;
+
+/// Longer than a connection takes on any machine.
+const CONNECTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Options of a server.
 #[derive(Clone, Copy, Default)]
@@ -116,7 +120,15 @@ impl Server {
 
     /// A connection for the test's own commands; needs a server without password and TLS.
     pub(crate) fn connection(&self) -> redis::Connection {
-        redis::Client::open(("127.0.0.1", self.port)).unwrap().get_connection().unwrap()
+        let client = redis::Client::open(("127.0.0.1", self.port)).unwrap();
+        // A Sentinel closes all connections to a server that it promotes, also one that is being opened.
+        let deadline = Instant::now() + CONNECTED_WITHIN;
+        loop {
+            match client.get_connection() {
+                Ok(connection) => return connection,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+        }
     }
 
     /// Runs a command that must succeed, such as `CONFIG SET`, on a connection of its own.

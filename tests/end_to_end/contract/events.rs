@@ -156,9 +156,12 @@ fn record_that_cannot_be_decoded_is_counted_logged_and_skipped() {
     back_end.publisher.publish_bytes("room", b"\xff\xff\xff no envelope");
     back_end.publisher.created("room", &names(&["alice"]));
     assert_eq!(event_type(&mut alice), EventType::ConversationCreated);
-    let log = node.log();
-    let line = log.lines().find(|line| line.contains(&back_end.topic) && line.contains("offset"));
-    assert!(line.is_some(), "the log names topic, partition and offset: {log}");
+    // Lines are written in the background.
+    until(SOON, "the log names topic, partition and offset", || {
+        let log = node.log();
+        let mut lines = log.lines();
+        lines.any(|line| line.contains(&back_end.topic) && line.contains("offset")).then_some(())
+    });
 }
 
 #[test]

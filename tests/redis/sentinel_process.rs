@@ -74,10 +74,11 @@ fn replicas(connection: &mut redis::Connection) -> RedisResult<String> {
     Ok(answer.concat().join(" "))
 }
 
-/// Whether a server, which needs no password, is a primary.
+/// Whether a server, which needs no password, is a primary. A Sentinel that promotes it closes all
+/// connections to it, also the one that asks.
 pub(crate) fn is_primary(server: &Server) -> bool {
-    let role: Vec<Value> = cmd("ROLE").query(&mut server.connection()).unwrap();
-    role[0] == Value::BulkString(b"master".to_vec())
+    let role: RedisResult<Vec<Value>> = cmd("ROLE").query(&mut server.connection());
+    role.is_ok_and(|role| role[0] == Value::BulkString(b"master".to_vec()))
 }
 
 /// Whether the Sentinel has finished the failover.

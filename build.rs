@@ -6,12 +6,13 @@ use std::{env, fs};
 
 use prost::Message as _;
 
-const PROTOS: [&str; 5] = [
+const PROTOS: [&str; 6] = [
     "realchat/shared/v1/events.proto",
     "realchat/message/v1/message_api.proto",
     "realchat/conversation/v1/conversation_api.proto",
     "realchat/presence/v1/presence_api.proto",
     "realchat/delivery/v1/delivery_api.proto",
+    "delivery/cluster/v1/cluster.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -25,7 +25,7 @@
 //! | [`handoff`] | the bounded rings and the doorbell between shards and service |
 //! | [`uring`] | io_uring, and all unsafe code |
 //! | [`reactor`] | the shard: event loop, slab, send queues, timer wheel; generic over a kernel |
-//! | [`service`] | users, conversations and back ends, in six floors; never touches a client socket |
+//! | [`service`] | users, conversations and back ends, in seven floors; never touches a client socket |
 //! | [`app`] | settings, wiring, the command line |
 //!
 //! # The path of a Kafka record
@@ -36,7 +36,8 @@
 //! 3. [`service::members::membership`] returns the complete member list of the conversation, or fetches
 //!    it ([`service::backends::neighbours`]) while other partitions continue.
 //! 4. [`service::members::directory`] returns the members' sessions on this node: shard, slot,
-//!    generation, encoding. [`service::backends::redis`] hands the record off to other nodes.
+//!    generation, encoding. A router hands the record over to the
+//!    other nodes that [`service::cluster::table`] names (`HANDOFF=log`), or [`service::backends::redis`] does.
 //! 5. [`service::events::encode`] writes one immutable frame per encoding.
 //! 6. One [`domain::command::ShardCommand::Deliver`] per shard goes over a ring of [`handoff`], whose
 //!    doorbell wakes a sleeping shard.

@@ -98,7 +98,11 @@ ignored_tests() {
   cargo test --quiet --test end_to_end -- --ignored --test-threads=1 --nocapture "$@"
 }
 
-group_end_to_end() { ignored_tests --skip clients:: --skip faults::; }
+group_end_to_end() {
+  start_services
+  cargo test --quiet --lib kafka::tests::real -- --ignored
+  ignored_tests --skip clients:: --skip faults::
+}
 
 setup_clients() {
   local into=$services_dir/clients

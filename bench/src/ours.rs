@@ -16,10 +16,12 @@ use delivery::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use delivery::reactor::listener::{ListenerConfig, listen_all};
 use delivery::reactor::shard::ShardLinks;
 use delivery::reactor::thread::{ShardHandle, spawn};
+use delivery::service::cluster::missed::MissedSessions;
 use delivery::service::members::directory::Directory;
 use delivery::service::members::membership::{Membership, MembershipConfig};
 use delivery::service::routing::router::{
-    Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
+    Assignment, CommittableOffset, CommittableTable, RawRecord, RecordSource, Router, RouterConfig,
+    RouterControl,
     RouterParts, TopicPartition,
 };
 use delivery::service::sessions::auth::Authenticator;
@@ -171,6 +173,12 @@ impl Ours {
         let sessions = SessionManager::spawn(
             SessionConfig::default(),
             SessionPorts {
+                missed: Arc::new(MissedSessions::new(
+                    Arc::clone(&directory),
+                    None,
+                    Arc::clone(&manager_bell),
+                )),
+                announcer: None,
                 bell: manager_bell,
                 shards: manager,
                 directory: Arc::clone(&directory),
@@ -194,6 +202,7 @@ impl Ours {
             directory,
             membership: Arc::clone(&membership),
             remote: None,
+            cluster: None,
             dead_letters: None,
         });
         thread.spawn("router".to_owned())?;
@@ -206,6 +215,9 @@ impl Ours {
             source: Box::new(Source(Arc::clone(&log))),
             start: Some(0),
             committable: Arc::clone(&committable),
+            generation: 0,
+            table: 0,
+            committable_table: Arc::new(CommittableTable::new(0)),
         });
         drop(within);
         Ok(Self {

@@ -1,15 +1,20 @@
-//! Runs the shard on the simulated kernel: any number of seeds and steps (docs/simulation.md).
+//! Runs the shard on the simulated kernel, or the cluster on simulated logs: any number of seeds and steps
+//! (docs/simulation.md).
 
 use std::time::Instant;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use delivery::domain::counted::Counted;
-use delivery::reactor::simulation::{self, Summary, trace};
+use delivery::reactor::simulation as shard;
+use delivery::service::routing::simulation as cluster;
 
-/// Runs the shard on a simulated kernel with faults that depend on a seed. A failing seed always
-/// fails in the same way.
+/// Runs a part of the server in a simulated world with faults that depend on a seed. A failing seed
+/// always fails in the same way.
 #[derive(Debug, Parser)]
 struct Arguments {
+    /// What is simulated.
+    #[arg(long, value_enum, default_value_t = World::Shard)]
+    world: World,
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -21,18 +26,39 @@ struct Arguments {
     seeds: u64,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum World {
+    /// The shard, on a simulated kernel.
+    Shard,
+    /// The routers of several nodes, on simulated logs.
+    Cluster,
+}
+
 fn main() {
-    trace::print_on_panic();
     let arguments = Arguments::parse();
+    match arguments.world {
+        World::Shard => run_shard(&arguments),
+        World::Cluster => run_cluster(&arguments),
+    }
+}
+
+impl Arguments {
+    fn seeds(&self) -> std::ops::Range<u64> {
+        self.seed..self.seed.saturating_add(self.seeds)
+    }
+}
+
+fn run_shard(arguments: &Arguments) {
+    shard::trace::print_on_panic();
     let started = Instant::now();
-    let mut total = Summary::default();
-    for seed in arguments.seed..arguments.seed.saturating_add(arguments.seeds) {
-        total.add(&simulation::run(seed, arguments.steps));
+    let mut total = shard::Summary::default();
+    for seed in arguments.seeds() {
+        total.add(&shard::run(seed, arguments.steps));
     }
     for (name, count) in &total.counts {
         println!("{name:>32} {count}");
     }
-    let Summary { steps, clients, admitted, received, passed_ms, .. } = total;
+    let shard::Summary { steps, clients, admitted, received, passed_ms, .. } = total;
     println!(
         "{} from {}: {}, {}, {}, {} received, {}; nothing found in {} s",
         Counted(arguments.seeds, "seed"),
@@ -42,6 +68,24 @@ fn main() {
         Counted(admitted, "session"),
         Counted(received, "event"),
         Counted(passed_ms / 3_600_000, "virtual hour"),
+        started.elapsed().as_secs(),
+    );
+}
+
+fn run_cluster(arguments: &Arguments) {
+    cluster::trace::print_on_panic();
+    let started = Instant::now();
+    let mut total = cluster::ClusterSummary::default();
+    for seed in arguments.seeds() {
+        total.add(&cluster::run(seed, arguments.steps));
+    }
+    for (name, count) in &total.counts {
+        println!("{name:>40} {count}");
+    }
+    println!(
+        "{} from {}: nothing found in {} s",
+        Counted(arguments.seeds, "seed"),
+        arguments.seed,
         started.elapsed().as_secs(),
     );
 }

@@ -33,6 +33,8 @@ impl CloseCode {
     pub const TOKEN_EXPIRED: Self = Self(4401);
     /// The resume request came after its grace period.
     pub const RESUME_TOO_LATE: Self = Self(4408);
+    /// Events for the session were lost between nodes: reconnect and resume.
+    pub const EVENTS_MISSED: Self = Self(4409);
 }
 
 /// The content of a close frame that the server sends.

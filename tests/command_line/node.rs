@@ -194,6 +194,14 @@ fn alerts_and_dashboard_name_only_metrics_that_exist() {
         let page = node.get("/metrics")?.body;
         page.contains("\nkafka_consumer_lag{").then_some(page)
     });
+    // Its partitions would not be read without the topics of the cluster.
+    let member = NodeBuilder::serve()
+        .set("KAFKA_BROKERS", format!("127.0.0.1:{}", free_port()))
+        .set("ROUTING_MODE", "group")
+        .set("HANDOFF", "log")
+        .spawn();
+    let cluster = until(SOON, "the admin port answers", || Some(member.get("/metrics")?.body));
+    let page = page + &cluster;
     let mut names: Vec<&str> = page.lines().filter_map(|line| line.split('{').next()).collect();
     names.extend(names.clone().iter().filter_map(|name| name.strip_suffix("_bucket")));
     for file in ["deploy/prometheus/alerts.yaml", "deploy/grafana/delivery.json"] {

@@ -8,10 +8,13 @@ mod upgrade_cases;
 
 mod back_pressure;
 mod clients;
+mod cluster;
 mod contract;
 mod delivery_to_all;
 mod door;
 mod faults;
 mod ledger;
+mod mixed_cluster;
 mod pages;
 mod redis;
+mod redis_gaps;

@@ -15,8 +15,14 @@ fn nobody_there() -> String {
     format!("127.0.0.1:{}", free_port())
 }
 
-/// A node with every part that has metrics. It need not be ready.
-fn node_with_everything() -> Node {
+/// The metrics pages of two nodes that have together every part with metrics: no node hands over both through
+/// the log and through Redis. They need not be ready.
+fn pages_of_everything() -> String {
+    let nodes = ["log", "redis"].map(node_with_everything);
+    nodes.map(|node| node.get("/metrics").expect("answers").body).concat()
+}
+
+fn node_with_everything(hand_off: &str) -> Node {
     let node = NodeBuilder::serve()
         .set("KAFKA_BROKERS", nobody_there())
         .set("REDIS_ADDR", nobody_there())
@@ -25,6 +31,7 @@ fn node_with_everything() -> Node {
         .set("PRESENCE_SVC_ADDR", nobody_there())
         .set("PRESENCE_MODE", "service")
         .set("ROUTING_MODE", "group")
+        .set("HANDOFF", hand_off)
         .set("DEAD_LETTER_TOPIC", "dead-letters")
         .set("CONNECTIONS_MAX", 1_000)
         .spawn();
@@ -99,8 +106,7 @@ fn stands_for(name: &str, metric: &str) -> bool {
 
 #[test]
 fn every_metric_that_a_page_names_is_on_the_metrics_page() {
-    let node = node_with_everything();
-    let page = node.get("/metrics").expect("answers").body;
+    let page = pages_of_everything();
     let series: BTreeSet<&str> = page
         .lines()
         .filter(|line| !line.starts_with('#'))
@@ -127,8 +133,7 @@ fn every_metric_that_a_page_names_is_on_the_metrics_page() {
 
 #[test]
 fn every_queue_is_in_the_memory_bound_and_every_part_of_it_is_a_queue() {
-    let node = node_with_everything();
-    let page = node.get("/metrics").expect("answers").body;
+    let page = pages_of_everything();
     let parts: BTreeSet<&str> = page
         .lines()
         .filter(|line| line.starts_with("delivery_memory_bound_bytes{"))

@@ -7,7 +7,7 @@ use delivery_testkit::admin::Metrics;
 mod sentinel_process;
 #[path = "../redis/server.rs"]
 #[allow(dead_code, reason = "the tests of the client use the rest")]
-mod server;
+pub(super) mod server;
 
 use self::sentinel_process::{Sentinel, is_primary, sees_no_failover};
 use self::server::{Commands as _, Options, Server};
@@ -16,7 +16,11 @@ use super::support::node::{Node, NodeBuilder};
 use super::support::wait::{SOON, until};
 
 fn node(url: &str) -> Node {
-    let node = NodeBuilder::dev().set("REDIS_URL", url).set("PRESENCE_MODE", "redis").start();
+    let node = NodeBuilder::dev()
+        .set("REDIS_URL", url)
+        .set("PRESENCE_MODE", "redis")
+        .set("HANDOFF", "redis")
+        .start();
     wait_for(&node, "Redis serves", |metrics| metrics.sum("delivery_redis_up", &[]) == 1.0);
     node
 }
@@ -85,6 +89,7 @@ fn node_ends_up_on_the_new_primary_after_a_failover() {
         .set("REDIS_URL", url)
         .set("INSTANCE_ID", "n1")
         .set("PRESENCE_MODE", "redis")
+        .set("HANDOFF", "redis")
         .start();
     let hears = |server: &Server| -> u64 {
         let mut publish = redis::cmd("PUBLISH");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use delivery::service::backends::redis::{Announcer, NodesCounters};
+use delivery::service::backends::redis::{Announcer, NodesCounters, RegistryUse};
 use delivery::service::members::directory::SessionIds;
 use delivery::service::sessions::presence::{
     Presence, PresenceConfig, PresenceCounters, PresenceTarget,
@@ -26,7 +26,11 @@ async fn session_that_moved_gets_its_events_at_its_new_node_at_once() {
 
     let counters = Arc::new(NodesCounters::default());
     let config = PresenceConfig {
-        announcer: Some(Announcer::start(bench.link.clone(), Arc::clone(&counters))),
+        announcer: Some(Announcer::start(
+            bench.link.clone(),
+            Arc::clone(&counters),
+            RegistryUse::always(),
+        )),
         ..PresenceConfig::new("n2".into())
     };
     let target = PresenceTarget::Redis(bench.link.clone());

@@ -2,6 +2,8 @@
 
 mod announcer;
 mod fence;
+mod gaps;
+mod legacy;
 mod link;
 mod log;
 mod nodes;

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use delivery::domain::ids::SessionAddress;
 use delivery::handoff::Pushed;
-use delivery::service::backends::ports::{RouterInbox, RouterInput};
+use delivery::service::backends::ports::{MissedEvents, RouterInbox, RouterInput};
 use delivery::service::backends::redis::{
     Locations, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters, Subscriptions,
     SubscriptionsConfig,
@@ -44,11 +45,26 @@ impl PresenceUpdates for Presence {
     }
 }
 
+/// Counts the gaps that concern all sessions.
+#[derive(Default)]
+struct Gaps(AtomicU64);
+
+impl MissedEvents for Gaps {
+    fn missed(&self, _session: SessionAddress) {}
+
+    fn missed_by_user(&self, _user: &str) {}
+
+    fn missed_by_all(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
 /// A subscribed instance and what it received.
 pub(crate) struct Inbox {
     inputs: mpsc::Receiver<RouterInput>,
     counters: Arc<SubscriptionCounters>,
     presence: Arc<Presence>,
+    missed: Arc<Gaps>,
     subscriptions: Subscriptions,
 }
 
@@ -79,10 +95,17 @@ async fn with(config: SubscriptionsConfig, link: &RedisLink, router_slots: usize
     let (router, inputs) = mpsc::channel(router_slots);
     let presence = Arc::new(Presence::default());
     let counters = Arc::new(SubscriptionCounters::default());
-    let sinks = Sinks { router: Arc::new(Router(router)), presence: vec![presence.clone()] };
+    let missed = Arc::new(Gaps::default());
+    let sinks = Sinks {
+        router: Arc::new(Router(router)),
+        missed: missed.clone(),
+        presence: vec![presence.clone()],
+    };
     let subscriptions = Subscriptions::start(config, link.clone(), sinks, Arc::clone(&counters));
     until(|| subscriptions.is_up(), tokio::task::yield_now).await;
-    Inbox { inputs, counters, presence, subscriptions }
+    // Once for the sessions that began before the first subscription.
+    assert_eq!(missed.0.swap(0, Ordering::SeqCst), 1);
+    Inbox { inputs, counters, presence, missed, subscriptions }
 }
 
 /// Subscriptions that only invalidate cached locations.
@@ -93,7 +116,11 @@ pub(crate) async fn invalidating(
 ) -> (Subscriptions, Arc<SubscriptionCounters>) {
     let (router, _) = mpsc::channel(1);
     let counters = Arc::new(SubscriptionCounters::default());
-    let sinks = Sinks { router: Arc::new(Router(router)), presence: vec![locations.clone()] };
+    let sinks = Sinks {
+        router: Arc::new(Router(router)),
+        missed: Arc::new(Gaps::default()),
+        presence: vec![locations.clone()],
+    };
     let config = SubscriptionsConfig::new(instance.into());
     let subscriptions = Subscriptions::start(config, link.clone(), sinks, Arc::clone(&counters));
     until(|| subscriptions.is_up(), tokio::task::yield_now).await;
@@ -115,8 +142,10 @@ async fn gap_is_counted_and_the_subscription_restored() {
 
     server.kill();
     until(|| !inbox.subscriptions.is_up(), tokio::task::yield_now).await;
+    assert_eq!(inbox.missed.0.load(Ordering::SeqCst), 0, "not before the subscription is back");
     let server = Server::start_on(server.port, Options::default()).expect("the port is free");
     until(|| inbox.subscriptions.is_up(), tokio::task::yield_now).await;
+    assert_eq!(inbox.missed.0.load(Ordering::SeqCst), 1);
     assert_eq!(publish(&server, "delivery:n1", b"two"), 1);
     assert_eq!(inbox.next().await, "two");
     assert_eq!(inbox.counters.redis_subscription_gaps.get(), 1);
@@ -141,7 +170,7 @@ async fn silent_connection_is_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn busy_router_is_waited_for_within_bounds() {
+async fn busy_router_is_waited_for_within_bounds_and_then_all_sessions_have_a_gap() {
     let Some(server) = Server::start(Options::default()) else { return };
     let (link, _) = linked(config(&format!("127.0.0.1:{}", server.port))).await;
     let few = SubscriptionsConfig { records_max: 4, ..SubscriptionsConfig::new("n1".into()) };
@@ -157,11 +186,18 @@ async fn busy_router_is_waited_for_within_bounds() {
     until(all_seen, tokio::task::yield_now).await;
     let dropped = counters.redis_hand_offs_dropped.get();
     assert!(dropped <= 16, "{dropped}");
+    assert_eq!(inbox.missed.0.load(Ordering::SeqCst), 0, "not while records wait");
     let mut came = Vec::new();
     for _ in 0..20 - dropped {
         came.push(inbox.next().await.parse::<u64>().unwrap());
     }
     assert!(came.is_sorted(), "{came:?}");
+    // The records before the gap were routed; the next one finds no session that missed some.
+    until(|| inbox.missed.0.load(Ordering::SeqCst) == 1, tokio::task::yield_now).await;
+    publish(&server, "delivery:n1", b"20");
+    assert_eq!(inbox.next().await, "20");
+    assert_eq!(inbox.missed.0.load(Ordering::SeqCst), 1);
+    assert_eq!(counters.redis_hand_off_gaps.get(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -28,9 +28,11 @@ impl OwnService {
         Self::new("redis", port, vec![port.to_string()])
     }
 
-    /// A Kafka whose advertised listener is `advertised` (a proxy in front of it).
-    pub fn kafka(port: u16, advertised: SocketAddr) -> Self {
-        let arguments = [port, free_port(), advertised.port()];
+    /// A Kafka with two listeners: a port, and the address that is advertised to its clients (a proxy in
+    /// front of it).
+    pub fn kafka(listeners: [(u16, SocketAddr); 2]) -> Self {
+        let [(port, advertised), (second, second_advertised)] = listeners;
+        let arguments = [port, free_port(), advertised.port(), second, second_advertised.port()];
         Self::new("kafka", port, arguments.iter().map(u16::to_string).collect())
     }
 

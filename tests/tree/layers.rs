@@ -20,13 +20,14 @@ const LAYERS: [(&str, &[&str]); 7] = [
 ];
 
 /// Each floor of the service side and the floors that it may import (`src/service/mod.rs`).
-const FLOORS: [(&str, &[&str]); 7] = [
+const FLOORS: [(&str, &[&str]); 8] = [
     ("runtime", &[]),
     ("events", &["runtime"]),
     ("backends", &["events", "runtime"]),
     ("members", &["backends", "events", "runtime"]),
-    ("routing", &["members", "backends", "events", "runtime"]),
-    ("sessions", &["routing", "members", "backends", "events", "runtime"]),
+    ("cluster", &["members", "backends", "events", "runtime"]),
+    ("routing", &["cluster", "members", "backends", "events", "runtime"]),
+    ("sessions", &["routing", "cluster", "members", "backends", "events", "runtime"]),
     ("streams", &["routing", "members", "backends", "events", "runtime"]),
 ];
 

@@ -3,7 +3,9 @@
 use super::Profile;
 use super::layers::Layers;
 use super::table::Settings;
-use super::value::{AuthMode, Name, PresenceMode, RoutingMode, SettingValue as _};
+use super::value::{
+    AuthMode, HandOffMode, LegacyNodesMode, Name, PresenceMode, RoutingMode, SettingValue as _,
+};
 use crate::protocol::upgrade::origin::{BadOrigin, Origins};
 use crate::service::backends::redis::{RedisAddress, RedisAddressError};
 
@@ -44,6 +46,18 @@ impl Settings {
         })
     }
 
+    /// How events reach users on other nodes; `None`: every node reads every partition.
+    pub fn hand_off(&self) -> Option<HandOffMode> {
+        (self.routing() == RoutingMode::Group).then_some(self.handoff)
+    }
+
+    /// Whether the node may also exchange events with nodes that take no hand-offs through the log.
+    pub fn expects_legacy_nodes(&self) -> bool {
+        self.hand_off() == Some(HandOffMode::Log)
+            && self.has_redis()
+            && self.legacy_nodes != LegacyNodesMode::Off
+    }
+
     /// Where presence is reported. Default: the presence service if it is configured, else nowhere.
     pub fn presence(&self) -> PresenceMode {
         self.presence_mode.unwrap_or(if self.presence_svc_addr.is_some() {
@@ -81,35 +95,50 @@ pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
         layers.reject("redis_addr", "is missing: presence_mode is `redis`");
     }
     hand_off(settings, layers);
+    legacy_nodes(settings, layers);
     if settings.idle_timeout <= settings.ping_interval {
         let why = "is not longer than ping_interval: it would cut off healthy clients";
         layers.reject("idle_timeout", why);
     }
 }
 
-/// What the hand-off through Redis needs (`ROUTING_MODE=group`). The nodes share the partitions, so each
+/// What the hand-off through Redis needs (`HANDOFF=redis`). The nodes share the partitions, so each
 /// event of a partition reaches the users on other nodes only through Redis, and only those that are in
 /// the registry. Without either, a node delivers its own part of the events and nobody notices.
 fn hand_off(settings: &Settings, layers: &mut Layers) {
-    if settings.routing() != RoutingMode::Group {
+    if settings.hand_off() != Some(HandOffMode::Redis) {
         return;
     }
     if !settings.has_redis() {
-        let why = "is `group`, and redis_addr is missing: without Redis no event reaches a user on \
-                   another node (set redis_addr, or set routing_mode to `broadcast`, where every \
-                   node reads every partition)";
-        layers.reject("routing_mode", why);
+        let why = "is `redis`, and redis_addr is missing: without Redis no event reaches a user on \
+                   another node (set redis_addr, or set handoff to `log`)";
+        layers.reject("handoff", why);
     }
     if settings.presence() == PresenceMode::Off {
-        let mode = match settings.routing_mode {
-            Some(_) => "routing_mode is `group`",
-            None => "Redis is configured, so routing_mode is `group`",
-        };
-        let why = format!(
-            "is `off`, and {mode}: the nodes find a user on another node only in the registry of \
-             presence (set presence_svc_addr, or set presence_mode to `redis`, or set \
-             routing_mode to `broadcast`)"
-        );
+        let why = "is `off`, and handoff is `redis`: the nodes find a user on another node only in the \
+                   registry of presence (set handoff to `log`, or set presence_svc_addr, or set \
+                   presence_mode to `redis`, or set routing_mode to `broadcast`)";
+        layers.reject("presence_mode", why);
+    }
+}
+
+/// What the exchange with nodes that take no hand-offs through the log needs, if it is demanded
+/// (`LEGACY_NODES=on`).
+fn legacy_nodes(settings: &Settings, layers: &mut Layers) {
+    let demanded = settings.hand_off() == Some(HandOffMode::Log)
+        && settings.legacy_nodes == LegacyNodesMode::On;
+    if !demanded {
+        return;
+    }
+    if !settings.has_redis() {
+        let why = "is `on`, and redis_addr is missing: such nodes are reached through Redis only (set \
+                   redis_addr, or set legacy_nodes to `auto`)";
+        layers.reject("legacy_nodes", why);
+    }
+    if settings.presence() == PresenceMode::Off {
+        let why = "is `off`, and legacy_nodes is `on`: such nodes find a user of this node only in the \
+                   registry of presence (set presence_svc_addr, or set presence_mode to `redis`, or set \
+                   legacy_nodes to `auto`)";
         layers.reject("presence_mode", why);
     }
 }
@@ -202,6 +231,7 @@ mod tests {
         redis: &'static str,
         service: &'static str,
         presence: &'static str,
+        handoff: &'static str,
     }
 
     /// All combinations.
@@ -211,7 +241,15 @@ mod tests {
             for redis in ["", "r:1"] {
                 for service in ["", "p:1"] {
                     for presence in ["", "off", "service", "redis"] {
-                        all.push(HandOffSettings { routing, redis, service, presence });
+                        for handoff in ["", "log", "redis"] {
+                            all.push(HandOffSettings {
+                                routing,
+                                redis,
+                                service,
+                                presence,
+                                handoff,
+                            });
+                        }
                     }
                 }
             }
@@ -224,13 +262,15 @@ mod tests {
     fn settings_that_deliver_only_a_part_are_refused_with_what_to_do() {
         let no_redis = "redis_addr is missing";
         let no_registry = "the nodes find a user on another node only in the registry";
-        for HandOffSettings { routing, redis, service, presence } in hand_off_settings() {
+        for HandOffSettings { routing, redis, service, presence, handoff } in hand_off_settings() {
             let registry = match presence {
                 "" => !service.is_empty(),
                 "off" => false,
                 _ => true,
             };
             let group = routing == "group" || (routing.is_empty() && !redis.is_empty());
+            // `dev` has the default `redis`.
+            let through_redis = group && handoff != "log";
             let mut expected = Vec::new();
             // Rules of presence itself.
             if presence == "service" && service.is_empty() {
@@ -239,10 +279,10 @@ mod tests {
             if presence == "redis" && redis.is_empty() {
                 expected.push(("REDIS_ADDR", "presence_mode is `redis`"));
             }
-            if group && redis.is_empty() {
-                expected.push(("ROUTING_MODE", no_redis));
+            if through_redis && redis.is_empty() {
+                expected.push(("HANDOFF", no_redis));
             }
-            if group && !registry {
+            if through_redis && !registry {
                 expected.push(("PRESENCE_MODE", no_registry));
             }
             let flags = [
@@ -250,6 +290,7 @@ mod tests {
                 ("redis_addr", redis),
                 ("presence_svc_addr", service),
                 ("presence_mode", presence),
+                ("handoff", handoff),
             ];
             let given = flags.iter().filter(|(_, value)| !value.is_empty());
             let environment: Vec<_> =
@@ -270,21 +311,67 @@ mod tests {
 
     #[test]
     fn refusal_of_redis_without_presence_names_every_way_out() {
-        let flags = [("redis_addr", "r:1".to_owned())];
+        let flags = [("redis_addr", "r:1".to_owned()), ("handoff", "redis".to_owned())];
         let errors = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap_err();
         assert_eq!(
             errors.0[0].problem,
-            "is `off`, and Redis is configured, so routing_mode is `group`: the nodes find a user on \
-             another node only in the registry of presence (set presence_svc_addr, or set \
+            "is `off`, and handoff is `redis`: the nodes find a user on another node only in the \
+             registry of presence (set handoff to `log`, or set presence_svc_addr, or set \
              presence_mode to `redis`, or set routing_mode to `broadcast`)"
         );
-        let flags = [("routing_mode", "group".to_owned()), ("presence_svc_addr", "p:1".to_owned())];
+        let flags = [
+            ("routing_mode", "group".to_owned()),
+            ("presence_svc_addr", "p:1".to_owned()),
+            ("handoff", "redis".to_owned()),
+        ];
         let errors = load(Layers::new(Profile::Dev).with_flags(flags)).unwrap_err();
         assert_eq!(
             errors.0[0].problem,
-            "is `group`, and redis_addr is missing: without Redis no event reaches a user on another \
-             node (set redis_addr, or set routing_mode to `broadcast`, where every node reads every \
-             partition)"
+            "is `redis`, and redis_addr is missing: without Redis no event reaches a user on another \
+             node (set redis_addr, or set handoff to `log`)"
         );
+    }
+
+    fn serve_settings(flags: &[(&'static str, &str)]) -> Settings {
+        let needed = [("kafka_brokers", "k:9092"), ("auth_mode", "trust")];
+        let flags = needed.iter().chain(flags).map(|(name, value)| (*name, (*value).to_owned()));
+        let loaded = load(Layers::new(Profile::Serve).with_flags(flags));
+        loaded.unwrap_or_else(|errors| panic!("{:?}", errors.0)).settings
+    }
+
+    #[test]
+    fn nodes_share_work_through_the_log_unless_told_otherwise() {
+        let hand_off = |flags: &[_]| serve_settings(flags).hand_off();
+        let redis = ("redis_addr", "r:1");
+        assert_eq!(hand_off(&[redis]), Some(HandOffMode::Log), "also without presence");
+        assert_eq!(hand_off(&[redis, ("presence_mode", "redis")]), Some(HandOffMode::Log));
+        assert_eq!(hand_off(&[("routing_mode", "group")]), Some(HandOffMode::Log));
+        assert_eq!(hand_off(&[]), None, "broadcast");
+    }
+
+    #[test]
+    fn legacy_nodes_are_expected_where_they_can_be_reached() {
+        let expects = |flags: &[_]| serve_settings(flags).expects_legacy_nodes();
+        let redis = ("redis_addr", "r:1");
+        assert!(expects(&[redis]));
+        assert!(expects(&[redis, ("presence_mode", "redis"), ("legacy_nodes", "on")]));
+        assert!(!expects(&[redis, ("legacy_nodes", "off")]));
+        assert!(!expects(&[("routing_mode", "group")]));
+        assert!(!expects(&[redis, ("routing_mode", "broadcast")]));
+        assert!(!expects(&[redis, ("presence_mode", "redis"), ("handoff", "redis")]));
+    }
+
+    #[test]
+    fn legacy_nodes_that_cannot_be_reached_are_refused() {
+        let dev = |flags: &[(&'static str, &'static str)]| {
+            let log = ("handoff", "log");
+            subjects(Profile::Dev, &[&[log], flags].concat())
+        };
+        let (group, on) = (("routing_mode", "group"), ("legacy_nodes", "on"));
+        assert_eq!(dev(&[group, on]), ["--legacy-nodes", "PRESENCE_MODE"]);
+        assert_eq!(dev(&[group, on, ("redis_addr", "r:1")]), ["PRESENCE_MODE"]);
+        let registry = [group, on, ("redis_addr", "r:1"), ("presence_mode", "redis")];
+        assert_eq!(dev(&registry), [""; 0]);
+        assert_eq!(dev(&[("routing_mode", "broadcast"), on]), [""; 0], "nothing is handed over");
     }
 }

@@ -14,8 +14,8 @@ pub use layers::{ConfigError, ConfigErrors, Layers, ValueSource};
 pub use print::{effective, reference};
 pub use table::{Settings, TABLE};
 pub use value::{
-    AuthMode, Auto, Count, GrpcAddress, ListenAddress, LogFormat, MASK, Name, PeerAddress,
-    PresenceMode, RoutingMode, SecretUrl, SettingValue, Size, TomlForm,
+    AuthMode, Auto, Count, GrpcAddress, HandOffMode, LegacyNodesMode, ListenAddress, LogFormat,
+    MASK, Name, PeerAddress, PresenceMode, RoutingMode, SecretUrl, SettingValue, Size, TomlForm,
 };
 
 /// The command whose defaults apply.

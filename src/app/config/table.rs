@@ -12,8 +12,8 @@ use tracing_subscriber::filter::Targets;
 use super::Setting;
 use super::layers::Layers;
 use super::value::{
-    AuthMode, Auto, Count, GrpcAddress, ListenAddress, LogFormat, Name, PeerAddress, PresenceMode,
-    RoutingMode, SecretUrl, SettingValue, Size,
+    AuthMode, Auto, Count, GrpcAddress, HandOffMode, LegacyNodesMode, ListenAddress, LogFormat,
+    Name, PeerAddress, PresenceMode, RoutingMode, SecretUrl, SettingValue, Size,
 };
 use crate::domain::command::Secret;
 
@@ -171,6 +171,27 @@ settings! {
         /// How the nodes share the work: `group` (they share the partitions) or `broadcast` (each
         /// node reads every partition). Empty: `group` if Redis is configured, else `broadcast`.
         routing_mode: Option<RoutingMode> = "", example "group";
+        /// How an event reaches users on other nodes (`ROUTING_MODE=group`): `log` (through two topics in
+        /// Kafka: nothing is lost) or `redis` (through the registry and Redis: a user who may have missed
+        /// an event is disconnected and resumes). Nodes of both kinds can share a group during a migration:
+        /// see `legacy_nodes`. The embedded broker of `dev` cannot have such topics.
+        handoff: HandOffMode = "log", dev "redis", example "log";
+        /// Whether nodes with `HANDOFF=log` also exchange events through Redis with nodes of the group that
+        /// take no hand-offs through the log, such as Go nodes: `auto` (while such nodes are subscribed in
+        /// Redis, and one minute longer), `on` or `off`. It needs Redis, and presence in it.
+        legacy_nodes: LegacyNodesMode = "auto", example "off";
+        /// Topic in which the nodes say who is where (`HANDOFF=log`). Created if it is missing.
+        sessions_topic: Name = "delivery.sessions.v1", example "delivery.sessions.v1";
+        /// Topic through which the nodes hand events over (`HANDOFF=log`). Created if it is missing.
+        handoff_topic: Name = "delivery.handoff.v1", example "delivery.handoff.v1";
+        /// Maximum memory of the last events that this node routed, from which it sends a new session what
+        /// other nodes could not hand over yet (`HANDOFF=log`).
+        tail_bytes: Size = "64MiB", from "1MiB" to "64GiB", example "256MiB";
+        /// Maximum age of these events.
+        tail_age: Duration = "5m", from "10s" to "10m", example "5m";
+        /// How long a node may be silent before the others give it up (`HANDOFF=log`). Its sessions are
+        /// closed with 4409 if it comes back.
+        node_timeout: Duration = "1m", from "10s" to "10m", example "1m";
         /// Topic for records that cannot be routed. Empty: they are counted and skipped.
         dead_letter_topic: Option<Name> = "", example "delivery.dead-letter.v1";
         /// Maximum time for which a record that cannot be routed is retried. The rest of its partition
@@ -213,7 +234,7 @@ settings! {
         /// Deadline of one call to another service.
         call_timeout: Duration = "2s", from "50ms" to "1m", example "2s";
         /// Maximum time for which catch-up waits until the session is registered, so that other nodes
-        /// hand over its events (`ROUTING_MODE=group`). After that it continues without, and is
+        /// hand over its events (`HANDOFF=redis`). After that it continues without, and is
         /// counted.
         registration_wait: Duration = "2s", from "0s" to "5m", example "2s";
         /// Maximum number of concurrent calls for catch-up, for all clients together.

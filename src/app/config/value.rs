@@ -524,6 +524,26 @@ choice! {
     }
 }
 choice! {
+    /// How an event reaches users on other nodes.
+    HandOffMode {
+        /// Through topics of the cluster in Kafka.
+        Log = "log",
+        /// Through the registry and Redis.
+        Redis = "redis",
+    }
+}
+choice! {
+    /// When to exchange events with nodes that take no hand-offs through the log.
+    LegacyNodesMode {
+        /// While such nodes may exist.
+        Auto = "auto",
+        /// Always.
+        On = "on",
+        /// Never.
+        Off = "off",
+    }
+}
+choice! {
     /// Where presence is reported.
     PresenceMode {
         /// To the presence service, over gRPC.

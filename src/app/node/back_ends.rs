@@ -12,7 +12,7 @@ use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
 use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
 };
-use crate::service::backends::ports::ConversationSource;
+use crate::service::backends::ports::{ConversationSource, LogNodes};
 use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
 use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpService, ReadAccess};
@@ -33,7 +33,8 @@ pub(super) struct BackEnds {
 }
 
 impl BackEnds {
-    /// Creates the clients for a node of this name. Must be called within the runtime.
+    /// Creates the clients for a node of this name. `log_nodes`: the nodes to which the log hands over. Must be
+    /// called within the runtime.
     ///
     /// # Errors
     /// A key or an address cannot be used.
@@ -41,8 +42,9 @@ impl BackEnds {
         settings: &Settings,
         sizing: &Sizing,
         instance: &Arc<str>,
+        log_nodes: Option<Arc<dyn LogNodes>>,
+        mut collectors: Vec<Collector>,
     ) -> Result<Self, String> {
-        let mut collectors = Vec::new();
         let conversations = neighbour(
             settings,
             ("CONV_SVC_ADDR", "conversation_service_"),
@@ -58,8 +60,9 @@ impl BackEnds {
             &mut collectors,
         )?;
         let redis = redis_link(settings, &mut collectors)?;
-        let other_nodes =
-            redis.clone().map(|link| OtherNodes::new(settings, instance, link, &mut collectors));
+        let other_nodes = redis
+            .clone()
+            .map(|link| OtherNodes::new(settings, instance, link, log_nodes, &mut collectors));
         let announcer = other_nodes.as_ref().and_then(OtherNodes::announcer);
         let presence =
             presence(settings, sizing, instance, redis.as_ref(), announcer, &mut collectors)?;
@@ -72,7 +75,8 @@ impl BackEnds {
     pub(super) fn for_routing(&self) -> RoutingPeers {
         let service = self.conversations.clone();
         let source = service.map(|service| -> Arc<dyn ConversationSource> { Arc::new(service) });
-        RoutingPeers { source, remote: self.other_nodes.as_ref().and_then(OtherNodes::remote) }
+        let remote = self.other_nodes.as_ref().and_then(OtherNodes::remote);
+        RoutingPeers { source, remote, cluster: None }
     }
 }
 

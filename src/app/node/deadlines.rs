@@ -18,6 +18,8 @@ pub(super) struct Deadlines {
     pub records: Instant,
     /// Offsets are committed, and the consumer group is left.
     pub group: Instant,
+    /// The other nodes know of the end (`HANDOFF=log`).
+    pub cluster: Instant,
     /// All tasks have ended, and the process exits.
     pub exit: Instant,
 }
@@ -29,10 +31,11 @@ impl Deadlines {
         let share = (stop_timeout / 8).min(SHARE_MAX);
         let exit = closed + stop_timeout;
         Self {
-            sessions: exit - share * 4,
-            streams: exit - share * 3,
-            records: exit - share * 2,
-            group: exit - share,
+            sessions: exit - share * 5,
+            streams: exit - share * 4,
+            records: exit - share * 3,
+            group: exit - share * 2,
+            cluster: exit - share,
             exit,
         }
     }
@@ -45,18 +48,28 @@ mod tests {
     #[test]
     fn last_step_ends_with_the_stop_timeout_and_each_step_has_time() {
         for (stop_timeout, sessions, share) in [
-            (Duration::from_millis(100), Duration::from_millis(50), Duration::from_micros(12_500)),
-            (Duration::from_secs(10), Duration::from_secs(6), Duration::from_secs(1)),
-            (Duration::from_secs(600), Duration::from_secs(596), Duration::from_secs(1)),
+            (
+                Duration::from_millis(100),
+                Duration::from_micros(37_500),
+                Duration::from_micros(12_500),
+            ),
+            (Duration::from_secs(10), Duration::from_secs(5), Duration::from_secs(1)),
+            (Duration::from_secs(600), Duration::from_secs(595), Duration::from_secs(1)),
         ] {
             let closed = Instant::now();
-            let Deadlines { sessions: first, streams, records, group, exit } =
+            let Deadlines { sessions: first, streams, records, group, cluster, exit } =
                 Deadlines::new(closed, stop_timeout);
             assert_eq!(exit - closed, stop_timeout);
             assert_eq!(first - closed, sessions);
             assert_eq!(
-                [streams - first, records - streams, group - records, exit - group],
-                [share; 4]
+                [
+                    streams - first,
+                    records - streams,
+                    group - records,
+                    cluster - group,
+                    exit - cluster
+                ],
+                [share; 5]
             );
         }
     }

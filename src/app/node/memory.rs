@@ -8,7 +8,7 @@ use super::routing::{prefetch_kib, router_config};
 use super::sizing::Sizing;
 use super::streams::outbox_limits;
 use crate::app::admin::{Collector, number};
-use crate::app::config::{PresenceMode, RoutingMode, Settings};
+use crate::app::config::{HandOffMode, PresenceMode, Settings};
 use crate::app::telemetry::LINES_WAITING_MAX;
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::counters::MetricKind;
@@ -23,8 +23,12 @@ use crate::reactor::shard::PENDING_REPORTS_MAX;
 use crate::reactor::slab::Slab;
 use crate::service::backends::neighbours::ANSWER_BYTES_MAX;
 use crate::service::backends::redis::{
-    LocationsConfig, MOVES_MAX, NodesConfig, SubscriptionsConfig,
+    GAP_USERS_MAX, LocationsConfig, MOVES_MAX, NodesConfig, SubscriptionsConfig,
 };
+use crate::service::cluster::announcer::CHANGES_WAITING_MAX;
+use crate::service::cluster::holder::Holder;
+use crate::service::cluster::newcomers::NEWCOMERS_MAX;
+use crate::service::cluster::table::SessionTable;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Members, MembershipConfig};
 use crate::service::routing::kafka;
@@ -66,6 +70,11 @@ const KERNEL: [(&str, u64); 3] = [("socket", 3_840), ("watch", 256), ("place", 3
 /// number if it is larger.
 const PARTITIONS: u64 = 64;
 
+/// Sessions of all nodes assumed in the table (`HANDOFF=log`): it grows with the cluster.
+const CLUSTER_SESSIONS: u64 = 10_000_000;
+/// A session that began lately, bytes: its record, its shared user id, its place in two queues.
+const NEWCOMER_BYTES: usize = 250;
+
 /// Named parts with their sizes, bytes.
 type PartSizes = Vec<(&'static str, u64)>;
 
@@ -97,14 +106,19 @@ impl MemoryBudget {
         fixed.extend(routing(settings, sizing));
         fixed.extend(other_services(settings, sizing));
         fixed.extend(streams(settings, sizing));
+        fixed.extend(cluster(settings, sizing));
         let router = router_config(settings, sizing);
         let prefetch = kafka::partition_bytes_max(prefetch_kib(settings));
-        let partition = vec![
+        let mut partition = vec![
             // The queues of the consumer and of the membership follower.
             ("kafka", 2 * prefetch),
             ("windows", (router.window_records_max * RECORD_UNDER_WAY_BYTES) as u64),
             ("lookahead", router.lookahead_bytes_max as u64 + RECORD_BYTES),
         ];
+        if settings.hand_off() == Some(HandOffMode::Log) {
+            let positions = sizing.sessions_max() * Holder::POSITION_BYTES;
+            partition.push(("young_sessions", positions as u64));
+        }
         Self { session, fixed, partition }
     }
 
@@ -248,7 +262,8 @@ fn other_services(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let look_ups = fan_out.look_ups_max * ANSWER_BYTES_MAX;
     let changes = fan_out.users_waiting_max + fan_out.contacts_max;
     amounts.push(("presence_changes", look_ups as u64 + changes as u64 * USER_BYTES));
-    if settings.routing() != RoutingMode::Group {
+    let legacy = settings.expects_legacy_nodes();
+    if !legacy && settings.hand_off() != Some(HandOffMode::Redis) {
         return amounts;
     }
     let nodes = NodesConfig::new("".into());
@@ -258,13 +273,41 @@ fn other_services(settings: &Settings, sizing: &Sizing) -> PartSizes {
         // A batch in flight in addition to what is waiting.
         ("hand_offs", 2 * (nodes.bytes_max + nodes.records_max * HAND_OFF_BYTES) as u64),
         (
-            "hand_offs_taken",
+            // The log hands over as well, which has a name of its own.
+            if legacy { "legacy_hand_offs_taken" } else { "hand_offs_taken" },
             2 * (incoming.bytes_max + incoming.records_max * HAND_OFF_BYTES) as u64,
         ),
         ("locations", locations.users_max as u64 * LOCATION_BYTES),
         ("moves", 2 * MOVES_MAX as u64 * USER_BYTES),
+        ("gaps", GAP_USERS_MAX as u64 * USER_BYTES),
     ]);
     amounts
+}
+
+/// The hand-off through the log.
+fn cluster(settings: &Settings, sizing: &Sizing) -> PartSizes {
+    if settings.hand_off() != Some(HandOffMode::Log) {
+        return Vec::new();
+    }
+    let router = router_config(settings, sizing);
+    let inbox = (router.inbox_bytes_max + router.inbox_slots * HAND_OFF_BYTES) as u64;
+    // Those that wait, and sessions replaced on other nodes.
+    let changes = CHANGES_WAITING_MAX + 2 * sizing.sessions_max();
+    // One record for all nodes, and the ids of its recipients.
+    let unsent = RECORD_BYTES + ANSWER_BYTES_MAX as u64;
+    let held = Holder::SESSION_BYTES + Holder::YOUNG_BYTES;
+    vec![
+        ("table", CLUSTER_SESSIONS * SessionTable::ENTRY_BYTES as u64),
+        ("newcomers", (NEWCOMERS_MAX * NEWCOMER_BYTES) as u64),
+        ("tail", settings.tail_bytes.0),
+        ("cluster_topics", kafka::SESSIONS_BYTES_MAX + kafka::HAND_OFF_BYTES_MAX),
+        ("janitor", kafka::JANITOR_BYTES_MAX + kafka::LOG_READER_BYTES_MAX),
+        ("cluster_readers", 2 * kafka::LOG_READER_BYTES_MAX),
+        ("hand_offs_taken", u64::from(sizing.routers) * inbox),
+        ("changes", changes as u64 * PRESENCE_BYTES),
+        ("unsent_hand_offs", u64::from(sizing.routers) * unsent),
+        ("held_sessions", (sizing.sessions_max() * held) as u64),
+    ]
 }
 
 /// The gRPC port, without the events.

@@ -2,6 +2,7 @@
 //! reverse order.
 
 mod back_ends;
+mod cluster;
 mod deadlines;
 mod memory;
 mod mesh;
@@ -27,11 +28,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, interval, sleep, timeout_at};
 
 use self::back_ends::BackEnds;
+use self::cluster::{Cluster, RunningCluster};
 use self::deadlines::Deadlines;
 use self::memory::MemoryBudget;
 use self::mesh::{Mesh, PeerSide};
-use self::other_nodes::OtherNodesListener;
-use self::routing::Routing;
+use self::other_nodes::{OtherNodesListener, OwnSessions};
+use self::routing::{Routing, kafka_config};
 use self::shards::{Shards, connection_limits, shard_config};
 use self::signals::Signals;
 use self::sizing::{Machine, Sizing};
@@ -41,6 +43,8 @@ use super::config::Settings;
 use super::telemetry::{self, LogSink};
 use crate::domain::counted::Counted;
 use crate::reactor::listener::{ListenerConfig, listen_all};
+use crate::service::backends::ports::MissedEvents;
+use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::Directory;
 use crate::service::sessions::manager::{
     SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts, Shutdown,
@@ -141,6 +145,7 @@ struct Node {
     sessions: SessionHandle,
     routing: Routing,
     from_other_nodes: Option<OtherNodesListener>,
+    cluster: Option<RunningCluster>,
 }
 
 async fn run_node(
@@ -159,6 +164,7 @@ async fn run_node(
 
     let mut checks = vec![node.routing.check()];
     checks.extend(node.from_other_nodes.as_ref().map(OtherNodesListener::check));
+    checks.extend(node.cluster.as_ref().map(RunningCluster::check));
     let admin = Arc::new(Admin {
         service: node.settings.service_name.to_string(),
         checks,
@@ -204,11 +210,18 @@ fn start(
     let _ = rustls::crypto::ring::default_provider().install_default();
 
     let instance = instance_id(&settings);
-    let mut back_ends = BackEnds::start(&settings, sizing, &instance)?;
     let streams_wanted = usize::from(ports.grpc.is_some());
     let mut mesh =
         Mesh::new(usize::from(sizing.shards) + streams_wanted, usize::from(sizing.routers))
             .map_err(|error| format!("cannot create the doorbells: {error}"))?;
+    let directory = Arc::new(Directory::new());
+    let bell = Arc::clone(&mesh.session_manager.bell);
+    let kafka = kafka_config(&settings, &instance);
+    let mut collectors = Vec::new();
+    let cluster =
+        Cluster::prepare(&settings, kafka.clone(), &directory, Arc::clone(&bell), &mut collectors)?;
+    let log_nodes = cluster.as_ref().map(Cluster::log_nodes);
+    let mut back_ends = BackEnds::start(&settings, sizing, &instance, log_nodes, collectors)?;
     // The gRPC hub is the last shard.
     let streams = match ports.grpc {
         Some(listener) => {
@@ -219,30 +232,32 @@ fn start(
         None => None,
     };
     let shards = Shards::start(&config, connection_limits(&settings), ports.shards, mesh.shards)?;
-    let directory = Arc::new(Directory::new());
     let counters = Arc::new(SessionCounters::default());
+    let missed = match &cluster {
+        Some(cluster) => Arc::clone(cluster.missed()),
+        None => Arc::new(MissedSessions::new(Arc::clone(&directory), None, bell)),
+    };
     let sessions = sessions(
         &settings,
         mesh.session_manager,
         Arc::clone(&directory),
+        Arc::clone(&missed),
+        cluster.as_ref(),
         &back_ends,
         Arc::clone(&counters),
     )?;
-    let peers = back_ends.for_routing();
+    let mut peers = back_ends.for_routing();
+    peers.cluster = cluster.as_ref().map(|cluster| (cluster.for_routers(), cluster.for_claims()));
     let mut collectors = back_ends.collectors;
-    let routing = Routing::start(
-        &settings,
-        sizing,
-        &instance,
-        mesh.routers,
-        &directory,
-        peers,
-        &mut collectors,
-    )?;
+    let routing =
+        Routing::start(&settings, sizing, kafka, mesh.routers, &directory, peers, &mut collectors)?;
     let from_other_nodes = back_ends.other_nodes.as_ref().map(|others| {
         let service = back_ends.conversations.as_ref();
-        others.listen(&instance, &sessions, &routing, &directory, service, &mut collectors)
+        let missed = Arc::clone(&missed) as Arc<dyn MissedEvents>;
+        let own = OwnSessions { handle: &sessions, missed, directory: &directory };
+        others.listen(&instance, own, &routing, service, &mut collectors)
     });
+    let cluster = cluster.map(|cluster| cluster.start(routing.controls())).transpose()?;
     let log = Arc::clone(log.counters());
     let hub = streams.as_ref().map(|streams| Arc::clone(&streams.metrics));
     collectors.extend([
@@ -253,7 +268,7 @@ fn start(
         metrics::component("", log),
         metrics::draining(drained),
     ]);
-    let node = Node { settings, shards, streams, sessions, routing, from_other_nodes };
+    let node = Node { settings, shards, streams, sessions, routing, from_other_nodes, cluster };
     Ok((node, ports.admin, collectors))
 }
 
@@ -272,6 +287,8 @@ fn sessions(
     settings: &Settings,
     side: PeerSide,
     directory: Arc<Directory>,
+    missed: Arc<MissedSessions>,
+    cluster: Option<&Cluster>,
     back_ends: &BackEnds,
     counters: Arc<SessionCounters>,
 ) -> Result<SessionHandle, String> {
@@ -283,6 +300,8 @@ fn sessions(
         bell: side.bell,
         shards: side.shards,
         directory,
+        missed,
+        announcer: cluster.map(|cluster| Arc::clone(cluster.announcer())),
         auth: Arc::clone(&back_ends.auth),
         presence: back_ends.presence.clone(),
         catch_up: back_ends.catch_up.clone(),
@@ -294,7 +313,16 @@ fn sessions(
 impl Node {
     /// Waits until a part has failed without which the node cannot serve. Returns which.
     async fn failure(&self) -> String {
-        format!("shard {} has failed", self.shards.lost().await)
+        let of_cluster = async {
+            match &self.cluster {
+                Some(cluster) => cluster.failure().await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            shard = self.shards.lost() => format!("shard {shard} has failed"),
+            reason = of_cluster => reason,
+        }
     }
 
     /// Accepts and serves connections for another `drain_delay`, because load balancers poll
@@ -343,6 +371,11 @@ impl Node {
             tracing::error!(
                 "the last offset commit timed out: some events will be delivered again"
             );
+        }
+        if let Some(cluster) = self.cluster {
+            let grace = deadlines.cluster.saturating_duration_since(Instant::now());
+            let ends = tokio::task::spawn_blocking(move || cluster.stop(grace));
+            let _ = timeout_at(deadlines.cluster, ends).await;
         }
         // A shard that still has sessions runs until the process exits.
         let outcome = if all_ended { self.shards.join() } else { Ok(()) };

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use super::metrics::register;
 use super::routing::Routing;
 use crate::app::admin::{Collector, ReadinessCheck};
-use crate::app::config::{RoutingMode, Settings};
+use crate::app::config::{HandOffMode, LegacyNodesMode, PresenceMode, Settings};
 use crate::service::backends::neighbours::ConversationService;
-use crate::service::backends::ports::{MembershipChanges, RemoteNodes, RouterInbox};
+use crate::service::backends::ports::{
+    LogNodes, MembershipChanges, MissedEvents, RemoteNodes, RouterInbox,
+};
 use crate::service::backends::redis::{
-    Announcer, Nodes, NodesConfig, PresenceUpdates, RedisLink, Sinks, SubscriptionCounters,
-    Subscriptions, SubscriptionsConfig,
+    Announcer, LegacyConfig, LegacyNodes, LegacyWatch, Locations, Nodes, NodesConfig,
+    PresenceUpdates, RedisLink, RegistryUse, Sinks, SubscriptionCounters, Subscriptions,
+    SubscriptionsConfig,
 };
 use crate::service::members::directory::Directory;
 use crate::service::routing::router::RouterHandle;
@@ -23,9 +26,17 @@ use crate::service::sessions::presence_fanout::{
 /// The sending side. It is created before the routers, which use it.
 pub(super) struct OtherNodes {
     link: RedisLink,
-    /// `None`: every node reads every partition (`broadcast`).
-    nodes: Option<Arc<Nodes>>,
-    announcer: Option<Announcer>,
+    /// `None`: every node reads every partition (`broadcast`), or the log hands over to all of them.
+    through_redis: Option<ThroughRedis>,
+}
+
+/// The nodes that are reached through Redis.
+struct ThroughRedis {
+    nodes: Arc<dyn RemoteNodes>,
+    locations: Arc<Locations>,
+    announcer: Announcer,
+    /// `None`: all of them (`HANDOFF=redis`).
+    legacy: Option<Arc<LegacyWatch>>,
 }
 
 /// The receiving side. Dropping it ends the subscriptions.
@@ -34,56 +45,115 @@ pub(super) struct OtherNodesListener {
     counters: Arc<SubscriptionCounters>,
 }
 
+/// The sessions of this node.
+pub(super) struct OwnSessions<'a> {
+    /// Their manager.
+    pub handle: &'a SessionHandle,
+    /// Takes those that have missed events.
+    pub missed: Arc<dyn MissedEvents>,
+    /// By user.
+    pub directory: &'a Arc<Directory>,
+}
+
+impl ThroughRedis {
+    /// All other nodes (`HANDOFF=redis`).
+    fn all(instance: &Arc<str>, link: &RedisLink, collectors: &mut Vec<Collector>) -> Self {
+        let counters = register("", collectors);
+        let config = NodesConfig::new(Arc::clone(instance));
+        let nodes = Nodes::new(config, link.clone(), Arc::clone(&counters));
+        Self {
+            locations: Arc::clone(nodes.locations()),
+            nodes: Arc::new(nodes),
+            announcer: Announcer::start(link.clone(), counters, RegistryUse::always()),
+            legacy: None,
+        }
+    }
+
+    /// The other nodes that take no hand-offs through the log.
+    fn some(
+        settings: &Settings,
+        instance: &Arc<str>,
+        link: &RedisLink,
+        log_nodes: Arc<dyn LogNodes>,
+        collectors: &mut Vec<Collector>,
+    ) -> Self {
+        let counters = register("", collectors);
+        let config = LegacyConfig {
+            instance: Arc::clone(instance),
+            always: settings.legacy_nodes == LegacyNodesMode::On,
+            is_registered: settings.presence() != PresenceMode::Off,
+            lease_overdue_after: settings.node_timeout / 2,
+        };
+        let nodes = LegacyNodes::start(
+            config,
+            link.clone(),
+            log_nodes,
+            register("", collectors),
+            Arc::clone(&counters),
+        );
+        let legacy = Arc::clone(nodes.watch());
+        Self {
+            locations: Arc::clone(nodes.locations()),
+            nodes: Arc::new(nodes),
+            announcer: Announcer::start(link.clone(), counters, legacy.registry_use()),
+            legacy: Some(legacy),
+        }
+    }
+}
+
 impl OtherNodes {
-    /// Creates the sending side on this Redis connection.
+    /// Creates the sending side on this Redis connection. `log_nodes`: the nodes to which the log hands
+    /// over.
     pub(super) fn new(
         settings: &Settings,
         instance: &Arc<str>,
         link: RedisLink,
+        log_nodes: Option<Arc<dyn LogNodes>>,
         collectors: &mut Vec<Collector>,
     ) -> Self {
-        if settings.routing() != RoutingMode::Group {
-            return Self { link, nodes: None, announcer: None };
-        }
-        let counters = register("", collectors);
-        let config = NodesConfig::new(Arc::clone(instance));
-        let nodes = Nodes::new(config, link.clone(), Arc::clone(&counters));
-        let announcer = Announcer::start(link.clone(), counters);
-        Self { link, nodes: Some(Arc::new(nodes)), announcer: Some(announcer) }
+        let through_redis = match log_nodes {
+            Some(log_nodes) if settings.expects_legacy_nodes() => {
+                Some(ThroughRedis::some(settings, instance, &link, log_nodes, collectors))
+            }
+            _ if settings.hand_off() == Some(HandOffMode::Redis) => {
+                Some(ThroughRedis::all(instance, &link, collectors))
+            }
+            _ => None,
+        };
+        Self { link, through_redis }
     }
 
     /// Announces registrations to the other nodes; used by presence.
     pub(super) fn announcer(&self) -> Option<Announcer> {
-        self.announcer.clone()
+        self.through_redis.as_ref().map(|them| them.announcer.clone())
     }
 
     /// Hands events over to the other nodes; used by the routers.
     pub(super) fn remote(&self) -> Option<Arc<dyn RemoteNodes>> {
-        self.nodes.clone().map(|nodes| -> Arc<dyn RemoteNodes> { nodes })
+        self.through_redis.as_ref().map(|them| Arc::clone(&them.nodes))
     }
 
     /// Subscribes to what the other nodes and the presence service publish. Sends a presence change
     /// to all users on this node who share a conversation with the changed user. `conversations`
     /// lists the conversations; without it nobody receives the change. Closes a session of this
-    /// node that has moved to another node.
+    /// node that has moved to another node, and those that have missed events.
     pub(super) fn listen(
         &self,
         instance: &Arc<str>,
-        sessions: &SessionHandle,
+        sessions: OwnSessions<'_>,
         routing: &Routing,
-        directory: &Arc<Directory>,
         conversations: Option<&ConversationService>,
         collectors: &mut Vec<Collector>,
     ) -> OtherNodesListener {
         let router: Arc<dyn RouterInbox> = Arc::new(RouterHandle::new(routing.controls().to_vec()));
         let mut presence: Vec<Arc<dyn PresenceUpdates>> = Vec::new();
-        if let Some(nodes) = &self.nodes {
-            presence.push(Arc::clone(nodes.locations()) as Arc<dyn PresenceUpdates>);
-            presence.push(Arc::new(sessions.clone()));
+        if let Some(them) = &self.through_redis {
+            presence.push(Arc::clone(&them.locations) as Arc<dyn PresenceUpdates>);
+            presence.push(Arc::new(sessions.handle.clone()));
         }
         if let Some(service) = conversations {
             let parts = PresenceFanoutParts {
-                directory: Arc::clone(directory),
+                directory: Arc::clone(sessions.directory),
                 listing: Arc::new(service.clone()),
                 source: Arc::new(service.clone()),
                 router: Arc::clone(&router),
@@ -94,9 +164,10 @@ impl OtherNodes {
             routing.membership().watch(Arc::clone(&fan_out) as Arc<dyn MembershipChanges>);
             presence.push(fan_out);
         }
-        let sinks = Sinks { router, presence };
+        let sinks = Sinks { router, missed: sessions.missed, presence };
         let config = SubscriptionsConfig {
-            hand_offs: self.nodes.is_some(),
+            hand_offs: self.through_redis.is_some(),
+            legacy: self.through_redis.as_ref().and_then(|them| them.legacy.clone()),
             ..SubscriptionsConfig::new(Arc::clone(instance))
         };
         let counters = register("", collectors);

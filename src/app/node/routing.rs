@@ -15,9 +15,10 @@ use crate::service::events::encode::CompressionConfig;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::routing::kafka::{
-    DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaStatus,
+    ClaimParts, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaStatus,
 };
 use crate::service::routing::router::dead_letter::DeadLetterSink;
+use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::{
     Router, RouterConfig, RouterControl, RouterCounters, RouterParts,
 };
@@ -26,8 +27,10 @@ use crate::service::routing::router::{
 pub(super) struct RoutingPeers {
     /// Source of member lists; `None`: they come from events only.
     pub source: Option<Arc<dyn ConversationSource>>,
-    /// The other nodes; `None`: every node reads every partition.
+    /// The other nodes, if Redis hands over to them.
     pub remote: Option<Arc<dyn RemoteNodes>>,
+    /// If the log hands over to them.
+    pub cluster: Option<(ClusterParts, ClaimParts)>,
 }
 
 /// The running threads.
@@ -47,15 +50,15 @@ impl Routing {
     pub(super) fn start(
         settings: &Settings,
         sizing: &Sizing,
-        instance: &Arc<str>,
+        kafka_config: KafkaConfig,
         sides: Vec<PeerSide>,
         directory: &Arc<Directory>,
         peers: RoutingPeers,
         collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
-        let RoutingPeers { source, remote } = peers;
+        let RoutingPeers { source, remote, cluster } = peers;
+        let (cluster, claims) = cluster.unzip();
         let membership = membership(settings, source, collectors);
-        let kafka_config = kafka_config(settings, instance);
         let kafka_counters = register("kafka_", collectors);
         let dead_letters = dead_letters(settings, &kafka_config, &kafka_counters)?;
         let mut controls = Vec::new();
@@ -70,6 +73,7 @@ impl Routing {
                 directory: Arc::clone(directory),
                 membership: Arc::clone(&membership),
                 remote: remote.clone(),
+                cluster: cluster.clone(),
                 dead_letters: dead_letters.clone(),
             });
             let thread = router.spawn(format!("router-{number}"));
@@ -84,6 +88,7 @@ impl Routing {
             Arc::clone(&membership),
             Arc::clone(&status),
             kafka_counters,
+            claims,
         )
         .map_err(|error| error.to_string())?;
         collectors.push(lag(Arc::clone(&status)));
@@ -167,7 +172,8 @@ pub(super) fn prefetch_kib(settings: &Settings) -> u32 {
     u32::try_from(settings.kafka_prefetch.0 >> 10).unwrap_or(u32::MAX)
 }
 
-fn kafka_config(settings: &Settings, instance: &Arc<str>) -> KafkaConfig {
+/// The Kafka clients of a node of this name.
+pub(super) fn kafka_config(settings: &Settings, instance: &Arc<str>) -> KafkaConfig {
     let properties = settings.kafka_properties.iter();
     KafkaConfig {
         topics: settings.kafka_topics.iter().map(Name::to_string).collect(),

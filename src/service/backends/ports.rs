@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::domain::ids::SessionAddress;
 use crate::handoff::Pushed;
 use crate::service::events::proto::conversation::v1::Conversation;
 use crate::service::events::proto::message::v1::Message;
@@ -101,21 +102,55 @@ pub enum Forwarding {
     Nobody,
     /// In progress: [`ForwardDone`] will be called once.
     Pending,
-    /// Not accepted, and counted: Redis is unreachable or the queue is full.
+    /// Not accepted, and counted: Redis is unreachable or the queue is full. The other nodes are told that
+    /// these users miss it.
     Refused,
 }
 
 /// Called once when a pending hand-off has ended. Failures are counted by the callee.
 pub type ForwardDone = Box<dyn FnOnce() + Send + 'static>;
 
+/// The nodes of the group that take hand-offs through the log (`HANDOFF=log`).
+pub trait LogNodes: Send + Sync + 'static {
+    /// Whether the living node of this instance has a lease.
+    fn has_lease(&self, instance: &str) -> bool;
+
+    /// Leases of the current epoch of this node that were read. `None`: it has none.
+    fn own_renewals(&self) -> Option<u64>;
+}
+
 /// Users connected to other nodes (contract §4).
 pub trait RemoteNodes: Send + Sync + 'static {
+    /// Whether such nodes may exist. If not, nothing needs to be offered.
+    fn may_exist(&self) -> bool {
+        true
+    }
+
     /// Hands a record's value over to each node that holds a session of one of these users, once
     /// per node. `users` are all members: a user on this node may have a second device on another.
     /// Never blocks; values reach one node in the order of the calls.
     fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding;
 
+    /// A value for these users is not offered: those on other nodes miss it.
+    fn lost(&self, users: &[Arc<str>]);
+
     /// Whether to offer the next value now. `false` only while the queue is full and draining; the
     /// caller does not wait for a Redis that is unreachable or stalled.
     fn has_room(&self) -> bool;
+}
+
+/// Receives the sessions of this node that have missed events. They are closed with 4409, so that their
+/// clients resume. Callable from any thread; never waits for the session manager.
+pub trait MissedEvents: Send + Sync + 'static {
+    /// This session has missed events. The caller, a router, has already ended it in its `Holder`, so that it
+    /// gets nothing more. Callable with the holder locked.
+    fn missed(&self, session: SessionAddress);
+
+    /// Every session of the user has missed events. When the call returns, no router finds them any more. Not
+    /// to be called with the holder locked.
+    fn missed_by_user(&self, user: &str);
+
+    /// Every session of this node has missed events. When the call returns, no router finds them any more. A
+    /// session that is admitted later is not concerned. Not to be called with the holder locked.
+    fn missed_by_all(&self);
 }

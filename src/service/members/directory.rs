@@ -119,6 +119,25 @@ impl Directory {
         }
     }
 
+    /// Moves all sessions of the user to `removed`.
+    pub fn remove_user(&self, user: &str, removed: &mut Vec<(SessionIds, SessionAddress)>) {
+        let (hash, part) = self.part(user.as_bytes());
+        let mut table = part.write().expect("no holder panics");
+        let is_theirs = |entry: &DirectoryEntry| entry.ids.split().0 == user.as_bytes();
+        while let Ok(entry) = table.find_entry(hash, is_theirs) {
+            let (entry, _) = entry.remove();
+            removed.push((entry.ids, entry.address));
+        }
+    }
+
+    /// Moves all sessions to `removed`, and returns the memory.
+    pub fn remove_all(&self, removed: &mut Vec<(SessionIds, SessionAddress)>) {
+        for part in &self.parts {
+            let entries = std::mem::take(&mut *part.write().expect("no holder panics"));
+            removed.extend(entries.into_iter().map(|entry| (entry.ids, entry.address)));
+        }
+    }
+
     /// Calls `visit` for each session of the user. Returns their number.
     pub fn sessions_of(&self, user: &str, mut visit: impl FnMut(SessionAddress)) -> usize {
         let (hash, part) = self.part(user.as_bytes());

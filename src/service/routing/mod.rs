@@ -3,3 +3,5 @@
 pub mod kafka;
 pub mod offsets;
 pub mod router;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;

@@ -38,6 +38,7 @@ impl Nodes {
             .node()
             .set("REDIS_ADDR", redis_addr())
             .set("PRESENCE_MODE", "redis")
+            .set("HANDOFF", "redis")
             .set("INSTANCE_ID", self.instance(number))
     }
 

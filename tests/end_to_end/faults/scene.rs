@@ -2,8 +2,10 @@
 //! reconnect and resume as `docs/guarantees.md` says.
 
 mod drain;
+mod injected;
+mod timeline;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use delivery_testkit::admin::Metrics;
@@ -17,7 +19,10 @@ use crate::support::node::{Node, NodeBuilder};
 use crate::support::own_services::OwnService;
 use crate::support::proxy::Proxy;
 use crate::support::tally::{Tally, Totals, resume_request};
+use crate::support::wait::SOON;
 use crate::support::world::{Chance, World};
+
+use timeline::Timeline;
 
 use drain::{Drained, waiting_time};
 
@@ -38,10 +43,8 @@ const MEMBERS_MAX: usize = 30;
 const BACK_OFF_MS: (usize, usize) = (100, 600);
 /// Limit for an answer to the handshake; then the client tries another node.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(3);
-/// Limit from the end of the last fault until everything published has arrived.
-const SETTLED_WITHIN: Duration = Duration::from_secs(90);
-/// Limit from the readiness of the nodes until all sessions are open.
-const CONNECTED_WITHIN: Duration = Duration::from_secs(30);
+/// Nothing arrives for this long: what is missing does not arrive any more.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// One device of one user.
 struct Session {
@@ -50,6 +53,15 @@ struct Session {
     tally: Tally,
     /// The connection, open or opening, with the time of its start.
     client: Option<(ClientId, Instant)>,
+    /// When it was to connect. The test itself may be late.
+    due_at: Instant,
+    /// The time of the 101 of that connection.
+    opened_at: Option<Instant>,
+    /// Conversations whose catch-up has ended: it got a message that was published after the 101. Until
+    /// then live messages wait, which is no stall.
+    live: BTreeSet<usize>,
+    /// Its connection is that of the start: it has never resumed, and what it missed, it missed.
+    stayed: bool,
     reconnect_at: Option<Instant>,
     /// The node to try next, or the one that it is connected to.
     node: usize,
@@ -64,15 +76,30 @@ pub(super) struct Outcome {
     pub(super) totals: Totals,
     /// Missing from sessions that stayed connected, before they reconnected to catch up.
     pub(super) missed_live: u64,
-    pub(super) longest_stall: Duration,
+    /// Of the sessions whose first connection lasted to the end.
+    pub(super) stayed: Totals,
+    /// Longest time from publishing a message to its arrival at a session that had caught up before, by
+    /// the node of the session.
+    pub(super) stalls: BTreeMap<usize, Duration>,
+    /// Messages that were late, and what was done to nodes when.
+    pub(super) timeline: Timeline,
+    /// Ends of sessions by node and close code (0: without one).
+    pub(super) endings: BTreeMap<(usize, u16), u64>,
     pub(super) reconnects: u64,
     /// Counters that grew, summed over all nodes.
     pub(super) grown: BTreeMap<String, f64>,
+    /// They show their logs when a test fails that still has them.
+    _nodes: Vec<Option<Node>>,
     /// Effect of each drain on the other nodes.
     pub(super) drains: Vec<Drained>,
 }
 
 impl Outcome {
+    /// The longest stall on any node.
+    pub(super) fn longest_stall(&self) -> Duration {
+        self.stalls.values().copied().max().unwrap_or_default()
+    }
+
     /// Whether a counter grew. It is written as on the metrics page, with at most one label.
     pub(super) fn shows(&self, metric: &str) -> bool {
         let (name, label) = metric.split_once('{').unwrap_or((metric, "}"));
@@ -87,7 +114,9 @@ impl Outcome {
 /// A running scene.
 pub(super) struct Scene {
     pub(super) kafka: OwnService,
-    pub(super) kafka_proxy: Proxy,
+    /// Of everybody but node 0.
+    kafka_proxy: Proxy,
+    kafka_proxy_of_node_0: Proxy,
     pub(super) redis: OwnService,
     pub(super) redis_proxy: Proxy,
     pub(super) neighbours: FakeNeighbours,
@@ -97,7 +126,7 @@ pub(super) struct Scene {
     fleet: Fleet,
     sessions: Vec<Session>,
     owners: Vec<usize>,
-    /// Time and node of each answer 101.
+    /// Node of each answer 101, and when the client was to connect.
     handshakes: Vec<(Instant, usize)>,
     drains: Vec<Drained>,
     publisher: Publisher,
@@ -106,10 +135,10 @@ pub(super) struct Scene {
     chance: Chance,
     began: Instant,
     next_message_at: Instant,
-    longest_stall: Duration,
+    stalls: BTreeMap<usize, Duration>,
+    timeline: Timeline,
     reconnects: u64,
-    /// Ends of sessions by close code (0: without one).
-    pub(super) endings: BTreeMap<u16, u64>,
+    endings: BTreeMap<(usize, u16), u64>,
     before: Vec<Metrics>,
 }
 
@@ -120,9 +149,13 @@ impl Scene {
         size: Size,
         adapt: impl Fn(usize, NodeBuilder) -> NodeBuilder,
     ) -> Self {
-        let port = free_port();
-        let kafka_proxy = Proxy::start(([127, 0, 0, 1], port).into());
-        let kafka = OwnService::kafka(port, kafka_proxy.address);
+        let listeners = [(); 2].map(|()| {
+            let port = free_port();
+            (port, Proxy::start(([127, 0, 0, 1], port).into()))
+        });
+        let advertised = listeners.each_ref().map(|(port, proxy)| (*port, proxy.address));
+        let kafka = OwnService::kafka(advertised);
+        let [(_, kafka_proxy), (_, kafka_proxy_of_node_0)] = listeners;
         let redis = OwnService::redis();
         let redis_proxy = Proxy::start(redis.address);
         let neighbours = FakeNeighbours::start();
@@ -136,12 +169,18 @@ impl Scene {
             .collect();
         let builders: Vec<_> = (0..nodes)
             .map(|number| {
+                let brokers = match number {
+                    0 => kafka_proxy_of_node_0.address.to_string(),
+                    _ => brokers.clone(),
+                };
                 let node = with_neighbours(NodeBuilder::serve(), &neighbours)
                     .set("INSTANCE_ID", format!("node-{number}"))
                     .kafka(&brokers, &topic)
                     .set("REDIS_ADDR", redis_proxy.address)
                     .set("PRESENCE_MODE", "redis")
                     .set("ROUTING_MODE", "group")
+                    .set("HANDOFF", "log")
+                    .set("KAFKA_PROPERTIES", "session.timeout.ms=6000")
                     // Faults are tested with the time limits of a production node.
                     .set("CALL_TIMEOUT", "2s")
                     .set("HANDSHAKE_TIMEOUT", "10s")
@@ -158,6 +197,10 @@ impl Scene {
             device: device.clone(),
             tally: Tally::default(),
             client: None,
+            due_at: Instant::now(),
+            opened_at: None,
+            live: BTreeSet::new(),
+            stayed: true,
             reconnect_at: Some(Instant::now()),
             node: number,
             through: None,
@@ -175,7 +218,8 @@ impl Scene {
             chance: Chance::new(11),
             began: Instant::now(),
             next_message_at: Instant::now(),
-            longest_stall: Duration::ZERO,
+            stalls: BTreeMap::new(),
+            timeline: Timeline::default(),
             reconnects: 0,
             endings: BTreeMap::new(),
             before: Vec::new(),
@@ -183,12 +227,17 @@ impl Scene {
             builders,
             kafka,
             kafka_proxy,
+            kafka_proxy_of_node_0,
             redis,
             redis_proxy,
             neighbours,
         };
-        scene.settle("all sessions are open", CONNECTED_WITHIN, |scene| scene.all_open());
+        scene.settle("all sessions are open", SOON, |scene| scene.all_open());
+        scene.settle("all sessions have caught up", SOON, |scene| scene.all_caught_up());
+        // A handshake that was refused before is none of the fault.
         scene.reconnects = 0;
+        scene.endings.clear();
+        scene.sessions.iter_mut().for_each(|session| session.stayed = true);
         scene.before = scene.metrics();
         scene
     }
@@ -196,6 +245,15 @@ impl Scene {
     fn all_open(&self) -> bool {
         let open = |session: &Session| session.client.is_some_and(|(id, _)| self.fleet.is_open(id));
         self.sessions.iter().all(open)
+    }
+
+    /// Events of sessions in catch-up wait, so they are no measure of a stall.
+    fn all_caught_up(&self) -> bool {
+        self.metrics().iter().all(|node| {
+            let count = |name: &str| node.sum(&format!("delivery_resume_{name}"), &[]);
+            count("waiting") + count("running") == 0.0
+                && count("requested_total") == node.sum("delivery_session_sessions", &[])
+        })
     }
 
     fn metrics(&self) -> Vec<Metrics> {
@@ -224,7 +282,8 @@ impl Scene {
         let members = &self.world.conversations[conversation];
         let sender = &members[self.chance.below(members.len())];
         self.last[number] += 1;
-        let content = format!("{} and the rest of a message", self.began.elapsed().as_millis());
+        let sent = self.began.elapsed().as_millis();
+        let content = format!("{sent} {number} and the rest of a message");
         // As in a real back end, the message service has it before it is published.
         let stored = message(conversation, self.last[number], sender, &content);
         self.neighbours.state().messages.entry(conversation.clone()).or_default().push(stored);
@@ -233,16 +292,24 @@ impl Scene {
 
     /// Reads what arrived, and reconnects the sessions that are due.
     fn turn(&mut self) {
-        let Self { fleet, sessions, owners, began, longest_stall, endings, .. } = self;
-        let Self { chance, handshakes, .. } = self;
+        let Self { fleet, sessions, owners, began, stalls, endings, .. } = self;
+        let Self { chance, handshakes, timeline, .. } = self;
         fleet.turn(Duration::from_millis(2), &mut |client, seen| {
             let session = &mut sessions[owners[client]];
             let (code, reason) = match seen {
                 Received::Binary(payload) => {
                     if let Some(content) = session.tally.saw(&payload) {
-                        let sent = content.split(' ').next().and_then(|ms| ms.parse().ok());
-                        let sent = Duration::from_millis(sent.expect("a time"));
-                        *longest_stall = (*longest_stall).max(began.elapsed().saturating_sub(sent));
+                        let mut words = content.split(' ').map(str::parse);
+                        let mut number = || words.next().and_then(Result::ok).expect("a number");
+                        let sent = *began + Duration::from_millis(number());
+                        let conversation = number() as usize;
+                        if session.opened_at.is_some_and(|opened_at| opened_at < sent)
+                            && !session.live.insert(conversation)
+                        {
+                            let stall = stalls.entry(session.node).or_default();
+                            *stall = sent.elapsed().max(*stall);
+                            timeline.arrived(sent - *began, sent.elapsed(), session.node);
+                        }
                     }
                     return;
                 }
@@ -250,14 +317,17 @@ impl Scene {
                 Received::Refused(status, _) => (status, String::new()),
                 Received::Ended => (0, String::new()),
                 Received::Open(_) => {
-                    handshakes.push((Instant::now(), session.node));
+                    handshakes.push((session.due_at, session.node));
+                    if session.client.is_some_and(|(id, _)| id == client) {
+                        session.opened_at = Some(Instant::now());
+                    }
                     return;
                 }
                 Received::Text(_) | Received::Ping | Received::Pong(_) => return,
             };
             // The end of an abandoned connection is ignored.
             if session.client.is_some_and(|(id, _)| id == client) {
-                *endings.entry(code).or_default() += 1;
+                *endings.entry((session.node, code)).or_default() += 1;
                 match waiting_time(&reason) {
                     Some(wait) => session.retry_after(wait),
                     None => session.retry_later(chance),
@@ -274,7 +344,8 @@ impl Scene {
                 self.fleet.abort(id);
                 session.retry_later(&mut self.chance);
             }
-            if session.reconnect_at.is_some_and(|at| at <= now) {
+            if let Some(due_at) = session.reconnect_at.filter(|at| *at <= now) {
+                session.due_at = due_at;
                 self.reconnect(number);
             }
         }
@@ -318,73 +389,23 @@ impl Scene {
     /// Makes every `nth` session reconnect through this address, and waits until all have.
     pub(super) fn reconnect_through(&mut self, through: std::net::SocketAddr, nth: usize) {
         for session in self.sessions.iter_mut().step_by(nth) {
-            if let Some((id, _)) = session.client.take() {
+            if let Some((id, _)) = session.client {
                 self.fleet.abort(id);
             }
             session.through = Some(through);
-            session.reconnect_at = Some(Instant::now());
+            session.retry_after(Duration::ZERO);
         }
-        self.settle("sessions are open through the proxy", CONNECTED_WITHIN, |scene| {
-            scene.all_open()
-        });
+        self.settle("sessions are open through the proxy", SOON, |scene| scene.all_open());
     }
 
     /// Terminates the connections of every `nth` session without a close frame.
     pub(super) fn drop_sessions(&mut self, nth: usize) {
         for session in self.sessions.iter_mut().step_by(nth) {
-            if let Some((id, _)) = session.client.take() {
+            if let Some((id, _)) = session.client {
                 self.fleet.abort(id);
             }
-            session.reconnect_at = Some(Instant::now());
+            session.retry_after(Duration::ZERO);
         }
-    }
-
-    /// Restarts a node with the same settings.
-    pub(super) fn start_node(&mut self, number: usize) {
-        assert!(self.nodes[number].is_none(), "it is running");
-        self.nodes[number] = Some(self.builders[number].spawn());
-    }
-
-    /// Adds a node with the settings of node 0 and some more.
-    pub(super) fn add_node(&mut self, adapt: impl FnOnce(NodeBuilder) -> NodeBuilder) {
-        self.builders.push(adapt(self.builders[0].clone().on_ports_of_its_own()));
-        self.nodes.push(None);
-        self.start_node(self.nodes.len() - 1);
-    }
-
-    /// Sends SIGKILL.
-    pub(super) fn kill_node(&mut self, number: usize) {
-        self.nodes[number].take().expect("it is running").kill();
-    }
-
-    /// Sends SIGTERM and keeps up the load until the node has exited.
-    pub(super) fn stop_node(&mut self, number: usize, within: Duration) {
-        let mut node = self.nodes[number].take().expect("it is running");
-        node.signal(rustix::process::Signal::TERM);
-        let deadline = Instant::now() + within;
-        let status = loop {
-            self.run(Duration::from_millis(100));
-            if let Some(status) = node.ended() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "it did not stop");
-        };
-        assert!(status.success(), "{status}: {}", node.log());
-    }
-
-    /// Keeps up the load until the node is ready.
-    pub(super) fn run_until_ready(&mut self, number: usize) {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while self.readiness(number).0 != 200 {
-            assert!(Instant::now() < deadline, "node {number} is not ready");
-            self.run(Duration::from_millis(200));
-        }
-    }
-
-    /// Status and body of `/health/ready`; 0: no answer.
-    pub(super) fn readiness(&self, number: usize) -> (u16, String) {
-        let answer = self.nodes[number].as_ref().and_then(|node| node.get("/health/ready"));
-        answer.map_or((0, "no answer".into()), |answer| (answer.status, answer.body.trim().into()))
     }
 
     /// Runs the clients without publishing until the condition holds.
@@ -401,10 +422,14 @@ impl Scene {
     }
 
     fn totals(&self) -> Totals {
+        self.totals_of(|_| true)
+    }
+
+    fn totals_of(&self, which: impl Fn(&Session) -> bool) -> Totals {
         let published = self.published();
         let by_user = self.world.by_user();
         let mut totals = Totals::default();
-        for session in &self.sessions {
+        for session in self.sessions.iter().filter(|session| which(session)) {
             let mine = by_user.get(session.user.as_str()).into_iter().flatten();
             let mine = mine.map(|id| ((*id).to_owned(), published[*id])).collect();
             session.tally.add_to(&mut totals, &mine);
@@ -415,15 +440,14 @@ impl Scene {
     /// Stops the load, waits for messages in flight, makes every session with gaps reconnect and catch
     /// up, and returns the result.
     pub(super) fn finish(mut self, name: &str) -> Outcome {
-        self.publisher.flush(SETTLED_WITHIN);
-        self.settle("all sessions are open again", SETTLED_WITHIN, |scene| scene.all_open());
-        let deadline = Instant::now() + SETTLED_WITHIN;
+        self.settle("everything is published", SOON, |scene| {
+            scene.publisher.acknowledged() == scene.publisher.sent()
+        });
+        self.settle("all sessions are open again", SOON, |scene| scene.all_open());
+        let deadline = Instant::now() + SOON;
         let (mut lost, mut quiet_since) = (u64::MAX, Instant::now());
         // Until everything has arrived, or nothing more arrives.
-        while lost > 0
-            && quiet_since.elapsed() < Duration::from_secs(10)
-            && Instant::now() < deadline
-        {
+        while lost > 0 && quiet_since.elapsed() < QUIET && Instant::now() < deadline {
             self.turn();
             let now_lost = self.totals().lost;
             if now_lost < lost {
@@ -433,23 +457,26 @@ impl Scene {
         let missed_live = lost;
         // Catch-up fills gaps out of order and with duplicates; these are not counted as disorder.
         let live = self.totals();
-        let longest_stall = self.longest_stall;
+        let stayed = self.totals_of(|session| session.stayed);
+        let (stalls, endings) = (self.stalls.clone(), self.endings.clone());
         if lost > 0 {
             self.drop_sessions(1);
-            self.settle("all sessions have caught up", SETTLED_WITHIN, |scene| {
-                scene.totals().lost == 0
-            });
+            self.settle("all sessions have caught up", SOON, |scene| scene.totals().lost == 0);
         }
         let outcome = Outcome {
             published: self.publisher.sent(),
             totals: Totals { lost: self.totals().lost, ..live },
             missed_live,
-            longest_stall,
+            stayed,
+            stalls,
+            timeline: std::mem::take(&mut self.timeline),
+            endings,
             reconnects: self.reconnects,
             grown: self.changed_counters(),
             drains: std::mem::take(&mut self.drains),
+            _nodes: std::mem::take(&mut self.nodes),
         };
-        super::table::write(name, &outcome, &self.endings);
+        super::table::write(name, &outcome);
         outcome
     }
 
@@ -473,6 +500,9 @@ impl Session {
 
     fn retry_after(&mut self, wait: Duration) {
         self.client = None;
+        self.opened_at = None;
+        self.live.clear();
+        self.stayed = false;
         self.reconnect_at = Some(Instant::now() + wait);
     }
 }

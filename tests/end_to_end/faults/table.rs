@@ -12,9 +12,13 @@ use super::scene::Outcome;
 const ORDINARY: [&str; 4] = ["_bucket", "_sum", "_count", "_bytes"];
 
 /// Prints a row, and appends it to `faults.md` in the target folder.
-pub(super) fn write(name: &str, outcome: &Outcome, endings: &BTreeMap<u16, u64>) {
-    let Outcome { published, totals, missed_live, longest_stall, reconnects, .. } = outcome;
-    let endings = endings.iter().map(|(code, count)| match code {
+pub(super) fn write(name: &str, outcome: &Outcome) {
+    let Outcome { published, totals, missed_live, reconnects, .. } = outcome;
+    let mut by_code = BTreeMap::<u16, u64>::new();
+    for ((_, code), count) in &outcome.endings {
+        *by_code.entry(*code).or_default() += count;
+    }
+    let endings = by_code.iter().map(|(code, count)| match code {
         0 => format!("{count} × no close frame"),
         _ => format!("{count} × {code}"),
     });
@@ -25,9 +29,15 @@ pub(super) fn write(name: &str, outcome: &Outcome, endings: &BTreeMap<u16, u64>)
         totals.lost,
         totals.duplicates,
         totals.out_of_order,
-        longest_stall.as_secs_f32(),
+        outcome.longest_stall().as_secs_f32(),
         endings.join(", ")
     );
+    let Outcome { stayed, stalls, .. } = outcome;
+    writeln!(row, "    stayed: {stayed:?}; stalls by node: {stalls:.1?}")
+        .expect("a string takes it");
+    for line in outcome.timeline.lines() {
+        writeln!(row, "    {line}").expect("a string takes it");
+    }
     for drain in &outcome.drains {
         writeln!(row, "    {drain:?}").expect("a string takes it");
     }

@@ -14,8 +14,9 @@ use redis::cmd;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
+use super::counters::NodesCounters;
+use super::legacy::RegistryUse;
 use super::link::RedisLink;
-use super::nodes::NodesCounters;
 
 /// The channel of the announcements. Channels of instances begin with `delivery:`.
 pub(super) const CHANNEL: &str = "delivery-moves";
@@ -58,20 +59,30 @@ struct PendingAnnouncements {
 #[derive(Clone, Debug)]
 pub struct Announcer {
     pending: Arc<PendingAnnouncements>,
+    registry_use: RegistryUse,
     _task: Arc<JoinSet<()>>,
 }
 
 impl Announcer {
-    /// Starts the announcing task. Needs a tokio runtime.
-    pub fn start(link: RedisLink, counters: Arc<NodesCounters>) -> Self {
+    /// Starts the announcing task. Needs a tokio runtime. Nothing is announced while no other node uses
+    /// the registry.
+    pub fn start(link: RedisLink, counters: Arc<NodesCounters>, registry_use: RegistryUse) -> Self {
         let pending = Arc::<PendingAnnouncements>::default();
         let mut task = JoinSet::new();
         task.spawn(announce(Arc::clone(&pending), link, counters));
-        Self { pending, _task: Arc::new(task) }
+        Self { pending, registry_use, _task: Arc::new(task) }
+    }
+
+    /// Whether other nodes use the registry to find the sessions of this node.
+    pub fn is_needed(&self) -> bool {
+        self.registry_use.is_active()
     }
 
     /// Announces that a session of this user is registered on this node.
     pub fn registered(&self, user: &str) {
+        if !self.is_needed() {
+            return;
+        }
         let mut pending = self.pending.users.lock().expect("no holder panics");
         if pending.users.len() < USERS_MAX {
             pending.users.insert(user.to_owned());

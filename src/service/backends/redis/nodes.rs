@@ -12,8 +12,9 @@
 //! in the order of the calls, even when a first attempt had no listener.
 //!
 //! Routers wait for a full queue that is draining ([`RemoteNodes::has_room`]), so a backlog is
-//! handed over at the pace of Redis. A record that cannot be handed over is counted and dropped: an
-//! unreachable or hanging Redis must not block the partition for users on this node.
+//! handed over at the pace of Redis. A record that cannot be handed over is counted and dropped,
+//! because an unreachable or hanging Redis must not block the partition for users on this node. The
+//! sessions of its recipients on other nodes are closed with 4409 (`gaps`).
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -25,12 +26,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::counters::NodesCounters;
+use super::gaps::{Gaps, Teller};
 use super::link::{RedisFault, RedisLink};
 use super::locations::{Instances, Locations, LocationsConfig};
 use super::progress::Progress;
 use super::registry::{Registry, USERS_AT_ONCE};
-use crate::counters;
-use crate::service::backends::ports::{ForwardDone, Forwarding, RemoteNodes};
+use crate::service::backends::ports::{ForwardDone, Forwarding, LogNodes, RemoteNodes};
 
 /// Records taken from the queue together.
 const BATCH_RECORDS_MAX: usize = 512;
@@ -63,27 +65,6 @@ impl NodesConfig {
             records_max: 4_096,
             bytes_max: 32 << 20,
         }
-    }
-}
-
-counters! {
-    /// Outcomes of hand-offs.
-    pub struct NodesCounters of SharedCounter {
-        Counter redis_forwards_local: "Records without a recipient on another node",
-        Counter redis_forwards: "Records accepted for hand-off",
-        Counter redis_forwards_refused_down: "Records not accepted because Redis was unreachable",
-        Counter redis_forwards_refused_full: "Records not accepted because the queue was full",
-        Counter redis_forwards_failed: "Records not handed over to all nodes because Redis failed or timed out",
-        Gauge redis_forwards_waiting: "Records waiting for their hand-off",
-        Gauge redis_forwards_bytes: "Bytes of these records",
-        Counter redis_lookups: "Users looked up in the registry",
-        Counter redis_lookups_failed: "Users whose lookup failed",
-        Counter redis_publishes: "Records published to another instance",
-        Counter redis_publishes_failed: "Publishes without an answer",
-        Counter redis_publishes_unheard: "Publishes without a listener",
-        Counter redis_publishes_again: "Publishes repeated to the location of a second lookup",
-        Counter redis_moves_announced: "Users whose registration on this node was announced to the other nodes",
-        Counter redis_moves_unannounced: "Users whose announcement failed because Redis failed or was unreachable",
     }
 }
 
@@ -127,6 +108,7 @@ struct HandOffs {
     counters: Arc<NodesCounters>,
     waiting_bytes: AtomicUsize,
     progress: Progress,
+    gaps: Arc<Gaps>,
 }
 
 /// The other nodes, reached through Redis. Dropping it stops the forwarding task.
@@ -140,16 +122,29 @@ pub struct Nodes {
 impl Nodes {
     /// Starts the forwarding task. Needs a tokio runtime.
     pub fn new(config: NodesConfig, link: RedisLink, counters: Arc<NodesCounters>) -> Self {
+        Self::except(config, link, counters, None)
+    }
+
+    /// [`Nodes::new`], for all nodes except those that take hand-offs through the log.
+    pub(super) fn except(
+        config: NodesConfig,
+        link: RedisLink,
+        counters: Arc<NodesCounters>,
+        log_nodes: Option<Arc<dyn LogNodes>>,
+    ) -> Self {
         let shared = Arc::new(HandOffs {
             locations: Arc::new(Locations::new(config.locations)),
             link: link.clone(),
+            gaps: Arc::new(Gaps::new(Arc::clone(&counters))),
             counters,
             waiting_bytes: AtomicUsize::new(0),
             progress: Progress::new(Instant::now()),
         });
         let (sender, receiver) = mpsc::channel(config.records_max);
-        let registry = Registry::new(link, config.instance);
-        let forwarder = Forwarder { shared: Arc::clone(&shared), registry };
+        let gaps = Arc::clone(&shared.gaps);
+        let teller = Teller::new(Arc::clone(&config.instance), gaps, link.clone());
+        let registry = Registry::new(link, config.instance, log_nodes);
+        let forwarder = Forwarder { shared: Arc::clone(&shared), registry, teller };
         let mut task = JoinSet::new();
         task.spawn(forwarder.run(receiver));
         Self { shared, queue: sender, bytes_max: config.bytes_max, _forwarder: task }
@@ -175,26 +170,28 @@ impl RemoteNodes for Nodes {
         }
         if !shared.link.is_connected() {
             counters.redis_forwards_refused_down.add(1);
+            shared.gaps.lost(&users);
             return Forwarding::Refused;
         }
         let weight = HandOff::weight(value, &users);
         let waiting = shared.waiting_bytes.fetch_add(weight, Ordering::Relaxed);
-        let Ok(place) = self.queue.try_reserve() else {
+        let fits = waiting == 0 || waiting + weight <= self.bytes_max;
+        let Some(place) = self.queue.try_reserve().ok().filter(|_| fits) else {
             shared.waiting_bytes.fetch_sub(weight, Ordering::Relaxed);
             counters.redis_forwards_refused_full.add(1);
+            shared.gaps.lost(&users);
             return Forwarding::Refused;
         };
-        if waiting > 0 && waiting + weight > self.bytes_max {
-            shared.waiting_bytes.fetch_sub(weight, Ordering::Relaxed);
-            counters.redis_forwards_refused_full.add(1);
-            return Forwarding::Refused;
-        }
         counters.redis_forwards.add(1);
         counters.redis_forwards_bytes.add(weight as u64);
         counters.redis_forwards_waiting.add(1);
         let value = Bytes::copy_from_slice(value);
         place.send((HandOff { value, users, shared: Arc::clone(shared) }, CallOnDrop(Some(done))));
         Forwarding::Pending
+    }
+
+    fn lost(&self, users: &[Arc<str>]) {
+        self.shared.gaps.lost(users);
     }
 
     fn has_room(&self) -> bool {
@@ -216,15 +213,50 @@ struct Publish<'a> {
     instance: Arc<str>,
 }
 
+impl Publish<'_> {
+    /// The users for whom the record is sent there.
+    fn users<'a>(&'a self, locations: &'a BatchLocations) -> impl Iterator<Item = &'a Arc<str>> {
+        let is_there = |user: &&Arc<str>| {
+            locations.get(*user).is_some_and(|instances| instances.contains(&self.instance))
+        };
+        self.hand_off.users.iter().filter(is_there)
+    }
+}
+
+/// Result of publishing; the indices of the publishes concerned.
+#[derive(Default)]
+struct Published {
+    /// Nobody listened.
+    unheard: Vec<usize>,
+    /// Refused, without an answer, or not sent because an earlier one had no answer.
+    lost: Vec<usize>,
+    /// Redis did not answer.
+    fault: Option<RedisFault>,
+}
+
 struct Forwarder {
     shared: Arc<HandOffs>,
     registry: Registry,
+    teller: Teller,
 }
 
 impl Forwarder {
     async fn run(mut self, mut queue: mpsc::Receiver<(HandOff, CallOnDrop)>) {
         let mut taken = Vec::with_capacity(BATCH_RECORDS_MAX);
-        while queue.recv_many(&mut taken, BATCH_RECORDS_MAX).await > 0 {
+        loop {
+            tokio::select! {
+                biased;
+                count = queue.recv_many(&mut taken, BATCH_RECORDS_MAX) => {
+                    if count == 0 {
+                        return;
+                    }
+                }
+                () = self.teller.due() => {
+                    // Tried again, at the latest with the next batch.
+                    let _ = self.teller.tell().await;
+                    continue;
+                }
+            }
             let (batch, done): (Vec<_>, Vec<_>) = taken.drain(..).unzip();
             self.shared.progress.batch_started(Instant::now());
             let handed_over = self.hand_over(&batch).await;
@@ -236,35 +268,56 @@ impl Forwarder {
         }
     }
 
-    /// Hands over one batch.
+    /// Hands over one batch. Whoever misses a record is noted.
     ///
     /// # Errors
     /// Redis failed; part of the batch may have been handed over.
     async fn hand_over(&mut self, batch: &[HandOff]) -> Result<(), RedisFault> {
         let mut locations = BatchLocations::new();
-        let users = batch.iter().flat_map(|hand_off| &hand_off.users);
-        self.resolve(users, &mut locations).await?;
-        let mut publishes = Vec::new();
-        for (record, hand_off) in batch.iter().enumerate() {
-            let mut addressed: Vec<&Arc<str>> = Vec::new();
-            for instance in instances_of(hand_off, &locations) {
-                if !addressed.contains(&instance) {
-                    addressed.push(instance);
-                }
-            }
-            publishes.extend(addressed.into_iter().map(|instance| Publish {
-                hand_off,
-                record,
-                instance: instance.clone(),
-            }));
+        let users = || batch.iter().flat_map(|hand_off| &hand_off.users);
+        let mut resolved = self.teller.tell().await;
+        if resolved.is_ok() {
+            resolved = self.resolve(users(), &mut locations).await;
         }
-        let unheard = self.publish(&publishes).await?;
-        if unheard.is_empty() {
-            return Ok(());
+        let unresolved = users().filter(|user| !locations.contains_key(*user));
+        self.shared.gaps.lost(unresolved);
+        if resolved.is_ok() {
+            // Before a record that some of them may still receive.
+            resolved = self.teller.tell().await;
         }
-        let again = self.relocated(&publishes, &unheard, &locations).await?;
+        if let Err(fault) = resolved {
+            let elsewhere = |user: &&Arc<str>| {
+                locations.get(*user).is_some_and(|instances| !instances.is_empty())
+            };
+            self.shared.gaps.lost(users().filter(elsewhere));
+            return Err(fault);
+        }
+        let publishes = publishes_of(batch, &locations);
+        let Published { unheard, lost, fault } = self.publish(&publishes).await;
+        self.lose(&publishes, &lost, &locations);
+        let again = match fault {
+            None if unheard.is_empty() => return Ok(()),
+            None => self.relocated(&publishes, &unheard, &locations).await,
+            Some(fault) => Err(fault),
+        };
+        let (again, locations) = again.inspect_err(|_| {
+            self.lose(&publishes, &unheard, &locations);
+        })?;
         self.shared.counters.redis_publishes_again.add(again.len() as u64);
-        self.publish(&again).await.map(drop)
+        let Published { unheard, lost, fault } = self.publish(&again).await;
+        self.lose(&again, &lost, &locations);
+        self.doubt(&again, &unheard, &locations);
+        fault.map_or(Ok(()), Err)
+    }
+
+    fn lose(&self, publishes: &[Publish<'_>], lost: &[usize], locations: &BatchLocations) {
+        let users = lost.iter().flat_map(|index| publishes[*index].users(locations));
+        self.shared.gaps.lost(users);
+    }
+
+    fn doubt(&self, publishes: &[Publish<'_>], unheard: &[usize], locations: &BatchLocations) {
+        let users = unheard.iter().flat_map(|index| publishes[*index].users(locations));
+        self.shared.gaps.unheard(users);
     }
 
     /// Adds the locations of these users to `locations`, from the cache or the registry.
@@ -308,10 +361,10 @@ impl Forwarder {
         Ok(())
     }
 
-    /// Publishes in order; returns the indices of those without a listener.
-    async fn publish(&self, publishes: &[Publish<'_>]) -> Result<Vec<usize>, RedisFault> {
+    /// Publishes in order, until one has no answer.
+    async fn publish(&self, publishes: &[Publish<'_>]) -> Published {
         let counters = &self.shared.counters;
-        let mut unheard = Vec::new();
+        let mut published = Published::default();
         let mut next = 0;
         while next < publishes.len() {
             let first = next;
@@ -328,29 +381,38 @@ impl Forwarder {
             }
             let count = commands.len() as u64;
             counters.redis_publishes.add(count);
-            let answers = self.shared.link.run(commands).await.inspect_err(|_| {
-                counters.redis_publishes_failed.add(count);
-            })?;
+            let answers = match self.shared.link.run(commands).await {
+                Ok(answers) => answers,
+                Err(fault) => {
+                    counters.redis_publishes_failed.add(count);
+                    published.lost.extend(first..publishes.len());
+                    published.fault = Some(fault);
+                    break;
+                }
+            };
             for (index, answer) in (first..).zip(answers) {
                 match answer.and_then(|value| Ok(u64::from_redis_value(value)?)) {
-                    Ok(0) => unheard.push(index),
+                    Ok(0) => published.unheard.push(index),
                     Ok(_) => {}
-                    Err(_) => counters.redis_publishes_failed.add(1),
+                    Err(_) => {
+                        counters.redis_publishes_failed.add(1);
+                        published.lost.push(index);
+                    }
                 }
             }
         }
-        Ok(unheard)
+        published
     }
 
-    /// Repeats the publishes without a listener, for the locations of a second lookup. An instance
-    /// that was addressed already is left out: it is down or reconnecting, and a repetition at once
-    /// would fail too.
+    /// The publishes that repeat those without a listener, for the locations of a second lookup. An
+    /// instance that was addressed already is left out: it is down or reconnecting, and a repetition
+    /// at once would fail too.
     async fn relocated<'a>(
         &mut self,
         publishes: &[Publish<'a>],
         unheard: &[usize],
         locations: &BatchLocations,
-    ) -> Result<Vec<Publish<'a>>, RedisFault> {
+    ) -> Result<(Vec<Publish<'a>>, BatchLocations), RedisFault> {
         let now = Instant::now();
         self.shared.counters.redis_publishes_unheard.add(unheard.len() as u64);
         for index in unheard {
@@ -363,30 +425,49 @@ impl Forwarder {
         let mut locations_now = BatchLocations::new();
         let mut again = Vec::new();
         let mut repeated = HashSet::new();
+        let users = || unheard.iter().flat_map(|index| publishes[*index].users(locations));
+        self.resolve(users(), &mut locations_now).await?;
+        self.shared.gaps.lost(users().filter(|user| !locations_now.contains_key(*user)));
         for index in unheard {
-            let Publish { hand_off, record, instance } = &publishes[*index];
-            let lost = |user: &&Arc<str>| {
-                locations.get(*user).is_some_and(|instances| instances.contains(instance))
-            };
-            let users: Vec<_> = hand_off.users.iter().filter(lost).collect();
-            self.resolve(users.iter().copied(), &mut locations_now).await?;
-            for user in users {
-                for instance in
-                    locations_now.get(user).iter().flat_map(|instances| instances.iter())
-                {
-                    let address = (*record, Arc::clone(instance));
+            let publish = &publishes[*index];
+            let Publish { hand_off, record, instance } = publish;
+            for user in publish.users(locations) {
+                for now in locations_now.get(user).iter().flat_map(|instances| instances.iter()) {
+                    if now == instance {
+                        self.shared.gaps.unheard([user]);
+                    }
+                    let address = (*record, Arc::clone(now));
                     if !addressed.contains(&address) && repeated.insert(address) {
                         again.push(Publish {
                             hand_off,
                             record: *record,
-                            instance: Arc::clone(instance),
+                            instance: Arc::clone(now),
                         });
                     }
                 }
             }
         }
-        Ok(again)
+        Ok((again, locations_now))
     }
+}
+
+/// Each record once for each instance that holds a session of one of its users.
+fn publishes_of<'a>(batch: &'a [HandOff], locations: &BatchLocations) -> Vec<Publish<'a>> {
+    let mut publishes = Vec::new();
+    for (record, hand_off) in batch.iter().enumerate() {
+        let mut addressed: Vec<&Arc<str>> = Vec::new();
+        for instance in instances_of(hand_off, locations) {
+            if !addressed.contains(&instance) {
+                addressed.push(instance);
+            }
+        }
+        publishes.extend(addressed.into_iter().map(|instance| Publish {
+            hand_off,
+            record,
+            instance: Arc::clone(instance),
+        }));
+    }
+    publishes
 }
 
 fn instances_of<'a>(

@@ -7,6 +7,7 @@ use redis::{FromRedisValue, RedisResult, Value, cmd};
 
 use super::link::{RedisFault, RedisLink};
 use super::locations::Instances;
+use crate::service::backends::ports::LogNodes;
 
 /// Maximum devices per user that are looked up; further ones are ignored.
 const DEVICES_MAX: usize = 64;
@@ -19,13 +20,19 @@ pub(super) const USERS_AT_ONCE: usize = 1024;
 pub(super) struct Registry {
     link: RedisLink,
     own: Arc<str>,
+    /// These nodes are left out.
+    log_nodes: Option<Arc<dyn LogNodes>>,
     names: HashSet<Arc<str>>,
     none: Instances,
 }
 
 impl Registry {
-    pub(super) fn new(link: RedisLink, own: Arc<str>) -> Self {
-        Self { link, own, names: HashSet::new(), none: Arc::from([]) }
+    pub(super) fn new(
+        link: RedisLink,
+        own: Arc<str>,
+        log_nodes: Option<Arc<dyn LogNodes>>,
+    ) -> Self {
+        Self { link, own, log_nodes, names: HashSet::new(), none: Arc::from([]) }
     }
 
     /// For each of at most [`USERS_AT_ONCE`] users, the other instances that hold sessions of the
@@ -71,12 +78,16 @@ impl Registry {
         Ok(found)
     }
 
-    /// All instances except this one, without duplicates.
+    fn is_left_out(&self, instance: &str) -> bool {
+        self.log_nodes.as_ref().is_some_and(|nodes| nodes.has_lease(instance))
+    }
+
+    /// All instances except this one and those that are left out, without duplicates.
     fn others(&mut self, holders: impl Iterator<Item = String>) -> Instances {
         let mut others: Vec<Arc<str>> = Vec::new();
         for holder in holders {
             let known = others.iter().any(|other| **other == *holder);
-            if !holder.is_empty() && *holder != *self.own && !known {
+            if !holder.is_empty() && *holder != *self.own && !known && !self.is_left_out(&holder) {
                 others.push(self.name(holder));
             }
         }

@@ -12,15 +12,17 @@
 //! Otherwise, for example when a partition keeps the old primary alive, it subscribes again there.
 //!
 //! Redis keeps nothing for a disconnected subscriber: messages published during the gap are lost,
-//! and their number is unknown. The metrics count the gaps and their duration, from the last sign
-//! of life to the new subscription. The reader never waits for the router, because the buffer of
-//! the client library is unbounded; records wait in a bounded queue instead.
+//! and their number is unknown. So when the subscription is back, and before anything is read from it,
+//! all sessions of the node are closed with 4409; not before, because a client that resumes at once
+//! would fall into the same gap. The metrics count the gaps and their duration, from the last sign
+//! of life to the new subscription.
+//!
+//! The reader never waits for the router, because the buffer of the client library is unbounded; records
+//! wait in a bounded queue instead (`handed_over`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use prost::Message as _;
 use redis::aio::{PubSubSink, PubSubStream};
 use redis::{ConnectionInfo, FromRedisValue, Msg, RedisResult, Value, cmd};
@@ -33,18 +35,18 @@ use super::address::RedisAddress;
 use super::announcer::{self, MovedUsers};
 use super::cluster;
 use super::config::RedisConfig;
+use super::counters::SubscriptionCounters;
+use super::gaps::{self, MissedUsers};
+use super::handed_over::HandedOver;
+use super::legacy::LegacyWatch;
 use super::link::RedisLink;
 use super::locations::Locations;
 use super::refusal::reason;
-use crate::counters;
-use crate::handoff::Pushed;
 use crate::service::backends::outage::Outage;
-use crate::service::backends::ports::{RouterInbox, RouterInput};
+use crate::service::backends::ports::{MissedEvents, RouterInbox};
 
 /// The channel of the presence service.
 const PRESENCE_UPDATES: &str = "presence:updates";
-/// Interval of attempts while the router is full.
-const ROUTER_RETRY: Duration = Duration::from_millis(1);
 /// Interval of checks whether the channel's slot has moved to another node of a cluster.
 const OWNER_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -55,6 +57,8 @@ pub struct SubscriptionsConfig {
     pub instance: Arc<str>,
     /// Whether to subscribe to hand-offs (`ROUTING_MODE=group`).
     pub hand_offs: bool,
+    /// With hand-off through the log (`HANDOFF=log`): which nodes hand over through Redis.
+    pub legacy: Option<Arc<LegacyWatch>>,
     /// Maximum number of handed-over records waiting for the router.
     pub records_max: usize,
     /// Maximum bytes of these records.
@@ -69,25 +73,11 @@ impl SubscriptionsConfig {
         Self {
             instance,
             hand_offs: true,
+            legacy: None,
             records_max: 8_192,
             bytes_max: 32 << 20,
             ping_interval: Duration::from_secs(5),
         }
-    }
-}
-
-counters! {
-    /// Connections and messages of the subscriptions.
-    pub struct SubscriptionCounters of SharedCounter {
-        Gauge redis_subscribed: "1 while subscribed",
-        Counter redis_subscriptions: "Connections subscribed",
-        Counter redis_subscription_gaps: "Periods without a subscription after the first subscription",
-        Counter redis_subscription_gap_ms: "Time without a subscription, ms, from the last sign of life; what is published then is lost",
-        Counter redis_hand_offs: "Records handed over by other nodes",
-        Counter redis_hand_offs_dropped: "Handed-over records dropped because the queue to the router was full",
-        Gauge redis_hand_offs_waiting: "Handed-over records waiting for the router",
-        Counter redis_presence_updates: "Presence changes received",
-        Counter redis_moves_heard: "Users announced as registered, by all nodes including this one",
     }
 }
 
@@ -112,6 +102,8 @@ pub trait PresenceUpdates: Send + Sync + 'static {
 pub struct Sinks {
     /// Handed-over records.
     pub router: Arc<dyn RouterInbox>,
+    /// Gaps in what is handed over.
+    pub missed: Arc<dyn MissedEvents>,
     /// Each receives all changes of presence.
     pub presence: Vec<Arc<dyn PresenceUpdates>>,
 }
@@ -147,23 +139,18 @@ impl Subscriptions {
         sinks: Sinks,
         counters: Arc<SubscriptionCounters>,
     ) -> Self {
-        let (queue, records) = mpsc::channel(config.records_max);
-        let waiting_bytes = Arc::new(AtomicUsize::new(0));
         let mut tasks = JoinSet::new();
-        tasks.spawn(pump(
-            records,
-            Arc::clone(&sinks.router),
-            Arc::clone(&waiting_bytes),
-            Arc::clone(&counters),
-        ));
+        let bounds = (config.records_max, config.bytes_max);
+        let (router, missed) = (Arc::clone(&sinks.router), Arc::clone(&sinks.missed));
+        let handed_over =
+            HandedOver::start(bounds, router, missed, Arc::clone(&counters), &mut tasks);
         let channel = super::channel_of(&config.instance);
         let reader = Arc::new(Reader {
             config,
             link,
             channel,
             sinks,
-            queue,
-            waiting_bytes,
+            handed_over,
             counters: Arc::clone(&counters),
             gaps: Outage::default(),
         });
@@ -177,38 +164,12 @@ impl Subscriptions {
     }
 }
 
-/// Moves records to the router in order, as fast as it accepts them.
-async fn pump(
-    mut records: mpsc::Receiver<Bytes>,
-    router: Arc<dyn RouterInbox>,
-    waiting_bytes: Arc<AtomicUsize>,
-    counters: Arc<SubscriptionCounters>,
-) {
-    while let Some(value) = records.recv().await {
-        let bytes = value.len();
-        let mut input = RouterInput::Remote { value };
-        loop {
-            match router.send(input) {
-                Pushed::Accepted => break,
-                Pushed::Full(back) => {
-                    input = back;
-                    sleep(ROUTER_RETRY).await;
-                }
-                Pushed::Closed(_) => return,
-            }
-        }
-        waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-        counters.redis_hand_offs_waiting.sub(1);
-    }
-}
-
 struct Reader {
     config: SubscriptionsConfig,
     link: RedisLink,
     channel: String,
     sinks: Sinks,
-    queue: mpsc::Sender<Bytes>,
-    waiting_bytes: Arc<AtomicUsize>,
+    handed_over: HandedOver,
     counters: Arc<SubscriptionCounters>,
     gaps: Outage,
 }
@@ -247,6 +208,10 @@ impl Reader {
     async fn run(self: Arc<Self>) {
         let mut attempt = 0;
         let mut last_sign: Option<Instant> = None;
+        if let Some(legacy) = &self.config.legacy {
+            // Otherwise the other nodes would take this one for a node without a lease.
+            legacy.lease_stored().await;
+        }
         loop {
             let generation = self.link.generation();
             match self.subscribe().await {
@@ -254,9 +219,11 @@ impl Reader {
                     let since = Instant::now();
                     let _ = self.link.outage().succeeded(since);
                     match last_sign {
-                        Some(last_sign) => self.missed_since(last_sign),
-                        None => self.sinks.presence.iter().for_each(|sink| sink.missed()),
+                        Some(last_sign) => self.missed_since(last_sign).await,
+                        // Sessions that began before the first subscription.
+                        None => self.missed(self.may_miss_hand_offs().await),
                     }
+                    self.counters.redis_subscriptions.add(1);
                     // Set last, so that whoever reads 1 also finds the gap counted and no stale
                     // entries.
                     self.counters.redis_subscribed.set(1);
@@ -288,15 +255,32 @@ impl Reader {
     }
 
     /// Counts and reports a gap that began after `last_sign`.
-    fn missed_since(&self, last_sign: Instant) {
+    async fn missed_since(&self, last_sign: Instant) {
         let gap_ms = u64::try_from(last_sign.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.counters.redis_subscription_gaps.add(1);
         self.counters.redis_subscription_gap_ms.add(gap_ms);
-        if let Some(report) = self.gaps.failed(Instant::now()) {
+        let hand_offs = self.may_miss_hand_offs().await;
+        if hand_offs && let Some(report) = self.gaps.failed(Instant::now()) {
             tracing::warn!(
                 gap_ms,
-                "subscribed to Redis again; events published meanwhile are lost{report}"
+                "subscribed to Redis again; events published meanwhile are lost, so the sessions of this \
+                 node are closed with 4409{report}"
             );
+        }
+        self.missed(hand_offs);
+    }
+
+    /// Whether other nodes may have published hand-offs.
+    async fn may_miss_hand_offs(&self) -> bool {
+        match &self.config.legacy {
+            Some(legacy) => legacy.ask().await,
+            None => self.config.hand_offs,
+        }
+    }
+
+    fn missed(&self, hand_offs: bool) {
+        if hand_offs {
+            self.sinks.missed.missed_by_all();
         }
         self.sinks.presence.iter().for_each(|sink| sink.missed());
     }
@@ -315,7 +299,6 @@ impl Reader {
             .await
             .map_err(|_| "no answer in time".to_owned())?
             .map_err(|error| reason(&error))?;
-        self.counters.redis_subscriptions.add(1);
         Ok(Subscribed { home, sink, messages })
     }
 
@@ -323,6 +306,7 @@ impl Reader {
         let mut channels = Vec::new();
         if self.config.hand_offs {
             channels.push(self.channel.as_str());
+            channels.push(gaps::CHANNEL);
         }
         if !self.sinks.presence.is_empty() {
             channels.push(PRESENCE_UPDATES);
@@ -359,8 +343,9 @@ impl Reader {
                         self.take(&message);
                     }
                     if let Some(heard_until) = heard_until {
-                        self.missed_since(heard_until);
+                        self.missed_since(heard_until).await;
                     }
+                    self.counters.redis_subscriptions.add(1);
                     pinging = JoinSet::new();
                     pinging.spawn(self.pinger(subscribed.sink, alive.clone()));
                     moving.spawn(Arc::clone(self).moved_from(subscribed.home));
@@ -460,7 +445,17 @@ impl Reader {
                 self.sinks.presence.iter().for_each(|sink| sink.updated(payload));
             }
             announcer::CHANNEL => self.take_moves(payload),
-            _ => self.take_record(payload),
+            gaps::CHANNEL => self.take_gap(payload),
+            _ => {
+                if let Some(legacy) = &self.config.legacy
+                    && legacy.is_lease_overdue()
+                {
+                    // It may come after a gap, which it would hide.
+                    legacy.count_overdue();
+                    self.sinks.missed.missed_by_all();
+                }
+                self.handed_over.take(payload);
+            }
         }
     }
 
@@ -480,20 +475,26 @@ impl Reader {
         }
     }
 
-    fn take_record(&self, payload: &[u8]) {
-        self.counters.redis_hand_offs.add(1);
-        let value = Bytes::copy_from_slice(payload);
-        let bytes = value.len();
-        let waiting = self.waiting_bytes.load(Ordering::Relaxed);
-        let fits = waiting == 0 || waiting + bytes <= self.config.bytes_max;
-        match self.queue.try_reserve() {
-            Ok(place) if fits => {
-                self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed);
-                self.counters.redis_hand_offs_waiting.add(1);
-                place.send(value);
-            }
-            Ok(_) | Err(_) => self.counters.redis_hand_offs_dropped.add(1),
+    fn take_gap(&self, payload: &[u8]) {
+        // An unreadable message comes from another version; closing too many sessions is safe.
+        let everybody = MissedUsers { everybody: true, ..MissedUsers::default() };
+        let missed = MissedUsers::decode(payload).unwrap_or(everybody);
+        // What this node could not hand over, it has delivered to its own sessions.
+        if *missed.instance == *self.config.instance {
+            return;
         }
+        // What a node with a lease could not publish, the log hands over.
+        let legacy = self.config.legacy.as_ref();
+        if legacy.is_some_and(|legacy| legacy.has_lease(&missed.instance)) {
+            return;
+        }
+        self.counters.redis_gaps_heard.add(1);
+        self.counters.redis_gap_users_heard.add(missed.users.len() as u64);
+        if missed.everybody {
+            self.counters.redis_gaps_heard_everybody.add(1);
+            self.sinks.missed.missed_by_all();
+        }
+        missed.users.iter().for_each(|user| self.sinks.missed.missed_by_user(user));
     }
 }
 

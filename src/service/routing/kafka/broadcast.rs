@@ -148,6 +148,7 @@ impl BroadcastReader {
             source: Box::new(source),
             start: Some(start),
             committable,
+            ownership: None,
         });
         Ok(())
     }

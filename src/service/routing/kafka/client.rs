@@ -31,15 +31,16 @@ const PREFETCH_BYTES_PER_RECORD: u64 = 512;
 /// Smallest average size of a record: an envelope with its ids, a key, and Kafka's framing.
 const RECORD_BYTES_MIN: u64 = 128;
 
-fn prefetch_records(prefetch_kib: u32) -> u64 {
-    (u64::from(prefetch_kib) * 1024 / PREFETCH_BYTES_PER_RECORD).max(1)
+const fn prefetch_records(prefetch_kib: u32) -> u64 {
+    let records = prefetch_kib as u64 * 1024 / PREFETCH_BYTES_PER_RECORD;
+    if records == 0 { 1 } else { records }
 }
 
 /// Memory bound of a partition in librdkafka, bytes: a full queue, and one fetch that was in flight when
 /// it became full. A large record or a compressed batch may exceed it.
-pub fn partition_bytes_max(prefetch_kib: u32) -> u64 {
+pub const fn partition_bytes_max(prefetch_kib: u32) -> u64 {
     let records = prefetch_records(prefetch_kib) + FETCH_BYTES / RECORD_BYTES_MIN;
-    u64::from(prefetch_kib) * 1024 + FETCH_BYTES + records * RECORD_OVERHEAD_BYTES
+    prefetch_kib as u64 * 1024 + FETCH_BYTES + records * RECORD_OVERHEAD_BYTES
 }
 
 /// Properties of every consumer, without the user's ([`KafkaConfig::properties`]). librdkafka's
@@ -103,6 +104,14 @@ pub(super) fn log(level: RDKafkaLogLevel, facility: &str, message: &str) {
         // Connection failures: one line per connection and client. The error callback gets the same and
         // logs it at a bounded rate.
         RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning if facility == "FAIL" => {
+            tracing::debug!(target: "librdkafka", facility, "{message}");
+        }
+        // One list of properties serves consumers and producers, and the rest is set on purpose.
+        RDKafkaLogLevel::Warning
+            if facility == "CONFWARN"
+                && (message.contains("will be ignored by this")
+                    || message.contains("is experimental")) =>
+        {
             tracing::debug!(target: "librdkafka", facility, "{message}");
         }
         RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {

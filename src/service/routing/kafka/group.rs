@@ -1,6 +1,12 @@
 //! `group`: reads the partitions that the consumer group assigns to this node, and commits offsets.
+//!
+//! With [`ClaimParts`](crate::service::routing::kafka::ClaimParts) a partition is read and routed only
+//! once it is claimed. Until then it is part of the group's assignment, but not of the consumer's, and the
+//! poll loop claims it again.
 
-use std::collections::HashMap;
+mod claiming;
+
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,23 +19,38 @@ use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
 
+use crate::service::routing::kafka::claims::{self, Claim};
 use crate::service::routing::kafka::client::{self, Observer};
+use crate::service::routing::kafka::source::PartitionSource;
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
-use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
+use crate::service::routing::router::owner::Ownership;
+use crate::service::routing::router::{
+    Assignment, CommittableOffset, CommittableTable, TopicPartition,
+};
 
 /// Timeout of one poll.
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
 /// Timeout of one request to the brokers during a rebalance, while the group waits for this node.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Like [`KafkaConfig::revoke_grace_ms`](crate::service::routing::kafka::KafkaConfig), for claimed partitions.
+/// Short, because nothing depends on it: holders discard what the next owner repeats. And the longer wait would
+/// be used up in every roll of the nodes, because the records of a session are done only when it has caught
+/// up, while the partitions that other nodes have released stay without an owner.
+const CLAIMED_REVOKE_GRACE: Duration = Duration::from_millis(100);
 /// Polls before leaving the group, at most. Each ends early if a rebalance interrupts it.
 const SETTLE_POLLS_MAX: u32 = 10;
+/// Pause after a failed claim.
+const CLAIM_PAUSE: Duration = Duration::from_millis(500);
 
 /// A partition assigned to this node.
 struct OwnedPartition {
     committable: Arc<CommittableOffset>,
-    /// The last offset sent to the broker for commit. Commits are asynchronous; the statistics show
-    /// what the broker has accepted.
-    sent: Option<i64>,
+    /// Generation of this owner; 0 without claims.
+    generation: i64,
+    table: Arc<CommittableTable>,
+    /// The last offset and table sent to the broker for commit. Commits are asynchronous; the
+    /// statistics show which offset the broker has accepted.
+    sent: Option<(i64, i64)>,
 }
 
 pub(super) struct GroupContext {
@@ -37,6 +58,8 @@ pub(super) struct GroupContext {
     /// Set once, after the consumer is created. The callbacks split partition queues off it.
     consumer: OnceLock<Weak<BaseConsumer<GroupContext>>>,
     owned: Mutex<HashMap<TopicPartition, OwnedPartition>>,
+    /// Assigned by the group, to be claimed.
+    unclaimed: Mutex<HashSet<TopicPartition>>,
 }
 
 impl ClientContext for GroupContext {
@@ -53,7 +76,7 @@ impl ClientContext for GroupContext {
         self.observer.statistics(json, |log, committed| {
             // Not accepted, or still in flight: the next commit sends it again.
             if let Some(owned) = owned.get_mut(&log)
-                && owned.sent.is_some_and(|sent| sent != committed)
+                && owned.sent.is_some_and(|(sent, _)| sent != committed)
             {
                 owned.sent = None;
                 self.shared().counters.commits_repeated.add(1);
@@ -100,23 +123,38 @@ impl GroupContext {
         self.owned.lock().expect("no holder panics")
     }
 
+    fn unclaimed(&self) -> std::sync::MutexGuard<'_, HashSet<TopicPartition>> {
+        self.unclaimed.lock().expect("no holder panics")
+    }
+
     fn assign(
         &self,
         consumer: &BaseConsumer<Self>,
         partitions: &mut TopicPartitionList,
     ) -> KafkaResult<()> {
+        let shared = self.shared();
+        if shared.claims.is_some() {
+            self.unclaimed().extend(shared.topic_partitions(partitions));
+            // The group waits for this answer, also if nothing could be claimed.
+            if self.start_claimed(consumer)? == 0 {
+                // The group waits for an answer, also if nothing is read.
+                consumer.incremental_assign(&TopicPartitionList::new())?;
+            }
+            shared.status.reached();
+            return Ok(());
+        }
         self.set_start_offsets(consumer, partitions);
         // The queues are split off before the first fetch: see `PartitionSource::new`.
         let sources: Vec<_> = partitions
             .elements()
             .iter()
             .filter_map(|element| {
-                let log = self.shared().topic_partition(element.topic(), element.partition())?;
+                let log = shared.topic_partition(element.topic(), element.partition())?;
                 let start = match element.offset() {
                     Offset::Offset(start) => Some(start),
                     _ => None,
                 };
-                let source = self.shared().source(&self.consumer.get()?.upgrade()?, &log)?;
+                let source = shared.source(&self.consumer.get()?.upgrade()?, &log)?;
                 Some((log, start, source))
             })
             .collect();
@@ -125,23 +163,39 @@ impl GroupContext {
             RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.assign(partitions)?,
         }
         for (log, start, source) in sources {
-            let committable = Arc::new(CommittableOffset::new(start));
-            let owned = OwnedPartition { committable: Arc::clone(&committable), sent: None };
-            self.owned().insert(log.clone(), owned);
-            let shared = self.shared();
-            shared.status.add_partition(log.clone(), Arc::clone(&committable), None);
-            tracing::info!(
-                topic = &*log.topic,
-                partition = log.partition,
-                start,
-                "partition assigned"
-            );
-            let router = shared.router(&log);
-            router.assign(Assignment { log, source: Box::new(source), start, committable });
+            self.route(log, start, None, source);
         }
-        self.shared().status.assigned();
-        self.shared().status.reached();
+        shared.status.assigned();
+        shared.status.reached();
         Ok(())
+    }
+
+    /// Gives a partition that is being fetched to its router.
+    fn route(
+        &self,
+        log: TopicPartition,
+        start: Option<i64>,
+        ownership: Option<Ownership>,
+        source: PartitionSource<Self>,
+    ) {
+        let committable = Arc::new(CommittableOffset::new(start));
+        let generation = ownership.as_ref().map_or(0, |ownership| ownership.generation);
+        let table = match &ownership {
+            Some(ownership) => Arc::clone(&ownership.settled),
+            None => Arc::new(CommittableTable::new(0)),
+        };
+        let owned =
+            OwnedPartition { committable: Arc::clone(&committable), generation, table, sent: None };
+        self.owned().insert(log.clone(), owned);
+        let shared = self.shared();
+        shared.status.add_partition(log.clone(), Arc::clone(&committable), None);
+        let (topic, partition) = (&*log.topic, log.partition);
+        tracing::info!(topic, partition, start, generation, "partition assigned");
+        if let (Some(claims), Some(ownership)) = (&shared.claims, &ownership) {
+            claims.owned.add(log.clone(), generation, Arc::clone(&ownership.routed));
+        }
+        let router = shared.router(&log);
+        router.assign(Assignment { log, source: Box::new(source), start, committable, ownership });
     }
 
     /// Sets the start offset of each partition: the committed offset, or the end if there is none.
@@ -161,18 +215,12 @@ impl GroupContext {
         };
         for element in committed.elements() {
             let (topic, partition) = (element.topic(), element.partition());
-            let start = match element.offset() {
-                committed @ Offset::Offset(_) => committed,
-                _ => match consumer.fetch_watermarks(topic, partition, REQUEST_TIMEOUT) {
-                    Ok((_, high)) => Offset::Offset(high),
-                    Err(error) => {
-                        tracing::warn!(%error, topic, partition, "cannot fetch the offsets of a partition");
-                        continue;
-                    }
-                },
-            };
-            if let Err(error) = partitions.set_partition_offset(topic, partition, start) {
-                tracing::warn!(%error, topic, partition, "cannot set the start offset");
+            let start = claims::start_offset(consumer, &element, REQUEST_TIMEOUT);
+            let set = start.and_then(|start| {
+                partitions.set_partition_offset(topic, partition, Offset::Offset(start))
+            });
+            if let Err(error) = set {
+                tracing::warn!(%error, topic, partition, "cannot fetch the start offset of a partition");
             }
         }
     }
@@ -187,13 +235,28 @@ impl GroupContext {
         let shared = self.shared();
         let grace = if shared.is_stopping() {
             shared.stop_grace()
+        } else if shared.claims.is_some() {
+            CLAIMED_REVOKE_GRACE
         } else {
             Duration::from_millis(shared.config.revoke_grace_ms)
         };
-        self.release(consumer, &shared.topic_partitions(partitions), lost, grace);
-        match consumer.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => consumer.incremental_unassign(partitions)?,
-            RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.unassign()?,
+        let mut logs = shared.topic_partitions(partitions);
+        if shared.claims.is_some() {
+            // What was not claimed is not read.
+            logs.retain(|log| !self.unclaimed().remove(log) && self.owned().contains_key(log));
+            self.update_unclaimed();
+            self.release(consumer, &logs, lost, grace);
+            let mut read = TopicPartitionList::with_capacity(logs.len());
+            for log in &logs {
+                read.add_partition(&log.topic, log.partition);
+            }
+            consumer.incremental_unassign(&read)?;
+        } else {
+            self.release(consumer, &logs, lost, grace);
+            match consumer.rebalance_protocol() {
+                RebalanceProtocol::Cooperative => consumer.incremental_unassign(partitions)?,
+                RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.unassign()?,
+            }
         }
         if lost {
             shared.status.unassigned();
@@ -228,7 +291,12 @@ impl GroupContext {
             self.commit(consumer, |log| logs.contains(log), CommitMode::Sync);
         }
         let mut owned = self.owned();
-        logs.iter().for_each(|log| drop(owned.remove(log)));
+        for log in &logs {
+            owned.remove(log);
+            if let Some(claims) = &shared.claims {
+                claims.owned.remove(log);
+            }
+        }
     }
 
     /// Commits the offsets of the owned partitions that `which` selects. `Async` skips offsets already
@@ -239,16 +307,25 @@ impl GroupContext {
         which: impl Fn(&TopicPartition) -> bool,
         mode: CommitMode,
     ) {
+        let claims = self.shared().claims.is_some();
+        // A lost member has no identity, and a group without members accepts commits of anybody.
+        if claims && consumer.assignment_lost() {
+            return;
+        }
         let mut offsets = TopicPartitionList::new();
         for (log, owned) in self.owned().iter_mut().filter(|(log, _)| which(log)) {
             let Some(offset) = owned.committable.get() else { continue };
+            let claim = Claim { generation: owned.generation, table: owned.table.get() };
             let is_last = matches!(mode, CommitMode::Sync);
-            if owned.sent == Some(offset) && !is_last {
+            if owned.sent == Some((offset, claim.table)) && !is_last {
                 continue;
             }
-            owned.sent = Some(offset);
-            let to_commit = Offset::Offset(offset);
-            if let Err(error) = offsets.add_partition_offset(&log.topic, log.partition, to_commit) {
+            owned.sent = Some((offset, claim.table));
+            let mut element = offsets.add_partition(&log.topic, log.partition);
+            if claims {
+                element.set_metadata(claim.to_string());
+            }
+            if let Err(error) = element.set_offset(Offset::Offset(offset)) {
                 tracing::warn!(%error, topic = &*log.topic, "cannot commit an offset");
             }
         }
@@ -282,11 +359,19 @@ impl GroupReader {
             .set("session.timeout.ms", "15000")
             // How soon a node notices a rebalance, which delays the whole group.
             .set("heartbeat.interval.ms", "1000");
-        let properties = client::with_user_properties(properties, &shared.config);
+        let mut properties = client::with_user_properties(properties, &shared.config);
+        if shared.claims.is_some() {
+            properties
+                // Partitions are claimed one by one: an eager assignment replaces all of them at once.
+                .set("partition.assignment.strategy", "cooperative-sticky")
+                // A tail is filled when the end is reached, also if the last offsets hold no record.
+                .set("enable.partition.eof", "true");
+        }
         let context = GroupContext {
             observer: Observer { shared: Arc::clone(&shared) },
             consumer: OnceLock::new(),
             owned: Mutex::default(),
+            unclaimed: Mutex::default(),
         };
         let consumer = Arc::new(BaseConsumer::from_config_and_context(&properties, context)?);
         let weak = Arc::downgrade(&consumer);
@@ -295,6 +380,9 @@ impl GroupReader {
     }
 
     pub(super) fn run(self) {
+        if !self.may_join() {
+            return;
+        }
         let topics: Vec<_> = self.shared.config.topics.iter().map(String::as_str).collect();
         if let Err(error) = self.consumer.subscribe(&topics) {
             tracing::error!(%error, "cannot subscribe to the topics; consuming nothing");
@@ -302,14 +390,42 @@ impl GroupReader {
         }
         let interval = Duration::from_millis(self.shared.config.commit_interval_ms);
         let mut next_commit = Instant::now() + interval;
+        let mut next_claim = Instant::now();
         while !self.shared.is_stopping() {
             self.poll();
+            if Instant::now() >= next_claim {
+                self.claim_again();
+                next_claim = Instant::now() + CLAIM_PAUSE;
+            }
             if Instant::now() >= next_commit {
                 self.consumer.context().commit(&self.consumer, |_| true, CommitMode::Async);
                 next_commit = Instant::now() + interval;
             }
         }
         self.stop();
+    }
+
+    /// Waits until this node may join the group. Returns false if it stops before.
+    fn may_join(&self) -> bool {
+        let Some(claims) = &self.shared.claims else { return true };
+        while !claims.owned.may_join() {
+            if self.shared.is_stopping() {
+                return false;
+            }
+            std::thread::sleep(POLL_TIMEOUT);
+        }
+        true
+    }
+
+    fn claim_again(&self) {
+        let context = self.consumer.context();
+        if context.unclaimed().is_empty() {
+            return;
+        }
+        if let Err(error) = context.start_claimed(&self.consumer) {
+            self.shared.counters.errors.add(1);
+            tracing::warn!(%error, "cannot read the claimed partitions");
+        }
     }
 
     fn poll(&self) {

@@ -20,12 +20,22 @@
 //! other.
 
 mod broadcast;
+mod claims;
 mod client;
+mod cluster_logs;
 mod dead_letters;
 mod follower;
 mod group;
+mod hand_off_topic;
+mod janitor;
+mod outbox;
+mod owned_partitions;
+mod partition_reader;
+mod sessions_topic;
 mod source;
 mod status;
+mod topic_specs;
+mod topics;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -42,8 +52,24 @@ use crate::service::routing::kafka::source::PartitionSource;
 use crate::service::routing::router::{RouterControl, TopicPartition};
 
 pub use crate::service::routing::kafka::client::{consumer_properties, partition_bytes_max};
+pub use crate::service::routing::kafka::cluster_logs::{
+    ClusterLogMetrics, ClusterLogParts, ClusterLogs,
+};
 pub use crate::service::routing::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
+pub use crate::service::routing::kafka::hand_off_topic::{
+    HAND_OFF_BYTES_MAX, HandOffOutbox, HandOffReader,
+};
+pub use crate::service::routing::kafka::janitor::{JANITOR_BYTES_MAX, SessionsJanitor};
+pub use crate::service::routing::kafka::owned_partitions::{
+    ClaimBarrier, ClaimParts, OwnedPartitions,
+};
+pub use crate::service::routing::kafka::partition_reader::{LOG_READER_BYTES_MAX, LogStatus};
+pub use crate::service::routing::kafka::sessions_topic::{
+    SESSIONS_BYTES_MAX, SessionsOutbox, SessionsReader,
+};
 pub use crate::service::routing::kafka::status::{KafkaStatus, PartitionLag};
+pub use crate::service::routing::kafka::topic_specs::ClusterTopicNames;
+pub use crate::service::routing::kafka::topics::{ClusterTopics, TopicsError, ensure_topics};
 
 /// How several nodes share the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +98,7 @@ pub struct KafkaConfig {
     /// Time between two commits, ms.
     pub commit_interval_ms: u64,
     /// How long a revoked partition waits for its records in flight, ms. The whole group waits
-    /// during this time.
+    /// during this time. Claimed partitions wait for 100 ms.
     pub revoke_grace_ms: u64,
     /// Time between two searches for new partitions, ms.
     pub discovery_interval_ms: u64,
@@ -100,6 +126,14 @@ impl KafkaConfig {
         }
     }
 
+    /// The topics of events, in the order of their indices ([`TopicPartition::topic_index`]).
+    pub fn topics_by_index(&self) -> Vec<Arc<str>> {
+        let mut topics = self.topics.clone();
+        topics.sort_unstable();
+        topics.dedup();
+        topics.into_iter().map(Arc::from).collect()
+    }
+
     /// Topics of membership events: those of `topics` that start with `conversation`, or all of them
     /// if none does.
     fn membership_topics(&self) -> Vec<String> {
@@ -117,12 +151,32 @@ counters! {
         Counter commits: "Offset commits requested.",
         Counter commits_repeated: "Offset commits repeated because the broker did not show the offset as committed.",
         Counter commits_failed: "Failed commits. After the last commit of a partition failed, its next owner sends the records since the previous commit again.",
+        Counter claims: "Partitions claimed: their generation is committed.",
+        Counter claims_failed: "Partitions that could not be claimed at an attempt. They are not routed until they are claimed or revoked.",
+        Gauge partitions_unclaimed: "Partitions assigned to this node that are not claimed yet.",
         Counter errors: "Errors that librdkafka reported. It recovers by itself.",
         Counter membership_records: "Records read for the membership cache.",
         Counter membership_records_undecodable: "Records of membership topics that are not an event envelope.",
         Counter membership_restarts: "Times that the offset in a membership topic was lost and the member lists were rebuilt.",
         Counter dead_letters_stored: "Records stored in the dead-letter topic.",
         Counter dead_letters_failed: "Records that could not be stored in the dead-letter topic: skipped.",
+    }
+}
+
+counters! {
+    /// Metrics of the writer and the reader of one topic of the cluster.
+    pub struct ClusterLogCounters of SharedCounter {
+        Counter stored: "Records stored, repetitions included.",
+        Counter failed: "Records that the broker refused. They are repeated until they are stored.",
+        Counter producers_replaced: "Producers replaced after an error that ends the order of their records.",
+        Gauge waiting: "Records that are not stored yet.",
+        Gauge waiting_bytes: "Memory of the records that are not stored yet.",
+        Counter read: "Records read.",
+        Counter skipped: "Records read that are for other nodes.",
+        Counter unreadable: "Records read that have another format, and are ignored.",
+        Counter tombstones: "Records of dead nodes that this node removed.",
+        Counter restarts: "Times that the position in the topic was lost.",
+        Counter errors: "Errors that librdkafka reported. It recovers by itself.",
     }
 }
 
@@ -144,6 +198,8 @@ struct ReaderResources {
     membership: Arc<Membership>,
     status: Arc<KafkaStatus>,
     counters: Arc<KafkaCounters>,
+    /// How partitions are claimed; `None`: they are not.
+    claims: Option<ClaimParts>,
     topics: Vec<Arc<str>>,
     /// Limit the rate of the log lines of all clients: one for connection errors, one for other
     /// errors.
@@ -232,6 +288,10 @@ impl Kafka {
     /// Starts consuming for these routers, at least one. Unreachable brokers are not an error: they
     /// are retried without end, and `status` shows it.
     ///
+    /// With `claims`, in `group` mode, each owner of a partition commits with a generation of its own. The
+    /// group is joined after [`OwnedPartitions::join`], and the assignment strategy is `cooperative-sticky`,
+    /// whatever [`KafkaConfig::properties`] say.
+    ///
     /// # Errors
     /// See [`KafkaStartError`].
     pub fn start(
@@ -240,17 +300,16 @@ impl Kafka {
         membership: Arc<Membership>,
         status: Arc<KafkaStatus>,
         counters: Arc<KafkaCounters>,
+        claims: Option<ClaimParts>,
     ) -> Result<Self, KafkaStartError> {
         assert!(!routers.is_empty());
-        let mut topics = config.topics.clone();
-        topics.sort_unstable();
-        topics.dedup();
         let shared = Arc::new(ReaderResources {
             routers,
             membership,
             status,
             counters,
-            topics: topics.into_iter().map(Arc::from).collect(),
+            claims,
+            topics: config.topics_by_index(),
             connections: Outage::default(),
             errors: Outage::default(),
             stopping: AtomicBool::new(false),

@@ -22,6 +22,8 @@ pub(super) struct PartitionSource<C: ConsumerContext + 'static> {
     /// Whether the queue may have records.
     ready: Arc<AtomicBool>,
     polls: u32,
+    /// Whether the end of the partition was reached since the last record.
+    at_end: bool,
     tracing: bool,
 }
 
@@ -44,7 +46,7 @@ impl<C: ConsumerContext + 'static> PartitionSource<C> {
                 bell.ring();
             }
         });
-        Some(Self { queue, ready, polls: 0, tracing })
+        Some(Self { queue, ready, polls: 0, at_end: false, tracing })
     }
 }
 
@@ -63,14 +65,20 @@ impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
                 None => return false,
                 Some(Ok(message)) => {
                     self.ready.store(true, Ordering::Release);
+                    self.at_end = false;
                     hand_over(&message, self.tracing, take);
                     return true;
                 }
-                Some(Err(KafkaError::PartitionEOF(_))) => {}
+                Some(Err(KafkaError::PartitionEOF(_))) => self.at_end = true,
                 // The error callback has counted and logged it.
                 Some(Err(error)) => tracing::debug!(%error, "partition"),
             }
         }
+    }
+
+    /// Reported only with `enable.partition.eof`.
+    fn is_at_end(&self) -> bool {
+        self.at_end
     }
 }
 

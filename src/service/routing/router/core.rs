@@ -8,26 +8,23 @@ use crate::domain::budget::EventBudget;
 use crate::domain::command::Ticket;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{Forwarding, RemoteNodes};
+use crate::service::cluster::holder::{Arrived, RoutedPosition};
+use crate::service::cluster::tail::TailAudience;
 use crate::service::events::encode::Encoder;
 use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Lookup, Members, Membership};
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
-use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId};
-use crate::service::routing::router::lane::{Blocked, TopicPartition};
+use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId, ReturnedTicket};
+use crate::service::routing::router::lane::Blocked;
 use crate::service::routing::router::links::RouterLinks;
+use crate::service::routing::router::owner::{LanePosition, OwnerSide};
+use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
 use crate::service::routing::router::{RouterConfig, RouterCounters};
 
 /// Shortest time between two warnings about records; the counters count every one.
 const WARNING_INTERVAL: Duration = Duration::from_secs(1);
-
-/// A ticket that is returned by something other than a shard.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum ReturnedTicket {
-    Forward(Ticket),
-    DeadLetter(Ticket),
-}
 
 /// Result of routing a record.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,7 +43,12 @@ pub(super) enum RouteOutcome {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Arrival<'a> {
     /// From a partition.
-    Partition { log: &'a TopicPartition, record: RecordId },
+    Partition {
+        log: &'a TopicPartition,
+        record: RecordId,
+        /// If hand-offs go through the log.
+        at: Option<LanePosition>,
+    },
     /// From another node.
     OtherNode {
         /// Whether this is the first attempt, which applies a membership change. (For a partition the
@@ -71,6 +73,10 @@ pub(super) struct RouterCore {
     pub(super) directory: Arc<Directory>,
     pub(super) membership: Arc<Membership>,
     pub(super) remote: Option<Arc<dyn RemoteNodes>>,
+    /// Hand-off through the log.
+    pub(super) owner: Option<OwnerSide>,
+    /// Who received the record that was routed last, if its lane keeps a tail.
+    pub(super) routed_audience: Option<TailAudience>,
     pub(super) dead_letters: Option<Arc<dyn DeadLetterSink>>,
     pub(super) encoder: Encoder,
     /// Memory of the events in flight.
@@ -87,6 +93,30 @@ enum EventAudience<'a> {
     Members(Members, Option<&'a str>),
     /// The users in the creation event.
     Named(&'a [&'a str]),
+}
+
+impl EventAudience<'_> {
+    fn users(&self) -> impl Iterator<Item = &str> {
+        let (members, other, named): (&[Arc<str>], _, &[&str]) = match self {
+            Self::Members(members, other) => (members, *other, &[]),
+            Self::Named(users) => (&[], None, users),
+        };
+        members.iter().map(|user| &**user).chain(other).chain(named.iter().copied())
+    }
+
+    fn to_tail(&self) -> TailAudience {
+        match self {
+            Self::Members(members, other) => {
+                TailAudience { members: Arc::clone(members), other: other.map(Arc::from) }
+            }
+            Self::Named(users) => {
+                let mut members: Vec<Arc<str>> =
+                    users.iter().map(|user| Arc::from(*user)).collect();
+                members.sort_unstable();
+                TailAudience { members: members.into(), other: None }
+            }
+        }
+    }
 }
 
 impl RouterCore {
@@ -120,12 +150,13 @@ impl RouterCore {
             Err(step) => return step,
         };
         self.links.clear();
-        match &audience {
-            EventAudience::Members(members, other) => {
-                members.iter().for_each(|user| self.gather(user));
-                other.iter().for_each(|user| self.gather(user));
-            }
-            EventAudience::Named(users) => users.iter().for_each(|user| self.gather(user)),
+        let claimed = match arrival {
+            Arrival::Partition { at, .. } => at,
+            Arrival::OtherNode { .. } => None,
+        };
+        if !self.gather_all(&audience, claimed) {
+            self.counters.hand_offs_late.add(1);
+            return RouteOutcome::Done;
         }
         if let Some(shard) = self.links.full() {
             self.counters.waits_for_room.add(1);
@@ -135,11 +166,19 @@ impl RouterCore {
             self.counters.waits_for_hand_offs.add(1);
             return RouteOutcome::Blocked(Blocked::HandOffs);
         }
+        if let Some((owner, LanePosition { at, .. })) = self.owner.as_mut().zip(claimed)
+            && !owner.find_remote(at, audience.users())
+        {
+            return RouteOutcome::Blocked(Blocked::HandOffs);
+        }
         match arrival {
-            Arrival::Partition { record: id, .. } => {
+            Arrival::Partition { record: id, at, .. } => {
                 let ticket = self.in_flight.open(id);
                 for _ in 0..self.deliver(&record, raw.appended_at_ms, Some(ticket)) {
                     self.in_flight.expect(ticket);
+                }
+                if let Some(LanePosition { at, .. }) = at {
+                    self.hand_off(raw, at, &audience, ticket);
                 }
                 self.forward(raw.value, &audience, ticket, now_ms);
                 match self.in_flight.seal(ticket) {
@@ -250,6 +289,50 @@ impl RouterCore {
         self.directory.sessions_of(user, |session| links.gather(session));
     }
 
+    /// Gathers the sessions of the audience on this node. `at`: only those that still need the record.
+    /// Returns false if the record comes from a lane that has lost its partition.
+    fn gather_all(&mut self, audience: &EventAudience<'_>, at: Option<LanePosition>) -> bool {
+        let Some((owner, LanePosition { at, direct_after })) = self.owner.as_ref().zip(at) else {
+            audience.users().for_each(|user| self.gather(user));
+            return true;
+        };
+        let mut holder = owner.holder();
+        if holder.arrive(at) == Arrived::Zombie {
+            return false;
+        }
+        let links = &mut self.links;
+        for user in audience.users() {
+            self.directory.sessions_of(user, |session| {
+                if holder.needs_of_lane(session, at, direct_after) {
+                    links.gather(session);
+                }
+            });
+        }
+        true
+    }
+
+    /// Hands a record of a claimed partition to other nodes, after the deliveries on this node.
+    fn hand_off(
+        &mut self,
+        raw: RawRecord<'_>,
+        at: RoutedPosition,
+        audience: &EventAudience<'_>,
+        ticket: Ticket,
+    ) {
+        let Some(owner) = &mut self.owner else { return };
+        {
+            let mut holder = owner.holder();
+            holder.delivered(at, self.links.sessions());
+            holder.passed(at);
+        }
+        let sent = owner.forward(raw, at, ticket);
+        for _ in 0..sent {
+            self.in_flight.expect(ticket);
+        }
+        self.counters.hand_offs.add(u64::from(sent));
+        self.routed_audience = Some(audience.to_tail());
+    }
+
     /// Whether there is memory for another event.
     pub(super) fn has_memory(&self) -> bool {
         let has_room = self.budget.has_room();
@@ -263,11 +346,12 @@ impl RouterCore {
     /// blocked record is routed again from the start.
     pub(super) fn other_nodes_have_room(&self) -> bool {
         self.remote.as_ref().is_none_or(|remote| remote.has_room())
+            && self.owner.as_ref().is_none_or(|owner| owner.has_room())
     }
 
     /// Encodes the event for the gathered recipients and pushes it. Returns the number of shards that
     /// will report.
-    fn deliver(
+    pub(super) fn deliver(
         &mut self,
         record: &DecodedEvent<'_>,
         appended_at_ms: u64,
@@ -284,28 +368,33 @@ impl RouterCore {
     }
 
     /// Hands the value off to other nodes, after the deliveries on this node. Names every member,
-    /// because a user on this node may have another device on another node.
+    /// because a user on this node may have another device on another node. With hand-off through the log
+    /// these are only the nodes without it.
     fn forward(&mut self, value: &[u8], audience: &EventAudience<'_>, ticket: Ticket, now_ms: u64) {
-        let Some(remote) = &self.remote else { return };
-        if self.in_flight.forwards() >= self.config.forwards_max {
-            self.counters.forwards_refused.add(1);
+        let Some(remote) = self.remote.as_ref().filter(|remote| remote.may_exist()) else {
             return;
-        }
+        };
+        let is_full = self.in_flight.forwards() >= self.config.forwards_max;
         let (returned, bell) = (self.returned.clone(), Arc::clone(&self.bell));
         let done = Box::new(move || {
             // Fails only if the router has ended.
             let _ = returned.send(ReturnedTicket::Forward(ticket));
             bell.ring();
         });
+        let offer = |users: &[Arc<str>]| {
+            if is_full {
+                remote.lost(users);
+                return Forwarding::Refused;
+            }
+            remote.forward(value, users, done)
+        };
         let forwarding = match audience {
-            EventAudience::Members(members, None) => remote.forward(value, members, done),
+            EventAudience::Members(members, None) => offer(members),
             EventAudience::Members(members, Some(other)) => {
-                let users: Vec<_> = members.iter().cloned().chain([Arc::from(*other)]).collect();
-                remote.forward(value, &users, done)
+                offer(&members.iter().cloned().chain([Arc::from(*other)]).collect::<Vec<_>>())
             }
             EventAudience::Named(users) => {
-                let users: Vec<_> = users.iter().map(|user| Arc::from(*user)).collect();
-                remote.forward(value, &users, done)
+                offer(&users.iter().map(|user| Arc::from(*user)).collect::<Vec<_>>())
             }
         };
         match forwarding {
@@ -325,7 +414,7 @@ impl RouterCore {
         arrival: Arrival<'_>,
         reason: DeadLetterReason,
     ) -> RouteOutcome {
-        let Arrival::Partition { log, record } = arrival else {
+        let Arrival::Partition { log, record, .. } = arrival else {
             self.counters.remote_given_up.add(1);
             return RouteOutcome::Done;
         };

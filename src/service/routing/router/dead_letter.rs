@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::service::events::envelope::EnvelopeError;
-use crate::service::routing::router::lane::TopicPartition;
+use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
 
 /// Why a record became a dead letter.

@@ -46,6 +46,16 @@ struct InFlightRecord {
     forwarding: bool,
 }
 
+/// A ticket that is returned by something other than a shard.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ReturnedTicket {
+    Forward(Ticket),
+    HandOff(Ticket),
+    DeadLetter(Ticket),
+    /// A replay of this lane is stored.
+    Replay(LaneKey),
+}
+
 /// The records in flight, by ticket.
 #[derive(Debug, Default)]
 pub(super) struct InFlight {

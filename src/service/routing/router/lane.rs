@@ -3,60 +3,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use crate::domain::ids::ShardId;
-use crate::service::members::membership::LogPosition;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
+use crate::service::routing::router::owner::{LaneClaim, Ownership};
+use crate::service::routing::router::partition::{CommittableOffset, TopicPartition};
 use crate::service::routing::router::record::{OwnedRecord, RawRecord, RecordSource};
-
-/// The offset up to which a partition may be committed. Written by its router, read by the Kafka
-/// thread.
-#[derive(Debug)]
-pub struct CommittableOffset(AtomicI64);
-
-impl CommittableOffset {
-    /// Before the first record: the start offset, if it is known.
-    pub fn new(start: Option<i64>) -> Self {
-        Self(AtomicI64::new(start.unwrap_or(UNKNOWN)))
-    }
-
-    /// The lowest offset that is not done. `None`: nothing was read yet, and the start offset is not
-    /// known.
-    pub fn get(&self) -> Option<i64> {
-        match self.0.load(Ordering::Acquire) {
-            UNKNOWN => None,
-            offset => Some(offset),
-        }
-    }
-
-    pub(super) fn set(&self, committable: i64) {
-        self.0.store(committable, Ordering::Release);
-    }
-}
-
-/// Stands for "no offset".
-const UNKNOWN: i64 = -1;
-
-/// One partition of one topic.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct TopicPartition {
-    /// The topic's name.
-    pub topic: Arc<str>,
-    /// The topic's index, see [`LogPosition::topic`].
-    pub topic_index: u16,
-    /// The partition.
-    pub partition: i32,
-}
-
-impl TopicPartition {
-    /// The position of an offset in this partition.
-    pub fn position(&self, offset: i64) -> LogPosition {
-        LogPosition { topic: self.topic_index, partition: self.partition, offset }
-    }
-}
 
 /// Assigns a partition to a router.
 pub struct Assignment {
@@ -68,6 +22,8 @@ pub struct Assignment {
     pub start: Option<i64>,
     /// Updated by the router.
     pub committable: Arc<CommittableOffset>,
+    /// The ownership, if hand-offs go through the log.
+    pub ownership: Option<Ownership>,
 }
 
 impl std::fmt::Debug for Assignment {
@@ -116,6 +72,7 @@ pub(super) struct PartitionLane {
     pub(super) window: OffsetWindow,
     pub(super) committable: Arc<CommittableOffset>,
     pub(super) revocation: Option<Revocation>,
+    pub(super) claim: Option<LaneClaim>,
 }
 
 /// An order to release a partition: the lane takes no more records and is removed once all its
@@ -161,6 +118,12 @@ impl Lane {
         (self.queue.front_mut(), self.partition.as_ref())
     }
 
+    /// The record at the front, and the claim of the lane's partition.
+    pub(super) fn front_and_claim(&mut self) -> Option<(RawRecord<'_>, &mut LaneClaim)> {
+        let waiting = self.queue.front()?;
+        Some((waiting.record.raw(), self.partition.as_mut()?.claim.as_mut()?))
+    }
+
     /// The waiting records, in order.
     pub(super) fn records(&self) -> impl Iterator<Item = RawRecord<'_>> {
         self.queue.iter().map(|waiting| waiting.record.raw())
@@ -174,6 +137,12 @@ impl Lane {
             self.queue.shrink_to(16);
         }
         Some(waiting)
+    }
+
+    /// The offset of the first record of the partition that is not routed yet.
+    pub(super) fn next_offset(&self) -> Option<i64> {
+        let waiting = self.queue.front().map(|waiting| waiting.record.offset);
+        waiting.or_else(|| self.partition.as_ref().map(|partition| partition.window.next()))
     }
 
     pub(super) fn is_revoked(&self) -> bool {

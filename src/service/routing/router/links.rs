@@ -52,6 +52,17 @@ impl RouterLinks {
         self.recipients += 1;
     }
 
+    /// The recipients gathered.
+    pub(super) fn sessions(&self) -> impl Iterator<Item = SessionAddress> {
+        self.concerned.iter().flat_map(|shard| {
+            self.gathered[shard.index()].iter().map(|&(connection, encoding)| SessionAddress {
+                shard: *shard,
+                encoding,
+                connection,
+            })
+        })
+    }
+
     /// Encodings of the recipients.
     pub(super) fn encodings(&self) -> EncodingSet {
         self.encodings

@@ -17,10 +17,14 @@
 
 mod core;
 pub mod dead_letter;
+pub mod holding;
 mod in_flight;
 mod lane;
 mod links;
+pub mod owner;
+mod partition;
 mod record;
+mod replay;
 mod thread;
 mod turn;
 
@@ -40,9 +44,14 @@ use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::dead_letter::DeadLetterSink;
+use crate::service::routing::router::holding::{HandOffInput, ReadTo};
 use crate::service::routing::router::lane::Revocation;
+use crate::service::routing::router::owner::ClusterParts;
 
-pub use crate::service::routing::router::lane::{Assignment, CommittableOffset, TopicPartition};
+pub use crate::service::routing::router::lane::Assignment;
+pub use crate::service::routing::router::partition::{
+    CommittableOffset, CommittableTable, TopicPartition,
+};
 pub use crate::service::routing::router::record::{RawRecord, RecordSource};
 pub use crate::service::routing::router::thread::Router;
 
@@ -73,7 +82,8 @@ pub struct RouterConfig {
     pub forwards_max: usize,
     /// How long a hand-off may hold back the offset of its record, ms. It never delays a delivery.
     pub forward_deadline_ms: u64,
-    /// Inputs from other nodes and from presence that may wait in the inbox.
+    /// Inputs from other nodes and from presence that may wait in the inbox. The same bounds apply to
+    /// hand-offs through the log.
     pub inbox_slots: usize,
     /// Their bytes. The same bound applies once more to inputs that wait in lanes for members. One
     /// input may exceed it.
@@ -120,6 +130,14 @@ counters! {
         Counter forwards: "Records handed off to other nodes.",
         Counter forwards_refused: "Hand-offs to other nodes refused because too many were in flight.",
         Counter forwards_expired: "Hand-offs to other nodes that were not finished at their deadline.",
+        Counter hand_offs: "Records handed over to another node through the log, once per record and node.",
+        Counter hand_offs_too_large: "Records too large to be handed over: the sessions that need them are closed with 4409.",
+        Counter hand_offs_received: "Hand-offs received through the log.",
+        Counter hand_offs_late: "Hand-offs of a former owner, and records of a lane that has lost its partition: discarded.",
+        Counter hand_offs_unreadable: "Hand-offs that could not be read: of a topic that this node does not know, or undecodable.",
+        Counter replays: "Records replayed from the tail to sessions that had just begun.",
+        Counter gaps: "Sessions for which the tail did not reach back far enough: closed with 4409.",
+        Gauge tail_records: "Records in the tails.",
         Counter waits_for_members: "Times that a lane was blocked because members were unknown.",
         Counter waits_for_room: "Times that a lane was blocked because the ring to a shard was full.",
         Counter waits_for_hand_offs: "Times that a lane was blocked because the queue to other nodes was full.",
@@ -145,8 +163,11 @@ pub struct RouterParts {
     pub directory: Arc<Directory>,
     /// The members of conversations.
     pub membership: Arc<Membership>,
-    /// Other nodes. `None` in `broadcast` mode, where every node reads every partition.
+    /// Other nodes that are reached through Redis. `None` in `broadcast` mode, where every node reads every
+    /// partition.
     pub remote: Option<Arc<dyn RemoteNodes>>,
+    /// Hand-off through the log. `remote` are then the nodes without it.
+    pub cluster: Option<ClusterParts>,
     /// Where unroutable records go. `None`: they are counted and skipped.
     pub dead_letters: Option<Arc<dyn DeadLetterSink>>,
 }
@@ -162,6 +183,10 @@ enum LaneCommand {
 #[derive(Clone)]
 pub struct RouterControl {
     lanes: Sender<LaneCommand>,
+    hand_offs: SyncSender<HandOffInput>,
+    /// Bytes waiting in `hand_offs`.
+    hand_off_bytes: Arc<AtomicUsize>,
+    read_to: Arc<ReadTo>,
     inbox: SyncSender<RouterInput>,
     /// Bytes waiting in `inbox`.
     inbox_bytes: Arc<AtomicUsize>,
@@ -171,6 +196,9 @@ pub struct RouterControl {
 
 struct ControlReceivers {
     lanes: Receiver<LaneCommand>,
+    hand_offs: Receiver<HandOffInput>,
+    hand_off_bytes: Arc<AtomicUsize>,
+    read_to: Arc<ReadTo>,
     inbox: Receiver<RouterInput>,
     inbox_bytes: Arc<AtomicUsize>,
 }
@@ -178,15 +206,20 @@ struct ControlReceivers {
 fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, ControlReceivers) {
     let (lanes_sender, lanes) = channel();
     let (inbox_sender, inbox) = sync_channel(config.inbox_slots);
-    let inbox_bytes = Arc::<AtomicUsize>::default();
+    let (hand_offs_sender, hand_offs) = sync_channel(config.inbox_slots);
+    let (inbox_bytes, hand_off_bytes) = (Arc::<AtomicUsize>::default(), Arc::default());
+    let read_to = Arc::<ReadTo>::default();
     let control = RouterControl {
         lanes: lanes_sender,
+        hand_offs: hand_offs_sender,
+        hand_off_bytes: Arc::clone(&hand_off_bytes),
+        read_to: Arc::clone(&read_to),
         inbox: inbox_sender,
         inbox_bytes: Arc::clone(&inbox_bytes),
         inbox_bytes_max: config.inbox_bytes_max,
         bell,
     };
-    (control, ControlReceivers { lanes, inbox, inbox_bytes })
+    (control, ControlReceivers { lanes, hand_offs, hand_off_bytes, read_to, inbox, inbox_bytes })
 }
 
 impl RouterControl {

@@ -23,6 +23,12 @@ pub trait RecordSource: Send {
     /// Passes the next record to `take`, if there is one. Never blocks. When a record arrives at an
     /// empty source, the source rings the router's bell.
     fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool;
+
+    /// Whether the end of the partition was reached since the last record. Known only to sources that
+    /// have to fill a tail.
+    fn is_at_end(&self) -> bool {
+        false
+    }
 }
 
 /// A copy of a record that has to wait.

@@ -10,15 +10,21 @@ use slab::Slab;
 
 use crate::domain::budget::EventBudget;
 use crate::service::backends::ports::RouterInput;
+use crate::service::cluster::ports::IncomingHandOff;
 use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
-use crate::service::routing::router::core::{ReturnedTicket, RouterCore};
-use crate::service::routing::router::in_flight::{InFlight, LaneKey, ReportOutcome};
+use crate::service::routing::router::core::RouterCore;
+use crate::service::routing::router::holding::{HandOffInput, ReadTo};
+use crate::service::routing::router::in_flight::{
+    InFlight, LaneKey, ReportOutcome, ReturnedTicket,
+};
 use crate::service::routing::router::lane::{
-    Assignment, Blocked, Intake, Lane, PartitionLane, Revocation, TopicPartition, WaitingRecord,
+    Assignment, Blocked, Intake, Lane, PartitionLane, Revocation, WaitingRecord,
 };
 use crate::service::routing::router::links::RouterLinks;
+use crate::service::routing::router::owner::{LaneClaim, OwnerSide};
+use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::OwnedRecord;
 use crate::service::routing::router::{
     ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
@@ -39,6 +45,13 @@ pub struct Router {
     lanes: Slab<Lane>,
     inbox_lanes: Vec<Lane>,
     commands: Receiver<LaneCommand>,
+    hand_offs: Receiver<HandOffInput>,
+    hand_off_bytes: Arc<AtomicUsize>,
+    read_to: Arc<ReadTo>,
+    /// A hand-off that waits for room in a ring, or for the table.
+    hand_off: Option<IncomingHandOff>,
+    /// Every hand-off to this node below this offset was delivered.
+    handed_to: i64,
     inbox: Receiver<RouterInput>,
     inbox_bytes: Arc<AtomicUsize>,
     returned: Receiver<ReturnedTicket>,
@@ -47,9 +60,20 @@ pub struct Router {
 impl Router {
     /// A router and its control.
     pub fn new(parts: RouterParts) -> (Self, RouterControl) {
-        let (control, ControlReceivers { lanes: commands, inbox, inbox_bytes }) =
-            control(Arc::clone(&parts.bell), &parts.config);
+        let (control, receivers) = control(Arc::clone(&parts.bell), &parts.config);
+        let ControlReceivers {
+            lanes: commands,
+            hand_offs,
+            hand_off_bytes,
+            read_to,
+            inbox,
+            inbox_bytes,
+        } = receivers;
         let (returned_sender, returned) = channel();
+        let owner = parts.cluster.map(|cluster| {
+            let (counters, bell) = (Arc::clone(&parts.counters), Arc::clone(&parts.bell));
+            OwnerSide::new(cluster, counters, returned_sender.clone(), bell)
+        });
         parts.membership.wake(Arc::clone(&parts.bell));
         let core = RouterCore {
             config: parts.config,
@@ -59,6 +83,8 @@ impl Router {
             directory: parts.directory,
             membership: parts.membership,
             remote: parts.remote,
+            owner,
+            routed_audience: None,
             dead_letters: parts.dead_letters,
             encoder: Encoder::new(parts.config.compression),
             budget: EventBudget::new(parts.config.event_bytes_max),
@@ -68,8 +94,20 @@ impl Router {
             lane_serial: 0,
         };
         let inbox_lanes = (0..INBOX_LANES).map(|_| Lane::new(LaneKey(u64::MAX), None)).collect();
-        let router =
-            Self { core, lanes: Slab::new(), inbox_lanes, commands, inbox, inbox_bytes, returned };
+        let router = Self {
+            core,
+            lanes: Slab::new(),
+            inbox_lanes,
+            commands,
+            hand_offs,
+            hand_off_bytes,
+            read_to,
+            hand_off: None,
+            handed_to: 0,
+            inbox,
+            inbox_bytes,
+            returned,
+        };
         (router, control)
     }
 
@@ -106,10 +144,11 @@ impl Router {
     }
 
     /// One bounded turn of the loop. Returns whether anything progressed.
-    pub(super) fn turn(&mut self, now_ms: u64) -> ControlFlow<(), bool> {
+    pub(in crate::service::routing) fn turn(&mut self, now_ms: u64) -> ControlFlow<(), bool> {
         let mut progressed = self.take_commands()?;
         progressed |= self.take_reports();
         progressed |= self.expire(now_ms);
+        progressed |= self.take_hand_offs();
         progressed |= self.take_inbox(now_ms);
         progressed |= self.turn_lanes(now_ms);
         self.core.links.publish();
@@ -119,6 +158,9 @@ impl Router {
         let waiting = self.lanes.iter().map(|(_, lane)| lane).chain(&self.inbox_lanes);
         counters.event_bytes.set(self.core.budget.held());
         counters.records_waiting.set(waiting.map(|lane| lane.len() as u64).sum());
+        let partitions = self.lanes.iter().filter_map(|(_, lane)| lane.partition.as_ref());
+        let tails = partitions.filter_map(|partition| Some(partition.claim.as_ref()?.tail.len()));
+        counters.tail_records.set(tails.sum::<usize>() as u64);
         ControlFlow::Continue(progressed)
     }
 
@@ -126,7 +168,8 @@ impl Router {
     fn sleep_ms(&self) -> u32 {
         let timed = self.core.in_flight.next_deadline_ms().is_some();
         let waits = self.lanes.iter().any(|(_, lane)| lane.blocked.is_some() || lane.is_revoked());
-        let inbox_waits = self.inbox_lanes.iter().any(|lane| lane.blocked.is_some());
+        let inbox_waits =
+            self.hand_off.is_some() || self.inbox_lanes.iter().any(|lane| lane.blocked.is_some());
         // Events without a ticket (from other nodes, presence) are freed without a report.
         let full = !self.core.budget.has_room();
         if timed || waits || inbox_waits || full { RETRY_SLEEP_MS } else { SLEEP_MS_MAX }
@@ -156,10 +199,14 @@ impl Router {
     }
 
     fn assign(&mut self, assignment: Assignment) {
-        let Assignment { log, source, start, committable } = assignment;
+        let Assignment { log, source, start, committable, ownership } = assignment;
         let window = OffsetWindow::new(start.unwrap_or(0), self.core.config.window_records_max);
         let key = self.core.next_lane_key(self.lanes.vacant_key());
-        let partition = PartitionLane { log, source, window, committable, revocation: None };
+        let claim = ownership.and_then(|ownership| {
+            let owner = self.core.owner.as_ref()?;
+            Some(LaneClaim::new(ownership, &owner.parts.tails, owner.holder().latest()))
+        });
+        let partition = PartitionLane { log, source, window, committable, revocation: None, claim };
         self.lanes.insert(Lane::new(key, Some(partition)));
     }
 
@@ -210,7 +257,13 @@ impl Router {
             progressed = true;
             let outcome = match returned {
                 ReturnedTicket::Forward(ticket) => self.core.in_flight.report_forward(ticket),
-                ReturnedTicket::DeadLetter(ticket) => self.core.in_flight.report(ticket),
+                ReturnedTicket::HandOff(ticket) | ReturnedTicket::DeadLetter(ticket) => {
+                    self.core.in_flight.report(ticket)
+                }
+                ReturnedTicket::Replay(key) => {
+                    self.replay_stored(key);
+                    continue;
+                }
             };
             self.reported(outcome);
         }
@@ -285,14 +338,84 @@ impl Router {
                 progressed = true;
             }
         }
+        progressed |= self.core.owner.as_mut().is_some_and(OwnerSide::flush);
         for (_, lane) in &mut self.lanes {
+            progressed |= self.core.apply_newcomers(lane, self.handed_to, now_ms);
             for _ in 0..self.core.config.batch_max {
-                if !self.core.turn_lane(lane, now_ms) {
+                if !self.core.turn_lane(lane, self.handed_to, now_ms) {
                     break;
                 }
                 progressed = true;
             }
         }
+        self.tell_passed(now_ms);
         progressed
+    }
+
+    /// Delivers what owners have handed over to this node, in the order of the log.
+    fn take_hand_offs(&mut self) -> bool {
+        let mut progressed = false;
+        // Before the queue is found empty.
+        let latest = self.read_to.latest();
+        for _ in 0..self.core.config.batch_max {
+            let hand_off = match self.hand_off.take() {
+                Some(waiting) => waiting,
+                None => match self.hand_offs.try_recv() {
+                    Ok(HandOffInput::Record(hand_off)) => {
+                        self.hand_off_bytes.fetch_sub(hand_off.bytes(), Ordering::Relaxed);
+                        self.core.counters.hand_offs_received.add(1);
+                        hand_off
+                    }
+                    Ok(HandOffInput::ReadTo(next)) => {
+                        self.read_to.taken();
+                        self.handed_to = next;
+                        progressed = true;
+                        continue;
+                    }
+                    Err(_) => {
+                        progressed |= self.handed_to != latest;
+                        self.handed_to = latest;
+                        break;
+                    }
+                },
+            };
+            if !self.core.has_memory() || !self.core.take_hand_off(&hand_off) {
+                self.hand_off = Some(hand_off);
+                break;
+            }
+            progressed = true;
+        }
+        progressed
+    }
+
+    fn replay_stored(&mut self, key: LaneKey) {
+        let lane = self.lanes.get_mut(key.slot()).filter(|lane| lane.key == key);
+        let claim = lane.and_then(|lane| lane.partition.as_mut()?.claim.as_mut());
+        if let Some(claim) = claim {
+            claim.replay_stored();
+        }
+    }
+
+    /// Tells the nodes of newcomers what has passed, if it is time.
+    fn tell_passed(&mut self, now_ms: u64) {
+        let Some(owner) = &mut self.core.owner else { return };
+        if !owner.is_passed_due(now_ms) {
+            return;
+        }
+        let mut table = i64::MAX;
+        let mut positions = Vec::new();
+        for (_, lane) in &self.lanes {
+            let Some(next) = lane.next_offset() else { continue };
+            let Some(partition) = &lane.partition else { continue };
+            if let Some(claim) = &partition.claim
+                && claim.is_filled
+            {
+                table = table.min(claim.applied);
+                positions.push((partition.log.clone(), next, claim.ownership.generation));
+            }
+        }
+        if !positions.is_empty() {
+            owner.tell_passed(&positions, table, now_ms);
+        }
     }
 }

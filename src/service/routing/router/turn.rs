@@ -1,11 +1,15 @@
 //! One step of one lane: routes its front record, or takes the next record of its partition.
 
+use std::sync::atomic::Ordering;
+
+use crate::service::cluster::newcomers::WINDOW_MAX;
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::core::{Arrival, RouteOutcome, RouterCore};
 use crate::service::routing::router::dead_letter::DeadLetterReason;
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
 use crate::service::routing::router::lane::{Blocked, Intake, Lane, PartitionLane, WaitingRecord};
+use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::record::{OwnedRecord, RawRecord};
 
 impl PartitionLane {
@@ -20,9 +24,9 @@ impl PartitionLane {
 impl RouterCore {
     /// Routes the front record, or takes the next record of the partition. Returns whether anything
     /// progressed.
-    pub(super) fn turn_lane(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
+    pub(super) fn turn_lane(&mut self, lane: &mut Lane, handed_to: i64, now_ms: u64) -> bool {
         if lane.is_empty() {
-            return self.take(lane, now_ms);
+            return self.take(lane, handed_to, now_ms);
         }
         !lane.is_revoked() && (self.turn_front(lane, now_ms) || self.look_ahead(lane, now_ms))
     }
@@ -44,7 +48,9 @@ impl RouterCore {
         let outcome = match (&waiting.intake, partition) {
             (Intake::ToUsers(users), _) => self.route_to_users(raw.value, users),
             (Intake::Partition(record), Some(partition)) => {
-                let arrival = Arrival::Partition { log: &partition.log, record: *record };
+                let at = partition.claim.as_ref();
+                let at = at.map(|claim| claim.routes(&partition.log, raw.offset));
+                let arrival = Arrival::Partition { log: &partition.log, record: *record, at };
                 self.attempt(raw, arrival, since_ms, now_ms)
             }
             (Intake::OtherNode | Intake::Partition(_), _) => {
@@ -57,6 +63,7 @@ impl RouterCore {
                 false
             }
             RouteOutcome::Done => {
+                self.remember_front(lane, now_ms);
                 let (key, waiting) = (lane.key, lane.pop());
                 if let (
                     Some(WaitingRecord { intake: Intake::Partition(record), .. }),
@@ -70,6 +77,7 @@ impl RouterCore {
                 true
             }
             RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {
+                self.remember_front(lane, now_ms);
                 lane.pop();
                 lane.blocked = None;
                 true
@@ -99,19 +107,33 @@ impl RouterCore {
 
     /// Takes the next record of the partition and routes it in place. It is copied only if it has to
     /// wait.
-    fn take(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
+    fn take(&mut self, lane: &mut Lane, handed_to: i64, now_ms: u64) -> bool {
         let key = &mut lane.key;
         let Some(partition) = lane.partition.as_mut().filter(|it| it.may_take()) else {
             return false;
         };
-        if !self.has_memory() {
+        let may_route = partition.claim.as_ref().is_none_or(|claim| {
+            let table = self.owner.as_ref().map_or(0, |owner| owner.parts.table.next_offset());
+            claim.may_route(handed_to, table)
+        });
+        if !may_route || !self.has_memory() {
             return false;
         }
-        let PartitionLane { log, source, window, committable, .. } = partition;
+        let PartitionLane { log, source, window, committable, claim, .. } = partition;
         let mut waits = None;
         let took = source.poll(&mut |raw| {
+            if let Some(claim) = claim.as_mut()
+                && claim.fills(raw, now_ms)
+            {
+                return;
+            }
+            let at = claim.as_ref().map(|claim| claim.routes(log, raw.offset));
             let record = self.admit(key, window, raw.offset);
-            match self.attempt(raw, Arrival::Partition { log, record }, now_ms, now_ms) {
+            let outcome = self.attempt(raw, Arrival::Partition { log, record, at }, now_ms, now_ms);
+            if let (Some(claim), Some(audience)) = (claim.as_mut(), self.routed_audience.take()) {
+                claim.remember(raw, audience, now_ms);
+            }
+            match outcome {
                 RouteOutcome::Done => {
                     if window.done(record.index) {
                         committable.set(window.committable());
@@ -126,11 +148,81 @@ impl RouterCore {
                 RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
             }
         });
+        if let Some(claim) = claim
+            && !took
+            && source.is_at_end()
+        {
+            claim.is_filled = true;
+        }
         if let Some((waiting, blocked)) = waits {
             lane.push(waiting);
             self.block(lane, blocked, now_ms);
         }
         took
+    }
+
+    /// Puts the front record into the tail, if it was routed.
+    fn remember_front(&mut self, lane: &mut Lane, now_ms: u64) {
+        let Some(audience) = self.routed_audience.take() else { return };
+        let Some((raw, claim)) = lane.front_and_claim() else { return };
+        claim.remember(raw, audience, now_ms);
+    }
+
+    /// Applies the beginnings that the lane does not know yet: replays to each session what the lane
+    /// routed before. Returns whether anything progressed.
+    pub(super) fn apply_newcomers(&mut self, lane: &mut Lane, handed_to: i64, now_ms: u64) -> bool {
+        let (key, next) = (lane.key, lane.next_offset());
+        let Some(partition) = &mut lane.partition else { return false };
+        let PartitionLane { log, claim: Some(claim), revocation: None, .. } = partition else {
+            return false;
+        };
+        let Some(next) = next else { return false };
+        claim.ownership.routed.store(next, Ordering::Release);
+        claim.tail.trim(now_ms);
+        let Some(owner) = &mut self.owner else { return false };
+        let to = owner.parts.table.next_offset();
+        // A table that is behind the commit of the former owner catches up first.
+        if claim.applied >= to || !claim.is_filled || !claim.may_route(handed_to, to) {
+            return false;
+        }
+        let window = owner.parts.table.newcomers(claim.applied, to);
+        let from = claim.applied;
+        if window.kept_from > from {
+            // For too long no owner was there: who began meanwhile is forgotten.
+            owner.missed_range(claim, key, log, from..window.kept_from);
+        }
+        // If the table is read again meanwhile, newcomers and nodes were missing in it.
+        let is_whole = |core: &Self| {
+            core.owner.as_ref().is_some_and(|owner| owner.parts.table.next_offset() >= to)
+        };
+        if !is_whole(self) {
+            return false;
+        }
+        if window.kept_from > from {
+            claim.apply(window.kept_from);
+        }
+        // One at a time, so that what blocks one does not repeat the others.
+        for newcomer in &window.newcomers {
+            if !self.owner.as_ref().is_some_and(OwnerSide::has_room) {
+                return claim.applied > from;
+            }
+            if !self.replay_to(newcomer, claim, key, log, next, now_ms) {
+                let since_ms = claim.blocked_since(newcomer.begin, now_ms);
+                if now_ms < since_ms.saturating_add(self.config.route_retry_max_ms) {
+                    return claim.applied > from;
+                }
+                // The members of what it needs are not to be had, and the sessions behind it wait.
+                self.report_gap(newcomer, claim, key, log);
+            }
+            if !is_whole(self) {
+                return claim.applied > from;
+            }
+            claim.apply(newcomer.begin + 1);
+        }
+        if window.newcomers.len() < WINDOW_MAX {
+            claim.apply(to);
+        }
+        true
     }
 
     /// Takes a record into the window. If the partition went back to an earlier offset (truncated or

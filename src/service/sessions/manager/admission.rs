@@ -10,6 +10,7 @@ use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Hello, Refusal, ShardCommand};
 use crate::domain::ids::SessionAddress;
 use crate::service::backends::ports::BoxFuture;
+use crate::service::cluster::announcer::Unannounced;
 use crate::service::members::directory::SessionIds;
 use crate::service::sessions::auth::{AuthFailure, Identity, TokenCheck};
 
@@ -35,6 +36,18 @@ const USER_LIMIT: Refusal = Refusal {
 const STOPPING: Refusal = Refusal {
     status: 503,
     body: Cow::Borrowed("this node is shutting down: connect to another node"),
+    retry_after_s: Some(STOPPING_RETRY_AFTER_S),
+};
+const JOINING: Refusal = Refusal {
+    status: 503,
+    body: Cow::Borrowed("this node is joining the cluster: connect to another node, or try again"),
+    retry_after_s: Some(STOPPING_RETRY_AFTER_S),
+};
+const CUT_OFF: Refusal = Refusal {
+    status: 503,
+    body: Cow::Borrowed(
+        "this node cannot reach the cluster: connect to another node, or try again",
+    ),
     retry_after_s: Some(STOPPING_RETRY_AFTER_S),
 };
 
@@ -112,10 +125,23 @@ impl SessionManager {
                 return self.refuse(address, USER_LIMIT);
             }
         }
+        let epoch = match self.announcer.as_ref().map(|it| it.began(&ids, address)) {
+            None => None,
+            Some(Ok(epoch)) => Some(epoch),
+            Some(Err(Unannounced::NoLease)) => return self.refuse(address, JOINING),
+            Some(Err(Unannounced::Full)) => return self.refuse(address, CUT_OFF),
+        };
         // From now on the shard holds back all events that are routed to the session, even before
         // it has executed the admission. Catch-up covers earlier events.
         self.send(address.shard, ShardCommand::Admit { connection: address.connection });
-        let replaced = self.directory.insert(ids.clone(), address);
+        let former = self.directory.insert(ids.clone(), address);
+        if let (Some(announcer), Some(epoch)) = (&self.announcer, epoch) {
+            if let Some(former) = former {
+                announcer.replaced(&ids, former);
+            }
+            announcer.admitted(address, epoch);
+        }
+        let replaced = former.or(self.missed_closes.left(&ids));
         let (accepted, visibility) = self.presence.register_admitted(&ids, replaced.is_some());
         if let Some(visibility) = visibility {
             self.catch_ups.expect(address, visibility);
@@ -149,13 +175,19 @@ impl SessionManager {
     }
 
     pub(super) fn on_ended(&mut self, address: SessionAddress) {
-        let record = self.records[address.shard.index()].free(address.connection);
-        let Some(ids) = record.and_then(|record| record.ids) else { return };
+        let ids = self.record(address).and_then(|record| record.ids.clone());
+        let is_in_directory = ids.as_ref().is_some_and(|ids| self.leave(ids, address));
+        if !is_in_directory {
+            // It may have left the directory just now.
+            self.take_missed();
+        }
+        self.records[address.shard.index()].free(address.connection);
+        let Some(ids) = ids else { return };
         self.counters.sessions.sub(1);
         self.counters.ended.add(1);
         self.catch_ups.cancel(address);
-        // A replaced session is no longer in the directory: its successor stays registered.
-        if self.directory.remove(&ids, address) {
+        // A replaced session is in neither: its successor stays registered.
+        if is_in_directory || self.missed_closes.remove(&ids, address) {
             self.presence.unregister(&ids);
         }
     }

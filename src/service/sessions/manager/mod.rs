@@ -12,9 +12,9 @@
 //! | file | what |
 //! | --- | --- |
 //! | `run` | the loop: takes reports and requests, calls the handlers below |
-//! | `admission`, `messages`, `catching_up`, `upkeep`, `stopping` | the handlers |
+//! | `admission`, `messages`, `catching_up`, `missed`, `upkeep`, `stopping` | the handlers |
 //! | `state` | [`SessionManager`] and the actions that all handlers share |
-//! | `records`, `links`, `catch_ups`, `drain`, `sweep`, `node_state` | its parts; they do not use the manager |
+//! | `records`, `links`, `catch_ups`, `drain`, `missed_closes`, `sweep`, `node_state` | its parts; they do not use the manager |
 
 mod admission;
 mod catch_ups;
@@ -22,6 +22,8 @@ mod catching_up;
 mod drain;
 mod links;
 mod messages;
+mod missed;
+mod missed_closes;
 mod node_state;
 mod records;
 mod run;
@@ -45,6 +47,8 @@ use crate::domain::command::Hello;
 use crate::domain::ids::SessionAddress;
 use crate::handoff::{Doorbell, PeerEnd};
 use crate::service::backends::redis::PresenceUpdates;
+use crate::service::cluster::announcer::SessionAnnouncer;
+use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::Directory;
 use crate::service::sessions::auth::{AuthFailure, Authenticator, Identity};
 use crate::service::sessions::catch_up::CatchUpService;
@@ -65,6 +69,9 @@ pub struct SessionConfig {
     pub reconnect_spread: Duration,
     /// At shutdown: how long to wait until presence has unregistered all sessions.
     pub unregister_timeout: Duration,
+    /// Sessions per second that are closed with 4409 because they have missed events. The others wait, and
+    /// get no event meanwhile. At least 1.
+    pub missed_per_second: u32,
 }
 
 impl Default for SessionConfig {
@@ -73,6 +80,7 @@ impl Default for SessionConfig {
             sessions_per_user_max: 32,
             reconnect_spread: Duration::from_secs(5),
             unregister_timeout: Duration::from_secs(5),
+            missed_per_second: 1_000,
         }
     }
 }
@@ -85,6 +93,10 @@ pub struct SessionPorts {
     pub shards: Vec<PeerEnd>,
     /// The sessions of this node. Only the session manager writes to it.
     pub directory: Arc<Directory>,
+    /// The sessions that have missed events.
+    pub missed: Arc<MissedSessions>,
+    /// Tells the other nodes of the sessions of this one; only with hand-off through the log.
+    pub announcer: Option<Arc<SessionAnnouncer>>,
     /// Checks tokens.
     pub auth: Arc<Authenticator>,
     /// Registers sessions.
@@ -104,11 +116,13 @@ crate::counters! {
         Counter refused_unauthorized: "Handshakes refused with 401: no valid token",
         Counter refused_forbidden: "Handshakes refused with 403: the token belongs to another user",
         Counter refused_user_limit: "Handshakes refused with 429: the user has too many sessions",
-        Counter refused_unavailable: "Handshakes refused with 503: the node is stopping, or there are no keys to check tokens with",
+        Counter refused_unavailable: "Handshakes refused with 503: the node is stopping, cannot tell the other nodes of the session, or has no keys to check tokens with",
         Counter replaced: "Sessions closed because the same user and device connected again to this node",
         Counter replaced_elsewhere: "Sessions closed because the same user and device connected to another node",
         Counter ended: "Sessions that ended",
         Counter resumes_too_late: "Sessions closed because their resume request came after they had gone live (4408)",
+        Counter events_missed: "Sessions that have missed events between nodes and were closed (4409)",
+        Gauge events_missed_waiting: "Sessions that have missed events and wait for their close, without events",
         Counter tokens_refreshed: "Fresh tokens accepted from sessions",
         Counter tokens_refused: "Fresh tokens refused",
         Counter tokens_expired: "Sessions closed because their token expired (4401)",

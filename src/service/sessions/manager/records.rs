@@ -25,6 +25,8 @@ pub(super) enum SessionState {
     Refused,
     /// Admitted and in the directory.
     Live,
+    /// Admitted, but has missed events: not in the directory any more, and its close is due.
+    Missed,
     /// Being closed; its end has not been reported yet.
     Closing,
 }

@@ -64,6 +64,7 @@ impl SessionManager {
     ) {
         let mut next_tick = Instant::now() + TICK;
         while self.state() != NodeState::Stopped {
+            self.take_missed();
             self.take_reports();
             self.take_requests(&mut requests, &mut catch_up_reports);
             let now = Instant::now();
@@ -176,7 +177,14 @@ impl SessionManager {
 
     /// The periodic work.
     pub(super) fn tick(&mut self, now: Instant, unix_s: u64) {
+        self.take_lapsed();
+        self.take_missed();
+        self.close_missed(now);
         self.close_replaced_elsewhere();
+        self.close_replaced_in_log();
+        if let Some(announcer) = &self.announcer {
+            announcer.flush();
+        }
         self.close_expired(now, unix_s);
         self.refresh_registrations(now);
         self.advance_drain(now);

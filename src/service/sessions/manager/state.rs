@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::catch_ups::CatchUps;
 use super::drain::Drain;
 use super::links::ControlLink;
+use super::missed_closes::MissedCloses;
 use super::node_state::NodeState;
 use super::records::{SessionRecord, SessionRecords, SessionState};
 use super::sweep::Sweep;
@@ -15,7 +16,9 @@ use super::{ManagerRequest, SessionConfig, SessionCounters, SessionPorts};
 use crate::domain::close::{Close, EndReason};
 use crate::domain::command::ShardCommand;
 use crate::domain::ids::{SessionAddress, ShardId};
-use crate::service::members::directory::Directory;
+use crate::service::cluster::announcer::SessionAnnouncer;
+use crate::service::cluster::missed::MissedSessions;
+use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
 use crate::service::sessions::presence::Presence;
@@ -44,6 +47,9 @@ pub struct SessionManager {
     /// Read by the manager's handles.
     pub(super) node_state: watch::Sender<NodeState>,
     pub(super) drain: Option<Drain>,
+    pub(super) announcer: Option<Arc<SessionAnnouncer>>,
+    pub(super) missed: Arc<MissedSessions>,
+    pub(super) missed_closes: MissedCloses,
     /// Callers that wait for the last shard to stop.
     pub(super) shutdown_waiters: Vec<oneshot::Sender<()>>,
 }
@@ -59,7 +65,6 @@ impl SessionManager {
     ) -> Self {
         let count = u16::try_from(ports.shards.len()).expect("shards are numbered in 16 bits");
         Self {
-            config,
             links: ports.shards.into_iter().map(ControlLink::new).collect(),
             records: (0..count).map(|shard| SessionRecords::new(ShardId(shard))).collect(),
             directory: ports.directory,
@@ -74,6 +79,10 @@ impl SessionManager {
             catch_ups: CatchUps::default(),
             node_state,
             drain: None,
+            announcer: ports.announcer,
+            missed: ports.missed,
+            missed_closes: MissedCloses::new(config.missed_per_second),
+            config,
             shutdown_waiters: Vec::new(),
         }
     }
@@ -86,11 +95,11 @@ impl SessionManager {
         self.links[shard.index()].send(command);
     }
 
-    /// Sends a live session a close frame; the shard reports its end later. Returns false, and does
-    /// nothing, if the session is not live.
+    /// Sends a session a close frame; the shard reports its end later. Returns false, and does
+    /// nothing, if the session is not open.
     pub(super) fn close(&mut self, address: SessionAddress, close: Close, why: EndReason) -> bool {
         let Some(record) = self.record(address) else { return false };
-        if record.state != SessionState::Live {
+        if !matches!(record.state, SessionState::Live | SessionState::Missed) {
             return false;
         }
         record.state = SessionState::Closing;
@@ -98,6 +107,15 @@ impl SessionManager {
         let connection = address.connection;
         self.send(address.shard, ShardCommand::Close { connection, close, why });
         true
+    }
+
+    /// Takes a session out of the directory, and tells the other nodes. Returns whether it was in it.
+    pub(super) fn leave(&mut self, ids: &SessionIds, address: SessionAddress) -> bool {
+        let was_in = self.directory.remove(ids, address);
+        if was_in && let Some(announcer) = &self.announcer {
+            announcer.ended(ids, address);
+        }
+        was_in
     }
 
     /// The record of a session, if it still holds its slot.

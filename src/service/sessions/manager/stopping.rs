@@ -43,14 +43,14 @@ impl SessionManager {
     }
 
     fn begin_drain(&mut self, period: Duration, now: Instant) {
-        self.drain = Some(Drain::new(now, period, self.directory.len()));
+        self.drain = Some(Drain::new(now, period, self.open_sessions()));
         self.advance_drain(now);
     }
 
     /// Closes as many sessions as are due by now.
     pub(super) fn advance_drain(&mut self, now: Instant) {
         let Some(mut drain) = self.drain.take() else { return };
-        if drain.is_over(now) || self.directory.is_empty() {
+        if drain.is_over(now) || self.open_sessions() == 0 {
             return self.stop_shards(DRAINED);
         }
         let (due, slots) = (drain.due(now), self.slots_max());
@@ -65,7 +65,7 @@ impl SessionManager {
     fn drain_slot(&mut self, drain: &mut Drain) {
         for shard in 0..self.records.len() {
             let Some((address, record)) = self.records[shard].at(drain.slot) else { continue };
-            if record.state == SessionState::Live {
+            if matches!(record.state, SessionState::Live | SessionState::Missed) {
                 let wait_ms = drain.reconnect_wait_ms(self.config.reconnect_spread);
                 let reason = format!("draining; reconnect in {wait_ms} ms").into();
                 let close = Close { code: CloseCode::SERVICE_RESTART, reason };

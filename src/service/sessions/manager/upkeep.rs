@@ -16,7 +16,11 @@ impl SessionManager {
         for slot in self.refresh_sweep.advance(slots, now) {
             for records in &mut self.records {
                 let Some((_, record)) = records.at(slot) else { continue };
-                let (SessionState::Live, Some(ids)) = (record.state, &record.ids) else { continue };
+                let (SessionState::Live | SessionState::Missed, Some(ids)) =
+                    (record.state, &record.ids)
+                else {
+                    continue;
+                };
                 if record.registration_pending {
                     record.registration_pending = !self.presence.register_again(ids);
                 } else {
@@ -41,10 +45,26 @@ impl SessionManager {
     /// Closes the sessions that are now registered with another node: the newest connection wins.
     pub(super) fn close_replaced_elsewhere(&mut self) {
         for ids in self.presence.take_replaced() {
-            let Some(address) = self.directory.find(&ids) else { continue };
             // Removed now, so that the end of the session does not unregister its successor.
-            self.directory.remove(&ids, address);
+            let missed = self.missed_closes.left(&ids);
+            let Some(address) = self.directory.find(&ids).or(missed) else { continue };
+            self.leave(&ids, address);
             if self.close(address, REPLACED, EndReason::ClosedByService) {
+                self.counters.replaced_elsewhere.add(1);
+            }
+        }
+    }
+
+    /// Closes the sessions that a later one on another node has replaced, as the log says.
+    pub(super) fn close_replaced_in_log(&mut self) {
+        let Some(announcer) = self.announcer.clone() else { return };
+        for (ids, up_to) in announcer.take_replaced() {
+            let Some(address) = self.directory.find(&ids) else { continue };
+            // Otherwise the one here is later in the log.
+            if announcer.serial(address).is_some_and(|serial| serial <= up_to)
+                && self.leave(&ids, address)
+                && self.close(address, REPLACED, EndReason::ClosedByService)
+            {
                 self.counters.replaced_elsewhere.add(1);
             }
         }

@@ -75,9 +75,9 @@ pub struct PresenceConfig {
     pub ends_waiting_max: usize,
     /// Concurrent calls to the presence service.
     pub calls_max: usize,
-    /// Announces registrations to the other nodes (`ROUTING_MODE=group`).
+    /// Announces registrations to the other nodes (`ROUTING_MODE=group`), if they use the registry.
     pub announcer: Option<Announcer>,
-    /// When other nodes hand over a session's events (`ROUTING_MODE=group`).
+    /// When other nodes hand over a session's events (`ROUTING_MODE=group`), if they use the registry.
     pub visibility: Option<VisibilityConfig>,
 }
 
@@ -105,6 +105,7 @@ crate::counters! {
         Counter failures: "Calls that failed and are retried",
         Counter rejected: "Calls that presence rejected for good",
         Counter vanished: "Registrations found missing, and made again",
+        Counter lapsed: "Sessions that were live without a registration for a time, so that other nodes could not hand events over; closed with 4409 once registered",
         Counter replaced_elsewhere: "Sessions found to be registered with another node",
         Counter overflowed_registrations: "Registrations deferred to the next refresh: too many were waiting",
         Counter overflowed_refreshes: "Refreshes skipped: too many were waiting",
@@ -190,8 +191,12 @@ impl Presence {
             sessions_max: config.sessions_waiting_max,
             ends_max: config.ends_waiting_max,
         };
+        let mut queue = OperationQueue::new(limits);
+        if config.visibility.is_some() {
+            queue.note_lapses();
+        }
         let shared = Arc::new(SharedQueue {
-            queue: Mutex::new(OperationQueue::new(limits)),
+            queue: Mutex::new(queue),
             wake: Notify::new(),
             completed: Notify::new(),
             counters,
@@ -219,6 +224,12 @@ impl Presence {
         self.shared.as_ref().and_then(|_| ReservedIn::find(user, device))
     }
 
+    /// Whether other nodes use the registry to find the sessions of this node.
+    fn is_registry_used(&self) -> bool {
+        let announcer = self.shared.as_ref().and_then(|shared| shared.announcer.as_ref());
+        announcer.is_none_or(Announcer::is_needed)
+    }
+
     /// How often each session's registration is refreshed.
     pub fn refresh_interval(&self) -> Duration {
         self.refresh_interval
@@ -232,8 +243,8 @@ impl Presence {
         ids: &SessionIds,
         replaced: bool,
     ) -> (bool, Option<Arc<Visibility>>) {
-        let visibility =
-            self.visibility.map(|config| Arc::new(Visibility::new(config, Instant::now())));
+        let visibility = self.visibility.filter(|_| self.is_registry_used());
+        let visibility = visibility.map(|config| Arc::new(Visibility::new(config, Instant::now())));
         let notifier = visibility.clone().map(VisibilityNotifier::new);
         let accepted = self.enqueue(
             |queue| {
@@ -310,6 +321,18 @@ impl Presence {
         let replaced = shared.lock().take_replaced();
         shared.counters.replaced_elsewhere.add(replaced.len() as u64);
         replaced
+    }
+
+    /// The live sessions that other nodes could not find for a time, although they looked for them. They
+    /// are registered again since the last call.
+    pub fn take_lapsed(&self) -> Vec<SessionIds> {
+        let Some(shared) = &self.shared else { return Vec::new() };
+        let mut lapsed = shared.lock().take_lapsed();
+        if !self.is_registry_used() {
+            lapsed.clear();
+        }
+        shared.counters.lapsed.add(lapsed.len() as u64);
+        lapsed
     }
 
     /// Completes the pending unregistrations, for at most `limit`. To be called when all sessions

@@ -129,6 +129,11 @@ impl VisibilityNotifier {
         self.0.registered(now);
     }
 
+    /// Whether the session is no longer waiting for its registration, so that it has gone live without.
+    pub(super) fn is_late(&self, now: Instant) -> bool {
+        self.0.state(now) == VisibilityState::NotVisible
+    }
+
     /// The registration will take long. It still counts when it comes.
     pub(super) fn delayed(&self) {
         self.0.give_up();

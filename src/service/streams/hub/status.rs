@@ -18,6 +18,7 @@ pub(super) fn of_close(close: &Close) -> Status {
             Code::InvalidArgument
         }
         CloseCode::RESUME_TOO_LATE => Code::FailedPrecondition,
+        CloseCode::EVENTS_MISSED => Code::DataLoss,
         CloseCode::NORMAL
         | CloseCode::GOING_AWAY
         | CloseCode::SERVICE_RESTART
@@ -86,6 +87,7 @@ mod tests {
             (CloseCode::TOKEN_EXPIRED, Code::Unauthenticated),
             (CloseCode::SERVICE_RESTART, Code::Unavailable),
             (CloseCode::TRY_AGAIN_LATER, Code::Unavailable),
+            (CloseCode::EVENTS_MISSED, Code::DataLoss),
             (CloseCode::INTERNAL_ERROR, Code::Internal),
         ] {
             let status = of_close(&Close::new(code, "the reason"));

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{CONNECTED_WITHIN, Scene, Session};
+use crate::support::wait::SOON;
+
+use super::{Scene, Session};
 
 /// Period over which a draining node spreads the reconnects of its clients (`docs/guarantees.md`).
 const RECONNECT_SPREAD: Duration = Duration::from_secs(5);
@@ -28,7 +30,7 @@ impl Scene {
         let before = self.handshakes.len();
         let upgraded = self.upgraded_elsewhere(number);
         self.stop_node(number, period + Duration::from_secs(30));
-        let deadline = Instant::now() + CONNECTED_WITHIN;
+        let deadline = Instant::now() + SOON;
         while !self.all_open() {
             assert!(Instant::now() < deadline, "not all sessions reconnected: {:?}", self.endings);
             self.run(Duration::from_millis(100));

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
@@ -112,6 +113,42 @@ fn all_members_are_handed_to_other_nodes_and_the_offset_waits_for_the_hand_off()
     world.run_until_idle();
     assert_eq!(committable.get(), Some(2));
     assert_eq!(world.counters.forwards_expired.get(), 1);
+}
+
+#[test]
+fn nothing_is_offered_to_other_nodes_while_none_can_exist() {
+    let mut world = RouterWorld::new(With { nodes: true, ..With::default() });
+    world.connect("alice", "a", 0);
+    world.nodes.none.store(true, Ordering::Relaxed);
+    let (log, committable) = world.assign(0);
+    log.append(0, created("c", &["alice", "bob"]));
+    world.run_until_idle();
+    assert_eq!(world.taken(0).len(), 1);
+    world.run_until_idle();
+    assert_eq!(committable.get(), Some(1), "it waits for nobody");
+    world.nodes.none.store(false, Ordering::Relaxed);
+    log.append(1, message("c", 1));
+    world.run_until_idle();
+    let handed = world.nodes.handed.lock().unwrap();
+    assert_eq!(handed.len(), 1);
+    assert_eq!(handed[0].1, ["alice", "bob"]);
+}
+
+#[test]
+fn record_that_is_not_offered_to_other_nodes_is_lost_for_its_members() {
+    let with = With { nodes: true, forwards: Some(1), ..With::default() };
+    let mut world = RouterWorld::new(with);
+    let (log, committable) = world.assign(0);
+    log.append(0, created("c", &["alice", "bob"]));
+    log.append(1, message("c", 1));
+    world.run_until_idle();
+    assert_eq!(world.nodes.handed.lock().unwrap().len(), 1);
+    assert_eq!(*world.nodes.lost.lock().unwrap(), ["alice", "bob"]);
+    assert_eq!(world.counters.forwards_refused.get(), 1);
+    let done = world.nodes.pending.lock().unwrap().remove(0);
+    done();
+    world.run_until_idle();
+    assert_eq!(committable.get(), Some(2), "the lost one is not waited for");
 }
 
 #[test]

@@ -82,11 +82,19 @@ impl ConversationSource for FakeSource {
 pub(super) struct FakeNodes {
     pub(super) handed: Mutex<Vec<(Bytes, Vec<String>)>>,
     pub(super) pending: Mutex<Vec<ForwardDone>>,
+    /// Users whose records were not offered.
+    pub(super) lost: Mutex<Vec<String>>,
     /// Whether the queue to other nodes is full.
     pub(super) full: AtomicBool,
+    /// Whether there is none.
+    pub(super) none: AtomicBool,
 }
 
 impl RemoteNodes for FakeNodes {
+    fn may_exist(&self) -> bool {
+        !self.none.load(Ordering::Relaxed)
+    }
+
     fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
         self.handed
             .lock()
@@ -94,6 +102,10 @@ impl RemoteNodes for FakeNodes {
             .push((Bytes::copy_from_slice(value), users.iter().map(|id| id.to_string()).collect()));
         self.pending.lock().unwrap().push(done);
         Forwarding::Pending
+    }
+
+    fn lost(&self, users: &[Arc<str>]) {
+        self.lost.lock().unwrap().extend(users.iter().map(|id| id.to_string()));
     }
 
     fn has_room(&self) -> bool {
@@ -194,6 +206,8 @@ pub(super) struct With {
     pub(super) window: Option<usize>,
     /// Bound of the memory of events in flight, bytes.
     pub(super) event_bytes: Option<u64>,
+    /// Hand-offs to other nodes in flight.
+    pub(super) forwards: Option<usize>,
 }
 
 impl RouterWorld {
@@ -227,6 +241,7 @@ impl RouterWorld {
         let (router, control) = Router::new(RouterParts {
             config: RouterConfig {
                 window_records_max: with.window.unwrap_or(defaults.window_records_max),
+                forwards_max: with.forwards.unwrap_or(defaults.forwards_max),
                 event_bytes_max: with.event_bytes.unwrap_or(defaults.event_bytes_max),
                 ..defaults
             },
@@ -236,6 +251,7 @@ impl RouterWorld {
             directory: Arc::clone(&directory),
             membership,
             remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
+            cluster: None,
             dead_letters: with.dead_letters.then(|| Arc::clone(&dead_letters) as Arc<_>),
         });
         Self {
@@ -275,6 +291,7 @@ impl RouterWorld {
             source: Box::new(log.clone()),
             start: Some(0),
             committable: Arc::clone(&committable),
+            ownership: None,
         });
         (log, committable)
     }

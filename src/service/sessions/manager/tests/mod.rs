@@ -1,5 +1,7 @@
 //! The manager with plain rings in place of shards, driven step by step without a clock.
 
+mod missed;
+mod with_cluster;
 mod with_dependencies;
 mod with_presence;
 
@@ -17,6 +19,8 @@ use crate::domain::command::{Hello, Secret, ShardCommand, ShardReport};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, ShardId};
 use crate::handoff::{Doorbell, PeerEnd, Pushed, ShardEnd, connect};
+use crate::service::cluster::announcer::SessionAnnouncer;
+use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
@@ -30,6 +34,7 @@ struct Dependencies {
     auth: Arc<Authenticator>,
     presence: Presence,
     catch_up: CatchUpService,
+    announcer: Option<Arc<SessionAnnouncer>>,
 }
 
 impl Default for Dependencies {
@@ -38,6 +43,7 @@ impl Default for Dependencies {
             auth: Authenticator::trust(),
             presence: Presence::off(),
             catch_up: CatchUpService::off(),
+            announcer: None,
         }
     }
 }
@@ -49,8 +55,9 @@ impl Dependencies {
         shards: Vec<PeerEnd>,
         directory: Arc<Directory>,
     ) -> SessionPorts {
-        let Self { auth, presence, catch_up } = self;
-        SessionPorts { bell, shards, directory, auth, presence, catch_up }
+        let Self { auth, presence, catch_up, announcer } = self;
+        let missed = Arc::new(MissedSessions::new(Arc::clone(&directory), None, Arc::clone(&bell)));
+        SessionPorts { bell, shards, directory, missed, announcer, auth, presence, catch_up }
     }
 }
 

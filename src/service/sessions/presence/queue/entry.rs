@@ -109,6 +109,10 @@ pub(super) struct QueueEntry {
     superseded: bool,
     attempts: u8,
     since: Instant,
+    /// When a refresh became due; `None`: this entry began otherwise.
+    refresh_since: Option<Instant>,
+    /// Other nodes could not find the session for a time, although it was live.
+    pub(super) lapsed: bool,
     pub(super) standing: FenceStanding,
     /// Notified when the session is registered.
     pub(super) notifier: Option<VisibilityNotifier>,
@@ -129,6 +133,8 @@ impl QueueEntry {
             superseded: false,
             attempts: 0,
             since: now,
+            refresh_since: (registration == RegistrationState::Present).then_some(now),
+            lapsed: false,
             standing: FenceStanding::new(now),
             notifier: None,
         }
@@ -137,6 +143,8 @@ impl QueueEntry {
     /// A session was admitted while this entry existed.
     pub(super) fn register(&mut self, now: Instant) {
         self.desired = DesiredState::Online;
+        self.refresh_since = None;
+        self.lapsed = false;
         self.standing.replace(now);
         if self.state == EntryState::InFlight {
             self.superseded = true;
@@ -185,6 +193,24 @@ impl QueueEntry {
         self.check = false;
     }
 
+    /// Whether this outcome shows that the session was not registered for a time.
+    fn has_lapsed(
+        &self,
+        operation: PresenceOperation,
+        outcome: OperationOutcome,
+        now: Instant,
+    ) -> bool {
+        match (operation, outcome) {
+            (PresenceOperation::Refresh { .. }, OperationOutcome::Vanished) => true,
+            (PresenceOperation::Register, OperationOutcome::Done) => {
+                let expired =
+                    self.refresh_since.is_some_and(|since| now - since >= REFRESH_AGE_MAX);
+                expired || self.notifier.as_ref().is_some_and(|notifier| notifier.is_late(now))
+            }
+            _ => false,
+        }
+    }
+
     /// Takes the outcome of its operation. `chance`: 0 to 1.
     pub(super) fn complete(
         &mut self,
@@ -196,6 +222,9 @@ impl QueueEntry {
         use OperationOutcome::{Done, Elsewhere, Failed, Rejected, Vanished};
         use PresenceOperation::{Refresh, Register, Unregister};
         let superseded = std::mem::take(&mut self.superseded);
+        if !superseded {
+            self.lapsed |= self.has_lapsed(operation, outcome, now);
+        }
         if (outcome, operation, superseded) == (Done, Register, false)
             && let Some(notifier) = self.notifier.take()
         {

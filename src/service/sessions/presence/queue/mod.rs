@@ -65,6 +65,9 @@ pub(super) struct OperationQueue {
     breaker: CircuitBreaker,
     /// Sessions found to be registered with another node, until they are taken.
     replaced: HashSet<SessionIds>,
+    /// Live sessions that other nodes could not find for a time, until they are taken. `None`: other
+    /// nodes do not look for them.
+    lapsed: Option<HashSet<SessionIds>>,
     /// The numbers of the sessions that are registered and have no entry (`PRESENCE_MODE=redis`).
     fences: HashMap<SessionIds, Fence>,
     shutting_down: bool,
@@ -81,9 +84,15 @@ impl OperationQueue {
             limits,
             breaker: CircuitBreaker::default(),
             replaced: HashSet::new(),
+            lapsed: None,
             fences: HashMap::new(),
             shutting_down: false,
         }
+    }
+
+    /// Other nodes look for the sessions: those that they could not find are noted from now on.
+    pub(super) fn note_lapses(&mut self) {
+        self.lapsed = Some(HashSet::new());
     }
 
     /// Sessions with a pending operation.
@@ -105,6 +114,9 @@ impl OperationQueue {
     /// predecessor on this node. Returns false if there is no room.
     pub(super) fn register(&mut self, ids: &SessionIds, registered: bool, now: Instant) -> bool {
         self.replaced.remove(ids);
+        if let Some(lapsed) = &mut self.lapsed {
+            lapsed.remove(ids);
+        }
         let room =
             self.has_room() && self.online() < self.limits.sessions_max && !self.shutting_down;
         match self.entries.get_mut(ids) {
@@ -141,7 +153,10 @@ impl OperationQueue {
             self.has_room() && self.online() < self.limits.sessions_max && !self.shutting_down;
         if room {
             let registration = RegistrationState::Unknown;
-            self.insert(ids, QueueEntry::new(DesiredState::Online, registration, false, now));
+            let mut entry = QueueEntry::new(DesiredState::Online, registration, false, now);
+            // It has been live without a registration.
+            entry.lapsed = true;
+            self.insert(ids, entry);
         }
         room
     }
@@ -278,7 +293,15 @@ impl OperationQueue {
             debug_assert!(false, "an entry stays while its call is in flight");
             return;
         };
-        match entry.complete(operation, outcome, chance, now) {
+        let follow_up = entry.complete(operation, outcome, chance, now);
+        let is_registered = entry.registration == RegistrationState::Present;
+        if entry.lapsed && is_registered && entry.desired == DesiredState::Online {
+            entry.lapsed = false;
+            if let Some(lapsed) = &mut self.lapsed {
+                lapsed.insert(ids.clone());
+            }
+        }
+        match follow_up {
             FollowUp::Remove => self.remove(&ids),
             FollowUp::RemoveReplaced => {
                 self.remove(&ids);
@@ -305,6 +328,11 @@ impl OperationQueue {
     /// The sessions found to be registered with another node since the last call.
     pub(super) fn take_replaced(&mut self) -> Vec<SessionIds> {
         self.replaced.drain().collect()
+    }
+
+    /// The sessions that are registered again since the last call, after other nodes could not find them.
+    pub(super) fn take_lapsed(&mut self) -> Vec<SessionIds> {
+        self.lapsed.as_mut().map(|lapsed| lapsed.drain().collect()).unwrap_or_default()
     }
 
     /// From now on only unregistrations are carried out, and failed ones are retried at once.

@@ -399,3 +399,53 @@ proptest! {
         prop_assert_eq!(registered, connected);
     }
 }
+
+#[test]
+fn session_that_other_nodes_could_not_find_is_noted_once_it_is_registered() {
+    let lapsing = || {
+        let mut bench = Bench::new();
+        bench.queue.note_lapses();
+        bench
+    };
+    // A registration in time, and refreshes in time.
+    let mut bench = lapsing();
+    let _visibility = bench.admits(0, false);
+    bench.does(Register, Done);
+    bench.queue.refresh(&ids(0), false, bench.now);
+    bench.does(Refresh { check: false }, Done);
+    assert!(bench.queue.take_lapsed().is_empty());
+    // A refresh finds the registration gone.
+    bench.queue.refresh(&ids(0), false, bench.now);
+    bench.does(Refresh { check: false }, Vanished);
+    assert!(bench.queue.take_lapsed().is_empty(), "not before it is registered again");
+    bench.does(Register, Done);
+    assert_eq!(bench.queue.take_lapsed(), [ids(0)]);
+    assert!(bench.queue.take_lapsed().is_empty(), "once");
+    // Presence was unreachable until the registration may have expired.
+    bench.queue.refresh(&ids(0), false, bench.now);
+    bench.now += REFRESH_AGE_MAX;
+    bench.does(Register, Done);
+    assert_eq!(bench.queue.take_lapsed(), [ids(0)]);
+    // The first registration took longer than the session waited.
+    let mut bench = lapsing();
+    let _visibility = bench.admits(0, false);
+    bench.now += REACH.registration_wait;
+    bench.does(Register, Done);
+    assert_eq!(bench.queue.take_lapsed(), [ids(0)]);
+    // A successor on this node has missed nothing.
+    bench.queue.refresh(&ids(0), false, bench.now);
+    bench.does(Refresh { check: false }, Vanished);
+    let _visibility = bench.admits(0, true);
+    bench.does(Register, Done);
+    assert!(bench.queue.take_lapsed().is_empty());
+    // There was no room for it.
+    let mut bench = lapsing();
+    assert!(bench.queue.register_again(&ids(0), bench.now));
+    bench.does(Register, Done);
+    assert_eq!(bench.queue.take_lapsed(), [ids(0)]);
+    // Nobody looks for it.
+    let mut bench = Bench::new();
+    assert!(bench.queue.register_again(&ids(0), bench.now));
+    bench.does(Register, Done);
+    assert!(bench.queue.take_lapsed().is_empty());
+}

@@ -1,6 +1,11 @@
 //! Tests against librdkafka's mock cluster, which speaks Kafka's protocol but implements little of it.
 //! The end-to-end tests run against real Kafka.
 
+mod claims;
+mod cluster_logs;
+mod logs;
+mod real;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -133,6 +138,28 @@ impl TestNode {
     }
 
     fn start_with(cluster: &Cluster, mode: RoutingMode, name: &str, letters: Option<&str>) -> Self {
+        Self::start_configured(cluster, Self::config(name, mode), letters)
+    }
+
+    /// The configuration of a node. The caller sets the brokers.
+    fn config(name: &str, mode: RoutingMode) -> KafkaConfig {
+        KafkaConfig {
+            mode,
+            group: "test".into(),
+            client_id: name.into(),
+            commit_interval_ms: 50,
+            discovery_interval_ms: 200,
+            revoke_grace_ms: 500,
+            ..KafkaConfig::new("")
+        }
+    }
+
+    fn start_configured(cluster: &Cluster, config: KafkaConfig, letters: Option<&str>) -> Self {
+        let brokers = cluster.mock.bootstrap_servers();
+        Self::start_on(KafkaConfig { brokers, ..config }, letters, None)
+    }
+
+    fn start_on(config: KafkaConfig, letters: Option<&str>, claims: Option<ClaimParts>) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build();
         let runtime = runtime.unwrap();
         let membership = Membership::new(
@@ -141,15 +168,6 @@ impl TestNode {
             runtime.handle().clone(),
             Arc::<MembershipCounters>::default(),
         );
-        let config = KafkaConfig {
-            mode,
-            group: "test".into(),
-            client_id: name.into(),
-            commit_interval_ms: 50,
-            discovery_interval_ms: 200,
-            revoke_grace_ms: 500,
-            ..KafkaConfig::new(cluster.mock.bootstrap_servers())
-        };
         let counters = Arc::<KafkaCounters>::default();
         let dead_letters = letters.map(|topic| {
             let topic = DeadLetterTopic::new(topic.into(), &config, Arc::clone(&counters));
@@ -176,6 +194,7 @@ impl TestNode {
             directory,
             membership: Arc::clone(&membership),
             remote: None,
+            cluster: None,
             dead_letters,
         });
         let router_thread = router.spawn("router".into()).unwrap();
@@ -186,6 +205,7 @@ impl TestNode {
             membership,
             Arc::clone(&status),
             Arc::clone(&counters),
+            claims,
         );
         Self {
             kafka: kafka.unwrap(),
@@ -418,6 +438,7 @@ fn unknown_property_is_refused_with_its_name() {
         directory: Arc::new(Directory::new()),
         membership: Arc::clone(&membership),
         remote: None,
+        cluster: None,
         dead_letters: None,
     });
     let config = KafkaConfig {
@@ -425,6 +446,6 @@ fn unknown_property_is_refused_with_its_name() {
         ..KafkaConfig::new("127.0.0.1:1")
     };
     let refused =
-        Kafka::start(config, vec![control], membership, Arc::default(), Arc::default()).err();
+        Kafka::start(config, vec![control], membership, Arc::default(), Arc::default(), None).err();
     assert!(refused.unwrap().to_string().contains("no.such.property"));
 }

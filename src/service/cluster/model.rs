@@ -1,0 +1,397 @@
+//! A model of one source partition whose owners come and go, and one holder: every session gets every record
+//! from its 101 on, once and in order, whatever happens in between.
+//!
+//! The holder and the newcomers are the real ones. Owners, logs and offsets are modelled. A step is chosen
+//! by a seeded generator: records are appended, sessions begin and end, owners route, apply beginnings,
+//! send what they have queued, commit, stall, are replaced, and wake as zombies.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use proptest::test_runner::{RngAlgorithm, TestRng};
+use rand::Rng as _;
+
+use super::holder::{Arrived, Holder, RoutedPosition, SessionSerial, SourcePartition};
+use super::newcomers::{Newcomer, Newcomers, StatedPosition};
+use super::nodes::NodeIndex;
+use super::ports::NodeEpoch;
+use crate::domain::encoding::Encoding;
+use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+
+const SOURCE: SourcePartition = SourcePartition { topic: 0, partition: 0 };
+
+/// A record of the sessions topic.
+#[derive(Clone, Copy, Debug)]
+enum LogEntry {
+    Begun { serial: u64, as_of: i64 },
+    Ended { serial: u64 },
+    Stated { next: i64 },
+}
+
+/// A record of the hand-off topic.
+#[derive(Clone, Debug)]
+enum HandedOver {
+    Live { at: RoutedPosition, to: Vec<u64> },
+    Replay { at: RoutedPosition, to: u64 },
+    Passed { at: RoutedPosition },
+}
+
+#[derive(Debug)]
+struct Owner {
+    generation: i64,
+    /// The next offset to route.
+    next: i64,
+    /// Beginnings below this offset are applied.
+    table: i64,
+    /// What it has read of the sessions topic.
+    read_to: i64,
+    queue: VecDeque<HandedOver>,
+    /// (next, table) after each routed record or application, once the queue is that short.
+    progress: VecDeque<(usize, i64, i64)>,
+    sent: usize,
+    queued: usize,
+    /// Done: what may be committed.
+    done: (i64, i64),
+}
+
+#[derive(Debug)]
+struct Client {
+    address: SessionAddress,
+    /// The end of the source partition at its 101.
+    from: i64,
+    ended: bool,
+    got: Vec<i64>,
+}
+
+struct Model {
+    random: TestRng,
+    /// The end of the source partition.
+    end: i64,
+    sessions_log: Vec<LogEntry>,
+    hand_offs: Vec<HandedOver>,
+    committed: (i64, i64),
+    generation: i64,
+    owner: Owner,
+    zombies: Vec<Owner>,
+    holder: Holder,
+    /// What the holder has read of each log.
+    holder_read: i64,
+    holder_delivered: usize,
+    clients: BTreeMap<u64, Client>,
+}
+
+fn address(serial: u64) -> SessionAddress {
+    SessionAddress {
+        shard: ShardId(0),
+        encoding: Encoding::Binary,
+        connection: ConnectionKey { slot: u32::try_from(serial).unwrap(), generation: 0 },
+    }
+}
+
+fn concerns(offset: i64, serial: u64) -> bool {
+    let mixed = (offset as u64 ^ serial << 20).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    !(mixed >> 32).is_multiple_of(3)
+}
+
+impl Owner {
+    fn new(generation: i64, (next, table): (i64, i64), read_to: i64) -> Self {
+        Self {
+            generation,
+            next,
+            table,
+            read_to,
+            queue: VecDeque::new(),
+            progress: VecDeque::new(),
+            sent: 0,
+            queued: 0,
+            done: (next, table),
+        }
+    }
+
+    fn queue(&mut self, record: HandedOver) {
+        self.queue.push_back(record);
+        self.queued += 1;
+    }
+
+    fn progressed(&mut self) {
+        self.progress.push_back((self.queued, self.next, self.table));
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        while self.progress.front().is_some_and(|(queued, _, _)| *queued <= self.sent) {
+            let (_, next, table) = self.progress.pop_front().unwrap();
+            self.done = (next, table);
+        }
+    }
+
+    fn at(&self, offset: i64) -> RoutedPosition {
+        let (generation, table) = (self.generation, self.table);
+        RoutedPosition { source: SOURCE, offset, generation, table }
+    }
+
+    /// The sessions that it names: begun below `table`, and not ended as far as it has read.
+    fn known(&self, log: &[LogEntry]) -> Vec<u64> {
+        let mut known = Vec::new();
+        for (offset, entry) in (0..).zip(&log[..self.read_to as usize]) {
+            match entry {
+                LogEntry::Begun { serial, .. } if offset < self.table => known.push(*serial),
+                LogEntry::Ended { serial } => known.retain(|it| it != serial),
+                LogEntry::Begun { .. } | LogEntry::Stated { .. } => {}
+            }
+        }
+        known
+    }
+
+    fn route(&mut self, log: &[LogEntry]) {
+        let offset = self.next;
+        let to: Vec<_> =
+            self.known(log).into_iter().filter(|serial| concerns(offset, *serial)).collect();
+        if !to.is_empty() {
+            self.queue(HandedOver::Live { at: self.at(offset), to });
+        }
+        self.next += 1;
+        self.progressed();
+    }
+
+    fn apply(&mut self, log: &[LogEntry]) {
+        // The real bookkeeping of beginnings and stated positions.
+        let mut newcomers = Newcomers::new(i64::MAX / 2);
+        for (offset, entry) in (0..).zip(&log[..self.read_to as usize]) {
+            match entry {
+                LogEntry::Begun { serial, as_of } => {
+                    let newcomer = Newcomer {
+                        begin: offset,
+                        as_of: *as_of,
+                        node: NodeIndex(0),
+                        epoch: NodeEpoch(1),
+                        serial: SessionSerial(*serial),
+                        user: Arc::from("u"),
+                    };
+                    newcomers.begun(newcomer, None, 0);
+                }
+                LogEntry::Stated { next } => newcomers.stated(SOURCE, offset, *next),
+                LogEntry::Ended { .. } => {}
+            }
+        }
+        for newcomer in newcomers.window(self.table, self.read_to).newcomers {
+            let from = match newcomers.routed(SOURCE, newcomer.as_of) {
+                StatedPosition::At(next) => next,
+                StatedPosition::Never | StatedPosition::Forgotten => 0,
+            };
+            let to = newcomer.serial.0;
+            for offset in (from..self.next).filter(|offset| concerns(*offset, to)) {
+                self.queue(HandedOver::Replay { at: self.at(offset), to });
+            }
+        }
+        self.table = self.read_to;
+        self.progressed();
+    }
+}
+
+impl Model {
+    fn new(seed: u64) -> Self {
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        Self {
+            random: TestRng::from_seed(RngAlgorithm::ChaCha, &bytes),
+            end: 0,
+            sessions_log: Vec::new(),
+            hand_offs: Vec::new(),
+            committed: (0, 0),
+            generation: 1,
+            owner: Owner::new(1, (0, 0), 0),
+            zombies: Vec::new(),
+            holder: Holder::default(),
+            holder_read: 0,
+            holder_delivered: 0,
+            clients: BTreeMap::new(),
+        }
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        (self.random.next_u64() % limit as u64) as usize
+    }
+
+    fn log_end(&self) -> i64 {
+        self.sessions_log.len() as i64
+    }
+
+    fn step(&mut self) {
+        let end = self.log_end();
+        match self.below(100) {
+            0..20 => self.end += 1,
+            20..26 => {
+                let serial = self.clients.len() as u64 + 1;
+                let address = address(serial);
+                self.holder.began(SessionSerial(serial), address);
+                let client = Client { address, from: self.end, ended: false, got: Vec::new() };
+                self.clients.insert(serial, client);
+                self.sessions_log.push(LogEntry::Begun { serial, as_of: self.holder_read });
+            }
+            26..28 if !self.clients.is_empty() => {
+                let serial = self.below(self.clients.len()) as u64 + 1;
+                let client = self.clients.get_mut(&serial).unwrap();
+                if !std::mem::replace(&mut client.ended, true) {
+                    self.holder.ended(client.address);
+                    self.sessions_log.push(LogEntry::Ended { serial });
+                }
+            }
+            28..45 if self.owner.next < self.end => self.owner.route(&self.sessions_log),
+            45..50 => {
+                let read_to = self.owner.read_to;
+                self.owner.read_to = read_to + self.below((end - read_to) as usize + 1) as i64;
+            }
+            50..56 if self.owner.table < self.owner.read_to => self.owner.apply(&self.sessions_log),
+            56..72 => {
+                let count = self.below(4);
+                Self::send(&mut self.owner, &mut self.hand_offs, count);
+            }
+            72..76 => self.committed = self.owner.done,
+            76..78 => {
+                let at = self.owner.at(self.owner.next);
+                self.owner.queue(HandedOver::Passed { at });
+                let next = self.owner.next;
+                self.sessions_log.push(LogEntry::Stated { next });
+            }
+            78..80 => self.take_over(),
+            80..84 => self.zombie_step(),
+            84..88 => {
+                let ahead = (end - self.holder_read) as usize;
+                let to = self.holder_read + self.below(ahead + 1) as i64;
+                self.read_sessions(to);
+            }
+            88..100 => {
+                let count = self.below(5);
+                self.deliver(count);
+            }
+            _ => {}
+        }
+    }
+
+    fn send(owner: &mut Owner, hand_offs: &mut Vec<HandedOver>, count: usize) {
+        for _ in 0..count {
+            let Some(record) = owner.queue.pop_front() else { break };
+            hand_offs.push(record);
+            owner.sent += 1;
+        }
+        owner.settle();
+    }
+
+    fn take_over(&mut self) {
+        self.generation += 1;
+        let (_, table) = self.committed;
+        // It has read at least what the commit says.
+        let read_to = table + self.below((self.log_end() - table) as usize + 1) as i64;
+        let successor = Owner::new(self.generation, self.committed, read_to);
+        let former = std::mem::replace(&mut self.owner, successor);
+        if self.below(2) == 0 {
+            self.zombies.push(former);
+        }
+    }
+
+    fn zombie_step(&mut self) {
+        if self.zombies.is_empty() {
+            return;
+        }
+        let index = self.below(self.zombies.len());
+        let action = self.below(4);
+        let count = self.below(4);
+        let zombie = &mut self.zombies[index];
+        match action {
+            0 if zombie.next < self.end => zombie.route(&self.sessions_log),
+            1 if zombie.table < zombie.read_to => zombie.apply(&self.sessions_log),
+            2 => Self::send(zombie, &mut self.hand_offs, count),
+            _ => drop(self.zombies.swap_remove(index)),
+        }
+    }
+
+    fn read_sessions(&mut self, to: i64) {
+        for offset in self.holder_read..to {
+            if let LogEntry::Begun { serial, .. } = self.sessions_log[offset as usize] {
+                self.holder.stored(SessionSerial(serial), offset);
+            }
+        }
+        self.holder_read = to;
+    }
+
+    fn deliver(&mut self, count: usize) {
+        for _ in 0..count {
+            let Some(record) = self.hand_offs.get(self.holder_delivered).cloned() else { return };
+            self.holder_delivered += 1;
+            let (at, to, replay) = match record {
+                HandedOver::Passed { at } => {
+                    if self.holder.arrive(at) == Arrived::InTurn {
+                        self.holder.passed_below(at);
+                    }
+                    continue;
+                }
+                HandedOver::Live { at, to } => (at, to, false),
+                HandedOver::Replay { at, to } => (at, vec![to], true),
+            };
+            if self.holder.arrive(at) == Arrived::Zombie {
+                continue;
+            }
+            let addresses = to.iter().map(|serial| self.clients[serial].address);
+            let needing: Vec<_> =
+                addresses.filter(|address| self.holder.needs(*address, at)).collect();
+            for address in &needing {
+                let client = self.clients.get_mut(&u64::from(address.connection.slot)).unwrap();
+                assert!(!client.ended);
+                client.got.push(at.offset);
+            }
+            self.holder.delivered(at, needing.into_iter());
+            if !replay {
+                self.holder.passed(at);
+            }
+        }
+    }
+
+    /// Lets everything come to rest.
+    fn settle(&mut self) {
+        self.zombies.clear();
+        self.owner.read_to = self.log_end();
+        if self.owner.table < self.owner.read_to {
+            self.owner.apply(&self.sessions_log);
+        }
+        while self.owner.next < self.end {
+            self.owner.route(&self.sessions_log);
+        }
+        let at = self.owner.at(self.owner.next);
+        self.owner.queue(HandedOver::Passed { at });
+        Self::send(&mut self.owner, &mut self.hand_offs, usize::MAX);
+        self.read_sessions(self.log_end());
+        self.deliver(usize::MAX);
+    }
+
+    fn check(&self, seed: u64) {
+        for (serial, client) in &self.clients {
+            let got = &client.got;
+            assert!(
+                got.windows(2).all(|pair| pair[0] < pair[1]),
+                "seed {seed}: session {serial} got {got:?}"
+            );
+            if client.ended {
+                continue;
+            }
+            let missed: Vec<_> = (client.from..self.end)
+                .filter(|offset| concerns(*offset, *serial) && !got.contains(offset))
+                .collect();
+            assert!(missed.is_empty(), "seed {seed}: session {serial} missed {missed:?}");
+        }
+        assert_eq!(self.holder.young(), 0, "seed {seed}: everything is established at rest");
+    }
+}
+
+/// Promise: “A session gets each event once and in order while the owners of its partition change”
+#[test]
+fn every_session_gets_every_record_once_and_in_order() {
+    for seed in 0..2_000 {
+        let mut model = Model::new(seed);
+        for _ in 0..600 {
+            model.step();
+        }
+        model.settle();
+        model.check(seed);
+    }
+}

@@ -1,0 +1,335 @@
+//! Claims: how the owner of a partition takes its generation.
+//!
+//! ```text
+//!   owner        commit in the group                            coordinator
+//!   first        offset 500, "g=7 t=12040"      ──────────────►  accepted
+//!   (paused beyond its session timeout, its partition is assigned to the second)
+//!   second       offset 500, "g=8 t=12040"      ──────────────►  accepted: it routes from 500 on
+//!   first        offset 507, "g=7 t=12044"      ──────────────►  refused: no longer a member
+//! ```
+//!
+//! The metadata of a committed offset holds the generation of the owner that committed it, and the table:
+//! the offset in the sessions topic up to which its replays are acknowledged. An owner claims a partition by
+//! committing the same offset again with the next generation, before it routes a record. The group
+//! coordinator refuses the commit of a member that has lost the partition, so generations of one partition
+//! grow in the order of its owners. A zombie can therefore not take a generation after its successor.
+//!
+//! A generation is never below the time of its claim. The group forgets committed offsets after a while, and
+//! holders do not: without that, the generations of a forgotten partition would start again at 1, and holders
+//! would discard everything as a zombie's.
+
+use std::fmt;
+use std::time::Duration;
+
+use rdkafka::consumer::base_consumer::BaseConsumer;
+use rdkafka::consumer::{CommitMode, Consumer as _, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionListElem};
+
+use crate::service::routing::router::TopicPartition;
+
+/// What the metadata of a committed offset says. Displayed as that metadata.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Claim {
+    /// Generation of the owner that committed.
+    pub(super) generation: i64,
+    /// The table of the commit.
+    pub(super) table: i64,
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "g={} t={}", self.generation, self.table)
+    }
+}
+
+impl Claim {
+    /// The claim in the metadata of a commit. `None`: something else, as of a node without claims.
+    fn parse(metadata: &str) -> Option<Self> {
+        let (generation, table) = metadata.strip_prefix("g=")?.split_once(" t=")?;
+        let number = |text: &str| text.parse().ok().filter(|number: &i64| *number >= 0);
+        Some(Self { generation: number(generation)?, table: number(table)? })
+    }
+
+    /// The claim of the next owner. A generation is never below the time of its claim, so that generations
+    /// still grow after the group has forgotten the last one.
+    fn after(
+        last: Option<Self>,
+        log: &TopicPartition,
+        start: &dyn ClaimStart,
+    ) -> KafkaResult<Self> {
+        let next = last.map_or(0, |last| last.generation.saturating_add(1));
+        let table = start.table(last.map(|last| last.table))?;
+        Ok(Self { generation: next.max(start.generation(log)), table })
+    }
+}
+
+/// What a claim depends on besides the last one.
+pub(super) trait ClaimStart {
+    /// The least generation of a new owner: Unix time in ms, and above all that owners have stated.
+    fn generation(&self, log: &TopicPartition) -> i64;
+
+    /// The offset in the sessions topic from which the owner applies beginnings. `stated`: that of the last
+    /// owner; `None`: nobody has routed with hand-off through the log before, so every session that is in the
+    /// table already gets everything.
+    ///
+    /// # Errors
+    /// The brokers do not answer.
+    fn table(&self, stated: Option<i64>) -> KafkaResult<i64>;
+}
+
+/// A partition whose claim the coordinator has stored.
+#[derive(Debug)]
+pub(super) struct ClaimedPartition {
+    pub(super) log: TopicPartition,
+    /// The offset to read from.
+    pub(super) start: i64,
+    pub(super) claim: Claim,
+}
+
+/// Memory of the smallest record in a tail, bytes: its entry, its ids and its key. No tail can hold more
+/// records than its bytes divided by this.
+const TAIL_RECORD_BYTES_MIN: u64 = 256;
+
+/// How far back claimed partitions are read, to fill their tails.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TailBounds {
+    /// Append time of the first record, Unix time in ms.
+    pub(super) since_ms: i64,
+    /// Bytes of the tail of one partition.
+    pub(super) bytes: u64,
+}
+
+impl TailBounds {
+    /// The first offset to read of a partition that is routed from `start` on. `low`, `since` and `end`: its
+    /// lowest offset, the first offset with an append time in the bounds, and its end; `None`: not known.
+    fn fill_from(self, start: i64, low: Option<i64>, since: Option<i64>, end: Option<i64>) -> i64 {
+        // A log that ends before the committed offset was created again: nothing of it was routed.
+        let (Some(low), Some(since), Some(end)) = (low, since, end) else { return start };
+        if end < start || low >= start {
+            return start;
+        }
+        let records = i64::try_from(self.bytes / TAIL_RECORD_BYTES_MIN).unwrap_or(i64::MAX);
+        since.max(low).max(start.saturating_sub(records)).min(start)
+    }
+}
+
+/// For each claimed partition the first offset to read: at most its start, and what precedes it fills the
+/// tail. If the brokers do not answer, tails begin empty. Blocks for three requests.
+pub(super) fn fill_from<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    claimed: &[ClaimedPartition],
+    bounds: TailBounds,
+    timeout: Duration,
+) -> Vec<i64> {
+    let offsets_at = |when: Offset| {
+        let mut list = TopicPartitionList::with_capacity(claimed.len());
+        for ClaimedPartition { log, .. } in claimed {
+            list.add_partition_offset(&log.topic, log.partition, when)?;
+        }
+        consumer.offsets_for_times(list, timeout)
+    };
+    let found = [Offset::Beginning, Offset::Offset(bounds.since_ms.max(0)), Offset::End]
+        .map(|when| offsets_at(when).inspect_err(|error| tracing::debug!(%error, "empty tails")));
+    let fill_from = claimed.iter().map(|ClaimedPartition { log, start, .. }| {
+        let known = found.each_ref().map(|list| {
+            let found = list.as_ref().ok()?.find_partition(&log.topic, log.partition)?;
+            found.error().ok()?;
+            match found.offset() {
+                Offset::Offset(offset) => Some(offset),
+                // No record is as young.
+                Offset::End => Some(i64::MAX),
+                _ => None,
+            }
+        });
+        bounds.fill_from(*start, known[0], known[1], known[2])
+    });
+    fill_from.collect()
+}
+
+/// Why partitions could not be claimed.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub(super) enum ClaimError {
+    /// The group has removed this member. It gets the partitions again, or not at all.
+    #[error("this member is no longer in the group: {0}")]
+    Fenced(KafkaError),
+    /// May succeed later.
+    #[error("{0}")]
+    Failed(#[from] KafkaError),
+}
+
+impl ClaimError {
+    fn of_commit(error: KafkaError) -> Self {
+        match error.rdkafka_error_code() {
+            Some(
+                RDKafkaErrorCode::UnknownMemberId
+                | RDKafkaErrorCode::IllegalGeneration
+                | RDKafkaErrorCode::FencedInstanceId
+                | RDKafkaErrorCode::FencedMemberEpoch,
+            ) => Self::Fenced(error),
+            _ => Self::Failed(error),
+        }
+    }
+}
+
+/// The offset to read a partition from: the committed offset, or the end of the log if there is none.
+///
+/// # Errors
+/// The brokers do not answer, or refuse the committed offset of this partition.
+pub(super) fn start_offset<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    committed: &TopicPartitionListElem<'_>,
+    timeout: Duration,
+) -> KafkaResult<i64> {
+    committed.error()?;
+    match committed.offset() {
+        Offset::Offset(offset) => Ok(offset),
+        _ => {
+            let (topic, partition) = (committed.topic(), committed.partition());
+            consumer.fetch_watermarks(topic, partition, timeout).map(|(_, end)| end)
+        }
+    }
+}
+
+/// Claims partitions for this member. Blocks for three requests. Returns the partitions whose claim is
+/// stored; the others may be tried again.
+///
+/// # Errors
+/// None was claimed. See [`ClaimError`].
+pub(super) fn claim<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    logs: &[TopicPartition],
+    timeout: Duration,
+    first: &dyn ClaimStart,
+) -> Result<Vec<ClaimedPartition>, ClaimError> {
+    let mut list = TopicPartitionList::with_capacity(logs.len());
+    for log in logs {
+        list.add_partition(&log.topic, log.partition);
+    }
+    let before = consumer.committed_offsets(list.clone(), timeout)?;
+
+    let mut wanted = Vec::with_capacity(logs.len());
+    let mut commit = TopicPartitionList::with_capacity(logs.len());
+    for log in logs {
+        let Some(committed) = before.find_partition(&log.topic, log.partition) else { continue };
+        let start = match start_offset(consumer, &committed, timeout) {
+            Ok(start) => start,
+            Err(error) => {
+                let topic = &*log.topic;
+                tracing::debug!(%error, topic, log.partition, "no start offset to claim");
+                continue;
+            }
+        };
+        let claim = match Claim::after(Claim::parse(committed.metadata()), log, first) {
+            Ok(claim) => claim,
+            Err(error) => {
+                tracing::debug!(%error, "the end of the sessions topic is not known");
+                continue;
+            }
+        };
+        let mut element = commit.add_partition(&log.topic, log.partition);
+        element.set_offset(Offset::Offset(start))?;
+        element.set_metadata(claim.to_string());
+        wanted.push(ClaimedPartition { log: log.clone(), start, claim });
+    }
+    if wanted.is_empty() {
+        return Ok(wanted);
+    }
+    // A lost member has no identity, and a group without members accepts commits of anybody.
+    if consumer.assignment_lost() {
+        let lost = KafkaError::ConsumerCommit(RDKafkaErrorCode::AssignmentLost);
+        return Err(ClaimError::Fenced(lost));
+    }
+    consumer.commit(&commit, CommitMode::Sync).map_err(ClaimError::of_commit)?;
+    // librdkafka reports an error only if all partitions have one, so the claims are read back.
+    let after = consumer.committed_offsets(list, timeout)?;
+    wanted.retain(|wanted| {
+        let found = after.find_partition(&wanted.log.topic, wanted.log.partition);
+        found.is_some_and(|found| {
+            found.error().is_ok()
+                && found.offset() == Offset::Offset(wanted.start)
+                && found.metadata() == wanted.claim.to_string()
+        })
+    });
+    Ok(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_names_generation_and_table() {
+        let claim = Claim { generation: 7, table: 12_040 };
+        assert_eq!(claim.to_string(), "g=7 t=12040");
+        assert_eq!(Claim::parse("g=7 t=12040"), Some(claim));
+    }
+
+    struct Start;
+
+    impl ClaimStart for Start {
+        fn generation(&self, _log: &TopicPartition) -> i64 {
+            1_000
+        }
+
+        fn table(&self, stated: Option<i64>) -> KafkaResult<i64> {
+            Ok(stated.unwrap_or(50))
+        }
+    }
+
+    #[test]
+    fn generations_grow_also_after_the_last_one_is_forgotten() {
+        let claim = |generation, table| Claim { generation, table };
+        let log = TopicPartition { topic: "events".into(), topic_index: 0, partition: 0 };
+        assert_eq!(Claim::after(None, &log, &Start).unwrap(), claim(1_000, 50));
+        assert_eq!(Claim::after(Some(claim(7, 40)), &log, &Start).unwrap(), claim(1_000, 40));
+        assert_eq!(Claim::after(Some(claim(1_000, 40)), &log, &Start).unwrap(), claim(1_001, 40));
+        assert_eq!(
+            Claim::after(Some(claim(i64::MAX, 40)), &log, &Start).unwrap(),
+            claim(i64::MAX, 40)
+        );
+    }
+
+    #[test]
+    fn other_metadata_is_no_claim() {
+        for other in [
+            "",
+            "g=",
+            "g=1",
+            "g=1 t=",
+            "g=-1 t=2",
+            "g=1 t=-2",
+            "g=1 t=2 x",
+            "G=1 t=2",
+            " g=1 t=2",
+            "g=9223372036854775808 t=0",
+            "t=2 g=1",
+            "some tool",
+        ] {
+            assert_eq!(Claim::parse(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn tail_is_filled_within_its_age_its_bytes_and_the_log() {
+        let bounds = TailBounds { since_ms: 0, bytes: 100 * TAIL_RECORD_BYTES_MIN };
+        let fill_from = |low, since, end| bounds.fill_from(500, Some(low), Some(since), Some(end));
+        assert_eq!(fill_from(0, 450, 600), 450, "age");
+        assert_eq!(fill_from(0, 100, 600), 400, "bytes");
+        assert_eq!(fill_from(470, 450, 600), 470, "retention");
+        assert_eq!(fill_from(0, 550, 600), 500, "nothing before the start is young enough");
+        assert_eq!(fill_from(0, i64::MAX, 500), 500, "nothing is young enough");
+        assert_eq!(fill_from(510, 510, 600), 500, "the start was deleted");
+        assert_eq!(fill_from(0, 0, 20), 500, "created again: everything is routed");
+        assert_eq!(bounds.fill_from(500, Some(0), None, Some(600)), 500, "not known");
+    }
+
+    #[test]
+    fn only_a_member_that_was_removed_is_fenced() {
+        let commit = |code| ClaimError::of_commit(KafkaError::ConsumerCommit(code));
+        let fenced = [RDKafkaErrorCode::UnknownMemberId, RDKafkaErrorCode::IllegalGeneration];
+        assert!(fenced.into_iter().all(|code| matches!(commit(code), ClaimError::Fenced(_))));
+        let failed = [RDKafkaErrorCode::RebalanceInProgress, RDKafkaErrorCode::RequestTimedOut];
+        assert!(failed.into_iter().all(|code| matches!(commit(code), ClaimError::Failed(_))));
+    }
+}

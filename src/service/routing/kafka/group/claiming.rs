@@ -1,0 +1,173 @@
+//! Claims the partitions that the group assigns, and gives them to their routers.
+
+use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, Weak};
+
+use rdkafka::consumer::Consumer as _;
+use rdkafka::consumer::base_consumer::BaseConsumer;
+use rdkafka::error::KafkaResult;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use crate::service::cluster::holder::SourcePartition;
+use crate::service::events::timestamp::unix_ms;
+use crate::service::routing::kafka::ClaimParts;
+use crate::service::routing::kafka::claims::{
+    self, Claim, ClaimError, ClaimStart, ClaimedPartition, TailBounds,
+};
+use crate::service::routing::kafka::group::{GroupContext, REQUEST_TIMEOUT};
+use crate::service::routing::router::owner::Ownership;
+use crate::service::routing::router::{CommittableTable, TopicPartition};
+
+/// Where a claim starts in the sessions topic.
+struct TableStart<'a> {
+    consumer: &'a BaseConsumer<GroupContext>,
+    parts: &'a ClaimParts,
+}
+
+impl ClaimStart for TableStart<'_> {
+    fn generation(&self, log: &TopicPartition) -> i64 {
+        let source = SourcePartition { topic: log.topic_index, partition: log.partition };
+        let stated = self.parts.table.generation(source).saturating_add(1);
+        stated.max(i64::try_from(unix_ms()).unwrap_or(i64::MAX))
+    }
+
+    fn table(&self, stated: Option<i64>) -> KafkaResult<i64> {
+        let known = self.parts.table.next_offset();
+        let Some(stated) = stated.filter(|stated| *stated > known) else {
+            return Ok(stated.unwrap_or(known));
+        };
+        // The table is behind, unless the topic was deleted and created again.
+        let topic = &self.parts.sessions_topic;
+        let (_, end) = self.consumer.fetch_watermarks(topic, 0, REQUEST_TIMEOUT)?;
+        Ok(if end < stated { known } else { stated })
+    }
+}
+
+impl GroupContext {
+    /// Claims the unclaimed partitions. What cannot be claimed stays unclaimed, to be tried again.
+    fn claim(&self, consumer: &BaseConsumer<Self>) -> Vec<ClaimedPartition> {
+        let logs: Vec<_> = self.unclaimed().iter().cloned().collect();
+        if logs.is_empty() {
+            return Vec::new();
+        }
+        let counters = &self.shared().counters;
+        let Some(parts) = &self.shared().claims else { return Vec::new() };
+        let start = TableStart { consumer, parts };
+        let claimed = claims::claim(consumer, &logs, REQUEST_TIMEOUT, &start);
+        let count = claimed.as_ref().map_or(0, Vec::len);
+        counters.claims.add(count as u64);
+        counters.claims_failed.add((logs.len() - count) as u64);
+        match claimed {
+            Ok(claimed) if count == logs.len() => claimed,
+            Ok(claimed) => {
+                if let Some(again) = self.shared().errors.failed(tokio::time::Instant::now()) {
+                    let unclaimed = logs.len() - count;
+                    tracing::warn!(unclaimed, "some partitions cannot be claimed; retrying{again}");
+                }
+                claimed
+            }
+            Err(error @ ClaimError::Fenced(_)) => {
+                // The group revokes them, or the member joins again. librdkafka may also keep them without a
+                // new assignment, if the group's generation changed meanwhile: they are tried again.
+                if let Some(again) = self.shared().errors.failed(tokio::time::Instant::now()) {
+                    tracing::warn!(%error, "cannot claim partitions; retrying{again}");
+                }
+                Vec::new()
+            }
+            Err(error @ ClaimError::Failed(_)) => {
+                if let Some(again) = self.shared().errors.failed(tokio::time::Instant::now()) {
+                    tracing::warn!(%error, "cannot claim partitions; retrying{again}");
+                }
+                Vec::new()
+            }
+        }
+    }
+
+    /// The ownership of each claimed partition. Empty: the barrier is not known, so they are claimed again
+    /// later.
+    fn ownerships(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        claimed: Vec<ClaimedPartition>,
+    ) -> Vec<(TopicPartition, Ownership)> {
+        let Some(parts) = &self.shared().claims else { return Vec::new() };
+        if claimed.is_empty() {
+            return Vec::new();
+        }
+        // After the claim: what the former owner has handed over to this node is below it.
+        let Some(barrier) = parts.barrier.end_offset() else {
+            if let Some(again) = self.shared().errors.failed(tokio::time::Instant::now()) {
+                tracing::warn!("the hand-offs to this node are not readable; retrying{again}");
+            }
+            return Vec::new();
+        };
+        let age_ms = i64::try_from(parts.tails.age_max_ms()).unwrap_or(i64::MAX);
+        let tails = (parts.owned.len() + claimed.len()) as u64;
+        let bounds = TailBounds {
+            since_ms: i64::try_from(unix_ms()).unwrap_or(i64::MAX).saturating_sub(age_ms),
+            bytes: parts.tails.bytes_max() / tails,
+        };
+        let fill_from = claims::fill_from(consumer, &claimed, bounds, REQUEST_TIMEOUT);
+        let ownerships = claimed.into_iter().zip(fill_from).map(|(claimed, fill_from)| {
+            let ClaimedPartition { log, start, claim: Claim { generation, table } } = claimed;
+            let ownership = Ownership {
+                generation,
+                start,
+                fill_from,
+                table,
+                barrier,
+                settled: Arc::new(CommittableTable::new(table)),
+                routed: Arc::new(AtomicI64::new(start)),
+            };
+            (log, ownership)
+        });
+        ownerships.collect()
+    }
+
+    /// Claims the unclaimed partitions, starts to read those that are claimed, and gives them to their
+    /// routers. Returns their number.
+    pub(super) fn start_claimed(&self, consumer: &BaseConsumer<Self>) -> KafkaResult<usize> {
+        let claimed = self.claim(consumer);
+        let ownerships = self.ownerships(consumer, claimed);
+        if ownerships.is_empty() {
+            self.update_unclaimed();
+            return Ok(0);
+        }
+        // An assignment hides that the last one was lost meanwhile, and the partitions with it.
+        if consumer.assignment_lost() {
+            return Ok(0);
+        }
+        let shared = self.shared();
+        let mut added = TopicPartitionList::with_capacity(ownerships.len());
+        let mut sources = Vec::with_capacity(ownerships.len());
+        for (log, ownership) in ownerships {
+            // The queue is split off before the first fetch: see `PartitionSource::new`.
+            let reader = self.consumer.get().and_then(Weak::upgrade);
+            let Some(source) = reader.and_then(|reader| shared.source(&reader, &log)) else {
+                continue;
+            };
+            added.add_partition_offset(
+                &log.topic,
+                log.partition,
+                Offset::Offset(ownership.fill_from),
+            )?;
+            sources.push((log, ownership, source));
+        }
+        let count = added.count();
+        consumer.incremental_assign(&added)?;
+        for (log, ownership, source) in sources {
+            self.unclaimed().remove(&log);
+            self.route(log, Some(ownership.start), Some(ownership), source);
+        }
+        self.update_unclaimed();
+        Ok(count)
+    }
+
+    pub(super) fn update_unclaimed(&self) {
+        let unclaimed = self.unclaimed().len() as u64;
+        self.shared().counters.partitions_unclaimed.set(unclaimed);
+        if unclaimed == 0 {
+            self.shared().status.assigned();
+        }
+    }
+}

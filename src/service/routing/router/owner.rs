@@ -1,0 +1,572 @@
+//! The owner's side of the hand-off through the log: hands records to other nodes, and replays to sessions
+//! that began lately what it routed before it knew them.
+//!
+//! The rules are in [`newcomers`](crate::service::cluster::newcomers), and
+//! [why they hold](crate::service::cluster#why-nothing-is-missed-and-nothing-arrives-twice). A new owner starts with the
+//! *T* of the last commit, waits for its barrier and until its table has reached that *T*, and fills its
+//! tail from Kafka with what lies before its first record.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
+use std::sync::atomic::AtomicI64;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+
+use crate::domain::command::Ticket;
+use crate::handoff::Doorbell;
+use crate::service::backends::ports::MissedEvents;
+use crate::service::cluster::holder::{Holder, RoutedPosition, SessionSerial, SourcePartition};
+use crate::service::cluster::newcomers::{Newcomer, StatedPosition};
+use crate::service::cluster::nodes::NodeIndex;
+use crate::service::cluster::ports::{HandOffSink, OutgoingHandOff, Queued};
+use crate::service::cluster::table::{NodeAddress, SessionTable};
+use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailEntry};
+use crate::service::cluster::wire::hand_off_header::Content;
+use crate::service::cluster::wire::{
+    HandOffHeader, MissedRange, PartitionPosition, Passed, TopicPositions, Users,
+};
+use crate::service::routing::router::RouterCounters;
+use crate::service::routing::router::in_flight::{LaneKey, ReturnedTicket};
+use crate::service::routing::router::partition::{CommittableTable, TopicPartition};
+use crate::service::routing::router::record::RawRecord;
+
+/// Time between two messages that tell a node what has passed, ms.
+const PASSED_INTERVAL_MS: u64 = 1_000;
+
+/// What routers need to hand over through the log.
+#[derive(Clone)]
+pub struct ClusterParts {
+    /// Who is where.
+    pub table: Arc<SessionTable>,
+    /// Which session of this node needs a record. Shared by all routers and the session manager.
+    pub holder: Arc<Mutex<Holder>>,
+    /// Where hand-offs go.
+    pub sink: Arc<dyn HandOffSink>,
+    /// Bounds of the tails.
+    pub tails: Arc<TailBudget>,
+    /// Where sessions go that have missed events.
+    pub missed: Arc<dyn MissedEvents>,
+    /// The topics of events, by index.
+    pub topics: Arc<[Arc<str>]>,
+}
+
+/// The ownership of a partition.
+#[derive(Clone, Debug)]
+pub struct Ownership {
+    /// Grows with each owner.
+    pub generation: i64,
+    /// The first offset to route. Earlier records of the source only fill the tail.
+    pub start: i64,
+    /// The first offset of the source, at most `start`.
+    pub fill_from: i64,
+    /// Beginnings below this offset of the sessions topic are applied.
+    pub table: i64,
+    /// Hand-offs to this node below this offset have to be delivered before a record is routed.
+    pub barrier: i64,
+    /// Beginnings below this offset are applied, and their replays are stored. Written by the router, read
+    /// by the Kafka thread for its commits.
+    pub settled: Arc<CommittableTable>,
+    /// The next offset to route. Written by the router, read for the lease.
+    pub routed: Arc<AtomicI64>,
+}
+
+/// The position of a record that a lane routes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LanePosition {
+    pub(super) at: RoutedPosition,
+    /// Sessions of this node that were admitted later are newer than the lane.
+    pub(super) direct_after: SessionSerial,
+}
+
+/// A claim, as a lane keeps it.
+pub(super) struct LaneClaim {
+    pub(super) ownership: Ownership,
+    /// Beginnings below this offset are applied.
+    pub(super) applied: i64,
+    pub(super) tail: PartitionTail,
+    /// Whether the tail holds what the source had before `start`.
+    pub(super) is_filled: bool,
+    /// Replays that are not stored yet.
+    replays: usize,
+    /// Where the replay to a newcomer continues, which found no room: the offset of its beginning, and the
+    /// first offset that was not replayed to it.
+    pub(super) paused_replay: Option<(i64, i64)>,
+    /// The newcomer whose replay is blocked, by the offset of its beginning, and since when, Unix time in ms.
+    blocked_newcomer: Option<(i64, u64)>,
+    /// Sessions of this node that were admitted later are newer than the lane.
+    pub(super) direct_after: SessionSerial,
+}
+
+impl LaneClaim {
+    pub(super) fn new(
+        ownership: Ownership,
+        tails: &Arc<TailBudget>,
+        direct_after: SessionSerial,
+    ) -> Self {
+        Self {
+            direct_after,
+            applied: ownership.table,
+            tail: PartitionTail::new(ownership.fill_from, Arc::clone(tails)),
+            is_filled: ownership.fill_from >= ownership.start,
+            replays: 0,
+            paused_replay: None,
+            blocked_newcomer: None,
+            ownership,
+        }
+    }
+
+    /// Whether records may be routed: everything that was handed over to this node before it became the owner
+    /// is delivered, and its table has what the former owner had applied. (A table that is read again is
+    /// behind for a while.)
+    pub(super) fn may_route(&self, handed_to: i64, read_to: i64) -> bool {
+        handed_to >= self.ownership.barrier && read_to >= self.applied
+    }
+
+    /// Puts a record before `start` into the tail, until the tail is filled. Returns false for every other
+    /// record: it has to be routed. (A partition that was created again begins below `start` again.)
+    pub(super) fn fills(&mut self, raw: RawRecord<'_>, now_ms: u64) -> bool {
+        if self.is_filled || raw.offset >= self.ownership.start {
+            self.is_filled = true;
+            return false;
+        }
+        self.push(raw, None, now_ms);
+        true
+    }
+
+    /// Puts a routed record into the tail.
+    pub(super) fn remember(&mut self, raw: RawRecord<'_>, audience: TailAudience, now_ms: u64) {
+        self.push(raw, Some(audience), now_ms);
+    }
+
+    fn push(&mut self, raw: RawRecord<'_>, audience: Option<TailAudience>, now_ms: u64) {
+        let entry = TailEntry {
+            offset: raw.offset,
+            appended_at_ms: raw.appended_at_ms,
+            key: raw.key.map(Box::from),
+            value: Bytes::copy_from_slice(raw.value),
+            audience,
+        };
+        self.tail.push(entry, now_ms);
+    }
+
+    pub(super) fn replay_stored(&mut self) {
+        self.replays -= 1;
+        self.settle();
+    }
+
+    /// Since when the replays to the session that began at `begin` are blocked, Unix time in ms.
+    pub(super) fn blocked_since(&mut self, begin: i64, now_ms: u64) -> u64 {
+        let blocked = self.blocked_newcomer.filter(|(blocked, _)| *blocked == begin);
+        self.blocked_newcomer.replace(blocked.unwrap_or((begin, now_ms)));
+        blocked.map_or(now_ms, |(_, since_ms)| since_ms)
+    }
+
+    /// States that beginnings below `applied` are applied.
+    pub(super) fn apply(&mut self, applied: i64) {
+        self.applied = applied;
+        self.settle();
+    }
+
+    fn settle(&self) {
+        if self.replays == 0 {
+            self.ownership.settled.set(self.applied);
+        }
+    }
+
+    /// The position of a record that is routed now.
+    pub(super) fn at(&self, log: &TopicPartition, offset: i64) -> RoutedPosition {
+        RoutedPosition {
+            source: source_of(log),
+            offset,
+            generation: self.ownership.generation,
+            table: self.applied,
+        }
+    }
+
+    /// The position of a record that is routed now, and what holds for the sessions of this node.
+    pub(super) fn routes(&self, log: &TopicPartition, offset: i64) -> LanePosition {
+        LanePosition { at: self.at(log, offset), direct_after: self.direct_after }
+    }
+}
+
+pub(super) fn source_of(log: &TopicPartition) -> SourcePartition {
+    SourcePartition { topic: log.topic_index, partition: log.partition }
+}
+
+/// The value of a record for several nodes. It is copied only if the sink is full, and only once.
+struct ForwardedValue<'a> {
+    bytes: &'a [u8],
+    kept: Option<Bytes>,
+}
+
+impl ForwardedValue<'_> {
+    fn keep(&mut self) -> Bytes {
+        self.kept.get_or_insert_with(|| Bytes::copy_from_slice(self.bytes)).clone()
+    }
+}
+
+const NO_VALUE: ForwardedValue<'static> = ForwardedValue { bytes: &[], kept: None };
+
+/// A hand-off that found the sink full.
+struct UnsentHandOff {
+    to: NodeAddress,
+    header: HandOffHeader,
+    key: Option<Box<[u8]>>,
+    value: Bytes,
+    returned: Option<ReturnedTicket>,
+}
+
+/// The owner's side of one router.
+pub(super) struct OwnerSide {
+    pub(super) parts: ClusterParts,
+    counters: Arc<RouterCounters>,
+    /// The users of the current record on other nodes.
+    remote: Vec<(NodeIndex, Vec<String>)>,
+    /// The same, with the addresses of the nodes.
+    found: Vec<(NodeAddress, Vec<String>)>,
+    /// At most one for each node, because nothing more is handed over while it is not empty.
+    unsent: VecDeque<UnsentHandOff>,
+    returned: Sender<ReturnedTicket>,
+    bell: Arc<Doorbell>,
+    /// Nodes with sessions that began since they were last told what has passed.
+    owed: BTreeSet<NodeIndex>,
+    next_passed_ms: u64,
+}
+
+impl OwnerSide {
+    pub(super) fn new(
+        parts: ClusterParts,
+        counters: Arc<RouterCounters>,
+        returned: Sender<ReturnedTicket>,
+        bell: Arc<Doorbell>,
+    ) -> Self {
+        Self {
+            parts,
+            counters,
+            remote: Vec::new(),
+            found: Vec::new(),
+            unsent: VecDeque::new(),
+            returned,
+            bell,
+            owed: BTreeSet::new(),
+            next_passed_ms: 0,
+        }
+    }
+
+    pub(super) fn holder(&self) -> MutexGuard<'_, Holder> {
+        self.parts.holder.lock().expect("no holder panics")
+    }
+
+    /// A partition by the name of its topic; `None`: this node does not know the topic.
+    pub(super) fn source(&self, topic: &str, partition: i32) -> Option<SourcePartition> {
+        let index = self.parts.topics.iter().position(|known| **known == *topic)?;
+        Some(SourcePartition { topic: u16::try_from(index).ok()?, partition })
+    }
+
+    /// Whether the hand-offs of one more record find room.
+    pub(super) fn has_room(&self) -> bool {
+        self.unsent.is_empty() && self.parts.sink.has_room()
+    }
+
+    /// Sends what found the sink full. Returns whether anything progressed.
+    pub(super) fn flush(&mut self) -> bool {
+        let mut progressed = false;
+        while let Some(unsent) = self.unsent.pop_front() {
+            let UnsentHandOff { to, header, key, value, returned } = unsent;
+            let back = self.try_send(to, &header, key.as_deref(), &value, returned);
+            if let Some(returned) = back {
+                self.unsent.push_front(UnsentHandOff { to, header, key, value, returned });
+                break;
+            }
+            progressed = true;
+        }
+        progressed
+    }
+
+    /// `Some`: the sink is full.
+    fn try_send(
+        &self,
+        to: NodeAddress,
+        header: &HandOffHeader,
+        key: Option<&[u8]>,
+        value: &[u8],
+        returned: Option<ReturnedTicket>,
+    ) -> Option<Option<ReturnedTicket>> {
+        let queued = match self.offer(to, header, key, value, returned) {
+            Queued::TooLarge => self.offer_without_record(to, header, returned),
+            queued => queued,
+        };
+        match queued {
+            Queued::Accepted => None,
+            Queued::Full => Some(returned),
+            // Without a record and without users it is small.
+            Queued::TooLarge => unreachable!("a header without content is too large"),
+        }
+    }
+
+    fn offer(
+        &self,
+        to: NodeAddress,
+        header: &HandOffHeader,
+        key: Option<&[u8]>,
+        value: &[u8],
+        returned: Option<ReturnedTicket>,
+    ) -> Queued {
+        let (sender, bell) = (self.returned.clone(), Arc::clone(&self.bell));
+        let stored = Box::new(move || {
+            if let Some(ticket) = returned {
+                // Fails only if the router has ended.
+                let _ = sender.send(ticket);
+                bell.ring();
+            }
+        });
+        let hand_off =
+            OutgoingHandOff { target: to.epoch, partition: to.partition, header, key, value };
+        self.parts.sink.send(hand_off, stored)
+    }
+
+    /// Hands over that a record is too large to be handed over: the sessions that need it are closed with
+    /// 4409.
+    fn offer_without_record(
+        &self,
+        to: NodeAddress,
+        header: &HandOffHeader,
+        returned: Option<ReturnedTicket>,
+    ) -> Queued {
+        let content = match &header.content {
+            Some(Content::Replay(serial)) => Content::Gap(*serial),
+            Some(Content::Live(users)) => Content::Missed(users.clone()),
+            _ => Content::Missed(Users::default()),
+        };
+        let mut header = HandOffHeader { content: Some(content), ..header.clone() };
+        let mut queued = self.offer(to, &header, None, &[], returned);
+        if queued == Queued::TooLarge {
+            header.content = Some(Content::Missed(Users::default()));
+            queued = self.offer(to, &header, None, &[], returned);
+        }
+        if queued == Queued::Accepted {
+            self.counters.hand_offs_too_large.add(1);
+            let (topic, partition, offset) = (&header.topic, header.partition, header.offset);
+            tracing::error!(topic, partition, offset, "record too large to be handed over");
+        }
+        queued
+    }
+
+    fn send(
+        &mut self,
+        to: NodeAddress,
+        header: HandOffHeader,
+        key: Option<&[u8]>,
+        value: &mut ForwardedValue<'_>,
+        returned: Option<ReturnedTicket>,
+    ) {
+        let back = if self.unsent.is_empty() {
+            self.try_send(to, &header, key, value.bytes, returned)
+        } else {
+            Some(returned)
+        };
+        if let Some(returned) = back {
+            let (key, value) = (key.map(Box::from), value.keep());
+            self.unsent.push_back(UnsentHandOff { to, header, key, value, returned });
+        }
+    }
+
+    /// Finds the other nodes that hold a session of one of these users, for [`OwnerSide::forward`]. Returns
+    /// false if the table is being read again, and may have missed some.
+    pub(super) fn find_remote<'a>(
+        &mut self,
+        at: RoutedPosition,
+        users: impl Iterator<Item = &'a str>,
+    ) -> bool {
+        self.remote.clear();
+        for user in users {
+            let remote = &mut self.remote;
+            self.parts.table.nodes_of(user, at.table, |node| {
+                let index = match remote.iter().position(|(known, _)| *known == node) {
+                    Some(index) => index,
+                    None => {
+                        remote.push((node, Vec::new()));
+                        remote.len() - 1
+                    }
+                };
+                let named = &mut remote[index].1;
+                if named.last().is_none_or(|last| last != user) {
+                    named.push(user.to_owned());
+                }
+            });
+        }
+        let (table, own) = (&self.parts.table, self.parts.table.own_epoch());
+        let found = self.remote.drain(..).filter_map(|(node, ids)| {
+            let to = table.address(node).filter(|to| to.epoch != own)?;
+            Some((to, ids))
+        });
+        self.found.clear();
+        self.found.extend(found);
+        table.next_offset() >= at.table
+    }
+
+    /// Hands a record to the nodes that were found. Returns the number of hand-offs, each of which returns the
+    /// ticket.
+    pub(super) fn forward(
+        &mut self,
+        raw: RawRecord<'_>,
+        at: RoutedPosition,
+        ticket: Ticket,
+    ) -> u32 {
+        let mut sent = 0;
+        let mut value = ForwardedValue { bytes: raw.value, kept: None };
+        for (to, ids) in std::mem::take(&mut self.found) {
+            let header = self.header(at, raw.appended_at_ms, Content::Live(Users { ids }));
+            let returned = Some(ReturnedTicket::HandOff(ticket));
+            self.send(to, header, raw.key, &mut value, returned);
+            sent += 1;
+        }
+        sent
+    }
+
+    fn header(&self, at: RoutedPosition, appended_at_ms: u64, content: Content) -> HandOffHeader {
+        HandOffHeader {
+            topic: self.parts.topics[usize::from(at.source.topic)].to_string(),
+            partition: at.source.partition,
+            offset: at.offset,
+            generation: at.generation,
+            table: at.table,
+            appended_at_ms: i64::try_from(appended_at_ms).unwrap_or(i64::MAX),
+            content: Some(content),
+        }
+    }
+
+    /// Replays the entry to a session on another node.
+    pub(super) fn replay(
+        &mut self,
+        lane: &mut LaneClaim,
+        key: LaneKey,
+        log: &TopicPartition,
+        entry: &TailEntry,
+        to: (NodeAddress, u64),
+    ) {
+        let header =
+            self.header(lane.at(log, entry.offset), entry.appended_at_ms, Content::Replay(to.1));
+        lane.replays += 1;
+        let returned = Some(ReturnedTicket::Replay(key));
+        let mut value = ForwardedValue { bytes: &entry.value, kept: Some(entry.value.clone()) };
+        self.send(to.0, header, entry.key.as_deref(), &mut value, returned);
+    }
+
+    /// Tells another node that events for one of its sessions are no longer available.
+    pub(super) fn gap(
+        &mut self,
+        lane: &mut LaneClaim,
+        key: LaneKey,
+        log: &TopicPartition,
+        to: (NodeAddress, u64),
+    ) {
+        let header = self.header(lane.at(log, 0), 0, Content::Gap(to.1));
+        lane.replays += 1;
+        self.send(to.0, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Replay(key)));
+    }
+
+    /// The position from which a newcomer wants the records of a partition. `None`: not known any more.
+    pub(super) fn wanted_from(&self, newcomer: &Newcomer, log: &TopicPartition) -> Option<i64> {
+        match self.parts.table.routed(source_of(log), newcomer.as_of) {
+            StatedPosition::At(next) => Some(next),
+            // The first owner may have routed from anywhere on.
+            StatedPosition::Never => Some(0),
+            StatedPosition::Forgotten => None,
+        }
+    }
+
+    /// Events for the sessions that began in this range of the sessions topic are no longer available.
+    pub(super) fn missed_range(
+        &mut self,
+        lane: &mut LaneClaim,
+        key: LaneKey,
+        log: &TopicPartition,
+        range: Range<i64>,
+    ) {
+        self.close_begun_in(range.clone());
+        let missed = MissedRange { from: range.start, to: range.end };
+        for to in self.parts.table.others() {
+            lane.replays += 1;
+            // With its partition, so that no later record of it overtakes this.
+            let header = self.header(lane.at(log, 0), 0, Content::MissedRange(missed));
+            self.send(to, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Replay(key)));
+        }
+    }
+
+    /// A record of a topic that this node does not know was handed over: the sessions that it names miss it.
+    /// No users: all sessions.
+    pub(super) fn missed_of_unknown_topic(&self, content: &Content) {
+        match content {
+            Content::Live(users) | Content::Missed(users) if !users.ids.is_empty() => {
+                users.ids.iter().for_each(|user| self.parts.missed.missed_by_user(user));
+            }
+            Content::Replay(serial) => {
+                let mut holder = self.holder();
+                let session = holder.find(SessionSerial(*serial));
+                session.into_iter().for_each(|session| holder.ended(session));
+                drop(holder);
+                session.into_iter().for_each(|session| self.parts.missed.missed(session));
+            }
+            _ => self.parts.missed.missed_by_all(),
+        }
+    }
+
+    /// Closes the sessions of this node that began in this range. Returns their number.
+    pub(super) fn close_begun_in(&self, range: Range<i64>) -> usize {
+        let mut holder = self.holder();
+        let sessions = holder.begun_in(range, self.parts.table.next_offset());
+        // A later event would hide the gap.
+        sessions.iter().for_each(|session| holder.ended(*session));
+        drop(holder);
+        sessions.iter().for_each(|session| self.parts.missed.missed(*session));
+        sessions.len()
+    }
+
+    /// The node has to be told soon what has passed.
+    pub(super) fn owes(&mut self, node: NodeIndex) {
+        self.owed.insert(node);
+    }
+
+    /// Whether it is time to tell nodes what has passed.
+    pub(super) fn is_passed_due(&self, now_ms: u64) -> bool {
+        !self.owed.is_empty() && now_ms >= self.next_passed_ms && self.has_room()
+    }
+
+    /// Tells the nodes that are owed it what has passed: everything below these positions was handed over
+    /// by an owner that had applied beginnings below `table`.
+    pub(super) fn tell_passed(
+        &mut self,
+        positions: &[(TopicPartition, i64, i64)],
+        table: i64,
+        now_ms: u64,
+    ) {
+        self.next_passed_ms = now_ms + PASSED_INTERVAL_MS;
+        let mut topics: Vec<TopicPositions> = Vec::new();
+        for (log, next, generation) in positions {
+            let position = PartitionPosition {
+                partition: log.partition,
+                next: *next,
+                generation: *generation,
+            };
+            match topics.iter_mut().find(|known| *known.topic == *log.topic) {
+                Some(known) => known.partitions.push(position),
+                None => topics.push(TopicPositions {
+                    topic: log.topic.to_string(),
+                    partitions: vec![position],
+                }),
+            }
+        }
+        let own = self.parts.table.own_epoch();
+        for node in std::mem::take(&mut self.owed) {
+            let Some(to) = self.parts.table.address(node).filter(|to| to.epoch != own) else {
+                continue;
+            };
+            let content = Some(Content::Passed(Passed { positions: topics.clone() }));
+            let header = HandOffHeader { table, content, ..HandOffHeader::default() };
+            self.send(to, header, None, &mut { NO_VALUE }, None);
+        }
+    }
+}

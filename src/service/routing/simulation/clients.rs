@@ -1,0 +1,47 @@
+//! The clients of the simulated cluster, and the promise: a session gets every record that concerns it and
+//! was appended from its 101 on, once, in the order of its partition, and nothing after one that it missed.
+
+use super::logs::{Device, Logs, PARTITIONS};
+
+/// A client, while it is connected.
+#[derive(Debug)]
+pub(super) struct ClusterClient {
+    /// The process that it is connected to.
+    pub(super) life: u64,
+    pub(super) slot: u32,
+    /// The ends of the partitions at its 101.
+    pub(super) ends: [i64; PARTITIONS],
+    pub(super) got: [Vec<i64>; PARTITIONS],
+}
+
+impl ClusterClient {
+    /// Checks what the client got until now. Returns the first record that it has not got, by partition.
+    pub(super) fn check(&self, (user, device): Device, logs: &Logs) -> [Option<i64>; PARTITIONS] {
+        std::array::from_fn(|partition| {
+            let (got, end) = (&self.got[partition], self.ends[partition]);
+            let name = || {
+                format!(
+                    "user {user}, device {device} in slot {} of process {}, partition {partition} \
+                     (101 at {end})",
+                    self.slot, self.life
+                )
+            };
+            let order = got.windows(2).find(|pair| pair[0] >= pair[1]);
+            assert!(order.is_none(), "{}: {order:?} out of order or twice", name());
+            let all = logs.concerned(partition, 0, user);
+            let foreign = got.iter().find(|offset| all.binary_search(offset).is_err());
+            assert!(foreign.is_none(), "{}: {foreign:?} does not concern it", name());
+            let needed = logs.concerned(partition, end, user);
+            let got = &got[got.partition_point(|offset| *offset < end)..];
+            let hole = got.iter().zip(needed).find(|(got, needed)| got != needed);
+            assert!(
+                hole.is_none(),
+                "{}: got {:?} without {:?}",
+                name(),
+                hole.unwrap().0,
+                hole.unwrap().1
+            );
+            needed.get(got.len()).copied()
+        })
+    }
+}

@@ -1,0 +1,68 @@
+//! The members of the conversations of the simulated cluster: known from the start, or asked for.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::oneshot;
+
+use super::logs::{conversation_name, conversations, members, user_name};
+use crate::service::backends::ports::{BoxFuture, ConversationSource, NeighbourError};
+use crate::service::members::membership::{
+    LogPosition, Membership, MembershipConfig, MembershipCounters,
+};
+
+/// A request for the members of a conversation.
+type Question = (Arc<str>, oneshot::Sender<Vec<Arc<str>>>);
+
+/// The conversation service. It answers when the simulation says so.
+#[derive(Default)]
+pub(super) struct ConversationsService {
+    waiting: Mutex<VecDeque<Question>>,
+}
+
+impl ConversationSource for ConversationsService {
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
+        let (answer, wait) = oneshot::channel();
+        self.waiting.lock().expect("one thread").push_back((conversation, answer));
+        Box::pin(async { wait.await.map_err(|_| NeighbourError::NotFound) })
+    }
+}
+
+impl ConversationsService {
+    /// Answers this many requests.
+    pub(super) fn answer(&self, amount: usize, runtime: &tokio::runtime::Runtime) {
+        let run = || runtime.block_on(async { tokio::task::yield_now().await });
+        run();
+        for _ in 0..amount {
+            let waiting = self.waiting.lock().expect("one thread").pop_front();
+            let Some((name, answer)) = waiting else { break };
+            let number = name.strip_prefix("conversation-").expect("ours");
+            let members = members(number.parse().expect("a number"));
+            let _ = answer.send(members.into_iter().map(|user| user_name(user).into()).collect());
+        }
+        run();
+    }
+}
+
+/// The membership cache of a node. Without a service it knows all conversations.
+pub(super) fn membership(
+    service: Option<Arc<ConversationsService>>,
+    runtime: tokio::runtime::Handle,
+) -> Arc<Membership> {
+    let config =
+        MembershipConfig { fetch_deadline_ms: u64::MAX >> 20, ..MembershipConfig::default() };
+    let has_service = service.is_some();
+    let source = service.map(|source| source as Arc<dyn ConversationSource>);
+    let counters = Arc::<MembershipCounters>::default();
+    let membership = Membership::new(config, source, runtime, counters);
+    if !has_service {
+        for conversation in conversations() {
+            let names: Vec<_> = members(conversation).into_iter().map(user_name).collect();
+            let names: Vec<_> = names.iter().map(String::as_str).collect();
+            let position = LogPosition { topic: 1, partition: 0, offset: conversation as i64 };
+            membership.created(&conversation_name(conversation), &names, position, 0, 0);
+        }
+    }
+    membership.follow();
+    membership
+}

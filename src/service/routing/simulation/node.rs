@@ -1,0 +1,507 @@
+//! One node of the simulated cluster: the real router, table, holder and tails around simulated clients.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use prost::Message as _;
+
+use super::logs::{Commit, HAND_OFF_PARTITIONS, Logs, PARTITIONS, StoredHandOff, TOPIC};
+use super::manager::{EpochWatch, SimulatedManager};
+use super::members::{ConversationsService, membership};
+use super::queues::{OwnedPartition, RoutedCells, SessionsQueue, SimulatedSink, positions};
+use super::stalls::Stall;
+use super::weather::{FOREVER_MS, Weather};
+use super::{ClusterSummary, NODE_TIMEOUT_MS};
+use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::counters::CounterSet as _;
+use crate::domain::encoding::Encoding;
+use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
+use crate::service::backends::ports::MissedEvents;
+use crate::service::cluster::announcer::SessionAnnouncer;
+use crate::service::cluster::holder::Holder;
+use crate::service::cluster::lease::{LeaseKeeper, LeaseParts, LeaseState};
+use crate::service::cluster::missed::MissedSessions;
+use crate::service::cluster::nodes::RENEWAL_MS;
+use crate::service::cluster::own_epoch::OwnEpoch;
+use crate::service::cluster::ports::{
+    HandOffReceiver as _, HandOffSink, HandOffStored, IncomingHandOff, NodeEpoch, SessionsLog as _,
+};
+use crate::service::cluster::table::{SessionTable, TableConfig, TableCounters, TableListener};
+use crate::service::cluster::tail::TailBudget;
+use crate::service::events::proto::message::v1::MessageSentEvent;
+use crate::service::events::proto::shared::v1::EventEnvelope;
+use crate::service::members::directory::Directory;
+use crate::service::routing::router::holding::HandOffInboxes;
+use crate::service::routing::router::owner::{ClusterParts, Ownership};
+use crate::service::routing::router::{
+    Assignment, CommittableOffset, CommittableTable, Router, RouterConfig, RouterControl,
+    RouterCounters, RouterParts, TopicPartition,
+};
+
+/// Changes of sessions that may wait besides.
+const CHANGES_MAX: usize = 6;
+/// Counters of routers that the summary shows.
+const COUNTED: [&str; 7] = [
+    "gaps",
+    "replays",
+    "hand_offs_late",
+    "hand_offs_too_large",
+    "waits_for_members",
+    "waits_for_room",
+    "waits_for_hand_offs",
+];
+/// Slots of a ring.
+const RING_SLOTS: usize = 8;
+
+/// A router, and its ring to the shard.
+struct SimulatedRouter {
+    router: Router,
+    control: RouterControl,
+    shard: ShardEnd,
+    counters: Arc<RouterCounters>,
+}
+
+pub(super) struct SimulatedNode {
+    /// Its number. Processes of the same number have the same instance.
+    number: usize,
+    /// The process, by which the cluster tells its clients apart.
+    life: u64,
+    table: Arc<SessionTable>,
+    table_counters: Arc<TableCounters>,
+    pub(super) manager: SimulatedManager,
+    keeper: LeaseKeeper,
+    /// The clock of the keeper is ahead by this, ms.
+    keeper_ahead_ms: u64,
+    service: Option<Arc<ConversationsService>>,
+    routers: Vec<SimulatedRouter>,
+    inboxes: HandOffInboxes,
+    sink: Arc<SimulatedSink>,
+    /// Stored hand-offs whose acknowledgement has not arrived.
+    unacknowledged: VecDeque<(i32, StoredHandOff, HandOffStored)>,
+    writes: Arc<SessionsQueue>,
+    routed: RoutedCells,
+    owned: BTreeMap<usize, OwnedPartition>,
+    sessions_read: usize,
+    /// The end of the sessions topic when the node began to read it.
+    sessions_end: usize,
+    /// Whether that end is reached.
+    following: Arc<AtomicBool>,
+    hand_off_partition: usize,
+    hand_offs_read: usize,
+    delivered: Vec<(u32, usize, i64)>,
+    pub(super) stall: Stall,
+}
+
+fn log(partition: usize) -> TopicPartition {
+    TopicPartition { topic: TOPIC.into(), topic_index: 0, partition: partition as i32 }
+}
+
+impl SimulatedNode {
+    /// Starts a node: it reads the table, and its lease is stored.
+    pub(super) fn start(
+        number: usize,
+        life: u64,
+        logs: &mut Logs,
+        runtime: tokio::runtime::Handle,
+        weather: &Weather,
+    ) -> Self {
+        let now_ms = logs.now_ms;
+        let bell = Arc::new(Doorbell::new().expect("an eventfd"));
+        let holder = Arc::<Mutex<Holder>>::default();
+        let sink = Arc::new(SimulatedSink::new(weather.hand_off_bytes_max));
+        let directory = Arc::new(Directory::new());
+        let missed = Arc::new(MissedSessions::new(
+            Arc::clone(&directory),
+            Some(Arc::clone(&holder)),
+            Arc::clone(&bell),
+        ));
+        let own = Arc::new(OwnEpoch::new(Arc::clone(&holder), Arc::clone(&missed) as _));
+        let watch = Arc::new(EpochWatch::new(Arc::clone(&own)));
+        let topics: Arc<[Arc<str>]> = Arc::from([Arc::from(TOPIC)]);
+        let config = TableConfig {
+            topics: topics.to_vec(),
+            node_timeout_ms: NODE_TIMEOUT_MS as i64,
+            newcomers_age_ms: weather.tail_age_ms as i64,
+        };
+        let listener = Arc::clone(&watch) as Arc<dyn TableListener>;
+        let table_counters = Arc::<TableCounters>::default();
+        let table = Arc::new(SessionTable::new(config, listener, Arc::clone(&table_counters)));
+        let service = weather.has_service.then(Arc::<ConversationsService>::default);
+        let membership = membership(service.clone(), runtime);
+        let cluster = ClusterParts {
+            table: Arc::clone(&table),
+            holder,
+            sink: Arc::clone(&sink) as Arc<dyn HandOffSink>,
+            tails: TailBudget::new(weather.tail_bytes, weather.tail_age_ms),
+            missed: Arc::clone(&missed) as Arc<dyn MissedEvents>,
+            topics: Arc::clone(&topics),
+        };
+        let router = |_| {
+            let shard_bell = Arc::new(Doorbell::new().expect("an eventfd"));
+            let (link, shard) = connect([RING_SLOTS, 4_096], &shard_bell, &bell);
+            let counters = Arc::<RouterCounters>::default();
+            let (router, control) = Router::new(RouterParts {
+                config: RouterConfig {
+                    batch_max: 4,
+                    // Records given up are not what is tested.
+                    route_retry_max_ms: FOREVER_MS,
+                    ..RouterConfig::default()
+                },
+                counters: Arc::clone(&counters),
+                bell: Arc::clone(&bell),
+                links: vec![link],
+                directory: Arc::clone(&directory),
+                membership: Arc::clone(&membership),
+                remote: None,
+                cluster: Some(cluster.clone()),
+                dead_letters: None,
+            });
+            SimulatedRouter { router, control, shard, counters }
+        };
+        let routers: Vec<_> = (0..weather.routers).map(router).collect();
+        let missed_by_all = Arc::clone(&missed);
+        let losses = Arc::<AtomicU64>::default();
+        let all_missed = Arc::clone(&losses);
+        let inboxes = HandOffInboxes {
+            routers: routers.iter().map(|it| it.control.clone()).collect(),
+            topics,
+            missed: Box::new(move || {
+                all_missed.fetch_add(1, Ordering::Relaxed);
+                missed_by_all.missed_by_all();
+            }),
+        };
+        let hand_off_partition = life as usize % HAND_OFF_PARTITIONS;
+        let (writes, routed) = (Arc::<SessionsQueue>::default(), RoutedCells::default());
+        let announcer = Arc::new(SessionAnnouncer::new(
+            Arc::clone(&own),
+            Arc::clone(&table),
+            Arc::clone(&writes) as _,
+            CHANGES_MAX,
+            Arc::default(),
+        ));
+        let following = Arc::<AtomicBool>::default();
+        let is_read = Arc::clone(&following);
+        let (cells, mut lives, epoch) = (Arc::clone(&routed), life << 16, Arc::clone(&watch));
+        let keeper = LeaseKeeper::new(LeaseParts {
+            instance: format!("node-{number}"),
+            host: String::new(),
+            version: String::new(),
+            hand_off_partition: Box::new(move || Some(hand_off_partition as i32)),
+            table: Arc::clone(&table),
+            own,
+            announcer: Arc::clone(&announcer),
+            writer: Arc::clone(&writes) as _,
+            is_read: Box::new(move || is_read.load(Ordering::Relaxed)),
+            routed: Box::new(move || vec![positions(&cells)]),
+            set_epoch: Box::new(move |it| epoch.set_epoch(it)),
+            new_epoch: Box::new(move || {
+                lives += 1;
+                NodeEpoch(lives)
+            }),
+        });
+        let mut node = Self {
+            number,
+            life,
+            manager: SimulatedManager::new(directory, announcer, missed, watch, losses),
+            table,
+            table_counters,
+            keeper,
+            keeper_ahead_ms: 0,
+            service,
+            routers,
+            inboxes,
+            sink,
+            unacknowledged: VecDeque::new(),
+            writes,
+            routed,
+            owned: BTreeMap::new(),
+            sessions_read: 0,
+            sessions_end: logs.sessions.len(),
+            following: Arc::clone(&following),
+            hand_off_partition,
+            hand_offs_read: logs.hand_offs[hand_off_partition].end(),
+            delivered: Vec::new(),
+            stall: Stall::default(),
+        };
+        node.read_sessions(logs, usize::MAX);
+        node.renew(now_ms);
+        if *node.keeper.state() == LeaseState::Watching {
+            // The former node of this number is dead.
+            node.keeper_ahead_ms = 3 * RENEWAL_MS as u64;
+            node.renew(now_ms);
+        }
+        node.store(logs, usize::MAX);
+        node.read_sessions(logs, usize::MAX);
+        node.renew(now_ms);
+        assert_eq!(*node.keeper.state(), LeaseState::Living);
+        node
+    }
+
+    pub(super) fn table_read_to(&self) -> i64 {
+        self.table.next_offset()
+    }
+
+    pub(super) fn number(&self) -> usize {
+        self.number
+    }
+
+    pub(super) fn life(&self) -> u64 {
+        self.life
+    }
+
+    /// Whether the node must stop because another one has its instance.
+    pub(super) fn gives_way(&self) -> bool {
+        matches!(self.keeper.state(), LeaseState::InUse(_))
+    }
+
+    /// Adds what the node has counted.
+    pub(super) fn count(&self, summary: &mut ClusterSummary) {
+        for SimulatedRouter { counters, .. } in &self.routers {
+            counters.visit(&mut |_, name, _, count| {
+                if COUNTED.contains(&name) {
+                    summary.count_many(name, count);
+                }
+            });
+        }
+        summary.count_many("tables read again", self.table_counters.restarts.get());
+        summary.count_many("losses of all sessions of a node", self.manager.losses());
+        for (what, count) in &*self.sink.counts.lock().expect("one thread") {
+            summary.count_many(what, *count);
+        }
+    }
+
+    /// One turn of the routers, and of the shard.
+    pub(super) fn turn(&mut self, now_ms: u64) {
+        for router in &mut self.routers {
+            assert!(matches!(router.router.turn(now_ms), ControlFlow::Continue(_)));
+            Self::take_commands(&mut self.delivered, &mut router.shard);
+        }
+    }
+
+    fn take_commands(delivered: &mut Vec<(u32, usize, i64)>, shard: &mut ShardEnd) {
+        while let Some(command) = shard.commands.pop() {
+            let ShardCommand::Deliver { event, recipients, ticket, .. } = command else { continue };
+            let frame = event.frame(Encoding::Binary).expect("encoded for its recipients");
+            // A short frame has a header of two bytes, a longer one of four.
+            let value = if frame[1] < 126 { &frame[2..] } else { &frame[4..] };
+            let envelope = EventEnvelope::decode(value).expect("the value of a record");
+            let event = MessageSentEvent::decode(envelope.payload).expect("a message");
+            let message = event.message.expect("present");
+            let name = message.conversation_id.strip_prefix("conversation-").expect("ours");
+            let conversation: usize = name.parse().expect("a number");
+            for (connection, _) in recipients.iter() {
+                delivered.push((connection.slot, conversation % PARTITIONS, message.sequence));
+            }
+            if let Some(ticket) = ticket {
+                let reported = shard.reports.push(ShardReport::Done { ticket });
+                assert!(matches!(reported, Pushed::Accepted));
+            }
+        }
+        shard.reports.publish();
+    }
+
+    pub(super) fn take_delivered(&mut self) -> Vec<(u32, usize, i64)> {
+        std::mem::take(&mut self.delivered)
+    }
+
+    pub(super) fn read_sessions(&mut self, logs: &Logs, amount: usize) {
+        let to = self.sessions_read.saturating_add(amount).min(logs.sessions.len());
+        for offset in self.sessions_read..to {
+            match &logs.sessions[offset] {
+                Some(record) => self.table.record(record.clone()),
+                None if offset < self.sessions_end => {}
+                None => return self.lose_position(logs),
+            }
+        }
+        self.sessions_read = to;
+        if to >= self.sessions_end {
+            self.table.read_to(to as i64);
+            self.following.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The position in the sessions topic is lost: it is read again from the start.
+    pub(super) fn lose_position(&mut self, logs: &Logs) {
+        self.following.store(false, Ordering::Relaxed);
+        self.table.fell_behind();
+        self.sessions_read = 0;
+        self.sessions_end = logs.sessions.len();
+    }
+
+    pub(super) fn read_hand_offs(&mut self, logs: &Logs, amount: usize) {
+        let stored = &logs.hand_offs[self.hand_off_partition];
+        if self.hand_offs_read < stored.low() {
+            self.inboxes.missed();
+            self.hand_offs_read = stored.low();
+        }
+        for _ in 0..amount {
+            let Some(hand_off) = stored.get(self.hand_offs_read) else { break };
+            if hand_off.to == self.table.own_epoch() {
+                let (header, value) = (hand_off.header.clone(), hand_off.value.clone());
+                let received = self.inboxes.receive(IncomingHandOff { header, value });
+                if !matches!(received, Pushed::Accepted) {
+                    break;
+                }
+            }
+            self.hand_offs_read += 1;
+        }
+        self.inboxes.read_to(self.hand_offs_read as i64);
+    }
+
+    /// Stores what is queued for both topics.
+    pub(super) fn store(&mut self, logs: &mut Logs, amount: usize) {
+        for _ in 0..amount {
+            let Some((partition, record, stored)) =
+                self.sink.queue.lock().expect("one thread").pop_front()
+            else {
+                break;
+            };
+            logs.hand_off(partition, record.clone());
+            self.unacknowledged.push_back((partition, record, stored));
+        }
+        for _ in 0..amount {
+            let next = self.writes.0.lock().expect("one thread").pop_front();
+            let Some((key, value)) = next else { break };
+            logs.session(key, value.map(Into::into));
+        }
+    }
+
+    /// The acknowledgements of stored hand-offs are lost: they are stored again, in the same order.
+    pub(super) fn store_again(&self, logs: &mut Logs) {
+        for (partition, record, _) in &self.unacknowledged {
+            logs.hand_off(*partition, record.clone());
+        }
+    }
+
+    /// The acknowledgements of stored hand-offs arrive.
+    pub(super) fn acknowledge(&mut self, amount: usize) {
+        for _ in 0..amount {
+            let Some((_, _, stored)) = self.unacknowledged.pop_front() else { break };
+            stored();
+        }
+    }
+
+    /// Renews the lease, if it is time, and writes what waits.
+    pub(super) fn renew(&mut self, now_ms: u64) {
+        self.keeper.turn(now_ms + self.keeper_ahead_ms);
+        self.manager.flush();
+    }
+
+    /// The router of a partition.
+    fn control(&self, partition: usize) -> &RouterControl {
+        &self.routers[partition % self.routers.len()].control
+    }
+
+    pub(super) fn assign(
+        &mut self,
+        logs: &Logs,
+        partition: usize,
+        claimed: Commit,
+        fill_from: i64,
+    ) {
+        self.drop_partition(partition);
+        let (committable, settled, routed) = (
+            Arc::new(CommittableOffset::new(Some(claimed.offset))),
+            Arc::new(CommittableTable::new(claimed.table)),
+            Arc::new(AtomicI64::new(claimed.offset)),
+        );
+        self.control(partition).assign(Assignment {
+            log: log(partition),
+            source: Box::new(logs.source(partition, fill_from)),
+            start: Some(claimed.offset),
+            committable: Arc::clone(&committable),
+            ownership: Some(Ownership {
+                generation: claimed.generation,
+                start: claimed.offset,
+                fill_from,
+                table: claimed.table,
+                barrier: logs.hand_offs[self.hand_off_partition].end() as i64,
+                settled: Arc::clone(&settled),
+                routed: Arc::clone(&routed),
+            }),
+        });
+        let owned = OwnedPartition { generation: claimed.generation, committable, settled, routed };
+        let cell = (claimed.generation, Arc::clone(&owned.routed));
+        self.routed.lock().expect("one thread").insert(partition, cell);
+        self.owned.insert(partition, owned);
+    }
+
+    fn drop_partition(&mut self, partition: usize) {
+        self.routed.lock().expect("one thread").remove(&partition);
+        if self.owned.remove(&partition).is_some() {
+            let released = self.control(partition).revoke(log(partition), Duration::ZERO);
+            // At the next turn.
+            drop(released);
+        }
+    }
+
+    /// Gives a partition back. Returns its last commit.
+    pub(super) fn release(&mut self, partition: usize, now_ms: u64) -> Option<Commit> {
+        self.turn(now_ms);
+        let commit = self.owned.get(&partition).map(OwnedPartition::commit)?;
+        self.drop_partition(partition);
+        self.turn(now_ms + 1);
+        Some(commit)
+    }
+
+    /// The node finds out that it has lost partitions.
+    pub(super) fn notice_lost(&mut self, is_lost: impl Fn(usize) -> bool) {
+        for partition in self.owned.keys().copied().filter(|it| is_lost(*it)).collect::<Vec<_>>() {
+            self.drop_partition(partition);
+        }
+    }
+
+    pub(super) fn commits(&self) -> Vec<(usize, Commit)> {
+        self.owned.iter().map(|(partition, owned)| (*partition, owned.commit())).collect()
+    }
+
+    /// The conversation service answers this many requests.
+    pub(super) fn answer(&mut self, amount: usize, runtime: &tokio::runtime::Runtime) {
+        if let Some(service) = &self.service {
+            service.answer(amount, runtime);
+        }
+    }
+
+    /// Stops in good order. Returns the last commits.
+    pub(super) fn leave(&mut self, logs: &mut Logs) -> Vec<(usize, Commit)> {
+        let now_ms = logs.now_ms;
+        let owned: Vec<_> = self.owned.keys().copied().collect();
+        let commits = owned.into_iter().filter_map(|it| Some((it, self.release(it, now_ms)?)));
+        let commits = commits.collect();
+        self.manager.end_all();
+        self.keeper.stop();
+        while !matches!(self.keeper.state(), LeaseState::Stopped | LeaseState::InUse(_)) {
+            self.keeper.turn(now_ms);
+            self.store(logs, usize::MAX);
+        }
+        commits
+    }
+
+    /// Whether everything is read, stored and acknowledged, besides what its routers do.
+    pub(super) fn rests(&self, logs: &Logs) -> bool {
+        self.sink.queue.lock().expect("one thread").is_empty()
+            && self.unacknowledged.is_empty()
+            && self.hand_offs_read == logs.hand_offs[self.hand_off_partition].end()
+    }
+
+    /// What a person wants to know about a node that misbehaves.
+    pub(super) fn describe(&self, logs: &Logs) -> String {
+        let owned: Vec<_> = self.commits();
+        format!(
+            "life {}: sessions topic {} of {}, hand-offs {} of {}, sink {}, unacknowledged {}, stalled {:?}, \
+             {:?}, owns {owned:?}",
+            self.life,
+            self.sessions_read,
+            logs.sessions.len(),
+            self.hand_offs_read,
+            logs.hand_offs[self.hand_off_partition].end(),
+            self.sink.queue.lock().expect("one thread").len(),
+            self.unacknowledged.len(),
+            self.stall,
+            self.keeper.state(),
+        )
+    }
+}

@@ -1,0 +1,67 @@
+//! What a seed of the simulated cluster chooses once.
+
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+
+/// The circumstances of a run.
+#[derive(Clone, Debug)]
+pub(super) struct Weather {
+    /// The longest step, ms.
+    pub(super) step_ms: u64,
+    /// Actions of nodes in one step.
+    pub(super) acts: usize,
+    /// Records that a node reads, stores or acknowledges at a time: below this.
+    pub(super) amount_max: usize,
+    /// The longest stall of a node, ms.
+    pub(super) stall_ms: u64,
+    /// How long hand-offs are retained, ms.
+    pub(super) retention_ms: u64,
+    /// When the sessions topic is compacted, ms. Above the age of the tails.
+    pub(super) compaction_lag_ms: u64,
+    pub(super) tail_age_ms: u64,
+    pub(super) tail_bytes: u64,
+    /// The largest record that the hand-off topic takes, bytes.
+    pub(super) hand_off_bytes_max: usize,
+    /// Routers of each node.
+    pub(super) routers: usize,
+    /// Whether members are asked for.
+    pub(super) has_service: bool,
+    /// Whether nodes lose their position in the sessions topic.
+    pub(super) loses_position: bool,
+    /// Whether nodes die and move partitions at all.
+    pub(super) is_calm: bool,
+}
+
+/// Longer than any run.
+pub(super) const FOREVER_MS: u64 = 1 << 40;
+
+impl Weather {
+    pub(super) fn new(random: &mut StdRng) -> Self {
+        let mut one = |of: &[u64]| of[random.random_range(0..of.len())];
+        let tail_age_ms = one(&[FOREVER_MS, FOREVER_MS, 60_000, 20_000]);
+        let tail_bytes = one(&[u64::MAX, u64::MAX, 100_000]);
+        let step_ms = one(&[10, 40, 120, 400]);
+        Self {
+            step_ms,
+            acts: 1 + step_ms as usize / 100 * one(&[1, 2]) as usize,
+            amount_max: one(&[6, 6, 40]) as usize,
+            stall_ms: one(&[10_000, 70_000, 200_000]),
+            retention_ms: one(&[FOREVER_MS, 120_000, 15_000]),
+            compaction_lag_ms: if tail_age_ms == FOREVER_MS { FOREVER_MS } else { 2 * tail_age_ms },
+            tail_age_ms,
+            tail_bytes,
+            hand_off_bytes_max: one(&[u64::MAX, u64::MAX, u64::MAX, 400, 130]) as usize,
+            routers: one(&[1, 2]) as usize,
+            has_service: one(&[0, 1]) == 1,
+            loses_position: one(&[0, 0, 1]) == 1,
+            is_calm: one(&[0, 0, 0, 0, 1]) == 1,
+        }
+    }
+
+    /// Whether a single session can miss events, and is closed.
+    pub(super) fn has_gaps(&self) -> bool {
+        self.tail_age_ms < FOREVER_MS
+            || self.tail_bytes < u64::MAX
+            || self.hand_off_bytes_max < usize::MAX
+    }
+}

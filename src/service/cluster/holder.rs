@@ -21,9 +21,12 @@
 //!    sessions.)
 //! 2. A session gets no record at or below the last offset that was delivered to it while it was young. A replay can be ahead
 //!    of the live records that a successor repeats, so this holds until `highest` has reached that offset.
-//! 3. Otherwise a session that is young for *P* gets every record that names it, live or replayed. Any other session gets
+//! 3. A session with a *b* at or above *T* gets no live record: its owner names the user for another session of
+//!    theirs, and will replay the record to this one behind those that came before. If *b* is not known, and this
+//!    node has not read the sessions topic up to *T*, the record waits until it is.
+//! 4. Otherwise a session that is young for *P* gets every record that names it, live or replayed. Any other session gets
 //!    it if *o* is above `highest`.
-//! 4. A live record with *o* above `highest` sets `highest` to *o* and `established` to *T*. `passed` with the next offset
+//! 5. A live record with *o* above `highest` sets `highest` to *o* and `established` to *T*. `passed` with the next offset
 //!    *n* does so with *n* − 1, if *n* is above `highest`: without it, sessions would stay young while nothing is sent to
 //!    their node.
 //!

@@ -104,6 +104,10 @@ pub struct LeaseKeeper {
     watched: Option<(NodeEpoch, u64)>,
     watch_until_ms: u64,
     replaces: u64,
+    /// The first epoch of this process.
+    process: u64,
+    /// Epochs of this process.
+    number: u32,
     /// The offset up to which the table was read when the epoch began.
     as_of: i64,
     is_written: bool,
@@ -129,6 +133,8 @@ impl LeaseKeeper {
             watched: None,
             watch_until_ms: 0,
             replaces: 0,
+            process: 0,
+            number: 0,
             as_of: 0,
             is_written: false,
             renew_at_ms: 0,
@@ -202,11 +208,14 @@ impl LeaseKeeper {
         }
     }
 
-    /// Begins an epoch. `replaces`: the epoch of another process; 0: none.
+    /// Begins an epoch.
     fn begin(&mut self, replaces: u64, now_ms: u64) {
-        // Also the former epoch of this process: its last lease may be stored late.
-        self.replaces = if replaces == 0 { self.epoch.0 } else { replaces };
+        self.replaces = replaces;
         self.epoch = (self.parts.new_epoch)();
+        if self.number == 0 {
+            self.process = self.epoch.0;
+        }
+        self.number += 1;
         self.as_of = self.parts.table.next_offset();
         self.is_written = false;
         self.state = LeaseState::Announcing;
@@ -248,6 +257,8 @@ impl LeaseKeeper {
             version: parts.version.clone(),
             host: parts.host.clone(),
             replaces: self.replaces,
+            process: self.process,
+            number: self.number,
             routed,
             as_of: self.as_of,
             since: parts.table.first_lease(self.epoch).unwrap_or(0),

@@ -19,9 +19,10 @@
 //! Readers decide between two epochs of one instance from the leases alone, which say who knew whom, because compaction
 //! leaves only the last lease of each, in any order:
 //!
-//! 1. The one that `replaces` the other lives. So does the one that had read the topic past the last renewal of the other when
+//! 1. Of two epochs of one process the later one (`number`) lives.
+//! 2. The one that `replaces` the other lives. So does the one that had read the topic past the last renewal of the other when
 //!    its epoch began (`as_of`): it knew of the other one, and that it was gone.
-//! 2. Otherwise they began at the same time: the one whose first lease has the lower offset (`since`) lives. The other one is
+//! 3. Otherwise they began at the same time: the one whose first lease has the lower offset (`since`) lives. The other one is
 //!    refused, and stops.
 
 use std::collections::HashMap;
@@ -186,6 +187,11 @@ impl LivingNodes {
             let its = info.lease.as_ref().filter(|its| its.instance == lease.instance)?;
             (other != epoch).then_some((other, info, its))
         })?;
+        if lease.process != 0 && lease.process == its.process {
+            // Leases of the former epoch can be stored after the next one has begun.
+            let former = if its.number < lease.number { other } else { epoch };
+            return Some((former, EpochEnd::Replaced));
+        }
         Some(if lease.replaces == other.0 || info.renewed < lease.as_of {
             // The node knew of the other one, and that it was gone.
             (other, EpochEnd::Replaced)
@@ -302,6 +308,13 @@ mod tests {
         // Both began at the same time. The later one gave up, and its only lease is read first.
         let first = end_of((B, 12, renewed(0, 9, 0)), (A, 90, renewed(0, 9, 11)));
         assert_eq!(first, Some((B, EpochEnd::Refused)));
+        // Of one process. The last lease of the former epoch is stored last.
+        let of_process = |number, lease| Lease { process: A.0, number, ..lease };
+        let former = of_process(1, renewed(0, 1, 2));
+        let late = end_of((B, 90, of_process(2, renewed(0, 60, 61))), (A, 91, former.clone()));
+        assert_eq!(late, Some((A, EpochEnd::Replaced)));
+        let early = end_of((A, 70, former), (B, 71, of_process(2, renewed(0, 60, 0))));
+        assert_eq!(early, Some((A, EpochEnd::Replaced)));
         let woken = end_of((B, 90, renewed(A.0, 60, 61)), (A, 91, renewed(0, 1, 2)));
         assert_eq!(woken, Some((A, EpochEnd::Replaced)));
     }

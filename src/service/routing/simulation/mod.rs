@@ -250,7 +250,8 @@ impl Cluster {
         let Some(node) = &mut self.nodes[number] else { return };
         node.renew(now_ms);
         match action {
-            0..=2 => node.turn(now_ms),
+            0..=2 if amount == usize::MAX => node.turn(now_ms),
+            0..=2 => node.turn_router(amount, now_ms),
             3 => node.read_sessions(&self.logs, amount),
             4 => node.read_hand_offs(&self.logs, amount),
             5 => node.store(&mut self.logs, amount),
@@ -416,7 +417,12 @@ impl Cluster {
 
     fn stall(&mut self) {
         let number = self.below(PROCESSES);
-        let for_ms = self.random.random_range(1_000..self.weather.stall_ms);
+        // Some last about as long as a node may not renew its lease.
+        let range = match self.below(3) {
+            0 => NODE_TIMEOUT_MS - 3_000..NODE_TIMEOUT_MS + 3_000,
+            _ => 1_000..self.weather.stall_ms,
+        };
+        let for_ms = self.random.random_range(range);
         let now_ms = self.now_ms;
         if let Some(node) = &mut self.nodes[number] {
             node.stall.begin(now_ms, for_ms);

@@ -275,7 +275,13 @@ impl SimulatedNode {
 
     /// One turn of the routers, and of the shard.
     pub(super) fn turn(&mut self, now_ms: u64) {
-        for router in &mut self.routers {
+        (0..self.routers.len()).for_each(|number| self.turn_router(number, now_ms));
+    }
+
+    /// One turn of one router, chosen by a number.
+    pub(super) fn turn_router(&mut self, number: usize, now_ms: u64) {
+        let routers = self.routers.len();
+        if let Some(router) = self.routers.get_mut(number % routers) {
             assert!(matches!(router.router.turn(now_ms), ControlFlow::Continue(_)));
             Self::take_commands(&mut self.delivered, &mut router.shard);
         }

@@ -250,7 +250,10 @@ impl Cluster {
         let Some(node) = &mut self.nodes[number] else { return };
         node.renew(now_ms);
         match action {
-            0..=2 if amount == usize::MAX => node.turn(now_ms),
+            0..=2 if amount == usize::MAX => {
+                node.turn_router(action + 1, now_ms);
+                node.turn_router(action, now_ms);
+            }
             0..=2 => node.turn_router(amount, now_ms),
             3 => node.read_sessions(&self.logs, amount),
             4 => node.read_hand_offs(&self.logs, amount),
@@ -508,6 +511,12 @@ impl Cluster {
 
     /// Everything is at rest: every client has everything.
     fn check(&self) {
+        for epoch in self.nodes.iter().flatten().filter_map(SimulatedNode::living) {
+            for node in self.nodes.iter().flatten() {
+                let dead = node.takes_for_dead(epoch, &self.logs);
+                assert!(!dead, "{epoch:?} lives, but not for process {}", node.life());
+            }
+        }
         for (device, client) in &self.clients {
             let missed = client.check(*device, &self.logs);
             if missed == [None; PARTITIONS] {

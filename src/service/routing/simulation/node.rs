@@ -252,6 +252,16 @@ impl SimulatedNode {
         self.life
     }
 
+    /// The epoch of the node, if it lives as far as the node knows.
+    pub(super) fn living(&self) -> Option<NodeEpoch> {
+        (*self.keeper.state() == LeaseState::Living).then(|| self.table.own_epoch())
+    }
+
+    /// Whether the node has read the whole sessions topic, and takes this epoch for dead.
+    pub(super) fn takes_for_dead(&self, epoch: NodeEpoch, logs: &Logs) -> bool {
+        self.sessions_read == logs.sessions.len() && !self.table.has_lease(epoch)
+    }
+
     /// Whether the node must stop because another one has its instance.
     pub(super) fn gives_way(&self) -> bool {
         matches!(self.keeper.state(), LeaseState::InUse(_))

@@ -154,7 +154,7 @@ impl LeaseKeeper {
         }
         match self.state {
             LeaseState::Reading if (self.parts.is_read)() => {
-                self.parts.table.end_unleased();
+                self.parts.table.expect_leases();
                 self.look_for_rival(now_ms);
             }
             LeaseState::Watching => self.watch(now_ms),

@@ -202,20 +202,11 @@ impl SessionTable {
         self.state().nodes.ended(epoch).is_some()
     }
 
-    /// The topic is read to the end that it had. Nodes without a lease have ended: a living one has stored
-    /// its lease before its sessions, and compaction keeps the last one.
-    pub fn end_unleased(&self) {
-        let mut guard = self.state();
-        let state = &mut *guard;
-        let unleased: Vec<_> = state
-            .nodes
-            .living()
-            .filter(|(epoch, info)| info.lease.is_none() && state.own != Some(*epoch))
-            .map(|(epoch, _)| epoch)
-            .collect();
-        for epoch in unleased {
-            self.end_epoch(state, epoch, EpochEnd::Stopped, None);
-        }
+    /// The topic is read to the end that it had. See [`LivingNodes::expect_leases`].
+    pub fn expect_leases(&self) {
+        let mut state = self.state();
+        state.nodes.expect_leases();
+        state.leases_until_ms = 0;
     }
 
     /// Whether this node removes what dead nodes have left: it has the lowest epoch.

@@ -200,18 +200,18 @@ impl Cluster {
             }
             150..190 => self.connect(),
             190..205 => self.disconnect(),
-            205..215 if self.weather.is_calm => {}
+            205..219 if self.weather.is_calm => {}
             205..207 => self.kill(),
-            207..209 => self.stall(),
-            209..213 => self.rebalance(),
+            207..210 => self.stall(),
+            210..213 => self.rebalance(),
             213 => self.leave(),
-            214 => self.take_over(),
-            215..217 => self.logs.compact(self.weather.compaction_lag_ms),
-            217..230 => {
+            214..219 => self.take_over(),
+            219..221 => self.logs.compact(self.weather.compaction_lag_ms),
+            221..232 => {
                 let number = self.below(NODES);
                 self.start(number);
             }
-            230..998 => {
+            232..998 => {
                 for _ in 0..self.weather.acts {
                     let (action, amount) = (self.below(10), self.below(self.weather.amount_max));
                     if let Some(number) = self.running() {
@@ -422,7 +422,7 @@ impl Cluster {
         let number = self.below(PROCESSES);
         // Some last about as long as a node may not renew its lease.
         let range = match self.below(3) {
-            0 => NODE_TIMEOUT_MS - 3_000..NODE_TIMEOUT_MS + 3_000,
+            0 => NODE_TIMEOUT_MS - 6_000..NODE_TIMEOUT_MS + 1_000,
             _ => 1_000..self.weather.stall_ms,
         };
         let for_ms = self.random.random_range(range);

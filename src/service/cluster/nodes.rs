@@ -20,8 +20,9 @@
 //! leaves only the last lease of each, in any order:
 //!
 //! 1. Of two epochs of one process the later one (`number`) lives.
-//! 2. The one that `replaces` the other lives. So does the one that had read the topic past the last renewal of the other when
-//!    its epoch began (`as_of`): it knew of the other one, and that it was gone.
+//! 2. The one that `replaces` the other lives. So does the one that had read the first lease of the other (`since`) when
+//!    its epoch began (`as_of`): it knew of the other one, and that it was gone. (The last lease says nothing: a node that
+//!    was gone can store one late.)
 //! 3. Otherwise they began at the same time: the one whose first lease has the lower offset (`since`) lives. The other one is
 //!    refused, and stops.
 
@@ -66,8 +67,6 @@ pub struct NodeInfo {
     pub renewals: u64,
     /// The offset of its first lease.
     since: i64,
-    /// The offset of its last lease.
-    renewed: i64,
     /// The clock of the log at the last renewal, ms.
     renewed_at_ms: i64,
 }
@@ -140,14 +139,8 @@ impl LivingNodes {
                 index
             }
         };
-        let info = NodeInfo {
-            index,
-            lease: None,
-            renewals: 0,
-            since: 0,
-            renewed: 0,
-            renewed_at_ms: self.clock_ms,
-        };
+        let info =
+            NodeInfo { index, lease: None, renewals: 0, since: 0, renewed_at_ms: self.clock_ms };
         self.living.insert(epoch, info);
         Some(index)
     }
@@ -175,7 +168,6 @@ impl LivingNodes {
         let info = self.living.get_mut(&epoch).expect("indexed above");
         info.lease = Some(lease);
         info.since = since;
-        info.renewed = offset;
         info.renewals += 1;
         info.renewed_at_ms = clock_ms;
         ends
@@ -194,10 +186,10 @@ impl LivingNodes {
             let former = if its.number < lease.number { other } else { epoch };
             return Some((former, EpochEnd::Replaced));
         }
-        Some(if lease.replaces == other.0 || info.renewed < lease.as_of {
+        Some(if lease.replaces == other.0 || info.since < lease.as_of {
             // The node knew of the other one, and that it was gone.
             (other, EpochEnd::Replaced)
-        } else if its.replaces == epoch.0 {
+        } else if its.replaces == epoch.0 || since < its.as_of {
             (epoch, EpochEnd::Replaced)
         } else if since < info.since {
             (other, EpochEnd::Refused)
@@ -336,6 +328,10 @@ mod tests {
         assert_eq!(late, Some((A, EpochEnd::Replaced)));
         let early = end_of((A, 70, former), (B, 71, of_process(2, renewed(0, 60, 0))));
         assert_eq!(early, Some((A, EpochEnd::Replaced)));
+        // A woken node has stored a late lease behind the first one of its successor, which did not find it
+        // in its table any more.
+        let late = end_of((B, 60, renewed(0, 50, 0)), (A, 61, renewed(0, 1, 2)));
+        assert_eq!(late, Some((A, EpochEnd::Replaced)));
         let woken = end_of((B, 90, renewed(A.0, 60, 61)), (A, 91, renewed(0, 1, 2)));
         assert_eq!(woken, Some((A, EpochEnd::Replaced)));
     }

@@ -26,7 +26,7 @@ use self::logs::{Commit, Device, Logs, PARTITIONS};
 use self::manager::ClosedSession;
 use self::node::SimulatedNode;
 use self::weather::Weather;
-use crate::service::cluster::nodes::{EpochEnd, RENEWAL_MS};
+use crate::service::cluster::nodes::EpochEnd;
 
 /// Nodes of a cluster.
 const NODES: usize = 4;
@@ -38,8 +38,6 @@ const USERS: usize = 24;
 const DEVICES: usize = 2;
 /// How long a node may stall before the group gives its partitions to others, ms.
 const GROUP_TIMEOUT_MS: u64 = 15_000;
-/// How long a node may not renew its lease, ms.
-const NODE_TIMEOUT_MS: u64 = 60_000;
 /// Rounds without a delivery after which the cluster is at rest. In so many, a router takes all hand-offs that
 /// its queue can hold.
 const QUIET_ROUNDS: usize = 400;
@@ -312,9 +310,9 @@ impl Cluster {
             let silence = self.logs.longest_silence(epoch);
             let takeovers = self.summary.counts.get("nodes taken over by another process");
             let is_due = match why {
-                EpochEnd::Silent => silence >= NODE_TIMEOUT_MS,
-                EpochEnd::Replaced => silence >= 3 * RENEWAL_MS as u64,
-                EpochEnd::Refused => takeovers.is_some(),
+                EpochEnd::Silent => silence >= self.weather.node_timeout_ms,
+                // The other process may have read the last renewal late, so its time is not bounded here.
+                EpochEnd::Replaced | EpochEnd::Refused => takeovers.is_some(),
                 // Nodes that lag read what was compacted.
                 EpochEnd::Lost => true,
                 EpochEnd::Stopped => false,
@@ -421,8 +419,9 @@ impl Cluster {
     fn stall(&mut self) {
         let number = self.below(PROCESSES);
         // Some last about as long as a node may not renew its lease.
+        let node_timeout_ms = self.weather.node_timeout_ms;
         let range = match self.below(3) {
-            0 => NODE_TIMEOUT_MS - 6_000..NODE_TIMEOUT_MS + 1_000,
+            0 => node_timeout_ms - 5_000..node_timeout_ms,
             _ => 1_000..self.weather.stall_ms,
         };
         let for_ms = self.random.random_range(range);

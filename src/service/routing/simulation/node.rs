@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use prost::Message as _;
 
+use super::ClusterSummary;
 use super::logs::{Commit, HAND_OFF_PARTITIONS, Logs, PARTITIONS, StoredHandOff, TOPIC};
 use super::manager::{EpochWatch, SimulatedManager};
 use super::members::{ConversationsService, membership};
 use super::queues::{OwnedPartition, RoutedCells, SessionsQueue, SimulatedSink, positions};
 use super::stalls::Stall;
 use super::weather::{FOREVER_MS, Weather};
-use super::{ClusterSummary, NODE_TIMEOUT_MS};
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::counters::CounterSet as _;
 use crate::domain::encoding::Encoding;
@@ -123,7 +123,7 @@ impl SimulatedNode {
         let topics: Arc<[Arc<str>]> = Arc::from([Arc::from(TOPIC)]);
         let config = TableConfig {
             topics: topics.to_vec(),
-            node_timeout_ms: NODE_TIMEOUT_MS as i64,
+            node_timeout_ms: weather.node_timeout_ms as i64,
             newcomers_age_ms: weather.tail_age_ms as i64,
         };
         let listener = Arc::clone(&watch) as Arc<dyn TableListener>;

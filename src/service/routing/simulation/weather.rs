@@ -12,6 +12,8 @@ pub(super) struct Weather {
     pub(super) acts: usize,
     /// Records that a node reads, stores or acknowledges at a time: below this.
     pub(super) amount_max: usize,
+    /// How long a node may not renew its lease, ms.
+    pub(super) node_timeout_ms: u64,
     /// The longest stall of a node, ms.
     pub(super) stall_ms: u64,
     /// How long hand-offs are retained, ms.
@@ -45,6 +47,7 @@ impl Weather {
             step_ms,
             acts: 1 + step_ms as usize / 100 * one(&[1, 2]) as usize,
             amount_max: one(&[6, 6, 40]) as usize,
+            node_timeout_ms: one(&[60_000, 20_000]),
             stall_ms: one(&[10_000, 70_000, 200_000]),
             retention_ms: one(&[FOREVER_MS, 120_000, 15_000]),
             compaction_lag_ms: if tail_age_ms == FOREVER_MS { FOREVER_MS } else { 2 * tail_age_ms },

@@ -10,9 +10,10 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::announcer::{AnnouncerCounters, SessionAnnouncer, Unannounced};
-use super::holder::{Holder, RoutedPosition, SourcePartition};
+use super::holder::{Holder, RoutedPosition, SessionSerial, SourcePartition};
 use super::lease::{InstanceInUse, LeaseKeeper, LeaseParts, LeaseState};
 use super::missed::MissedSessions;
+use super::nodes::EpochEnd;
 use super::own_epoch::OwnEpoch;
 use super::ports::{NodeEpoch, SessionsLog as _, SessionsRecord, SessionsWriter};
 use super::table::{SessionTable, TableConfig, TableCounters, TableListener};
@@ -438,4 +439,45 @@ fn thread_keeps_the_lease_until_it_is_stopped() {
     .unwrap();
     assert_eq!(*thread.state().borrow(), LeaseState::Reading);
     assert!(thread.stop(std::time::Duration::from_secs(60)));
+}
+
+/// A reader that began at another record has another clock, but takes the same nodes for dead.
+#[test]
+fn epoch_ends_at_the_same_record_for_all_readers() {
+    struct NobodyListens;
+    impl TableListener for NobodyListens {
+        fn begun(&self, _: SessionSerial, _: i64) {}
+        fn replaced(&self, _: &str, _: &str, _: SessionSerial) {}
+        fn ended(&self, _: EpochEnd, _: Option<&Lease>) {}
+    }
+    let lives_after = |silence_ms: i64, first_ms: i64| {
+        let config = TableConfig {
+            topics: Vec::new(),
+            node_timeout_ms: NODE_TIMEOUT_MS,
+            newcomers_age_ms: NODE_TIMEOUT_MS,
+        };
+        let table = SessionTable::new(config, Arc::new(NobodyListens), Arc::default());
+        let renew = |epoch: u64, at_ms: i64| {
+            let lease = Lease { instance: epoch.to_string(), ..Lease::default() };
+            table.record(SessionsRecord {
+                offset: at_ms,
+                appended_at_ms: at_ms,
+                key: Some(SessionsKey { epoch, ..SessionsKey::default() }),
+                value: Some(lease.encode_to_vec().into()),
+            });
+        };
+        renew(1, first_ms);
+        renew(2, 10_000);
+        (1..)
+            .map(|step| 10_000 + step * 130)
+            .take_while(|at| *at < 10_000 + silence_ms)
+            .for_each(|at| renew(1, at));
+        renew(2, 10_000 + silence_ms);
+        table.has_lease(NodeEpoch(2))
+    };
+    for first_ms in (9_000..10_000).step_by(70) {
+        for silence_ms in (59_000..62_000).step_by(90) {
+            assert_eq!(lives_after(silence_ms, first_ms), silence_ms <= NODE_TIMEOUT_MS);
+        }
+    }
 }

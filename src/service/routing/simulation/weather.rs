@@ -54,7 +54,7 @@ impl Weather {
             tail_age_ms,
             tail_bytes,
             hand_off_bytes_max: one(&[u64::MAX, u64::MAX, u64::MAX, 400, 130]) as usize,
-            routers: one(&[1, 2]) as usize,
+            routers: one(&[1, 2, 3]) as usize,
             has_service: one(&[0, 1]) == 1,
             loses_position: one(&[0, 0, 1]) == 1,
             is_calm: one(&[0, 0, 0, 0, 1]) == 1,

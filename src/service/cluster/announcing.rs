@@ -88,6 +88,8 @@ impl Fixture {
         let listener = Arc::clone(&own) as Arc<dyn TableListener>;
         let table = SessionTable::new(config, listener, Arc::<TableCounters>::default());
         let table = Arc::new(table);
+        // The topic was empty when the node began to read it.
+        table.read_to(0);
         let writer = Arc::clone(&log) as Arc<dyn SessionsWriter>;
         let announcer = Arc::new(SessionAnnouncer::new(
             Arc::clone(&own),

@@ -24,6 +24,9 @@ use super::wire::{Lease, SessionsKey, TopicPositions};
 
 /// Renewals after which a node that did not renew is taken to be gone.
 const RENEWALS_WATCHED: u64 = 3;
+/// How long a starting node waits for the leases of nodes of which it has read sessions, ms. Long, because a node that it
+/// takes for dead by mistake gets nothing more from it.
+const LEASES_AWAITED_MS: u64 = 60_000;
 /// Time between two turns of the keeper.
 const TURN: Duration = Duration::from_millis(100);
 
@@ -103,6 +106,8 @@ pub struct LeaseKeeper {
     /// The epoch of a node that is gone, and the renewals that were seen of it.
     watched: Option<(NodeEpoch, u64)>,
     watch_until_ms: u64,
+    /// Until when nodes without a lease are waited for; `None`: not at all.
+    leases_until_ms: Option<u64>,
     replaces: u64,
     /// The first epoch of this process.
     process: u64,
@@ -132,6 +137,7 @@ impl LeaseKeeper {
             epoch: NodeEpoch(0),
             watched: None,
             watch_until_ms: 0,
+            leases_until_ms: None,
             replaces: 0,
             process: 0,
             number: 0,
@@ -154,8 +160,9 @@ impl LeaseKeeper {
         }
         match self.state {
             LeaseState::Reading if (self.parts.is_read)() => {
-                self.parts.table.expect_leases();
-                self.look_for_rival(now_ms);
+                if self.await_leases(now_ms) {
+                    self.look_for_rival(now_ms);
+                }
             }
             LeaseState::Watching => self.watch(now_ms),
             LeaseState::Announcing => self.announce(now_ms),
@@ -174,6 +181,19 @@ impl LeaseKeeper {
             LeaseState::Stopping => LeaseState::Stopping,
             _ => LeaseState::Stopped,
         };
+    }
+
+    /// Whether the leases of all nodes are known. A living node renews its lease soon; one that does not is gone.
+    fn await_leases(&mut self, now_ms: u64) -> bool {
+        if !self.parts.table.is_whole() {
+            let until_ms = *self.leases_until_ms.get_or_insert(now_ms + LEASES_AWAITED_MS);
+            if now_ms < until_ms {
+                return false;
+            }
+            self.parts.table.end_unleased();
+        }
+        self.leases_until_ms = None;
+        true
     }
 
     fn look_for_rival(&mut self, now_ms: u64) {

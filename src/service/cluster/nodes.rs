@@ -9,7 +9,7 @@
 //! closes the sessions of the dead epoch with 4409 and takes a new epoch. A tombstone of a lease ends the epoch at once.
 //!
 //! An epoch without a lease is not silent. Compaction keeps the last lease of a node, behind its sessions, so a reader that starts
-//! late meets sessions first. Only from the end that the topic had on does it expect a lease of each node.
+//! late meets sessions first. Until it has met the leases of all, its table is not whole, and no owner uses it.
 //!
 //! # Names in use
 //!
@@ -83,8 +83,6 @@ impl NodeInfo {
 pub struct LivingNodes {
     clock_ms: i64,
     last_append_ms: Option<i64>,
-    /// Whether the topic was read to the end that it had.
-    expects_leases: bool,
     living: HashMap<NodeEpoch, NodeInfo>,
     /// Epochs that have ended; what a stalled node still writes under them is ignored.
     ended: HashMap<NodeEpoch, EpochEnd>,
@@ -198,39 +196,25 @@ impl LivingNodes {
         })
     }
 
-    /// The topic is read to the end that it had. From now on nodes without a lease have to renew theirs as all
-    /// others. They are not dead yet: while a slow reader was on its way to that end, compaction may have removed
-    /// their leases for later ones behind it.
-    pub fn expect_leases(&mut self) {
-        self.expects_leases = true;
-        for info in self.living.values_mut().filter(|info| info.lease.is_none()) {
-            info.renewed_at_ms = self.clock_ms;
-        }
-    }
-
-    /// Whether the last renewal of a node counts.
-    fn is_expected(&self, info: &NodeInfo) -> bool {
-        self.expects_leases || info.lease.is_some()
+    /// The epochs of which sessions were read, but no lease.
+    pub fn unleased(&self) -> impl Iterator<Item = NodeEpoch> {
+        self.living().filter(|(_, info)| info.lease.is_none()).map(|(epoch, _)| epoch)
     }
 
     /// The epochs whose last renewal is longer ago than `timeout_ms`. Those without a lease are not among
-    /// them before [`LivingNodes::expect_leases`]: compaction has removed their earlier leases, and the last one is
-    /// still to come.
+    /// them: compaction has removed their earlier leases, and the last one is still to come.
     pub fn silent(&self, timeout_ms: i64) -> Vec<(NodeEpoch, EpochEnd)> {
         let limit = self.clock_ms - timeout_ms;
-        let silent = self.living().filter_map(|(epoch, info)| {
-            let is_silent = self.is_expected(info) && info.renewed_at_ms < limit;
-            let why = info.lease.as_ref().map_or(EpochEnd::Stopped, |_| EpochEnd::Silent);
-            is_silent.then_some((epoch, why))
-        });
-        let mut silent: Vec<_> = silent.collect();
+        let is_silent = |info: &NodeInfo| info.lease.is_some() && info.renewed_at_ms < limit;
+        let silent = self.living().filter(|(_, info)| is_silent(info));
+        let mut silent: Vec<_> = silent.map(|(epoch, _)| (epoch, EpochEnd::Silent)).collect();
         silent.sort_unstable_by_key(|(epoch, _)| *epoch);
         silent
     }
 
     /// Until this clock no epoch can become silent, ms.
     pub fn none_silent_until(&self, timeout_ms: i64) -> i64 {
-        let renewed = self.living().filter(|(_, info)| self.is_expected(info));
+        let renewed = self.living().filter(|(_, info)| info.lease.is_some());
         let first = renewed.map(|(_, info)| info.renewed_at_ms).min().unwrap_or(self.clock_ms);
         first + timeout_ms
     }

@@ -140,6 +140,10 @@ struct WriterState {
     own: Option<NodeEpoch>,
     /// The highest serial of this node that was read.
     own_serial: SessionSerial,
+    /// See [`SessionTable::is_whole`].
+    is_whole: bool,
+    /// Every record below this offset is read; `None`: the first pass is not at its end.
+    reached: Option<i64>,
     /// Until this clock no lease has to be checked.
     leases_until_ms: i64,
     /// The clock when old newcomers were last removed.
@@ -202,11 +206,30 @@ impl SessionTable {
         self.state().nodes.ended(epoch).is_some()
     }
 
-    /// The topic is read to the end that it had. See [`LivingNodes::expect_leases`].
-    pub fn expect_leases(&self) {
-        let mut state = self.state();
-        state.nodes.expect_leases();
-        state.leases_until_ms = 0;
+    /// Whether the topic was read to the end that it had, and the leases of all nodes are known of which
+    /// sessions were read. If not, compaction has removed leases before that end, for later ones behind it.
+    /// Nobody hands over to a node without a lease, so an owner that used the table would leave its sessions out.
+    pub fn is_whole(&self) -> bool {
+        self.state().is_whole
+    }
+
+    /// Ends the nodes without a lease, which would have renewed it meanwhile.
+    pub fn end_unleased(&self) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        for epoch in state.nodes.unleased().collect::<Vec<_>>() {
+            self.end_epoch(state, epoch, EpochEnd::Stopped, None);
+        }
+        self.publish(state);
+    }
+
+    /// Shows how far the topic is read, once the table is whole.
+    fn publish(&self, state: &mut WriterState) {
+        // Later a zombie may write sessions under an epoch that is forgotten.
+        state.is_whole |= state.reached.is_some() && state.nodes.unleased().next().is_none();
+        if let Some(reached) = state.reached.filter(|_| state.is_whole) {
+            self.read_to.store(reached, Ordering::Release);
+        }
     }
 
     /// Whether this node removes what dead nodes have left: it has the lowest epoch.
@@ -550,7 +573,9 @@ impl SessionsLog for SessionTable {
     }
 
     fn read_to(&self, next: i64) {
-        self.read_to.store(next, Ordering::Release);
+        let mut state = self.state();
+        state.reached = Some(next);
+        self.publish(&mut state);
     }
 
     fn restarted(&self) {
@@ -558,6 +583,8 @@ impl SessionsLog for SessionTable {
         // First: a lane that finds nobody looks at it afterwards.
         self.read_to.store(0, Ordering::Release);
         let mut guard = self.state();
+        // Again, because a keeper may have published before the lock.
+        self.read_to.store(0, Ordering::Release);
         let state = &mut *guard;
         let living: HashMap<_, _> =
             state.nodes.living().map(|(epoch, info)| (epoch, info.index)).collect();
@@ -570,6 +597,7 @@ impl SessionsLog for SessionTable {
         state.own_serial = SessionSerial(0);
         // The clock begins at zero again.
         (state.leases_until_ms, state.pruned_ms) = (0, 0);
+        (state.is_whole, state.reached) = (false, None);
         *self.newcomers.write().expect("no holder panics") =
             Newcomers::new(self.config.newcomers_age_ms);
     }

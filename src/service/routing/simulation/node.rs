@@ -53,6 +53,8 @@ const COUNTED: [&str; 7] = [
     "waits_for_room",
     "waits_for_hand_offs",
 ];
+/// How long a starting node waits for the lease of another one, ms.
+const NODE_WITHOUT_LEASE_MS: u64 = 60_000;
 /// Slots of a ring.
 const RING_SLOTS: usize = 8;
 
@@ -228,9 +230,14 @@ impl SimulatedNode {
         };
         node.read_sessions(logs, usize::MAX);
         node.renew(now_ms);
+        if *node.keeper.state() == LeaseState::Reading {
+            // A node without a lease has left sessions: it is dead.
+            node.keeper_ahead_ms = NODE_WITHOUT_LEASE_MS;
+            node.renew(now_ms);
+        }
         if *node.keeper.state() == LeaseState::Watching {
             // The former node of this number is dead.
-            node.keeper_ahead_ms = 3 * RENEWAL_MS as u64;
+            node.keeper_ahead_ms += 3 * RENEWAL_MS as u64;
             node.renew(now_ms);
         }
         node.store(logs, usize::MAX);

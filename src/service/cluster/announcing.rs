@@ -459,6 +459,7 @@ fn epoch_ends_at_the_same_record_for_all_readers() {
             newcomers_age_ms: NODE_TIMEOUT_MS,
         };
         let table = SessionTable::new(config, Arc::new(NobodyListens), Arc::default());
+        table.read_to(0);
         let renew = |epoch: u64, at_ms: i64| {
             let lease = Lease { instance: epoch.to_string(), ..Lease::default() };
             table.record(SessionsRecord {

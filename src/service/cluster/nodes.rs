@@ -9,7 +9,8 @@
 //! closes the sessions of the dead epoch with 4409 and takes a new epoch. A tombstone of a lease ends the epoch at once.
 //!
 //! An epoch without a lease is not silent. Compaction keeps the last lease of a node, behind its sessions, so a reader that starts
-//! late meets sessions first. Until it has met the leases of all, its table is not whole, and no owner uses it.
+//! late meets sessions first. Until it has met the leases of all, its table is not whole, and no owner uses it. Only from
+//! then on silence counts, because leases of a living node can be compacted ahead of a slow reader.
 //!
 //! # Names in use
 //!
@@ -194,6 +195,12 @@ impl LivingNodes {
         } else {
             (epoch, EpochEnd::Refused)
         })
+    }
+
+    /// The first pass is at its end: from now on all nodes have to renew their leases.
+    pub fn renew_all(&mut self) {
+        let clock_ms = self.clock_ms;
+        self.living.values_mut().for_each(|info| info.renewed_at_ms = clock_ms);
     }
 
     /// The epochs of which sessions were read, but no lease.

@@ -226,7 +226,10 @@ impl SessionTable {
     /// Shows how far the topic is read, once the table is whole.
     fn publish(&self, state: &mut WriterState) {
         // Later a zombie may write sessions under an epoch that is forgotten.
-        state.is_whole |= state.reached.is_some() && state.nodes.unleased().next().is_none();
+        if !state.is_whole && state.reached.is_some() && state.nodes.unleased().next().is_none() {
+            state.is_whole = true;
+            state.nodes.renew_all();
+        }
         if let Some(reached) = state.reached.filter(|_| state.is_whole) {
             self.read_to.store(reached, Ordering::Release);
         }
@@ -513,7 +516,8 @@ impl SessionTable {
         let clock_ms = state.nodes.clock_ms();
         // At each record that can end an epoch, and not at times of this reader's own: an epoch ends for all
         // readers at the same record.
-        if clock_ms > state.leases_until_ms {
+        // (In a first pass, leases can be compacted between the reader and the end.)
+        if state.is_whole && clock_ms > state.leases_until_ms {
             let timeout_ms = self.config.node_timeout_ms;
             for (epoch, why) in state.nodes.silent(timeout_ms) {
                 self.end_epoch(state, epoch, why, None);

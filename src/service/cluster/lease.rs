@@ -24,8 +24,8 @@ use super::wire::{Lease, SessionsKey, TopicPositions};
 
 /// Renewals after which a node that did not renew is taken to be gone.
 const RENEWALS_WATCHED: u64 = 3;
-/// How long a starting node waits for the leases of nodes of which it has read sessions, ms. Long, because a node that it
-/// takes for dead by mistake gets nothing more from it.
+/// How long a node that has read the topic to its end waits for the leases of nodes of which it has read sessions,
+/// ms. Long, because a node that it takes for dead by mistake has to close all its sessions.
 const LEASES_AWAITED_MS: u64 = 60_000;
 /// Time between two turns of the keeper.
 const TURN: Duration = Duration::from_millis(100);
@@ -128,6 +128,10 @@ fn owned(positions: &[TopicPositions]) -> impl Iterator<Item = (String, i32, i64
     })
 }
 
+fn lease_key(epoch: NodeEpoch) -> SessionsKey {
+    SessionsKey { epoch: epoch.0, ..SessionsKey::default() }
+}
+
 impl LeaseKeeper {
     /// A keeper that has done nothing yet.
     pub fn new(parts: LeaseParts) -> Self {
@@ -158,11 +162,14 @@ impl LeaseKeeper {
         if let Some(ended) = self.parts.own.take_ended() {
             self.on_ended(ended);
         }
+        for epoch in self.parts.table.take_woken() {
+            // If the queue is full, after its next lease.
+            self.parts.writer.write(&lease_key(epoch), None);
+        }
+        self.await_leases(now_ms);
         match self.state {
-            LeaseState::Reading if (self.parts.is_read)() => {
-                if self.await_leases(now_ms) {
-                    self.look_for_rival(now_ms);
-                }
+            LeaseState::Reading if (self.parts.is_read)() && self.parts.table.is_whole() => {
+                self.look_for_rival(now_ms);
             }
             LeaseState::Watching => self.watch(now_ms),
             LeaseState::Announcing => self.announce(now_ms),
@@ -183,17 +190,14 @@ impl LeaseKeeper {
         };
     }
 
-    /// Whether the leases of all nodes are known. A living node renews its lease soon; one that does not is gone.
-    fn await_leases(&mut self, now_ms: u64) -> bool {
-        if !self.parts.table.is_whole() {
-            let until_ms = *self.leases_until_ms.get_or_insert(now_ms + LEASES_AWAITED_MS);
-            if now_ms < until_ms {
-                return false;
-            }
+    /// A living node renews its lease soon; one that does not is gone. Also while this node lives: it can have lost its
+    /// position in the topic.
+    fn await_leases(&mut self, now_ms: u64) {
+        if self.parts.table.is_whole() || !(self.parts.is_read)() {
+            self.leases_until_ms = None;
+        } else if now_ms >= *self.leases_until_ms.get_or_insert(now_ms + LEASES_AWAITED_MS) {
             self.parts.table.end_unleased();
         }
-        self.leases_until_ms = None;
-        true
     }
 
     fn look_for_rival(&mut self, now_ms: u64) {
@@ -283,15 +287,11 @@ impl LeaseKeeper {
             as_of: self.as_of,
             since: parts.table.first_lease(self.epoch).unwrap_or(0),
         };
-        let is_queued = parts.writer.write(&self.key(), Some(&lease.encode_to_vec()));
+        let is_queued = parts.writer.write(&lease_key(self.epoch), Some(&lease.encode_to_vec()));
         if is_queued {
             self.stated = stated;
         }
         is_queued
-    }
-
-    fn key(&self) -> SessionsKey {
-        SessionsKey { epoch: self.epoch.0, ..SessionsKey::default() }
     }
 
     fn on_ended(&mut self, EndedEpoch { why, by }: EndedEpoch) {
@@ -314,7 +314,7 @@ impl LeaseKeeper {
     }
 
     fn finish(&mut self) {
-        if self.parts.announcer.flush() && self.parts.writer.write(&self.key(), None) {
+        if self.parts.announcer.flush() && self.parts.writer.write(&lease_key(self.epoch), None) {
             self.state = LeaseState::Stopped;
         }
     }

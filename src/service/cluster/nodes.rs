@@ -12,6 +12,9 @@
 //! late meets sessions first. Until it has met the leases of all, its table is not whole, and no owner uses it. Only from
 //! then on silence counts, because leases of a living node can be compacted ahead of a slow reader.
 //!
+//! So a reader in its first pass can take a node for alive that was silent, if that goes on later. The others see a lease of
+//! an epoch that has ended for them, and answer it with a tombstone, so that it ends for all.
+//!
 //! # Names in use
 //!
 //! A node that finds a lease of its own `INSTANCE_ID` waits for three renewal intervals. If the other one renews, it

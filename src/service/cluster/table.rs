@@ -18,7 +18,9 @@
 //! **The end of a node** removes its entries, and its address first, so that no owner hands over to it. Its index is
 //! used again only when no entry holds it.
 
-use std::collections::HashMap;
+mod leases;
+
+use std::collections::{BTreeSet, HashMap};
 use std::hash::BuildHasher as _;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -32,7 +34,6 @@ use super::nodes::{EpochEnd, LivingNodes, NodeIndex};
 use super::ports::{NodeEpoch, SessionsLog, SessionsRecord};
 use super::wire::{Lease, SessionBegun, SessionsKey};
 use crate::counters;
-use crate::service::backends::ports::LogNodes;
 
 /// Parts, each with its own lock, so that the writer blocks few readers.
 const PARTS: usize = 256;
@@ -144,6 +145,8 @@ struct WriterState {
     is_whole: bool,
     /// Every record below this offset is read; `None`: the first pass is not at its end.
     reached: Option<i64>,
+    /// See [`SessionTable::take_woken`].
+    woken: BTreeSet<NodeEpoch>,
     /// Until this clock no lease has to be checked.
     leases_until_ms: i64,
     /// The clock when old newcomers were last removed.
@@ -189,91 +192,6 @@ impl SessionTable {
     /// The epoch of this node.
     pub fn own_epoch(&self) -> NodeEpoch {
         NodeEpoch(self.own_epoch.load(Ordering::Acquire))
-    }
-
-    /// The living node with this instance.
-    pub fn node_of_instance(&self, instance: &str) -> Option<(NodeEpoch, Lease)> {
-        let state = self.state();
-        let mut living = state.nodes.living();
-        living.find_map(|(epoch, info)| {
-            let lease = info.lease.as_ref().filter(|lease| lease.instance == instance)?;
-            Some((epoch, lease.clone()))
-        })
-    }
-
-    /// Whether the epoch has ended, for ever.
-    pub fn has_ended(&self, epoch: NodeEpoch) -> bool {
-        self.state().nodes.ended(epoch).is_some()
-    }
-
-    /// Whether the topic was read to the end that it had, and the leases of all nodes are known of which
-    /// sessions were read. If not, compaction has removed leases before that end, for later ones behind it.
-    /// Nobody hands over to a node without a lease, so an owner that used the table would leave its sessions out.
-    pub fn is_whole(&self) -> bool {
-        self.state().is_whole
-    }
-
-    /// Ends the nodes without a lease, which would have renewed it meanwhile.
-    pub fn end_unleased(&self) {
-        let mut guard = self.state();
-        let state = &mut *guard;
-        for epoch in state.nodes.unleased().collect::<Vec<_>>() {
-            self.end_epoch(state, epoch, EpochEnd::Stopped, None);
-        }
-        self.publish(state);
-    }
-
-    /// Shows how far the topic is read, once the table is whole.
-    fn publish(&self, state: &mut WriterState) {
-        // Later a zombie may write sessions under an epoch that is forgotten.
-        if !state.is_whole && state.reached.is_some() && state.nodes.unleased().next().is_none() {
-            state.is_whole = true;
-            state.nodes.renew_all();
-        }
-        if let Some(reached) = state.reached.filter(|_| state.is_whole) {
-            self.read_to.store(reached, Ordering::Release);
-        }
-    }
-
-    /// Whether this node removes what dead nodes have left: it has the lowest epoch.
-    pub fn is_janitor(&self) -> bool {
-        let state = self.state();
-        let lowest = state.nodes.living().map(|(epoch, _)| epoch).min();
-        state.own.is_some() && lowest == state.own
-    }
-
-    /// About how many records dead nodes have left in the topic since the last call.
-    pub fn take_leftovers(&self) -> u64 {
-        self.leftovers.swap(0, Ordering::Relaxed)
-    }
-
-    /// Some are still left.
-    pub fn add_leftovers(&self, count: u64) {
-        self.leftovers.fetch_add(count, Ordering::Relaxed);
-    }
-
-    /// Whether the epoch lives, and its lease was read.
-    pub fn has_lease(&self, epoch: NodeEpoch) -> bool {
-        self.state().nodes.get(epoch).is_some_and(|info| info.lease.is_some())
-    }
-
-    /// The offset of the first lease of a living epoch.
-    pub fn first_lease(&self, epoch: NodeEpoch) -> Option<i64> {
-        let state = self.state();
-        let info = state.nodes.get(epoch).filter(|info| info.lease.is_some())?;
-        Some(info.since())
-    }
-
-    /// Leases that were read of a living epoch.
-    pub fn renewals(&self, epoch: NodeEpoch) -> Option<u64> {
-        self.state().nodes.get(epoch).map(|info| info.renewals)
-    }
-
-    /// The leases of all living nodes.
-    pub fn leases(&self) -> Vec<(NodeEpoch, Lease)> {
-        let state = self.state();
-        let leases = state.nodes.living();
-        leases.filter_map(|(epoch, info)| Some((epoch, info.lease.clone()?))).collect()
     }
 
     /// Every record of the topic below this offset is applied.
@@ -410,65 +328,6 @@ impl SessionTable {
         addresses[index] = address;
     }
 
-    fn end_epoch(
-        &self,
-        state: &mut WriterState,
-        epoch: NodeEpoch,
-        why: EpochEnd,
-        by: Option<&Lease>,
-    ) {
-        if why == EpochEnd::Silent {
-            self.counters.nodes_silent.add(1);
-        }
-        if let Some(info) = state.nodes.end(epoch, why) {
-            // First, so that no owner hands over to it.
-            self.set_address(info.index, None);
-            self.remove_node(info.index);
-            state.nodes.free(info.index);
-            // Its lease.
-            self.add_leftovers(u64::from(why != EpochEnd::Stopped));
-            if state.own != Some(epoch)
-                && let Some(Lease { instance, host, .. }) = info.lease
-            {
-                tracing::info!(instance, host, ?why, "another node has ended");
-            }
-        }
-        if state.own == Some(epoch) {
-            state.own = None;
-            self.listener.ended(why, by);
-        }
-        self.counters.nodes.set(state.nodes.living().count() as u64);
-    }
-
-    fn apply_lease(&self, state: &mut WriterState, epoch: NodeEpoch, offset: i64, lease: Lease) {
-        if let Some((ended, why)) = state.nodes.renewed(epoch, offset, lease.clone()) {
-            let rival = match why {
-                EpochEnd::Refused => {
-                    let mut living = state.nodes.living();
-                    living.find_map(|(_, info)| {
-                        info.lease.clone().filter(|its| its.instance == lease.instance)
-                    })
-                }
-                _ => Some(lease.clone()),
-            };
-            self.end_epoch(state, ended, why, rival.as_ref());
-        }
-        let Some(info) = state.nodes.get(epoch) else { return };
-        let address = NodeAddress { epoch, partition: lease.hand_off_partition };
-        self.set_address(info.index, Some(address));
-        self.counters.nodes.set(state.nodes.living().count() as u64);
-        let mut newcomers = self.newcomers.write().expect("no holder panics");
-        for topic in &lease.routed {
-            let known = self.config.topics.iter().position(|known| **known == *topic.topic);
-            let Some(index) = known.and_then(|index| u16::try_from(index).ok()) else { continue };
-            for position in &topic.partitions {
-                let source = SourcePartition { topic: index, partition: position.partition };
-                newcomers.stated(source, offset, position.next);
-                newcomers.owned(source, position.generation);
-            }
-        }
-    }
-
     fn apply_session(
         &self,
         state: &mut WriterState,
@@ -511,43 +370,6 @@ impl SessionTable {
         self.insert(entry);
         self.counters.newcomers.set(newcomers.len() as u64);
     }
-
-    fn check_leases(&self, state: &mut WriterState) {
-        let clock_ms = state.nodes.clock_ms();
-        // At each record that can end an epoch, and not at times of this reader's own: an epoch ends for all
-        // readers at the same record.
-        // (In a first pass, leases can be compacted between the reader and the end.)
-        if state.is_whole && clock_ms > state.leases_until_ms {
-            let timeout_ms = self.config.node_timeout_ms;
-            for (epoch, why) in state.nodes.silent(timeout_ms) {
-                self.end_epoch(state, epoch, why, None);
-            }
-            state.leases_until_ms = state.nodes.none_silent_until(timeout_ms);
-        }
-        if clock_ms < state.pruned_ms + 1_000 {
-            return;
-        }
-        state.pruned_ms = clock_ms;
-        let mut newcomers = self.newcomers.write().expect("no holder panics");
-        newcomers.prune(clock_ms);
-        self.counters.newcomers.set(newcomers.len() as u64);
-    }
-}
-
-impl LogNodes for SessionTable {
-    fn has_lease(&self, instance: &str) -> bool {
-        let state = self.state();
-        state
-            .nodes
-            .living()
-            .any(|(_, info)| info.lease.as_ref().is_some_and(|lease| lease.instance == instance))
-    }
-
-    fn own_renewals(&self) -> Option<u64> {
-        let state = self.state();
-        let info = state.nodes.get(state.own?).filter(|info| info.lease.is_some())?;
-        Some(info.renewals)
-    }
 }
 
 impl SessionsLog for SessionTable {
@@ -563,7 +385,10 @@ impl SessionsLog for SessionTable {
         };
         let epoch = NodeEpoch(key.epoch);
         match (key.user.is_empty(), value) {
-            (true, None) => self.end_epoch(state, epoch, EpochEnd::Stopped, None),
+            (true, None) => {
+                state.woken.remove(&epoch);
+                self.end_epoch(state, epoch, EpochEnd::Stopped, None);
+            }
             (true, Some(value)) => match Lease::decode(value) {
                 Ok(lease) => self.apply_lease(state, epoch, offset, lease),
                 Err(_) => self.counters.records_unreadable.add(1),
@@ -602,6 +427,7 @@ impl SessionsLog for SessionTable {
         // The clock begins at zero again.
         (state.leases_until_ms, state.pruned_ms) = (0, 0);
         (state.is_whole, state.reached) = (false, None);
+        state.woken.clear();
         *self.newcomers.write().expect("no holder panics") =
             Newcomers::new(self.config.newcomers_age_ms);
     }

@@ -13,6 +13,8 @@ mod members;
 mod node;
 mod queues;
 mod stalls;
+#[cfg(test)]
+mod tests;
 pub mod trace;
 mod weather;
 
@@ -89,7 +91,7 @@ struct Cluster {
 /// # Panics
 /// A promise is broken. [`trace::print_on_panic`] prints the seed and the step.
 pub fn run(seed: u64, steps: u64) -> ClusterSummary {
-    trace::begin(seed);
+    trace::begin(seed, steps);
     let mut cluster = Cluster::new(seed);
     trace::weather(format!("{:?}", cluster.weather));
     for step in 1..=steps {
@@ -304,18 +306,19 @@ impl Cluster {
                 EpochEnd::Replaced => "epochs that ended: replaced",
                 // A zombie that has not read of its successor yet begins another epoch.
                 EpochEnd::Refused => "epochs that ended: refused",
-                EpochEnd::Stopped => panic!("epoch {epoch} ended: {why:?}"),
+                // It has not found out itself.
+                EpochEnd::Stopped => "epochs that ended: by others",
             };
             self.did(what, number, epoch);
             let silence = self.logs.longest_silence(epoch);
             let takeovers = self.summary.counts.get("nodes taken over by another process");
             let is_due = match why {
                 EpochEnd::Silent => silence >= self.weather.node_timeout_ms,
+                EpochEnd::Stopped => silence >= self.weather.node_timeout_ms || takeovers.is_some(),
                 // The other process may have read the last renewal late, so its time is not bounded here.
                 EpochEnd::Replaced | EpochEnd::Refused => takeovers.is_some(),
                 // Nodes that lag read what was compacted.
                 EpochEnd::Lost => true,
-                EpochEnd::Stopped => false,
             };
             assert!(is_due, "epoch {epoch} ended ({why:?}) after {silence} ms");
         }
@@ -506,13 +509,17 @@ impl Cluster {
             let is_quiet = rests && self.summary.counts.get("deliveries").copied() == before;
             quiet = if is_quiet { quiet + 1 } else { 0 };
         }
+        // In the last round some nodes renewed their leases after others had read.
+        for node in self.nodes.iter_mut().flatten() {
+            node.read_sessions(&self.logs, usize::MAX);
+        }
     }
 
     /// Everything is at rest: every client has everything.
     fn check(&self) {
         for epoch in self.nodes.iter().flatten().filter_map(SimulatedNode::living) {
             for node in self.nodes.iter().flatten() {
-                let dead = node.takes_for_dead(epoch, &self.logs);
+                let dead = node.takes_for_dead(epoch);
                 assert!(!dead, "{epoch:?} lives, but not for process {}", node.life());
             }
         }
@@ -534,66 +541,6 @@ impl Cluster {
                 "{device:?} in slot {} of process {} missed {missed:?}",
                 client.slot, client.life
             );
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn seed_decides_everything() {
-        assert_eq!(run(7, 4_000), run(7, 4_000));
-    }
-
-    /// What has to happen in a short run already, so that the checks are not idle.
-    const KINDS: [&str; 34] = [
-        "acknowledgements lost",
-        "deliveries",
-        "epochs that ended: lost",
-        "epochs that ended: replaced",
-        "epochs that ended: silent",
-        "gaps",
-        "hand_offs_late",
-        "hand_offs_too_large",
-        "hand-offs, gap",
-        "hand-offs, live",
-        "hand-offs, missed",
-        "hand-offs, missed range",
-        "hand-offs, passed",
-        "hand-offs, replay",
-        "losses of all sessions of a node",
-        "nodes killed",
-        "nodes stalled",
-        "nodes started",
-        "nodes stopped",
-        "nodes taken over by another process",
-        "nodes that gave way",
-        "outages of Kafka",
-        "partitions assigned",
-        "partitions lost by a stalled node",
-        "partitions released",
-        "positions lost",
-        "replays",
-        "sessions",
-        "sessions replaced on another node",
-        "sessions that missed events",
-        "sessions that missed events, with all",
-        "tables read again",
-        "waits_for_hand_offs",
-        "waits_for_members",
-    ];
-
-    #[test]
-    fn sessions_miss_nothing_and_get_nothing_twice() {
-        let mut total = ClusterSummary::default();
-        for seed in 0..40 {
-            total.add(&run(seed, 4_000));
-        }
-        println!("{:#?}", total.counts);
-        for kind in KINDS {
-            assert!(total.counts.get(kind).is_some_and(|count| *count > 0), "no {kind}");
         }
     }
 }

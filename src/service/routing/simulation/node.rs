@@ -1,5 +1,7 @@
 //! One node of the simulated cluster: the real router, table, holder and tails around simulated clients.
 
+mod inspection;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -8,7 +10,6 @@ use std::time::Duration;
 
 use prost::Message as _;
 
-use super::ClusterSummary;
 use super::logs::{Commit, HAND_OFF_PARTITIONS, Logs, PARTITIONS, StoredHandOff, TOPIC};
 use super::manager::{EpochWatch, SimulatedManager};
 use super::members::{ConversationsService, membership};
@@ -16,7 +17,6 @@ use super::queues::{OwnedPartition, RoutedCells, SessionsQueue, SimulatedSink, p
 use super::stalls::Stall;
 use super::weather::{FOREVER_MS, Weather};
 use crate::domain::command::{ShardCommand, ShardReport};
-use crate::domain::counters::CounterSet as _;
 use crate::domain::encoding::Encoding;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::MissedEvents;
@@ -43,16 +43,6 @@ use crate::service::routing::router::{
 
 /// Changes of sessions that may wait besides.
 const CHANGES_MAX: usize = 6;
-/// Counters of routers that the summary shows.
-const COUNTED: [&str; 7] = [
-    "gaps",
-    "replays",
-    "hand_offs_late",
-    "hand_offs_too_large",
-    "waits_for_members",
-    "waits_for_room",
-    "waits_for_hand_offs",
-];
 /// How long a starting node waits for the lease of another one, ms.
 const NODE_WITHOUT_LEASE_MS: u64 = 60_000;
 /// Slots of a ring.
@@ -257,37 +247,6 @@ impl SimulatedNode {
 
     pub(super) fn life(&self) -> u64 {
         self.life
-    }
-
-    /// The epoch of the node, if it lives as far as the node knows.
-    pub(super) fn living(&self) -> Option<NodeEpoch> {
-        (*self.keeper.state() == LeaseState::Living).then(|| self.table.own_epoch())
-    }
-
-    /// Whether the node has read the whole sessions topic, and takes this epoch for dead.
-    pub(super) fn takes_for_dead(&self, epoch: NodeEpoch, logs: &Logs) -> bool {
-        self.sessions_read == logs.sessions.len() && !self.table.has_lease(epoch)
-    }
-
-    /// Whether the node must stop because another one has its instance.
-    pub(super) fn gives_way(&self) -> bool {
-        matches!(self.keeper.state(), LeaseState::InUse(_))
-    }
-
-    /// Adds what the node has counted.
-    pub(super) fn count(&self, summary: &mut ClusterSummary) {
-        for SimulatedRouter { counters, .. } in &self.routers {
-            counters.visit(&mut |_, name, _, count| {
-                if COUNTED.contains(&name) {
-                    summary.count_many(name, count);
-                }
-            });
-        }
-        summary.count_many("tables read again", self.table_counters.restarts.get());
-        summary.count_many("losses of all sessions of a node", self.manager.losses());
-        for (what, count) in &*self.sink.counts.lock().expect("one thread") {
-            summary.count_many(what, *count);
-        }
     }
 
     /// One turn of the routers, and of the shard.
@@ -501,30 +460,5 @@ impl SimulatedNode {
             self.store(logs, usize::MAX);
         }
         commits
-    }
-
-    /// Whether everything is read, stored and acknowledged, besides what its routers do.
-    pub(super) fn rests(&self, logs: &Logs) -> bool {
-        self.sink.queue.lock().expect("one thread").is_empty()
-            && self.unacknowledged.is_empty()
-            && self.hand_offs_read == logs.hand_offs[self.hand_off_partition].end()
-    }
-
-    /// What a person wants to know about a node that misbehaves.
-    pub(super) fn describe(&self, logs: &Logs) -> String {
-        let owned: Vec<_> = self.commits();
-        format!(
-            "life {}: sessions topic {} of {}, hand-offs {} of {}, sink {}, unacknowledged {}, stalled {:?}, \
-             {:?}, owns {owned:?}",
-            self.life,
-            self.sessions_read,
-            logs.sessions.len(),
-            self.hand_offs_read,
-            logs.hand_offs[self.hand_off_partition].end(),
-            self.sink.queue.lock().expect("one thread").len(),
-            self.unacknowledged.len(),
-            self.stall,
-            self.keeper.state(),
-        )
     }
 }

@@ -9,6 +9,8 @@ const REMEMBERED: usize = 80;
 #[derive(Default)]
 struct ClusterTrace {
     seed: u64,
+    /// Steps of the whole run. They decide where everything comes to rest.
+    steps: u64,
     weather: String,
     step: u64,
     /// Step, what happened, and what it concerns.
@@ -19,8 +21,8 @@ thread_local! {
     static TRACE: RefCell<ClusterTrace> = RefCell::default();
 }
 
-pub(super) fn begin(seed: u64) {
-    TRACE.set(ClusterTrace { seed, ..ClusterTrace::default() });
+pub(super) fn begin(seed: u64, steps: u64) {
+    TRACE.set(ClusterTrace { seed, steps, ..ClusterTrace::default() });
 }
 
 pub(super) fn weather(weather: String) {
@@ -46,7 +48,7 @@ pub fn print_on_panic() {
     std::panic::set_hook(Box::new(move |info| {
         before(info);
         TRACE.with_borrow(|trace| {
-            let ClusterTrace { seed, weather, step, acts } = trace;
+            let ClusterTrace { seed, steps, weather, step, acts } = trace;
             eprintln!("{weather}");
             eprintln!("seed {seed} failed at step {step}; the last acts:");
             for (step, what, about) in acts {
@@ -54,7 +56,7 @@ pub fn print_on_panic() {
             }
             eprintln!(
                 "replay: cargo run --release --features simulation --bin simulate -- --world cluster \
-                 --seed {seed}"
+                 --seed {seed} --steps {steps}"
             );
         });
     }));

@@ -20,8 +20,7 @@ use delivery::service::cluster::missed::MissedSessions;
 use delivery::service::members::directory::Directory;
 use delivery::service::members::membership::{Membership, MembershipConfig};
 use delivery::service::routing::router::{
-    Assignment, CommittableOffset, CommittableTable, RawRecord, RecordSource, Router, RouterConfig,
-    RouterControl,
+    Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
     RouterParts, TopicPartition,
 };
 use delivery::service::sessions::auth::Authenticator;
@@ -215,9 +214,7 @@ impl Ours {
             source: Box::new(Source(Arc::clone(&log))),
             start: Some(0),
             committable: Arc::clone(&committable),
-            generation: 0,
-            table: 0,
-            committable_table: Arc::new(CommittableTable::new(0)),
+            ownership: None,
         });
         drop(within);
         Ok(Self {

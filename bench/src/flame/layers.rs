@@ -96,7 +96,7 @@ fn layer_of(stack: &[String]) -> &'static str {
         return DELIVERED;
     }
     if let Some((_, layer)) = KERNEL.iter().find(|(what, _)| any(what)) {
-        return *layer;
+        return layer;
     }
     for frame in stack.iter().rev() {
         let name = frame.trim_start_matches('_');
@@ -105,7 +105,7 @@ fn layer_of(stack: &[String]) -> &'static str {
             what => frame.contains(what),
         });
         if let Some((_, layer)) = found {
-            return *layer;
+            return layer;
         }
     }
     if stack[0].starts_with("rdk") { KAFKA } else { OTHER }

@@ -39,7 +39,7 @@ impl Node {
         let mut environment = vec![
             ("HTTP_PORT", format!("127.0.0.1:{port}")),
             ("HTTP_ADDR", format!("127.0.0.1:{}", admin.0)),
-            ("GRPC_ADDR", String::new()),
+            ("GRPC_ADDR", "127.0.0.1:0".to_owned()),
             ("SHARDS", shards.to_string()),
             // All clients connect from one host, at the same time.
             ("HANDSHAKES_PER_SECOND", "0".to_owned()),
@@ -51,6 +51,11 @@ impl Node {
             ("JWT_AUDIENCE", TOKEN_AUDIENCE.to_owned()),
             ("KAFKA_BROKERS", services.brokers.clone()),
             ("KAFKA_TOPICS", services.topics.clone()),
+            // With Redis the node is one of a group that hands over through the log. The brokers may have the
+            // sessions of other runs.
+            ("KAFKA_GROUP", services.run.clone()),
+            ("SESSIONS_TOPIC", format!("{}-sessions", services.run)),
+            ("HANDOFF_TOPIC", format!("{}-handoff", services.run)),
         ];
         if let Some(redis) = services.redis_address() {
             environment.push(("REDIS_ADDR", redis));

@@ -33,7 +33,10 @@ pub(super) struct Services {
     /// Address of the conversation, message and presence services.
     pub(super) neighbours: String,
     pub(super) brokers: String,
+    /// Topics of events, separated by commas.
     pub(super) topics: String,
+    /// Name of this run; no other run uses it.
+    pub(super) run: String,
     presence: Presence,
 }
 
@@ -66,6 +69,7 @@ impl Services {
             redis,
             neighbours: text("ready"),
             topics: format!("{},{}", text("messages"), text("conversations")),
+            run: text("messages"),
             backend,
             brokers,
             presence,
@@ -76,7 +80,7 @@ impl Services {
         self.redis.as_ref().map(|(_, port)| format!("127.0.0.1:{port}"))
     }
 
-    /// Sessions registered with presence; `None`: presence is off.
+    /// Sessions registered with presence, while none ends; `None`: presence is off.
     pub(super) fn registered(&mut self) -> io::Result<Option<u64>> {
         Ok(match self.presence {
             Presence::Off => None,
@@ -84,8 +88,9 @@ impl Services {
                 Some(number(&self.backend.ask("presence", "registered")?, "registered") as u64)
             }
             Presence::Redis => match &self.redis {
-                // A key for the session and one for the user's set of devices.
-                Some((_, port)) => Some(keys(*port)? / 2),
+                // A key for the session, one for its fence (which outlives it by a minute or two), and one for
+                // the user's set of devices.
+                Some((_, port)) => Some(keys(*port)? / 3),
                 None => None,
             },
         })

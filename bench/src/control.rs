@@ -49,12 +49,15 @@ pub struct Ready {
     pub ready: String,
     /// The process whose processor time counts.
     pub pid: u32,
+    /// The same of a second node of one cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub other: Option<Box<Self>>,
 }
 
 impl Ready {
     /// This process listens.
     pub fn here(address: &impl ToString) -> Self {
-        Self { ready: address.to_string(), pid: std::process::id() }
+        Self { ready: address.to_string(), pid: std::process::id(), other: None }
     }
 }
 

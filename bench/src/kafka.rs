@@ -7,44 +7,45 @@
 //!
 //! A plan of events that are due one by one: records when each was sent, appended and acknowledged,
 //! and when a plain consumer received it ([`crate::journey`]).
+//!
+//! With two nodes, each conversation has its members on both: the same number of each. The nodes share the
+//! partitions and hand over through the log. Plain round trips of the broker run at the same time.
 
+mod node;
+mod paced;
 mod plain;
+mod round_trip;
 mod trace;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use delivery_testkit::ports::free_port;
 use delivery_testkit::publisher::create_topics;
 use rdkafka::ClientConfig;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext};
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
 
-use crate::admin::AdminPort;
 use crate::clock::now_ns;
-use crate::control::Pushed;
-use crate::generator::{Generator, Item, PushPlan, conversation};
+use crate::control::{Pushed, Ready};
+use crate::generator::{Generator, PushPlan, conversation};
 use crate::journey::Passage;
 use crate::names;
-use crate::payload::{Stamp, conversation_id, creation};
-use crate::program::{Program, beside};
+use crate::payload::{conversation_id, creation};
+use crate::program::beside;
 use crate::usage;
+use node::{READY_MAX, ServedNode};
+use paced::write;
 use plain::PlainConsumer;
+use round_trip::RoundTrip;
 use trace::{TracedProducer, UNTRACED};
 
 /// As in a small deployment; records are spread over them by conversation.
 const PARTITIONS: i32 = 4;
 /// Limit for one operation of Kafka.
 const KAFKA_MAX: Duration = Duration::from_secs(60);
-const READY_MAX: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
-/// Metric: records that the routers have read.
-const RECORDS: &str = "delivery_router_records_total";
-/// Metric: open sessions.
-const SESSIONS: &str = "delivery_shard_sessions";
 
 /// Configuration of [`ServedDelivery`].
 #[derive(Clone, Debug, clap::Parser)]
@@ -55,6 +56,9 @@ pub struct ServedConfig {
     /// The `delivery` program; by default the one in the folder of this one.
     #[arg(long, default_value_os_t = beside("delivery"))]
     pub program: PathBuf,
+    /// Nodes: one that reads every partition, or two that share them and hand over through the log.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub nodes: u8,
     /// Core of the server.
     #[arg(long = "core")]
     pub server_core: usize,
@@ -63,18 +67,34 @@ pub struct ServedConfig {
     pub own_core: usize,
 }
 
-/// A running `delivery serve` and the producers of its events.
-pub struct ServedDelivery {
-    server: Program,
-    brokers: String,
-    server_core: usize,
-    /// Address of the server.
-    pub address: SocketAddr,
-    admin: AdminPort,
-    /// Topic of the messages.
+/// Names of the topics; no other run uses them.
+struct RunTopics {
     messages: String,
-    /// Topic of the conversations.
     conversations: String,
+    sessions: String,
+    hand_offs: String,
+    round_trips: String,
+}
+
+impl RunTopics {
+    fn new() -> Self {
+        let run = std::process::id();
+        Self {
+            messages: format!("messaging.bench-{run}"),
+            // A topic of its own, as in a deployment: the membership cache reads it as well.
+            conversations: format!("conversation.bench-{run}"),
+            sessions: format!("sessions.bench-{run}"),
+            hand_offs: format!("handoff.bench-{run}"),
+            round_trips: format!("round-trip.bench-{run}"),
+        }
+    }
+}
+
+/// Running `delivery serve` and the producers of their events.
+pub struct ServedDelivery {
+    nodes: Vec<ServedNode>,
+    config: ServedConfig,
+    topics: RunTopics,
     /// Producer of events that become visible all at once.
     at_once: BaseProducer,
     /// Producer of events that are sent when they are due. It lingers for a millisecond, which is
@@ -83,10 +103,14 @@ pub struct ServedDelivery {
     paced: TracedProducer,
     /// Reads the same records, while events are due one by one.
     plain: Option<PlainConsumer>,
+    /// Runs at the same time, with two nodes.
+    round_trip: Option<RoundTrip>,
     /// Observations of the last push.
     passages: Vec<Passage>,
     /// Sizes of the conversations that have been created.
     prepared: Vec<usize>,
+    /// Conversations that have been created.
+    created: u64,
     /// The plan whose events are written but not committed.
     uncommitted: Option<PushPlan>,
 }
@@ -96,50 +120,29 @@ fn failed(error: &KafkaError) -> io::Error {
 }
 
 impl ServedDelivery {
-    /// Creates the topics and starts a server that reads them.
+    /// Creates the topics and starts the nodes that read them.
     ///
     /// # Errors
-    /// The broker is unreachable, or the server does not get ready.
+    /// The broker is unreachable, or a node does not get ready.
     pub fn start(config: &ServedConfig) -> io::Result<Self> {
-        // Two topics, as in a deployment: the membership cache reads the second as well.
-        let run = std::process::id();
-        let messages = format!("messaging.bench-{run}");
-        let conversations = format!("conversation.bench-{run}");
+        let topics = RunTopics::new();
         let settings = [("message.timestamp.type", "LogAppendTime")];
-        create_topics(&config.brokers, &[&messages, &conversations], PARTITIONS, &settings)?;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
-        let admin = AdminPort(free_port());
-        // The child inherits the core; this process then moves to its own.
+        let read = [&*topics.messages, &*topics.conversations];
+        create_topics(&config.brokers, &read, PARTITIONS, &settings)?;
+        if config.nodes > 1 {
+            let (name, partitions) = (&*topics.round_trips, round_trip::PARTITIONS);
+            create_topics(&config.brokers, &[name], partitions, &settings)?;
+        }
+        // The children inherit the core; this process then moves to its own.
         usage::pin(config.server_core)?;
-        let mut server = Program::start(
-            "delivery",
-            None,
-            &[config.program.display().to_string(), "serve".to_owned()],
-            &[
-                ("HTTP_PORT", address.to_string()),
-                ("HTTP_ADDR", format!("127.0.0.1:{}", admin.0)),
-                ("GRPC_ADDR", String::new()),
-                ("SHARDS", "1".to_owned()),
-                ("CONNECTIONS_MAX", "14000".to_owned()),
-                ("AUTH_MODE", "trust".to_owned()),
-                ("ECHO", "true".to_owned()),
-                ("CONNECTIONS_PER_ADDRESS", "0".to_owned()),
-                ("HANDSHAKES_PER_SECOND", "0".to_owned()),
-                ("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0".to_owned()),
-                ("SO_SNDBUF", "128KiB".to_owned()),
-                ("ROUTING_MODE", "broadcast".to_owned()),
-                ("KAFKA_BROKERS", config.brokers.clone()),
-                ("KAFKA_TOPICS", format!("{messages},{conversations}")),
-                ("KAFKA_GROUP", messages.clone()),
-                ("LOG_LEVEL", "warn".to_owned()),
-            ],
-        )?;
+        let nodes: io::Result<Vec<_>> =
+            (1..=config.nodes).map(|number| ServedNode::start(config, &topics, number)).collect();
         usage::pin(config.own_core)?;
         let mut client = ClientConfig::new();
         client.set("bootstrap.servers", &config.brokers);
         let at_once = client
             .clone()
-            .set("transactional.id", &messages)
+            .set("transactional.id", &topics.messages)
             .set("queue.buffering.max.messages", "1000000")
             .set("linger.ms", "5")
             .create::<BaseProducer>()
@@ -153,159 +156,184 @@ impl ServedDelivery {
             .set("enable.idempotence", "true")
             .create_with_context(trace::Trace::default())
             .map_err(|error| failed(&error))?;
-        server.wait_until(READY_MAX, || admin.is_ready())?;
-        Ok(Self {
-            server,
-            brokers: config.brokers.clone(),
-            server_core: config.server_core,
-            address,
-            admin,
-            messages,
-            conversations,
+        let mut served = Self {
+            nodes: nodes?,
+            config: config.clone(),
+            topics,
             at_once,
             paced,
             plain: None,
+            round_trip: None,
             passages: Vec::new(),
             prepared: Vec::new(),
+            created: 0,
             uncommitted: None,
-        })
+        };
+        served.nodes.iter_mut().try_for_each(ServedNode::wait_until_ready)?;
+        served.wait_until_shared()?;
+        Ok(served)
     }
 
-    /// The server's process id.
-    pub fn pid(&self) -> u32 {
-        self.server.id()
-    }
-
-    /// Records that the server has read.
-    fn records(&self) -> io::Result<u64> {
-        Ok(self.admin.metric(RECORDS, "")? as u64)
-    }
-
-    /// Open sessions.
-    ///
-    /// # Errors
-    /// The server does not answer.
-    pub fn sessions(&self) -> io::Result<usize> {
-        Ok(self.admin.metric(SESSIONS, "")? as usize)
-    }
-
-    /// Creates the conversations of a plan. Also writes its events if it has no rate, and starts the
-    /// plain consumer if they are due one by one.
-    ///
-    /// # Errors
-    /// Kafka failed.
-    pub fn prepare(&mut self, plan: PushPlan) -> io::Result<()> {
-        let sessions = self.sessions()?;
-        if !self.prepared.contains(&plan.group) {
-            self.prepared.push(plan.group);
-            self.create_conversations(plan.group, sessions)?;
-        }
-        if plan.rate == 0 {
-            self.at_once.begin_transaction().map_err(|error| failed(&error))?;
-            let mut generator = Generator::new(plan, sessions);
-            while let Some(item) = generator.next_due() {
-                let key = conversation_id(item.conversation);
-                let record = BaseRecord::to(&self.messages).key(&*key).payload(&*item.value);
-                write(&self.at_once, record)?;
+    /// Waits until every partition of the messages has one owner.
+    fn wait_until_shared(&self) -> io::Result<()> {
+        let from = Instant::now();
+        while self.nodes.len() > 1 && self.owners().is_err() {
+            if from.elapsed() > READY_MAX {
+                self.owners()?;
             }
-            self.at_once.flush(KAFKA_MAX).map_err(|error| failed(&error))?;
-            self.uncommitted = Some(plan);
-        } else if plan.is_one_by_one() {
-            let topics = [&*self.messages, &*self.conversations];
-            self.plain = Some(PlainConsumer::start(&self.brokers, &topics, self.server_core)?);
-        }
-        Ok(())
-    }
-
-    fn create_conversations(&self, group: usize, sessions: usize) -> io::Result<()> {
-        let count = (sessions / group).max(1);
-        let until = self.records()? + count as u64;
-        for at in 0..count {
-            let first = at * group;
-            let members = first..(first + group).min(sessions);
-            let number = conversation(group, at);
-            let value = creation(number, members.map(names::user));
-            let key = conversation_id(number);
-            let record = BaseRecord::with_opaque_to(&self.conversations, UNTRACED);
-            write(&self.paced, record.key(&*key).payload(&*value))?;
-        }
-        self.paced.flush(KAFKA_MAX).map_err(|error| failed(&error))?;
-        while self.records()? < until {
             std::thread::sleep(POLL);
         }
         Ok(())
     }
 
-    /// Makes the events of a plan visible to the server.
+    /// The node that owns each partition of the messages. A node alone owns them all. Of two, one may own them
+    /// all, and the other those of the conversations.
+    fn owners(&self) -> io::Result<HashMap<i32, u8>> {
+        if self.nodes.len() == 1 {
+            return Ok((0..PARTITIONS).map(|partition| (partition, 0)).collect());
+        }
+        let mut owners = HashMap::new();
+        let mut owned = Vec::new();
+        for (number, node) in (0..).zip(&self.nodes) {
+            let partitions = node.owned(&self.topics.messages)?;
+            owned.push(partitions.len());
+            owners.extend(partitions.into_iter().map(|partition| (partition, number)));
+        }
+        let complete =
+            owners.len() == PARTITIONS as usize && owned.iter().sum::<usize>() == owners.len();
+        match complete {
+            true => Ok(owners),
+            false => Err(io::Error::other(format!("not one owner for each partition: {owned:?}"))),
+        }
+    }
+
+    /// What the conductor has to know.
+    pub fn ready(&self) -> Ready {
+        let ready = |node: &ServedNode, other| Ready {
+            ready: node.address.to_string(),
+            pid: node.pid(),
+            other,
+        };
+        ready(&self.nodes[0], self.nodes.get(1).map(|node| Box::new(ready(node, None))))
+    }
+
+    /// Records that the nodes have read.
+    fn records(&self) -> io::Result<u64> {
+        self.nodes.iter().map(ServedNode::records).sum()
+    }
+
+    /// Open sessions of all nodes.
     ///
     /// # Errors
-    /// Kafka failed, or the plan has not been prepared.
+    /// A node does not answer.
+    pub fn sessions(&self) -> io::Result<usize> {
+        self.nodes.iter().map(ServedNode::sessions).sum()
+    }
+
+    /// The sessions that a plan is for: those of one node. Each of the other nodes has as many.
+    fn sessions_per_node(&self) -> io::Result<usize> {
+        Ok(self.sessions()? / self.nodes.len())
+    }
+
+    /// Creates the conversations of a plan. Also writes its events if it has no rate, and starts the
+    /// plain clients if they are due one by one.
+    ///
+    /// # Errors
+    /// Kafka failed.
+    pub fn prepare(&mut self, plan: PushPlan) -> io::Result<()> {
+        let sessions = self.sessions_per_node()?;
+        if !self.prepared.contains(&plan.group) {
+            self.prepared.push(plan.group);
+            self.create_conversations(plan.group, sessions)?;
+        }
+        let RunTopics { messages, conversations, round_trips, .. } = &self.topics;
+        let ServedConfig { brokers, server_core, .. } = &self.config;
+        if plan.rate == 0 {
+            self.at_once.begin_transaction().map_err(|error| failed(&error))?;
+            let mut generator = Generator::new(plan, sessions);
+            while let Some(item) = generator.next_due() {
+                let key = conversation_id(item.conversation);
+                let record = BaseRecord::to(messages).key(&*key).payload(&*item.value);
+                write(&self.at_once, record)?;
+            }
+            self.at_once.flush(KAFKA_MAX).map_err(|error| failed(&error))?;
+            self.uncommitted = Some(plan);
+        } else if plan.is_one_by_one() {
+            let topics = [(&**messages, PARTITIONS), (&**conversations, PARTITIONS)];
+            self.plain = Some(PlainConsumer::start(brokers, &topics, *server_core)?);
+            if self.nodes.len() > 1 {
+                self.round_trip = Some(RoundTrip::start(brokers, round_trips, *server_core)?);
+            }
+        }
+        Ok(())
+    }
+
+    fn create_conversations(&mut self, group: usize, sessions: usize) -> io::Result<()> {
+        let count = (sessions / group).max(1);
+        let until = self.records()? + count as u64;
+        for at in 0..count {
+            let first = at * group;
+            let on_node = first..(first + group).min(sessions);
+            let members = (0..self.nodes.len())
+                .flat_map(|node| on_node.clone().map(move |session| node * sessions + session));
+            let number = conversation(group, at);
+            let value = creation(number, members.map(names::user));
+            let key = conversation_id(number);
+            let record = BaseRecord::with_opaque_to(&self.topics.conversations, UNTRACED);
+            write(&self.paced, record.key(&*key).payload(&*value))?;
+        }
+        self.paced.flush(KAFKA_MAX).map_err(|error| failed(&error))?;
+        self.created += count as u64;
+        while self.records()? < until {
+            std::thread::sleep(POLL);
+        }
+        self.nodes.iter().try_for_each(|node| node.wait_until_followed(self.created))
+    }
+
+    /// Makes the events of a plan visible to the nodes.
+    ///
+    /// # Errors
+    /// Kafka failed, the plan has not been prepared, or partitions changed their owner.
     pub fn push(&mut self, plan: PushPlan) -> io::Result<Pushed> {
-        let sessions = self.sessions()?;
+        let sessions = self.sessions_per_node()?;
+        let owners = self.owners()?;
+        let round_trip = self.round_trip.take();
         let started_ns = now_ns();
+        let round_trip = round_trip.map(|trip| trip.push(plan, sessions)).transpose()?;
         if plan.rate == 0 {
             if self.uncommitted.take() != Some(plan) {
                 return Err(io::Error::other("the plan is not prepared"));
             }
             self.at_once.commit_transaction(KAFKA_MAX).map_err(|error| failed(&error))?;
         } else {
-            self.push_paced(plan, sessions)?;
+            paced::push(&self.paced, &self.topics.messages, None, plan, sessions)?;
         }
         let elapsed_ns = now_ns() - started_ns;
         if let Some(plain) = self.plain.take() {
             self.passages = joined(self.paced.context().take(), plain.finish(plan.events));
         }
+        for passage in &mut self.passages {
+            passage.owner = owners.get(&passage.partition).copied().unwrap_or(0);
+        }
+        if let Some(round_trip) = round_trip {
+            for (passage, trip) in self.passages.iter_mut().zip(round_trip.finish()?) {
+                passage.round_trip_ns = trip.consumed_ns.saturating_sub(trip.sent_ns);
+            }
+        }
+        if self.owners()? != owners {
+            return Err(io::Error::other("partitions changed their owner"));
+        }
         Ok(Pushed {
-            messages: plan.events * plan.group.min(sessions) as u64,
+            messages: (self.nodes.len() * plan.group.min(sessions)) as u64 * plan.events,
             elapsed_ns,
             ..Pushed::default()
         })
-    }
-
-    fn push_paced(&self, plan: PushPlan, sessions: usize) -> io::Result<()> {
-        let mut generator = Generator::new(plan, sessions);
-        while !generator.is_finished() {
-            let Some(item) = generator.next_due() else {
-                let wait = generator.due_ns().map_or(0, |due| due.saturating_sub(now_ns()));
-                self.paced.poll(Duration::ZERO);
-                std::thread::sleep(Duration::from_nanos(wait));
-                continue;
-            };
-            let number = if plan.is_one_by_one() { self.trace(&item) } else { UNTRACED };
-            let key = conversation_id(item.conversation);
-            let record = BaseRecord::with_opaque_to(&self.messages, number);
-            write(&self.paced, record.key(&*key).payload(&*item.value))?;
-        }
-        self.paced.flush(KAFKA_MAX).map_err(|error| failed(&error))
-    }
-
-    fn trace(&self, item: &Item) -> usize {
-        let stamp = Stamp::find(&item.value).expect("every value has one");
-        self.paced.context().begin(item.sessions.start, stamp.sequence, stamp.intended_ns)
     }
 
     /// Observations of the last push, if its events were due one by one.
     pub fn passages(&mut self) -> Vec<Passage> {
         std::mem::take(&mut self.passages)
     }
-}
-
-fn write<C: ProducerContext>(
-    producer: &BaseProducer<C>,
-    mut record: BaseRecord<'_, str, [u8], C::DeliveryOpaque>,
-) -> io::Result<()> {
-    loop {
-        match producer.send(record) {
-            Ok(()) => break,
-            Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
-                producer.poll(POLL);
-                record = back;
-            }
-            Err((error, _)) => return Err(failed(&error)),
-        }
-    }
-    producer.poll(Duration::ZERO);
-    Ok(())
 }
 
 /// Adds the times of the plain consumer to the passages.

@@ -6,7 +6,7 @@ use std::io;
 use procfs::process::{Process, all_processes};
 use procfs::{Current as _, Meminfo};
 use rustix::process::Pid;
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Pins the calling thread, and the threads that it creates later, to one core.
 ///
@@ -16,6 +16,18 @@ pub fn pin(core: usize) -> io::Result<()> {
     let mut set = CpuSet::new();
     set.set(core);
     Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Calls `start` on one core, which the threads that it creates inherit. The calling thread then moves back.
+///
+/// # Errors
+/// The core does not exist.
+pub fn on_core<T>(core: usize, start: impl FnOnce() -> T) -> io::Result<T> {
+    let own = sched_getaffinity(None)?;
+    pin(core)?;
+    let started = start();
+    sched_setaffinity(None, &own)?;
+    Ok(started)
 }
 
 /// Processor time of all threads of a process, ns.

@@ -1,14 +1,14 @@
 //! Delivery behind Kafka as a contender: see `delivery_bench::kafka`.
 
 use clap::Parser;
-use delivery_bench::control::{self, OpenSessions, Passages, Prepared, Ready, Word};
+use delivery_bench::control::{self, OpenSessions, Passages, Prepared, Word};
 use delivery_bench::kafka::{ServedConfig, ServedDelivery};
 
 fn main() -> std::io::Result<()> {
     let config = ServedConfig::parse();
     let words = control::commands(Word::parse, || {});
     let mut served = ServedDelivery::start(&config)?;
-    control::answer(&Ready { ready: served.address.to_string(), pid: served.pid() });
+    control::answer(&served.ready());
     for word in words {
         match word {
             Word::Sessions => control::answer(&OpenSessions { sessions: served.sessions()? }),

@@ -32,6 +32,8 @@ pub enum Role {
     Delivery,
     /// Delivery with events from Kafka: pushes only.
     Kafka,
+    /// Two nodes of Delivery that share the partitions: hand-offs only.
+    Cluster,
 }
 
 /// A server in the comparison.
@@ -56,6 +58,9 @@ impl FromStr for Contender {
             }
             None if text == "delivery" => (text, Role::Delivery, vec![program("bench-delivery")]),
             None if text == "kafka" => (text, Role::Kafka, vec![program("bench-kafka")]),
+            None if text == "cluster" => {
+                (text, Role::Cluster, vec![program("bench-kafka"), "--nodes=2".to_owned()])
+            }
             None => (text, Role::Other, vec![program("bench-server"), text.to_owned()]),
         };
         Ok(Self { name: name.to_owned(), role, command })
@@ -66,24 +71,24 @@ impl FromStr for Contender {
 #[derive(Clone, Debug, clap::Parser)]
 pub struct Comparison {
     /// Servers, in the order of the table: bare, epoll, tokio, tokio-defaults, tokio-uring, delivery,
-    /// kafka, or NAME=COMMAND, a build of bench-delivery. Ratios are to the first.
+    /// kafka, cluster, or NAME=COMMAND, a build of bench-delivery. Ratios are to the first.
     #[arg(
         long = "servers",
         value_delimiter = ',',
-        default_value = "bare,epoll,tokio,tokio-defaults,tokio-uring,delivery,kafka"
+        default_value = "bare,epoll,tokio,tokio-defaults,tokio-uring,delivery,kafka,cluster"
     )]
     pub contenders: Vec<Contender>,
     /// The works.
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "push,groups,burst,flood,latency,slow,json,kib,deflate,echo"
+        default_value = "push,groups,burst,flood,latency,slow,handoff,json,kib,deflate,echo"
     )]
     pub works: Vec<Work>,
     /// Rounds.
     #[arg(long, default_value_t = 5)]
     pub rounds: usize,
-    /// Sessions, of one client process.
+    /// Sessions, of one client process. Each node has one.
     #[arg(long, default_value_t = 10_000)]
     pub sessions: usize,
     /// Core of the server.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::journey::Part;
+use crate::journey::{Part, Quantile};
 
 /// A measured quantity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,10 +23,10 @@ pub enum Metric {
     P99Us,
     /// 99.9th percentile, µs.
     P999Us,
-    /// Median of a part of the path through Kafka, µs.
-    PartP50Us(Part),
-    /// 99th percentile of a part, µs.
-    PartP99Us(Part),
+    /// Quantile of a part of the path through Kafka, µs.
+    PartUs(Part, Quantile),
+    /// The quantiles of the path to the client on the owner and of a plain round trip, added, µs.
+    ArrivedPlusRoundTripUs(Quantile),
     /// Messages lost, duplicated, out of order or without a stamp.
     Wrong,
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::samples::{Metric, Samples, Summary};
 use super::work::Work;
-use crate::journey::Part;
+use crate::journey::{Part, Quantile};
 
 /// Renders Markdown. Ratios are of medians, to the first of `contenders` that does the work.
 pub(super) fn markdown(works: &[Work], contenders: &[&str], samples: &Samples) -> String {
@@ -47,24 +47,29 @@ pub(super) fn markdown(works: &[Work], contenders: &[&str], samples: &Samples) -
 
 /// The parts of the path through Kafka, if they were recorded.
 fn parts(out: &mut String, work: &Work, name: &str, samples: &Samples) {
-    let rows: Vec<_> = Part::ALL
-        .into_iter()
-        .filter_map(|part| {
-            let of = |metric| samples.summary(work.name, name, metric);
-            Some((part, of(Metric::PartP50Us(part))?, of(Metric::PartP99Us(part))?))
-        })
-        .collect();
+    let row = |title: &'static str, metric: &dyn Fn(Quantile) -> Metric| {
+        let of = |quantile| samples.summary(work.name, name, metric(quantile));
+        let summaries: Vec<Summary> = Quantile::ALL.into_iter().map_while(of).collect();
+        (summaries.len() == Quantile::ALL.len()).then_some((title, summaries))
+    };
+    let of_part = |part: Part| row(part.title(), &|at| Metric::PartUs(part, at));
+    let mut rows: Vec<_> = Part::ALL.into_iter().filter_map(of_part).collect();
+    rows.extend(row(
+        "appended → client on the owner, and a round trip: their quantiles added",
+        &Metric::ArrivedPlusRoundTripUs,
+    ));
     if rows.is_empty() {
         return;
     }
     let _ = writeln!(
         out,
-        "| {name}: part of the way | p50 µs (least to most) | p99 µs (least to most) |\n\
-         | --- | --- | --- |"
+        "| {name}: part of the way | p50 µs (least to most) | p90 µs | p99 µs |\n\
+         | --- | --- | --- | --- |"
     );
-    let spread = |s: Summary| format!("{:.0} ({:.0} to {:.0})", s.median, s.min, s.max);
-    for (part, p50, p99) in rows {
-        let _ = writeln!(out, "| {} | {} | {} |", part.title(), spread(p50), spread(p99));
+    let spread = |s: &Summary| format!("{:.0} ({:.0} to {:.0})", s.median, s.min, s.max);
+    for (title, summaries) in rows {
+        let values: Vec<_> = summaries.iter().map(spread).collect();
+        let _ = writeln!(out, "| {title} | {} |", values.join(" | "));
     }
     let _ = writeln!(out);
 }
@@ -93,11 +98,14 @@ mod tests {
         let mut samples = Samples::default();
         samples.add("push", "kafka", Metric::CpuUs, 2.0);
         for value in [5.0, 7.0, 6.0] {
-            samples.add("push", "kafka", Metric::PartP50Us(Part::AppendedToArrived), value);
-            samples.add("push", "kafka", Metric::PartP99Us(Part::AppendedToArrived), 10.0 * value);
+            for (at, factor) in Quantile::ALL.into_iter().zip([1.0, 3.0, 10.0]) {
+                let metric = Metric::PartUs(Part::AppendedToArrived, at);
+                samples.add("push", "kafka", metric, factor * value);
+            }
         }
         let text = markdown(&WORKS[..1], &["bare", "kafka"], &samples);
-        let row = format!("| {} | 6 (5 to 7) | 60 (50 to 70) |", Part::AppendedToArrived.title());
+        let title = Part::AppendedToArrived.title();
+        let row = format!("| {title} | 6 (5 to 7) | 18 (15 to 21) | 60 (50 to 70) |");
         assert!(text.contains(&row), "{text}");
     }
 }

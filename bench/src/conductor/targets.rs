@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::samples::{Metric, Samples, Summary};
-use crate::journey::Part;
+use crate::journey::{Part, Quantile};
 
 /// A number of the table: work, server, metric.
 type Figure = (&'static str, &'static str, Metric);
@@ -17,7 +17,7 @@ struct Target {
     at_most: f64,
 }
 
-use Metric::{CpuServingUs, CpuUs, P99Us, PartP99Us};
+use Metric::{ArrivedPlusRoundTripUs, CpuServingUs, CpuUs, P99Us, PartUs};
 
 const fn ratio(at_most: f64, figure: Figure, by: Figure, title: &'static str) -> Target {
     Target { title, figure, by: Some(by), at_most }
@@ -28,13 +28,20 @@ const fn bound(at_most: f64, figure: Figure, title: &'static str) -> Target {
 }
 
 const NO_TARGET: f64 = f64::INFINITY;
-const ARRIVED_P99: Metric = PartP99Us(Part::AppendedToArrived);
-const CONSUMED_P99: Metric = PartP99Us(Part::AppendedToConsumed);
+const ARRIVED_P99: Metric = PartUs(Part::AppendedToArrived, Quantile::P99);
+const CONSUMED_P99: Metric = PartUs(Part::AppendedToConsumed, Quantile::P99);
+
+/// From the append to the client on another node, in proportion to what it may be at most: to the client on the
+/// owner, and a plain round trip.
+const fn hand_off(at: Quantile, title: &'static str) -> Target {
+    let elsewhere = ("handoff", "cluster", PartUs(Part::AppendedToElsewhere, at));
+    ratio(1.00, elsewhere, ("handoff", "cluster", ArrivedPlusRoundTripUs(at)), title)
+}
 
 /// Both servers of a ratio generate the events themselves, except behind Kafka. There the ratio is to
 /// the cost without generating them.
 #[rustfmt::skip]
-const TARGETS: [Target; 18] = [
+const TARGETS: [Target; 21] = [
     ratio(1.10, ("push", "delivery", CpuUs), ("push", "bare", CpuUs), "push, one recipient each, to bare"),
     ratio(0.70, ("push", "delivery", CpuUs), ("push", "tokio-defaults", CpuUs), "push, one recipient each, to tungstenite as it comes"),
     ratio(0.70, ("push", "delivery", CpuUs), ("push", "tokio", CpuUs), "push, one recipient each, to tungstenite with small buffers"),
@@ -53,6 +60,9 @@ const TARGETS: [Target; 18] = [
     bound(10_000.0, ("slow", "kafka", ARRIVED_P99), "p99 from Kafka's append to the client's read, µs (5,000 a second)"),
     bound(NO_TARGET, ("slow", "kafka", CONSUMED_P99), "the same to a plain consumer's read, at the same time (no target)"),
     bound(NO_TARGET, ("slow", "kafka", P99Us), "the same from before the producer to the client's read (no target)"),
+    hand_off(Quantile::P50, "p50 from Kafka's append to a client on another node, to: a client on the owner + a plain round trip"),
+    hand_off(Quantile::P90, "p90 of the same"),
+    hand_off(Quantile::P99, "p99 of the same"),
 ];
 
 /// The targets that have figures, in Markdown. The spread is that of the rounds' own ratios.
@@ -121,5 +131,15 @@ mod tests {
         assert!(text.contains("| 1.10 | **1.00** | 0.91 to 1.10 | met |"), "{text}");
         assert!(text.contains("| 1000 | **1500** | 1500 to 1500 | missed by 50 % |"), "{text}");
         assert_eq!(text.lines().count(), 4);
+    }
+
+    #[test]
+    fn hand_off_may_take_what_an_owner_and_a_round_trip_take() {
+        let mut samples = Samples::default();
+        let elsewhere = PartUs(Part::AppendedToElsewhere, Quantile::P50);
+        samples.add("handoff", "cluster", elsewhere, 3_300.0);
+        samples.add("handoff", "cluster", ArrivedPlusRoundTripUs(Quantile::P50), 3_000.0);
+        let text = markdown(&samples);
+        assert!(text.contains("| 1.00 | **1.10** | 1.10 to 1.10 | missed by 10 % |"), "{text}");
     }
 }

@@ -11,7 +11,8 @@ use super::samples::{Metric, Samples};
 use super::work::{Task, Wire, Work};
 use super::{Comparison, Contender, Role};
 use crate::generator;
-use crate::journey::{self, Arrival, Durations, Part, Passage};
+use crate::journey::{self, Arrival, Durations, Part, Passage, Quantile};
+use crate::latency::Latencies;
 use crate::program::beside;
 use crate::usage;
 
@@ -37,13 +38,25 @@ impl Drop for Recording {
     }
 }
 
+struct TrialNode {
+    address: String,
+    /// The process whose processor time counts.
+    pid: u32,
+}
+
+impl TrialNode {
+    fn of(ready: &Value) -> Self {
+        let address = ready["ready"].as_str().unwrap_or_default().to_owned();
+        Self { address, pid: number(ready, "pid") as u32 }
+    }
+}
+
 /// A running server.
 struct Trial<'a> {
     plan: &'a Comparison,
     server: Worker,
-    address: String,
-    /// The process whose processor time counts.
-    pid: u32,
+    /// Its nodes: one, or two of a cluster.
+    nodes: Vec<TrialNode>,
     role: Role,
 }
 
@@ -59,40 +72,41 @@ pub(super) fn run(
     }
     let server = Worker::start(&command)?;
     let ready = server.expect("ready")?;
-    let address = ready["ready"].as_str().unwrap_or_default().to_owned();
-    let pid = number(&ready, "pid") as u32;
-    let mut trial = Trial { plan, server, address, pid, role: contender.role };
+    let nodes =
+        [Some(&ready), ready.get("other")].into_iter().flatten().map(TrialNode::of).collect();
+    let mut trial = Trial { plan, server, nodes, role: contender.role };
     let works: Vec<&Work> = plan.works.iter().filter(|work| work.suits(contender.role)).collect();
     for wire in Wire::ALL {
         let pushes: Vec<_> = works
             .iter()
             .filter(|work| work.wire == wire)
             .filter_map(|work| match work.task {
-                Task::Push(pushes) => Some((work.name, pushes)),
+                Task::Push(pushes) | Task::HandOff(pushes) => Some((work.name, pushes)),
                 Task::Echo { .. } => None,
             })
             .collect();
         if pushes.is_empty() {
             continue;
         }
-        let mut client = trial.connect("/ws", r#"{"last_sequences":{}}"#, wire)?;
-        trial.settle(plan.sessions)?;
+        let mut clients = trial.connect("/ws", r#"{"last_sequences":{}}"#, wire)?;
+        trial.settle(plan.sessions * clients.len())?;
         for (name, pushes) in pushes {
-            trial.push(&mut client, warm_up(pushes, contender.role))?;
+            trial.push(&mut clients, warm_up(pushes, contender.role))?;
             let recording = trial.recording(name, contender)?;
-            let outcome = trial.push(&mut client, pushes)?;
+            let outcome = trial.push(&mut clients, pushes)?;
             drop(recording);
             outcome.record(name, contender, samples);
         }
-        drop(client);
+        drop(clients);
         trial.settle(0)?;
     }
     for work in works {
         let Task::Echo { window, bytes, ms } = work.task else { continue };
-        let mut client = trial.connect("/echo", "", work.wire)?;
-        trial.echo(&mut client, (window, bytes, ms / 10))?;
+        let mut clients = trial.connect("/echo", "", work.wire)?;
+        let client = &mut clients[0];
+        trial.echo(client, (window, bytes, ms / 10))?;
         let recording = trial.recording(work.name, contender)?;
-        let outcome = trial.echo(&mut client, (window, bytes, ms))?;
+        let outcome = trial.echo(client, (window, bytes, ms))?;
         drop(recording);
         outcome.record(work.name, contender, samples);
     }
@@ -104,8 +118,8 @@ pub(super) fn run(
 /// single event can wait for seconds.
 fn warm_up(pushes: generator::PushPlan, role: Role) -> generator::PushPlan {
     let events = match role {
-        Role::Kafka if pushes.is_one_by_one() => pushes.rate * BROKER_WARM_S,
-        Role::Kafka | Role::Delivery | Role::Other => pushes.events / 10,
+        Role::Kafka | Role::Cluster if pushes.is_one_by_one() => pushes.rate * BROKER_WARM_S,
+        Role::Kafka | Role::Cluster | Role::Delivery | Role::Other => pushes.events / 10,
     };
     generator::PushPlan { events, ..pushes }
 }
@@ -139,18 +153,43 @@ impl Outcome {
         add(Metric::P99Us, number(&self.latency, "p99"));
         add(Metric::P999Us, number(&self.latency, "p999"));
         add(Metric::Wrong, self.wrong);
-        for (part, durations) in &self.parts {
-            add(Metric::PartP50Us(*part), durations.quantile_us(0.5));
-            add(Metric::PartP99Us(*part), durations.quantile_us(0.99));
+        for quantile in Quantile::ALL {
+            for (part, durations) in &self.parts {
+                add(Metric::PartUs(*part, quantile), durations.quantile_us(quantile));
+            }
+            let of = |wanted| {
+                let (_, durations) = self.parts.iter().find(|(part, _)| *part == wanted)?;
+                Some(durations.quantile_us(quantile))
+            };
+            if let (Some(arrived), Some(trip)) = (of(Part::AppendedToArrived), of(Part::RoundTrip))
+            {
+                add(Metric::ArrivedPlusRoundTripUs(quantile), arrived + trip);
+            }
         }
     }
 }
 
 impl Trial<'_> {
-    fn connect(&self, path: &str, hello: &str, wire: Wire) -> io::Result<Worker> {
+    /// Connects a client to each node.
+    fn connect(&self, path: &str, hello: &str, wire: Wire) -> io::Result<Vec<Worker>> {
+        let clients = self.nodes.iter().enumerate();
+        clients
+            .map(|(at, node)| self.connect_to(node, at * self.plan.sessions, path, hello, wire))
+            .collect()
+    }
+
+    fn connect_to(
+        &self,
+        node: &TrialNode,
+        first: usize,
+        path: &str,
+        hello: &str,
+        wire: Wire,
+    ) -> io::Result<Worker> {
         let mut command = vec![
             beside("bench-client").display().to_string(),
-            format!("--server={}", self.address),
+            format!("--server={}", node.address),
+            format!("--first={first}"),
             format!("--sessions={}", self.plan.sessions),
             format!("--core={}", self.plan.client_core),
             format!("--path={path}"),
@@ -196,55 +235,57 @@ impl Trial<'_> {
         Ok(())
     }
 
-    /// Processor time so far, ns: of the process and of `ksoftirqd` of its core.
+    /// Processor time so far, ns: of the processes and of `ksoftirqd` of their core.
     fn used(&self) -> io::Result<(u64, u64)> {
-        Ok((usage::process_ns(self.pid)?, usage::softirq_ns(self.plan.server_core)?))
+        let of_nodes = self.nodes.iter().map(|node| usage::process_ns(node.pid));
+        Ok((of_nodes.sum::<io::Result<u64>>()?, usage::softirq_ns(self.plan.server_core)?))
     }
 
-    fn push(&mut self, client: &mut Worker, pushes: generator::PushPlan) -> io::Result<Outcome> {
+    fn push(&mut self, clients: &mut [Worker], pushes: generator::PushPlan) -> io::Result<Outcome> {
         self.server.ask(&format!("prepare {pushes}"), "prepared")?;
         std::thread::sleep(SETTLE);
-        let traced = self.role == Role::Kafka && pushes.is_one_by_one();
-        client.ask(if traced { "trace" } else { "reset" }, "done")?;
+        let traced = matches!(self.role, Role::Kafka | Role::Cluster) && pushes.is_one_by_one();
+        ask(clients, if traced { "trace" } else { "reset" }, "done")?;
         let before = self.used()?;
         let pushed = self.server.ask(&format!("push {pushes}"), "elapsed_ns")?;
         let passages = if traced { self.server.expect("passages")? } else { Value::Null };
         let messages = number(&pushed, "messages");
         let from = Instant::now();
-        let report = loop {
-            let report = client.ask("report", "messages")?;
-            if number(&report, "messages") >= messages || from.elapsed() > ARRIVAL_MAX {
-                break report;
+        let reports = loop {
+            let reports = ask(clients, "report", "messages")?;
+            if sum(&reports, "messages") >= messages || from.elapsed() > ARRIVAL_MAX {
+                break reports;
             }
             std::thread::sleep(POLL);
         };
         let after = self.used()?;
-        let parts = match traced {
-            true => journey::parts(
-                &serde_json::from_value::<Vec<Passage>>(passages["passages"].clone())?,
-                &serde_json::from_value::<Vec<Arrival>>(
-                    client.ask("arrivals", "arrivals")?["arrivals"].clone(),
-                )?,
-            ),
-            false => Vec::new(),
+        let parts = if traced {
+            let passages: Vec<Passage> = serde_json::from_value(passages["passages"].clone())?;
+            let arrivals: Result<Vec<Vec<Arrival>>, _> = ask(clients, "arrivals", "arrivals")?
+                .into_iter()
+                .map(|mut answer| serde_json::from_value(answer["arrivals"].take()))
+                .collect();
+            journey::parts(&passages, &arrivals?)
+        } else {
+            Vec::new()
         };
         let wrong = ["gaps", "duplicates", "reordered", "unstamped", "closed"]
             .iter()
-            .map(|member| number(&report, member))
+            .map(|member| sum(&reports, member))
             .sum::<f64>()
-            + (messages - number(&report, "messages")).abs();
+            + (messages - sum(&reports, "messages")).abs();
         if wrong > 0.0 {
-            eprintln!("  messages lost or wrong: {pushed} {report}");
+            eprintln!("  messages lost or wrong: {pushed} {reports:?}");
         }
         Ok(Outcome {
             messages,
             process_ns: (after.0 - before.0) as f64,
             softirq_ns: (after.1 - before.1) as f64,
             generator_ns: number(&pushed, "generator_ns"),
-            elapsed_ns: number(&report, "span_ns"),
+            elapsed_ns: reports.iter().map(|report| number(report, "span_ns")).fold(0.0, f64::max),
             sends: pushed["sends"].as_f64(),
             wrong,
-            latency: report["latency_us"].clone(),
+            latency: latency_us(clients)?,
             parts,
         })
     }
@@ -273,4 +314,24 @@ impl Trial<'_> {
             latency: echoed["latency_us"].clone(),
         })
     }
+}
+
+/// Sends a word to all clients and waits for an answer of each with this member.
+fn ask(clients: &mut [Worker], word: &str, member: &str) -> io::Result<Vec<Value>> {
+    clients.iter_mut().try_for_each(|client| client.tell(word))?;
+    clients.iter().map(|client| client.expect(member)).collect()
+}
+
+/// The sum of a number in all answers.
+fn sum(answers: &[Value], member: &str) -> f64 {
+    answers.iter().map(|answer| number(answer, member)).sum()
+}
+
+/// Percentiles of the latencies at all clients, µs.
+fn latency_us(clients: &mut [Worker]) -> io::Result<Value> {
+    let mut all = Latencies::default();
+    for mut answer in ask(clients, "latency", "latency")? {
+        all.add(&serde_json::from_value(answer["latency"].take())?);
+    }
+    Ok(serde_json::to_value(all.percentiles())?)
 }

@@ -10,6 +10,8 @@ use crate::generator::PushPlan;
 pub enum Task {
     /// Push a plan.
     Push(PushPlan),
+    /// Push a plan of events that are due one by one, each for a session on each of two nodes.
+    HandOff(PushPlan),
     /// Answer echoes.
     Echo {
         /// Messages in flight.
@@ -63,6 +65,8 @@ impl Work {
     /// Whether a server of this kind can do the work.
     pub fn suits(&self, role: Role) -> bool {
         match (self.task, self.wire) {
+            (Task::HandOff(_), _) => role == Role::Cluster,
+            (_, _) if role == Role::Cluster => false,
             (Task::Push(_), Wire::Json | Wire::JsonDeflate) => role == Role::Delivery,
             // Bursts are not kept together across partitions.
             (Task::Push(plan), Wire::Binary) => role != Role::Kafka || plan.burst == 1,
@@ -93,6 +97,8 @@ const MESSAGES: u64 = 150_000;
 const LATENCY_RATE: u64 = 25_000;
 /// The same at a rate that leaves room on the core that broker, producer and client share.
 const SLOW_RATE: u64 = 5_000;
+/// The same for hand-offs: the broker stores each event twice, and a round trip.
+const HAND_OFF_RATE: u64 = 1_000;
 /// Size of a value whose JSON has 1024 bytes.
 const JSON_KIB_BYTES: usize = 841;
 
@@ -117,7 +123,7 @@ const fn work(name: &'static str, title: &'static str, wire: Wire, task: Task) -
 }
 
 /// All works.
-pub const WORKS: [Work; 10] = [
+pub const WORKS: [Work; 11] = [
     work("push", "push, one recipient each", Wire::Binary, push(1, 1, 128)),
     work("groups", "conversations of 100", Wire::Binary, push(100, 1, 128)),
     work("burst", "8 events waiting per session", Wire::Binary, push(1, 8, 128)),
@@ -133,6 +139,12 @@ pub const WORKS: [Work; 10] = [
         "push, 5,000 a second, one by one",
         Wire::Binary,
         Task::Push(PushPlan { events: SLOW_RATE * 3, rate: SLOW_RATE, ..LATENCY }),
+    ),
+    work(
+        "handoff",
+        "to a session on each of two nodes, 1,000 a second, one by one",
+        Wire::Binary,
+        Task::HandOff(PushPlan { events: HAND_OFF_RATE * 20, rate: HAND_OFF_RATE, ..LATENCY }),
     ),
     work("json", "conversations of 100, JSON", Wire::Json, push(100, 1, 128)),
     work("kib", "conversations of 100, 1 KiB of JSON", Wire::Json, push(100, 1, JSON_KIB_BYTES)),

@@ -13,7 +13,7 @@ use rdkafka::error::KafkaResult;
 use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use super::{KAFKA_MAX, PARTITIONS, POLL, failed};
+use super::{KAFKA_MAX, POLL, failed};
 use crate::clock::now_ns;
 use crate::payload::Stamp;
 use crate::usage;
@@ -32,14 +32,12 @@ pub(super) struct PlainConsumer {
 }
 
 impl PlainConsumer {
+    /// Reads these topics, each with its number of partitions.
+    ///
     /// # Errors
     /// Kafka failed, or the core does not exist.
-    pub(super) fn start(brokers: &str, topics: &[&str], core: usize) -> io::Result<Self> {
-        // The consumer's own threads inherit the core; this thread then moves back.
-        let own = rustix::thread::sched_getaffinity(None)?;
-        usage::pin(core)?;
-        let consumer = consumer(brokers, topics);
-        rustix::thread::sched_setaffinity(None, &own)?;
+    pub(super) fn start(brokers: &str, topics: &[(&str, i32)], core: usize) -> io::Result<Self> {
+        let consumer = usage::on_core(core, || consumer(brokers, topics))?;
         let consumer = consumer.map_err(|error| failed(&error))?;
         let (stopping, read) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let thread = std::thread::Builder::new().name("plain".into()).spawn({
@@ -73,12 +71,12 @@ impl PlainConsumer {
     }
 }
 
-fn consumer(brokers: &str, topics: &[&str]) -> KafkaResult<BaseConsumer> {
+fn consumer(brokers: &str, topics: &[(&str, i32)]) -> KafkaResult<BaseConsumer> {
     let consumer: BaseConsumer =
         consumer_properties(&KafkaConfig::new(brokers), "bench-plain").create()?;
     let mut positions = TopicPartitionList::new();
-    for topic in topics {
-        for partition in 0..PARTITIONS {
+    for &(topic, partitions) in topics {
+        for partition in 0..partitions {
             let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_MAX)?;
             positions.add_partition_offset(topic, partition, Offset::Offset(end))?;
         }

@@ -55,6 +55,7 @@ impl ProducerContext for Trace {
         let Ok(message) = result else { return };
         if let Some(passage) = self.passages().get_mut(number) {
             passage.acknowledged_ns = now_ns();
+            passage.partition = message.partition();
             let appended_ms = message.timestamp().to_millis().unwrap_or(0);
             passage.appended_ns =
                 (appended_ms.cast_unsigned() * 1_000_000).saturating_sub(unix_offset_ns());

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::Message as _;
+use rdkafka::ClientConfig;
 use rdkafka::error::KafkaResult;
 use rdkafka::message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
 
@@ -21,7 +22,7 @@ use crate::service::cluster::ports::{
     Queued,
 };
 use crate::service::cluster::wire::HandOffHeader;
-use crate::service::routing::kafka::outbox::{OutboxBounds, OutboxRecord, RecordOutbox};
+use crate::service::routing::kafka::outbox::{self, OutboxBounds, OutboxRecord, RecordOutbox};
 use crate::service::routing::kafka::partition_reader::{
     LogStatus, POLL_TIMEOUT, PartitionReader, Polled,
 };
@@ -43,6 +44,20 @@ const FULL_PAUSE: Duration = Duration::from_millis(1);
 /// A partition that is silent for this long before a barrier is read is started again: see
 /// [`HandOffReader::end_offset`].
 const SILENCE_BEFORE_PROBE: Duration = Duration::from_millis(500);
+
+/// Properties of the producer of hand-offs. librdkafka's `CONFIGURATION.md` describes each.
+pub fn hand_off_producer_properties(config: &KafkaConfig) -> ClientConfig {
+    outbox::properties(config, LINGER_MS)
+}
+
+/// The headers of a hand-off, and their bytes.
+pub fn hand_off_headers(target: NodeEpoch, header: &HandOffHeader) -> (OwnedHeaders, usize) {
+    let header = header.encode_to_vec();
+    let headers = OwnedHeaders::new_with_capacity(2)
+        .insert(Header { key: TO, value: Some(&target.0.to_be_bytes()) })
+        .insert(Header { key: HAND_OFF, value: Some(&header) });
+    (headers, TO.len() + size_of::<u64>() + HAND_OFF.len() + header.len())
+}
 
 /// Stores hand-offs. Bounded; see [`HAND_OFF_BYTES_MAX`].
 pub struct HandOffOutbox(RecordOutbox);
@@ -70,16 +85,13 @@ impl HandOffOutbox {
 impl HandOffSink for HandOffOutbox {
     fn send(&self, hand_off: OutgoingHandOff<'_>, stored: HandOffStored) -> Queued {
         let OutgoingHandOff { target, partition, header, key, value } = hand_off;
-        let header = header.encode_to_vec();
-        let headers = OwnedHeaders::new_with_capacity(2)
-            .insert(Header { key: TO, value: Some(&target.0.to_be_bytes()) })
-            .insert(Header { key: HAND_OFF, value: Some(&header) });
+        let (headers, headers_bytes) = hand_off_headers(target, header);
         self.0.send(OutboxRecord {
             partition,
             key,
             value: Some(value),
             headers: Some(headers),
-            headers_bytes: TO.len() + size_of::<u64>() + HAND_OFF.len() + header.len(),
+            headers_bytes,
             stored: Some(stored),
         })
     }

@@ -57,7 +57,8 @@ pub use crate::service::routing::kafka::cluster_logs::{
 };
 pub use crate::service::routing::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
 pub use crate::service::routing::kafka::hand_off_topic::{
-    HAND_OFF_BYTES_MAX, HandOffOutbox, HandOffReader,
+    HAND_OFF_BYTES_MAX, HandOffOutbox, HandOffReader, hand_off_headers,
+    hand_off_producer_properties,
 };
 pub use crate::service::routing::kafka::janitor::{JANITOR_BYTES_MAX, SessionsJanitor};
 pub use crate::service::routing::kafka::owned_partitions::{

@@ -324,7 +324,8 @@ fn is_too_large(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge)
 }
 
-fn properties(config: &KafkaConfig, linger_ms: u64) -> ClientConfig {
+/// Properties of the producer of an outbox.
+pub(super) fn properties(config: &KafkaConfig, linger_ms: u64) -> ClientConfig {
     let mut properties = client::common_properties(config);
     properties.set("linger.ms", linger_ms.to_string()).set("compression.type", "lz4");
     let mut properties = client::with_user_properties(properties, config);

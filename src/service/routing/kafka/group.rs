@@ -23,7 +23,7 @@ use crate::service::routing::kafka::claims::{self, Claim};
 use crate::service::routing::kafka::client::{self, Observer};
 use crate::service::routing::kafka::source::PartitionSource;
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
-use crate::service::routing::router::owner::Ownership;
+use crate::service::routing::router::Ownership;
 use crate::service::routing::router::{
     Assignment, CommittableOffset, CommittableTable, TopicPartition,
 };

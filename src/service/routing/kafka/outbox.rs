@@ -39,9 +39,12 @@ pub(super) const MESSAGE_BYTES_MAX: u64 = 8_000_000;
 /// Memory per waiting record besides its bytes: librdkafka's (measured on `rd_kafka_msg_t` and its
 /// headers) and the outbox's own.
 pub(super) const WAITING_OVERHEAD_BYTES: u64 = client::RECORD_OVERHEAD_BYTES + 192;
-/// How long a failed producer may wait for the answers to its requests: above librdkafka's
-/// `socket.timeout.ms` of 60 s, so that no request is still on its way when its records are repeated.
-const DRAIN_MAX: Duration = Duration::from_secs(65);
+/// librdkafka's `socket.timeout.ms`: when a request without an answer is repeated. Well below `NODE_TIMEOUT`, within which
+/// a node has to renew its lease.
+const ANSWER_TIMEOUT_MS: u64 = 10_000;
+/// How long a failed producer may wait for the answers to its requests: above [`ANSWER_TIMEOUT_MS`], so that no
+/// request is still on its way when its records are repeated.
+const DRAIN_MAX: Duration = Duration::from_secs(15);
 /// Timeout of one poll.
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
 /// Pauses before a producer is replaced: the first, and the longest after repeated failures.
@@ -139,7 +142,13 @@ impl OutboxState {
         self.broken.store(true, Ordering::Release);
         if let Some(again) = self.outage.failed(tokio::time::Instant::now()) {
             let topic = &self.topic;
-            tracing::warn!(%error, topic, "cannot store records; repeating them{again}");
+            // Checked at the start, so somebody has changed the topic.
+            let hint = if is_too_large(error) {
+                format!("; max.message.bytes of the topic must be at least {MESSAGE_BYTES_MAX}")
+            } else {
+                String::new()
+            };
+            tracing::warn!(%error, topic, "cannot store records; repeating them{again}{hint}");
         }
     }
 }
@@ -335,6 +344,7 @@ pub(super) fn properties(config: &KafkaConfig, linger_ms: u64) -> ClientConfig {
         .set("enable.gapless.guarantee", "true")
         .set("acks", "all")
         .set("message.timeout.ms", "0")
+        .set("socket.timeout.ms", ANSWER_TIMEOUT_MS.to_string())
         .set("message.send.max.retries", i32::MAX.to_string())
         .set("max.in.flight.requests.per.connection", "5")
         .set("message.max.bytes", MESSAGE_BYTES_MAX.to_string())

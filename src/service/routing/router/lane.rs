@@ -7,8 +7,8 @@ use std::sync::mpsc::SyncSender;
 
 use crate::domain::ids::ShardId;
 use crate::service::routing::offsets::OffsetWindow;
+use crate::service::routing::router::claim::{LaneClaim, Ownership};
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
-use crate::service::routing::router::owner::{LaneClaim, Ownership};
 use crate::service::routing::router::partition::{CommittableOffset, TopicPartition};
 use crate::service::routing::router::record::{OwnedRecord, RawRecord, RecordSource};
 

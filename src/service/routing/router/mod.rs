@@ -15,6 +15,7 @@
 //! queue then fills, and librdkafka fetches no more. This is the back pressure: no record is dropped,
 //! and no buffer is unbounded.
 
+mod claim;
 mod core;
 pub mod dead_letter;
 pub mod holding;
@@ -48,6 +49,7 @@ use crate::service::routing::router::holding::{HandOffInput, ReadTo};
 use crate::service::routing::router::lane::Revocation;
 use crate::service::routing::router::owner::ClusterParts;
 
+pub use crate::service::routing::router::claim::Ownership;
 pub use crate::service::routing::router::lane::Assignment;
 pub use crate::service::routing::router::partition::{
     CommittableOffset, CommittableTable, TopicPartition,
@@ -143,6 +145,7 @@ counters! {
         Counter waits_for_hand_offs: "Times that a lane was blocked because the queue to other nodes was full.",
         Counter waits_for_memory: "Times that a lane was not served because the events in flight used all their memory.",
         Gauge partitions: "Partitions that this router reads.",
+        Gauge partitions_held_back: "Partitions whose records wait because this node is behind: with the hand-offs to it, or with the table of sessions.",
         Gauge records_under_way: "Records in flight: not yet reported done by shards or other nodes.",
         Gauge records_waiting: "Records waiting in lanes.",
         Gauge event_bytes: "Memory of the events in flight, bytes.",

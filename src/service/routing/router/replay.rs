@@ -8,9 +8,9 @@ use crate::service::cluster::newcomers::Newcomer;
 use crate::service::cluster::tail::{TailAudience, TailEntry};
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::members::membership::{Lookup, Members};
+use crate::service::routing::router::claim::LaneClaim;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::in_flight::LaneKey;
-use crate::service::routing::router::owner::LaneClaim;
 use crate::service::routing::router::partition::TopicPartition;
 
 /// Records of one tail whose members are requested at a time.

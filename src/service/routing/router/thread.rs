@@ -14,6 +14,7 @@ use crate::service::cluster::ports::IncomingHandOff;
 use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
+use crate::service::routing::router::claim::LaneClaim;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::holding::{HandOffInput, ReadTo};
 use crate::service::routing::router::in_flight::{
@@ -23,7 +24,7 @@ use crate::service::routing::router::lane::{
     Assignment, Blocked, Intake, Lane, PartitionLane, Revocation, WaitingRecord,
 };
 use crate::service::routing::router::links::RouterLinks;
-use crate::service::routing::router::owner::{LaneClaim, OwnerSide};
+use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::OwnedRecord;
 use crate::service::routing::router::{

@@ -112,14 +112,14 @@ impl RouterCore {
         let Some(partition) = lane.partition.as_mut().filter(|it| it.may_take()) else {
             return false;
         };
-        let may_route = partition.claim.as_ref().is_none_or(|claim| {
+        let PartitionLane { log, source, window, committable, claim, .. } = partition;
+        let may_take = claim.as_mut().is_none_or(|claim| {
             let table = self.owner.as_ref().map_or(0, |owner| owner.parts.table.next_offset());
-            claim.may_route(handed_to, table)
+            claim.may_take(log, (handed_to, table), now_ms, &self.counters)
         });
-        if !may_route || !self.has_memory() {
+        if !may_take || !self.has_memory() {
             return false;
         }
-        let PartitionLane { log, source, window, committable, claim, .. } = partition;
         let mut waits = None;
         let took = source.poll(&mut |raw| {
             if let Some(claim) = claim.as_mut()

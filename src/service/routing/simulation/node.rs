@@ -34,8 +34,9 @@ use crate::service::cluster::tail::TailBudget;
 use crate::service::events::proto::message::v1::MessageSentEvent;
 use crate::service::events::proto::shared::v1::EventEnvelope;
 use crate::service::members::directory::Directory;
+use crate::service::routing::router::Ownership;
 use crate::service::routing::router::holding::HandOffInboxes;
-use crate::service::routing::router::owner::{ClusterParts, Ownership};
+use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::{
     Assignment, CommittableOffset, CommittableTable, Router, RouterConfig, RouterControl,
     RouterCounters, RouterParts, TopicPartition,

@@ -15,7 +15,7 @@ use crate::service::routing::kafka::claims::{
     self, Claim, ClaimError, ClaimStart, ClaimedPartition, TailBounds,
 };
 use crate::service::routing::kafka::group::{GroupContext, REQUEST_TIMEOUT};
-use crate::service::routing::router::owner::Ownership;
+use crate::service::routing::router::Ownership;
 use crate::service::routing::router::{CommittableTable, TopicPartition};
 
 /// Where a claim starts in the sessions topic.

@@ -1,0 +1,203 @@
+//! A claimed partition, as its lane keeps it.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
+
+use bytes::Bytes;
+
+use crate::service::cluster::holder::{RoutedPosition, SessionSerial, SourcePartition};
+use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailEntry};
+use crate::service::routing::router::RouterCounters;
+use crate::service::routing::router::partition::{CommittableTable, TopicPartition};
+use crate::service::routing::router::record::RawRecord;
+
+/// How long the records of a partition wait for its new owner before that is logged, ms.
+const HELD_BACK_WARNING_MS: u64 = 10_000;
+
+/// The ownership of a partition.
+#[derive(Clone, Debug)]
+pub struct Ownership {
+    /// Grows with each owner.
+    pub generation: i64,
+    /// The first offset to route. Earlier records of the source only fill the tail.
+    pub start: i64,
+    /// The first offset of the source, at most `start`.
+    pub fill_from: i64,
+    /// Beginnings below this offset of the sessions topic are applied.
+    pub table: i64,
+    /// Hand-offs to this node below this offset have to be delivered before a record is routed.
+    pub barrier: i64,
+    /// Beginnings below this offset are applied, and their replays are stored. Written by the router, read
+    /// by the Kafka thread for its commits.
+    pub settled: Arc<CommittableTable>,
+    /// The next offset to route. Written by the router, read for the lease.
+    pub routed: Arc<AtomicI64>,
+}
+
+/// The position of a record that a lane routes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LanePosition {
+    pub(super) at: RoutedPosition,
+    /// Sessions of this node that were admitted later are newer than the lane.
+    pub(super) direct_after: SessionSerial,
+}
+
+/// A claim, as a lane keeps it.
+pub(super) struct LaneClaim {
+    pub(super) ownership: Ownership,
+    /// Beginnings below this offset are applied.
+    pub(super) applied: i64,
+    pub(super) tail: PartitionTail,
+    /// Whether the tail holds what the source had before `start`.
+    pub(super) is_filled: bool,
+    /// Replays that are not stored yet.
+    pub(super) replays: usize,
+    /// Where the replay to a newcomer continues, which found no room: the offset of its beginning, and the
+    /// first offset that was not replayed to it.
+    pub(super) paused_replay: Option<(i64, i64)>,
+    /// The newcomer whose replay is blocked, by the offset of its beginning, and since when, Unix time in ms.
+    blocked_newcomer: Option<(i64, u64)>,
+    /// Sessions of this node that were admitted later are newer than the lane.
+    pub(super) direct_after: SessionSerial,
+    held_back: Option<HeldBack>,
+}
+
+/// Records of a partition are not routed yet. Counted while it exists.
+struct HeldBack {
+    /// Unix time, ms.
+    since_ms: u64,
+    is_warned: bool,
+    counters: Arc<RouterCounters>,
+}
+
+impl Drop for HeldBack {
+    fn drop(&mut self) {
+        self.counters.partitions_held_back.sub(1);
+    }
+}
+
+impl LaneClaim {
+    pub(super) fn new(
+        ownership: Ownership,
+        tails: &Arc<TailBudget>,
+        direct_after: SessionSerial,
+    ) -> Self {
+        Self {
+            direct_after,
+            applied: ownership.table,
+            tail: PartitionTail::new(ownership.fill_from, Arc::clone(tails)),
+            is_filled: ownership.fill_from >= ownership.start,
+            replays: 0,
+            paused_replay: None,
+            blocked_newcomer: None,
+            held_back: None,
+            ownership,
+        }
+    }
+
+    /// Whether records may be routed: everything that was handed over to this node before it became the owner
+    /// is delivered, and its table has what the former owner had applied. (A table that is read again is
+    /// behind for a while.)
+    pub(super) fn may_route(&self, handed_to: i64, read_to: i64) -> bool {
+        handed_to >= self.ownership.barrier && read_to >= self.applied
+    }
+
+    /// [`LaneClaim::may_route`], shown by a metric, and in the log if it lasts.
+    pub(super) fn may_take(
+        &mut self,
+        log: &TopicPartition,
+        (handed_to, read_to): (i64, i64),
+        now_ms: u64,
+        counters: &Arc<RouterCounters>,
+    ) -> bool {
+        if self.may_route(handed_to, read_to) {
+            self.held_back = None;
+            return true;
+        }
+        let held = self.held_back.get_or_insert_with(|| {
+            counters.partitions_held_back.add(1);
+            HeldBack { since_ms: now_ms, is_warned: false, counters: Arc::clone(counters) }
+        });
+        if !held.is_warned && now_ms >= held.since_ms + HELD_BACK_WARNING_MS {
+            held.is_warned = true;
+            let (barrier, applied) = (self.ownership.barrier, self.applied);
+            tracing::warn!(
+                topic = &*log.topic,
+                partition = log.partition,
+                "records wait, because this node is behind: hand-offs to it are delivered to {handed_to} of \
+                 {barrier}, the sessions topic is read to {read_to} of {applied}"
+            );
+        }
+        false
+    }
+
+    /// Puts a record before `start` into the tail, until the tail is filled. Returns false for every other
+    /// record: it has to be routed. (A partition that was created again begins below `start` again.)
+    pub(super) fn fills(&mut self, raw: RawRecord<'_>, now_ms: u64) -> bool {
+        if self.is_filled || raw.offset >= self.ownership.start {
+            self.is_filled = true;
+            return false;
+        }
+        self.push(raw, None, now_ms);
+        true
+    }
+
+    /// Puts a routed record into the tail.
+    pub(super) fn remember(&mut self, raw: RawRecord<'_>, audience: TailAudience, now_ms: u64) {
+        self.push(raw, Some(audience), now_ms);
+    }
+
+    fn push(&mut self, raw: RawRecord<'_>, audience: Option<TailAudience>, now_ms: u64) {
+        let entry = TailEntry {
+            offset: raw.offset,
+            appended_at_ms: raw.appended_at_ms,
+            key: raw.key.map(Box::from),
+            value: Bytes::copy_from_slice(raw.value),
+            audience,
+        };
+        self.tail.push(entry, now_ms);
+    }
+
+    pub(super) fn replay_stored(&mut self) {
+        self.replays -= 1;
+        self.settle();
+    }
+
+    /// Since when the replays to the session that began at `begin` are blocked, Unix time in ms.
+    pub(super) fn blocked_since(&mut self, begin: i64, now_ms: u64) -> u64 {
+        let blocked = self.blocked_newcomer.filter(|(blocked, _)| *blocked == begin);
+        self.blocked_newcomer.replace(blocked.unwrap_or((begin, now_ms)));
+        blocked.map_or(now_ms, |(_, since_ms)| since_ms)
+    }
+
+    /// States that beginnings below `applied` are applied.
+    pub(super) fn apply(&mut self, applied: i64) {
+        self.applied = applied;
+        self.settle();
+    }
+
+    fn settle(&self) {
+        if self.replays == 0 {
+            self.ownership.settled.set(self.applied);
+        }
+    }
+
+    /// The position of a record that is routed now.
+    pub(super) fn at(&self, log: &TopicPartition, offset: i64) -> RoutedPosition {
+        RoutedPosition {
+            source: source_of(log),
+            offset,
+            generation: self.ownership.generation,
+            table: self.applied,
+        }
+    }
+
+    /// The position of a record that is routed now, and what holds for the sessions of this node.
+    pub(super) fn routes(&self, log: &TopicPartition, offset: i64) -> LanePosition {
+        LanePosition { at: self.at(log, offset), direct_after: self.direct_after }
+    }
+}
+
+pub(super) fn source_of(log: &TopicPartition) -> SourcePartition {
+    SourcePartition { topic: log.topic_index, partition: log.partition }
+}

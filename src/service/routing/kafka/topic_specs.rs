@@ -101,7 +101,7 @@ const SESSIONS_PROPERTIES: [TopicProperty; 7] = [
     ),
     TopicProperty::advised(
         "delete.retention.ms",
-        "86400000",
+        "3600000",
         Need::AtLeast(3_600_000),
         "a node that starts slowly may miss the ends of sessions",
     ),

@@ -332,7 +332,7 @@ mod tests {
         let text = error.to_string();
         let command = "kafka-topics.sh --bootstrap-server kafka:9092 --create --topic delivery.sessions.v1 --partitions 1 \
             --config cleanup.policy=compact --config message.timestamp.type=LogAppendTime \
-            --config min.compaction.lag.ms=900000 --config delete.retention.ms=86400000 \
+            --config min.compaction.lag.ms=900000 --config delete.retention.ms=3600000 \
             --config segment.bytes=33554432 --config segment.ms=600000 --config max.compaction.lag.ms=3600000";
         assert!(text.ends_with(&format!("Create it with\n  {command}")), "{text}");
         assert!(text.contains("uthorization failed"), "{text}");

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Arg, ArgMatches, Args as _, Command};
 
 use super::config::{self, Layers, Loaded, Profile, Setting, SettingValue, TABLE};
-use super::{dev, publish, serve, tail};
+use super::{dev, publish, serve, sizing, tail};
 
 const ABOUT: &str = "Pushes each RealChat event to every connected device of every member";
 
@@ -61,6 +61,7 @@ pub fn run() -> ExitCode {
             })
         }
         "publish" => exit_code(publish::run(&parsed(matches))),
+        "sizing" => exit_code(sizing::run(&parsed(matches))),
         "tail" => exit_code(tail::run(&parsed(matches))),
         other => unreachable!("`{other}` is not a subcommand of `command`"),
     }
@@ -135,6 +136,10 @@ fn command() -> Command {
         .subcommand(setting_flags(about(Command::new("serve"), SERVE_ABOUT)))
         .subcommand(setting_flags(about(config_command, CONFIG_ABOUT)))
         .subcommand(about(publish::Publish::augment_args(Command::new("publish")), publish::ABOUT))
+        .subcommand(about(
+            sizing::SizingArguments::augment_args(Command::new("sizing")),
+            sizing::ABOUT,
+        ))
         .subcommand(about(tail::Tail::augment_args(Command::new("tail")), tail::ABOUT))
 }
 

@@ -7,5 +7,6 @@ pub mod dev;
 pub mod node;
 pub mod publish;
 pub mod serve;
+pub mod sizing;
 pub mod tail;
 pub mod telemetry;

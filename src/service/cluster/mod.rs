@@ -30,8 +30,8 @@
 //! | tail | the last records of a partition that its owner routed, in memory ([`tail`]) |
 //!
 //! The sessions topic has one partition on purpose. Every node reads all of it anyway, and a total order of
-//! beginnings makes *T* and *b* plain numbers. One partition carries about 10,000 beginnings a second of 60
-//! bytes.
+//! beginnings makes *T* and *b* plain numbers. One partition carries about 10,000 beginnings a second of 86
+//! bytes (`docs/sizing.md`).
 //!
 //! # The topics
 //!

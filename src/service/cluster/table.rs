@@ -36,7 +36,9 @@ use super::wire::{Lease, SessionBegun, SessionsKey};
 use crate::counters;
 
 /// Parts, each with its own lock, so that the writer blocks few readers.
-const PARTS: usize = 256;
+pub const PARTS: usize = 256;
+/// A slot of a part, bytes: an entry and its tag.
+pub const SLOT_BYTES: usize = size_of::<TableEntry>() + 1;
 /// Bits of a device's hash in an entry.
 const DEVICE_BITS: u32 = 48;
 
@@ -179,7 +181,13 @@ impl SessionTable {
 
     /// Memory of one session, bytes: an entry and its tag, in parts that are filled to seven eighths at most
     /// and to half of that at least.
-    pub const ENTRY_BYTES: usize = (size_of::<TableEntry>() + 1) * 16 / 7;
+    pub const ENTRY_BYTES: usize = SLOT_BYTES * 16 / 7;
+
+    /// Memory of the entries, bytes.
+    pub fn bytes(&self) -> usize {
+        let parts = self.parts.iter();
+        parts.map(|part| part.read().expect("no holder panics").allocation_size()).sum()
+    }
 
     /// The epoch under which this node writes from now on.
     pub fn set_own_epoch(&self, epoch: NodeEpoch) {

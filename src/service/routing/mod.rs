@@ -5,3 +5,4 @@ pub mod offsets;
 pub mod router;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
+pub mod sizing;

@@ -31,7 +31,7 @@ use crate::service::routing::kafka::{ClusterLogCounters, KafkaConfig, KafkaStart
 const TO: &str = "to";
 const HAND_OFF: &str = "hand-off";
 /// Time that a record waits for others, ms. Part of the latency of every event on another node.
-const LINGER_MS: u64 = 1;
+pub const HAND_OFF_LINGER_MS: u64 = 1;
 /// Waiting records. [`HandOffSink::has_room`] leaves half of each for the routers that have begun a
 /// record.
 const BOUNDS: OutboxBounds = OutboxBounds { records_max: 131_072, bytes_max: 128 << 20 };
@@ -47,7 +47,7 @@ const SILENCE_BEFORE_PROBE: Duration = Duration::from_millis(500);
 
 /// Properties of the producer of hand-offs. librdkafka's `CONFIGURATION.md` describes each.
 pub fn hand_off_producer_properties(config: &KafkaConfig) -> ClientConfig {
-    outbox::properties(config, LINGER_MS)
+    outbox::properties(config, HAND_OFF_LINGER_MS)
 }
 
 /// The headers of a hand-off, and their bytes.
@@ -72,7 +72,7 @@ impl HandOffOutbox {
         topic: &str,
         counters: Arc<ClusterLogCounters>,
     ) -> Result<Self, KafkaStartError> {
-        RecordOutbox::start(config, topic, LINGER_MS, BOUNDS, counters).map(Self)
+        RecordOutbox::start(config, topic, HAND_OFF_LINGER_MS, BOUNDS, counters).map(Self)
     }
 
     /// Waits at most `grace` until all hand-offs are stored. Returns the number of those that are not.

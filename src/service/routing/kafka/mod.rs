@@ -57,19 +57,20 @@ pub use crate::service::routing::kafka::cluster_logs::{
 };
 pub use crate::service::routing::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
 pub use crate::service::routing::kafka::hand_off_topic::{
-    HAND_OFF_BYTES_MAX, HandOffOutbox, HandOffReader, hand_off_headers,
+    HAND_OFF_BYTES_MAX, HAND_OFF_LINGER_MS, HandOffOutbox, HandOffReader, hand_off_headers,
     hand_off_producer_properties,
 };
 pub use crate::service::routing::kafka::janitor::{JANITOR_BYTES_MAX, SessionsJanitor};
+pub use crate::service::routing::kafka::outbox::MESSAGE_BYTES_MAX;
 pub use crate::service::routing::kafka::owned_partitions::{
     ClaimBarrier, ClaimParts, OwnedPartitions,
 };
 pub use crate::service::routing::kafka::partition_reader::{LOG_READER_BYTES_MAX, LogStatus};
 pub use crate::service::routing::kafka::sessions_topic::{
-    SESSIONS_BYTES_MAX, SessionsOutbox, SessionsReader,
+    SESSIONS_BYTES_MAX, SESSIONS_LINGER_MS, SessionsOutbox, SessionsReader,
 };
 pub use crate::service::routing::kafka::status::{KafkaStatus, PartitionLag};
-pub use crate::service::routing::kafka::topic_specs::ClusterTopicNames;
+pub use crate::service::routing::kafka::topic_specs::{ClusterTopicNames, sessions_property};
 pub use crate::service::routing::kafka::topics::{ClusterTopics, TopicsError, ensure_topics};
 
 /// How several nodes share the work.

@@ -35,7 +35,7 @@ use crate::service::routing::kafka::{
 };
 
 /// Largest record, bytes: key, value, headers and the framing that librdkafka adds.
-pub(super) const MESSAGE_BYTES_MAX: u64 = 8_000_000;
+pub const MESSAGE_BYTES_MAX: u64 = 8_000_000;
 /// Memory per waiting record besides its bytes: librdkafka's (measured on `rd_kafka_msg_t` and its
 /// headers) and the outbox's own.
 pub(super) const WAITING_OVERHEAD_BYTES: u64 = client::RECORD_OVERHEAD_BYTES + 192;

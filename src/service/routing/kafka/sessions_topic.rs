@@ -20,7 +20,7 @@ use crate::service::routing::kafka::{ClusterLogCounters, KafkaConfig, KafkaStart
 /// The only partition.
 const PARTITION: i32 = 0;
 /// Time that a record waits for others, ms.
-const LINGER_MS: u64 = 5;
+pub const SESSIONS_LINGER_MS: u64 = 5;
 /// Waiting records: the beginnings of 12 s at 10,000 a second.
 const BOUNDS: OutboxBounds = OutboxBounds { records_max: 131_072, bytes_max: 80 << 20 };
 /// Memory of the records that wait to be stored, bytes.
@@ -41,7 +41,7 @@ impl SessionsOutbox {
         topic: &str,
         counters: Arc<ClusterLogCounters>,
     ) -> Result<Self, KafkaStartError> {
-        RecordOutbox::start(config, topic, LINGER_MS, BOUNDS, counters).map(Self)
+        RecordOutbox::start(config, topic, SESSIONS_LINGER_MS, BOUNDS, counters).map(Self)
     }
 
     /// Waits at most `grace` until all records are stored. Returns the number of those that are not.

@@ -176,6 +176,11 @@ const HAND_OFF_PROPERTIES: [TopicProperty; 8] = [
     ),
 ];
 
+/// The value of a property of a new sessions topic.
+pub fn sessions_property(name: &str) -> Option<&'static str> {
+    SESSIONS_PROPERTIES.iter().find(|it| it.name == name).map(|it| it.value)
+}
+
 /// What a topic should be.
 #[derive(Clone, Copy)]
 pub(super) struct TopicSpec<'a> {

@@ -33,7 +33,7 @@ use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
 
 /// Time between two messages that tell a node what has passed, ms.
-const PASSED_INTERVAL_MS: u64 = 1_000;
+pub const PASSED_INTERVAL_MS: u64 = 1_000;
 
 /// What routers need to hand over through the log.
 #[derive(Clone)]

@@ -6,6 +6,8 @@
 //! without notice; tables and hand-offs lag; acknowledgements are lost; logs are compacted and expire. The
 //! promise that is checked is in `clients`. `docs/simulation.md` describes it.
 
+#[cfg(test)]
+mod calm;
 mod clients;
 mod logs;
 mod manager;
@@ -111,10 +113,15 @@ pub fn run(seed: u64, steps: u64) -> ClusterSummary {
 
 impl Cluster {
     fn new(seed: u64) -> Self {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
         let mut random = StdRng::seed_from_u64(seed);
+        let weather = Weather::new(&mut random);
+        Self::with(random, weather, NODES)
+    }
+
+    fn with(random: StdRng, weather: Weather, nodes: usize) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
         let mut cluster = Self {
-            weather: Weather::new(&mut random),
+            weather,
             random,
             now_ms: 1_000_000,
             logs: Logs::default(),
@@ -125,7 +132,7 @@ impl Cluster {
             lives: 0,
             summary: ClusterSummary::default(),
         };
-        for number in 0..NODES {
+        for number in 0..nodes {
             cluster.start(number);
         }
         cluster

@@ -84,7 +84,7 @@ group_checks() {
   cargo clippy --quiet --bin simulate --features simulation -- -D warnings
   RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
   shellcheck -ax .ci/run tests/run tests/busy tests/autobahn.sh tests/mutations/run tests/services/{kafka,redis} \
-    bench/{run,compare,growth,scale}
+    bench/{run,compare,growth,scale,cluster}
 }
 
 group_unit() {

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod backend;
 pub mod client;
 pub mod clock;
+pub mod cluster;
 pub mod conductor;
 pub mod control;
 pub mod flame;

@@ -1,0 +1,11 @@
+//! What the hand-off through the log costs on this machine: the table of sessions, the topics of the cluster, and
+//! the router with and without hand-off. `docs/sizing.md` has the figures.
+
+mod names;
+mod routing;
+mod table;
+mod topics;
+
+pub use routing::RoutePlan;
+pub use table::TablePlan;
+pub use topics::{HandOffPlan, ReadyPlan};

@@ -82,7 +82,7 @@ pub struct Comparison {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "push,groups,burst,flood,latency,slow,handoff,json,kib,deflate,echo"
+        default_value = "push,groups,burst,flood,latency,slow,handoff,handoff-slow,json,kib,deflate,echo"
     )]
     pub works: Vec<Work>,
     /// Rounds.

@@ -99,6 +99,9 @@ const LATENCY_RATE: u64 = 25_000;
 const SLOW_RATE: u64 = 5_000;
 /// The same for hand-offs: the broker stores each event twice, and a round trip.
 const HAND_OFF_RATE: u64 = 1_000;
+/// The same with pauses longer than a producer lingers, so that no two records share a batch.
+const HAND_OFF_SLOW_RATE: u64 = 400;
+const HAND_OFF_SECONDS: u64 = 15;
 /// Size of a value whose JSON has 1024 bytes.
 const JSON_KIB_BYTES: usize = 841;
 
@@ -118,12 +121,17 @@ const LATENCY: PushPlan = PushPlan {
     bytes: 128,
 };
 
+/// Events for a session on each of two nodes.
+const fn hand_off(rate: u64) -> Task {
+    Task::HandOff(PushPlan { events: rate * HAND_OFF_SECONDS, rate, ..LATENCY })
+}
+
 const fn work(name: &'static str, title: &'static str, wire: Wire, task: Task) -> Work {
     Work { name, title, task, wire }
 }
 
 /// All works.
-pub const WORKS: [Work; 11] = [
+pub const WORKS: [Work; 12] = [
     work("push", "push, one recipient each", Wire::Binary, push(1, 1, 128)),
     work("groups", "conversations of 100", Wire::Binary, push(100, 1, 128)),
     work("burst", "8 events waiting per session", Wire::Binary, push(1, 8, 128)),
@@ -144,7 +152,13 @@ pub const WORKS: [Work; 11] = [
         "handoff",
         "to a session on each of two nodes, 1,000 a second, one by one",
         Wire::Binary,
-        Task::HandOff(PushPlan { events: HAND_OFF_RATE * 20, rate: HAND_OFF_RATE, ..LATENCY }),
+        hand_off(HAND_OFF_RATE),
+    ),
+    work(
+        "handoff-slow",
+        "to a session on each of two nodes, 400 a second, one by one",
+        Wire::Binary,
+        hand_off(HAND_OFF_SLOW_RATE),
     ),
     work("json", "conversations of 100, JSON", Wire::Json, push(100, 1, 128)),
     work("kib", "conversations of 100, 1 KiB of JSON", Wire::Json, push(100, 1, JSON_KIB_BYTES)),

@@ -16,10 +16,10 @@ use delivery::service::cluster::table::SessionTable;
 use delivery::service::cluster::tail::TailBudget;
 use delivery::service::members::directory::{Directory, SessionIds};
 use delivery::service::members::membership::{LogPosition, Membership, MembershipConfig};
-use delivery::service::routing::router::owner::{ClusterParts, Ownership};
+use delivery::service::routing::router::owner::ClusterParts;
 use delivery::service::routing::router::{
-    Assignment, CommittableOffset, CommittableTable, RawRecord, RecordSource, Router, RouterConfig,
-    RouterParts, TopicPartition,
+    Assignment, CommittableOffset, CommittableTable, Ownership, RawRecord, RecordSource, Router,
+    RouterConfig, RouterParts, TopicPartition,
 };
 
 use super::names::{TOPIC, epoch, fill, table};

@@ -20,7 +20,7 @@ mod tests;
 pub mod trace;
 mod weather;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -84,6 +84,8 @@ struct Cluster {
     runtime: tokio::runtime::Runtime,
     /// Processes started.
     lives: u64,
+    /// Nodes that were taken over by another process.
+    taken_over: BTreeSet<usize>,
     summary: ClusterSummary,
 }
 
@@ -130,6 +132,7 @@ impl Cluster {
             clients: BTreeMap::new(),
             runtime: runtime.expect("a runtime without I/O"),
             lives: 0,
+            taken_over: BTreeSet::new(),
             summary: ClusterSummary::default(),
         };
         for number in 0..nodes {
@@ -189,6 +192,7 @@ impl Cluster {
         for assigned in self.assigned.iter_mut().filter(|it| **it == Some(number)) {
             *assigned = Some(zombie);
         }
+        self.taken_over.insert(number);
         self.start_process(number);
         self.did("nodes taken over by another process", number, zombie as u64);
     }
@@ -303,7 +307,7 @@ impl Cluster {
     /// A turn of the node's session manager.
     fn manage(&mut self, number: usize) {
         let Some(node) = &mut self.nodes[number] else { return };
-        let life = node.life();
+        let (life, node_number) = (node.life(), node.number());
         let (ended, closed) = (node.manager.take_ended(), node.manager.close_sessions());
         let gives_way = node.gives_way();
         for (epoch, why) in ended {
@@ -318,12 +322,12 @@ impl Cluster {
             };
             self.did(what, number, epoch);
             let silence = self.logs.longest_silence(epoch);
-            let takeovers = self.summary.counts.get("nodes taken over by another process");
+            let taken_over = self.taken_over.contains(&node_number);
             let is_due = match why {
                 EpochEnd::Silent => silence >= self.weather.node_timeout_ms,
-                EpochEnd::Stopped => silence >= self.weather.node_timeout_ms || takeovers.is_some(),
+                EpochEnd::Stopped => silence >= self.weather.node_timeout_ms || taken_over,
                 // The other process may have read the last renewal late, so its time is not bounded here.
-                EpochEnd::Replaced | EpochEnd::Refused => takeovers.is_some(),
+                EpochEnd::Replaced | EpochEnd::Refused => taken_over,
                 // Nodes that lag read what was compacted.
                 EpochEnd::Lost => true,
             };

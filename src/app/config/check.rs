@@ -76,6 +76,7 @@ pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
     if settings.kafka_topics.is_empty() {
         layers.reject("kafka_topics", "is empty: at least one topic is needed");
     }
+    topics(settings, layers);
     for property in &settings.kafka_properties {
         if !property.as_str().contains('=') {
             layers.reject("kafka_properties", format!("`{property}` is not name=value"));
@@ -99,6 +100,41 @@ pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
     if settings.idle_timeout <= settings.ping_interval {
         let why = "is not longer than ping_interval: it would cut off healthy clients";
         layers.reject("idle_timeout", why);
+    }
+}
+
+/// Topics that are read, written and kept for different things are different topics. A node that reads what it writes
+/// never ends.
+fn topics(settings: &Settings, layers: &mut Layers) {
+    let events = &settings.kafka_topics;
+    for (index, topic) in events.iter().enumerate() {
+        if topic.as_str().starts_with('^') {
+            layers.reject("kafka_topics", format!("`{topic}` is a pattern: name each topic"));
+        }
+        if events[..index].contains(topic) {
+            layers.reject("kafka_topics", format!("names `{topic}` twice"));
+        }
+    }
+    let mut written = Vec::new();
+    if settings.hand_off() == Some(HandOffMode::Log) {
+        written.push(("sessions_topic", settings.sessions_topic.as_str()));
+        written.push(("handoff_topic", settings.handoff_topic.as_str()));
+    }
+    written
+        .extend(settings.dead_letter_topic.as_ref().map(|it| ("dead_letter_topic", it.as_str())));
+    for (index, (setting, topic)) in written.iter().enumerate() {
+        if events.iter().any(|event| event.as_str() == *topic) {
+            let why = format!(
+                "is `{topic}`, which kafka_topics names: the node would read what it writes"
+            );
+            layers.reject(setting, why);
+        }
+        if let Some((other, _)) = written[..index].iter().find(|(_, other)| other == topic) {
+            layers.reject(
+                setting,
+                format!("is `{topic}`, as {other} is: each needs a topic of its own"),
+            );
+        }
     }
 }
 
@@ -207,12 +243,39 @@ mod tests {
         assert_eq!(dev(&[("origins", "example.com")]), ["--origins"]);
         assert_eq!(dev(&[("idle_timeout", "54s")]), ["--idle-timeout"]);
         assert_eq!(dev(&[("kafka_topics", "")]), ["--kafka-topics"]);
+        assert_eq!(dev(&[("kafka_topics", "a,b,a")]), ["--kafka-topics"]);
+        assert_eq!(dev(&[("kafka_topics", "^a.*")]), ["--kafka-topics"]);
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("auth_mode", "jwt"), ("jwt_secret", "short")]), ["--jwt-secret"]);
         assert_eq!(dev(&[("jwt_key_file", "/nonexistent")]), ["--jwt-key-file"]);
         let secret = "0123456789abcdef0123456789abcdef";
         let two = [("jwt_secret", secret), ("jwks_url", "https://auth/keys"), ("auth_mode", "jwt")];
         assert_eq!(dev(&two), ["--jwks-url"]);
+    }
+
+    #[test]
+    fn topics_for_different_things_are_different() {
+        let group = ("routing_mode", "group");
+        let refused = |flags: &[_]| {
+            let flags = [&[("handoff", "log"), group], flags].concat();
+            subjects(Profile::Dev, &flags)
+        };
+        assert_eq!(refused(&[]), [""; 0]);
+        assert_eq!(
+            refused(&[("kafka_topics", "a,h"), ("handoff_topic", "h")]),
+            ["--handoff-topic"]
+        );
+        assert_eq!(
+            refused(&[("kafka_topics", "s"), ("sessions_topic", "s")]),
+            ["--sessions-topic"]
+        );
+        let same = [("handoff_topic", "x"), ("sessions_topic", "x")];
+        assert_eq!(refused(&same), ["--handoff-topic"]);
+        let dead = [("kafka_topics", "a"), ("dead_letter_topic", "a")];
+        assert_eq!(subjects(Profile::Dev, &dead), ["--dead-letter-topic"]);
+        let unused =
+            [("routing_mode", "broadcast"), ("handoff_topic", "x"), ("sessions_topic", "x")];
+        assert_eq!(subjects(Profile::Dev, &unused), [""; 0]);
     }
 
     #[test]

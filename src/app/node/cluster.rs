@@ -110,6 +110,11 @@ impl HandOffReceiver for TopicWatch {
     fn missed(&self) {
         self.inboxes.missed();
     }
+
+    fn gone(&self) {
+        self.has_lost("HANDOFF_TOPIC");
+        self.inboxes.gone();
+    }
 }
 
 /// The running threads.

@@ -152,14 +152,26 @@ impl PartitionTail {
         self.from
     }
 
-    /// Appends a record, and drops the oldest beyond the bounds.
+    /// Appends a record, and drops the oldest beyond the bounds. If the partition went back to an earlier offset, because
+    /// its topic was created anew, the tail begins there.
     pub fn push(&mut self, entry: TailEntry, now_ms: u64) {
-        let last = self.entries.back().map(|kept| &kept.entry);
-        debug_assert!(last.is_none_or(|last| last.offset < entry.offset));
+        if self.entries.back().is_some_and(|last| last.entry.offset >= entry.offset) {
+            while self.drop_oldest() {}
+            self.from = entry.offset;
+        }
         let list = entry.audience.as_ref().map_or(0, |it| self.share(&it.members));
         self.add(entry.bytes() + list);
         self.entries.push_back(KeptEntry { entry, since_ms: now_ms });
         self.trim(now_ms);
+    }
+
+    /// Returns false if there is none.
+    fn drop_oldest(&mut self) -> bool {
+        let Some(KeptEntry { entry: oldest, .. }) = self.entries.pop_front() else { return false };
+        self.from = oldest.offset + 1;
+        let list = oldest.audience.as_ref().map_or(0, |it| self.release(&it.members));
+        self.sub(oldest.bytes() + list);
+        true
     }
 
     fn add(&mut self, bytes: u64) {
@@ -207,10 +219,7 @@ impl PartitionTail {
             if !is_old && !is_over {
                 break;
             }
-            let Some(KeptEntry { entry: oldest, .. }) = self.entries.pop_front() else { break };
-            self.from = oldest.offset + 1;
-            let list = oldest.audience.as_ref().map_or(0, |it| self.release(&it.members));
-            self.sub(oldest.bytes() + list);
+            self.drop_oldest();
         }
         self.oldest.store(self.oldest_ms().unwrap_or(u64::MAX), Ordering::Relaxed);
     }
@@ -289,6 +298,21 @@ mod tests {
         tail.trim(10_000);
         assert!(tail.is_empty());
         assert_eq!(tail.from(), 10);
+    }
+
+    #[test]
+    fn tail_of_a_partition_that_goes_back_begins_there() {
+        let budget = TailBudget::new(1 << 20, 1_000);
+        let mut tail = PartitionTail::new(5, Arc::clone(&budget));
+        for offset in [5, 7, 8] {
+            tail.push(entry(offset, 100, 10), 100);
+        }
+        tail.push(entry(3, 200, 10), 200);
+        assert_eq!(offsets(&tail, 0, 100), [3]);
+        assert_eq!(tail.from(), 3);
+        let mut other = PartitionTail::new(3, TailBudget::new(1 << 20, 1_000));
+        other.push(entry(3, 200, 10), 200);
+        assert_eq!(budget.bytes(), other.bytes);
     }
 
     #[test]

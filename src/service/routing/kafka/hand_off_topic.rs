@@ -259,6 +259,10 @@ impl HandOffFollower {
                     true
                 }
                 Polled::Lost => return,
+                Polled::Gone => {
+                    self.receiver.gone();
+                    return;
+                }
                 Polled::Nothing => {
                     let awaited = self.progress.awaited.load(Ordering::Acquire);
                     if awaited > position && quiet_since.elapsed() >= SILENCE_BEFORE_PROBE {

@@ -125,7 +125,7 @@ impl JanitorPass {
                 Polled::Record(message) => message,
                 Polled::Nothing => continue,
                 Polled::End => return Ok(sessions.into_iter().chain(leases).collect()),
-                Polled::Lost => break,
+                Polled::Lost | Polled::Gone => break,
             };
             idle_since = Instant::now();
             if message.offset() >= to {

@@ -1,5 +1,6 @@
 //! Reads one partition of a topic of the cluster, without a group: from where the caller says, for ever.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -23,6 +24,10 @@ pub const LOG_READER_BYTES_MAX: u64 = partition_bytes_max(PREFETCH_KIB);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// Timeout of one poll.
 pub(super) const POLL_TIMEOUT: Duration = Duration::from_millis(100);
+/// Time between two questions to the brokers whether a topic still exists, and how long they have to deny it: a
+/// broker that has just started may not know it yet.
+const EXISTENCE_INTERVAL: Duration = Duration::from_secs(1);
+const GONE_AFTER: Duration = Duration::from_secs(5);
 /// Pause after a failed request.
 pub(super) const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
@@ -75,6 +80,8 @@ pub(super) struct LogContext {
     topic: String,
     counters: Arc<ClusterLogCounters>,
     outage: Outage,
+    /// Whether a broker has said that the topic does not exist.
+    may_be_gone: AtomicBool,
 }
 
 impl ClientContext for LogContext {
@@ -87,6 +94,9 @@ impl ClientContext for LogContext {
             return;
         }
         self.counters.errors.add(1);
+        if is_unknown_topic(error.rdkafka_error_code()) {
+            self.may_be_gone.store(true, Ordering::Release);
+        }
         if let Some(again) = self.outage.failed(Instant::now()) {
             tracing::warn!(%error, reason, topic = self.topic, "cannot read{again}");
         }
@@ -104,6 +114,8 @@ pub(super) enum Polled<'a> {
     /// The position is not in the log: retention, or a lost tail of the log. Nothing is read until the
     /// partition is started again.
     Lost,
+    /// The topic does not exist any more. If there is one with its name later, it is another one.
+    Gone,
     Nothing,
 }
 
@@ -112,6 +124,14 @@ pub(super) struct PartitionReader {
     topic: String,
     partition: i32,
     status: Arc<LogStatus>,
+    existence: Mutex<Existence>,
+}
+
+/// What the brokers say about the existence of a topic that may be gone.
+#[derive(Debug, Default)]
+struct Existence {
+    asked: Option<Instant>,
+    missing_since: Option<Instant>,
 }
 
 impl PartitionReader {
@@ -132,11 +152,24 @@ impl PartitionReader {
             .set("enable.partition.eof", "true")
             // A lost position means missed records.
             .set("auto.offset.reset", "error")
+            // The topic exists. If a broker denies that, it is asked again here, not for 30 s in librdkafka.
+            .set("topic.metadata.propagation.max.ms", "1000")
             // A transaction that somebody leaves open must not hide what follows.
             .set("isolation.level", "read_uncommitted");
-        let context = LogContext { topic: topic.to_owned(), counters, outage: Outage::default() };
+        let context = LogContext {
+            topic: topic.to_owned(),
+            counters,
+            outage: Outage::default(),
+            may_be_gone: AtomicBool::new(false),
+        };
         let consumer = BaseConsumer::from_config_and_context(&properties, context)?;
-        Ok(Self { consumer, topic: topic.to_owned(), partition, status })
+        Ok(Self {
+            consumer,
+            topic: topic.to_owned(),
+            partition,
+            status,
+            existence: Mutex::default(),
+        })
     }
 
     /// The lowest offset and the end offset.
@@ -173,8 +206,34 @@ impl PartitionReader {
         }
     }
 
+    /// Whether all brokers that answered in the last seconds denied that the topic exists.
+    fn is_gone(&self) -> bool {
+        let context = self.consumer.context();
+        if !context.may_be_gone.load(Ordering::Acquire) {
+            return false;
+        }
+        let mut existence = self.existence.lock().expect("no holder panics");
+        let now = Instant::now();
+        if existence.asked.is_some_and(|asked| now.duration_since(asked) < EXISTENCE_INTERVAL) {
+            return false;
+        }
+        existence.asked = Some(now);
+        let Ok(metadata) = self.consumer.fetch_metadata(Some(&self.topic), REQUEST_TIMEOUT) else {
+            return false;
+        };
+        let found = metadata.topics().iter().find(|found| found.name() == self.topic);
+        let error = found.and_then(|found| found.error()).map(RDKafkaErrorCode::from);
+        if found.is_some() && !is_unknown_topic(error) {
+            context.may_be_gone.store(false, Ordering::Release);
+            *existence = Existence::default();
+            return false;
+        }
+        now.duration_since(*existence.missing_since.get_or_insert(now)) >= GONE_AFTER
+    }
+
     pub(super) fn poll(&self, timeout: Duration) -> Polled<'_> {
         match self.consumer.poll(timeout) {
+            None if self.is_gone() => Polled::Gone,
             None => Polled::Nothing,
             Some(Ok(message)) => {
                 let context = self.consumer.context();
@@ -195,6 +254,11 @@ impl PartitionReader {
             }
         }
     }
+}
+
+fn is_unknown_topic(code: Option<RDKafkaErrorCode>) -> bool {
+    use RDKafkaErrorCode::{UnknownPartition, UnknownTopic, UnknownTopicOrPartition};
+    matches!(code, Some(UnknownTopicOrPartition | UnknownTopic | UnknownPartition))
 }
 
 fn is_position_lost(error: &KafkaError) -> bool {

@@ -179,7 +179,7 @@ impl SessionsFollower {
                     true
                 }
                 Polled::Nothing => true,
-                Polled::Lost => return LostBy::Topic,
+                Polled::Lost | Polled::Gone => return LostBy::Topic,
             };
             // Before the end of the first pass the log is not whole: compaction has moved leases behind sessions.
             let is_due = is_end || batch >= BATCH_RECORDS;

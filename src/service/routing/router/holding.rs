@@ -144,6 +144,10 @@ impl HandOffReceiver for HandOffInboxes {
     fn missed(&self) {
         (self.missed)();
     }
+
+    fn gone(&self) {
+        (self.missed)();
+    }
 }
 
 impl RouterCore {

@@ -83,6 +83,7 @@ pub(super) struct CollectingReceiver {
     pub(super) full: AtomicBool,
     pub(super) offered: AtomicU64,
     pub(super) missed: AtomicU64,
+    pub(super) gone: AtomicU64,
     pub(super) read_to: AtomicU64,
     pub(super) received: Mutex<Vec<IncomingHandOff>>,
 }
@@ -103,6 +104,10 @@ impl HandOffReceiver for CollectingReceiver {
 
     fn missed(&self) {
         self.missed.fetch_add(1, Ordering::Release);
+    }
+
+    fn gone(&self) {
+        self.gone.fetch_add(1, Ordering::Release);
     }
 }
 

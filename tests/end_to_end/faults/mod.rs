@@ -243,7 +243,7 @@ faults! {
         scene.run(seconds(15));
         scene.redis.launch();
         scene.run(seconds(30));
-    } => nobody_noticed, shown by ["delivery_redis_commands_failed_total"];
+    } => nobody_noticed, shown by ["delivery_redis_connection_failures_total"];
 
     redis_unreachable_for_30_s(scene: 2, USUAL, plain) {
         scene.redis_proxy.cut();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::domain::budget::EventBudget;
 use crate::domain::command::Ticket;
@@ -14,6 +14,7 @@ use crate::service::events::encode::Encoder;
 use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Lookup, Members, Membership};
+use crate::service::routing::router::WARNING_INTERVAL;
 use crate::service::routing::router::claim::LanePosition;
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
 use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId, ReturnedTicket};
@@ -23,9 +24,6 @@ use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
 use crate::service::routing::router::{RouterConfig, RouterCounters};
-
-/// Shortest time between two warnings about records; the counters count every one.
-const WARNING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Result of routing a record.
 #[derive(Debug, PartialEq, Eq)]

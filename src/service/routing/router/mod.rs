@@ -113,6 +113,9 @@ impl Default for RouterConfig {
     }
 }
 
+/// Shortest time between two warnings about records; the counters count every one.
+const WARNING_INTERVAL: Duration = Duration::from_secs(1);
+
 counters! {
     /// Metrics of one router.
     pub struct RouterCounters of Counter {

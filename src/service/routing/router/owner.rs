@@ -6,10 +6,12 @@
 //! *T* of the last commit, waits for its barrier and until its table has reached that *T*, and fills its
 //! tail from Kafka with what lies before its first record.
 
+use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -26,11 +28,11 @@ use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::cluster::wire::{
     HandOffHeader, MissedRange, PartitionPosition, Passed, TopicPositions, Users,
 };
-use crate::service::routing::router::RouterCounters;
 use crate::service::routing::router::claim::{LaneClaim, source_of};
 use crate::service::routing::router::in_flight::{LaneKey, ReturnedTicket};
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
+use crate::service::routing::router::{RouterCounters, WARNING_INTERVAL};
 
 /// Time between two messages that tell a node what has passed, ms.
 pub const PASSED_INTERVAL_MS: u64 = 1_000;
@@ -87,6 +89,8 @@ pub(super) struct OwnerSide {
     unsent: VecDeque<UnsentHandOff>,
     returned: Sender<ReturnedTicket>,
     bell: Arc<Doorbell>,
+    /// When a record was last reported as too large.
+    warned: Cell<Option<Instant>>,
     /// Nodes with sessions that began since they were last told what has passed.
     owed: BTreeSet<NodeIndex>,
     next_passed_ms: u64,
@@ -107,6 +111,7 @@ impl OwnerSide {
             unsent: VecDeque::new(),
             returned,
             bell,
+            warned: Cell::new(None),
             owed: BTreeSet::new(),
             next_passed_ms: 0,
         }
@@ -205,8 +210,18 @@ impl OwnerSide {
         }
         if queued == Queued::Accepted {
             self.counters.hand_offs_too_large.add(1);
-            let (topic, partition, offset) = (&header.topic, header.partition, header.offset);
-            tracing::error!(topic, partition, offset, "record too large to be handed over");
+            let is_recent = |at: Instant| at.elapsed() < WARNING_INTERVAL;
+            if !self.warned.get().is_some_and(is_recent) {
+                self.warned.set(Some(Instant::now()));
+                let (topic, partition, offset) = (&header.topic, header.partition, header.offset);
+                tracing::error!(
+                    topic,
+                    partition,
+                    offset,
+                    "record too large to be handed over: the sessions that need it are closed with 4409 (at most \
+                     one such line per second; the metrics count all)"
+                );
+            }
         }
         queued
     }

@@ -153,7 +153,7 @@ impl PartitionTail {
     }
 
     /// Appends a record, and drops the oldest beyond the bounds. If the partition went back to an earlier offset, because
-    /// its topic was created anew, the tail begins there.
+    /// its topic was created again, the tail begins there.
     pub fn push(&mut self, entry: TailEntry, now_ms: u64) {
         if self.entries.back().is_some_and(|last| last.entry.offset >= entry.offset) {
             while self.drop_oldest() {}

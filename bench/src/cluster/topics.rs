@@ -73,9 +73,9 @@ fn stored_bytes(data: &Path, topic: &str) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// Lets a new node read a sessions topic.
+/// Where the topics are.
 #[derive(clap::Args, Debug)]
-pub struct ReadyPlan {
+struct KafkaArguments {
     /// Kafka.
     #[arg(long, env = "KAFKA_BROKERS")]
     brokers: String,
@@ -85,6 +85,13 @@ pub struct ReadyPlan {
     /// Do not compress: the ids and texts here repeat more than real ones.
     #[arg(long)]
     uncompressed: bool,
+}
+
+/// Lets a new node read a sessions topic.
+#[derive(clap::Args, Debug)]
+pub struct ReadyPlan {
+    #[command(flatten)]
+    kafka: KafkaArguments,
     /// Sessions in the topic.
     #[arg(long, default_value_t = 1_000_000)]
     sessions: usize,
@@ -102,7 +109,7 @@ impl ReadyPlan {
     /// # Errors
     /// Kafka is not there, or `/proc` is not mounted.
     pub fn run(&self) -> io::Result<()> {
-        let config = config(&self.brokers, self.uncompressed);
+        let config = config(&self.kafka.brokers, self.kafka.uncompressed);
         let (names, _) = topics(&config)?;
         let writer = SessionsOutbox::start(&config, &names.sessions, Arc::default());
         let writer = writer.map_err(io::Error::other)?;
@@ -122,7 +129,7 @@ impl ReadyPlan {
             records as f64 / took,
             (own_ns()? - before) as f64 / records as f64 / 1e3,
         );
-        if let Some(data) = &self.data {
+        if let Some(data) = &self.kafka.data {
             let bytes = stored_bytes(data, &names.sessions)?;
             println!("stored: {bytes} B, {:.1} B a record", bytes as f64 / records as f64);
         }
@@ -165,20 +172,15 @@ impl HandOffReceiver for CountingReceiver {
     }
 
     fn missed(&self) {}
+
+    fn gone(&self) {}
 }
 
 /// Writes hand-offs, and reads them.
 #[derive(clap::Args, Debug)]
 pub struct HandOffPlan {
-    /// Kafka.
-    #[arg(long, env = "KAFKA_BROKERS")]
-    brokers: String,
-    /// The broker's data, to see how many bytes it stored.
-    #[arg(long)]
-    data: Option<PathBuf>,
-    /// Do not compress: the ids and texts here repeat more than real ones.
-    #[arg(long)]
-    uncompressed: bool,
+    #[command(flatten)]
+    kafka: KafkaArguments,
     /// Hand-offs per second. 0: as many as the queue takes.
     #[arg(long, default_value_t = 4_000)]
     rate: u64,
@@ -265,7 +267,7 @@ impl HandOffPlan {
     /// Another process that writes the same to partition 0 of a topic.
     fn writer(&self, topic: &str) -> io::Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["hand-off", "--brokers", &self.brokers, "--topic", topic]);
+        command.args(["hand-off", "--brokers", &self.kafka.brokers, "--topic", topic]);
         for (name, value) in [
             ("--rate", self.rate),
             ("--seconds", self.seconds),
@@ -310,7 +312,7 @@ impl HandOffPlan {
     /// # Errors
     /// Kafka is not there, or `/proc` is not mounted.
     pub fn run(&self) -> io::Result<()> {
-        let config = config(&self.brokers, self.uncompressed);
+        let config = config(&self.kafka.brokers, self.kafka.uncompressed);
         if let Some(topic) = &self.topic {
             self.write(&config, topic, 1)?;
             return Ok(());
@@ -328,7 +330,7 @@ impl HandOffPlan {
         let (names, partitions) = topics(&config)?;
         let spread = self.write(&config, &names.hand_off, partitions.unsigned_abs().into())?;
         print("written to all partitions", &spread);
-        if let Some(data) = &self.data {
+        if let Some(data) = &self.kafka.data {
             let bytes = stored_bytes(data, &names.hand_off)?;
             let each = bytes as f64 / spread.records as f64;
             println!("stored: {bytes} B, {each:.1} B each");

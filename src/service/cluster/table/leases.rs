@@ -76,8 +76,8 @@ impl SessionTable {
         self.leftovers.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// The epochs that have ended for this reader, but have a later lease: not all readers agree. Those that
-    /// compaction leaves only the last lease take the epoch for alive.
+    /// The epochs that have ended for this reader, but have a later lease: not all readers agree. One for which
+    /// compaction has left only that lease takes the epoch for alive.
     pub fn take_woken(&self) -> BTreeSet<NodeEpoch> {
         let mut state = self.state();
         if state.is_whole { std::mem::take(&mut state.woken) } else { BTreeSet::new() }

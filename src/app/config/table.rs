@@ -233,6 +233,9 @@ settings! {
         presence_refresh: Duration = "20s", from "1s" to "55s", example "20s";
         /// Deadline of one call to another service.
         call_timeout: Duration = "2s", from "50ms" to "1m", example "2s";
+        /// Maximum size of an answer of another service, such as the members of a conversation. Few answers
+        /// beyond 8 MiB arrive at a time.
+        neighbour_answer_max: Size = "64MiB", from "64KiB" to "1GiB", example "64MiB";
         /// Maximum time for which catch-up waits until the session is registered, so that other nodes
         /// hand over its events (`HANDOFF=redis`). After that it continues without, and is
         /// counted.

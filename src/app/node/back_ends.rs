@@ -83,13 +83,15 @@ impl BackEnds {
 /// Creates the client of a gRPC service, if its address is set.
 fn neighbour<T, E: std::fmt::Display>(
     settings: &Settings,
-    (setting, prefix): (&str, &'static str),
+    (setting, prefix): (&'static str, &'static str),
     address: Option<&GrpcAddress>,
     make: impl FnOnce(&NeighbourConfig, Arc<NeighbourCounters>) -> Result<T, E>,
     collectors: &mut Vec<Collector>,
 ) -> Result<Option<T>, String> {
     let Some(address) = address else { return Ok(None) };
     let config = NeighbourConfig {
+        setting,
+        answer_bytes_max: settings.neighbour_answer_max.bytes(),
         call_timeout: settings.call_timeout,
         ..NeighbourConfig::new(address.url())
     };

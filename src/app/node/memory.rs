@@ -21,7 +21,7 @@ use crate::reactor::connection::Connection;
 use crate::reactor::queue::FramePool;
 use crate::reactor::shard::PENDING_REPORTS_MAX;
 use crate::reactor::slab::Slab;
-use crate::service::backends::neighbours::ANSWER_BYTES_MAX;
+use crate::service::backends::neighbours::{COMMON_ANSWER_BYTES_MAX, LARGE_ANSWERS_MAX};
 use crate::service::backends::redis::{
     GAP_USERS_MAX, LocationsConfig, MOVES_MAX, NodesConfig, SubscriptionsConfig,
 };
@@ -56,6 +56,9 @@ const PRESENCE_BYTES: u64 = 400;
 const HAND_OFF_BYTES: usize = 128;
 /// The program and the resident part of its threads' stacks, bytes.
 const PROCESS_BYTES: u64 = 64 << 20;
+/// Memory of an answer relative to its size on the wire: as it arrives, decoded (each id of a UUID takes 24
+/// bytes more), and once more, because its caller may still use it when the next one arrives.
+const ANSWER_COPIES: usize = 4;
 /// Largest record that Kafka accepts by default, bytes.
 const RECORD_BYTES: u64 = 1 << 20;
 /// Typical log line, bytes.
@@ -216,7 +219,10 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let membership = MembershipConfig::default();
     let members = settings.membership_members_max.size() as u64;
     let conversations = settings.membership_cache_max.size() as u64;
-    let answer = ANSWER_BYTES_MAX as u64;
+    let answer_max = settings.neighbour_answer_max.0;
+    let answer = answer_max.min(COMMON_ANSWER_BYTES_MAX as u64);
+    let services = [&settings.conv_svc_addr, &settings.msg_svc_addr].into_iter().flatten().count();
+    let large_answers = (services * LARGE_ANSWERS_MAX * ANSWER_COPIES) as u64 * answer_max;
     let catch_up = CatchUpConfig::default();
     let calls = settings.resume_calls_max.size() as u64;
     vec![
@@ -234,6 +240,7 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
             "catch_up",
             (catch_up.pages_bytes_max + catch_up.requests_bytes_max) as u64 + calls * answer,
         ),
+        ("large_answers", large_answers),
         ("tokens", (manager::REQUESTS_WAITING_MAX * (TOKEN_BYTES_MAX + 2 * ID_BYTES_MAX)) as u64),
         (
             "dead_letters",
@@ -259,7 +266,8 @@ fn other_services(settings: &Settings, sizing: &Sizing) -> PartSizes {
         return amounts;
     }
     let fan_out = PresenceFanoutConfig::default();
-    let look_ups = fan_out.look_ups_max * ANSWER_BYTES_MAX;
+    let answer = settings.neighbour_answer_max.bytes().min(COMMON_ANSWER_BYTES_MAX);
+    let look_ups = fan_out.look_ups_max * answer;
     let changes = fan_out.users_waiting_max + fan_out.contacts_max;
     amounts.push(("presence_changes", look_ups as u64 + changes as u64 * USER_BYTES));
     let legacy = settings.expects_legacy_nodes();
@@ -294,7 +302,7 @@ fn cluster(settings: &Settings, sizing: &Sizing) -> PartSizes {
     // Those that wait, and sessions replaced on other nodes.
     let changes = CHANGES_WAITING_MAX + 2 * sizing.sessions_max();
     // One record for all nodes, and the ids of its recipients.
-    let unsent = RECORD_BYTES + ANSWER_BYTES_MAX as u64;
+    let unsent = RECORD_BYTES + settings.neighbour_answer_max.0;
     let held = Holder::SESSION_BYTES + Holder::YOUNG_BYTES;
     vec![
         ("table", CLUSTER_SESSIONS * SessionTable::ENTRY_BYTES as u64),

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -14,16 +15,30 @@ use crate::service::events::proto::message::v1::Message;
 /// A boxed future, for traits used as trait objects.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;
 
-/// Why a call to a neighbour failed.
+/// Why a call to a neighbour failed. Only [`NeighbourError::NotFound`] says that something does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NeighbourError {
-    /// The requested object does not exist; a retry will not help.
+    /// The requested object does not exist. Replicas lag, so it is asked for once more, after
+    /// [`NOT_FOUND_RETRY`]; then it is final.
     #[error("not found")]
     NotFound,
-    /// The neighbour failed, refused or did not answer in time; a retry may help.
+    /// The service does not let this node call it.
+    #[error("denied: {0}")]
+    Denied(String),
+    /// The service does not understand the request.
+    #[error("invalid: {0}")]
+    Invalid(String),
+    /// The answer exceeds a limit of this node or of the service.
+    #[error("too large: {0}")]
+    TooLarge(String),
+    /// The neighbour failed or did not answer in time.
     #[error("{0}")]
     Unavailable(String),
 }
+
+/// Delay before something that was not found is asked for once more. A replica that lags by more says
+/// "not found" twice.
+pub const NOT_FOUND_RETRY: Duration = Duration::from_millis(250);
 
 /// Member lists of conversations (the conversation service; contract §1).
 pub trait ConversationSource: Send + Sync + 'static {

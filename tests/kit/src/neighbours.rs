@@ -15,7 +15,7 @@ use prost_types::Timestamp;
 use tokio::sync::{oneshot, watch};
 use tonic::{Code, Status};
 
-use crate::proto::conversation::v1::Conversation;
+use crate::proto::conversation::v1::{Conversation, Participant};
 use crate::proto::message::v1::Message;
 use crate::proto::presence::v1::{DeviceInfo, UserPresence};
 use crate::services::{Answer, Neighbours, serve};
@@ -55,6 +55,10 @@ pub struct NeighbourState {
     pub in_flight: HashMap<Method, usize>,
     /// The highest value of `in_flight`, by method.
     pub in_flight_peak: HashMap<Method, usize>,
+    /// Whether a list of conversations includes their members.
+    pub lists_members: bool,
+    /// Whether it includes them once more, with their roles.
+    pub lists_roles: bool,
     behaviours: HashMap<Method, Behaviour>,
 }
 
@@ -103,9 +107,17 @@ impl NeighbourState {
             },
             Call::List { user, .. } => {
                 let listed = self.members.iter().filter(|(_, members)| members.contains(&user));
-                let conversation = |(id, _): (&String, _)| Conversation {
-                    conversation_id: id.clone(),
-                    ..Conversation::default()
+                let conversation = |(id, members): (&String, &BTreeSet<String>)| {
+                    let named = members.iter().filter(|_| self.lists_members);
+                    let with_roles = members.iter().filter(|_| self.lists_roles);
+                    let participant =
+                        |user: &String| Participant { user_id: user.clone(), role: 1 };
+                    Conversation {
+                        conversation_id: id.clone(),
+                        participant_user_ids: named.cloned().collect(),
+                        participants_with_roles: with_roles.map(participant).collect(),
+                        ..Conversation::default()
+                    }
                 };
                 Answer::Conversations(listed.map(conversation).collect())
             }

@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use crate::counters;
 use crate::handoff::Doorbell;
-use crate::service::backends::ports::{ConversationSource, MembershipChanges, NeighbourError};
+use crate::service::backends::ports::{
+    ConversationSource, MembershipChanges, NOT_FOUND_RETRY, NeighbourError,
+};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::cache::MemberLists;
 use crate::service::members::membership::state::{
@@ -242,11 +244,19 @@ impl Membership {
     async fn fetch(self: Arc<Self>, key: Arc<str>, id: u64) {
         let source = self.source.as_ref().expect("fetched only with a source");
         let deadline = Duration::from_millis(self.config.fetch_deadline_ms);
+        let mut was_found = true;
         loop {
             self.counters.fetches.add(1);
             let answer = tokio::time::timeout(deadline, source.members(Arc::clone(&key)))
                 .await
                 .unwrap_or_else(|_| Err(NeighbourError::Unavailable("no answer in time".into())));
+            if std::mem::replace(&mut was_found, answer != Err(NeighbourError::NotFound))
+                && !was_found
+            {
+                // Replicas lag: only the second such answer counts.
+                tokio::time::sleep(NOT_FOUND_RETRY).await;
+                continue;
+            }
             if self.handle_answer(&key, id, answer) != AnswerOutcome::Repeat {
                 break;
             }
@@ -275,14 +285,19 @@ impl Membership {
                 self.lists.with(key, |_, state| state.absent(id, now_ms + ABSENT_MS));
                 AnswerOutcome::Finished
             }
-            Err(NeighbourError::Unavailable(reason)) => {
+            Err(
+                reason @ (NeighbourError::Denied(_)
+                | NeighbourError::Invalid(_)
+                | NeighbourError::TooLarge(_)
+                | NeighbourError::Unavailable(_)),
+            ) => {
                 self.counters.fetches_failed.add(1);
                 let pause = |failures: u32| {
                     let pause = self.config.backoff.random_delay(failures.saturating_sub(1));
                     pause.as_micros().div_ceil(1_000) as u64
                 };
                 self.lists.with(key, |_, state| state.failed(id, now_ms, pause));
-                tracing::debug!(conversation = %key, reason, "cannot fetch members");
+                tracing::debug!(conversation = %key, %reason, "cannot fetch members");
                 AnswerOutcome::Finished
             }
         }

@@ -7,6 +7,8 @@ use crate::service::backends::ports::BoxFuture;
 #[derive(Default)]
 struct FakeService {
     requested: AtomicUsize,
+    /// The next answers.
+    failures: Mutex<std::collections::VecDeque<NeighbourError>>,
     gate: Option<tokio::sync::Semaphore>,
 }
 
@@ -19,6 +21,9 @@ impl ConversationSource for FakeSource {
             service.requested.fetch_add(1, Ordering::Relaxed);
             if let Some(gate) = &service.gate {
                 gate.acquire().await.expect("open").forget();
+            }
+            if let Some(failure) = service.failures.lock().unwrap().pop_front() {
+                return Err(failure);
             }
             Ok(vec!["b".into(), conversation, "b".into(), "".into()])
         })
@@ -84,6 +89,56 @@ fn one_request_serves_all_callers() {
     assert_eq!(node.members("a", now), ["a", "b"]);
     assert_eq!(node.service.requested.load(Ordering::Relaxed), 1);
     assert_eq!(node.counters.members.get(), 2);
+}
+
+impl CacheNode {
+    /// The look-up once it is not pending.
+    fn outcome(&self, conversation: &str, now_ms: u64) -> Lookup {
+        loop {
+            self.bell.about_to_sleep();
+            match self.membership.lookup(conversation, None, now_ms) {
+                Lookup::Pending => self.bell.wait(1000),
+                outcome => {
+                    self.bell.awake();
+                    return outcome;
+                }
+            }
+            self.bell.awake();
+        }
+    }
+}
+
+/// Records of the conversation wait as for a service that is unavailable.
+#[test]
+fn refused_request_is_retried_and_is_no_empty_list() {
+    let refusals = [
+        NeighbourError::Denied("PermissionDenied".into()),
+        NeighbourError::Invalid("InvalidArgument".into()),
+        NeighbourError::TooLarge("ResourceExhausted".into()),
+        NeighbourError::Unavailable("Internal".into()),
+    ];
+    for refusal in refusals {
+        let node = CacheNode::new(MembershipConfig::default(), false);
+        node.membership.follow();
+        *node.service.failures.lock().unwrap() = [refusal.clone()].into();
+        let now = unix_ms();
+        let Lookup::Failing { retry_at_ms } = node.outcome("a", now) else {
+            panic!("{refusal:?} must not look like an answer");
+        };
+        assert_eq!(node.members("a", retry_at_ms), ["a", "b"]);
+        assert_eq!(node.counters.conversations_absent.get(), 0);
+    }
+}
+
+#[test]
+fn conversation_is_absent_only_if_it_is_not_found_twice() {
+    let node = CacheNode::new(MembershipConfig::default(), false);
+    node.membership.follow();
+    *node.service.failures.lock().unwrap() = [NeighbourError::NotFound].into();
+    assert_eq!(node.members("a", unix_ms()), ["a", "b"], "the replica has caught up");
+    *node.service.failures.lock().unwrap() = vec![NeighbourError::NotFound; 2].into();
+    assert!(matches!(node.outcome("c", unix_ms()), Lookup::Absent));
+    assert_eq!(node.service.requested.load(Ordering::Relaxed), 4);
 }
 
 #[test]

@@ -18,7 +18,9 @@ use super::{
 use crate::domain::counters::SharedCounter;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConversationPosition, SessionAddress};
-use crate::service::backends::ports::{BoxFuture, ConversationListing, NeighbourError};
+use crate::service::backends::ports::{
+    BoxFuture, ConversationListing, ConversationSource, NOT_FOUND_RETRY, NeighbourError,
+};
 use crate::service::events::proto::message::v1::Message;
 use crate::service::runtime::backoff::Backoff;
 use crate::service::sessions::presence::{Visibility, VisibilityState};
@@ -141,6 +143,22 @@ impl CatchUpResources {
     }
 }
 
+/// The answer to a question about an id that only the client knows: a malformed id is its fault, and means
+/// that there is no such conversation.
+fn of_client<A: 'static>(
+    answer: BoxFuture<Result<A, NeighbourError>>,
+) -> BoxFuture<Result<A, NeighbourError>> {
+    Box::pin(async move {
+        answer.await.map_err(|error| match error {
+            NeighbourError::Invalid(_) => NeighbourError::NotFound,
+            NeighbourError::NotFound
+            | NeighbourError::Denied(_)
+            | NeighbourError::TooLarge(_)
+            | NeighbourError::Unavailable(_) => error,
+        })
+    })
+}
+
 impl CatchUpTask {
     async fn catch_up(
         self: Arc<Self>,
@@ -188,17 +206,42 @@ impl CatchUpTask {
         if let ReadAccess::Checked { listing, source } = &self.resources.access {
             let listed = if positions.is_session { self.list(listing).await? } else { Vec::new() };
             positions.add_listed(&listed);
-            for conversation in positions.unverified(&listed) {
-                let call = |_| source.members(Arc::clone(&conversation));
+            self.verify(positions, &listed, source).await?;
+        }
+        self.conversations(positions).await?;
+        Ok(is_last)
+    }
+
+    /// Finds out whether the user is a member of the conversations that they name and that are not listed.
+    /// Replicas lag, so what is not found is asked for once more, all after the same delay.
+    async fn verify(
+        &self,
+        positions: &mut Positions,
+        listed: &[Arc<str>],
+        source: &Arc<dyn ConversationSource>,
+    ) -> Result<(), CatchUpFailure> {
+        let mut unverified = positions.unverified(listed);
+        for is_last in [false, true] {
+            let mut not_found = Vec::new();
+            for conversation in unverified {
+                let call = |_| of_client(source.members(Arc::clone(&conversation)));
                 let members = self.call(call, CatchUpFailure::Conversations).await?;
+                if members.is_none() && !is_last {
+                    not_found.push(conversation);
+                    continue;
+                }
                 let is_member = members.is_some_and(|members| members.contains(&self.user));
                 if positions.set_membership(&conversation, is_member) {
                     self.resources.counters.conversations_refused.add(1);
                 }
             }
+            if not_found.is_empty() {
+                break;
+            }
+            unverified = not_found;
+            sleep(NOT_FOUND_RETRY).await;
         }
-        self.conversations(positions).await?;
-        Ok(is_last)
+        Ok(())
     }
 
     /// The user's conversations, sorted.
@@ -207,7 +250,8 @@ impl CatchUpTask {
         listing: &Arc<dyn ConversationListing>,
     ) -> Result<Vec<Arc<str>>, CatchUpFailure> {
         let call = |_| listing.conversations_of(Arc::clone(&self.user));
-        let listed = self.call(call, CatchUpFailure::Conversations).await?.unwrap_or_default();
+        let listed = self.call_twice(call, CatchUpFailure::Conversations).await?;
+        let listed = listed.unwrap_or_default();
         let mut ids: Vec<Arc<str>> = listed
             .into_iter()
             .map(|conversation| Arc::from(conversation.conversation_id))
@@ -291,6 +335,11 @@ impl CatchUpTask {
             page_size = (PAGE_MESSAGES >> (2 * quarters).min(15)).max(1);
             let (user, conversation) = (Arc::clone(&self.user), Arc::clone(conversation));
             let page = self.resources.messages.messages_after(user, conversation, after, page_size);
+            let page = match self.resources.access {
+                ReadAccess::Checked { .. } => page,
+                // Only the client says that there is such a conversation.
+                ReadAccess::Unchecked => of_client(page),
+            };
             let resources = Arc::clone(&self.resources);
             // Waits for the budget while it still counts as a call. So the pages in memory are
             // bounded by the budget plus `calls_max` pages.
@@ -301,12 +350,26 @@ impl CatchUpTask {
             });
             page
         };
-        let answer = self.call(call, CatchUpFailure::Messages).await?;
+        let answer = self.call_twice(call, CatchUpFailure::Messages).await?;
         self.resources.counters.pages.add(1);
         // A deleted conversation has no messages.
         let (messages, lease) =
             answer.map_or((Vec::new(), None), |(messages, lease)| (messages, Some(lease)));
         Ok((messages, page_size, lease))
+    }
+
+    /// Like [`CatchUpTask::call`]; asks once more for what is not found, because replicas lag.
+    async fn call_twice<A>(
+        &self,
+        mut call: impl FnMut(u32) -> BoxFuture<Result<A, NeighbourError>>,
+        failure: CatchUpFailure,
+    ) -> Result<Option<A>, CatchUpFailure> {
+        let answer = self.call(&mut call, failure).await?;
+        if answer.is_some() {
+            return Ok(answer);
+        }
+        sleep(NOT_FOUND_RETRY).await;
+        self.call(call, failure).await
     }
 
     /// Calls a neighbour within the bound of calls, and retries failures. `None`: not found.
@@ -326,8 +389,14 @@ impl CatchUpTask {
             match answer {
                 Ok(answer) => return Ok(Some(answer)),
                 Err(NeighbourError::NotFound) => return Ok(None),
-                Err(NeighbourError::Unavailable(why)) => {
-                    tracing::debug!(why, attempt, "a catch-up's call to a neighbour failed");
+                // A refusal says nothing about what was asked for: it is not an empty answer.
+                Err(
+                    why @ (NeighbourError::Denied(_)
+                    | NeighbourError::Invalid(_)
+                    | NeighbourError::TooLarge(_)
+                    | NeighbourError::Unavailable(_)),
+                ) => {
+                    tracing::debug!(%why, attempt, "a catch-up's call to a neighbour failed");
                 }
             }
         }

@@ -80,19 +80,20 @@ async fn holder(service: &PresenceService, ids: &SessionIds) -> Result<Option<St
     Ok(registered.map(|device| device.instance_id))
 }
 
-/// Whether a retry may help.
+/// Whether a retry may help. It does when a service that denies the calls of this node is configured
+/// correctly; a malformed request stays malformed.
 fn failure(status: &Status) -> OperationOutcome {
     match status.code() {
         Code::InvalidArgument
         | Code::OutOfRange
         | Code::FailedPrecondition
-        | Code::PermissionDenied
         | Code::Unimplemented => Rejected,
         Code::Ok
         | Code::Cancelled
         | Code::Unknown
         | Code::DeadlineExceeded
         | Code::NotFound
+        | Code::PermissionDenied
         | Code::AlreadyExists
         | Code::ResourceExhausted
         | Code::Aborted

@@ -28,8 +28,8 @@ use self::contacts::{Contacts, Users};
 use crate::counters;
 use crate::handoff::Pushed;
 use crate::service::backends::ports::{
-    ConversationListing, ConversationSource, MembershipChanges, NeighbourError, RouterInbox,
-    RouterInput,
+    BoxFuture, ConversationListing, ConversationSource, MembershipChanges, NOT_FOUND_RETRY,
+    NeighbourError, RouterInbox, RouterInput,
 };
 use crate::service::backends::redis::PresenceUpdates;
 use crate::service::events::encode::encode_envelope;
@@ -291,11 +291,8 @@ impl FanoutState {
     }
 
     async fn look_up(&self, user: &Arc<str>) -> Result<Users, NeighbourError> {
-        let conversations = match self.parts.listing.conversations_of(Arc::clone(user)).await {
-            Ok(conversations) => conversations,
-            Err(NeighbourError::NotFound) => Vec::new(),
-            Err(error) => return Err(error),
-        };
+        let list = || self.parts.listing.conversations_of(Arc::clone(user));
+        let conversations = found_or_none(list).await?.unwrap_or_default();
         let mut found: HashSet<Arc<str>> = HashSet::new();
         let mut member_lists = 0;
         for conversation in conversations {
@@ -309,12 +306,9 @@ impl FanoutState {
                 found.extend(named.into_iter().map(Arc::from));
             } else if member_lists < MEMBER_LISTS_MAX {
                 member_lists += 1;
-                let id = Arc::from(conversation.conversation_id);
-                match self.parts.source.members(id).await {
-                    Ok(members) => found.extend(members),
-                    Err(NeighbourError::NotFound) => {}
-                    Err(error) => return Err(error),
-                }
+                let id: Arc<str> = conversation.conversation_id.into();
+                let members = found_or_none(|| self.parts.source.members(Arc::clone(&id))).await?;
+                found.extend(members.into_iter().flatten());
             }
         }
         found.remove(user);
@@ -345,6 +339,27 @@ impl FanoutState {
             sleep(ROUTER_RETRY).await;
         }
         self.counters.presence_changes_dropped_busy.add(1);
+    }
+}
+
+/// Asks, and once more if it is not found, because replicas lag. `None`: it does not exist.
+async fn found_or_none<A>(
+    ask: impl Fn() -> BoxFuture<Result<A, NeighbourError>>,
+) -> Result<Option<A>, NeighbourError> {
+    if let answer @ (Ok(_)
+    | Err(
+        NeighbourError::Denied(_)
+        | NeighbourError::Invalid(_)
+        | NeighbourError::TooLarge(_)
+        | NeighbourError::Unavailable(_),
+    )) = ask().await
+    {
+        return answer.map(Some);
+    }
+    sleep(NOT_FOUND_RETRY).await;
+    match ask().await {
+        Err(NeighbourError::NotFound) => Ok(None),
+        answer => answer.map(Some),
     }
 }
 

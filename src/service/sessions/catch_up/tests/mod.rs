@@ -241,6 +241,46 @@ async fn failing_service_is_retried_and_then_the_session_is_closed() {
     }
 }
 
+/// A service that refuses is not one without conversations or messages.
+#[tokio::test]
+async fn refused_call_is_not_an_empty_answer() {
+    for code in [Code::PermissionDenied, Code::Unauthenticated, Code::InvalidArgument] {
+        for method in [Method::List, Method::Sync] {
+            let config = CatchUpConfig { attempts_max: 2, ..CatchUpConfig::default() };
+            let mut bench = Bench::new(config);
+            bench.fake.state().create("a", &["alice"], 5);
+            bench.fake.set(method, Behaviour::Failing(code));
+            bench.begin_session(1, "alice", &[]);
+            assert_eq!(bench.failed().await.code, CloseCode::TRY_AGAIN_LATER, "{code:?}");
+            assert_eq!(bench.fake.state().count(method), 2);
+        }
+    }
+}
+
+/// The client named it, so a malformed id is its fault and not that of the service.
+#[tokio::test]
+async fn malformed_id_that_the_client_names_is_refused_and_the_rest_is_caught_up() {
+    let mut bench = Bench::new(CatchUpConfig::default());
+    bench.fake.state().create("a", &["alice"], 5);
+    bench.fake.set(Method::Members, Behaviour::Failing(Code::InvalidArgument));
+    bench.begin_session(1, "alice", &[("not-an-id", 3)]);
+    let (messages, _) = bench.complete().await;
+    assert_eq!(of("a", &messages), [1, 2, 3, 4, 5]);
+    assert_eq!(bench.counters.conversations_refused.get(), 1);
+}
+
+#[tokio::test]
+async fn what_is_not_found_is_asked_for_once_more() {
+    let mut bench = Bench::new(CatchUpConfig::default());
+    bench.fake.set(Method::Sync, Behaviour::Failing(Code::NotFound));
+    bench.fake.state().create("a", &["alice"], 5);
+    bench.begin_session(1, "alice", &[]);
+    bench.fake.until(|state| state.count(Method::Sync) == 1).await;
+    bench.fake.set(Method::Sync, Behaviour::Normal);
+    let (messages, _) = bench.complete().await;
+    assert_eq!(of("a", &messages), [1, 2, 3, 4, 5], "the replica has caught up");
+}
+
 #[tokio::test]
 async fn temporary_failure_does_not_reach_the_client() {
     let mut bench = Bench::new(CatchUpConfig { attempts_max: 100, ..CatchUpConfig::default() });

@@ -9,4 +9,5 @@ pub mod encoding;
 pub mod event;
 pub mod ids;
 pub mod limits;
+pub mod members;
 pub mod outgoing;

@@ -288,8 +288,7 @@ async fn full_redis_still_hands_over() {
 async fn event_that_the_router_does_not_offer_is_a_gap() {
     let Some(pair) = Pair::start(|_| {}).await else { return };
     pair.sessions.published.fetch_add(1, Ordering::SeqCst);
-    let everybody: Vec<Arc<str>> = USERS.iter().map(|user| Arc::from(*user)).collect();
-    pair.nodes.lost(&everybody);
+    pair.nodes.lost(&USERS);
     pair.every_session_got_everything_or_was_closed().await;
     assert_eq!(pair.sessions.closed(), USERS.len() as u64);
 }

@@ -64,10 +64,9 @@ impl World {
     }
 
     async fn handed_over(&self, value: &str, users: &[&str]) {
-        let users: Vec<Arc<str>> = users.iter().map(|user| Arc::from(*user)).collect();
         let (done, ended) = oneshot::channel();
         let done = Box::new(move || done.send(()).expect("somebody waits"));
-        assert_eq!(self.legacy.forward(value.as_bytes(), &users, done), Forwarding::Pending);
+        assert_eq!(self.legacy.forward(value.as_bytes(), users, done), Forwarding::Pending);
         ended.await.unwrap();
     }
 }

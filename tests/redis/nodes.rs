@@ -56,12 +56,11 @@ impl Bench {
     }
 
     fn forward(&self, value: &str, users: &[&str]) -> Forwarding {
-        let users: Vec<Arc<str>> = users.iter().map(|user| Arc::from(*user)).collect();
         let tell = self.tell.clone();
         let done = Box::new(move || {
             let _ = tell.send(());
         });
-        self.nodes.forward(value.as_bytes(), &users, done)
+        self.nodes.forward(value.as_bytes(), users, done)
     }
 
     pub(crate) async fn handed_over(&mut self, value: &str, users: &[&str]) {

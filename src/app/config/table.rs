@@ -199,8 +199,8 @@ settings! {
         route_retry_max: Duration = "30s", from "0s" to "1h", example "30s";
         /// Maximum number of conversations in the membership cache.
         membership_cache_max: Count = "200000", from "1" to "100000000", example "1000000";
-        /// Maximum number of members in the membership cache, over all conversations. A member takes 16
-        /// bytes.
+        /// Maximum number of members in the membership cache, over all conversations. A member takes
+        /// about 40 bytes.
         membership_members_max: Count = "4000000", from "1" to "1000000000", example "20000000";
         /// Lifetime of a cached member list. After that it is fetched again from the conversation
         /// service; without that service it does not expire.

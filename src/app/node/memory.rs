@@ -30,7 +30,7 @@ use crate::service::cluster::holder::Holder;
 use crate::service::cluster::newcomers::NEWCOMERS_MAX;
 use crate::service::cluster::table::SessionTable;
 use crate::service::members::directory::Directory;
-use crate::service::members::membership::{Members, MembershipConfig};
+use crate::service::members::membership::MembershipConfig;
 use crate::service::routing::kafka;
 use crate::service::routing::router::RECORD_UNDER_WAY_BYTES;
 use crate::service::sessions::catch_up::CatchUpConfig;
@@ -46,6 +46,8 @@ const IDS_OVERHEAD: usize = 2 * size_of::<usize>() + 2;
 const IDS_TYPICAL: usize = 36 + 16;
 /// A user id in a map, bytes: the shared text of a UUID, its reference counts, a slot of the table.
 const USER_BYTES: u64 = 100;
+/// A member in a cached list, bytes: a UUID as text takes 36, an id in a list of mixed lengths four more.
+const MEMBER_BYTES: u64 = 40;
 /// A cached location of a user with one other instance, bytes: 125 measured beside its key.
 const LOCATION_BYTES: u64 = 200;
 /// A cached conversation without its members, bytes: id, state, recent changes.
@@ -230,11 +232,7 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
         ("events", routers * (router.event_bytes_max + Encoding::COUNT as u64 * RECORD_BYTES)),
         // Waiting to be accepted, and waiting for members.
         ("inbox", 2 * routers * router.inbox_bytes_max as u64),
-        (
-            "members",
-            members * (size_of::<Members>() as u64 + USER_BYTES)
-                + conversations * CONVERSATION_BYTES,
-        ),
+        ("members", members * MEMBER_BYTES + conversations * CONVERSATION_BYTES),
         ("member_questions", membership.fetches_max as u64 * answer),
         (
             "catch_up",

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::domain::ids::SessionAddress;
+use crate::domain::members::Members;
 use crate::handoff::Pushed;
 use crate::service::events::proto::conversation::v1::Conversation;
 use crate::service::events::proto::message::v1::Message;
@@ -43,7 +44,7 @@ pub const NOT_FOUND_RETRY: Duration = Duration::from_millis(250);
 /// Member lists of conversations (the conversation service; contract §1).
 pub trait ConversationSource: Send + Sync + 'static {
     /// The complete member list of one conversation.
-    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>>;
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>>;
 }
 
 /// Receives every membership change that is consumed or handed over. Must not block.
@@ -144,10 +145,10 @@ pub trait RemoteNodes: Send + Sync + 'static {
     /// Hands a record's value over to each node that holds a session of one of these users, once
     /// per node. `users` are all members: a user on this node may have a second device on another.
     /// Never blocks; values reach one node in the order of the calls.
-    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding;
+    fn forward(&self, value: &[u8], users: &[&str], done: ForwardDone) -> Forwarding;
 
     /// A value for these users is not offered: those on other nodes miss it.
-    fn lost(&self, users: &[Arc<str>]);
+    fn lost(&self, users: &[&str]);
 
     /// Whether to offer the next value now. `false` only while the queue is full and draining; the
     /// caller does not wait for a Redis that is unreachable or stalled.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use bytes::Bytes;
 
-use crate::service::members::membership::Members;
+use crate::domain::members::Members;
 
 /// Bytes and bounds of all tails of a node.
 #[derive(Debug)]
@@ -75,8 +75,7 @@ pub struct TailAudience {
 impl TailAudience {
     /// Whether the user received the record.
     pub fn contains(&self, user: &str) -> bool {
-        self.members.binary_search_by(|member| (**member).cmp(user)).is_ok()
-            || self.other.as_deref() == Some(user)
+        self.members.contains(user) || self.other.as_deref() == Some(user)
     }
 }
 
@@ -98,9 +97,6 @@ pub struct TailEntry {
 /// Memory of an entry without its contents, bytes: the ring of entries has at most twice the slots that it
 /// needs. The rest is the allocations' own.
 const ENTRY_BYTES: usize = 2 * size_of::<KeptEntry>() + 64;
-/// Memory of a member's id besides its text, bytes: the pointer in the list, the reference counts, and the
-/// allocation's own.
-const MEMBER_BYTES: usize = size_of::<Arc<str>>() + 32;
 
 impl TailEntry {
     /// Memory that it holds without its list of members, bytes.
@@ -112,11 +108,11 @@ impl TailEntry {
 
 /// Memory of a list, bytes. The cache of members may have dropped it, so that the tail alone holds it.
 fn list_bytes(members: &Members) -> u64 {
-    members.iter().map(|member| MEMBER_BYTES + member.len()).sum::<usize>() as u64
+    members.bytes() as u64
 }
 
 fn list_key(members: &Members) -> usize {
-    members.as_ptr().addr()
+    members.address()
 }
 
 #[derive(Debug)]
@@ -235,7 +231,7 @@ impl PartitionTail {
         let Some(kept) = self.entries.get_mut(index).filter(|it| it.entry.offset == offset) else {
             return;
         };
-        let members = Arc::clone(&audience.members);
+        let members = audience.members.clone();
         let before = kept.entry.audience.replace(audience);
         let added = self.share(&members);
         self.add(added);
@@ -337,13 +333,13 @@ mod tests {
     fn shared_member_list_is_counted_once() {
         let budget = TailBudget::new(u64::MAX, u64::MAX);
         let mut tail = PartitionTail::new(0, Arc::clone(&budget));
-        let members: Members = (0..1_000).map(|n| Arc::from(format!("{n:04}"))).collect();
+        let members: Members = (0..1_000).map(|n| format!("{n:04}")).collect();
+        let list = members.bytes() as u64;
         let audience = TailAudience { members, other: Some(Arc::from("guest")) };
         assert!(audience.contains("0007") && audience.contains("guest") && !audience.contains("x"));
         for offset in 0..10 {
             tail.push(TailEntry { audience: Some(audience.clone()), ..entry(offset, 1, 10) }, 1);
         }
-        let list = 1_000 * (MEMBER_BYTES + 4) as u64;
         assert_eq!(budget.bytes(), list + 10 * (ENTRY_BYTES + 10) as u64);
     }
 
@@ -352,10 +348,9 @@ mod tests {
     fn bytes_are_those_of_what_is_kept() {
         let budget = TailBudget::new(40_000, 1_000);
         let mut tail = PartitionTail::new(0, Arc::clone(&budget));
-        let lists: Vec<Members> = (1..6)
-            .map(|list| (0..list * 20).map(|n| Arc::from(format!("{list}-{n:04}"))).collect())
-            .collect();
-        let audience = |n: usize| TailAudience { members: Arc::clone(&lists[n % 5]), other: None };
+        let lists: Vec<Members> =
+            (1..6).map(|list| (0..list * 20).map(|n| format!("{list}-{n:04}")).collect()).collect();
+        let audience = |n: usize| TailAudience { members: lists[n % 5].clone(), other: None };
         for n in 0..600_usize {
             let known = (n % 3 > 0).then(|| audience(n / 7));
             let pushed = TailEntry { audience: known, ..entry(n as i64, 1, n % 300) };

@@ -18,6 +18,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 use self::link::NeighbourLink;
+use crate::domain::members::Members;
 use crate::service::backends::ports::{
     BoxFuture, ConversationListing, ConversationSource, MessageSource, NeighbourError,
 };
@@ -71,7 +72,7 @@ impl<Api> Neighbour<Api> {
 pub type ConversationService = Neighbour<ConversationApiClient<Channel>>;
 
 impl ConversationSource for ConversationService {
-    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
         let link = Arc::clone(&self.link);
         Box::pin(async move {
             let question = GetConversationRequest { conversation_id: conversation.to_string() };
@@ -87,14 +88,14 @@ impl ConversationSource for ConversationService {
 
 /// The members in an answer. Its own list is the complete one. A service that fills only the list within the
 /// conversation is supported too.
-fn members_of(answer: GetConversationResponse) -> Vec<Arc<str>> {
+fn members_of(answer: GetConversationResponse) -> Members {
     let mut members = answer.participant_user_ids;
     if members.is_empty()
         && let Some(conversation) = answer.conversation
     {
         members = conversation.participant_user_ids;
     }
-    members.into_iter().map(Arc::from).collect()
+    members.into_iter().collect()
 }
 
 impl ConversationListing for ConversationService {

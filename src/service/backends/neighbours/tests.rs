@@ -25,7 +25,7 @@ async fn requests_are_those_of_the_contract() {
     let presence = PresenceService::new(&config, counters()).unwrap();
 
     let members = conversations.members("c".into()).await.unwrap();
-    assert_eq!(members, [Arc::from("alice"), Arc::from("bob")]);
+    assert_eq!(members, ["alice", "bob"].into_iter().collect());
     let listed = conversations.conversations_of("bob".into()).await.unwrap();
     assert_eq!(listed[0].conversation_id, "c");
     let page = messages.messages_after("bob".into(), "c".into(), 1, 100).await.unwrap();

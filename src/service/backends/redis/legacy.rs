@@ -305,11 +305,11 @@ impl RemoteNodes for LegacyNodes {
         self.watch.may_exist()
     }
 
-    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
+    fn forward(&self, value: &[u8], users: &[&str], done: ForwardDone) -> Forwarding {
         self.nodes.forward(value, users, done)
     }
 
-    fn lost(&self, users: &[Arc<str>]) {
+    fn lost(&self, users: &[&str]) {
         self.nodes.lost(users);
     }
 

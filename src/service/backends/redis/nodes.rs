@@ -157,13 +157,14 @@ impl Nodes {
 }
 
 impl RemoteNodes for Nodes {
-    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
+    fn forward(&self, value: &[u8], users: &[&str], done: ForwardDone) -> Forwarding {
         let (shared, now) = (&self.shared, Instant::now());
         let counters = &shared.counters;
-        let may_be_elsewhere = |user: &&Arc<str>| {
+        let may_be_elsewhere = |user: &&&str| {
             shared.locations.find(user, now).is_none_or(|instances| !instances.is_empty())
         };
-        let users: Vec<_> = users.iter().filter(may_be_elsewhere).map(Arc::clone).collect();
+        let users: Vec<Arc<str>> =
+            users.iter().filter(may_be_elsewhere).map(|user| Arc::from(*user)).collect();
         if users.is_empty() {
             counters.redis_forwards_local.add(1);
             return Forwarding::Nobody;
@@ -190,8 +191,9 @@ impl RemoteNodes for Nodes {
         Forwarding::Pending
     }
 
-    fn lost(&self, users: &[Arc<str>]) {
-        self.shared.gaps.lost(users);
+    fn lost(&self, users: &[&str]) {
+        let users: Vec<Arc<str>> = users.iter().map(|user| Arc::from(*user)).collect();
+        self.shared.gaps.lost(&users);
     }
 
     fn has_room(&self) -> bool {

@@ -1,13 +1,13 @@
 //! The member lists behind [`Membership`](super::Membership): caches side by side, each with a lock
 //! of its own and its share of the bounds.
 
-use std::collections::HashSet;
 use std::hash::BuildHasher;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, RwLock};
 
 use hashbrown::DefaultHashBuilder;
 
-use crate::service::members::membership::state::{KnownList, ListState, LogPosition, Members};
+use crate::domain::members::Members;
+use crate::service::members::membership::state::{KnownList, ListState, LogPosition};
 use crate::service::members::membership::{MembershipConfig, MembershipCounters};
 use crate::service::runtime::cache::{Bounds, Cache};
 
@@ -22,19 +22,10 @@ pub(super) struct MemberLists {
     /// Each process has its own seed; see
     /// [`Directory`](crate::service::members::directory::Directory).
     hasher: DefaultHashBuilder,
-    /// One allocation per user, however many conversations they are in.
-    users: Mutex<InternedIds>,
     lifetime_ms: u64,
     counters: Arc<MembershipCounters>,
     /// Whether lists expire after their lifetime.
     expires: bool,
-}
-
-#[derive(Debug, Default)]
-struct InternedIds {
-    ids: HashSet<Arc<str>>,
-    /// At this size, users that no list names any more are dropped.
-    sweep_at: usize,
 }
 
 impl MemberLists {
@@ -50,7 +41,6 @@ impl MemberLists {
         Self {
             parts: (0..PARTS).map(|_| RwLock::new(Cache::new(bounds))).collect(),
             hasher: DefaultHashBuilder::default(),
-            users: Mutex::default(),
             lifetime_ms: config.lifetime_ms,
             counters,
             expires,
@@ -143,36 +133,5 @@ impl MemberLists {
         members.add(part.weight().saturating_sub(members_before) as u64);
         members.sub(members_before.saturating_sub(part.weight()) as u64);
         result
-    }
-
-    /// The list in the form it is kept: sorted, each user once, ids shared.
-    pub(super) fn intern<'a>(&self, ids: impl Iterator<Item = &'a str>) -> Members {
-        let mut users = self.users.lock().expect("no holder panics");
-        let mut members: Vec<_> =
-            ids.filter(|id| !id.is_empty()).map(|id| users.intern(id)).collect();
-        drop(users);
-        members.sort_unstable();
-        members.dedup();
-        members.into()
-    }
-
-    pub(super) fn intern_one(&self, id: &str) -> Arc<str> {
-        self.users.lock().expect("no holder panics").intern(id)
-    }
-}
-
-impl InternedIds {
-    fn intern(&mut self, id: &str) -> Arc<str> {
-        if let Some(known) = self.ids.get(id) {
-            return Arc::clone(known);
-        }
-        if self.ids.len() >= self.sweep_at {
-            self.ids.retain(|id| Arc::strong_count(id) > 1);
-            self.ids.shrink_to(2 * self.ids.len());
-            self.sweep_at = (2 * self.ids.len()).max(1024);
-        }
-        let id: Arc<str> = id.into();
-        self.ids.insert(Arc::clone(&id));
-        id
     }
 }

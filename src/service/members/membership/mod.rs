@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use crate::counters;
+use crate::domain::members::Members;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{
     ConversationSource, MembershipChanges, NOT_FOUND_RETRY, NeighbourError,
@@ -24,7 +25,7 @@ use crate::service::members::membership::state::{
 };
 use crate::service::runtime::backoff::Backoff;
 
-pub use crate::service::members::membership::state::{LogPosition, Members};
+pub use crate::service::members::membership::state::LogPosition;
 
 /// How long "no such conversation" is cached, ms. Short, because a replica of the service may lag behind
 /// the creation event.
@@ -35,7 +36,7 @@ const ABSENT_MS: u64 = 2_000;
 pub struct MembershipConfig {
     /// Cached conversations.
     pub conversations_max: usize,
-    /// Cached members, summed over all conversations; 16 bytes each. One conversation may exceed the
+    /// Cached members, summed over all conversations; about 40 bytes each. One conversation may exceed the
     /// share of its part of the cache, and is then alone in it.
     pub members_max: usize,
     /// Lifetime of a list before it is fetched again, ms. Each list's own is up to a quarter shorter, so
@@ -271,12 +272,11 @@ impl Membership {
         &self,
         key: &Arc<str>,
         id: u64,
-        answer: Result<Vec<Arc<str>>, NeighbourError>,
+        answer: Result<Members, NeighbourError>,
     ) -> AnswerOutcome {
         let now_ms = unix_ms();
         match answer {
             Ok(members) => {
-                let members = self.lists.intern(members.iter().map(|id| &**id));
                 let rules = self.rules();
                 self.lists.with(key, |_, state| state.answered(id, members, now_ms, rules))
             }
@@ -316,7 +316,7 @@ impl Membership {
         if !watermarks.advance(position) {
             return;
         }
-        let members = self.lists.intern(members.iter().copied());
+        let members = members.iter().collect();
         let rules = self.rules();
         self.lists.with(conversation, |_, state| {
             state.created(members, appended_at_ms, now_ms, rules);
@@ -342,8 +342,7 @@ impl Membership {
         for watcher in &*self.watchers.read().expect("no holder panics") {
             watcher.changed(user);
         }
-        let user = self.lists.intern_one(user);
-        let change = MemberChange { user, added, position, appended_at_ms };
+        let change = MemberChange { user: user.into(), added, position, appended_at_ms };
         let rules = self.rules();
         let dropped = self.lists.with_existing(conversation, |state| state.change(change, rules));
         if dropped == Some(true) {

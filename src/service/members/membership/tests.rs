@@ -1,6 +1,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
+use crate::domain::members::Members;
 use crate::service::backends::ports::BoxFuture;
 
 /// A conversation service with every conversation: its members are its own name and "b".
@@ -15,7 +16,7 @@ struct FakeService {
 struct FakeSource(Arc<FakeService>);
 
 impl ConversationSource for FakeSource {
-    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
         let service = Arc::clone(&self.0);
         Box::pin(async move {
             service.requested.fetch_add(1, Ordering::Relaxed);
@@ -25,7 +26,7 @@ impl ConversationSource for FakeSource {
             if let Some(failure) = service.failures.lock().unwrap().pop_front() {
                 return Err(failure);
             }
-            Ok(vec!["b".into(), conversation, "b".into(), "".into()])
+            Ok(["b", &*conversation, "b", ""].into_iter().collect())
         })
     }
 }
@@ -66,7 +67,7 @@ impl CacheNode {
             match self.membership.lookup(conversation, None, now_ms) {
                 Lookup::Members(members) => {
                     self.bell.awake();
-                    return members.iter().map(|id| id.to_string()).collect();
+                    return members.iter().map(String::from).collect();
                 }
                 Lookup::Pending => self.bell.wait(1000),
                 other => panic!("{other:?}"),

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::domain::budget::EventBudget;
 use crate::domain::command::Ticket;
+use crate::domain::members::Members;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{Forwarding, RemoteNodes};
 use crate::service::cluster::holder::{Arrived, RoutedPosition};
@@ -13,7 +14,7 @@ use crate::service::cluster::tail::TailAudience;
 use crate::service::events::encode::Encoder;
 use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
-use crate::service::members::membership::{Lookup, Members, Membership};
+use crate::service::members::membership::{Lookup, Membership};
 use crate::service::routing::router::WARNING_INTERVAL;
 use crate::service::routing::router::claim::LanePosition;
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
@@ -96,24 +97,20 @@ enum EventAudience<'a> {
 
 impl EventAudience<'_> {
     fn users(&self) -> impl Iterator<Item = &str> {
-        let (members, other, named): (&[Arc<str>], _, &[&str]) = match self {
-            Self::Members(members, other) => (members, *other, &[]),
-            Self::Named(users) => (&[], None, users),
+        let (members, other, named): (_, _, &[&str]) = match self {
+            Self::Members(members, other) => (Some(members), *other, &[]),
+            Self::Named(users) => (None, None, users),
         };
-        members.iter().map(|user| &**user).chain(other).chain(named.iter().copied())
+        let members = members.into_iter().flat_map(Members::iter);
+        members.chain(other).chain(named.iter().copied())
     }
 
     fn to_tail(&self) -> TailAudience {
         match self {
             Self::Members(members, other) => {
-                TailAudience { members: Arc::clone(members), other: other.map(Arc::from) }
+                TailAudience { members: members.clone(), other: other.map(Arc::from) }
             }
-            Self::Named(users) => {
-                let mut members: Vec<Arc<str>> =
-                    users.iter().map(|user| Arc::from(*user)).collect();
-                members.sort_unstable();
-                TailAudience { members: members.into(), other: None }
-            }
+            Self::Named(users) => TailAudience { members: users.iter().collect(), other: None },
         }
     }
 }
@@ -251,9 +248,7 @@ impl RouterCore {
         }
         match self.membership.lookup(conversation, log_place, now_ms) {
             Lookup::Members(members) => {
-                let other = other.filter(|user| {
-                    !user.is_empty() && members.binary_search_by(|m| (**m).cmp(user)).is_err()
-                });
+                let other = other.filter(|user| !user.is_empty() && !members.contains(user));
                 Ok(EventAudience::Members(members, other))
             }
             Lookup::Pending | Lookup::Failing { .. } => {
@@ -268,7 +263,7 @@ impl RouterCore {
             Lookup::Unknown => match other {
                 Some(user) if !user.is_empty() => {
                     self.counters.records_members_unknown.add(1);
-                    Ok(EventAudience::Members(Members::from([]), Some(user)))
+                    Ok(EventAudience::Members(Members::default(), Some(user)))
                 }
                 _ => Err(RouteOutcome::Unroutable(DeadLetterReason::MembersUnknown)),
             },
@@ -380,21 +375,12 @@ impl RouterCore {
             let _ = returned.send(ReturnedTicket::Forward(ticket));
             bell.ring();
         });
-        let offer = |users: &[Arc<str>]| {
-            if is_full {
-                remote.lost(users);
-                return Forwarding::Refused;
-            }
-            remote.forward(value, users, done)
-        };
-        let forwarding = match audience {
-            EventAudience::Members(members, None) => offer(members),
-            EventAudience::Members(members, Some(other)) => {
-                offer(&members.iter().cloned().chain([Arc::from(*other)]).collect::<Vec<_>>())
-            }
-            EventAudience::Named(users) => {
-                offer(&users.iter().map(|user| Arc::from(*user)).collect::<Vec<_>>())
-            }
+        let users: Vec<&str> = audience.users().collect();
+        let forwarding = if is_full {
+            remote.lost(&users);
+            Forwarding::Refused
+        } else {
+            remote.forward(value, &users, done)
         };
         match forwarding {
             Forwarding::Nobody => {}

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::domain::members::Members;
 use crate::service::cluster::holder::{Arrived, SessionSerial};
 use crate::service::cluster::newcomers::Newcomer;
 use crate::service::cluster::tail::{TailAudience, TailEntry};
 use crate::service::events::envelope::{self, EventBody};
-use crate::service::members::membership::{Lookup, Members};
+use crate::service::members::membership::Lookup;
 use crate::service::routing::router::claim::LaneClaim;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::in_flight::LaneKey;
@@ -104,14 +105,12 @@ impl RouterCore {
         now_ms: u64,
     ) -> Option<TailAudience> {
         let audience = |members: Members, other| Some(TailAudience { members, other });
-        let nobody = || audience(Members::from([]), None);
+        let nobody = || audience(Members::default(), None);
         let Ok(record) = envelope::decode(&entry.value) else { return nobody() };
         let mut other = None;
         match &record.body {
             EventBody::ConversationCreated { members, .. } => {
-                let mut members: Vec<Arc<str>> = members.iter().map(|it| Arc::from(*it)).collect();
-                members.sort_unstable();
-                return audience(members.into(), None);
+                return audience(members.iter().collect(), None);
             }
             EventBody::MembershipChanged { user, .. } => other = Some(Arc::from(*user)),
             _ => {}
@@ -121,7 +120,7 @@ impl RouterCore {
         match self.membership.lookup(conversation, Some(log.position(entry.offset)), now_ms) {
             Lookup::Members(members) => audience(members, other),
             Lookup::Pending | Lookup::Failing { .. } => None,
-            Lookup::Absent | Lookup::Unknown => audience(Members::from([]), other),
+            Lookup::Absent | Lookup::Unknown => audience(Members::default(), other),
         }
     }
 

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::oneshot;
 
 use super::logs::{conversation_name, conversations, members, user_name};
+use crate::domain::members::Members;
 use crate::service::backends::ports::{BoxFuture, ConversationSource, NeighbourError};
 use crate::service::members::membership::{
     LogPosition, Membership, MembershipConfig, MembershipCounters,
 };
 
 /// A request for the members of a conversation.
-type Question = (Arc<str>, oneshot::Sender<Vec<Arc<str>>>);
+type Question = (Arc<str>, oneshot::Sender<Members>);
 
 /// The conversation service. It answers when the simulation says so.
 #[derive(Default)]
@@ -21,7 +22,7 @@ pub(super) struct ConversationsService {
 }
 
 impl ConversationSource for ConversationsService {
-    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
         let (answer, wait) = oneshot::channel();
         self.waiting.lock().expect("one thread").push_back((conversation, answer));
         Box::pin(async { wait.await.map_err(|_| NeighbourError::NotFound) })
@@ -38,7 +39,7 @@ impl ConversationsService {
             let Some((name, answer)) = waiting else { break };
             let number = name.strip_prefix("conversation-").expect("ours");
             let members = members(number.parse().expect("a number"));
-            let _ = answer.send(members.into_iter().map(|user| user_name(user).into()).collect());
+            let _ = answer.send(members.into_iter().map(user_name).collect());
         }
         run();
     }

@@ -308,7 +308,7 @@ impl FanoutState {
                 member_lists += 1;
                 let id: Arc<str> = conversation.conversation_id.into();
                 let members = found_or_none(|| self.parts.source.members(Arc::clone(&id))).await?;
-                found.extend(members.into_iter().flatten());
+                found.extend(members.unwrap_or_default().iter().map(Arc::from));
             }
         }
         found.remove(user);

@@ -5,6 +5,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::*;
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::domain::members::Members;
 use crate::service::backends::ports::BoxFuture;
 use crate::service::events::envelope::{EventBody, decode};
 use crate::service::events::proto::conversation::v1::{Conversation, Participant};
@@ -34,8 +35,8 @@ impl ConversationListing for Service {
 }
 
 impl ConversationSource for Service {
-    fn members(&self, _: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
-        let members = self.members.iter().map(|member| Arc::from(*member)).collect();
+    fn members(&self, _: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
+        let members = self.members.iter().collect();
         Box::pin(async move { Ok(members) })
     }
 }

@@ -23,10 +23,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::domain::members::Members;
 use crate::service::runtime::cache::Weigh;
-
-/// Members of one conversation, sorted, each once.
-pub type Members = Arc<[Arc<str>]>;
 
 /// How many requests are made while changes arrive during each of them.
 pub(super) const FETCH_ROUNDS_MAX: u8 = 3;
@@ -285,7 +283,7 @@ impl ListState {
         // earlier one may be missing. If this undoes a newer change, the log brings that change again.
         let members = changes
             .iter()
-            .fold(members, |members, change| with(&members, &change.user, change.added));
+            .fold(members, |members, change| members.changed(&change.user, change.added));
         *self = Self::Known(KnownList::new(members, Basis::Log, now_ms));
         AnswerOutcome::Finished
     }
@@ -339,8 +337,8 @@ impl KnownList {
             .iter()
             .rev()
             .take_while(|(position, _)| at.is_some_and(|at| position.is_after(at)));
-        later.fold(Arc::clone(&self.members), |members, (_, change)| {
-            with(&members, &change.user, !change.added)
+        later.fold(self.members.clone(), |members, (_, change)| {
+            members.changed(&change.user, !change.added)
         })
     }
 
@@ -348,8 +346,8 @@ impl KnownList {
     fn change(&mut self, change: &MemberChange, rules: ReconcileRules) -> bool {
         match self.inclusion(change, rules) {
             Inclusion::Newer => {
-                let members = with(&self.members, &change.user, change.added);
-                let differs = !Arc::ptr_eq(&members, &self.members);
+                let members = self.members.changed(&change.user, change.added);
+                let differs = !members.is_same(&self.members);
                 if let (Some(position), true) = (change.position, differs) {
                     if self.recent.len() == RECENT_MAX {
                         self.recent.remove(0);
@@ -382,18 +380,6 @@ impl KnownList {
                 }
             }
         }
-    }
-}
-
-/// A copy of the list with or without a user. Readers keep the old one.
-fn with(members: &Members, user: &Arc<str>, is_member: bool) -> Members {
-    match (members.binary_search(user), is_member) {
-        (Ok(_), true) | (Err(_), false) => Arc::clone(members),
-        (Err(at), true) => {
-            let (before, after) = members.split_at(at);
-            before.iter().chain([user]).chain(after).cloned().collect()
-        }
-        (Ok(at), false) => members[..at].iter().chain(&members[at + 1..]).cloned().collect(),
     }
 }
 

@@ -12,7 +12,7 @@ const RULES: ReconcileRules = ReconcileRules { clock_skew_ms: SKEW_MS, has_sourc
 const USERS: [&str; 4] = ["a", "b", "c", "d"];
 
 fn members<'a>(ids: impl IntoIterator<Item = &'a str>) -> Members {
-    ids.into_iter().map(Arc::from).collect()
+    ids.into_iter().collect()
 }
 
 #[derive(Clone, Debug)]
@@ -163,7 +163,7 @@ impl History {
         for (at, read) in [(None, follower.max(router)), (Some(between), router)] {
             let Some(list) = self.state.members(at) else { continue };
             for user in USERS {
-                let listed = list.iter().any(|member| &**member == user);
+                let listed = list.contains(user);
                 let possible =
                     self.truth[read..].iter().any(|truth| truth.contains(user) == listed);
                 prop_assert!(possible, "{user} listed: {listed}, read {read} at {at:?}");

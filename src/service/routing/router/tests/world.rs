@@ -10,6 +10,7 @@ use prost::Message as _;
 use crate::domain::command::{ShardCommand, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::domain::members::Members;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::{
     BoxFuture, ConversationSource, ForwardDone, Forwarding, NeighbourError, RemoteNodes,
@@ -60,7 +61,7 @@ impl FakeConversations {
 struct FakeSource(Arc<FakeConversations>);
 
 impl ConversationSource for FakeSource {
-    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
+    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
         let service = Arc::clone(&self.0);
         Box::pin(async move {
             service.requested.lock().unwrap().push(conversation.to_string());
@@ -72,7 +73,7 @@ impl ConversationSource for FakeSource {
             }
             let table = service.table.lock().unwrap();
             let members = table.get(&*conversation).ok_or(NeighbourError::NotFound)?;
-            Ok(members.iter().map(|id| Arc::from(*id)).collect())
+            Ok(members.iter().collect())
         })
     }
 }
@@ -95,7 +96,7 @@ impl RemoteNodes for FakeNodes {
         !self.none.load(Ordering::Relaxed)
     }
 
-    fn forward(&self, value: &[u8], users: &[Arc<str>], done: ForwardDone) -> Forwarding {
+    fn forward(&self, value: &[u8], users: &[&str], done: ForwardDone) -> Forwarding {
         self.handed
             .lock()
             .unwrap()
@@ -104,7 +105,7 @@ impl RemoteNodes for FakeNodes {
         Forwarding::Pending
     }
 
-    fn lost(&self, users: &[Arc<str>]) {
+    fn lost(&self, users: &[&str]) {
         self.lost.lock().unwrap().extend(users.iter().map(|id| id.to_string()));
     }
 

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use tokio::time::Instant;
 
 use super::*;
+use crate::domain::members::Members;
 use crate::service::events::proto::conversation::v1::Conversation;
 use crate::service::sessions::presence::VisibilityConfig;
 
@@ -62,8 +63,8 @@ impl ConversationListing for Shelf {
 }
 
 impl ConversationSource for Shelf {
-    fn members(&self, _conversation: Arc<str>) -> BoxFuture<Result<Vec<Arc<str>>, NeighbourError>> {
-        Box::pin(async { Ok(vec!["alice".into()]) })
+    fn members(&self, _conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
+        Box::pin(async { Ok(["alice"].into_iter().collect()) })
     }
 }
 

@@ -1,0 +1,309 @@
+//! The members of a conversation, in a compact form that is shared and changes cheaply.
+//!
+//! ```text
+//! Members ──► │ chunk │ chunk │ chunk │          sorted; a change copies this list of pointers
+//!                 │
+//!                 ▼
+//!             │ width 36 │ 3f2a…77c1 4b09…ee02 … │  at most 512 ids in one text; a change copies it
+//! ```
+//!
+//! Ids of one length, such as UUIDs, have no index: a UUID takes 36 bytes. Otherwise each id takes four bytes
+//! more. Clones share everything, and a changed list shares all chunks but one with the list before it. So a
+//! change of a list of 100,000 members copies 20 KB and 200 to 400 pointers.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Ids of one chunk. Larger chunks cost more per change, smaller ones more pointers.
+const CHUNK_IDS_MAX: usize = 512;
+/// Chunks beyond those that full ones would need, before a list is built again.
+const SPARSE_CHUNKS_MAX: usize = 8;
+
+/// The users of one conversation, sorted, each once. Immutable; clones share it.
+#[derive(Clone, Default)]
+pub struct Members(Arc<[Arc<Chunk>]>);
+
+/// Some consecutive ids, at least one.
+#[derive(Debug)]
+struct Chunk {
+    count: u32,
+    /// Length of each id, bytes. 0: they differ.
+    width: u32,
+    /// The end of each id in `text`, if their lengths differ.
+    ends: Box<[u32]>,
+    text: Box<str>,
+}
+
+impl Chunk {
+    fn new(ids: &[&str]) -> Arc<Self> {
+        let width = ids[0].len();
+        let is_uniform = ids.iter().all(|id| id.len() == width);
+        let mut text = String::with_capacity(ids.iter().map(|id| id.len()).sum());
+        let mut ends = Vec::with_capacity(if is_uniform { 0 } else { ids.len() });
+        for id in ids {
+            text.push_str(id);
+            if !is_uniform {
+                ends.push(narrow(text.len()));
+            }
+        }
+        let width = if is_uniform { narrow(width) } else { 0 };
+        let (ends, text) = (ends.into(), text.into());
+        Arc::new(Self { count: narrow(ids.len()), width, ends, text })
+    }
+
+    fn len(&self) -> usize {
+        self.count as usize
+    }
+
+    fn get(&self, index: usize) -> &str {
+        if self.width > 0 {
+            let width = self.width as usize;
+            return &self.text[index * width..(index + 1) * width];
+        }
+        let start = if index == 0 { 0 } else { self.ends[index - 1] as usize };
+        &self.text[start..self.ends[index] as usize]
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &str> {
+        (0..self.len()).map(|index| self.get(index))
+    }
+
+    /// The index of an id, or where to insert it.
+    fn search(&self, id: &str) -> Result<usize, usize> {
+        let (mut low, mut high) = (0, self.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            match self.get(middle).cmp(id) {
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+                std::cmp::Ordering::Equal => return Ok(middle),
+            }
+        }
+        Err(low)
+    }
+
+    fn bytes(&self) -> usize {
+        // The two reference counts, and 16 bytes of the allocator for each of the three allocations.
+        size_of::<Self>() + 64 + size_of_val(&self.ends[..]) + self.text.len()
+    }
+}
+
+/// A length within an answer, which is smaller than 4 GiB.
+fn narrow(length: usize) -> u32 {
+    u32::try_from(length).expect("smaller than an answer")
+}
+
+/// The place of an id: its chunk, and whether it is in the chunk, and where.
+struct IdPlace {
+    chunk: usize,
+    index: Result<usize, usize>,
+}
+
+impl Members {
+    /// Number of members.
+    pub fn len(&self) -> usize {
+        self.0.iter().map(|chunk| chunk.len()).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The members, sorted.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().flat_map(|chunk| chunk.iter())
+    }
+
+    /// Whether the user is one of them.
+    pub fn contains(&self, user: &str) -> bool {
+        self.find(user).is_some_and(|place| place.index.is_ok())
+    }
+
+    /// Whether this is the same list in memory: clones are, and a change that changes nothing returns one.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// The address of the list, equal for clones while one of them lives.
+    pub fn address(&self) -> usize {
+        self.0.as_ptr().addr()
+    }
+
+    /// Memory, bytes, as if no other list shared a part of it.
+    pub fn bytes(&self) -> usize {
+        let chunks = self.0.iter().map(|chunk| size_of::<Arc<Chunk>>() + chunk.bytes());
+        32 + chunks.sum::<usize>()
+    }
+
+    /// `None`: there are no members.
+    fn find(&self, user: &str) -> Option<IdPlace> {
+        let last = self.0.len().checked_sub(1)?;
+        let is_before = |chunk: &Arc<Chunk>| chunk.get(chunk.len() - 1) < user;
+        let chunk = self.0.partition_point(is_before).min(last);
+        Some(IdPlace { chunk, index: self.0[chunk].search(user) })
+    }
+
+    /// The list with or without a user. Shares all chunks but one with this list.
+    #[must_use]
+    pub fn changed(&self, user: &str, is_member: bool) -> Self {
+        let Some(IdPlace { chunk, index }) = self.find(user) else {
+            return if is_member { Self::from_iter([user]) } else { self.clone() };
+        };
+        let mut ids: Vec<&str> = Vec::with_capacity(CHUNK_IDS_MAX + 1);
+        ids.extend(self.0[chunk].iter());
+        match (index, is_member) {
+            (Ok(_), true) | (Err(_), false) => return self.clone(),
+            (Err(at), true) => ids.insert(at, user),
+            (Ok(at), false) => drop(ids.remove(at)),
+        }
+        // Too many become two chunks of half the size.
+        let part = ids.len().div_ceil(ids.len().div_ceil(CHUNK_IDS_MAX).max(1)).max(1);
+        let mut chunks = Vec::with_capacity(self.0.len() + 1);
+        chunks.extend_from_slice(&self.0[..chunk]);
+        chunks.extend(ids.chunks(part).map(Chunk::new));
+        chunks.extend_from_slice(&self.0[chunk + 1..]);
+        let changed = Self(chunks.into());
+        let full = changed.len().div_ceil(CHUNK_IDS_MAX);
+        if changed.0.len() > SPARSE_CHUNKS_MAX + 4 * full {
+            return Self::of_sorted(&changed.iter().collect::<Vec<_>>());
+        }
+        changed
+    }
+
+    fn of_sorted(ids: &[&str]) -> Self {
+        Self(ids.chunks(CHUNK_IDS_MAX).map(Chunk::new).collect())
+    }
+}
+
+/// Sorts the ids, and drops repeated and empty ones.
+impl<T: AsRef<str>> FromIterator<T> for Members {
+    fn from_iter<I: IntoIterator<Item = T>>(ids: I) -> Self {
+        let ids: Vec<T> = ids.into_iter().collect();
+        let mut ids: Vec<&str> = ids.iter().map(AsRef::as_ref).collect();
+        ids.retain(|id| !id.is_empty());
+        ids.sort_unstable();
+        ids.dedup();
+        Self::of_sorted(&ids)
+    }
+}
+
+impl PartialEq for Members {
+    fn eq(&self, other: &Self) -> bool {
+        self.is_same(other) || (self.len() == other.len() && self.iter().eq(other.iter()))
+    }
+}
+
+impl Eq for Members {}
+
+impl fmt::Debug for Members {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Instant;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A UUID as text.
+    fn uuid(n: usize) -> String {
+        format!("{:08x}-0000-4000-8000-{n:012x}", n.wrapping_mul(0x9e37_79b9) as u32)
+    }
+
+    fn check(members: &Members, oracle: &BTreeSet<String>) -> Result<(), TestCaseError> {
+        prop_assert_eq!(members.len(), oracle.len());
+        prop_assert!(members.iter().eq(oracle.iter().map(String::as_str)));
+        prop_assert_eq!(members.is_empty(), oracle.is_empty());
+        prop_assert_eq!(members, &oracle.iter().collect::<Members>());
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_set(
+            start in prop::collection::vec(0_usize..3_000, 0..2_000),
+            is_uniform in any::<bool>(),
+            changes in prop::collection::vec((0_usize..3_000, any::<bool>()), 0..60),
+        ) {
+            let id = |n: usize| if is_uniform { uuid(n) } else { n.to_string() };
+            let mut oracle: BTreeSet<String> = start.iter().map(|n| id(*n)).collect();
+            let mut members: Members = start.iter().map(|n| id(*n)).collect();
+            check(&members, &oracle)?;
+            for (n, is_member) in changes {
+                let (before, was_member) = (members.clone(), oracle.contains(&id(n)));
+                prop_assert_eq!(members.contains(&id(n)), was_member);
+                let _ = if is_member { oracle.insert(id(n)) } else { oracle.remove(&id(n)) };
+                members = members.changed(&id(n), is_member);
+                prop_assert_eq!(members.is_same(&before), was_member == is_member);
+                prop_assert_eq!(before.contains(&id(n)), was_member, "readers keep the old list");
+            }
+            check(&members, &oracle)?;
+        }
+    }
+
+    #[test]
+    fn list_that_loses_its_members_gives_the_memory_back() {
+        let mut members: Members = (0..20_000).map(uuid).collect();
+        for n in (0..20_000).filter(|n| n % 100 > 0) {
+            members = members.changed(&uuid(n), false);
+        }
+        assert_eq!(members.len(), 200);
+        assert!(members.bytes() < 200 * 36 + 2_000, "{}", members.bytes());
+        for n in 0..20_000 {
+            members = members.changed(&uuid(n), false);
+        }
+        assert_eq!(members, Members::default());
+    }
+
+    #[test]
+    fn member_of_a_large_conversation_takes_its_id() {
+        let members: Members = (0..100_000).map(uuid).collect();
+        let each = members.bytes().div_ceil(100_000);
+        assert!(each <= 37, "{each} B for a UUID of 36 B");
+        let names: Members = (0..100_000).map(|n| format!("user-{n}")).collect();
+        assert!(names.bytes().div_ceil(100_000) <= 15, "10 B of text, 4 of index");
+    }
+
+    /// A bound on what is copied, not on time: all chunks but one are shared.
+    #[test]
+    fn change_of_a_large_conversation_shares_all_but_one_chunk() {
+        let members: Members = (0..100_000).map(uuid).collect();
+        for n in [0, 1, 50_000, 99_999, 100_001, 200_000] {
+            let changed = members.changed(&uuid(n), n >= 100_000);
+            let is_shared =
+                |chunk: &&Arc<Chunk>| members.0.iter().any(|old| Arc::ptr_eq(old, chunk));
+            let copied: Vec<_> = changed.0.iter().filter(|chunk| !is_shared(chunk)).collect();
+            assert!(copied.len() <= 2, "one, or the halves of one");
+            assert!(copied.iter().map(|chunk| chunk.len()).sum::<usize>() <= CHUNK_IDS_MAX + 1);
+        }
+    }
+
+    /// `cargo test --release -- --ignored --nocapture figures_of_a_large`
+    #[test]
+    #[ignore = "a measurement"]
+    fn figures_of_a_large_conversation() {
+        let ids: Vec<_> = (0..100_000).map(uuid).collect();
+        let start = Instant::now();
+        let mut members: Members = ids.iter().collect();
+        println!("built in {:?}", start.elapsed());
+        println!("{} B, {} B per member", members.bytes(), members.bytes() / members.len());
+        let changes = 10_000;
+        let start = Instant::now();
+        for n in 0..changes {
+            members = members.changed(&uuid(200_000 + n), true);
+        }
+        println!("{:?} per change", start.elapsed() / changes as u32);
+        let start = Instant::now();
+        let bytes: usize = (0..100).map(|_| members.iter().map(str::len).sum::<usize>()).sum();
+        println!("{:?} per 100,000 members read ({bytes})", start.elapsed() / 100);
+        let start = Instant::now();
+        let found = ids.iter().filter(|id| members.contains(id)).count();
+        println!("{:?} per search ({found})", start.elapsed() / 100_000);
+    }
+}

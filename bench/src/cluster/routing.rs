@@ -170,6 +170,7 @@ impl RoutePlan {
             barrier: 0,
             settled: Arc::new(CommittableTable::new(table.next_offset())),
             routed: Arc::default(),
+            has_gap: false,
         });
         let thread = router.spawn("router".to_owned())?;
         let before = process_ns(std::process::id())?;

@@ -115,6 +115,12 @@ fn topics(settings: &Settings, layers: &mut Layers) {
             layers.reject("kafka_topics", format!("names `{topic}` twice"));
         }
     }
+    for topic in &settings.membership_topics {
+        if !events.contains(topic) {
+            let why = format!("names `{topic}`, which kafka_topics does not");
+            layers.reject("membership_topics", why);
+        }
+    }
     let mut written = Vec::new();
     if settings.hand_off() == Some(HandOffMode::Log) {
         written.push(("sessions_topic", settings.sessions_topic.as_str()));
@@ -245,6 +251,8 @@ mod tests {
         assert_eq!(dev(&[("kafka_topics", "")]), ["--kafka-topics"]);
         assert_eq!(dev(&[("kafka_topics", "a,b,a")]), ["--kafka-topics"]);
         assert_eq!(dev(&[("kafka_topics", "^a.*")]), ["--kafka-topics"]);
+        assert_eq!(dev(&[("membership_topics", "a")]), ["--membership-topics"]);
+        assert_eq!(dev(&[("kafka_topics", "a,b"), ("membership_topics", "a")]), [""; 0]);
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("auth_mode", "jwt"), ("jwt_secret", "short")]), ["--jwt-secret"]);
         assert_eq!(dev(&[("jwt_key_file", "/nonexistent")]), ["--jwt-key-file"]);

@@ -163,6 +163,10 @@ settings! {
         kafka_brokers: Vec<PeerAddress> = "", example "kafka-1:9092,kafka-2:9092";
         /// Topics to consume.
         kafka_topics: Vec<Name> = "messaging.events.v1,conversation.events.v1", example "messaging.events.v1,conversation.events.v1";
+        /// Those of these topics that carry membership events, which every node reads for its member lists.
+        /// Empty: the topics with a part that starts with `conversation` (`prod.conversation.events.v1`;
+        /// parts are separated by `.`, `-` and `_`), or all topics if there are none.
+        membership_topics: Vec<Name> = "", example "conversation.events.v1";
         /// Consumer group (`ROUTING_MODE=group`).
         kafka_group: Name = "delivery-service-group", example "delivery-service-group";
         /// Further librdkafka properties, for example for TLS and SASL (which need a build with

@@ -12,7 +12,7 @@ use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
 use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters, PresenceService,
 };
-use crate::service::backends::ports::{ConversationSource, LogNodes};
+use crate::service::backends::ports::{ConversationSource, LogNodes, MissedEvents};
 use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
 use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpService, ReadAccess};
@@ -72,11 +72,11 @@ impl BackEnds {
     }
 
     /// The back ends that the routers need.
-    pub(super) fn for_routing(&self) -> RoutingPeers {
+    pub(super) fn for_routing(&self, missed: Arc<dyn MissedEvents>) -> RoutingPeers {
         let service = self.conversations.clone();
         let source = service.map(|service| -> Arc<dyn ConversationSource> { Arc::new(service) });
         let remote = self.other_nodes.as_ref().and_then(OtherNodes::remote);
-        RoutingPeers { source, remote, cluster: None }
+        RoutingPeers { source, remote, cluster: None, missed }
     }
 }
 

@@ -51,6 +51,7 @@ pub(super) struct Cluster {
     logs: Arc<ClusterLogs>,
     owned: Arc<OwnedPartitions>,
     announcer: Arc<SessionAnnouncer>,
+    failed: Arc<Failure>,
     kafka: KafkaConfig,
     sessions_topic_counters: Arc<ClusterLogCounters>,
 }
@@ -192,6 +193,7 @@ impl Cluster {
             logs: Arc::new(logs),
             owned: Arc::default(),
             announcer: Arc::new(announcer),
+            failed: Arc::new(watch::channel(None).0),
             kafka,
             sessions_topic_counters,
         }))
@@ -232,6 +234,12 @@ impl Cluster {
             owned: Arc::clone(&self.owned),
             table: Arc::clone(&self.table),
             sessions_topic: self.sessions_topic.clone(),
+            failed: {
+                let failed = Arc::clone(&self.failed);
+                Arc::new(move |reason| {
+                    failed.send_replace(Some(reason));
+                })
+            },
         }
     }
 
@@ -241,7 +249,8 @@ impl Cluster {
     /// # Errors
     /// A thread cannot be started.
     pub(super) fn start(self, routers: &[RouterControl]) -> Result<RunningCluster, String> {
-        let Self { instance, topics, missed, own, table, logs, owned, announcer, .. } = self;
+        let Self { instance, topics, missed, own, table, logs, owned, announcer, failed, .. } =
+            self;
         let janitor = SessionsJanitor::start(
             self.kafka,
             self.sessions_topic,
@@ -255,8 +264,7 @@ impl Cluster {
             topics,
             missed: Box::new(move || missed.missed_by_all()),
         };
-        let (failed, failure) = watch::channel(None);
-        let failed = Arc::new(failed);
+        let failure = failed.subscribe();
         let topics_failed = Arc::clone(&failed);
         let topics = Arc::new(TopicWatch {
             table: Arc::clone(&table),

@@ -246,7 +246,7 @@ fn start(
         &back_ends,
         Arc::clone(&counters),
     )?;
-    let mut peers = back_ends.for_routing();
+    let mut peers = back_ends.for_routing(Arc::clone(&missed) as Arc<dyn MissedEvents>);
     peers.cluster = cluster.as_ref().map(|cluster| (cluster.for_routers(), cluster.for_claims()));
     let mut collectors = back_ends.collectors;
     let routing =

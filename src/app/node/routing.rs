@@ -10,12 +10,12 @@ use super::sizing::Sizing;
 use crate::app::admin::{Collector, ReadinessCheck, number};
 use crate::app::config::{Name, SettingValue as _, Settings};
 use crate::domain::counters::MetricKind;
-use crate::service::backends::ports::{ConversationSource, RemoteNodes};
+use crate::service::backends::ports::{ConversationSource, MissedEvents, RemoteNodes};
 use crate::service::events::encode::CompressionConfig;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::routing::kafka::{
-    ClaimParts, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaStatus,
+    ClaimParts, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaParts, KafkaStatus,
 };
 use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::owner::ClusterParts;
@@ -31,6 +31,8 @@ pub(super) struct RoutingPeers {
     pub remote: Option<Arc<dyn RemoteNodes>>,
     /// If the log hands over to them.
     pub cluster: Option<(ClusterParts, ClaimParts)>,
+    /// Where gaps are reported.
+    pub missed: Arc<dyn MissedEvents>,
 }
 
 /// The running threads.
@@ -56,7 +58,7 @@ impl Routing {
         peers: RoutingPeers,
         collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
-        let RoutingPeers { source, remote, cluster } = peers;
+        let RoutingPeers { source, remote, cluster, missed } = peers;
         let (cluster, claims) = cluster.unzip();
         let membership = membership(settings, source, collectors);
         let kafka_counters = register("kafka_", collectors);
@@ -82,16 +84,22 @@ impl Routing {
             collectors.push(numbered("router_", "router", number, counters));
         }
         let status = Arc::new(KafkaStatus::default());
-        let kafka = Kafka::start(
-            kafka_config,
-            controls.clone(),
-            Arc::clone(&membership),
-            Arc::clone(&status),
-            kafka_counters,
+        let parts = KafkaParts {
+            routers: controls.clone(),
+            membership: Arc::clone(&membership),
+            status: Arc::clone(&status),
+            counters: kafka_counters,
             claims,
-        )
-        .map_err(|error| error.to_string())?;
+            missed: Box::new(move || {
+                missed.missed_by_all();
+                if let Some(remote) = &remote {
+                    remote.lost_by_all();
+                }
+            }),
+        };
+        let kafka = Kafka::start(kafka_config, parts).map_err(|error| error.to_string())?;
         collectors.push(lag(Arc::clone(&status)));
+        collectors.push(troubles(Arc::clone(&status)));
         Ok(Self { kafka, controls, threads, status, membership })
     }
 
@@ -177,6 +185,7 @@ pub(super) fn kafka_config(settings: &Settings, instance: &Arc<str>) -> KafkaCon
     let properties = settings.kafka_properties.iter();
     KafkaConfig {
         topics: settings.kafka_topics.iter().map(Name::to_string).collect(),
+        membership: settings.membership_topics.iter().map(Name::to_string).collect(),
         mode: settings.routing(),
         group: settings.kafka_group.to_string(),
         client_id: instance.to_string(),
@@ -199,6 +208,17 @@ fn dead_letters(
     let letters = DeadLetterTopic::new(topic.to_string(), config, Arc::clone(counters))
         .map_err(|error| format!("DEAD_LETTER_TOPIC: {error}"))?;
     Ok(Some(Arc::new(letters)))
+}
+
+/// The topics of events that cannot be read.
+fn troubles(status: Arc<KafkaStatus>) -> Collector {
+    Box::new(move |page| {
+        for (topic, trouble) in status.troubles() {
+            let labels = [("topic", &*topic), ("reason", trouble.label())];
+            let help = "1 for each topic of KAFKA_TOPICS that cannot be read, and why.";
+            page.sample(MetricKind::Gauge, "delivery_kafka_topic_trouble", help, &labels, 1.0);
+        }
+    })
 }
 
 /// `kafka_consumer_lag` (contract §6).

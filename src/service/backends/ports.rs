@@ -150,6 +150,10 @@ pub trait RemoteNodes: Send + Sync + 'static {
     /// A value for these users is not offered: those on other nodes miss it.
     fn lost(&self, users: &[&str]);
 
+    /// Values may be gone before they could be offered, and nobody knows for whom: all users on other nodes may
+    /// miss one.
+    fn lost_by_all(&self);
+
     /// Whether to offer the next value now. `false` only while the queue is full and draining; the
     /// caller does not wait for a Redis that is unreachable or stalled.
     fn has_room(&self) -> bool;

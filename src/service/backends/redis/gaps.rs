@@ -172,6 +172,15 @@ impl Gaps {
         }
     }
 
+    /// All users on other nodes may have missed an event.
+    pub(super) fn lost_by_all(&self) {
+        let mut state = self.state();
+        state.untold = UserSet { users: HashSet::new(), everybody: true };
+        self.show(&state);
+        drop(state);
+        self.added.notify_one();
+    }
+
     /// An event for these users was published, but their instance did not listen: it is down, and
     /// closes its sessions when it listens again, or this node uses the wrong server.
     pub(super) fn unheard<'a>(&self, users: impl IntoIterator<Item = &'a Arc<str>>) {

@@ -313,6 +313,10 @@ impl RemoteNodes for LegacyNodes {
         self.nodes.lost(users);
     }
 
+    fn lost_by_all(&self) {
+        self.nodes.lost_by_all();
+    }
+
     fn has_room(&self) -> bool {
         !self.may_exist() || self.nodes.has_room()
     }

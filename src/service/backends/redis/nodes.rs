@@ -196,6 +196,10 @@ impl RemoteNodes for Nodes {
         self.shared.gaps.lost(&users);
     }
 
+    fn lost_by_all(&self) {
+        self.shared.gaps.lost_by_all();
+    }
+
     fn has_room(&self) -> bool {
         let shared = &self.shared;
         let reserved = PLACES_RESERVED.min(self.queue.max_capacity() / 2);

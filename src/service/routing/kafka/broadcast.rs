@@ -1,4 +1,5 @@
-//! `broadcast`: reads every partition from the end of the log.
+//! `broadcast`: reads every partition from the end of the log, and those that appear later from their start
+//! ([`catalogue`](super::catalogue)).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,18 +12,19 @@ use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::service::events::timestamp::unix_ms;
+use crate::service::routing::kafka::catalogue::{KnownPartition, Origin, REQUEST_TIMEOUT};
 use crate::service::routing::kafka::client::{self, Observer};
+use crate::service::routing::kafka::source::SourceState;
+use crate::service::routing::kafka::starts::{self, LogBounds, StartRule};
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
 
 /// Timeout of one poll.
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
-/// Timeout of one request to the brokers.
-pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
-/// Largest difference between the clocks of this node and the brokers, ms.
-const CLOCK_SKEW_MS: u64 = 5_000;
 /// Pause after a failed request.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// How long a partition that is assigned again waits for its records in flight.
+const REVOKE_GRACE: Duration = Duration::from_millis(100);
 
 pub(super) struct BroadcastContext(Observer);
 
@@ -42,39 +44,50 @@ impl ClientContext for BroadcastContext {
 
 impl ConsumerContext for BroadcastContext {}
 
+/// A partition that is read.
+struct ReadPartition {
+    incarnation: u64,
+    source: Arc<SourceState>,
+    committable: Arc<CommittableOffset>,
+}
+
+/// A partition to be read.
+struct NextPartition {
+    log: TopicPartition,
+    incarnation: u64,
+    rule: StartRule,
+    bounds: LogBounds,
+}
+
 pub(super) struct BroadcastReader {
     shared: Arc<ReaderResources>,
     consumer: Arc<BaseConsumer<BroadcastContext>>,
-    /// Number of known partitions per topic.
-    known: HashMap<String, i32>,
-    /// Start of this node minus the clock difference, Unix time in ms.
-    started_at_ms: u64,
+    read: HashMap<TopicPartition, ReadPartition>,
 }
 
 impl BroadcastReader {
     pub(super) fn new(shared: Arc<ReaderResources>) -> Result<Self, KafkaStartError> {
         // librdkafka requires a group. Nothing is committed to it, and no consumer joins it.
         let group = format!("{}.{}", shared.config.group, shared.config.client_id);
-        let mut properties = client::consumer_properties(&shared.config, &group);
-        properties.set("auto.offset.reset", "latest");
-        let properties = client::with_user_properties(properties, &shared.config);
+        let properties = client::consumer_properties(&shared.config, &group);
+        let mut properties = client::with_user_properties(properties, &shared.config);
+        // A position that is not in the log: see `mend`.
+        properties.set("auto.offset.reset", "error");
         let context = BroadcastContext(Observer { shared: Arc::clone(&shared) });
         let consumer = Arc::new(BaseConsumer::from_config_and_context(&properties, context)?);
-        let started_at_ms = unix_ms().saturating_sub(CLOCK_SKEW_MS);
-        Ok(Self { shared, consumer, known: HashMap::new(), started_at_ms })
+        Ok(Self { shared, consumer, read: HashMap::new() })
     }
 
     pub(super) fn run(mut self) {
-        let interval = Duration::from_millis(self.shared.config.discovery_interval_ms);
         let mut next = Instant::now();
         while !self.shared.is_stopping() {
             if Instant::now() >= next {
-                let discovered = self.discover();
-                if let Err(error) = &discovered {
-                    self.shared.discovery_failed(error, !self.known.is_empty());
+                next = Instant::now() + RETRY_PAUSE;
+                if let Err(error) = self.discover() {
+                    self.shared.discovery_failed(&error, !self.read.is_empty());
                 }
-                next = Instant::now() + if discovered.is_ok() { interval } else { RETRY_PAUSE };
             }
+            self.mend();
             if let Some(Err(error)) = self.consumer.poll(POLL_TIMEOUT) {
                 // The error callback has counted and logged it.
                 tracing::debug!(%error, "Kafka");
@@ -83,55 +96,74 @@ impl BroadcastReader {
         self.stop();
     }
 
-    /// Assigns new partitions: at the first discovery from their end, later from the first record
-    /// appended since this node started.
+    /// Reads the partitions that the catalogue has and this node does not read, and no longer those that it
+    /// has not.
     fn discover(&mut self) -> KafkaResult<()> {
         let shared = Arc::clone(&self.shared);
-        // All requests are made before the first fetch: a broker answers a connection in order, so a
-        // fetch that waits for records delays the requests behind it.
-        let mut new = Vec::new();
-        let mut counts = Vec::new();
-        for topic in &shared.config.topics {
-            let count = partition_count(&self.consumer, topic)?;
-            let known = self.known.get(topic).copied();
-            for partition in known.unwrap_or(0)..count {
-                let Some(log) = shared.topic_partition(topic, partition) else { continue };
-                let (_, end) = self.consumer.fetch_watermarks(topic, partition, REQUEST_TIMEOUT)?;
-                let start = match known {
-                    None => end,
-                    Some(_) => self.first_since_start(topic, partition)?.unwrap_or(end),
-                };
-                new.push((log, start, end));
+        for (log, read) in &self.read {
+            // A log that ends before the position is another one.
+            if let Some(position) = read.committable.get() {
+                shared.catalogue.reached(log, position);
             }
-            counts.push((topic.clone(), count.max(known.unwrap_or(0))));
+            shared.catalogue.set_refused(log, read.source.is_refused());
         }
-        // After a failure all of them are still new; `assign` skips those already assigned.
-        for (log, start, end) in new {
-            self.assign(log, start, end)?;
+        shared.look(&self.consumer)?;
+        if !shared.catalogue.is_complete() {
+            return Ok(());
         }
-        self.known.extend(counts);
+        let known = shared.catalogue.partitions();
+        let is_current = |log: &TopicPartition, read: &ReadPartition| {
+            let mut known = known.iter();
+            known.any(|known| known.log == *log && known.incarnation == read.incarnation)
+        };
+        let outdated = self.read.iter().filter(|(log, read)| !is_current(log, read));
+        let outdated: Vec<_> = outdated.map(|(log, _)| log.clone()).collect();
+        outdated.iter().try_for_each(|log| self.release(log).map(drop))?;
+        let new: Vec<_> =
+            known.into_iter().filter(|known| !self.read.contains_key(&known.log)).collect();
+        self.assign_new(new)?;
         shared.status.assigned();
-        shared.status.reached();
         Ok(())
     }
 
-    /// The first offset appended since this node started. A partition that is new to this node may be
-    /// old, because a broker that has just started may list no topics for a moment.
-    fn first_since_start(&self, topic: &str, partition: i32) -> KafkaResult<Option<i64>> {
-        let mut since = TopicPartitionList::new();
-        let started = i64::try_from(self.started_at_ms).unwrap_or(i64::MAX);
-        since.add_partition_offset(topic, partition, Offset::Offset(started))?;
-        let found = self.consumer.offsets_for_times(since, REQUEST_TIMEOUT)?;
-        Ok(match found.find_partition(topic, partition).map(|element| element.offset()) {
-            Some(Offset::Offset(offset)) => Some(offset),
-            _ => None,
-        })
-    }
-
-    fn assign(&self, log: TopicPartition, start: i64, end: i64) -> KafkaResult<()> {
-        if self.consumer.assignment()?.find_partition(&log.topic, log.partition).is_some() {
+    fn assign_new(&mut self, new: Vec<KnownPartition>) -> KafkaResult<()> {
+        if new.is_empty() {
             return Ok(());
         }
+        let logs: Vec<_> = new.iter().map(|known| known.log.clone()).collect();
+        let bounds = starts::bounds(&self.consumer, &logs, REQUEST_TIMEOUT)?;
+        let next = new.into_iter().filter_map(|KnownPartition { log, origin, incarnation }| {
+            let bounds = *bounds.get(&log)?;
+            let rule = match origin {
+                Origin::Old => StartRule::End,
+                Origin::New => StartRule::Start,
+                Origin::Since(ms) => StartRule::Since(ms),
+            };
+            Some(NextPartition { log, incarnation, rule, bounds })
+        });
+        self.assign_all(next.collect())
+    }
+
+    /// Starts to read these partitions. All requests are made before the first fetch: a broker answers a
+    /// connection in order, so a fetch that waits for records delays the requests behind it.
+    fn assign_all(&mut self, all: Vec<NextPartition>) -> KafkaResult<()> {
+        let rules: Vec<_> = all.iter().map(|it| (it.log.clone(), it.rule, it.bounds)).collect();
+        let chosen = starts::choose(&self.consumer, &rules, REQUEST_TIMEOUT)?;
+        for NextPartition { log, incarnation, bounds, .. } in all {
+            if let Some(&start) = chosen.get(&log) {
+                self.assign(log, start, bounds.end, incarnation)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn assign(
+        &mut self,
+        log: TopicPartition,
+        start: i64,
+        end: i64,
+        incarnation: u64,
+    ) -> KafkaResult<()> {
         let source = self
             .shared
             .source(&self.consumer, &log)
@@ -142,6 +174,12 @@ impl BroadcastReader {
         let committable = Arc::new(CommittableOffset::new(Some(start)));
         self.shared.status.add_partition(log.clone(), Arc::clone(&committable), Some(end));
         tracing::info!(topic = &*log.topic, partition = log.partition, start, "partition assigned");
+        let read = ReadPartition {
+            incarnation,
+            source: Arc::clone(source.state()),
+            committable: Arc::clone(&committable),
+        };
+        self.read.insert(log.clone(), read);
         let router = self.shared.router(&log);
         router.assign(Assignment {
             log,
@@ -153,24 +191,64 @@ impl BroadcastReader {
         Ok(())
     }
 
+    /// Takes a partition back from its router. Returns the lowest offset that is not done.
+    fn release(&mut self, log: &TopicPartition) -> KafkaResult<Option<i64>> {
+        self.shared.revoke(std::slice::from_ref(log), REVOKE_GRACE);
+        let mut removed = TopicPartitionList::new();
+        removed.add_partition(&log.topic, log.partition);
+        self.consumer.incremental_unassign(&removed)?;
+        let read = self.read.remove(log);
+        tracing::info!(topic = &*log.topic, partition = log.partition, "partition released");
+        Ok(read.and_then(|read| read.committable.get()))
+    }
+
+    /// Reads on where it is possible if the position is not in the log.
+    fn mend(&mut self) {
+        let lost = self.read.iter().filter(|(_, read)| read.source.is_lost());
+        let logs: Vec<_> = lost.map(|(log, _)| log.clone()).collect();
+        if logs.is_empty() {
+            return;
+        }
+        if let Err(error) = self.mend_all(&logs)
+            && let Some(again) = self.shared.errors.failed(tokio::time::Instant::now())
+        {
+            tracing::warn!(%error, "cannot find the start of a partition; retrying{again}");
+            std::thread::sleep(POLL_TIMEOUT);
+        }
+    }
+
+    fn mend_all(&mut self, logs: &[TopicPartition]) -> KafkaResult<()> {
+        let bounds = starts::bounds(&self.consumer, logs, REQUEST_TIMEOUT)?;
+        for log in logs {
+            let (Some(&bounds), Some(read)) = (bounds.get(log), self.read.get(log)) else {
+                continue;
+            };
+            let (incarnation, position) = (read.incarnation, read.committable.get());
+            let position = position.unwrap_or(bounds.start);
+            let (rule, gone) = bounds.resume(position, unix_ms());
+            let is_other = position > bounds.end;
+            // Before the first record behind the gap is read.
+            if let Some(gone) = gone.filter(|_| !is_other) {
+                self.shared.lost_records(log, gone);
+            }
+            if is_other {
+                // `discover` reports it, and reads the other log.
+                self.shared.catalogue.reached(log, position);
+                self.shared.catalogue.look_soon();
+                self.shared.look(&self.consumer)?;
+                continue;
+            }
+            self.release(log)?;
+            let log = log.clone();
+            self.assign_all(vec![NextPartition { log, incarnation, rule, bounds }])?;
+        }
+        Ok(())
+    }
+
     /// Waits for records in flight, so that draining sessions receive them.
     fn stop(self) {
         let assigned = self.consumer.assignment().unwrap_or_default();
         let logs = self.shared.topic_partitions(&assigned);
         self.shared.revoke(&logs, self.shared.stop_grace());
     }
-}
-
-/// Number of partitions of a topic; 0 if it does not exist (yet).
-pub(super) fn partition_count<C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
-    topic: &str,
-) -> KafkaResult<i32> {
-    let metadata = consumer.fetch_metadata(Some(topic), REQUEST_TIMEOUT)?;
-    let count = metadata
-        .topics()
-        .iter()
-        .find(|found| found.name() == topic)
-        .map_or(0, |found| found.partitions().len());
-    Ok(i32::try_from(count).unwrap_or(i32::MAX))
 }

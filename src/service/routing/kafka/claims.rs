@@ -2,14 +2,15 @@
 //!
 //! ```text
 //!   owner        commit in the group                            coordinator
-//!   first        offset 500, "g=7 t=12040"      ──────────────►  accepted
+//!   first        offset 500, "g=7 t=12040 s=…"  ──────────────►  accepted
 //!   (paused beyond its session timeout, its partition is assigned to the second)
-//!   second       offset 500, "g=8 t=12040"      ──────────────►  accepted: it routes from 500 on
-//!   first        offset 507, "g=7 t=12044"      ──────────────►  refused: no longer a member
+//!   second       offset 500, "g=8 t=12040 s=…"  ──────────────►  accepted: it routes from 500 on
+//!   first        offset 507, "g=7 t=12044 s=…"  ──────────────►  refused: no longer a member
 //! ```
 //!
 //! The metadata of a committed offset holds the generation of the owner that committed it, and the table:
-//! the offset in the sessions topic up to which its replays are acknowledged. An owner claims a partition by
+//! the offset in the sessions topic up to which its replays are acknowledged. (And since when the group reads the topic,
+//! see [`starts`](super::starts).) An owner claims a partition by
 //! committing the same offset again with the next generation, before it routes a record. The group
 //! coordinator refuses the commit of a member that has lost the partition, so generations of one partition
 //! grow in the order of its owners. A zombie can therefore not take a generation after its successor.
@@ -24,8 +25,9 @@ use std::time::Duration;
 use rdkafka::consumer::base_consumer::BaseConsumer;
 use rdkafka::consumer::{CommitMode, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionListElem};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
+use crate::service::routing::kafka::starts::GroupStart;
 use crate::service::routing::router::TopicPartition;
 
 /// What the metadata of a committed offset says. Displayed as that metadata.
@@ -44,9 +46,15 @@ impl fmt::Display for Claim {
 }
 
 impl Claim {
+    /// The metadata of a commit. `since_ms`: since when the group reads the topic.
+    pub(super) fn metadata(self, since_ms: u64) -> String {
+        format!("{self} s={since_ms}")
+    }
+
     /// The claim in the metadata of a commit. `None`: something else, as of a node without claims.
     fn parse(metadata: &str) -> Option<Self> {
-        let (generation, table) = metadata.strip_prefix("g=")?.split_once(" t=")?;
+        let (generation, rest) = metadata.strip_prefix("g=")?.split_once(" t=")?;
+        let table = rest.split_once(" s=").map_or(rest, |(table, _)| table);
         let number = |text: &str| text.parse().ok().filter(|number: &i64| *number >= 0);
         Some(Self { generation: number(generation)?, table: number(table)? })
     }
@@ -81,10 +89,21 @@ pub(super) trait ClaimStart {
 /// A partition whose claim the coordinator has stored.
 #[derive(Debug)]
 pub(super) struct ClaimedPartition {
-    pub(super) log: TopicPartition,
-    /// The offset to read from.
-    pub(super) start: i64,
+    pub(super) start: GroupStart,
     pub(super) claim: Claim,
+}
+
+impl ClaimedPartition {
+    /// The offset that states the claim: it is that of the former owner, also if what was there is gone. So the
+    /// next owner finds the loss as well, if this one ends before it has reported it.
+    fn offset(&self) -> i64 {
+        self.start.committed.unwrap_or(self.start.offset)
+    }
+
+    /// The metadata that states it.
+    fn metadata(&self) -> String {
+        self.claim.metadata(self.start.since_ms)
+    }
 }
 
 /// Memory of the smallest record in a tail, bytes: its entry, its ids and its key. No tail can hold more
@@ -124,14 +143,15 @@ pub(super) fn fill_from<C: ConsumerContext>(
 ) -> Vec<i64> {
     let offsets_at = |when: Offset| {
         let mut list = TopicPartitionList::with_capacity(claimed.len());
-        for ClaimedPartition { log, .. } in claimed {
+        for ClaimedPartition { start: GroupStart { log, .. }, .. } in claimed {
             list.add_partition_offset(&log.topic, log.partition, when)?;
         }
         consumer.offsets_for_times(list, timeout)
     };
     let found = [Offset::Beginning, Offset::Offset(bounds.since_ms.max(0)), Offset::End]
         .map(|when| offsets_at(when).inspect_err(|error| tracing::debug!(%error, "empty tails")));
-    let fill_from = claimed.iter().map(|ClaimedPartition { log, start, .. }| {
+    let fill_from = claimed.iter().map(|claimed| {
+        let GroupStart { log, offset, .. } = &claimed.start;
         let known = found.each_ref().map(|list| {
             let found = list.as_ref().ok()?.find_partition(&log.topic, log.partition)?;
             found.error().ok()?;
@@ -142,7 +162,7 @@ pub(super) fn fill_from<C: ConsumerContext>(
                 _ => None,
             }
         });
-        bounds.fill_from(*start, known[0], known[1], known[2])
+        bounds.fill_from(*offset, known[0], known[1], known[2])
     });
     fill_from.collect()
 }
@@ -172,65 +192,36 @@ impl ClaimError {
     }
 }
 
-/// The offset to read a partition from: the committed offset, or the end of the log if there is none.
-///
-/// # Errors
-/// The brokers do not answer, or refuse the committed offset of this partition.
-pub(super) fn start_offset<C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
-    committed: &TopicPartitionListElem<'_>,
-    timeout: Duration,
-) -> KafkaResult<i64> {
-    committed.error()?;
-    match committed.offset() {
-        Offset::Offset(offset) => Ok(offset),
-        _ => {
-            let (topic, partition) = (committed.topic(), committed.partition());
-            consumer.fetch_watermarks(topic, partition, timeout).map(|(_, end)| end)
-        }
-    }
-}
-
-/// Claims partitions for this member. Blocks for three requests. Returns the partitions whose claim is
-/// stored; the others may be tried again.
+/// Claims partitions for this member. Blocks for two requests. Returns the partitions whose claim is stored; the
+/// others may be tried again.
 ///
 /// # Errors
 /// None was claimed. See [`ClaimError`].
 pub(super) fn claim<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
-    logs: &[TopicPartition],
+    starts: Vec<GroupStart>,
     timeout: Duration,
     first: &dyn ClaimStart,
 ) -> Result<Vec<ClaimedPartition>, ClaimError> {
-    let mut list = TopicPartitionList::with_capacity(logs.len());
-    for log in logs {
-        list.add_partition(&log.topic, log.partition);
-    }
-    let before = consumer.committed_offsets(list.clone(), timeout)?;
-
-    let mut wanted = Vec::with_capacity(logs.len());
-    let mut commit = TopicPartitionList::with_capacity(logs.len());
-    for log in logs {
-        let Some(committed) = before.find_partition(&log.topic, log.partition) else { continue };
-        let start = match start_offset(consumer, &committed, timeout) {
-            Ok(start) => start,
-            Err(error) => {
-                let topic = &*log.topic;
-                tracing::debug!(%error, topic, log.partition, "no start offset to claim");
-                continue;
-            }
-        };
-        let claim = match Claim::after(Claim::parse(committed.metadata()), log, first) {
+    let mut wanted = Vec::with_capacity(starts.len());
+    let mut commit = TopicPartitionList::with_capacity(starts.len());
+    let mut list = TopicPartitionList::with_capacity(starts.len());
+    for start in starts {
+        let last = start.committed.and_then(|_| Claim::parse(&start.metadata));
+        let claim = match Claim::after(last, &start.log, first) {
             Ok(claim) => claim,
             Err(error) => {
                 tracing::debug!(%error, "the end of the sessions topic is not known");
                 continue;
             }
         };
+        let claimed = ClaimedPartition { start, claim };
+        let log = &claimed.start.log;
+        list.add_partition(&log.topic, log.partition);
         let mut element = commit.add_partition(&log.topic, log.partition);
-        element.set_offset(Offset::Offset(start))?;
-        element.set_metadata(claim.to_string());
-        wanted.push(ClaimedPartition { log: log.clone(), start, claim });
+        element.set_offset(Offset::Offset(claimed.offset()))?;
+        element.set_metadata(claimed.metadata());
+        wanted.push(claimed);
     }
     if wanted.is_empty() {
         return Ok(wanted);
@@ -244,11 +235,12 @@ pub(super) fn claim<C: ConsumerContext>(
     // librdkafka reports an error only if all partitions have one, so the claims are read back.
     let after = consumer.committed_offsets(list, timeout)?;
     wanted.retain(|wanted| {
-        let found = after.find_partition(&wanted.log.topic, wanted.log.partition);
+        let log = &wanted.start.log;
+        let found = after.find_partition(&log.topic, log.partition);
         found.is_some_and(|found| {
             found.error().is_ok()
-                && found.offset() == Offset::Offset(wanted.start)
-                && found.metadata() == wanted.claim.to_string()
+                && found.offset() == Offset::Offset(wanted.offset())
+                && found.metadata() == wanted.metadata()
         })
     });
     Ok(wanted)
@@ -263,6 +255,8 @@ mod tests {
         let claim = Claim { generation: 7, table: 12_040 };
         assert_eq!(claim.to_string(), "g=7 t=12040");
         assert_eq!(Claim::parse("g=7 t=12040"), Some(claim));
+        assert_eq!(claim.metadata(1_700), "g=7 t=12040 s=1700");
+        assert_eq!(Claim::parse("g=7 t=12040 s=1700"), Some(claim));
     }
 
     struct Start;
@@ -305,6 +299,8 @@ mod tests {
             "g=9223372036854775808 t=0",
             "t=2 g=1",
             "some tool",
+            "s=1700",
+            "g=7 s=1700 t=1",
         ] {
             assert_eq!(Claim::parse(other), None, "{other}");
         }

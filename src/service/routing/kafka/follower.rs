@@ -3,9 +3,11 @@
 //!
 //! With a conversation service the follower starts at the end of the topics, because the service's
 //! answers contain all earlier changes. Without one it starts at the beginning, and the node routes no
-//! record until the follower has reached the end that the topics had at the start.
+//! record until the follower has reached the end that the topics had at the start. It finds the partitions in the
+//! [`catalogue`](super::catalogue), as the reader of events does, and reads those that appear later from their
+//! start.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
@@ -20,10 +22,12 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
-use crate::service::routing::kafka::broadcast::{REQUEST_TIMEOUT, partition_count};
+use crate::service::routing::kafka::catalogue::{KnownPartition, Origin, REQUEST_TIMEOUT};
 use crate::service::routing::kafka::client;
 use crate::service::routing::kafka::source::appended_at_ms;
+use crate::service::routing::kafka::starts::{self, StartRule};
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
+use crate::service::routing::router::TopicPartition;
 
 /// Timeout of one poll.
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
@@ -49,13 +53,15 @@ impl ConsumerContext for FollowerContext {}
 pub(super) struct Follower {
     shared: Arc<ReaderResources>,
     consumer: BaseConsumer<FollowerContext>,
-    topics: Vec<String>,
-    /// Number of partitions read, per topic.
-    known: HashMap<String, i32>,
+    topics: HashSet<String>,
+    /// The partitions that are read, and their incarnations.
+    read: HashMap<TopicPartition, u64>,
     /// Partitions that have not reached the end offset they had at the start, with that offset.
-    behind: HashMap<(String, i32), i64>,
+    behind: HashMap<TopicPartition, i64>,
     /// How often the end of a partition with this number was reached, over all topics.
     ends: HashMap<i32, usize>,
+    /// Whether all partitions are read.
+    all_read: bool,
     /// Whether the cache gets every change.
     following: bool,
 }
@@ -72,46 +78,42 @@ impl Follower {
         let properties = client::with_user_properties(properties, &shared.config);
         let context = FollowerContext(Arc::clone(&shared));
         let consumer = BaseConsumer::from_config_and_context(&properties, context)?;
-        let topics = shared.config.membership_topics();
+        let topics = shared.config.membership_topics().into_iter().collect();
         Ok(Self {
             shared,
             consumer,
             topics,
-            known: HashMap::new(),
+            read: HashMap::new(),
             behind: HashMap::new(),
             ends: HashMap::new(),
+            all_read: false,
             following: false,
         })
     }
 
     /// Reads until the node stops. Signals `followed` when the cache is complete for the first time.
     pub(super) fn run(mut self, followed: &SyncSender<()>) {
-        let interval = Duration::from_millis(self.shared.config.discovery_interval_ms);
         let mut next = Instant::now();
-        let mut all_known = false;
         while !self.shared.is_stopping() {
             if Instant::now() >= next {
-                let discovered = self.discover();
-                if let Err(error) = &discovered {
-                    self.shared.discovery_failed(error, self.following);
+                next = Instant::now() + RETRY_PAUSE;
+                if let Err(error) = self.discover() {
+                    self.shared.discovery_failed(&error, self.following);
                 }
-                all_known |= discovered.is_ok();
-                next = Instant::now() + if discovered.is_ok() { interval } else { RETRY_PAUSE };
             }
-            if all_known && self.behind.is_empty() && !self.following {
+            if self.all_read && self.behind.is_empty() && !self.following {
                 self.following = true;
                 self.shared.membership.follow();
                 self.shared.status.set_following(true);
                 // Only the first signal is awaited.
                 let _ = followed.try_send(());
             }
-            match self.consumer.poll(if all_known { POLL_TIMEOUT } else { RETRY_PAUSE }) {
+            match self.consumer.poll(if self.all_read { POLL_TIMEOUT } else { RETRY_PAUSE }) {
                 None => {}
                 Some(Ok(message)) => self.shared.apply(&message),
                 Some(Err(KafkaError::PartitionEOF(partition))) => self.reached_end(partition),
                 Some(Err(error)) if is_offset_lost(&error) => {
                     self.restart();
-                    all_known = false;
                     next = Instant::now();
                 }
                 // The error callback has counted and logged it.
@@ -121,47 +123,66 @@ impl Follower {
         }
     }
 
-    /// Assigns new partitions: at the first discovery from the module's start offset, later from their
-    /// beginning.
+    /// Reads the partitions that the catalogue has and that are not read yet.
     fn discover(&mut self) -> KafkaResult<()> {
-        for topic in self.topics.clone() {
-            let count = partition_count(&self.consumer, &topic)?;
-            let known = self.known.get(&topic).copied();
-            let mut added = TopicPartitionList::new();
-            let mut ends = Vec::new();
-            for partition in known.unwrap_or(0)..count {
-                let (low, high) =
-                    self.consumer.fetch_watermarks(&topic, partition, REQUEST_TIMEOUT)?;
-                let from_end = known.is_none() && self.shared.membership.has_source();
-                let start = if from_end { high } else { low };
-                added.add_partition_offset(&topic, partition, Offset::Offset(start))?;
-                ends.push((partition, start, high));
-            }
-            if added.count() > 0 {
-                self.consumer.incremental_assign(&added)?;
-            }
-            for (partition, start, high) in ends {
-                if let Some(log) = self.shared.topic_partition(&topic, partition) {
-                    self.shared.membership.follow_from(log.position(start));
-                }
-                if start < high && !self.following {
-                    self.behind.insert((topic.clone(), partition), high);
-                }
-            }
-            self.known.insert(topic, count);
+        self.shared.look(&self.consumer)?;
+        let mut known = self.shared.catalogue.partitions();
+        known.retain(|known| self.topics.contains(&*known.log.topic));
+        let is_other = |(log, incarnation): (&TopicPartition, &u64)| {
+            let current = known.iter().find(|known| known.log == *log);
+            current.is_none_or(|known| known.incarnation != *incarnation)
+        };
+        if self.read.iter().any(is_other) {
+            self.restart();
         }
+        known.retain(|known| !self.read.contains_key(&known.log));
+        let all_read = known.is_empty() || self.read_all(&known)?;
+        self.all_read |= all_read && self.shared.catalogue.is_complete();
         Ok(())
+    }
+
+    /// Starts to read these partitions. Returns whether all of them could be started.
+    fn read_all(&mut self, new: &[KnownPartition]) -> KafkaResult<bool> {
+        let logs: Vec<_> = new.iter().map(|known| known.log.clone()).collect();
+        let bounds = starts::bounds(&self.consumer, &logs, REQUEST_TIMEOUT)?;
+        let rules = new.iter().filter_map(|known| {
+            let rule = match known.origin {
+                Origin::Old if self.shared.membership.has_source() => StartRule::End,
+                Origin::Old | Origin::New => StartRule::Start,
+                Origin::Since(ms) if self.shared.membership.has_source() => StartRule::Since(ms),
+                Origin::Since(_) => StartRule::Start,
+            };
+            Some((known.log.clone(), rule, *bounds.get(&known.log)?))
+        });
+        let rules: Vec<_> = rules.collect();
+        let chosen = starts::choose(&self.consumer, &rules, REQUEST_TIMEOUT)?;
+        let mut added = TopicPartitionList::new();
+        for (log, start) in &chosen {
+            added.add_partition_offset(&log.topic, log.partition, Offset::Offset(*start))?;
+        }
+        if added.count() > 0 {
+            self.consumer.incremental_assign(&added)?;
+        }
+        for KnownPartition { log, incarnation, .. } in new {
+            let (Some(&start), Some(bounds)) = (chosen.get(log), bounds.get(log)) else { continue };
+            self.read.insert(log.clone(), *incarnation);
+            self.shared.membership.follow_from(log.position(start));
+            if start < bounds.end && !self.following {
+                self.behind.insert(log.clone(), bounds.end);
+            }
+        }
+        Ok(chosen.len() == new.len())
     }
 
     /// Handles the end of a partition. librdkafka reports the partition number without the topic, so the
     /// end counts once as many ends were reported as topics have that partition. (`check_positions`
     /// finds most of them, but not partitions that end with transaction markers or compacted records.)
     fn reached_end(&mut self, partition: i32) {
-        let topics = self.known.values().filter(|count| **count > partition).count();
+        let topics = self.read.keys().filter(|log| log.partition == partition).count();
         let ends = self.ends.entry(partition).or_default();
         *ends += 1;
         if *ends >= topics {
-            self.behind.retain(|(_, behind), _| *behind != partition);
+            self.behind.retain(|log, _| log.partition != partition);
         }
     }
 
@@ -173,10 +194,11 @@ impl Follower {
         let Ok(positions) = self.consumer.position() else { return };
         for element in positions.elements() {
             if let Offset::Offset(next) = element.offset() {
-                let key = (element.topic().to_owned(), element.partition());
-                if self.behind.get(&key).is_some_and(|end| next >= *end) {
-                    self.behind.remove(&key);
-                }
+                self.behind.retain(|log, end| {
+                    let is_it =
+                        *log.topic == *element.topic() && log.partition == element.partition();
+                    !is_it || next < *end
+                });
             }
         }
     }
@@ -186,12 +208,13 @@ impl Follower {
         tracing::warn!("membership topics: offset lost; rebuilding member lists");
         self.shared.counters.membership_restarts.add(1);
         self.shared.status.set_following(false);
+        self.all_read = false;
         self.following = false;
         self.shared.membership.clear();
         if let Err(error) = self.consumer.unassign() {
             tracing::warn!(%error, "membership topics: error");
         }
-        self.known.clear();
+        self.read.clear();
         self.behind.clear();
         self.ends.clear();
     }

@@ -1,10 +1,12 @@
 //! `group`: reads the partitions that the consumer group assigns to this node, and commits offsets.
 //!
-//! With [`ClaimParts`](crate::service::routing::kafka::ClaimParts) a partition is read and routed only
-//! once it is claimed. Until then it is part of the group's assignment, but not of the consumer's, and the
-//! poll loop claims it again.
+//! A partition is read and routed only once it is known where it [starts](super::starts), and with
+//! [`ClaimParts`](crate::service::routing::kafka::ClaimParts) once it is claimed. Until then it is part of the group's
+//! assignment, but not of the consumer's, and the poll loop tries it again. (With an eager assignment strategy, which has
+//! no incremental assignment, the member joins again.)
 
 mod claiming;
+mod starting;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -19,9 +21,10 @@ use rdkafka::message::Message as _;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaRespErr;
 
-use crate::service::routing::kafka::claims::{self, Claim};
+use crate::service::routing::kafka::claims::Claim;
 use crate::service::routing::kafka::client::{self, Observer};
-use crate::service::routing::kafka::source::PartitionSource;
+use crate::service::routing::kafka::source::{PartitionSource, SourceState};
+use crate::service::routing::kafka::starts::GroupStart;
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::Ownership;
 use crate::service::routing::router::{
@@ -42,9 +45,14 @@ const SETTLE_POLLS_MAX: u32 = 10;
 /// Pause after a failed claim.
 const CLAIM_PAUSE: Duration = Duration::from_millis(500);
 
-/// A partition assigned to this node.
+/// A partition that this node reads.
 struct OwnedPartition {
     committable: Arc<CommittableOffset>,
+    source: Arc<SourceState>,
+    /// Since when the group reads the topic, Unix time in ms; 0: for ever.
+    since_ms: u64,
+    /// See the catalogue.
+    incarnation: u64,
     /// Generation of this owner; 0 without claims.
     generation: i64,
     table: Arc<CommittableTable>,
@@ -58,8 +66,10 @@ pub(super) struct GroupContext {
     /// Set once, after the consumer is created. The callbacks split partition queues off it.
     consumer: OnceLock<Weak<BaseConsumer<GroupContext>>>,
     owned: Mutex<HashMap<TopicPartition, OwnedPartition>>,
-    /// Assigned by the group, to be claimed.
+    /// Assigned by the group, and not read yet.
     unclaimed: Mutex<HashSet<TopicPartition>>,
+    /// Their committed offsets are of a former log.
+    replaced: Mutex<HashSet<TopicPartition>>,
 }
 
 impl ClientContext for GroupContext {
@@ -127,45 +137,26 @@ impl GroupContext {
         self.unclaimed.lock().expect("no holder panics")
     }
 
+    fn replaced(&self) -> std::sync::MutexGuard<'_, HashSet<TopicPartition>> {
+        self.replaced.lock().expect("no holder panics")
+    }
+
     fn assign(
         &self,
         consumer: &BaseConsumer<Self>,
         partitions: &mut TopicPartitionList,
     ) -> KafkaResult<()> {
         let shared = self.shared();
-        if shared.claims.is_some() {
-            self.unclaimed().extend(shared.topic_partitions(partitions));
-            // The group waits for this answer, also if nothing could be claimed.
-            if self.start_claimed(consumer)? == 0 {
-                // The group waits for an answer, also if nothing is read.
+        self.unclaimed().extend(shared.topic_partitions(partitions));
+        let is_eager = !is_incremental(consumer);
+        // The group waits for an answer, also if nothing is read.
+        if self.start_unclaimed(consumer)? == 0 {
+            if is_eager {
+                consumer.assign(&TopicPartitionList::new())?;
+            } else {
                 consumer.incremental_assign(&TopicPartitionList::new())?;
             }
-            shared.status.reached();
-            return Ok(());
         }
-        self.set_start_offsets(consumer, partitions);
-        // The queues are split off before the first fetch: see `PartitionSource::new`.
-        let sources: Vec<_> = partitions
-            .elements()
-            .iter()
-            .filter_map(|element| {
-                let log = shared.topic_partition(element.topic(), element.partition())?;
-                let start = match element.offset() {
-                    Offset::Offset(start) => Some(start),
-                    _ => None,
-                };
-                let source = shared.source(&self.consumer.get()?.upgrade()?, &log)?;
-                Some((log, start, source))
-            })
-            .collect();
-        match consumer.rebalance_protocol() {
-            RebalanceProtocol::Cooperative => consumer.incremental_assign(partitions)?,
-            RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.assign(partitions)?,
-        }
-        for (log, start, source) in sources {
-            self.route(log, start, None, source);
-        }
-        shared.status.assigned();
         shared.status.reached();
         Ok(())
     }
@@ -173,56 +164,40 @@ impl GroupContext {
     /// Gives a partition that is being fetched to its router.
     fn route(
         &self,
-        log: TopicPartition,
-        start: Option<i64>,
+        start: GroupStart,
         ownership: Option<Ownership>,
         source: PartitionSource<Self>,
     ) {
-        let committable = Arc::new(CommittableOffset::new(start));
+        let GroupStart { log, offset, since_ms, .. } = start;
+        // If the other nodes have to be told of a loss, nothing is committed before.
+        let has_gap = ownership.as_ref().is_some_and(|ownership| ownership.has_gap);
+        let committable = Arc::new(CommittableOffset::new((!has_gap).then_some(offset)));
         let generation = ownership.as_ref().map_or(0, |ownership| ownership.generation);
         let table = match &ownership {
             Some(ownership) => Arc::clone(&ownership.settled),
             None => Arc::new(CommittableTable::new(0)),
         };
-        let owned =
-            OwnedPartition { committable: Arc::clone(&committable), generation, table, sent: None };
-        self.owned().insert(log.clone(), owned);
         let shared = self.shared();
+        let owned = OwnedPartition {
+            committable: Arc::clone(&committable),
+            source: Arc::clone(source.state()),
+            since_ms,
+            incarnation: shared.catalogue.partition(&log).map_or(0, |known| known.incarnation),
+            generation,
+            table,
+            sent: None,
+        };
+        self.owned().insert(log.clone(), owned);
+        self.replaced().remove(&log);
         shared.status.add_partition(log.clone(), Arc::clone(&committable), None);
         let (topic, partition) = (&*log.topic, log.partition);
-        tracing::info!(topic, partition, start, generation, "partition assigned");
+        tracing::info!(topic, partition, start = offset, generation, "partition assigned");
         if let (Some(claims), Some(ownership)) = (&shared.claims, &ownership) {
             claims.owned.add(log.clone(), generation, Arc::clone(&ownership.routed));
         }
         let router = shared.router(&log);
-        router.assign(Assignment { log, source: Box::new(source), start, committable, ownership });
-    }
-
-    /// Sets the start offset of each partition: the committed offset, or the end if there is none.
-    /// That offset is committed, even if no record is read before the next restart. If the brokers
-    /// do not answer, the offset stays unset and librdkafka retries.
-    fn set_start_offsets(
-        &self,
-        consumer: &BaseConsumer<Self>,
-        partitions: &mut TopicPartitionList,
-    ) {
-        let committed = match consumer.committed_offsets(partitions.clone(), REQUEST_TIMEOUT) {
-            Ok(committed) => committed,
-            Err(error) => {
-                tracing::warn!(%error, "cannot fetch committed offsets");
-                return;
-            }
-        };
-        for element in committed.elements() {
-            let (topic, partition) = (element.topic(), element.partition());
-            let start = claims::start_offset(consumer, &element, REQUEST_TIMEOUT);
-            let set = start.and_then(|start| {
-                partitions.set_partition_offset(topic, partition, Offset::Offset(start))
-            });
-            if let Err(error) = set {
-                tracing::warn!(%error, topic, partition, "cannot fetch the start offset of a partition");
-            }
-        }
+        let (source, start) = (Box::new(source), Some(offset));
+        router.assign(Assignment { log, source, start, committable, ownership });
     }
 
     fn revoke(
@@ -241,22 +216,14 @@ impl GroupContext {
             Duration::from_millis(shared.config.revoke_grace_ms)
         };
         let mut logs = shared.topic_partitions(partitions);
-        if shared.claims.is_some() {
-            // What was not claimed is not read.
-            logs.retain(|log| !self.unclaimed().remove(log) && self.owned().contains_key(log));
-            self.update_unclaimed();
-            self.release(consumer, &logs, lost, grace);
-            let mut read = TopicPartitionList::with_capacity(logs.len());
-            for log in &logs {
-                read.add_partition(&log.topic, log.partition);
-            }
-            consumer.incremental_unassign(&read)?;
+        // What was not started is not read.
+        logs.retain(|log| !self.unclaimed().remove(log) && self.owned().contains_key(log));
+        self.update_unclaimed();
+        self.release(consumer, &logs, lost, grace);
+        if is_incremental(consumer) {
+            consumer.incremental_unassign(&list_of(&logs))?;
         } else {
-            self.release(consumer, &logs, lost, grace);
-            match consumer.rebalance_protocol() {
-                RebalanceProtocol::Cooperative => consumer.incremental_unassign(partitions)?,
-                RebalanceProtocol::Eager | RebalanceProtocol::None => consumer.unassign()?,
-            }
+            consumer.unassign()?;
         }
         if lost {
             shared.status.unassigned();
@@ -290,12 +257,14 @@ impl GroupContext {
         if !lost {
             self.commit(consumer, |log| logs.contains(log), CommitMode::Sync);
         }
-        let mut owned = self.owned();
-        for log in &logs {
-            owned.remove(log);
-            if let Some(claims) = &shared.claims {
-                claims.owned.remove(log);
-            }
+        logs.iter().for_each(|log| self.forget(log));
+    }
+
+    /// A partition is not read any more.
+    fn forget(&self, log: &TopicPartition) {
+        self.owned().remove(log);
+        if let Some(claims) = &self.shared().claims {
+            claims.owned.remove(log);
         }
     }
 
@@ -322,9 +291,11 @@ impl GroupContext {
             }
             owned.sent = Some((offset, claim.table));
             let mut element = offsets.add_partition(&log.topic, log.partition);
-            if claims {
-                element.set_metadata(claim.to_string());
-            }
+            element.set_metadata(if claims {
+                claim.metadata(owned.since_ms)
+            } else {
+                format!("s={}", owned.since_ms)
+            });
             if let Err(error) = element.set_offset(Offset::Offset(offset)) {
                 tracing::warn!(%error, topic = &*log.topic, "cannot commit an offset");
             }
@@ -344,6 +315,22 @@ impl GroupContext {
     }
 }
 
+/// Whether the group assigns and revokes partitions one by one.
+fn is_incremental(consumer: &BaseConsumer<GroupContext>) -> bool {
+    match consumer.rebalance_protocol() {
+        RebalanceProtocol::Cooperative => true,
+        RebalanceProtocol::Eager | RebalanceProtocol::None => false,
+    }
+}
+
+fn list_of(logs: &[TopicPartition]) -> TopicPartitionList {
+    let mut list = TopicPartitionList::with_capacity(logs.len());
+    for log in logs {
+        list.add_partition(&log.topic, log.partition);
+    }
+    list
+}
+
 pub(super) struct GroupReader {
     shared: Arc<ReaderResources>,
     consumer: Arc<BaseConsumer<GroupContext>>,
@@ -354,12 +341,12 @@ impl GroupReader {
         let mut properties = client::consumer_properties(&shared.config, &shared.config.group);
         properties
             .set("partition.assignment.strategy", "cooperative-sticky")
-            // Only for offsets that retention has deleted.
-            .set("auto.offset.reset", "earliest")
             .set("session.timeout.ms", "15000")
             // How soon a node notices a rebalance, which delays the whole group.
             .set("heartbeat.interval.ms", "1000");
         let mut properties = client::with_user_properties(properties, &shared.config);
+        // A position that is not in the log: see `GroupReader::mend`.
+        properties.set("auto.offset.reset", "error");
         if shared.claims.is_some() {
             properties
                 // Partitions are claimed one by one: an eager assignment replaces all of them at once.
@@ -372,6 +359,7 @@ impl GroupReader {
             consumer: OnceLock::new(),
             owned: Mutex::default(),
             unclaimed: Mutex::default(),
+            replaced: Mutex::default(),
         };
         let consumer = Arc::new(BaseConsumer::from_config_and_context(&properties, context)?);
         let weak = Arc::downgrade(&consumer);
@@ -383,17 +371,23 @@ impl GroupReader {
         if !self.may_join() {
             return;
         }
-        let topics: Vec<_> = self.shared.config.topics.iter().map(String::as_str).collect();
-        if let Err(error) = self.consumer.subscribe(&topics) {
-            tracing::error!(%error, "cannot subscribe to the topics; consuming nothing");
-            return;
+        // Partitions that are assigned before this are not known to be old.
+        while !self.shared.catalogue.is_complete() {
+            if self.shared.is_stopping() {
+                return;
+            }
+            self.look();
+            self.poll();
         }
+        self.subscribe();
         let interval = Duration::from_millis(self.shared.config.commit_interval_ms);
         let mut next_commit = Instant::now() + interval;
         let mut next_claim = Instant::now();
         while !self.shared.is_stopping() {
             self.poll();
             if Instant::now() >= next_claim {
+                self.look();
+                self.mend();
                 self.claim_again();
                 next_claim = Instant::now() + CLAIM_PAUSE;
             }
@@ -417,12 +411,24 @@ impl GroupReader {
         true
     }
 
+    fn subscribe(&self) {
+        let topics: Vec<_> = self.shared.config.topics.iter().map(String::as_str).collect();
+        if let Err(error) = self.consumer.subscribe(&topics) {
+            tracing::error!(%error, "cannot subscribe to the topics; consuming nothing");
+        }
+    }
+
     fn claim_again(&self) {
         let context = self.consumer.context();
         if context.unclaimed().is_empty() {
             return;
         }
-        if let Err(error) = context.start_claimed(&self.consumer) {
+        if !is_incremental(&self.consumer) {
+            self.consumer.unsubscribe();
+            self.subscribe();
+            return;
+        }
+        if let Err(error) = context.start_unclaimed(&self.consumer) {
             self.shared.counters.errors.add(1);
             tracing::warn!(%error, "cannot read the claimed partitions");
         }

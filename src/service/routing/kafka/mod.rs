@@ -16,10 +16,13 @@
 //!   commits the offsets of its own partitions only.
 //! * `broadcast`: every node reads every partition from the end of the log and commits nothing.
 //!
+//! All of them find the partitions in one [`catalogue`], and [`starts`] says from where each is read.
+//!
 //! Each router polls the queues of its partitions itself. A partition that is not polled delays no
 //! other.
 
 mod broadcast;
+mod catalogue;
 mod claims;
 mod client;
 mod cluster_logs;
@@ -33,6 +36,7 @@ mod owned_partitions;
 mod partition_reader;
 mod sessions_topic;
 mod source;
+mod starts;
 mod status;
 mod topic_specs;
 mod topics;
@@ -47,10 +51,14 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use crate::counters;
 use crate::service::backends::outage::Outage;
+use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::Membership;
+use crate::service::routing::kafka::catalogue::{Catalogue, TopicChange};
 use crate::service::routing::kafka::source::PartitionSource;
+use crate::service::routing::kafka::starts::LostRecords;
 use crate::service::routing::router::{RouterControl, TopicPartition};
 
+pub use crate::service::routing::kafka::catalogue::TopicTrouble;
 pub use crate::service::routing::kafka::client::{consumer_properties, partition_bytes_max};
 pub use crate::service::routing::kafka::cluster_logs::{
     ClusterLogMetrics, ClusterLogParts, ClusterLogs,
@@ -89,6 +97,8 @@ pub struct KafkaConfig {
     pub brokers: String,
     /// Topics of events.
     pub topics: Vec<String>,
+    /// Those of them that carry membership events; empty: see [`KafkaConfig::membership_topics`].
+    pub membership: Vec<String>,
     /// How several nodes share the work.
     pub mode: RoutingMode,
     /// The consumer group.
@@ -116,6 +126,7 @@ impl KafkaConfig {
         Self {
             brokers: brokers.into(),
             topics: vec!["messaging.events.v1".into(), "conversation.events.v1".into()],
+            membership: Vec::new(),
             mode: RoutingMode::Broadcast,
             group: "delivery-service-group".into(),
             client_id: "delivery".into(),
@@ -136,11 +147,16 @@ impl KafkaConfig {
         topics.into_iter().map(Arc::from).collect()
     }
 
-    /// Topics of membership events: those of `topics` that start with `conversation`, or all of them
-    /// if none does.
-    fn membership_topics(&self) -> Vec<String> {
-        let named: Vec<_> =
-            self.topics.iter().filter(|topic| topic.starts_with("conversation")).cloned().collect();
+    /// Topics of membership events: as configured, or those of `topics` with a part that starts with
+    /// `conversation` (parts are separated by `.`, `-` and `_`), or all of them if there are none.
+    pub fn membership_topics(&self) -> Vec<String> {
+        if !self.membership.is_empty() {
+            return self.membership.clone();
+        }
+        let is_named = |topic: &&String| {
+            topic.split(['.', '-', '_']).any(|part| part.starts_with("conversation"))
+        };
+        let named: Vec<_> = self.topics.iter().filter(is_named).cloned().collect();
         if named.is_empty() { self.topics.clone() } else { named }
     }
 }
@@ -160,6 +176,8 @@ counters! {
         Counter membership_records: "Records read for the membership cache.",
         Counter membership_records_undecodable: "Records of membership topics that are not an event envelope.",
         Counter membership_restarts: "Times that the offset in a membership topic was lost and the member lists were rebuilt.",
+        Counter records_expired: "Records that Kafka deleted before this node read them. All sessions that may need them are closed with 4409.",
+        Counter logs_lost: "Times that records of a topic of events were gone before they were read: expired, or the topic was deleted or has lost its last records. All sessions are closed with 4409.",
         Counter dead_letters_stored: "Records stored in the dead-letter topic.",
         Counter dead_letters_failed: "Records that could not be stored in the dead-letter topic: skipped.",
     }
@@ -193,16 +211,33 @@ pub enum KafkaStartError {
     Thread(#[from] std::io::Error),
 }
 
+/// What the consumers need besides their configuration.
+pub struct KafkaParts {
+    /// The routers, at least one.
+    pub routers: Vec<RouterControl>,
+    /// The members of conversations.
+    pub membership: Arc<Membership>,
+    /// The state of the consumers, for readiness.
+    pub status: Arc<KafkaStatus>,
+    /// Metrics.
+    pub counters: Arc<KafkaCounters>,
+    /// How partitions are claimed, in `group` mode; `None`: they are not.
+    pub claims: Option<ClaimParts>,
+    /// Called if records were gone before they were read: every session to which this node delivers or hands
+    /// over may have missed one. (To other nodes with hand-off through the log, the routers tell it.)
+    pub missed: Box<dyn Fn() + Send + Sync>,
+}
+
 /// What the Kafka threads share.
 struct ReaderResources {
     config: KafkaConfig,
-    routers: Vec<RouterControl>,
-    membership: Arc<Membership>,
-    status: Arc<KafkaStatus>,
-    counters: Arc<KafkaCounters>,
-    /// How partitions are claimed; `None`: they are not.
-    claims: Option<ClaimParts>,
+    parts: KafkaParts,
     topics: Vec<Arc<str>>,
+    catalogue: Catalogue,
+    /// Unix time in ms.
+    started_at_ms: u64,
+    /// Limit the rate of the log lines about each topic.
+    troubles: Vec<Outage>,
     /// Limit the rate of the log lines of all clients: one for connection errors, one for other
     /// errors.
     connections: Outage,
@@ -210,6 +245,14 @@ struct ReaderResources {
     stopping: AtomicBool,
     /// How long to wait for records in flight when the node stops.
     stop_grace: Mutex<Duration>,
+}
+
+impl std::ops::Deref for ReaderResources {
+    type Target = KafkaParts;
+
+    fn deref(&self) -> &KafkaParts {
+        &self.parts
+    }
 }
 
 impl ReaderResources {
@@ -263,6 +306,83 @@ impl ReaderResources {
         unfinished
     }
 
+    /// Asks the brokers about the topics, if that is due, and reports what has happened.
+    fn look<C: ConsumerContext>(
+        &self,
+        consumer: &BaseConsumer<C>,
+    ) -> Result<(), rdkafka::error::KafkaError> {
+        let looked = self.catalogue.look(consumer, unix_ms);
+        let troubles = self.catalogue.troubles();
+        let now = tokio::time::Instant::now();
+        for (topic, outage) in self.topics.iter().zip(&self.troubles) {
+            match troubles.iter().find(|(troubled, _)| troubled == topic) {
+                Some((_, trouble)) => {
+                    if let Some(again) = outage.failed(now) {
+                        tracing::warn!("KAFKA_TOPICS: {}{again}", trouble.of(topic));
+                    }
+                }
+                None => {
+                    if let Some(back) = outage.succeeded(now) {
+                        tracing::info!("KAFKA_TOPICS: the topic {topic} can be read {back}");
+                    }
+                }
+            }
+        }
+        self.status.set_troubles(troubles);
+        let Some(changes) = looked? else { return Ok(()) };
+        self.status.reached();
+        for change in changes {
+            let (topic, what) = match &change {
+                TopicChange::Deleted(topic) => (topic, "was deleted"),
+                TopicChange::Replaced(topic) => {
+                    (topic, "was created again, or has lost its last records")
+                }
+            };
+            self.lost_log(topic, what);
+        }
+        Ok(())
+    }
+
+    /// Records of this topic may be gone that nobody has read.
+    fn lost_log(&self, topic: &str, what: &str) {
+        self.counters.logs_lost.add(1);
+        tracing::error!(
+            topic,
+            "the topic {what}: sessions may have missed events and are closed with 4409"
+        );
+        (self.missed)();
+        if let Some(claims) = &self.claims {
+            (claims.failed)(format!(
+                "KAFKA_TOPICS: the topic {topic} {what}: all nodes have to start again"
+            ));
+        }
+    }
+
+    /// Records of this partition were gone before they were read.
+    fn lost_records(&self, log: &TopicPartition, lost: LostRecords) {
+        self.counters.logs_lost.add(1);
+        let (topic, partition) = (&*log.topic, log.partition);
+        match lost {
+            LostRecords::Expired(records) => {
+                self.counters.records_expired.add(records);
+                tracing::error!(
+                    topic,
+                    partition,
+                    records,
+                    "Kafka deleted records before they were read: sessions may have missed events and are closed \
+                     with 4409"
+                );
+            }
+            LostRecords::Truncated => tracing::error!(
+                topic,
+                partition,
+                "the partition ends before the position of its reader: sessions may have missed events and are \
+                 closed with 4409"
+            ),
+        }
+        (self.missed)();
+    }
+
     /// Logs that the partitions could not be listed. A warning only before the first success, because
     /// later only the search for new partitions has failed.
     fn discovery_failed(&self, error: &rdkafka::error::KafkaError, consuming: bool) {
@@ -287,31 +407,25 @@ pub struct Kafka {
 }
 
 impl Kafka {
-    /// Starts consuming for these routers, at least one. Unreachable brokers are not an error: they
+    /// Starts consuming. Unreachable brokers are not an error: they
     /// are retried without end, and `status` shows it.
     ///
-    /// With `claims`, in `group` mode, each owner of a partition commits with a generation of its own. The
+    /// With [`KafkaParts::claims`], in `group` mode, each owner of a partition commits with a generation of its own. The
     /// group is joined after [`OwnedPartitions::join`], and the assignment strategy is `cooperative-sticky`,
     /// whatever [`KafkaConfig::properties`] say.
     ///
     /// # Errors
     /// See [`KafkaStartError`].
-    pub fn start(
-        config: KafkaConfig,
-        routers: Vec<RouterControl>,
-        membership: Arc<Membership>,
-        status: Arc<KafkaStatus>,
-        counters: Arc<KafkaCounters>,
-        claims: Option<ClaimParts>,
-    ) -> Result<Self, KafkaStartError> {
-        assert!(!routers.is_empty());
+    pub fn start(config: KafkaConfig, parts: KafkaParts) -> Result<Self, KafkaStartError> {
+        assert!(!parts.routers.is_empty());
+        let topics = config.topics_by_index();
+        let interval = Duration::from_millis(config.discovery_interval_ms);
         let shared = Arc::new(ReaderResources {
-            routers,
-            membership,
-            status,
-            counters,
-            claims,
-            topics: config.topics_by_index(),
+            parts,
+            catalogue: Catalogue::new(topics.clone(), interval),
+            started_at_ms: unix_ms(),
+            troubles: topics.iter().map(|_| Outage::default()).collect(),
+            topics,
             connections: Outage::default(),
             errors: Outage::default(),
             stopping: AtomicBool::new(false),

@@ -31,6 +31,9 @@ pub struct ClaimParts {
     pub table: Arc<SessionTable>,
     /// The topic from which it is read.
     pub sessions_topic: String,
+    /// Called with the reason if a topic of events was deleted, created again, or has lost its last records.
+    /// Holders discard records below the positions that they remember, so all nodes have to start again.
+    pub failed: Arc<dyn Fn(String) + Send + Sync>,
 }
 
 /// A partition that this node owns.

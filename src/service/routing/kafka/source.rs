@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rdkafka::consumer::base_consumer::PartitionQueue;
 use rdkafka::consumer::{BaseConsumer, ConsumerContext};
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 
 use crate::handoff::Doorbell;
@@ -17,8 +17,48 @@ const POLLS_PER_CHECK: u32 = 16;
 /// Header with the W3C trace context.
 const TRACEPARENT: &str = "traceparent";
 
+/// What the queue of a partition has reported, for the Kafka thread.
+#[derive(Debug, Default)]
+pub(super) struct SourceState {
+    is_lost: AtomicBool,
+    is_refused: AtomicBool,
+}
+
+impl SourceState {
+    /// Whether the position is not in the log. Nothing is read until the partition is assigned again.
+    pub(super) fn is_lost(&self) -> bool {
+        self.is_lost.load(Ordering::Acquire)
+    }
+
+    /// Whether the leader refuses to let this node read the partition.
+    pub(super) fn is_refused(&self) -> bool {
+        self.is_refused.load(Ordering::Acquire)
+    }
+
+    fn failed(&self, error: &KafkaError) {
+        match error.rdkafka_error_code() {
+            Some(
+                RDKafkaErrorCode::AutoOffsetReset
+                | RDKafkaErrorCode::OffsetOutOfRange
+                | RDKafkaErrorCode::LogTruncation,
+            ) => self.is_lost.store(true, Ordering::Release),
+            Some(RDKafkaErrorCode::TopicAuthorizationFailed) => {
+                self.is_refused.store(true, Ordering::Release);
+            }
+            _ => {}
+        }
+    }
+
+    fn works(&self) {
+        if self.is_refused() {
+            self.is_refused.store(false, Ordering::Release);
+        }
+    }
+}
+
 pub(super) struct PartitionSource<C: ConsumerContext + 'static> {
     queue: PartitionQueue<C>,
+    state: Arc<SourceState>,
     /// Whether the queue may have records.
     ready: Arc<AtomicBool>,
     polls: u32,
@@ -46,7 +86,12 @@ impl<C: ConsumerContext + 'static> PartitionSource<C> {
                 bell.ring();
             }
         });
-        Some(Self { queue, ready, polls: 0, at_end: false, tracing })
+        let state = Arc::default();
+        Some(Self { queue, state, ready, polls: 0, at_end: false, tracing })
+    }
+
+    pub(super) fn state(&self) -> &Arc<SourceState> {
+        &self.state
     }
 }
 
@@ -66,12 +111,19 @@ impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
                 Some(Ok(message)) => {
                     self.ready.store(true, Ordering::Release);
                     self.at_end = false;
+                    self.state.works();
                     hand_over(&message, self.tracing, take);
                     return true;
                 }
-                Some(Err(KafkaError::PartitionEOF(_))) => self.at_end = true,
+                Some(Err(KafkaError::PartitionEOF(_))) => {
+                    self.at_end = true;
+                    self.state.works();
+                }
                 // The error callback has counted and logged it.
-                Some(Err(error)) => tracing::debug!(%error, "partition"),
+                Some(Err(error)) => {
+                    self.state.failed(&error);
+                    tracing::debug!(%error, "partition");
+                }
             }
         }
     }

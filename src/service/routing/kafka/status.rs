@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use crate::service::routing::kafka::catalogue::TopicTrouble;
 use crate::service::routing::router::{CommittableOffset, TopicPartition};
 
 /// The lag of a partition that this node reads.
@@ -28,6 +29,8 @@ struct ConsumerState {
     following: bool,
     assigned: bool,
     last_error: Option<String>,
+    /// The topics of events that cannot be read.
+    troubles: Vec<(Arc<str>, TopicTrouble)>,
     partitions: HashMap<TopicPartition, PartitionState>,
 }
 
@@ -44,6 +47,9 @@ impl KafkaStatus {
         let state = self.state();
         let what = if !state.connected {
             "no broker reached"
+        } else if !state.troubles.is_empty() {
+            let topics = state.troubles.iter().map(|(topic, trouble)| trouble.of(topic));
+            return Some(format!("KAFKA_TOPICS: {}", topics.collect::<Vec<_>>().join(", ")));
         } else if !state.following {
             "the membership topics are not read yet"
         } else if !state.assigned {
@@ -66,6 +72,11 @@ impl KafkaStatus {
             Some(PartitionLag { topic: Arc::clone(&log.topic), partition: log.partition, lag })
         });
         lags.collect()
+    }
+
+    /// The topics of events that cannot be read, and why.
+    pub fn troubles(&self) -> Vec<(Arc<str>, TopicTrouble)> {
+        self.state().troubles.clone()
     }
 
     /// Partitions that this node reads.
@@ -94,6 +105,10 @@ impl KafkaStatus {
         let mut state = self.state();
         state.connected = false;
         state.last_error.replace(reason.clone()) != Some(reason)
+    }
+
+    pub(super) fn set_troubles(&self, troubles: Vec<(Arc<str>, TopicTrouble)>) {
+        self.state().troubles = troubles;
     }
 
     pub(super) fn set_following(&self, following: bool) {
@@ -143,6 +158,15 @@ mod tests {
         let status = KafkaStatus::default();
         assert!(status.missing().unwrap().contains("no broker"));
         status.reached();
+        status.set_troubles(vec![
+            ("a".into(), TopicTrouble::Missing),
+            ("b".into(), TopicTrouble::Forbidden),
+        ]);
+        assert_eq!(
+            status.missing().unwrap(),
+            "KAFKA_TOPICS: the topic a does not exist, this node may not read the topic b"
+        );
+        status.set_troubles(Vec::new());
         assert!(status.missing().unwrap().contains("membership"));
         status.set_following(true);
         assert!(status.missing().unwrap().contains("no partitions"));

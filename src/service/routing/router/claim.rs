@@ -32,6 +32,9 @@ pub struct Ownership {
     pub settled: Arc<CommittableTable>,
     /// The next offset to route. Written by the router, read for the lease.
     pub routed: Arc<AtomicI64>,
+    /// Whether records right below `start` are gone that nobody has read. The sessions of this node are closed
+    /// already. The other nodes are told before the first record, and only then the partition has a committable offset.
+    pub has_gap: bool,
 }
 
 /// The position of a record that a lane routes.
@@ -100,6 +103,16 @@ impl LaneClaim {
     /// behind for a while.)
     pub(super) fn may_route(&self, handed_to: i64, read_to: i64) -> bool {
         handed_to >= self.ownership.barrier && read_to >= self.applied
+    }
+
+    /// Whether the other nodes have to be told first that records are gone.
+    pub(super) fn owes_gap(&self) -> bool {
+        self.ownership.has_gap
+    }
+
+    /// The other nodes are told.
+    pub(super) fn gap_told(&mut self) {
+        self.ownership.has_gap = false;
     }
 
     /// [`LaneClaim::may_route`], shown by a metric, and in the log if it lasts.

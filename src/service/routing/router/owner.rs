@@ -368,6 +368,23 @@ impl OwnerSide {
         }
     }
 
+    /// Records right below `start` are gone that nobody has read: the sessions of other nodes that need the last
+    /// of them are closed.
+    pub(super) fn missed_by_others(
+        &mut self,
+        lane: &mut LaneClaim,
+        key: LaneKey,
+        log: &TopicPartition,
+        start: i64,
+    ) {
+        for to in self.parts.table.others() {
+            lane.replays += 1;
+            let everybody = Content::Missed(Users::default());
+            let header = self.header(lane.at(log, start - 1), 0, everybody);
+            self.send(to, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Replay(key)));
+        }
+    }
+
     /// A record of a topic that this node does not know was handed over: the sessions that it names miss it.
     /// No users: all sessions.
     pub(super) fn missed_of_unknown_topic(&self, content: &Content) {

@@ -114,6 +114,9 @@ impl RouterCore {
         };
         let PartitionLane { log, source, window, committable, claim, .. } = partition;
         let may_take = claim.as_mut().is_none_or(|claim| {
+            if claim.owes_gap() {
+                return false;
+            }
             let table = self.owner.as_ref().map_or(0, |owner| owner.parts.table.next_offset());
             claim.may_take(log, (handed_to, table), now_ms, &self.counters)
         });
@@ -173,7 +176,10 @@ impl RouterCore {
     pub(super) fn apply_newcomers(&mut self, lane: &mut Lane, handed_to: i64, now_ms: u64) -> bool {
         let (key, next) = (lane.key, lane.next_offset());
         let Some(partition) = &mut lane.partition else { return false };
-        let PartitionLane { log, claim: Some(claim), revocation: None, .. } = partition else {
+        let PartitionLane {
+            log, claim: Some(claim), revocation: None, window, committable, ..
+        } = partition
+        else {
             return false;
         };
         let Some(next) = next else { return false };
@@ -181,6 +187,15 @@ impl RouterCore {
         claim.tail.trim(now_ms);
         let Some(owner) = &mut self.owner else { return false };
         let to = owner.parts.table.next_offset();
+        if claim.owes_gap() {
+            if !claim.may_route(handed_to, to) || !owner.has_room() {
+                return false;
+            }
+            owner.missed_by_others(claim, key, log, claim.ownership.start);
+            claim.gap_told();
+            committable.set(window.committable());
+            return true;
+        }
         // A table that is behind the commit of the former owner catches up first.
         if claim.applied >= to || !claim.is_filled || !claim.may_route(handed_to, to) {
             return false;

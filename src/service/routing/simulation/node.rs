@@ -404,6 +404,7 @@ impl SimulatedNode {
                 barrier: logs.hand_offs[self.hand_off_partition].end() as i64,
                 settled: Arc::clone(&settled),
                 routed: Arc::clone(&routed),
+                has_gap: false,
             }),
         });
         let owned = OwnedPartition { generation: claimed.generation, committable, settled, routed };

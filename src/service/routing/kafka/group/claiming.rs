@@ -15,6 +15,7 @@ use crate::service::routing::kafka::claims::{
     self, Claim, ClaimError, ClaimStart, ClaimedPartition, TailBounds,
 };
 use crate::service::routing::kafka::group::{GroupContext, REQUEST_TIMEOUT};
+use crate::service::routing::kafka::starts::GroupStart;
 use crate::service::routing::router::Ownership;
 use crate::service::routing::router::{CommittableTable, TopicPartition};
 
@@ -46,22 +47,25 @@ impl ClaimStart for TableStart<'_> {
 impl GroupContext {
     /// Claims the unclaimed partitions. What cannot be claimed stays unclaimed, to be tried again.
     fn claim(&self, consumer: &BaseConsumer<Self>) -> Vec<ClaimedPartition> {
-        let logs: Vec<_> = self.unclaimed().iter().cloned().collect();
-        if logs.is_empty() {
+        let wanted = self.unclaimed().len();
+        if wanted == 0 {
             return Vec::new();
         }
         let counters = &self.shared().counters;
         let Some(parts) = &self.shared().claims else { return Vec::new() };
         let start = TableStart { consumer, parts };
-        let claimed = claims::claim(consumer, &logs, REQUEST_TIMEOUT, &start);
+        let claimed = self
+            .find_starts(consumer)
+            .map_err(ClaimError::Failed)
+            .and_then(|starts| claims::claim(consumer, starts, REQUEST_TIMEOUT, &start));
         let count = claimed.as_ref().map_or(0, Vec::len);
         counters.claims.add(count as u64);
-        counters.claims_failed.add((logs.len() - count) as u64);
+        counters.claims_failed.add((wanted - count) as u64);
         match claimed {
-            Ok(claimed) if count == logs.len() => claimed,
+            Ok(claimed) if count == wanted => claimed,
             Ok(claimed) => {
                 if let Some(again) = self.shared().errors.failed(tokio::time::Instant::now()) {
-                    let unclaimed = logs.len() - count;
+                    let unclaimed = wanted - count;
                     tracing::warn!(unclaimed, "some partitions cannot be claimed; retrying{again}");
                 }
                 claimed
@@ -89,7 +93,7 @@ impl GroupContext {
         &self,
         consumer: &BaseConsumer<Self>,
         claimed: Vec<ClaimedPartition>,
-    ) -> Vec<(TopicPartition, Ownership)> {
+    ) -> Vec<(GroupStart, Ownership)> {
         let Some(parts) = &self.shared().claims else { return Vec::new() };
         if claimed.is_empty() {
             return Vec::new();
@@ -109,17 +113,18 @@ impl GroupContext {
         };
         let fill_from = claims::fill_from(consumer, &claimed, bounds, REQUEST_TIMEOUT);
         let ownerships = claimed.into_iter().zip(fill_from).map(|(claimed, fill_from)| {
-            let ClaimedPartition { log, start, claim: Claim { generation, table } } = claimed;
+            let ClaimedPartition { start, claim: Claim { generation, table } } = claimed;
             let ownership = Ownership {
                 generation,
-                start,
+                start: start.offset,
                 fill_from,
                 table,
                 barrier,
                 settled: Arc::new(CommittableTable::new(table)),
-                routed: Arc::new(AtomicI64::new(start)),
+                routed: Arc::new(AtomicI64::new(start.offset)),
+                has_gap: start.lost.is_some(),
             };
-            (log, ownership)
+            (start, ownership)
         });
         ownerships.collect()
     }
@@ -127,7 +132,9 @@ impl GroupContext {
     /// Claims the unclaimed partitions, starts to read those that are claimed, and gives them to their
     /// routers. Returns their number.
     pub(super) fn start_claimed(&self, consumer: &BaseConsumer<Self>) -> KafkaResult<usize> {
-        let claimed = self.claim(consumer);
+        let mut claimed = self.claim(consumer);
+        // The claim states where the other log starts. This node ends, see `ClaimParts::failed`.
+        claimed.retain(|claimed| !self.replaced().contains(&claimed.start.log));
         let ownerships = self.ownerships(consumer, claimed);
         if ownerships.is_empty() {
             self.update_unclaimed();
@@ -140,24 +147,23 @@ impl GroupContext {
         let shared = self.shared();
         let mut added = TopicPartitionList::with_capacity(ownerships.len());
         let mut sources = Vec::with_capacity(ownerships.len());
-        for (log, ownership) in ownerships {
+        for (start, ownership) in ownerships {
             // The queue is split off before the first fetch: see `PartitionSource::new`.
             let reader = self.consumer.get().and_then(Weak::upgrade);
-            let Some(source) = reader.and_then(|reader| shared.source(&reader, &log)) else {
+            let log = &start.log;
+            let Some(source) = reader.and_then(|reader| shared.source(&reader, log)) else {
                 continue;
             };
-            added.add_partition_offset(
-                &log.topic,
-                log.partition,
-                Offset::Offset(ownership.fill_from),
-            )?;
-            sources.push((log, ownership, source));
+            let first = Offset::Offset(ownership.fill_from);
+            added.add_partition_offset(&log.topic, log.partition, first)?;
+            sources.push((start, ownership, source));
         }
         let count = added.count();
         consumer.incremental_assign(&added)?;
-        for (log, ownership, source) in sources {
-            self.unclaimed().remove(&log);
-            self.route(log, Some(ownership.start), Some(ownership), source);
+        for (start, ownership, source) in sources {
+            self.unclaimed().remove(&start.log);
+            self.report_lost(&start);
+            self.route(start, Some(ownership), source);
         }
         self.update_unclaimed();
         Ok(count)

@@ -8,10 +8,21 @@ use crate::service::cluster::nodes::EpochEnd;
 use crate::service::cluster::table::{SessionTable, TableConfig, TableListener};
 use crate::service::cluster::tail::TailBudget;
 use crate::service::cluster::wire::Lease;
+use crate::service::events::timestamp::unix_ms;
 
 impl Cluster {
-    /// Metadata of the committed offset of each partition of a topic.
+    /// Metadata of the committed offset of each partition of a topic, without since when the group reads it.
     fn committed_metadata(&self, topic: &str) -> Vec<String> {
+        let metadata = self.whole_metadata(topic).into_iter();
+        let claims = metadata.map(|whole| {
+            let (claim, since) = whole.split_once(" s=").unwrap();
+            assert!(since.parse::<u64>().is_ok(), "{whole}");
+            claim.to_owned()
+        });
+        claims.collect()
+    }
+
+    fn whole_metadata(&self, topic: &str) -> Vec<String> {
         let consumer = self.consumer("test");
         let mut partitions = TopicPartitionList::new();
         partitions.add_partition_range(topic, 0, PARTITIONS - 1);
@@ -34,14 +45,14 @@ impl ClaimBarrier for TestBarrier {
     }
 }
 
-struct Claiming {
+pub(super) struct Claiming {
     owned: Arc<OwnedPartitions>,
     barrier: Arc<TestBarrier>,
 }
 
 impl Claiming {
     /// A node that may join the group.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let it = Self { owned: Arc::default(), barrier: Arc::default() };
         it.owned.join();
         it
@@ -52,17 +63,22 @@ impl Claiming {
         let config = TestNode::config(name, RoutingMode::Group);
         // Longer than any test.
         let config = KafkaConfig { brokers, revoke_grace_ms: 600_000, ..config };
+        TestNode::start_on(config, None, Some(self.parts(1 << 20)))
+    }
+
+    /// `tail_bytes`: bound of the tails.
+    pub(super) fn parts(&self, tail_bytes: u64) -> ClaimParts {
         let config_of_table =
             TableConfig { topics: Vec::new(), node_timeout_ms: 60_000, newcomers_age_ms: 60_000 };
         let table = SessionTable::new(config_of_table, Arc::new(NoListener), Arc::default());
-        let claims = ClaimParts {
+        ClaimParts {
             barrier: Arc::clone(&self.barrier) as Arc<dyn ClaimBarrier>,
-            tails: TailBudget::new(1 << 20, 60_000),
+            tails: TailBudget::new(tail_bytes, 60_000),
             owned: Arc::clone(&self.owned),
             table: Arc::new(table),
             sessions_topic: "sessions".into(),
-        };
-        TestNode::start_on(config, None, Some(claims))
+            failed: Arc::new(|reason| panic!("{reason}")),
+        }
     }
 
     /// Generations of the partitions that the node states in its lease.
@@ -112,7 +128,8 @@ fn generation_of_a_partition_grows_with_each_assignment_and_all_commits_carry_it
 }
 
 #[test]
-fn without_claims_commits_have_no_metadata() {
+fn without_claims_commits_state_only_since_when_the_group_reads_the_topic() {
+    let before_ms = unix_ms();
     let cluster = Cluster::new();
     let node = TestNode::start(&cluster, RoutingMode::Group, "one").ready();
     cluster.create("c", &["alice"]);
@@ -121,7 +138,10 @@ fn without_claims_commits_have_no_metadata() {
     assert_eq!(node.next(), message("c", 1));
     until("committed", || cluster.committed(MESSAGES) == 1);
     node.stop(Duration::from_secs(5));
-    assert_eq!(cluster.committed_metadata(MESSAGES), vec![String::new(); PARTITIONS as usize]);
+    for metadata in cluster.whole_metadata(MESSAGES) {
+        let since: u64 = metadata.strip_prefix("s=").expect(&metadata).parse().unwrap();
+        assert!((before_ms..=unix_ms()).contains(&since), "{metadata}");
+    }
 }
 
 #[test]

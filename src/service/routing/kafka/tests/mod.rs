@@ -1,13 +1,14 @@
 //! Tests against librdkafka's mock cluster, which speaks Kafka's protocol but implements little of it.
 //! The end-to-end tests run against real Kafka.
 
+mod catalogue;
 mod claims;
 mod cluster_logs;
 mod logs;
 mod real;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -99,6 +100,10 @@ struct TestNode {
     delivered: Receiver<Vec<u8>>,
     /// Whether the shard stops reporting deliveries done.
     stalled: Arc<AtomicBool>,
+    /// Whether the shard takes no deliveries.
+    blocked: Arc<AtomicBool>,
+    /// How often all sessions were reported to have missed events.
+    missed: Arc<AtomicUsize>,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -107,11 +112,14 @@ fn shard(
     ShardEnd { mut commands, mut reports }: ShardEnd,
     bell: Arc<Doorbell>,
     stalled: Arc<AtomicBool>,
+    blocked: Arc<AtomicBool>,
 ) -> Receiver<Vec<u8>> {
     let (sender, delivered) = channel();
     std::thread::spawn(move || {
         while !commands.is_abandoned() || !commands.is_empty() {
-            while let Some(command) = commands.pop() {
+            while !blocked.load(Ordering::Relaxed)
+                && let Some(command) = commands.pop()
+            {
                 let ShardCommand::Deliver { event, ticket, .. } = command else { panic!() };
                 let value = event.frame(Encoding::Binary).unwrap()[2..].to_vec();
                 let _ = sender.send(value);
@@ -123,7 +131,7 @@ fn shard(
             }
             reports.publish();
             bell.about_to_sleep();
-            if commands.is_empty() {
+            if blocked.load(Ordering::Relaxed) || commands.is_empty() {
                 bell.wait(100);
             }
             bell.awake();
@@ -177,7 +185,8 @@ impl TestNode {
             (Arc::new(Doorbell::new().unwrap()), Arc::new(Doorbell::new().unwrap()));
         let (link, end) = connect([1024, 4096], &shard_bell, &bell);
         let stalled = Arc::<AtomicBool>::default();
-        let delivered = shard(end, shard_bell, Arc::clone(&stalled));
+        let blocked = Arc::<AtomicBool>::default();
+        let delivered = shard(end, shard_bell, Arc::clone(&stalled), Arc::clone(&blocked));
         let directory = Arc::new(Directory::new());
         let address = SessionAddress {
             shard: ShardId(0),
@@ -199,14 +208,19 @@ impl TestNode {
         });
         let router_thread = router.spawn("router".into()).unwrap();
         let status = Arc::<KafkaStatus>::default();
-        let kafka = Kafka::start(
-            config,
-            vec![control.clone()],
+        let missed = Arc::<AtomicUsize>::default();
+        let missed_by_all = Arc::clone(&missed);
+        let parts = KafkaParts {
+            routers: vec![control.clone()],
             membership,
-            Arc::clone(&status),
-            Arc::clone(&counters),
+            status: Arc::clone(&status),
+            counters: Arc::clone(&counters),
             claims,
-        );
+            missed: Box::new(move || {
+                missed_by_all.fetch_add(1, Ordering::Relaxed);
+            }),
+        };
+        let kafka = Kafka::start(config, parts);
         Self {
             kafka: kafka.unwrap(),
             status,
@@ -216,6 +230,8 @@ impl TestNode {
             router_thread,
             delivered,
             stalled,
+            blocked,
+            missed,
             _runtime: runtime,
         }
     }
@@ -273,14 +289,18 @@ fn broadcast_finds_a_topic_created_later() {
     mock.create_topic(CONVERSATIONS, 1, 1).unwrap();
     let producer = ClientConfig::new().set("bootstrap.servers", mock.bootstrap_servers()).create();
     let cluster = Cluster { mock, producer: producer.unwrap() };
-    let node = TestNode::start(&cluster, RoutingMode::Broadcast, "one").ready();
+    let node = TestNode::start(&cluster, RoutingMode::Broadcast, "one");
+    let missing = || node.status.missing().unwrap_or_default();
+    let expected = format!("KAFKA_TOPICS: the topic {MESSAGES} does not exist");
+    until("named by readiness", || missing() == expected);
+    until("the other topic is read", || node.status.partitions() == 1);
     cluster.create("c", &["alice"]);
     assert_eq!(node.next(), created("c", &["alice"]));
     cluster.mock.create_topic(MESSAGES, PARTITIONS, 1).unwrap();
-    cluster.say("c", 1);
     until("found", || node.status.partitions() == 1 + PARTITIONS as usize);
-    cluster.say("c", 2);
-    while node.next() != message("c", 2) {}
+    assert_eq!(node.status.missing(), None);
+    cluster.say("c", 1);
+    assert_eq!(node.next(), message("c", 1));
     node.stop(Duration::from_secs(5));
 }
 
@@ -445,7 +465,14 @@ fn unknown_property_is_refused_with_its_name() {
         properties: vec![("no.such.property".into(), "1".into())],
         ..KafkaConfig::new("127.0.0.1:1")
     };
-    let refused =
-        Kafka::start(config, vec![control], membership, Arc::default(), Arc::default(), None).err();
+    let parts = KafkaParts {
+        routers: vec![control],
+        membership,
+        status: Arc::default(),
+        counters: Arc::default(),
+        claims: None,
+        missed: Box::new(|| {}),
+    };
+    let refused = Kafka::start(config, parts).err();
     assert!(refused.unwrap().to_string().contains("no.such.property"));
 }

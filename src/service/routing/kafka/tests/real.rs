@@ -13,16 +13,18 @@ use super::logs::{CollectedLog, CollectingReceiver, config, key, send_to};
 use super::*;
 use crate::service::cluster::ports::{NodeEpoch, Queued};
 use crate::service::events::timestamp::unix_ms;
+use crate::service::routing::kafka::catalogue::Catalogue;
 use crate::service::routing::kafka::claims::{
-    self, Claim, ClaimError, ClaimStart, TailBounds, claim,
+    self, Claim, ClaimError, ClaimStart, ClaimedPartition, TailBounds,
 };
+use crate::service::routing::kafka::starts::GroupStarts;
 
-fn brokers() -> String {
+pub(super) fn brokers() -> String {
     std::env::var("KAFKA_BROKERS").expect("KAFKA_BROKERS names a Kafka for tests")
 }
 
 /// A name that no other test run uses.
-fn unique(what: &str) -> String {
+pub(super) fn unique(what: &str) -> String {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
     format!("{what}-{}-{}", std::process::id(), now.as_nanos())
 }
@@ -176,6 +178,23 @@ impl ClaimStart for Fresh {
     }
 }
 
+/// Claims the partition, as a member that starts now.
+fn claim(
+    consumer: &BaseConsumer,
+    log: &TopicPartition,
+) -> Result<Vec<ClaimedPartition>, ClaimError> {
+    let catalogue = Catalogue::new(vec![Arc::clone(&log.topic)], Duration::ZERO);
+    catalogue.look(consumer, unix_ms).unwrap();
+    let find = GroupStarts {
+        catalogue: &catalogue,
+        started_at_ms: unix_ms(),
+        now_ms: unix_ms(),
+        timeout: PATIENCE,
+    };
+    let starts = find.find(consumer, std::slice::from_ref(log), |_| false).unwrap();
+    claims::claim(consumer, starts, PATIENCE, &Fresh)
+}
+
 fn poll_until_assigned(consumer: &BaseConsumer, log: &TopicPartition) {
     until("assigned", || {
         let _ = consumer.poll(Duration::from_millis(100));
@@ -189,27 +208,26 @@ fn poll_until_assigned(consumer: &BaseConsumer, log: &TopicPartition) {
 fn paused_member_cannot_claim_after_its_successor() {
     let now_ms = unix_ms();
     let (log, group) = (events(&[now_ms; 10]), unique("group"));
-    let logs = std::slice::from_ref(&log);
     let first = member(&group, &log);
     poll_until_assigned(&first, &log);
-    let claimed = claim(&first, logs, PATIENCE, &Fresh).unwrap();
+    let claimed = claim(&first, &log).unwrap();
     assert_eq!(claimed[0].claim, Claim { generation: 0, table: 0 });
-    assert_eq!(claimed[0].start, 10, "nothing was committed: from the end");
+    assert_eq!(claimed[0].start.offset, 10, "nothing was committed: from the end");
 
     // The first is not polled from here on, as if it were paused.
     let second = member(&group, &log);
     poll_until_assigned(&second, &log);
-    let claimed = claim(&second, logs, PATIENCE, &Fresh).unwrap();
+    let claimed = claim(&second, &log).unwrap();
     assert_eq!(claimed[0].claim.generation, 1);
 
-    let refused = claim(&first, logs, PATIENCE, &Fresh);
+    let refused = claim(&first, &log);
     assert!(matches!(refused, Err(ClaimError::Fenced(_))), "{refused:?}");
     let mut commit = TopicPartitionList::new();
     commit.add_partition_offset(&log.topic, 0, Offset::Offset(3)).unwrap();
     assert!(first.commit(&commit, CommitMode::Sync).is_err());
     let committed = second.committed(PATIENCE).unwrap();
     let committed = committed.find_partition(&log.topic, 0).unwrap();
-    assert_eq!(committed.metadata(), "g=1 t=0", "the successor's claim stands");
+    assert!(committed.metadata().starts_with("g=1 t=0 s="), "the successor's claim stands");
     assert_eq!(committed.offset(), Offset::Offset(10));
 }
 
@@ -223,8 +241,8 @@ fn claimed_partition_is_read_from_its_youngest_records_on() {
     let log = events(&timestamps);
     let member = member(&unique("group"), &log);
     poll_until_assigned(&member, &log);
-    let mut claimed = claim(&member, std::slice::from_ref(&log), PATIENCE, &Fresh).unwrap();
-    assert_eq!(claimed[0].start, 20);
+    let mut claimed = claim(&member, &log).unwrap();
+    assert_eq!(claimed[0].start.offset, 20);
     let at_age = |age_ms: u64| TailBounds { since_ms: (now_ms - age_ms) as i64, bytes: 1 << 20 };
     let fill_from =
         |claimed: &[_], bounds| claims::fill_from(&member, claimed, bounds, PATIENCE)[0];
@@ -232,8 +250,8 @@ fn claimed_partition_is_read_from_its_youngest_records_on() {
     assert_eq!(fill_from(&claimed, at_age(90 * MINUTE)), 0);
     let few = TailBounds { bytes: 3 * 256, ..at_age(90 * MINUTE) };
     assert_eq!(fill_from(&claimed, few), 17);
-    claimed[0].start = 5;
+    claimed[0].start.offset = 5;
     assert_eq!(fill_from(&claimed, at_age(10 * MINUTE)), 5, "at most the start");
-    claimed[0].start = 50;
+    claimed[0].start.offset = 50;
     assert_eq!(fill_from(&claimed, at_age(10 * MINUTE)), 50, "the log was created again");
 }

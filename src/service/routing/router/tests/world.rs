@@ -109,6 +109,10 @@ impl RemoteNodes for FakeNodes {
         self.lost.lock().unwrap().extend(users.iter().map(|id| id.to_string()));
     }
 
+    fn lost_by_all(&self) {
+        self.lost.lock().unwrap().push("all".to_owned());
+    }
+
     fn has_room(&self) -> bool {
         !self.full.load(Ordering::Relaxed)
     }

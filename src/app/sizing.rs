@@ -256,7 +256,6 @@ fn written(text: &mut String, group: &GroupCosts) {
     flow(text, "hand-offs: live", group.live);
     flow(text, "hand-offs: replays to sessions that began", group.replays);
     flow(text, "hand-offs: what has passed", group.passed);
-    line(text, "    in batches", &[amount(group.batches)]);
     flow(text, "beginnings of sessions", group.begun);
     flow(text, "ends of sessions", group.ended);
     flow(text, "leases", group.leases);

@@ -24,7 +24,7 @@ use crate::service::cluster::lease::{LeaseParts, LeaseState, LeaseThread};
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::cluster::own_epoch::OwnEpoch;
 use crate::service::cluster::ports::{
-    HandOffReceiver, IncomingHandOff, NodeEpoch, SessionsLog, SessionsRecord,
+    HandOffLog, HandOffReceiver, IncomingHandOff, NodeEpoch, SessionsLog, SessionsRecord,
 };
 use crate::service::cluster::table::{SessionTable, TableConfig, TableListener};
 use crate::service::cluster::tail::TailBudget;
@@ -97,6 +97,10 @@ impl SessionsLog for TopicWatch {
 }
 
 impl HandOffReceiver for TopicWatch {
+    fn opened(&self, log: Arc<dyn HandOffLog>) -> Option<Arc<Doorbell>> {
+        self.inboxes.opened(log)
+    }
+
     fn receive(&self, hand_off: IncomingHandOff) -> Pushed<IncomingHandOff> {
         self.inboxes.receive(hand_off)
     }

@@ -1,10 +1,12 @@
 //! Traits between the cluster's state machines, the routers, and the Kafka clients.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use super::wire::hand_off_header::Content;
 use super::wire::{HandOffHeader, SessionsKey};
-use crate::handoff::Pushed;
+use crate::handoff::{Doorbell, Pushed};
 
 /// One run of one node. Random, so it is never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -112,8 +114,22 @@ impl IncomingHandOff {
     }
 }
 
+/// The hand-offs that have arrived, for a receiver that takes them on a thread of its own.
+pub trait HandOffLog: Send + Sync + 'static {
+    /// Calls [`HandOffReceiver::receive`] and [`HandOffReceiver::read_to`] for at most `max` records. Never blocks.
+    /// Returns whether there were any.
+    fn take(&self, max: usize) -> bool;
+}
+
 /// Receives the hand-offs to this node, in the order of the log.
 pub trait HandOffReceiver: Send + Sync + 'static {
+    /// Called once, before the first record. If it returns a doorbell, that is rung when records have arrived,
+    /// and its owner calls [`HandOffLog::take`]. Otherwise another thread does so at once.
+    fn opened(&self, log: Arc<dyn HandOffLog>) -> Option<Arc<Doorbell>> {
+        drop(log);
+        None
+    }
+
     /// Never blocks. `Full`: the caller offers it again later, and reads no further meanwhile.
     fn receive(&self, hand_off: IncomingHandOff) -> Pushed<IncomingHandOff>;
 

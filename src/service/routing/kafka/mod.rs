@@ -29,6 +29,7 @@ mod cluster_logs;
 mod dead_letters;
 mod follower;
 mod group;
+mod hand_off_reader;
 mod hand_off_topic;
 mod janitor;
 mod outbox;
@@ -64,8 +65,9 @@ pub use crate::service::routing::kafka::cluster_logs::{
     ClusterLogMetrics, ClusterLogParts, ClusterLogs,
 };
 pub use crate::service::routing::kafka::dead_letters::{DEAD_LETTERS_BYTES_MAX, DeadLetterTopic};
+pub use crate::service::routing::kafka::hand_off_reader::HandOffReader;
 pub use crate::service::routing::kafka::hand_off_topic::{
-    HAND_OFF_BYTES_MAX, HAND_OFF_LINGER_MS, HandOffOutbox, HandOffReader, hand_off_headers,
+    HAND_OFF_BYTES_MAX, HAND_OFF_LINGER_MS, HandOffOutbox, hand_off_headers,
     hand_off_producer_properties,
 };
 pub use crate::service::routing::kafka::janitor::{JANITOR_BYTES_MAX, SessionsJanitor};

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::service::backends::outage::Outage;
 use crate::service::routing::kafka::client::{self, partition_bytes_max};
+use crate::service::routing::kafka::source::PartitionTap;
 use crate::service::routing::kafka::{ClusterLogCounters, KafkaConfig, KafkaStartError};
 
 /// Fetched and not yet taken, KiB.
@@ -120,7 +121,7 @@ pub(super) enum Polled<'a> {
 }
 
 pub(super) struct PartitionReader {
-    consumer: BaseConsumer<LogContext>,
+    consumer: Arc<BaseConsumer<LogContext>>,
     topic: String,
     partition: i32,
     status: Arc<LogStatus>,
@@ -162,7 +163,7 @@ impl PartitionReader {
             outage: Outage::default(),
             may_be_gone: AtomicBool::new(false),
         };
-        let consumer = BaseConsumer::from_config_and_context(&properties, context)?;
+        let consumer = Arc::new(BaseConsumer::from_config_and_context(&properties, context)?);
         Ok(Self {
             consumer,
             topic: topic.to_owned(),
@@ -231,9 +232,28 @@ impl PartitionReader {
         now.duration_since(*existence.missing_since.get_or_insert(now)) >= GONE_AFTER
     }
 
+    /// Takes the records from now on, which [`PartitionReader::poll`] then no longer returns. See
+    /// [`PartitionTap::new`]: to be called before the partition is started.
+    pub(super) fn tap(
+        &self,
+        notify: impl Fn() + Send + Sync + 'static,
+    ) -> Result<LogTap, KafkaStartError> {
+        let tap = PartitionTap::new(&self.consumer, &self.topic, self.partition, notify);
+        let tap = tap.ok_or_else(|| {
+            KafkaError::Subscription(format!("no queue for {}[{}]", self.topic, self.partition))
+        })?;
+        Ok(LogTap(tap))
+    }
+
     pub(super) fn poll(&self, timeout: Duration) -> Polled<'_> {
         match self.consumer.poll(timeout) {
             None if self.is_gone() => Polled::Gone,
+            polled => self.classified(polled),
+        }
+    }
+
+    fn classified<'a>(&self, polled: Option<KafkaResult<BorrowedMessage<'a>>>) -> Polled<'a> {
+        match polled {
             None => Polled::Nothing,
             Some(Ok(message)) => {
                 let context = self.consumer.context();
@@ -253,6 +273,16 @@ impl PartitionReader {
                 Polled::Lost
             }
         }
+    }
+}
+
+/// The records of the partition of a reader.
+pub(super) struct LogTap(PartitionTap<LogContext>);
+
+impl LogTap {
+    /// What has arrived. Never blocks, and never finds that the topic is gone: [`PartitionReader::poll`] does.
+    pub(super) fn poll(&mut self, reader: &PartitionReader) -> Polled<'_> {
+        reader.classified(self.0.poll())
     }
 }
 

@@ -1,4 +1,4 @@
-//! The queue of one partition, which its router polls.
+//! The queue of one partition, which a router polls.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rdkafka::consumer::base_consumer::PartitionQueue;
 use rdkafka::consumer::{BaseConsumer, ConsumerContext};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 
 use crate::handoff::Doorbell;
@@ -56,26 +56,23 @@ impl SourceState {
     }
 }
 
-pub(super) struct PartitionSource<C: ConsumerContext + 'static> {
+/// The records of one partition, apart from those of the others, for whoever is notified of them.
+pub(super) struct PartitionTap<C: ConsumerContext + 'static> {
     queue: PartitionQueue<C>,
-    state: Arc<SourceState>,
     /// Whether the queue may have records.
     ready: Arc<AtomicBool>,
     polls: u32,
-    /// Whether the end of the partition was reached since the last record.
-    at_end: bool,
-    tracing: bool,
 }
 
-impl<C: ConsumerContext + 'static> PartitionSource<C> {
+impl<C: ConsumerContext + 'static> PartitionTap<C> {
     /// Splits the partition's queue off the consumer's common queue. Call it before the partition is
-    /// assigned: records fetched earlier would stay in the common queue, out of order.
+    /// assigned: records fetched earlier would stay in the common queue, out of order. `notify` is called from
+    /// a thread of librdkafka when the queue is no longer empty.
     pub(super) fn new(
         consumer: &Arc<BaseConsumer<C>>,
         topic: &str,
         partition: i32,
-        bell: Arc<Doorbell>,
-        tracing: bool,
+        notify: impl Fn() + Send + Sync + 'static,
     ) -> Option<Self> {
         let mut queue = consumer.split_partition_queue(topic, partition)?;
         let ready = Arc::new(AtomicBool::new(true));
@@ -83,11 +80,49 @@ impl<C: ConsumerContext + 'static> PartitionSource<C> {
             let ready = Arc::clone(&ready);
             move || {
                 ready.store(true, Ordering::Release);
-                bell.ring();
+                notify();
             }
         });
-        let state = Arc::default();
-        Some(Self { queue, state, ready, polls: 0, at_end: false, tracing })
+        Some(Self { queue, ready, polls: 0 })
+    }
+
+    /// The next record or error, if there is one. Never blocks.
+    pub(super) fn poll(&mut self) -> Option<KafkaResult<BorrowedMessage<'_>>> {
+        if !self.ready.load(Ordering::Relaxed) {
+            self.polls = self.polls.wrapping_add(1);
+            if !self.polls.is_multiple_of(POLLS_PER_CHECK) {
+                return None;
+            }
+        }
+        // Cleared before the poll, so that a record that arrives meanwhile sets it again.
+        self.ready.store(false, Ordering::Release);
+        let polled = self.queue.poll(Duration::ZERO);
+        if polled.is_some() {
+            self.ready.store(true, Ordering::Release);
+        }
+        polled
+    }
+}
+
+pub(super) struct PartitionSource<C: ConsumerContext + 'static> {
+    tap: PartitionTap<C>,
+    state: Arc<SourceState>,
+    /// Whether the end of the partition was reached since the last record.
+    at_end: bool,
+    tracing: bool,
+}
+
+impl<C: ConsumerContext + 'static> PartitionSource<C> {
+    /// The source of a partition for the router that this bell wakes. See [`PartitionTap::new`].
+    pub(super) fn new(
+        consumer: &Arc<BaseConsumer<C>>,
+        topic: &str,
+        partition: i32,
+        bell: Arc<Doorbell>,
+        tracing: bool,
+    ) -> Option<Self> {
+        let tap = PartitionTap::new(consumer, topic, partition, move || bell.ring())?;
+        Some(Self { tap, state: Arc::default(), at_end: false, tracing })
     }
 
     pub(super) fn state(&self) -> &Arc<SourceState> {
@@ -97,35 +132,26 @@ impl<C: ConsumerContext + 'static> PartitionSource<C> {
 
 impl<C: ConsumerContext + 'static> RecordSource for PartitionSource<C> {
     fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool {
-        if !self.ready.load(Ordering::Relaxed) {
-            self.polls = self.polls.wrapping_add(1);
-            if !self.polls.is_multiple_of(POLLS_PER_CHECK) {
-                return false;
-            }
-        }
-        // Cleared before the poll, so that a record that arrives meanwhile sets it again.
-        self.ready.store(false, Ordering::Release);
-        loop {
-            match self.queue.poll(Duration::ZERO) {
-                None => return false,
-                Some(Ok(message)) => {
-                    self.ready.store(true, Ordering::Release);
+        while let Some(polled) = self.tap.poll() {
+            match polled {
+                Ok(message) => {
                     self.at_end = false;
                     self.state.works();
                     hand_over(&message, self.tracing, take);
                     return true;
                 }
-                Some(Err(KafkaError::PartitionEOF(_))) => {
+                Err(KafkaError::PartitionEOF(_)) => {
                     self.at_end = true;
                     self.state.works();
                 }
                 // The error callback has counted and logged it.
-                Some(Err(error)) => {
+                Err(error) => {
                     self.state.failed(&error);
                     tracing::debug!(%error, "partition");
                 }
             }
         }
+        false
     }
 
     /// Reported only with `enable.partition.eof`.

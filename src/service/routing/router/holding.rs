@@ -10,11 +10,11 @@ use std::sync::mpsc::TrySendError;
 use bytes::Bytes;
 
 use crate::domain::ids::SessionAddress;
-use crate::handoff::Pushed;
+use crate::handoff::{Doorbell, Pushed};
 use crate::service::cluster::holder::{
     Arrived, Holder, LiveNeed, RoutedPosition, SessionSerial, SourcePartition,
 };
-use crate::service::cluster::ports::{HandOffReceiver, IncomingHandOff};
+use crate::service::cluster::ports::{HandOffLog, HandOffReceiver, IncomingHandOff};
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::cluster::wire::{HandOffHeader, Passed, TopicPositions};
 use crate::service::events::envelope;
@@ -121,6 +121,15 @@ impl HandOffInboxes {
 }
 
 impl HandOffReceiver for HandOffInboxes {
+    /// A single router takes the hand-offs itself, which saves the time to wake it. Of several, the one that takes
+    /// them would delay those of the others whenever it is busy.
+    fn opened(&self, log: Arc<dyn HandOffLog>) -> Option<Arc<Doorbell>> {
+        match &*self.routers {
+            [router] => Some(router.take_hand_offs(log)),
+            _ => None,
+        }
+    }
+
     fn receive(&self, hand_off: IncomingHandOff) -> Pushed<IncomingHandOff> {
         if let Some(Content::Passed(passed)) = &hand_off.header.content {
             let passed = passed.clone();

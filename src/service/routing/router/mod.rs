@@ -38,6 +38,7 @@ use std::time::Duration;
 use crate::counters;
 use crate::handoff::{Doorbell, PeerEnd, Pushed};
 use crate::service::backends::ports::{RemoteNodes, RouterInbox, RouterInput};
+use crate::service::cluster::ports::HandOffLog;
 use crate::service::events::encode::CompressionConfig;
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
@@ -182,6 +183,8 @@ pub struct RouterParts {
 enum LaneCommand {
     Assign(Assignment),
     Revoke(TopicPartition, Revocation),
+    /// Take the hand-offs to this node from here.
+    TakeHandOffs(Arc<dyn HandOffLog>),
     Stop,
 }
 
@@ -243,6 +246,12 @@ impl RouterControl {
         let deadline_ms = unix_ms() + grace.as_millis() as u64;
         self.command(LaneCommand::Revoke(log, Revocation { deadline_ms, released: sender }));
         released
+    }
+
+    /// The router takes the hand-offs to this node from `log` whenever the doorbell that this returns is rung.
+    fn take_hand_offs(&self, log: Arc<dyn HandOffLog>) -> Arc<Doorbell> {
+        self.command(LaneCommand::TakeHandOffs(log));
+        Arc::clone(&self.bell)
     }
 
     /// Ends the router's thread.

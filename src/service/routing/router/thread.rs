@@ -10,7 +10,7 @@ use slab::Slab;
 
 use crate::domain::budget::EventBudget;
 use crate::service::backends::ports::RouterInput;
-use crate::service::cluster::ports::IncomingHandOff;
+use crate::service::cluster::ports::{HandOffLog, IncomingHandOff};
 use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
@@ -49,6 +49,8 @@ pub struct Router {
     hand_offs: Receiver<HandOffInput>,
     hand_off_bytes: Arc<AtomicUsize>,
     read_to: Arc<ReadTo>,
+    /// Where hand-offs are taken from. `None`: another thread takes them.
+    hand_off_log: Option<Arc<dyn HandOffLog>>,
     /// A hand-off that waits for room in a ring, or for the table.
     hand_off: Option<IncomingHandOff>,
     /// Every hand-off to this node below this offset was delivered.
@@ -103,6 +105,7 @@ impl Router {
             hand_offs,
             hand_off_bytes,
             read_to,
+            hand_off_log: None,
             hand_off: None,
             handed_to: 0,
             inbox,
@@ -193,6 +196,7 @@ impl Router {
             match command {
                 LaneCommand::Assign(assignment) => self.assign(assignment),
                 LaneCommand::Revoke(log, revocation) => self.revoke(&log, revocation),
+                LaneCommand::TakeHandOffs(log) => self.hand_off_log = Some(log),
                 LaneCommand::Stop => return ControlFlow::Break(()),
             }
         }
@@ -355,7 +359,8 @@ impl Router {
 
     /// Delivers what owners have handed over to this node, in the order of the log.
     fn take_hand_offs(&mut self) -> bool {
-        let mut progressed = false;
+        let batch_max = self.core.config.batch_max;
+        let mut progressed = self.hand_off_log.as_ref().is_some_and(|log| log.take(batch_max));
         // Before the queue is found empty.
         let latest = self.read_to.latest();
         for _ in 0..self.core.config.batch_max {

@@ -19,7 +19,7 @@ use std::ops::{Add, AddAssign, Mul};
 
 use crate::service::cluster::newcomers::NEWCOMERS_MAX;
 use crate::service::cluster::nodes::RENEWAL_MS;
-use crate::service::routing::kafka::{HAND_OFF_LINGER_MS, MESSAGE_BYTES_MAX, SESSIONS_LINGER_MS};
+use crate::service::routing::kafka::{MESSAGE_BYTES_MAX, SESSIONS_LINGER_MS};
 use crate::service::routing::router::owner::PASSED_INTERVAL_MS;
 
 pub use compare::{BrokerCosts, NODES_COMPARED_MAX, Turning};
@@ -138,8 +138,6 @@ pub struct GroupCosts {
     pub replays: RecordFlow,
     /// Written: what tells nodes what has passed.
     pub passed: RecordFlow,
-    /// Batches per second of the hand-offs.
-    pub batches: f64,
     /// Written: beginnings of sessions.
     pub begun: RecordFlow,
     /// Written: ends of sessions.
@@ -209,10 +207,9 @@ impl ClusterLoad {
         let rates: Vec<f64> = sizes.iter().map(|it| self.rate_of(it.size) * it.hand_offs).collect();
         let replays = self.replays();
         let passed = self.passed();
-        // A batch is for one partition. A producer has the hand-offs of one node.
-        let written: f64 = rates.iter().sum::<f64>() + replays + passed;
-        let targets = self.hand_off_partitions.min(nodes).max(1.0);
-        let in_batch = together(written / nodes / targets, HAND_OFF_LINGER_MS);
+        // None waits for another, and a batch is for one partition. Only above some thousand hand-offs per second
+        // and node do several collect while the requests before them are in flight.
+        let in_batch = 1.0;
         let mut live = RecordFlow::default();
         for (rate, size) in rates.iter().zip(&sizes) {
             live += RecordFlow::new(*rate, size.bytes, in_batch);
@@ -228,7 +225,6 @@ impl ClusterLoad {
             live,
             replays,
             passed,
-            batches: hand_offs.records / in_batch,
             begun: RecordFlow::new(self.connects, records::begun(), with),
             ended: RecordFlow::new(self.connects, records::ended(), with),
             leases: RecordFlow::new(leases, records::lease(self.partitions / nodes), with),

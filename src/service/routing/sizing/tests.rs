@@ -45,7 +45,6 @@ fn flows_follow_from_the_load() {
     near(group.read_foreign.records, group.read_own.records * 49.0 / 200.0);
     near(group.read_sessions.records, 10_025.0);
     assert_eq!(load.broadcast().read.records, 20_000.0);
-    assert!(group.batches < group.hand_offs().records);
 }
 
 #[test]

@@ -38,8 +38,8 @@ impl Default for UnitCosts {
             take_s: 1.4e-6,
             skip_s: 1.15e-6,
             session_s: 2.5e-6,
-            reader: 0.055,
-            writer: 0.2,
+            reader: 0.095,
+            writer: 0.3,
             ready_s: 2.75e-6,
         }
     }

@@ -11,6 +11,8 @@
 //! more. Clones share everything, and a changed list shares all chunks but one with the list before it. So a
 //! change of a list of 100,000 members copies 20 KB and 200 to 400 pointers.
 
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -68,18 +70,17 @@ impl Chunk {
         (0..self.len()).map(|index| self.get(index))
     }
 
-    /// The index of an id, or where to insert it.
-    fn search(&self, id: &str) -> Result<usize, usize> {
+    fn contains(&self, id: &str) -> bool {
         let (mut low, mut high) = (0, self.len());
         while low < high {
             let middle = low.midpoint(high);
             match self.get(middle).cmp(id) {
-                std::cmp::Ordering::Less => low = middle + 1,
-                std::cmp::Ordering::Greater => high = middle,
-                std::cmp::Ordering::Equal => return Ok(middle),
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+                Ordering::Equal => return true,
             }
         }
-        Err(low)
+        false
     }
 
     fn bytes(&self) -> usize {
@@ -93,10 +94,10 @@ fn narrow(length: usize) -> u32 {
     u32::try_from(length).expect("smaller than an answer")
 }
 
-/// The place of an id: its chunk, and whether it is in the chunk, and where.
-struct IdPlace {
-    chunk: usize,
-    index: Result<usize, usize>,
+/// Chunks of about the same size. One id too many makes two halves, so that the next ones find room.
+fn chunks_of<'a>(ids: &'a [&'a str]) -> impl Iterator<Item = Arc<Chunk>> + 'a {
+    let count = ids.len().div_ceil(CHUNK_IDS_MAX).max(1);
+    ids.chunks(ids.len().div_ceil(count).max(1)).map(Chunk::new)
 }
 
 impl Members {
@@ -117,7 +118,12 @@ impl Members {
 
     /// Whether the user is one of them.
     pub fn contains(&self, user: &str) -> bool {
-        self.find(user).is_some_and(|place| place.index.is_ok())
+        self.0.get(self.chunk_of(user)).is_some_and(|chunk| chunk.contains(user))
+    }
+
+    /// The index of the chunk that has this user, if one has.
+    fn chunk_of(&self, user: &str) -> usize {
+        self.0.partition_point(|chunk| chunk.get(chunk.len() - 1) < user)
     }
 
     /// Whether this is the same list in memory: clones are, and a change that changes nothing returns one.
@@ -136,33 +142,57 @@ impl Members {
         32 + chunks.sum::<usize>()
     }
 
-    /// `None`: there are no members.
-    fn find(&self, user: &str) -> Option<IdPlace> {
-        let last = self.0.len().checked_sub(1)?;
-        let is_before = |chunk: &Arc<Chunk>| chunk.get(chunk.len() - 1) < user;
-        let chunk = self.0.partition_point(is_before).min(last);
-        Some(IdPlace { chunk, index: self.0[chunk].search(user) })
-    }
-
     /// The list with or without a user. Shares all chunks but one with this list.
     #[must_use]
     pub fn changed(&self, user: &str, is_member: bool) -> Self {
-        let Some(IdPlace { chunk, index }) = self.find(user) else {
-            return if is_member { Self::from_iter([user]) } else { self.clone() };
-        };
-        let mut ids: Vec<&str> = Vec::with_capacity(CHUNK_IDS_MAX + 1);
-        ids.extend(self.0[chunk].iter());
-        match (index, is_member) {
-            (Ok(_), true) | (Err(_), false) => return self.clone(),
-            (Err(at), true) => ids.insert(at, user),
-            (Ok(at), false) => drop(ids.remove(at)),
+        self.changed_all([(user, is_member)])
+    }
+
+    /// The list with or without each of these users; the last change of a user wins. Shares the chunks that
+    /// none of them concerns.
+    #[must_use]
+    pub fn changed_all<'a>(&self, changes: impl IntoIterator<Item = (&'a str, bool)>) -> Self {
+        let last: BTreeMap<&str, bool> = changes.into_iter().collect();
+        let mut last = last.into_iter().filter(|(user, _)| !user.is_empty()).peekable();
+        let Some(&(first, _)) = last.peek() else { return self.clone() };
+        let start = self.chunk_of(first).min(self.0.len().saturating_sub(1));
+        let mut chunks: Vec<Arc<Chunk>> = Vec::with_capacity(self.0.len() + 1);
+        chunks.extend_from_slice(&self.0[..start]);
+        let mut differs = false;
+        for (index, chunk) in self.0.iter().enumerate().skip(start) {
+            if last.peek().is_none() {
+                chunks.extend_from_slice(&self.0[index..]);
+                break;
+            }
+            let is_last = index + 1 == self.0.len();
+            let mut concerned =
+                || last.next_if(|(user, _)| is_last || *user <= chunk.get(chunk.len() - 1));
+            let mut ids: Vec<&str> = Vec::new();
+            let mut chunk_differs = false;
+            while let Some((user, is_member)) = concerned() {
+                if ids.is_empty() && !chunk_differs {
+                    ids.reserve(chunk.len() + 1);
+                    ids.extend(chunk.iter());
+                }
+                match (ids.binary_search(&user), is_member) {
+                    (Ok(_), true) | (Err(_), false) => continue,
+                    (Err(at), true) => ids.insert(at, user),
+                    (Ok(at), false) => drop(ids.remove(at)),
+                }
+                chunk_differs = true;
+            }
+            differs |= chunk_differs;
+            match chunk_differs {
+                false => chunks.push(Arc::clone(chunk)),
+                true => chunks.extend(chunks_of(&ids)),
+            }
         }
-        // Too many become two chunks of half the size.
-        let part = ids.len().div_ceil(ids.len().div_ceil(CHUNK_IDS_MAX).max(1)).max(1);
-        let mut chunks = Vec::with_capacity(self.0.len() + 1);
-        chunks.extend_from_slice(&self.0[..chunk]);
-        chunks.extend(ids.chunks(part).map(Chunk::new));
-        chunks.extend_from_slice(&self.0[chunk + 1..]);
+        // Only an empty list leaves some.
+        let added: Vec<&str> = last.filter(|(_, added)| *added).map(|(user, _)| user).collect();
+        if !differs && added.is_empty() {
+            return self.clone();
+        }
+        chunks.extend(chunks_of(&added));
         let changed = Self(chunks.into());
         let full = changed.len().div_ceil(CHUNK_IDS_MAX);
         if changed.0.len() > SPARSE_CHUNKS_MAX + 4 * full {
@@ -244,6 +274,21 @@ mod tests {
                 prop_assert_eq!(before.contains(&id(n)), was_member, "readers keep the old list");
             }
             check(&members, &oracle)?;
+        }
+
+        #[test]
+        fn many_changes_are_like_one_after_the_other(
+            start in prop::collection::vec(0_usize..3_000, 0..2_000),
+            changes in prop::collection::vec((0_usize..3_000, any::<bool>()), 0..900),
+        ) {
+            let members: Members = start.iter().map(|n| uuid(*n)).collect();
+            let changes: Vec<_> = changes.into_iter().map(|(n, added)| (uuid(n), added)).collect();
+            let mut oracle: BTreeSet<String> = start.iter().map(|n| uuid(*n)).collect();
+            for (user, added) in &changes {
+                let _ = if *added { oracle.insert(user.clone()) } else { oracle.remove(user) };
+            }
+            let changes = changes.iter().map(|(user, added)| (user.as_str(), *added));
+            check(&members.changed_all(changes), &oracle)?;
         }
     }
 

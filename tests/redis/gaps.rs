@@ -136,7 +136,7 @@ impl Pair {
         self.sessions.published.store(number + 1, Ordering::SeqCst);
         for user in USERS {
             let value = format!("{user} {number}");
-            let handed = self.nodes.forward(value.as_bytes(), &[user.into()], Box::new(|| {}));
+            let handed = self.nodes.forward(value.as_bytes(), &[user], Box::new(|| {}));
             assert_ne!(handed, Forwarding::Nobody);
         }
         tokio::time::sleep(Duration::from_micros(200)).await;
@@ -329,7 +329,7 @@ async fn what_was_published_at_the_wrong_server_is_told_at_the_right_one() {
     pair.sessions.published.fetch_add(1, Ordering::SeqCst);
     for user in USERS {
         let value = format!("{user} 0");
-        let handed = nodes.forward(value.as_bytes(), &[user.into()], Box::new(|| {}));
+        let handed = nodes.forward(value.as_bytes(), &[user], Box::new(|| {}));
         assert_eq!(handed, Forwarding::Pending);
     }
     until(|| sent.redis_forwards_waiting.get() == 0, tokio::task::yield_now).await;
@@ -343,7 +343,7 @@ async fn what_was_published_at_the_wrong_server_is_told_at_the_right_one() {
     // The same server once more: nothing is repeated.
     let told = sent.redis_gaps_told.get();
     changed.send(()).unwrap();
-    nodes.lost(&["dave".into()]);
+    nodes.lost(&["dave"]);
     until(|| sent.redis_gaps_told.get() > told, tokio::task::yield_now).await;
     assert_eq!(pair.sessions.closed(), USERS.len() as u64);
 }

@@ -30,7 +30,7 @@ use crate::service::cluster::holder::Holder;
 use crate::service::cluster::newcomers::NEWCOMERS_MAX;
 use crate::service::cluster::table::SessionTable;
 use crate::service::members::directory::Directory;
-use crate::service::members::membership::MembershipConfig;
+use crate::service::members::membership::{CHANGES_BYTES_MAX, MembershipConfig};
 use crate::service::routing::kafka;
 use crate::service::routing::router::RECORD_UNDER_WAY_BYTES;
 use crate::service::sessions::catch_up::CatchUpConfig;
@@ -50,7 +50,7 @@ const USER_BYTES: u64 = 100;
 const MEMBER_BYTES: u64 = 40;
 /// A cached location of a user with one other instance, bytes: 125 measured beside its key.
 const LOCATION_BYTES: u64 = 200;
-/// A cached conversation without its members, bytes: id, state, recent changes.
+/// A cached conversation without its members, bytes: id, state, the parts of its list.
 const CONVERSATION_BYTES: u64 = 1024;
 /// A presence entry in its map, its queue and its timer, bytes.
 const PRESENCE_BYTES: u64 = 400;
@@ -232,7 +232,10 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
         ("events", routers * (router.event_bytes_max + Encoding::COUNT as u64 * RECORD_BYTES)),
         // Waiting to be accepted, and waiting for members.
         ("inbox", 2 * routers * router.inbox_bytes_max as u64),
-        ("members", members * MEMBER_BYTES + conversations * CONVERSATION_BYTES),
+        (
+            "members",
+            members * MEMBER_BYTES + conversations * CONVERSATION_BYTES + CHANGES_BYTES_MAX as u64,
+        ),
         ("member_questions", membership.fetches_max as u64 * answer),
         (
             "catch_up",

@@ -25,8 +25,8 @@ use crate::service::backends::ports::NeighbourError;
 /// A refusal counts as over when none has followed for so long: other methods of the service may
 /// succeed meanwhile.
 const CALM: Duration = Duration::from_secs(60);
-/// Bytes of a service's message that are logged.
-const MESSAGE_BYTES_MAX: usize = 200;
+/// Characters of a service's message that are logged.
+const MESSAGE_CHARS_MAX: usize = 200;
 
 /// The class of a failed answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +149,8 @@ impl Refusals {
 
 /// The start of a message, for the log.
 pub(super) fn shortened(message: &str) -> &str {
-    &message[..message.floor_char_boundary(MESSAGE_BYTES_MAX)]
+    let end = message.char_indices().nth(MESSAGE_CHARS_MAX).map_or(message.len(), |(at, _)| at);
+    &message[..end]
 }
 
 #[cfg(test)]

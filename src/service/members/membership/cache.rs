@@ -1,20 +1,159 @@
-//! The member lists behind [`Membership`](super::Membership): caches side by side, each with a lock
-//! of its own and its share of the bounds.
+//! The member lists behind [`Membership`](super::Membership), and the recent changes: parts side by side, each
+//! with a lock of its own and its share of the bounds.
 
 use std::hash::BuildHasher;
 use std::sync::{Arc, RwLock};
+use std::time::Instant;
 
 use hashbrown::DefaultHashBuilder;
 
 use crate::domain::members::Members;
-use crate::service::members::membership::state::{KnownList, ListState, LogPosition};
+use crate::service::members::membership::changes::{
+    Inserted, LogPosition, RecentChanges, RequestTime,
+};
+use crate::service::members::membership::state::{AnswerOutcome, KnownList, ListState};
 use crate::service::members::membership::{MembershipConfig, MembershipCounters};
 use crate::service::runtime::cache::{Bounds, Cache};
 
-/// Caches, each with its own lock.
+/// Parts, each with its own lock.
 const PARTS: usize = 16;
+/// Recent changes of one part. All parts together hold minutes at some hundred changes per second.
+const CHANGES_MAX: usize = 8_192;
 
-type Part = Cache<ListState>;
+/// Memory of the recent changes, bytes.
+pub const CHANGES_BYTES_MAX: usize = PARTS * CHANGES_MAX * RecentChanges::CHANGE_BYTES;
+
+/// Some of the conversations: their lists and their recent changes.
+#[derive(Debug)]
+pub(super) struct Part {
+    lists: Cache<ListState>,
+    changes: RecentChanges,
+}
+
+/// A change of a conversation, as it was read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ReadChange<'a> {
+    pub(super) conversation: &'a str,
+    pub(super) user: &'a str,
+    pub(super) added: bool,
+    pub(super) position: LogPosition,
+}
+
+/// The hash of a conversation, and its id.
+type Key<'a> = (u64, &'a str);
+
+impl Part {
+    pub(super) fn new(bounds: Bounds, changes_max: usize) -> Self {
+        Self { lists: Cache::new(bounds), changes: RecentChanges::new(changes_max) }
+    }
+
+    /// The list for a record at this position; without one, the newest list.
+    fn list(&self, conversation: &str, known: &KnownList, at: Option<LogPosition>) -> Members {
+        match at {
+            Some(at) if known.has_changed => self.changes.list_at(conversation, &known.members, at),
+            Some(_) | None => known.members.clone(),
+        }
+    }
+
+    /// The list, if it is known and `accept` takes it. Marks it as used.
+    pub(super) fn read(
+        &self,
+        (hash, conversation): Key<'_>,
+        at: Option<LogPosition>,
+        accept: impl FnOnce(&ListState) -> bool,
+    ) -> Option<Members> {
+        self.lists.read(hash, conversation, |state| {
+            let known = state.known().filter(|_| accept(state))?;
+            Some(self.list(conversation, known, at))
+        })
+    }
+
+    /// Calls `act` on the state of a conversation, which starts as unknown, with the time of a request.
+    pub(super) fn with<T>(
+        &mut self,
+        (hash, conversation): Key<'_>,
+        now: Instant,
+        act: impl FnOnce(&Arc<str>, &mut ListState, RequestTime) -> T,
+    ) -> T {
+        if !self.lists.contains(hash, conversation) {
+            self.lists.insert(hash, conversation.into(), ListState::Unknown);
+        }
+        let asked = self.changes.request_time(now);
+        let act = |key: &Arc<str>, state: &mut ListState| act(key, state, asked);
+        self.lists.update(hash, conversation, act).expect("it was just inserted")
+    }
+
+    /// Handles the answer to request `id`.
+    pub(super) fn answered(
+        &mut self,
+        (hash, conversation): Key<'_>,
+        id: u64,
+        answer: &Members,
+        (now, now_ms): (Instant, u64),
+    ) -> AnswerOutcome {
+        let Self { lists, changes } = self;
+        let answered = |_: &Arc<str>, state: &mut ListState| {
+            let asked = state.request(id).map(|request| request.asked);
+            let is_reconcilable = asked.is_some_and(|asked| changes.reaches_back_to(asked));
+            let again = changes.request_time(now);
+            state.answered(id, (again, is_reconcilable), now_ms, |asked| {
+                changes.apply_to_answer(conversation, answer, asked)
+            })
+        };
+        lists.update(hash, conversation, answered).unwrap_or(AnswerOutcome::Stale)
+    }
+
+    /// Applies a change. Returns whether it is read for the first time.
+    pub(super) fn changed(&mut self, hash: u64, change: ReadChange<'_>, now: Instant) -> bool {
+        let ReadChange { conversation, user, added, position } = change;
+        let Self { lists, changes } = self;
+        let mut insert =
+            |is_member| changes.insert(conversation, (user, added), position, is_member, now);
+        let applied = lists.update(hash, conversation, |_, state| {
+            let inserted = insert(state.known().map(|known| known.members.contains(user)));
+            if inserted != Inserted::Known {
+                state.change(user, added, inserted == Inserted::Last);
+            }
+            inserted
+        });
+        applied.unwrap_or_else(|| insert(None)) != Inserted::Known
+    }
+
+    /// Applies a creation event, which has the complete list. Ignored if the list is known, or if the
+    /// conversation is older: the record can be in the log twice. `must_be_first`: nothing is known of a
+    /// conversation that changed before; a request will give the list. Returns whether it was applied.
+    pub(super) fn created(
+        &mut self,
+        (hash, conversation): Key<'_>,
+        list: &Members,
+        position: LogPosition,
+        must_be_first: bool,
+        now_ms: u64,
+    ) -> bool {
+        let known = self.lists.read(hash, conversation, |state| state.known().map(drop));
+        if known.is_some() || (must_be_first && self.changes.has_before(conversation, position)) {
+            return false;
+        }
+        let members = self.changes.apply_to_creation(conversation, list, position);
+        self.with((hash, conversation), Instant::now(), |_, state, _| state.set(members, now_ms));
+        true
+    }
+
+    /// Another node has read a change, and its order is not known. If the list agrees with it, nothing has to
+    /// be done. Returns whether a list was dropped.
+    pub(super) fn heard(&mut self, (hash, conversation): Key<'_>, user: &str, added: bool) -> bool {
+        let doubted = self.lists.update(hash, conversation, |_, state| {
+            let agrees = state.known().is_some_and(|it| it.members.contains(user) == added);
+            !agrees && state.doubt()
+        });
+        doubted == Some(true)
+    }
+
+    fn clear(&mut self) {
+        self.lists.update_all(|state| *state = ListState::Unknown);
+        self.changes.clear();
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct MemberLists {
@@ -39,7 +178,7 @@ impl MemberLists {
             weight_max: (config.members_max / PARTS).max(1),
         };
         Self {
-            parts: (0..PARTS).map(|_| RwLock::new(Cache::new(bounds))).collect(),
+            parts: (0..PARTS).map(|_| RwLock::new(Part::new(bounds, CHANGES_MAX))).collect(),
             hasher: DefaultHashBuilder::default(),
             lifetime_ms: config.lifetime_ms,
             counters,
@@ -62,10 +201,17 @@ impl MemberLists {
         now_ms: u64,
     ) -> Option<Members> {
         let (hash, part) = self.part(conversation);
-        part.read().expect("no holder panics").read(hash, conversation, |state| match state {
-            ListState::Known(known) if self.is_current(known, now_ms) => Some(known.members(at)),
-            _ => None,
-        })
+        part.read().expect("no holder panics").read(
+            (hash, conversation),
+            at,
+            |state| matches!(state, ListState::Known(known) if self.is_current(known, now_ms)),
+        )
+    }
+
+    /// The list, also if its lifetime is over.
+    pub(super) fn expired(&self, conversation: &str, at: Option<LogPosition>) -> Option<Members> {
+        let (hash, part) = self.part(conversation);
+        part.read().expect("no holder panics").read((hash, conversation), at, |_| true)
     }
 
     /// Whether a list is within its lifetime. The lifetime is shortened by a share that is derived
@@ -84,54 +230,42 @@ impl MemberLists {
         age < lifetime - spread
     }
 
-    /// Calls `act` on the state of a conversation, which starts as unknown.
+    /// Calls `act` on the state of a conversation, which starts as unknown, with the time of a request.
     pub(super) fn with<T>(
         &self,
         conversation: &str,
-        act: impl FnOnce(&Arc<str>, &mut ListState) -> T,
+        act: impl FnOnce(&Arc<str>, &mut ListState, RequestTime) -> T,
     ) -> T {
-        let (hash, part) = self.part(conversation);
-        self.count(&mut part.write().expect("no holder panics"), |part| {
-            if !part.contains(hash, conversation) {
-                part.insert(hash, conversation.into(), ListState::Unknown);
-            }
-            let result = part.update(hash, conversation, act).expect("it was just inserted");
-            self.counters.evictions.add(part.evict(conversation) as u64);
-            result
-        })
+        self.change(conversation, |hash, part| part.with((hash, conversation), Instant::now(), act))
     }
 
-    /// Calls `act` on the state of a conversation, if there is one.
-    pub(super) fn with_existing<T>(
-        &self,
-        conversation: &str,
-        act: impl FnOnce(&mut ListState) -> T,
-    ) -> Option<T> {
+    /// Calls `act` on the part of a conversation, and then evicts what exceeds its bounds.
+    pub(super) fn change<T>(&self, conversation: &str, act: impl FnOnce(u64, &mut Part) -> T) -> T {
         let (hash, part) = self.part(conversation);
         self.count(&mut part.write().expect("no holder panics"), |part| {
-            part.update(hash, conversation, |_, state| act(state))
+            let result = act(hash, part);
+            self.counters.evictions.add(part.lists.evict(conversation) as u64);
+            result
         })
     }
 
     /// Makes all lists unknown. The answer to a request in flight is stale when it arrives.
     pub(super) fn clear(&self) {
         for part in &self.parts {
-            self.count(&mut part.write().expect("no holder panics"), |part| {
-                part.update_all(|state| *state = ListState::Unknown);
-            });
+            self.count(&mut part.write().expect("no holder panics"), Part::clear);
         }
     }
 
     /// Calls `act`, and corrects the gauges by what it changed.
     fn count<T>(&self, part: &mut Part, act: impl FnOnce(&mut Part) -> T) -> T {
         let MembershipCounters { conversations, members, .. } = &*self.counters;
-        let (conversations_before, members_before) = (part.len(), part.weight());
+        let (conversations_before, members_before) = (part.lists.len(), part.lists.weight());
         let result = act(part);
         // Only the difference: a scrape in between must not see a part twice.
-        conversations.add(part.len().saturating_sub(conversations_before) as u64);
-        conversations.sub(conversations_before.saturating_sub(part.len()) as u64);
-        members.add(part.weight().saturating_sub(members_before) as u64);
-        members.sub(members_before.saturating_sub(part.weight()) as u64);
+        conversations.add(part.lists.len().saturating_sub(conversations_before) as u64);
+        conversations.sub(conversations_before.saturating_sub(part.lists.len()) as u64);
+        members.add(part.lists.weight().saturating_sub(members_before) as u64);
+        members.sub(members_before.saturating_sub(part.lists.weight()) as u64);
         result
     }
 }

@@ -3,14 +3,37 @@
 //! All routers of the node share it. Every change reaches this cache, because the follower
 //! (`kafka::follower`) reads the membership topics on every node, whichever node delivers their records.
 //! A router that reads a change before the follower applies it too, so that its next record is routed
-//! correctly. `membership/state` describes how answers and changes are reconciled.
+//! correctly.
+//!
+//! # The order of changes
+//!
+//! Positions in the log decide, never clocks: a producer's timestamp says nothing about what a list contains.
+//!
+//! 1. **Changes are applied in the order of their partition**, each once, whoever reads them first; the last
+//!    one of each user wins (`changes`). A change that was read late takes its place before those that are
+//!    already known.
+//! 2. **An answer of the conversation service contains every change that was published before the request**,
+//!    because the service stores a change before it publishes it. So the changes that are read from the
+//!    request on are applied to the answer. This is idempotent: a change names the user and whether they are
+//!    a member.
+//! 3. **A replica may lag.** So the changes that this node has read within `REPLICA_LAG_MAX` before the
+//!    request are applied to the answer again. If the answer is newer than the log, the log brings the newer
+//!    change again: a list may be behind the service for a moment, never behind the log that was read.
+//! 4. **A creation event is the complete list at its position.** The changes after it are applied. It is
+//!    ignored if the list is known, because the record can be in the log twice.
+//! 5. **A record is routed when every change before it in its partition was read** (`reading`), by the list
+//!    as of its position: the follower may be ahead.
+//! 6. **A change that another node has handed over has no position.** If the list does not agree with it, the
+//!    list is dropped and requested again. What this node has read itself still counts (3).
 
 mod cache;
+mod changes;
+mod reading;
 mod state;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
 
 use crate::counters;
 use crate::domain::members::Members;
@@ -19,13 +42,13 @@ use crate::service::backends::ports::{
     ConversationSource, MembershipChanges, NOT_FOUND_RETRY, NeighbourError,
 };
 use crate::service::events::timestamp::unix_ms;
-use crate::service::members::membership::cache::MemberLists;
-use crate::service::members::membership::state::{
-    AnswerOutcome, ListState, MemberChange, ReconcileRules, Watermarks,
-};
+use crate::service::members::membership::cache::{MemberLists, ReadChange};
+use crate::service::members::membership::reading::ReadPositions;
+use crate::service::members::membership::state::{AnswerOutcome, ListState};
 use crate::service::runtime::backoff::Backoff;
 
-pub use crate::service::members::membership::state::LogPosition;
+pub use crate::service::members::membership::cache::CHANGES_BYTES_MAX;
+pub use crate::service::members::membership::changes::LogPosition;
 
 /// How long "no such conversation" is cached, ms. Short, because a replica of the service may lag behind
 /// the creation event.
@@ -48,9 +71,6 @@ pub struct MembershipConfig {
     pub fetches_max: usize,
     /// Delays after failed requests.
     pub backoff: Backoff,
-    /// Largest difference between the clocks of this node and of the publishers (or brokers), ms. Too
-    /// large a value costs requests; too small a value costs correctness.
-    pub clock_skew_ms: u64,
 }
 
 impl Default for MembershipConfig {
@@ -62,7 +82,6 @@ impl Default for MembershipConfig {
             fetch_deadline_ms: 5_000,
             fetches_max: 64,
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
-            clock_skew_ms: 5_000,
         }
     }
 }
@@ -73,9 +92,10 @@ counters! {
         Gauge conversations: "Conversations in the membership cache.",
         Gauge members: "Members in the membership cache, summed over its conversations.",
         Counter evictions: "Member lists evicted to stay within the bounds of the cache.",
-        Counter invalidations: "Member lists dropped because a change may or may not be in them.",
+        Counter invalidations: "Member lists dropped because another node handed over a change whose order is not known.",
+        Counter waits_for_follower: "Look-ups for records that this node has read before the changes that come before them.",
         Counter fetches: "Requests to the conversation service for the members of a conversation.",
-        Counter fetches_repeated: "Requests repeated because changes arrived during them.",
+        Counter fetches_repeated: "Requests repeated because their answer could not be reconciled with what was read during them, or because the conversation was not found.",
         Counter fetches_failed: "Requests to the conversation service that failed.",
         Gauge fetches_under_way: "Requests to the conversation service in flight.",
         Counter conversations_absent: "Answers of the conversation service that a conversation does not exist.",
@@ -100,6 +120,17 @@ pub enum Lookup {
     Unknown,
 }
 
+/// Who has read a membership event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadBy {
+    /// The follower, which reads every partition of the membership topics on every node.
+    Follower(LogPosition),
+    /// A router, as it routes the record.
+    Router(LogPosition),
+    /// Another node, which has handed it over.
+    OtherNode,
+}
+
 /// The membership cache of a node.
 pub struct Membership {
     lists: MemberLists,
@@ -109,9 +140,9 @@ pub struct Membership {
     counters: Arc<MembershipCounters>,
     bells: RwLock<Vec<Arc<Doorbell>>>,
     watchers: RwLock<Vec<Arc<dyn MembershipChanges>>>,
-    /// Held while a change is applied, so that a position marked as read implies that its change is
-    /// applied.
-    watermarks: Mutex<Watermarks>,
+    reading: ReadPositions,
+    /// A router waits for the follower.
+    is_awaited: AtomicBool,
     following: AtomicBool,
     fetches: AtomicUsize,
     fetch_ids: AtomicU64,
@@ -139,7 +170,8 @@ impl Membership {
             counters,
             bells: RwLock::default(),
             watchers: RwLock::default(),
-            watermarks: Mutex::default(),
+            reading: ReadPositions::default(),
+            is_awaited: AtomicBool::new(false),
             following: AtomicBool::new(false),
             fetches: AtomicUsize::new(0),
             fetch_ids: AtomicU64::new(0),
@@ -156,11 +188,25 @@ impl Membership {
         self.bells.write().expect("no holder panics").push(bell);
     }
 
-    /// States that a partition of the membership topics is read from `position` on. Every answer from now
-    /// on includes the changes before it.
+    /// States that the follower reads a partition of the membership topics from `position` on. Every answer
+    /// from now on includes the changes before it.
     pub fn follow_from(&self, position: LogPosition) {
-        let before = LogPosition { offset: position.offset - 1, ..position };
-        self.watermarks.lock().expect("no holder panics").advance(before);
+        self.reading.follow_from(position);
+    }
+
+    /// States that the follower has read the record at this position, and has applied its change, if it is
+    /// one.
+    pub fn followed(&self, position: LogPosition) {
+        self.reading.followed(position);
+        if self.is_awaited.load(Ordering::Relaxed) && self.is_awaited.swap(false, Ordering::AcqRel)
+        {
+            self.ring();
+        }
+    }
+
+    /// States that a router reads a partition from `position` on.
+    pub fn lane_starts(&self, position: LogPosition) {
+        self.reading.lane_starts(position);
     }
 
     /// States that every change reaches this cache from now on, and so allows requests. The answer to an
@@ -174,7 +220,7 @@ impl Membership {
     /// [`Membership::follow`].
     pub fn clear(&self) {
         self.following.store(false, Ordering::Release);
-        *self.watermarks.lock().expect("no holder panics") = Watermarks::default();
+        self.reading.clear();
         self.lists.clear();
     }
 
@@ -183,19 +229,22 @@ impl Membership {
         self.source.is_some()
     }
 
-    fn rules(&self) -> ReconcileRules {
-        ReconcileRules { clock_skew_ms: self.config.clock_skew_ms, has_source: self.has_source() }
-    }
-
     /// The members of a conversation. An unknown list is fetched, with one request for all callers. `at`
     /// is the position of the record being routed, if it is from a partition: later changes in that
-    /// partition, which the follower may have read already, do not apply to it.
+    /// partition, which the follower may have read already, do not apply to it; earlier ones that nobody has
+    /// read yet are waited for.
     pub fn lookup(
         self: &Arc<Self>,
         conversation: &str,
         at: Option<LogPosition>,
         now_ms: u64,
     ) -> Lookup {
+        if let Some(at) = at
+            && !self.is_covered(at)
+        {
+            self.counters.waits_for_follower.add(1);
+            return Lookup::Pending;
+        }
         if let Some(members) = self.lists.members(conversation, at, now_ms) {
             return Lookup::Members(members);
         }
@@ -205,40 +254,52 @@ impl Membership {
         if !self.following.load(Ordering::Acquire) {
             return Lookup::Pending;
         }
-        self.lists.with(conversation, |key, state| self.fetch_if_due(key, state, at, now_ms))
+        match self.fetch_if_due(conversation, now_ms) {
+            Lookup::Pending => {
+                let expired = self.lists.expired(conversation, at);
+                expired.map_or(Lookup::Pending, Lookup::Members)
+            }
+            found => found,
+        }
     }
 
-    fn fetch_if_due(
-        self: &Arc<Self>,
-        key: &Arc<str>,
-        state: &mut ListState,
-        at: Option<LogPosition>,
-        now_ms: u64,
-    ) -> Lookup {
-        match state {
-            ListState::Unknown => {}
-            ListState::Fetching(_) => return found(state, at).unwrap_or(Lookup::Pending),
-            ListState::Failing { retry_at_ms, .. } if now_ms < *retry_at_ms => {
-                return Lookup::Failing { retry_at_ms: *retry_at_ms };
-            }
-            ListState::Failing { .. } => {}
-            ListState::Absent { until_ms } if now_ms < *until_ms => return Lookup::Absent,
-            ListState::Absent { .. } => {}
-            ListState::Known(known) if self.lists.is_current(known, now_ms) => {
-                return Lookup::Members(known.members(at));
-            }
-            ListState::Known(_) => {}
+    fn is_covered(&self, at: LogPosition) -> bool {
+        if self.reading.is_covered(at) {
+            return true;
         }
-        let meanwhile = found(state, at).unwrap_or(Lookup::Pending);
-        if self.fetches.fetch_add(1, Ordering::Relaxed) >= self.config.fetches_max {
-            self.fetches.fetch_sub(1, Ordering::Relaxed);
-            return meanwhile;
-        }
-        self.counters.fetches_under_way.add(1);
-        let id = self.fetch_ids.fetch_add(1, Ordering::Relaxed);
-        state.start_fetch(id, now_ms);
-        self.runtime.spawn(Arc::clone(self).fetch(Arc::clone(key), id));
-        meanwhile
+        self.is_awaited.store(true, Ordering::SeqCst);
+        // The follower may have read it in between, without ringing.
+        self.reading.is_covered(at)
+    }
+
+    /// Requests the list, unless a request is in flight. `Pending`: an expired list may be used meanwhile.
+    fn fetch_if_due(self: &Arc<Self>, conversation: &str, now_ms: u64) -> Lookup {
+        self.lists.with(conversation, |key, state, asked| {
+            match state {
+                ListState::Fetching(_) => return Lookup::Pending,
+                ListState::Failing { retry_at_ms, .. } if now_ms < *retry_at_ms => {
+                    return Lookup::Failing { retry_at_ms: *retry_at_ms };
+                }
+                ListState::Absent { until_ms } if now_ms < *until_ms => return Lookup::Absent,
+                // It arrived meanwhile.
+                ListState::Known(known) if self.lists.is_current(known, now_ms) => {
+                    return Lookup::Pending;
+                }
+                ListState::Unknown
+                | ListState::Failing { .. }
+                | ListState::Absent { .. }
+                | ListState::Known(_) => {}
+            }
+            if self.fetches.fetch_add(1, Ordering::Relaxed) >= self.config.fetches_max {
+                self.fetches.fetch_sub(1, Ordering::Relaxed);
+                return Lookup::Pending;
+            }
+            self.counters.fetches_under_way.add(1);
+            let id = self.fetch_ids.fetch_add(1, Ordering::Relaxed);
+            state.start_fetch(id, asked);
+            self.runtime.spawn(Arc::clone(self).fetch(Arc::clone(key), id));
+            Lookup::Pending
+        })
     }
 
     /// Requests the members until an answer is certain to be current.
@@ -255,6 +316,7 @@ impl Membership {
                 && !was_found
             {
                 // Replicas lag: only the second such answer counts.
+                self.counters.fetches_repeated.add(1);
                 tokio::time::sleep(NOT_FOUND_RETRY).await;
                 continue;
             }
@@ -277,12 +339,12 @@ impl Membership {
         let now_ms = unix_ms();
         match answer {
             Ok(members) => {
-                let rules = self.rules();
-                self.lists.with(key, |_, state| state.answered(id, members, now_ms, rules))
+                let time = (Instant::now(), now_ms);
+                self.lists.change(key, |hash, part| part.answered((hash, key), id, &members, time))
             }
             Err(NeighbourError::NotFound) => {
                 self.counters.conversations_absent.add(1);
-                self.lists.with(key, |_, state| state.absent(id, now_ms + ABSENT_MS));
+                self.lists.with(key, |_, state, _| state.absent(id, now_ms + ABSENT_MS));
                 AnswerOutcome::Finished
             }
             Err(
@@ -296,7 +358,7 @@ impl Membership {
                     let pause = self.config.backoff.random_delay(failures.saturating_sub(1));
                     pause.as_micros().div_ceil(1_000) as u64
                 };
-                self.lists.with(key, |_, state| state.failed(id, now_ms, pause));
+                self.lists.with(key, |_, state, _| state.failed(id, now_ms, pause));
                 tracing::debug!(conversation = %key, %reason, "cannot fetch members");
                 AnswerOutcome::Finished
             }
@@ -304,49 +366,56 @@ impl Membership {
     }
 
     /// A creation event with the complete list.
-    pub fn created(
-        &self,
-        conversation: &str,
-        members: &[&str],
-        position: LogPosition,
-        appended_at_ms: u64,
-        now_ms: u64,
-    ) {
-        let mut watermarks = self.watermarks.lock().expect("no holder panics");
-        if !watermarks.advance(position) {
-            return;
-        }
-        let members = members.iter().collect();
-        let rules = self.rules();
-        self.lists.with(conversation, |_, state| {
-            state.created(members, appended_at_ms, now_ms, rules);
+    pub fn created(&self, conversation: &str, members: &[&str], by: ReadBy, now_ms: u64) {
+        let position = match by {
+            ReadBy::Follower(position) => position,
+            ReadBy::Router(position) if !self.reading.is_followed(position) => position,
+            // The follower has applied it, or will.
+            ReadBy::Router(_) | ReadBy::OtherNode => return,
+        };
+        let members: Members = members.iter().collect();
+        let must_be_first = self.has_source();
+        let applied = self.lists.change(conversation, |hash, part| {
+            part.created((hash, conversation), &members, position, must_be_first, now_ms)
         });
-        drop(watermarks);
-        self.ring();
+        if applied {
+            self.ring();
+        }
     }
 
-    /// A membership event. It is applied, or ignored if the list includes it; if that is unknown, the list
-    /// is dropped. `position` is `None` if another node handed it off.
-    pub fn changed(
-        &self,
-        conversation: &str,
-        user: &str,
-        added: bool,
-        position: Option<LogPosition>,
-        appended_at_ms: u64,
-    ) {
-        let mut watermarks = self.watermarks.lock().expect("no holder panics");
-        if position.is_some_and(|position| !watermarks.advance(position)) {
-            return;
+    /// A membership event.
+    pub fn changed(&self, conversation: &str, user: &str, added: bool, by: ReadBy) {
+        let position = match by {
+            ReadBy::Follower(position) => position,
+            ReadBy::Router(position) if !self.reading.is_followed(position) => position,
+            // The follower has applied it.
+            ReadBy::Router(_) => return,
+            ReadBy::OtherNode => {
+                self.tell(user);
+                // It is in the log too. Without a conversation service, there is nobody to ask.
+                if self.has_source()
+                    && self.lists.change(conversation, |hash, part| {
+                        part.heard((hash, conversation), user, added)
+                    })
+                {
+                    self.counters.invalidations.add(1);
+                }
+                return;
+            }
+        };
+        let change = ReadChange { conversation, user, added, position };
+        let is_new = self
+            .lists
+            .change(conversation, |hash, part| part.changed(hash, change, Instant::now()));
+        if is_new {
+            self.tell(user);
         }
+    }
+
+    /// Notifies the watchers that the user joined or left a conversation.
+    fn tell(&self, user: &str) {
         for watcher in &*self.watchers.read().expect("no holder panics") {
             watcher.changed(user);
-        }
-        let change = MemberChange { user: user.into(), added, position, appended_at_ms };
-        let rules = self.rules();
-        let dropped = self.lists.with_existing(conversation, |state| state.change(change, rules));
-        if dropped == Some(true) {
-            self.counters.invalidations.add(1);
         }
     }
 
@@ -357,9 +426,7 @@ impl Membership {
     }
 }
 
-fn found(state: &ListState, at: Option<LogPosition>) -> Option<Lookup> {
-    state.members(at).map(Lookup::Members)
-}
-
+#[cfg(test)]
+mod history;
 #[cfg(test)]
 mod tests;

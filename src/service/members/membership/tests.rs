@@ -1,3 +1,5 @@
+use std::collections::VecDeque;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
@@ -9,7 +11,7 @@ use crate::service::backends::ports::BoxFuture;
 struct FakeService {
     requested: AtomicUsize,
     /// The next answers.
-    failures: Mutex<std::collections::VecDeque<NeighbourError>>,
+    failures: Mutex<VecDeque<NeighbourError>>,
     gate: Option<tokio::sync::Semaphore>,
 }
 
@@ -179,7 +181,8 @@ fn cache_stays_within_its_bounds() {
     let names: Vec<_> = (0..40).map(|n| format!("user-{n}")).collect();
     let members: Vec<_> = names.iter().map(String::as_str).collect();
     for offset in 0..2000 {
-        node.membership.created(&format!("c-{offset}"), &members[..20], position(offset), now, now);
+        let by = ReadBy::Follower(position(offset));
+        node.membership.created(&format!("c-{offset}"), &members[..20], by, now);
         assert!(node.counters.conversations.get() <= 160);
         assert!(node.counters.members.get() <= 1600);
     }
@@ -191,7 +194,7 @@ fn cache_stays_within_its_bounds() {
     // A list that is larger than its part's share is cached too, alone in its part.
     let large: Vec<_> = (0..500).map(|n| format!("member-{n}")).collect();
     let large: Vec<_> = large.iter().map(String::as_str).collect();
-    node.membership.created("large", &large, position(2000), now, now);
+    node.membership.created("large", &large, ReadBy::Follower(position(2000)), now);
     assert!(
         matches!(node.membership.lookup("large", None, now), Lookup::Members(m) if m.len() == 500)
     );
@@ -204,7 +207,8 @@ fn what_is_used_outlives_what_is_not() {
     let now = unix_ms();
     for offset in 0..500 {
         let position = LogPosition { topic: 0, partition: 0, offset };
-        node.membership.created(&format!("c-{offset}"), &["a"], position, now, now);
+        let by = ReadBy::Follower(position);
+        node.membership.created(&format!("c-{offset}"), &["a"], by, now);
         assert!(matches!(node.membership.lookup("c-0", None, now), Lookup::Members(_)), "{offset}");
     }
 }
@@ -215,13 +219,8 @@ fn expired_list_is_used_while_it_is_fetched_again() {
     let node = CacheNode::new(config, true);
     node.membership.follow();
     let now = unix_ms();
-    node.membership.created(
-        "a",
-        &["x"],
-        LogPosition { topic: 0, partition: 0, offset: 0 },
-        now,
-        now,
-    );
+    let position = LogPosition { topic: 0, partition: 0, offset: 0 };
+    node.membership.created("a", &["x"], ReadBy::Follower(position), now);
     assert_eq!(node.members("a", now + 749), ["x"]);
     assert_eq!(node.service.requested.load(Ordering::Relaxed), 0);
     assert_eq!(node.members("a", now + 1000), ["x"]);
@@ -243,7 +242,7 @@ fn lost_log_drops_all_lists() {
     node.membership.follow();
     let now = unix_ms();
     let position = LogPosition { topic: 0, partition: 0, offset: 7 };
-    node.membership.created("a", &["x"], position, now, now);
+    node.membership.created("a", &["x"], ReadBy::Follower(position), now);
     node.membership.clear();
     assert_eq!(node.counters.members.get(), 0);
     assert!(matches!(node.membership.lookup("a", None, now), Lookup::Pending));

@@ -22,9 +22,9 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
+use crate::service::members::membership::{LogPosition, ReadBy};
 use crate::service::routing::kafka::catalogue::{KnownPartition, Origin, REQUEST_TIMEOUT};
 use crate::service::routing::kafka::client;
-use crate::service::routing::kafka::source::appended_at_ms;
 use crate::service::routing::kafka::starts::{self, StartRule};
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::TopicPartition;
@@ -232,23 +232,25 @@ impl ReaderResources {
     fn apply(&self, message: &BorrowedMessage<'_>) {
         self.counters.membership_records.add(1);
         let Some(log) = self.topic_partition(message.topic(), message.partition()) else { return };
+        let position = log.position(message.offset());
+        self.apply_at(position, message);
+        self.membership.followed(position);
+    }
+
+    fn apply_at(&self, position: LogPosition, message: &BorrowedMessage<'_>) {
         let Ok(record) = envelope::decode(message.payload().unwrap_or_default()) else {
             self.counters.membership_records_undecodable.add(1);
             return;
         };
         let key = message.key().and_then(|key| std::str::from_utf8(key).ok());
         let Some(conversation) = record.conversation().or(key) else { return };
-        let (now_ms, position) = (unix_ms(), log.position(message.offset()));
-        let at_ms = match appended_at_ms(message) {
-            0 => now_ms,
-            at_ms => at_ms,
-        };
+        let by = ReadBy::Follower(position);
         match &record.body {
             EventBody::ConversationCreated { members, .. } => {
-                self.membership.created(conversation, members, position, at_ms, now_ms);
+                self.membership.created(conversation, members, by, unix_ms());
             }
             &EventBody::MembershipChanged { user, added, .. } => {
-                self.membership.changed(conversation, user, added, Some(position), at_ms);
+                self.membership.changed(conversation, user, added, by);
             }
             EventBody::MessageSent { .. }
             | EventBody::MessageDeleted { .. }

@@ -14,7 +14,7 @@ use crate::service::cluster::tail::TailAudience;
 use crate::service::events::encode::Encoder;
 use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
-use crate::service::members::membership::{Lookup, Membership};
+use crate::service::members::membership::{Lookup, Membership, ReadBy};
 use crate::service::routing::router::WARNING_INTERVAL;
 use crate::service::routing::router::claim::LanePosition;
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
@@ -223,20 +223,14 @@ impl RouterCore {
         match &record.body {
             EventBody::ConversationCreated { members, .. } => {
                 if let Some(place) = log_place {
-                    self.membership.created(
-                        conversation,
-                        members,
-                        place,
-                        raw.appended_at_ms,
-                        now_ms,
-                    );
+                    self.membership.created(conversation, members, ReadBy::Router(place), now_ms);
                 }
                 return Ok(EventAudience::Named(members));
             }
             &EventBody::MembershipChanged { user, added, .. } => {
                 if !matches!(arrival, Arrival::OtherNode { first: false }) {
-                    let at_ms = if raw.appended_at_ms == 0 { now_ms } else { raw.appended_at_ms };
-                    self.membership.changed(conversation, user, added, log_place, at_ms);
+                    let by = log_place.map_or(ReadBy::OtherNode, ReadBy::Router);
+                    self.membership.changed(conversation, user, added, by);
                 }
                 other = Some(user);
             }

@@ -205,6 +205,7 @@ impl Router {
 
     fn assign(&mut self, assignment: Assignment) {
         let Assignment { log, source, start, committable, ownership } = assignment;
+        self.core.membership.lane_starts(log.position(start.unwrap_or(i64::MAX)));
         let window = OffsetWindow::new(start.unwrap_or(0), self.core.config.window_records_max);
         let key = self.core.next_lane_key(self.lanes.vacant_key());
         let claim = ownership.and_then(|ownership| {

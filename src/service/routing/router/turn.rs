@@ -130,6 +130,10 @@ impl RouterCore {
             {
                 return;
             }
+            if committable.get().is_none() {
+                // The first record of a lane whose start was not known.
+                self.membership.lane_starts(log.position(raw.offset));
+            }
             let at = claim.as_ref().map(|claim| claim.routes(log, raw.offset));
             let record = self.admit(key, window, raw.offset);
             let outcome = self.attempt(raw, Arrival::Partition { log, record, at }, now_ms, now_ms);

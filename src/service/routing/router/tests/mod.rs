@@ -1,6 +1,7 @@
 //! One router with fakes around it: partitions, shards, the conversation service, other nodes. The test
 //! calls the router's turns itself.
 
+mod clocks;
 mod held_back;
 mod routing;
 mod waiting;

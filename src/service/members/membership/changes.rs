@@ -1,0 +1,298 @@
+//! The membership changes that this node has read lately, by conversation and in the order of the log.
+//!
+//! Routers and the follower read the same partitions at their own pace, so a change can arrive twice, and a
+//! later one first. Each is kept once, at its place in the log. Two changes in different partitions have no
+//! order there; they keep the order in which they were read.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hashbrown::DefaultHashBuilder;
+
+use crate::domain::members::Members;
+
+/// How far a replica of the conversation service may lag. Changes that were read within this time before a
+/// request are applied to its answer, because the answer may not contain them.
+pub(super) const REPLICA_LAG_MAX: Duration = Duration::from_secs(30);
+
+/// Position of a record in Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPosition {
+    /// Index of the topic among the topics of this node.
+    pub topic: u16,
+    /// The partition.
+    pub partition: i32,
+    /// The offset.
+    pub offset: i64,
+}
+
+impl LogPosition {
+    /// The partition, without the offset.
+    pub(super) fn log(self) -> (u16, i32) {
+        (self.topic, self.partition)
+    }
+
+    /// Whether this is later than `other` in the same partition. Partitions have no common order.
+    pub(super) fn is_after(self, other: LogPosition) -> bool {
+        self.log() == other.log() && self.offset > other.offset
+    }
+}
+
+/// One user joined or left.
+#[derive(Clone, Debug)]
+pub(super) struct MemberChange {
+    pub(super) user: Arc<str>,
+    /// `true`: joined; `false`: left.
+    pub(super) added: bool,
+    pub(super) position: LogPosition,
+    /// Numbers the changes in the order in which they were read.
+    serial: u64,
+    read_at: Instant,
+    /// Whether the user was a member before the change. `None`: the list was not known then.
+    was_member: Option<bool>,
+}
+
+/// When a request was made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RequestTime {
+    /// The first change that was read afterwards has this serial or a later one.
+    serial: u64,
+    at: Instant,
+}
+
+/// Whether a change is the last one of its user, so that it decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Inserted {
+    Last,
+    /// A later one of this user was read before.
+    Superseded,
+    /// It was read before.
+    Known,
+}
+
+/// Recent changes, the oldest evicted first.
+#[derive(Debug)]
+pub(super) struct RecentChanges {
+    by_conversation: HashMap<Arc<str>, Vec<MemberChange>, DefaultHashBuilder>,
+    /// Every change, in the order in which it was read.
+    order: VecDeque<(Arc<str>, u64)>,
+    changes_max: usize,
+    next_serial: u64,
+    /// Changes with a lower serial may have been evicted.
+    evicted_below: u64,
+}
+
+impl RecentChanges {
+    /// Memory of one change, bytes: itself, its place in the order, the id of its user, and its share of the
+    /// conversation's entry.
+    pub(super) const CHANGE_BYTES: usize =
+        2 * (size_of::<MemberChange>() + size_of::<(Arc<str>, u64)>()) + 200;
+
+    pub(super) fn new(changes_max: usize) -> Self {
+        Self {
+            by_conversation: HashMap::default(),
+            order: VecDeque::new(),
+            changes_max,
+            next_serial: 0,
+            evicted_below: 0,
+        }
+    }
+
+    /// The time of a request made now.
+    pub(super) fn request_time(&self, now: Instant) -> RequestTime {
+        RequestTime { serial: self.next_serial, at: now }
+    }
+
+    /// The changes of a conversation, in the order of the log.
+    pub(super) fn of(&self, conversation: &str) -> &[MemberChange] {
+        self.by_conversation.get(conversation).map_or(&[], |changes| changes)
+    }
+
+    /// Puts a change at its place in the log. `is_member`: whether the user is in the current list, if that is
+    /// known.
+    pub(super) fn insert(
+        &mut self,
+        conversation: &str,
+        (user, added): (&str, bool),
+        position: LogPosition,
+        is_member: Option<bool>,
+        now: Instant,
+    ) -> Inserted {
+        let conversation = match self.by_conversation.get_key_value(conversation) {
+            Some((known, _)) => Arc::clone(known),
+            None => Arc::from(conversation),
+        };
+        let changes = self.by_conversation.entry(Arc::clone(&conversation)).or_default();
+        let is_newest = changes.last().is_none_or(|last| position.is_after(last.position));
+        if !is_newest && changes.iter().any(|change| change.position == position) {
+            return Inserted::Known;
+        }
+        let later = changes.iter().position(|change| change.position.is_after(position));
+        let at = if is_newest { changes.len() } else { later.unwrap_or(changes.len()) };
+        let mut change = MemberChange {
+            user: user.into(),
+            added,
+            position,
+            serial: self.next_serial,
+            read_at: now,
+            was_member: is_member,
+        };
+        self.next_serial += 1;
+        let next = changes[at..].iter_mut().find(|later| *later.user == *user);
+        let inserted = if next.is_some() { Inserted::Superseded } else { Inserted::Last };
+        if let Some(next) = next {
+            change.was_member = next.was_member.replace(added);
+        }
+        self.order.push_back((conversation, change.serial));
+        changes.insert(at, change);
+        self.evict();
+        inserted
+    }
+
+    fn evict(&mut self) {
+        while self.order.len() > self.changes_max {
+            let Some((conversation, serial)) = self.order.pop_front() else { return };
+            self.evicted_below = serial + 1;
+            let Some(changes) = self.by_conversation.get_mut(&conversation) else { continue };
+            changes.retain(|change| change.serial != serial);
+            if changes.is_empty() {
+                self.by_conversation.remove(&conversation);
+            }
+        }
+    }
+
+    /// Whether every change that was read since the request is still here.
+    pub(super) fn reaches_back_to(&self, request: RequestTime) -> bool {
+        self.evicted_below <= request.serial
+    }
+
+    /// The answer to a request, with the changes that it may not contain: those read since the request, and
+    /// those read within [`REPLICA_LAG_MAX`] before it. The last change of each user wins.
+    pub(super) fn apply_to_answer(
+        &self,
+        conversation: &str,
+        answer: &Members,
+        request: RequestTime,
+    ) -> Members {
+        let mut users: HashMap<&str, (bool, bool)> = HashMap::new();
+        for change in self.of(conversation) {
+            let age = request.at.saturating_duration_since(change.read_at);
+            let may_be_missing = change.serial >= request.serial || age <= REPLICA_LAG_MAX;
+            let (added, applies) = users.entry(&change.user).or_default();
+            *added = change.added;
+            *applies |= may_be_missing;
+        }
+        let applied = users.into_iter().filter(|(_, (_, applies))| *applies);
+        answer.changed_all(applied.map(|(user, (added, _))| (user, added)))
+    }
+
+    /// The list of a creation event, with the changes after it.
+    pub(super) fn apply_to_creation(
+        &self,
+        conversation: &str,
+        list: &Members,
+        position: LogPosition,
+    ) -> Members {
+        let before = |change: &&MemberChange| position.is_after(change.position);
+        let later = self.of(conversation).iter().filter(|change| !before(change));
+        list.changed_all(later.map(|change| (&*change.user, change.added)))
+    }
+
+    /// Whether a change of the conversation stands before this position in the same partition.
+    pub(super) fn has_before(&self, conversation: &str, position: LogPosition) -> bool {
+        self.of(conversation).iter().any(|change| position.is_after(change.position))
+    }
+
+    /// The list as it was for the record at this position: with users who left later in its partition, and
+    /// without users who joined later.
+    pub(super) fn list_at(
+        &self,
+        conversation: &str,
+        list: &Members,
+        position: LogPosition,
+    ) -> Members {
+        let later = self.of(conversation).iter().rev();
+        let later = later.filter(|change| change.position.is_after(position));
+        // The earliest of each user comes last, and decides.
+        let before = later.filter_map(|change| Some((&*change.user, change.was_member?)));
+        list.changed_all(before)
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.by_conversation.clear();
+        self.order.clear();
+        self.evicted_below = self.next_serial;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(offset: i64) -> LogPosition {
+        LogPosition { topic: 0, partition: 3, offset }
+    }
+
+    fn list(ids: &[&str]) -> Members {
+        ids.iter().collect()
+    }
+
+    #[test]
+    fn changes_are_kept_once_and_in_the_order_of_the_log() {
+        let (mut changes, now) = (RecentChanges::new(100), Instant::now());
+        let mut insert =
+            |user, added, offset| changes.insert("c", (user, added), at(offset), None, now);
+        assert_eq!(insert("b", true, 10), Inserted::Last);
+        assert_eq!(insert("b", false, 8), Inserted::Superseded);
+        assert_eq!(insert("a", false, 9), Inserted::Last);
+        assert_eq!(insert("b", true, 10), Inserted::Known);
+        assert_eq!(insert("b", false, 8), Inserted::Known);
+        let offsets: Vec<_> = changes.of("c").iter().map(|it| it.position.offset).collect();
+        assert_eq!(offsets, [8, 9, 10]);
+    }
+
+    #[test]
+    fn oldest_changes_are_evicted_and_that_is_known() {
+        let (mut changes, now) = (RecentChanges::new(2), Instant::now());
+        let request = changes.request_time(now);
+        for offset in 0..3 {
+            changes.insert("c", ("a", true), at(offset), None, now);
+            assert_eq!(changes.reaches_back_to(request), offset < 2);
+        }
+        assert_eq!(changes.of("c").len(), 2);
+        changes.insert("d", ("a", true), at(3), None, now);
+        changes.insert("d", ("a", true), at(4), None, now);
+        assert!(changes.of("c").is_empty() && changes.by_conversation.len() == 1);
+    }
+
+    #[test]
+    fn answer_gets_what_was_read_since_the_request_or_shortly_before() {
+        let (mut changes, start) = (RecentChanges::new(100), Instant::now());
+        let later = start + REPLICA_LAG_MAX + Duration::from_secs(1);
+        changes.insert("c", ("old", false), at(1), None, start);
+        changes.insert("c", ("lagging", true), at(2), None, later);
+        let request = changes.request_time(later);
+        changes.insert("c", ("new", true), at(3), None, later);
+        let answer = changes.apply_to_answer("c", &list(&["old", "x"]), request);
+        assert_eq!(answer, list(&["lagging", "new", "old", "x"]));
+    }
+
+    #[test]
+    fn list_at_a_position_has_the_members_of_then() {
+        let (mut changes, now) = (RecentChanges::new(100), Instant::now());
+        let mut members = list(&["a", "b"]);
+        for (offset, user, added) in [(5, "b", false), (6, "c", true), (7, "c", true)] {
+            let is_member = Some(members.contains(user));
+            changes.insert("x", (user, added), at(offset), is_member, now);
+            members = members.changed(user, added);
+        }
+        let then = |position| changes.list_at("x", &members, position);
+        assert_eq!(then(at(4)), list(&["a", "b"]));
+        assert_eq!(then(at(5)), list(&["a"]));
+        assert_eq!(then(at(6)), list(&["a", "c"]));
+        assert_eq!(then(at(7)), list(&["a", "c"]));
+        // Partitions have no common order.
+        assert_eq!(then(LogPosition { partition: 9, ..at(0) }), list(&["a", "c"]));
+    }
+}

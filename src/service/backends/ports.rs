@@ -49,8 +49,11 @@ pub trait ConversationSource: Send + Sync + 'static {
 
 /// Receives every membership change that is consumed or handed over. Must not block.
 pub trait MembershipChanges: Send + Sync + 'static {
-    /// The user was added to a conversation or removed from one.
-    fn changed(&self, user: &str);
+    /// The user was added to a conversation or removed from one. `members`: the list after it, if it is known.
+    fn changed(&self, conversation: &str, user: &str, added: bool, members: Option<&Members>);
+
+    /// A conversation was created. It may be reported twice.
+    fn created(&self, conversation: &str, members: &Members);
 }
 
 /// Conversations of a user (the conversation service; contract §1).

@@ -381,6 +381,13 @@ impl Membership {
         if applied {
             self.ring();
         }
+        let watchers = self.watchers.read().expect("no holder panics");
+        if !watchers.is_empty()
+            // Not that of a repeated event, which may be outdated.
+            && let Some(members) = self.lists.expired(conversation, None)
+        {
+            watchers.iter().for_each(|watcher| watcher.created(conversation, &members));
+        }
     }
 
     /// A membership event.
@@ -391,7 +398,7 @@ impl Membership {
             // The follower has applied it.
             ReadBy::Router(_) => return,
             ReadBy::OtherNode => {
-                self.tell(user);
+                self.tell(conversation, user, added);
                 // It is in the log too. Without a conversation service, there is nobody to ask.
                 if self.has_source()
                     && self.lists.change(conversation, |hash, part| {
@@ -408,14 +415,19 @@ impl Membership {
             .lists
             .change(conversation, |hash, part| part.changed(hash, change, Instant::now()));
         if is_new {
-            self.tell(user);
+            self.tell(conversation, user, added);
         }
     }
 
-    /// Notifies the watchers that the user joined or left a conversation.
-    fn tell(&self, user: &str) {
-        for watcher in &*self.watchers.read().expect("no holder panics") {
-            watcher.changed(user);
+    /// Notifies the watchers that the user joined or left the conversation.
+    fn tell(&self, conversation: &str, user: &str, added: bool) {
+        let watchers = self.watchers.read().expect("no holder panics");
+        if watchers.is_empty() {
+            return;
+        }
+        let members = self.lists.expired(conversation, None);
+        for watcher in &*watchers {
+            watcher.changed(conversation, user, added, members.as_ref());
         }
     }
 

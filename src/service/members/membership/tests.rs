@@ -249,3 +249,71 @@ fn lost_log_drops_all_lists() {
     node.membership.follow();
     assert_eq!(node.members("a", now), ["a", "b"]);
 }
+
+/// What a watcher was told.
+#[derive(Default)]
+struct Told(Mutex<Vec<String>>);
+
+impl MembershipChanges for Told {
+    fn changed(&self, conversation: &str, user: &str, added: bool, members: Option<&Members>) {
+        self.0.lock().unwrap().push(format!("{conversation} {user} {added} {members:?}"));
+    }
+
+    fn created(&self, conversation: &str, members: &Members) {
+        self.0.lock().unwrap().push(format!("{conversation} {members:?}"));
+    }
+}
+
+#[test]
+fn watchers_are_told_of_each_change_with_the_list_after_it() {
+    let node = CacheNode::new(MembershipConfig::default(), false);
+    let told = Arc::new(Told::default());
+    node.membership.watch(Arc::clone(&told) as Arc<dyn MembershipChanges>);
+    let at = |offset| LogPosition { topic: 0, partition: 0, offset };
+    node.membership.follow_from(at(0));
+    node.membership.lane_starts(at(0));
+    let now = unix_ms();
+    // The router first, then the follower.
+    node.membership.created("c", &["a"], ReadBy::Router(at(0)), now);
+    node.membership.changed("c", "b", true, ReadBy::Router(at(1)));
+    node.membership.created("c", &["a"], ReadBy::Follower(at(0)), now);
+    node.membership.followed(at(0));
+    node.membership.changed("c", "b", true, ReadBy::Follower(at(1)));
+    node.membership.followed(at(1));
+    node.membership.changed("unknown", "b", false, ReadBy::Follower(at(2)));
+    let expected = [
+        r#"c {"a"}"#,
+        r#"c b true Some({"a", "b"})"#,
+        // Repeated, with the list as it is now.
+        r#"c {"a", "b"}"#,
+        "unknown b false None",
+    ];
+    assert_eq!(*told.0.lock().unwrap(), expected);
+}
+
+/// A record of a membership topic waits for the follower if its router started ahead of it.
+#[test]
+fn record_waits_for_the_changes_before_it_and_the_follower_wakes_its_router() {
+    let node = CacheNode::new(MembershipConfig::default(), false);
+    let at = |offset| LogPosition { topic: 0, partition: 0, offset };
+    let now = unix_ms();
+    node.membership.follow_from(at(0));
+    node.membership.follow();
+    assert_eq!(node.members("c", now), ["b", "c"]);
+    node.membership.lane_starts(at(2));
+    node.membership.changed("c", "d", true, ReadBy::Router(at(2)));
+    assert!(matches!(node.membership.lookup("c", Some(at(2)), now), Lookup::Pending));
+    node.membership.changed("c", "b", false, ReadBy::Follower(at(0)));
+    node.membership.followed(at(0));
+    node.bell.about_to_sleep();
+    assert!(matches!(node.membership.lookup("c", Some(at(2)), now), Lookup::Pending));
+    assert_eq!(node.counters.waits_for_follower.get(), 2);
+    node.membership.followed(at(1));
+    // Returns at once, because the bell was rung.
+    node.bell.wait(60_000);
+    node.bell.awake();
+    let Lookup::Members(members) = node.membership.lookup("c", Some(at(2)), now) else {
+        panic!("the follower has read what is before it");
+    };
+    assert_eq!(members, ["c", "d"].iter().collect(), "b left before the record");
+}

@@ -3,8 +3,12 @@
 //! When a user is added to a conversation or removed from one, the entry of this user and all
 //! entries that name them become invalid: a removed member receives nothing more. Entries are
 //! checked when they are read, so a change adds only one note.
+//!
+//! Members of a conversation that was created, or that somebody has joined, are contacts at once. An entry
+//! from before, and an answer of a replica that lags, do not have them. So the lists of such conversations are
+//! kept as *groups* for longer than either can be used.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +16,15 @@ use std::time::Duration;
 use hashbrown::DefaultHashBuilder;
 use tokio::time::Instant;
 
+use crate::domain::members::Members;
 use crate::service::runtime::cache::{Bounds, Cache, Weigh};
 
 /// Changes noted; beyond that, all entries are dropped.
 const CHANGES_MAX: usize = 10_000;
+/// Groups kept. Beyond that, the entries of the members of the oldest are dropped with it.
+const GROUPS_MAX: usize = 256;
+/// How far a replica of the conversation service may lag.
+const REPLICA_LAG_MAX: Duration = Duration::from_secs(30);
 
 /// Users, without duplicates.
 pub(super) type Users = Arc<[Arc<str>]>;
@@ -45,6 +54,16 @@ pub(super) struct Contacts {
     changes: HashMap<Arc<str>, Instant>,
     /// Answers to requests from before this time are not cached.
     dropped_at: Option<Instant>,
+    /// The oldest first.
+    groups: VecDeque<Group>,
+}
+
+/// The members of a conversation that was created, or that somebody has joined, lately.
+#[derive(Debug)]
+struct Group {
+    conversation: Arc<str>,
+    members: Members,
+    since: Instant,
 }
 
 impl Contacts {
@@ -56,7 +75,38 @@ impl Contacts {
             hasher: DefaultHashBuilder::default(),
             changes: HashMap::new(),
             dropped_at: None,
+            groups: VecDeque::new(),
         }
+    }
+
+    /// The conversation was created, or somebody has joined it: these are its members now.
+    pub(super) fn joined(&mut self, conversation: &str, members: Members, now: Instant) {
+        self.groups.retain(|group| *group.conversation != *conversation);
+        while self.groups.len() >= GROUPS_MAX {
+            let Some(oldest) = self.groups.pop_front() else { break };
+            for member in oldest.members.iter() {
+                self.cache.remove(self.hasher.hash_one(member), member);
+            }
+            self.dropped_at = Some(now);
+        }
+        self.groups.push_back(Group { conversation: conversation.into(), members, since: now });
+    }
+
+    /// The user has left the conversation.
+    pub(super) fn left(&mut self, conversation: &str, user: &str) {
+        for group in self.groups.iter_mut().filter(|it| *it.conversation == *conversation) {
+            group.members = group.members.changed(user, false);
+        }
+    }
+
+    /// The groups of the user: all their members are contacts too.
+    pub(super) fn groups_of(&mut self, user: &str, now: Instant) -> Vec<Members> {
+        let lifetime = self.lifetime + REPLICA_LAG_MAX;
+        while self.groups.front().is_some_and(|it| now.duration_since(it.since) > lifetime) {
+            self.groups.pop_front();
+        }
+        let theirs = self.groups.iter().filter(|group| group.members.contains(user));
+        theirs.map(|group| group.members.clone()).collect()
     }
 
     /// The user was added to a conversation or removed from one.
@@ -72,7 +122,9 @@ impl Contacts {
             self.changes.retain(|_, at| now.duration_since(*at) < lifetime);
         }
         if self.changes.len() >= CHANGES_MAX {
-            *self = Self { dropped_at: Some(now), ..Self::new(self.lifetime, self.weight_max) };
+            let groups = std::mem::take(&mut self.groups);
+            let empty = Self::new(self.lifetime, self.weight_max);
+            *self = Self { dropped_at: Some(now), groups, ..empty };
         } else {
             self.changes.insert(user.into(), now);
         }
@@ -185,6 +237,27 @@ mod tests {
         contacts.remember("b".into(), with(&[]), at(2), at(2));
         assert_eq!(contacts.find("a", at(2)), Some(with(&["c"])));
         assert!(contacts.find("b", at(2)).is_some());
+    }
+
+    #[test]
+    fn groups_are_bounded_and_expire() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut contacts = Contacts::new(Duration::from_secs(10), 100);
+        contacts.joined("c", ["a", "b"].iter().collect(), at(0));
+        contacts.joined("c", ["a", "b", "c"].iter().collect(), at(1));
+        assert_eq!(contacts.groups_of("a", at(1)), [["a", "b", "c"].iter().collect()]);
+        contacts.left("c", "b");
+        assert_eq!(contacts.groups_of("b", at(1)), []);
+        contacts.remember("a".into(), with(&["x"]), at(1), at(1));
+        contacts.remember("x".into(), with(&["a"]), at(1), at(1));
+        for other in 0..GROUPS_MAX {
+            contacts.joined(&other.to_string(), ["y"].iter().collect(), at(2));
+        }
+        // The group of "c" is gone, and with it what would need it.
+        assert!(contacts.find("a", at(2)).is_none() && contacts.find("x", at(2)).is_some());
+        assert_eq!(contacts.groups_of("y", at(42)).len(), GROUPS_MAX);
+        assert_eq!(contacts.groups_of("y", at(43)), []);
     }
 
     #[test]

@@ -26,6 +26,7 @@ use tokio::time::{Instant, sleep};
 
 use self::contacts::{Contacts, Users};
 use crate::counters;
+use crate::domain::members::Members;
 use crate::handoff::Pushed;
 use crate::service::backends::ports::{
     BoxFuture, ConversationListing, ConversationSource, MembershipChanges, NOT_FOUND_RETRY,
@@ -58,8 +59,9 @@ pub struct PresenceFanoutConfig {
     pub attempts_max: u32,
     /// Delays between attempts.
     pub backoff: Backoff,
-    /// How long a user's contacts are cached. A member who was added receives changes after at most
-    /// this time; one who was removed receives none from the removal on.
+    /// How long a user's contacts are cached. A member who was added to a conversation whose members this
+    /// node does not know receives changes after at most this time, otherwise at once; one who was removed
+    /// receives none from the removal on.
     pub contacts_lifetime: Duration,
     /// Bound of the cache: the sum of all users and their contacts, about 60 bytes each.
     pub contacts_max: usize,
@@ -186,9 +188,19 @@ impl PresenceUpdates for PresenceFanout {
 }
 
 impl MembershipChanges for PresenceFanout {
-    fn changed(&self, user: &str) {
+    fn changed(&self, conversation: &str, user: &str, added: bool, members: Option<&Members>) {
         let mut contacts = self.shared.contacts.lock().expect("no holder panics");
         contacts.changed(user, Instant::now());
+        match members {
+            _ if !added => contacts.left(conversation, user),
+            Some(members) => contacts.joined(conversation, members.clone(), Instant::now()),
+            None => {}
+        }
+    }
+
+    fn created(&self, conversation: &str, members: &Members) {
+        let mut contacts = self.shared.contacts.lock().expect("no holder panics");
+        contacts.joined(conversation, members.clone(), Instant::now());
     }
 }
 
@@ -233,7 +245,7 @@ impl FanoutState {
             let change = self.pending().changes.remove(&user);
             if let Some(change) = change {
                 match contacts {
-                    Some(contacts) => self.push(&contacts, change).await,
+                    Some(contacts) => self.push(&user, &contacts, change).await,
                     None => self.counters.presence_changes_dropped_unknown.add(1),
                 }
             }
@@ -315,9 +327,26 @@ impl FanoutState {
         Ok(found.into_iter().collect())
     }
 
-    async fn push(&self, contacts: &[Arc<str>], change: PresenceChange) {
-        let connected = |user: &&Arc<str>| self.parts.directory.sessions_of(user, |_| {}) > 0;
-        let users: Vec<_> = contacts.iter().filter(connected).map(Arc::clone).collect();
+    /// The connected ones of these contacts, and of the conversations that have changed lately.
+    fn connected(&self, user: &str, contacts: &[Arc<str>]) -> Vec<Arc<str>> {
+        let is_connected = |user: &str| self.parts.directory.sessions_of(user, |_| {}) > 0;
+        let known = contacts.iter().filter(|contact| is_connected(contact));
+        let mut users: Vec<Arc<str>> = known.map(Arc::clone).collect();
+        let mut all = self.contacts.lock().expect("no holder panics");
+        let groups = all.groups_of(user, Instant::now());
+        drop(all);
+        let members = groups.iter().flat_map(Members::iter);
+        let more = members.filter(|member| *member != user && is_connected(member)).map(Arc::from);
+        users.extend(more);
+        if !groups.is_empty() {
+            users.sort_unstable();
+            users.dedup();
+        }
+        users
+    }
+
+    async fn push(&self, user: &str, contacts: &[Arc<str>], change: PresenceChange) {
+        let users = self.connected(user, contacts);
         if users.is_empty() {
             return self.counters.presence_changes_unconcerning.add(1);
         }

@@ -138,6 +138,32 @@ async fn each_connected_contact_receives_a_change_once() {
     assert_eq!(bench.counters.presence_look_ups.get(), 1);
 }
 
+/// Promise: “A change of presence reaches the members of a conversation that was created a moment ago.”
+#[tokio::test]
+async fn change_reaches_the_members_of_a_conversation_that_was_just_created() {
+    let mut bench = Bench::new(&["alice", "bob", "new"], PresenceFanoutConfig::default(), false);
+    bench.answers.add_permits(10);
+    bench.change("alice", PresenceStatus::Online, 1);
+    assert_eq!(bench.pushed().await.0, set(&["bob"]));
+    // The service does not list it: its replica lags. The contacts are cached, too.
+    bench.fanout.created("created", &["alice", "new"].iter().collect());
+    bench.change("alice", PresenceStatus::Offline, 2);
+    assert_eq!(bench.pushed().await.0, set(&["bob", "new"]));
+    bench.change("new", PresenceStatus::Online, 3);
+    assert!(bench.pushed().await.0.contains("alice"));
+    // Who is removed receives nothing more.
+    bench.fanout.changed("created", "new", false, None);
+    bench.change("alice", PresenceStatus::Online, 4);
+    assert_eq!(bench.pushed().await.0, set(&["bob"]));
+    // Who joins is a contact of all members, and they are theirs.
+    let joined = ["alice", "bob", "new"].iter().collect();
+    bench.fanout.changed("joined", "new", true, Some(&joined));
+    bench.change("new", PresenceStatus::Offline, 5);
+    assert_eq!(bench.pushed().await.0, set(&["alice", "bob"]));
+    bench.change("alice", PresenceStatus::Offline, 6);
+    assert_eq!(bench.pushed().await.0, set(&["bob", "new"]));
+}
+
 #[tokio::test]
 async fn burst_of_one_user_costs_one_look_up_and_brings_the_newest() {
     let mut bench = Bench::new(&["bob"], PresenceFanoutConfig::default(), false);

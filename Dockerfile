@@ -1,4 +1,4 @@
-# Two stages: Debian with the toolchain for the build, an image with only glibc for the program.
+# Two stages: Debian with the toolchain for the build, an image with only glibc and OpenSSL for the program.
 #
 #   docker build -t delivery .
 #   docker run --rm --security-opt seccomp=deploy/seccomp.json delivery config --reference
@@ -7,9 +7,10 @@
 
 FROM rust:1.95-slim-bookworm AS build
 
-# A C compiler for librdkafka, zstd and mimalloc, whose crates contain C sources. protoc is not needed.
+# A C compiler for librdkafka, zstd and mimalloc, whose crates contain C sources, and OpenSSL for TLS and SASL to Kafka.
+# The image of the program has the same OpenSSL. protoc is not needed.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc g++ make libc6-dev \
+ && apt-get install -y --no-install-recommends gcc g++ make libc6-dev libssl-dev pkg-config \
  && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /src

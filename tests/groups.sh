@@ -45,6 +45,8 @@ group_setup() {
   have_or_install cc build-essential
   have_or_install c++ build-essential
   have_or_install make build-essential
+  have_or_install pkg-config pkg-config
+  pkg-config --exists openssl || install_packages libssl-dev
   [ -n "${REDIS_ADDR:-}" ] || have_or_install redis-server redis-server
   if [ -z "${KAFKA_BROKERS:-}" ]; then
     have_or_install java default-jre-headless

@@ -18,3 +18,4 @@ mod mixed_cluster;
 mod pages;
 mod redis;
 mod redis_gaps;
+mod topics;

@@ -15,6 +15,7 @@ use super::wait::{SOON, until};
 pub struct OwnService {
     script: &'static str,
     arguments: Vec<String>,
+    environment: Vec<(&'static str, PathBuf)>,
     folder: PathBuf,
     child: Option<Child>,
     /// Its address.
@@ -25,7 +26,7 @@ impl OwnService {
     /// A Redis.
     pub fn redis() -> Self {
         let port = free_port();
-        Self::new("redis", port, vec![port.to_string()])
+        Self::new("redis", port, vec![port.to_string()], Vec::new())
     }
 
     /// A Kafka with two listeners: a port, and the address that is advertised to its clients (a proxy in
@@ -33,15 +34,28 @@ impl OwnService {
     pub fn kafka(listeners: [(u16, SocketAddr); 2]) -> Self {
         let [(port, advertised), (second, second_advertised)] = listeners;
         let arguments = [port, free_port(), advertised.port(), second, second_advertised.port()];
-        Self::new("kafka", port, arguments.iter().map(u16::to_string).collect())
+        Self::new("kafka", port, arguments.iter().map(u16::to_string).collect(), Vec::new())
     }
 
-    fn new(script: &'static str, port: u16, arguments: Vec<String>) -> Self {
+    /// A Kafka whose second port speaks SASL_SSL. `pem`: a private key and its certificate, for 127.0.0.1.
+    pub fn secured_kafka(second: u16, pem: PathBuf) -> Self {
+        let port = free_port();
+        let arguments = [port, free_port(), port, second, second];
+        let environment = vec![("KAFKA_SECOND_PEM", pem)];
+        Self::new("kafka", port, arguments.iter().map(u16::to_string).collect(), environment)
+    }
+
+    fn new(
+        script: &'static str,
+        port: u16,
+        arguments: Vec<String>,
+        environment: Vec<(&'static str, PathBuf)>,
+    ) -> Self {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
             .join(format!("{script}-{}-{port}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let mut service = Self { script, arguments, folder, child: None, address };
+        let mut service = Self { script, arguments, environment, folder, child: None, address };
         service.start();
         service
     }
@@ -67,6 +81,7 @@ impl OwnService {
             .arg(script)
             .arg(&self.folder)
             .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a second handle"))
             .stderr(log)

@@ -81,6 +81,10 @@ pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
         if !property.as_str().contains('=') {
             layers.reject("kafka_properties", format!("`{property}` is not name=value"));
         }
+        if property.as_str().starts_with("transactional.id=") {
+            let why = "sets `transactional.id`: Delivery uses no transactions, and would wait for one for ever";
+            layers.reject("kafka_properties", why);
+        }
     }
     tokens(settings, layers);
     if let Err(error) = settings.origin_rule() {
@@ -253,6 +257,7 @@ mod tests {
         assert_eq!(dev(&[("kafka_topics", "^a.*")]), ["--kafka-topics"]);
         assert_eq!(dev(&[("membership_topics", "a")]), ["--membership-topics"]);
         assert_eq!(dev(&[("kafka_topics", "a,b"), ("membership_topics", "a")]), [""; 0]);
+        assert_eq!(dev(&[("kafka_properties", "transactional.id=x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("auth_mode", "jwt"), ("jwt_secret", "short")]), ["--jwt-secret"]);
         assert_eq!(dev(&[("jwt_key_file", "/nonexistent")]), ["--jwt-key-file"]);

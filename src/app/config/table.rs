@@ -169,9 +169,9 @@ settings! {
         membership_topics: Vec<Name> = "", example "conversation.events.v1";
         /// Consumer group (`ROUTING_MODE=group`).
         kafka_group: Name = "delivery-service-group", example "delivery-service-group";
-        /// Further librdkafka properties, for example for TLS and SASL (which need a build with
-        /// `--features kafka-tls`).
-        kafka_properties: Vec<Name> = "", example "security.protocol=SASL_SSL,sasl.mechanism=PLAIN";
+        /// Further librdkafka properties, for example for TLS and SASL (`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`), or
+        /// `group.protocol=consumer` for the group protocol of Kafka 4 (KIP-848).
+        kafka_properties: Vec<Name> = "", example "security.protocol=SASL_SSL,sasl.mechanism=SCRAM-SHA-512,sasl.username=delivery,sasl.password=secret";
         /// How the nodes share the work: `group` (they share the partitions) or `broadcast` (each
         /// node reads every partition). Empty: `group` if Redis is configured, else `broadcast`.
         routing_mode: Option<RoutingMode> = "", example "group";

@@ -76,6 +76,45 @@ pub(super) fn common_properties(config: &KafkaConfig) -> ClientConfig {
         .set("reconnect.backoff.max.ms", "2000")
         // Brokers close idle connections regularly.
         .set("log.connection.close", "false");
+    if cfg!(feature = "kafka-tls") {
+        // The folder that OpenSSL was built for may not exist here.
+        properties.set("ssl.ca.location", "probe");
+    }
+    properties
+}
+
+/// Properties of members of a group. Most consumers read partitions of their own choice, without a group.
+const OF_MEMBERS: [&str; 2] = ["group.protocol", "group.remote.assignor"];
+/// What the brokers decide with `group.protocol=consumer` (KIP-848), and librdkafka refuses then.
+const OF_CLASSIC_GROUPS: [&str; 3] =
+    ["partition.assignment.strategy", "session.timeout.ms", "heartbeat.interval.ms"];
+
+/// Whether the members of the group use the protocol of KIP-848.
+pub(super) fn uses_consumer_protocol(config: &KafkaConfig) -> bool {
+    let mut properties = config.properties.iter();
+    properties
+        .any(|(name, value)| name == "group.protocol" && value.eq_ignore_ascii_case("consumer"))
+}
+
+/// Like [`with_user_properties`], for a member of the group. `of_member`: its defaults.
+pub(super) fn with_properties_of_member(
+    properties: ClientConfig,
+    config: &KafkaConfig,
+    of_member: &[(&str, &str)],
+) -> ClientConfig {
+    let is_classic = !uses_consumer_protocol(config);
+    let mut properties = properties;
+    for (name, value) in of_member {
+        if is_classic || !OF_CLASSIC_GROUPS.contains(name) {
+            properties.set(*name, *value);
+        }
+    }
+    let mut properties = with_user_properties(properties, config);
+    for (name, value) in &config.properties {
+        if OF_MEMBERS.contains(&name.as_str()) {
+            properties.set(name, value);
+        }
+    }
     properties
 }
 
@@ -85,7 +124,9 @@ pub(super) fn with_user_properties(
     config: &KafkaConfig,
 ) -> ClientConfig {
     for (name, value) in &config.properties {
-        properties.set(name, value);
+        if !OF_MEMBERS.contains(&name.as_str()) {
+            properties.set(name, value);
+        }
     }
     // `tracing` filters the lines. There are thousands of debug lines, so librdkafka writes them
     // only if the property `debug` is set.

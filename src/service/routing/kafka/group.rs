@@ -338,21 +338,24 @@ pub(super) struct GroupReader {
 
 impl GroupReader {
     pub(super) fn new(shared: Arc<ReaderResources>) -> Result<Self, KafkaStartError> {
-        let mut properties = client::consumer_properties(&shared.config, &shared.config.group);
-        properties
-            .set("partition.assignment.strategy", "cooperative-sticky")
-            .set("session.timeout.ms", "15000")
+        let properties = client::consumer_properties(&shared.config, &shared.config.group);
+        let defaults = [
+            ("partition.assignment.strategy", "cooperative-sticky"),
+            ("session.timeout.ms", "15000"),
             // How soon a node notices a rebalance, which delays the whole group.
-            .set("heartbeat.interval.ms", "1000");
-        let mut properties = client::with_user_properties(properties, &shared.config);
+            ("heartbeat.interval.ms", "1000"),
+        ];
+        let mut properties =
+            client::with_properties_of_member(properties, &shared.config, &defaults);
         // A position that is not in the log: see `GroupReader::mend`.
         properties.set("auto.offset.reset", "error");
         if shared.claims.is_some() {
-            properties
+            // A tail is filled when the end is reached, also if the last offsets hold no record.
+            properties.set("enable.partition.eof", "true");
+            if !client::uses_consumer_protocol(&shared.config) {
                 // Partitions are claimed one by one: an eager assignment replaces all of them at once.
-                .set("partition.assignment.strategy", "cooperative-sticky")
-                // A tail is filled when the end is reached, also if the last offsets hold no record.
-                .set("enable.partition.eof", "true");
+                properties.set("partition.assignment.strategy", "cooperative-sticky");
+            }
         }
         let context = GroupContext {
             observer: Observer { shared: Arc::clone(&shared) },

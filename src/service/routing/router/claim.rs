@@ -105,16 +105,6 @@ impl LaneClaim {
         handed_to >= self.ownership.barrier && read_to >= self.applied
     }
 
-    /// Whether the other nodes have to be told first that records are gone.
-    pub(super) fn owes_gap(&self) -> bool {
-        self.ownership.has_gap
-    }
-
-    /// The other nodes are told.
-    pub(super) fn gap_told(&mut self) {
-        self.ownership.has_gap = false;
-    }
-
     /// [`LaneClaim::may_route`], shown by a metric, and in the log if it lasts.
     pub(super) fn may_take(
         &mut self,
@@ -169,6 +159,16 @@ impl LaneClaim {
             audience,
         };
         self.tail.push(entry, now_ms);
+    }
+
+    /// Whether the other nodes have to be told first that records are gone.
+    pub(super) fn owes_gap(&self) -> bool {
+        self.ownership.has_gap
+    }
+
+    /// The other nodes are told.
+    pub(super) fn gap_told(&mut self) {
+        self.ownership.has_gap = false;
     }
 
     pub(super) fn replay_stored(&mut self) {

@@ -349,3 +349,36 @@ fn node_with_claims_ends_if_a_topic_is_created_again_and_its_successor_reads_it_
     node.receives(11..14);
     node.stop(Duration::from_secs(5));
 }
+
+/// The group protocol of Kafka 4: the broker assigns the partitions.
+#[test]
+#[ignore = "needs Kafka"]
+fn members_of_a_consumer_protocol_group_share_the_partitions_and_take_over_from_each_other() {
+    for mode in [Mode::Group, Mode::Claims] {
+        let topics = RealTopics::with_messages(4);
+        let start = || {
+            let properties = vec![("group.protocol".to_owned(), "consumer".to_owned())];
+            let config = KafkaConfig { properties, ..topics.config(RoutingMode::Group) };
+            let claims = matches!(mode, Mode::Claims).then(claims);
+            TestNode::start_on(config, None, claims)
+        };
+        let first = start().ready();
+        topics.create_conversation();
+        let second = start();
+        until("shared", || {
+            let shared = [&first, &second].map(|node| node.status.partitions());
+            shared.iter().sum::<usize>() == 5 && !shared.contains(&0)
+        });
+        first.stop(Duration::from_secs(5));
+        until("taken over", || second.status.partitions() == 5);
+        for partition in 0..4 {
+            let from = 1 + i64::from(partition) * 5;
+            topics.say(partition, from..from + 5);
+            second.receives(from..from + 5);
+        }
+        topics.add_partitions(5);
+        topics.say(4, 21..26);
+        second.receives(21..26);
+        second.stop(Duration::from_secs(5));
+    }
+}

@@ -8,10 +8,11 @@ use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, EndReason};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
-use crate::domain::ids::{ConnectionKey, ConversationPosition};
+use crate::domain::ids::ConnectionKey;
 
 /// Identifies one delivery to one shard until the shard reports it done. Only the issuer interprets
 /// it.
@@ -51,7 +52,7 @@ impl Recipients {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeliveryClass {
     /// A live event. It is held while its session catches up, and dropped if catch-up has delivered
-    /// it.
+    /// exactly this message.
     Live,
     /// A caught-up message. It is sent before the held live events.
     CatchUp,
@@ -85,14 +86,13 @@ pub enum ShardCommand {
         /// The HTTP response.
         refusal: Refusal,
     },
-    /// Catch-up is complete: send the held events, except those that `delivered` covers, and go
+    /// Catch-up is complete: send the held events, except those that `delivered` contains, and go
     /// live.
     GoLive {
         /// The connection.
         connection: ConnectionKey,
-        /// Per conversation, the highest sequence that catch-up delivered. Live events up to it are
-        /// duplicates.
-        delivered: Box<[ConversationPosition]>,
+        /// The messages that catch-up delivered. Their live events are duplicates, and no others.
+        delivered: Box<CaughtUp>,
     },
     /// Send a text message of the service (answers to the client's control messages).
     SendText {
@@ -186,10 +186,9 @@ pub enum ShardReport {
         text: Box<str>,
     },
     /// A gRPC session named a conversation for the first time. The peer sends what follows `after`
-    /// as [`DeliveryClass::CatchUp`], then [`ShardCommand::GoLive`] with exactly this conversation
-    /// in `delivered`: the highest sequence that was sent, or `after`. Only live events of this
-    /// conversation are held meanwhile. Only the stream hub sends this report, once per
-    /// conversation of a session.
+    /// as [`DeliveryClass::CatchUp`], then [`ShardCommand::GoLive`] with what was sent of this
+    /// conversation. Only live events of this conversation are held meanwhile. Only the stream hub
+    /// sends this report, once per conversation of a session.
     Resume {
         /// The connection.
         connection: ConnectionKey,

@@ -12,7 +12,7 @@ use crate::domain::ids::{ConversationKey, ConversationPosition};
 pub struct Event {
     frames: [Option<Box<[u8]>>; Encoding::COUNT],
     /// Position within the conversation; `None` for events without one (receipts, presence,
-    /// membership). Catch-up uses it to avoid duplicates.
+    /// membership). It identifies the messages that catch-up has delivered.
     pub position: Option<ConversationPosition>,
     /// The conversation of the event, whether or not it has a position in it; `None` for events of
     /// no conversation (presence). While a conversation is being caught up, all its live events are

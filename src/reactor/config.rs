@@ -30,7 +30,7 @@ pub struct ShardConfig {
     /// Time from the first message to [`GoLive`](crate::domain::command::ShardCommand::GoLive), ms.
     /// Then the session is closed with 1013.
     pub catch_up_ms_max: u64,
-    /// How long the positions delivered by catch-up are kept after the session goes live, ms.
+    /// How long the messages delivered by catch-up are remembered after the session goes live, ms.
     pub dedupe_ms: u64,
     /// Silence after which a client is pinged, ms (contract §3: 54 s).
     pub ping_after_ms: u64,

@@ -17,8 +17,7 @@
 //!                 Freeing: the kernel closes the socket ─► the slot is free
 //! ```
 
-use std::cmp::Reverse;
-
+use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::EndReason;
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConversationPosition;
@@ -167,13 +166,12 @@ pub struct Deciding {
 }
 
 impl Lifecycle {
-    /// The live events that this lifecycle holds back, and the positions that catch-up has
-    /// delivered.
-    pub fn held(&mut self) -> Option<(&mut SendQueue, Option<&mut Filter>)> {
+    /// The live events that this lifecycle holds back, and what catch-up has delivered.
+    pub fn held(&mut self) -> Option<(&mut SendQueue, Option<&Filter>)> {
         match self {
             Self::Deciding(deciding) => Some((&mut deciding.held, None)),
             Self::Holding(holding) => {
-                Some((&mut holding.queue, holding.delivered_by_catch_up.as_mut()))
+                Some((&mut holding.queue, holding.delivered_by_catch_up.as_ref()))
             }
             Self::Accepting
             | Self::Handshake(_)
@@ -195,57 +193,33 @@ pub struct Holding {
     pub queue: SendQueue,
     /// When the first message, or `GoLive`, is overdue.
     pub deadline: Tick,
-    /// Set by `GoLive`: the positions that catch-up has delivered.
+    /// Set by `GoLive`: what catch-up has delivered.
     pub delivered_by_catch_up: Option<Filter>,
 }
 
 /// Drops live events that catch-up has delivered already.
 #[derive(Debug)]
 pub struct Filter {
-    /// Sorted by conversation.
-    positions: Box<[ConversationPosition]>,
-    /// Number of conversations without a later live event so far.
-    left: usize,
-    /// When the filter expires.
+    delivered: Box<CaughtUp>,
+    /// When the filter expires. Until then a message may come live that was sent before the session
+    /// went live: Kafka lags, or the producer repeats a record.
     pub until: Tick,
 }
 
-/// Replaces the position of a conversation in which a later live event has come. Every event is
-/// after it.
-const SURPASSED: i64 = i64::MIN;
-
 impl Filter {
-    /// A filter for `positions` that expires at `until`. Of several positions in one conversation,
-    /// the last counts.
-    pub fn new(positions: Box<[ConversationPosition]>, until: Tick) -> Self {
-        let mut positions = positions.into_vec();
-        positions
-            .sort_unstable_by_key(|position| (position.conversation, Reverse(position.sequence)));
-        positions.dedup_by_key(|position| position.conversation);
-        let left = positions.len();
-        Self { positions: positions.into_boxed_slice(), left, until }
+    /// A filter that expires at `until`.
+    pub fn new(delivered: Box<CaughtUp>, until: Tick) -> Self {
+        Self { delivered, until }
     }
 
-    /// Whether catch-up has delivered the live event at `position`. The first later event ends the
-    /// filtering of its conversation: events of a conversation come in order.
-    pub fn covers(&mut self, position: ConversationPosition) -> bool {
-        let found =
-            self.positions.binary_search_by_key(&position.conversation, |known| known.conversation);
-        let Ok(index) = found else { return false };
-        let known = &mut self.positions[index].sequence;
-        if position.sequence <= *known {
-            return true;
-        }
-        if *known != SURPASSED {
-            *known = SURPASSED;
-            self.left -= 1;
-        }
-        false
+    /// Whether catch-up has delivered the live event at `position`.
+    pub fn covers(&self, position: ConversationPosition) -> bool {
+        self.delivered.contains(position)
     }
 
-    /// Whether the filter has nothing left to drop.
-    pub fn is_spent(&self) -> bool {
-        self.left == 0
+    /// Whether the filter drops nothing.
+    pub fn is_empty(&self) -> bool {
+        self.delivered.is_empty()
     }
 }
 
@@ -374,23 +348,6 @@ const _: () = assert!(Slab::<Connection>::SLOT_BYTES <= 96, "memory of an idle s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::ids::ConversationKey;
-
-    fn at(stream: u64, sequence: i64) -> ConversationPosition {
-        ConversationPosition { conversation: ConversationKey(stream), sequence }
-    }
-
-    #[test]
-    fn filter_covers_delivered_positions_until_a_later_event() {
-        let mut filter = Filter::new(Box::new([at(7, 5), at(3, 2), at(7, 4)]), 0);
-        assert!(filter.covers(at(7, 4)) && filter.covers(at(7, 5)));
-        assert!(!filter.covers(at(9, 1)));
-        assert!(!filter.covers(at(7, 6)));
-        assert!(!filter.covers(at(7, 5)), "a republished event passes after a later one");
-        assert!(!filter.is_spent());
-        assert!(!filter.covers(at(3, 3)));
-        assert!(filter.is_spent());
-    }
 
     #[test]
     #[should_panic(expected = "two requests of one kind")]

@@ -237,10 +237,7 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
             members * MEMBER_BYTES + conversations * CONVERSATION_BYTES + CHANGES_BYTES_MAX as u64,
         ),
         ("member_questions", membership.fetches_max as u64 * answer),
-        (
-            "catch_up",
-            (catch_up.pages_bytes_max + catch_up.requests_bytes_max) as u64 + calls * answer,
-        ),
+        ("catch_up", catch_up.bytes_max() as u64 + calls * answer),
         ("large_answers", large_answers),
         ("tokens", (manager::REQUESTS_WAITING_MAX * (TOKEN_BYTES_MAX + 2 * ID_BYTES_MAX)) as u64),
         (

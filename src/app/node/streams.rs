@@ -55,6 +55,7 @@ impl Streams {
             catch_up_timeout: settings.catch_up_timeout,
             stall_timeout: settings.write_timeout,
             close_timeout: settings.close_timeout,
+            ..HubConfig::default()
         };
         let (handle, hub) = Hub::new(config, side.peers, side.bell, Arc::clone(&metrics))
             .map_err(|error| format!("the gRPC hub did not start: {error}"))?;

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use super::tally::Outcome;
 use super::{AwaitedQueue, Leftover, SESSION_MANAGER, Shard};
+use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ReplyTo, ShardCommand, Ticket};
 use crate::domain::event::Event;
-use crate::domain::ids::{ConnectionKey, ConversationPosition};
+use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::domain::outgoing::Outgoing;
 use crate::protocol::frame::{self, Opcode};
@@ -195,7 +196,7 @@ impl<K: Kernel> Shard<K> {
             Some(length) => length,
         };
         if class == DeliveryClass::Live {
-            filter(&mut connection.lifecycle, outgoing)?;
+            filter(&connection.lifecycle, outgoing)?;
         }
         if holds {
             return self.hold(key, outgoing, length);
@@ -248,7 +249,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Ends catch-up: sends the held events that catch-up has not delivered.
-    fn go_live(&mut self, key: ConnectionKey, delivered: Box<[ConversationPosition]>) {
+    fn go_live(&mut self, key: ConnectionKey, delivered: Box<CaughtUp>) {
         let until = self.after(self.config.dedupe_ms);
         let Some(Lifecycle::Holding(_)) =
             self.connection(key).map(|connection| &connection.lifecycle)
@@ -259,7 +260,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Ends catch-up with a filter. Also called when the resume grace period has passed.
-    pub(super) fn go_live_with(&mut self, key: ConnectionKey, mut filter: Filter) {
+    pub(super) fn go_live_with(&mut self, key: ConnectionKey, filter: Filter) {
         let connection = self.slab.get_mut(key).expect("the connection is present");
         let Lifecycle::Holding(holding) = &mut connection.lifecycle else {
             panic!("the session holds no events")
@@ -269,7 +270,7 @@ impl<K: Kernel> Shard<K> {
         }
         let mut kept = SendQueue::new(holding.queue.encoding());
         while let Some(outgoing) = holding.queue.pop(&mut self.nodes) {
-            if covered(Some(&mut filter), &outgoing) {
+            if covered(Some(&filter), &outgoing) {
                 self.tally.recipient_done(&outgoing, Outcome::Duplicate);
             } else {
                 kept.push(&mut self.nodes, outgoing);
@@ -299,7 +300,7 @@ impl<K: Kernel> Shard<K> {
         }
         let something_to_send = !queue.is_empty();
         if holding.queue.is_empty() {
-            let filter = holding.delivered_by_catch_up.take().filter(|filter| !filter.is_spent());
+            let filter = holding.delivered_by_catch_up.take().filter(|filter| !filter.is_empty());
             let next =
                 filter.map_or(Lifecycle::Live, |filter| Lifecycle::Filtering(Box::new(filter)));
             self.set_lifecycle(key, next);
@@ -325,21 +326,17 @@ impl<K: Kernel> Shard<K> {
 }
 
 /// Whether catch-up has delivered this event.
-fn covered(filter: Option<&mut Filter>, outgoing: &Outgoing) -> bool {
+fn covered(filter: Option<&Filter>, outgoing: &Outgoing) -> bool {
     match (filter, outgoing.as_event().and_then(|event| event.position)) {
         (Some(filter), Some(position)) => filter.covers(position),
         _ => false,
     }
 }
 
-/// Applies the filter of a live session, and removes it once it is spent.
-fn filter(lifecycle: &mut Lifecycle, outgoing: &Outgoing) -> Result<(), Outcome> {
-    let Lifecycle::Filtering(filter) = lifecycle else { return Ok(()) };
-    if covered(Some(filter), outgoing) {
-        return Err(Outcome::Duplicate);
+/// Applies the filter of a live session.
+fn filter(lifecycle: &Lifecycle, outgoing: &Outgoing) -> Result<(), Outcome> {
+    match lifecycle {
+        Lifecycle::Filtering(filter) if covered(Some(filter), outgoing) => Err(Outcome::Duplicate),
+        _ => Ok(()),
     }
-    if filter.is_spent() {
-        *lifecycle = Lifecycle::Live;
-    }
-    Ok(())
 }

@@ -219,7 +219,8 @@ impl<K: Kernel> Shard<K> {
         let connection = self.connection(key).expect("the connection is present");
         let first = !connection.flags.has(Flags::FIRST_MESSAGE);
         let wanted = first || (kind == MessageKind::Text && payload.first() == Some(&b'{'));
-        let text = std::str::from_utf8(payload).ok();
+        // A first message that is no text is no resume request. The session manager answers it.
+        let text = std::str::from_utf8(payload).ok().or(first.then_some(""));
         match text.filter(|text| wanted && text.len() <= message_bytes_max) {
             Some(text) => {
                 connection.flags.set(Flags::FIRST_MESSAGE);

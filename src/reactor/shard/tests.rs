@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::*;
+use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::close::EndReason;
 use crate::domain::command::{DeliveryClass, Recipients, Refusal, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
@@ -169,6 +170,13 @@ fn closed_with(said: Option<WireEvent>) -> u16 {
     u16::from_be_bytes([payload[0], payload[1]])
 }
 
+/// What catch-up has delivered of the conversation of these tests.
+fn caught_up(sequences: &[i64]) -> Box<CaughtUp> {
+    let conversation = ConversationKey(1);
+    let run = |sequence| SequenceRun::one(ConversationPosition { conversation, sequence });
+    Box::new(CaughtUp::new(None, sequences.iter().copied().map(run).collect()))
+}
+
 #[test]
 fn live_events_are_held_until_go_live_and_duplicates_are_dropped() {
     let mut rig = Rig::new(ShardConfig::default());
@@ -178,8 +186,7 @@ fn live_events_are_held_until_go_live_and_duplicates_are_dropped() {
     }
     rig.delivers(key, 1, DeliveryClass::CatchUp);
     assert_eq!(rig.events(&mut client), [1]);
-    let delivered =
-        Box::new([ConversationPosition { conversation: ConversationKey(1), sequence: 4 }]);
+    let delivered = caught_up(&[1, 2, 3, 4]);
     rig.command(ShardCommand::GoLive { connection: key, delivered });
     rig.delivers(key, 2, DeliveryClass::Live);
     rig.delivers(key, 5, DeliveryClass::Live);
@@ -187,6 +194,39 @@ fn live_events_are_held_until_go_live_and_duplicates_are_dropped() {
     assert_eq!(rig.events(&mut client), [5, 6]);
     assert_eq!(rig.done(), [1, 3, 4, 2, 5, 6]);
     assert_eq!(rig.counters.counts.deliveries_duplicate.get(), 3);
+}
+
+/// Promise: “A live event is a duplicate only if catch-up has delivered exactly this message to the session.”
+///
+/// Issue “From the log to the members”: “the message service commits a lower sequence late; a device
+/// that resumed in between received 3 by catch-up”, and the live event 2 is no duplicate of it, whether
+/// it comes during the catch-up or afterwards. Neither does a later event end what is remembered.
+#[test]
+fn live_event_of_a_lower_sequence_is_sent_unless_catch_up_has_delivered_exactly_it() {
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, key) = rig.session(100_000);
+    rig.delivers(key, 1, DeliveryClass::CatchUp);
+    rig.delivers(key, 5, DeliveryClass::CatchUp);
+    rig.delivers(key, 2, DeliveryClass::Live);
+    rig.command(ShardCommand::GoLive { connection: key, delivered: caught_up(&[1, 5]) });
+    for sequence in [7, 3, 5, 4, 1] {
+        rig.delivers(key, sequence, DeliveryClass::Live);
+    }
+    assert_eq!(rig.events(&mut client), [1, 5, 2, 7, 3, 4]);
+    assert_eq!(rig.counters.counts.deliveries_duplicate.get(), 2);
+}
+
+#[test]
+fn what_catch_up_has_delivered_is_forgotten_in_time() {
+    let mut rig = Rig::new(ShardConfig { dedupe_ms: 1_000, ..ShardConfig::default() });
+    let (mut client, key) = rig.session(100_000);
+    rig.delivers(key, 1, DeliveryClass::CatchUp);
+    rig.command(ShardCommand::GoLive { connection: key, delivered: caught_up(&[1]) });
+    rig.delivers(key, 1, DeliveryClass::Live);
+    rig.pass(1_200);
+    rig.delivers(key, 1, DeliveryClass::Live);
+    assert_eq!(rig.events(&mut client), [1, 1], "repeated rather than lost");
+    assert_eq!(rig.counters.counts.deliveries_duplicate.get(), 1);
 }
 
 #[test]

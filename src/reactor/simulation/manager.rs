@@ -1,6 +1,7 @@
 //! Actions of the session manager: decisions, catch-up, closes.
 
 use super::*;
+use crate::domain::caught_up::{CaughtUp, SequenceRun};
 
 impl Simulation {
     pub(super) fn manager_acts(&mut self) {
@@ -74,8 +75,9 @@ impl Simulation {
         }
         if session.catch_up.is_empty() {
             session.release(now_ms);
-            let delivered = session.delivered.clone().into();
             note(TraceEvent::Pushes(number, "Release", session.delivered.len()));
+            let runs = session.delivered.iter().copied().map(SequenceRun::one).collect();
+            let delivered = Box::new(CaughtUp::new(None, runs));
             let command = ShardCommand::GoLive { connection: key, delivered };
             self.service.command(SESSION_MANAGER, command);
         }

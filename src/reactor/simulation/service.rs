@@ -138,13 +138,16 @@ impl Service {
     }
 
     /// Caught-up messages of one conversation: from some messages back to perhaps a little beyond
-    /// the router's last.
+    /// the router's last. Some are missing: the message service commits them later.
     pub(super) fn catch_up(&mut self, random: &mut Random) -> Vec<ModelEvent> {
         let peer = 1 + random.below(PEERS - 1);
         let stream = random.below(CONVERSATIONS as usize);
         let last = self.peers[peer].sequences[stream] + random.below(3) as i64;
         let first = (last - random.below(6) as i64).max(1);
         (first..=last)
+            .filter(|_| !random.chance(64))
+            .collect::<Vec<_>>()
+            .into_iter()
             .map(|sequence| {
                 let conversation = ConversationKey(peer as u64 * CONVERSATIONS + stream as u64);
                 let position = ConversationPosition { conversation, sequence };

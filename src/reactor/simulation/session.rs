@@ -1,6 +1,6 @@
 //! The model of a session: what the service side has sent to it, and what it may therefore receive.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 use crate::domain::close::EndReason;
 use crate::domain::command::DeliveryClass;
@@ -38,8 +38,8 @@ pub(super) struct Session {
     pub(super) seen: u64,
     /// Texts of the service that must arrive.
     pub(super) texts: VecDeque<String>,
-    /// What catch-up delivered, per conversation, until a later live event comes.
-    filter: BTreeMap<u64, i64>,
+    /// What catch-up delivered: conversations and sequences.
+    filter: BTreeSet<(u64, i64)>,
     /// An event is missing that only the filter can have dropped.
     relied_on_filter: bool,
     /// It received something that only the end of the grace period explains.
@@ -67,28 +67,18 @@ impl Session {
 
     pub(super) fn release(&mut self, now_ms: u64) {
         self.live_at_ms = Some(now_ms);
-        for position in &self.delivered {
-            let known = self.filter.entry(position.conversation.0).or_insert(i64::MIN);
-            *known = (*known).max(position.sequence);
-        }
+        let delivered = self.delivered.iter().map(|at| (at.conversation.0, at.sequence));
+        self.filter.extend(delivered);
     }
 
-    /// Whether the filter drops this event. An event that passes ends the filtering of its
-    /// conversation.
-    fn covers(&mut self, event: &ModelEvent) -> bool {
+    /// Whether the filter drops this event.
+    fn covers(&self, event: &ModelEvent) -> bool {
         let Some(position) =
             event.position.filter(|_| event.class == DeliveryClass::Live && event.expressible)
         else {
             return false;
         };
-        match self.filter.get(&position.conversation.0) {
-            Some(delivered) if position.sequence <= *delivered => true,
-            Some(_) => {
-                self.filter.remove(&position.conversation.0);
-                false
-            }
-            None => false,
-        }
+        self.filter.contains(&(position.conversation.0, position.sequence))
     }
 
     /// The session received this event. It must have been addressed to it, in this order, with

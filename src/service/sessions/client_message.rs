@@ -2,11 +2,12 @@
 //!
 //! | message | meaning |
 //! | --- | --- |
-//! | `{"last_sequences": {"<conversation_id>": <int64>, …}}` | The resume request, as the first message (contract §3). Each number is the highest `sequence` that the client has of the conversation, or 0. The user's other conversations are sent from their beginning, so `{"last_sequences": {}}` requests everything. |
+//! | `{"last_sequences": {"<conversation_id>": <int64>, …}}` | The resume request, as the first message (contract §3). Each number is the highest `sequence` that the client has of the conversation, or 0. The user's other conversations are sent from their beginning. |
+//! | `{}`, `null`, `{"last_sequences": null}` | The same without positions: everything. A client that omits empty fields sends one of these when it has nothing yet. |
 //! | `{"access_token": "<JWT>"}` | At any time: a fresh token of the same user, before the old one expires. The answer is `{"token_expires_at": <Unix seconds>}`, or `{"error": "<reason>"}` and the old token stays in use. |
 //!
-//! One message may have both keys. A number may be a string, as proto3 JSON writes an int64. Other keys
-//! are ignored. Any other message is ignored and counted.
+//! One message may have both keys; as the first message it is a resume request in any case. A number may
+//! be a string, as proto3 JSON writes an int64. An empty token is none. Other keys are ignored.
 
 use std::fmt;
 
@@ -16,18 +17,23 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use crate::domain::command::Secret;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 
-/// Size of a client message, bytes. The shard passes on no larger one.
-pub const CLIENT_MESSAGE_BYTES_MAX: usize = 64 * 1024;
 /// Conversations named in one message.
 pub const CONVERSATIONS_NAMED_MAX: usize = 4096;
 
-/// A valid client message. At least one field is set.
+/// A valid client message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientMessage {
     /// The position in each named conversation, without duplicates.
     pub last_sequences: Option<Vec<LastSequence>>,
     /// A fresh token.
     pub access_token: Option<Secret>,
+}
+
+impl ClientMessage {
+    /// Whether it has neither key: a resume request without positions, if it is the first message.
+    pub fn is_empty(&self) -> bool {
+        self.last_sequences.is_none() && self.access_token.is_none()
+    }
 }
 
 /// The position of a client in a conversation.
@@ -42,45 +48,38 @@ pub struct LastSequence {
 /// Why a message is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidMessage {
-    /// Larger than [`CLIENT_MESSAGE_BYTES_MAX`].
-    #[error("message is too large")]
-    TooLarge,
-    /// Not a JSON object of the documented shape, or over one of its limits.
-    #[error("message is not a JSON object of a known shape")]
+    /// Neither a JSON object of the documented shape nor `null`.
+    #[error("not a JSON object, or a key in it has the wrong type")]
     Malformed,
-    /// An object with neither key.
-    #[error("message names neither last_sequences nor access_token")]
-    Unknown,
+    /// More than [`CONVERSATIONS_NAMED_MAX`] conversations.
+    #[error("more than 4096 conversations are named")]
+    TooManyConversations,
 }
 
 /// Parses a client message.
 ///
 /// # Errors
-/// The message is invalid. It is only counted: such a message is not a fault of the connection.
+/// The message is invalid.
 pub fn parse(text: &str) -> Result<ClientMessage, InvalidMessage> {
-    if text.len() > CLIENT_MESSAGE_BYTES_MAX {
-        return Err(InvalidMessage::TooLarge);
-    }
     // serde would also accept an array of the fields' values.
-    if !text.trim_ascii_start().starts_with('{') {
+    if text.trim_ascii_start().starts_with('[') {
         return Err(InvalidMessage::Malformed);
     }
-    let fields: MessageFields =
+    let fields: Option<MessageFields> =
         serde_json::from_str(text).map_err(|_| InvalidMessage::Malformed)?;
-    match &fields.access_token {
-        None if fields.last_sequences.is_none() => return Err(InvalidMessage::Unknown),
-        Some(token) if token.is_empty() || token.len() > TOKEN_BYTES_MAX => {
-            return Err(InvalidMessage::Malformed);
-        }
-        Some(_) | None => {}
+    let fields = fields.unwrap_or_default();
+    if fields.access_token.as_ref().is_some_and(|token| token.len() > TOKEN_BYTES_MAX) {
+        return Err(InvalidMessage::Malformed);
     }
-    Ok(ClientMessage {
-        last_sequences: fields.last_sequences.map(|LastSequences(positions)| positions),
-        access_token: fields.access_token.map(Secret::new),
-    })
+    let last_sequences = fields.last_sequences.map(|LastSequences(positions)| positions);
+    if last_sequences.as_ref().is_some_and(|named| named.len() > CONVERSATIONS_NAMED_MAX) {
+        return Err(InvalidMessage::TooManyConversations);
+    }
+    let access_token = fields.access_token.filter(|token| !token.is_empty()).map(Secret::new);
+    Ok(ClientMessage { last_sequences, access_token })
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct MessageFields {
     #[serde(default)]
     last_sequences: Option<LastSequences>,
@@ -107,15 +106,14 @@ impl<'de> Visitor<'de> for LastSequencesVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<LastSequences, A::Error> {
         let mut positions = Vec::new();
-        while let Some((conversation, sequence)) = map.next_entry::<Box<str>, Sequence>()? {
-            let sequence = sequence.value().ok_or_else(|| de::Error::custom("not an int64"))?;
-            if conversation.is_empty() || conversation.len() > ID_BYTES_MAX {
-                return Err(de::Error::custom("conversation id length"));
+        // `null` counts as 0, as in Go.
+        while let Some((conversation, sequence)) = map.next_entry::<Box<str>, Option<Sequence>>()? {
+            let sequence = sequence.map_or(Some(0), Sequence::value);
+            let sequence = sequence.ok_or_else(|| de::Error::custom("not an int64"))?;
+            // Others do not exist. They are ignored, as those are that the user is not a member of.
+            if (1..=ID_BYTES_MAX).contains(&conversation.len()) {
+                positions.push(LastSequence { conversation, sequence });
             }
-            if positions.len() == CONVERSATIONS_NAMED_MAX {
-                return Err(de::Error::custom("too many conversations"));
-            }
-            positions.push(LastSequence { conversation, sequence });
         }
         // JSON does not define repeated keys. The last one counts, as in Go.
         positions.reverse();
@@ -176,6 +174,30 @@ mod tests {
         assert!(both.access_token.is_some() && both.last_sequences.is_some());
     }
 
+    /// Issue “From the log to the members”: “`{}`, `null` and `{"last_sequences":null}` return
+    /// everything from 0” in the Go service.
+    #[test]
+    fn message_without_positions_is_valid() {
+        for text in [
+            "{}",
+            " null ",
+            r#"{"last_sequences": null}"#,
+            r#"{"typing": true}"#,
+            r#"{"access_token": ""}"#,
+            r#"{"access_token": null, "last_sequences": null}"#,
+        ] {
+            assert!(parse(text).unwrap().is_empty(), "{text}");
+        }
+        assert_eq!(positions(r#"{"last_sequences": {}}"#), []);
+    }
+
+    #[test]
+    fn entry_without_a_sequence_is_from_the_beginning_and_one_without_an_id_is_ignored() {
+        let long = "x".repeat(ID_BYTES_MAX + 1);
+        let text = format!(r#"{{"last_sequences": {{"a": null, "": 1, "{long}": 1, "b": 2}}}}"#);
+        assert_eq!(positions(&text), [("a".into(), 0), ("b".into(), 2)]);
+    }
+
     #[test]
     fn any_other_message_is_invalid() {
         for text in [
@@ -183,21 +205,21 @@ mod tests {
             "{",
             "[]",
             r#"[{"a": 1}, "token"]"#,
-            "null",
             r#""last_sequences""#,
+            "5",
+            "true",
+            "nul",
             r#"{"last_sequences": []}"#,
+            r#"{"last_sequences": "a"}"#,
             r#"{"last_sequences": {"a": 1.5}}"#,
-            r#"{"last_sequences": {"a": null}}"#,
+            r#"{"last_sequences": {"a": true}}"#,
+            r#"{"last_sequences": {"a": "x"}}"#,
             r#"{"last_sequences": {"a": 9223372036854775808}}"#,
-            r#"{"last_sequences": {"": 1}}"#,
             r#"{"last_sequences": {"a": 1}} x"#,
-            r#"{"access_token": ""}"#,
+            r#"{"last_sequences": {"a": 1}, "last_sequences": {"b": 1}}"#,
             r#"{"access_token": 5}"#,
         ] {
             assert_eq!(parse(text), Err(InvalidMessage::Malformed), "{text}");
-        }
-        for text in ["{}", r#"{"typing": true}"#, r#"{"last_sequences": null}"#] {
-            assert_eq!(parse(text), Err(InvalidMessage::Unknown), "{text}");
         }
     }
 
@@ -208,13 +230,11 @@ mod tests {
             format!(r#"{{"last_sequences":{{{}}}}}"#, all.join(","))
         };
         assert_eq!(positions(&named(CONVERSATIONS_NAMED_MAX)).len(), CONVERSATIONS_NAMED_MAX);
-        assert_eq!(parse(&named(CONVERSATIONS_NAMED_MAX + 1)), Err(InvalidMessage::Malformed));
-        let id = "x".repeat(ID_BYTES_MAX + 1);
-        let long = format!(r#"{{"last_sequences":{{"{id}":1}}}}"#);
+        let too_many = parse(&named(CONVERSATIONS_NAMED_MAX + 1));
+        assert_eq!(too_many, Err(InvalidMessage::TooManyConversations));
+        let long = format!(r#"{{"access_token":"{}"}}"#, "x".repeat(TOKEN_BYTES_MAX + 1));
         assert_eq!(parse(&long), Err(InvalidMessage::Malformed));
-        let large = " ".repeat(CLIENT_MESSAGE_BYTES_MAX + 1);
-        assert_eq!(parse(&large), Err(InvalidMessage::TooLarge));
-        let deep = format!(r#"{{"x":{}"#, "[".repeat(CLIENT_MESSAGE_BYTES_MAX - 10));
+        let deep = format!(r#"{{"x":{}"#, "[".repeat(64_000));
         assert_eq!(parse(&deep), Err(InvalidMessage::Malformed));
     }
 

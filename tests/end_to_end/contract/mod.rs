@@ -1,6 +1,7 @@
 //! The contract, sentence by sentence: `docs/contract.md` names the test of each.
 
 mod events;
+mod first_message;
 mod leaving;
 mod nodes;
 mod presence;

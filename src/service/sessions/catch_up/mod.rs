@@ -10,23 +10,31 @@
 //!   when the shard reports that the last one was sent. So catch-up is never faster than the socket,
 //!   and cannot overflow the queue whose overflow closes slow readers.
 //! - **Bounds.** Calls in flight, sessions that catch up, pages in memory and waiting requests are each
-//!   bounded for all sessions together, first come, first served. A session that does not take a chunk
-//!   within [`CatchUpConfig::chunk_timeout`] is closed.
+//!   bounded for all sessions together, first come, first served ([`calls`]).
+//! - **Fairness.** A session whose socket does not take a chunk within [`CatchUpConfig::stall_after`]
+//!   keeps nothing but that chunk: no slot, no page, no call. It continues when its socket has taken the
+//!   chunk, and is closed after [`CatchUpConfig::chunk_timeout`]. So a slow session waits only for itself.
+//! - **Sharing.** Sessions that want the same page while its call waits share the call ([`fetches`]).
 //! - **Access.** The conversations are those that the conversation service lists for the user. Any other
 //!   that the client names is sent only if the user is a member of it. So removed members receive
 //!   nothing more, and no client can read a conversation by naming it.
 //! - **Failures** are retried a few times. Then the session is closed with 1013 and a reason, and the
 //!   client resumes from what it has. Nothing is skipped silently.
-//! - **Other nodes** (`ROUTING_MODE=group`) hand over a session's events only once they can find it
+//! - **Other nodes** (`HANDOFF=redis`) hand over a session's events only once they can find it
 //!   ([`Visibility`]). Stored messages are sent at once. When the session is visible, later
 //!   messages are fetched too, and only then the session goes live. A catch-up does not hold a slot
 //!   while it waits.
 //!
-//! The shard holds the session's live events back during catch-up. [`CatchUpStep::Complete`] says what
-//! was sent, so that nothing is sent twice.
+//! The shard holds the session's live events back during catch-up. [`CatchUpStep::Complete`] names
+//! exactly the messages that were sent ([`positions`]), so that no message is sent twice, and none is
+//! lost: the message service can commit a lower sequence after a higher one (contract §2). Such a message
+//! comes live, after the messages of the catch-up.
 
+mod calls;
+mod fetches;
 mod page;
 mod positions;
+mod steps;
 mod task;
 #[cfg(test)]
 mod tests;
@@ -37,14 +45,19 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
+use crate::domain::budget::EventBudget;
+use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, CloseCode};
 use crate::domain::event::Event;
-use crate::domain::ids::{ConversationPosition, SessionAddress};
+use crate::domain::ids::SessionAddress;
 use crate::service::backends::ports::{ConversationListing, ConversationSource, MessageSource};
 use crate::service::events::encode::{CompressionConfig, Encoder};
 use crate::service::members::directory::SessionIds;
 use crate::service::sessions::client_message::LastSequence;
 use crate::service::sessions::presence::Visibility;
+
+use self::calls::CallLimits;
+use self::fetches::Fetches;
 
 /// Messages per page (contract §3).
 const PAGE_MESSAGES: u16 = 100;
@@ -54,18 +67,27 @@ const PAGE_MESSAGES: u16 = 100;
 pub struct CatchUpConfig {
     /// Concurrent calls to the neighbours, all sessions together.
     pub calls_max: usize,
-    /// Conversations of one session that are caught up concurrently.
-    pub conversations_at_once: usize,
+    /// Conversations of one session that are caught up concurrently: its share of the calls.
+    pub steps_at_once: usize,
     /// Sessions that catch up concurrently; the others wait.
     pub sessions_max: usize,
     /// Pages in memory until their socket has taken them, bytes, all sessions together.
     pub pages_bytes_max: usize,
+    /// Chunks that slow sockets have not taken, bytes, all sessions together. Beyond that, sessions whose
+    /// socket is slow are closed with 1013.
+    pub stalled_bytes_max: usize,
+    /// What sessions remember of the messages that catch-up delivered, bytes, all sessions together.
+    /// Beyond that, nothing is remembered, so that messages may be repeated live.
+    pub delivered_bytes_max: usize,
     /// Requests that wait or run, bytes, all sessions together. Beyond that, sessions are closed
     /// with 1013.
     pub requests_bytes_max: usize,
     /// Attempts per call before the catch-up fails.
     pub attempts_max: u32,
-    /// How long the socket may take for one chunk.
+    /// How long the socket may take for one chunk before its session keeps nothing that others wait
+    /// for.
+    pub stall_after: Duration,
+    /// How long the socket may take for one chunk. Then the session is closed with 1013.
     pub chunk_timeout: Duration,
     /// Messages per chunk: at most half of what a session's queue holds.
     pub chunk_messages_max: usize,
@@ -76,21 +98,35 @@ pub struct CatchUpConfig {
 }
 
 impl Default for CatchUpConfig {
-    /// 64 calls, 4 conversations of one session, 512 sessions, 64 MiB each of pages and requests,
-    /// 5 attempts, 30 s for a chunk of 64 messages or 512 KiB.
+    /// 64 calls, 16 of them of one session; 512 sessions; 64 MiB each of pages, of stalled chunks, of
+    /// what was delivered and of requests; 5 attempts; 30 s for a chunk of 64 messages or 64 KiB, stalled
+    /// after 250 ms.
     fn default() -> Self {
         Self {
             calls_max: 64,
-            conversations_at_once: 4,
+            steps_at_once: 16,
             sessions_max: 512,
             pages_bytes_max: 64 * 1024 * 1024,
+            stalled_bytes_max: 64 * 1024 * 1024,
+            delivered_bytes_max: 64 * 1024 * 1024,
             requests_bytes_max: 64 * 1024 * 1024,
             attempts_max: 5,
+            stall_after: Duration::from_millis(250),
             chunk_timeout: Duration::from_secs(30),
             chunk_messages_max: 64,
-            chunk_bytes_max: 512 * 1024,
+            chunk_bytes_max: 64 * 1024,
             compression: CompressionConfig::default(),
         }
+    }
+}
+
+impl CatchUpConfig {
+    /// Memory of all catch-ups together, without the pages of calls in flight, bytes.
+    pub fn bytes_max(&self) -> usize {
+        self.pages_bytes_max
+            + self.stalled_bytes_max
+            + self.delivered_bytes_max
+            + self.requests_bytes_max
     }
 }
 
@@ -107,9 +143,13 @@ crate::counters! {
         Counter conversations: "Conversations caught up",
         Counter conversations_refused: "Conversations named by clients that are not members",
         Counter pages: "Pages received",
+        Counter pages_shared: "Pages for which a session joined the call of another one",
+        Counter stalls: "Chunks that a socket did not take within 250 ms",
+        Counter delivered_forgotten: "Runs of caught-up messages that are not remembered, because there are too many: the messages may be repeated live",
         Counter messages: "Messages sent by catch-up",
         Gauge waiting: "Sessions waiting to catch up",
         Gauge running: "Sessions catching up",
+        Gauge stalled: "Sessions whose catch-up waits for their socket",
         Gauge pages_bytes: "Bytes of pages in memory until their socket has taken them",
     }
 }
@@ -177,8 +217,8 @@ pub enum CatchUpStep {
     },
     /// Everything was sent.
     Complete {
-        /// Per conversation the highest sequence that the client has now.
-        delivered: Box<[ConversationPosition]>,
+        /// The messages that were sent.
+        delivered: Box<CaughtUp>,
     },
     /// The catch-up failed: close the session with this.
     Failed(Close),
@@ -227,8 +267,10 @@ struct CatchUpResources {
     access: ReadAccess,
     counters: Arc<CatchUpCounters>,
     sessions: Semaphore,
-    calls: Semaphore,
-    pages_bytes: Arc<Semaphore>,
+    limits: CallLimits,
+    fetches: Fetches,
+    stalled_bytes: Semaphore,
+    delivered: Arc<EventBudget>,
     requests_bytes: Arc<Semaphore>,
     /// Idle encoders. At most one per runtime thread, because encoding does not await.
     encoders: Mutex<Vec<Encoder>>,
@@ -255,8 +297,14 @@ impl CatchUpService {
         let fits = |bytes: usize| bytes.min(u32::MAX as usize).min(Semaphore::MAX_PERMITS);
         Self(Some(Arc::new(CatchUpResources {
             sessions: Semaphore::new(config.sessions_max),
-            calls: Semaphore::new(config.calls_max),
-            pages_bytes: Arc::new(Semaphore::new(fits(config.pages_bytes_max))),
+            limits: CallLimits::new(
+                config.calls_max,
+                config.pages_bytes_max,
+                Arc::clone(&counters),
+            ),
+            fetches: Fetches::default(),
+            stalled_bytes: Semaphore::new(fits(config.stalled_bytes_max)),
+            delivered: EventBudget::new(config.delivered_bytes_max as u64),
             requests_bytes: Arc::new(Semaphore::new(fits(config.requests_bytes_max))),
             encoders: Mutex::default(),
             config,

@@ -1,27 +1,32 @@
 //! The catch-up of one session, a task.
+//!
+//! Its steps (questions about membership, pages) run concurrently; it sends their pages itself, one after
+//! the other. If the socket does not take a chunk soon, the session is *stalled*: it drops all other pages,
+//! gives its slot back, and fetches again when its socket has taken the chunk. So a session that reads
+//! slowly keeps nothing that others wait for.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use prost::Message as _;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, SemaphorePermit, mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::sync::{SemaphorePermit, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::page::{chunks, in_order};
-use super::positions::Positions;
+use super::fetches::PageRequest;
+use super::page::{CaughtUpEvent, Page, chunks};
+use super::positions::{ConversationStep, Positions, ReadDecision};
+use super::steps::{RunningSteps, StepOutcome};
 use super::{
     CatchUpFailure, CatchUpReport, CatchUpRequest, CatchUpResources, CatchUpScope, CatchUpStep,
     PAGE_MESSAGES, ReadAccess,
 };
+use crate::domain::caught_up::CaughtUp;
 use crate::domain::counters::SharedCounter;
 use crate::domain::event::Event;
-use crate::domain::ids::{ConversationPosition, SessionAddress};
+use crate::domain::ids::SessionAddress;
 use crate::service::backends::ports::{
-    BoxFuture, ConversationListing, ConversationSource, NOT_FOUND_RETRY, NeighbourError,
+    BoxFuture, ConversationListing, NOT_FOUND_RETRY, NeighbourError,
 };
-use crate::service::events::proto::message::v1::Message;
 use crate::service::runtime::backoff::Backoff;
 use crate::service::sessions::presence::{Visibility, VisibilityState};
 
@@ -31,24 +36,14 @@ const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::MAX)
 /// case the page is too large or takes too long.
 const FULL_PAGE_ATTEMPTS: u32 = 2;
 
-/// A conversation that was caught up.
-struct CaughtUpConversation {
-    conversation: Arc<str>,
-    sequence: i64,
-    /// Events that were routed after the request for the last page are delivered live.
-    is_final: bool,
-}
-
 /// The catch-up of one session.
-struct CatchUpTask {
+pub(super) struct CatchUpTask {
     resources: Arc<CatchUpResources>,
     user: Arc<str>,
     address: SessionAddress,
     /// `None`: no other node hands over events.
     visibility: Option<Arc<Visibility>>,
     reports: mpsc::Sender<CatchUpReport>,
-    /// Held while a page goes to the socket: several at once would overflow the session's queue.
-    socket: Mutex<()>,
 }
 
 /// Counts one on a gauge until it is dropped.
@@ -67,30 +62,6 @@ impl Drop for GaugeGuard<'_> {
     }
 }
 
-/// The share of a page in the memory budget, returned when dropped.
-struct PageLease {
-    resources: Arc<CatchUpResources>,
-    bytes: u64,
-    _budget: Option<OwnedSemaphorePermit>,
-}
-
-impl PageLease {
-    /// Waits for room. A page larger than the whole budget takes all of it.
-    async fn acquire(resources: Arc<CatchUpResources>, messages: &[Message]) -> Self {
-        let bytes: usize = messages.iter().map(Message::encoded_len).sum();
-        let share = bytes.min(resources.config.pages_bytes_max).min(u32::MAX as usize) as u32;
-        let budget = Arc::clone(&resources.pages_bytes).acquire_many_owned(share).await.ok();
-        resources.counters.pages_bytes.add(bytes as u64);
-        Self { resources, bytes: bytes as u64, _budget: budget }
-    }
-}
-
-impl Drop for PageLease {
-    fn drop(&mut self) {
-        self.resources.counters.pages_bytes.sub(self.bytes);
-    }
-}
-
 /// Runs one catch-up and reports its outcome.
 pub(super) async fn run(
     resources: Arc<CatchUpResources>,
@@ -104,12 +75,11 @@ pub(super) async fn run(
         address,
         visibility,
         reports: reports.clone(),
-        socket: Mutex::new(()),
     });
     let step = match task.catch_up(scope).await {
         Ok(delivered) => {
             resources.counters.completed.add(1);
-            CatchUpStep::Complete { delivered }
+            CatchUpStep::Complete { delivered: Box::new(delivered) }
         }
         Err(failure) => {
             match failure {
@@ -141,35 +111,58 @@ impl CatchUpResources {
         drop(waiting);
         Ok(CatchUpSlot { _permit: permit, _running: GaugeGuard::new(&self.counters.running) })
     }
+
+    /// Remembers what was delivered as far as the budget of all sessions has room.
+    fn remember(&self, positions: Positions) -> CaughtUp {
+        self.counters.delivered_forgotten.add(positions.forgotten);
+        let delivered = positions.into_caught_up();
+        if delivered.is_empty() || self.delivered.has_room() {
+            return delivered.charged_to(&self.delivered);
+        }
+        self.counters.delivered_forgotten.add(delivered.runs().len() as u64);
+        CaughtUp::new(delivered.conversation, Vec::new())
+    }
 }
 
-/// The answer to a question about an id that only the client knows: a malformed id is its fault, and means
-/// that there is no such conversation.
-fn of_client<A: 'static>(
-    answer: BoxFuture<Result<A, NeighbourError>>,
-) -> BoxFuture<Result<A, NeighbourError>> {
-    Box::pin(async move {
-        answer.await.map_err(|error| match error {
-            NeighbourError::Invalid(_) => NeighbourError::NotFound,
-            NeighbourError::NotFound
-            | NeighbourError::Denied(_)
-            | NeighbourError::TooLarge(_)
-            | NeighbourError::Unavailable(_) => error,
-        })
-    })
+/// A chunk that the socket has not taken soon.
+struct StalledChunk {
+    taken: oneshot::Receiver<()>,
+    messages: u64,
+    bytes: usize,
+}
+
+/// A round of one session: its positions, its place among the others, and its pace.
+struct Round<'a, 'p> {
+    positions: &'p mut Positions,
+    /// `None` only while the session is stalled.
+    slot: Option<CatchUpSlot<'a>>,
+    /// Steps that may run concurrently: one after a stall, more while the socket is quick. So a slow
+    /// session fetches little ahead that it would have to drop.
+    steps_at_once: usize,
+}
+
+/// The failure of a question about an id that only the client knows: a malformed id is its fault, and
+/// means that there is no such conversation.
+fn of_client(error: NeighbourError) -> NeighbourError {
+    match error {
+        NeighbourError::Invalid(_) => NeighbourError::NotFound,
+        NeighbourError::NotFound
+        | NeighbourError::Denied(_)
+        | NeighbourError::TooLarge(_)
+        | NeighbourError::Unavailable(_) => error,
+    }
 }
 
 impl CatchUpTask {
-    async fn catch_up(
-        self: Arc<Self>,
-        scope: CatchUpScope,
-    ) -> Result<Box<[ConversationPosition]>, CatchUpFailure> {
+    async fn catch_up(self: &Arc<Self>, scope: CatchUpScope) -> Result<CaughtUp, CatchUpFailure> {
         let mut slot = self.resources.slot().await?;
         let mut positions = Positions::new(scope);
-        while !self.round(&mut positions).await? {
+        loop {
+            let is_last = self.is_decided();
+            slot = self.round(&mut positions, slot).await?;
+            let Some(visibility) = self.visibility.as_ref().filter(|_| !is_last) else { break };
             // Does not hold a slot while waiting for other nodes, unless the budget has no room for
             // the positions.
-            let Some(visibility) = &self.visibility else { break };
             let bytes = u32::try_from(positions.bytes()).unwrap_or(u32::MAX);
             let budget = Arc::clone(&self.resources.requests_bytes);
             if let Ok(permit) = budget.try_acquire_many_owned(bytes) {
@@ -185,7 +178,7 @@ impl CatchUpTask {
         if self.visibility_state() == VisibilityState::NotVisible {
             self.resources.counters.unreached.add(1);
         }
-        Ok(positions.delivered())
+        Ok(self.resources.remember(positions))
     }
 
     /// Whether other nodes hand over what they route from now on.
@@ -199,49 +192,28 @@ impl CatchUpTask {
         !matches!(self.visibility_state(), VisibilityState::Pending(_))
     }
 
-    /// Sends what is missing. Returns whether later events are delivered live, or no longer waited
-    /// for.
-    async fn round(self: &Arc<Self>, positions: &mut Positions) -> Result<bool, CatchUpFailure> {
-        let is_last = self.is_decided();
-        if let ReadAccess::Checked { listing, source } = &self.resources.access {
-            let listed = if positions.is_session { self.list(listing).await? } else { Vec::new() };
-            positions.add_listed(&listed);
-            self.verify(positions, &listed, source).await?;
-        }
-        self.conversations(positions).await?;
-        Ok(is_last)
-    }
-
-    /// Finds out whether the user is a member of the conversations that they name and that are not listed.
-    /// Replicas lag, so what is not found is asked for once more, all after the same delay.
-    async fn verify(
-        &self,
+    /// Sends what is missing now.
+    async fn round<'a>(
+        self: &'a Arc<Self>,
         positions: &mut Positions,
-        listed: &[Arc<str>],
-        source: &Arc<dyn ConversationSource>,
-    ) -> Result<(), CatchUpFailure> {
-        let mut unverified = positions.unverified(listed);
-        for is_last in [false, true] {
-            let mut not_found = Vec::new();
-            for conversation in unverified {
-                let call = |_| of_client(source.members(Arc::clone(&conversation)));
-                let members = self.call(call, CatchUpFailure::Conversations).await?;
-                if members.is_none() && !is_last {
-                    not_found.push(conversation);
-                    continue;
-                }
-                let is_member = members.is_some_and(|members| members.contains(&self.user));
-                if positions.set_membership(&conversation, is_member) {
-                    self.resources.counters.conversations_refused.add(1);
-                }
+        slot: CatchUpSlot<'a>,
+    ) -> Result<CatchUpSlot<'a>, CatchUpFailure> {
+        let steps = match &self.resources.access {
+            ReadAccess::Checked { listing, .. } => {
+                let is_session = positions.is_session;
+                let listed = if is_session { self.list(listing).await? } else { Vec::new() };
+                positions.add_listed(&listed);
+                positions.steps(Some(&listed))
             }
-            if not_found.is_empty() {
-                break;
-            }
-            unverified = not_found;
-            sleep(NOT_FOUND_RETRY).await;
+            ReadAccess::Unchecked => positions.steps(None),
+        };
+        let steps_at_once = self.resources.config.steps_at_once;
+        let mut round = Round { positions, slot: Some(slot), steps_at_once };
+        self.run_steps(VecDeque::from(steps), &mut round).await?;
+        match round.slot {
+            Some(slot) => Ok(slot),
+            None => self.resources.slot().await,
         }
-        Ok(())
     }
 
     /// The user's conversations, sorted.
@@ -249,8 +221,12 @@ impl CatchUpTask {
         &self,
         listing: &Arc<dyn ConversationListing>,
     ) -> Result<Vec<Arc<str>>, CatchUpFailure> {
-        let call = |_| listing.conversations_of(Arc::clone(&self.user));
-        let listed = self.call_twice(call, CatchUpFailure::Conversations).await?;
+        let call = || listing.conversations_of(Arc::clone(&self.user));
+        let mut listed = self.call(call, CatchUpFailure::Conversations).await?;
+        if listed.is_none() {
+            sleep(NOT_FOUND_RETRY).await;
+            listed = self.call(call, CatchUpFailure::Conversations).await?;
+        }
         let listed = listed.unwrap_or_default();
         let mut ids: Vec<Arc<str>> = listed
             .into_iter()
@@ -262,161 +238,266 @@ impl CatchUpTask {
         Ok(ids)
     }
 
-    /// Catches conversations up, a few concurrently.
-    async fn conversations(
-        self: &Arc<Self>,
-        positions: &mut Positions,
+    /// Runs these steps, and those that follow from them. Replicas lag, so what is not found is asked for
+    /// once more, all after the same delay.
+    async fn run_steps<'a>(
+        self: &'a Arc<Self>,
+        mut waiting: VecDeque<ConversationStep>,
+        round: &mut Round<'a, '_>,
     ) -> Result<(), CatchUpFailure> {
-        let mut unfinished = VecDeque::from(positions.unfinished());
-        let mut running = JoinSet::new();
+        let mut running = RunningSteps::default();
+        let (mut not_found, mut asked_again) = (VecDeque::new(), HashSet::new());
         loop {
-            while running.len() < self.resources.config.conversations_at_once
-                && let Some((conversation, after)) = unfinished.pop_front()
+            while running.len() < round.steps_at_once
+                && let Some(step) = waiting.pop_front()
             {
-                running.spawn(Arc::clone(self).conversation(conversation, after));
+                let is_last = asked_again.contains(&step);
+                running.start(step.clone(), Arc::clone(self).step(step, is_last));
             }
-            match running.join_next().await {
-                None => return Ok(()),
-                // On an error the set aborts the others.
-                Some(done) => {
-                    let CaughtUpConversation { conversation, sequence, is_final } =
-                        done.unwrap_or(Err(CatchUpFailure::SessionEnded))?;
-                    positions.caught_up(&conversation, sequence, is_final);
+            let (next, stalled) = match running.next().await {
+                None if not_found.is_empty() => return Ok(()),
+                None => {
+                    sleep(NOT_FOUND_RETRY).await;
+                    waiting = std::mem::take(&mut not_found);
+                    continue;
                 }
-            }
-        }
-    }
-
-    /// Catches one conversation up, page by page.
-    async fn conversation(
-        self: Arc<Self>,
-        conversation: Arc<str>,
-        after: i64,
-    ) -> Result<CaughtUpConversation, CatchUpFailure> {
-        let mut sequence = after;
-        let mut is_final;
-        loop {
-            is_final = self.is_decided();
-            let (messages, page_size, lease) = self.page(&conversation, sequence).await?;
-            let is_last = messages.len() < usize::from(page_size);
-            let messages = in_order(messages, sequence);
-            let Some(newest) = messages.last().map(|message| message.sequence) else {
-                if is_last {
-                    break;
+                Some(Err(failure)) => return Err(failure),
+                Some(Ok(StepOutcome::NotFound(step))) => {
+                    match asked_again.insert(step.clone()) {
+                        true => not_found.push_back(step),
+                        false => self.does_not_exist(step, round.positions),
+                    }
+                    (None, None)
                 }
-                // A full page without progress would be requested for ever.
-                return Err(CatchUpFailure::Messages);
+                Some(Ok(StepOutcome::Membership(conversation, is_member))) => {
+                    (self.verified(conversation, is_member, round.positions), None)
+                }
+                Some(Ok(StepOutcome::Page { conversation, page, is_final })) => {
+                    self.send_page(conversation, &page, is_final, round).await?
+                }
             };
-            let encoding = self.address.encoding;
-            let events = self.resources.encode(&conversation, messages, encoding);
-            let socket = self.socket.lock().await;
-            for chunk in chunks(events, encoding, &self.resources.config) {
-                self.send(chunk).await?;
+            if stalled.is_some() {
+                running.abort().await.for_each(|step| waiting.push_front(step));
             }
-            drop((socket, lease));
-            sequence = newest;
-            if is_last {
-                break;
+            // The next page of a conversation comes before other conversations.
+            if let Some(next) = next {
+                waiting.push_front(next);
+            }
+            if let Some(stalled) = stalled {
+                self.wait_for_socket(stalled, round).await?;
             }
         }
-        self.resources.counters.conversations.add(1);
-        Ok(CaughtUpConversation { conversation, sequence, is_final })
     }
 
-    /// One page, its requested size, and its share in the memory budget.
+    /// `is_last`: what is not found now does not exist.
+    async fn step(
+        self: Arc<Self>,
+        step: ConversationStep,
+        is_last: bool,
+    ) -> Result<StepOutcome, CatchUpFailure> {
+        let outcome = match (&step, &self.resources.access) {
+            (ConversationStep::Verify(conversation), ReadAccess::Checked { source, .. }) => {
+                let call = || -> BoxFuture<_> {
+                    let members = source.members(Arc::clone(conversation));
+                    Box::pin(async move { members.await.map_err(of_client) })
+                };
+                let members = self.call(call, CatchUpFailure::Conversations).await?;
+                let is_member = members.map(|members| members.contains(&self.user));
+                is_member
+                    .map(|is_member| StepOutcome::Membership(Arc::clone(conversation), is_member))
+            }
+            (ConversationStep::Verify(conversation), ReadAccess::Unchecked) => {
+                Some(StepOutcome::Membership(Arc::clone(conversation), true))
+            }
+            (ConversationStep::Fetch(conversation, after), _) => {
+                let (conversation, is_final) = (Arc::clone(conversation), self.is_decided());
+                let page = self.page(&conversation, *after, is_last).await?;
+                page.map(|page| StepOutcome::Page { conversation, page, is_final })
+            }
+        };
+        Ok(outcome.unwrap_or(StepOutcome::NotFound(step)))
+    }
+
+    /// A conversation was not found twice: a deleted one has neither members nor messages.
+    fn does_not_exist(&self, step: ConversationStep, positions: &mut Positions) {
+        match step {
+            ConversationStep::Verify(conversation) => {
+                self.verified(conversation, false, positions);
+            }
+            ConversationStep::Fetch(conversation, _) => {
+                self.resources.counters.conversations.add(1);
+                positions.caught_up(&conversation, false);
+            }
+        }
+    }
+
+    /// The next step for a conversation whose members are known.
+    fn verified(
+        &self,
+        conversation: Arc<str>,
+        is_member: bool,
+        positions: &mut Positions,
+    ) -> Option<ConversationStep> {
+        match positions.set_membership(&conversation, is_member) {
+            ReadDecision::Fetch(after) => Some(ConversationStep::Fetch(conversation, after)),
+            ReadDecision::Refused => {
+                self.resources.counters.conversations_refused.add(1);
+                None
+            }
+            ReadDecision::Left => None,
+        }
+    }
+
+    /// Sends a page. Returns the next step for its conversation, and the chunk that the socket has not
+    /// taken soon.
+    async fn send_page(
+        &self,
+        conversation: Arc<str>,
+        page: &Page,
+        is_final: bool,
+        round: &mut Round<'_, '_>,
+    ) -> Result<(Option<ConversationStep>, Option<StalledChunk>), CatchUpFailure> {
+        let config = &self.resources.config;
+        let encoding = self.address.encoding;
+        let events = self.resources.encode(page, encoding);
+        let is_new = |event: &&CaughtUpEvent| !round.positions.was_sent(&conversation, event.0);
+        let unsent: Vec<_> = events.iter().filter(is_new).cloned().collect();
+        let mut chunks = chunks(unsent, encoding, config).into_iter();
+        let mut stalled = None;
+        while let Some(chunk) = chunks.next() {
+            let last = chunk.last().map_or(0, |(sequence, _)| *sequence);
+            chunk.iter().for_each(|(sequence, _)| round.positions.sent(&conversation, *sequence));
+            stalled = self.send(chunk).await?;
+            if stalled.is_none() {
+                round.steps_at_once = (2 * round.steps_at_once).min(config.steps_at_once);
+                continue;
+            }
+            round.steps_at_once = 1;
+            if chunks.len() > 0 {
+                return Ok((Some(ConversationStep::Fetch(conversation, last)), stalled));
+            }
+        }
+        let next = match (page.newest(), page.is_last) {
+            (Some(newest), false) => Some(ConversationStep::Fetch(conversation, newest)),
+            // A full page without progress would be requested for ever.
+            (None, false) => return Err(CatchUpFailure::Messages),
+            (_, true) => {
+                self.resources.counters.conversations.add(1);
+                round.positions.caught_up(&conversation, is_final);
+                None
+            }
+        };
+        Ok((next, stalled))
+    }
+
+    /// One page. `None`: not found. `is_own`: the call is made for this user.
     async fn page(
         &self,
         conversation: &Arc<str>,
         after: i64,
-    ) -> Result<(Vec<Message>, u16, Option<PageLease>), CatchUpFailure> {
-        let mut page_size = PAGE_MESSAGES;
-        let call = |attempt: u32| {
+        mut is_own: bool,
+    ) -> Result<Option<Arc<Page>>, CatchUpFailure> {
+        // Without a check of ours, the message service may decide who reads what, and only the client
+        // says that there is such a conversation.
+        let is_checked = matches!(self.resources.access, ReadAccess::Checked { .. });
+        for attempt in 0..self.resources.config.attempts_max {
             let quarters = attempt.saturating_sub(FULL_PAGE_ATTEMPTS - 1).min(15);
-            page_size = (PAGE_MESSAGES >> (2 * quarters).min(15)).max(1);
-            let (user, conversation) = (Arc::clone(&self.user), Arc::clone(conversation));
-            let page = self.resources.messages.messages_after(user, conversation, after, page_size);
-            let page = match self.resources.access {
-                ReadAccess::Checked { .. } => page,
-                // Only the client says that there is such a conversation.
-                ReadAccess::Unchecked => of_client(page),
-            };
-            let resources = Arc::clone(&self.resources);
-            // Waits for the budget while it still counts as a call. So the pages in memory are
-            // bounded by the budget plus `calls_max` pages.
-            let page: BoxFuture<_> = Box::pin(async move {
-                let messages = page.await?;
-                let lease = PageLease::acquire(resources, &messages).await;
-                Ok((messages, lease))
-            });
-            page
-        };
-        let answer = self.call_twice(call, CatchUpFailure::Messages).await?;
-        self.resources.counters.pages.add(1);
-        // A deleted conversation has no messages.
-        let (messages, lease) =
-            answer.map_or((Vec::new(), None), |(messages, lease)| (messages, Some(lease)));
-        Ok((messages, page_size, lease))
-    }
-
-    /// Like [`CatchUpTask::call`]; asks once more for what is not found, because replicas lag.
-    async fn call_twice<A>(
-        &self,
-        mut call: impl FnMut(u32) -> BoxFuture<Result<A, NeighbourError>>,
-        failure: CatchUpFailure,
-    ) -> Result<Option<A>, CatchUpFailure> {
-        let answer = self.call(&mut call, failure).await?;
-        if answer.is_some() {
-            return Ok(answer);
+            let page_size = (PAGE_MESSAGES >> (2 * quarters).min(15)).max(1);
+            let reader = (is_own || !is_checked).then(|| Arc::clone(&self.user));
+            let conversation = Arc::clone(conversation);
+            let request = PageRequest { conversation, after, page_size, reader };
+            let page = self.resources.fetch(request, &self.user).await;
+            match page.map_err(|error| if is_checked { error } else { of_client(error) }) {
+                Ok(page) => {
+                    self.resources.counters.pages.add(1);
+                    return Ok(Some(page));
+                }
+                Err(NeighbourError::NotFound) => return Ok(None),
+                Err(why) => self.failed(attempt, &why).await,
+            }
+            // The call may have been made for another user.
+            is_own = true;
         }
-        sleep(NOT_FOUND_RETRY).await;
-        self.call(call, failure).await
+        Err(CatchUpFailure::Messages)
     }
 
-    /// Calls a neighbour within the bound of calls, and retries failures. `None`: not found.
+    /// Calls the conversation service within the bound of calls, and retries failures. `None`: not
+    /// found.
     async fn call<A>(
         &self,
-        mut call: impl FnMut(u32) -> BoxFuture<Result<A, NeighbourError>>,
+        call: impl Fn() -> BoxFuture<Result<A, NeighbourError>>,
         failure: CatchUpFailure,
     ) -> Result<Option<A>, CatchUpFailure> {
         for attempt in 0..self.resources.config.attempts_max {
-            if attempt > 0 {
-                self.resources.counters.retries.add(1);
-                sleep(BACKOFF.random_delay(attempt - 1)).await;
-            }
-            let permit = self.resources.calls.acquire().await;
-            let answer = call(attempt).await;
+            let permit = self.resources.limits.call().await;
+            let answer = call().await;
             drop(permit);
             match answer {
                 Ok(answer) => return Ok(Some(answer)),
                 Err(NeighbourError::NotFound) => return Ok(None),
-                // A refusal says nothing about what was asked for: it is not an empty answer.
-                Err(
-                    why @ (NeighbourError::Denied(_)
-                    | NeighbourError::Invalid(_)
-                    | NeighbourError::TooLarge(_)
-                    | NeighbourError::Unavailable(_)),
-                ) => {
-                    tracing::debug!(%why, attempt, "a catch-up's call to a neighbour failed");
-                }
+                Err(why) => self.failed(attempt, &why).await,
             }
         }
         Err(failure)
     }
 
-    /// Sends a chunk and waits until the socket has taken it.
-    async fn send(&self, events: Vec<Arc<Event>>) -> Result<(), CatchUpFailure> {
-        let count = events.len() as u64;
-        let (sent, taken) = oneshot::channel();
+    /// A call has failed: waits before the next attempt, if there is one. A refusal says nothing about
+    /// what was asked for: it is not an empty answer.
+    async fn failed(&self, attempt: u32, why: &NeighbourError) {
+        tracing::debug!(%why, attempt, "a catch-up's call to a neighbour failed");
+        if attempt + 1 < self.resources.config.attempts_max {
+            self.resources.counters.retries.add(1);
+            sleep(BACKOFF.random_delay(attempt)).await;
+        }
+    }
+
+    /// Sends a chunk and waits until the socket has taken it, or is found to be slow.
+    async fn send(
+        &self,
+        chunk: Vec<CaughtUpEvent>,
+    ) -> Result<Option<StalledChunk>, CatchUpFailure> {
+        let config = &self.resources.config;
+        let events: Vec<_> = chunk.into_iter().map(|(_, event)| event).collect();
+        let messages = events.len() as u64;
+        let length = |event: &Arc<Event>| event.frame(self.address.encoding).map_or(0, <[u8]>::len);
+        let bytes = events.iter().map(length).sum();
+        let (sent, mut taken) = oneshot::channel();
         let step = CatchUpStep::Chunk { events, sent };
         let reported = self.reports.send(CatchUpReport { address: self.address, step }).await;
         reported.map_err(|_| CatchUpFailure::SessionEnded)?;
-        match timeout(self.resources.config.chunk_timeout, taken).await {
+        match timeout(config.stall_after.min(config.chunk_timeout), &mut taken).await {
             Ok(Ok(())) => {
-                self.resources.counters.messages.add(count);
-                Ok(())
+                self.resources.counters.messages.add(messages);
+                Ok(None)
             }
             Ok(Err(_)) => Err(CatchUpFailure::SessionEnded),
-            Err(_) => Err(CatchUpFailure::TooSlow),
+            Err(_) => Ok(Some(StalledChunk { taken, messages, bytes })),
         }
+    }
+
+    /// Waits for a slow socket, without a slot and without pages.
+    async fn wait_for_socket<'a>(
+        self: &'a Arc<Self>,
+        stalled: StalledChunk,
+        round: &mut Round<'a, '_>,
+    ) -> Result<(), CatchUpFailure> {
+        round.slot = None;
+        let resources = &self.resources;
+        resources.counters.stalls.add(1);
+        let share = stalled.bytes.min(resources.config.stalled_bytes_max).min(u32::MAX as usize);
+        // Too many sessions are stalled: this one pays, not those that read.
+        let Ok(_room) = resources.stalled_bytes.try_acquire_many(share as u32) else {
+            return Err(CatchUpFailure::TooSlow);
+        };
+        let stalled_gauge = GaugeGuard::new(&resources.counters.stalled);
+        let left = resources.config.chunk_timeout.saturating_sub(resources.config.stall_after);
+        match timeout(left, stalled.taken).await {
+            Ok(Ok(())) => resources.counters.messages.add(stalled.messages),
+            Ok(Err(_)) => return Err(CatchUpFailure::SessionEnded),
+            Err(_) => return Err(CatchUpFailure::TooSlow),
+        }
+        drop(stalled_gauge);
+        round.slot = Some(resources.slot().await?);
+        Ok(())
     }
 }

@@ -7,10 +7,11 @@ use tokio::sync::oneshot;
 use super::catch_ups::CatchUpAdmission;
 use super::records::CatchUpState;
 use super::state::SessionManager;
+use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
 use crate::domain::event::Event;
-use crate::domain::ids::{ConversationPosition, SessionAddress};
+use crate::domain::ids::SessionAddress;
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::sessions::catch_up::{
     CatchUpReport, CatchUpRequest, CatchUpScope, CatchUpStart, CatchUpStep,
@@ -39,12 +40,9 @@ impl SessionManager {
         let SessionAddress { shard, connection, .. } = address;
         let Some(record) = self.record(address) else { return };
         let Some(ids) = record.ids.clone() else { return };
-        let position = match &scope {
+        let only = match &scope {
             CatchUpScope::Session(_) => None,
-            CatchUpScope::Conversation { conversation, after } => Some(ConversationPosition {
-                conversation: conversation_key(conversation),
-                sequence: *after,
-            }),
+            CatchUpScope::Conversation { conversation, .. } => Some(conversation_key(conversation)),
         };
         record.catch_up = CatchUpState::Running;
         let visibility = self.catch_ups.visibility(address, &scope);
@@ -53,10 +51,10 @@ impl SessionManager {
             CatchUpStart::Running(task) => self.catch_ups.started(address, task),
             CatchUpStart::Off => {
                 self.catch_ups.cancel(address);
-                match position {
+                match only {
                     None => self.go_live(address, CatchUpState::Done),
-                    Some(position) => {
-                        let delivered = Box::new([position]);
+                    Some(_) => {
+                        let delivered = Box::new(CaughtUp::new(only, Vec::new()));
                         self.send(shard, ShardCommand::GoLive { connection, delivered });
                     }
                 }

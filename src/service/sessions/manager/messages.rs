@@ -1,8 +1,9 @@
 //! Messages of WebSocket clients (`client_message` has their forms).
 //!
-//! The first message is the resume request (contract §3), alone or together with a fresh token. A
-//! first message without a resume request puts the session live at once. A later resume request is
-//! answered with 4408: newer events have already been sent, so the order would be lost.
+//! The first message is the resume request (contract §3), alone or together with a fresh token. Without
+//! `last_sequences` it requests everything. A first message that is no such JSON closes the session with
+//! 1000, as in the Go service. A session that sends none goes live after its grace. A resume request after
+//! that is answered with 4408: newer events have already been sent, so the order would be lost.
 
 use super::CheckPurpose;
 use super::node_state::NodeState;
@@ -13,7 +14,7 @@ use crate::domain::command::{Secret, ShardCommand};
 use crate::domain::ids::SessionAddress;
 use crate::service::sessions::auth::{AuthFailure, Identity, TokenCheck};
 use crate::service::sessions::catch_up::CatchUpScope;
-use crate::service::sessions::client_message::{self, ClientMessage};
+use crate::service::sessions::client_message::{self, ClientMessage, InvalidMessage};
 
 /// Closes a session whose resume request comes too late.
 const TOO_LATE: Close = Close::new(CloseCode::RESUME_TOO_LATE, "resume request too late");
@@ -25,20 +26,42 @@ impl SessionManager {
             return; // It is being closed.
         }
         let is_first = record.catch_up == CatchUpState::Awaited;
-        let message = client_message::parse(text).inspect_err(|why| {
-            tracing::debug!(%why, "client message ignored");
-            self.counters.messages_ignored.add(1);
-        });
-        let ClientMessage { last_sequences, access_token } = message.unwrap_or_default();
+        let state = record.catch_up;
+        let message = match client_message::parse(text) {
+            Ok(message) => message,
+            Err(why) if is_first => return self.on_invalid_first_message(address, why),
+            Err(why) => {
+                tracing::debug!(%why, "client message ignored");
+                return self.counters.messages_ignored.add(1);
+            }
+        };
+        let is_empty = message.is_empty();
+        let ClientMessage { last_sequences, access_token } = message;
         if let Some(token) = access_token {
             self.on_fresh_token(address, token);
         }
-        match last_sequences {
-            Some(named) if is_first => self.begin_catch_up(address, CatchUpScope::Session(named)),
-            Some(_) => self.on_late_resume(address),
-            None if is_first => self.go_live(address, CatchUpState::TooLate),
-            None => {}
+        match (state, last_sequences) {
+            (CatchUpState::Awaited, named) => {
+                self.begin_catch_up(address, CatchUpScope::Session(named.unwrap_or_default()));
+            }
+            (CatchUpState::TooLate, named) if named.is_some() || is_empty => {
+                self.counters.resumes_too_late.add(1);
+                self.close(address, TOO_LATE, EndReason::ClosedByService);
+            }
+            // Contract §3: later messages are ignored.
+            (CatchUpState::Running | CatchUpState::Done, named) if named.is_some() || is_empty => {
+                self.counters.messages_ignored.add(1);
+            }
+            // Only a fresh token.
+            (CatchUpState::Running | CatchUpState::Done | CatchUpState::TooLate, _) => {}
         }
+    }
+
+    fn on_invalid_first_message(&mut self, address: SessionAddress, why: InvalidMessage) {
+        self.counters.first_messages_invalid.add(1);
+        let reason = format!("first message: {why}").into();
+        let close = Close { code: CloseCode::NORMAL, reason };
+        self.close(address, close, EndReason::PeerAtFault);
     }
 
     /// No resume request came within the grace: the shard has put the session live.
@@ -47,20 +70,6 @@ impl SessionManager {
         if record.catch_up == CatchUpState::Awaited {
             record.catch_up = CatchUpState::TooLate;
             self.catch_ups.expect_none(address);
-        }
-    }
-
-    fn on_late_resume(&mut self, address: SessionAddress) {
-        let Some(record) = self.record(address) else { return };
-        match record.catch_up {
-            CatchUpState::TooLate => {
-                self.counters.resumes_too_late.add(1);
-                self.close(address, TOO_LATE, EndReason::ClosedByService);
-            }
-            // Contract §3: later requests are ignored.
-            CatchUpState::Awaited | CatchUpState::Running | CatchUpState::Done => {
-                self.counters.messages_ignored.add(1);
-            }
         }
     }
 

@@ -123,6 +123,7 @@ crate::counters! {
         Counter resumes_too_late: "Sessions closed because their resume request came after they had gone live (4408)",
         Counter events_missed: "Sessions that have missed events between nodes and were closed (4409)",
         Gauge events_missed_waiting: "Sessions that have missed events and wait for their close, without events",
+        Counter first_messages_invalid: "Sessions closed because their first message was no resume request (1000)",
         Counter tokens_refreshed: "Fresh tokens accepted from sessions",
         Counter tokens_refused: "Fresh tokens refused",
         Counter tokens_expired: "Sessions closed because their token expired (4401)",

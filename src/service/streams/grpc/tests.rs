@@ -16,7 +16,7 @@ use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use super::*;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Hello, Refusal, ShardCommand, ShardReport};
-use crate::domain::ids::{ConnectionKey, ConversationPosition};
+use crate::domain::ids::ConnectionKey;
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
 use crate::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
@@ -195,16 +195,35 @@ async fn catch_up_changes_to_live_without_gap_or_duplicate() {
         assert_eq!(session.next().await.unwrap(), sequence);
         assert!(matches!(port.manager.report().await, ShardReport::Done { .. }));
     }
-    port.manager.go_live(
-        connection,
-        ConversationPosition { conversation: conversation_key("c"), sequence: 3 },
-    );
+    port.manager.go_live(connection, conversation_key("c"), &[(2, 3)]);
     assert_eq!([session.next().await.unwrap(), session.next().await.unwrap()], [4, 9]);
 
     // A later position is an acknowledgement.
     session.report_position("c", 4).await;
     session.report_position("d", 0).await;
     port.assert_catch_up(("d", 0)).await;
+}
+
+/// Issue “From the log to the members”: what is committed late is no duplicate of what the client names.
+#[tokio::test]
+async fn live_event_is_sent_unless_catch_up_has_delivered_exactly_it() {
+    let mut port = Port::default().await;
+    let (mut session, connection) = port.session().await;
+    session.report_position("c", 2).await;
+    port.assert_catch_up(("c", 2)).await;
+    port.manager.go_live(connection, conversation_key("c"), &[(4, 4)]);
+    session.report_position("c", 9).await;
+    // A client's requests are handled in order, so the ninth is acknowledged after this.
+    session.report_position("above", i64::MAX).await;
+    port.assert_catch_up(("above", i64::MAX)).await;
+    port.manager.go_live(connection, conversation_key("above"), &[]);
+    for (conversation, sequence) in [("c", 3), ("c", 4), ("c", 1), ("above", 1), ("c", 9)] {
+        let event = message(conversation, sequence);
+        port.router.deliver(connection, event, DeliveryClass::Live, 10);
+    }
+    for sequence in [3, 1, 1, 9] {
+        assert_eq!(session.next().await.unwrap(), sequence);
+    }
 }
 
 #[tokio::test]

@@ -61,10 +61,14 @@ pub struct HubConfig {
     pub catch_up_timeout: Duration,
     /// Time for a closing stream to send its queue and its status.
     pub close_timeout: Duration,
+    /// How long a stream remembers the messages that catch-up delivered, so that they are not sent
+    /// again live.
+    pub dedupe: Duration,
 }
 
 impl Default for HubConfig {
-    /// 10,000 streams; 262,144 deliveries or 256 MiB; 30 s stall, 5 min catch-up and 5 s close timeout.
+    /// 10,000 streams; 262,144 deliveries or 256 MiB; 30 s stall, 5 min catch-up and 5 s close timeout;
+    /// 5 min to recognise duplicates of a catch-up, as for WebSocket.
     fn default() -> Self {
         Self {
             outbox: OutboxLimits::default(),
@@ -74,6 +78,7 @@ impl Default for HubConfig {
             stall_timeout: Duration::from_secs(30),
             catch_up_timeout: Duration::from_secs(300),
             close_timeout: Duration::from_secs(5),
+            dedupe: Duration::from_secs(300),
         }
     }
 }
@@ -87,7 +92,7 @@ counters! {
         Counter stream_events_sent: "Events passed to the HTTP/2 stream of a session",
         Counter stream_bytes_sent: "Bytes of these events",
         Counter stream_events_held: "Live events held until the catch-up of their conversation completed",
-        Counter stream_events_duplicate: "Live events not sent because the client already had them",
+        Counter stream_events_duplicate: "Live events not sent because catch-up had delivered them",
         Counter stream_events_unsent: "Events dropped because their stream ended before they were sent",
         Counter stream_events_stale: "Events for streams that had already ended",
         Counter stream_events_inexpressible: "Events without a gRPC encoding (read receipts, presence)",
@@ -200,7 +205,8 @@ pub(crate) struct StreamSession {
 }
 
 impl StreamSession {
-    /// Handles the client's position in a conversation: starts its catch-up or acknowledges events.
+    /// Handles the client's position in a conversation: starts its catch-up, or counts an
+    /// acknowledgement.
     /// Waits while the hub's request queue is full.
     pub(crate) async fn report_position(
         &self,
@@ -209,7 +215,7 @@ impl StreamSession {
     ) -> PositionReport {
         let key = conversation_key(&conversation);
         let counters = &self.hub.metrics.counters;
-        let report = self.outbox.report_position(key, sequence, Instant::now());
+        let report = self.outbox.report_position(key, Instant::now());
         match report {
             PositionReport::Acknowledged => counters.stream_acknowledgements.add(1),
             PositionReport::TooMany => {}

@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::{Hub, HubConfig, HubHandle, HubMetrics};
+use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
@@ -82,8 +83,17 @@ impl TestPeer {
         });
     }
 
-    pub(crate) fn go_live(&mut self, connection: ConnectionKey, position: ConversationPosition) {
-        self.send(ShardCommand::GoLive { connection, delivered: Box::new([position]) });
+    /// Completes the catch-up of a conversation, which has delivered these runs of sequences.
+    pub(crate) fn go_live(
+        &mut self,
+        connection: ConnectionKey,
+        conversation: ConversationKey,
+        runs: &[(i64, i64)],
+    ) {
+        let run =
+            |(first, last): &(i64, i64)| SequenceRun { conversation, first: *first, last: *last };
+        let delivered = CaughtUp::new(Some(conversation), runs.iter().map(run).collect());
+        self.send(ShardCommand::GoLive { connection, delivered: Box::new(delivered) });
     }
 }
 

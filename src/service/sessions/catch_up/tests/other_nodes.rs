@@ -1,72 +1,14 @@
 //! Catch-up of a session that other nodes cannot find yet. The tests decide when they can; the tests of
 //! [`Visibility`] cover the timing.
 
-use std::collections::BTreeMap;
-
 use tokio::time::Instant;
 
+use super::shelf::Shelf;
 use super::*;
-use crate::domain::members::Members;
-use crate::service::events::proto::conversation::v1::Conversation;
 use crate::service::sessions::presence::VisibilityConfig;
 
 /// Longer than any test.
 const LONG: Duration = Duration::from_secs(3600);
-
-/// The last sequence of each conversation, all of them open to every user; and the recorded calls.
-#[derive(Default)]
-struct Shelf {
-    conversations: Mutex<BTreeMap<String, i64>>,
-    pages: Mutex<Vec<(String, i64)>>,
-    lists: Mutex<usize>,
-}
-
-impl Shelf {
-    fn holds(&self, conversation: &str, last: i64) {
-        self.conversations.lock().unwrap().insert(conversation.to_owned(), last);
-    }
-
-    /// The sequences after which a conversation was requested.
-    fn asked_for(&self, conversation: &str) -> Vec<i64> {
-        let pages = self.pages.lock().unwrap();
-        pages.iter().filter(|(of, _)| of == conversation).map(|(_, after)| *after).collect()
-    }
-}
-
-impl MessageSource for Shelf {
-    fn messages_after(
-        &self,
-        _user: Arc<str>,
-        conversation: Arc<str>,
-        after: i64,
-        _page_size: u16,
-    ) -> BoxFuture<Result<Vec<Message>, NeighbourError>> {
-        self.pages.lock().unwrap().push((conversation.to_string(), after));
-        let last = self.conversations.lock().unwrap().get(&*conversation).copied().unwrap_or(0);
-        let message = |sequence| super::message(&conversation, sequence);
-        let page = (after + 1..=last).map(message).collect();
-        Box::pin(async move { Ok(page) })
-    }
-}
-
-impl ConversationListing for Shelf {
-    fn conversations_of(
-        &self,
-        _user: Arc<str>,
-    ) -> BoxFuture<Result<Vec<Conversation>, NeighbourError>> {
-        *self.lists.lock().unwrap() += 1;
-        let conversation =
-            |id: &String| Conversation { conversation_id: id.clone(), ..Conversation::default() };
-        let listed = self.conversations.lock().unwrap().keys().map(conversation).collect();
-        Box::pin(async move { Ok(listed) })
-    }
-}
-
-impl ConversationSource for Shelf {
-    fn members(&self, _conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
-        Box::pin(async { Ok(["alice"].into_iter().collect()) })
-    }
-}
 
 struct Among {
     bench: Bench,
@@ -134,8 +76,7 @@ async fn messages_sent_before_the_session_is_visible_are_fetched_later() {
     let (messages, delivered) = among.bench.complete().await;
     assert_eq!(of("room", &messages), [4, 5]);
     assert_eq!(of("created", &messages), [1], "conversations are listed again too");
-    let expected = [("room", 5), ("created", 1)].map(|(of, last)| (conversation_key(of).0, last));
-    assert_eq!(delivered, expected.into());
+    assert_eq!(delivered, one_run([("room", 1, 5), ("created", 1, 1)]));
     assert_eq!(among.bench.counters.unreached.get(), 0);
 }
 
@@ -160,7 +101,7 @@ async fn only_pages_requested_too_early_are_requested_again() {
     among.shelf.holds("early", 1);
     among.shelf.holds("late", 1);
     let visibility = admitted();
-    let config = CatchUpConfig { conversations_at_once: 1, ..CatchUpConfig::default() };
+    let config = CatchUpConfig { steps_at_once: 1, ..CatchUpConfig::default() };
     let access = ReadAccess::Checked { listing: among.shelf.clone(), source: among.shelf.clone() };
     let counters = Arc::clone(&among.bench.counters);
     among.bench.catch_up = CatchUpService::new(config, among.shelf.clone(), access, counters);
@@ -227,8 +168,8 @@ async fn grpc_conversation_waits_for_other_nodes_as_well() {
     now_reached(&visibility);
     let (messages, delivered) = among.bench.complete().await;
     assert_eq!(of("room", &messages), [4]);
-    assert_eq!(delivered, HashMap::from([(conversation_key("room").0, 4)]));
-    assert_eq!(*among.shelf.lists.lock().unwrap(), 0);
+    assert_eq!(delivered, one_run([("room", 2, 4)]));
+    assert_eq!(among.shelf.lists(), 0);
 }
 
 #[tokio::test]
@@ -238,5 +179,5 @@ async fn single_node_does_not_wait_or_request_anything_twice() {
     among.bench.begin_session(1, "alice", &[]);
     assert_eq!(among.bench.complete().await.0.len(), 3);
     assert_eq!(among.shelf.asked_for("room"), [0]);
-    assert_eq!(*among.shelf.lists.lock().unwrap(), 1);
+    assert_eq!(among.shelf.lists(), 1);
 }

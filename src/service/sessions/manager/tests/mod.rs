@@ -383,19 +383,31 @@ fn grpc_session_is_answered_for_each_conversation_it_names() {
         let [ShardCommand::GoLive { ref delivered, .. }] = answer[..] else {
             panic!("{answer:?}");
         };
-        assert_eq!((delivered[0].conversation, delivered[0].sequence), (conversation_key, after));
+        assert!(delivered.conversation == Some(conversation_key) && delivered.is_empty());
     }
 }
 
 #[test]
-fn first_message_without_a_resume_request_puts_the_session_live() {
-    let mut bench = Bench::new(1);
-    bench.admitted(0, key(0, 0), "alice", "phone");
-    let answer = bench.says(0, key(0, 0), "{}");
-    assert!(matches!(answer[..], [ShardCommand::GoLive { .. }]), "{answer:?}");
-    assert_eq!(bench.counters.messages_ignored.get(), 1);
-    let closed = closes(&bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#));
-    assert_eq!(closed[0].1, CloseCode::RESUME_TOO_LATE);
+fn first_message_that_is_no_json_of_the_contract_closes_the_session() {
+    for text in ["", "hello", "[]", r#"{"last_sequences": 5}"#] {
+        let mut bench = Bench::new(1);
+        bench.admitted(0, key(0, 0), "alice", "phone");
+        let closed = closes(&bench.says(0, key(0, 0), text));
+        assert_eq!(closed[0].1, CloseCode::NORMAL);
+        assert!(closed[0].2.starts_with("first message: "), "{closed:?}");
+        assert_eq!(bench.counters.first_messages_invalid.get(), 1);
+    }
+}
+
+#[test]
+fn first_message_without_positions_after_the_grace_is_a_late_resume_request() {
+    for (text, expected) in [("{}", 1), ("null", 1), (r#"{"access_token": "x"}"#, 0), ("[]", 0)] {
+        let mut bench = Bench::new(1);
+        bench.admitted(0, key(0, 0), "alice", "phone");
+        bench.report(0, ShardReport::GraceExpired { connection: key(0, 0) });
+        bench.says(0, key(0, 0), text);
+        assert_eq!(bench.counters.resumes_too_late.get(), expected, "{text}");
+    }
 }
 
 #[test]

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::super::SessionManager;
 use super::*;
+use crate::domain::caught_up::SequenceRun;
 use crate::domain::command::{DeliveryClass, Ticket};
-use crate::domain::ids::ConversationPosition;
 use crate::service::backends::neighbours::{
     ConversationService, MessageService, NeighbourConfig, NeighbourCounters,
 };
@@ -205,6 +205,25 @@ fn with_catch_up(fake: &FakeNeighbours, config: CatchUpConfig) -> Bench {
     )
 }
 
+/// Issue “From the log to the members”: “`{}`, `null` and `{"last_sequences":null}` return everything
+/// from 0” in the Go service, “as a client that omits empty fields would expect”.
+#[tokio::test]
+async fn first_message_without_positions_requests_everything() {
+    let fake = FakeNeighbours::start();
+    fake.state().create("c", &["alice"], 2);
+    let mut bench = with_catch_up(&fake, CatchUpConfig::default());
+    let firsts =
+        ["{}", "null", r#"{"last_sequences":null}"#, r#"{"access_token":"x"}"#, r#"{"more":[]}"#];
+    for (slot, text) in (0..).zip(firsts) {
+        let device = format!("device-{slot}");
+        bench.admitted(0, key(slot, 0), "alice", &device);
+        bench.says(0, key(slot, 0), text);
+        let (sequences, _) = chunk(&caught_up(&mut bench).await);
+        assert_eq!(sequences, [1, 2], "{text}");
+        bench.end(0, key(slot, 0));
+    }
+}
+
 /// The next step of a catch-up, as commands.
 async fn caught_up(bench: &mut Bench) -> Vec<ShardCommand> {
     let step = bench.catch_ups.recv().await.unwrap();
@@ -244,8 +263,8 @@ async fn catch_up_is_sent_in_chunks_and_ends_with_go_live() {
     }
     let go_live = caught_up(&mut bench).await;
     let [ShardCommand::GoLive { ref delivered, .. }] = go_live[..] else { panic!("{go_live:?}") };
-    let position = ConversationPosition { conversation: conversation_key("c"), sequence: 10 };
-    assert_eq!(**delivered, [position]);
+    let run = SequenceRun { conversation: conversation_key("c"), first: 3, last: 10 };
+    assert_eq!(delivered.runs(), [run]);
     // A second request is ignored.
     assert!(bench.says(0, key(0, 0), r#"{"last_sequences": {}}"#).is_empty());
 }
@@ -317,12 +336,10 @@ async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end(
     while released.len() < names.len() {
         for command in caught_up(&mut bench).await {
             let ShardCommand::GoLive { delivered, .. } = command else { panic!("{command:?}") };
-            released.push(delivered[0]);
+            released.push(delivered.conversation);
         }
     }
-    let position =
-        |name: &String| ConversationPosition { conversation: conversation_key(name), sequence: 3 };
-    assert!(names.iter().map(position).all(|position| released.contains(&position)));
+    assert!(names.iter().all(|name| released.contains(&Some(conversation_key(name)))));
 }
 
 /// A shard that opens connections, counts admissions, and stops when ordered to.

@@ -21,8 +21,9 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::delivery::Delivery;
+use crate::domain::caught_up::CaughtUp;
 use crate::domain::command::DeliveryClass;
-use crate::domain::ids::{ConversationKey, ConversationPosition};
+use crate::domain::ids::ConversationKey;
 
 /// Limits of one stream.
 #[derive(Clone, Debug)]
@@ -68,7 +69,7 @@ impl OutboxLimits {
             self.live_messages_max + 2 * self.hold_messages_max + self.catch_up_messages_max;
         let queues = entries * size_of::<(QueuedKind, Arc<Delivery>)>();
         let conversations =
-            self.conversations_max * size_of::<(ConversationKey, ConversationCursor)>();
+            self.conversations_max * size_of::<(ConversationKey, NamedConversation)>();
         size_of::<OutboxState>() + 2 * (queues + conversations)
     }
 }
@@ -81,7 +82,7 @@ pub(super) enum DeliverOutcome {
     Queued,
     /// Held until catch-up completes.
     Held,
-    /// Dropped: the client has it, from catch-up or by its own acknowledgement.
+    /// Dropped: catch-up has delivered exactly this message.
     Duplicate,
     /// Too many events are queued: the stream must be closed.
     Overflow,
@@ -96,7 +97,8 @@ pub(super) enum DeliverOutcome {
 pub(crate) enum PositionReport {
     /// First position in this conversation: catch up from there.
     CatchUp,
-    /// Later position: the client has everything up to there.
+    /// Later position. It drops nothing: the message service may commit a lower sequence later, and
+    /// the client does not know of it.
     Acknowledged,
     /// First position, but the session already has [`OutboxLimits::conversations_max`] conversations.
     TooMany,
@@ -112,10 +114,13 @@ pub(super) enum Unsent {
 }
 
 #[derive(Debug)]
-struct ConversationCursor {
-    /// The client has everything up to here, as it reported or as catch-up delivered.
-    sequence: i64,
-    catching_up: bool,
+enum NamedConversation {
+    CatchingUp,
+    Live {
+        /// Forgotten at `forget_at`: until then a message may come live that was sent before.
+        delivered: Box<CaughtUp>,
+        forget_at: Instant,
+    },
 }
 
 /// Messages and bytes in use, with their limits.
@@ -177,9 +182,11 @@ struct OutboxState {
     holding: Usage,
     /// Caught-up messages in `queue`.
     catch_up: Usage,
-    conversations: HashMap<ConversationKey, ConversationCursor>,
+    conversations: HashMap<ConversationKey, NamedConversation>,
     conversations_max: usize,
     opening: bool,
+    /// When to forget what the earliest catch-up delivered; `None`: nothing is remembered.
+    forget_next: Option<Instant>,
     /// Number of conversations that are catching up.
     catching_up: usize,
     /// When one of them last completed, or the first one started.
@@ -207,6 +214,7 @@ impl Outbox {
             conversations: HashMap::new(),
             conversations_max: limits.conversations_max,
             opening: true,
+            forget_next: None,
             catching_up: 0,
             catch_up_since: None,
             unread_since: None,
@@ -219,24 +227,20 @@ impl Outbox {
         self.0.lock().expect("no holder panics")
     }
 
-    /// The client has everything of this conversation up to `sequence`.
+    /// The client has named a conversation.
     pub(crate) fn report_position(
         &self,
         conversation: ConversationKey,
-        sequence: i64,
         now: Instant,
     ) -> PositionReport {
         let mut state = self.state();
-        if let Some(cursor) = state.conversations.get_mut(&conversation) {
-            cursor.sequence = cursor.sequence.max(sequence);
+        if state.conversations.contains_key(&conversation) {
             return PositionReport::Acknowledged;
         }
         if state.conversations.len() >= state.conversations_max {
             return PositionReport::TooMany;
         }
-        state
-            .conversations
-            .insert(conversation, ConversationCursor { sequence, catching_up: true });
+        state.conversations.insert(conversation, NamedConversation::CatchingUp);
         state.catching_up += 1;
         state.catch_up_since.get_or_insert(now);
         PositionReport::CatchUp
@@ -271,15 +275,16 @@ impl Outbox {
         DeliverOutcome::Queued
     }
 
-    /// Catch-up of these conversations is complete up to these positions.
-    pub(super) fn go_live(&self, delivered: &[ConversationPosition], now: Instant) {
+    /// Catch-up of the conversation is complete. What it delivered is remembered until `forget_at`.
+    pub(super) fn go_live(&self, delivered: Box<CaughtUp>, now: Instant, forget_at: Instant) {
         let mut state = self.state();
-        for position in delivered {
-            if let Some(cursor) = state.conversations.get_mut(&position.conversation) {
-                cursor.sequence = cursor.sequence.max(position.sequence);
-                if std::mem::replace(&mut cursor.catching_up, false) {
-                    state.catching_up -= 1;
-                }
+        let named = delivered.conversation.and_then(|named| state.conversations.get_mut(&named));
+        if let Some(named @ NamedConversation::CatchingUp) = named {
+            let remembers = !delivered.is_empty();
+            *named = NamedConversation::Live { delivered, forget_at };
+            state.catching_up -= 1;
+            if remembers {
+                state.forget_next.get_or_insert(forget_at);
             }
         }
         state.catch_up_since = (state.catching_up > 0).then_some(now);
@@ -344,6 +349,24 @@ impl Outbox {
         Poll::Pending
     }
 
+    /// Forgets what catch-up delivered long ago.
+    pub(super) fn forget_delivered(&self, now: Instant) {
+        let mut state = self.state();
+        if state.forget_next.is_none_or(|at| at > now) {
+            return;
+        }
+        state.forget_next = None;
+        let OutboxState { conversations, forget_next, .. } = &mut *state;
+        for named in conversations.values_mut() {
+            let NamedConversation::Live { delivered, forget_at } = named else { continue };
+            if *forget_at <= now {
+                **delivered = CaughtUp::default();
+            } else if !delivered.is_empty() {
+                *forget_next = Some(forget_next.map_or(*forget_at, |next| next.min(*forget_at)));
+            }
+        }
+    }
+
     /// Since when events are queued and the writer takes none; `None` if the queue is empty.
     pub(super) fn unread_since(&self) -> Option<Instant> {
         self.state().unread_since
@@ -373,17 +396,18 @@ impl OutboxState {
         self.unread_since.get_or_insert(now);
     }
 
-    /// Whether the client has this live event. False during catch-up, when this is not known.
+    /// Whether catch-up has delivered this live event. False during catch-up, when this is not known.
     fn is_duplicate(&self, delivery: &Delivery) -> bool {
         let Some(position) = delivery.event().position else { return false };
-        self.conversations
-            .get(&position.conversation)
-            .is_some_and(|cursor| !cursor.catching_up && position.sequence <= cursor.sequence)
+        match self.conversations.get(&position.conversation) {
+            Some(NamedConversation::Live { delivered, .. }) => delivered.contains(position),
+            Some(NamedConversation::CatchingUp) | None => false,
+        }
     }
 
     fn must_hold(&self, delivery: &Delivery) -> bool {
         let catching_up =
-            |key| self.conversations.get(key).is_some_and(|cursor| cursor.catching_up);
+            |key| matches!(self.conversations.get(key), Some(NamedConversation::CatchingUp));
         self.opening || delivery.event().conversation.as_ref().is_some_and(catching_up)
     }
 

@@ -1,10 +1,13 @@
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::caught_up::SequenceRun;
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
+use crate::domain::ids::ConversationPosition;
 use crate::service::streams::hub::delivery::Notices;
 
 fn delivery(conversation: u64, sequence: Option<i64>, bytes: &[u8]) -> Arc<Delivery> {
@@ -43,9 +46,24 @@ fn caught_up(outbox: &Outbox, delivery: &Arc<Delivery>) -> DeliverOutcome {
     outbox.deliver(DeliveryClass::CatchUp, delivery, Instant::now())
 }
 
-fn go_live(outbox: &Outbox, conversation: u64, sequence: i64) {
-    let position = ConversationPosition { conversation: ConversationKey(conversation), sequence };
-    outbox.go_live(&[position], Instant::now());
+/// How long the outboxes of these tests remember what catch-up delivered.
+const DEDUPE: Duration = Duration::from_secs(300);
+
+/// Catch-up has delivered these sequences.
+fn go_live(outbox: &Outbox, conversation: u64, sequences: impl IntoIterator<Item = i64>) {
+    go_live_at(outbox, conversation, sequences, Instant::now());
+}
+
+fn go_live_at(
+    outbox: &Outbox,
+    conversation: u64,
+    sequences: impl IntoIterator<Item = i64>,
+    now: Instant,
+) {
+    let conversation = ConversationKey(conversation);
+    let run = |sequence| SequenceRun::one(ConversationPosition { conversation, sequence });
+    let delivered = CaughtUp::new(Some(conversation), sequences.into_iter().map(run).collect());
+    outbox.go_live(Box::new(delivered), now, now + DEDUPE);
 }
 
 fn open(limits: &OutboxLimits) -> Outbox {
@@ -58,44 +76,67 @@ fn open_default() -> Outbox {
     open(&OutboxLimits::default())
 }
 
-fn catch_up(outbox: &Outbox, conversation: u64, after: i64) {
-    let report = outbox.report_position(ConversationKey(conversation), after, Instant::now());
+fn catch_up(outbox: &Outbox, conversation: u64) {
+    let report = outbox.report_position(ConversationKey(conversation), Instant::now());
     assert_eq!(report, PositionReport::CatchUp);
 }
 
 #[test]
 fn live_events_are_held_for_their_own_conversation_only() {
     let outbox = open_default();
-    catch_up(&outbox, 1, 4);
+    catch_up(&outbox, 1);
     assert_eq!(live(&outbox, &message(1, 6)), DeliverOutcome::Held);
     assert_eq!(live(&outbox, &message(2, 70)), DeliverOutcome::Queued);
     assert_eq!(caught_up(&outbox, &message(1, 5)), DeliverOutcome::Queued);
     assert_eq!(caught_up(&outbox, &message(1, 6)), DeliverOutcome::Queued);
     assert_eq!(live(&outbox, &message(1, 7)), DeliverOutcome::Held);
     assert_eq!(sequences(&outbox), [70, 5, 6]);
-    go_live(&outbox, 1, 6);
+    go_live(&outbox, 1, [5, 6]);
     assert_eq!(sequences(&outbox), [7]);
     assert_eq!(live(&outbox, &message(1, 6)), DeliverOutcome::Duplicate);
 }
 
+/// Issue “From the log to the members”: “the message service commits a lower sequence late”. Neither a
+/// position that the client names, nor one that it acknowledges, nor a higher message that catch-up
+/// delivered makes it a duplicate.
 #[test]
-fn acknowledged_events_are_not_sent() {
+fn only_exactly_what_catch_up_delivered_is_a_duplicate() {
     let outbox = open_default();
-    catch_up(&outbox, 1, 4);
-    go_live(&outbox, 1, 4);
+    catch_up(&outbox, 1);
+    assert_eq!(live(&outbox, &message(1, 3)), DeliverOutcome::Held);
+    assert_eq!(caught_up(&outbox, &message(1, 4)), DeliverOutcome::Queued);
+    go_live(&outbox, 1, [4]);
     assert_eq!(
-        outbox.report_position(ConversationKey(1), 9, Instant::now()),
+        outbox.report_position(ConversationKey(1), Instant::now()),
         PositionReport::Acknowledged
     );
-    assert_eq!(live(&outbox, &message(1, 9)), DeliverOutcome::Duplicate);
-    assert_eq!(live(&outbox, &message(1, 10)), DeliverOutcome::Queued);
+    assert_eq!(live(&outbox, &message(1, 9)), DeliverOutcome::Queued);
+    assert_eq!(live(&outbox, &message(1, 4)), DeliverOutcome::Duplicate);
+    assert_eq!(live(&outbox, &message(1, 2)), DeliverOutcome::Queued);
+    assert_eq!(sequences(&outbox), [4, 3, 9, 2]);
+}
+
+#[test]
+fn what_catch_up_has_delivered_is_forgotten_in_time() {
+    let (outbox, start) = (open_default(), Instant::now());
+    for (conversation, second) in [(1, 0), (2, 10), (3, 20)] {
+        catch_up(&outbox, conversation);
+        go_live_at(&outbox, conversation, [7], start + Duration::from_secs(second));
+    }
+    for (second, expected) in [(0, [true; 3]), (10, [false, true, true]), (25, [false; 3])] {
+        outbox.forget_delivered(
+            start + DEDUPE + Duration::from_secs(second) - Duration::from_secs(1),
+        );
+        let known = [1, 2, 3].map(|it| outbox.state().is_duplicate(&message(it, 7)));
+        assert_eq!(known, expected, "{second}");
+    }
 }
 
 #[test]
 fn held_events_have_their_own_limits() {
     let limits = OutboxLimits { hold_messages_max: 2, ..OutboxLimits::default() };
     let outbox = open(&limits);
-    catch_up(&outbox, 1, 0);
+    catch_up(&outbox, 1);
     for sequence in 1..=128 {
         assert_eq!(live(&outbox, &message(2, sequence)), DeliverOutcome::Queued);
     }
@@ -104,7 +145,7 @@ fn held_events_have_their_own_limits() {
     assert_eq!(live(&outbox, &message(1, 2)), DeliverOutcome::Held);
     assert_eq!(live(&outbox, &message(1, 3)), DeliverOutcome::CatchUpOverflow);
     // Released events do not count against the limit of live events.
-    go_live(&outbox, 1, 0);
+    go_live(&outbox, 1, []);
     drop(take(&outbox));
     assert_eq!(live(&outbox, &message(2, 129)), DeliverOutcome::Queued);
     assert_eq!(live(&outbox, &message(1, 3)), DeliverOutcome::Overflow);
@@ -115,16 +156,12 @@ fn catch_up_without_progress_is_reported() {
     let (outbox, start) = (open_default(), Instant::now());
     let later = |seconds| start + std::time::Duration::from_secs(seconds);
     assert_eq!(outbox.catch_up_since(), None);
-    let _ = outbox.report_position(ConversationKey(1), 0, later(1));
-    let _ = outbox.report_position(ConversationKey(2), 0, later(2));
+    let _ = outbox.report_position(ConversationKey(1), later(1));
+    let _ = outbox.report_position(ConversationKey(2), later(2));
     assert_eq!(outbox.catch_up_since(), Some(later(1)));
-    let position = ConversationPosition { conversation: ConversationKey(2), sequence: 0 };
-    outbox.go_live(&[position], later(3));
+    go_live_at(&outbox, 2, [], later(3));
     assert_eq!(outbox.catch_up_since(), Some(later(3)));
-    outbox.go_live(
-        &[ConversationPosition { conversation: ConversationKey(1), sequence: 0 }],
-        later(4),
-    );
+    go_live_at(&outbox, 1, [], later(4));
     assert_eq!(outbox.catch_up_since(), None);
 }
 
@@ -154,13 +191,10 @@ fn caught_up_messages_have_their_own_limits() {
 fn conversations_of_a_session_are_limited() {
     let limits = OutboxLimits { conversations_max: 1, ..OutboxLimits::default() };
     let outbox = Outbox::new(&limits);
-    catch_up(&outbox, 1, 0);
+    catch_up(&outbox, 1);
+    assert_eq!(outbox.report_position(ConversationKey(2), Instant::now()), PositionReport::TooMany);
     assert_eq!(
-        outbox.report_position(ConversationKey(2), 0, Instant::now()),
-        PositionReport::TooMany
-    );
-    assert_eq!(
-        outbox.report_position(ConversationKey(1), 1, Instant::now()),
+        outbox.report_position(ConversationKey(1), Instant::now()),
         PositionReport::Acknowledged
     );
 }
@@ -168,7 +202,7 @@ fn conversations_of_a_session_are_limited() {
 #[test]
 fn opening_stops_before_its_held_events_overflow() {
     let outbox = Outbox::new(&OutboxLimits { hold_messages_max: 4, ..OutboxLimits::default() });
-    catch_up(&outbox, 2, 0);
+    catch_up(&outbox, 2);
     for sequence in 1..=2 {
         assert_eq!(live(&outbox, &message(1, sequence)), DeliverOutcome::Held);
     }
@@ -181,13 +215,13 @@ fn opening_stops_before_its_held_events_overflow() {
 #[test]
 fn close_sends_queued_events_and_drops_held_events() {
     let outbox = open_default();
-    catch_up(&outbox, 1, 0);
+    catch_up(&outbox, 1);
     let _ = live(&outbox, &message(2, 1));
     let _ = live(&outbox, &message(1, 1));
     assert_eq!(outbox.close(Status::aborted("first"), Unsent::Send), 1);
     assert_eq!(outbox.close(Status::internal("second"), Unsent::Send), 0);
     assert_eq!(live(&outbox, &message(2, 2)), DeliverOutcome::Ended);
-    go_live(&outbox, 1, 0);
+    go_live(&outbox, 1, []);
     assert_eq!(take(&outbox).unwrap().unwrap().event().position.unwrap().sequence, 1);
     assert_eq!(take(&outbox).unwrap().unwrap_err().message(), "first");
 }
@@ -220,6 +254,8 @@ enum Action {
 }
 
 const CONVERSATIONS: u64 = 3;
+/// Messages of each conversation from before the session.
+const BEFORE: i64 = 5;
 
 fn action() -> impl Strategy<Value = Action> {
     let conversation = 0..CONVERSATIONS;
@@ -242,6 +278,8 @@ struct Model {
     unsequenced: BTreeMap<u64, Vec<i64>>,
     /// Position of catch-up; `None` once it is complete.
     catching_up: BTreeMap<u64, Option<i64>>,
+    /// The position that the client named.
+    named: BTreeMap<u64, i64>,
     /// Last sequence received, or the start position.
     received: BTreeMap<u64, i64>,
     unsequenced_received: BTreeMap<u64, usize>,
@@ -258,7 +296,7 @@ impl Model {
         let complete = last - *at < size as i64;
         *at = last;
         if complete {
-            go_live(outbox, conversation, last);
+            go_live(outbox, conversation, self.named[&conversation] + 1..=last);
             self.catching_up.insert(conversation, None);
         }
     }
@@ -297,10 +335,10 @@ proptest! {
         let limits = OutboxLimits { live_messages_max: 1_000, ..OutboxLimits::default() };
         let outbox = Outbox::new(&limits);
         let mut model = Model::default();
-        // Messages from before the session, which only catch-up can deliver.
+        // Only catch-up can deliver these.
         for conversation in 0..CONVERSATIONS {
-            model.newest.insert(conversation, 5);
-            model.received.insert(conversation, 5);
+            model.newest.insert(conversation, BEFORE);
+            model.received.insert(conversation, BEFORE);
         }
         let mut opening = true;
         for action in actions {
@@ -317,12 +355,14 @@ proptest! {
                 }
                 Action::ReportPosition(conversation, back) => {
                     if opening && !model.catching_up.contains_key(&conversation) {
-                        let after = (model.newest[&conversation] - back).max(0);
+                        // What a client has is from before the session.
+                        let after = (BEFORE - back).max(0);
                         prop_assert_eq!(
-                            outbox.report_position(ConversationKey(conversation), after, Instant::now()),
+                            outbox.report_position(ConversationKey(conversation), Instant::now()),
                             PositionReport::CatchUp
                         );
                         model.catching_up.insert(conversation, Some(after));
+                        model.named.insert(conversation, after);
                         model.received.insert(conversation, after);
                     }
                 }

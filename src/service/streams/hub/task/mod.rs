@@ -255,8 +255,10 @@ impl Hub {
                 self.close(connection, refused, EndReason::Refused, Unsent::Discard);
             }
             ShardCommand::GoLive { connection, delivered } => {
+                let now = Instant::now();
+                let forget_at = now + self.config.dedupe;
                 match self.streams.get_mut(connection) {
-                    Some(stream) => stream.outbox.go_live(&delivered, Instant::now()),
+                    Some(stream) => stream.outbox.go_live(delivered, now, forget_at),
                     None => self.metrics.counters.stream_commands_stale.add(1),
                 }
             }
@@ -408,6 +410,7 @@ impl Hub {
             |since: Option<Instant>, limit| since.is_some_and(|since| since + limit <= now);
         for (connection, stream) in self.streams.iter_mut() {
             let (config, outbox) = (&self.config, &stream.outbox);
+            outbox.forget_delivered(now);
             match &stream.state {
                 StreamState::Requested(reply) if reply.is_closed() => abandoned.push(connection),
                 StreamState::Closing { why, deadline } if *deadline <= now => {

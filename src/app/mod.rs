@@ -6,6 +6,8 @@ pub mod config;
 pub mod dev;
 pub mod node;
 pub mod publish;
+#[cfg(any(test, feature = "simulation"))]
+pub mod returning;
 pub mod serve;
 pub mod sizing;
 pub mod tail;

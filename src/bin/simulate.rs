@@ -1,9 +1,10 @@
-//! Runs the shard on the simulated kernel, or the cluster on simulated logs: any number of seeds and steps
-//! (docs/simulation.md).
+//! Runs the shard on the simulated kernel, the cluster on simulated logs, or clients that come back: any number
+//! of seeds and steps (docs/simulation.md).
 
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
+use delivery::app::returning;
 use delivery::domain::counted::Counted;
 use delivery::reactor::simulation as shard;
 use delivery::service::routing::simulation as cluster;
@@ -18,7 +19,7 @@ struct Arguments {
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Steps per seed.
+    /// Steps per seed; clients that come back have a fixed number.
     #[arg(long, default_value_t = 100_000)]
     steps: u64,
     /// Number of seeds, counted up from the first.
@@ -32,6 +33,8 @@ enum World {
     Shard,
     /// The routers of several nodes, on simulated logs.
     Cluster,
+    /// Clients that come back, with catch-up, session manager, shard and stream hub.
+    Returning,
 }
 
 fn main() {
@@ -39,6 +42,7 @@ fn main() {
     match arguments.world {
         World::Shard => run_shard(&arguments),
         World::Cluster => run_cluster(&arguments),
+        World::Returning => run_returning(&arguments),
     }
 }
 
@@ -82,6 +86,22 @@ fn run_cluster(arguments: &Arguments) {
     for (name, count) in &total.counts {
         println!("{name:>40} {count}");
     }
+    println!(
+        "{} from {}: nothing found in {} s",
+        Counted(arguments.seeds, "seed"),
+        arguments.seed,
+        started.elapsed().as_secs(),
+    );
+}
+
+fn run_returning(arguments: &Arguments) {
+    returning::print_on_panic();
+    let started = Instant::now();
+    let mut total = returning::ReturningSummary::default();
+    for seed in arguments.seeds() {
+        total.add(&returning::run(seed));
+    }
+    println!("{total:?}");
     println!(
         "{} from {}: nothing found in {} s",
         Counted(arguments.seeds, "seed"),

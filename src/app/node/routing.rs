@@ -165,11 +165,14 @@ fn membership(
     source: Option<Arc<dyn ConversationSource>>,
     collectors: &mut Vec<Collector>,
 ) -> Arc<Membership> {
+    let defaults = MembershipConfig::default();
     let config = MembershipConfig {
         conversations_max: settings.membership_cache_max.size(),
         members_max: settings.membership_members_max.size(),
         lifetime_ms: millis(settings.membership_lifetime),
-        ..MembershipConfig::default()
+        // A large answer takes two calls, and waits for others.
+        fetch_deadline_ms: defaults.fetch_deadline_ms.max(3 * millis(settings.call_timeout)),
+        ..defaults
     };
     let runtime = tokio::runtime::Handle::current();
     Membership::new(config, source, runtime, register("membership_", collectors))

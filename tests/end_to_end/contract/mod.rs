@@ -3,6 +3,7 @@
 mod events;
 mod first_message;
 mod leaving;
+mod members;
 mod nodes;
 mod presence;
 mod registry;

@@ -269,6 +269,11 @@ faults! {
         drops_sessions_while(&mut scene, &[Method::Members, Method::List], DOWN, seconds(20));
     } => nothing_lost_in_order, shown by ["delivery_conversation_service_failures_total"];
 
+    conversation_service_denying(scene: 2, USUAL, plain) {
+        let denied = Behaviour::Failing(Code::PermissionDenied);
+        drops_sessions_while(&mut scene, &[Method::Members, Method::List], denied, seconds(20));
+    } => nothing_lost_in_order, shown by ["delivery_conversation_service_denied_total"];
+
     message_service_down(scene: 2, USUAL, plain) {
         drops_sessions_while(&mut scene, &[Method::Sync], DOWN, seconds(20));
     } => nothing_lost_in_order, shown by ["delivery_message_service_failures_total"];

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::TcpStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -86,26 +86,53 @@ pub fn run(tail: &Tail) -> Result<(), String> {
     }
 }
 
+/// How long a missing sequence is waited for: it may be committed late, or never (`docs/websocket.md`).
+const HOLE_WAIT: Duration = Duration::from_secs(60);
+
 /// What this client has received.
 #[derive(Debug, Default)]
 struct Received {
-    /// The last sequence of each conversation.
-    last: BTreeMap<String, i64>,
+    conversations: BTreeMap<String, ConversationProgress>,
     events: u64,
+}
+
+/// What this client has received of a conversation.
+#[derive(Debug, Default)]
+struct ConversationProgress {
+    /// It has everything up to here, or no longer waits for what is missing.
+    complete: i64,
+    /// Higher sequences that it has, and since when.
+    above: BTreeMap<i64, Instant>,
+}
+
+impl ConversationProgress {
+    fn record(&mut self, sequence: i64, now: Instant) {
+        if sequence > self.complete {
+            self.above.entry(sequence).or_insert(now);
+        }
+        while let Some(next) = self.above.first_entry() {
+            if *next.key() != self.complete + 1 && now - *next.get() < HOLE_WAIT {
+                break;
+            }
+            self.complete = *next.key();
+            next.remove();
+        }
+    }
 }
 
 impl Received {
     fn resume_request(&self) -> String {
-        serde_json::json!({ "last_sequences": self.last }).to_string()
+        let named = self.conversations.iter().map(|(id, progress)| (id, progress.complete));
+        serde_json::json!({ "last_sequences": named.collect::<BTreeMap<_, _>>() }).to_string()
     }
 
-    fn record(&mut self, value: &[u8]) {
+    fn record(&mut self, value: &[u8], now: Instant) {
         self.events += 1;
         if let Ok(record) = envelope::decode(value)
             && let EventBody::MessageSent { conversation, sequence } = record.body
         {
-            let last = self.last.entry(conversation.to_owned()).or_default();
-            *last = sequence.max(*last);
+            let progress = self.conversations.entry(conversation.to_owned()).or_default();
+            progress.record(sequence, now);
         }
     }
 }
@@ -142,7 +169,7 @@ fn session(tail: &Tail, received: &mut Received) -> Outcome {
         match socket.read() {
             Ok(Message::Binary(value)) => {
                 silences = 0;
-                received.record(&value);
+                received.record(&value, Instant::now());
                 // The reader of standard output may close it early, as `head` does.
                 if print_line(&value).is_err()
                     || tail.count.is_some_and(|max| received.events >= max)
@@ -300,15 +327,23 @@ mod tests {
     }
 
     #[test]
-    fn resume_names_the_highest_sequence_of_each_conversation() {
+    fn resume_names_the_sequence_below_the_first_hole() {
         let mut received = Received::default();
-        for (conversation, sequence) in [("a", 5), ("b", 2), ("a", 4)] {
-            let now = crate::service::events::timestamp::Timestamp::default();
-            let record = crate::app::publish::sent("t", conversation, "u", sequence, "x", now);
-            received.record(&record.value);
-        }
-        assert_eq!(received.resume_request(), r#"{"last_sequences":{"a":5,"b":2}}"#);
-        assert_eq!(received.events, 3);
+        let start = Instant::now();
+        let mut record = |conversation, sequence, seconds| {
+            let sent_at = crate::service::events::timestamp::Timestamp::default();
+            let record = crate::app::publish::sent("t", conversation, "u", sequence, "x", sent_at);
+            received.record(&record.value, start + Duration::from_secs(seconds));
+            received.resume_request()
+        };
+        assert_eq!(record("b", 1, 0), r#"{"last_sequences":{"b":1}}"#);
+        assert_eq!(record("a", 1, 0), r#"{"last_sequences":{"a":1,"b":1}}"#);
+        assert_eq!(record("a", 3, 0), r#"{"last_sequences":{"a":1,"b":1}}"#, "2 may come");
+        assert_eq!(record("a", 2, 1), r#"{"last_sequences":{"a":3,"b":1}}"#);
+        assert_eq!(record("a", 6, 2), r#"{"last_sequences":{"a":3,"b":1}}"#);
+        assert_eq!(record("a", 7, 61), r#"{"last_sequences":{"a":3,"b":1}}"#);
+        assert_eq!(record("a", 8, 62), r#"{"last_sequences":{"a":8,"b":1}}"#, "not waited for");
+        assert_eq!(received.events, 7);
     }
 
     #[test]

@@ -93,6 +93,22 @@ fn only_node_0_was_silent(outcome: &Outcome) {
     only_node_0_lost_sessions(outcome, EVENTS_MISSED);
 }
 
+/// No session ended. Everything came once, in the order of each partition: conversations move to other partitions.
+fn nothing_missed_or_repeated(outcome: &Outcome) {
+    let Totals { lost, duplicates, .. } = outcome.totals;
+    let missed = outcome.missed_live;
+    assert_eq!((lost, missed, duplicates), (0, 0, 0), "{outcome:?}");
+    assert!(outcome.endings.is_empty(), "sessions ended: {outcome:?}");
+}
+
+/// Node 0 died. Sessions of others had missed events and were told, and their clients got them when they resumed.
+fn others_were_told(outcome: &Outcome) {
+    nothing_missed_live(outcome);
+    let mut ended = outcome.endings.keys();
+    let is_expected = |end: &(usize, u16)| *end == (0, 0) || end.1 == EVENTS_MISSED;
+    assert!(ended.all(is_expected), "other sessions ended: {outcome:?}");
+}
+
 /// Each session that stayed got every event once and in order, while it stayed.
 fn undisturbed(outcome: &Outcome) {
     let Totals { received, lost, duplicates, out_of_order } = outcome.stayed;
@@ -210,6 +226,27 @@ faults! {
         scene.kafka_cut(seconds(60));
         scene.run(seconds(10));
     } => nobody_noticed, shown by ["delivery_kafka_rebalances_total"];
+
+    // Promise: “Partitions and topics that appear while nodes run are read from their start.”
+    partitions_added(scene: 2, USUAL, plain) {
+        scene.add_partitions();
+        scene.run(seconds(20));
+    } => nothing_missed_or_repeated, shown by ["delivery_kafka_rebalances_total"];
+
+    partitions_added_broadcast(scene: 2, USUAL, broadcast) {
+        scene.add_partitions();
+        scene.run(seconds(20));
+    } => nothing_missed_or_repeated, shown by [];
+
+    // What the owner has not read is gone before another one takes over.
+    records_expired(scene: 2, USUAL, plain) {
+        scene.kill_node(0);
+        scene.run(seconds(4));
+        scene.expire_records();
+        scene.run(seconds(10));
+        scene.start_node(0);
+        scene.run_until_ready(0);
+    } => others_were_told, shown by ["delivery_kafka_records_expired_total", "delivery_session_events_missed_total"];
 
     redis_paused_for_1_5_s(scene: 2, USUAL, plain) {
         scene.redis_paused(Duration::from_millis(1_500));

@@ -39,6 +39,8 @@ pub(super) const USUAL: Size = Size { sessions: 300, conversations: 60 };
 /// Messages published per second.
 const RATE: u32 = 200;
 const MEMBERS_MAX: usize = 30;
+/// Partitions of the topic.
+const PARTITIONS: i32 = 6;
 /// Backoff from the end of a session to the next attempt: random between these.
 const BACK_OFF_MS: (usize, usize) = (100, 600);
 /// Limit for an answer to the handshake; then the client tries another node.
@@ -114,6 +116,7 @@ impl Outcome {
 /// A running scene.
 pub(super) struct Scene {
     pub(super) kafka: OwnService,
+    topic: String,
     /// Of everybody but node 0.
     kafka_proxy: Proxy,
     kafka_proxy_of_node_0: Proxy,
@@ -160,7 +163,7 @@ impl Scene {
         let redis_proxy = Proxy::start(redis.address);
         let neighbours = FakeNeighbours::start();
         let brokers = kafka_proxy.address.to_string();
-        let topic = new_topic(&brokers, "faults", 6);
+        let topic = new_topic(&brokers, "faults", PARTITIONS);
         let world = World::new(3, size.conversations, MEMBERS_MAX, size.sessions);
         neighbours.state().members = world
             .conversations
@@ -206,7 +209,12 @@ impl Scene {
             through: None,
         });
         let mut scene = Self {
-            publisher: Publisher::new(&brokers, &topic),
+            // It finds new partitions soon.
+            publisher: Publisher::with_settings(
+                &brokers,
+                &topic,
+                &[("topic.metadata.refresh.interval.ms", "1000")],
+            ),
             sessions: sessions.collect(),
             conversations: world.conversations.keys().cloned().collect(),
             last: vec![0; world.conversations.len()],
@@ -226,6 +234,7 @@ impl Scene {
             nodes: running.into_iter().map(Some).collect(),
             builders,
             kafka,
+            topic,
             kafka_proxy,
             kafka_proxy_of_node_0,
             redis,

@@ -314,7 +314,9 @@ impl RemoteNodes for LegacyNodes {
     }
 
     fn lost_by_all(&self) {
-        self.nodes.lost_by_all();
+        if self.may_exist() {
+            self.nodes.lost_by_all();
+        }
     }
 
     fn has_room(&self) -> bool {

@@ -37,6 +37,9 @@ pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 pub(super) const GONE_AFTER: Duration = Duration::from_secs(5);
 /// Longest time between two looks while a topic is denied or not answered.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// How long the end of a log has to stay below the former one: a broker that has lost the leadership of a partition and
+/// does not know it yet answers with an older end.
+const LOWER_FOR: Duration = Duration::from_secs(1);
 /// Largest error of the clocks of producers, ms.
 pub(super) const CLOCK_ERROR_MS: u64 = 600_000;
 
@@ -109,6 +112,8 @@ struct PartitionState {
     incarnation: u64,
     /// The highest end offset seen, or position reached.
     end: i64,
+    /// Since when its end is lower.
+    lower_since: Option<Instant>,
     /// Whether its leader refuses to let this node read it.
     is_refused: bool,
 }
@@ -183,12 +188,19 @@ impl TopicState {
                         origin,
                         incarnation,
                         end: 0,
+                        lower_since: None,
                         is_refused: false,
                     });
                 }
                 is_other.then_some(TopicChange::Replaced(topic))
             }
         }
+    }
+
+    /// Whether the next look is not urgent.
+    fn is_calm(&self) -> bool {
+        let mut partitions = self.partitions.iter();
+        self.denial.is_none() && partitions.all(|partition| partition.lower_since.is_none())
     }
 
     /// Why the topic cannot be read. Not for a denial of a moment, by a broker that has just started.
@@ -207,17 +219,29 @@ impl TopicState {
     }
 
     /// The log of a partition ends at `end`. Returns whether it is another log than before.
-    fn ends_at(&mut self, partition: usize, end: i64, now_ms: u64, incarnations: &mut u64) -> bool {
+    fn ends_at(
+        &mut self,
+        partition: usize,
+        end: i64,
+        (now, now_ms): (Instant, u64),
+        incarnations: &mut u64,
+    ) -> bool {
         let Some(known) = self.partitions.get_mut(partition) else { return false };
         if end >= known.end {
             known.end = end;
+            known.lower_since = None;
+            return false;
+        }
+        let since = *known.lower_since.get_or_insert(now);
+        if now.duration_since(since) < LOWER_FOR {
             return false;
         }
         *incarnations += 1;
         // If it was created again, all of it is younger; if it has lost its last records, older ones are
         // not repeated.
         let origin = Origin::Since(now_ms.saturating_sub(CLOCK_ERROR_MS));
-        *known = PartitionState { origin, incarnation: *incarnations, end, ..*known };
+        *known =
+            PartitionState { origin, incarnation: *incarnations, end, lower_since: None, ..*known };
         true
     }
 }
@@ -347,9 +371,9 @@ impl Catalogue {
                 }
             }
         }
-        changes.extend(self.compare_ends(consumer, now_ms()));
+        changes.extend(self.compare_ends(consumer, (Instant::now(), now_ms())));
         let mut state = self.state();
-        let is_calm = outcome.is_ok() && state.topics.iter().all(|topic| topic.denial.is_none());
+        let is_calm = outcome.is_ok() && state.topics.iter().all(TopicState::is_calm);
         let pause = if is_calm { self.interval } else { self.interval.min(LOOK_AGAIN) };
         state.next = Some(Instant::now() + pause);
         outcome.map(|()| Some(changes))
@@ -359,7 +383,7 @@ impl Catalogue {
     fn compare_ends<C: ConsumerContext>(
         &self,
         consumer: &BaseConsumer<C>,
-        now_ms: u64,
+        now: (Instant, u64),
     ) -> Vec<TopicChange> {
         let mut list = TopicPartitionList::new();
         for KnownPartition { log, .. } in self.partitions() {
@@ -379,7 +403,7 @@ impl Catalogue {
                 let found = ends.find_partition(&topic.topic, number);
                 let Some(found) = found.filter(|found| found.error().is_ok()) else { continue };
                 if let Offset::Offset(end) = found.offset() {
-                    is_other |= topic.ends_at(partition, end, now_ms, incarnations);
+                    is_other |= topic.ends_at(partition, end, now, incarnations);
                 }
             }
             if is_other {
@@ -542,15 +566,21 @@ mod tests {
         let mut topic = Observed::new();
         topic.answer(0, Answer::Exists(2));
         let before = topic.incarnations();
-        let ends_at = |topic: &mut Observed, end| {
-            topic.state.ends_at(1, end, START_MS, &mut topic.incarnations)
+        let ends_at = |topic: &mut Observed, at_ms, end| {
+            let now = (topic.start + Duration::from_millis(at_ms), START_MS);
+            topic.state.ends_at(1, end, now, &mut topic.incarnations)
         };
-        assert!(!ends_at(&mut topic, 7));
-        assert!(!ends_at(&mut topic, 7));
-        assert!(ends_at(&mut topic, 6));
+        assert!(!ends_at(&mut topic, 0, 7));
+        assert!(!ends_at(&mut topic, 5_000, 7));
+        assert!(!ends_at(&mut topic, 10_000, 6) && !topic.state.is_calm());
+        assert!(!ends_at(&mut topic, 10_500, 7), "a broker that was no leader any more");
+        assert!(!ends_at(&mut topic, 15_000, 6));
+        assert!(!ends_at(&mut topic, 15_999, 6));
+        assert_eq!(topic.incarnations(), before);
+        assert!(ends_at(&mut topic, 16_000, 6));
         assert_eq!(topic.origins(), [Origin::Old, Origin::Since(START_MS - CLOCK_ERROR_MS)]);
         assert!(topic.incarnations()[0] == before[0] && topic.incarnations()[1] > before[1]);
-        assert!(!ends_at(&mut topic, 6), "once");
+        assert!(!ends_at(&mut topic, 20_000, 6), "once");
 
         let change = topic.answer(5_000, Answer::Exists(1));
         assert_eq!(change, Some(TopicChange::Replaced("events".into())));

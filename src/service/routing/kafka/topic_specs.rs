@@ -185,6 +185,8 @@ pub fn sessions_property(name: &str) -> Option<&'static str> {
 #[derive(Clone, Copy)]
 pub(super) struct TopicSpec<'a> {
     pub(super) name: &'a str,
+    /// The setting with the name.
+    pub(super) setting: &'static str,
     /// Partitions of a new topic.
     pub(super) partitions: i32,
     /// Whether another number of partitions makes the topic unusable.
@@ -289,6 +291,7 @@ pub(super) fn specs<'a>(names: &'a ClusterTopicNames, brokers: &'a str) -> [Topi
     [
         TopicSpec {
             name: &names.sessions,
+            setting: "SESSIONS_TOPIC",
             partitions: SESSIONS_PARTITIONS,
             partitions_fixed: true,
             properties: &SESSIONS_PROPERTIES,
@@ -296,6 +299,7 @@ pub(super) fn specs<'a>(names: &'a ClusterTopicNames, brokers: &'a str) -> [Topi
         },
         TopicSpec {
             name: &names.hand_off,
+            setting: "HANDOFF_TOPIC",
             partitions: HAND_OFF_PARTITIONS,
             partitions_fixed: false,
             properties: &HAND_OFF_PROPERTIES,

@@ -37,8 +37,10 @@ pub struct ClusterTopics {
 #[derive(Debug, thiserror::Error)]
 pub enum TopicsError {
     /// This node may not create a topic.
-    #[error("cannot create the topic {topic}: {reason}. Create it with\n  {command}")]
+    #[error("{setting}: cannot create the topic {topic}: {reason}. Create it with\n  {command}")]
     NotCreated {
+        /// The setting that names it.
+        setting: &'static str,
         /// The topic.
         topic: String,
         /// The broker's answer.
@@ -47,8 +49,10 @@ pub enum TopicsError {
         command: String,
     },
     /// This node may not use a topic.
-    #[error("the topic {topic} is not visible to this node: {reason}. It must exist, and this node must have access to it:\n  {}", .commands.join("\n  "))]
+    #[error("{setting}: the topic {topic} is not visible to this node: {reason}. It must exist, and this node must have access to it:\n  {}", .commands.join("\n  "))]
     NotVisible {
+        /// The setting that names it.
+        setting: &'static str,
         /// The topic.
         topic: String,
         /// The broker's answer.
@@ -57,8 +61,10 @@ pub enum TopicsError {
         commands: [String; 2],
     },
     /// A topic would lose or misorder records as it is configured.
-    #[error("the topic {topic} is not usable: {}. Mend it with\n  {}", .problems.join("; "), .commands.join("\n  "))]
+    #[error("{setting}: the topic {topic} is not usable: {}. If anything else uses it, set {setting} to another name. Only if it is a topic of Delivery, mend it with\n  {}", .problems.join("; "), .commands.join("\n  "))]
     Wrong {
+        /// The setting that names it.
+        setting: &'static str,
         /// The topic.
         topic: String,
         /// What is wrong, and why it matters.
@@ -131,6 +137,7 @@ impl TopicsClient {
                     return Err(again(format!("topic {name}: {error}")));
                 }
                 Err(Attempt::Failed(TopicsError::NotVisible {
+                    setting: topic.setting,
                     topic: name.to_owned(),
                     reason: error.to_string(),
                     commands: [topic.create_command(), topic.access_command()],
@@ -202,8 +209,8 @@ impl TopicsClient {
         }
         let Findings { problems, commands, warnings: found } = findings;
         if !problems.is_empty() {
-            let topic = topic.name.to_owned();
-            return Err(Attempt::Failed(TopicsError::Wrong { topic, problems, commands }));
+            let (setting, topic) = (topic.setting, topic.name.to_owned());
+            return Err(Attempt::Failed(TopicsError::Wrong { setting, topic, problems, commands }));
         }
         warnings.extend(found);
         Ok(partitions)
@@ -238,6 +245,7 @@ fn creation_failed(topic: &TopicSpec<'_>, error: &KafkaError) -> Attempt {
         return again(error);
     }
     Attempt::Failed(TopicsError::NotCreated {
+        setting: topic.setting,
         topic: topic.name.to_owned(),
         reason: error.to_string(),
         command: topic.create_command(),
@@ -336,6 +344,7 @@ mod tests {
             --config segment.bytes=33554432 --config segment.ms=600000 --config max.compaction.lag.ms=3600000";
         assert!(text.ends_with(&format!("Create it with\n  {command}")), "{text}");
         assert!(text.contains("uthorization failed"), "{text}");
+        assert!(text.starts_with("SESSIONS_TOPIC: cannot create the topic"), "{text}");
         assert_eq!(
             hand_off.create_command(),
             "kafka-topics.sh --bootstrap-server kafka:9092 --create --topic delivery.handoff.v1 --partitions 32 \
@@ -411,6 +420,15 @@ mod tests {
         sessions.check_partitions(3, &mut findings);
         assert_eq!(findings.problems.len(), 1);
         assert!(findings.commands[0].contains("--delete --topic delivery.sessions.v1"));
+        let error = TopicsError::Wrong {
+            setting: sessions.setting,
+            topic: sessions.name.to_owned(),
+            problems: findings.problems.clone(),
+            commands: findings.commands.clone(),
+        };
+        let text = error.to_string();
+        let advice = text.find("If anything else uses it, set SESSIONS_TOPIC to another name");
+        assert!(advice < text.find("--delete"), "before the command that deletes it: {text}");
         assert_eq!(findings.commands[1], sessions.create_command());
         let mut findings = Findings::default();
         hand_off.check_partitions(64, &mut findings);

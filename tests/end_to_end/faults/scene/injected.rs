@@ -2,11 +2,15 @@
 
 use std::time::{Duration, Instant};
 
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rustix::process::Signal;
 
 use crate::support::node::NodeBuilder;
 
-use super::Scene;
+use super::{PARTITIONS, Scene};
 
 impl Scene {
     /// Restarts a node with the same settings.
@@ -35,6 +39,34 @@ impl Scene {
         self.kafka_proxy_of_node_0.cut();
         self.run(time);
         self.kafka_proxy_of_node_0.heal();
+    }
+
+    fn admin(&self) -> (AdminClient<DefaultClientContext>, tokio::runtime::Runtime) {
+        let brokers = self.kafka_proxy.address.to_string();
+        let admin = ClientConfig::new().set("bootstrap.servers", brokers).create();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        (admin.expect("valid"), runtime.expect("a runtime"))
+    }
+
+    /// The topic has twice as many partitions.
+    pub(in super::super) fn add_partitions(&mut self) {
+        let (admin, runtime) = self.admin();
+        let count = 2 * usize::try_from(PARTITIONS).expect("positive");
+        let new = NewPartitions::new(&self.topic, count);
+        let added = runtime.block_on(admin.create_partitions([&new], &AdminOptions::new()));
+        assert!(added.expect("answered")[0].is_ok());
+        self.notes("partitions added");
+    }
+
+    /// Deletes all records that the topic has now, as retention does.
+    pub(in super::super) fn expire_records(&mut self) {
+        let (admin, runtime) = self.admin();
+        let mut all = TopicPartitionList::new();
+        for partition in 0..PARTITIONS {
+            all.add_partition_offset(&self.topic, partition, Offset::End).expect("valid");
+        }
+        runtime.block_on(admin.delete_records(&all, &AdminOptions::new())).expect("deleted");
+        self.notes("records deleted");
     }
 
     /// Stops a node with SIGSTOP for this long.

@@ -51,7 +51,9 @@ fn read(path: &Path) -> String {
 
 fn pages() -> Vec<PathBuf> {
     let docs = std::fs::read_dir(root().join("docs")).expect("the folder");
-    let mut pages: Vec<_> = docs.map(|entry| entry.expect("an entry").path()).collect();
+    let docs = docs.map(|entry| entry.expect("an entry").path());
+    // Not the proposals: what they name does not exist yet.
+    let mut pages: Vec<_> = docs.filter(|page| page.is_file()).collect();
     pages.extend(
         ["README.md", "deploy/prometheus/alerts.yaml", "deploy/grafana/delivery.json"]
             .map(|page| root().join(page)),

@@ -16,6 +16,7 @@ use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::routing::kafka::{
     ClaimParts, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaParts, KafkaStatus,
+    TopicTrouble,
 };
 use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::owner::ClusterParts;
@@ -97,9 +98,10 @@ impl Routing {
                 }
             }),
         };
+        let topics = kafka_config.topics_by_index();
         let kafka = Kafka::start(kafka_config, parts).map_err(|error| error.to_string())?;
         collectors.push(lag(Arc::clone(&status)));
-        collectors.push(troubles(Arc::clone(&status)));
+        collectors.push(troubles(Arc::clone(&status), topics));
         Ok(Self { kafka, controls, threads, status, membership })
     }
 
@@ -213,13 +215,24 @@ fn dead_letters(
     Ok(Some(Arc::new(letters)))
 }
 
-/// The topics of events that cannot be read.
-fn troubles(status: Arc<KafkaStatus>) -> Collector {
+/// Which topics of events cannot be read, and why.
+fn troubles(status: Arc<KafkaStatus>, topics: Vec<Arc<str>>) -> Collector {
     Box::new(move |page| {
-        for (topic, trouble) in status.troubles() {
-            let labels = [("topic", &*topic), ("reason", trouble.label())];
-            let help = "1 for each topic of KAFKA_TOPICS that cannot be read, and why.";
-            page.sample(MetricKind::Gauge, "delivery_kafka_topic_trouble", help, &labels, 1.0);
+        let troubles = status.troubles();
+        for topic in &topics {
+            for trouble in [TopicTrouble::Missing, TopicTrouble::Forbidden] {
+                let is_it = troubles.contains(&(Arc::clone(topic), trouble));
+                let labels = [("topic", &**topic), ("reason", trouble.label())];
+                let help = "1 if a topic of KAFKA_TOPICS cannot be read for this reason.";
+                let value = number(u64::from(is_it));
+                page.sample(
+                    MetricKind::Gauge,
+                    "delivery_kafka_topic_trouble",
+                    help,
+                    &labels,
+                    value,
+                );
+            }
         }
     })
 }

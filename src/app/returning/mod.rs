@@ -94,7 +94,7 @@ impl ReturningSummary {
 }
 
 thread_local! {
-    /// The seed and the action that run.
+    /// The seed and the action that run; seeds begin at 1.
     static AT: Cell<(u64, usize)> = const { Cell::new((0, 0)) };
 }
 
@@ -104,6 +104,9 @@ pub fn print_on_panic() {
     std::panic::set_hook(Box::new(move |info| {
         before(info);
         let (seed, step) = AT.get();
+        if seed == 0 {
+            return; // Another thread.
+        }
         eprintln!("seed {seed} failed at step {step}");
         eprintln!(
             "replay: cargo run --release --features simulation --bin simulate -- --world returning \

@@ -248,11 +248,11 @@ impl Membership {
         if let Some(members) = self.lists.members(conversation, at, now_ms) {
             return Lookup::Members(members);
         }
-        if self.source.is_none() {
-            return Lookup::Unknown;
-        }
         if !self.following.load(Ordering::Acquire) {
             return Lookup::Pending;
+        }
+        if self.source.is_none() {
+            return Lookup::Unknown;
         }
         match self.fetch_if_due(conversation, now_ms) {
             Lookup::Pending => {

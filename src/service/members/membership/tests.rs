@@ -317,3 +317,21 @@ fn record_waits_for_the_changes_before_it_and_the_follower_wakes_its_router() {
     };
     assert_eq!(members, ["c", "d"].iter().collect(), "b left before the record");
 }
+
+/// Without a conversation service the lists are read from the log again after it was lost: until then nothing
+/// is unknown.
+#[test]
+fn records_wait_while_lists_are_read_again_without_a_service() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let (config, handle) = (MembershipConfig::default(), runtime.handle().clone());
+    let membership = Membership::new(config, None, handle, Arc::default());
+    membership.follow();
+    let lookup = || membership.lookup("c", None, unix_ms());
+    assert!(matches!(lookup(), Lookup::Unknown));
+    membership.clear();
+    assert!(matches!(lookup(), Lookup::Pending));
+    let by = ReadBy::Follower(LogPosition { topic: 0, partition: 0, offset: 0 });
+    membership.created("c", &["a"], by, unix_ms());
+    membership.follow();
+    assert!(matches!(lookup(), Lookup::Members(members) if members.contains("a")));
+}

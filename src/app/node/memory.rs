@@ -118,7 +118,7 @@ impl MemoryBudget {
             // The queues of the consumer and of the membership follower.
             ("kafka", 2 * prefetch),
             ("windows", (router.window_records_max * RECORD_UNDER_WAY_BYTES) as u64),
-            ("lookahead", router.lookahead_bytes_max as u64 + RECORD_BYTES),
+            ("parked_records", router.parked_bytes_max as u64 + RECORD_BYTES),
         ];
         if settings.hand_off() == Some(HandOffMode::Log) {
             let positions = sizing.sessions_max() * Holder::POSITION_BYTES;

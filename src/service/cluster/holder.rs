@@ -12,21 +12,33 @@
 //! The holder keeps for each source partition *P* the `generation`, `highest` (the highest offset that passed) and
 //! `established` (the *T* that passed: sessions with a *b* below it are named in every record that concerns them). A
 //! **young** session is one whose *b* is unknown or at or above the `established` of some *P*. For it the holder keeps
-//! the last offset delivered of each such *P*. For a record (*P*, *o*, generation *g*, *T*):
+//! the last offset delivered of each such *P*.
+//!
+//! An owner goes past records whose members it does not know yet: they are **parked**, and handed over later, out of the order
+//! of the partition. Each record names the parked ones below it. What is below it and not named was routed before. So
+//! the holder knows which records below `highest` it has still to expect (`parked`), and of a young session which it
+//! lacks below the last one that it got.
+//!
+//! For a record (*P*, *o*, generation *g*, *T*):
 //!
 //! 1. *g* below `generation`: a zombie's, discarded. If *g* is above it, `generation` becomes *g*, whatever kind of record
 //!    it is: also a replay, because the successor may have nothing else to send. If then *T* is below `established`, the new owner
 //!    knows fewer sessions than the former one did: `established` falls to *T*, and each session with a *b* between
-//!    the two is young again, with everything up to `highest` delivered. (That is why the holder keeps *b* of all its
-//!    sessions.)
-//! 2. A session gets no record at or below the last offset that was delivered to it while it was young. A replay can be ahead
-//!    of the live records that a successor repeats, so this holds until `highest` has reached that offset.
+//!    the two is young again, with everything up to `highest` delivered, but for what is `parked`. (That is why the holder
+//!    keeps *b* of all its sessions.)
+//! 2. A session gets no record at or below the last offset that was delivered to it while it was young, unless it lacks it
+//!    because it was parked. A replay can be ahead of the live records that a successor repeats, so this holds until
+//!    `highest` has reached that offset.
 //! 3. A session with a *b* at or above *T* gets no live record: its owner names the user for another session of
 //!    theirs, and will replay the record to this one behind those that came before. If *b* is not known, and this
 //!    node has not read the sessions topic up to *T*, the record waits until it is.
 //! 4. Otherwise a session that is young for *P* gets every record that names it, live or replayed. Any other session gets
-//!    it if *o* is above `highest`.
-//! 5. A live record with *o* above `highest` sets `highest` to *o* and `established` to *T*. `passed` with the next offset
+//!    it if *o* is above `highest`, or parked.
+//! 5. A record that is named as parked becomes `parked` if it is above `highest`. Otherwise it has passed before, and a new
+//!    owner has parked it again: then `established` stays until nothing is, because the sessions below it have that
+//!    record, and younger ones do not. A record leaves `parked` when it arrives, live or replayed, or when a later
+//!    record does not name it any more.
+//! 6. A live record with *o* above `highest` sets `highest` to *o* and `established` to *T*. `passed` with the next offset
 //!    *n* does so with *n* − 1, if *n* is above `highest`: without it, sessions would stay young while nothing is sent to
 //!    their node.
 //!
@@ -35,6 +47,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::domain::ids::SessionAddress;
 
@@ -65,16 +78,97 @@ pub struct RoutedPosition {
 }
 
 /// What passed of one source partition.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Passed {
     generation: i64,
     /// The highest offset.
     highest: i64,
     /// Sessions whose beginning is stored below this are named in every record that concerns them.
     established: i64,
+    /// Records that passed without having been handed over to the sessions that are not young.
+    parked: ParkedOffsets,
+    /// The owner has parked a record that a former owner has handed over.
+    is_parked_again: bool,
 }
 
-const NOTHING_PASSED: Passed = Passed { generation: 0, highest: -1, established: 0 };
+static NOTHING_PASSED: Passed = Passed {
+    generation: 0,
+    highest: -1,
+    established: 0,
+    parked: ParkedOffsets(Vec::new()),
+    is_parked_again: false,
+};
+
+impl Default for Passed {
+    fn default() -> Self {
+        Self { parked: ParkedOffsets::default(), ..NOTHING_PASSED }
+    }
+}
+
+/// Offsets of records that an owner has gone past and not handed over, ascending. Mostly empty.
+#[derive(Clone, Debug, Default)]
+struct ParkedOffsets(Vec<i64>);
+
+impl ParkedOffsets {
+    fn contains(&self, offset: &i64) -> bool {
+        self.0.binary_search(offset).is_ok()
+    }
+
+    fn remove(&mut self, offset: i64) {
+        if let Ok(index) = self.0.binary_search(&offset) {
+            self.0.remove(index);
+        }
+    }
+
+    fn below(&self, offset: i64) -> Self {
+        Self(self.0.iter().copied().take_while(|parked| *parked < offset).collect())
+    }
+
+    fn replace_below(&mut self, offset: i64, parked: &[i64]) {
+        let below = self.0.partition_point(|parked| *parked < offset);
+        if below > 0 || !parked.is_empty() {
+            self.0.splice(..below, parked.iter().copied());
+        }
+    }
+}
+
+/// What a session got of a partition for which it is or was young.
+#[derive(Debug)]
+struct DeliveredTo {
+    source: SourcePartition,
+    /// The last offset.
+    offset: i64,
+    /// Records before it that it has not got, because their owner had parked them: ascending. Shared by the sessions
+    /// that got a record at the same time, and mostly empty.
+    not_got: Option<Arc<[i64]>>,
+}
+
+impl DeliveredTo {
+    fn not_got(&self) -> &[i64] {
+        self.not_got.as_deref().unwrap_or_default()
+    }
+
+    fn set_not_got(&mut self, not_got: Vec<i64>) {
+        self.not_got = (!not_got.is_empty()).then(|| not_got.into());
+    }
+
+    fn lacks(&self, offset: i64) -> bool {
+        self.not_got().binary_search(&offset).is_ok()
+    }
+
+    fn got(&mut self, offset: i64) {
+        if self.lacks(offset) {
+            let rest = self.not_got().iter().copied().filter(|it| *it != offset).collect();
+            self.set_not_got(rest);
+        }
+    }
+}
+
+/// The parked records below one that is delivered, for all sessions that get it.
+struct ParkedBelow<'a> {
+    offsets: &'a [i64],
+    shared: Option<Arc<[i64]>>,
+}
 
 /// Positions for which a session that needs more of them allocates memory at a time. Few, because a session
 /// is young for a short time, and all sessions of a node can be young at once.
@@ -85,26 +179,60 @@ struct HeldSession {
     serial: SessionSerial,
     /// The offset at which the beginning is stored; `None`: not known yet.
     begin: Option<i64>,
-    /// The last offset delivered of partitions for which the session is or was young.
-    delivered: Vec<(SourcePartition, i64)>,
+    delivered: Vec<DeliveredTo>,
 }
 
 impl HeldSession {
-    fn delivered(&self, source: SourcePartition) -> i64 {
-        let known = self.delivered.iter().find(|(at, _)| *at == source);
-        known.map_or(-1, |(_, offset)| *offset)
+    fn of(&self, source: SourcePartition) -> Option<&DeliveredTo> {
+        self.delivered.iter().find(|delivered| delivered.source == source)
     }
 
-    fn set_delivered(&mut self, source: SourcePartition, offset: i64) {
-        match self.delivered.iter_mut().find(|(at, _)| *at == source) {
-            Some((_, last)) => *last = offset.max(*last),
-            None => {
-                if self.delivered.len() == self.delivered.capacity() {
-                    self.delivered.reserve_exact(POSITIONS_ADDED);
-                }
-                self.delivered.push((source, offset));
+    fn of_mut(&mut self, source: SourcePartition) -> &mut DeliveredTo {
+        let known = self.delivered.iter().position(|delivered| delivered.source == source);
+        let index = known.unwrap_or_else(|| {
+            if self.delivered.len() == self.delivered.capacity() {
+                self.delivered.reserve_exact(POSITIONS_ADDED);
             }
+            self.delivered.push(DeliveredTo { source, offset: -1, not_got: None });
+            self.delivered.len() - 1
+        });
+        &mut self.delivered[index]
+    }
+
+    /// A record was delivered, whose owner had parked these before it.
+    fn set_delivered(&mut self, source: SourcePartition, offset: i64, below: &mut ParkedBelow<'_>) {
+        let delivered = self.of_mut(source);
+        if offset <= delivered.offset {
+            return delivered.got(offset);
         }
+        if let Some(first) = below.offsets.first() {
+            if *first > delivered.offset {
+                let shared = below.shared.get_or_insert_with(|| below.offsets.into());
+                delivered.not_got = Some(Arc::clone(shared));
+            } else {
+                let lacks = |it: &i64| *it > delivered.offset || delivered.lacks(*it);
+                let not_got = below.offsets.iter().copied().filter(lacks).collect();
+                delivered.set_not_got(not_got);
+            }
+        } else {
+            delivered.not_got = None;
+        }
+        delivered.offset = offset;
+    }
+
+    /// Everything up to `offset` was delivered, but for these.
+    fn set_all_delivered(&mut self, source: SourcePartition, offset: i64, parked: &ParkedOffsets) {
+        let delivered = self.of_mut(source);
+        let mut not_got = delivered.not_got().to_vec();
+        not_got.extend(parked.0.iter().filter(|parked| **parked > delivered.offset));
+        delivered.set_not_got(not_got);
+        delivered.offset = delivered.offset.max(offset);
+    }
+
+    /// A record was delivered that may have been parked.
+    fn unpark(&mut self, source: SourcePartition, offset: i64) {
+        let known = self.delivered.iter_mut().find(|delivered| delivered.source == source);
+        known.into_iter().for_each(|delivered| delivered.got(offset));
     }
 
     fn is_young(&self, passed: &Passed) -> bool {
@@ -157,11 +285,11 @@ impl Holder {
 
     /// Memory of one session that is young, bytes: its place in the set of young sessions, whose nodes are
     /// half full at least.
-    pub const YOUNG_BYTES: usize = 3 * size_of::<(i64, SessionSerial)>()
-        + POSITIONS_ADDED * size_of::<(SourcePartition, i64)>();
+    pub const YOUNG_BYTES: usize =
+        3 * size_of::<(i64, SessionSerial)>() + POSITIONS_ADDED * size_of::<DeliveredTo>();
 
     /// Memory for each partition of which a young session has received events, bytes.
-    pub const POSITION_BYTES: usize = size_of::<(SourcePartition, i64)>();
+    pub const POSITION_BYTES: usize = size_of::<DeliveredTo>();
 
     /// A session was admitted. To be called before any record can find it in the directory.
     pub fn began(&mut self, serial: SessionSerial, address: SessionAddress) {
@@ -213,9 +341,10 @@ impl Holder {
         self.sessions.get(&address).map(|session| session.serial)
     }
 
-    /// A record arrives, or a lane of this node is about to route it.
-    pub fn arrive(&mut self, at: RoutedPosition) -> Arrived {
-        let passed = self.sources.entry(at.source).or_insert(NOTHING_PASSED);
+    /// A record arrives, or a lane of this node is about to route it. `parked`: the records before it that its
+    /// owner has not routed yet, ascending.
+    pub fn arrive(&mut self, at: RoutedPosition, parked: &[i64]) -> Arrived {
+        let passed = self.sources.entry(at.source).or_default();
         if at.generation < passed.generation {
             return Arrived::Zombie;
         }
@@ -228,12 +357,20 @@ impl Holder {
                 let highest = passed.highest;
                 for session in self.sessions.values_mut() {
                     if let Some(begin) = session.begin.filter(|begin| again.contains(begin)) {
-                        session.set_delivered(at.source, highest);
+                        session.set_all_delivered(at.source, highest, &passed.parked);
                         self.young.insert((begin, session.serial));
                     }
                 }
             }
         }
+        let passed = self.sources.get_mut(&at.source).expect("just found");
+        let highest = passed.highest;
+        let parked = &parked[..parked.partition_point(|parked| *parked < at.offset)];
+        let (stated, known) = (passed.parked.below(at.offset), parked.len());
+        let still = parked.iter().filter(|parked| **parked > highest || stated.contains(parked));
+        let still: Vec<i64> = still.copied().collect();
+        passed.is_parked_again = still.len() < known;
+        passed.parked.replace_below(at.offset, &still);
         Arrived::InTurn
     }
 
@@ -253,10 +390,15 @@ impl Holder {
         let passed = self.sources.get(&at.source).unwrap_or(&NOTHING_PASSED);
         // It has ended, and the directory does not know yet.
         let Some(session) = self.sessions.get(&address) else { return false };
-        if at.offset <= session.delivered(at.source) {
-            return false;
+        if let Some(delivered) = session.of(at.source) {
+            if delivered.lacks(at.offset) {
+                return true;
+            }
+            if at.offset <= delivered.offset {
+                return false;
+            }
         }
-        session.is_young(passed) || at.offset > passed.highest
+        session.is_young(passed) || at.offset > passed.highest || passed.parked.contains(&at.offset)
     }
 
     /// Whether a session needs a live record that names its user. Its owner may name the user for another
@@ -291,37 +433,60 @@ impl Holder {
         !waits && self.needs(address, at)
     }
 
-    /// The record was delivered to these sessions, which needed it.
-    pub fn delivered(&mut self, at: RoutedPosition, to: impl Iterator<Item = SessionAddress>) {
-        let passed = *self.sources.get(&at.source).unwrap_or(&NOTHING_PASSED);
+    /// The record was delivered to these sessions, which needed it. `parked` as in [`Holder::arrive`].
+    pub fn delivered(
+        &mut self,
+        at: RoutedPosition,
+        parked: &[i64],
+        to: impl Iterator<Item = SessionAddress>,
+    ) {
+        let passed = self.sources.get(&at.source).unwrap_or(&NOTHING_PASSED);
         let all_stored = self.young.last().is_none_or(|(begin, _)| *begin < i64::MAX);
-        if all_stored && self.latest_begin < passed.established {
+        let none_is_young = all_stored && self.latest_begin < passed.established;
+        if none_is_young && at.offset > passed.highest {
             return;
         }
+        let offsets = &parked[..parked.partition_point(|parked| *parked < at.offset)];
+        let mut below = ParkedBelow { offsets, shared: None };
         for address in to {
-            if let Some(session) = self.sessions.get_mut(&address)
-                && session.is_young(&passed)
-            {
-                session.set_delivered(at.source, at.offset);
+            let Some(session) = self.sessions.get_mut(&address) else { continue };
+            if session.is_young(passed) {
+                session.set_delivered(at.source, at.offset, &mut below);
                 // Not there yet, if this is the first record of its source.
                 self.young.insert((session.begin.unwrap_or(i64::MAX), session.serial));
+            } else {
+                session.unpark(at.source, at.offset);
             }
         }
     }
 
     /// A live record has passed: it was delivered to every session of this node that it concerns.
     pub fn passed(&mut self, at: RoutedPosition) {
-        let passed = self.sources.entry(at.source).or_insert(NOTHING_PASSED);
-        if at.generation != passed.generation || at.offset <= passed.highest {
+        let passed = self.sources.entry(at.source).or_default();
+        if at.generation != passed.generation {
+            return;
+        }
+        passed.parked.remove(at.offset);
+        if at.offset <= passed.highest {
             return;
         }
         passed.highest = at.offset;
         self.establish(at);
     }
 
+    /// A replay has passed. Its owner had routed the record before, and handed it over to every session of this node that it
+    /// knew.
+    pub fn replayed(&mut self, at: RoutedPosition) {
+        if let Some(passed) = self.sources.get_mut(&at.source)
+            && passed.generation == at.generation
+        {
+            passed.parked.remove(at.offset);
+        }
+    }
+
     /// The owner has handed over everything below `at.offset`, which is not a record.
     pub fn passed_below(&mut self, at: RoutedPosition) {
-        let passed = self.sources.entry(at.source).or_insert(NOTHING_PASSED);
+        let passed = self.sources.entry(at.source).or_default();
         if at.generation != passed.generation || at.offset <= passed.highest {
             return;
         }
@@ -331,7 +496,7 @@ impl Holder {
 
     fn establish(&mut self, at: RoutedPosition) {
         let passed = self.sources.get_mut(&at.source).expect("just passed");
-        if passed.established < at.table {
+        if passed.established < at.table && !passed.is_parked_again {
             passed.established = at.table;
             self.retire();
         }
@@ -346,8 +511,13 @@ impl Holder {
             self.young.pop_first();
             let address = self.by_serial[&serial];
             let session = self.sessions.get_mut(&address).expect("both maps agree");
-            // A replay can be ahead of the live records.
-            session.delivered.retain(|(source, offset)| *offset > self.sources[source].highest);
+            // A replay can be ahead of the live records, and of records that are parked for the others.
+            session.delivered.retain(|delivered| {
+                let passed = &self.sources[&delivered.source];
+                delivered.offset > passed.highest
+                    || delivered.not_got.is_some()
+                    || passed.parked.0.first().is_some_and(|first| *first <= delivered.offset)
+            });
             session.delivered.shrink_to_fit();
         }
     }

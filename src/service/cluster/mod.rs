@@ -100,6 +100,12 @@
 //! successor: the group coordinator refuses the commit of a member that has lost the partition. Its lanes obey the same state for
 //! its own sessions.
 //!
+//! **A record is parked**, because its owner does not know its members, and later records of other conversations pass it. It
+//! holds back the committed offset, so a successor routes it again, and everything behind it. Holders drop what passed
+//! before, but for what was parked (rules 2, 4 and 5 of [`holder`]). A replay leaves out what is parked: the session is
+//! known when the record is routed, and gets it live. Nothing parked is routed while a replay is paused, which would
+//! miss it.
+//!
 //! **A partition moves to the holder itself.** The node first delivers everything that was stored in its hand-off partition
 //! before its claim (the barrier). Acknowledged hand-offs of the former owner are below it, and hand-offs that were not
 //! acknowledged belong to records that were not committed, which the node routes itself.

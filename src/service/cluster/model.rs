@@ -1,9 +1,9 @@
 //! A model of one source partition whose owners come and go, and one holder: every session gets every record
-//! from its 101 on, once and in order, whatever happens in between.
+//! from its 101 on, once and in the order of its conversation, whatever happens in between.
 //!
 //! The holder and the newcomers are the real ones. Owners, logs and offsets are modelled. A step is chosen
-//! by a seeded generator: records are appended, sessions begin and end, owners route, apply beginnings,
-//! send what they have queued, commit, stall, are replaced, and wake as zombies.
+//! by a seeded generator: records are appended, sessions begin and end, owners route, park conversations and go on with
+//! them, apply beginnings, send what they have queued, commit, stall, are replaced, and wake as zombies.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -19,6 +19,8 @@ use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 
 const SOURCE: SourcePartition = SourcePartition { topic: 0, partition: 0 };
+/// Conversations in it.
+const CONVERSATIONS: i64 = 4;
 
 /// A record of the sessions topic.
 #[derive(Clone, Copy, Debug)]
@@ -31,9 +33,9 @@ enum LogEntry {
 /// A record of the hand-off topic.
 #[derive(Clone, Debug)]
 enum HandedOver {
-    Live { at: RoutedPosition, to: Vec<u64> },
-    Replay { at: RoutedPosition, to: u64 },
-    Passed { at: RoutedPosition },
+    Live { at: RoutedPosition, to: Vec<u64>, parked: Vec<i64> },
+    Replay { at: RoutedPosition, to: u64, parked: Vec<i64> },
+    Passed { at: RoutedPosition, parked: Vec<i64> },
 }
 
 #[derive(Debug)]
@@ -41,6 +43,8 @@ struct Owner {
     generation: i64,
     /// The next offset to route.
     next: i64,
+    /// Offsets before it that are not routed yet, ascending.
+    parked: Vec<i64>,
     /// Beginnings below this offset are applied.
     table: i64,
     /// What it has read of the sessions topic.
@@ -98,6 +102,7 @@ impl Owner {
         Self {
             generation,
             next,
+            parked: Vec::new(),
             table,
             read_to,
             queue: VecDeque::new(),
@@ -114,7 +119,8 @@ impl Owner {
     }
 
     fn progressed(&mut self) {
-        self.progress.push_back((self.queued, self.next, self.table));
+        let committable = self.parked.first().copied().unwrap_or(self.next);
+        self.progress.push_back((self.queued, committable, self.table));
         self.settle();
     }
 
@@ -143,15 +149,44 @@ impl Owner {
         known
     }
 
-    fn route(&mut self, log: &[LogEntry]) {
+    fn parked_below(&self, offset: i64) -> Vec<i64> {
+        self.parked.iter().copied().take_while(|parked| *parked < offset).collect()
+    }
+
+    /// Routes the next record, or parks it: if told to, or because others of its conversation are.
+    fn route(&mut self, log: &[LogEntry], park: bool) {
         let offset = self.next;
+        self.next += 1;
+        if park || self.parked.iter().any(|parked| (offset - parked) % CONVERSATIONS == 0) {
+            self.parked.push(offset);
+        } else {
+            self.hand_over(log, offset);
+        }
+        self.progressed();
+    }
+
+    fn hand_over(&mut self, log: &[LogEntry], offset: i64) {
         let to: Vec<_> =
             self.known(log).into_iter().filter(|serial| concerns(offset, *serial)).collect();
         if !to.is_empty() {
-            self.queue(HandedOver::Live { at: self.at(offset), to });
+            let parked = self.parked_below(offset);
+            self.queue(HandedOver::Live { at: self.at(offset), to, parked });
         }
-        self.next += 1;
+    }
+
+    /// Routes the first parked record of one conversation.
+    fn route_parked(&mut self, log: &[LogEntry], number: usize) {
+        let conversation = self.parked[number] % CONVERSATIONS;
+        let first = self.parked.iter().position(|parked| parked % CONVERSATIONS == conversation);
+        let offset = self.parked[first.unwrap()];
+        self.hand_over(log, offset);
+        self.parked.remove(first.unwrap());
         self.progressed();
+    }
+
+    fn tell_passed(&mut self) {
+        let (at, parked) = (self.at(self.next), self.parked.clone());
+        self.queue(HandedOver::Passed { at, parked });
     }
 
     fn apply(&mut self, log: &[LogEntry]) {
@@ -180,8 +215,11 @@ impl Owner {
                 StatedPosition::Never | StatedPosition::Forgotten => 0,
             };
             let to = newcomer.serial.0;
-            for offset in (from..self.next).filter(|offset| concerns(*offset, to)) {
-                self.queue(HandedOver::Replay { at: self.at(offset), to });
+            let routed = |offset: &i64| self.parked.binary_search(offset).is_err();
+            let offsets = (from..self.next).filter(|offset| concerns(*offset, to)).filter(routed);
+            for offset in offsets.collect::<Vec<_>>() {
+                let parked = self.parked_below(offset);
+                self.queue(HandedOver::Replay { at: self.at(offset), to, parked });
             }
         }
         self.table = self.read_to;
@@ -237,7 +275,14 @@ impl Model {
                     self.sessions_log.push(LogEntry::Ended { serial });
                 }
             }
-            28..45 if self.owner.next < self.end => self.owner.route(&self.sessions_log),
+            28..41 if self.owner.next < self.end => {
+                let park = self.below(8) == 0;
+                self.owner.route(&self.sessions_log, park);
+            }
+            41..45 if !self.owner.parked.is_empty() => {
+                let number = self.below(self.owner.parked.len());
+                self.owner.route_parked(&self.sessions_log, number);
+            }
             45..50 => {
                 let read_to = self.owner.read_to;
                 self.owner.read_to = read_to + self.below((end - read_to) as usize + 1) as i64;
@@ -249,8 +294,7 @@ impl Model {
             }
             72..76 => self.committed = self.owner.done,
             76..78 => {
-                let at = self.owner.at(self.owner.next);
-                self.owner.queue(HandedOver::Passed { at });
+                self.owner.tell_passed();
                 let next = self.owner.next;
                 self.sessions_log.push(LogEntry::Stated { next });
             }
@@ -295,11 +339,12 @@ impl Model {
             return;
         }
         let index = self.below(self.zombies.len());
-        let action = self.below(4);
-        let count = self.below(4);
+        let action = self.below(5);
+        let (count, park) = (self.below(4), self.below(8) == 0);
         let zombie = &mut self.zombies[index];
         match action {
-            0 if zombie.next < self.end => zombie.route(&self.sessions_log),
+            0 if zombie.next < self.end => zombie.route(&self.sessions_log, park),
+            3 if !zombie.parked.is_empty() => zombie.route_parked(&self.sessions_log, 0),
             1 if zombie.table < zombie.read_to => zombie.apply(&self.sessions_log),
             2 => Self::send(zombie, &mut self.hand_offs, count),
             _ => drop(self.zombies.swap_remove(index)),
@@ -319,19 +364,21 @@ impl Model {
         for _ in 0..count {
             let Some(record) = self.hand_offs.get(self.holder_delivered).cloned() else { return };
             self.holder_delivered += 1;
-            let (at, to, replay) = match record {
-                HandedOver::Passed { at } => {
-                    if self.holder.arrive(at) == Arrived::InTurn {
-                        self.holder.passed_below(at);
-                    }
-                    continue;
-                }
-                HandedOver::Live { at, to } => (at, to, false),
-                HandedOver::Replay { at, to } => (at, vec![to], true),
-            };
-            if self.holder.arrive(at) == Arrived::Zombie {
+            let (HandedOver::Live { at, parked, .. }
+            | HandedOver::Replay { at, parked, .. }
+            | HandedOver::Passed { at, parked }) = record.clone();
+            let arrived = self.holder.arrive(at, &parked);
+            if arrived == Arrived::Zombie {
                 continue;
             }
+            let (to, replay) = match record {
+                HandedOver::Passed { .. } => {
+                    self.holder.passed_below(at);
+                    continue;
+                }
+                HandedOver::Live { to, .. } => (to, false),
+                HandedOver::Replay { to, .. } => (vec![to], true),
+            };
             let addresses = to.iter().map(|serial| self.clients[serial].address);
             let needing: Vec<_> =
                 addresses.filter(|address| self.holder.needs(*address, at)).collect();
@@ -340,8 +387,10 @@ impl Model {
                 assert!(!client.ended);
                 client.got.push(at.offset);
             }
-            self.holder.delivered(at, needing.into_iter());
-            if !replay {
+            self.holder.delivered(at, &parked, needing.into_iter());
+            if replay {
+                self.holder.replayed(at);
+            } else {
                 self.holder.passed(at);
             }
         }
@@ -355,10 +404,12 @@ impl Model {
             self.owner.apply(&self.sessions_log);
         }
         while self.owner.next < self.end {
-            self.owner.route(&self.sessions_log);
+            self.owner.route(&self.sessions_log, false);
         }
-        let at = self.owner.at(self.owner.next);
-        self.owner.queue(HandedOver::Passed { at });
+        while !self.owner.parked.is_empty() {
+            self.owner.route_parked(&self.sessions_log, 0);
+        }
+        self.owner.tell_passed();
         Self::send(&mut self.owner, &mut self.hand_offs, usize::MAX);
         self.read_sessions(self.log_end());
         self.deliver(usize::MAX);
@@ -367,10 +418,13 @@ impl Model {
     fn check(&self, seed: u64) {
         for (serial, client) in &self.clients {
             let got = &client.got;
-            assert!(
-                got.windows(2).all(|pair| pair[0] < pair[1]),
-                "seed {seed}: session {serial} got {got:?}"
-            );
+            for conversation in 0..CONVERSATIONS {
+                let in_it = got.iter().filter(|offset| **offset % CONVERSATIONS == conversation);
+                assert!(
+                    in_it.is_sorted_by(|a, b| a < b),
+                    "seed {seed}: session {serial} got {got:?}"
+                );
+            }
             if client.ended {
                 continue;
             }
@@ -385,7 +439,7 @@ impl Model {
 
 /// Promise: “A session gets each event once and in order while the owners of its partition change”
 #[test]
-fn every_session_gets_every_record_once_and_in_order() {
+fn every_session_gets_every_record_once_and_in_the_order_of_its_conversation() {
     for seed in 0..2_000 {
         let mut model = Model::new(seed);
         for _ in 0..600 {

@@ -161,6 +161,23 @@ impl PartitionTail {
         self.trim(now_ms);
     }
 
+    /// Inserts a record that was passed over before, at its place. If the tail begins later, it stays out.
+    pub fn insert(&mut self, entry: TailEntry, now_ms: u64) {
+        if entry.offset < self.from {
+            return;
+        }
+        let index = self.entries.partition_point(|kept| kept.entry.offset < entry.offset);
+        if self.entries.get(index).is_some_and(|kept| kept.entry.offset == entry.offset) {
+            return;
+        }
+        // As old as its successor, so that the oldest stay in front.
+        let since_ms = self.entries.get(index).map_or(now_ms, |kept| kept.since_ms);
+        let list = entry.audience.as_ref().map_or(0, |it| self.share(&it.members));
+        self.add(entry.bytes() + list);
+        self.entries.insert(index, KeptEntry { entry, since_ms });
+        self.trim(now_ms);
+    }
+
     /// Returns false if there is none.
     fn drop_oldest(&mut self) -> bool {
         let Some(KeptEntry { entry: oldest, .. }) = self.entries.pop_front() else { return false };

@@ -26,6 +26,8 @@ pub struct OffsetWindow {
     first: u64,
     /// One more than the last offset taken.
     next: i64,
+    /// Entries that are not done.
+    open: usize,
     records_max: usize,
 }
 
@@ -36,7 +38,7 @@ impl OffsetWindow {
     /// A window of at most `records_max` records over a partition that is read from `start`.
     pub fn new(start: i64, records_max: usize) -> Self {
         assert!(records_max > 0);
-        Self { entries: VecDeque::new(), first: 0, next: start, records_max }
+        Self { entries: VecDeque::new(), first: 0, next: start, open: 0, records_max }
     }
 
     /// The lowest offset that can be taken.
@@ -55,6 +57,11 @@ impl OffsetWindow {
         self.entries.len()
     }
 
+    /// Records that are taken and not done.
+    pub fn open(&self) -> usize {
+        self.open
+    }
+
     /// Whether every record taken is committable.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
@@ -67,6 +74,7 @@ impl OffsetWindow {
         let index = WindowIndex(self.first + self.entries.len() as u64);
         self.entries.push_back(WindowEntry { offset, done: false });
         self.next = offset + 1;
+        self.open += 1;
         index
     }
 
@@ -76,6 +84,7 @@ impl OffsetWindow {
         let entry = &mut self.entries[index];
         assert!(!entry.done, "done once");
         entry.done = true;
+        self.open -= 1;
         let before = self.first;
         while self.entries.front().is_some_and(|entry| entry.done) {
             self.entries.pop_front();
@@ -159,6 +168,7 @@ mod tests {
                 prop_assert_eq!(window.committable(), lowest);
                 let held = oracle.range(lowest..).count();
                 prop_assert_eq!(window.len(), held);
+                prop_assert_eq!(window.open(), oracle.values().filter(|done| !**done).count());
                 prop_assert_eq!(window.has_room(), held < 16);
             }
         }

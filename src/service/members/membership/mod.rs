@@ -146,6 +146,7 @@ pub struct Membership {
     following: AtomicBool,
     fetches: AtomicUsize,
     fetch_ids: AtomicU64,
+    arrivals: AtomicU64,
 }
 
 impl std::fmt::Debug for Membership {
@@ -175,6 +176,7 @@ impl Membership {
             following: AtomicBool::new(false),
             fetches: AtomicUsize::new(0),
             fetch_ids: AtomicU64::new(0),
+            arrivals: AtomicU64::new(0),
         })
     }
 
@@ -431,7 +433,13 @@ impl Membership {
         }
     }
 
+    /// How often a list has arrived, or something else that a waiting record may have waited for.
+    pub fn arrivals(&self) -> u64 {
+        self.arrivals.load(Ordering::Acquire)
+    }
+
     fn ring(&self) {
+        self.arrivals.fetch_add(1, Ordering::AcqRel);
         for bell in &*self.bells.read().expect("no holder panics") {
             bell.ring();
         }

@@ -71,6 +71,7 @@ impl OwnedPartitions {
                 partition: log.partition,
                 next: routed.load(Ordering::Acquire),
                 generation: *generation,
+                parked: Vec::new(),
             };
             match topics.iter_mut().find(|known| *known.topic == *log.topic) {
                 Some(known) => known.partitions.push(position),

@@ -63,6 +63,8 @@ pub(super) struct LaneClaim {
     /// Sessions of this node that were admitted later are newer than the lane.
     pub(super) direct_after: SessionSerial,
     held_back: Option<HeldBack>,
+    /// The offsets of the parked records, ascending.
+    parked: Vec<i64>,
 }
 
 /// Records of a partition are not routed yet. Counted while it exists.
@@ -94,6 +96,7 @@ impl LaneClaim {
             paused_replay: None,
             blocked_newcomer: None,
             held_back: None,
+            parked: Vec::new(),
             ownership,
         }
     }
@@ -150,15 +153,35 @@ impl LaneClaim {
         self.push(raw, Some(audience), now_ms);
     }
 
+    /// Puts a routed record into the tail, at its place among the records that were routed before it.
+    pub(super) fn remember_late(
+        &mut self,
+        raw: RawRecord<'_>,
+        audience: TailAudience,
+        now_ms: u64,
+    ) {
+        self.tail.insert(tail_entry(raw, Some(audience)), now_ms);
+    }
+
+    /// The offsets of the parked records, ascending: what is routed meanwhile goes past them.
+    pub(super) fn parked(&self) -> &[i64] {
+        &self.parked
+    }
+
+    pub(super) fn park(&mut self, offset: i64) {
+        if let Err(index) = self.parked.binary_search(&offset) {
+            self.parked.insert(index, offset);
+        }
+    }
+
+    pub(super) fn unpark(&mut self, offset: i64) {
+        if let Ok(index) = self.parked.binary_search(&offset) {
+            self.parked.remove(index);
+        }
+    }
+
     fn push(&mut self, raw: RawRecord<'_>, audience: Option<TailAudience>, now_ms: u64) {
-        let entry = TailEntry {
-            offset: raw.offset,
-            appended_at_ms: raw.appended_at_ms,
-            key: raw.key.map(Box::from),
-            value: Bytes::copy_from_slice(raw.value),
-            audience,
-        };
-        self.tail.push(entry, now_ms);
+        self.tail.push(tail_entry(raw, audience), now_ms);
     }
 
     /// Whether the other nodes have to be told first that records are gone.
@@ -186,6 +209,7 @@ impl LaneClaim {
     /// States that beginnings below `applied` are applied.
     pub(super) fn apply(&mut self, applied: i64) {
         self.applied = applied;
+        self.paused_replay = self.paused_replay.filter(|(begin, _)| *begin >= applied);
         self.settle();
     }
 
@@ -208,6 +232,16 @@ impl LaneClaim {
     /// The position of a record that is routed now, and what holds for the sessions of this node.
     pub(super) fn routes(&self, log: &TopicPartition, offset: i64) -> LanePosition {
         LanePosition { at: self.at(log, offset), direct_after: self.direct_after }
+    }
+}
+
+fn tail_entry(raw: RawRecord<'_>, audience: Option<TailAudience>) -> TailEntry {
+    TailEntry {
+        offset: raw.offset,
+        appended_at_ms: raw.appended_at_ms,
+        key: raw.key.map(Box::from),
+        value: Bytes::copy_from_slice(raw.value),
+        audience,
     }
 }
 

@@ -48,6 +48,8 @@ pub(super) enum Arrival<'a> {
         record: RecordId,
         /// If hand-offs go through the log.
         at: Option<LanePosition>,
+        /// The offsets of the parked records of its lane, if hand-offs go through the log.
+        parked: &'a [i64],
     },
     /// From another node.
     OtherNode {
@@ -115,6 +117,15 @@ impl EventAudience<'_> {
     }
 }
 
+/// The conversation that a record names, or its key.
+pub(super) fn named_conversation<'a>(
+    record: &DecodedEvent<'a>,
+    raw: RawRecord<'a>,
+) -> Option<&'a str> {
+    let key = raw.key.and_then(|key| std::str::from_utf8(key).ok());
+    record.conversation().or(key.filter(|key| !key.is_empty()))
+}
+
 impl RouterCore {
     /// A key for a new lane in this slot.
     pub(super) fn next_lane_key(&mut self, slot: usize) -> LaneKey {
@@ -134,9 +145,7 @@ impl RouterCore {
             Ok(record) => record,
             Err(error) => return RouteOutcome::Unroutable(DeadLetterReason::Undecodable(error)),
         };
-        let key = raw.key.and_then(|key| std::str::from_utf8(key).ok());
-        let conversation = record.conversation().or(key.filter(|key| !key.is_empty()));
-        let Some(conversation) = conversation else {
+        let Some(conversation) = named_conversation(&record, raw) else {
             return RouteOutcome::Unroutable(DeadLetterReason::NoConversation);
         };
         self.trace(raw, arrival, conversation);
@@ -146,11 +155,11 @@ impl RouterCore {
             Err(step) => return step,
         };
         self.links.clear();
-        let claimed = match arrival {
-            Arrival::Partition { at, .. } => at,
-            Arrival::OtherNode { .. } => None,
+        let (claimed, parked) = match arrival {
+            Arrival::Partition { at, parked, .. } => (at, parked),
+            Arrival::OtherNode { .. } => (None, &[][..]),
         };
-        if !self.gather_all(&audience, claimed) {
+        if !self.gather_all(&audience, claimed, parked) {
             self.counters.hand_offs_late.add(1);
             return RouteOutcome::Done;
         }
@@ -168,13 +177,13 @@ impl RouterCore {
             return RouteOutcome::Blocked(Blocked::HandOffs);
         }
         match arrival {
-            Arrival::Partition { record: id, at, .. } => {
+            Arrival::Partition { record: id, at, parked, .. } => {
                 let ticket = self.in_flight.open(id);
                 for _ in 0..self.deliver(&record, raw.appended_at_ms, Some(ticket)) {
                     self.in_flight.expect(ticket);
                 }
                 if let Some(LanePosition { at, .. }) = at {
-                    self.hand_off(raw, at, &audience, ticket);
+                    self.hand_off(raw, at, parked, &audience, ticket);
                 }
                 self.forward(raw.value, &audience, ticket, now_ms);
                 match self.in_flight.seal(ticket) {
@@ -279,13 +288,18 @@ impl RouterCore {
 
     /// Gathers the sessions of the audience on this node. `at`: only those that still need the record.
     /// Returns false if the record comes from a lane that has lost its partition.
-    fn gather_all(&mut self, audience: &EventAudience<'_>, at: Option<LanePosition>) -> bool {
+    fn gather_all(
+        &mut self,
+        audience: &EventAudience<'_>,
+        at: Option<LanePosition>,
+        parked: &[i64],
+    ) -> bool {
         let Some((owner, LanePosition { at, direct_after })) = self.owner.as_ref().zip(at) else {
             audience.users().for_each(|user| self.gather(user));
             return true;
         };
         let mut holder = owner.holder();
-        if holder.arrive(at) == Arrived::Zombie {
+        if holder.arrive(at, parked) == Arrived::Zombie {
             return false;
         }
         let links = &mut self.links;
@@ -304,16 +318,17 @@ impl RouterCore {
         &mut self,
         raw: RawRecord<'_>,
         at: RoutedPosition,
+        parked: &[i64],
         audience: &EventAudience<'_>,
         ticket: Ticket,
     ) {
         let Some(owner) = &mut self.owner else { return };
         {
             let mut holder = owner.holder();
-            holder.delivered(at, self.links.sessions());
+            holder.delivered(at, parked, self.links.sessions());
             holder.passed(at);
         }
-        let sent = owner.forward(raw, at, ticket);
+        let sent = owner.forward(raw, at, parked, ticket);
         for _ in 0..sent {
             self.in_flight.expect(ticket);
         }

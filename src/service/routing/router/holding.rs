@@ -20,6 +20,7 @@ use crate::service::cluster::wire::{HandOffHeader, Passed, TopicPositions};
 use crate::service::events::envelope;
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::core::RouterCore;
+use crate::service::routing::router::owner::parked_offsets;
 
 /// What the reader of the hand-off topic passes to a router.
 pub(super) enum HandOffInput {
@@ -186,7 +187,8 @@ impl RouterCore {
                             generation: position.generation,
                             table: header.table,
                         };
-                        if holder.arrive(at) == Arrived::InTurn {
+                        let parked = parked_offsets(position.next, &position.parked);
+                        if holder.arrive(at, &parked) == Arrived::InTurn {
                             holder.passed_below(at);
                         }
                     }
@@ -214,7 +216,8 @@ impl RouterCore {
                     return true;
                 };
                 let at = position(header, source);
-                if holder.arrive(at) == Arrived::Zombie {
+                let parked = parked_offsets(header.offset, &header.parked);
+                if holder.arrive(at, &parked) == Arrived::Zombie {
                     self.counters.hand_offs_late.add(1);
                     return true;
                 }
@@ -240,7 +243,8 @@ impl RouterCore {
                     return true;
                 };
                 let at = position(header, source);
-                if holder.arrive(at) == Arrived::Zombie {
+                let parked = parked_offsets(header.offset, &header.parked);
+                if holder.arrive(at, &parked) == Arrived::Zombie {
                     self.counters.hand_offs_late.add(1);
                     return true;
                 }
@@ -270,9 +274,10 @@ impl RouterCore {
                 }
                 let Some(owner) = &self.owner else { return true };
                 let mut holder = owner.holder();
-                holder.delivered(at, sessions.iter().copied());
-                if matches!(content, Content::Live(_)) {
-                    holder.passed(at);
+                holder.delivered(at, &parked, sessions.iter().copied());
+                match content {
+                    Content::Live(_) => holder.passed(at),
+                    _ => holder.replayed(at),
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! Lanes: queues of records that must be routed in order. Each partition has one; records from other
-//! nodes share a few.
+//! nodes share a few. In a partition, records of one conversation stay in order; one whose members are not known is
+//! parked, and the others go on.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use crate::domain::ids::ShardId;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::claim::{LaneClaim, Ownership};
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
+use crate::service::routing::router::parked::ParkedRecords;
 use crate::service::routing::router::partition::{CommittableOffset, TopicPartition};
 use crate::service::routing::router::record::{OwnedRecord, RawRecord, RecordSource};
 
@@ -46,7 +48,7 @@ pub(super) enum Intake {
 /// What blocks the record at the front of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Blocked {
-    /// The members are not known yet.
+    /// The members are not known yet. (Only records from other nodes wait for them in a lane.)
     Members,
     /// The ring to this shard is full.
     RingFull(ShardId),
@@ -101,11 +103,20 @@ pub(super) struct Lane {
     pub(super) blocked: Option<Blocked>,
     queue: VecDeque<WaitingRecord>,
     bytes: usize,
+    /// Records of the partition that left the queue, because their members are not known.
+    pub(super) parked: ParkedRecords,
 }
 
 impl Lane {
     pub(super) fn new(key: LaneKey, partition: Option<PartitionLane>) -> Self {
-        Self { key, partition, blocked: None, queue: VecDeque::new(), bytes: 0 }
+        Self {
+            key,
+            partition,
+            blocked: None,
+            queue: VecDeque::new(),
+            bytes: 0,
+            parked: ParkedRecords::default(),
+        }
     }
 
     pub(super) fn push(&mut self, waiting: WaitingRecord) {
@@ -139,7 +150,7 @@ impl Lane {
         Some(waiting)
     }
 
-    /// The offset of the first record of the partition that is not routed yet.
+    /// The offset of the first record of the partition that is neither routed nor parked yet.
     pub(super) fn next_offset(&self) -> Option<i64> {
         let waiting = self.queue.front().map(|waiting| waiting.record.offset);
         waiting.or_else(|| self.partition.as_ref().map(|partition| partition.window.next()))
@@ -149,12 +160,14 @@ impl Lane {
         self.partition.as_ref().is_some_and(|partition| partition.revocation.is_some())
     }
 
+    /// Whether no record waits to be the next one.
     pub(super) fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
+    /// Waiting and parked records.
     pub(super) fn len(&self) -> usize {
-        self.queue.len()
+        self.queue.len() + self.parked.len()
     }
 
     /// Bytes of the waiting records.

@@ -9,11 +9,11 @@
 //!  committable offsets ◄── window per partition ◄── tickets in flight
 //! ```
 //!
-//! A *lane* keeps records in order. A record that cannot be routed yet (members unknown, ring full)
-//! blocks its lane and no other. A blocked lane takes no more records from its partition, except for a
-//! bounded look-ahead that requests the members of later records early. The partition's bounded fetch
-//! queue then fills, and librdkafka fetches no more. This is the back pressure: no record is dropped,
-//! and no buffer is unbounded.
+//! A *lane* keeps records in order. A record whose members are unknown is *parked*: it and the later records of its
+//! conversation wait, and the rest of the partition goes on. A record that cannot be routed for another reason (ring
+//! full) blocks its lane and no other. A blocked lane, and one with as many parked records as it may have, takes no
+//! more records from its partition. The partition's bounded fetch queue then fills, and librdkafka fetches no more.
+//! This is the back pressure: no record is dropped, and no buffer is unbounded.
 
 mod claim;
 mod core;
@@ -23,6 +23,7 @@ mod in_flight;
 mod lane;
 mod links;
 pub mod owner;
+mod parked;
 mod partition;
 mod record;
 mod replay;
@@ -67,16 +68,19 @@ pub const RECORD_UNDER_WAY_BYTES: usize = 2 * (OffsetWindow::ENTRY_BYTES + in_fl
 pub struct RouterConfig {
     /// Records of one partition that are taken and not yet committable.
     pub window_records_max: usize,
-    /// Records that a blocked lane reads ahead to request their members.
-    pub lookahead_records_max: usize,
+    /// Records of one partition that may be parked, until their members are known.
+    pub parked_records_max: usize,
     /// The same in bytes; one record may exceed it.
-    pub lookahead_bytes_max: usize,
+    pub parked_bytes_max: usize,
+    /// Records of one conversation that may be parked. Beyond it the oldest is given up, so that one conversation does
+    /// not use what all of its partition share.
+    pub parked_of_conversation_max: usize,
     /// Memory of the events in rings, shards and the gRPC hub together, bytes; one event may exceed
     /// it. At the bound the router stops routing.
     pub event_bytes_max: u64,
     /// Records of one lane that are routed before the next lane is served.
     pub batch_max: usize,
-    /// How long a record blocks its lane while its members cannot be fetched, ms.
+    /// How long a record waits while its members cannot be fetched, ms.
     pub route_retry_max_ms: u64,
     /// Without a conversation service: how long after its append a record of an unknown conversation
     /// waits for the creation event, which may arrive later on another partition, ms.
@@ -99,8 +103,9 @@ impl Default for RouterConfig {
     fn default() -> Self {
         Self {
             window_records_max: 8192,
-            lookahead_records_max: 256,
-            lookahead_bytes_max: 1 << 20,
+            parked_records_max: 1_024,
+            parked_bytes_max: 1 << 20,
+            parked_of_conversation_max: 256,
             event_bytes_max: 256 << 20,
             batch_max: 128,
             route_retry_max_ms: 30_000,
@@ -144,7 +149,8 @@ counters! {
         Counter replays: "Records replayed from the tail to sessions that had just begun.",
         Counter gaps: "Sessions for which the tail did not reach back far enough: closed with 4409.",
         Gauge tail_records: "Records in the tails.",
-        Counter waits_for_members: "Times that a lane was blocked because members were unknown.",
+        Counter waits_for_members: "Records that had to wait because their members were unknown.",
+        Gauge conversations_waiting: "Conversations whose records wait for their members, while the rest of their partition goes on.",
         Counter waits_for_room: "Times that a lane was blocked because the ring to a shard was full.",
         Counter waits_for_hand_offs: "Times that a lane was blocked because the queue to other nodes was full.",
         Counter waits_for_memory: "Times that a lane was not served because the events in flight used all their memory.",

@@ -285,12 +285,14 @@ impl OwnerSide {
         &mut self,
         raw: RawRecord<'_>,
         at: RoutedPosition,
+        parked: &[i64],
         ticket: Ticket,
     ) -> u32 {
         let mut sent = 0;
         let mut value = ForwardedValue { bytes: raw.value, kept: None };
         for (to, ids) in std::mem::take(&mut self.found) {
-            let header = self.header(at, raw.appended_at_ms, Content::Live(Users { ids }));
+            let content = Content::Live(Users { ids });
+            let header = self.header(at, parked, raw.appended_at_ms, content);
             let returned = Some(ReturnedTicket::HandOff(ticket));
             self.send(to, header, raw.key, &mut value, returned);
             sent += 1;
@@ -298,8 +300,15 @@ impl OwnerSide {
         sent
     }
 
-    fn header(&self, at: RoutedPosition, appended_at_ms: u64, content: Content) -> HandOffHeader {
+    fn header(
+        &self,
+        at: RoutedPosition,
+        parked: &[i64],
+        appended_at_ms: u64,
+        content: Content,
+    ) -> HandOffHeader {
         HandOffHeader {
+            parked: distances(at.offset, parked),
             topic: self.parts.topics[usize::from(at.source.topic)].to_string(),
             partition: at.source.partition,
             offset: at.offset,
@@ -319,8 +328,8 @@ impl OwnerSide {
         entry: &TailEntry,
         to: (NodeAddress, u64),
     ) {
-        let header =
-            self.header(lane.at(log, entry.offset), entry.appended_at_ms, Content::Replay(to.1));
+        let (at, content) = (lane.at(log, entry.offset), Content::Replay(to.1));
+        let header = self.header(at, lane.parked(), entry.appended_at_ms, content);
         lane.replays += 1;
         let returned = Some(ReturnedTicket::Replay(key));
         let mut value = ForwardedValue { bytes: &entry.value, kept: Some(entry.value.clone()) };
@@ -335,7 +344,7 @@ impl OwnerSide {
         log: &TopicPartition,
         to: (NodeAddress, u64),
     ) {
-        let header = self.header(lane.at(log, 0), 0, Content::Gap(to.1));
+        let header = self.header(lane.at(log, 0), &[], 0, Content::Gap(to.1));
         lane.replays += 1;
         self.send(to.0, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Replay(key)));
     }
@@ -363,7 +372,7 @@ impl OwnerSide {
         for to in self.parts.table.others() {
             lane.replays += 1;
             // With its partition, so that no later record of it overtakes this.
-            let header = self.header(lane.at(log, 0), 0, Content::MissedRange(missed));
+            let header = self.header(lane.at(log, 0), &[], 0, Content::MissedRange(missed));
             self.send(to, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Replay(key)));
         }
     }
@@ -380,7 +389,7 @@ impl OwnerSide {
         for to in self.parts.table.others() {
             lane.replays += 1;
             let everybody = Content::Missed(Users::default());
-            let header = self.header(lane.at(log, start - 1), 0, everybody);
+            let header = self.header(lane.at(log, start - 1), &[], 0, everybody);
             self.send(to, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Replay(key)));
         }
     }
@@ -428,17 +437,18 @@ impl OwnerSide {
     /// by an owner that had applied beginnings below `table`.
     pub(super) fn tell_passed(
         &mut self,
-        positions: &[(TopicPartition, i64, i64)],
+        positions: &[(TopicPartition, i64, i64, Vec<i64>)],
         table: i64,
         now_ms: u64,
     ) {
         self.next_passed_ms = now_ms + PASSED_INTERVAL_MS;
         let mut topics: Vec<TopicPositions> = Vec::new();
-        for (log, next, generation) in positions {
+        for (log, next, generation, parked) in positions {
             let position = PartitionPosition {
                 partition: log.partition,
                 next: *next,
                 generation: *generation,
+                parked: distances(*next, parked),
             };
             match topics.iter_mut().find(|known| *known.topic == *log.topic) {
                 Some(known) => known.partitions.push(position),
@@ -458,4 +468,15 @@ impl OwnerSide {
             self.send(to, header, None, &mut { NO_VALUE }, None);
         }
     }
+}
+
+/// How far below `offset` each of these offsets is that is below it, as it is sent.
+fn distances(offset: i64, parked: &[i64]) -> Vec<u64> {
+    let below = parked.iter().take_while(|parked| **parked < offset);
+    below.map(|parked| offset.abs_diff(*parked)).collect()
+}
+
+/// The offsets of parked records, as they were sent with `offset`: ascending.
+pub(super) fn parked_offsets(offset: i64, distances: &[u64]) -> Vec<i64> {
+    distances.iter().map(|distance| offset.saturating_sub_unsigned(*distance)).collect()
 }

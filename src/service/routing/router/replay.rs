@@ -157,7 +157,7 @@ impl RouterCore {
         let at = claim.at(log, entry.offset);
         let session = {
             let mut holder = owner.holder();
-            if holder.arrive(at) == Arrived::Zombie {
+            if holder.arrive(at, claim.parked()) == Arrived::Zombie {
                 return true;
             }
             holder.find(serial).filter(|session| holder.needs(*session, at))
@@ -172,7 +172,9 @@ impl RouterCore {
         }
         self.deliver(&record, entry.appended_at_ms, None);
         if let Some(owner) = &self.owner {
-            owner.holder().delivered(at, std::iter::once(session));
+            let mut holder = owner.holder();
+            holder.delivered(at, claim.parked(), std::iter::once(session));
+            holder.replayed(at);
         }
         true
     }

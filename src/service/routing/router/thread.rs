@@ -162,6 +162,8 @@ impl Router {
         let waiting = self.lanes.iter().map(|(_, lane)| lane).chain(&self.inbox_lanes);
         counters.event_bytes.set(self.core.budget.held());
         counters.records_waiting.set(waiting.map(|lane| lane.len() as u64).sum());
+        let parked = self.lanes.iter().map(|(_, lane)| lane.parked.conversations() as u64);
+        counters.conversations_waiting.set(parked.sum());
         let partitions = self.lanes.iter().filter_map(|(_, lane)| lane.partition.as_ref());
         let tails = partitions.filter_map(|partition| Some(partition.claim.as_ref()?.tail.len()));
         counters.tail_records.set(tails.sum::<usize>() as u64);
@@ -171,7 +173,9 @@ impl Router {
     /// How long to sleep at most. Short while something waits that does not ring the doorbell.
     fn sleep_ms(&self) -> u32 {
         let timed = self.core.in_flight.next_deadline_ms().is_some();
-        let waits = self.lanes.iter().any(|(_, lane)| lane.blocked.is_some() || lane.is_revoked());
+        let waits = self.lanes.iter().any(|(_, lane)| {
+            lane.blocked.is_some() || !lane.parked.is_empty() || lane.is_revoked()
+        });
         let inbox_waits =
             self.hand_off.is_some() || self.inbox_lanes.iter().any(|lane| lane.blocked.is_some());
         // Events without a ticket (from other nodes, presence) are freed without a report.
@@ -236,7 +240,7 @@ impl Router {
             let partition = lane.partition.take_if(|partition| {
                 partition.revocation.as_ref().is_some_and(|revocation| {
                     // Records that wait in the lane are in the window, but not in flight.
-                    partition.window.len() <= waiting || revocation.deadline_ms <= now_ms
+                    partition.window.open() <= waiting || revocation.deadline_ms <= now_ms
                 })
             });
             let Some(PartitionLane { source, window, revocation: Some(revocation), .. }) =
@@ -246,7 +250,7 @@ impl Router {
             };
             // The source first: the receiver may close the consumer it belongs to.
             drop(source);
-            let _ = revocation.released.try_send(window.len() <= waiting);
+            let _ = revocation.released.try_send(window.open() <= waiting);
             false
         });
         self.core.counters.partitions.set(self.lanes.len() as u64);
@@ -347,6 +351,7 @@ impl Router {
         progressed |= self.core.owner.as_mut().is_some_and(OwnerSide::flush);
         for (_, lane) in &mut self.lanes {
             progressed |= self.core.apply_newcomers(lane, self.handed_to, now_ms);
+            progressed |= self.core.turn_parked(lane, now_ms);
             for _ in 0..self.core.config.batch_max {
                 if !self.core.turn_lane(lane, self.handed_to, now_ms) {
                     break;
@@ -418,7 +423,8 @@ impl Router {
                 && claim.is_filled
             {
                 table = table.min(claim.applied);
-                positions.push((partition.log.clone(), next, claim.ownership.generation));
+                let parked = claim.parked().to_vec();
+                positions.push((partition.log.clone(), next, claim.ownership.generation, parked));
             }
         }
         if !positions.is_empty() {

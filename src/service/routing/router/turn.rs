@@ -1,11 +1,15 @@
 //! One step of one lane: routes its front record, or takes the next record of its partition.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::service::cluster::newcomers::WINDOW_MAX;
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::routing::offsets::OffsetWindow;
-use crate::service::routing::router::core::{Arrival, RouteOutcome, RouterCore};
+use crate::service::routing::router::claim::LaneClaim;
+use crate::service::routing::router::core::{
+    Arrival, RouteOutcome, RouterCore, named_conversation,
+};
 use crate::service::routing::router::dead_letter::DeadLetterReason;
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
 use crate::service::routing::router::lane::{Blocked, Intake, Lane, PartitionLane, WaitingRecord};
@@ -28,7 +32,72 @@ impl RouterCore {
         if lane.is_empty() {
             return self.take(lane, handed_to, now_ms);
         }
-        !lane.is_revoked() && (self.turn_front(lane, now_ms) || self.look_ahead(lane, now_ms))
+        !lane.is_revoked() && self.turn_front(lane, now_ms)
+    }
+
+    /// Routes the parked records whose members are known now, and gives up those that have waited for too long.
+    /// Returns whether anything progressed.
+    pub(super) fn turn_parked(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
+        let Lane { key, partition: Some(partition), parked, .. } = lane else { return false };
+        // A replay that is paused would miss a record that is routed below the place where it continues.
+        let is_paused = |claim: &LaneClaim| claim.paused_replay.is_some();
+        if partition.revocation.is_some()
+            || partition.claim.as_ref().is_some_and(is_paused)
+            || !parked.is_due(self.membership.arrivals(), now_ms)
+        {
+            return false;
+        }
+        let mut progressed = false;
+        for conversation in parked.names() {
+            while let Some((waiting, has_too_many)) = parked.front(&conversation, &self.config) {
+                if !self.has_memory() {
+                    return progressed;
+                }
+                let Intake::Partition(record) = waiting.intake else {
+                    unreachable!("of a partition")
+                };
+                let raw = waiting.record.raw();
+                // It holds back the offset of its partition as far as possible.
+                let is_last =
+                    !partition.window.has_room() && partition.window.committable() == raw.offset;
+                let since_ms = waiting.since_ms.filter(|_| !has_too_many && !is_last);
+                let outcome = {
+                    let at = partition.claim.as_ref();
+                    let at = at.map(|claim| claim.routes(&partition.log, raw.offset));
+                    let gone_past =
+                        partition.claim.as_ref().map_or(&[][..], |claim| claim.parked());
+                    let log = &partition.log;
+                    let arrival = Arrival::Partition { log, record, at, parked: gone_past };
+                    self.attempt(raw, arrival, since_ms.unwrap_or(0), now_ms)
+                };
+                match outcome {
+                    RouteOutcome::Blocked(Blocked::Members) => break,
+                    RouteOutcome::Blocked(_) => return progressed,
+                    RouteOutcome::Done | RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
+                }
+                progressed = true;
+                if let Some(claim) = &mut partition.claim {
+                    if let Some(audience) = self.routed_audience.take() {
+                        claim.remember_late(raw, audience, now_ms);
+                    }
+                    claim.unpark(raw.offset);
+                }
+                parked.pop(&conversation);
+                if outcome == RouteOutcome::Done && record.lane == *key {
+                    partition.done(record);
+                }
+            }
+        }
+        progressed
+    }
+
+    /// Parks a record whose members are not known, behind the others of its conversation.
+    fn park(&mut self, lane: &mut Lane, conversation: Arc<str>, waiting: WaitingRecord) {
+        self.counters.waits_for_members.add(1);
+        if let Some(claim) = lane.partition.as_mut().and_then(|it| it.claim.as_mut()) {
+            claim.park(waiting.record.offset);
+        }
+        lane.parked.push(conversation, waiting, &self.config);
     }
 
     /// Routes the front record. Returns whether it has left the lane.
@@ -50,7 +119,9 @@ impl RouterCore {
             (Intake::Partition(record), Some(partition)) => {
                 let at = partition.claim.as_ref();
                 let at = at.map(|claim| claim.routes(&partition.log, raw.offset));
-                let arrival = Arrival::Partition { log: &partition.log, record: *record, at };
+                let parked = partition.claim.as_ref().map_or(&[][..], |claim| claim.parked());
+                let arrival =
+                    Arrival::Partition { log: &partition.log, record: *record, at, parked };
                 self.attempt(raw, arrival, since_ms, now_ms)
             }
             (Intake::OtherNode | Intake::Partition(_), _) => {
@@ -58,6 +129,15 @@ impl RouterCore {
             }
         };
         match outcome {
+            RouteOutcome::Blocked(Blocked::Members) if lane.partition.is_some() => {
+                lane.blocked = None;
+                let Some(waiting) = lane.pop() else { return false };
+                match conversation_of(waiting.record.raw()) {
+                    Some(conversation) => self.park(lane, conversation, waiting),
+                    None => unreachable!("a record without a conversation waits for no members"),
+                }
+                true
+            }
             RouteOutcome::Blocked(blocked) => {
                 self.block(lane, blocked, now_ms);
                 false
@@ -108,10 +188,13 @@ impl RouterCore {
     /// Takes the next record of the partition and routes it in place. It is copied only if it has to
     /// wait.
     fn take(&mut self, lane: &mut Lane, handed_to: i64, now_ms: u64) -> bool {
-        let key = &mut lane.key;
-        let Some(partition) = lane.partition.as_mut().filter(|it| it.may_take()) else {
+        let Lane { key, partition, parked, .. } = lane;
+        let Some(partition) = partition.as_mut().filter(|it| it.may_take()) else {
             return false;
         };
+        if parked.is_full(&self.config) {
+            return false;
+        }
         let PartitionLane { log, source, window, committable, claim, .. } = partition;
         let may_take = claim.as_mut().is_none_or(|claim| {
             if claim.owes_gap() {
@@ -136,7 +219,14 @@ impl RouterCore {
             }
             let at = claim.as_ref().map(|claim| claim.routes(log, raw.offset));
             let record = self.admit(key, window, raw.offset);
-            let outcome = self.attempt(raw, Arrival::Partition { log, record, at }, now_ms, now_ms);
+            let behind = if parked.is_empty() { None } else { conversation_of(raw) };
+            let outcome = if behind.is_some_and(|conversation| parked.has(&conversation)) {
+                RouteOutcome::Blocked(Blocked::Members)
+            } else {
+                let parked = claim.as_ref().map_or(&[][..], |claim| claim.parked());
+                let arrival = Arrival::Partition { log, record, at, parked };
+                self.attempt(raw, arrival, now_ms, now_ms)
+            };
             if let (Some(claim), Some(audience)) = (claim.as_mut(), self.routed_audience.take()) {
                 claim.remember(raw, audience, now_ms);
             }
@@ -162,8 +252,13 @@ impl RouterCore {
             claim.is_filled = true;
         }
         if let Some((waiting, blocked)) = waits {
-            lane.push(waiting);
-            self.block(lane, blocked, now_ms);
+            match conversation_of(waiting.record.raw()).filter(|_| blocked == Blocked::Members) {
+                Some(conversation) => self.park(lane, conversation, waiting),
+                None => {
+                    lane.push(waiting);
+                    self.block(lane, blocked, now_ms);
+                }
+            }
         }
         took
     }
@@ -263,34 +358,10 @@ impl RouterCore {
         lane.blocked = Some(blocked);
         if blocked == Blocked::Members {
             self.counters.waits_for_members.add(1);
-            // The records behind it may need a new request, if the service was unreachable.
+            // The records behind it may need a new request, if the service was unreachable. (Those of a partition
+            // are parked instead, and request their members when they are taken.)
             lane.records().for_each(|record| self.request_members(record, now_ms));
         }
-    }
-
-    /// While the front record waits for members, takes one more record and requests its members.
-    fn look_ahead(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
-        if lane.blocked != Some(Blocked::Members)
-            || lane.len() >= self.config.lookahead_records_max
-            || lane.bytes() >= self.config.lookahead_bytes_max
-        {
-            return false;
-        }
-        let key = &mut lane.key;
-        let Some(partition) = lane.partition.as_mut().filter(|it| it.may_take()) else {
-            return false;
-        };
-        let PartitionLane { source, window, .. } = partition;
-        let mut taken = None;
-        let took = source.poll(&mut |raw| {
-            let intake = Intake::Partition(self.admit(key, window, raw.offset));
-            self.request_members(raw, now_ms);
-            taken = Some(WaitingRecord { record: OwnedRecord::new(raw), intake, since_ms: None });
-        });
-        if let Some(waiting) = taken {
-            lane.push(waiting);
-        }
-        took
     }
 
     /// Requests the members of a record early. The result is looked up again when it is routed.
@@ -303,4 +374,10 @@ impl RouterCore {
             let _ = self.membership.lookup(conversation, None, now_ms);
         }
     }
+}
+
+/// The conversation of a record. `None`: it is not an event of a conversation.
+fn conversation_of(raw: RawRecord<'_>) -> Option<Arc<str>> {
+    let record = envelope::decode(raw.value).ok()?;
+    named_conversation(&record, raw).map(Arc::from)
 }

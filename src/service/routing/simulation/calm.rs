@@ -55,6 +55,7 @@ impl CalmCluster {
             hand_off_bytes_max: usize::MAX,
             routers,
             has_service: false,
+            forgets_members: 0,
             loses_position: false,
             is_calm: true,
             ..Weather::new(&mut random)

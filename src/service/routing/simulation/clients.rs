@@ -1,5 +1,8 @@
 //! The clients of the simulated cluster, and the promise: a session gets every record that concerns it and
-//! was appended from its 101 on, once, in the order of its partition, and nothing after one that it missed.
+//! was appended from its 101 on, once, in the order of its conversation, and nothing of a conversation after one that it
+//! missed.
+
+use std::collections::BTreeMap;
 
 use super::logs::{Device, Logs, PARTITIONS};
 
@@ -26,22 +29,36 @@ impl ClusterClient {
                     self.slot, self.life
                 )
             };
-            let order = got.windows(2).find(|pair| pair[0] >= pair[1]);
-            assert!(order.is_none(), "{}: {order:?} out of order or twice", name());
             let all = logs.concerned(partition, 0, user);
             let foreign = got.iter().find(|offset| all.binary_search(offset).is_err());
             assert!(foreign.is_none(), "{}: {foreign:?} does not concern it", name());
-            let needed = logs.concerned(partition, end, user);
-            let got = &got[got.partition_point(|offset| *offset < end)..];
-            let hole = got.iter().zip(needed).find(|(got, needed)| got != needed);
-            assert!(
-                hole.is_none(),
-                "{}: got {:?} without {:?}",
-                name(),
-                hole.unwrap().0,
-                hole.unwrap().1
-            );
-            needed.get(got.len()).copied()
+            let by_conversation = |offsets: &[i64]| -> BTreeMap<usize, Vec<i64>> {
+                let mut found = BTreeMap::<usize, Vec<i64>>::new();
+                for (offset, conversation) in logs.conversations_of(partition, offsets) {
+                    found.entry(conversation).or_default().push(offset);
+                }
+                found
+            };
+            let needed = by_conversation(logs.concerned(partition, end, user));
+            let got = by_conversation(got);
+            for got in got.values() {
+                let order = got.windows(2).find(|pair| pair[0] >= pair[1]);
+                assert!(order.is_none(), "{}: {order:?} out of order or twice", name());
+            }
+            let missed = needed.iter().filter_map(|(conversation, needed)| {
+                let got = got.get(conversation).map_or(&[][..], |got| got);
+                let got = &got[got.partition_point(|offset| *offset < end)..];
+                let hole = got.iter().zip(needed).find(|(got, needed)| got != needed);
+                assert!(
+                    hole.is_none(),
+                    "{}: got {:?} without {:?}",
+                    name(),
+                    hole.unwrap().0,
+                    hole.unwrap().1
+                );
+                needed.get(got.len()).copied()
+            });
+            missed.min()
         })
     }
 }

@@ -212,6 +212,12 @@ impl Logs {
         self.events.each_ref().map(|partition| partition.lock().expect("one thread").len() as i64)
     }
 
+    /// The conversations of these records of a partition.
+    pub(super) fn conversations_of(&self, partition: usize, offsets: &[i64]) -> Vec<(i64, usize)> {
+        let events = self.events[partition].lock().expect("one thread");
+        offsets.iter().map(|offset| (*offset, events[*offset as usize].conversation)).collect()
+    }
+
     /// The offsets at or above `from` of the records that concern a user.
     pub(super) fn concerned(&self, partition: usize, from: i64, user: usize) -> &[i64] {
         let all = &self.by_user[partition][user];

@@ -270,6 +270,11 @@ impl Cluster {
             4 => node.read_hand_offs(&self.logs, amount),
             5 => node.store(&mut self.logs, amount),
             6 => node.acknowledge(amount),
+            7 if amount == 1 && self.weather.forgets_members > 0 => {
+                if self.random.random_range(0..self.weather.forgets_members) == 0 {
+                    node.forget_members();
+                }
+            }
             7 => node.answer(amount, &self.runtime),
             8 => {
                 node.stall.end();

@@ -34,6 +34,7 @@ use crate::service::cluster::tail::TailBudget;
 use crate::service::events::proto::message::v1::MessageSentEvent;
 use crate::service::events::proto::shared::v1::EventEnvelope;
 use crate::service::members::directory::Directory;
+use crate::service::members::membership::Membership;
 use crate::service::routing::router::Ownership;
 use crate::service::routing::router::holding::HandOffInboxes;
 use crate::service::routing::router::owner::ClusterParts;
@@ -69,6 +70,7 @@ pub(super) struct SimulatedNode {
     /// The clock of the keeper is ahead by this, ms.
     keeper_ahead_ms: u64,
     service: Option<Arc<ConversationsService>>,
+    membership: Arc<Membership>,
     routers: Vec<SimulatedRouter>,
     inboxes: HandOffInboxes,
     sink: Arc<SimulatedSink>,
@@ -204,6 +206,7 @@ impl SimulatedNode {
             keeper,
             keeper_ahead_ms: 0,
             service,
+            membership,
             routers,
             inboxes,
             sink,
@@ -440,6 +443,14 @@ impl SimulatedNode {
 
     pub(super) fn commits(&self) -> Vec<(usize, Commit)> {
         self.owned.iter().map(|(partition, owned)| (*partition, owned.commit())).collect()
+    }
+
+    /// Drops the lists of members.
+    pub(super) fn forget_members(&mut self) {
+        if self.service.is_some() {
+            self.membership.clear();
+            self.membership.follow();
+        }
     }
 
     /// The conversation service answers this many requests.

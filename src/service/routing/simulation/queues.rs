@@ -99,6 +99,7 @@ pub(super) fn positions(cells: &RoutedCells) -> TopicPositions {
         partition: *partition as i32,
         next: next.load(Ordering::Acquire),
         generation: *generation,
+        parked: Vec::new(),
     });
     TopicPositions { topic: TOPIC.into(), partitions: partitions.collect() }
 }

@@ -28,6 +28,8 @@ pub(super) struct Weather {
     pub(super) routers: usize,
     /// Whether members are asked for.
     pub(super) has_service: bool,
+    /// One in so many times, a node forgets the members of all conversations before they are asked for; 0: never.
+    pub(super) forgets_members: usize,
     /// Whether nodes lose their position in the sessions topic.
     pub(super) loses_position: bool,
     /// Whether nodes die and move partitions at all.
@@ -56,6 +58,7 @@ impl Weather {
             hand_off_bytes_max: one(&[u64::MAX, u64::MAX, u64::MAX, 400, 130]) as usize,
             routers: one(&[1, 2, 3]) as usize,
             has_service: one(&[0, 1]) == 1,
+            forgets_members: one(&[0, 40, 10]) as usize,
             loses_position: one(&[0, 0, 1]) == 1,
             is_calm: one(&[0, 0, 0, 0, 1]) == 1,
         }

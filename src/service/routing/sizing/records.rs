@@ -74,7 +74,12 @@ pub(super) fn ended() -> f64 {
 
 /// The positions of this many partitions.
 fn positions(partitions: f64) -> Vec<TopicPositions> {
-    let position = PartitionPosition { partition: PARTITION, next: OFFSET, generation: TIME_MS };
+    let position = PartitionPosition {
+        partition: PARTITION,
+        next: OFFSET,
+        generation: TIME_MS,
+        parked: Vec::new(),
+    };
     let partitions = vec![position; partitions.ceil() as usize];
     vec![TopicPositions { topic: TOPIC.into(), partitions }]
 }
@@ -103,6 +108,7 @@ pub(super) fn source(value: usize) -> f64 {
 
 fn hand_off(key: Option<usize>, value: usize, content: Content) -> usize {
     let header = HandOffHeader {
+        parked: Vec::new(),
         topic: TOPIC.into(),
         partition: PARTITION,
         offset: OFFSET,

@@ -119,6 +119,7 @@ impl CollectingReceiver {
 
 pub(super) fn live(offset: i64) -> HandOffHeader {
     HandOffHeader {
+        parked: Vec::new(),
         topic: "events".into(),
         partition: 5,
         offset,

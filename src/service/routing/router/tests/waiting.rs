@@ -4,32 +4,123 @@ use std::time::Duration;
 use super::world::{RING_SLOTS, RouterWorld, With, created, message, name};
 use crate::service::events::timestamp::unix_ms;
 
+/// Promise: “Records of a conversation whose members are unknown wait, in order; the rest of its partition does not”
 #[test]
-fn unknown_conversation_blocks_its_partition_in_order_and_no_other() {
+fn unknown_conversation_waits_in_order_and_nothing_else_does() {
     let mut world = RouterWorld::new(With { gated: true, ..With::default() });
     world.connect("alice", "a", 0);
     world.conversations.set("slow", &["alice"]);
     world.conversations.set("later", &["alice"]);
-    let (first, _) = world.assign(0);
-    let (second, _) = world.assign(1);
-    first.append(0, message("slow", 1));
-    first.append(1, created("known", &["alice"]));
-    first.append(2, message("later", 1));
-    first.append(3, message("slow", 2));
-    second.append(0, created("other", &["alice"]));
+    let (log, committable) = world.assign(0);
+    log.append(0, message("slow", 1));
+    log.append(1, created("known", &["alice"]));
+    log.append(2, message("later", 1));
+    log.append(3, message("slow", 2));
+    log.append(4, message("known", 1));
     world.until("requested", |world| world.conversations.requested().len() == 2);
-    // Once each, also for the record behind the front.
+    // Once each, also for the second record.
     assert_eq!(world.conversations.requested(), ["slow", "later"]);
-    let delivered = world.delivered(0);
-    assert_eq!(delivered.len(), 1);
-    assert_eq!(delivered[0].value, created("other", &["alice"]));
+    let values = |world: &mut RouterWorld| -> Vec<_> {
+        let delivered = world.delivered(0);
+        for ticket in delivered.iter().filter_map(|event| event.ticket) {
+            world.report(0, ticket);
+        }
+        delivered.into_iter().map(|event| event.value).collect()
+    };
+    assert_eq!(values(&mut world), [created("known", &["alice"]), message("known", 1)]);
+    world.run_until_idle();
+    assert_eq!(world.counters.conversations_waiting.get(), 2);
+    assert_eq!(committable.get(), Some(0), "nothing is committed past a parked record");
 
-    world.conversations.open(2);
+    world.conversations.open(1);
+    world.until("delivered", |world| world.counters.deliveries.get() == 4);
+    assert_eq!(values(&mut world), [message("slow", 1), message("slow", 2)]);
+    world.until("committable", |_| committable.get() == Some(2));
+    world.conversations.open(1);
     world.until("delivered", |world| world.counters.deliveries.get() == 5);
-    let values: Vec<_> = world.delivered(0).into_iter().map(|event| event.value).collect();
-    let sent =
-        [message("slow", 1), created("known", &["alice"]), message("later", 1), message("slow", 2)];
-    assert_eq!(values, sent);
+    assert_eq!(values(&mut world), [message("later", 1)]);
+    world.until("all committable", |_| committable.get() == Some(5));
+    assert_eq!(world.counters.conversations_waiting.get(), 0);
+}
+
+/// Promise: “Each is given up 30 s after it was read, not one after the other”
+#[test]
+fn parked_records_wait_at_the_same_time() {
+    let mut world = RouterWorld::new(With { dead_letters: true, ..With::default() });
+    let alice = world.connect("alice", "a", 0);
+    world.conversations.failing.store(true, Ordering::Relaxed);
+    let (log, committable) = world.assign(0);
+    for (offset, conversation) in [(0, "x"), (1, "y"), (2, "x"), (3, "x")] {
+        log.append(offset, message(conversation, offset));
+    }
+    log.append(4, created("d", &["alice"]));
+    world.run_until_idle();
+    assert_eq!(world.taken(0), [[alice]], "at once");
+    world.ahead_ms = 29_000;
+    world.run_until_idle();
+    assert!(world.dead_letters.0.lock().unwrap().is_empty());
+    world.ahead_ms = 31_000;
+    world.run_until_idle();
+    assert_eq!(world.dead_letters.0.lock().unwrap().len(), 4);
+    world.until("committable", |_| committable.get() == Some(5));
+}
+
+#[test]
+fn conversation_with_too_many_parked_records_gives_up_its_oldest() {
+    let with = With { dead_letters: true, parked: Some((100, 3)), ..With::default() };
+    let mut world = RouterWorld::new(with);
+    world.conversations.failing.store(true, Ordering::Relaxed);
+    let (log, _) = world.assign(0);
+    log.append(0, message("other", 0));
+    for offset in 1..=5 {
+        log.append(offset, message("busy", offset));
+    }
+    world.run_until_idle();
+    let given_up = [(1, "members_unavailable"), (2, "members_unavailable")];
+    assert_eq!(*world.dead_letters.0.lock().unwrap(), given_up);
+    assert_eq!(world.counters.records_waiting.get(), 4);
+}
+
+#[test]
+fn partition_with_as_many_parked_records_as_it_may_have_is_not_read() {
+    let mut world = RouterWorld::new(With { parked: Some((2, 9)), ..With::default() });
+    let alice = world.connect("alice", "a", 0);
+    world.conversations.failing.store(true, Ordering::Relaxed);
+    let (log, _) = world.assign(0);
+    log.append(0, message("x", 1));
+    log.append(1, message("y", 1));
+    log.append(2, created("d", &["alice"]));
+    world.run_until_idle();
+    assert_eq!((log.len(), world.taken(0).len()), (1, 0));
+    world.conversations.set("x", &["alice"]);
+    world.conversations.set("y", &["alice"]);
+    world.conversations.failing.store(false, Ordering::Relaxed);
+    world.until("delivered", |world| world.counters.deliveries.get() == 3);
+    assert_eq!(world.taken(0), [[alice], [alice], [alice]]);
+}
+
+/// A record may hold back the offset of its partition only as far as the window reaches.
+#[test]
+fn parked_record_at_the_end_of_the_window_is_given_up() {
+    let with = With { dead_letters: true, window: Some(4), ..With::default() };
+    let mut world = RouterWorld::new(with);
+    let alice = world.connect("alice", "a", 0);
+    world.conversations.failing.store(true, Ordering::Relaxed);
+    let (log, committable) = world.assign(0);
+    log.append(0, message("x", 1));
+    log.append(1, created("d", &["alice"]));
+    for offset in 2..8 {
+        log.append(offset, message("d", offset));
+    }
+    let mut delivered = 0;
+    while delivered < 7 {
+        world.run_until_idle();
+        let taken = world.taken(0);
+        assert!(!taken.is_empty() && taken.iter().all(|slots| slots == &[alice]));
+        delivered += taken.len();
+    }
+    assert_eq!(*world.dead_letters.0.lock().unwrap(), [(0, "members_unavailable")]);
+    world.until("committable", |_| committable.get() == Some(8));
 }
 
 #[test]
@@ -56,13 +147,11 @@ fn unroutable_record_is_given_up_after_the_configured_time() {
         log.append(0, message("c", 1));
         log.append(1, created("d", &["alice"]));
         world.until("requested", |world| !world.conversations.requested().is_empty());
-        assert!(world.taken(0).is_empty());
+        assert_eq!(world.taken(0), [[alice]]);
         world.ahead_ms = 29_000;
         world.run_until_idle();
-        assert!(world.taken(0).is_empty());
+        assert_eq!(committable.get(), Some(0));
         world.ahead_ms = 31_000;
-        world.run_until_idle();
-        assert_eq!(world.taken(0), [[alice]]);
         world.run_until_idle();
         assert_eq!(committable.get(), Some(2));
         assert_eq!(world.counters.records_members_unavailable.get(), 1);

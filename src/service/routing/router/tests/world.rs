@@ -211,6 +211,8 @@ pub(super) struct With {
     pub(super) window: Option<usize>,
     /// Bound of the memory of events in flight, bytes.
     pub(super) event_bytes: Option<u64>,
+    /// Bounds of the parked records: of a partition, and of a conversation.
+    pub(super) parked: Option<(usize, usize)>,
     /// Hand-offs to other nodes in flight.
     pub(super) forwards: Option<usize>,
 }
@@ -243,8 +245,13 @@ impl RouterWorld {
         let directory = Arc::new(Directory::new());
         let counters = Arc::<RouterCounters>::default();
         let defaults = RouterConfig::default();
+        let (parked, of_conversation) = with
+            .parked
+            .unwrap_or((defaults.parked_records_max, defaults.parked_of_conversation_max));
         let (router, control) = Router::new(RouterParts {
             config: RouterConfig {
+                parked_records_max: parked,
+                parked_of_conversation_max: of_conversation,
                 window_records_max: with.window.unwrap_or(defaults.window_records_max),
                 forwards_max: with.forwards.unwrap_or(defaults.forwards_max),
                 event_bytes_max: with.event_bytes.unwrap_or(defaults.event_bytes_max),

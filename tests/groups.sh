@@ -84,6 +84,9 @@ group_checks() {
   cargo fmt --check
   cargo clippy --quiet --all-targets -- -D warnings
   cargo clippy --quiet --bin simulate --features simulation -- -D warnings
+  # The benchmarks use public items of the server, and share what is compiled.
+  cargo clippy --quiet --manifest-path bench/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}" --all-targets -- \
+    -D warnings
   RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
   shellcheck -ax .ci/run tests/run tests/busy tests/autobahn.sh tests/mutations/run tests/services/{kafka,redis} \
     bench/{run,compare,growth,scale,cluster}

@@ -26,7 +26,12 @@ pub(super) fn epoch(number: usize) -> NodeEpoch {
 /// The key and the value of a lease.
 pub(super) fn lease(node: usize) -> (SessionsKey, Vec<u8>) {
     let key = SessionsKey { epoch: epoch(node).0, ..SessionsKey::default() };
-    let position = |partition| PartitionPosition { partition, next: 1 << 35, generation: 1 << 40 };
+    let position = |partition| PartitionPosition {
+        parked: Vec::new(),
+        partition,
+        next: 1 << 35,
+        generation: 1 << 40,
+    };
     let routed = TopicPositions {
         topic: TOPIC.into(),
         partitions: (0..OWNED).map(|it| position(node as i32 * OWNED + it)).collect(),

@@ -15,9 +15,7 @@ use delivery::service::cluster::ports::{HandOffSink, HandOffStored, OutgoingHand
 use delivery::service::cluster::table::SessionTable;
 use delivery::service::cluster::tail::TailBudget;
 use delivery::service::members::directory::{Directory, SessionIds};
-use delivery::service::members::membership::{
-    LogPosition, Membership, MembershipConfig, ReadBy,
-};
+use delivery::service::members::membership::{LogPosition, Membership, MembershipConfig, ReadBy};
 use delivery::service::routing::router::owner::ClusterParts;
 use delivery::service::routing::router::{
     Assignment, CommittableOffset, CommittableTable, Ownership, RawRecord, RecordSource, Router,

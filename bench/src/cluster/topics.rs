@@ -232,6 +232,7 @@ impl HandOffPlan {
             while sent < due {
                 let ids = (0..self.users).map(|it| user(sent as usize + it)).collect();
                 let header = HandOffHeader {
+                    parked: Vec::new(),
                     topic: TOPIC.into(),
                     partition: 200,
                     offset: 50_000_000_000 + sent as i64,

@@ -73,6 +73,7 @@ impl RunningRoundTrip {
 fn headers(topic: &str) -> OwnedHeaders {
     let now_ms = UNIX_EPOCH.elapsed().map_or(0, |since| since.as_millis() as i64);
     let header = HandOffHeader {
+        parked: Vec::new(),
         topic: topic.to_owned(),
         partition: 1,
         offset: 10_000,

@@ -24,7 +24,7 @@ use crate::service::cluster::lease::{LeaseParts, LeaseState, LeaseThread};
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::cluster::own_epoch::OwnEpoch;
 use crate::service::cluster::ports::{
-    HandOffLog, HandOffReceiver, IncomingHandOff, NodeEpoch, SessionsLog, SessionsRecord,
+    ArrivedHandOffs, HandOffReceiver, IncomingHandOff, NodeEpoch, SessionsLog, SessionsRecord,
 };
 use crate::service::cluster::table::{SessionTable, TableConfig, TableListener};
 use crate::service::cluster::tail::TailBudget;
@@ -97,7 +97,7 @@ impl SessionsLog for TopicWatch {
 }
 
 impl HandOffReceiver for TopicWatch {
-    fn opened(&self, log: Arc<dyn HandOffLog>) -> Option<Arc<Doorbell>> {
+    fn opened(&self, log: Arc<dyn ArrivedHandOffs>) -> Option<Arc<Doorbell>> {
         self.inboxes.opened(log)
     }
 

@@ -91,17 +91,12 @@ struct Passed {
     is_parked_again: bool,
 }
 
-static NOTHING_PASSED: Passed = Passed {
-    generation: 0,
-    highest: -1,
-    established: 0,
-    parked: ParkedOffsets(Vec::new()),
-    is_parked_again: false,
-};
+static NOTHING_PASSED: Passed = Passed::nothing();
 
-impl Default for Passed {
-    fn default() -> Self {
-        Self { parked: ParkedOffsets::default(), ..NOTHING_PASSED }
+impl Passed {
+    const fn nothing() -> Self {
+        let parked = ParkedOffsets(Vec::new());
+        Self { generation: 0, highest: -1, established: 0, parked, is_parked_again: false }
     }
 }
 
@@ -344,7 +339,7 @@ impl Holder {
     /// A record arrives, or a lane of this node is about to route it. `parked`: the records before it that its
     /// owner has not routed yet, ascending.
     pub fn arrive(&mut self, at: RoutedPosition, parked: &[i64]) -> Arrived {
-        let passed = self.sources.entry(at.source).or_default();
+        let passed = self.sources.entry(at.source).or_insert_with(Passed::nothing);
         if at.generation < passed.generation {
             return Arrived::Zombie;
         }
@@ -462,7 +457,7 @@ impl Holder {
 
     /// A live record has passed: it was delivered to every session of this node that it concerns.
     pub fn passed(&mut self, at: RoutedPosition) {
-        let passed = self.sources.entry(at.source).or_default();
+        let passed = self.sources.entry(at.source).or_insert_with(Passed::nothing);
         if at.generation != passed.generation {
             return;
         }
@@ -486,7 +481,7 @@ impl Holder {
 
     /// The owner has handed over everything below `at.offset`, which is not a record.
     pub fn passed_below(&mut self, at: RoutedPosition) {
-        let passed = self.sources.entry(at.source).or_default();
+        let passed = self.sources.entry(at.source).or_insert_with(Passed::nothing);
         if at.generation != passed.generation || at.offset <= passed.highest {
             return;
         }

@@ -115,7 +115,7 @@ impl IncomingHandOff {
 }
 
 /// The hand-offs that have arrived, for a receiver that takes them on a thread of its own.
-pub trait HandOffLog: Send + Sync + 'static {
+pub trait ArrivedHandOffs: Send + Sync + 'static {
     /// Calls [`HandOffReceiver::receive`] and [`HandOffReceiver::read_to`] for at most `max` records. Never blocks.
     /// Returns whether there were any.
     fn take(&self, max: usize) -> bool;
@@ -124,8 +124,8 @@ pub trait HandOffLog: Send + Sync + 'static {
 /// Receives the hand-offs to this node, in the order of the log.
 pub trait HandOffReceiver: Send + Sync + 'static {
     /// Called once, before the first record. If it returns a doorbell, that is rung when records have arrived,
-    /// and its owner calls [`HandOffLog::take`]. Otherwise another thread does so at once.
-    fn opened(&self, log: Arc<dyn HandOffLog>) -> Option<Arc<Doorbell>> {
+    /// and its owner calls [`ArrivedHandOffs::take`]. Otherwise another thread does so at once.
+    fn opened(&self, log: Arc<dyn ArrivedHandOffs>) -> Option<Arc<Doorbell>> {
         drop(log);
         None
     }

@@ -1,7 +1,7 @@
 //! Reader of the hand-off topic: delivers the records for this node.
 //!
 //! ```text
-//!              ┌── one router: its bell is rung, and its thread takes the records (`HandOffLog`)
+//!              ┌── one router: its bell is rung, and its thread takes the records (`ArrivedHandOffs`)
 //!  librdkafka ─┤
 //!              └── several routers: the thread "kafka-hand-off" takes them and rings the router of each
 //! ```
@@ -21,7 +21,9 @@ use rdkafka::error::KafkaResult;
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 
 use crate::handoff::{Doorbell, Pushed};
-use crate::service::cluster::ports::{HandOffLog, HandOffReceiver, IncomingHandOff, NodeEpoch};
+use crate::service::cluster::ports::{
+    ArrivedHandOffs, HandOffReceiver, IncomingHandOff, NodeEpoch,
+};
 use crate::service::cluster::wire::HandOffHeader;
 use crate::service::routing::kafka::hand_off_topic::{HAND_OFF, TO};
 use crate::service::routing::kafka::partition_reader::{
@@ -80,7 +82,7 @@ impl HandOffReader {
             wanted: AtomicBool::new(false),
             taking: Mutex::new(Taking::new(tap)),
         });
-        let log = Arc::clone(&follower) as Arc<dyn HandOffLog>;
+        let log = Arc::clone(&follower) as Arc<dyn ArrivedHandOffs>;
         if let Some(bell) = follower.receiver.opened(log) {
             assert!(follower.waker.bell.set(bell).is_ok(), "opened once");
         }
@@ -224,7 +226,7 @@ struct HandOffFollower {
     taking: Mutex<Taking>,
 }
 
-impl HandOffLog for HandOffFollower {
+impl ArrivedHandOffs for HandOffFollower {
     fn take(&self, max: usize) -> bool {
         // Before the lock is tried: whoever has it looks here after giving it back.
         self.wanted.store(true, Ordering::SeqCst);

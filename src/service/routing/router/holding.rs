@@ -14,7 +14,7 @@ use crate::handoff::{Doorbell, Pushed};
 use crate::service::cluster::holder::{
     Arrived, Holder, LiveNeed, RoutedPosition, SessionSerial, SourcePartition,
 };
-use crate::service::cluster::ports::{HandOffLog, HandOffReceiver, IncomingHandOff};
+use crate::service::cluster::ports::{ArrivedHandOffs, HandOffReceiver, IncomingHandOff};
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::cluster::wire::{HandOffHeader, Passed, TopicPositions};
 use crate::service::events::envelope;
@@ -124,7 +124,7 @@ impl HandOffInboxes {
 impl HandOffReceiver for HandOffInboxes {
     /// A single router takes the hand-offs itself, which saves the time to wake it. Of several, the one that takes
     /// them would delay those of the others whenever it is busy.
-    fn opened(&self, log: Arc<dyn HandOffLog>) -> Option<Arc<Doorbell>> {
+    fn opened(&self, log: Arc<dyn ArrivedHandOffs>) -> Option<Arc<Doorbell>> {
         match &*self.routers {
             [router] => Some(router.take_hand_offs(log)),
             _ => None,

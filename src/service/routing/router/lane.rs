@@ -9,10 +9,10 @@ use std::sync::mpsc::SyncSender;
 use crate::domain::ids::ShardId;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::claim::{LaneClaim, Ownership};
-use crate::service::routing::router::in_flight::{LaneKey, RecordId};
+use crate::service::routing::router::in_flight::LaneKey;
 use crate::service::routing::router::parked::ParkedRecords;
 use crate::service::routing::router::partition::{CommittableOffset, TopicPartition};
-use crate::service::routing::router::record::{OwnedRecord, RawRecord, RecordSource};
+use crate::service::routing::router::record::{RawRecord, RecordSource, WaitingRecord};
 
 /// Assigns a partition to a router.
 pub struct Assignment {
@@ -34,17 +34,6 @@ impl std::fmt::Debug for Assignment {
     }
 }
 
-/// Where a waiting record came from.
-#[derive(Debug)]
-pub(super) enum Intake {
-    /// From the lane's partition.
-    Partition(RecordId),
-    /// From another node, for the members of its conversation.
-    OtherNode,
-    /// From a part of this node (presence), for these users.
-    ToUsers(Vec<Arc<str>>),
-}
-
 /// What blocks the record at the front of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Blocked {
@@ -56,15 +45,6 @@ pub(super) enum Blocked {
     HandOffs,
     /// The dead-letter sink is full.
     DeadLetter,
-}
-
-/// A record that waits in a lane.
-#[derive(Debug)]
-pub(super) struct WaitingRecord {
-    pub(super) record: OwnedRecord,
-    pub(super) intake: Intake,
-    /// When it was first tried at the front of the lane, Unix time in ms; `None`: not yet.
-    pub(super) since_ms: Option<u64>,
 }
 
 /// The partition of a lane.

@@ -39,7 +39,7 @@ use std::time::Duration;
 use crate::counters;
 use crate::handoff::{Doorbell, PeerEnd, Pushed};
 use crate::service::backends::ports::{RemoteNodes, RouterInbox, RouterInput};
-use crate::service::cluster::ports::HandOffLog;
+use crate::service::cluster::ports::ArrivedHandOffs;
 use crate::service::events::encode::CompressionConfig;
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
@@ -190,7 +190,7 @@ enum LaneCommand {
     Assign(Assignment),
     Revoke(TopicPartition, Revocation),
     /// Take the hand-offs to this node from here.
-    TakeHandOffs(Arc<dyn HandOffLog>),
+    TakeHandOffs(Arc<dyn ArrivedHandOffs>),
     Stop,
 }
 
@@ -255,7 +255,7 @@ impl RouterControl {
     }
 
     /// The router takes the hand-offs to this node from `log` whenever the doorbell that this returns is rung.
-    fn take_hand_offs(&self, log: Arc<dyn HandOffLog>) -> Arc<Doorbell> {
+    fn take_hand_offs(&self, log: Arc<dyn ArrivedHandOffs>) -> Arc<Doorbell> {
         self.command(LaneCommand::TakeHandOffs(log));
         Arc::clone(&self.bell)
     }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use crate::service::routing::router::RouterConfig;
-use crate::service::routing::router::lane::WaitingRecord;
+use crate::service::routing::router::record::WaitingRecord;
 
 /// Time between two attempts while no list of members has arrived, ms.
 const RETRY_MS: u64 = 10;

@@ -1,6 +1,10 @@
 //! Kafka records as a router reads them.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
+
+use crate::service::routing::router::in_flight::RecordId;
 
 /// One record of a partition, borrowed from its source.
 #[derive(Clone, Copy, Debug)]
@@ -71,4 +75,24 @@ impl OwnedRecord {
     pub(super) fn size(&self) -> usize {
         self.value.len() + self.key.as_ref().map_or(0, |key| key.len()) + size_of::<Self>()
     }
+}
+
+/// Where a waiting record came from.
+#[derive(Debug)]
+pub(super) enum Intake {
+    /// From the lane's partition.
+    Partition(RecordId),
+    /// From another node, for the members of its conversation.
+    OtherNode,
+    /// From a part of this node (presence), for these users.
+    ToUsers(Vec<Arc<str>>),
+}
+
+/// A record that waits in a lane.
+#[derive(Debug)]
+pub(super) struct WaitingRecord {
+    pub(super) record: OwnedRecord,
+    pub(super) intake: Intake,
+    /// When it was first tried at the front of the lane, Unix time in ms; `None`: not yet.
+    pub(super) since_ms: Option<u64>,
 }

@@ -10,7 +10,7 @@ use slab::Slab;
 
 use crate::domain::budget::EventBudget;
 use crate::service::backends::ports::RouterInput;
-use crate::service::cluster::ports::{HandOffLog, IncomingHandOff};
+use crate::service::cluster::ports::{ArrivedHandOffs, IncomingHandOff};
 use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
@@ -20,13 +20,11 @@ use crate::service::routing::router::holding::{HandOffInput, ReadTo};
 use crate::service::routing::router::in_flight::{
     InFlight, LaneKey, ReportOutcome, ReturnedTicket,
 };
-use crate::service::routing::router::lane::{
-    Assignment, Blocked, Intake, Lane, PartitionLane, Revocation, WaitingRecord,
-};
+use crate::service::routing::router::lane::{Assignment, Blocked, Lane, PartitionLane, Revocation};
 use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
-use crate::service::routing::router::record::OwnedRecord;
+use crate::service::routing::router::record::{Intake, OwnedRecord, WaitingRecord};
 use crate::service::routing::router::{
     ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
 };
@@ -50,7 +48,7 @@ pub struct Router {
     hand_off_bytes: Arc<AtomicUsize>,
     read_to: Arc<ReadTo>,
     /// Where hand-offs are taken from. `None`: another thread takes them.
-    hand_off_log: Option<Arc<dyn HandOffLog>>,
+    hand_off_log: Option<Arc<dyn ArrivedHandOffs>>,
     /// A hand-off that waits for room in a ring, or for the table.
     hand_off: Option<IncomingHandOff>,
     /// Every hand-off to this node below this offset was delivered.

@@ -12,9 +12,9 @@ use crate::service::routing::router::core::{
 };
 use crate::service::routing::router::dead_letter::DeadLetterReason;
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
-use crate::service::routing::router::lane::{Blocked, Intake, Lane, PartitionLane, WaitingRecord};
+use crate::service::routing::router::lane::{Blocked, Lane, PartitionLane};
 use crate::service::routing::router::owner::OwnerSide;
-use crate::service::routing::router::record::{OwnedRecord, RawRecord};
+use crate::service::routing::router::record::{Intake, OwnedRecord, RawRecord, WaitingRecord};
 
 impl PartitionLane {
     /// Marks a record done and publishes the committable offset.

@@ -4,7 +4,7 @@ use std::time::Duration;
 use super::world::{RING_SLOTS, RouterWorld, With, created, message, name};
 use crate::service::events::timestamp::unix_ms;
 
-/// Promise: “Records of a conversation whose members are unknown wait, in order; the rest of its partition does not”
+/// Promise: “A conversation whose members cannot be fetched holds up no other:”
 #[test]
 fn unknown_conversation_waits_in_order_and_nothing_else_does() {
     let mut world = RouterWorld::new(With { gated: true, ..With::default() });
@@ -43,7 +43,7 @@ fn unknown_conversation_waits_in_order_and_nothing_else_does() {
     assert_eq!(world.counters.conversations_waiting.get(), 0);
 }
 
-/// Promise: “Each is given up 30 s after it was read, not one after the other”
+/// Each is given up 30 s after it was read, not one after the other.
 #[test]
 fn parked_records_wait_at_the_same_time() {
     let mut world = RouterWorld::new(With { dead_letters: true, ..With::default() });

@@ -22,7 +22,9 @@ fn tree(groups: &str) -> TempDir {
 }
 
 fn runner(tree: &Path, groups: &[&str]) -> Command {
-    let mut command = Command::new("bash");
+    // A shell cannot handle a signal that was ignored when it began, as HUP is under `nohup`.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP", "bash"]);
     command.arg(tree.join("tests/run")).args(groups).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

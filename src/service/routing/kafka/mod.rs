@@ -16,7 +16,7 @@
 //!   commits the offsets of its own partitions only.
 //! * `broadcast`: every node reads every partition from the end of the log and commits nothing.
 //!
-//! All of them find the partitions in one [`catalogue`], and [`starts`] says from where each is read.
+//! All of them find the partitions in one `catalogue`, and `starts` says from where each is read.
 //!
 //! Each router polls the queues of its partitions itself. A partition that is not polled delays no
 //! other.

@@ -10,11 +10,11 @@
 //!   when the shard reports that the last one was sent. So catch-up is never faster than the socket,
 //!   and cannot overflow the queue whose overflow closes slow readers.
 //! - **Bounds.** Calls in flight, sessions that catch up, pages in memory and waiting requests are each
-//!   bounded for all sessions together, first come, first served ([`calls`]).
+//!   bounded for all sessions together, first come, first served (`calls`).
 //! - **Fairness.** A session whose socket does not take a chunk within [`CatchUpConfig::stall_after`]
 //!   keeps nothing but that chunk: no slot, no page, no call. It continues when its socket has taken the
 //!   chunk, and is closed after [`CatchUpConfig::chunk_timeout`]. So a slow session waits only for itself.
-//! - **Sharing.** Sessions that want the same page while its call waits share the call ([`fetches`]).
+//! - **Sharing.** Sessions that want the same page while its call waits share the call (`fetches`).
 //! - **Access.** The conversations are those that the conversation service lists for the user. Any other
 //!   that the client names is sent only if the user is a member of it. So removed members receive
 //!   nothing more, and no client can read a conversation by naming it.
@@ -26,7 +26,7 @@
 //!   while it waits.
 //!
 //! The shard holds the session's live events back during catch-up. [`CatchUpStep::Complete`] names
-//! exactly the messages that were sent ([`positions`]), so that no message is sent twice, and none is
+//! exactly the messages that were sent (`positions`), so that no message is sent twice, and none is
 //! lost: the message service can commit a lower sequence after a higher one (contract §2). Such a message
 //! comes live, after the messages of the catch-up.
 

@@ -16,6 +16,8 @@ pub fn check(data: &[u8]) {
     let object = match serde_json::from_str::<Value>(text) {
         Ok(Value::Object(object)) => object,
         Ok(Value::Null) => return assert!(ours.is_some_and(|message| message.is_empty())),
+        // Valid JSON, but more than a `Value` can hold. In a field that nobody reads it is of no concern.
+        Err(error) if is_limit_of_value(&error) => return,
         Ok(_) | Err(_) => return assert!(ours.is_none(), "accepted, although it is no object"),
     };
     let Some(message) = ours else { return };
@@ -36,6 +38,19 @@ pub fn check(data: &[u8]) {
             .expect("an int64 or null");
         assert_eq!(one.sequence, sequence.max(0));
     }
+}
+
+/// Whether the text is JSON by the grammar of RFC 8259, which sets no limit to numbers and nesting and allows an
+/// escape of half a surrogate pair.
+fn is_limit_of_value(error: &serde_json::Error) -> bool {
+    let error = error.to_string();
+    let limits = [
+        "number out of range",
+        "recursion limit exceeded",
+        "lone leading surrogate in hex escape",
+        "unexpected end of hex escape",
+    ];
+    limits.iter().any(|limit| error.starts_with(limit))
 }
 
 fn check_bounds(message: &ClientMessage) {

@@ -185,6 +185,8 @@ mod tests {
             r#"{"typing": true}"#,
             r#"{"access_token": ""}"#,
             r#"{"access_token": null, "last_sequences": null}"#,
+            // Fields of others may hold whatever JSON allows.
+            r#"{"typing": "\ud800", "at": 1e999}"#,
         ] {
             assert!(parse(text).unwrap().is_empty(), "{text}");
         }

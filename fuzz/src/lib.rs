@@ -3,6 +3,7 @@
 
 pub mod commands;
 pub mod connection;
+pub mod cursor;
 pub mod deflate;
 pub mod envelope;
 pub mod frame;
@@ -14,11 +15,12 @@ pub mod upgrade;
 pub type Check = fn(&[u8]);
 
 /// All targets with their checks.
-pub const TARGETS: [(&str, Check); 6] = [
+pub const TARGETS: [(&str, Check); 7] = [
     ("frame_decoder", frame::check),
     ("upgrade_parser", upgrade::check),
     ("connection", connection::check),
     ("deflate", deflate::check),
     ("envelope", envelope::check),
     ("command_parser", commands::check),
+    ("cursor", cursor::check),
 ];

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, EndReason};
+use crate::domain::cursor::LogPosition;
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
@@ -109,6 +110,12 @@ pub enum ShardCommand {
         close: Close,
         /// The reason under which the end is counted.
         why: EndReason,
+    },
+    /// Everything below these positions is in the rings of all shards, in front of this command if it
+    /// came from the same router. They replace earlier positions of their partitions.
+    Routed {
+        /// The partitions that moved, in any order.
+        positions: Box<[LogPosition]>,
     },
     /// Close the listener; open connections stay.
     StopAccepting,

@@ -6,6 +6,7 @@ pub mod close;
 pub mod command;
 pub mod counted;
 pub mod counters;
+pub mod cursor;
 pub mod encoding;
 pub mod event;
 pub mod ids;

@@ -130,6 +130,7 @@ impl<K: Kernel> Shard<K> {
             ShardCommand::Close { connection, close, why } => {
                 self.close_by_service(connection, &close, why);
             }
+            ShardCommand::Routed { positions } => self.routed.update(&positions),
             ShardCommand::StopAccepting => self.stop_accepting(),
             ShardCommand::Stop { close } => self.stop(close),
         }

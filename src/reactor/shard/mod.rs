@@ -30,6 +30,7 @@ use std::sync::Arc;
 
 use crate::domain::close::Close;
 use crate::domain::command::ShardCommand;
+use crate::domain::cursor::RoutedPositions;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::outgoing::Outgoing;
 use crate::handoff::{Consumer, Doorbell, ShardEnd};
@@ -110,6 +111,8 @@ pub struct Shard<K: Kernel> {
     first_peer: usize,
     /// The session with an almost full queue that the routers' rings wait for. Its socket keeps up.
     awaited: Option<AwaitedQueue>,
+    /// What the routers have given to all shards, for cursors.
+    routed: RoutedPositions,
     stopping: Option<Stopping>,
 }
 
@@ -171,6 +174,7 @@ impl<K: Kernel> Shard<K> {
             admitted: 0,
             first_peer: 0,
             awaited: None,
+            routed: RoutedPositions::default(),
             stopping: None,
             kernel,
             config,

@@ -19,6 +19,7 @@ use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{
     DeliveryClass, Hello, Recipients, ReplyTo, ShardCommand, ShardReport, Ticket,
 };
+use crate::domain::cursor::RoutedPositions;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
@@ -68,6 +69,8 @@ pub struct Hub {
     /// Number of items in `streams`.
     open: usize,
     accepting: watch::Sender<bool>,
+    /// What the routers have given to all shards, for cursors.
+    routed: RoutedPositions,
     stopping: bool,
     next_sweep: Instant,
 }
@@ -106,6 +109,7 @@ impl Hub {
             metrics,
             open: 0,
             accepting,
+            routed: RoutedPositions::default(),
             stopping: false,
             next_sweep: Instant::now() + SWEEP_INTERVAL,
         };
@@ -266,6 +270,7 @@ impl Hub {
             ShardCommand::Close { connection, close, why } => {
                 self.close(connection, status::of_close(&close), why, Unsent::Send);
             }
+            ShardCommand::Routed { positions } => self.routed.update(&positions),
             ShardCommand::StopAccepting => {
                 self.accepting.send_replace(false);
             }

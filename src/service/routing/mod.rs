@@ -2,6 +2,7 @@
 
 pub mod kafka;
 pub mod offsets;
+pub mod replays;
 pub mod router;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;

@@ -79,7 +79,16 @@ impl<I: Iterator<Item = ReplayedChunk> + Send> ReplayChunks for I {
 pub trait TailReplays: Send + Sync + 'static {
     /// What the user of this session has missed since the cursor. The session is in the directory, and its live events are
     /// held: they follow what is replayed. Some of them may be replayed as well.
-    fn replay(&self, session: SessionAddress, user: Arc<str>, since: Cursor) -> ReplayReader;
+    ///
+    /// `None`: the session has no cursor yet and wants none of its past, so no records are returned. In both cases the
+    /// reader is complete only when a cursor may be sent: every node that owns a partition hands over to this session
+    /// whatever it passes from now on.
+    fn replay(
+        &self,
+        session: SessionAddress,
+        user: Arc<str>,
+        since: Option<Cursor>,
+    ) -> ReplayReader;
 }
 
 #[cfg(test)]

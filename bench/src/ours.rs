@@ -202,6 +202,7 @@ impl Ours {
             membership: Arc::clone(&membership),
             remote: None,
             cluster: None,
+            tails: None,
             dead_letters: None,
         });
         thread.spawn("router".to_owned())?;
@@ -213,6 +214,7 @@ impl Ours {
             log: TopicPartition { topic: "bench".into(), topic_index: 0, partition: 0 },
             source: Box::new(Source(Arc::clone(&log))),
             start: Some(0),
+            fill: None,
             committable: Arc::clone(&committable),
             ownership: None,
         });

@@ -1,7 +1,7 @@
 //! What the hand-off through the log costs: `delivery_bench::cluster`.
 
 use clap::{Parser, Subcommand};
-use delivery_bench::cluster::{HandOffPlan, ReadyPlan, RoutePlan, TablePlan};
+use delivery_bench::cluster::{HandOffPlan, ReadyPlan, RoutePlan, TablePlan, TailPlan};
 
 /// As in `delivery`.
 #[global_allocator]
@@ -24,6 +24,8 @@ enum Part {
     HandOff(HandOffPlan),
     /// What the router needs for a record, in both modes.
     Route(RoutePlan),
+    /// The tail of a partition: memory, and CPU to keep a record.
+    Tail(TailPlan),
 }
 
 fn main() -> std::io::Result<()> {
@@ -32,5 +34,6 @@ fn main() -> std::io::Result<()> {
         Part::Ready(plan) => plan.run(),
         Part::HandOff(plan) => plan.run(),
         Part::Route(plan) => plan.run(),
+        Part::Tail(plan) => plan.run(),
     }
 }

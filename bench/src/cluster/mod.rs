@@ -4,8 +4,10 @@
 mod names;
 mod routing;
 mod table;
+mod tail;
 mod topics;
 
 pub use routing::RoutePlan;
 pub use table::TablePlan;
+pub use tail::TailPlan;
 pub use topics::{HandOffPlan, ReadyPlan};

@@ -146,7 +146,6 @@ impl RoutePlan {
             table: Arc::clone(table),
             holder: Arc::<Mutex<_>>::default(),
             sink: Arc::clone(&sink) as Arc<dyn HandOffSink>,
-            tails: TailBudget::new(64 << 20, 300_000),
             missed: Arc::clone(&missed) as Arc<dyn MissedEvents>,
             topics: Arc::from([Arc::from(TOPIC)]),
         });
@@ -158,6 +157,7 @@ impl RoutePlan {
             directory: Arc::clone(directory),
             membership,
             remote: None,
+            tails: cluster.is_some().then(|| TailBudget::new(64 << 20, 300_000)),
             cluster,
             dead_letters: None,
         });
@@ -166,7 +166,6 @@ impl RoutePlan {
         let ownership = table.map(|table| Ownership {
             generation: 1,
             start: 0,
-            fill_from: 0,
             table: table.next_offset(),
             barrier: 0,
             settled: Arc::new(CommittableTable::new(table.next_offset())),
@@ -179,6 +178,7 @@ impl RoutePlan {
             log: TopicPartition { topic: TOPIC.into(), topic_index: 0, partition: 0 },
             source: Box::new(Records { values, next: 0, end: records as i64 }),
             start: Some(0),
+            fill: None,
             committable: Arc::clone(&committable),
             ownership,
         });

@@ -188,8 +188,9 @@ settings! {
         sessions_topic: Name = "delivery.sessions.v1", example "delivery.sessions.v1";
         /// Topic through which the nodes hand events over (`HANDOFF=log`). Created if it is missing.
         handoff_topic: Name = "delivery.handoff.v1", example "delivery.handoff.v1";
-        /// Maximum memory of the last events that this node routed, from which it sends a new session what
-        /// other nodes could not hand over yet (`HANDOFF=log`).
+        /// Maximum memory of the last events that this node routed. From them it sends a session that returns with a
+        /// cursor what it has missed, and a new session what other nodes could not hand over yet. None with
+        /// `HANDOFF=redis`.
         tail_bytes: Size = "64MiB", from "1MiB" to "64GiB", example "256MiB";
         /// Maximum age of these events.
         tail_age: Duration = "5m", from "10s" to "10m", example "5m";

@@ -13,9 +13,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::metrics::{component, register};
-use crate::app::admin::{Collector, ReadinessCheck, number};
+use crate::app::admin::{Collector, ReadinessCheck};
 use crate::app::config::{HandOffMode, Settings};
-use crate::domain::counters::MetricKind;
 use crate::handoff::{Doorbell, Pushed};
 use crate::service::backends::ports::{LogNodes, MissedEvents};
 use crate::service::cluster::announcer::{CHANGES_WAITING_MAX, SessionAnnouncer};
@@ -27,8 +26,6 @@ use crate::service::cluster::ports::{
     ArrivedHandOffs, HandOffReceiver, IncomingHandOff, NodeEpoch, SessionsLog, SessionsRecord,
 };
 use crate::service::cluster::table::{SessionTable, TableConfig, TableListener};
-use crate::service::cluster::tail::TailBudget;
-use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::routing::kafka::{
     ClaimParts, ClusterLogCounters, ClusterLogMetrics, ClusterLogParts, ClusterLogs,
@@ -47,7 +44,6 @@ pub(super) struct Cluster {
     missed: Arc<MissedSessions>,
     own: Arc<OwnEpoch>,
     table: Arc<SessionTable>,
-    tails: Arc<TailBudget>,
     logs: Arc<ClusterLogs>,
     owned: Arc<OwnedPartitions>,
     announcer: Arc<SessionAnnouncer>,
@@ -183,8 +179,6 @@ impl Cluster {
             CHANGES_WAITING_MAX,
             register("announced_", collectors),
         );
-        let tails = TailBudget::new(settings.tail_bytes.0, age_ms);
-        collectors.push(tail_metrics(Arc::clone(&tails)));
         Ok(Some(Self {
             instance,
             topics,
@@ -193,7 +187,6 @@ impl Cluster {
             missed,
             own,
             table,
-            tails,
             logs: Arc::new(logs),
             owned: Arc::default(),
             announcer: Arc::new(announcer),
@@ -224,7 +217,6 @@ impl Cluster {
             table: Arc::clone(&self.table),
             holder: Arc::clone(&self.holder),
             sink: self.logs.hand_offs(),
-            tails: Arc::clone(&self.tails),
             missed: Arc::clone(&self.missed) as Arc<dyn MissedEvents>,
             topics: Arc::clone(&self.topics),
         }
@@ -234,7 +226,6 @@ impl Cluster {
     pub(super) fn for_claims(&self) -> ClaimParts {
         ClaimParts {
             barrier: self.logs.barrier(),
-            tails: Arc::clone(&self.tails),
             owned: Arc::clone(&self.owned),
             table: Arc::clone(&self.table),
             sessions_topic: self.sessions_topic.clone(),
@@ -387,15 +378,4 @@ fn new_epoch() -> NodeEpoch {
 
 fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
-}
-
-fn tail_metrics(tails: Arc<TailBudget>) -> Collector {
-    Box::new(move |page| {
-        let bytes = number(tails.bytes());
-        let help = "Memory of the last events that this node routed.";
-        page.sample(MetricKind::Gauge, "delivery_tail_bytes", help, &[], bytes);
-        let age = number(tails.age_ms(unix_ms()));
-        let help = "Age of the oldest of these events, ms.";
-        page.sample(MetricKind::Gauge, "delivery_tail_age_ms", help, &[], age);
-    })
 }

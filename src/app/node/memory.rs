@@ -247,6 +247,13 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
                 None => 0,
             },
         ),
+        (
+            "tail",
+            match settings.hand_off() {
+                Some(HandOffMode::Redis) => 0,
+                Some(HandOffMode::Log) | None => settings.tail_bytes.0,
+            },
+        ),
         ("log", LINES_WAITING_MAX as u64 * LOG_LINE_BYTES),
     ]
 }
@@ -305,7 +312,6 @@ fn cluster(settings: &Settings, sizing: &Sizing) -> PartSizes {
     vec![
         ("table", CLUSTER_SESSIONS * SessionTable::ENTRY_BYTES as u64),
         ("newcomers", (NEWCOMERS_MAX * NEWCOMER_BYTES) as u64),
-        ("tail", settings.tail_bytes.0),
         ("cluster_topics", kafka::SESSIONS_BYTES_MAX + kafka::HAND_OFF_BYTES_MAX),
         ("janitor", kafka::JANITOR_BYTES_MAX + kafka::LOG_READER_BYTES_MAX),
         ("cluster_readers", 2 * kafka::LOG_READER_BYTES_MAX),

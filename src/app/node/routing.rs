@@ -8,10 +8,12 @@ use super::mesh::PeerSide;
 use super::metrics::{numbered, register};
 use super::sizing::Sizing;
 use crate::app::admin::{Collector, ReadinessCheck, number};
-use crate::app::config::{Name, SettingValue as _, Settings};
+use crate::app::config::{HandOffMode, Name, SettingValue as _, Settings};
 use crate::domain::counters::MetricKind;
 use crate::service::backends::ports::{ConversationSource, MissedEvents, RemoteNodes};
+use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::CompressionConfig;
+use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::routing::kafka::{
@@ -64,6 +66,7 @@ impl Routing {
         let membership = membership(settings, source, collectors);
         let kafka_counters = register("kafka_", collectors);
         let dead_letters = dead_letters(settings, &kafka_config, &kafka_counters)?;
+        let tails = tails(settings, collectors);
         let mut controls = Vec::new();
         let mut threads = Vec::new();
         for (number, side) in sides.into_iter().enumerate() {
@@ -77,6 +80,7 @@ impl Routing {
                 membership: Arc::clone(&membership),
                 remote: remote.clone(),
                 cluster: cluster.clone(),
+                tails: tails.clone(),
                 dead_letters: dead_letters.clone(),
             });
             let thread = router.spawn(format!("router-{number}"));
@@ -90,6 +94,7 @@ impl Routing {
             membership: Arc::clone(&membership),
             status: Arc::clone(&status),
             counters: kafka_counters,
+            tails,
             claims,
             missed: Box::new(move || {
                 missed.missed_by_all();
@@ -213,6 +218,28 @@ fn dead_letters(
     let letters = DeadLetterTopic::new(topic.to_string(), config, Arc::clone(counters))
         .map_err(|error| format!("DEAD_LETTER_TOPIC: {error}"))?;
     Ok(Some(Arc::new(letters)))
+}
+
+/// The tails of the partitions. `None`: nothing is replayed, since the nodes that route events to a session by Redis do
+/// not know what it has missed.
+fn tails(settings: &Settings, collectors: &mut Vec<Collector>) -> Option<Arc<TailBudget>> {
+    if settings.hand_off() == Some(HandOffMode::Redis) {
+        return None;
+    }
+    let tails = TailBudget::new(settings.tail_bytes.0, millis(settings.tail_age));
+    collectors.push(tail_metrics(Arc::clone(&tails)));
+    Some(tails)
+}
+
+fn tail_metrics(tails: Arc<TailBudget>) -> Collector {
+    Box::new(move |page| {
+        let bytes = number(tails.bytes());
+        let help = "Memory of the last events that this node routed.";
+        page.sample(MetricKind::Gauge, "delivery_tail_bytes", help, &[], bytes);
+        let age = number(tails.age_ms(unix_ms()));
+        let help = "Age of the oldest of these events, ms.";
+        page.sample(MetricKind::Gauge, "delivery_tail_age_ms", help, &[], age);
+    })
 }
 
 /// Which topics of events cannot be read, and why.

@@ -17,7 +17,7 @@ use crate::service::routing::kafka::client::{self, Observer};
 use crate::service::routing::kafka::source::SourceState;
 use crate::service::routing::kafka::starts::{self, LogBounds, StartRule};
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
-use crate::service::routing::router::{Assignment, CommittableOffset, TopicPartition};
+use crate::service::routing::router::{Assignment, CommittableOffset, TailFill, TopicPartition};
 
 /// Timeout of one poll.
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
@@ -73,6 +73,8 @@ impl BroadcastReader {
         let mut properties = client::with_user_properties(properties, &shared.config);
         // A position that is not in the log: see `mend`.
         properties.set("auto.offset.reset", "error");
+        // A tail is filled when the end is reached, also if the last offsets hold no record.
+        properties.set("enable.partition.eof", "true");
         let context = BroadcastContext(Observer { shared: Arc::clone(&shared) });
         let consumer = Arc::new(BaseConsumer::from_config_and_context(&properties, context)?);
         Ok(Self { shared, consumer, read: HashMap::new() })
@@ -149,10 +151,14 @@ impl BroadcastReader {
     fn assign_all(&mut self, all: Vec<NextPartition>) -> KafkaResult<()> {
         let rules: Vec<_> = all.iter().map(|it| (it.log.clone(), it.rule, it.bounds)).collect();
         let chosen = starts::choose(&self.consumer, &rules, REQUEST_TIMEOUT)?;
-        for NextPartition { log, incarnation, bounds, .. } in all {
-            if let Some(&start) = chosen.get(&log) {
-                self.assign(log, start, bounds.end, incarnation)?;
-            }
+        let known = all.iter().filter_map(|it| Some((&it.log, *chosen.get(&it.log)?)));
+        let starts: Vec<_> = known.collect();
+        let fill_from =
+            self.shared.fill_from(&self.consumer, &starts, self.read.len() + starts.len());
+        let starts: Vec<_> = starts.into_iter().map(|(log, start)| (log.clone(), start)).collect();
+        for ((log, start), fill_from) in starts.into_iter().zip(fill_from) {
+            let next = all.iter().find(|it| it.log == log).expect("one of them");
+            self.assign(log, (fill_from, start), next.bounds.end, next.incarnation)?;
         }
         Ok(())
     }
@@ -160,7 +166,7 @@ impl BroadcastReader {
     fn assign(
         &mut self,
         log: TopicPartition,
-        start: i64,
+        (fill_from, start): (i64, i64),
         end: i64,
         incarnation: u64,
     ) -> KafkaResult<()> {
@@ -169,10 +175,11 @@ impl BroadcastReader {
             .source(&self.consumer, &log)
             .ok_or_else(|| KafkaError::Subscription(format!("no queue for {log:?}")))?;
         let mut added = TopicPartitionList::new();
-        added.add_partition_offset(&log.topic, log.partition, Offset::Offset(start))?;
+        added.add_partition_offset(&log.topic, log.partition, Offset::Offset(fill_from))?;
         self.consumer.incremental_assign(&added)?;
         let committable = Arc::new(CommittableOffset::new(Some(start)));
-        self.shared.status.add_partition(log.clone(), Arc::clone(&committable), Some(end));
+        let (fill, counted) = (TailFill::new(fill_from), Arc::clone(&committable));
+        self.shared.status.add_partition(log.clone(), counted, Some(end), Some(&fill));
         tracing::info!(topic = &*log.topic, partition = log.partition, start, "partition assigned");
         let read = ReadPartition {
             incarnation,
@@ -185,6 +192,7 @@ impl BroadcastReader {
             log,
             source: Box::new(source),
             start: Some(start),
+            fill: Some(fill),
             committable,
             ownership: None,
         });

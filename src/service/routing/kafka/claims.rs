@@ -106,67 +106,6 @@ impl ClaimedPartition {
     }
 }
 
-/// Memory of the smallest record in a tail, bytes: its entry, its ids and its key. No tail can hold more
-/// records than its bytes divided by this.
-const TAIL_RECORD_BYTES_MIN: u64 = 256;
-
-/// How far back claimed partitions are read, to fill their tails.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct TailBounds {
-    /// Append time of the first record, Unix time in ms.
-    pub(super) since_ms: i64,
-    /// Bytes of the tail of one partition.
-    pub(super) bytes: u64,
-}
-
-impl TailBounds {
-    /// The first offset to read of a partition that is routed from `start` on. `low`, `since` and `end`: its
-    /// lowest offset, the first offset with an append time in the bounds, and its end; `None`: not known.
-    fn fill_from(self, start: i64, low: Option<i64>, since: Option<i64>, end: Option<i64>) -> i64 {
-        // A log that ends before the committed offset was created again: nothing of it was routed.
-        let (Some(low), Some(since), Some(end)) = (low, since, end) else { return start };
-        if end < start || low >= start {
-            return start;
-        }
-        let records = i64::try_from(self.bytes / TAIL_RECORD_BYTES_MIN).unwrap_or(i64::MAX);
-        since.max(low).max(start.saturating_sub(records)).min(start)
-    }
-}
-
-/// For each claimed partition the first offset to read: at most its start, and what precedes it fills the
-/// tail. If the brokers do not answer, tails begin empty. Blocks for three requests.
-pub(super) fn fill_from<C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
-    claimed: &[ClaimedPartition],
-    bounds: TailBounds,
-    timeout: Duration,
-) -> Vec<i64> {
-    let offsets_at = |when: Offset| {
-        let mut list = TopicPartitionList::with_capacity(claimed.len());
-        for ClaimedPartition { start: GroupStart { log, .. }, .. } in claimed {
-            list.add_partition_offset(&log.topic, log.partition, when)?;
-        }
-        consumer.offsets_for_times(list, timeout)
-    };
-    let found = [Offset::Beginning, Offset::Offset(bounds.since_ms.max(0)), Offset::End]
-        .map(|when| offsets_at(when).inspect_err(|error| tracing::debug!(%error, "empty tails")));
-    let fill_from = claimed.iter().map(|claimed| {
-        let GroupStart { log, offset, .. } = &claimed.start;
-        let known = found.each_ref().map(|list| {
-            let found = list.as_ref().ok()?.find_partition(&log.topic, log.partition)?;
-            found.error().ok()?;
-            match found.offset() {
-                Offset::Offset(offset) => Some(offset),
-                // No record is as young.
-                Offset::End => Some(i64::MAX),
-                _ => None,
-            }
-        });
-        bounds.fill_from(*offset, known[0], known[1], known[2])
-    });
-    fill_from.collect()
-}
-
 /// Why partitions could not be claimed.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub(super) enum ClaimError {
@@ -305,20 +244,6 @@ mod tests {
         ] {
             assert_eq!(Claim::parse(other), None, "{other}");
         }
-    }
-
-    #[test]
-    fn tail_is_filled_within_its_age_its_bytes_and_the_log() {
-        let bounds = TailBounds { since_ms: 0, bytes: 100 * TAIL_RECORD_BYTES_MIN };
-        let fill_from = |low, since, end| bounds.fill_from(500, Some(low), Some(since), Some(end));
-        assert_eq!(fill_from(0, 450, 600), 450, "age");
-        assert_eq!(fill_from(0, 100, 600), 400, "bytes");
-        assert_eq!(fill_from(470, 450, 600), 470, "retention");
-        assert_eq!(fill_from(0, 550, 600), 500, "nothing before the start is young enough");
-        assert_eq!(fill_from(0, i64::MAX, 500), 500, "nothing is young enough");
-        assert_eq!(fill_from(510, 510, 600), 500, "the start was deleted");
-        assert_eq!(fill_from(0, 0, 20), 500, "created again: everything is routed");
-        assert_eq!(bounds.fill_from(500, Some(0), None, Some(600)), 500, "not known");
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::service::routing::kafka::starts::GroupStart;
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::Ownership;
 use crate::service::routing::router::{
-    Assignment, CommittableOffset, CommittableTable, TopicPartition,
+    Assignment, CommittableOffset, CommittableTable, TailFill, TopicPartition,
 };
 
 /// Timeout of one poll.
@@ -161,13 +161,14 @@ impl GroupContext {
         Ok(())
     }
 
-    /// Gives a partition that is being fetched to its router.
+    /// Gives a partition that is being fetched to its router. `claimed`: the first offset of the source, and the ownership.
     fn route(
         &self,
         start: GroupStart,
-        ownership: Option<Ownership>,
+        claimed: Option<(i64, Ownership)>,
         source: PartitionSource<Self>,
     ) {
+        let (fill_from, ownership) = claimed.unzip();
         let GroupStart { log, offset, since_ms, .. } = start;
         // If the other nodes have to be told of a loss, nothing is committed before.
         let has_gap = ownership.as_ref().is_some_and(|ownership| ownership.has_gap);
@@ -189,7 +190,8 @@ impl GroupContext {
         };
         self.owned().insert(log.clone(), owned);
         self.replaced().remove(&log);
-        shared.status.add_partition(log.clone(), Arc::clone(&committable), None);
+        let fill = fill_from.map(TailFill::new);
+        shared.status.add_partition(log.clone(), Arc::clone(&committable), None, fill.as_ref());
         let (topic, partition) = (&*log.topic, log.partition);
         tracing::info!(topic, partition, start = offset, generation, "partition assigned");
         if let (Some(claims), Some(ownership)) = (&shared.claims, &ownership) {
@@ -197,7 +199,7 @@ impl GroupContext {
         }
         let router = shared.router(&log);
         let (source, start) = (Box::new(source), Some(offset));
-        router.assign(Assignment { log, source, start, committable, ownership });
+        router.assign(Assignment { log, source, start, fill, committable, ownership });
     }
 
     fn revoke(

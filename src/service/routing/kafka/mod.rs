@@ -27,6 +27,7 @@ mod claims;
 mod client;
 mod cluster_logs;
 mod dead_letters;
+mod fills;
 mod follower;
 mod group;
 mod hand_off_reader;
@@ -52,9 +53,11 @@ use rdkafka::topic_partition_list::TopicPartitionList;
 
 use crate::counters;
 use crate::service::backends::outage::Outage;
+use crate::service::cluster::tail::TailBudget;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::Membership;
-use crate::service::routing::kafka::catalogue::{Catalogue, TopicChange};
+use crate::service::routing::kafka::catalogue::{Catalogue, REQUEST_TIMEOUT, TopicChange};
+use crate::service::routing::kafka::fills::TailBounds;
 use crate::service::routing::kafka::source::PartitionSource;
 use crate::service::routing::kafka::starts::LostRecords;
 use crate::service::routing::router::{RouterControl, TopicPartition};
@@ -223,6 +226,8 @@ pub struct KafkaParts {
     pub status: Arc<KafkaStatus>,
     /// Metrics.
     pub counters: Arc<KafkaCounters>,
+    /// Bounds of the tails, which say how far back partitions are read. `None`: this node keeps none.
+    pub tails: Option<Arc<TailBudget>>,
     /// How partitions are claimed, in `group` mode; `None`: they are not.
     pub claims: Option<ClaimParts>,
     /// Called if records were gone before they were read: every session to which this node delivers or hands
@@ -291,6 +296,22 @@ impl ReaderResources {
     ) -> Option<PartitionSource<C>> {
         let bell = Arc::clone(self.router(log).bell());
         PartitionSource::new(consumer, &log.topic, log.partition, bell, self.config.tracing)
+    }
+
+    /// The first offset to read of partitions that are routed from these offsets on, so that their tails are filled.
+    fn fill_from<C: ConsumerContext>(
+        &self,
+        consumer: &BaseConsumer<C>,
+        starts: &[(&TopicPartition, i64)],
+        tails: usize,
+    ) -> Vec<i64> {
+        match &self.tails {
+            Some(budget) => {
+                let bounds = TailBounds::of(budget, tails, unix_ms());
+                fills::fill_from(consumer, starts, bounds, REQUEST_TIMEOUT)
+            }
+            None => starts.iter().map(|(_, start)| *start).collect(),
+        }
     }
 
     /// Takes partitions back from their routers. Waits at most `grace` (and a second for the routers'

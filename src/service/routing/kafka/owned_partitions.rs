@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::service::cluster::table::SessionTable;
-use crate::service::cluster::tail::TailBudget;
 use crate::service::cluster::wire::{PartitionPosition, TopicPositions};
 use crate::service::routing::router::TopicPartition;
 
@@ -23,8 +22,6 @@ pub trait ClaimBarrier: Send + Sync + 'static {
 pub struct ClaimParts {
     /// The hand-offs to this node.
     pub barrier: Arc<dyn ClaimBarrier>,
-    /// Bounds of the tails, which say how far back a claimed partition is read.
-    pub tails: Arc<TailBudget>,
     /// The partitions of this node.
     pub owned: Arc<OwnedPartitions>,
     /// The table of this node.

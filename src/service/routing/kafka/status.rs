@@ -1,10 +1,12 @@
 //! The state of the Kafka consumers, for readiness and metrics.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::service::routing::kafka::catalogue::TopicTrouble;
-use crate::service::routing::router::{CommittableOffset, TopicPartition};
+use crate::service::routing::router::{CommittableOffset, TailFill, TopicPartition};
 
 /// The lag of a partition that this node reads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +30,11 @@ struct ConsumerState {
     connected: bool,
     following: bool,
     assigned: bool,
+    /// When partitions were assigned first.
+    assigned_at: Option<Instant>,
+    /// The tails are filled, or were waited for long enough. Those of partitions that are assigned later are not
+    /// waited for.
+    filled: bool,
     last_error: Option<String>,
     /// The topics of events that cannot be read.
     troubles: Vec<(Arc<str>, TopicTrouble)>,
@@ -39,12 +46,28 @@ struct PartitionState {
     committable: Arc<CommittableOffset>,
     /// The last known end offset.
     end: Option<i64>,
+    /// Whether its tail is filled. `None`: it has none.
+    filled: Option<Arc<AtomicBool>>,
+}
+
+/// How long readiness waits for the tails at most, from the first assignment on: a partition without a leader must not
+/// keep the node from serving the others.
+const FILL_WAIT_MAX: Duration = Duration::from_secs(30);
+
+impl ConsumerState {
+    /// Live events wait until the tail of their partition is filled, so no client should come before.
+    fn is_filled(&mut self) -> bool {
+        let is_late = self.assigned_at.is_some_and(|at| at.elapsed() >= FILL_WAIT_MAX);
+        let mut filled = self.partitions.values().filter_map(|it| it.filled.as_ref());
+        self.filled |= is_late || filled.all(|filled| filled.load(Ordering::Acquire));
+        self.filled
+    }
 }
 
 impl KafkaStatus {
     /// Why this node does not consume events; `None`: it does.
     pub fn missing(&self) -> Option<String> {
-        let state = self.state();
+        let mut state = self.state();
         let what = if !state.connected {
             "no broker reached"
         } else if !state.troubles.is_empty() {
@@ -54,6 +77,8 @@ impl KafkaStatus {
             "the membership topics are not read yet"
         } else if !state.assigned {
             "no partitions assigned yet"
+        } else if !state.is_filled() {
+            "the events of the last minutes are not read yet"
         } else {
             return None;
         };
@@ -117,7 +142,9 @@ impl KafkaStatus {
 
     /// The partitions of this node are known. There may be none.
     pub(super) fn assigned(&self) {
-        self.state().assigned = true;
+        let mut state = self.state();
+        state.assigned = true;
+        state.assigned_at.get_or_insert_with(Instant::now);
     }
 
     pub(super) fn unassigned(&self) {
@@ -129,8 +156,10 @@ impl KafkaStatus {
         log: TopicPartition,
         committable: Arc<CommittableOffset>,
         end: Option<i64>,
+        fill: Option<&TailFill>,
     ) {
-        self.state().partitions.insert(log, PartitionState { committable, end });
+        let filled = fill.map(|fill| Arc::clone(&fill.filled));
+        self.state().partitions.insert(log, PartitionState { committable, end, filled });
     }
 
     pub(super) fn remove_partition(&self, log: &TopicPartition) {
@@ -170,8 +199,15 @@ mod tests {
         assert!(status.missing().unwrap().contains("membership"));
         status.set_following(true);
         assert!(status.missing().unwrap().contains("no partitions"));
+        let log = TopicPartition { topic: "a".into(), topic_index: 0, partition: 0 };
+        let fill = TailFill::new(5);
+        status.add_partition(log, Arc::new(CommittableOffset::new(None)), None, Some(&fill));
         status.assigned();
+        assert!(status.missing().unwrap().contains("last minutes"));
+        fill.filled.store(true, Ordering::Release);
         assert_eq!(status.missing(), None);
+        fill.filled.store(false, Ordering::Release);
+        assert_eq!(status.missing(), None, "of a partition that is assigned later");
         status.unreachable("connection refused".into());
         assert_eq!(status.missing().unwrap(), "no broker reached (connection refused)");
     }
@@ -181,7 +217,7 @@ mod tests {
         let status = KafkaStatus::default();
         let log = TopicPartition { topic: "t".into(), topic_index: 0, partition: 2 };
         let committable = Arc::new(CommittableOffset::new(Some(5)));
-        status.add_partition(log.clone(), Arc::clone(&committable), None);
+        status.add_partition(log.clone(), Arc::clone(&committable), None, None);
         assert_eq!(status.lags(), []);
         status.set_end_offset(&log, 9);
         assert_eq!(status.lags()[0].lag, 4);

@@ -3,13 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 
-use bytes::Bytes;
-
 use crate::service::cluster::holder::{RoutedPosition, SessionSerial, SourcePartition};
-use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailEntry};
 use crate::service::routing::router::RouterCounters;
 use crate::service::routing::router::partition::{CommittableTable, TopicPartition};
-use crate::service::routing::router::record::RawRecord;
 
 /// How long the records of a partition wait for its new owner before that is logged, ms.
 const HELD_BACK_WARNING_MS: u64 = 10_000;
@@ -21,8 +17,6 @@ pub struct Ownership {
     pub generation: i64,
     /// The first offset to route. Earlier records of the source only fill the tail.
     pub start: i64,
-    /// The first offset of the source, at most `start`.
-    pub fill_from: i64,
     /// Beginnings below this offset of the sessions topic are applied.
     pub table: i64,
     /// Hand-offs to this node below this offset have to be delivered before a record is routed.
@@ -50,9 +44,6 @@ pub(super) struct LaneClaim {
     pub(super) ownership: Ownership,
     /// Beginnings below this offset are applied.
     pub(super) applied: i64,
-    pub(super) tail: PartitionTail,
-    /// Whether the tail holds what the source had before `start`.
-    pub(super) is_filled: bool,
     /// Replays that are not stored yet.
     pub(super) replays: usize,
     /// Where the replay to a newcomer continues, which found no room: the offset of its beginning, and the
@@ -82,16 +73,10 @@ impl Drop for HeldBack {
 }
 
 impl LaneClaim {
-    pub(super) fn new(
-        ownership: Ownership,
-        tails: &Arc<TailBudget>,
-        direct_after: SessionSerial,
-    ) -> Self {
+    pub(super) fn new(ownership: Ownership, direct_after: SessionSerial) -> Self {
         Self {
             direct_after,
             applied: ownership.table,
-            tail: PartitionTail::new(ownership.fill_from, Arc::clone(tails)),
-            is_filled: ownership.fill_from >= ownership.start,
             replays: 0,
             paused_replay: None,
             blocked_newcomer: None,
@@ -137,32 +122,6 @@ impl LaneClaim {
         false
     }
 
-    /// Puts a record before `start` into the tail, until the tail is filled. Returns false for every other
-    /// record: it has to be routed. (A partition that was created again begins below `start` again.)
-    pub(super) fn fills(&mut self, raw: RawRecord<'_>, now_ms: u64) -> bool {
-        if self.is_filled || raw.offset >= self.ownership.start {
-            self.is_filled = true;
-            return false;
-        }
-        self.push(raw, None, now_ms);
-        true
-    }
-
-    /// Puts a routed record into the tail.
-    pub(super) fn remember(&mut self, raw: RawRecord<'_>, audience: TailAudience, now_ms: u64) {
-        self.push(raw, Some(audience), now_ms);
-    }
-
-    /// Puts a routed record into the tail, at its place among the records that were routed before it.
-    pub(super) fn remember_late(
-        &mut self,
-        raw: RawRecord<'_>,
-        audience: TailAudience,
-        now_ms: u64,
-    ) {
-        self.tail.insert(tail_entry(raw, Some(audience)), now_ms);
-    }
-
     /// The offsets of the parked records, ascending: what is routed meanwhile goes past them.
     pub(super) fn parked(&self) -> &[i64] {
         &self.parked
@@ -178,10 +137,6 @@ impl LaneClaim {
         if let Ok(index) = self.parked.binary_search(&offset) {
             self.parked.remove(index);
         }
-    }
-
-    fn push(&mut self, raw: RawRecord<'_>, audience: Option<TailAudience>, now_ms: u64) {
-        self.tail.push(tail_entry(raw, audience), now_ms);
     }
 
     /// Whether the other nodes have to be told first that records are gone.
@@ -232,16 +187,6 @@ impl LaneClaim {
     /// The position of a record that is routed now, and what holds for the sessions of this node.
     pub(super) fn routes(&self, log: &TopicPartition, offset: i64) -> LanePosition {
         LanePosition { at: self.at(log, offset), direct_after: self.direct_after }
-    }
-}
-
-fn tail_entry(raw: RawRecord<'_>, audience: Option<TailAudience>) -> TailEntry {
-    TailEntry {
-        offset: raw.offset,
-        appended_at_ms: raw.appended_at_ms,
-        key: raw.key.map(Box::from),
-        value: Bytes::copy_from_slice(raw.value),
-        audience,
     }
 }
 

@@ -10,7 +10,7 @@ use crate::domain::members::Members;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{Forwarding, RemoteNodes};
 use crate::service::cluster::holder::{Arrived, RoutedPosition};
-use crate::service::cluster::tail::TailAudience;
+use crate::service::cluster::tail::{TailAudience, TailBudget};
 use crate::service::events::encode::Encoder;
 use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
@@ -77,7 +77,9 @@ pub(super) struct RouterCore {
     pub(super) remote: Option<Arc<dyn RemoteNodes>>,
     /// Hand-off through the log.
     pub(super) owner: Option<OwnerSide>,
-    /// Who received the record that was routed last, if its lane keeps a tail.
+    /// Bounds of the tails. `None`: this node keeps none.
+    pub(super) tails: Option<Arc<TailBudget>>,
+    /// Who received the record that was routed last, if this node keeps tails.
     pub(super) routed_audience: Option<TailAudience>,
     pub(super) dead_letters: Option<Arc<dyn DeadLetterSink>>,
     pub(super) encoder: Encoder,
@@ -183,9 +185,10 @@ impl RouterCore {
                     self.in_flight.expect(ticket);
                 }
                 if let Some(LanePosition { at, .. }) = at {
-                    self.hand_off(raw, at, parked, &audience, ticket);
+                    self.hand_off(raw, at, parked, ticket);
                 }
                 self.forward(raw.value, &audience, ticket, now_ms);
+                self.routed_audience = self.tails.is_some().then(|| audience.to_tail());
                 match self.in_flight.seal(ticket) {
                     Some(_) => RouteOutcome::Done,
                     None => RouteOutcome::InFlight,
@@ -314,14 +317,7 @@ impl RouterCore {
     }
 
     /// Hands a record of a claimed partition to other nodes, after the deliveries on this node.
-    fn hand_off(
-        &mut self,
-        raw: RawRecord<'_>,
-        at: RoutedPosition,
-        parked: &[i64],
-        audience: &EventAudience<'_>,
-        ticket: Ticket,
-    ) {
+    fn hand_off(&mut self, raw: RawRecord<'_>, at: RoutedPosition, parked: &[i64], ticket: Ticket) {
         let Some(owner) = &mut self.owner else { return };
         {
             let mut holder = owner.holder();
@@ -333,7 +329,6 @@ impl RouterCore {
             self.in_flight.expect(ticket);
         }
         self.counters.hand_offs.add(u64::from(sent));
-        self.routed_audience = Some(audience.to_tail());
     }
 
     /// Whether there is memory for another event.

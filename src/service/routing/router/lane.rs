@@ -4,12 +4,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
 
 use crate::domain::ids::ShardId;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::claim::{LaneClaim, Ownership};
 use crate::service::routing::router::in_flight::LaneKey;
+use crate::service::routing::router::lane_tail::LaneTail;
 use crate::service::routing::router::parked::ParkedRecords;
 use crate::service::routing::router::partition::{CommittableOffset, TopicPartition};
 use crate::service::routing::router::record::{RawRecord, RecordSource, WaitingRecord};
@@ -20,12 +22,31 @@ pub struct Assignment {
     pub log: TopicPartition,
     /// Its records.
     pub source: Box<dyn RecordSource>,
-    /// The first offset of `source`, if it is known.
+    /// The first offset to route, if it is known.
     pub start: Option<i64>,
+    /// How the tail is filled before. `None`: `source` begins at `start`.
+    pub fill: Option<TailFill>,
     /// Updated by the router.
     pub committable: Arc<CommittableOffset>,
     /// The ownership, if hand-offs go through the log.
     pub ownership: Option<Ownership>,
+}
+
+/// How the tail of a partition is filled.
+#[derive(Clone, Debug)]
+pub struct TailFill {
+    /// The first offset of the source, at most the first one to route: the records between the two only fill the
+    /// tail.
+    pub from: i64,
+    /// Whether that is done. Written by the router.
+    pub filled: Arc<AtomicBool>,
+}
+
+impl TailFill {
+    /// A tail that is to be filled from this offset on.
+    pub fn new(from: i64) -> Self {
+        Self { from, filled: Arc::default() }
+    }
 }
 
 impl std::fmt::Debug for Assignment {
@@ -55,6 +76,8 @@ pub(super) struct PartitionLane {
     pub(super) committable: Arc<CommittableOffset>,
     pub(super) revocation: Option<Revocation>,
     pub(super) claim: Option<LaneClaim>,
+    /// `None`: this node keeps none.
+    pub(super) tail: Option<LaneTail>,
 }
 
 /// An order to release a partition: the lane takes no more records and is removed once all its
@@ -109,10 +132,10 @@ impl Lane {
         (self.queue.front_mut(), self.partition.as_ref())
     }
 
-    /// The record at the front, and the claim of the lane's partition.
-    pub(super) fn front_and_claim(&mut self) -> Option<(RawRecord<'_>, &mut LaneClaim)> {
+    /// The record at the front, and the tail of the lane's partition.
+    pub(super) fn front_and_tail(&mut self) -> Option<(RawRecord<'_>, &mut LaneTail)> {
         let waiting = self.queue.front()?;
-        Some((waiting.record.raw(), self.partition.as_mut()?.claim.as_mut()?))
+        Some((waiting.record.raw(), self.partition.as_mut()?.tail.as_mut()?))
     }
 
     /// The waiting records, in order.

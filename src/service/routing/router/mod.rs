@@ -21,6 +21,7 @@ pub mod dead_letter;
 pub mod holding;
 mod in_flight;
 mod lane;
+mod lane_tail;
 mod links;
 pub mod owner;
 mod parked;
@@ -40,6 +41,7 @@ use crate::counters;
 use crate::handoff::{Doorbell, PeerEnd, Pushed};
 use crate::service::backends::ports::{RemoteNodes, RouterInbox, RouterInput};
 use crate::service::cluster::ports::ArrivedHandOffs;
+use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::CompressionConfig;
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
@@ -52,7 +54,7 @@ use crate::service::routing::router::lane::Revocation;
 use crate::service::routing::router::owner::ClusterParts;
 
 pub use crate::service::routing::router::claim::Ownership;
-pub use crate::service::routing::router::lane::Assignment;
+pub use crate::service::routing::router::lane::{Assignment, TailFill};
 pub use crate::service::routing::router::partition::{
     CommittableOffset, CommittableTable, TopicPartition,
 };
@@ -181,6 +183,8 @@ pub struct RouterParts {
     pub remote: Option<Arc<dyn RemoteNodes>>,
     /// Hand-off through the log. `remote` are then the nodes without it.
     pub cluster: Option<ClusterParts>,
+    /// Bounds of the tails. `None`: this node keeps none.
+    pub tails: Option<Arc<TailBudget>>,
     /// Where unroutable records go. `None`: they are counted and skipped.
     pub dead_letters: Option<Arc<dyn DeadLetterSink>>,
 }

@@ -23,7 +23,7 @@ use crate::service::cluster::newcomers::{Newcomer, StatedPosition};
 use crate::service::cluster::nodes::NodeIndex;
 use crate::service::cluster::ports::{HandOffSink, OutgoingHandOff, Queued};
 use crate::service::cluster::table::{NodeAddress, SessionTable};
-use crate::service::cluster::tail::{TailBudget, TailEntry};
+use crate::service::cluster::tail::TailRecord;
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::cluster::wire::{
     HandOffHeader, MissedRange, PartitionPosition, Passed, TopicPositions, Users,
@@ -46,8 +46,6 @@ pub struct ClusterParts {
     pub holder: Arc<Mutex<Holder>>,
     /// Where hand-offs go.
     pub sink: Arc<dyn HandOffSink>,
-    /// Bounds of the tails.
-    pub tails: Arc<TailBudget>,
     /// Where sessions go that have missed events.
     pub missed: Arc<dyn MissedEvents>,
     /// The topics of events, by index.
@@ -319,21 +317,21 @@ impl OwnerSide {
         }
     }
 
-    /// Replays the entry to a session on another node.
+    /// Replays the record to a session on another node.
     pub(super) fn replay(
         &mut self,
         lane: &mut LaneClaim,
         key: LaneKey,
         log: &TopicPartition,
-        entry: &TailEntry,
+        record: TailRecord<'_>,
         to: (NodeAddress, u64),
     ) {
-        let (at, content) = (lane.at(log, entry.offset), Content::Replay(to.1));
-        let header = self.header(at, lane.parked(), entry.appended_at_ms, content);
+        let (at, content) = (lane.at(log, record.offset), Content::Replay(to.1));
+        let header = self.header(at, lane.parked(), record.appended_at_ms, content);
         lane.replays += 1;
         let returned = Some(ReturnedTicket::Replay(key));
-        let mut value = ForwardedValue { bytes: &entry.value, kept: Some(entry.value.clone()) };
-        self.send(to.0, header, entry.key.as_deref(), &mut value, returned);
+        let mut value = ForwardedValue { bytes: record.value, kept: None };
+        self.send(to.0, header, record.key, &mut value, returned);
     }
 
     /// Tells another node that events for one of its sessions are no longer available.

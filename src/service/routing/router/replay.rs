@@ -6,12 +6,13 @@ use std::sync::Arc;
 use crate::domain::members::Members;
 use crate::service::cluster::holder::{Arrived, SessionSerial};
 use crate::service::cluster::newcomers::Newcomer;
-use crate::service::cluster::tail::{TailAudience, TailEntry};
+use crate::service::cluster::tail::{TailAudience, TailEntry, TailRecord};
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::members::membership::Lookup;
 use crate::service::routing::router::claim::LaneClaim;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::in_flight::LaneKey;
+use crate::service::routing::router::lane_tail::LaneTail;
 use crate::service::routing::router::partition::TopicPartition;
 
 /// Records of one tail whose members are requested at a time.
@@ -24,7 +25,7 @@ impl RouterCore {
     pub(super) fn replay_to(
         &mut self,
         newcomer: &Newcomer,
-        claim: &mut LaneClaim,
+        (claim, tail): (&mut LaneClaim, &mut LaneTail),
         key: LaneKey,
         log: &TopicPartition,
         next: i64,
@@ -46,25 +47,22 @@ impl RouterCore {
         if from.is_some_and(|from| from >= next) {
             return true;
         }
-        let Some(from) = from.filter(|from| *from >= claim.tail.from()) else {
+        let Some(from) = from.filter(|from| *from >= tail.tail.from()) else {
             self.report_gap(newcomer, claim, key, log);
             return true;
         };
-        if !self.resolve(claim, log, from..next, now_ms) {
+        if !self.resolve(tail, log, from..next, now_ms) {
             return false;
         }
-        let concerned = |entry: &&TailEntry| {
-            entry.audience.as_ref().is_some_and(|audience| audience.contains(&newcomer.user))
-        };
-        let wanted: Vec<_> = claim.tail.range(from, next).filter(concerned).cloned().collect();
-        for entry in &wanted {
+        let wanted = tail.tail.range(from, next).filter(|entry| entry.is_for(&newcomer.user));
+        for TailEntry { record, .. } in wanted {
             let replayed = if is_own {
-                self.replay_here(newcomer.serial, claim, log, entry)
+                self.replay_here(newcomer.serial, claim, log, record)
             } else {
-                self.replay_elsewhere(newcomer, claim, key, log, entry)
+                self.replay_elsewhere(newcomer, claim, key, log, record)
             };
             if !replayed {
-                claim.paused_replay = Some((newcomer.begin, entry.offset));
+                claim.paused_replay = Some((newcomer.begin, record.offset));
                 return false;
             }
             self.counters.replays.add(1);
@@ -76,12 +74,12 @@ impl RouterCore {
     /// members are not known yet; what is known is kept.
     fn resolve(
         &self,
-        claim: &mut LaneClaim,
+        LaneTail { tail, .. }: &mut LaneTail,
         log: &TopicPartition,
         range: Range<i64>,
         now_ms: u64,
     ) -> bool {
-        let unresolved = claim.tail.unresolved(range.start, range.end);
+        let unresolved = tail.unresolved(range.start, range.end);
         let mut pending = 0;
         let mut resolved = Vec::new();
         for entry in unresolved {
@@ -93,20 +91,20 @@ impl RouterCore {
                 break;
             }
         }
-        resolved.into_iter().for_each(|(offset, audience)| claim.tail.resolve(offset, audience));
+        resolved.into_iter().for_each(|(offset, audience)| tail.resolve(offset, &audience));
         pending == 0
     }
 
     /// Who received a record that another node routed. `None`: not known yet.
     fn audience_of(
         &self,
-        entry: &TailEntry,
+        entry: TailRecord<'_>,
         log: &TopicPartition,
         now_ms: u64,
     ) -> Option<TailAudience> {
         let audience = |members: Members, other| Some(TailAudience { members, other });
         let nobody = || audience(Members::default(), None);
-        let Ok(record) = envelope::decode(&entry.value) else { return nobody() };
+        let Ok(record) = envelope::decode(entry.value) else { return nobody() };
         let mut other = None;
         match &record.body {
             EventBody::ConversationCreated { members, .. } => {
@@ -115,7 +113,7 @@ impl RouterCore {
             EventBody::MembershipChanged { user, .. } => other = Some(Arc::from(*user)),
             _ => {}
         }
-        let key = entry.key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
+        let key = entry.key.and_then(|key| std::str::from_utf8(key).ok());
         let Some(conversation) = record.conversation().or(key) else { return nobody() };
         match self.membership.lookup(conversation, Some(log.position(entry.offset)), now_ms) {
             Lookup::Members(members) => audience(members, other),
@@ -131,7 +129,7 @@ impl RouterCore {
         claim: &mut LaneClaim,
         key: LaneKey,
         log: &TopicPartition,
-        entry: &TailEntry,
+        record: TailRecord<'_>,
     ) -> bool {
         let Some(owner) = &mut self.owner else { return true };
         if !owner.has_room() {
@@ -140,7 +138,7 @@ impl RouterCore {
         // Not there any more: its sessions have ended.
         let Some(to) = owner.parts.table.address(newcomer.node) else { return true };
         if to.epoch == newcomer.epoch {
-            owner.replay(claim, key, log, entry, (to, newcomer.serial.0));
+            owner.replay(claim, key, log, record, (to, newcomer.serial.0));
         }
         true
     }
@@ -151,10 +149,10 @@ impl RouterCore {
         serial: SessionSerial,
         claim: &LaneClaim,
         log: &TopicPartition,
-        entry: &TailEntry,
+        raw: TailRecord<'_>,
     ) -> bool {
         let Some(owner) = &self.owner else { return true };
-        let at = claim.at(log, entry.offset);
+        let at = claim.at(log, raw.offset);
         let session = {
             let mut holder = owner.holder();
             if holder.arrive(at, claim.parked()) == Arrived::Zombie {
@@ -162,7 +160,7 @@ impl RouterCore {
             }
             holder.find(serial).filter(|session| holder.needs(*session, at))
         };
-        let (Some(session), Ok(record)) = (session, envelope::decode(&entry.value)) else {
+        let (Some(session), Ok(record)) = (session, envelope::decode(raw.value)) else {
             return true;
         };
         self.links.clear();
@@ -170,7 +168,7 @@ impl RouterCore {
         if self.links.full().is_some() {
             return false;
         }
-        self.deliver(&record, entry.appended_at_ms, None);
+        self.deliver(&record, raw.appended_at_ms, None);
         if let Some(owner) = &self.owner {
             let mut holder = owner.holder();
             holder.delivered(at, claim.parked(), std::iter::once(session));

@@ -21,6 +21,7 @@ use crate::service::routing::router::in_flight::{
     InFlight, LaneKey, ReportOutcome, ReturnedTicket,
 };
 use crate::service::routing::router::lane::{Assignment, Blocked, Lane, PartitionLane, Revocation};
+use crate::service::routing::router::lane_tail::LaneTail;
 use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
@@ -85,6 +86,7 @@ impl Router {
             membership: parts.membership,
             remote: parts.remote,
             owner,
+            tails: parts.tails,
             routed_audience: None,
             dead_letters: parts.dead_letters,
             encoder: Encoder::new(parts.config.compression),
@@ -163,7 +165,7 @@ impl Router {
         let parked = self.lanes.iter().map(|(_, lane)| lane.parked.conversations() as u64);
         counters.conversations_waiting.set(parked.sum());
         let partitions = self.lanes.iter().filter_map(|(_, lane)| lane.partition.as_ref());
-        let tails = partitions.filter_map(|partition| Some(partition.claim.as_ref()?.tail.len()));
+        let tails = partitions.filter_map(|partition| Some(partition.tail.as_ref()?.tail.len()));
         counters.tail_records.set(tails.sum::<usize>() as u64);
         ControlFlow::Continue(progressed)
     }
@@ -206,15 +208,18 @@ impl Router {
     }
 
     fn assign(&mut self, assignment: Assignment) {
-        let Assignment { log, source, start, committable, ownership } = assignment;
+        let Assignment { log, source, start, fill, committable, ownership } = assignment;
         self.core.membership.lane_starts(log.position(start.unwrap_or(i64::MAX)));
         let window = OffsetWindow::new(start.unwrap_or(0), self.core.config.window_records_max);
         let key = self.core.next_lane_key(self.lanes.vacant_key());
         let claim = ownership.and_then(|ownership| {
             let owner = self.core.owner.as_ref()?;
-            Some(LaneClaim::new(ownership, &owner.parts.tails, owner.holder().latest()))
+            Some(LaneClaim::new(ownership, owner.holder().latest()))
         });
-        let partition = PartitionLane { log, source, window, committable, revocation: None, claim };
+        let tail = self.core.tails.as_ref().zip(start);
+        let tail = tail.map(|(tails, start)| LaneTail::new(fill, start, tails));
+        let partition =
+            PartitionLane { log, source, window, committable, revocation: None, claim, tail };
         self.lanes.insert(Lane::new(key, Some(partition)));
     }
 
@@ -417,8 +422,8 @@ impl Router {
         for (_, lane) in &self.lanes {
             let Some(next) = lane.next_offset() else { continue };
             let Some(partition) = &lane.partition else { continue };
-            if let Some(claim) = &partition.claim
-                && claim.is_filled
+            if let (Some(claim), Some(tail)) = (&partition.claim, &partition.tail)
+                && tail.is_filled()
             {
                 table = table.min(claim.applied);
                 let parked = claim.parked().to_vec();

@@ -48,6 +48,7 @@ impl RouterCore {
             return false;
         }
         let mut progressed = false;
+        self.routed_audience = None;
         for conversation in parked.names() {
             while let Some((waiting, has_too_many)) = parked.front(&conversation, &self.config) {
                 if !self.has_memory() {
@@ -76,10 +77,11 @@ impl RouterCore {
                     RouteOutcome::Done | RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
                 }
                 progressed = true;
+                let audience = self.routed_audience.take();
+                if let Some(tail) = &mut partition.tail {
+                    tail.remember(raw, audience.as_ref(), true, now_ms);
+                }
                 if let Some(claim) = &mut partition.claim {
-                    if let Some(audience) = self.routed_audience.take() {
-                        claim.remember_late(raw, audience, now_ms);
-                    }
                     claim.unpark(raw.offset);
                 }
                 parked.pop(&conversation);
@@ -195,7 +197,7 @@ impl RouterCore {
         if parked.is_full(&self.config) {
             return false;
         }
-        let PartitionLane { log, source, window, committable, claim, .. } = partition;
+        let PartitionLane { log, source, window, committable, claim, tail, .. } = partition;
         let may_take = claim.as_mut().is_none_or(|claim| {
             if claim.owes_gap() {
                 return false;
@@ -208,8 +210,8 @@ impl RouterCore {
         }
         let mut waits = None;
         let took = source.poll(&mut |raw| {
-            if let Some(claim) = claim.as_mut()
-                && claim.fills(raw, now_ms)
+            if let Some(tail) = tail.as_mut()
+                && tail.fills(raw, now_ms)
             {
                 return;
             }
@@ -227,8 +229,11 @@ impl RouterCore {
                 let arrival = Arrival::Partition { log, record, at, parked };
                 self.attempt(raw, arrival, now_ms, now_ms)
             };
-            if let (Some(claim), Some(audience)) = (claim.as_mut(), self.routed_audience.take()) {
-                claim.remember(raw, audience, now_ms);
+            let audience = self.routed_audience.take();
+            if let Some(tail) = tail.as_mut()
+                && !matches!(outcome, RouteOutcome::Blocked(_))
+            {
+                tail.remember(raw, audience.as_ref(), false, now_ms);
             }
             match outcome {
                 RouteOutcome::Done => {
@@ -245,11 +250,11 @@ impl RouterCore {
                 RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
             }
         });
-        if let Some(claim) = claim
+        if let Some(tail) = tail
             && !took
             && source.is_at_end()
         {
-            claim.is_filled = true;
+            tail.set_filled();
         }
         if let Some((waiting, blocked)) = waits {
             match conversation_of(waiting.record.raw()).filter(|_| blocked == Blocked::Members) {
@@ -263,11 +268,11 @@ impl RouterCore {
         took
     }
 
-    /// Puts the front record into the tail, if it was routed.
+    /// Puts the front record into the tail: it was routed or given up.
     fn remember_front(&mut self, lane: &mut Lane, now_ms: u64) {
-        let Some(audience) = self.routed_audience.take() else { return };
-        let Some((raw, claim)) = lane.front_and_claim() else { return };
-        claim.remember(raw, audience, now_ms);
+        let audience = self.routed_audience.take();
+        let Some((raw, tail)) = lane.front_and_tail() else { return };
+        tail.remember(raw, audience.as_ref(), false, now_ms);
     }
 
     /// Applies the beginnings that the lane does not know yet: replays to each session what the lane
@@ -276,14 +281,20 @@ impl RouterCore {
         let (key, next) = (lane.key, lane.next_offset());
         let Some(partition) = &mut lane.partition else { return false };
         let PartitionLane {
-            log, claim: Some(claim), revocation: None, window, committable, ..
+            log,
+            claim: Some(claim),
+            tail: Some(tail),
+            revocation: None,
+            window,
+            committable,
+            ..
         } = partition
         else {
             return false;
         };
         let Some(next) = next else { return false };
         claim.ownership.routed.store(next, Ordering::Release);
-        claim.tail.trim(now_ms);
+        tail.tail.trim(now_ms);
         let Some(owner) = &mut self.owner else { return false };
         let to = owner.parts.table.next_offset();
         if claim.owes_gap() {
@@ -296,7 +307,7 @@ impl RouterCore {
             return true;
         }
         // A table that is behind the commit of the former owner catches up first.
-        if claim.applied >= to || !claim.is_filled || !claim.may_route(handed_to, to) {
+        if claim.applied >= to || !tail.is_filled() || !claim.may_route(handed_to, to) {
             return false;
         }
         let window = owner.parts.table.newcomers(claim.applied, to);
@@ -320,7 +331,7 @@ impl RouterCore {
             if !self.owner.as_ref().is_some_and(OwnerSide::has_room) {
                 return claim.applied > from;
             }
-            if !self.replay_to(newcomer, claim, key, log, next, now_ms) {
+            if !self.replay_to(newcomer, (claim, tail), key, log, next, now_ms) {
                 let since_ms = claim.blocked_since(newcomer.begin, now_ms);
                 if now_ms < since_ms.saturating_add(self.config.route_retry_max_ms) {
                     return claim.applied > from;

@@ -40,7 +40,7 @@ use crate::service::routing::router::holding::HandOffInboxes;
 use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::{
     Assignment, CommittableOffset, CommittableTable, Router, RouterConfig, RouterControl,
-    RouterCounters, RouterParts, TopicPartition,
+    RouterCounters, RouterParts, TailFill, TopicPartition,
 };
 
 /// Changes of sessions that may wait besides.
@@ -130,10 +130,10 @@ impl SimulatedNode {
             table: Arc::clone(&table),
             holder,
             sink: Arc::clone(&sink) as Arc<dyn HandOffSink>,
-            tails: TailBudget::new(weather.tail_bytes, weather.tail_age_ms),
             missed: Arc::clone(&missed) as Arc<dyn MissedEvents>,
             topics: Arc::clone(&topics),
         };
+        let tails = TailBudget::new(weather.tail_bytes, weather.tail_age_ms);
         let router = |_| {
             let shard_bell = Arc::new(Doorbell::new().expect("an eventfd"));
             let (link, shard) = connect([RING_SLOTS, 4_096], &shard_bell, &bell);
@@ -152,6 +152,7 @@ impl SimulatedNode {
                 membership: Arc::clone(&membership),
                 remote: None,
                 cluster: Some(cluster.clone()),
+                tails: Some(Arc::clone(&tails)),
                 dead_letters: None,
             });
             SimulatedRouter { router, control, shard, counters }
@@ -398,11 +399,11 @@ impl SimulatedNode {
             log: log(partition),
             source: Box::new(logs.source(partition, fill_from)),
             start: Some(claimed.offset),
+            fill: Some(TailFill::new(fill_from)),
             committable: Arc::clone(&committable),
             ownership: Some(Ownership {
                 generation: claimed.generation,
                 start: claimed.offset,
-                fill_from,
                 table: claimed.table,
                 barrier: logs.hand_offs[self.hand_off_partition].end() as i64,
                 settled: Arc::clone(&settled),

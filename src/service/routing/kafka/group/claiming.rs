@@ -12,7 +12,7 @@ use crate::service::cluster::holder::SourcePartition;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::kafka::ClaimParts;
 use crate::service::routing::kafka::claims::{
-    self, Claim, ClaimError, ClaimStart, ClaimedPartition, TailBounds,
+    self, Claim, ClaimError, ClaimStart, ClaimedPartition,
 };
 use crate::service::routing::kafka::group::{GroupContext, REQUEST_TIMEOUT};
 use crate::service::routing::kafka::starts::GroupStart;
@@ -87,13 +87,13 @@ impl GroupContext {
         }
     }
 
-    /// The ownership of each claimed partition. Empty: the barrier is not known, so they are claimed again
+    /// The first offset to read of each claimed partition, and its ownership. Empty: the barrier is not known, so they are claimed again
     /// later.
     fn ownerships(
         &self,
         consumer: &BaseConsumer<Self>,
         claimed: Vec<ClaimedPartition>,
-    ) -> Vec<(GroupStart, Ownership)> {
+    ) -> Vec<(GroupStart, i64, Ownership)> {
         let Some(parts) = &self.shared().claims else { return Vec::new() };
         if claimed.is_empty() {
             return Vec::new();
@@ -105,26 +105,21 @@ impl GroupContext {
             }
             return Vec::new();
         };
-        let age_ms = i64::try_from(parts.tails.age_max_ms()).unwrap_or(i64::MAX);
-        let tails = (parts.owned.len() + claimed.len()) as u64;
-        let bounds = TailBounds {
-            since_ms: i64::try_from(unix_ms()).unwrap_or(i64::MAX).saturating_sub(age_ms),
-            bytes: parts.tails.bytes_max() / tails,
-        };
-        let fill_from = claims::fill_from(consumer, &claimed, bounds, REQUEST_TIMEOUT);
+        let starts: Vec<_> = claimed.iter().map(|it| (&it.start.log, it.start.offset)).collect();
+        let tails = parts.owned.len() + claimed.len();
+        let fill_from = self.shared().fill_from(consumer, &starts, tails);
         let ownerships = claimed.into_iter().zip(fill_from).map(|(claimed, fill_from)| {
             let ClaimedPartition { start, claim: Claim { generation, table } } = claimed;
             let ownership = Ownership {
                 generation,
                 start: start.offset,
-                fill_from,
                 table,
                 barrier,
                 settled: Arc::new(CommittableTable::new(table)),
                 routed: Arc::new(AtomicI64::new(start.offset)),
                 has_gap: start.lost.is_some(),
             };
-            (start, ownership)
+            (start, fill_from, ownership)
         });
         ownerships.collect()
     }
@@ -147,23 +142,23 @@ impl GroupContext {
         let shared = self.shared();
         let mut added = TopicPartitionList::with_capacity(ownerships.len());
         let mut sources = Vec::with_capacity(ownerships.len());
-        for (start, ownership) in ownerships {
+        for (start, fill_from, ownership) in ownerships {
             // The queue is split off before the first fetch: see `PartitionSource::new`.
             let reader = self.consumer.get().and_then(Weak::upgrade);
             let log = &start.log;
             let Some(source) = reader.and_then(|reader| shared.source(&reader, log)) else {
                 continue;
             };
-            let first = Offset::Offset(ownership.fill_from);
+            let first = Offset::Offset(fill_from);
             added.add_partition_offset(&log.topic, log.partition, first)?;
-            sources.push((start, ownership, source));
+            sources.push((start, Some((fill_from, ownership)), source));
         }
         let count = added.count();
         consumer.incremental_assign(&added)?;
-        for (start, ownership, source) in sources {
+        for (start, fill, source) in sources {
             self.unclaimed().remove(&start.log);
             self.report_lost(&start);
-            self.route(start, Some(ownership), source);
+            self.route(start, fill, source);
         }
         self.update_unclaimed();
         Ok(count)

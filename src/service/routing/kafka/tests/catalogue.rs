@@ -123,9 +123,8 @@ impl RealTopics {
     }
 }
 
-/// Without tails, which the router of these tests would deliver.
 fn claims() -> ClaimParts {
-    Claiming::new().parts(1)
+    Claiming::new().parts()
 }
 
 #[derive(Clone, Copy, Debug)]

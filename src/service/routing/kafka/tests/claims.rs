@@ -6,7 +6,6 @@ use super::*;
 use crate::service::cluster::holder::SessionSerial;
 use crate::service::cluster::nodes::EpochEnd;
 use crate::service::cluster::table::{SessionTable, TableConfig, TableListener};
-use crate::service::cluster::tail::TailBudget;
 use crate::service::cluster::wire::Lease;
 use crate::service::events::timestamp::unix_ms;
 
@@ -63,17 +62,15 @@ impl Claiming {
         let config = TestNode::config(name, RoutingMode::Group);
         // Longer than any test.
         let config = KafkaConfig { brokers, revoke_grace_ms: 600_000, ..config };
-        TestNode::start_on(config, None, Some(self.parts(1 << 20)))
+        TestNode::start_on(config, None, Some(self.parts()))
     }
 
-    /// `tail_bytes`: bound of the tails.
-    pub(super) fn parts(&self, tail_bytes: u64) -> ClaimParts {
+    pub(super) fn parts(&self) -> ClaimParts {
         let config_of_table =
             TableConfig { topics: Vec::new(), node_timeout_ms: 60_000, newcomers_age_ms: 60_000 };
         let table = SessionTable::new(config_of_table, Arc::new(NoListener), Arc::default());
         ClaimParts {
             barrier: Arc::clone(&self.barrier) as Arc<dyn ClaimBarrier>,
-            tails: TailBudget::new(tail_bytes, 60_000),
             owned: Arc::clone(&self.owned),
             table: Arc::new(table),
             sessions_topic: "sessions".into(),

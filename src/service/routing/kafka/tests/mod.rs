@@ -195,6 +195,7 @@ impl TestNode {
         };
         directory.insert(SessionIds::new("alice", "phone"), address);
         let router_counters = Arc::<RouterCounters>::default();
+        let tails = TailBudget::new(1 << 20, 60_000);
         let (router, control) = Router::new(RouterParts {
             config: RouterConfig::default(),
             counters: Arc::clone(&router_counters),
@@ -204,6 +205,7 @@ impl TestNode {
             membership: Arc::clone(&membership),
             remote: None,
             cluster: None,
+            tails: Some(Arc::clone(&tails)),
             dead_letters,
         });
         let router_thread = router.spawn("router".into()).unwrap();
@@ -215,6 +217,7 @@ impl TestNode {
             membership,
             status: Arc::clone(&status),
             counters: Arc::clone(&counters),
+            tails: Some(tails),
             claims,
             missed: Box::new(move || {
                 missed_by_all.fetch_add(1, Ordering::Relaxed);
@@ -459,6 +462,7 @@ fn unknown_property_is_refused_with_its_name() {
         membership: Arc::clone(&membership),
         remote: None,
         cluster: None,
+        tails: None,
         dead_letters: None,
     });
     let config = KafkaConfig {
@@ -470,6 +474,7 @@ fn unknown_property_is_refused_with_its_name() {
         membership,
         status: Arc::default(),
         counters: Arc::default(),
+        tails: None,
         claims: None,
         missed: Box::new(|| {}),
     };

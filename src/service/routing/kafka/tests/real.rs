@@ -15,7 +15,7 @@ use crate::service::cluster::ports::{NodeEpoch, Queued};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::kafka::catalogue::Catalogue;
 use crate::service::routing::kafka::claims::{
-    self, Claim, ClaimError, ClaimStart, ClaimedPartition, TailBounds,
+    self, Claim, ClaimError, ClaimStart, ClaimedPartition,
 };
 use crate::service::routing::kafka::starts::GroupStarts;
 
@@ -244,14 +244,16 @@ fn claimed_partition_is_read_from_its_youngest_records_on() {
     let mut claimed = claim(&member, &log).unwrap();
     assert_eq!(claimed[0].start.offset, 20);
     let at_age = |age_ms: u64| TailBounds { since_ms: (now_ms - age_ms) as i64, bytes: 1 << 20 };
-    let fill_from =
-        |claimed: &[_], bounds| claims::fill_from(&member, claimed, bounds, PATIENCE)[0];
-    assert_eq!(fill_from(&claimed, at_age(10 * MINUTE)), 10);
+    let fill_from = |claimed: &[ClaimedPartition], bounds| {
+        let start = &claimed[0].start;
+        fills::fill_from(&member, &[(&start.log, start.offset)], bounds, PATIENCE)[0]
+    };
+    assert_eq!(fill_from(&claimed, at_age(10 * MINUTE)), 6);
     assert_eq!(fill_from(&claimed, at_age(90 * MINUTE)), 0);
-    let few = TailBounds { bytes: 3 * 256, ..at_age(90 * MINUTE) };
-    assert_eq!(fill_from(&claimed, few), 17);
+    let few = TailBounds { bytes: 3 * 128, ..at_age(90 * MINUTE) };
+    assert_eq!(fill_from(&claimed, few), 13);
     claimed[0].start.offset = 5;
-    assert_eq!(fill_from(&claimed, at_age(10 * MINUTE)), 5, "at most the start");
+    assert_eq!(fill_from(&claimed, at_age(10 * MINUTE)), 1, "below the start");
     claimed[0].start.offset = 50;
     assert_eq!(fill_from(&claimed, at_age(10 * MINUTE)), 50, "the log was created again");
 }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 
 use crate::service::cluster::holder::SessionSerial;
-use crate::service::cluster::tail::TailBudget;
 use crate::service::routing::router::claim::{LaneClaim, Ownership};
 use crate::service::routing::router::{CommittableTable, RouterCounters, TopicPartition};
 
@@ -16,14 +15,13 @@ fn partition_is_held_back_until_hand_offs_and_table_are_there() {
         let ownership = Ownership {
             generation: 2,
             start: 100,
-            fill_from: 100,
             table: 50,
             barrier: 20,
             settled: Arc::new(CommittableTable::new(50)),
             routed: Arc::new(AtomicI64::new(100)),
             has_gap: false,
         };
-        LaneClaim::new(ownership, &TailBudget::new(1 << 20, 60_000), SessionSerial(0))
+        LaneClaim::new(ownership, SessionSerial(0))
     };
     let held_back = || counters.partitions_held_back.get();
     let mut first = claim();

@@ -15,6 +15,7 @@ use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::{
     BoxFuture, ConversationSource, ForwardDone, Forwarding, NeighbourError, RemoteNodes,
 };
+use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::encode_envelope;
 use crate::service::events::proto::conversation::v1::{
     Conversation, ConversationCreatedEvent, MembershipChangedEvent,
@@ -264,6 +265,7 @@ impl RouterWorld {
             membership,
             remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
             cluster: None,
+            tails: Some(TailBudget::new(1 << 20, 60_000)),
             dead_letters: with.dead_letters.then(|| Arc::clone(&dead_letters) as Arc<_>),
         });
         Self {
@@ -302,6 +304,7 @@ impl RouterWorld {
             log: name(partition),
             source: Box::new(log.clone()),
             start: Some(0),
+            fill: None,
             committable: Arc::clone(&committable),
             ownership: None,
         });

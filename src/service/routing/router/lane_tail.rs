@@ -1,0 +1,82 @@
+//! The tail of a lane's partition, as the lane fills it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailRecord};
+use crate::service::routing::router::lane::TailFill;
+use crate::service::routing::router::record::RawRecord;
+
+/// The tail of a lane.
+pub(super) struct LaneTail {
+    pub(super) tail: PartitionTail,
+    /// Whether it holds what the source has before `start`.
+    filled: Arc<AtomicBool>,
+    /// The first offset to route.
+    start: i64,
+}
+
+impl LaneTail {
+    /// The tail of a lane that routes from `start` on.
+    pub(super) fn new(fill: Option<TailFill>, start: i64, budget: &Arc<TailBudget>) -> Self {
+        let TailFill { from, filled } = fill.unwrap_or_else(|| TailFill::new(start));
+        if from >= start {
+            filled.store(true, Ordering::Release);
+        }
+        Self { tail: PartitionTail::new(from.min(start), Arc::clone(budget)), filled, start }
+    }
+
+    /// Whether it holds what the source has before the first offset to route.
+    pub(super) fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Relaxed)
+    }
+
+    /// The source has no more records to fill it.
+    pub(super) fn set_filled(&self) {
+        self.filled.store(true, Ordering::Release);
+    }
+
+    /// Puts a record before `start` into the tail, until the tail is filled. Returns false for every other
+    /// record: it has to be routed. (A partition that was created again begins below `start` again.)
+    pub(super) fn fills(&mut self, raw: RawRecord<'_>, now_ms: u64) -> bool {
+        if self.is_filled() {
+            return false;
+        }
+        let is_before = raw.offset < self.start;
+        if is_before {
+            self.tail.push(record(raw), None, now_ms);
+        }
+        if raw.offset + 1 >= self.start {
+            self.set_filled();
+        }
+        is_before
+    }
+
+    /// Puts a record that is routed, or given up, into the tail: at the end, or if it was `parked`, at its place among
+    /// the records that were routed before it. `audience`: who received it; `None`: nobody, because it was given up. Then
+    /// its value is not kept.
+    pub(super) fn remember(
+        &mut self,
+        raw: RawRecord<'_>,
+        audience: Option<&TailAudience>,
+        was_parked: bool,
+        now_ms: u64,
+    ) {
+        let nobody = TailAudience::default();
+        let record = match audience {
+            Some(_) => record(raw),
+            None => TailRecord { value: &[], ..record(raw) },
+        };
+        let audience = Some(audience.unwrap_or(&nobody));
+        if was_parked {
+            self.tail.insert(record, audience, now_ms);
+        } else {
+            self.tail.push(record, audience, now_ms);
+        }
+    }
+}
+
+fn record(raw: RawRecord<'_>) -> TailRecord<'_> {
+    let RawRecord { offset, appended_at_ms, key, value, .. } = raw;
+    TailRecord { offset, appended_at_ms, key, value }
+}

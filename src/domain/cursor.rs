@@ -76,11 +76,14 @@ pub enum CursorExpired {
     /// The nodes dropped records while the session was taking them: its client reads too slowly, or too
     /// much was missed.
     Overtaken,
+    /// This node has just started, and the members of the conversations that it did not route itself cannot be
+    /// fetched.
+    MembersUnknown,
 }
 
 impl CursorExpired {
     /// Number of reasons.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 9;
 
     /// All reasons, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
@@ -92,6 +95,7 @@ impl CursorExpired {
         Self::NotSupported,
         Self::OlderNode,
         Self::Overtaken,
+        Self::MembersUnknown,
     ];
 
     /// The metric label, and the text for the client.
@@ -105,6 +109,7 @@ impl CursorExpired {
             Self::NotSupported => "not_supported",
             Self::OlderNode => "older_node",
             Self::Overtaken => "overtaken",
+            Self::MembersUnknown => "members_unknown",
         }
     }
 }

@@ -54,9 +54,7 @@ impl TailPlan {
             let key = Some(keys[conversation].as_bytes());
             let record =
                 TailRecord { offset: offset as i64, appended_at_ms: at_ms, key, value: &value };
-            // As a router does, which has a list of its own.
-            let audience = audiences[conversation].clone();
-            tail.push(record, Some(&audience), at_ms);
+            tail.push(record, Some(&audiences[conversation]), at_ms);
             tail.len()
         };
         let window = self.rate * self.age;

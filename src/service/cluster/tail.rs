@@ -114,15 +114,16 @@ impl TailEntry<'_> {
     }
 }
 
-/// Bytes of the first and of the largest block of a tail. A block has a sixteenth of the tail, so that the space in
-/// the newest block that is not used yet, and that in the oldest that is not used any more, stay small.
-const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 4 << 10..=256 << 10;
+/// Bytes of the contents of the first and of the largest block of a tail, powers of two, which allocators do not round
+/// up. A block has at most a sixteenth of the tail, so that the space in the newest block that is not used yet, and that
+/// in the oldest that is not used any more, stay small.
+const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 4 << 10..=64 << 10;
 const BLOCKS: usize = 16;
 /// Memory of a block without its contents, bytes: its place in the ring of blocks, which has at most twice the
 /// places that it needs, and 16 bytes of the allocator for each of its allocations.
 const BLOCK_OVERHEAD: usize = 2 * size_of::<Block>() + 32;
-/// Memory of a list besides itself, bytes: its places in the table and in the map, each at most twice what is needed.
-const LIST_BYTES: u64 = 2 * (size_of::<SharedList>() + size_of::<(usize, u32)>() + 9) as u64;
+/// Memory of a list besides itself, bytes: its places in the table, the map and the queue, each at most twice what is needed.
+const LIST_BYTES: u64 = 2 * (size_of::<SharedList>() + 2 * size_of::<(usize, u32)>() + 9) as u64;
 /// Stands for "none" in the fields of a slot.
 const NONE: u32 = u32::MAX;
 
@@ -209,7 +210,8 @@ fn narrow(length: usize) -> u32 {
 #[derive(Debug)]
 struct SharedList {
     members: Members,
-    records: usize,
+    /// The highest offset of its records.
+    last: i64,
     /// Its memory. The cache of members may have dropped it, so that the tail alone holds it.
     bytes: u64,
 }
@@ -228,6 +230,9 @@ pub struct PartitionTail {
     lists: Slab<SharedList>,
     /// The lists by their address.
     by_address: HashMap<usize, u32>,
+    /// The lists, each once, by an offset up to which it is not dropped: its highest one when it was looked at last. So
+    /// nothing is counted for each record.
+    kept_until: VecDeque<(i64, u32)>,
     others: Slab<Arc<str>>,
     /// Records below this offset are not in the tail.
     from: i64,
@@ -250,6 +255,7 @@ impl PartitionTail {
             records: 0,
             lists: Slab::new(),
             by_address: HashMap::new(),
+            kept_until: VecDeque::new(),
             others: Slab::new(),
             from,
             check_before: UNCHECKED,
@@ -276,7 +282,7 @@ impl PartitionTail {
         if !self.blocks.back().is_some_and(|block| block.has_room(bytes)) {
             self.add_block(bytes);
         }
-        let (list, other) = self.share(audience);
+        let (list, other) = self.share(record.offset, audience);
         let block = self.blocks.back_mut().expect("one was added");
         let slot = block.copy(record, now_ms);
         block.slots.push(Slot { list, other, ..slot });
@@ -296,7 +302,7 @@ impl PartitionTail {
         if slot.offset == record.offset {
             return;
         }
-        let (list, other) = self.share(audience);
+        let (list, other) = self.share(record.offset, audience);
         let block = &mut self.blocks[block];
         let before = block.bytes();
         // As old as its successor, so that the oldest stay in front.
@@ -310,11 +316,11 @@ impl PartitionTail {
 
     /// Adds a block with room for a record of this size, for as many records of the same size as the last ones.
     fn add_block(&mut self, bytes: usize) {
-        let share = self.bytes as usize / BLOCKS;
-        let size = share.clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
+        let share = (self.bytes as usize / BLOCKS + 1).next_power_of_two() / 2;
+        let contents = share.clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end()).max(bytes);
         let last = self.blocks.back().map(|last| last.contents.len() / last.slots.len());
-        let records = size / (last.unwrap_or(bytes).max(1) + size_of::<Slot>()) + 1;
-        let contents = size.saturating_sub(records * size_of::<Slot>()).max(bytes);
+        // Without values, as those of records that were given up, a block would have very many.
+        let records = contents / last.unwrap_or(bytes).max(size_of::<Slot>()) + 1;
         let block = Block::with_capacity(records, contents);
         self.add(block.bytes());
         self.blocks.push_back(block);
@@ -332,8 +338,11 @@ impl PartitionTail {
             let freed = block.bytes();
             self.blocks.pop_front();
             self.sub(freed);
+            self.drop_lists();
         }
-        self.release(oldest.list, oldest.other);
+        if oldest.other != NONE {
+            self.others.remove(oldest.other as usize);
+        }
         true
     }
 
@@ -347,34 +356,38 @@ impl PartitionTail {
         self.budget.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// One more record holds this audience.
-    fn share(&mut self, audience: Option<&TailAudience>) -> (u32, u32) {
+    /// The record at this offset holds this audience.
+    fn share(&mut self, offset: i64, audience: Option<&TailAudience>) -> (u32, u32) {
         let Some(TailAudience { members, other }) = audience else { return (NONE, NONE) };
         let other =
             other.as_ref().map_or(NONE, |user| narrow(self.others.insert(Arc::clone(user))));
         if let Some(&list) = self.by_address.get(&members.address()) {
-            self.lists[list as usize].records += 1;
+            let last = &mut self.lists[list as usize].last;
+            *last = offset.max(*last);
             return (list, other);
         }
         let bytes = members.bytes() as u64 + LIST_BYTES;
-        let list = SharedList { members: members.clone(), records: 1, bytes };
+        let list = SharedList { members: members.clone(), last: offset, bytes };
         let list = narrow(self.lists.insert(list));
+        self.kept_until.push_back((offset, list));
         self.by_address.insert(members.address(), list);
         self.add(bytes);
         (list, other)
     }
 
-    /// One record less holds this audience.
-    fn release(&mut self, list: u32, other: u32) {
-        if other != NONE {
-            self.others.remove(other as usize);
-        }
-        if list == NONE {
-            return;
-        }
-        let shared = &mut self.lists[list as usize];
-        shared.records -= 1;
-        if shared.records == 0 {
+    /// Drops the lists whose records are all dropped. The queue is not quite in order, because records are inserted
+    /// late: then a list is dropped a little later.
+    fn drop_lists(&mut self) {
+        while let Some((until, list)) = self.kept_until.pop_front() {
+            let last = self.lists[list as usize].last;
+            if until >= self.from {
+                self.kept_until.push_front((until, list));
+                return;
+            }
+            if last >= self.from {
+                self.kept_until.push_back((last, list));
+                continue;
+            }
             let SharedList { members, bytes, .. } = self.lists.remove(list as usize);
             self.by_address.remove(&members.address());
             self.sub(bytes);
@@ -412,10 +425,12 @@ impl PartitionTail {
         if self.slot_at(place).is_none_or(|slot| slot.offset != offset) {
             return;
         }
-        let (list, other) = self.share(Some(audience));
+        let (list, other) = self.share(offset, Some(audience));
         let slot = &mut self.blocks[place.0].slots[place.1];
         let before = std::mem::replace(slot, Slot { list, other, ..*slot });
-        self.release(before.list, before.other);
+        if before.other != NONE {
+            self.others.remove(before.other as usize);
+        }
     }
 
     /// The records at or above `from` and below `to`, in order.
@@ -456,9 +471,9 @@ impl PartitionTail {
         Some(self.blocks.back()?.slots.last()?.offset)
     }
 
-    /// The check of the record right before `offset`, which is not below [`PartitionTail::from`]. [`UNCHECKED`]: this
-    /// node has not read that record.
-    pub fn check_before(&self, offset: i64) -> u32 {
+    /// The record right before `offset`, which is not below [`PartitionTail::from`]: its offset, if it is known, and its
+    /// check. [`UNCHECKED`]: this node has not read that record.
+    pub fn before(&self, offset: i64) -> (Option<i64>, u32) {
         let (block, slot) = self.place(offset);
         // Also a dropped one, as long as its block is there.
         let in_block = slot.checked_sub(1).map(|before| (block, before));
@@ -469,9 +484,10 @@ impl PartitionTail {
         match place {
             Some((block, slot)) => {
                 let block = &self.blocks[block];
-                block.check(&block.slots[slot])
+                let slot = &block.slots[slot];
+                (Some(slot.offset), block.check(slot))
             }
-            None => self.check_before,
+            None => (self.from.checked_sub(1), self.check_before),
         }
     }
 
@@ -539,7 +555,7 @@ mod tests {
         }
         tail.push(record(3, 10), None, 200);
         assert_eq!(offsets(&tail, 0, 100), [3]);
-        assert_eq!((tail.from(), tail.check_before(3)), (3, UNCHECKED));
+        assert_eq!((tail.from(), tail.before(3)), (3, (Some(2), UNCHECKED)));
         let mut other = PartitionTail::new(3, TailBudget::new(1 << 20, 1_000));
         other.push(record(3, 10), None, 200);
         assert_eq!(budget.bytes(), other.bytes);
@@ -584,20 +600,20 @@ mod tests {
     #[test]
     fn check_is_that_of_the_record_before_the_position() {
         let mut tail = PartitionTail::new(0, TailBudget::new(u64::MAX, 1_000));
-        assert_eq!(tail.check_before(0), UNCHECKED, "nothing was read");
+        assert_eq!(tail.before(0).1, UNCHECKED, "nothing was read");
         let check = |offset: i64| record_check(offset as u64 * 3, None);
         for offset in [0, 1, 5, 6] {
             tail.push(record(offset, 700), None, offset as u64);
         }
-        assert_eq!(tail.check_before(0), UNCHECKED);
-        let found = [1, 2, 5, 6, 7, 90].map(|next| tail.check_before(next));
-        assert_eq!(found, [0, 1, 1, 5, 6, 6].map(check));
+        assert_eq!(tail.before(0).1, UNCHECKED);
+        let found = [1, 2, 5, 6, 7, 90].map(|next| tail.before(next));
+        assert_eq!(found, [0, 1, 1, 5, 6, 6].map(|offset| (Some(offset), check(offset))));
         tail.trim(1_003);
         assert_eq!(tail.from(), 2);
-        assert_eq!(tail.check_before(2), check(1), "dropped, in a block that is left");
+        assert_eq!(tail.before(2), (Some(1), check(1)), "dropped, in a block that is left");
         tail.trim(10_000);
         assert!(tail.blocks.is_empty());
-        assert_eq!(tail.check_before(7), check(6), "dropped with its block");
+        assert_eq!(tail.before(7), (Some(6), check(6)), "dropped with its block");
     }
 
     /// An oracle: what is kept is what was pushed last, and the bytes are those of it.
@@ -652,11 +668,12 @@ mod tests {
                 }
             }
             assert_eq!(tail.others.len(), users);
-            let records: usize = tail.lists.iter().map(|(_, list)| list.records).sum();
-            let known = tail.range(0, i64::MAX).filter(|entry| entry.members.is_some()).count();
-            assert_eq!(records, known);
+            assert_eq!(tail.kept_until.len(), tail.lists.len());
         }
         assert!(tail.len() < 290, "{}", tail.len());
+        // What no record holds any more is dropped with the records before it.
+        tail.trim(100_000);
+        assert!(tail.is_empty() && tail.lists.is_empty() && tail.by_address.is_empty());
         drop(tail);
         assert_eq!((budget.bytes(), budget.age_ms(5_000)), (0, 0));
     }

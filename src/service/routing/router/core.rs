@@ -109,11 +109,9 @@ impl EventAudience<'_> {
         members.chain(other).chain(named.iter().copied())
     }
 
-    fn to_tail(&self) -> TailAudience {
+    fn into_tail(self) -> TailAudience {
         match self {
-            Self::Members(members, other) => {
-                TailAudience { members: members.clone(), other: other.map(Arc::from) }
-            }
+            Self::Members(members, other) => TailAudience { members, other: other.map(Arc::from) },
             Self::Named(users) => TailAudience { members: users.iter().collect(), other: None },
         }
     }
@@ -188,7 +186,7 @@ impl RouterCore {
                     self.hand_off(raw, at, parked, ticket);
                 }
                 self.forward(raw.value, &audience, ticket, now_ms);
-                self.routed_audience = self.tails.is_some().then(|| audience.to_tail());
+                self.routed_audience = self.tails.is_some().then(|| audience.into_tail());
                 match self.in_flight.seal(ticket) {
                     Some(_) => RouteOutcome::Done,
                     None => RouteOutcome::InFlight,

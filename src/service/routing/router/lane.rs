@@ -138,6 +138,11 @@ impl Lane {
         Some((waiting.record.raw(), self.partition.as_mut()?.tail.as_mut()?))
     }
 
+    /// The tail of the lane's partition.
+    pub(super) fn tail(&self) -> Option<&LaneTail> {
+        self.partition.as_ref()?.tail.as_ref()
+    }
+
     /// The waiting records, in order.
     pub(super) fn records(&self) -> impl Iterator<Item = RawRecord<'_>> {
         self.queue.iter().map(|waiting| waiting.record.raw())

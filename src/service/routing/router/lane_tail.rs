@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::domain::cursor::{LogPosition, TopicId};
 use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailRecord};
 use crate::service::routing::router::lane::TailFill;
+use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
 
 /// The tail of a lane.
@@ -14,16 +16,25 @@ pub(super) struct LaneTail {
     filled: Arc<AtomicBool>,
     /// The first offset to route.
     start: i64,
+    pub(super) topic: TopicId,
+    /// The position that all shards were given last.
+    pub(super) told: Option<LogPosition>,
 }
 
 impl LaneTail {
     /// The tail of a lane that routes from `start` on.
-    pub(super) fn new(fill: Option<TailFill>, start: i64, budget: &Arc<TailBudget>) -> Self {
+    pub(super) fn new(
+        log: &TopicPartition,
+        fill: Option<TailFill>,
+        start: i64,
+        budget: &Arc<TailBudget>,
+    ) -> Self {
         let TailFill { from, filled } = fill.unwrap_or_else(|| TailFill::new(start));
         if from >= start {
             filled.store(true, Ordering::Release);
         }
-        Self { tail: PartitionTail::new(from.min(start), Arc::clone(budget)), filled, start }
+        let tail = PartitionTail::new(from.min(start), Arc::clone(budget));
+        Self { tail, filled, start, topic: TopicId::of(&log.topic), told: None }
     }
 
     /// Whether it holds what the source has before the first offset to route.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
+use crate::domain::cursor::LogPosition;
 use crate::domain::encoding::{Encoding, EncodingSet};
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
@@ -117,6 +118,25 @@ impl RouterLinks {
             }
         }
         taken
+    }
+
+    /// Gives these positions to all shards. Returns false if a ring is full: its shard has not got them.
+    pub(super) fn tell_routed(&mut self, positions: &[LogPosition]) -> bool {
+        let mut all_got = true;
+        for link in &mut self.links {
+            if link.commands.free() == 0 {
+                all_got = false;
+                continue;
+            }
+            match link.commands.push(ShardCommand::Routed { positions: positions.into() }) {
+                // A stopped shard has no sessions left.
+                Pushed::Accepted | Pushed::Closed(_) => {}
+                Pushed::Full(_) => {
+                    unreachable!("this is the only producer, and it checked for room")
+                }
+            }
+        }
+        all_got
     }
 
     /// Publishes what was pushed and wakes those shards.

@@ -28,6 +28,8 @@ mod parked;
 mod partition;
 mod record;
 mod replay;
+mod replays_here;
+mod returning;
 mod thread;
 mod turn;
 
@@ -52,6 +54,7 @@ use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::holding::{HandOffInput, ReadTo};
 use crate::service::routing::router::lane::Revocation;
 use crate::service::routing::router::owner::ClusterParts;
+use crate::service::routing::router::returning::ReplayInput;
 
 pub use crate::service::routing::router::claim::Ownership;
 pub use crate::service::routing::router::lane::{Assignment, TailFill};
@@ -59,6 +62,8 @@ pub use crate::service::routing::router::partition::{
     CommittableOffset, CommittableTable, TopicPartition,
 };
 pub use crate::service::routing::router::record::{RawRecord, RecordSource};
+pub use crate::service::routing::router::replays_here::RouterReplays;
+pub use crate::service::routing::router::returning::ReplayChunkMax;
 pub use crate::service::routing::router::thread::Router;
 
 /// Memory of one record in flight besides its event, bytes. Twice the entries, because the tables
@@ -149,6 +154,9 @@ counters! {
         Counter hand_offs_late: "Hand-offs of a former owner, and records of a lane that has lost its partition: discarded.",
         Counter hand_offs_unreadable: "Hand-offs that could not be read: of a topic that this node does not know, or undecodable.",
         Counter replays: "Records replayed from the tail to sessions that had just begun.",
+        Counter cursor_replays: "Records replayed from the tail to sessions that returned with a cursor.",
+        Counter replay_passes: "Passes over the tails for sessions that returned with a cursor. One pass serves all that wait.",
+        Gauge sessions_replaying: "Sessions that wait for records from the tails.",
         Counter gaps: "Sessions for which the tail did not reach back far enough: closed with 4409.",
         Gauge tail_records: "Records in the tails.",
         Counter waits_for_members: "Records that had to wait because their members were unknown.",
@@ -206,6 +214,7 @@ pub struct RouterControl {
     /// Bytes waiting in `hand_offs`.
     hand_off_bytes: Arc<AtomicUsize>,
     read_to: Arc<ReadTo>,
+    replays: Sender<ReplayInput>,
     inbox: SyncSender<RouterInput>,
     /// Bytes waiting in `inbox`.
     inbox_bytes: Arc<AtomicUsize>,
@@ -220,11 +229,13 @@ struct ControlReceivers {
     read_to: Arc<ReadTo>,
     inbox: Receiver<RouterInput>,
     inbox_bytes: Arc<AtomicUsize>,
+    replays: Receiver<ReplayInput>,
 }
 
 fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, ControlReceivers) {
     let (lanes_sender, lanes) = channel();
     let (inbox_sender, inbox) = sync_channel(config.inbox_slots);
+    let (replays_sender, replays) = channel();
     let (hand_offs_sender, hand_offs) = sync_channel(config.inbox_slots);
     let (inbox_bytes, hand_off_bytes) = (Arc::<AtomicUsize>::default(), Arc::default());
     let read_to = Arc::<ReadTo>::default();
@@ -233,12 +244,15 @@ fn control(bell: Arc<Doorbell>, config: &RouterConfig) -> (RouterControl, Contro
         hand_offs: hand_offs_sender,
         hand_off_bytes: Arc::clone(&hand_off_bytes),
         read_to: Arc::clone(&read_to),
+        replays: replays_sender,
         inbox: inbox_sender,
         inbox_bytes: Arc::clone(&inbox_bytes),
         inbox_bytes_max: config.inbox_bytes_max,
         bell,
     };
-    (control, ControlReceivers { lanes, hand_offs, hand_off_bytes, read_to, inbox, inbox_bytes })
+    let receivers =
+        ControlReceivers { lanes, hand_offs, hand_off_bytes, read_to, inbox, inbox_bytes, replays };
+    (control, receivers)
 }
 
 impl RouterControl {
@@ -262,6 +276,12 @@ impl RouterControl {
     fn take_hand_offs(&self, log: Arc<dyn ArrivedHandOffs>) -> Arc<Doorbell> {
         self.command(LaneCommand::TakeHandOffs(log));
         Arc::clone(&self.bell)
+    }
+
+    /// Asks for a part of a replay. If the router has ended, the answer is never given.
+    fn replay(&self, input: ReplayInput) {
+        let _ = self.replays.send(input);
+        self.bell.ring();
     }
 
     /// Ends the router's thread.

@@ -39,6 +39,18 @@ impl ParkedRecords {
         self.queues.len()
     }
 
+    /// The lowest offset.
+    pub(super) fn lowest(&self) -> Option<i64> {
+        let fronts = self.queues.values().filter_map(VecDeque::front);
+        fronts.map(|waiting| waiting.record.offset).min()
+    }
+
+    /// The highest offset below this one.
+    pub(super) fn highest_below(&self, offset: i64) -> Option<i64> {
+        let offsets = self.queues.values().flatten().map(|waiting| waiting.record.offset);
+        offsets.filter(|parked| *parked < offset).max()
+    }
+
     pub(super) fn has(&self, conversation: &str) -> bool {
         self.queues.contains_key(conversation)
     }

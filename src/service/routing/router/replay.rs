@@ -96,7 +96,7 @@ impl RouterCore {
     }
 
     /// Who received a record that another node routed. `None`: not known yet.
-    fn audience_of(
+    pub(super) fn audience_of(
         &self,
         entry: TailRecord<'_>,
         log: &TopicPartition,

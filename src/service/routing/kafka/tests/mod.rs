@@ -120,7 +120,11 @@ fn shard(
             while !blocked.load(Ordering::Relaxed)
                 && let Some(command) = commands.pop()
             {
-                let ShardCommand::Deliver { event, ticket, .. } = command else { panic!() };
+                let (event, ticket) = match command {
+                    ShardCommand::Deliver { event, ticket, .. } => (event, ticket),
+                    ShardCommand::Routed { .. } => continue,
+                    command => panic!("{command:?}"),
+                };
                 let value = event.frame(Encoding::Binary).unwrap()[2..].to_vec();
                 let _ = sender.send(value);
                 if let Some(ticket) = ticket

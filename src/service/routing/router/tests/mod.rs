@@ -3,6 +3,7 @@
 
 mod clocks;
 mod held_back;
+mod returning;
 mod routing;
 mod waiting;
 pub(crate) mod world;

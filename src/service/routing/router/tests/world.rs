@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message as _;
+use tokio::sync::mpsc::{Receiver, channel};
+use tokio::time::timeout;
 
 use crate::domain::command::{ShardCommand, ShardReport, Ticket};
+use crate::domain::cursor::{Cursor, CursorExpired, RoutedPositions};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::domain::members::Members;
@@ -25,10 +28,11 @@ use crate::service::events::proto::shared::v1::EventType;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::members::membership::{Membership, MembershipConfig, MembershipCounters};
+use crate::service::routing::replays::{ReplayedChunk, TailReplays as _};
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterDone, DeadLetterSink};
 use crate::service::routing::router::{
-    Assignment, CommittableOffset, RawRecord, RecordSource, Router, RouterConfig, RouterControl,
-    RouterCounters, RouterParts, TopicPartition,
+    Assignment, CommittableOffset, RawRecord, RecordSource, ReplayChunkMax, Router, RouterConfig,
+    RouterControl, RouterCounters, RouterParts, RouterReplays, TailFill, TopicPartition,
 };
 use crate::service::runtime::backoff::Backoff;
 
@@ -195,7 +199,12 @@ pub(super) struct RouterWorld {
     slots: u32,
     /// Added to the clock.
     pub(super) ahead_ms: u64,
-    _runtime: tokio::runtime::Runtime,
+    /// So much more is added while a chunk of a replay is waited for.
+    pub(super) step_ms: u64,
+    /// What the first shard was told to be routed.
+    pub(super) routed: RoutedPositions,
+    replays: Arc<RouterReplays>,
+    runtime: tokio::runtime::Runtime,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -216,6 +225,8 @@ pub(super) struct With {
     pub(super) parked: Option<(usize, usize)>,
     /// Hand-offs to other nodes in flight.
     pub(super) forwards: Option<usize>,
+    /// Bound of the tails, bytes, and records of a chunk of a replay. `None`: there are none.
+    pub(super) tails: Option<(u64, usize)>,
 }
 
 impl RouterWorld {
@@ -265,9 +276,13 @@ impl RouterWorld {
             membership,
             remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
             cluster: None,
-            tails: Some(TailBudget::new(1 << 20, 60_000)),
+            tails: with.tails.map(|(bytes, _)| TailBudget::new(bytes, 60_000)),
             dead_letters: with.dead_letters.then(|| Arc::clone(&dead_letters) as Arc<_>),
         });
+        let records = with.tails.map_or(1, |(_, records)| records);
+        let topics = [name(0).topic];
+        let max = ReplayChunkMax { records, bytes: 100_000 };
+        let replays = RouterReplays::new(vec![control.clone()], &topics, max);
         Self {
             router,
             control,
@@ -280,7 +295,10 @@ impl RouterWorld {
             bell,
             slots: 0,
             ahead_ms: 0,
-            _runtime: runtime,
+            step_ms: 1,
+            routed: RoutedPositions::default(),
+            replays: Arc::new(replays),
+            runtime,
         }
     }
 
@@ -298,13 +316,23 @@ impl RouterWorld {
 
     /// Assigns a partition to the router.
     pub(super) fn assign(&self, partition: i32) -> (FakePartition, Arc<CommittableOffset>) {
+        self.assign_from(partition, 0, None)
+    }
+
+    /// Assigns a partition that is routed from `start` on.
+    pub(super) fn assign_from(
+        &self,
+        partition: i32,
+        start: i64,
+        fill: Option<TailFill>,
+    ) -> (FakePartition, Arc<CommittableOffset>) {
         let (log, committable) =
-            (FakePartition::default(), Arc::new(CommittableOffset::new(Some(0))));
+            (FakePartition::default(), Arc::new(CommittableOffset::new(Some(start))));
         self.control.assign(Assignment {
             log: name(partition),
             source: Box::new(log.clone()),
-            start: Some(0),
-            fill: None,
+            start: Some(start),
+            fill,
             committable: Arc::clone(&committable),
             ownership: None,
         });
@@ -349,8 +377,17 @@ impl RouterWorld {
     pub(super) fn delivered(&mut self, shard: usize) -> Vec<DeliveredEvent> {
         let mut delivered = Vec::new();
         while let Some(command) = self.shards[shard].commands.pop() {
-            let ShardCommand::Deliver { event, recipients, ticket, .. } = command else {
-                panic!("{command:?}");
+            let (event, recipients, ticket) = match command {
+                ShardCommand::Deliver { event, recipients, ticket, .. } => {
+                    (event, recipients, ticket)
+                }
+                ShardCommand::Routed { positions } => {
+                    if shard == 0 {
+                        self.routed.update(&positions);
+                    }
+                    continue;
+                }
+                command => panic!("{command:?}"),
             };
             let mut slots: Vec<_> = recipients.iter().map(|(key, _)| key.slot).collect();
             slots.sort_unstable();
@@ -367,6 +404,62 @@ impl RouterWorld {
             self.report(shard, ticket);
         }
         delivered.into_iter().map(|event| event.slots).collect()
+    }
+
+    /// The next positions that the first shard is told.
+    pub(super) fn cursor(&mut self) -> Cursor {
+        self.ahead_ms += 1_000;
+        self.run_until_idle();
+        (0..self.shards.len()).for_each(|shard| drop(self.taken(shard)));
+        self.run_until_idle();
+        self.routed.cursor().expect("partitions are assigned")
+    }
+
+    /// Starts a replay, which goes on while the router turns. The receiver gets each chunk, and takes them one by one.
+    pub(super) fn replay(&self, user: &str, since: Cursor) -> Receiver<ReplayedChunk> {
+        let address = SessionAddress {
+            shard: ShardId(0),
+            encoding: Encoding::Binary,
+            connection: ConnectionKey { slot: 0, generation: 0 },
+        };
+        let mut reader = self.replays.replay(address, user.into(), Some(since));
+        let (sender, chunks) = channel(1);
+        self.runtime.spawn(async move {
+            loop {
+                let chunk = reader.next().await;
+                let is_last = !matches!(chunk, Ok(Some(_)));
+                if sender.send(chunk).await.is_err() || is_last {
+                    return;
+                }
+            }
+        });
+        chunks
+    }
+
+    /// The next chunk of a replay.
+    pub(super) fn next_chunk(&mut self, chunks: &mut Receiver<ReplayedChunk>) -> ReplayedChunk {
+        for _ in 0..5_000 {
+            self.turn();
+            let wait = async { timeout(Duration::from_millis(1), chunks.recv()).await };
+            if let Ok(chunk) = self.runtime.block_on(wait) {
+                return chunk.expect("the replay has not ended");
+            }
+            self.ahead_ms += self.step_ms;
+        }
+        panic!("never: a chunk");
+    }
+
+    /// Partition and offset of all records of a replay.
+    pub(super) fn replayed(
+        &mut self,
+        chunks: &mut Receiver<ReplayedChunk>,
+    ) -> Result<Vec<(i32, i64)>, CursorExpired> {
+        let mut all = Vec::new();
+        while let Some(records) = self.next_chunk(chunks)? {
+            assert!(!records.is_empty());
+            all.extend(records.iter().map(|record| (record.partition, record.offset)));
+        }
+        Ok(all)
     }
 
     pub(super) fn report(&mut self, shard: usize, ticket: Ticket) {

@@ -24,7 +24,7 @@ use delivery::service::routing::router::{
     RouterParts, TopicPartition,
 };
 use delivery::service::sessions::auth::Authenticator;
-use delivery::service::sessions::catch_up::CatchUpService;
+use delivery::service::sessions::catch_up::{CatchUpConfig, CatchUpService};
 use delivery::service::sessions::manager::{
     SessionConfig, SessionHandle, SessionManager, SessionPorts,
 };
@@ -183,7 +183,7 @@ impl Ours {
                 directory: Arc::clone(&directory),
                 auth: Authenticator::trust(),
                 presence: Presence::off(),
-                catch_up: CatchUpService::off(),
+                catch_up: CatchUpService::without_messages(CatchUpConfig::default(), Arc::default()),
             },
             Arc::default(),
         )?;

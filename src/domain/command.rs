@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, EndReason};
-use crate::domain::cursor::LogPosition;
+use crate::domain::cursor::{CursorExpired, LogPosition};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
@@ -117,6 +117,27 @@ pub enum ShardCommand {
         /// The partitions that moved, in any order.
         positions: Box<[LogPosition]>,
     },
+    /// From now on the session gets cursors: once it is live, every event of its user is given to it until it leaves
+    /// the directory.
+    SendCursors {
+        /// The connection.
+        connection: ConnectionKey,
+    },
+    /// The cursor of the client cannot be used: tell it. What it missed follows as
+    /// [`DeliveryClass::CatchUp`], as far as it can be caught up in another way.
+    CursorExpired {
+        /// The connection.
+        connection: ConnectionKey,
+        /// Why it cannot be used.
+        why: CursorExpired,
+    },
+    /// The session has left the directory, and its close comes later: it gets no more cursors.
+    StopCursors {
+        /// The connection.
+        connection: ConnectionKey,
+    },
+    /// The answer to [`ShardReport::Fence`].
+    Fence,
     /// Close the listener; open connections stay.
     StopAccepting,
     /// Close every connection with this close frame, then report [`ShardReport::Stopped`] and end
@@ -217,6 +238,10 @@ pub enum ShardReport {
         /// The reason.
         why: EndReason,
     },
+    /// A cursor is due. The session manager answers with [`ShardCommand::Fence`]. In front of it come
+    /// [`ShardCommand::Close`] or [`ShardCommand::StopCursors`] for each session that left the directory before this
+    /// report was sent. At most one is unanswered.
+    Fence,
     /// All recipients of a delivery are done.
     Done {
         /// The ticket of the delivery.

@@ -193,6 +193,35 @@ impl Cursor {
     }
 }
 
+/// What a client that wants cursors says of the one that it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CursorRequest {
+    /// It has none yet.
+    First,
+    /// It has everything before this one.
+    Since(Cursor),
+    /// It has one that cannot be decoded.
+    Unusable(CursorExpired),
+}
+
+impl CursorRequest {
+    /// The request with this text. An empty text is none, for clients that cannot send `null`.
+    pub fn of_text(text: Option<&str>) -> Self {
+        match text {
+            None | Some("") => Self::First,
+            Some(text) => Cursor::from_text(text).map_or_else(Self::Unusable, Self::Since),
+        }
+    }
+
+    /// The request with these bytes. Empty bytes are none.
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        match bytes {
+            [] => Self::First,
+            bytes => Cursor::decode(bytes).map_or_else(Self::Unusable, Self::Since),
+        }
+    }
+}
+
 fn decode_version_1(bytes: &[u8]) -> Option<Cursor> {
     if bytes.len() > CURSOR_BYTES_MAX {
         return None;

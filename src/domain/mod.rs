@@ -7,6 +7,7 @@ pub mod command;
 pub mod counted;
 pub mod counters;
 pub mod cursor;
+pub mod cursor_schedule;
 pub mod encoding;
 pub mod event;
 pub mod ids;

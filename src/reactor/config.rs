@@ -32,6 +32,8 @@ pub struct ShardConfig {
     pub catch_up_ms_max: u64,
     /// How long the messages delivered by catch-up are remembered after the session goes live, ms.
     pub dedupe_ms: u64,
+    /// How often a session that asked for cursors gets one while something is routed, ms.
+    pub cursor_interval_ms: u64,
     /// Silence after which a client is pinged, ms (contract §3: 54 s).
     pub ping_after_ms: u64,
     /// Pings are sent up to this much earlier, ms. The amount differs per connection, so that
@@ -86,6 +88,7 @@ impl Default for ShardConfig {
             resume_grace_ms: 10_000,
             catch_up_ms_max: 300_000,
             dedupe_ms: 300_000,
+            cursor_interval_ms: 15_000,
             ping_after_ms: 54_000,
             ping_spread_ms: 6_000,
             idle_ms_max: 60_000,
@@ -134,6 +137,7 @@ impl ShardConfig {
             (self.receive_buffers.is_power_of_two(), "receive_buffers", "a power of two"),
             (self.handshake_ms_max > TICK_MS, "handshake_ms_max", "more than 16"),
             (self.ping_after_ms > self.ping_spread_ms, "ping_spread_ms", "less than ping_after_ms"),
+            (self.cursor_interval_ms > 0, "cursor_interval_ms", "at least 1"),
             (self.idle_ms_max > self.ping_after_ms, "idle_ms_max", "more than ping_after_ms"),
             (self.write_ms_max > TICK_MS, "write_ms_max", "more than 16"),
             (self.close_ms_max > TICK_MS, "close_ms_max", "more than 16"),

@@ -313,6 +313,10 @@ impl Flags {
     pub const FIN_RECEIVED: Self = Self(1 << 9);
     /// Its socket has failed; bytes from before the failure can still be received.
     pub const BROKEN: Self = Self(1 << 10);
+    /// Its client has asked for cursors.
+    pub const CURSORS: Self = Self(1 << 12);
+    /// It is in the list of sessions that want a cursor.
+    pub const CURSOR_WANTED: Self = Self(1 << 13);
     /// The intake has waited long enough for its queue. It does not wait again before most of the
     /// queue has been sent.
     pub const SLOW: Self = Self(1 << 11);

@@ -53,6 +53,7 @@ crate::counters! {
         Gauge frames_queued: "Frames in all send queues.",
         Counter intake_waits: "Turns in which the rings waited for the queue of a session that keeps up.",
         Counter intake_paused: "Turns in which the routers' rings were not read because too many events were queued.",
+        Counter cursors_sent: "Cursors queued for sessions that asked for them.",
         Counter turns: "Turns of the loop.",
         Counter waits: "Turns that waited for a completion, a command or a deadline.",
     }

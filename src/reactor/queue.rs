@@ -92,12 +92,23 @@ pub struct SendQueue {
     frames: u16,
     /// The encoding of the frames.
     encoding: Encoding,
+    /// Frames sent since the last cursor, at most 255. Counted by the owner, and only for sessions that get cursors. It
+    /// is here because a queue has a byte to spare, and a connection has none.
+    pub since_cursor: u8,
 }
 
 impl SendQueue {
     /// An empty queue for a connection of this encoding.
     pub fn new(encoding: Encoding) -> Self {
-        Self { front: NONE, back: NONE, bytes: 0, front_sent: 0, frames: 0, encoding }
+        Self {
+            front: NONE,
+            back: NONE,
+            bytes: 0,
+            front_sent: 0,
+            frames: 0,
+            encoding,
+            since_cursor: 0,
+        }
     }
 
     /// Changes the encoding. The queue must be empty.

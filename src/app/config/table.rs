@@ -147,6 +147,9 @@ settings! {
         resume_grace: Duration = "10s", dev "500ms", from "0s" to "5m", example "10s";
         /// Maximum time for a session to catch up; after that it is closed with 1013.
         catch_up_timeout: Duration = "5m", from "1s" to "1h", example "5m";
+        /// How often a session that asked for cursors gets one while something is routed. What came after the last
+        /// cursor is repeated if the connection breaks.
+        cursor_interval: Duration = "15s", from "100ms" to "1h", example "15s";
     }
     "WebSocket" {
         /// Origins that browsers may connect from. Empty: all.

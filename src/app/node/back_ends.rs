@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::metrics::register;
+use super::metrics::{self, register};
 use super::other_nodes::OtherNodes;
 use super::routing::{RoutingPeers, compression};
 use super::sizing::Sizing;
@@ -67,6 +67,7 @@ impl BackEnds {
         let presence =
             presence(settings, sizing, instance, redis.as_ref(), announcer, &mut collectors)?;
         let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut collectors);
+        collectors.push(metrics::cursors_expired(catch_up.clone()));
         let auth = authenticator(settings, &mut collectors)?;
         Ok(Self { auth, conversations, other_nodes, presence, catch_up, collectors })
     }
@@ -155,9 +156,13 @@ fn catch_up(
     conversations: Option<&ConversationService>,
     collectors: &mut Vec<Collector>,
 ) -> CatchUpService {
+    let config = catch_up_config(settings);
+    let counters = register("resume_", collectors);
     let Some(messages) = messages else {
-        tracing::warn!("MSG_SVC_ADDR is not set: no catch-up after a reconnect");
-        return CatchUpService::off();
+        tracing::warn!(
+            "MSG_SVC_ADDR is not set: no catch-up after a reconnect, except with a cursor"
+        );
+        return CatchUpService::without_messages(config, counters);
     };
     let access = match (conversations, settings.auth_mode) {
         (Some(service), _) => ReadAccess::Checked {
@@ -167,13 +172,18 @@ fn catch_up(
         (None, AuthMode::Trust) => ReadAccess::Unchecked,
         (None, AuthMode::Jwt) => {
             tracing::warn!(
-                "CONV_SVC_ADDR is not set, so access cannot be checked: no catch-up after a reconnect"
+                "CONV_SVC_ADDR is not set, so access cannot be checked: no catch-up after a reconnect, \
+                 except with a cursor"
             );
-            return CatchUpService::off();
+            return CatchUpService::without_messages(config, counters);
         }
     };
+    CatchUpService::new(config, Arc::new(messages), access, counters)
+}
+
+fn catch_up_config(settings: &Settings) -> CatchUpConfig {
     let defaults = CatchUpConfig::default();
-    let config = CatchUpConfig {
+    CatchUpConfig {
         calls_max: settings.resume_calls_max.size(),
         // A chunk must fit into the queue of the session.
         chunk_messages_max: defaults
@@ -182,8 +192,7 @@ fn catch_up(
         chunk_bytes_max: defaults.chunk_bytes_max.min(settings.queue_bytes_max.bytes() / 2),
         compression: compression(settings),
         ..defaults
-    };
-    CatchUpService::new(config, Arc::new(messages), access, register("resume_", collectors))
+    }
 }
 
 fn authenticator(

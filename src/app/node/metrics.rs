@@ -8,7 +8,9 @@ use tokio::sync::watch;
 use crate::app::admin::{Collector, MetricsPage, number};
 use crate::domain::close::EndReason;
 use crate::domain::counters::{CounterSet, LATENCY_BUCKETS_MS, LatencyHistogram, MetricKind};
+use crate::domain::cursor::CursorExpired;
 use crate::reactor::counters::ShardCounters;
+use crate::service::sessions::catch_up::CatchUpService;
 use crate::service::sessions::manager::SessionCounters;
 use crate::service::streams::hub::HubMetrics;
 
@@ -20,6 +22,19 @@ pub(super) fn register<C: CounterSet>(
     let counters = Arc::new(C::default());
     collectors.push(component(prefix, Arc::clone(&counters)));
     counters
+}
+
+/// `delivery_resume_cursors_expired_total`.
+pub(super) fn cursors_expired(catch_up: CatchUpService) -> Collector {
+    Box::new(move |page| {
+        let help = "Cursors of clients that could not be used, by reason.";
+        for why in CursorExpired::ALL {
+            let (labels, value) =
+                ([("reason", why.label())], number(catch_up.cursors_expired(why)));
+            let name = "delivery_resume_cursors_expired_total";
+            page.sample(MetricKind::Counter, name, help, &labels, value);
+        }
+    })
 }
 
 /// `delivery_draining`.

@@ -38,6 +38,7 @@ pub(super) fn shard_config(settings: &Settings, sizing: &Sizing) -> ShardConfig 
         handshake_ms_max: ms(settings.handshake_timeout),
         resume_grace_ms: ms(settings.resume_grace),
         catch_up_ms_max: ms(settings.catch_up_timeout),
+        cursor_interval_ms: ms(settings.cursor_interval),
         ping_after_ms: ms(settings.ping_interval),
         ping_spread_ms: ms(settings.ping_interval / 9),
         idle_ms_max: ms(settings.idle_timeout),

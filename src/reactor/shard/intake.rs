@@ -130,7 +130,14 @@ impl<K: Kernel> Shard<K> {
             ShardCommand::Close { connection, close, why } => {
                 self.close_by_service(connection, &close, why);
             }
-            ShardCommand::Routed { positions } => self.routed.update(&positions),
+            ShardCommand::Routed { positions } => self.cursors.routed(&positions),
+            ShardCommand::SendCursors { connection } => self.begin_cursors(connection),
+            ShardCommand::CursorExpired { connection, why } => {
+                let text = format!(r#"{{"cursor_expired":"{}"}}"#, why.label());
+                self.send_text(connection, &text);
+            }
+            ShardCommand::StopCursors { connection } => self.stop_cursors(connection),
+            ShardCommand::Fence => self.cursors.fence_answered(),
             ShardCommand::StopAccepting => self.stop_accepting(),
             ShardCommand::Stop { close } => self.stop(close),
         }
@@ -306,6 +313,7 @@ impl<K: Kernel> Shard<K> {
                 filter.map_or(Lifecycle::Live, |filter| Lifecycle::Filtering(Box::new(filter)));
             self.set_lifecycle(key, next);
             self.schedule(key);
+            self.add_for_cursors(key);
         }
         if something_to_send {
             self.mark_dirty(key);

@@ -7,6 +7,7 @@
 //! - `send`: from the send queues to the sockets;
 //! - `clock`: deadlines;
 //! - `closing`: all ways to end a connection;
+//! - `cursors`: the positions that clients return with;
 //! - `reports`: reports to the service side.
 
 mod accept;
@@ -14,6 +15,7 @@ mod accept;
 mod audit;
 mod clock;
 mod closing;
+mod cursors;
 mod intake;
 mod receive;
 mod reports;
@@ -30,7 +32,7 @@ use std::sync::Arc;
 
 use crate::domain::close::Close;
 use crate::domain::command::ShardCommand;
-use crate::domain::cursor::RoutedPositions;
+use crate::domain::cursor_schedule::CursorSchedule;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::outgoing::Outgoing;
 use crate::handoff::{Consumer, Doorbell, ShardEnd};
@@ -111,8 +113,8 @@ pub struct Shard<K: Kernel> {
     first_peer: usize,
     /// The session with an almost full queue that the routers' rings wait for. Its socket keeps up.
     awaited: Option<AwaitedQueue>,
-    /// What the routers have given to all shards, for cursors.
-    routed: RoutedPositions,
+    /// The sessions that get cursors, and the positions for these.
+    cursors: CursorSchedule<Rc<Outgoing>>,
     stopping: Option<Stopping>,
 }
 
@@ -174,7 +176,7 @@ impl<K: Kernel> Shard<K> {
             admitted: 0,
             first_peer: 0,
             awaited: None,
-            routed: RoutedPositions::default(),
+            cursors: CursorSchedule::new(config.cursor_interval_ms),
             stopping: None,
             kernel,
             config,
@@ -194,6 +196,7 @@ impl<K: Kernel> Shard<K> {
         let mut left = self.take_commands();
         left.work |= self.run_timers();
         left.work |= self.close_some();
+        left.work |= self.send_cursors();
         self.arm_accepts();
         self.start_receives();
         left.work |= self.start_sends();
@@ -252,7 +255,8 @@ impl<K: Kernel> Shard<K> {
         let retry = self.reports.has_pending().then(|| self.kernel.now_ms() + REPORT_RETRY_MS);
         let accept = self.accepting.retry_at_ms();
         let crowd = left.intake_waits.then(|| self.kernel.now_ms() + TICK_MS);
-        match [timer, retry, accept, crowd].into_iter().flatten().min() {
+        let cursors = self.next_cursor_ms();
+        match [timer, retry, accept, crowd, cursors].into_iter().flatten().min() {
             Some(at) => Wait::UntilMs(at),
             None => Wait::Forever,
         }

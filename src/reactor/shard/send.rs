@@ -139,10 +139,12 @@ impl<K: Kernel> Shard<K> {
         let counts = &self.counters.counts;
         counts.sends.add(1);
         counts.bytes_sent.add(taken as u64);
+        let frames_sent = frames_before - connection.queue.frames();
         if batch.is_some() {
-            counts.frames_batched.add((frames_before - connection.queue.frames()) as u64);
+            counts.frames_batched.add(frames_sent as u64);
         }
         self.return_staging(batch);
+        self.count_for_cursor(key, frames_sent);
         self.cut_if_due(key);
         if taken < asked {
             self.counters.counts.sends_short.add(1);

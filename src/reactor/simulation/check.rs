@@ -6,6 +6,7 @@ use super::wire::{self, WireEvent};
 use super::{PEERS, Simulation};
 use crate::domain::close::EndReason;
 use crate::domain::command::ShardReport;
+use crate::domain::cursor::Cursor;
 use crate::domain::ids::ConnectionKey;
 use crate::reactor::shard::SESSION_MANAGER;
 use crate::reactor::wheel::TICK_MS;
@@ -71,9 +72,11 @@ impl Simulation {
                 self.clients[number].session.check_complete();
                 self.directory.retain(|other| *other != number);
                 self.undecided.retain(|other| *other != number);
+                self.missed.retain(|other| *other != number);
                 self.dead_keys.push(connection);
                 self.reports_ended += 1;
             }
+            ShardReport::Fence => self.answer_fence(),
             ShardReport::Resume { .. } => panic!("only the stream hub sends this report"),
             ShardReport::Done { .. } | ShardReport::Stopped => unreachable!("handled before"),
         }
@@ -89,6 +92,7 @@ impl Simulation {
     /// Handles the first message: draws the messages that the session missed.
     fn resume(&mut self, number: usize) {
         if !std::mem::replace(&mut self.clients[number].session.resume_asked, true) {
+            self.clients[number].session.wants_cursors = self.random.chance(128);
             for _ in 0..self.random.below(4) {
                 let missed = self.service.catch_up(&mut self.random);
                 self.clients[number].session.catch_up.extend(missed);
@@ -177,6 +181,14 @@ impl Simulation {
                 let expected = self.clients[number].session.texts.pop_front();
                 assert_eq!(expected.map(String::into_bytes), Some(payload), "the wrong text");
             }
+            WireEvent::Frame(wire::TEXT, payload) if payload.starts_with(b"{\"cursor\":\"") => {
+                let text = payload[11..].strip_suffix(b"\"}").expect("a cursor and nothing else");
+                let text = std::str::from_utf8(text).expect("JSON");
+                let cursor = Cursor::from_text(text).expect("a cursor");
+                let positions: Vec<i64> = cursor.positions().iter().map(|it| it.next).collect();
+                note(TraceEvent::Wire(number, "cursor", positions.iter().sum::<i64>() as u64));
+                self.clients[number].session.receives_cursor(positions);
+            }
             WireEvent::Frame(opcode, payload) => self.received_event(number, opcode, &payload),
         }
     }
@@ -239,7 +251,8 @@ impl Simulation {
             1008 => client.frames > self.setup.config.inbound_frames_per_s_max.into(),
             1011 => client.kind != ClientKind::Echo,
             1013 => session.admitted_at_ms.is_some(),
-            4000 => session.closed_by_service,
+            4000 => session.closed_by_service && session.left_at.is_some(),
+            4401 => session.closed_by_service,
             _ => false,
         };
         assert!(lawful, "closed with {code}");

@@ -3,7 +3,56 @@
 use super::*;
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
 
+/// What happens to a session that leaves the directory before its close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Departure {
+    /// The session manager replaces it, and closes it at once.
+    Replaced,
+    /// It has missed events: another thread takes it out of the directory, and its close comes much later.
+    Missed,
+}
+
 impl Simulation {
+    /// A session leaves the directory: routers send it nothing more.
+    pub(super) fn depart(&mut self, number: usize, departure: Departure) {
+        let session = &mut self.clients[number].session;
+        let Some(connection) = session.key else { return };
+        self.directory.retain(|other| *other != number);
+        session.left_at = Some(self.service.ends());
+        note(TraceEvent::Pushes(number, "departure", 0));
+        match departure {
+            Departure::Missed => self.missed.push(number),
+            Departure::Replaced => {
+                session.closed_by_service = true;
+                let close = Close::new(CloseCode::SESSION_REPLACED, "session_replaced");
+                let command =
+                    ShardCommand::Close { connection, close, why: EndReason::ClosedByService };
+                self.service.command(SESSION_MANAGER, command);
+            }
+        }
+    }
+
+    /// The shard wants to send cursors: the session manager first withdraws the sessions that have left.
+    pub(super) fn answer_fence(&mut self) {
+        for number in std::mem::take(&mut self.missed) {
+            let session = &self.clients[number].session;
+            let Some(connection) = session.key.filter(|_| session.ended.is_none()) else {
+                continue;
+            };
+            self.service.command(SESSION_MANAGER, ShardCommand::StopCursors { connection });
+        }
+        self.service.command(SESSION_MANAGER, ShardCommand::Fence);
+    }
+
+    /// The shard may send cursors to this session.
+    fn send_cursors(&mut self, number: usize) {
+        let session = &mut self.clients[number].session;
+        let Some(connection) = session.key else { return };
+        session.cursors = true;
+        note(TraceEvent::Pushes(number, "SendCursors", 0));
+        self.service.command(SESSION_MANAGER, ShardCommand::SendCursors { connection });
+    }
+
     pub(super) fn manager_acts(&mut self) {
         if self.shard.is_none() {
             return;
@@ -75,11 +124,19 @@ impl Simulation {
         }
         if session.catch_up.is_empty() {
             session.release(now_ms);
+            let (wants, early) = (session.wants_cursors, self.random.chance(128));
+            if wants && early {
+                self.send_cursors(number);
+            }
+            let session = &mut self.clients[number].session;
             note(TraceEvent::Pushes(number, "Release", session.delivered.len()));
             let runs = session.delivered.iter().copied().map(SequenceRun::one).collect();
             let delivered = Box::new(CaughtUp::new(None, runs));
             let command = ShardCommand::GoLive { connection: key, delivered };
             self.service.command(SESSION_MANAGER, command);
+            if wants && !early {
+                self.send_cursors(number);
+            }
         }
     }
 }

@@ -35,6 +35,7 @@ use crate::reactor::shard::{SESSION_MANAGER, Shard, ShardLinks, Turn};
 use crate::reactor::simulation::kernel::{Faults, SimulatedKernel};
 use crate::reactor::wheel::TICK_MS;
 use client::{Client, ClientKind, Reading};
+use manager::Departure;
 use random::Random;
 use service::{PEERS, Service};
 use session::Limits;
@@ -103,6 +104,8 @@ struct Simulation {
     directory: Vec<usize>,
     /// Keys of ended connections.
     dead_keys: Vec<ConnectionKey>,
+    /// Sessions that have left the directory on another thread, and of which the shard does not know.
+    missed: Vec<usize>,
     /// Requests that the session manager has not decided on.
     undecided: Vec<usize>,
     stopping: bool,
@@ -178,6 +181,7 @@ impl Simulation {
             by_key: HashMap::new(),
             directory: Vec::new(),
             dead_keys: Vec::new(),
+            missed: Vec::new(),
             undecided: Vec::new(),
             stopping: false,
             stopped_early: false,
@@ -390,6 +394,9 @@ impl Simulation {
             let unix_ms = self.unix_ms();
             self.service.deliver(peer, &event, &recipients, unix_ms, &mut self.random);
         }
+        if self.random.chance(128) {
+            self.service.push_routed(peer);
+        }
     }
 
     /// One, some or all sessions of the directory, and now and then an ended one.
@@ -426,8 +433,13 @@ impl Simulation {
             return;
         };
         let command = if self.random.chance(self.setup.service_closes) {
+            match self.random.below(4) {
+                0 => return self.depart(number, Departure::Replaced),
+                1 => return self.depart(number, Departure::Missed),
+                _ => {}
+            }
             session.closed_by_service = true;
-            let close = Close::new(CloseCode::SESSION_REPLACED, "session_replaced");
+            let close = Close::new(CloseCode::TOKEN_EXPIRED, "token expired");
             ShardCommand::Close { connection, close, why: EndReason::ClosedByService }
         } else {
             let text = format!("t{}", self.random.draw());

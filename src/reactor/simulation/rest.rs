@@ -24,6 +24,9 @@ impl Simulation {
             self.read_all(self.active[index]);
         }
         for peer in 0..PEERS {
+            if peer != SESSION_MANAGER && self.service.peers[peer].backlog.is_empty() {
+                self.service.push_routed(peer);
+            }
             self.service.push_backlog(peer);
             self.take_reports(peer, usize::MAX);
         }
@@ -53,12 +56,18 @@ impl Simulation {
         });
         let not_at_rest =
             self.by_key.values().any(|number| !self.clients[*number].session.is_at_rest());
+        let routed = self.service.routed();
+        let lacks_cursor = self.by_key.values().any(|number| {
+            let session = &self.clients[*number].session;
+            session.awaits_cursors() && session.cursor != routed
+        });
         let conditions = [
             (unread, "a client has bytes to read or to send"),
             (!self.service.outstanding.is_empty(), "a delivery is not done"),
             (!self.service.is_idle(), "a ring is not empty"),
             (!self.undecided.is_empty(), "a request is not decided on"),
             (self.counters.counts.frames_queued.get() > 0, "a queue is not empty"),
+            (lacks_cursor, "a session lacks the newest cursor"),
             (not_at_rest, "a session is neither live nor ended"),
         ];
         conditions.into_iter().find(|(moves, _)| *moves).map(|(_, what)| what)

@@ -11,6 +11,7 @@ use super::session::ModelEvent;
 use super::trace::{TraceEvent, note};
 use super::wire;
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
+use crate::domain::cursor::{LogPosition, TopicId, UNCHECKED};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, ConversationKey, ConversationPosition};
@@ -20,6 +21,8 @@ use crate::reactor::simulation::random::Random;
 
 /// Session manager and routers.
 pub(super) const PEERS: usize = 3;
+/// The topic of the routers: each has a partition.
+pub(super) const LOG: TopicId = TopicId(1);
 /// Conversations per router.
 const CONVERSATIONS: u64 = 4;
 
@@ -32,6 +35,10 @@ pub(super) struct ModelPeer {
     pub(super) backlog: VecDeque<ShardCommand>,
     /// The last sequence of each conversation.
     sequences: [i64; CONVERSATIONS as usize],
+    /// The offset of the router's next event.
+    pub(super) next_offset: i64,
+    /// The position that it pushed last.
+    pub(super) routed: i64,
     pub(super) stopped: bool,
 }
 
@@ -66,6 +73,8 @@ impl Service {
                     reports,
                     backlog: VecDeque::new(),
                     sequences: [0; CONVERSATIONS as usize],
+                    next_offset: 0,
+                    routed: -1,
                     stopped: false,
                 };
                 (peer, end)
@@ -134,7 +143,34 @@ impl Service {
             conversation: ConversationKey(peer as u64 * CONVERSATIONS + stream as u64),
             sequence: if again { (*sequence - random.below(5) as i64).max(1) } else { *sequence },
         };
-        self.event(DeliveryClass::Live, Some(position).filter(|_| !random.chance(40)), random)
+        let position = Some(position).filter(|_| !random.chance(40));
+        let mut event = self.event(DeliveryClass::Live, position, random);
+        event.offset = Some(self.peers[peer].next_offset);
+        self.peers[peer].next_offset += 1;
+        event
+    }
+
+    /// A router pushes its position, behind its events.
+    pub(super) fn push_routed(&mut self, peer: usize) {
+        let next = self.peers[peer].next_offset;
+        if self.peers[peer].routed == next {
+            return;
+        }
+        self.peers[peer].routed = next;
+        let partition = peer as u32 - 1;
+        let position = LogPosition { topic: LOG, partition, next, check: UNCHECKED };
+        note(TraceEvent::Pushes(0, "Routed", next as usize));
+        self.command(peer, ShardCommand::Routed { positions: Box::new([position]) });
+    }
+
+    /// The next offset of each router.
+    pub(super) fn ends(&self) -> Vec<i64> {
+        self.peers[1..].iter().map(|peer| peer.next_offset).collect()
+    }
+
+    /// The positions that the routers pushed last.
+    pub(super) fn routed(&self) -> Vec<i64> {
+        self.peers[1..].iter().map(|peer| peer.routed).collect()
     }
 
     /// Caught-up messages of one conversation: from some messages back to perhaps a little beyond
@@ -165,7 +201,7 @@ impl Service {
         self.next_number += 1;
         // Caught-up messages can always be encoded; some live events not in every encoding.
         let expressible = class == DeliveryClass::CatchUp || !random.chance(12);
-        ModelEvent { number: self.next_number, class, position, expressible }
+        ModelEvent { number: self.next_number, class, position, expressible, offset: None }
     }
 
     /// Delivers an event to these recipients at once.

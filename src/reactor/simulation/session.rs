@@ -14,6 +14,8 @@ pub(super) struct ModelEvent {
     pub(super) position: Option<ConversationPosition>,
     /// Whether it can be encoded for the session.
     pub(super) expressible: bool,
+    /// Its offset in the log of its router; only of live events.
+    pub(super) offset: Option<i64>,
 }
 
 /// The shard's deadlines that affect what a session may receive, ms.
@@ -52,6 +54,14 @@ pub(super) struct Session {
     pub(super) resume_asked: bool,
     /// Events reported done before they were received: correct only if the session has ended.
     presumed: BTreeSet<u64>,
+    /// The client has asked for cursors.
+    pub(super) wants_cursors: bool,
+    /// The client has asked for cursors, and the shard was told.
+    pub(super) cursors: bool,
+    /// It has left the directory: the next offset of each router at that time.
+    pub(super) left_at: Option<Vec<i64>>,
+    /// The positions of its last cursor, by router.
+    pub(super) cursor: Vec<i64>,
     /// One of them was received later: correct only if the session was closing with a send in
     /// flight.
     done_early: bool,
@@ -101,6 +111,25 @@ impl Session {
             }
             return;
         }
+    }
+
+    /// The session received a cursor with these positions, by router. It was given every event of its user below them.
+    pub(super) fn receives_cursor(&mut self, positions: Vec<i64>) {
+        assert!(self.cursors, "a cursor that nobody asked for");
+        assert!(self.live_at_ms.is_some(), "a cursor during catch-up");
+        let caught_up = self.addressed.first().is_none_or(VecDeque::is_empty);
+        assert!(caught_up, "a cursor before a caught-up message");
+        for (router, next) in positions.iter().enumerate() {
+            let left_at = self.left_at.as_ref().map_or(i64::MAX, |at| at[router]);
+            assert!(*next <= left_at, "a cursor covers what was routed after the session had left");
+            let below = |event: &&ModelEvent| event.offset.is_some_and(|offset| offset < *next);
+            let missing = self.addressed.get(router + 1).into_iter().flatten();
+            let missing = missing.take_while(below).filter(|event| event.expressible);
+            for event in missing {
+                assert!(self.covers(event), "a cursor before an event below it: {event:?}");
+            }
+        }
+        self.cursor = positions;
     }
 
     fn misses(&mut self, event: &ModelEvent, covered: bool) {
@@ -159,6 +188,12 @@ impl Session {
         if waits.is_some_and(|event| event.expressible) {
             self.presumed.insert(number);
         }
+    }
+
+    /// Whether it gets a cursor whenever something was routed.
+    pub(super) fn awaits_cursors(&self) -> bool {
+        let stays = self.ended.is_none() && self.close_seen.is_none() && !self.closed_by_service;
+        self.cursors && stays && self.left_at.is_none()
     }
 
     /// Whether nothing more is expected while everything is at rest.

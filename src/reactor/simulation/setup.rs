@@ -73,6 +73,7 @@ fn config(random: &mut Random) -> ShardConfig {
         resume_grace_ms: random.pick(&[500, 10_000]),
         catch_up_ms_max: random.pick(&[2_000, 300_000]),
         dedupe_ms: random.pick(&[1_000, 300_000]),
+        cursor_interval_ms: random.pick(&[100, 2_000, 15_000]),
         write_ms_max: random.pick(&[500, 10_000]),
         close_ms_max: random.pick(&[500, 5_000]),
         linger_ms_max: random.pick(&[100, 1_000]),

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `{"last_sequences": {"<conversation_id>": <int64>, …}}` | The resume request, as the first message (contract §3). Each number is the highest `sequence` that the client has of the conversation, or 0. The user's other conversations are sent from their beginning. |
 //! | `{}`, `null`, `{"last_sequences": null}` | The same without positions: everything. A client that omits empty fields sends one of these when it has nothing yet. |
+//! | `{"cursor": null, …}`, `{"cursor": "<cursor>", …}` | A resume request with or without positions, from a client that wants cursors: it has none yet, or everything before this one. The positions count if the cursor cannot be used. |
 //! | `{"access_token": "<JWT>"}` | At any time: a fresh token of the same user, before the old one expires. The answer is `{"token_expires_at": <Unix seconds>}`, or `{"error": "<reason>"}` and the old token stays in use. |
 //!
 //! One message may have both keys; as the first message it is a resume request in any case. A number may
@@ -15,6 +16,7 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use crate::domain::command::Secret;
+use crate::domain::cursor::CursorRequest;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 
 /// Conversations named in one message.
@@ -25,14 +27,21 @@ pub const CONVERSATIONS_NAMED_MAX: usize = 4096;
 pub struct ClientMessage {
     /// The position in each named conversation, without duplicates.
     pub last_sequences: Option<Vec<LastSequence>>,
+    /// The client wants cursors.
+    pub cursor: Option<CursorRequest>,
     /// A fresh token.
     pub access_token: Option<Secret>,
 }
 
 impl ClientMessage {
-    /// Whether it has neither key: a resume request without positions, if it is the first message.
+    /// Whether it has no key: a resume request without positions, if it is the first message.
     pub fn is_empty(&self) -> bool {
-        self.last_sequences.is_none() && self.access_token.is_none()
+        self.last_sequences.is_none() && self.cursor.is_none() && self.access_token.is_none()
+    }
+
+    /// Whether it can only be a resume request.
+    pub fn is_resume_request(&self) -> bool {
+        self.last_sequences.is_some() || self.cursor.is_some() || self.is_empty()
     }
 }
 
@@ -76,15 +85,25 @@ pub fn parse(text: &str) -> Result<ClientMessage, InvalidMessage> {
         return Err(InvalidMessage::TooManyConversations);
     }
     let access_token = fields.access_token.filter(|token| !token.is_empty()).map(Secret::new);
-    Ok(ClientMessage { last_sequences, access_token })
+    let cursor = fields.cursor.map(|text| CursorRequest::of_text(text.as_deref()));
+    Ok(ClientMessage { last_sequences, cursor, access_token })
 }
 
 #[derive(Default, Deserialize)]
 struct MessageFields {
     #[serde(default)]
     last_sequences: Option<LastSequences>,
+    /// `Some(None)`: the key is there with `null`.
+    #[serde(default, deserialize_with = "present")]
+    cursor: Option<Option<Box<str>>>,
     #[serde(default)]
     access_token: Option<String>,
+}
+
+fn present<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Option<Box<str>>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
 }
 
 struct LastSequences(Vec<LastSequence>);
@@ -144,6 +163,7 @@ impl Sequence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::cursor::{Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED};
     use proptest::prelude::*;
 
     fn positions(text: &str) -> Vec<(String, i64)> {
@@ -172,6 +192,23 @@ mod tests {
         assert_eq!(alone.last_sequences, None);
         let both = parse(r#"{"access_token": "t", "last_sequences": {"a": 1}}"#).unwrap();
         assert!(both.access_token.is_some() && both.last_sequences.is_some());
+    }
+
+    #[test]
+    fn cursor_comes_with_or_without_positions() {
+        let cursor = |text: &str| parse(text).unwrap().cursor;
+        assert_eq!(cursor(r#"{"last_sequences": {}}"#), None);
+        for none in [r#"{"cursor": null}"#, r#"{"cursor": ""}"#] {
+            assert_eq!(cursor(none), Some(CursorRequest::First), "{none}");
+            assert!(!parse(none).unwrap().is_empty());
+        }
+        let at = LogPosition { topic: TopicId(1), partition: 0, next: 5, check: UNCHECKED };
+        let known = Cursor::of_sorted(&[at]).unwrap();
+        let text = format!(r#"{{"cursor":"{}","last_sequences":{{"a":1}}}}"#, known.to_text());
+        assert_eq!(cursor(&text), Some(CursorRequest::Since(known)));
+        assert_eq!(positions(&text), [("a".into(), 1)]);
+        let unusable = CursorRequest::Unusable(CursorExpired::Malformed);
+        assert_eq!(cursor(r#"{"cursor": "AQ"}"#), Some(unusable));
     }
 
     /// Issue “From the log to the members”: “`{}`, `null` and `{"last_sequences":null}` return
@@ -220,6 +257,8 @@ mod tests {
             r#"{"last_sequences": {"a": 1}} x"#,
             r#"{"last_sequences": {"a": 1}, "last_sequences": {"b": 1}}"#,
             r#"{"access_token": 5}"#,
+            r#"{"cursor": 5}"#,
+            r#"{"cursor": null, "cursor": null}"#,
         ] {
             assert_eq!(parse(text), Err(InvalidMessage::Malformed), "{text}");
         }

@@ -75,7 +75,9 @@ impl CatchUpResources {
         if answers.is_closed() {
             return; // The sessions that wanted it have ended.
         }
-        let call = self.messages.messages_after(user, Arc::clone(&conversation), after, page_size);
+        let messages =
+            self.messages.as_ref().expect("pages are requested only with a message service");
+        let call = messages.messages_after(user, Arc::clone(&conversation), after, page_size);
         let answer = tokio::select! {
             answer = call => answer,
             () = answers.closed() => return,

@@ -18,6 +18,9 @@
 //! - **Access.** The conversations are those that the conversation service lists for the user. Any other
 //!   that the client names is sent only if the user is a member of it. So removed members receive
 //!   nothing more, and no client can read a conversation by naming it.
+//! - **Cursors.** If the client has one, everything since then comes from the tails of the nodes, in the same
+//!   chunks, and no message service is called (`replay`). If it cannot be used, the client is told so, and what
+//!   follows is the same as without it.
 //! - **Failures** are retried a few times. Then the session is closed with 1013 and a reason, and the
 //!   client resumes from what it has. Nothing is skipped silently.
 //! - **Other nodes** (`HANDOFF=redis`) hand over a session's events only once they can find it
@@ -34,12 +37,13 @@ mod calls;
 mod fetches;
 mod page;
 mod positions;
+mod replay;
 mod steps;
 mod task;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -48,11 +52,14 @@ use tokio::task::AbortHandle;
 use crate::domain::budget::EventBudget;
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, CloseCode};
+use crate::domain::counters::SharedCounter;
+use crate::domain::cursor::{CursorExpired, CursorRequest};
 use crate::domain::event::Event;
 use crate::domain::ids::SessionAddress;
 use crate::service::backends::ports::{ConversationListing, ConversationSource, MessageSource};
 use crate::service::events::encode::{CompressionConfig, Encoder};
 use crate::service::members::directory::SessionIds;
+use crate::service::routing::replays::TailReplays;
 use crate::service::sessions::client_message::LastSequence;
 use crate::service::sessions::presence::Visibility;
 
@@ -142,11 +149,14 @@ crate::counters! {
         Counter retries: "Calls retried",
         Counter conversations: "Conversations caught up",
         Counter conversations_refused: "Conversations named by clients that are not members",
+        Counter cursor_requests: "Sessions that asked for cursors",
+        Counter cursor_resumes: "Sessions that got everything since their cursor",
+        Counter replayed: "Events sent since a cursor",
         Counter pages: "Pages received",
         Counter pages_shared: "Pages for which a session joined the call of another one",
         Counter stalls: "Chunks that a socket did not take within 250 ms",
         Counter delivered_forgotten: "Runs of caught-up messages that are not remembered, because there are too many: the messages may be repeated live",
-        Counter messages: "Messages sent by catch-up",
+        Counter messages: "Messages sent by catch-up, and all events since a cursor",
         Gauge waiting: "Sessions waiting to catch up",
         Gauge running: "Sessions catching up",
         Gauge stalled: "Sessions whose catch-up waits for their socket",
@@ -192,6 +202,8 @@ pub struct CatchUpRequest {
     pub address: SessionAddress,
     /// What to send.
     pub scope: CatchUpScope,
+    /// The client wants cursors, and may have one. Only with [`CatchUpScope::Session`].
+    pub cursor: Option<CursorRequest>,
     /// Whether other nodes hand over the session's events. `None`: there are none that do.
     pub visibility: Option<Arc<Visibility>>,
 }
@@ -220,6 +232,11 @@ pub enum CatchUpStep {
         /// The messages that were sent.
         delivered: Box<CaughtUp>,
     },
+    /// The cursor of the client cannot be used. Chunks of a catch-up without it follow.
+    CursorExpired(CursorExpired),
+    /// After [`CatchUpStep::Complete`]: the client has asked for cursors, and every event of the user that is routed from
+    /// now on reaches the session.
+    MayHaveCursors,
     /// The catch-up failed: close the session with this.
     Failed(Close),
 }
@@ -263,9 +280,14 @@ const REFUSED: Close =
 /// What all catch-ups share: sources, budgets, encoders.
 struct CatchUpResources {
     config: CatchUpConfig,
-    messages: Arc<dyn MessageSource>,
+    /// `None`: there is none, or nothing decides who may read what.
+    messages: Option<Arc<dyn MessageSource>>,
     access: ReadAccess,
+    /// Not set: the node keeps no tails.
+    replays: OnceLock<Arc<dyn TailReplays>>,
     counters: Arc<CatchUpCounters>,
+    /// Cursors that could not be used, by [`CursorExpired`].
+    cursors_expired: [SharedCounter; CursorExpired::COUNT],
     sessions: Semaphore,
     limits: CallLimits,
     fetches: Fetches,
@@ -278,13 +300,13 @@ struct CatchUpResources {
 
 /// Starts catch-ups. Clones share the bounds.
 #[derive(Clone)]
-pub struct CatchUpService(Option<Arc<CatchUpResources>>);
+pub struct CatchUpService(Arc<CatchUpResources>);
 
 impl CatchUpService {
-    /// Without catch-up: there is no message service, or no way to check who may read a
-    /// conversation.
-    pub fn off() -> Self {
-        Self(None)
+    /// Without a message service, or a way to check who may read a conversation: only what was missed since a cursor
+    /// is sent.
+    pub fn without_messages(config: CatchUpConfig, counters: Arc<CatchUpCounters>) -> Self {
+        Self::from_parts(config, None, ReadAccess::Unchecked, counters)
     }
 
     /// Catches up from this message service.
@@ -294,8 +316,17 @@ impl CatchUpService {
         access: ReadAccess,
         counters: Arc<CatchUpCounters>,
     ) -> Self {
+        Self::from_parts(config, Some(messages), access, counters)
+    }
+
+    fn from_parts(
+        config: CatchUpConfig,
+        messages: Option<Arc<dyn MessageSource>>,
+        access: ReadAccess,
+        counters: Arc<CatchUpCounters>,
+    ) -> Self {
         let fits = |bytes: usize| bytes.min(u32::MAX as usize).min(Semaphore::MAX_PERMITS);
-        Self(Some(Arc::new(CatchUpResources {
+        Self(Arc::new(CatchUpResources {
             sessions: Semaphore::new(config.sessions_max),
             limits: CallLimits::new(
                 config.calls_max,
@@ -310,8 +341,21 @@ impl CatchUpService {
             config,
             messages,
             access,
+            replays: OnceLock::new(),
+            cursors_expired: Default::default(),
             counters,
-        })))
+        }))
+    }
+
+    /// Cursors of clients that could not be used for this reason.
+    pub fn cursors_expired(&self, why: CursorExpired) -> u64 {
+        self.0.cursors_expired[why as usize].get()
+    }
+
+    /// What sessions have missed since a cursor comes from here. Without this call no session gets cursors. To be
+    /// called once, for all clones.
+    pub fn set_replays(&self, replays: Arc<dyn TailReplays>) {
+        assert!(self.0.replays.set(replays).is_ok(), "set once");
     }
 
     /// Starts a catch-up in a task of its own, on the current runtime.
@@ -320,9 +364,16 @@ impl CatchUpService {
         request: CatchUpRequest,
         reports: mpsc::Sender<CatchUpReport>,
     ) -> CatchUpStart {
-        let Some(resources) = &self.0 else { return CatchUpStart::Off };
+        let resources = &self.0;
+        if resources.messages.is_none() && request.cursor.is_none() {
+            return CatchUpStart::Off;
+        }
         resources.counters.requested.add(1);
-        let bytes = u32::try_from(request.scope.bytes()).unwrap_or(u32::MAX);
+        let positions = match &request.cursor {
+            Some(CursorRequest::Since(cursor)) => size_of_val(cursor.positions()),
+            Some(CursorRequest::First | CursorRequest::Unusable(_)) | None => 0,
+        };
+        let bytes = u32::try_from(request.scope.bytes() + positions).unwrap_or(u32::MAX);
         let Ok(permit) = Arc::clone(&resources.requests_bytes).try_acquire_many_owned(bytes) else {
             resources.counters.refused.add(1);
             return CatchUpStart::Refused(REFUSED);

@@ -5,7 +5,7 @@ use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use super::{CatchUpScope, LastSequence};
-use crate::domain::caught_up::{CaughtUp, SequenceRun};
+use crate::domain::caught_up::SequenceRun;
 use crate::domain::ids::ConversationKey;
 use crate::service::events::conversation_key::conversation_key;
 
@@ -222,8 +222,8 @@ impl Positions {
         names.sum::<usize>() + self.runs * size_of::<(i64, i64)>()
     }
 
-    /// The messages that were sent.
-    pub(super) fn into_caught_up(self) -> CaughtUp {
+    /// The messages that were sent, and the only conversation that was caught up; `None`: all.
+    pub(super) fn into_runs(self) -> (Option<ConversationKey>, Vec<SequenceRun>) {
         let key = |conversation: &Arc<str>| conversation_key(conversation);
         let only = self.by_conversation.keys().next().filter(|_| !self.is_session).map(key);
         let run = |conversation: ConversationKey| {
@@ -232,19 +232,25 @@ impl Positions {
         let runs = self.by_conversation.into_iter().flat_map(|(conversation, position)| {
             position.sent.into_iter().map(run(key(&conversation)))
         });
-        CaughtUp::new(only, runs.collect())
+        (only, runs.collect())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::caught_up::CaughtUp;
     use crate::domain::ids::ConversationPosition;
     use proptest::prelude::*;
 
     fn named(conversation: &str, sequence: i64) -> Positions {
         let one = LastSequence { conversation: conversation.into(), sequence };
         Positions::new(CatchUpScope::Session(vec![one]))
+    }
+
+    fn into_caught_up(positions: Positions) -> CaughtUp {
+        let (conversation, runs) = positions.into_runs();
+        CaughtUp::new(conversation, runs)
     }
 
     fn at(conversation: &str, sequence: i64) -> ConversationPosition {
@@ -263,7 +269,7 @@ mod tests {
             [ConversationStep::Fetch("c".into(), 12)],
             "the hole may be filled"
         );
-        let delivered = positions.into_caught_up();
+        let delivered = into_caught_up(positions);
         let known = [9, 10, 11, 12, 13, 14, 15].map(|it| delivered.contains(at("c", it)));
         assert_eq!(known, [false, false, true, true, false, true, false]);
     }
@@ -276,7 +282,7 @@ mod tests {
             positions.sent("c", sequence);
         }
         assert_eq!((positions.runs, positions.forgotten), (RUNS_PER_SESSION_MAX, 1));
-        let delivered = positions.into_caught_up();
+        let delivered = into_caught_up(positions);
         assert!(!delivered.contains(at("c", 2)), "may be repeated, but is not lost");
         assert!(delivered.contains(at("c", 4)) && delivered.contains(at("c", last)));
     }
@@ -295,7 +301,7 @@ mod tests {
             }
             let runs = all.iter().filter(|it| !all.contains(&(*it - 1))).count();
             prop_assert_eq!(positions.runs, runs);
-            let delivered = positions.into_caught_up();
+            let delivered = into_caught_up(positions);
             prop_assert_eq!(delivered.runs().len(), runs);
         }
     }

@@ -15,15 +15,17 @@ use tokio::time::{Instant, sleep, timeout};
 use super::fetches::PageRequest;
 use super::page::{CaughtUpEvent, Page, chunks};
 use super::positions::{ConversationStep, Positions, ReadDecision};
+use super::replay::ReplayedRuns;
 use super::steps::{RunningSteps, StepOutcome};
 use super::{
     CatchUpFailure, CatchUpReport, CatchUpRequest, CatchUpResources, CatchUpScope, CatchUpStep,
     PAGE_MESSAGES, ReadAccess,
 };
-use crate::domain::caught_up::CaughtUp;
+use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::counters::SharedCounter;
+use crate::domain::cursor::CursorRequest;
 use crate::domain::event::Event;
-use crate::domain::ids::SessionAddress;
+use crate::domain::ids::{ConversationKey, SessionAddress};
 use crate::service::backends::ports::{
     BoxFuture, ConversationListing, NOT_FOUND_RETRY, NeighbourError,
 };
@@ -38,9 +40,9 @@ const FULL_PAGE_ATTEMPTS: u32 = 2;
 
 /// The catch-up of one session.
 pub(super) struct CatchUpTask {
-    resources: Arc<CatchUpResources>,
-    user: Arc<str>,
-    address: SessionAddress,
+    pub(super) resources: Arc<CatchUpResources>,
+    pub(super) user: Arc<str>,
+    pub(super) address: SessionAddress,
     /// `None`: no other node hands over events.
     visibility: Option<Arc<Visibility>>,
     reports: mpsc::Sender<CatchUpReport>,
@@ -68,7 +70,8 @@ pub(super) async fn run(
     request: CatchUpRequest,
     reports: mpsc::Sender<CatchUpReport>,
 ) {
-    let CatchUpRequest { ids, address, scope, visibility } = request;
+    let CatchUpRequest { ids, address, scope, cursor, visibility } = request;
+    let wants_cursors = cursor.is_some();
     let task = Arc::new(CatchUpTask {
         resources: Arc::clone(&resources),
         user: Arc::from(ids.user()),
@@ -76,10 +79,12 @@ pub(super) async fn run(
         visibility,
         reports: reports.clone(),
     });
-    let step = match task.catch_up(scope).await {
-        Ok(delivered) => {
+    let mut since_cursor = false;
+    let step = match task.resume(scope, cursor).await {
+        Ok(resumed) => {
             resources.counters.completed.add(1);
-            CatchUpStep::Complete { delivered: Box::new(delivered) }
+            since_cursor = resumed.since_cursor;
+            CatchUpStep::Complete { delivered: Box::new(resumed.delivered) }
         }
         Err(failure) => {
             match failure {
@@ -93,18 +98,22 @@ pub(super) async fn run(
             CatchUpStep::Failed(close)
         }
     };
+    let is_complete = matches!(step, CatchUpStep::Complete { .. });
     // An error means that the session manager has ended, so the session has too.
     let _ = reports.send(CatchUpReport { address, step }).await;
+    if is_complete && wants_cursors && (since_cursor || task.is_known().await) {
+        let _ = reports.send(CatchUpReport { address, step: CatchUpStep::MayHaveCursors }).await;
+    }
 }
 
 /// One of the [`sessions_max`](super::CatchUpConfig::sessions_max) concurrent catch-ups.
-struct CatchUpSlot<'a> {
+pub(super) struct CatchUpSlot<'a> {
     _permit: SemaphorePermit<'a>,
     _running: GaugeGuard<'a>,
 }
 
 impl CatchUpResources {
-    async fn slot(&self) -> Result<CatchUpSlot<'_>, CatchUpFailure> {
+    pub(super) async fn slot(&self) -> Result<CatchUpSlot<'_>, CatchUpFailure> {
         let waiting = GaugeGuard::new(&self.counters.waiting);
         // The semaphore is never closed.
         let permit = self.sessions.acquire().await.map_err(|_| CatchUpFailure::SessionEnded)?;
@@ -113,9 +122,8 @@ impl CatchUpResources {
     }
 
     /// Remembers what was delivered as far as the budget of all sessions has room.
-    fn remember(&self, positions: Positions) -> CaughtUp {
-        self.counters.delivered_forgotten.add(positions.forgotten);
-        let delivered = positions.into_caught_up();
+    fn remember(&self, only: Option<ConversationKey>, runs: Vec<SequenceRun>) -> CaughtUp {
+        let delivered = CaughtUp::new(only, runs);
         if delivered.is_empty() || self.delivered.has_room() {
             return delivered.charged_to(&self.delivered);
         }
@@ -125,7 +133,7 @@ impl CatchUpResources {
 }
 
 /// A chunk that the socket has not taken soon.
-struct StalledChunk {
+pub(super) struct StalledChunk {
     taken: oneshot::Receiver<()>,
     messages: u64,
     bytes: usize,
@@ -153,8 +161,60 @@ fn of_client(error: NeighbourError) -> NeighbourError {
     }
 }
 
+/// A session that has got what it missed.
+struct Resumed {
+    delivered: CaughtUp,
+    /// It has got everything since its cursor, so that cursors may follow.
+    since_cursor: bool,
+}
+
 impl CatchUpTask {
-    async fn catch_up(self: &Arc<Self>, scope: CatchUpScope) -> Result<CaughtUp, CatchUpFailure> {
+    /// Sends what the session has missed: since its cursor, or else from the message service.
+    async fn resume(
+        self: &Arc<Self>,
+        scope: CatchUpScope,
+        cursor: Option<CursorRequest>,
+    ) -> Result<Resumed, CatchUpFailure> {
+        let mut replayed = ReplayedRuns::default();
+        self.resources.counters.cursor_requests.add(u64::from(cursor.is_some()));
+        let expired = match cursor {
+            None | Some(CursorRequest::First) => None,
+            Some(CursorRequest::Unusable(why)) => Some(why),
+            Some(CursorRequest::Since(cursor)) => match self.replay(cursor, &mut replayed).await? {
+                Ok(()) => {
+                    self.resources.counters.cursor_resumes.add(1);
+                    let runs = self.resources.within_bound(replayed);
+                    let delivered = self.resources.remember(None, runs);
+                    return Ok(Resumed { delivered, since_cursor: true });
+                }
+                Err(why) => Some(why),
+            },
+        };
+        if let Some(why) = expired {
+            self.resources.cursors_expired[why as usize].add(1);
+            self.report(CatchUpStep::CursorExpired(why)).await?;
+        }
+        let (only, caught_up) = match self.resources.messages {
+            Some(_) => self.catch_up(scope).await?,
+            None => (None, Vec::new()),
+        };
+        let mut runs = self.resources.within_bound(replayed);
+        runs.extend(caught_up);
+        let delivered = self.resources.remember(only, runs);
+        Ok(Resumed { delivered, since_cursor: false })
+    }
+
+    async fn report(&self, step: CatchUpStep) -> Result<(), CatchUpFailure> {
+        let reported = self.reports.send(CatchUpReport { address: self.address, step }).await;
+        reported.map_err(|_| CatchUpFailure::SessionEnded)
+    }
+
+    /// Sends what the message service has. Returns the messages that were sent, and the only conversation that was
+    /// caught up.
+    async fn catch_up(
+        self: &Arc<Self>,
+        scope: CatchUpScope,
+    ) -> Result<(Option<ConversationKey>, Vec<SequenceRun>), CatchUpFailure> {
         let mut slot = self.resources.slot().await?;
         let mut positions = Positions::new(scope);
         loop {
@@ -178,7 +238,8 @@ impl CatchUpTask {
         if self.visibility_state() == VisibilityState::NotVisible {
             self.resources.counters.unreached.add(1);
         }
-        Ok(self.resources.remember(positions))
+        self.resources.counters.delivered_forgotten.add(positions.forgotten);
+        Ok(positions.into_runs())
     }
 
     /// Whether other nodes hand over what they route from now on.
@@ -284,7 +345,9 @@ impl CatchUpTask {
                 waiting.push_front(next);
             }
             if let Some(stalled) = stalled {
-                self.wait_for_socket(stalled, round).await?;
+                round.slot = None;
+                self.wait_for_socket(stalled).await?;
+                round.slot = Some(self.resources.slot().await?);
             }
         }
     }
@@ -452,7 +515,7 @@ impl CatchUpTask {
     }
 
     /// Sends a chunk and waits until the socket has taken it, or is found to be slow.
-    async fn send(
+    pub(super) async fn send(
         &self,
         chunk: Vec<CaughtUpEvent>,
     ) -> Result<Option<StalledChunk>, CatchUpFailure> {
@@ -462,9 +525,7 @@ impl CatchUpTask {
         let length = |event: &Arc<Event>| event.frame(self.address.encoding).map_or(0, <[u8]>::len);
         let bytes = events.iter().map(length).sum();
         let (sent, mut taken) = oneshot::channel();
-        let step = CatchUpStep::Chunk { events, sent };
-        let reported = self.reports.send(CatchUpReport { address: self.address, step }).await;
-        reported.map_err(|_| CatchUpFailure::SessionEnded)?;
+        self.report(CatchUpStep::Chunk { events, sent }).await?;
         match timeout(config.stall_after.min(config.chunk_timeout), &mut taken).await {
             Ok(Ok(())) => {
                 self.resources.counters.messages.add(messages);
@@ -475,13 +536,11 @@ impl CatchUpTask {
         }
     }
 
-    /// Waits for a slow socket, without a slot and without pages.
-    async fn wait_for_socket<'a>(
-        self: &'a Arc<Self>,
+    /// Waits for a slow socket. The caller holds neither a slot nor pages meanwhile.
+    pub(super) async fn wait_for_socket(
+        &self,
         stalled: StalledChunk,
-        round: &mut Round<'a, '_>,
     ) -> Result<(), CatchUpFailure> {
-        round.slot = None;
         let resources = &self.resources;
         resources.counters.stalls.add(1);
         let share = stalled.bytes.min(resources.config.stalled_bytes_max).min(u32::MAX as usize);
@@ -497,7 +556,6 @@ impl CatchUpTask {
             Err(_) => return Err(CatchUpFailure::TooSlow),
         }
         drop(stalled_gauge);
-        round.slot = Some(resources.slot().await?);
         Ok(())
     }
 }

@@ -10,6 +10,7 @@ use super::state::SessionManager;
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, Ticket};
+use crate::domain::cursor::CursorRequest;
 use crate::domain::event::Event;
 use crate::domain::ids::SessionAddress;
 use crate::service::events::conversation_key::conversation_key;
@@ -23,12 +24,17 @@ const TOO_MANY: Close =
 
 impl SessionManager {
     /// A session requests the messages that it missed.
-    pub(super) fn begin_catch_up(&mut self, address: SessionAddress, scope: CatchUpScope) {
+    pub(super) fn begin_catch_up(
+        &mut self,
+        address: SessionAddress,
+        scope: CatchUpScope,
+        cursor: Option<CursorRequest>,
+    ) {
         if !self.is_live(address) {
             return;
         }
         match self.catch_ups.admit(address, scope) {
-            CatchUpAdmission::Start(scope) => self.start_catch_up(address, scope),
+            CatchUpAdmission::Start(scope) => self.start_catch_up(address, scope, cursor),
             CatchUpAdmission::Queued => {}
             CatchUpAdmission::TooMany => {
                 self.close(address, TOO_MANY, EndReason::PeerAtFault);
@@ -36,7 +42,12 @@ impl SessionManager {
         }
     }
 
-    fn start_catch_up(&mut self, address: SessionAddress, scope: CatchUpScope) {
+    fn start_catch_up(
+        &mut self,
+        address: SessionAddress,
+        scope: CatchUpScope,
+        cursor: Option<CursorRequest>,
+    ) {
         let SessionAddress { shard, connection, .. } = address;
         let Some(record) = self.record(address) else { return };
         let Some(ids) = record.ids.clone() else { return };
@@ -46,7 +57,7 @@ impl SessionManager {
         };
         record.catch_up = CatchUpState::Running;
         let visibility = self.catch_ups.visibility(address, &scope);
-        let request = CatchUpRequest { ids, address, scope, visibility };
+        let request = CatchUpRequest { ids, address, scope, cursor, visibility };
         match self.catch_up.begin(request, self.catch_up_reports.clone()) {
             CatchUpStart::Running(task) => self.catch_ups.started(address, task),
             CatchUpStart::Off => {
@@ -76,6 +87,11 @@ impl SessionManager {
                 self.send(address.shard, ShardCommand::GoLive { connection, delivered });
                 self.on_catch_up_complete(address);
             }
+            CatchUpStep::CursorExpired(why) => {
+                let connection = address.connection;
+                self.send(address.shard, ShardCommand::CursorExpired { connection, why });
+            }
+            CatchUpStep::MayHaveCursors => self.send_cursors(address),
             CatchUpStep::Failed(close) => {
                 self.close(address, close, EndReason::ClosedByService);
             }
@@ -102,13 +118,21 @@ impl SessionManager {
         }
     }
 
+    fn send_cursors(&mut self, address: SessionAddress) {
+        if let Some(record) = self.record(address) {
+            record.cursors = true;
+            let connection = address.connection;
+            self.send(address.shard, ShardCommand::SendCursors { connection });
+        }
+    }
+
     fn on_catch_up_complete(&mut self, address: SessionAddress) {
         let (next, is_last) = self.catch_ups.completed(address);
         if is_last && let Some(record) = self.record(address) {
             record.catch_up = CatchUpState::Done;
         }
         if let Some(scope) = next {
-            self.start_catch_up(address, scope);
+            self.start_catch_up(address, scope, None);
         }
     }
 

@@ -35,25 +35,26 @@ impl SessionManager {
                 return self.counters.messages_ignored.add(1);
             }
         };
-        let is_empty = message.is_empty();
-        let ClientMessage { last_sequences, access_token } = message;
+        let is_resume_request = message.is_resume_request();
+        let ClientMessage { last_sequences, cursor, access_token } = message;
         if let Some(token) = access_token {
             self.on_fresh_token(address, token);
         }
-        match (state, last_sequences) {
-            (CatchUpState::Awaited, named) => {
-                self.begin_catch_up(address, CatchUpScope::Session(named.unwrap_or_default()));
+        match state {
+            CatchUpState::Awaited => {
+                let scope = CatchUpScope::Session(last_sequences.unwrap_or_default());
+                self.begin_catch_up(address, scope, cursor);
             }
-            (CatchUpState::TooLate, named) if named.is_some() || is_empty => {
+            CatchUpState::TooLate if is_resume_request => {
                 self.counters.resumes_too_late.add(1);
                 self.close(address, TOO_LATE, EndReason::ClosedByService);
             }
             // Contract §3: later messages are ignored.
-            (CatchUpState::Running | CatchUpState::Done, named) if named.is_some() || is_empty => {
+            CatchUpState::Running | CatchUpState::Done if is_resume_request => {
                 self.counters.messages_ignored.add(1);
             }
             // Only a fresh token.
-            (CatchUpState::Running | CatchUpState::Done | CatchUpState::TooLate, _) => {}
+            CatchUpState::Running | CatchUpState::Done | CatchUpState::TooLate => {}
         }
     }
 

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::records::SessionState;
 use super::state::SessionManager;
 use crate::domain::close::{Close, CloseCode, EndReason};
+use crate::domain::command::ShardCommand;
 use crate::domain::ids::SessionAddress;
 use crate::service::backends::ports::MissedEvents as _;
 use crate::service::members::directory::SessionIds;
@@ -50,10 +51,14 @@ impl SessionManager {
             }
         }
         let Some(record) = self.record(address) else { return };
-        let is_live = record.state == SessionState::Live;
+        let (is_live, had_cursors) = (record.state == SessionState::Live, record.cursors);
         if is_live {
             record.state = SessionState::Missed;
             self.catch_ups.cancel(address);
+        }
+        if is_live && had_cursors {
+            let connection = address.connection;
+            self.send(address.shard, ShardCommand::StopCursors { connection });
         }
         // Presence knows the successor, so the end of this one is not to be reported.
         self.missed_closes.add((!has_successor).then_some(ids), address, is_live);

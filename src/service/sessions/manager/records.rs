@@ -55,6 +55,8 @@ pub(super) struct SessionRecord {
     pub(super) encoding: Encoding,
     pub(super) state: SessionState,
     pub(super) catch_up: CatchUpState,
+    /// The shard may send it cursors.
+    pub(super) cursors: bool,
     /// A fresh token of the session is being checked: one at a time.
     pub(super) token_in_check: bool,
     /// Presence had no room for the registration; the next sweep tries again.
@@ -70,6 +72,7 @@ const FREE: SessionRecord = SessionRecord {
     encoding: Encoding::Binary,
     state: SessionState::Free,
     catch_up: CatchUpState::Awaited,
+    cursors: false,
     token_in_check: false,
     registration_pending: false,
     refreshes: 0,

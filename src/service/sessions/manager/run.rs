@@ -15,7 +15,7 @@ use super::{
     ManagerRequest, REQUESTS_WAITING_MAX, SessionConfig, SessionCounters, SessionHandle,
     SessionPorts, TICK,
 };
-use crate::domain::command::ShardReport;
+use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::runtime::bell::AsyncBell;
@@ -140,11 +140,17 @@ impl SessionManager {
             ShardReport::Resume { connection, conversation, after } => {
                 let scope = CatchUpScope::Conversation { conversation, after };
                 self.with_session(shard, connection, |manager, it| {
-                    manager.begin_catch_up(it, scope)
+                    manager.begin_catch_up(it, scope, None)
                 });
             }
             ShardReport::GraceExpired { connection } => {
                 self.with_session(shard, connection, Self::on_grace_expired);
+            }
+            ShardReport::Fence => {
+                // The sessions that have left the directory on other threads. The session manager closes all others
+                // when it removes them.
+                self.take_missed();
+                self.send(shard, ShardCommand::Fence);
             }
             ShardReport::Done { ticket } => self.on_done(ticket),
         }

@@ -1,5 +1,6 @@
 //! Catch-up against fake services that record their calls. The test takes the session manager's part.
 
+mod cursors;
 mod fairness;
 mod late_commits;
 mod many;
@@ -66,7 +67,10 @@ impl Bench {
             connection: ConnectionKey { slot, generation: 0 },
         };
         let ids = SessionIds::new(user, "phone");
-        self.catch_up.begin(CatchUpRequest { ids, address, scope, visibility }, self.out.clone())
+        self.catch_up.begin(
+            CatchUpRequest { ids, address, scope, cursor: None, visibility },
+            self.out.clone(),
+        )
     }
 
     fn begin_session(&self, slot: u32, user: &str, named: &[(&str, i64)]) {
@@ -91,7 +95,7 @@ impl Bench {
                 CatchUpStep::Complete { delivered } => {
                     return (messages, runs(&delivered));
                 }
-                CatchUpStep::Failed(close) => panic!("{close:?}"),
+                step => panic!("{step:?}"),
             }
         }
     }
@@ -212,7 +216,7 @@ async fn catch_up_runs_at_the_pace_of_the_socket() {
                 sent.send(()).unwrap();
             }
             CatchUpStep::Complete { .. } => break,
-            CatchUpStep::Failed(close) => panic!("{close:?}"),
+            step => panic!("{step:?}"),
         }
     }
     assert_eq!(sizes, [10, 10, 5, 10, 10, 5]);
@@ -360,7 +364,7 @@ async fn storm_of_sessions_is_bounded_and_all_catch_up() {
                 sent.send(()).unwrap();
             }
             CatchUpStep::Complete { .. } => complete += 1,
-            CatchUpStep::Failed(close) => panic!("{close:?}"),
+            step => panic!("{step:?}"),
         }
     }
     assert_eq!(messages, SESSIONS as usize * 30);
@@ -425,7 +429,7 @@ async fn grpc_session_resumes_one_conversation_and_is_answered_in_any_case() {
                     sent.send(()).unwrap();
                 }
                 CatchUpStep::Complete { delivered } => break delivered,
-                CatchUpStep::Failed(close) => panic!("{close:?}"),
+                step => panic!("{step:?}"),
             }
         };
         assert_eq!(sent_sequences, expected);

@@ -132,11 +132,20 @@ impl ShelfBench {
     }
 
     pub(super) fn begin(&self, slot: u32, named: &[(&str, i64)]) {
+        self.begin_with(slot, named, None);
+    }
+
+    pub(super) fn begin_with(
+        &self,
+        slot: u32,
+        named: &[(&str, i64)],
+        cursor: Option<CursorRequest>,
+    ) {
         let connection = ConnectionKey { slot, generation: 0 };
         let address = SessionAddress { shard: ShardId(0), encoding: Encoding::Stream, connection };
         let ids = SessionIds::new("alice", &slot.to_string());
         let scope = CatchUpScope::Session(positions(named));
-        let request = CatchUpRequest { ids, address, scope, visibility: None };
+        let request = CatchUpRequest { ids, address, scope, cursor, visibility: None };
         let begun = self.catch_up.begin(request, self.out.clone());
         assert!(matches!(begun, CatchUpStart::Running(_)), "{begun:?}");
     }

@@ -1,7 +1,10 @@
 //! Sessions that have missed events (`docs/guarantees.md`, “When events are missed”).
 
 use super::*;
+use crate::domain::cursor::Cursor;
+use crate::domain::ids::SessionAddress;
 use crate::service::backends::ports::MissedEvents as _;
+use crate::service::routing::replays::{ReplayReader, TailReplays};
 
 const REASON: &str = "events missed";
 
@@ -36,6 +39,52 @@ fn session_that_has_missed_events_gets_nothing_more_but_its_close_frame() {
     bench.end(0, key(0, 0));
     assert_eq!(bench.counters.sessions.get(), 1);
     assert_eq!(bench.counters.events_missed.get(), 1);
+}
+
+/// A cursor must not cover what its session has missed: the shard gets no answer to its fence before the session
+/// manager has withdrawn every session that had left the directory.
+#[tokio::test]
+async fn fence_is_answered_behind_the_sessions_that_have_left() {
+    let mut bench = Bench::new(1);
+    bench.manager.catch_up.set_replays(Arc::new(NothingMissed));
+    for (slot, user) in [(0, "alice"), (1, "bob"), (2, "carol")] {
+        bench.admitted(0, key(slot, 0), user, "phone");
+    }
+    for slot in 0..2 {
+        bench.says(0, key(slot, 0), r#"{"cursor": null}"#);
+        for _ in 0..2 {
+            let step = bench.catch_ups.recv().await.unwrap();
+            bench.manager.on_catch_up_report(step);
+        }
+        let begun = bench.commands(0);
+        let [ShardCommand::GoLive { .. }, ShardCommand::SendCursors { connection }] = begun[..]
+        else {
+            panic!("{begun:?}");
+        };
+        assert_eq!(connection, key(slot, 0));
+    }
+    bench.manager.missed.missed_by_user("alice");
+    bench.manager.missed.missed_by_user("carol");
+    bench.report(0, ShardReport::Fence);
+    let answer = bench.commands(0);
+    let [ShardCommand::StopCursors { connection }, ShardCommand::Fence] = answer[..] else {
+        panic!("{answer:?}");
+    };
+    assert_eq!(connection, key(0, 0), "carol gets no cursors");
+    bench.open(0, key(3, 0), "bob", "phone");
+    bench.report(0, ShardReport::Fence);
+    let answer = bench.commands(0);
+    let closed_at = answer.iter().position(|it| matches!(it, ShardCommand::Close { .. }));
+    let fence_at = answer.iter().position(|it| matches!(it, ShardCommand::Fence));
+    assert!(closed_at.is_some() && closed_at < fence_at, "{answer:?}");
+}
+
+struct NothingMissed;
+
+impl TailReplays for NothingMissed {
+    fn replay(&self, _: SessionAddress, _: Arc<str>, _: Option<Cursor>) -> ReplayReader {
+        ReplayReader::new(std::iter::empty())
+    }
 }
 
 #[test]

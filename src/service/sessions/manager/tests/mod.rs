@@ -23,7 +23,7 @@ use crate::service::cluster::announcer::SessionAnnouncer;
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::sessions::auth::Authenticator;
-use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
+use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpReport, CatchUpService};
 use crate::service::sessions::presence::Presence;
 
 /// Slots of the command rings: few, so that they fill up.
@@ -42,7 +42,7 @@ impl Default for Dependencies {
         Self {
             auth: Authenticator::trust(),
             presence: Presence::off(),
-            catch_up: CatchUpService::off(),
+            catch_up: CatchUpService::without_messages(CatchUpConfig::default(), Arc::default()),
             announcer: None,
         }
     }

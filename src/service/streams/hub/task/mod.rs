@@ -271,6 +271,10 @@ impl Hub {
                 self.close(connection, status::of_close(&close), why, Unsent::Send);
             }
             ShardCommand::Routed { positions } => self.routed.update(&positions),
+            ShardCommand::SendCursors { .. }
+            | ShardCommand::StopCursors { .. }
+            | ShardCommand::CursorExpired { .. }
+            | ShardCommand::Fence => {}
             ShardCommand::StopAccepting => {
                 self.accepting.send_replace(false);
             }

@@ -181,7 +181,7 @@ fn catch_up(
     CatchUpService::new(config, Arc::new(messages), access, counters)
 }
 
-fn catch_up_config(settings: &Settings) -> CatchUpConfig {
+pub(super) fn catch_up_config(settings: &Settings) -> CatchUpConfig {
     let defaults = CatchUpConfig::default();
     CatchUpConfig {
         calls_max: settings.resume_calls_max.size(),

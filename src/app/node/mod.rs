@@ -237,6 +237,15 @@ fn start(
         Some(cluster) => Arc::clone(cluster.missed()),
         None => Arc::new(MissedSessions::new(Arc::clone(&directory), None, bell)),
     };
+    let mut peers = back_ends.for_routing(Arc::clone(&missed) as Arc<dyn MissedEvents>);
+    peers.cluster = cluster.as_ref().map(|cluster| (cluster.for_routers(), cluster.for_claims()));
+    let mut collectors = std::mem::take(&mut back_ends.collectors);
+    let routing =
+        Routing::start(&settings, sizing, kafka, mesh.routers, &directory, peers, &mut collectors)?;
+    // Before the first session, so that none is told that its cursor cannot be used.
+    if let Some(replays) = routing.replays(&settings) {
+        back_ends.catch_up.set_replays(replays);
+    }
     let sessions = sessions(
         &settings,
         mesh.session_manager,
@@ -246,11 +255,6 @@ fn start(
         &back_ends,
         Arc::clone(&counters),
     )?;
-    let mut peers = back_ends.for_routing(Arc::clone(&missed) as Arc<dyn MissedEvents>);
-    peers.cluster = cluster.as_ref().map(|cluster| (cluster.for_routers(), cluster.for_claims()));
-    let mut collectors = back_ends.collectors;
-    let routing =
-        Routing::start(&settings, sizing, kafka, mesh.routers, &directory, peers, &mut collectors)?;
     let from_other_nodes = back_ends.other_nodes.as_ref().map(|others| {
         let service = back_ends.conversations.as_ref();
         let missed = Arc::clone(&missed) as Arc<dyn MissedEvents>;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::back_ends::catch_up_config;
 use super::mesh::PeerSide;
 use super::metrics::{numbered, register};
 use super::sizing::Sizing;
@@ -20,11 +21,13 @@ use crate::service::routing::kafka::{
     ClaimParts, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaParts, KafkaStatus,
     TopicTrouble,
 };
+use crate::service::routing::replays::TailReplays;
 use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::{
-    Router, RouterConfig, RouterControl, RouterCounters, RouterParts,
+    ReplayChunkMax, Router, RouterConfig, RouterControl, RouterCounters, RouterParts, RouterReplays,
 };
+use crate::service::sessions::catch_up::CatchUpConfig;
 
 /// The back ends of the routers.
 pub(super) struct RoutingPeers {
@@ -130,6 +133,20 @@ impl Routing {
     /// The handles of the routers.
     pub(super) fn controls(&self) -> &[RouterControl] {
         &self.controls
+    }
+
+    /// What sessions have missed since their cursors. `None`: this node keeps no tails of its own, or not of all
+    /// partitions.
+    pub(super) fn replays(&self, settings: &Settings) -> Option<Arc<dyn TailReplays>> {
+        // Only then this node reads everything itself.
+        if settings.hand_off().is_some() {
+            return None;
+        }
+        let topics: Vec<Arc<str>> =
+            settings.kafka_topics.iter().map(|topic| Arc::from(topic.as_str())).collect();
+        let CatchUpConfig { chunk_messages_max, chunk_bytes_max, .. } = catch_up_config(settings);
+        let max = ReplayChunkMax { records: chunk_messages_max, bytes: chunk_bytes_max };
+        Some(Arc::new(RouterReplays::new(self.controls.clone(), &topics, max)))
     }
 
     /// Waits at most `grace` for records in progress, commits, leaves the group and stops the threads.

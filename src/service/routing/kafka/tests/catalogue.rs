@@ -10,18 +10,18 @@ use super::*;
 use crate::service::events::timestamp::unix_ms;
 
 /// Two topics of one test, and what publishes and manages them.
-struct RealTopics {
-    messages: String,
-    conversations: String,
+pub(super) struct RealTopics {
+    pub(super) messages: String,
+    pub(super) conversations: String,
     group: String,
-    producer: BaseProducer,
+    pub(super) producer: BaseProducer,
     admin: AdminClient<DefaultClientContext>,
     runtime: tokio::runtime::Runtime,
 }
 
 impl RealTopics {
     /// Only the topic of conversations exists, with one partition.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let client = ClientConfig::new()
             .set("bootstrap.servers", brokers())
             // New partitions are found soon.
@@ -41,13 +41,13 @@ impl RealTopics {
     }
 
     /// Both topics exist; messages have this many partitions.
-    fn with_messages(partitions: i32) -> Self {
+    pub(super) fn with_messages(partitions: i32) -> Self {
         let topics = Self::new();
         topics.create(&topics.messages, partitions);
         topics
     }
 
-    fn create(&self, topic: &str, partitions: i32) {
+    pub(super) fn create(&self, topic: &str, partitions: i32) {
         let new = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
         until("created", || {
             let created = self.admin.create_topics([&new], &AdminOptions::new());
@@ -56,13 +56,14 @@ impl RealTopics {
         });
     }
 
-    fn delete(&self, topic: &str) {
+    pub(super) fn delete(&self, topic: &str) {
         let deleted = self.admin.delete_topics(&[topic], &AdminOptions::new());
         assert!(self.runtime.block_on(deleted).unwrap()[0].is_ok());
     }
 
-    fn add_partitions(&self, count: usize) {
-        let new = NewPartitions::new(&self.messages, count);
+    /// Grows a topic to this number of partitions.
+    pub(super) fn grow(&self, topic: &str, count: usize) {
+        let new = NewPartitions::new(topic, count);
         let added = self.admin.create_partitions([&new], &AdminOptions::new());
         assert!(self.runtime.block_on(added).unwrap()[0].is_ok());
     }
@@ -75,7 +76,7 @@ impl RealTopics {
         self.runtime.block_on(deleted).unwrap();
     }
 
-    fn say(&self, partition: i32, sequences: std::ops::Range<i64>) {
+    pub(super) fn say(&self, partition: i32, sequences: std::ops::Range<i64>) {
         for sequence in sequences {
             let value = message("c", sequence);
             until("the producer knows the partition", || {
@@ -88,14 +89,14 @@ impl RealTopics {
         self.producer.flush(PATIENCE).unwrap();
     }
 
-    fn create_conversation(&self) {
+    pub(super) fn create_conversation(&self) {
         let value = created("c", &["alice"]);
         let record = BaseRecord::to(&self.conversations).key("c").payload(&value);
         self.producer.send(record).map_err(|(error, _)| error).unwrap();
         self.producer.flush(PATIENCE).unwrap();
     }
 
-    fn config(&self, mode: RoutingMode) -> KafkaConfig {
+    pub(super) fn config(&self, mode: RoutingMode) -> KafkaConfig {
         KafkaConfig {
             brokers: brokers(),
             topics: vec![self.messages.clone(), self.conversations.clone()],
@@ -105,7 +106,7 @@ impl RealTopics {
         }
     }
 
-    fn start(&self, mode: RoutingMode) -> TestNode {
+    pub(super) fn start(&self, mode: RoutingMode) -> TestNode {
         TestNode::start_on(self.config(mode), None, None)
     }
 
@@ -114,7 +115,7 @@ impl RealTopics {
     }
 
     /// A node in each mode.
-    fn start_in(&self, mode: Mode) -> TestNode {
+    pub(super) fn start_in(&self, mode: Mode) -> TestNode {
         match mode {
             Mode::Broadcast => self.start(RoutingMode::Broadcast),
             Mode::Group => self.start(RoutingMode::Group),
@@ -128,7 +129,7 @@ fn claims() -> ClaimParts {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Mode {
+pub(super) enum Mode {
     Broadcast,
     Group,
     Claims,
@@ -138,7 +139,7 @@ const MODES: [Mode; 3] = [Mode::Broadcast, Mode::Group, Mode::Claims];
 
 impl TestNode {
     /// Takes deliveries until these messages have come, in this order, and no other message.
-    fn receives(&self, sequences: std::ops::Range<i64>) {
+    pub(super) fn receives(&self, sequences: std::ops::Range<i64>) {
         for sequence in sequences {
             let next = std::iter::repeat_with(|| self.next());
             let mut messages = next.filter(|value| *value != created("c", &["alice"]));
@@ -157,7 +158,7 @@ fn partition_added_while_a_node_runs_is_read_from_its_start() {
         topics.create_conversation();
         topics.say(0, 1..11);
         node.receives(1..11);
-        topics.add_partitions(2);
+        topics.grow(&topics.messages, 2);
         topics.say(1, 11..31);
         node.receives(11..31);
         assert_eq!(node.missed.load(Ordering::Relaxed), 0, "{mode:?}");
@@ -198,7 +199,7 @@ fn partition_added_while_all_nodes_are_stopped_is_read_from_its_start() {
         topics.say(0, 1..3);
         node.receives(1..3);
         node.stop(Duration::from_secs(5));
-        topics.add_partitions(2);
+        topics.grow(&topics.messages, 2);
         topics.say(1, 3..13);
         let node = topics.start_in(mode);
         node.receives(3..13);
@@ -375,7 +376,7 @@ fn members_of_a_consumer_protocol_group_share_the_partitions_and_take_over_from_
             topics.say(partition, from..from + 5);
             second.receives(from..from + 5);
         }
-        topics.add_partitions(5);
+        topics.grow(&topics.messages, 5);
         topics.say(4, 21..26);
         second.receives(21..26);
         second.stop(Duration::from_secs(5));

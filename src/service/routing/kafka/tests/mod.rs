@@ -5,6 +5,7 @@ mod catalogue;
 mod claims;
 mod cluster_logs;
 mod logs;
+mod membership_topics;
 mod real;
 
 use std::collections::HashMap;

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -55,6 +56,29 @@ pub struct PresenceCounts {
     pub unregistrations: u64,
 }
 
+/// Calls that the conversation and the message service received.
+#[derive(Debug, Default)]
+struct NeighbourCalls {
+    members: AtomicU64,
+    lists: AtomicU64,
+    syncs: AtomicU64,
+}
+
+/// Calls to the three services since they started.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct CallCounts {
+    /// For the members of a conversation.
+    pub members: u64,
+    /// For the conversations of a user.
+    pub lists: u64,
+    /// For the messages of a conversation.
+    pub syncs: u64,
+    /// To register a session.
+    pub registrations: u64,
+    /// To unregister a session.
+    pub unregistrations: u64,
+}
+
 /// State of the presence service.
 #[derive(Debug, Default)]
 struct Registrations {
@@ -92,6 +116,7 @@ struct Services {
     registrations: Mutex<Registrations>,
     /// Generator of the published events. The message service has an event before Kafka does.
     published: Mutex<Option<Generator>>,
+    calls: NeighbourCalls,
 }
 
 impl Services {
@@ -103,14 +128,16 @@ impl Services {
         self.published.lock().expect("no holder panics")
     }
 
-    /// Members of each conversation.
-    fn group(&self) -> usize {
-        self.published().as_ref().map_or(1, Generator::group)
+    /// Members of each conversation, and conversations with the same members.
+    fn shape(&self) -> (usize, usize) {
+        let published = self.published();
+        let plan = published.as_ref().map(Generator::plan);
+        plan.map_or((1, 1), |plan| (plan.group, plan.each))
     }
 
     /// Index of a conversation among those of the current size.
     fn index_of(&self, id: &str) -> Result<usize, Status> {
-        let first = conversation(self.group(), 0);
+        let first = conversation(self.shape().0, 0);
         payload::conversation_number(id)
             .and_then(|number| number.checked_sub(first))
             .ok_or_else(|| Status::not_found("no conversation of this load"))
@@ -118,8 +145,22 @@ impl Services {
 
     /// Members of the conversation at `index`.
     fn members(&self, index: usize) -> Vec<String> {
-        let group = self.group();
-        (index * group..(index + 1) * group).map(names::user).collect()
+        let (group, each) = self.shape();
+        let first = index / each * group;
+        (first..first + group).map(names::user).collect()
+    }
+
+    /// The conversations of a session.
+    fn conversations(&self, session: usize) -> Vec<Conversation> {
+        let (group, each) = self.shape();
+        let first = session / group * each;
+        let members = self.members(first);
+        let one = |index| Conversation {
+            conversation_id: payload::conversation_id(conversation(group, index)),
+            participant_user_ids: members.clone(),
+            ..Conversation::default()
+        };
+        (first..first + each).map(one).collect()
     }
 
     fn messages(&self, id: &str, after: i64, page_size: i32) -> Result<Vec<Message>, Status> {
@@ -193,20 +234,37 @@ impl Neighbours for Services {
                 Answer::Presence(users.into_iter().map(presence).collect::<Result<_, Status>>()?)
             }
             Call::Members { conversation } => {
+                self.calls.members.fetch_add(1, Ordering::Relaxed);
                 Answer::Members(self.members(self.index_of(&conversation)?))
             }
             Call::List { user, .. } => {
-                let index = session_of(&user)? / self.group();
-                Answer::Conversations(vec![Conversation {
-                    conversation_id: payload::conversation_id(conversation(self.group(), index)),
-                    participant_user_ids: self.members(index),
-                    ..Conversation::default()
-                }])
+                self.calls.lists.fetch_add(1, Ordering::Relaxed);
+                Answer::Conversations(self.conversations(session_of(&user)?))
             }
             Call::Sync { conversation, after, page_size } => {
+                self.calls.syncs.fetch_add(1, Ordering::Relaxed);
                 Answer::Messages(self.messages(&conversation, after, page_size)?)
             }
         })
+    }
+}
+
+/// Counts the calls to the services of a back end, from any thread.
+#[derive(Clone, Debug)]
+pub struct Calls(Arc<Services>);
+
+impl Calls {
+    /// Calls so far.
+    pub fn counts(&self) -> CallCounts {
+        let NeighbourCalls { members, lists, syncs } = &self.0.calls;
+        let PresenceCounts { registrations, unregistrations, .. } = self.0.registrations().counts;
+        CallCounts {
+            members: members.load(Ordering::Relaxed),
+            lists: lists.load(Ordering::Relaxed),
+            syncs: syncs.load(Ordering::Relaxed),
+            registrations,
+            unregistrations,
+        }
     }
 }
 
@@ -221,7 +279,7 @@ pub struct Backend {
     messages: Publisher,
     conversations: Publisher,
     /// Sizes of the conversations that have been created.
-    prepared: Vec<usize>,
+    prepared: Vec<(usize, usize)>,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -262,15 +320,22 @@ impl Backend {
         self.services.registrations().counts
     }
 
+    /// Counts the calls that the services receive.
+    pub fn calls(&self) -> Calls {
+        Calls(Arc::clone(&self.services))
+    }
+
     /// Publishes the conversations that a plan needs. Returns whether there was anything to do.
     pub fn prepare(&mut self, plan: PushPlan) -> bool {
-        if self.prepared.contains(&plan.group) {
+        if self.prepared.contains(&(plan.group, plan.each)) {
             return false;
         }
-        self.prepared.push(plan.group);
-        *self.services.published() = None;
-        for index in 0..(self.sessions / plan.group).max(1) {
-            let first = index * plan.group;
+        self.prepared.push((plan.group, plan.each));
+        // No events yet, but members.
+        let none = PushPlan { events: 0, ..plan };
+        *self.services.published() = Some(Generator::new(none, self.sessions));
+        for index in 0..(self.sessions / plan.group).max(1) * plan.each {
+            let first = index / plan.each * plan.group;
             let members = first..(first + plan.group).min(self.sessions);
             let number = conversation(plan.group, index);
             let value = creation(number, members.map(names::user));

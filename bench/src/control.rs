@@ -104,6 +104,8 @@ pub enum Word {
     Sessions,
     /// `presence`: print the counts of the presence service.
     Presence,
+    /// `calls`: print the calls to the services.
+    Calls,
     /// `prepare PLAN`: get ready for a plan.
     Prepare(PushPlan),
     /// `push PLAN`: push, and print when the last send is done.
@@ -121,6 +123,7 @@ impl Word {
         match first {
             "sessions" => Some(Self::Sessions),
             "presence" => Some(Self::Presence),
+            "calls" => Some(Self::Calls),
             "prepare" => rest.parse().ok().map(Self::Prepare),
             "push" => rest.parse().ok().map(Self::Push),
             "echo" => rest.parse().ok().map(Self::Echo),
@@ -137,7 +140,8 @@ mod tests {
     #[test]
     fn words_are_parsed() {
         assert_eq!(Word::parse("sessions"), Some(Word::Sessions));
-        let plan = PushPlan { group: 1, burst: 2, events: 3, rate: 4, at_once: 5, bytes: 128 };
+        let plan =
+            PushPlan { group: 1, each: 1, burst: 2, events: 3, rate: 4, at_once: 5, bytes: 128 };
         assert_eq!(Word::parse(&format!("push {plan}")), Some(Word::Push(plan)));
         assert_eq!(Word::parse("push 1"), None);
         assert_eq!(Word::parse("echo 500"), Some(Word::Echo(500)));

@@ -9,8 +9,10 @@ use crate::payload::{Stamp, Template};
 /// The events of one push.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PushPlan {
-    /// Recipients of each event. The sessions are divided into conversations of this size.
+    /// Recipients of each event. The sessions are divided into groups of this size.
     pub group: usize,
+    /// Conversations of each group, all with the same members. Consecutive bursts are for different groups.
+    pub each: usize,
     /// Consecutive events for one conversation.
     pub burst: usize,
     /// Number of events.
@@ -33,15 +35,16 @@ impl PushPlan {
 impl FromStr for PushPlan {
     type Err = String;
 
-    /// `GROUP BURST EVENTS RATE AT_ONCE BYTES`
+    /// `GROUP EACH BURST EVENTS RATE AT_ONCE BYTES`
     fn from_str(text: &str) -> Result<Self, String> {
         let numbers: Result<Vec<u64>, _> = text.split_whitespace().map(str::parse).collect();
         match numbers.as_deref() {
-            Ok(&[group, burst, events, rate, at_once, bytes])
-                if group > 0 && burst > 0 && at_once > 0 =>
+            Ok(&[group, each, burst, events, rate, at_once, bytes])
+                if group > 0 && each > 0 && burst > 0 && at_once > 0 =>
             {
                 Ok(Self {
                     group: group as usize,
+                    each: each as usize,
                     burst: burst as usize,
                     events,
                     rate,
@@ -49,15 +52,15 @@ impl FromStr for PushPlan {
                     bytes: bytes as usize,
                 })
             }
-            _ => Err(format!("want GROUP BURST EVENTS RATE AT_ONCE BYTES, got {text:?}")),
+            _ => Err(format!("want GROUP EACH BURST EVENTS RATE AT_ONCE BYTES, got {text:?}")),
         }
     }
 }
 
 impl std::fmt::Display for PushPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { group, burst, events, rate, at_once, bytes } = self;
-        write!(f, "{group} {burst} {events} {rate} {at_once} {bytes}")
+        let Self { group, each, burst, events, rate, at_once, bytes } = self;
+        write!(f, "{group} {each} {burst} {events} {rate} {at_once} {bytes}")
     }
 }
 
@@ -86,7 +89,7 @@ pub struct Generator {
     plan: PushPlan,
     template: Template,
     sessions: usize,
-    conversations: u64,
+    groups: u64,
     /// Events of earlier plans.
     before: u64,
     produced: u64,
@@ -102,14 +105,29 @@ impl Generator {
     /// A generator that continues after `before` events of earlier plans with the same group and burst,
     /// so that the sequences of each conversation have no gap.
     pub fn after(before: u64, plan: PushPlan, sessions: usize) -> Self {
-        let conversations = (sessions / plan.group).max(1) as u64;
+        let groups = (sessions / plan.group).max(1) as u64;
         let template = Template::new(plan.bytes);
-        Self { plan, template, sessions, conversations, before, produced: 0, started_ns: now_ns() }
+        Self { plan, template, sessions, groups, before, produced: 0, started_ns: now_ns() }
     }
 
-    /// Recipients of each event.
-    pub fn group(&self) -> usize {
-        self.plan.group
+    /// The plan.
+    pub fn plan(&self) -> PushPlan {
+        self.plan
+    }
+
+    fn conversations(&self) -> u64 {
+        self.groups * self.plan.each as u64
+    }
+
+    /// The index of the conversation whose turn this is.
+    fn at_turn(&self, turn: u64) -> usize {
+        let (round, group) = (turn / self.groups, turn % self.groups);
+        group as usize * self.plan.each + round as usize
+    }
+
+    /// The inverse of `at_turn`.
+    fn turn_of(&self, at: usize) -> u64 {
+        (at % self.plan.each) as u64 * self.groups + (at / self.plan.each) as u64
     }
 
     /// Whether all events have been taken.
@@ -131,9 +149,9 @@ impl Generator {
     pub fn last_sequence(&self, at: usize) -> u64 {
         let burst = self.plan.burst as u64;
         let (turns, rest) = (self.total() / burst, self.total() % burst);
-        let (rounds, turn) = (turns / self.conversations, turns % self.conversations);
+        let (rounds, turn) = (turns / self.conversations(), turns % self.conversations());
         rounds * burst
-            + match (at as u64).cmp(&turn) {
+            + match self.turn_of(at).cmp(&turn) {
                 std::cmp::Ordering::Less => burst,
                 std::cmp::Ordering::Equal => rest,
                 std::cmp::Ordering::Greater => 0,
@@ -144,7 +162,7 @@ impl Generator {
     /// to an earlier plan, or the plan has no rate.
     pub fn due_of(&self, at: usize, sequence: u64) -> Option<u64> {
         let burst = self.plan.burst as u64;
-        let turn = (sequence - 1) / burst * self.conversations + at as u64;
+        let turn = (sequence - 1) / burst * self.conversations() + self.turn_of(at);
         let number = turn * burst + (sequence - 1) % burst;
         if self.plan.rate == 0 {
             return None;
@@ -198,11 +216,11 @@ impl Generator {
         let burst = self.plan.burst as u64;
         let number = self.total();
         let turn = number / burst;
-        let conversation = (turn % self.conversations) as usize;
+        let conversation = self.at_turn(turn % self.conversations());
         // Each conversation has had `burst` events in each completed round.
-        let sequence = turn / self.conversations * burst + number % burst + 1;
+        let sequence = turn / self.conversations() * burst + number % burst + 1;
         self.produced += 1;
-        let first = conversation * self.plan.group;
+        let first = conversation / self.plan.each * self.plan.group;
         let stamp = Stamp { sequence, intended_ns };
         let number = self::conversation(self.plan.group, conversation);
         Some(Item {
@@ -233,7 +251,7 @@ mod tests {
     #[test]
     fn each_session_in_turn_with_its_own_sequence() {
         assert_eq!(
-            run("1 1 5 0 1 128", 2),
+            run("1 1 1 5 0 1 128", 2),
             [(0..1, 1), (1..2, 1), (0..1, 2), (1..2, 2), (0..1, 3)]
         );
     }
@@ -241,20 +259,38 @@ mod tests {
     #[test]
     fn bursts_stay_together() {
         assert_eq!(
-            run("1 2 5 0 1 128", 2),
+            run("1 1 2 5 0 1 128", 2),
             [(0..1, 1), (0..1, 2), (1..2, 1), (1..2, 2), (0..1, 3)]
         );
     }
 
     #[test]
+    fn conversations_of_a_group_have_its_members_and_their_own_sequences() {
+        let mut generator = Generator::new("2 2 1 9 0 1 128".parse().unwrap(), 4);
+        let all: Vec<_> = std::iter::from_fn(|| generator.next_due())
+            .map(|item| {
+                let sequence = Stamp::find(&item.value).unwrap().sequence;
+                (item.conversation - conversation(2, 0), item.sessions.start, sequence)
+            })
+            .collect();
+        let round = |n| [(0, 0, n), (2, 2, n), (1, 0, n), (3, 2, n)];
+        assert_eq!(all, [&round(1)[..], &round(2)[..], &[(0, 0, 3)]].concat());
+    }
+
+    #[test]
     fn groups_cover_all_sessions() {
-        assert_eq!(run("3 1 3 0 1 128", 6), [(0..3, 1), (3..6, 1), (0..3, 2)]);
-        assert_eq!(run("100 1 1 0 1 128", 6), [(0..6, 1)]);
+        assert_eq!(run("3 1 1 3 0 1 128", 6), [(0..3, 1), (3..6, 1), (0..3, 2)]);
+        assert_eq!(run("100 1 1 1 0 1 128", 6), [(0..6, 1)]);
     }
 
     #[test]
     fn a_later_plan_continues_after_the_previous_one() {
-        for plan in ["1 1 7 1000000 1 128", "1 3 10 1000000 1 128", "2 2 5 1000000 1 128"] {
+        for plan in [
+            "1 3 2 40 1000000 1 128",
+            "1 1 1 7 1000000 1 128",
+            "1 1 3 10 1000000 1 128",
+            "2 1 2 5 1000000 1 128",
+        ] {
             let plan: PushPlan = plan.parse().unwrap();
             let mut last = std::collections::HashMap::new();
             let mut before = 0;
@@ -277,14 +313,14 @@ mod tests {
 
     #[test]
     fn events_are_not_due_before_their_rate_allows() {
-        let mut generator = Generator::new("1 1 2 1 1 128".parse().unwrap(), 1);
+        let mut generator = Generator::new("1 1 1 2 1 1 128".parse().unwrap(), 1);
         assert!(generator.next_due().is_some());
         assert!(generator.next_due().is_none() && !generator.is_finished());
     }
 
     #[test]
     fn batch_is_due_together() {
-        let mut generator = Generator::new("1 1 4 1 3 128".parse().unwrap(), 1);
+        let mut generator = Generator::new("1 1 1 4 1 3 128".parse().unwrap(), 1);
         let batch: Vec<_> = std::iter::from_fn(|| generator.next_due()).collect();
         let due = |item: &Item| Stamp::find(&item.value).unwrap().intended_ns;
         let first = due(&batch[0]);

@@ -141,6 +141,15 @@ pub fn conversation_number(id: &str) -> Option<usize> {
     id.strip_prefix('c')?.parse().ok()
 }
 
+/// The number of the conversation in an event of any encoding: the first `c` with seven digits.
+pub fn conversation_in(payload: &[u8]) -> Option<usize> {
+    memchr::memchr_iter(b'c', payload).find_map(|at| {
+        let digits = payload.get(at + 1..at + 1 + CONVERSATION_DIGITS)?;
+        let is_number = digits.iter().all(u8::is_ascii_digit);
+        is_number.then(|| std::str::from_utf8(digits).ok()?.parse().ok()).flatten()
+    })
+}
+
 /// `CONVERSATION_CREATED` for conversation number `conversation` with these members.
 pub fn creation(conversation: usize, members: impl Iterator<Item = String>) -> Vec<u8> {
     let mut named = Vec::new();
@@ -214,6 +223,16 @@ mod tests {
                 assert_eq!((value.len(), Stamp::find(&value)), (bytes, Some(stamp)));
             }
         }
+    }
+
+    #[test]
+    fn conversation_of_an_event_is_found() {
+        let stamp = Stamp { sequence: 3, intended_ns: 4 };
+        let value = Template::new(300).envelope(1_234_567, stamp);
+        assert_eq!(conversation_in(&value), Some(1_234_567));
+        let json = br#"{"content":"chance","conversationId":"c0000012"}"#;
+        assert_eq!(conversation_in(json), Some(12));
+        assert_eq!(conversation_in(b"chance"), None);
     }
 
     #[test]

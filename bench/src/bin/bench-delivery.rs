@@ -38,7 +38,7 @@ fn main() -> std::io::Result<()> {
                 control::answer(&Prepared { prepared: ours.prepare(plan) });
             }
             Word::Push(plan) => control::answer(&ours.push(plan)),
-            Word::Presence | Word::Echo(_) => {}
+            Word::Presence | Word::Calls | Word::Echo(_) => {}
             Word::Quit => break,
         }
     }

@@ -22,7 +22,7 @@ fn main() -> std::io::Result<()> {
                     control::answer(&Passages { passages: served.passages() });
                 }
             }
-            Word::Presence | Word::Echo(_) => {}
+            Word::Presence | Word::Calls | Word::Echo(_) => {}
             Word::Quit => break,
         }
     }

@@ -11,6 +11,8 @@
 //! | `latency` | prints the histogram of latencies since then, to be merged with those of other clients |
 //! | `echo WINDOW BYTES MS` | sends messages and waits for their echoes, `WINDOW` in flight |
 //! | `churn COUNT` | closes this many sessions and connects them again |
+//! | `drop` | closes all sockets without a close frame |
+//! | `return ADDRESS RATE` | connects all sessions that are down to this server, this many per second |
 //! | `storm COUNT` | connects and closes this many times in all |
 //! | `stall`, `unstall` | stops and resumes reading |
 //! | `quit` | exits |
@@ -19,6 +21,7 @@ mod dial;
 mod echo;
 mod net;
 mod request;
+mod rooms;
 mod run;
 mod session;
 mod tally;

@@ -36,6 +36,13 @@ pub struct ClientConfig {
     /// conversation. 0: it sends the hello again.
     #[arg(long, default_value_t = 0)]
     pub resume_group: usize,
+    /// Conversations of each group of `resume_group` sessions. More than one: a session always names what it has
+    /// of each conversation.
+    #[arg(long, default_value_t = 1)]
+    pub resume_each: usize,
+    /// Ask for cursors, and come back with the last one (sessions with several conversations).
+    #[arg(long)]
+    pub cursors: bool,
     /// `SO_RCVBUF` of each socket, bytes; 0: the system's default.
     #[arg(long, default_value_t = 0)]
     pub receive_buffer_bytes: usize,

@@ -15,6 +15,7 @@ use super::dial::Dialer;
 use super::echo::Echo;
 use super::net;
 use super::request::{ClientConfig, hello, upgrade_request};
+use super::rooms::Rooms;
 use super::session::{Session, SocketState};
 use super::tally::Tally;
 use crate::clock::now_ns;
@@ -41,6 +42,8 @@ pub struct Client {
     dialed: usize,
     echo: Option<Echo>,
     stalled: bool,
+    /// Of sessions with several conversations.
+    rooms: Option<Rooms>,
     tally: Tally,
     buffer: Vec<u8>,
     inflater: Decompress,
@@ -82,6 +85,10 @@ impl Client {
             },
         );
         Ok(Self {
+            rooms: (config.resume_each > 1).then(|| {
+                let shape = (config.resume_group, config.resume_each);
+                Rooms::new(config.first, config.sessions, shape, config.cursors)
+            }),
             sessions: (0..config.sessions).map(|_| Session::down()).collect(),
             config,
             epoll,
@@ -170,6 +177,13 @@ impl Client {
                     self.echo = Some(Echo::new(number(2) as usize, number(3)));
                     self.send_echoes(number(1) as usize);
                 }
+                Some("drop") => {
+                    for index in 0..self.sessions.len() {
+                        self.drop_socket(index);
+                    }
+                    control::answer(&Done { done: "drop" });
+                }
+                Some("return") => self.come_back(words.get(1).copied(), number(2)),
                 Some("churn") => self.churn(number(1) as usize),
                 Some("storm") => {
                     let all = (0..self.sessions.len() as u32).collect();
@@ -204,6 +218,17 @@ impl Client {
             self.close(*index as usize);
         }
         self.dialer.start("churn", chosen, 0);
+    }
+
+    /// Connects all sessions that are down, to this server, at this rate.
+    fn come_back(&mut self, server: Option<&str>, rate: u64) {
+        match server.map(str::parse) {
+            Some(Ok(server)) => self.config.server = server,
+            _ => eprintln!("return ADDRESS RATE: no address"),
+        }
+        let is_down = |index: &u32| self.sessions[*index as usize].state == SocketState::Down;
+        let down = (0..self.sessions.len() as u32).filter(is_down).collect();
+        self.dialer.start("return", down, rate);
     }
 
     fn dial(&mut self) {
@@ -324,7 +349,10 @@ impl Client {
         let Session { began_ns, mark, .. } = self.sessions[index];
         self.sessions[index].state = SocketState::Open;
         self.open += 1;
-        let hello = hello(&self.config, self.config.first + index, mark);
+        let hello = match &self.rooms {
+            Some(rooms) => rooms.hello(index),
+            None => hello(&self.config, self.config.first + index, mark),
+        };
         if !hello.is_empty() {
             let mut message = Vec::new();
             frame::put_masked(&mut message, frame::TEXT, hello.as_bytes());
@@ -367,6 +395,9 @@ impl Client {
                 }
             }
             return;
+        }
+        if let Some(rooms) = &mut self.rooms {
+            return rooms.receive(index, &payload, &mut self.tally);
         }
         let now = now_ns();
         self.tally.messages += 1;
@@ -432,6 +463,14 @@ impl Client {
             frame::put_masked(&mut bytes, frame::CLOSE, &1000_u16.to_be_bytes());
             self.write(index, &bytes);
         }
+        if self.sessions[index].state == SocketState::Open {
+            self.open -= 1;
+        }
+        self.down(index);
+    }
+
+    /// The network is gone: no close frame.
+    fn drop_socket(&mut self, index: usize) {
         if self.sessions[index].state == SocketState::Open {
             self.open -= 1;
         }

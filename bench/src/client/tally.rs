@@ -16,6 +16,14 @@ pub(super) struct Tally {
     pub(super) duplicates: u64,
     /// Messages received after a later one.
     pub(super) reordered: u64,
+    /// Messages that continue their conversation; only of sessions with several conversations.
+    pub(super) distinct: u64,
+    /// Messages that such a session had already.
+    pub(super) repeated: u64,
+    /// Cursors received.
+    pub(super) cursors: u64,
+    /// Cursors that the server could not use.
+    pub(super) expired: u64,
     /// Messages without a stamp.
     pub(super) unstamped: u64,
     /// Pings answered.
@@ -32,6 +40,8 @@ pub(super) struct Tally {
     pub(super) first_ns: Option<u64>,
     #[serde(skip)]
     pub(super) last_ns: u64,
+    #[serde(skip)]
+    pub(super) last_cursor_ns: u64,
     /// Every message, if tracing.
     #[serde(skip)]
     pub(super) arrivals: Option<Vec<Arrival>>,
@@ -46,6 +56,9 @@ pub(super) struct TallyReport<'a> {
     tally: &'a Tally,
     /// From the first to the last message, ns.
     span_ns: u64,
+    /// The clock at the last message and the last cursor, ns.
+    last_message_ns: u64,
+    last_cursor_ns: u64,
     /// From the time at which the event was due to the read, µs.
     latency_us: Percentiles,
 }
@@ -56,6 +69,8 @@ impl Tally {
             open,
             tally: self,
             span_ns: self.first_ns.map_or(0, |first| self.last_ns - first),
+            last_message_ns: self.last_ns,
+            last_cursor_ns: self.last_cursor_ns,
             latency_us: self.latency.percentiles(),
         }
     }

@@ -254,7 +254,8 @@ fn measure(plan: &GrowthPlan, contender: GrowthServer, sessions: usize) -> io::R
     let events = (in_a_row * sessions) as u64;
     let mut costs = Vec::new();
     for Pace { rate, at_once, .. } in PACES {
-        let pushes = generator::PushPlan { group: 1, burst: 1, events, rate, at_once, bytes: 128 };
+        let pushes =
+            generator::PushPlan { group: 1, each: 1, burst: 1, events, rate, at_once, bytes: 128 };
         server.ask(&format!("prepare {pushes}"), "prepared")?;
         // Warm-up: one message to every session.
         let once = generator::PushPlan { events: sessions as u64, ..pushes };

@@ -109,11 +109,20 @@ const JSON_KIB_BYTES: usize = 841;
 const fn push(group: usize, burst: usize, bytes: usize) -> Task {
     let rate = MESSAGES_PER_S / group as u64;
     let at_once = AT_ONCE / group as u64;
-    Task::Push(PushPlan { group, burst, events: MESSAGES / group as u64, rate, at_once, bytes })
+    Task::Push(PushPlan {
+        group,
+        each: 1,
+        burst,
+        events: MESSAGES / group as u64,
+        rate,
+        at_once,
+        bytes,
+    })
 }
 
 const LATENCY: PushPlan = PushPlan {
     group: 1,
+    each: 1,
     burst: 1,
     events: LATENCY_RATE * 3,
     rate: LATENCY_RATE,

@@ -119,7 +119,7 @@ impl Server {
                     let descriptors: Vec<i32> = self.table.descriptors().collect();
                     bare::echo(&descriptors, ms)?;
                 }
-                Word::Presence | Word::Echo(_) => {}
+                Word::Presence | Word::Calls | Word::Echo(_) => {}
                 Word::Quit => return Ok(false),
             }
         }

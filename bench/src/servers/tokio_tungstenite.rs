@@ -69,7 +69,7 @@ pub(super) fn run(listener: TcpListener, capacity: usize, buffers: Buffers) -> i
             }
             Word::Prepare(_) => control::answer(&Prepared { prepared: false }),
             Word::Push(plan) => control::answer(&push(plan, &table)),
-            Word::Presence | Word::Echo(_) => {}
+            Word::Presence | Word::Calls | Word::Echo(_) => {}
             Word::Quit => break,
         }
     }

@@ -85,7 +85,7 @@ pub(super) fn run(listener: TcpListener, capacity: usize) -> io::Result<()> {
                 Word::Sessions => control::answer(&OpenSessions { sessions: mailboxes.open.get() }),
                 Word::Prepare(_) => control::answer(&Prepared { prepared: false }),
                 Word::Push(plan) => control::answer(&push(plan, &mailboxes).await),
-                Word::Presence | Word::Echo(_) => {}
+                Word::Presence | Word::Calls | Word::Echo(_) => {}
                 Word::Quit => std::process::exit(0),
             }
         }

@@ -59,6 +59,12 @@ pub(in crate::conductor) struct Received {
     pub(in crate::conductor) duplicates: f64,
     pub(in crate::conductor) reordered: f64,
     pub(in crate::conductor) unstamped: f64,
+    /// Of sessions with several conversations: messages that continue their conversation, and those that they
+    /// had already.
+    pub(in crate::conductor) distinct: f64,
+    pub(in crate::conductor) repeated: f64,
+    pub(in crate::conductor) cursors: f64,
+    pub(in crate::conductor) expired: f64,
     pub(in crate::conductor) closed: f64,
     pub(in crate::conductor) refused: f64,
     pub(in crate::conductor) pings: f64,
@@ -163,6 +169,22 @@ impl Fleet {
         Ok(all)
     }
 
+    /// Connects the sessions that are down to this server, `rate` per second in all.
+    pub(in crate::conductor) fn come_back(
+        &mut self,
+        server: &str,
+        rate: u64,
+    ) -> io::Result<FleetDialed> {
+        let from = Instant::now();
+        let rate = rate / self.clients.len().max(1) as u64;
+        let mut all = FleetDialed::default();
+        for dialed in self.ask(&format!("return {server} {rate}"), "dialed")? {
+            all.add(&dialed);
+        }
+        all.seconds = from.elapsed().as_secs_f64();
+        Ok(all)
+    }
+
     pub(in crate::conductor) fn received(&mut self) -> io::Result<Received> {
         let mut all = Received::default();
         for report in self.ask("report", "messages")? {
@@ -172,6 +194,10 @@ impl Fleet {
             all.duplicates += number(&report, "duplicates");
             all.reordered += number(&report, "reordered");
             all.unstamped += number(&report, "unstamped");
+            all.distinct += number(&report, "distinct");
+            all.repeated += number(&report, "repeated");
+            all.cursors += number(&report, "cursors");
+            all.expired += number(&report, "expired");
             all.closed += number(&report, "closed");
             all.refused += number(&report, "refused");
             all.pings += number(&report, "pings");
@@ -181,11 +207,20 @@ impl Fleet {
 
     /// Waits until the clients have this many messages, or nothing more arrives.
     pub(in crate::conductor) fn receive(&mut self, messages: f64) -> io::Result<Received> {
+        self.receive_until(|seen| seen.messages >= messages)
+    }
+
+    /// The same for messages that are not repeated.
+    pub(in crate::conductor) fn receive_distinct(&mut self, messages: f64) -> io::Result<Received> {
+        self.receive_until(|seen| seen.distinct >= messages)
+    }
+
+    fn receive_until(&mut self, is_all: impl Fn(&Received) -> bool) -> io::Result<Received> {
         let mut last = Received::default();
         let mut since = Instant::now();
         loop {
             let seen = self.received()?;
-            if seen.messages >= messages || since.elapsed() > ARRIVAL_MAX {
+            if is_all(&seen) || since.elapsed() > ARRIVAL_MAX {
                 return Ok(seen);
             }
             if seen.messages > last.messages {

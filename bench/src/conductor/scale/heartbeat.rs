@@ -30,6 +30,7 @@ pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> 
         let events = plan.rate * plan.push_s;
         let push = generator::PushPlan {
             group: 1,
+            each: 1,
             burst: 1,
             events,
             rate: plan.rate,

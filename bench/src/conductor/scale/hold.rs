@@ -199,7 +199,15 @@ impl Run<'_> {
     fn one_each(&mut self) -> io::Result<()> {
         let group = self.plan.group;
         let events = (self.plan.sessions / group) as u64;
-        let once = generator::PushPlan { group, burst: 1, events, rate: 0, at_once: 1, bytes: 128 };
+        let once = generator::PushPlan {
+            group,
+            each: 1,
+            burst: 1,
+            events,
+            rate: 0,
+            at_once: 1,
+            bytes: 128,
+        };
         self.services.backend.ask(&format!("prepare {once}"), "prepared")?;
         self.drained()?;
         sleep(SETTLE);
@@ -230,6 +238,7 @@ impl Run<'_> {
         let group = self.plan.group;
         let plan = generator::PushPlan {
             group,
+            each: 1,
             burst: 1,
             events: rate * seconds,
             rate,

@@ -6,6 +6,7 @@ mod heartbeat;
 mod hold;
 mod memory;
 mod node;
+mod returning;
 mod services;
 mod stall;
 mod storm;
@@ -38,6 +39,8 @@ const SETTLE: Duration = Duration::from_secs(5);
 pub enum ScaleWork {
     /// Cost, speed and completeness of many sessions, while some reconnect.
     Hold,
+    /// All sessions are dropped and come back within five seconds, with many conversations each.
+    Return,
     /// What a storm of connects and disconnects leaves behind.
     Storm,
     /// Memory that clients which do not read take.
@@ -76,6 +79,18 @@ pub struct ScalePlan {
     /// Recipients of each event.
     #[arg(long, default_value_t = 1)]
     pub group: usize,
+    /// Conversations of each session (`return`).
+    #[arg(long, default_value_t = 100)]
+    pub conversations: usize,
+    /// Sessions come back with a cursor (`return`).
+    #[arg(long)]
+    pub cursors: bool,
+    /// Nodes in group mode; with two, sessions of the first come back to the second (`return`).
+    #[arg(long, default_value_t = 1)]
+    pub nodes: usize,
+    /// The node is killed when its sessions are dropped, and started again (`return`).
+    #[arg(long)]
+    pub kill: bool,
     /// Kafka brokers; by default starts the Kafka that `tests/run setup` has fetched.
     #[arg(long)]
     pub brokers: Option<String>,
@@ -99,12 +114,13 @@ pub fn run(plan: &ScalePlan) -> io::Result<()> {
     let mut report = ScaleReport::default();
     let outcome = match plan.work {
         ScaleWork::Hold => hold::run(plan, &mut report),
+        ScaleWork::Return => returning::run(plan, &mut report),
         ScaleWork::Storm => storm::run(plan, &mut report),
         ScaleWork::Stall => stall::run(plan, &mut report),
         ScaleWork::Heartbeat => heartbeat::run(plan, &mut report),
     };
     // The report is kept even after a failure.
-    let name = format!("{:?}-{}.md", plan.work, plan.sessions).to_lowercase();
+    let name = format!("{:?}{}-{}.md", plan.work, plan.variant(), plan.sessions).to_lowercase();
     fs::write(plan.output.join(name), &report.text)?;
     println!("{}", report.text);
     outcome
@@ -137,6 +153,14 @@ impl ScaleReport {
 }
 
 impl ScalePlan {
+    /// Tells the reports of `return` apart.
+    fn variant(&self) -> String {
+        let cursors = if self.cursors { "-cursors" } else { "" };
+        let killed = if self.kill { "-killed" } else { "" };
+        let nodes = if self.nodes > 1 { format!("-{}-nodes", self.nodes) } else { String::new() };
+        format!("{cursors}{killed}{nodes}")
+    }
+
     fn shards(&self) -> usize {
         self.sessions.div_ceil(PER_SHARD)
     }
@@ -150,6 +174,44 @@ impl ScalePlan {
             self.presence,
             self.sessions,
         )?;
+        let settings = self.settings_of(&services, self.catch_up);
+        let node = Node::start(
+            &self.output.join("delivery.log"),
+            &self.node,
+            self.shards(),
+            &services,
+            &settings,
+            &self.more_settings(),
+        )?;
+        Ok((services, node))
+    }
+
+    /// The same with all neighbours, as the first of several nodes.
+    fn node_with_neighbours(&self) -> io::Result<(Services, Node)> {
+        let services = Services::start(
+            &self.output,
+            &beside("bench-backend"),
+            self.brokers.as_deref(),
+            Presence::Service,
+            self.sessions,
+        )?;
+        let node = self.another_node(&services, 0)?;
+        Ok((services, node))
+    }
+
+    /// Another node beside these services.
+    fn another_node(&self, services: &Services, number: usize) -> io::Result<Node> {
+        let plan = Self { presence: Presence::Service, ..self.clone() };
+        let mut settings = plan.settings_of(services, true);
+        settings.push(("INSTANCE_ID", format!("bench-{number}")));
+        if self.nodes > 1 {
+            settings.push(("ROUTING_MODE", "group".to_owned()));
+        }
+        let log = self.output.join(format!("delivery-{number}.log"));
+        Node::start(&log, &self.node, self.shards(), services, &settings, &self.more_settings())
+    }
+
+    fn settings_of(&self, services: &Services, neighbours: bool) -> Vec<(&'static str, String)> {
         let mut settings = vec![
             // One conversation per session exceeds the default.
             ("MEMBERSHIP_CACHE_MAX", (2 * self.sessions).max(200_000).to_string()),
@@ -163,19 +225,16 @@ impl ScalePlan {
         if self.presence == Presence::Service {
             settings.push(("PRESENCE_SVC_ADDR", services.neighbours.clone()));
         }
-        if self.catch_up {
+        if neighbours {
             settings.push(("MSG_SVC_ADDR", services.neighbours.clone()));
             settings.push(("CONV_SVC_ADDR", services.neighbours.clone()));
         }
-        let more: Vec<(String, String)> = self
-            .settings
-            .iter()
-            .filter_map(|setting| setting.split_once('='))
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .collect();
-        let node =
-            Node::start(&self.output, &self.node, self.shards(), &services, &settings, &more)?;
-        Ok((services, node))
+        settings
+    }
+
+    fn more_settings(&self) -> Vec<(String, String)> {
+        let pairs = self.settings.iter().filter_map(|setting| setting.split_once('='));
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
     }
 
     /// Clients of a node, not connected yet.

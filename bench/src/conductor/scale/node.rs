@@ -27,7 +27,7 @@ pub(super) struct Node {
 impl Node {
     /// Starts a node that uses `services`, and waits until it is ready. `more` settings come last.
     pub(super) fn start(
-        directory: &Path,
+        log: &Path,
         program: &Path,
         shards: usize,
         services: &Services,
@@ -63,12 +63,7 @@ impl Node {
         environment.extend(settings.iter().cloned());
         environment.extend(more.iter().map(|(name, value)| (name.as_str(), value.clone())));
         let command = [program.display().to_string(), "serve".to_owned()];
-        let program = Program::start(
-            "delivery",
-            Some(&directory.join("delivery.log")),
-            &command,
-            &environment,
-        )?;
+        let program = Program::start("delivery", Some(log), &command, &environment)?;
         let mut node = Self { program, address: format!("127.0.0.1:{port}"), admin };
         node.program.wait_until(START_MAX, || admin.is_ready())?;
         Ok(node)

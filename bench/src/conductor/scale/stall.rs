@@ -30,6 +30,7 @@ pub(super) fn run(plan: &ScalePlan, report: &mut ScaleReport) -> io::Result<()> 
     let events = STEP_EVENTS * (plan.sessions / plan.group) as u64;
     let step = generator::PushPlan {
         group: plan.group,
+        each: 1,
         burst: 1,
         events,
         rate: 0,

@@ -117,7 +117,7 @@ impl TailEntry<'_> {
 /// Bytes of the contents of the first and of the largest block of a tail, powers of two, which allocators do not round
 /// up. A block has at most a sixteenth of the tail, so that the space in the newest block that is not used yet, and that
 /// in the oldest that is not used any more, stay small.
-const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 4 << 10..=64 << 10;
+const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 1 << 10..=64 << 10;
 const BLOCKS: usize = 16;
 /// Memory of a block without its contents, bytes: its place in the ring of blocks, which has at most twice the
 /// places that it needs, and 16 bytes of the allocator for each of its allocations.

@@ -53,6 +53,11 @@ impl FakeConversations {
         self.table.lock().unwrap().insert(conversation.into(), members.to_vec());
     }
 
+    pub(super) fn has(&self, conversation: &str, member: &str) -> bool {
+        let table = self.table.lock().unwrap();
+        table.get(conversation).is_some_and(|members| members.contains(&member))
+    }
+
     /// Lets it answer this many requests.
     pub(super) fn open(&self, answers: usize) {
         self.gate.as_ref().unwrap().add_permits(answers);
@@ -314,6 +319,16 @@ impl RouterWorld {
         self.slots
     }
 
+    /// The session has ended.
+    pub(super) fn disconnect(&self, user: &str, device: &str, shard: u16, slot: u32) {
+        let address = SessionAddress {
+            shard: ShardId(shard),
+            encoding: Encoding::Binary,
+            connection: ConnectionKey { slot, generation: 0 },
+        };
+        self.directory.remove(&SessionIds::new(user, device), address);
+    }
+
     /// Assigns a partition to the router.
     pub(super) fn assign(&self, partition: i32) -> (FakePartition, Arc<CommittableOffset>) {
         self.assign_from(partition, 0, None)
@@ -447,6 +462,15 @@ impl RouterWorld {
             self.ahead_ms += self.step_ms;
         }
         panic!("never: a chunk");
+    }
+
+    /// The next chunk of a replay, if it is there.
+    pub(super) fn try_next_chunk(
+        &self,
+        chunks: &mut Receiver<ReplayedChunk>,
+    ) -> Option<ReplayedChunk> {
+        let wait = async { timeout(Duration::from_micros(100), chunks.recv()).await };
+        self.runtime.block_on(wait).ok().map(|chunk| chunk.expect("the replay has not ended"))
     }
 
     /// Partition and offset of all records of a replay.

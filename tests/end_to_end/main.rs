@@ -10,6 +10,7 @@ mod back_pressure;
 mod clients;
 mod cluster;
 mod contract;
+mod cursors;
 mod delivery_to_all;
 mod door;
 mod faults;

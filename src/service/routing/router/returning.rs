@@ -480,8 +480,11 @@ impl ReplayPass {
             (members.clone(), interested)
         });
         let mut interested = interested.clone();
-        if let Some(other) = entry.other.and_then(|other| by_user.get(other)) {
-            interested.extend(other);
+        // In a filled tail the list may contain the user.
+        if let Some(other) = entry.other.filter(|other| !members.contains(other))
+            && let Some(pulls) = by_user.get(other)
+        {
+            interested.extend(pulls);
         }
         (interested, work)
     }

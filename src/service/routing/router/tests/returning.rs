@@ -262,6 +262,20 @@ fn filled_tail_is_replayed_and_nothing_of_it_is_delivered() {
     assert_eq!(world.replayed(&mut chunks), Ok(vec![(0, 11)]));
     assert_eq!(world.conversations.requested(), ["c", "d"], "once each");
 
+    // A change names a user, who may be in the list or not.
+    let mut changes = RouterWorld::new(TAILS);
+    changes.conversations.set("c", &["alice"]);
+    let (log, _) = changes.assign_from(0, 14, Some(TailFill::new(10)));
+    append(&log, 10, message("c", 0));
+    append(&log, 11, changed("c", "bob", true));
+    append(&log, 12, changed("c", "bob", false));
+    append(&log, 13, changed("c", "alice", true));
+    changes.run_until_idle();
+    let mut chunks = changes.replay("alice", cursor.clone());
+    assert_eq!(changes.replayed(&mut chunks), Ok(vec![(0, 11), (0, 12), (0, 13)]));
+    let mut chunks = changes.replay("bob", cursor.clone());
+    assert_eq!(changes.replayed(&mut chunks), Ok(vec![(0, 11), (0, 12)]));
+
     // A quiet partition: only the check of its last record is there.
     let mut quiet = RouterWorld::new(TAILS);
     let (log, _) = quiet.assign_from(0, 11, Some(TailFill::new(10)));

@@ -64,7 +64,7 @@ impl TailPlan {
         };
         let window = self.rate * self.age;
         let from_ns = thread_ns();
-        (0..window).for_each(|offset| drop(black_box(next(black_box(offset)))));
+        (0..window).for_each(|offset| _ = black_box(next(black_box(offset))));
         let loop_ns = thread_ns() - from_ns;
         let (from_ns, mut kept) = (thread_ns(), 0);
         (0..window).for_each(|offset| kept = push(offset));

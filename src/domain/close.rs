@@ -51,6 +51,18 @@ impl Close {
     pub const fn new(code: CloseCode, reason: &'static str) -> Self {
         Self { code, reason: Cow::Borrowed(reason) }
     }
+
+    /// Whether a session that gets cursors gets one before this close. With the other codes its last one stays the right
+    /// one, or nothing more can be sent.
+    pub fn comes_with_cursor(&self) -> bool {
+        let codes = [
+            CloseCode::GOING_AWAY,
+            CloseCode::SERVICE_RESTART,
+            CloseCode::SESSION_REPLACED,
+            CloseCode::TOKEN_EXPIRED,
+        ];
+        codes.contains(&self.code)
+    }
 }
 
 /// How a connection ended. Each reason has its own metric label, so that dead peers and clean

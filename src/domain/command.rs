@@ -225,6 +225,15 @@ pub enum ShardReport {
         /// The last sequence that the client has, 0 or more.
         after: i64,
     },
+    /// A gRPC session wants cursors. The peer sends everything since this one as [`DeliveryClass::CatchUp`], then
+    /// [`ShardCommand::GoLive`] with what was sent, of no conversation in particular. All live events are held meanwhile.
+    /// Only the stream hub sends this report, once per session and before its [`ShardReport::Resume`].
+    ResumeSince {
+        /// The connection.
+        connection: ConnectionKey,
+        /// The cursor, not decoded. Empty: there is none yet.
+        cursor: Box<[u8]>,
+    },
     /// The resume grace period passed without a first message: the session has gone live.
     GraceExpired {
         /// The connection.

@@ -13,9 +13,9 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-/// Positions in one cursor. As text it then has at most 39 kB, with usual offsets 27 kB, and fits into a
-/// client message beside the sequences of a few hundred conversations.
-pub const POSITIONS_MAX: usize = 2048;
+/// Positions in one cursor. As text it then has at most 25 kB, with usual offsets 14 kB, and fits into a
+/// client message beside the sequences of several hundred conversations.
+pub const POSITIONS_MAX: usize = 1024;
 /// The longest encoded cursor, bytes.
 pub const CURSOR_BYTES_MAX: usize = 1 + POSITIONS_MAX * (4 + 1 + 9 + 4) + 4;
 

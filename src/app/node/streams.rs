@@ -53,6 +53,7 @@ impl Streams {
             deliveries_max: settings.shard_events_max.size(),
             deliveries_bytes_max: settings.shard_event_bytes_max.bytes(),
             catch_up_timeout: settings.catch_up_timeout,
+            cursor_interval: settings.cursor_interval,
             stall_timeout: settings.write_timeout,
             close_timeout: settings.close_timeout,
             ..HubConfig::default()

@@ -16,21 +16,13 @@ use crate::uring::{HowToClose, Kernel};
 
 /// Close frame of a queue overflow (contract §3).
 const QUEUE_OVERFLOW: Close = Close::new(CloseCode::INTERNAL_ERROR, "backpressure overflow");
-/// Before these closes the client gets a cursor. With the others its last one stays the right one, or nothing more can
-/// be sent.
-const CLOSES_WITH_CURSOR: [CloseCode; 4] = [
-    CloseCode::GOING_AWAY,
-    CloseCode::SERVICE_RESTART,
-    CloseCode::SESSION_REPLACED,
-    CloseCode::TOKEN_EXPIRED,
-];
 /// Connections closed per turn while the shard stops.
 const CLOSES_PER_TURN_MAX: u32 = 256;
 
 impl<K: Kernel> Shard<K> {
     /// Sends the queue, then a close frame, and awaits the client's close frame (RFC 6455 §7.1.2).
     pub(super) fn close(&mut self, key: ConnectionKey, close: &Close, why: EndReason) {
-        if CLOSES_WITH_CURSOR.contains(&close.code) {
+        if close.comes_with_cursor() {
             self.push_last_cursor(key);
         }
         self.begin_close(key, why);

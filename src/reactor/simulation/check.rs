@@ -77,7 +77,9 @@ impl Simulation {
                 self.reports_ended += 1;
             }
             ShardReport::Fence => self.answer_fence(),
-            ShardReport::Resume { .. } => panic!("only the stream hub sends this report"),
+            ShardReport::Resume { .. } | ShardReport::ResumeSince { .. } => {
+                panic!("only the stream hub sends this report")
+            }
             ShardReport::Done { .. } | ShardReport::Stopped => unreachable!("handled before"),
         }
     }

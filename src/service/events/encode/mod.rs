@@ -247,8 +247,11 @@ fn inner_json<M: prost::Message + Default>(
 fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
     match record.body {
         EventBody::MessageSent { conversation, sequence } => {
-            let head =
-                DeliveryEvent { conversation_id: conversation.to_owned(), sequence, message: None };
+            let head = DeliveryEvent {
+                conversation_id: conversation.to_owned(),
+                sequence,
+                ..Default::default()
+            };
             let mut out = Vec::with_capacity(record.payload.len() + 2 * conversation.len() + 24);
             head.encode(&mut out).ok()?;
             // Routing reads only two fields. A client's library reads all of them and would end the
@@ -272,13 +275,14 @@ fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
                 ..Message::default()
             };
             let conversation_id = conversation.to_owned();
-            let event = DeliveryEvent { conversation_id, sequence: 0, message: Some(message) };
+            let event =
+                DeliveryEvent { conversation_id, message: Some(message), ..Default::default() };
             Some(event.encode_to_vec())
         }
         EventBody::ConversationCreated { conversation, .. }
         | EventBody::MembershipChanged { conversation, .. } => {
             let conversation_id = conversation.to_owned();
-            let event = DeliveryEvent { conversation_id, sequence: 0, message: None };
+            let event = DeliveryEvent { conversation_id, ..Default::default() };
             Some(event.encode_to_vec())
         }
         EventBody::ReadReceiptUpdated { .. }

@@ -128,7 +128,8 @@ fn stream_carries_messages_and_deletions() {
         Some(DeliveryEvent {
             conversation_id: "c".into(),
             sequence: 7,
-            message: Some(message("hello"))
+            message: Some(message("hello")),
+            ..DeliveryEvent::default()
         })
     );
     // A message in two parts: the reader merges them.

@@ -158,6 +158,7 @@ impl RouterLinks {
                     | ShardReport::Message { .. }
                     | ShardReport::Resume { .. }
                     | ShardReport::GraceExpired { .. }
+                    | ShardReport::ResumeSince { .. }
                     | ShardReport::Fence
                     | ShardReport::Ended { .. } => {}
                 }

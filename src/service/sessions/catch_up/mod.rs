@@ -184,6 +184,8 @@ pub enum ReadAccess {
 pub enum CatchUpScope {
     /// WebSocket: all conversations of the user; the named ones after these sequences.
     Session(Vec<LastSequence>),
+    /// gRPC: what was missed since the cursor, and nothing if it cannot be used.
+    SinceCursor,
     /// gRPC: one conversation.
     Conversation {
         /// Its id.
@@ -202,7 +204,7 @@ pub struct CatchUpRequest {
     pub address: SessionAddress,
     /// What to send.
     pub scope: CatchUpScope,
-    /// The client wants cursors, and may have one. Only with [`CatchUpScope::Session`].
+    /// The client wants cursors, and may have one. Not with [`CatchUpScope::Conversation`].
     pub cursor: Option<CursorRequest>,
     /// Whether other nodes hand over the session's events. `None`: there are none that do.
     pub visibility: Option<Arc<Visibility>>,
@@ -395,6 +397,7 @@ impl CatchUpScope {
             Self::Session(named) => {
                 one + named.iter().map(|named| one + named.conversation.len()).sum::<usize>()
             }
+            Self::SinceCursor => one,
             Self::Conversation { conversation, .. } => one + conversation.len(),
         }
     }

@@ -119,6 +119,7 @@ impl Positions {
     pub(super) fn new(scope: CatchUpScope) -> Self {
         let (is_session, named) = match scope {
             CatchUpScope::Session(named) => (true, named),
+            CatchUpScope::SinceCursor => (false, Vec::new()),
             CatchUpScope::Conversation { conversation, after } => {
                 (false, vec![LastSequence { conversation, sequence: after }])
             }

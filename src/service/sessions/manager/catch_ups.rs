@@ -72,6 +72,7 @@ impl CatchUps {
         match scope {
             // A session has only one of these.
             CatchUpScope::Session(_) => self.visibilities.remove(&key),
+            CatchUpScope::SinceCursor => None,
             CatchUpScope::Conversation { .. } => {
                 let visibility = Arc::clone(self.visibilities.get(&key)?);
                 if visibility.state(Instant::now()) == VisibilityState::Visible {

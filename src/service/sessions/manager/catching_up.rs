@@ -52,7 +52,7 @@ impl SessionManager {
         let Some(record) = self.record(address) else { return };
         let Some(ids) = record.ids.clone() else { return };
         let only = match &scope {
-            CatchUpScope::Session(_) => None,
+            CatchUpScope::Session(_) | CatchUpScope::SinceCursor => None,
             CatchUpScope::Conversation { conversation, .. } => Some(conversation_key(conversation)),
         };
         record.catch_up = CatchUpState::Running;

@@ -16,6 +16,7 @@ use super::{
     SessionPorts, TICK,
 };
 use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::cursor::CursorRequest;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::runtime::bell::AsyncBell;
@@ -141,6 +142,12 @@ impl SessionManager {
                 let scope = CatchUpScope::Conversation { conversation, after };
                 self.with_session(shard, connection, |manager, it| {
                     manager.begin_catch_up(it, scope, None)
+                });
+            }
+            ShardReport::ResumeSince { connection, cursor } => {
+                let cursor = Some(CursorRequest::of_bytes(&cursor));
+                self.with_session(shard, connection, |manager, it| {
+                    manager.begin_catch_up(it, CatchUpScope::SinceCursor, cursor);
                 });
             }
             ShardReport::GraceExpired { connection } => {

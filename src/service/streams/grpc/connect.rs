@@ -19,13 +19,14 @@ use super::connections::{ConnectionEnd, ConnectionInfo};
 use super::{GrpcConfig, GrpcCounters};
 use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
+use crate::domain::cursor::CURSOR_BYTES_MAX;
 use crate::domain::encoding::Encoding;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::service::events::proto::delivery::v1::DeliveryConnectRequest;
 use crate::service::streams::hub::{Delivery, HubHandle, PositionReport, StreamSession};
 
-/// Longest request, bytes: four fields, three of them ids.
-pub const REQUEST_BYTES_MAX: usize = 4 * ID_BYTES_MAX;
+/// Longest request, bytes: three ids, a number and a cursor.
+pub const REQUEST_BYTES_MAX: usize = 4 * ID_BYTES_MAX + CURSOR_BYTES_MAX;
 /// Path of the only method.
 const CONNECT: &str = "/realchat.delivery.v1.DeliveryApi/Connect";
 
@@ -209,7 +210,10 @@ struct RequestReader {
 }
 
 impl RequestReader {
-    async fn run(mut self, first: DeliveryConnectRequest) {
+    async fn run(mut self, mut first: DeliveryConnectRequest) {
+        if let Some(cursor) = first.cursor.take() {
+            self.session.resume_since(cursor.into_boxed_slice()).await;
+        }
         let (user, device) = (first.user_id.clone(), first.device_id.clone());
         let config = &self.handler.config;
         let mut rate = TokenBucket::new(config, Instant::now());

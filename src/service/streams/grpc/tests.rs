@@ -150,6 +150,7 @@ async fn send_request(
         device_id: device.into(),
         conversation_id: conversation.into(),
         last_received_sequence: sequence,
+        cursor: None,
     };
     requests.send(request).await.unwrap();
 }
@@ -158,7 +159,7 @@ fn message(conversation: &str, sequence: i64) -> crate::domain::event::Event {
     let encoded = prost::Message::encode_to_vec(&DeliveryEvent {
         conversation_id: conversation.into(),
         sequence,
-        message: None,
+        ..DeliveryEvent::default()
     });
     event(conversation_key(conversation), sequence, &encoded)
 }
@@ -258,7 +259,7 @@ async fn invalid_requests_are_the_clients_fault() {
         assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
     }
     let (mut session, connection) = port.session().await;
-    session.report_position(&"x".repeat(5_000), 0).await;
+    session.report_position(&"x".repeat(REQUEST_BYTES_MAX), 0).await;
     assert_eq!(session.next().await.unwrap_err().code(), Code::OutOfRange);
     assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
     let token = format!("Bearer {}", "x".repeat(9_000));

@@ -16,6 +16,8 @@ use crate::domain::ids::ConnectionKey;
 pub(super) enum Notice {
     /// No stream holds the delivery of this command any more.
     Delivered(ReplyTo),
+    /// The queue of a stream became empty after many events.
+    BurstDrained(ConnectionKey),
     /// Both the reader and the writer of a stream are gone.
     StreamEnded(ConnectionKey, EndReason),
 }

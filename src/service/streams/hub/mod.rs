@@ -42,7 +42,7 @@ use delivery::{Notice, Notices};
 use outbox::Unsent;
 
 /// Queued requests of all streams to the hub's task. Readers wait while the queue is full.
-pub const HUB_REQUESTS_MAX: usize = 1024;
+pub const HUB_REQUESTS_MAX: usize = 256;
 
 /// Settings of the hub.
 #[derive(Clone, Debug)]
@@ -61,6 +61,8 @@ pub struct HubConfig {
     pub catch_up_timeout: Duration,
     /// Time for a closing stream to send its queue and its status.
     pub close_timeout: Duration,
+    /// How often a stream that asked for cursors gets one while something is routed.
+    pub cursor_interval: Duration,
     /// How long a stream remembers the messages that catch-up delivered, so that they are not sent
     /// again live.
     pub dedupe: Duration,
@@ -68,7 +70,7 @@ pub struct HubConfig {
 
 impl Default for HubConfig {
     /// 10,000 streams; 262,144 deliveries or 256 MiB; 30 s stall, 5 min catch-up and 5 s close timeout;
-    /// 5 min to recognise duplicates of a catch-up, as for WebSocket.
+    /// a cursor every 15 s and 5 min to recognise duplicates of a catch-up, as for WebSocket.
     fn default() -> Self {
         Self {
             outbox: OutboxLimits::default(),
@@ -78,6 +80,7 @@ impl Default for HubConfig {
             stall_timeout: Duration::from_secs(30),
             catch_up_timeout: Duration::from_secs(300),
             close_timeout: Duration::from_secs(5),
+            cursor_interval: Duration::from_secs(15),
             dedupe: Duration::from_secs(300),
         }
     }
@@ -99,6 +102,7 @@ counters! {
         Counter stream_commands_stale: "Commands for streams that had already ended",
         Counter stream_texts_discarded: "Control answers without a gRPC encoding",
         Counter stream_resumes: "Catch-ups requested by clients",
+        Counter stream_cursors_sent: "Cursors queued for streams that asked for them",
         Counter stream_acknowledgements: "Acknowledgements received from clients",
         Counter stream_overflows: "Streams closed because a queue was full",
         Counter stream_catch_up_timeouts: "Streams closed because their catch-up made no progress",
@@ -138,6 +142,7 @@ impl HubMetrics {
 enum HubRequest {
     Open { hello: Box<Hello>, outbox: Arc<Outbox>, reply: AdmissionReply },
     CatchUp { connection: ConnectionKey, conversation: Box<str>, after: i64 },
+    ResumeSince { connection: ConnectionKey, cursor: Box<[u8]> },
 }
 
 /// Answers [`HubHandle::open`]. If the receiver is gone, the hub reports the session as ended.
@@ -205,6 +210,15 @@ pub(crate) struct StreamSession {
 }
 
 impl StreamSession {
+    /// Handles the client's cursor: everything since then comes before any live event. To be called before the opening is
+    /// done. Empty: it has none yet. Waits while the hub's request queue is full.
+    pub(crate) async fn resume_since(&self, cursor: Box<[u8]>) {
+        self.outbox.resume_since_cursor(Instant::now());
+        let request = HubRequest::ResumeSince { connection: self.connection, cursor };
+        // An error means that the hub and therefore this stream has ended.
+        let _ = self.hub.requests.send(request).await;
+    }
+
     /// Handles the client's position in a conversation: starts its catch-up, or counts an
     /// acknowledgement.
     /// Waits while the hub's request queue is full.
@@ -236,6 +250,9 @@ impl StreamSession {
     /// Counts an event that the writer has taken.
     pub(crate) fn sent(&self, delivery: &Delivery) {
         self.hub.metrics.sent(delivery.event(), delivery.bytes().len());
+        if self.outbox.has_drained_a_burst() {
+            self.hub.notices.send(Notice::BurstDrained(self.connection));
+        }
     }
 
     /// Discards the queue and closes the stream with this status.

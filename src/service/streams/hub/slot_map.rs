@@ -37,6 +37,11 @@ impl<T> SlotMap<T> {
         Ok(ConnectionKey { slot, generation: 0 })
     }
 
+    pub(super) fn get(&self, key: ConnectionKey) -> Option<&T> {
+        let slot = self.slots.get(key.slot as usize)?;
+        if slot.generation == key.generation { slot.item.as_ref() } else { None }
+    }
+
     pub(super) fn get_mut(&mut self, key: ConnectionKey) -> Option<&mut T> {
         let slot = self.slots.get_mut(key.slot as usize)?;
         if slot.generation == key.generation { slot.item.as_mut() } else { None }

@@ -25,6 +25,9 @@ use crate::domain::caught_up::CaughtUp;
 use crate::domain::command::DeliveryClass;
 use crate::domain::ids::ConversationKey;
 
+/// A stream that gets cursors gets one when its queue becomes empty after this many events, as for WebSocket.
+const BURST_EVENTS: usize = 64;
+
 /// Limits of one stream.
 #[derive(Clone, Debug)]
 pub struct OutboxLimits {
@@ -170,6 +173,8 @@ enum QueuedKind {
     /// Was held. Counts against no limit: all held events are released at once, so their number is
     /// limited already.
     Released,
+    /// A cursor, or the notice that one cannot be used. The hub bounds their number.
+    Cursor,
 }
 
 #[derive(Debug)]
@@ -185,6 +190,14 @@ struct OutboxState {
     conversations: HashMap<ConversationKey, NamedConversation>,
     conversations_max: usize,
     opening: bool,
+    /// The client has asked for cursors.
+    wants_cursors: bool,
+    /// What was missed since a cursor is being sent.
+    resuming: bool,
+    /// What was sent since a cursor; forgotten at that time.
+    since_cursor: Option<(Box<CaughtUp>, Instant)>,
+    /// Events that the writer took since the last cursor.
+    taken: usize,
     /// When to forget what the earliest catch-up delivered; `None`: nothing is remembered.
     forget_next: Option<Instant>,
     /// Number of conversations that are catching up.
@@ -214,6 +227,10 @@ impl Outbox {
             conversations: HashMap::new(),
             conversations_max: limits.conversations_max,
             opening: true,
+            wants_cursors: false,
+            resuming: false,
+            since_cursor: None,
+            taken: 0,
             forget_next: None,
             catching_up: 0,
             catch_up_since: None,
@@ -244,6 +261,49 @@ impl Outbox {
         state.catching_up += 1;
         state.catch_up_since.get_or_insert(now);
         PositionReport::CatchUp
+    }
+
+    /// The client has a cursor, or wants one: all live events are held until what it missed was sent.
+    pub(super) fn resume_since_cursor(&self, now: Instant) {
+        let mut state = self.state();
+        state.wants_cursors = true;
+        state.resuming = true;
+        state.catch_up_since.get_or_insert(now);
+    }
+
+    /// Queues a cursor, unless events of the session are held or are being caught up: these would come after it. Returns
+    /// whether it was queued.
+    pub(super) fn push_cursor(&self, cursor: &Arc<Delivery>, now: Instant) -> bool {
+        let mut state = self.state();
+        let is_behind = state.opening || state.resuming || state.catching_up > 0;
+        // A queue that is half full gets its cursor when it has drained.
+        let is_slow = state.queue.len() > state.live.messages_max / 2;
+        if is_behind || is_slow || !state.held.is_empty() || state.status.is_some() {
+            return false;
+        }
+        state.taken = 0;
+        state.enqueue(QueuedKind::Cursor, Arc::clone(cursor), now);
+        state.wake();
+        true
+    }
+
+    /// Whether the queue is empty after many events, so that the session wants a cursor. True once per burst.
+    pub(super) fn has_drained_a_burst(&self) -> bool {
+        let mut state = self.state();
+        let has = state.wants_cursors && state.queue.is_empty() && state.taken >= BURST_EVENTS;
+        if has {
+            state.taken = 0;
+        }
+        has
+    }
+
+    /// Queues the notice that the client's cursor cannot be used.
+    pub(super) fn push_cursor_expired(&self, notice: &Arc<Delivery>, now: Instant) {
+        let mut state = self.state();
+        if state.status.is_none() {
+            state.enqueue(QueuedKind::Cursor, Arc::clone(notice), now);
+            state.wake();
+        }
     }
 
     /// Queues or holds an event, or returns why not.
@@ -278,6 +338,15 @@ impl Outbox {
     /// Catch-up of the conversation is complete. What it delivered is remembered until `forget_at`.
     pub(super) fn go_live(&self, delivered: Box<CaughtUp>, now: Instant, forget_at: Instant) {
         let mut state = self.state();
+        if delivered.conversation.is_none() {
+            state.resuming = false;
+            if !delivered.is_empty() {
+                state.since_cursor = Some((delivered, forget_at));
+                state.forget_next.get_or_insert(forget_at);
+            }
+            state.catch_up_since = (state.catching_up > 0).then_some(now);
+            return state.release_held(now);
+        }
         let named = delivered.conversation.and_then(|named| state.conversations.get_mut(&named));
         if let Some(named @ NamedConversation::CatchingUp) = named {
             let remembers = !delivered.is_empty();
@@ -287,7 +356,8 @@ impl Outbox {
                 state.forget_next.get_or_insert(forget_at);
             }
         }
-        state.catch_up_since = (state.catching_up > 0).then_some(now);
+        let is_behind = state.catching_up > 0 || state.resuming;
+        state.catch_up_since = is_behind.then_some(now);
         state.release_held(now);
     }
 
@@ -334,8 +404,9 @@ impl Outbox {
             match kind {
                 QueuedKind::Live => state.live.sub(bytes),
                 QueuedKind::CatchUp => state.catch_up.sub(bytes),
-                QueuedKind::Released => {}
+                QueuedKind::Released | QueuedKind::Cursor => {}
             }
+            state.taken += 1;
             state.unread_since = (!state.queue.is_empty()).then_some(now);
             return Poll::Ready(Ok(delivery));
         }
@@ -356,7 +427,12 @@ impl Outbox {
             return;
         }
         state.forget_next = None;
-        let OutboxState { conversations, forget_next, .. } = &mut *state;
+        let OutboxState { conversations, forget_next, since_cursor, .. } = &mut *state;
+        match since_cursor {
+            Some((_, at)) if *at <= now => *since_cursor = None,
+            Some((_, at)) => *forget_next = Some(*at),
+            None => {}
+        }
         for named in conversations.values_mut() {
             let NamedConversation::Live { delivered, forget_at } = named else { continue };
             if *forget_at <= now {
@@ -399,6 +475,9 @@ impl OutboxState {
     /// Whether catch-up has delivered this live event. False during catch-up, when this is not known.
     fn is_duplicate(&self, delivery: &Delivery) -> bool {
         let Some(position) = delivery.event().position else { return false };
+        if self.since_cursor.as_ref().is_some_and(|(delivered, _)| delivered.contains(position)) {
+            return true;
+        }
         match self.conversations.get(&position.conversation) {
             Some(NamedConversation::Live { delivered, .. }) => delivered.contains(position),
             Some(NamedConversation::CatchingUp) | None => false,
@@ -408,7 +487,9 @@ impl OutboxState {
     fn must_hold(&self, delivery: &Delivery) -> bool {
         let catching_up =
             |key| matches!(self.conversations.get(key), Some(NamedConversation::CatchingUp));
-        self.opening || delivery.event().conversation.as_ref().is_some_and(catching_up)
+        self.opening
+            || self.resuming
+            || delivery.event().conversation.as_ref().is_some_and(catching_up)
     }
 
     /// Moves the events that need not be held to the queue, without duplicates.

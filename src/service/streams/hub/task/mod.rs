@@ -1,5 +1,7 @@
 //! Task of the hub. It alone owns the rings and the slots.
 
+mod cursors;
+
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -19,7 +21,7 @@ use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{
     DeliveryClass, Hello, Recipients, ReplyTo, ShardCommand, ShardReport, Ticket,
 };
-use crate::domain::cursor::RoutedPositions;
+use crate::domain::cursor_schedule::CursorSchedule;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
@@ -55,6 +57,18 @@ enum StreamState {
 struct StreamRecord {
     outbox: Arc<Outbox>,
     state: StreamState,
+    cursors: CursorState,
+}
+
+/// Whether a stream gets cursors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CursorState {
+    /// Its client has not asked for them, or it has left the directory.
+    Off,
+    /// It is listed.
+    On,
+    /// One was due while events of the stream were held, or its queue was long. It is due again at the next sweep.
+    Owed,
 }
 
 /// Hub of the gRPC streams. Runs until it is stopped and every stream has ended.
@@ -69,8 +83,9 @@ pub struct Hub {
     /// Number of items in `streams`.
     open: usize,
     accepting: watch::Sender<bool>,
-    /// What the routers have given to all shards, for cursors.
-    routed: RoutedPositions,
+    /// The streams that get cursors, and the positions for these. Its time begins with the hub.
+    cursors: CursorSchedule<Arc<Event>>,
+    began: Instant,
     stopping: bool,
     next_sweep: Instant,
 }
@@ -98,6 +113,7 @@ impl Hub {
             limits: config.outbox.clone(),
             accepting: is_accepting,
         };
+        let cursor_ms = u64::try_from(config.cursor_interval.as_millis()).unwrap_or(u64::MAX);
         let link = |port| PeerLink { port, backlog: VecDeque::new() };
         let hub = Self {
             streams: SlotMap::new(config.streams_max),
@@ -109,7 +125,8 @@ impl Hub {
             metrics,
             open: 0,
             accepting,
-            routed: RoutedPositions::default(),
+            cursors: CursorSchedule::new(cursor_ms),
+            began: Instant::now(),
             stopping: false,
             next_sweep: Instant::now() + SWEEP_INTERVAL,
         };
@@ -159,6 +176,7 @@ impl Hub {
         if self.is_abandoned() && !self.stopping {
             self.stop(&ABANDONED);
         }
+        self.send_cursors();
         self.flush();
         self.metrics.counters.stream_deliveries.set(self.notices.deliveries() as u64);
         self.has_commands()
@@ -175,6 +193,7 @@ impl Hub {
             return self.bell.awake();
         }
         let backlogged = self.is_backlogged();
+        let next_cursor = self.next_cursor().unwrap_or(self.next_sweep);
         tokio::select! {
             () = self.bell.rung() => {}
             () = self.notices.wake.notified() => {}
@@ -184,7 +203,7 @@ impl Hub {
                     self.on_request(request);
                 }
             }
-            () = sleep_until(self.next_sweep) => {}
+            () = sleep_until(self.next_sweep.min(next_cursor)) => {}
         }
         self.bell.awake();
     }
@@ -211,6 +230,7 @@ impl Hub {
                 Notice::Delivered(ReplyTo { peer, ticket }) => {
                     self.report(usize::from(peer), ShardReport::Done { ticket });
                 }
+                Notice::BurstDrained(connection) => self.want_cursor(connection),
                 Notice::StreamEnded(connection, why) => self.stream_ended(connection, why),
             }
         }
@@ -219,6 +239,11 @@ impl Hub {
     fn on_request(&mut self, request: HubRequest) {
         match request {
             HubRequest::Open { hello, outbox, reply } => self.open(hello, outbox, reply),
+            HubRequest::ResumeSince { connection, cursor } => {
+                if self.streams.get_mut(connection).is_some() {
+                    self.report(MANAGER, ShardReport::ResumeSince { connection, cursor });
+                }
+            }
             HubRequest::CatchUp { connection, conversation, after } => {
                 if self.streams.get_mut(connection).is_some() {
                     let resume = ShardReport::Resume { connection, conversation, after };
@@ -229,7 +254,11 @@ impl Hub {
     }
 
     fn open(&mut self, hello: Box<Hello>, outbox: Arc<Outbox>, reply: AdmissionReply) {
-        let record = StreamRecord { outbox, state: StreamState::Requested(reply) };
+        let record = StreamRecord {
+            outbox,
+            state: StreamState::Requested(reply),
+            cursors: CursorState::Off,
+        };
         let accepting = *self.accepting.borrow();
         let (record, refused) = match accepting {
             false => (record, status::not_serving()),
@@ -268,13 +297,18 @@ impl Hub {
             }
             ShardCommand::SendText { .. } => self.metrics.counters.stream_texts_discarded.add(1),
             ShardCommand::Close { connection, close, why } => {
+                if close.comes_with_cursor() {
+                    self.push_last_cursor(connection);
+                }
                 self.close(connection, status::of_close(&close), why, Unsent::Send);
             }
-            ShardCommand::Routed { positions } => self.routed.update(&positions),
-            ShardCommand::SendCursors { .. }
-            | ShardCommand::StopCursors { .. }
-            | ShardCommand::CursorExpired { .. }
-            | ShardCommand::Fence => {}
+            ShardCommand::Routed { positions } => self.cursors.routed(&positions),
+            ShardCommand::SendCursors { connection } => self.begin_cursors(connection),
+            ShardCommand::StopCursors { connection } => self.stop_cursors(connection),
+            ShardCommand::CursorExpired { connection, why } => {
+                self.push_cursor_expired(connection, why);
+            }
+            ShardCommand::Fence => self.cursors.fence_answered(),
             ShardCommand::StopAccepting => {
                 self.accepting.send_replace(false);
             }
@@ -404,6 +438,9 @@ impl Hub {
         self.stopping = true;
         let open: Vec<_> = self.streams.iter_mut().map(|(connection, _)| connection).collect();
         for connection in open {
+            if close.comes_with_cursor() {
+                self.push_last_cursor(connection);
+            }
             self.close(connection, status::of_close(close), EndReason::Draining, Unsent::Send);
         }
     }
@@ -420,6 +457,10 @@ impl Hub {
         for (connection, stream) in self.streams.iter_mut() {
             let (config, outbox) = (&self.config, &stream.outbox);
             outbox.forget_delivered(now);
+            if stream.cursors == CursorState::Owed {
+                stream.cursors = CursorState::On;
+                self.cursors.want(connection);
+            }
             match &stream.state {
                 StreamState::Requested(reply) if reply.is_closed() => abandoned.push(connection),
                 StreamState::Closing { why, deadline } if *deadline <= now => {

@@ -4,11 +4,17 @@ use std::num::NonZeroU64;
 use tokio::task::JoinHandle;
 use tonic::Code;
 
+use prost::Message as _;
+
 use super::*;
+use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::command::Refusal;
+use crate::domain::cursor::{Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConversationKey;
-use crate::service::streams::hub::testing::{TestPeer, event, hub_with_peers};
+use crate::service::events::conversation_key::conversation_key;
+use crate::service::events::proto::delivery::v1::DeliveryEvent;
+use crate::service::streams::hub::testing::{self, TestPeer, event, hub_with_peers};
 use crate::service::streams::hub::{HubHandle, OutboxLimits, StreamSession};
 
 const STREAM: ConversationKey = ConversationKey(7);
@@ -356,4 +362,116 @@ async fn dropped_session_manager_closes_all_streams() {
     drop(session);
     running.await.unwrap();
     drop(router);
+}
+
+/// What the writer takes next, as the client reads it.
+fn next_event(session: &StreamSession) -> DeliveryEvent {
+    let delivery = next(session).unwrap();
+    session.sent(&delivery);
+    DeliveryEvent::decode(delivery.bytes()).unwrap()
+}
+
+fn message_of(sequence: i64) -> Event {
+    let event = DeliveryEvent { sequence, ..DeliveryEvent::default() };
+    testing::event(STREAM, sequence, &event.encode_to_vec())
+}
+
+fn routed(router: &mut TestPeer, next: i64) {
+    let position = LogPosition { topic: TopicId(1), partition: 0, next, check: UNCHECKED };
+    router.send(ShardCommand::Routed { positions: Box::new([position]) });
+}
+
+/// Answers the fence of the hub.
+async fn fence(hub: &mut Hub, manager: &mut TestPeer) {
+    assert!(matches!(report(hub, manager).await, ShardReport::Fence));
+    manager.send(ShardCommand::Fence);
+    hub.turn();
+}
+
+/// `docs/grpc.md`: “It is behind every event that it covers.”
+#[tokio::test(start_paused = true)]
+async fn stream_that_resumes_from_a_cursor_gets_what_it_missed_then_live_events_then_cursors() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 128);
+    let session = admitted(&mut hub, &handle, &mut manager).await;
+    let connection = key(&session);
+    session.resume_since(Box::from(*b"cursor")).await;
+    let ShardReport::ResumeSince { cursor, .. } = report(&mut hub, &mut manager).await else {
+        panic!("expected a resume request");
+    };
+    assert_eq!(&*cursor, b"cursor");
+    // Live events are held, also those that are replayed as well.
+    for sequence in [2, 3] {
+        router.deliver(connection, message_of(sequence), DeliveryClass::Live, 0);
+    }
+    manager.deliver(connection, message_of(1), DeliveryClass::CatchUp, 0);
+    manager.deliver(connection, message_of(2), DeliveryClass::CatchUp, 0);
+    routed(&mut router, 4);
+    let run = |sequence| SequenceRun { conversation: STREAM, first: sequence, last: sequence };
+    let delivered = Box::new(CaughtUp::new(None, vec![run(1), run(2)]));
+    manager.send(ShardCommand::GoLive { connection, delivered });
+    manager.send(ShardCommand::SendCursors { connection });
+    fence(&mut hub, &mut manager).await;
+    let sequences = [(); 3].map(|()| next_event(&session).sequence);
+    assert_eq!(sequences, [1, 2, 3]);
+    let event = next_event(&session);
+    let cursor = Cursor::decode(&event.cursor).unwrap();
+    assert_eq!(cursor.positions()[0].next, 4);
+    assert_eq!(event, DeliveryEvent { cursor: event.cursor.clone(), ..DeliveryEvent::default() });
+
+    // After a burst, and before a close that the server announces.
+    for sequence in 4..70 {
+        router.deliver(connection, message_of(sequence), DeliveryClass::Live, 0);
+    }
+    routed(&mut router, 70);
+    hub.turn();
+    (4..70).for_each(|sequence| assert_eq!(next_event(&session).sequence, sequence));
+    fence(&mut hub, &mut manager).await;
+    let newest = next_event(&session).cursor;
+    assert_eq!(Cursor::decode(&newest).unwrap().positions()[0].next, 70);
+    manager.send(ShardCommand::Close {
+        connection,
+        close: Close::new(CloseCode::SERVICE_RESTART, "draining; reconnect in 0 ms"),
+        why: EndReason::Draining,
+    });
+    hub.turn();
+    assert_eq!(next_event(&session).cursor, newest);
+    assert_eq!(next(&session).unwrap_err().code(), Code::Unavailable);
+    assert_eq!(hub.metrics.counters.stream_cursors_sent.get(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stream_gets_no_cursor_while_it_is_behind_or_after_it_has_left_the_directory() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 64);
+    let session = admitted(&mut hub, &handle, &mut manager).await;
+    let connection = key(&session);
+    session.resume_since(Box::default()).await;
+    assert!(matches!(report(&mut hub, &mut manager).await, ShardReport::ResumeSince { .. }));
+    let why = CursorExpired::TooOld;
+    manager.send(ShardCommand::CursorExpired { connection, why });
+    hub.turn();
+    assert_eq!(next_event(&session).cursor_expired, "too_old");
+    manager.send(ShardCommand::GoLive { connection, delivered: Box::default() });
+    manager.send(ShardCommand::SendCursors { connection });
+    // The client names a conversation, whose messages are missing.
+    session.report_position("room".into(), 3).await;
+    assert!(matches!(report(&mut hub, &mut manager).await, ShardReport::Resume { .. }));
+    routed(&mut router, 4);
+    fence(&mut hub, &mut manager).await;
+    let is_idle = |session: &StreamSession| {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        session.outbox.poll_next(&mut context, Instant::now()).is_pending()
+    };
+    assert!(is_idle(&session), "a cursor would cover what the catch-up has not sent");
+    manager.go_live(connection, conversation_key("room"), &[]);
+    hub.turn();
+    hub.sweep(Instant::now());
+    hub.turn();
+    assert!(!next_event(&session).cursor.is_empty(), "it was owed");
+    routed(&mut router, 5);
+    manager.send(ShardCommand::StopCursors { connection });
+    tokio::time::advance(Duration::from_secs(60)).await;
+    hub.turn();
+    manager.send(ShardCommand::Fence);
+    hub.turn();
+    assert!(is_idle(&session), "it has left the directory");
 }

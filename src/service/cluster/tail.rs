@@ -123,7 +123,9 @@ const BLOCKS: usize = 16;
 /// places that it needs, and 16 bytes of the allocator for each of its allocations.
 const BLOCK_OVERHEAD: usize = 2 * size_of::<Block>() + 32;
 /// Memory of a list besides itself, bytes: its places in the table, the map and the queue, each at most twice what is needed.
-const LIST_BYTES: u64 = 2 * (size_of::<SharedList>() + 2 * size_of::<(usize, u32)>() + 9) as u64;
+const LIST_BYTES: u64 = 2
+    * (size_of::<SharedList>() + size_of::<(usize, (i64, u32))>() + size_of::<(i64, u32)>() + 9)
+        as u64;
 /// Stands for "none" in the fields of a slot.
 const NONE: u32 = u32::MAX;
 
@@ -210,8 +212,6 @@ fn narrow(length: usize) -> u32 {
 #[derive(Debug)]
 struct SharedList {
     members: Members,
-    /// The highest offset of its records.
-    last: i64,
     /// Its memory. The cache of members may have dropped it, so that the tail alone holds it.
     bytes: u64,
 }
@@ -226,10 +226,12 @@ struct SharedList {
 #[derive(Debug)]
 pub struct PartitionTail {
     blocks: VecDeque<Block>,
+    /// The block that was dropped last, for the next one: its memory is not given back and taken again.
+    spare: Option<Block>,
     records: usize,
     lists: Slab<SharedList>,
-    /// The lists by their address.
-    by_address: HashMap<usize, u32>,
+    /// The lists by their address, each with the highest offset of its records.
+    by_address: HashMap<usize, (i64, u32)>,
     /// The lists, each once, by an offset up to which it is not dropped: its highest one when it was looked at last. So
     /// nothing is counted for each record.
     kept_until: VecDeque<(i64, u32)>,
@@ -252,6 +254,7 @@ impl PartitionTail {
     pub fn new(from: i64, budget: Arc<TailBudget>) -> Self {
         Self {
             blocks: VecDeque::new(),
+            spare: None,
             records: 0,
             lists: Slab::new(),
             by_address: HashMap::new(),
@@ -321,8 +324,22 @@ impl PartitionTail {
         let last = self.blocks.back().map(|last| last.contents.len() / last.slots.len());
         // Without values, as those of records that were given up, a block would have very many.
         let records = contents / last.unwrap_or(bytes).max(size_of::<Slot>()) + 1;
-        let block = Block::with_capacity(records, contents);
-        self.add(block.bytes());
+        let fits = |spare: &mut Block| {
+            (contents..=2 * contents).contains(&spare.contents.capacity())
+                && spare.slots.capacity() >= records
+        };
+        let block = match self.spare.take_if(fits) {
+            Some(Block { mut slots, mut contents, .. }) => {
+                slots.clear();
+                contents.clear();
+                Block { slots, dropped: 0, contents }
+            }
+            None => {
+                let block = Block::with_capacity(records, contents);
+                self.add(block.bytes());
+                block
+            }
+        };
         self.blocks.push_back(block);
     }
 
@@ -335,15 +352,20 @@ impl PartitionTail {
         self.records -= 1;
         if block.dropped == block.slots.len() {
             self.check_before = block.check(&oldest);
-            let freed = block.bytes();
-            self.blocks.pop_front();
-            self.sub(freed);
+            let block = self.blocks.pop_front();
+            self.set_spare(block);
             self.drop_lists();
         }
         if oldest.other != NONE {
             self.others.remove(oldest.other as usize);
         }
         true
+    }
+
+    fn set_spare(&mut self, spare: Option<Block>) {
+        if let Some(former) = std::mem::replace(&mut self.spare, spare) {
+            self.sub(former.bytes());
+        }
     }
 
     fn add(&mut self, bytes: u64) {
@@ -361,16 +383,15 @@ impl PartitionTail {
         let Some(TailAudience { members, other }) = audience else { return (NONE, NONE) };
         let other =
             other.as_ref().map_or(NONE, |user| narrow(self.others.insert(Arc::clone(user))));
-        if let Some(&list) = self.by_address.get(&members.address()) {
-            let last = &mut self.lists[list as usize].last;
+        if let Some((last, list)) = self.by_address.get_mut(&members.address()) {
             *last = offset.max(*last);
-            return (list, other);
+            return (*list, other);
         }
         let bytes = members.bytes() as u64 + LIST_BYTES;
-        let list = SharedList { members: members.clone(), last: offset, bytes };
+        let list = SharedList { members: members.clone(), bytes };
         let list = narrow(self.lists.insert(list));
         self.kept_until.push_back((offset, list));
-        self.by_address.insert(members.address(), list);
+        self.by_address.insert(members.address(), (offset, list));
         self.add(bytes);
         (list, other)
     }
@@ -379,17 +400,18 @@ impl PartitionTail {
     /// late: then a list is dropped a little later.
     fn drop_lists(&mut self) {
         while let Some((until, list)) = self.kept_until.pop_front() {
-            let last = self.lists[list as usize].last;
             if until >= self.from {
                 self.kept_until.push_front((until, list));
                 return;
             }
+            let address = self.lists[list as usize].members.address();
+            let (last, _) = self.by_address[&address];
             if last >= self.from {
                 self.kept_until.push_back((last, list));
                 continue;
             }
-            let SharedList { members, bytes, .. } = self.lists.remove(list as usize);
-            self.by_address.remove(&members.address());
+            self.by_address.remove(&address);
+            let SharedList { bytes, .. } = self.lists.remove(list as usize);
             self.sub(bytes);
         }
     }
@@ -404,6 +426,9 @@ impl PartitionTail {
                 break;
             }
             self.drop_oldest();
+        }
+        if self.blocks.is_empty() {
+            self.set_spare(None);
         }
         self.oldest.store(self.oldest_ms().unwrap_or(u64::MAX), Ordering::Relaxed);
     }
@@ -645,7 +670,7 @@ mod tests {
                 tail.resolve(offset - 3, &audience(n));
                 pushed.get_mut(&(offset - 3)).unwrap().1 = Some(audience(n));
             }
-            let mut bytes: u64 = tail.blocks.iter().map(Block::bytes).sum();
+            let mut bytes: u64 = tail.blocks.iter().chain(&tail.spare).map(Block::bytes).sum();
             let lists = tail.lists.iter().map(|(_, list)| list.members.bytes() as u64 + LIST_BYTES);
             bytes += lists.sum::<u64>();
             assert_eq!(budget.bytes(), bytes);

@@ -26,7 +26,11 @@ const SPARSE_CHUNKS_MAX: usize = 8;
 
 /// The users of one conversation, sorted, each once. Immutable; clones share it.
 #[derive(Clone, Default)]
-pub struct Members(Arc<[Arc<Chunk>]>);
+pub struct Members {
+    chunks: Arc<[Arc<Chunk>]>,
+    /// Kept, because adding up the chunks reads a cache line of each.
+    count: u32,
+}
 
 /// Some consecutive ids, at least one.
 #[derive(Debug)]
@@ -92,6 +96,40 @@ impl Chunk {
     }
 }
 
+/// A place in a list.
+struct Place<'a> {
+    chunks: &'a [Arc<Chunk>],
+    /// In the first of `chunks`.
+    index: usize,
+}
+
+impl<'a> Place<'a> {
+    fn start(list: &'a Members) -> Self {
+        Self { chunks: &list.chunks, index: 0 }
+    }
+
+    fn id(&self) -> Option<&'a str> {
+        Some(self.chunks.first()?.get(self.index))
+    }
+
+    fn next(&mut self) {
+        self.index += 1;
+        if self.chunks.first().is_some_and(|chunk| self.index == chunk.len()) {
+            (self.chunks, self.index) = (&self.chunks[1..], 0);
+        }
+    }
+
+    /// Skips the chunks at which both places begin.
+    fn skip_shared(&mut self, other: &mut Self) {
+        if self.index > 0 || other.index > 0 {
+            return;
+        }
+        let both = self.chunks.iter().zip(other.chunks);
+        let shared = both.take_while(|(one, other)| Arc::ptr_eq(one, other)).count();
+        (self.chunks, other.chunks) = (&self.chunks[shared..], &other.chunks[shared..]);
+    }
+}
+
 /// A length within an answer, which is smaller than 4 GiB.
 fn narrow(length: usize) -> u32 {
     u32::try_from(length).expect("smaller than an answer")
@@ -106,42 +144,42 @@ fn chunks_of<'a>(ids: &'a [&'a str]) -> impl Iterator<Item = Arc<Chunk>> + 'a {
 impl Members {
     /// Number of members.
     pub fn len(&self) -> usize {
-        self.0.iter().map(|chunk| chunk.len()).sum()
+        self.count as usize
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.chunks.is_empty()
     }
 
     /// The members, sorted.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().flat_map(|chunk| chunk.iter())
+        self.chunks.iter().flat_map(|chunk| chunk.iter())
     }
 
     /// Whether the user is one of them.
     pub fn contains(&self, user: &str) -> bool {
-        self.0.get(self.chunk_of(user)).is_some_and(|chunk| chunk.contains(user))
+        self.chunks.get(self.chunk_of(user)).is_some_and(|chunk| chunk.contains(user))
     }
 
     /// The index of the chunk that has this user, if one has.
     fn chunk_of(&self, user: &str) -> usize {
-        self.0.partition_point(|chunk| chunk.get(chunk.len() - 1) < user)
+        self.chunks.partition_point(|chunk| chunk.get(chunk.len() - 1) < user)
     }
 
     /// Whether this is the same list in memory: clones are, and a change that changes nothing returns one.
     pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        Arc::ptr_eq(&self.chunks, &other.chunks)
     }
 
     /// The address of the list, equal for clones while one of them lives.
     pub fn address(&self) -> usize {
-        self.0.as_ptr().addr()
+        self.chunks.as_ptr().addr()
     }
 
     /// Memory, bytes, as if no other list shared a part of it.
     pub fn bytes(&self) -> usize {
-        let chunks = self.0.iter().map(|chunk| size_of::<Arc<Chunk>>() + chunk.bytes());
+        let chunks = self.chunks.iter().map(|chunk| size_of::<Arc<Chunk>>() + chunk.bytes());
         32 + chunks.sum::<usize>()
     }
 
@@ -158,16 +196,16 @@ impl Members {
         let last: BTreeMap<&str, bool> = changes.into_iter().collect();
         let mut last = last.into_iter().filter(|(user, _)| !user.is_empty()).peekable();
         let Some(&(first, _)) = last.peek() else { return self.clone() };
-        let start = self.chunk_of(first).min(self.0.len().saturating_sub(1));
-        let mut chunks: Vec<Arc<Chunk>> = Vec::with_capacity(self.0.len() + 1);
-        chunks.extend_from_slice(&self.0[..start]);
+        let start = self.chunk_of(first).min(self.chunks.len().saturating_sub(1));
+        let mut chunks: Vec<Arc<Chunk>> = Vec::with_capacity(self.chunks.len() + 1);
+        chunks.extend_from_slice(&self.chunks[..start]);
         let mut differs = false;
-        for (index, chunk) in self.0.iter().enumerate().skip(start) {
+        for (index, chunk) in self.chunks.iter().enumerate().skip(start) {
             if last.peek().is_none() {
-                chunks.extend_from_slice(&self.0[index..]);
+                chunks.extend_from_slice(&self.chunks[index..]);
                 break;
             }
-            let is_last = index + 1 == self.0.len();
+            let is_last = index + 1 == self.chunks.len();
             let mut concerned =
                 || last.next_if(|(user, _)| is_last || *user <= chunk.get(chunk.len() - 1));
             let mut ids: Vec<&str> = Vec::new();
@@ -196,16 +234,55 @@ impl Members {
             return self.clone();
         }
         chunks.extend(chunks_of(&added));
-        let changed = Self(chunks.into());
+        let changed = Self::of_chunks(chunks.into());
         let full = changed.len().div_ceil(CHUNK_IDS_MAX);
-        if changed.0.len() > SPARSE_CHUNKS_MAX + 4 * full {
+        if changed.chunks.len() > SPARSE_CHUNKS_MAX + 4 * full {
             return Self::of_sorted(&changed.iter().collect::<Vec<_>>());
         }
         changed
     }
 
     fn of_sorted(ids: &[&str]) -> Self {
-        Self(ids.chunks(CHUNK_IDS_MAX).map(Chunk::new).collect())
+        Self::of_chunks(ids.chunks(CHUNK_IDS_MAX).map(Chunk::new).collect())
+    }
+
+    fn of_chunks(chunks: Arc<[Arc<Chunk>]>) -> Self {
+        let count = narrow(chunks.iter().map(|chunk| chunk.len()).sum());
+        Self { chunks, count }
+    }
+
+    /// Calls `visit` for each user who is in one of both lists only, in their order: with true if that is this
+    /// list. Skips the chunks that both share, so after a change it reads only the changed ones.
+    pub fn differences<'a>(&'a self, before: &'a Self, mut visit: impl FnMut(&'a str, bool)) {
+        let (mut new, mut old) = (Place::start(self), Place::start(before));
+        loop {
+            new.skip_shared(&mut old);
+            match (new.id(), old.id()) {
+                (Some(id), Some(old_id)) => match id.cmp(old_id) {
+                    Ordering::Equal => {
+                        new.next();
+                        old.next();
+                    }
+                    Ordering::Less => {
+                        visit(id, true);
+                        new.next();
+                    }
+                    Ordering::Greater => {
+                        visit(old_id, false);
+                        old.next();
+                    }
+                },
+                (Some(id), None) => {
+                    visit(id, true);
+                    new.next();
+                }
+                (None, Some(old_id)) => {
+                    visit(old_id, false);
+                    old.next();
+                }
+                (None, None) => return,
+            }
+        }
     }
 }
 
@@ -295,6 +372,29 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn differences_are_those_of_sets(
+            before in prop::collection::btree_set(0_usize..3_000, 0..2_000),
+            changes in prop::collection::vec((0_usize..3_000, any::<bool>()), 0..60),
+            is_fetched_again in any::<bool>(),
+        ) {
+            let old: Members = before.iter().map(|n| uuid(*n)).collect();
+            let changed = changes.iter().map(|(n, added)| (uuid(*n), *added)).collect::<Vec<_>>();
+            let mut new = old.changed_all(changed.iter().map(|(id, added)| (id.as_str(), *added)));
+            if is_fetched_again {
+                new = new.iter().collect();
+            }
+            let (mut added, mut removed) = (Vec::new(), Vec::new());
+            new.differences(&old, |id, is_new| if is_new { added.push(id) } else { removed.push(id) });
+            let only = |one: &Members, other: &Members| {
+                one.iter().filter(|id| !other.contains(id)).map(str::to_owned).collect::<Vec<_>>()
+            };
+            prop_assert_eq!(added, only(&new, &old));
+            prop_assert_eq!(removed, only(&old, &new));
+        }
+    }
+
     #[test]
     fn list_that_loses_its_members_gives_the_memory_back() {
         let mut members: Members = (0..20_000).map(uuid).collect();
@@ -325,8 +425,8 @@ mod tests {
         for n in [0, 1, 50_000, 99_999, 100_001, 200_000] {
             let changed = members.changed(&uuid(n), n >= 100_000);
             let is_shared =
-                |chunk: &&Arc<Chunk>| members.0.iter().any(|old| Arc::ptr_eq(old, chunk));
-            let copied: Vec<_> = changed.0.iter().filter(|chunk| !is_shared(chunk)).collect();
+                |chunk: &&Arc<Chunk>| members.chunks.iter().any(|old| Arc::ptr_eq(old, chunk));
+            let copied: Vec<_> = changed.chunks.iter().filter(|chunk| !is_shared(chunk)).collect();
             assert!(copied.len() <= 2, "one, or the halves of one");
             assert!(copied.iter().map(|chunk| chunk.len()).sum::<usize>() <= CHUNK_IDS_MAX + 1);
         }

@@ -6,6 +6,7 @@
 //!
 //! The group is joined last: before its lease is stored, no other node could hand anything over to this one.
 
+use crate::service::members::beginnings::Beginnings;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -157,6 +158,7 @@ impl Cluster {
             topics: topics.to_vec(),
             node_timeout_ms: i64::try_from(millis(settings.node_timeout)).unwrap_or(i64::MAX),
             newcomers_age_ms: i64::try_from(age_ms).unwrap_or(i64::MAX),
+            beginnings_max: Beginnings::KEPT_MAX,
         };
         let listener = Arc::clone(&own) as Arc<dyn TableListener>;
         let table = Arc::new(SessionTable::new(config, listener, register("cluster_", collectors)));

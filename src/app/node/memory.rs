@@ -29,6 +29,7 @@ use crate::service::cluster::announcer::CHANGES_WAITING_MAX;
 use crate::service::cluster::holder::Holder;
 use crate::service::cluster::newcomers::NEWCOMERS_MAX;
 use crate::service::cluster::table::SessionTable;
+use crate::service::members::beginnings::Beginnings;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{CHANGES_BYTES_MAX, MembershipConfig};
 use crate::service::routing::kafka;
@@ -227,6 +228,8 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let large_answers = (services * LARGE_ANSWERS_MAX * ANSWER_COPIES) as u64 * answer_max;
     let catch_up = CatchUpConfig::default();
     let calls = settings.resume_calls_max.size() as u64;
+    // Of the directory, and of the table.
+    let logs = 1 + u64::from(settings.hand_off() == Some(HandOffMode::Log));
     vec![
         // In rings, shards and hub together.
         ("events", routers * (router.event_bytes_max + Encoding::COUNT as u64 * RECORD_BYTES)),
@@ -236,6 +239,8 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
             "members",
             members * MEMBER_BYTES + conversations * CONVERSATION_BYTES + CHANGES_BYTES_MAX as u64,
         ),
+        ("audiences", routers * router.audience_bytes_max as u64),
+        ("beginnings", logs * Beginnings::KEPT_MAX as u64 * USER_BYTES),
         ("member_questions", membership.fetches_max as u64 * answer),
         ("catch_up", catch_up.bytes_max() as u64 + calls * answer),
         ("large_answers", large_answers),

@@ -3,6 +3,7 @@
 
 mod leasing;
 
+use crate::service::members::beginnings::Beginnings;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -86,6 +87,7 @@ impl Fixture {
             topics: vec![],
             node_timeout_ms: NODE_TIMEOUT_MS,
             newcomers_age_ms: NODE_TIMEOUT_MS,
+            beginnings_max: Beginnings::KEPT_MAX,
         };
         let listener = Arc::clone(&own) as Arc<dyn TableListener>;
         let table = SessionTable::new(config, listener, Arc::<TableCounters>::default());

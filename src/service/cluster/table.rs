@@ -34,6 +34,7 @@ use super::nodes::{EpochEnd, LivingNodes, NodeIndex};
 use super::ports::{NodeEpoch, SessionsLog, SessionsRecord};
 use super::wire::{Lease, SessionBegun, SessionsKey};
 use crate::counters;
+use crate::service::members::beginnings::Beginnings;
 
 /// Parts, each with its own lock, so that the writer blocks few readers.
 pub const PARTS: usize = 256;
@@ -73,6 +74,8 @@ pub struct TableConfig {
     pub node_timeout_ms: i64,
     /// How long beginnings are kept for owners that have to replay, ms (`TAIL_AGE`).
     pub newcomers_age_ms: i64,
+    /// Users kept in [`SessionTable::beginnings`].
+    pub beginnings_max: usize,
 }
 
 counters! {
@@ -122,6 +125,8 @@ pub struct SessionTable {
     /// Where each node is, by index. `None`: not alive, or its lease was not read yet.
     addresses: RwLock<Vec<Option<NodeAddress>>>,
     newcomers: RwLock<Newcomers>,
+    /// The users whose sessions began lately, for routers that remember who is connected.
+    beginnings: Beginnings,
     /// Every record below this offset is applied.
     read_to: AtomicI64,
     /// No entry began at or above this offset. Set before the entry is inserted.
@@ -162,7 +167,9 @@ impl SessionTable {
         listener: Arc<dyn TableListener>,
         counters: Arc<TableCounters>,
     ) -> Self {
+        let beginnings = Beginnings::new(config.beginnings_max);
         Self {
+            beginnings,
             parts: (0..PARTS).map(|_| RwLock::default()).collect(),
             hasher: DefaultHashBuilder::default(),
             device_hasher: DefaultHashBuilder::default(),
@@ -207,9 +214,16 @@ impl SessionTable {
         self.read_to.load(Ordering::Acquire)
     }
 
+    /// The users whose sessions began lately, on any node. A user is there before [`SessionTable::next_offset`] moves
+    /// past the beginning.
+    pub fn beginnings(&self) -> &Beginnings {
+        &self.beginnings
+    }
+
     /// Calls `visit` for each node that holds a session of the user, once each, for an owner that has
-    /// applied beginnings below `applied`.
-    pub fn nodes_of(&self, user: &str, applied: i64, mut visit: impl FnMut(NodeIndex)) {
+    /// applied beginnings below `applied`. Returns the number of their sessions, also of those whose beginning it has not
+    /// applied.
+    pub fn nodes_of(&self, user: &str, applied: i64, mut visit: impl FnMut(NodeIndex)) -> usize {
         let hash = self.hasher.hash_one(user);
         // Copied, because the writer locks the newcomers before a part.
         let mut few = [TableEntry { user: 0, device_and_node: 0 }; 4];
@@ -232,6 +246,7 @@ impl SessionTable {
             last = Some(entry.node());
             visit(entry.node());
         }
+        count + many.len()
     }
 
     fn is_applied(&self, entry: &TableEntry, applied: i64) -> bool {
@@ -360,13 +375,14 @@ impl SessionTable {
         {
             self.listener.replaced(&key.user, &key.device, state.own_serial);
         }
+        let user = Arc::<str>::from(key.user.as_str());
         let newcomer = Newcomer {
             begin: offset,
             as_of: begun.as_of,
             node,
             epoch,
             serial,
-            user: Arc::from(key.user.as_str()),
+            user: Arc::clone(&user),
         };
         let clock_ms = state.nodes.clock_ms();
         let mut newcomers = self.newcomers.write().expect("no holder panics");
@@ -376,6 +392,8 @@ impl SessionTable {
         self.begun_to.store(offset + 1, Ordering::Release);
         newcomers.begun(newcomer, is_new.then_some((entry.user, entry.device_and_node)), clock_ms);
         self.insert(entry);
+        // Also if the entry is not new: it may be that of another user with the same hash.
+        self.beginnings.push(user);
         self.counters.newcomers.set(newcomers.len() as u64);
     }
 }

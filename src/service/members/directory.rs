@@ -9,6 +9,7 @@ use std::sync::{Arc, RwLock};
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::domain::ids::SessionAddress;
+use crate::service::members::beginnings::Beginnings;
 
 /// Parts, each with its own lock, so that a writer blocks few readers.
 const PARTS: usize = 64;
@@ -61,6 +62,7 @@ pub struct Directory {
     /// Seeded per process. Takes half the time of SipHash, which is not needed: only admitted users have
     /// entries, and a collision costs one comparison.
     hasher: DefaultHashBuilder,
+    beginnings: Beginnings,
 }
 
 impl Default for Directory {
@@ -76,8 +78,18 @@ impl Directory {
 
     /// An empty directory.
     pub fn new() -> Self {
+        Self::with_beginnings(Beginnings::default())
+    }
+
+    /// An empty directory with this log of beginnings.
+    pub fn with_beginnings(beginnings: Beginnings) -> Self {
         let parts = (0..PARTS).map(|_| RwLock::new(HashTable::new())).collect();
-        Self { parts, hasher: DefaultHashBuilder::default() }
+        Self { parts, hasher: DefaultHashBuilder::default(), beginnings }
+    }
+
+    /// The users whose sessions were added lately.
+    pub fn beginnings(&self) -> &Beginnings {
+        &self.beginnings
     }
 
     fn part(&self, user: &[u8]) -> (u64, &RwLock<HashTable<DirectoryEntry>>) {
@@ -89,6 +101,14 @@ impl Directory {
     /// Adds a session. It replaces the session of the same user and device, which is returned: the newer
     /// connection wins (contract §3).
     pub fn insert(&self, ids: SessionIds, address: SessionAddress) -> Option<SessionAddress> {
+        let user = Arc::from(ids.user());
+        let replaced = self.replace(ids, address);
+        // Only now: see `Beginnings`.
+        self.beginnings.push(user);
+        replaced
+    }
+
+    fn replace(&self, ids: SessionIds, address: SessionAddress) -> Option<SessionAddress> {
         let (hash, part) = self.part(ids.split().0);
         let mut table = part.write().expect("no holder panics");
         if let Some(entry) = table.find_mut(hash, |entry| entry.ids == ids) {

@@ -1,4 +1,5 @@
 //! The members of conversations, and the sessions of users on this node.
 
+pub mod beginnings;
 pub mod directory;
 pub mod membership;

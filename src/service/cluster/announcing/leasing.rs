@@ -1,6 +1,7 @@
 //! The keeper of the lease and the table, against a log that is stored and read late.
 
 use super::*;
+use crate::service::members::beginnings::Beginnings;
 
 /// Time passes for the log, in which the node writes nothing.
 fn silence(node: &mut Fixture) {
@@ -155,6 +156,7 @@ fn epoch_ends_at_the_same_record_for_all_readers() {
             topics: Vec::new(),
             node_timeout_ms: NODE_TIMEOUT_MS,
             newcomers_age_ms: NODE_TIMEOUT_MS,
+            beginnings_max: Beginnings::KEPT_MAX,
         };
         let table = SessionTable::new(config, Arc::new(NobodyListens), Arc::default());
         table.read_to(0);

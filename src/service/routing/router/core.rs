@@ -16,6 +16,7 @@ use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Lookup, Membership, ReadBy};
 use crate::service::routing::router::WARNING_INTERVAL;
+use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LanePosition;
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
 use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId, ReturnedTicket};
@@ -73,6 +74,7 @@ pub(super) struct RouterCore {
     pub(super) links: RouterLinks,
     pub(super) in_flight: InFlight,
     pub(super) directory: Arc<Directory>,
+    pub(super) audiences: Audiences,
     pub(super) membership: Arc<Membership>,
     pub(super) remote: Option<Arc<dyn RemoteNodes>>,
     /// Hand-off through the log.
@@ -107,6 +109,29 @@ impl EventAudience<'_> {
         };
         let members = members.into_iter().flat_map(Members::iter);
         members.chain(other).chain(named.iter().copied())
+    }
+
+    /// Calls `visit` for each user who may be connected: of a large conversation those whom `connected` passes to its
+    /// argument. `visit` returns whether the user is connected.
+    fn each(
+        &self,
+        is_large: bool,
+        connected: impl FnOnce(&mut dyn FnMut(&str) -> bool),
+        mut visit: impl FnMut(&str) -> bool,
+    ) {
+        match self {
+            Self::Members(_, other) if is_large => {
+                connected(&mut visit);
+                if let Some(user) = other {
+                    visit(user);
+                }
+            }
+            Self::Members(..) | Self::Named(_) => {
+                for user in self.users() {
+                    visit(user);
+                }
+            }
+        }
     }
 
     fn into_tail(self) -> TailAudience {
@@ -159,7 +184,8 @@ impl RouterCore {
             Arrival::Partition { at, parked, .. } => (at, parked),
             Arrival::OtherNode { .. } => (None, &[][..]),
         };
-        if !self.gather_all(&audience, claimed, parked) {
+        let large = self.prepare(conversation, &audience).then_some(conversation);
+        if !self.gather_all(&audience, large, claimed, parked) {
             self.counters.hand_offs_late.add(1);
             return RouteOutcome::Done;
         }
@@ -171,8 +197,8 @@ impl RouterCore {
             self.counters.waits_for_hand_offs.add(1);
             return RouteOutcome::Blocked(Blocked::HandOffs);
         }
-        if let Some((owner, LanePosition { at, .. })) = self.owner.as_mut().zip(claimed)
-            && !owner.find_remote(at, audience.users())
+        if let Some(LanePosition { at, .. }) = claimed
+            && !self.find_remote(&audience, large, at)
         {
             return RouteOutcome::Blocked(Blocked::HandOffs);
         }
@@ -287,31 +313,61 @@ impl RouterCore {
         self.directory.sessions_of(user, |session| links.gather(session));
     }
 
-    /// Gathers the sessions of the audience on this node. `at`: only those that still need the record.
-    /// Returns false if the record comes from a lane that has lost its partition.
+    /// Brings the cached audience of a large conversation up to date. Returns false if every user has to be looked up.
+    fn prepare(&mut self, conversation: &str, audience: &EventAudience<'_>) -> bool {
+        let EventAudience::Members(members, _) = audience else { return false };
+        let table = self.owner.as_ref().map(|owner| &*owner.parts.table);
+        self.audiences.prepare(conversation, members, &self.directory, table, &self.counters)
+    }
+
+    /// Gathers the sessions of the audience on this node. `large`: the conversation, if its audience is cached. `at`: only
+    /// those that still need the record. Returns false if the record comes from a lane that has lost its partition.
     fn gather_all(
         &mut self,
         audience: &EventAudience<'_>,
+        large: Option<&str>,
         at: Option<LanePosition>,
         parked: &[i64],
     ) -> bool {
-        let Some((owner, LanePosition { at, direct_after })) = self.owner.as_ref().zip(at) else {
-            audience.users().for_each(|user| self.gather(user));
+        let Self { audiences, directory, links, owner, .. } = self;
+        let here = |visit: &mut dyn FnMut(&str) -> bool| {
+            large.into_iter().for_each(|conversation| audiences.here(conversation, &mut *visit));
+        };
+        let Some((owner, LanePosition { at, direct_after })) = owner.as_ref().zip(at) else {
+            audience.each(large.is_some(), here, |user| {
+                directory.sessions_of(user, |session| links.gather(session)) > 0
+            });
             return true;
         };
         let mut holder = owner.holder();
         if holder.arrive(at, parked) == Arrived::Zombie {
             return false;
         }
-        let links = &mut self.links;
-        for user in audience.users() {
-            self.directory.sessions_of(user, |session| {
+        audience.each(large.is_some(), here, |user| {
+            let sessions = directory.sessions_of(user, |session| {
                 if holder.needs_of_lane(session, at, direct_after) {
                     links.gather(session);
                 }
             });
-        }
+            sessions > 0
+        });
         true
+    }
+
+    /// Finds the other nodes that hold a session of the audience. Returns false if the table may have missed some.
+    fn find_remote(
+        &mut self,
+        audience: &EventAudience<'_>,
+        large: Option<&str>,
+        at: RoutedPosition,
+    ) -> bool {
+        let Self { audiences, owner: Some(owner), .. } = self else { return true };
+        let anywhere = |visit: &mut dyn FnMut(&str) -> bool| {
+            large
+                .into_iter()
+                .for_each(|conversation| audiences.anywhere(conversation, &mut *visit));
+        };
+        owner.find_remote(at, |find| audience.each(large.is_some(), anywhere, find))
     }
 
     /// Hands a record of a claimed partition to other nodes, after the deliveries on this node.

@@ -15,6 +15,7 @@
 //! more records from its partition. The partition's bounded fetch queue then fills, and librdkafka fetches no more.
 //! This is the back pressure: no record is dropped, and no buffer is unbounded.
 
+mod audience;
 mod claim;
 mod core;
 pub mod dead_letter;
@@ -85,6 +86,10 @@ pub struct RouterConfig {
     /// Memory of the events in rings, shards and the gRPC hub together, bytes; one event may exceed
     /// it. At the bound the router stops routing.
     pub event_bytes_max: u64,
+    /// Members from which on the connected members of a conversation are cached.
+    pub large_members: usize,
+    /// Memory of these caches, bytes.
+    pub audience_bytes_max: usize,
     /// Records of one lane that are routed before the next lane is served.
     pub batch_max: usize,
     /// How long a record waits while its members cannot be fetched, ms.
@@ -114,6 +119,8 @@ impl Default for RouterConfig {
             parked_bytes_max: 1 << 20,
             parked_of_conversation_max: 256,
             event_bytes_max: 256 << 20,
+            large_members: 512,
+            audience_bytes_max: 128 << 20,
             batch_max: 128,
             route_retry_max_ms: 30_000,
             creation_wait_ms: 2_000,
@@ -159,6 +166,10 @@ counters! {
         Gauge sessions_replaying: "Sessions that wait for records from the tails.",
         Counter gaps: "Sessions for which the tail did not reach back far enough: closed with 4409.",
         Gauge tail_records: "Records in the tails.",
+        Gauge audiences: "Large conversations whose connected members are cached.",
+        Gauge audience_bytes: "Memory of the connected members of large conversations and of their lists of members, bytes.",
+        Counter audience_look_ups: "Times that every member of a large conversation was looked up, to cache those that are connected.",
+        Counter audience_evictions: "Large conversations whose connected members were evicted to stay within the memory bound.",
         Counter waits_for_members: "Records that had to wait because their members were unknown.",
         Gauge conversations_waiting: "Conversations whose records wait for their members, while the rest of their partition goes on.",
         Counter waits_for_room: "Times that a lane was blocked because the ring to a shard was full.",

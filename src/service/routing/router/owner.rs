@@ -243,37 +243,36 @@ impl OwnerSide {
         }
     }
 
-    /// Finds the other nodes that hold a session of one of these users, for [`OwnerSide::forward`]. Returns
-    /// false if the table is being read again, and may have missed some.
-    pub(super) fn find_remote<'a>(
+    /// Finds the other nodes that hold a session of users, for [`OwnerSide::forward`]. `each_user` calls its argument
+    /// for each of them, which returns whether the user has a session anywhere. Returns false if the table is being read
+    /// again, and may have missed some.
+    pub(super) fn find_remote(
         &mut self,
         at: RoutedPosition,
-        users: impl Iterator<Item = &'a str>,
+        each_user: impl FnOnce(&mut dyn FnMut(&str) -> bool),
     ) -> bool {
-        self.remote.clear();
-        for user in users {
-            let remote = &mut self.remote;
-            self.parts.table.nodes_of(user, at.table, |node| {
-                let index = match remote.iter().position(|(known, _)| *known == node) {
-                    Some(index) => index,
-                    None => {
-                        remote.push((node, Vec::new()));
-                        remote.len() - 1
-                    }
-                };
+        let Self { remote, parts, found, .. } = self;
+        let (table, own) = (&parts.table, parts.table.own_epoch());
+        remote.clear();
+        each_user(&mut |user| {
+            let sessions = table.nodes_of(user, at.table, |node| {
+                let known = remote.iter().position(|(known, _)| *known == node);
+                let index = known.unwrap_or_else(|| {
+                    remote.push((node, Vec::new()));
+                    remote.len() - 1
+                });
                 let named = &mut remote[index].1;
                 if named.last().is_none_or(|last| last != user) {
                     named.push(user.to_owned());
                 }
             });
-        }
-        let (table, own) = (&self.parts.table, self.parts.table.own_epoch());
-        let found = self.remote.drain(..).filter_map(|(node, ids)| {
+            sessions > 0
+        });
+        found.clear();
+        found.extend(remote.drain(..).filter_map(|(node, ids)| {
             let to = table.address(node).filter(|to| to.epoch != own)?;
             Some((to, ids))
-        });
-        self.found.clear();
-        self.found.extend(found);
+        }));
         table.next_offset() >= at.table
     }
 

@@ -14,6 +14,7 @@ use crate::service::cluster::ports::{ArrivedHandOffs, IncomingHandOff};
 use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
+use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LaneClaim;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::holding::{HandOffInput, ReadTo};
@@ -92,6 +93,7 @@ impl Router {
             links: RouterLinks::new(parts.links),
             in_flight: InFlight::default(),
             directory: parts.directory,
+            audiences: Audiences::new(parts.config.large_members, parts.config.audience_bytes_max),
             membership: parts.membership,
             remote: parts.remote,
             owner,

@@ -2,6 +2,7 @@
 
 mod inspection;
 
+use crate::service::members::beginnings::Beginnings;
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -107,7 +108,8 @@ impl SimulatedNode {
         let bell = Arc::new(Doorbell::new().expect("an eventfd"));
         let holder = Arc::<Mutex<Holder>>::default();
         let sink = Arc::new(SimulatedSink::new(weather.hand_off_bytes_max));
-        let directory = Arc::new(Directory::new());
+        let beginnings = Beginnings::new(weather.beginnings_max);
+        let directory = Arc::new(Directory::with_beginnings(beginnings));
         let missed = Arc::new(MissedSessions::new(
             Arc::clone(&directory),
             Some(Arc::clone(&holder)),
@@ -120,6 +122,7 @@ impl SimulatedNode {
             topics: topics.to_vec(),
             node_timeout_ms: weather.node_timeout_ms as i64,
             newcomers_age_ms: weather.tail_age_ms as i64,
+            beginnings_max: weather.beginnings_max,
         };
         let listener = Arc::clone(&watch) as Arc<dyn TableListener>;
         let table_counters = Arc::<TableCounters>::default();
@@ -143,6 +146,8 @@ impl SimulatedNode {
                     batch_max: 4,
                     // Records given up are not what is tested.
                     route_retry_max_ms: FOREVER_MS,
+                    large_members: weather.large_members,
+                    audience_bytes_max: weather.audience_bytes_max,
                     ..RouterConfig::default()
                 },
                 counters: Arc::clone(&counters),

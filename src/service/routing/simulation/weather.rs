@@ -30,6 +30,12 @@ pub(super) struct Weather {
     pub(super) has_service: bool,
     /// One in so many times, a node forgets the members of all conversations before they are asked for; 0: never.
     pub(super) forgets_members: usize,
+    /// Members from which on a conversation is large. All conversations of the simulation are, or none.
+    pub(super) large_members: usize,
+    /// The memory of the audiences of a router, bytes.
+    pub(super) audience_bytes_max: usize,
+    /// Users in the logs of beginnings.
+    pub(super) beginnings_max: usize,
     /// Whether nodes lose their position in the sessions topic.
     pub(super) loses_position: bool,
     /// Whether nodes die and move partitions at all.
@@ -61,6 +67,9 @@ impl Weather {
             forgets_members: one(&[0, 40, 10]) as usize,
             loses_position: one(&[0, 0, 1]) == 1,
             is_calm: one(&[0, 0, 0, 0, 1]) == 1,
+            large_members: one(&[1, 1, u64::MAX]) as usize,
+            audience_bytes_max: one(&[128 << 20, 8_000]) as usize,
+            beginnings_max: one(&[65_536, 4, 1]) as usize,
         }
     }
 

@@ -92,8 +92,12 @@ mod tests {
 
     #[test]
     fn computed_memory_is_that_of_the_table() {
-        let config =
-            TableConfig { topics: Vec::new(), node_timeout_ms: 60_000, newcomers_age_ms: 10_000 };
+        let config = TableConfig {
+            topics: Vec::new(),
+            node_timeout_ms: 60_000,
+            newcomers_age_ms: 10_000,
+            beginnings_max: 1,
+        };
         let table = SessionTable::new(config, Arc::new(Deaf), Arc::default());
         // Between 896 and 1,792 entries in each part, however the hash falls.
         let sessions = 1_300 * PARTS as i64;

@@ -1,5 +1,6 @@
 //! Claims of partitions, against the mock cluster. See `real` for those that need the broker's checks.
 
+use crate::service::members::beginnings::Beginnings;
 use std::sync::atomic::AtomicU64;
 
 use super::*;
@@ -66,8 +67,12 @@ impl Claiming {
     }
 
     pub(super) fn parts(&self) -> ClaimParts {
-        let config_of_table =
-            TableConfig { topics: Vec::new(), node_timeout_ms: 60_000, newcomers_age_ms: 60_000 };
+        let config_of_table = TableConfig {
+            topics: Vec::new(),
+            node_timeout_ms: 60_000,
+            newcomers_age_ms: 60_000,
+            beginnings_max: Beginnings::KEPT_MAX,
+        };
         let table = SessionTable::new(config_of_table, Arc::new(NoListener), Arc::default());
         ClaimParts {
             barrier: Arc::clone(&self.barrier) as Arc<dyn ClaimBarrier>,

@@ -1,5 +1,6 @@
 //! The manager with hand-off through the log: which sessions it announces, refuses and closes.
 
+use crate::service::members::beginnings::Beginnings;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -63,8 +64,12 @@ fn session_key(epoch: u64, user: &str) -> SessionsKey {
 impl Cluster {
     fn new() -> Self {
         let own = Arc::new(OwnEpoch::new(Arc::<Mutex<Holder>>::default(), Arc::new(NotCalled)));
-        let config =
-            TableConfig { topics: vec![], node_timeout_ms: 60_000, newcomers_age_ms: 60_000 };
+        let config = TableConfig {
+            topics: vec![],
+            node_timeout_ms: 60_000,
+            newcomers_age_ms: 60_000,
+            beginnings_max: Beginnings::KEPT_MAX,
+        };
         let table =
             SessionTable::new(config, Arc::clone(&own) as _, Arc::<TableCounters>::default());
         let table = Arc::new(table);

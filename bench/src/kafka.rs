@@ -11,8 +11,8 @@
 //! With two nodes, each conversation has its members on both: the same number of each. The nodes share the
 //! partitions and hand over through the log. Plain round trips of the broker run at the same time.
 
-mod node;
-mod paced;
+pub(crate) mod node;
+pub(crate) mod paced;
 mod plain;
 mod round_trip;
 mod trace;
@@ -35,7 +35,7 @@ use crate::names;
 use crate::payload::{conversation_id, creation};
 use crate::program::beside;
 use crate::usage;
-use node::{READY_MAX, ServedNode};
+use node::{READY_MAX, RunTopics, ServedNode};
 use paced::write;
 use plain::PlainConsumer;
 use round_trip::RoundTrip;
@@ -44,7 +44,7 @@ use trace::{TracedProducer, UNTRACED};
 /// As in a small deployment; records are spread over them by conversation.
 const PARTITIONS: i32 = 4;
 /// Limit for one operation of Kafka.
-const KAFKA_MAX: Duration = Duration::from_secs(60);
+pub(crate) const KAFKA_MAX: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
 
 /// Configuration of [`ServedDelivery`].
@@ -65,29 +65,6 @@ pub struct ServedConfig {
     /// Core of this process.
     #[arg(long)]
     pub own_core: usize,
-}
-
-/// Names of the topics; no other run uses them.
-struct RunTopics {
-    messages: String,
-    conversations: String,
-    sessions: String,
-    hand_offs: String,
-    round_trips: String,
-}
-
-impl RunTopics {
-    fn new() -> Self {
-        let run = std::process::id();
-        Self {
-            messages: format!("messaging.bench-{run}"),
-            // A topic of its own, as in a deployment: the membership cache reads it as well.
-            conversations: format!("conversation.bench-{run}"),
-            sessions: format!("sessions.bench-{run}"),
-            hand_offs: format!("handoff.bench-{run}"),
-            round_trips: format!("round-trip.bench-{run}"),
-        }
-    }
 }
 
 /// Running `delivery serve` and the producers of their events.
@@ -115,7 +92,7 @@ pub struct ServedDelivery {
     uncommitted: Option<PushPlan>,
 }
 
-fn failed(error: &KafkaError) -> io::Error {
+pub(crate) fn failed(error: &KafkaError) -> io::Error {
     io::Error::other(format!("Kafka: {error}"))
 }
 
@@ -135,8 +112,11 @@ impl ServedDelivery {
         }
         // The children inherit the core; this process then moves to its own.
         usage::pin(config.server_core)?;
-        let nodes: io::Result<Vec<_>> =
-            (1..=config.nodes).map(|number| ServedNode::start(config, &topics, number)).collect();
+        let started = (1..=config.nodes).map(|number| {
+            let (program, brokers) = (&config.program, &config.brokers);
+            ServedNode::start(program, brokers, &topics, (number, config.nodes), &[])
+        });
+        let nodes: io::Result<Vec<_>> = started.collect();
         usage::pin(config.own_core)?;
         let mut client = ClientConfig::new();
         client.set("bootstrap.servers", &config.brokers);

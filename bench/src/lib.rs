@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod backend;
+pub mod beside;
 pub mod client;
 pub mod clock;
 pub mod cluster;

@@ -183,7 +183,10 @@ impl Ours {
                 directory: Arc::clone(&directory),
                 auth: Authenticator::trust(),
                 presence: Presence::off(),
-                catch_up: CatchUpService::without_messages(CatchUpConfig::default(), Arc::default()),
+                catch_up: CatchUpService::without_messages(
+                    CatchUpConfig::default(),
+                    Arc::default(),
+                ),
             },
             Arc::default(),
         )?;

@@ -41,6 +41,16 @@ pub fn process_ns(pid: u32) -> io::Result<u64> {
     Ok(used.map(|used| used.sum_exec_runtime).sum())
 }
 
+/// Processor time of the threads of a process whose names begin like this, ns.
+///
+/// # Errors
+/// The process does not exist.
+pub fn threads_ns(pid: u32, name: &str) -> io::Result<u64> {
+    let threads = process(pid)?.tasks().map_err(io::Error::other)?;
+    let named = threads.flatten().filter(|it| it.stat().is_ok_and(|it| it.comm.starts_with(name)));
+    Ok(named.filter_map(|it| it.schedstat().ok()).map(|used| used.sum_exec_runtime).sum())
+}
+
 /// Processor time of the calling thread, ns.
 pub fn thread_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);

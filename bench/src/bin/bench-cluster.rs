@@ -1,7 +1,7 @@
 //! What the hand-off through the log costs: `delivery_bench::cluster`.
 
 use clap::{Parser, Subcommand};
-use delivery_bench::cluster::{HandOffPlan, ReadyPlan, RoutePlan, TablePlan, TailPlan};
+use delivery_bench::cluster::{HandOffPlan, LargePlan, ReadyPlan, RoutePlan, TablePlan, TailPlan};
 
 /// As in `delivery`.
 #[global_allocator]
@@ -26,6 +26,8 @@ enum Part {
     Route(RoutePlan),
     /// The tail of a partition: memory, and CPU to keep a record.
     Tail(TailPlan),
+    /// What the router needs for an event of a large conversation.
+    Large(LargePlan),
 }
 
 fn main() -> std::io::Result<()> {
@@ -35,5 +37,6 @@ fn main() -> std::io::Result<()> {
         Part::HandOff(plan) => plan.run(),
         Part::Route(plan) => plan.run(),
         Part::Tail(plan) => plan.run(),
+        Part::Large(plan) => plan.run(),
     }
 }

@@ -1,5 +1,6 @@
 //! The records of the sessions topic for a made-up cluster.
 
+use delivery::service::members::beginnings::Beginnings;
 use std::sync::Arc;
 
 use delivery::service::cluster::holder::SessionSerial;
@@ -69,6 +70,7 @@ pub(super) fn table() -> Arc<SessionTable> {
         topics: vec![TOPIC.into()],
         node_timeout_ms: 60_000,
         newcomers_age_ms: 300_000,
+        beginnings_max: Beginnings::KEPT_MAX,
     };
     Arc::new(SessionTable::new(config, Arc::new(Deaf), Arc::default()))
 }

@@ -71,7 +71,7 @@ impl RecordSource for Records {
 
 /// Stores at once.
 #[derive(Default)]
-struct ImmediateSink(AtomicU64);
+pub(super) struct ImmediateSink(AtomicU64);
 
 impl HandOffSink for ImmediateSink {
     fn send(&self, _: OutgoingHandOff<'_>, stored: HandOffStored) -> Queued {

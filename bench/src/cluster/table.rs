@@ -82,7 +82,9 @@ impl TablePlan {
         );
         let all = table.next_offset();
         let mut found = 0_u64;
-        let mut visit = |user: &str, applied| table.nodes_of(user, applied, |_| found += 1);
+        let mut visit = |user: &str, applied| {
+            table.nodes_of(user, applied, |_| found += 1);
+        };
         let known = look_up(|it| it % sessions, |user| visit(user, all));
         // As a lane that has not applied the last beginning.
         let behind = look_up(|it| it % sessions, |user| visit(user, all - 1));

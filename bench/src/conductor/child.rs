@@ -11,7 +11,7 @@ use serde_json::Value;
 const ANSWER_MAX: Duration = Duration::from_secs(120);
 
 /// A running process. Stopped when dropped.
-pub(super) struct Worker {
+pub(crate) struct Worker {
     child: Child,
     words: ChildStdin,
     answers: Receiver<Value>,
@@ -19,7 +19,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn start(command: &[String]) -> io::Result<Self> {
+    pub(crate) fn start(command: &[String]) -> io::Result<Self> {
         let (program, arguments) = command.split_first().expect("a program");
         let mut child = Command::new(program)
             .args(arguments)
@@ -49,13 +49,13 @@ impl Worker {
         self.child.id()
     }
 
-    pub(super) fn tell(&mut self, word: &str) -> io::Result<()> {
+    pub(crate) fn tell(&mut self, word: &str) -> io::Result<()> {
         writeln!(self.words, "{word}")?;
         self.words.flush()
     }
 
     /// The next answer with a member of this name.
-    pub(super) fn expect(&self, member: &str) -> io::Result<Value> {
+    pub(crate) fn expect(&self, member: &str) -> io::Result<Value> {
         self.expect_within(member, ANSWER_MAX)
     }
 
@@ -93,6 +93,6 @@ impl Drop for Worker {
 }
 
 /// A number in an answer; 0 if it is missing.
-pub(super) fn number(answer: &Value, member: &str) -> f64 {
+pub(crate) fn number(answer: &Value, member: &str) -> f64 {
     answer.get(member).and_then(Value::as_f64).unwrap_or(0.0)
 }

@@ -2,16 +2,17 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use delivery_testkit::ports::free_port;
 
-use super::{POLL, RunTopics, ServedConfig};
+use super::POLL;
 use crate::admin::AdminPort;
 use crate::program::Program;
 
 /// For the start of a node, and for its partitions.
-pub(super) const READY_MAX: Duration = Duration::from_secs(60);
+pub(crate) const READY_MAX: Duration = Duration::from_secs(60);
 /// Metric: records that the routers have read.
 const RECORDS: &str = "delivery_router_records_total";
 /// Metric: records that the membership cache has read. Every node reads them all.
@@ -21,71 +22,98 @@ const SESSIONS: &str = "delivery_shard_sessions";
 /// Metric with a sample for each partition that the node owns.
 const LAG: &str = "kafka_consumer_lag";
 
+/// Names of the topics; no other run uses them.
+pub(crate) struct RunTopics {
+    pub(crate) messages: String,
+    pub(crate) conversations: String,
+    pub(crate) sessions: String,
+    pub(crate) hand_offs: String,
+    pub(crate) round_trips: String,
+}
+
+impl RunTopics {
+    pub(crate) fn new() -> Self {
+        let run = std::process::id();
+        Self {
+            messages: format!("messaging.bench-{run}"),
+            // A topic of its own, as in a deployment: the membership cache reads it as well.
+            conversations: format!("conversation.bench-{run}"),
+            sessions: format!("sessions.bench-{run}"),
+            hand_offs: format!("handoff.bench-{run}"),
+            round_trips: format!("round-trip.bench-{run}"),
+        }
+    }
+}
+
 /// A running `delivery serve`.
-pub(super) struct ServedNode {
+pub(crate) struct ServedNode {
     server: Program,
     /// Address of its public listener.
-    pub(super) address: SocketAddr,
+    pub(crate) address: SocketAddr,
     admin: AdminPort,
 }
 
 impl ServedNode {
-    /// Starts node `number` of a run. It is not ready yet.
-    pub(super) fn start(config: &ServedConfig, topics: &RunTopics, number: u8) -> io::Result<Self> {
+    /// Starts node `number` of the `nodes` of a run, with `more` settings. It is not ready yet.
+    pub(crate) fn start(
+        program: &Path,
+        brokers: &str,
+        topics: &RunTopics,
+        (number, nodes): (u8, u8),
+        more: &[(&'static str, String)],
+    ) -> io::Result<Self> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let admin = AdminPort(free_port());
-        let mode = if config.nodes == 1 { "broadcast" } else { "group" };
-        let server = Program::start(
-            "delivery",
-            None,
-            &[config.program.display().to_string(), "serve".to_owned()],
-            &[
-                ("INSTANCE_ID", format!("bench-{number}")),
-                ("HTTP_PORT", address.to_string()),
-                ("HTTP_ADDR", format!("127.0.0.1:{}", admin.0)),
-                ("GRPC_ADDR", "127.0.0.1:0".to_owned()),
-                ("SHARDS", "1".to_owned()),
-                ("CONNECTIONS_MAX", "14000".to_owned()),
-                ("AUTH_MODE", "trust".to_owned()),
-                ("ECHO", "true".to_owned()),
-                ("CONNECTIONS_PER_ADDRESS", "0".to_owned()),
-                ("HANDSHAKES_PER_SECOND", "0".to_owned()),
-                ("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0".to_owned()),
-                ("SO_SNDBUF", "128KiB".to_owned()),
-                ("ROUTING_MODE", mode.to_owned()),
-                ("KAFKA_BROKERS", config.brokers.clone()),
-                ("KAFKA_TOPICS", format!("{},{}", topics.messages, topics.conversations)),
-                ("KAFKA_GROUP", topics.messages.clone()),
-                ("SESSIONS_TOPIC", topics.sessions.clone()),
-                ("HANDOFF_TOPIC", topics.hand_offs.clone()),
-                ("LOG_LEVEL", "warn".to_owned()),
-            ],
-        )?;
+        let mode = if nodes == 1 { "broadcast" } else { "group" };
+        let mut environment = vec![
+            ("INSTANCE_ID", format!("bench-{number}")),
+            ("HTTP_PORT", address.to_string()),
+            ("HTTP_ADDR", format!("127.0.0.1:{}", admin.0)),
+            ("GRPC_ADDR", "127.0.0.1:0".to_owned()),
+            ("SHARDS", "1".to_owned()),
+            ("CONNECTIONS_MAX", "14000".to_owned()),
+            ("AUTH_MODE", "trust".to_owned()),
+            ("ECHO", "true".to_owned()),
+            ("CONNECTIONS_PER_ADDRESS", "0".to_owned()),
+            ("HANDSHAKES_PER_SECOND", "0".to_owned()),
+            ("HANDSHAKES_PER_SECOND_PER_ADDRESS", "0".to_owned()),
+            ("SO_SNDBUF", "128KiB".to_owned()),
+            ("ROUTING_MODE", mode.to_owned()),
+            ("KAFKA_BROKERS", brokers.to_owned()),
+            ("KAFKA_TOPICS", format!("{},{}", topics.messages, topics.conversations)),
+            ("KAFKA_GROUP", topics.messages.clone()),
+            ("SESSIONS_TOPIC", topics.sessions.clone()),
+            ("HANDOFF_TOPIC", topics.hand_offs.clone()),
+            ("LOG_LEVEL", "warn".to_owned()),
+        ];
+        environment.extend_from_slice(more);
+        let command = [program.display().to_string(), "serve".to_owned()];
+        let server = Program::start("delivery", None, &command, &environment)?;
         Ok(Self { server, address, admin })
     }
 
     /// Waits until it is ready.
-    pub(super) fn wait_until_ready(&mut self) -> io::Result<()> {
+    pub(crate) fn wait_until_ready(&mut self) -> io::Result<()> {
         let admin = self.admin;
         self.server.wait_until(READY_MAX, || admin.is_ready())
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.server.id()
     }
 
     /// Records that its routers have read.
-    pub(super) fn records(&self) -> io::Result<u64> {
+    pub(crate) fn records(&self) -> io::Result<u64> {
         Ok(self.admin.metric(RECORDS, "")? as u64)
     }
 
     /// Open sessions.
-    pub(super) fn sessions(&self) -> io::Result<usize> {
+    pub(crate) fn sessions(&self) -> io::Result<usize> {
         Ok(self.admin.metric(SESSIONS, "")? as usize)
     }
 
     /// Waits until its membership cache has read this many records.
-    pub(super) fn wait_until_followed(&self, records: u64) -> io::Result<()> {
+    pub(crate) fn wait_until_followed(&self, records: u64) -> io::Result<()> {
         while (self.admin.metric(MEMBERSHIP_RECORDS, "")? as u64) < records {
             std::thread::sleep(POLL);
         }
@@ -93,7 +121,7 @@ impl ServedNode {
     }
 
     /// The partitions of a topic that it owns.
-    pub(super) fn owned(&self, topic: &str) -> io::Result<Vec<i32>> {
+    pub(crate) fn owned(&self, topic: &str) -> io::Result<Vec<i32>> {
         let of_topic = format!(r#"topic="{topic}""#);
         let samples = self.admin.metrics(LAG)?;
         let of_topic = samples.iter().filter(|(labels, _)| labels.contains(&of_topic));

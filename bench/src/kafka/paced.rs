@@ -48,7 +48,7 @@ fn trace(producer: &TracedProducer, item: &Item) -> usize {
 }
 
 /// Queues a record; waits while the queue is full.
-pub(super) fn write<C: ProducerContext>(
+pub(crate) fn write<C: ProducerContext>(
     producer: &BaseProducer<C>,
     mut record: BaseRecord<'_, str, [u8], C::DeliveryOpaque>,
 ) -> io::Result<()> {

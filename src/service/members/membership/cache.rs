@@ -107,16 +107,14 @@ impl Part {
     pub(super) fn changed(&mut self, hash: u64, change: ReadChange<'_>, now: Instant) -> bool {
         let ReadChange { conversation, user, added, position } = change;
         let Self { lists, changes } = self;
-        let mut insert =
-            |is_member| changes.insert(conversation, (user, added), position, is_member, now);
-        let applied = lists.update(hash, conversation, |_, state| {
-            let inserted = insert(state.known().map(|known| known.members.contains(user)));
-            if inserted != Inserted::Known {
-                state.change(user, added, inserted == Inserted::Last);
-            }
-            inserted
+        let inserted = changes.insert(conversation, (user, added), position, now);
+        if inserted == Inserted::Known {
+            return false;
+        }
+        lists.update(hash, conversation, |_, state| {
+            state.change(user, added, inserted == Inserted::Last);
         });
-        applied.unwrap_or_else(|| insert(None)) != Inserted::Known
+        true
     }
 
     /// Applies a creation event, which has the complete list. Ignored if the list is known, or if the

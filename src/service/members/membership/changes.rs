@@ -49,8 +49,8 @@ pub(super) struct MemberChange {
     /// Numbers the changes in the order in which they were read.
     serial: u64,
     read_at: Instant,
-    /// Whether the user was a member before the change. `None`: the list was not known then.
-    was_member: Option<bool>,
+    /// Whether the user was a member before the change.
+    was_member: bool,
 }
 
 /// When a request was made.
@@ -109,14 +109,13 @@ impl RecentChanges {
         self.by_conversation.get(conversation).map_or(&[], |changes| changes)
     }
 
-    /// Puts a change at its place in the log. `is_member`: whether the user is in the current list, if that is
-    /// known.
+    /// Puts a change at its place in the log. Whether the user was a member before it says the change before, or
+    /// else the change itself: who joins was no member. The list does not, because it may be newer than the log.
     pub(super) fn insert(
         &mut self,
         conversation: &str,
         (user, added): (&str, bool),
         position: LogPosition,
-        is_member: Option<bool>,
         now: Instant,
     ) -> Inserted {
         let conversation = match self.by_conversation.get_key_value(conversation) {
@@ -130,19 +129,21 @@ impl RecentChanges {
         }
         let later = changes.iter().position(|change| change.position.is_after(position));
         let at = if is_newest { changes.len() } else { later.unwrap_or(changes.len()) };
-        let mut change = MemberChange {
+        let was_added =
+            || changes[..at].iter().rev().find(|it| *it.user == *user).map(|it| it.added);
+        let change = MemberChange {
             user: user.into(),
             added,
             position,
             serial: self.next_serial,
             read_at: now,
-            was_member: is_member,
+            was_member: was_added().unwrap_or(!added),
         };
         self.next_serial += 1;
         let next = changes[at..].iter_mut().find(|later| *later.user == *user);
         let inserted = if next.is_some() { Inserted::Superseded } else { Inserted::Last };
         if let Some(next) = next {
-            change.was_member = next.was_member.replace(added);
+            next.was_member = added;
         }
         self.order.push_back((conversation, change.serial));
         changes.insert(at, change);
@@ -215,8 +216,7 @@ impl RecentChanges {
         let later = self.of(conversation).iter().rev();
         let later = later.filter(|change| change.position.is_after(position));
         // The earliest of each user comes last, and decides.
-        let before = later.filter_map(|change| Some((&*change.user, change.was_member?)));
-        list.changed_all(before)
+        list.changed_all(later.map(|change| (&*change.user, change.was_member)))
     }
 
     pub(super) fn clear(&mut self) {
@@ -241,8 +241,7 @@ mod tests {
     #[test]
     fn changes_are_kept_once_and_in_the_order_of_the_log() {
         let (mut changes, now) = (RecentChanges::new(100), Instant::now());
-        let mut insert =
-            |user, added, offset| changes.insert("c", (user, added), at(offset), None, now);
+        let mut insert = |user, added, offset| changes.insert("c", (user, added), at(offset), now);
         assert_eq!(insert("b", true, 10), Inserted::Last);
         assert_eq!(insert("b", false, 8), Inserted::Superseded);
         assert_eq!(insert("a", false, 9), Inserted::Last);
@@ -252,17 +251,36 @@ mod tests {
         assert_eq!(offsets, [8, 9, 10]);
     }
 
+    /// A record that waits for its members is routed by the list of its position, although all changes were read
+    /// before the list was known.
+    #[test]
+    fn list_at_a_position_needs_no_list_known_at_the_changes() {
+        let (mut changes, now) = (RecentChanges::new(100), Instant::now());
+        let read =
+            [(5, "c", true), (6, "b", false), (7, "c", true), (8, "b", true), (9, "b", false)];
+        for (offset, user, added) in read {
+            changes.insert("x", (user, added), at(offset), now);
+        }
+        let then = |offset| changes.list_at("x", &list(&["a", "c"]), at(offset));
+        assert_eq!(then(4), list(&["a", "b"]));
+        assert_eq!(then(5), list(&["a", "b", "c"]));
+        assert_eq!(then(6), list(&["a", "c"]));
+        assert_eq!(then(7), list(&["a", "c"]));
+        assert_eq!(then(8), list(&["a", "b", "c"]));
+        assert_eq!(then(9), list(&["a", "c"]));
+    }
+
     #[test]
     fn oldest_changes_are_evicted_and_that_is_known() {
         let (mut changes, now) = (RecentChanges::new(2), Instant::now());
         let request = changes.request_time(now);
         for offset in 0..3 {
-            changes.insert("c", ("a", true), at(offset), None, now);
+            changes.insert("c", ("a", true), at(offset), now);
             assert_eq!(changes.reaches_back_to(request), offset < 2);
         }
         assert_eq!(changes.of("c").len(), 2);
-        changes.insert("d", ("a", true), at(3), None, now);
-        changes.insert("d", ("a", true), at(4), None, now);
+        changes.insert("d", ("a", true), at(3), now);
+        changes.insert("d", ("a", true), at(4), now);
         assert!(changes.of("c").is_empty() && changes.by_conversation.len() == 1);
     }
 
@@ -270,10 +288,10 @@ mod tests {
     fn answer_gets_what_was_read_since_the_request_or_shortly_before() {
         let (mut changes, start) = (RecentChanges::new(100), Instant::now());
         let later = start + REPLICA_LAG_MAX + Duration::from_secs(1);
-        changes.insert("c", ("old", false), at(1), None, start);
-        changes.insert("c", ("lagging", true), at(2), None, later);
+        changes.insert("c", ("old", false), at(1), start);
+        changes.insert("c", ("lagging", true), at(2), later);
         let request = changes.request_time(later);
-        changes.insert("c", ("new", true), at(3), None, later);
+        changes.insert("c", ("new", true), at(3), later);
         let answer = changes.apply_to_answer("c", &list(&["old", "x"]), request);
         assert_eq!(answer, list(&["lagging", "new", "old", "x"]));
     }
@@ -283,8 +301,7 @@ mod tests {
         let (mut changes, now) = (RecentChanges::new(100), Instant::now());
         let mut members = list(&["a", "b"]);
         for (offset, user, added) in [(5, "b", false), (6, "c", true), (7, "c", true)] {
-            let is_member = Some(members.contains(user));
-            changes.insert("x", (user, added), at(offset), is_member, now);
+            changes.insert("x", (user, added), at(offset), now);
             members = members.changed(user, added);
         }
         let then = |position| changes.list_at("x", &members, position);

@@ -22,7 +22,9 @@
 //! 4. **A creation event is the complete list at its position.** The changes after it are applied. It is
 //!    ignored if the list is known, because the record can be in the log twice.
 //! 5. **A record is routed when every change before it in its partition was read** (`reading`), by the list
-//!    as of its position: the follower may be ahead.
+//!    as of its position: the follower may be ahead, or the list may have come after the changes behind the
+//!    record. Those are undone: who joined later was no member, and who left later was one. What the list
+//!    says does not count for that, because an answer may be newer than the log.
 //! 6. **A change that another node has handed over has no position.** If the list does not agree with it, the
 //!    list is dropped and requested again. What this node has read itself still counts (3).
 

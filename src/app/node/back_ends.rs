@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::metrics::{self, register};
 use super::other_nodes::OtherNodes;
 use super::routing::{RoutingPeers, compression};
-use super::sizing::Sizing;
+use super::sizing::{Sizing, millis};
 use crate::app::admin::Collector;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
 use crate::service::backends::neighbours::{
@@ -14,6 +14,8 @@ use crate::service::backends::neighbours::{
 };
 use crate::service::backends::ports::{ConversationSource, LogNodes, MissedEvents};
 use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
+use crate::service::members::current::CurrentConversations;
+use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpService, ReadAccess};
 use crate::service::sessions::presence::{
@@ -23,7 +25,10 @@ use crate::service::sessions::presence::{
 /// The clients of all configured back ends.
 pub(super) struct BackEnds {
     pub auth: Arc<Authenticator>,
-    pub conversations: Option<ConversationService>,
+    /// For those who ask who may read what.
+    pub conversations: Option<CurrentConversations>,
+    /// For the routers.
+    membership: Arc<Membership>,
     /// `None`: no Redis.
     pub other_nodes: Option<OtherNodes>,
     pub presence: Presence,
@@ -66,18 +71,22 @@ impl BackEnds {
         let announcer = other_nodes.as_ref().and_then(OtherNodes::announcer);
         let presence =
             presence(settings, sizing, instance, redis.as_ref(), announcer, &mut collectors)?;
+        let service = conversations.map(Arc::new);
+        let source = service.clone().map(|service| -> Arc<dyn ConversationSource> { service });
+        let membership = membership(settings, source, &mut collectors);
+        let conversations =
+            service.map(|service| CurrentConversations::new(service, Arc::clone(&membership)));
         let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut collectors);
         collectors.push(metrics::cursors_expired(catch_up.clone()));
         let auth = authenticator(settings, &mut collectors)?;
-        Ok(Self { auth, conversations, other_nodes, presence, catch_up, collectors })
+        Ok(Self { auth, conversations, membership, other_nodes, presence, catch_up, collectors })
     }
 
     /// The back ends that the routers need.
     pub(super) fn for_routing(&self, missed: Arc<dyn MissedEvents>) -> RoutingPeers {
-        let service = self.conversations.clone();
-        let source = service.map(|service| -> Arc<dyn ConversationSource> { Arc::new(service) });
+        let membership = Arc::clone(&self.membership);
         let remote = self.other_nodes.as_ref().and_then(OtherNodes::remote);
-        RoutingPeers { source, remote, cluster: None, missed }
+        RoutingPeers { membership, remote, cluster: None, missed }
     }
 }
 
@@ -153,7 +162,7 @@ pub(super) fn presence_config(instance: Arc<str>, sizing: &Sizing) -> PresenceCo
 fn catch_up(
     settings: &Settings,
     messages: Option<MessageService>,
-    conversations: Option<&ConversationService>,
+    conversations: Option<&CurrentConversations>,
     collectors: &mut Vec<Collector>,
 ) -> CatchUpService {
     let config = catch_up_config(settings);
@@ -193,6 +202,25 @@ pub(super) fn catch_up_config(settings: &Settings) -> CatchUpConfig {
         compression: compression(settings),
         ..defaults
     }
+}
+
+/// The cache of member lists. `source`: `None`: they come from events only.
+fn membership(
+    settings: &Settings,
+    source: Option<Arc<dyn ConversationSource>>,
+    collectors: &mut Vec<Collector>,
+) -> Arc<Membership> {
+    let defaults = MembershipConfig::default();
+    let config = MembershipConfig {
+        conversations_max: settings.membership_cache_max.size(),
+        members_max: settings.membership_members_max.size(),
+        lifetime_ms: millis(settings.membership_lifetime),
+        // A large answer takes two calls, and waits for others.
+        fetch_deadline_ms: defaults.fetch_deadline_ms.max(3 * millis(settings.call_timeout)),
+        ..defaults
+    };
+    let runtime = tokio::runtime::Handle::current();
+    Membership::new(config, source, runtime, register("membership_", collectors))
 }
 
 fn authenticator(

@@ -6,6 +6,7 @@
 //!
 //! The group is joined last: before its lease is stored, no other node could hand anything over to this one.
 
+use super::sizing::millis;
 use crate::service::members::beginnings::Beginnings;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -125,10 +126,6 @@ pub(super) struct RunningCluster {
     lease: LeaseThread,
     janitor: SessionsJanitor,
     failure: watch::Receiver<Option<String>>,
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Cluster {

@@ -7,7 +7,6 @@ use super::metrics::register;
 use super::routing::Routing;
 use crate::app::admin::{Collector, ReadinessCheck};
 use crate::app::config::{HandOffMode, LegacyNodesMode, PresenceMode, Settings};
-use crate::service::backends::neighbours::ConversationService;
 use crate::service::backends::ports::{
     LogNodes, MembershipChanges, MissedEvents, RemoteNodes, RouterInbox,
 };
@@ -16,6 +15,7 @@ use crate::service::backends::redis::{
     PresenceUpdates, RedisLink, RegistryUse, Sinks, SubscriptionCounters, Subscriptions,
     SubscriptionsConfig,
 };
+use crate::service::members::current::CurrentConversations;
 use crate::service::members::directory::Directory;
 use crate::service::routing::router::RouterHandle;
 use crate::service::sessions::manager::SessionHandle;
@@ -142,7 +142,7 @@ impl OtherNodes {
         instance: &Arc<str>,
         sessions: OwnSessions<'_>,
         routing: &Routing,
-        conversations: Option<&ConversationService>,
+        conversations: Option<&CurrentConversations>,
         collectors: &mut Vec<Collector>,
     ) -> OtherNodesListener {
         let router: Arc<dyn RouterInbox> = Arc::new(RouterHandle::new(routing.controls().to_vec()));

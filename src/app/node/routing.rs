@@ -7,16 +7,16 @@ use std::time::Duration;
 use super::back_ends::catch_up_config;
 use super::mesh::PeerSide;
 use super::metrics::{numbered, register};
-use super::sizing::Sizing;
+use super::sizing::{Sizing, millis};
 use crate::app::admin::{Collector, ReadinessCheck, number};
 use crate::app::config::{HandOffMode, Name, SettingValue as _, Settings};
 use crate::domain::counters::MetricKind;
-use crate::service::backends::ports::{ConversationSource, MissedEvents, RemoteNodes};
+use crate::service::backends::ports::{MissedEvents, RemoteNodes};
 use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::CompressionConfig;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
-use crate::service::members::membership::{Membership, MembershipConfig};
+use crate::service::members::membership::Membership;
 use crate::service::routing::kafka::{
     ClaimParts, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaParts, KafkaStatus,
     TopicTrouble,
@@ -31,8 +31,8 @@ use crate::service::sessions::catch_up::CatchUpConfig;
 
 /// The back ends of the routers.
 pub(super) struct RoutingPeers {
-    /// Source of member lists; `None`: they come from events only.
-    pub source: Option<Arc<dyn ConversationSource>>,
+    /// The members of conversations.
+    pub membership: Arc<Membership>,
     /// The other nodes, if Redis hands over to them.
     pub remote: Option<Arc<dyn RemoteNodes>>,
     /// If the log hands over to them.
@@ -64,9 +64,8 @@ impl Routing {
         peers: RoutingPeers,
         collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
-        let RoutingPeers { source, remote, cluster, missed } = peers;
+        let RoutingPeers { membership, remote, cluster, missed } = peers;
         let (cluster, claims) = cluster.unzip();
-        let membership = membership(settings, source, collectors);
         let kafka_counters = register("kafka_", collectors);
         let dead_letters = dead_letters(settings, &kafka_config, &kafka_counters)?;
         let tails = tails(settings, collectors);
@@ -161,10 +160,6 @@ impl Routing {
     }
 }
 
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
 /// Which events are compressed.
 pub(super) fn compression(settings: &Settings) -> CompressionConfig {
     CompressionConfig {
@@ -182,24 +177,6 @@ pub(super) fn router_config(settings: &Settings, sizing: &Sizing) -> RouterConfi
         compression: compression(settings),
         ..RouterConfig::default()
     }
-}
-
-fn membership(
-    settings: &Settings,
-    source: Option<Arc<dyn ConversationSource>>,
-    collectors: &mut Vec<Collector>,
-) -> Arc<Membership> {
-    let defaults = MembershipConfig::default();
-    let config = MembershipConfig {
-        conversations_max: settings.membership_cache_max.size(),
-        members_max: settings.membership_members_max.size(),
-        lifetime_ms: millis(settings.membership_lifetime),
-        // A large answer takes two calls, and waits for others.
-        fetch_deadline_ms: defaults.fetch_deadline_ms.max(3 * millis(settings.call_timeout)),
-        ..defaults
-    };
-    let runtime = tokio::runtime::Handle::current();
-    Membership::new(config, source, runtime, register("membership_", collectors))
 }
 
 /// `kafka_prefetch`, KiB.

@@ -1,6 +1,8 @@
 //! Computes the number of threads and the sizes of the shards' tables from the settings, the cores and
 //! the descriptor limit.
 
+use std::time::Duration;
+
 use std::num::NonZero;
 use std::thread::available_parallelism;
 
@@ -139,6 +141,11 @@ fn too_many(connections: u32, shards: usize, beside: u32, machine: Machine) -> S
         Counted(shards, "shard"),
         remedies.join("\n      or ")
     )
+}
+
+/// A time of the settings in ms.
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

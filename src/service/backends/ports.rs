@@ -26,9 +26,12 @@ pub enum NeighbourError {
     /// The service does not let this node call it.
     #[error("denied: {0}")]
     Denied(String),
-    /// The service does not understand the request.
+    /// The service calls the request invalid.
     #[error("invalid: {0}")]
     Invalid(String),
+    /// The service does not have this call, or is not in a state for it.
+    #[error("unsupported: {0}")]
+    Unsupported(String),
     /// The answer exceeds a limit of this node or of the service.
     #[error("too large: {0}")]
     TooLarge(String),

@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | not found | `NOT_FOUND` | ask once more after a short delay, because replicas lag; then it is final |
 //! | denied | `PERMISSION_DENIED`, `UNAUTHENTICATED` | retry like an unavailable service |
-//! | invalid | `INVALID_ARGUMENT`, `FAILED_PRECONDITION`, `UNIMPLEMENTED` | the same |
+//! | invalid | `INVALID_ARGUMENT`, `FAILED_PRECONDITION`, `UNIMPLEMENTED` | the same; but an id that only a client has named and that is an invalid argument is malformed |
 //! | too large | `RESOURCE_EXHAUSTED`, `OUT_OF_RANGE`, also from the limit of this node | the same |
 //! | unavailable | every other code, and no answer in time | the same |
 //!
@@ -92,7 +92,8 @@ impl From<Status> for NeighbourError {
         match FailureClass::of(status.code()) {
             FailureClass::NotFound => Self::NotFound,
             FailureClass::Denied => Self::Denied(text),
-            FailureClass::Invalid => Self::Invalid(text),
+            FailureClass::Invalid if status.code() == Code::InvalidArgument => Self::Invalid(text),
+            FailureClass::Invalid => Self::Unsupported(text),
             FailureClass::TooLarge => Self::TooLarge(text),
             FailureClass::Unavailable => Self::Unavailable(text),
         }

@@ -81,21 +81,20 @@ impl ConversationSource for ConversationService {
                     ConversationApiClient::new(channel).max_decoding_message_size(limit);
                 client.get_conversation(request).await
             };
-            Ok(link.call_sized(question, ask, members_of).await?)
+            let members = link.call_sized(question, ask, members_of).await?;
+            // Nobody would get its events, and nobody would notice: it counts as a conversation that is not there
+            // (yet), which is asked for once more, and counted.
+            if members.is_empty() { Err(NeighbourError::NotFound) } else { Ok(members) }
         })
     }
 }
 
-/// The members in an answer. Its own list is the complete one. A service that fills only the list within the
-/// conversation is supported too.
+/// The members in an answer: those of all its lists, as of a creation event. Services differ in which they fill.
 fn members_of(answer: GetConversationResponse) -> Members {
-    let mut members = answer.participant_user_ids;
-    if members.is_empty()
-        && let Some(conversation) = answer.conversation
-    {
-        members = conversation.participant_user_ids;
-    }
-    members.into_iter().collect()
+    let conversation = answer.conversation.unwrap_or_default();
+    let with_roles = conversation.participants_with_roles.into_iter().map(|it| it.user_id);
+    let named = answer.participant_user_ids.into_iter().chain(conversation.participant_user_ids);
+    named.chain(with_roles).filter(|user| !user.is_empty()).collect()
 }
 
 impl ConversationListing for ConversationService {

@@ -6,6 +6,7 @@ use tonic::Code;
 
 use super::link::{RENEWAL_INTERVAL, UNANSWERED_CALLS_MAX};
 use super::*;
+use crate::service::events::proto::conversation::v1::Participant;
 
 fn config(url: String) -> NeighbourConfig {
     NeighbourConfig { call_timeout: Duration::from_secs(20), ..NeighbourConfig::new(url) }
@@ -59,6 +60,30 @@ async fn permanent_answer_differs_from_a_failure() {
     assert_eq!(failed, Err(NeighbourError::Unavailable("Internal".into())));
     assert_eq!((counters.calls.get(), counters.failures.get()), (2, 2));
     assert_eq!(counters.in_flight.get(), 0);
+}
+
+#[tokio::test]
+async fn members_are_those_of_all_lists_and_none_are_not_found() {
+    let text = |ids: &[&str]| ids.iter().map(|id| (*id).to_owned()).collect::<Vec<_>>();
+    let answer = |own: &[&str], inner: &[&str], roles: &[&str]| GetConversationResponse {
+        conversation: Some(Conversation {
+            participant_user_ids: text(inner),
+            participants_with_roles: text(roles)
+                .into_iter()
+                .map(|user_id| Participant { user_id, role: 1 })
+                .collect(),
+            ..Conversation::default()
+        }),
+        participant_user_ids: text(own),
+    };
+    let all: Members = ["a", "b", "c"].iter().collect();
+    assert_eq!(members_of(answer(&["a"], &["b", "a"], &["c", ""])), all);
+    assert_eq!(members_of(answer(&[], &[], &["a", "b", "c"])), all);
+    assert!(members_of(GetConversationResponse::default()).is_empty());
+    let fake = FakeNeighbours::start();
+    fake.state().create("empty", &[], 0);
+    let service = ConversationService::new(&config(fake.url()), counters()).unwrap();
+    assert_eq!(service.members("empty".into()).await, Err(NeighbourError::NotFound));
 }
 
 /// A service that refuses.

@@ -147,6 +147,18 @@ impl Part {
         doubted == Some(true)
     }
 
+    /// The answer of the service for a conversation, as the log corrects it. `None`: the changes since the request
+    /// are not known any more.
+    fn corrected(
+        &self,
+        conversation: &str,
+        answer: &Members,
+        asked: RequestTime,
+    ) -> Option<Members> {
+        let is_reconcilable = self.changes.reaches_back_to(asked);
+        is_reconcilable.then(|| self.changes.apply_to_answer(conversation, answer, asked))
+    }
+
     fn clear(&mut self) {
         self.lists.update_all(|state| *state = ListState::Unknown);
         self.changes.clear();
@@ -210,6 +222,36 @@ impl MemberLists {
     pub(super) fn expired(&self, conversation: &str, at: Option<LogPosition>) -> Option<Members> {
         let (hash, part) = self.part(conversation);
         part.read().expect("no holder panics").read((hash, conversation), at, |_| true)
+    }
+
+    /// The time of a request for a conversation that is made now.
+    pub(super) fn asked(&self, conversation: &str) -> RequestTime {
+        let (_, part) = self.part(conversation);
+        part.read().expect("no holder panics").changes.request_time(Instant::now())
+    }
+
+    /// See [`Part::corrected`].
+    pub(super) fn corrected(
+        &self,
+        conversation: &str,
+        answer: &Members,
+        asked: RequestTime,
+    ) -> Option<Members> {
+        let (_, part) = self.part(conversation);
+        part.read().expect("no holder panics").corrected(conversation, answer, asked)
+    }
+
+    /// See [`RecentChanges::of_user`].
+    pub(super) fn changes_of(
+        &self,
+        user: &str,
+        asked_at: Instant,
+        mut take: impl FnMut(Arc<str>, bool),
+    ) {
+        for part in &self.parts {
+            let part = part.read().expect("no holder panics");
+            part.changes.of_user(user, asked_at).for_each(|(of, added)| take(of, added));
+        }
     }
 
     /// Whether a list is within its lifetime. The lifetime is shortened by a share that is derived

@@ -55,7 +55,7 @@ pub(super) struct MemberChange {
 
 /// When a request was made.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RequestTime {
+pub struct RequestTime {
     /// The first change that was read afterwards has this serial or a later one.
     serial: u64,
     at: Instant,
@@ -75,6 +75,8 @@ pub(super) enum Inserted {
 #[derive(Debug)]
 pub(super) struct RecentChanges {
     by_conversation: HashMap<Arc<str>, Vec<MemberChange>, DefaultHashBuilder>,
+    /// Serials and conversations of the changes of each user.
+    by_user: HashMap<Arc<str>, Vec<(u64, Arc<str>)>, DefaultHashBuilder>,
     /// Every change, in the order in which it was read.
     order: VecDeque<(Arc<str>, u64)>,
     changes_max: usize,
@@ -84,14 +86,15 @@ pub(super) struct RecentChanges {
 }
 
 impl RecentChanges {
-    /// Memory of one change, bytes: itself, its place in the order, the id of its user, and its share of the
-    /// conversation's entry.
+    /// Memory of one change, bytes: itself, its places in the order and among those of its user, the id of its
+    /// user, and its share of the entries of its conversation and user.
     pub(super) const CHANGE_BYTES: usize =
-        2 * (size_of::<MemberChange>() + size_of::<(Arc<str>, u64)>()) + 200;
+        2 * (size_of::<MemberChange>() + 2 * size_of::<(Arc<str>, u64)>()) + 300;
 
     pub(super) fn new(changes_max: usize) -> Self {
         Self {
             by_conversation: HashMap::default(),
+            by_user: HashMap::default(),
             order: VecDeque::new(),
             changes_max,
             next_serial: 0,
@@ -129,10 +132,14 @@ impl RecentChanges {
         }
         let later = changes.iter().position(|change| change.position.is_after(position));
         let at = if is_newest { changes.len() } else { later.unwrap_or(changes.len()) };
+        let user_id = match self.by_user.get_key_value(user) {
+            Some((known, _)) => Arc::clone(known),
+            None => Arc::from(user),
+        };
         let was_added =
             || changes[..at].iter().rev().find(|it| *it.user == *user).map(|it| it.added);
         let change = MemberChange {
-            user: user.into(),
+            user: Arc::clone(&user_id),
             added,
             position,
             serial: self.next_serial,
@@ -145,6 +152,8 @@ impl RecentChanges {
         if let Some(next) = next {
             next.was_member = added;
         }
+        let of_user = self.by_user.entry(user_id).or_default();
+        of_user.push((change.serial, Arc::clone(&conversation)));
         self.order.push_back((conversation, change.serial));
         changes.insert(at, change);
         self.evict();
@@ -156,11 +165,39 @@ impl RecentChanges {
             let Some((conversation, serial)) = self.order.pop_front() else { return };
             self.evicted_below = serial + 1;
             let Some(changes) = self.by_conversation.get_mut(&conversation) else { continue };
-            changes.retain(|change| change.serial != serial);
+            let Some(at) = changes.iter().position(|change| change.serial == serial) else {
+                continue;
+            };
+            let user = changes.remove(at).user;
+            if let Some(of_user) = self.by_user.get_mut(&user) {
+                of_user.retain(|(of, _)| *of != serial);
+                if of_user.is_empty() {
+                    self.by_user.remove(&user);
+                }
+            }
             if changes.is_empty() {
                 self.by_conversation.remove(&conversation);
             }
         }
+    }
+
+    /// The conversations of which this user was added or removed within [`REPLICA_LAG_MAX`] before `asked_at` or
+    /// later, and whether the user is a member now.
+    pub(super) fn of_user(
+        &self,
+        user: &str,
+        asked_at: Instant,
+    ) -> impl Iterator<Item = (Arc<str>, bool)> {
+        let conversations = self.by_user.get(user).map_or(&[][..], |all| all);
+        conversations.iter().filter_map(move |(serial, conversation)| {
+            let mut of_user = self.of(conversation).iter().filter(|change| *change.user == *user);
+            let is_recent = |change: &MemberChange| {
+                change.serial == *serial
+                    && asked_at.saturating_duration_since(change.read_at) <= REPLICA_LAG_MAX
+            };
+            let last = of_user.clone().next_back()?;
+            of_user.any(is_recent).then(|| (Arc::clone(conversation), last.added))
+        })
     }
 
     /// Whether every change that was read since the request is still here.
@@ -221,6 +258,7 @@ impl RecentChanges {
 
     pub(super) fn clear(&mut self) {
         self.by_conversation.clear();
+        self.by_user.clear();
         self.order.clear();
         self.evicted_below = self.next_serial;
     }

@@ -255,7 +255,7 @@ proptest! {
         }
     }
 
-    /// A record that waited for its members too: the changes that were read meanwhile do not apply to it.
+    /// Promise: “A record that waited for its members is routed by the list of its position.”
     #[test]
     fn record_is_routed_by_the_list_as_of_its_position(steps in steps()) {
         let mut history = History { is_effective: true, ..History::new() };

@@ -30,11 +30,13 @@
 
 mod cache;
 mod changes;
+mod creations;
 mod reading;
 mod state;
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::counters;
@@ -45,12 +47,13 @@ use crate::service::backends::ports::{
 };
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::cache::{MemberLists, ReadChange};
+use crate::service::members::membership::creations::RecentCreations;
 use crate::service::members::membership::reading::ReadPositions;
 use crate::service::members::membership::state::{AnswerOutcome, ListState};
 use crate::service::runtime::backoff::Backoff;
 
 pub use crate::service::members::membership::cache::CHANGES_BYTES_MAX;
-pub use crate::service::members::membership::changes::LogPosition;
+pub use crate::service::members::membership::changes::{LogPosition, RequestTime};
 
 /// How long "no such conversation" is cached, ms. Short, because a replica of the service may lag behind
 /// the creation event.
@@ -148,6 +151,7 @@ pub struct Membership {
     following: AtomicBool,
     fetches: AtomicUsize,
     fetch_ids: AtomicU64,
+    creations: Mutex<RecentCreations>,
     arrivals: AtomicU64,
 }
 
@@ -178,6 +182,7 @@ impl Membership {
             following: AtomicBool::new(false),
             fetches: AtomicUsize::new(0),
             fetch_ids: AtomicU64::new(0),
+            creations: Mutex::default(),
             arrivals: AtomicU64::new(0),
         })
     }
@@ -354,6 +359,7 @@ impl Membership {
             Err(
                 reason @ (NeighbourError::Denied(_)
                 | NeighbourError::Invalid(_)
+                | NeighbourError::Unsupported(_)
                 | NeighbourError::TooLarge(_)
                 | NeighbourError::Unavailable(_)),
             ) => {
@@ -383,6 +389,8 @@ impl Membership {
             part.created((hash, conversation), &members, position, must_be_first, now_ms)
         });
         if applied {
+            let (id, now) = (Arc::from(conversation), Instant::now());
+            self.creations().insert(id, members.clone(), now);
             self.ring();
         }
         let watchers = self.watchers.read().expect("no holder panics");
@@ -433,6 +441,41 @@ impl Membership {
         for watcher in &*watchers {
             watcher.changed(conversation, user, added, members.as_ref());
         }
+    }
+
+    /// The time of a request for the members of a conversation, to be made now. See [`Membership::corrected`].
+    pub fn asked(&self, conversation: &str) -> RequestTime {
+        self.lists.asked(conversation)
+    }
+
+    /// An answer of the conversation service with the changes that it may not contain. `None`: they are not
+    /// known any more, because too many were read since the request.
+    pub fn corrected(
+        &self,
+        conversation: &str,
+        answer: &Members,
+        asked: RequestTime,
+    ) -> Option<Members> {
+        self.lists.corrected(conversation, answer, asked)
+    }
+
+    /// The newest list of a conversation, if it is known.
+    pub fn known(&self, conversation: &str) -> Option<Members> {
+        self.lists.expired(conversation, None)
+    }
+
+    /// The conversations that this user joined or left since a request at this time, or so shortly before it that
+    /// a replica of the conversation service may not know it yet, and whether the user is a member now.
+    pub fn lately(&self, user: &str, asked_at: Instant) -> HashMap<Arc<str>, bool> {
+        let mut lately: HashMap<_, _> = self.creations().of_user(user, asked_at).collect();
+        self.lists.changes_of(user, asked_at, |conversation, added| {
+            lately.insert(conversation, added);
+        });
+        lately
+    }
+
+    fn creations(&self) -> MutexGuard<'_, RecentCreations> {
+        self.creations.lock().expect("no holder panics")
     }
 
     /// How often a list has arrived, or something else that a waiting record may have waited for.

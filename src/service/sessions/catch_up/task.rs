@@ -156,6 +156,7 @@ fn of_client(error: NeighbourError) -> NeighbourError {
         NeighbourError::Invalid(_) => NeighbourError::NotFound,
         NeighbourError::NotFound
         | NeighbourError::Denied(_)
+        | NeighbourError::Unsupported(_)
         | NeighbourError::TooLarge(_)
         | NeighbourError::Unavailable(_) => error,
     }

@@ -379,6 +379,7 @@ async fn found_or_none<A>(
     | Err(
         NeighbourError::Denied(_)
         | NeighbourError::Invalid(_)
+        | NeighbourError::Unsupported(_)
         | NeighbourError::TooLarge(_)
         | NeighbourError::Unavailable(_),
     )) = ask().await

@@ -1,6 +1,7 @@
 //! `delivery tail`: a client that prints each event as one JSON line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Write as _};
 use std::net::TcpStream;
 use std::thread;
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Deserialize;
 use tungstenite::client::IntoClientRequest as _;
 use tungstenite::http::{HeaderValue, Response};
 use tungstenite::stream::MaybeTlsStream;
@@ -26,8 +28,10 @@ Connects as a client and prints one JSON line per event.
     delivery tail --user alice --device phone
     delivery tail --user bob --device desk --url node-1:8083 --token \"$TOKEN\" | jq .payload
 
-When the connection ends, it reconnects and asks for the messages after the last one it has of each \
-conversation, so it misses none. Events go to standard output, notices to standard error.";
+When the connection ends, it reconnects with the last cursor that the server has sent, and gets all \
+events since then. If the cursor cannot be used any more, it says so, and asks for the messages after the \
+last one it has of each conversation. So it misses no message. Events go to standard output, notices to \
+standard error.";
 
 /// The client pings after this time without data from the server, and reconnects after twice this time.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -89,11 +93,28 @@ pub fn run(tail: &Tail) -> Result<(), String> {
 /// How long a missing sequence is waited for: it may be committed late, or never (`docs/websocket.md`).
 const HOLE_WAIT: Duration = Duration::from_secs(60);
 
+/// Events since the last cursor that this client remembers, to recognise those that come again. Beyond that it may
+/// print some of them twice.
+const REMEMBERED_MAX: usize = 65_536;
+
 /// What this client has received.
 #[derive(Debug, Default)]
 struct Received {
     conversations: BTreeMap<String, ConversationProgress>,
     events: u64,
+    /// The last one.
+    cursor: Option<String>,
+    /// Hashes of the events since the last cursor, and since the one before: a cursor may be a little older than the
+    /// events in front of it.
+    recent: [HashSet<u64>; 2],
+    hasher: RandomState,
+}
+
+/// A text of the server (`docs/websocket.md`).
+#[derive(Deserialize)]
+struct ServerText {
+    cursor: Option<String>,
+    cursor_expired: Option<String>,
 }
 
 /// What this client has received of a conversation.
@@ -123,10 +144,32 @@ impl ConversationProgress {
 impl Received {
     fn resume_request(&self) -> String {
         let named = self.conversations.iter().map(|(id, progress)| (id, progress.complete));
-        serde_json::json!({ "last_sequences": named.collect::<BTreeMap<_, _>>() }).to_string()
+        let named = named.collect::<BTreeMap<_, _>>();
+        serde_json::json!({ "cursor": self.cursor, "last_sequences": named }).to_string()
     }
 
-    fn record(&mut self, value: &[u8], now: Instant) {
+    fn text(&mut self, text: &str) {
+        let Ok(text) = serde_json::from_str::<ServerText>(text) else { return };
+        if let Some(why) = text.cursor_expired {
+            eprintln!("cursor expired ({why}); catching up with messages by sequence");
+        }
+        if text.cursor.is_some() {
+            self.cursor = text.cursor;
+            self.recent.swap(0, 1);
+            self.recent[0].clear();
+        }
+    }
+
+    /// Returns false if it has come before.
+    fn record(&mut self, value: &[u8], now: Instant) -> bool {
+        let hash = self.hasher.hash_one(value);
+        if self.recent.iter().any(|recent| recent.contains(&hash)) {
+            return false;
+        }
+        if self.recent[0].len() >= REMEMBERED_MAX {
+            self.recent[0].clear();
+        }
+        self.recent[0].insert(hash);
         self.events += 1;
         if let Ok(record) = envelope::decode(value)
             && let EventBody::MessageSent { conversation, sequence } = record.body
@@ -134,6 +177,7 @@ impl Received {
             let progress = self.conversations.entry(conversation.to_owned()).or_default();
             progress.record(sequence, now);
         }
+        true
     }
 }
 
@@ -169,7 +213,9 @@ fn session(tail: &Tail, received: &mut Received) -> Outcome {
         match socket.read() {
             Ok(Message::Binary(value)) => {
                 silences = 0;
-                received.record(&value, Instant::now());
+                if !received.record(&value, Instant::now()) {
+                    continue;
+                }
                 // The reader of standard output may close it early, as `head` does.
                 if print_line(&value).is_err()
                     || tail.count.is_some_and(|max| received.events >= max)
@@ -178,6 +224,10 @@ fn session(tail: &Tail, received: &mut Received) -> Outcome {
                     let _ = socket.close(None);
                     return Outcome::Done;
                 }
+            }
+            Ok(Message::Text(text)) => {
+                silences = 0;
+                received.text(&text);
             }
             Ok(Message::Close(frame)) => {
                 let (code, reason) =
@@ -333,8 +383,8 @@ mod tests {
         let mut record = |conversation, sequence, seconds| {
             let sent_at = crate::service::events::timestamp::Timestamp::default();
             let record = crate::app::publish::sent("t", conversation, "u", sequence, "x", sent_at);
-            received.record(&record.value, start + Duration::from_secs(seconds));
-            received.resume_request()
+            assert!(received.record(&record.value, start + Duration::from_secs(seconds)));
+            received.resume_request().replace(r#""cursor":null,"#, "")
         };
         assert_eq!(record("b", 1, 0), r#"{"last_sequences":{"b":1}}"#);
         assert_eq!(record("a", 1, 0), r#"{"last_sequences":{"a":1,"b":1}}"#);
@@ -344,6 +394,23 @@ mod tests {
         assert_eq!(record("a", 7, 61), r#"{"last_sequences":{"a":3,"b":1}}"#);
         assert_eq!(record("a", 8, 62), r#"{"last_sequences":{"a":8,"b":1}}"#, "not waited for");
         assert_eq!(received.events, 7);
+    }
+
+    #[test]
+    fn resume_names_the_last_cursor_and_what_comes_again_is_recognised() {
+        let mut received = Received::default();
+        let now = Instant::now();
+        assert_eq!(received.resume_request(), r#"{"cursor":null,"last_sequences":{}}"#);
+        assert!(received.record(b"one", now) && received.record(b"two", now));
+        received.text(r#"{"cursor":"AQ"}"#);
+        assert!(received.record(b"three", now));
+        received.text(r#"{"cursor_expired":"too_old"}"#);
+        received.text("something else");
+        assert_eq!(received.resume_request(), r#"{"cursor":"AQ","last_sequences":{}}"#);
+        assert!(!received.record(b"two", now) && !received.record(b"three", now));
+        received.text(r#"{"cursor":"AR"}"#);
+        assert!(received.record(b"two", now), "two cursors ago");
+        assert_eq!(received.events, 4);
     }
 
     #[test]

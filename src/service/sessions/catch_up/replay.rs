@@ -1,8 +1,8 @@
 //! What a session has missed since its cursor, from the tails of the nodes.
 //!
 //! Nobody else is asked, so nothing here is bounded by calls. A chunk of records is fetched when the socket has taken
-//! the one before. A session holds a slot only while it encodes and sends a chunk, not while it waits for one: so
-//! sessions that wait for an owner delay no others.
+//! the one before. A session holds one of the slots of all catch-ups, which bounds what the routers keep of replays,
+//! except while its socket is slow.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::page::{CaughtUpEvent, chunks};
 use super::positions::RUNS_PER_SESSION_MAX;
-use super::task::CatchUpTask;
+use super::task::{CatchUpSlot, CatchUpTask};
 use super::{CatchUpFailure, CatchUpResources};
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::cursor::{Cursor, CursorExpired};
@@ -89,34 +89,33 @@ impl CatchUpTask {
         let Some(replays) = self.resources.replays.get() else {
             return Ok(Err(CursorExpired::NotSupported));
         };
+        let mut slot = Some(self.resources.slot().await?);
         let mut reader = replays.replay(self.address, Arc::clone(&self.user), Some(cursor));
         loop {
             match reader.next().await {
                 Ok(None) => return Ok(Ok(())),
-                Ok(Some(records)) => self.send_records(&records, replayed).await?,
+                Ok(Some(records)) => self.send_records(&records, replayed, &mut slot).await?,
                 Err(why) => return Ok(Err(why)),
             }
         }
     }
 
-    async fn send_records(
-        &self,
+    async fn send_records<'a>(
+        &'a self,
         records: &[ReplayedRecord],
         replayed: &mut ReplayedRuns,
+        slot: &mut Option<CatchUpSlot<'a>>,
     ) -> Result<(), CatchUpFailure> {
         let resources = &self.resources;
-        let mut slot = Some(resources.slot().await?);
         let encoding = self.address.encoding;
         let events = resources.encode_records(records, encoding);
         events.iter().for_each(|event| replayed.add(event));
         for chunk in chunks(events, encoding, &resources.config) {
-            if slot.is_none() {
-                slot = Some(resources.slot().await?);
-            }
             resources.counters.replayed.add(chunk.len() as u64);
             if let Some(stalled) = self.send(chunk).await? {
-                slot = None;
+                *slot = None;
                 self.wait_for_socket(stalled).await?;
+                *slot = Some(resources.slot().await?);
             }
         }
         Ok(())

@@ -22,7 +22,7 @@ const AFTER: Duration = Duration::from_secs(30);
 /// Limit for all sessions to be live.
 const LIVE_MAX: Duration = Duration::from_secs(300);
 /// Limit for the push to end.
-const PUSH_MAX: Duration = Duration::from_secs(120);
+const PUSH_MAX: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(50);
 
 /// Calls to the neighbours, and when they were counted.
@@ -217,7 +217,7 @@ impl Run<'_> {
             latency.p99 / 1000.0
         ));
         for node in &self.nodes {
-            for (name, unit) in [("delivery_tail_bytes", "B"), ("delivery_tail_age_seconds", "s")] {
+            for (name, unit) in [("delivery_tail_bytes", "B"), ("delivery_tail_age_ms", "ms")] {
                 if let Ok(value) = node.metric(name, "") {
                     self.report.note(&format!("    {name} of a node: {value:.0} {unit}"));
                 }

@@ -72,7 +72,8 @@ pub struct MembershipConfig {
     pub lifetime_ms: u64,
     /// Deadline of one request to the conversation service, ms.
     pub fetch_deadline_ms: u64,
-    /// Requests in flight at a time.
+    /// Requests in flight at a time. At most half of them repeat a failed one, so that conversations whose members cannot
+    /// be fetched do not hold up the others.
     pub fetches_max: usize,
     /// Delays after failed requests.
     pub backoff: Backoff,
@@ -150,6 +151,8 @@ pub struct Membership {
     is_awaited: AtomicBool,
     following: AtomicBool,
     fetches: AtomicUsize,
+    /// Those of them that repeat a failed one.
+    retries: AtomicUsize,
     fetch_ids: AtomicU64,
     creations: Mutex<RecentCreations>,
     arrivals: AtomicU64,
@@ -181,6 +184,7 @@ impl Membership {
             is_awaited: AtomicBool::new(false),
             following: AtomicBool::new(false),
             fetches: AtomicUsize::new(0),
+            retries: AtomicUsize::new(0),
             fetch_ids: AtomicU64::new(0),
             creations: Mutex::default(),
             arrivals: AtomicU64::new(0),
@@ -299,20 +303,48 @@ impl Membership {
                 | ListState::Absent { .. }
                 | ListState::Known(_) => {}
             }
-            if self.fetches.fetch_add(1, Ordering::Relaxed) >= self.config.fetches_max {
-                self.fetches.fetch_sub(1, Ordering::Relaxed);
+            let is_retry = matches!(state, ListState::Failing { .. });
+            if !self.take_slot(is_retry) {
                 return Lookup::Pending;
             }
-            self.counters.fetches_under_way.add(1);
             let id = self.fetch_ids.fetch_add(1, Ordering::Relaxed);
             state.start_fetch(id, asked);
-            self.runtime.spawn(Arc::clone(self).fetch(Arc::clone(key), id));
+            self.runtime.spawn(Arc::clone(self).fetch(Arc::clone(key), id, is_retry));
             Lookup::Pending
         })
     }
 
+    /// Returns false if as many requests are in flight as may be.
+    fn take_slot(&self, is_retry: bool) -> bool {
+        let take = |slots: &AtomicUsize, max: usize| {
+            let taken = slots.fetch_add(1, Ordering::Relaxed) < max;
+            if !taken {
+                slots.fetch_sub(1, Ordering::Relaxed);
+            }
+            taken
+        };
+        if is_retry && !take(&self.retries, (self.config.fetches_max / 2).max(1)) {
+            return false;
+        }
+        let taken = take(&self.fetches, self.config.fetches_max);
+        if taken {
+            self.counters.fetches_under_way.add(1);
+        } else if is_retry {
+            self.retries.fetch_sub(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    fn free_slot(&self, is_retry: bool) {
+        if is_retry {
+            self.retries.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.fetches.fetch_sub(1, Ordering::Relaxed);
+        self.counters.fetches_under_way.sub(1);
+    }
+
     /// Requests the members until an answer is certain to be current.
-    async fn fetch(self: Arc<Self>, key: Arc<str>, id: u64) {
+    async fn fetch(self: Arc<Self>, key: Arc<str>, id: u64, is_retry: bool) {
         let source = self.source.as_ref().expect("fetched only with a source");
         let deadline = Duration::from_millis(self.config.fetch_deadline_ms);
         let mut was_found = true;
@@ -334,8 +366,7 @@ impl Membership {
             }
             self.counters.fetches_repeated.add(1);
         }
-        self.fetches.fetch_sub(1, Ordering::Relaxed);
-        self.counters.fetches_under_way.sub(1);
+        self.free_slot(is_retry);
         self.ring();
     }
 

@@ -171,6 +171,46 @@ fn requests_in_flight_are_bounded() {
     }
 }
 
+/// Repeated requests that are not answered, as many as there are, leave room for those of other conversations.
+#[test]
+fn conversations_that_cannot_be_fetched_do_not_hold_up_others() {
+    let node = CacheNode::new(MembershipConfig { fetches_max: 4, ..Default::default() }, true);
+    node.membership.follow();
+    let look_up = |conversation: &str, now_ms| {
+        let found = node.membership.lookup(conversation, None, now_ms);
+        assert!(matches!(found, Lookup::Pending), "{found:?}");
+    };
+    let (now, names) = (unix_ms(), ["failing-1", "failing-2", "failing-3", "failing-4"]);
+    names.iter().for_each(|name| look_up(name, now));
+    assert_eq!(node.counters.fetches_under_way.get(), 4, "nothing has failed yet");
+    let failure = NeighbourError::Unavailable("by order".into());
+    *node.service.failures.lock().unwrap() = vec![failure; 4].into();
+    node.service.gate.as_ref().unwrap().add_permits(4);
+    for name in names {
+        assert!(matches!(node.outcome(name, now), Lookup::Failing { .. }));
+    }
+    let under_way = || node.counters.fetches_under_way.get();
+    wait_for("all requests have ended", || under_way() == 0);
+    let later = now + 60_000;
+    names.iter().for_each(|name| look_up(name, later));
+    assert_eq!(under_way(), 2, "half of the requests");
+    ["other-1", "other-2", "other-3"].iter().for_each(|name| look_up(name, later));
+    assert_eq!(under_way(), 4);
+    node.service.gate.as_ref().unwrap().add_permits(100);
+    for name in names.iter().chain(&["other-1", "other-2", "other-3"]) {
+        assert_eq!(node.members(name, later).len(), 2);
+    }
+}
+
+/// The task of a request ends a moment after its answer is there.
+fn wait_for(what: &str, reached: impl Fn() -> bool) {
+    let from = Instant::now();
+    while !reached() {
+        assert!(from.elapsed() < Duration::from_secs(60), "never: {what}");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn cache_stays_within_its_bounds() {
     let config =

@@ -18,7 +18,8 @@ pub enum DeadLetterReason {
     /// The members are unknown: no conversation service is configured, and the creation event was
     /// not read.
     MembersUnknown,
-    /// The conversation service did not answer within `RouterConfig::route_retry_max_ms`.
+    /// The members were not known within `RouterConfig::route_retry_max_ms`: the conversation service did not return them,
+    /// or this node has not read the membership changes before the record.
     MembersUnavailable,
 }
 
@@ -45,7 +46,11 @@ impl fmt::Display for DeadLetterReason {
                 f.write_str("members unknown, and no conversation service configured")
             }
             Self::MembersUnavailable => {
-                f.write_str("the conversation service did not return the members")
+                f.write_str(
+                "members not known in time: the conversation service did not return them, or this node has \
+                 not read the membership changes before the record \
+                 (delivery_membership_waits_for_follower_total)",
+            )
             }
         }
     }

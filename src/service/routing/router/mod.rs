@@ -148,7 +148,7 @@ counters! {
         Counter records_without_conversation: "Records skipped because they name no conversation.",
         Counter records_conversation_absent: "Records skipped because the conversation service reports that their conversation does not exist.",
         Counter records_members_unknown: "Records skipped because their members are unknown and no conversation service is configured.",
-        Counter records_members_unavailable: "Records skipped because the conversation service did not answer in time.",
+        Counter records_members_unavailable: "Records skipped because their members were not known in time: the conversation service did not return them, or the membership changes before the record were not read.",
         Counter records_repeated: "Times that a partition went back to an earlier offset.",
         Counter remote_given_up: "Records from other nodes that could not be routed.",
         Counter dead_letters: "Records sent to the dead-letter topic.",

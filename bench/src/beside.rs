@@ -90,6 +90,10 @@ pub struct BesidePlan {
     /// Seconds of each phase.
     #[arg(long, global = true, default_value_t = 10)]
     seconds: u64,
+    /// Seconds before a phase with the neighbour in which it sends events, and as long a pause before one without: until
+    /// as many records wait as ever do. By default longer than `ROUTE_RETRY_MAX` if records wait.
+    #[arg(long, global = true)]
+    ramp: Option<u64>,
     /// Pairs of phases.
     #[arg(long, global = true, default_value_t = 3)]
     rounds: usize,
@@ -186,10 +190,12 @@ impl Beside {
         Ok((routers, nodes))
     }
 
-    fn phase(&mut self, seconds: u64, is_beside: bool) -> io::Result<Phase> {
-        std::thread::sleep(SETTLE);
+    fn phase(&mut self, seconds: u64, is_beside: bool, ramp: Duration) -> io::Result<Phase> {
+        let stopped = Arc::new(AtomicBool::new(false));
+        let extra = is_beside.then(|| self.extra.start(&stopped));
+        std::thread::sleep(SETTLE + ramp);
         ask(&mut self.small, "reset", "done")?;
-        let before = self.used()?;
+        let (before, sent_before) = (self.used()?, self.extra.sent());
         let BesidePlan { small_rate, sessions, .. } = self.plan;
         let events = small_rate * seconds;
         let pushes = PushPlan {
@@ -201,14 +207,12 @@ impl Beside {
             at_once: 1,
             bytes: 128,
         };
-        let stopped = Arc::new(AtomicBool::new(false));
-        let extra = is_beside.then(|| self.extra.start(&stopped));
         let small = self.small_events.push(pushes, sessions);
+        let extra_events = self.extra.sent() - sent_before;
         stopped.store(true, Ordering::Relaxed);
-        let extra = match extra {
-            Some(extra) => extra.join().map_err(|_| io::Error::other("the load panicked"))??,
-            None => 0,
-        };
+        if let Some(extra) = extra {
+            extra.join().map_err(|_| io::Error::other("the load panicked"))??;
+        }
         small?;
         let (from, wanted) = (Instant::now(), (events * u64::from(self.plan.nodes)) as f64);
         let reports = loop {
@@ -227,7 +231,7 @@ impl Beside {
             latency.add(&serde_json::from_value(answer["latency"].take())?);
         }
         let (routers_ns, nodes_ns) = (after.0 - before.0, after.1 - before.1);
-        Ok(Phase { latency, routers_ns, nodes_ns, extra, wrong })
+        Ok(Phase { latency, routers_ns, nodes_ns, extra: extra_events, wrong })
     }
 }
 
@@ -278,8 +282,12 @@ impl BesidePlan {
     pub fn run(&self) -> io::Result<()> {
         let mut world = Beside::start(self)?;
         // Small conversations are fetched, and the broker compiles.
-        world.phase(self.warm_up.max(1), false)?;
-        world.phase(self.warm_up.max(1) / 2 + 1, true)?;
+        world.phase(self.warm_up.max(1), false, Duration::ZERO)?;
+        world.phase(self.warm_up.max(1) / 2 + 1, true, Duration::ZERO)?;
+        let ramp = Duration::from_secs(self.ramp.unwrap_or(match self.neighbour {
+            Neighbour::Large { .. } => 0,
+            Neighbour::Unknown { .. } => 32,
+        }));
         println!(
             "{} nodes, {} small events/s, beside {:?}",
             self.nodes, self.small_rate, self.neighbour
@@ -291,7 +299,7 @@ impl BesidePlan {
         for round in 1..=self.rounds {
             let mut idle_ns = 0;
             for (index, name) in [(0, "without"), (1, "beside")] {
-                let phase = world.phase(self.seconds, index == 1)?;
+                let phase = world.phase(self.seconds, index == 1, ramp)?;
                 all[index].add(&phase.latency);
                 let more = phase.routers_ns.saturating_sub(idle_ns) as f64 / 1e3;
                 idle_ns = phase.routers_ns;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -68,31 +68,39 @@ pub(super) struct Extra {
     topic: String,
     neighbour: Neighbour,
     partitions: i32,
+    sent: Arc<AtomicU64>,
 }
 
 impl Extra {
     pub(super) fn new(plan: &BesidePlan, topics: &RunTopics) -> io::Result<Self> {
         let topic = topics.messages.clone();
         let producer = Arc::new(producer(&plan.brokers, &topic)?);
-        Ok(Self { producer, topic, neighbour: plan.neighbour, partitions: plan.partitions })
+        let (neighbour, partitions) = (plan.neighbour, plan.partitions);
+        Ok(Self { producer, topic, neighbour, partitions, sent: Arc::default() })
     }
 
-    /// The thread returns the number of events.
-    pub(super) fn start(&self, stopped: &Arc<AtomicBool>) -> JoinHandle<io::Result<u64>> {
+    /// Events sent so far.
+    pub(super) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn start(&self, stopped: &Arc<AtomicBool>) -> JoinHandle<io::Result<()>> {
         let (producer, topic) = (Arc::clone(&self.producer), self.topic.clone());
         let (neighbour, partitions) = (self.neighbour, self.partitions);
-        let stopped = Arc::clone(stopped);
-        std::thread::spawn(move || push(&producer, &topic, neighbour, partitions, &stopped))
+        let (stopped, sent) = (Arc::clone(stopped), Arc::clone(&self.sent));
+        std::thread::spawn(move || {
+            push(&producer, &topic, (neighbour, partitions), &stopped, &sent)
+        })
     }
 }
 
 fn push(
     producer: &BaseProducer,
     topic: &str,
-    neighbour: Neighbour,
-    partitions: i32,
+    (neighbour, partitions): (Neighbour, i32),
     stopped: &AtomicBool,
-) -> io::Result<u64> {
+    all_sent: &AtomicU64,
+) -> io::Result<()> {
     // Conversations, and their events per second together. Their partitions: in turn, or by key.
     let (first, count, rate) = match neighbour {
         Neighbour::Large { rate, .. } => (LARGE, 1, rate),
@@ -116,7 +124,7 @@ fn push(
         };
         write::<DefaultProducerContext>(producer, record)?;
         sent += 1;
+        all_sent.fetch_add(1, Ordering::Relaxed);
     }
-    producer.flush(KAFKA_MAX).map_err(|error| failed(&error))?;
-    Ok(sent)
+    producer.flush(KAFKA_MAX).map_err(|error| failed(&error))
 }

@@ -8,8 +8,10 @@ fn seed_decides_everything() {
 }
 
 /// What has to happen in a short run already, so that the checks are not idle.
-const KINDS: [&str; 34] = [
+const KINDS: [&str; 36] = [
     "acknowledgements lost",
+    "audience_evictions",
+    "audience_look_ups",
     "deliveries",
     "epochs that ended: lost",
     "epochs that ended: replaced",

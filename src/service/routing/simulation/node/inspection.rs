@@ -8,7 +8,9 @@ use crate::service::routing::simulation::ClusterSummary;
 use crate::service::routing::simulation::logs::Logs;
 
 /// Counters of routers that the summary shows.
-const COUNTED: [&str; 7] = [
+const COUNTED: [&str; 9] = [
+    "audience_look_ups",
+    "audience_evictions",
     "gaps",
     "replays",
     "hand_offs_late",

@@ -123,7 +123,7 @@ pub enum ShardCommand {
         /// The connection.
         connection: ConnectionKey,
     },
-    /// The cursor of the client cannot be used: tell it. What it missed follows as
+    /// The cursor of a WebSocket client cannot be used: tell it. What it missed follows as
     /// [`DeliveryClass::CatchUp`], as far as it can be caught up in another way.
     CursorExpired {
         /// The connection.

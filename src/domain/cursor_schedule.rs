@@ -142,7 +142,8 @@ impl<F> CursorSchedule<F> {
         make: impl FnOnce(&Cursor) -> F,
     ) -> bool {
         let is_step = self.is_step_due(now_ms);
-        if self.round.is_some() || !self.due.is_empty() || !(is_step || !self.wanted.is_empty()) {
+        let is_due = is_step || !self.wanted.is_empty();
+        if self.round.is_some() || !self.due.is_empty() || !is_due {
             return false;
         }
         if is_step {

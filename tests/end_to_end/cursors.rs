@@ -109,7 +109,7 @@ fn connected(back_end: &mut BackEnd, node: &Node) -> (CursorClient, String) {
     (alice, cursor)
 }
 
-/// What happens while the client is away: its events, in their order.
+/// What happens while the client is not connected: its events, in their order.
 fn publish_while_away(back_end: &mut BackEnd) -> Vec<String> {
     back_end.publisher.message(ROOM, 2, "bob", "missed");
     back_end.publisher.deleted(ROOM, "message-1");

@@ -190,7 +190,7 @@ fn catch_up(
     CatchUpService::new(config, Arc::new(messages), access, counters)
 }
 
-pub(super) fn catch_up_config(settings: &Settings) -> CatchUpConfig {
+fn catch_up_config(settings: &Settings) -> CatchUpConfig {
     let defaults = CatchUpConfig::default();
     CatchUpConfig {
         calls_max: settings.resume_calls_max.size(),

@@ -243,7 +243,7 @@ fn start(
     let routing =
         Routing::start(&settings, sizing, kafka, mesh.routers, &directory, peers, &mut collectors)?;
     // Before the first session, so that none is told that its cursor cannot be used.
-    if let Some(replays) = routing.replays(&settings) {
+    if let Some(replays) = routing.replays(&settings, back_ends.catch_up.chunk_max()) {
         back_ends.catch_up.set_replays(replays);
     }
     let sessions = sessions(

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::back_ends::catch_up_config;
 use super::mesh::PeerSide;
 use super::metrics::{numbered, register};
 use super::sizing::{Sizing, millis};
@@ -27,7 +26,6 @@ use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::{
     ReplayChunkMax, Router, RouterConfig, RouterControl, RouterCounters, RouterParts, RouterReplays,
 };
-use crate::service::sessions::catch_up::CatchUpConfig;
 
 /// The back ends of the routers.
 pub(super) struct RoutingPeers {
@@ -134,17 +132,20 @@ impl Routing {
         &self.controls
     }
 
-    /// What sessions have missed since their cursors. `None`: this node keeps no tails of its own, or not of all
+    /// What sessions have missed since their cursors, in chunks of at most so many records and bytes. `None`: this node keeps no tails of its own, or not of all
     /// partitions.
-    pub(super) fn replays(&self, settings: &Settings) -> Option<Arc<dyn TailReplays>> {
+    pub(super) fn replays(
+        &self,
+        settings: &Settings,
+        (records, bytes): (usize, usize),
+    ) -> Option<Arc<dyn TailReplays>> {
         // Only then this node reads everything itself.
         if settings.hand_off().is_some() {
             return None;
         }
         let topics: Vec<Arc<str>> =
             settings.kafka_topics.iter().map(|topic| Arc::from(topic.as_str())).collect();
-        let CatchUpConfig { chunk_messages_max, chunk_bytes_max, .. } = catch_up_config(settings);
-        let max = ReplayChunkMax { records: chunk_messages_max, bytes: chunk_bytes_max };
+        let max = ReplayChunkMax { records, bytes };
         Some(Arc::new(RouterReplays::new(self.controls.clone(), &topics, max)))
     }
 

@@ -7,12 +7,14 @@ use std::task::{Context, Poll, Waker};
 use prost::Message as _;
 use tokio::task::{JoinHandle, yield_now};
 use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::ReturningSummary;
 use super::service::{CONVERSATIONS, MessageStore, ModelRecord, USER, conversation, number_of};
 use super::session::SessionOracle;
+use super::tails::offsets;
 use crate::domain::command::Hello;
+use crate::domain::cursor::Cursor;
 use crate::domain::encoding::Encoding;
 use crate::reactor::shard::Shard;
 use crate::reactor::simulation::kernel::{SimulatedKernel, SocketId};
@@ -26,11 +28,26 @@ use crate::service::streams::hub::{HubHandle, StreamSession};
 /// What a client names when it comes back, by conversation.
 pub(super) type Named = [i64; CONVERSATIONS];
 
+/// What a client says about cursors when it comes back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum CursorUse {
+    /// It wants none.
+    Unwanted,
+    /// It has none yet.
+    First,
+    Since(Cursor),
+}
+
 /// The first message of a WebSocket client.
-fn first_message(named: &Named) -> String {
+fn first_message(named: &Named, cursor: &CursorUse) -> String {
     let entry = |(of, sequence): (usize, &i64)| format!("\"{}\":{sequence}", conversation(of));
     let entries: Vec<_> = named.iter().enumerate().map(entry).collect();
-    format!("{{\"last_sequences\":{{{}}}}}", entries.join(","))
+    let cursor = match cursor {
+        CursorUse::Unwanted => String::new(),
+        CursorUse::First => "\"cursor\":null,".into(),
+        CursorUse::Since(cursor) => format!("\"cursor\":\"{}\",", cursor.to_text()),
+    };
+    format!("{{{cursor}\"last_sequences\":{{{}}}}}", entries.join(","))
 }
 
 /// A connection, and what the client has not read of it.
@@ -58,6 +75,12 @@ pub(super) struct ReturningClient {
     connection: Option<ClientLink>,
     ids: SessionIds,
     oracle: SessionOracle,
+    /// Every record that was routed, by partition: its sequence.
+    routed: [Vec<i64>; CONVERSATIONS],
+    /// The last cursor.
+    cursor: Option<Cursor>,
+    /// What its next session says about cursors.
+    cursor_use: CursorUse,
 }
 
 impl ReturningClient {
@@ -68,7 +91,48 @@ impl ReturningClient {
             connection: None,
             ids: SessionIds::new(USER, "none"),
             oracle: SessionOracle::default(),
+            routed: Default::default(),
+            cursor: None,
+            cursor_use: CursorUse::Unwanted,
         }
+    }
+
+    /// It returns with its last cursor or without one, or wants none.
+    pub(super) fn chooses_cursor(&mut self, random: &mut Random) {
+        self.cursor_use = match (&self.cursor, random.below(4)) {
+            (_, 0) => CursorUse::Unwanted,
+            (None, _) | (_, 1) => CursorUse::First,
+            (Some(cursor), _) => CursorUse::Since(cursor.clone()),
+        };
+    }
+
+    /// A record of the log: known to this model, whether or not a session gets it.
+    pub(super) fn is_routed(&mut self, record: &ModelRecord) {
+        self.routed[record.conversation].push(record.sequence);
+    }
+
+    /// It receives a cursor: it has everything below.
+    fn receives_cursor(&mut self, cursor: Cursor) {
+        assert_ne!(self.cursor_use, CursorUse::Unwanted, "a cursor that nobody asked for");
+        let offsets = offsets(&cursor);
+        for (of, next) in offsets.into_iter().enumerate() {
+            let below = &self.routed[of][..next as usize];
+            let lacks: Vec<_> = below.iter().filter(|it| !self.received[of].contains(it)).collect();
+            assert!(lacks.is_empty(), "a cursor at {next} of {of}, and the client lacks {lacks:?}");
+        }
+        self.summary.cursors += 1;
+        self.cursor = Some(cursor);
+    }
+
+    fn cursor_expires(&mut self) {
+        self.oracle.cursor_expires();
+        self.summary.expired += 1;
+        // A client without a cursor that can be used has none.
+        self.cursor = None;
+    }
+
+    pub(super) fn has_cursor(&self) -> bool {
+        self.cursor.is_some()
     }
 
     pub(super) fn is_connected(&self) -> bool {
@@ -123,11 +187,16 @@ impl ReturningClient {
             encoding: Encoding::Stream,
         });
         let hub = hub.clone();
+        let cursor = self.cursor_use.clone();
         let opening = tokio::spawn(async move {
             let session = hub.open(hello).await?;
-            for (of, sequence) in named.into_iter().enumerate() {
-                session.report_position(conversation(of), sequence).await;
-                yield_now().await;
+            match &cursor {
+                CursorUse::Unwanted => {}
+                CursorUse::First => session.resume_since(Box::default()).await,
+                CursorUse::Since(cursor) => session.resume_since(cursor.encode().into()).await,
+            }
+            if !matches!(cursor, CursorUse::Since(_)) {
+                name_all(&session, named).await;
             }
             session.outbox.opening_done(Instant::now());
             Ok(session)
@@ -140,6 +209,10 @@ impl ReturningClient {
         let device = format!("device-{}", self.summary.sessions);
         self.ids = SessionIds::new(USER, &device);
         self.oracle = SessionOracle::default();
+        if matches!(self.cursor_use, CursorUse::Since(_)) {
+            self.summary.resumed += 1;
+            self.oracle.returns_with_cursor();
+        }
         device
     }
 
@@ -202,10 +275,20 @@ impl ReturningClient {
             let mut context = Context::from_waker(Waker::noop());
             match session.outbox.poll_next(&mut context, Instant::now()) {
                 Poll::Ready(Ok(delivery)) => {
+                    session.sent(&delivery);
                     let event = DeliveryEvent::decode(delivery.bytes()).expect("an event");
-                    self.receives(event.message.expect("a message"));
+                    if !event.cursor.is_empty() {
+                        self.receives_cursor(Cursor::decode(&event.cursor).expect("a cursor"));
+                    } else {
+                        self.receives(event.message.expect("a message"));
+                    }
                 }
-                Poll::Ready(Err(_)) => return false,
+                Poll::Ready(Err(status)) => {
+                    if status.code() == Code::FailedPrecondition {
+                        self.cursor_expires();
+                    }
+                    return false;
+                }
                 Poll::Pending => break,
             }
         }
@@ -224,7 +307,9 @@ impl ReturningClient {
             return true;
         };
         if *is_open && !std::mem::replace(has_asked, true) {
-            shard.kernel_mut().client_sends(*socket, &text_frame(&first_message(named)));
+            shard
+                .kernel_mut()
+                .client_sends(*socket, &text_frame(&first_message(named, &self.cursor_use)));
         }
         let bytes = bytes.min(unread.len());
         shard.kernel_mut().client_reads(*socket, bytes);
@@ -245,6 +330,16 @@ impl ReturningClient {
                 let sent = MessageSentEvent::decode(&*envelope.payload).expect("an event");
                 self.receives(sent.message.expect("a message"));
             }
+            if opcode == TEXT {
+                let text: serde_json::Value = serde_json::from_slice(payload).expect("JSON");
+                match text["cursor"].as_str() {
+                    Some(cursor) => {
+                        self.receives_cursor(Cursor::from_text(cursor).expect("a cursor"));
+                    }
+                    None if text["cursor_expired"].is_string() => self.cursor_expires(),
+                    None => panic!("an unexpected text: {text}"),
+                }
+            }
             if opcode == CLOSE {
                 return false;
             }
@@ -257,7 +352,8 @@ impl ReturningClient {
         let (of, sequence) = (number_of(&message.conversation_id), message.sequence);
         let arrival = self.oracle.receives(of, sequence, &message.content);
         self.summary.caught_up += u64::from(arrival.is_caught_up);
-        self.summary.live += u64::from(!arrival.is_caught_up);
+        self.summary.replayed += u64::from(arrival.is_replayed);
+        self.summary.live += u64::from(!arrival.is_caught_up && !arrival.is_replayed);
         self.summary.late += u64::from(arrival.is_late);
         self.summary.duplicates_dropped += arrival.dropped;
         self.summary.repeated += u64::from(!self.received[of].insert(sequence));
@@ -273,14 +369,26 @@ impl ReturningClient {
     }
 }
 
+/// Names all conversations.
+async fn name_all(session: &StreamSession, named: Named) {
+    for (of, sequence) in named.into_iter().enumerate() {
+        session.report_position(conversation(of), sequence).await;
+        yield_now().await;
+    }
+}
+
+const TEXT: u8 = 1;
 const BINARY: u8 = 2;
 const CLOSE: u8 = 8;
 
 /// A masked text frame of a short message (RFC 6455 §5.2). The key is zero.
 fn text_frame(text: &str) -> Vec<u8> {
-    let length = u8::try_from(text.len()).ok().filter(|length| *length < 126);
-    let length = length.expect("two conversations");
-    [&[0x81, 0x80 | length, 0, 0, 0, 0], text.as_bytes()].concat()
+    let length = u16::try_from(text.len()).expect("two conversations");
+    let [high, low] = length.to_be_bytes();
+    match length {
+        0..126 => [&[0x81, 0x80 | low, 0, 0, 0, 0], text.as_bytes()].concat(),
+        _ => [&[0x81, 0xFE, high, low, 0, 0, 0, 0], text.as_bytes()].concat(),
+    }
 }
 
 /// The first frame of the server: opcode, payload and length of the frame.

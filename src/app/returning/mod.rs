@@ -8,17 +8,19 @@
 //!     └─ records ──► log ──► router (model): every session in the directory ─┘
 //! ```
 //!
-//! The promise under test: for any interleaving of late commits, live events, pages and reconnects, a
+//! The promise under test: for any interleaving of late commits, live events, pages, cursors and reconnects, a
 //! client receives every message at least once. Within a session it receives the messages of its catch-up
-//! ascending by sequence, then live events in the order of the log; a message that catch-up has delivered
-//! does not come live too.
+//! ascending by sequence, or what was replayed in the order of the log, then live events in the order of the
+//! log; a message that catch-up or a replay has delivered does not come live too.
 //!
-//! Cursors: `ReturningClient::named` and [`client::first_message`] are the only places that say what a client
-//! resumes from. Everything else holds for a client with a cursor as well.
+//! Cursors: when a client receives one, it has received every message below it. Some clients return with their
+//! last cursor, others with sequences. The tails drop their oldest records at any time, so that cursors expire,
+//! also during a replay. Now and then all sessions leave the directory because they have missed something.
 
 mod client;
 mod service;
 mod session;
+mod tails;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +33,7 @@ use tokio::time::sleep;
 
 use self::client::ReturningClient;
 use self::service::{CONVERSATIONS, MessageStore, StoreService, USER, conversation};
+use self::tails::{ModelReplays, ModelTails};
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand};
 use crate::domain::encoding::{Encoding, EncodingSet};
 use crate::domain::event::Event;
@@ -42,6 +45,7 @@ use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use crate::reactor::shard::{Shard, ShardLinks};
 use crate::reactor::simulation::kernel::SimulatedKernel;
 use crate::reactor::simulation::random::Random;
+use crate::service::backends::ports::MissedEvents as _;
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::events::encode::{CompressionConfig, Encoder};
 use crate::service::events::envelope;
@@ -59,7 +63,7 @@ use crate::service::streams::hub::{Hub, HubConfig, HubHandle, HubMetrics};
 /// Slots of each ring.
 const RING_SLOTS: usize = 1024;
 /// Actions of one run.
-const ACTIONS: usize = 120;
+const ACTIONS: usize = 160;
 /// Turns until everything has to be at rest, each of [`REST`].
 const REST_TURNS_MAX: usize = 2_000;
 const REST: Duration = Duration::from_millis(25);
@@ -79,6 +83,14 @@ pub struct ReturningSummary {
     pub duplicates_dropped: u64,
     /// Messages that a client got in more than one session.
     pub repeated: u64,
+    /// Cursors that clients received.
+    pub cursors: u64,
+    /// Sessions that began with a cursor.
+    pub resumed: u64,
+    /// Cursors that had expired.
+    pub expired: u64,
+    /// Messages that were replayed.
+    pub replayed: u64,
 }
 
 impl ReturningSummary {
@@ -90,6 +102,10 @@ impl ReturningSummary {
         self.late += other.late;
         self.duplicates_dropped += other.duplicates_dropped;
         self.repeated += other.repeated;
+        self.cursors += other.cursors;
+        self.resumed += other.resumed;
+        self.expired += other.expired;
+        self.replayed += other.replayed;
     }
 }
 
@@ -145,6 +161,8 @@ struct ReturningWorld {
     /// The router's ends of the rings to the shard and to the hub.
     routers: [PeerEnd; 2],
     directory: Arc<Directory>,
+    missed: Arc<MissedSessions>,
+    tails: Arc<ModelTails>,
     encoder: Encoder,
     client: ReturningClient,
     /// The manager ends with its last handle.
@@ -168,13 +186,20 @@ impl ReturningWorld {
             limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
             counters: Arc::new(ShardCounters::default()),
         };
-        let config = ShardConfig { connections_max: 16, ..ShardConfig::default() };
+        let cursor_ms = random.pick(&[50, 400, 15_000]);
+        let config = ShardConfig {
+            connections_max: 16,
+            cursor_interval_ms: cursor_ms,
+            ..ShardConfig::default()
+        };
         let mut shard = Shard::new(SimulatedKernel::new(random.draw(), 16), config, links);
         shard.turn().expect("a simulated kernel");
         let peers = vec![hub_manager, hub_router];
         let metrics = Arc::new(HubMetrics::default());
+        let cursor_interval = Duration::from_millis(cursor_ms);
+        let hub_config = HubConfig { cursor_interval, ..HubConfig::default() };
         let (hub, task) =
-            Hub::new(HubConfig::default(), peers, hub_bell, metrics).expect("the runtime polls");
+            Hub::new(hub_config, peers, hub_bell, metrics).expect("the runtime polls");
         tokio::spawn(task.run());
 
         let service = Arc::new(StoreService::new(Arc::clone(&store), random.draw()));
@@ -188,15 +213,19 @@ impl ReturningWorld {
         let counters = Arc::<CatchUpCounters>::default();
         let directory = Arc::new(Directory::new());
         let missed = MissedSessions::new(Arc::clone(&directory), None, Arc::clone(&manager_bell));
+        let missed = Arc::new(missed);
+        let tails = Arc::new(ModelTails::new(random.draw()));
+        let catch_up = CatchUpService::new(config, service, access, counters);
+        catch_up.set_replays(Arc::new(ModelReplays(Arc::clone(&tails))));
         let ports = SessionPorts {
             bell: manager_bell,
             shards: vec![manager_shard, manager_hub],
             directory: Arc::clone(&directory),
-            missed: Arc::new(missed),
+            missed: Arc::clone(&missed),
             announcer: None,
             auth: Authenticator::trust(),
             presence: Presence::off(),
-            catch_up: CatchUpService::new(config, service, access, counters),
+            catch_up,
         };
         let counters = Arc::<SessionCounters>::default();
         let manager = SessionManager::spawn(SessionConfig::default(), ports, counters);
@@ -208,6 +237,8 @@ impl ReturningWorld {
             hub,
             routers: [router_shard, router_hub],
             directory,
+            missed,
+            tails,
             encoder: Encoder::new(CompressionConfig::default()),
             _manager: manager.expect("the runtime polls"),
         }
@@ -215,7 +246,7 @@ impl ReturningWorld {
 
     /// One random action, and a little time for everybody.
     async fn act(&mut self) {
-        match self.random.below(24) {
+        match self.random.below(28) {
             0..=3 => self.store.takes_sequence(&mut self.random),
             4..=7 => self.store.commits(&mut self.random),
             8..=11 => self.store.publishes(&mut self.random),
@@ -224,6 +255,12 @@ impl ReturningWorld {
             16..=20 => {
                 let bytes = 1 + self.random.below(4_000);
                 self.client.reads(&mut self.shard, bytes);
+            }
+            24..=25 => self.push_positions(),
+            26 if self.random.chance(40) => self.tails.trims(&mut self.random),
+            26 if self.random.chance(10) => self.missed.missed_by_user(USER),
+            27 if self.client.has_cursor() && self.random.chance(160) => {
+                self.client.leaves(&mut self.shard);
             }
             21 if self.random.chance(100) => self.client.leaves(&mut self.shard),
             22 if self.random.chance(20) => self.pass(Duration::from_millis(400)).await,
@@ -254,6 +291,7 @@ impl ReturningWorld {
 
     fn connect(&mut self) {
         let named = self.client.named(&self.store, &mut self.random);
+        self.client.chooses_cursor(&mut self.random);
         let capacity = 200 + self.random.below(20_000);
         match self.random.chance(128) {
             true => self.client.opens_socket(&mut self.shard, capacity, named),
@@ -264,6 +302,8 @@ impl ReturningWorld {
     /// Routes the next record to every session that the directory knows.
     fn route(&mut self) {
         let Some((index, record)) = self.store.routes() else { return };
+        self.tails.routes(&record);
+        self.client.is_routed(&record);
         let mut sessions: Vec<SessionAddress> = Vec::new();
         self.directory.sessions_of(USER, |address| sessions.push(address));
         let event = self.encode(&record.value);
@@ -284,6 +324,16 @@ impl ReturningWorld {
         }
     }
 
+    /// The router gives its positions to the shard and to the hub, behind everything that it has routed.
+    fn push_positions(&mut self) {
+        for router in &mut self.routers {
+            let positions = self.tails.positions();
+            let pushed = router.commands.push(ShardCommand::Routed { positions });
+            assert!(matches!(pushed, Pushed::Accepted), "the ring is large");
+            router.commands.publish();
+        }
+    }
+
     fn encode(&mut self, value: &[u8]) -> Arc<Event> {
         let record = envelope::decode(value).expect("a record of the model");
         let mut wanted = EncodingSet::default();
@@ -297,6 +347,7 @@ impl ReturningWorld {
         self.store.finish(&mut self.random);
         while self.store.has_records() {
             self.route();
+            self.push_positions();
             self.turn().await;
         }
         for _ in 0..REST_TURNS_MAX {

@@ -77,7 +77,7 @@ impl MessageStore {
     pub(super) fn new(random: &mut Random) -> Self {
         let mut state = StoreState::default();
         for of in 0..CONVERSATIONS {
-            let old = random.pick(&[0, 3, 95, 205]);
+            let old = random.pick(&[0, 0, 3, 3, 95, 205]);
             state.taken[of] = old;
             state.committed[of] = (1..=old).collect();
         }

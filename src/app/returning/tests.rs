@@ -15,6 +15,8 @@ fn client_that_comes_back_receives_every_message_in_order() {
     // The cases that the rule is about did happen.
     assert!(total.sessions > 2 * SEEDS && total.late > SEEDS / 4, "{total:?}");
     assert!(total.duplicates_dropped > SEEDS / 4 && total.repeated > 0, "{total:?}");
+    assert!(total.cursors > SEEDS / 4 && total.resumed > SEEDS / 8, "{total:?}");
+    assert!(total.expired > SEEDS / 50 && total.replayed > SEEDS / 2, "{total:?}");
 }
 
 /// Seed 2 finds the rule that a sequence is a duplicate if it is not above the highest delivered one

@@ -1,6 +1,6 @@
 use super::*;
 use crate::service::members::membership::{
-    LogPosition, MembershipConfig, MembershipCounters, ReadBy,
+    MembershipConfig, MembershipCounters, ReadBy, RecordPosition,
 };
 
 /// A replica that knows alice and bob in `x`, and nothing that came later.
@@ -56,7 +56,7 @@ impl Bench {
 
     fn next(&mut self) -> ReadBy {
         self.offset += 1;
-        ReadBy::Follower(LogPosition { topic: 0, partition: 0, offset: self.offset })
+        ReadBy::Follower(RecordPosition { topic: 0, partition: 0, offset: self.offset })
     }
 
     fn change(&mut self, conversation: &str, user: &str, added: bool) {

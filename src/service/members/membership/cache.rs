@@ -9,7 +9,7 @@ use hashbrown::DefaultHashBuilder;
 
 use crate::domain::members::Members;
 use crate::service::members::membership::changes::{
-    Inserted, LogPosition, RecentChanges, RequestTime,
+    Inserted, RecentChanges, RecordPosition, RequestTime,
 };
 use crate::service::members::membership::state::{AnswerOutcome, KnownList, ListState};
 use crate::service::members::membership::{MembershipConfig, MembershipCounters};
@@ -36,7 +36,7 @@ pub(super) struct ReadChange<'a> {
     pub(super) conversation: &'a str,
     pub(super) user: &'a str,
     pub(super) added: bool,
-    pub(super) position: LogPosition,
+    pub(super) position: RecordPosition,
 }
 
 /// The hash of a conversation, and its id.
@@ -48,7 +48,7 @@ impl Part {
     }
 
     /// The list for a record at this position; without one, the newest list.
-    fn list(&self, conversation: &str, known: &KnownList, at: Option<LogPosition>) -> Members {
+    fn list(&self, conversation: &str, known: &KnownList, at: Option<RecordPosition>) -> Members {
         match at {
             Some(at) if known.has_changed => self.changes.list_at(conversation, &known.members, at),
             Some(_) | None => known.members.clone(),
@@ -59,7 +59,7 @@ impl Part {
     pub(super) fn read(
         &self,
         (hash, conversation): Key<'_>,
-        at: Option<LogPosition>,
+        at: Option<RecordPosition>,
         accept: impl FnOnce(&ListState) -> bool,
     ) -> Option<Members> {
         self.lists.read(hash, conversation, |state| {
@@ -124,7 +124,7 @@ impl Part {
         &mut self,
         (hash, conversation): Key<'_>,
         list: &Members,
-        position: LogPosition,
+        position: RecordPosition,
         must_be_first: bool,
         now_ms: u64,
     ) -> bool {
@@ -207,7 +207,7 @@ impl MemberLists {
     pub(super) fn members(
         &self,
         conversation: &str,
-        at: Option<LogPosition>,
+        at: Option<RecordPosition>,
         now_ms: u64,
     ) -> Option<Members> {
         let (hash, part) = self.part(conversation);
@@ -219,7 +219,11 @@ impl MemberLists {
     }
 
     /// The list, also if its lifetime is over.
-    pub(super) fn expired(&self, conversation: &str, at: Option<LogPosition>) -> Option<Members> {
+    pub(super) fn expired(
+        &self,
+        conversation: &str,
+        at: Option<RecordPosition>,
+    ) -> Option<Members> {
         let (hash, part) = self.part(conversation);
         part.read().expect("no holder panics").read((hash, conversation), at, |_| true)
     }

@@ -18,7 +18,7 @@ pub(super) const REPLICA_LAG_MAX: Duration = Duration::from_secs(30);
 
 /// Position of a record in Kafka.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LogPosition {
+pub struct RecordPosition {
     /// Index of the topic among the topics of this node.
     pub topic: u16,
     /// The partition.
@@ -27,14 +27,14 @@ pub struct LogPosition {
     pub offset: i64,
 }
 
-impl LogPosition {
+impl RecordPosition {
     /// The partition, without the offset.
     pub(super) fn log(self) -> (u16, i32) {
         (self.topic, self.partition)
     }
 
     /// Whether this is later than `other` in the same partition. Partitions have no common order.
-    pub(super) fn is_after(self, other: LogPosition) -> bool {
+    pub(super) fn is_after(self, other: RecordPosition) -> bool {
         self.log() == other.log() && self.offset > other.offset
     }
 }
@@ -45,7 +45,7 @@ pub(super) struct MemberChange {
     pub(super) user: Arc<str>,
     /// `true`: joined; `false`: left.
     pub(super) added: bool,
-    pub(super) position: LogPosition,
+    pub(super) position: RecordPosition,
     /// Numbers the changes in the order in which they were read.
     serial: u64,
     read_at: Instant,
@@ -118,7 +118,7 @@ impl RecentChanges {
         &mut self,
         conversation: &str,
         (user, added): (&str, bool),
-        position: LogPosition,
+        position: RecordPosition,
         now: Instant,
     ) -> Inserted {
         let conversation = match self.by_conversation.get_key_value(conversation) {
@@ -230,7 +230,7 @@ impl RecentChanges {
         &self,
         conversation: &str,
         list: &Members,
-        position: LogPosition,
+        position: RecordPosition,
     ) -> Members {
         let before = |change: &&MemberChange| position.is_after(change.position);
         let later = self.of(conversation).iter().filter(|change| !before(change));
@@ -238,7 +238,7 @@ impl RecentChanges {
     }
 
     /// Whether a change of the conversation stands before this position in the same partition.
-    pub(super) fn has_before(&self, conversation: &str, position: LogPosition) -> bool {
+    pub(super) fn has_before(&self, conversation: &str, position: RecordPosition) -> bool {
         self.of(conversation).iter().any(|change| position.is_after(change.position))
     }
 
@@ -248,7 +248,7 @@ impl RecentChanges {
         &self,
         conversation: &str,
         list: &Members,
-        position: LogPosition,
+        position: RecordPosition,
     ) -> Members {
         let later = self.of(conversation).iter().rev();
         let later = later.filter(|change| change.position.is_after(position));
@@ -268,8 +268,8 @@ impl RecentChanges {
 mod tests {
     use super::*;
 
-    fn at(offset: i64) -> LogPosition {
-        LogPosition { topic: 0, partition: 3, offset }
+    fn at(offset: i64) -> RecordPosition {
+        RecordPosition { topic: 0, partition: 3, offset }
     }
 
     fn list(ids: &[&str]) -> Members {
@@ -348,6 +348,6 @@ mod tests {
         assert_eq!(then(at(6)), list(&["a", "c"]));
         assert_eq!(then(at(7)), list(&["a", "c"]));
         // Partitions have no common order.
-        assert_eq!(then(LogPosition { partition: 9, ..at(0) }), list(&["a", "c"]));
+        assert_eq!(then(RecordPosition { partition: 9, ..at(0) }), list(&["a", "c"]));
     }
 }

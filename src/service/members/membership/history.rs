@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::cache::{Part, ReadChange};
-use super::changes::{LogPosition, REPLICA_LAG_MAX};
+use super::changes::{REPLICA_LAG_MAX, RecordPosition};
 use super::reading::ReadPositions;
 use super::state::{AnswerOutcome, ListState};
 use crate::domain::members::Members;
@@ -89,8 +89,8 @@ struct History {
 }
 
 /// The offset of a record. Offsets have gaps.
-fn position(index: usize) -> LogPosition {
-    LogPosition { topic: 0, partition: 3, offset: 2 * i64::try_from(index).unwrap() }
+fn position(index: usize) -> RecordPosition {
+    RecordPosition { topic: 0, partition: 3, offset: 2 * i64::try_from(index).unwrap() }
 }
 
 impl History {

@@ -53,7 +53,7 @@ use crate::service::members::membership::state::{AnswerOutcome, ListState};
 use crate::service::runtime::backoff::Backoff;
 
 pub use crate::service::members::membership::cache::CHANGES_BYTES_MAX;
-pub use crate::service::members::membership::changes::{LogPosition, RequestTime};
+pub use crate::service::members::membership::changes::{RecordPosition, RequestTime};
 
 /// How long "no such conversation" is cached, ms. Short, because a replica of the service may lag behind
 /// the creation event.
@@ -130,9 +130,9 @@ pub enum Lookup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadBy {
     /// The follower, which reads every partition of the membership topics on every node.
-    Follower(LogPosition),
+    Follower(RecordPosition),
     /// A router, as it routes the record.
-    Router(LogPosition),
+    Router(RecordPosition),
     /// Another node, which has handed it over.
     OtherNode,
 }
@@ -203,13 +203,13 @@ impl Membership {
 
     /// States that the follower reads a partition of the membership topics from `position` on. Every answer
     /// from now on includes the changes before it.
-    pub fn follow_from(&self, position: LogPosition) {
+    pub fn follow_from(&self, position: RecordPosition) {
         self.reading.follow_from(position);
     }
 
     /// States that the follower has read the record at this position, and has applied its change, if it is
     /// one.
-    pub fn followed(&self, position: LogPosition) {
+    pub fn followed(&self, position: RecordPosition) {
         self.reading.followed(position);
         if self.is_awaited.load(Ordering::Relaxed) && self.is_awaited.swap(false, Ordering::AcqRel)
         {
@@ -218,7 +218,7 @@ impl Membership {
     }
 
     /// States that a router reads a partition from `position` on.
-    pub fn lane_starts(&self, position: LogPosition) {
+    pub fn lane_starts(&self, position: RecordPosition) {
         self.reading.lane_starts(position);
     }
 
@@ -249,7 +249,7 @@ impl Membership {
     pub fn lookup(
         self: &Arc<Self>,
         conversation: &str,
-        at: Option<LogPosition>,
+        at: Option<RecordPosition>,
         now_ms: u64,
     ) -> Lookup {
         if let Some(at) = at
@@ -276,7 +276,7 @@ impl Membership {
         }
     }
 
-    fn is_covered(&self, at: LogPosition) -> bool {
+    fn is_covered(&self, at: RecordPosition) -> bool {
         if self.reading.is_covered(at) {
             return true;
         }

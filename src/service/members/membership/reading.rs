@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-use super::changes::LogPosition;
+use super::changes::RecordPosition;
 
 /// Nobody follows the partition.
 const NOT_FOLLOWED: i64 = -1;
@@ -58,18 +58,18 @@ impl ReadPositions {
     }
 
     /// The follower reads from here on.
-    pub(super) fn follow_from(&self, position: LogPosition) {
+    pub(super) fn follow_from(&self, position: RecordPosition) {
         self.with_new(position.log(), |it| it.followed.store(position.offset, Ordering::Release));
     }
 
     /// The follower has read this record, and applied it.
-    pub(super) fn followed(&self, position: LogPosition) {
+    pub(super) fn followed(&self, position: RecordPosition) {
         let next = position.offset + 1;
         self.with(position.log(), |it| it.followed.fetch_max(next, Ordering::Release));
     }
 
     /// A lane reads from here on.
-    pub(super) fn lane_starts(&self, position: LogPosition) {
+    pub(super) fn lane_starts(&self, position: RecordPosition) {
         self.with_new(position.log(), |it| {
             it.lane_next.store(0, Ordering::Relaxed);
             it.lane_start.store(position.offset, Ordering::Release);
@@ -77,13 +77,13 @@ impl ReadPositions {
     }
 
     /// Whether the follower has read this record.
-    pub(super) fn is_followed(&self, position: LogPosition) -> bool {
+    pub(super) fn is_followed(&self, position: RecordPosition) -> bool {
         let followed = |it: &PartitionReading| it.followed.load(Ordering::Acquire);
         self.with(position.log(), followed).is_some_and(|next| position.offset < next)
     }
 
     /// Whether every change up to this record, which a router routes, has been applied.
-    pub(super) fn is_covered(&self, position: LogPosition) -> bool {
+    pub(super) fn is_covered(&self, position: RecordPosition) -> bool {
         let is_covered = |it: &PartitionReading| {
             it.lane_next.fetch_max(position.offset + 1, Ordering::Relaxed);
             let followed = it.followed.load(Ordering::Acquire);
@@ -111,8 +111,8 @@ impl ReadPositions {
 mod tests {
     use super::*;
 
-    fn at(offset: i64) -> LogPosition {
-        LogPosition { topic: 0, partition: 3, offset }
+    fn at(offset: i64) -> RecordPosition {
+        RecordPosition { topic: 0, partition: 3, offset }
     }
 
     #[test]

@@ -216,7 +216,7 @@ fn cache_stays_within_its_bounds() {
     let config =
         MembershipConfig { conversations_max: 160, members_max: 1600, ..Default::default() };
     let node = CacheNode::new(config, false);
-    let position = |offset| LogPosition { topic: 0, partition: 0, offset };
+    let position = |offset| RecordPosition { topic: 0, partition: 0, offset };
     let now = unix_ms();
     let names: Vec<_> = (0..40).map(|n| format!("user-{n}")).collect();
     let members: Vec<_> = names.iter().map(String::as_str).collect();
@@ -246,7 +246,7 @@ fn what_is_used_outlives_what_is_not() {
     let node = CacheNode::new(config, false);
     let now = unix_ms();
     for offset in 0..500 {
-        let position = LogPosition { topic: 0, partition: 0, offset };
+        let position = RecordPosition { topic: 0, partition: 0, offset };
         let by = ReadBy::Follower(position);
         node.membership.created(&format!("c-{offset}"), &["a"], by, now);
         assert!(matches!(node.membership.lookup("c-0", None, now), Lookup::Members(_)), "{offset}");
@@ -259,7 +259,7 @@ fn expired_list_is_used_while_it_is_fetched_again() {
     let node = CacheNode::new(config, true);
     node.membership.follow();
     let now = unix_ms();
-    let position = LogPosition { topic: 0, partition: 0, offset: 0 };
+    let position = RecordPosition { topic: 0, partition: 0, offset: 0 };
     node.membership.created("a", &["x"], ReadBy::Follower(position), now);
     assert_eq!(node.members("a", now + 749), ["x"]);
     assert_eq!(node.service.requested.load(Ordering::Relaxed), 0);
@@ -281,7 +281,7 @@ fn lost_log_drops_all_lists() {
     let node = CacheNode::new(MembershipConfig::default(), false);
     node.membership.follow();
     let now = unix_ms();
-    let position = LogPosition { topic: 0, partition: 0, offset: 7 };
+    let position = RecordPosition { topic: 0, partition: 0, offset: 7 };
     node.membership.created("a", &["x"], ReadBy::Follower(position), now);
     node.membership.clear();
     assert_eq!(node.counters.members.get(), 0);
@@ -309,7 +309,7 @@ fn watchers_are_told_of_each_change_with_the_list_after_it() {
     let node = CacheNode::new(MembershipConfig::default(), false);
     let told = Arc::new(Told::default());
     node.membership.watch(Arc::clone(&told) as Arc<dyn MembershipChanges>);
-    let at = |offset| LogPosition { topic: 0, partition: 0, offset };
+    let at = |offset| RecordPosition { topic: 0, partition: 0, offset };
     node.membership.follow_from(at(0));
     node.membership.lane_starts(at(0));
     let now = unix_ms();
@@ -335,7 +335,7 @@ fn watchers_are_told_of_each_change_with_the_list_after_it() {
 #[test]
 fn record_waits_for_the_changes_before_it_and_the_follower_wakes_its_router() {
     let node = CacheNode::new(MembershipConfig::default(), false);
-    let at = |offset| LogPosition { topic: 0, partition: 0, offset };
+    let at = |offset| RecordPosition { topic: 0, partition: 0, offset };
     let now = unix_ms();
     node.membership.follow_from(at(0));
     node.membership.follow();
@@ -370,7 +370,7 @@ fn records_wait_while_lists_are_read_again_without_a_service() {
     assert!(matches!(lookup(), Lookup::Unknown));
     membership.clear();
     assert!(matches!(lookup(), Lookup::Pending));
-    let by = ReadBy::Follower(LogPosition { topic: 0, partition: 0, offset: 0 });
+    let by = ReadBy::Follower(RecordPosition { topic: 0, partition: 0, offset: 0 });
     membership.created("c", &["a"], by, unix_ms());
     membership.follow();
     assert!(matches!(lookup(), Lookup::Members(members) if members.contains("a")));

@@ -22,7 +22,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
-use crate::service::members::membership::{LogPosition, ReadBy};
+use crate::service::members::membership::{ReadBy, RecordPosition};
 use crate::service::routing::kafka::catalogue::{KnownPartition, Origin, REQUEST_TIMEOUT};
 use crate::service::routing::kafka::client;
 use crate::service::routing::kafka::starts::{self, StartRule};
@@ -237,7 +237,7 @@ impl ReaderResources {
         self.membership.followed(position);
     }
 
-    fn apply_at(&self, position: LogPosition, message: &BorrowedMessage<'_>) {
+    fn apply_at(&self, position: RecordPosition, message: &BorrowedMessage<'_>) {
         let Ok(record) = envelope::decode(message.payload().unwrap_or_default()) else {
             self.counters.membership_records_undecodable.add(1);
             return;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-use crate::service::members::membership::LogPosition;
+use crate::service::members::membership::RecordPosition;
 
 /// The offset up to which a partition may be committed. Written by its router, read by the Kafka
 /// thread.
@@ -63,7 +63,7 @@ impl CommittableTable {
 pub struct TopicPartition {
     /// The topic's name.
     pub topic: Arc<str>,
-    /// The topic's index, see [`LogPosition::topic`].
+    /// The topic's index, see [`RecordPosition::topic`].
     pub topic_index: u16,
     /// The partition.
     pub partition: i32,
@@ -71,7 +71,7 @@ pub struct TopicPartition {
 
 impl TopicPartition {
     /// The position of an offset in this partition.
-    pub fn position(&self, offset: i64) -> LogPosition {
-        LogPosition { topic: self.topic_index, partition: self.partition, offset }
+    pub fn position(&self, offset: i64) -> RecordPosition {
+        RecordPosition { topic: self.topic_index, partition: self.partition, offset }
     }
 }

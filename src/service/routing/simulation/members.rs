@@ -9,7 +9,7 @@ use super::logs::{conversation_name, conversations, members, user_name};
 use crate::domain::members::Members;
 use crate::service::backends::ports::{BoxFuture, ConversationSource, NeighbourError};
 use crate::service::members::membership::{
-    LogPosition, Membership, MembershipConfig, MembershipCounters, ReadBy,
+    Membership, MembershipConfig, MembershipCounters, ReadBy, RecordPosition,
 };
 
 /// A request for the members of a conversation.
@@ -60,7 +60,7 @@ pub(super) fn membership(
         for conversation in conversations() {
             let names: Vec<_> = members(conversation).into_iter().map(user_name).collect();
             let names: Vec<_> = names.iter().map(String::as_str).collect();
-            let position = LogPosition { topic: 1, partition: 0, offset: conversation as i64 };
+            let position = RecordPosition { topic: 1, partition: 0, offset: conversation as i64 };
             let by = ReadBy::Follower(position);
             membership.created(&conversation_name(conversation), &names, by, 0);
         }

@@ -38,6 +38,8 @@ mod fetches;
 mod page;
 mod positions;
 mod replay;
+mod replayed;
+mod resume;
 mod steps;
 mod task;
 #[cfg(test)]
@@ -184,7 +186,7 @@ pub enum ReadAccess {
 pub enum CatchUpScope {
     /// WebSocket: all conversations of the user; the named ones after these sequences.
     Session(Vec<LastSequence>),
-    /// gRPC: what was missed since the cursor, and nothing if it cannot be used.
+    /// gRPC: what was missed since the cursor. If it cannot be used, the session is closed.
     SinceCursor,
     /// gRPC: one conversation.
     Conversation {
@@ -260,6 +262,8 @@ enum CatchUpFailure {
     Conversations,
     Messages,
     TooSlow,
+    /// gRPC: the client has to name its conversations in another session, before any live event.
+    CursorExpired(CursorExpired),
     /// The session has ended, so there is no client to inform.
     SessionEnded,
 }
@@ -270,6 +274,10 @@ impl CatchUpFailure {
             Self::Conversations => "catch-up failed: conversation service unavailable, try again",
             Self::Messages => "catch-up failed: message service unavailable, try again",
             Self::TooSlow => "catch-up failed: the client reads too slowly, try again",
+            Self::CursorExpired(why) => {
+                let reason = format!("cursor expired: {}", why.label()).into();
+                return Some(Close { code: CloseCode::RESUME_TOO_LATE, reason });
+            }
             Self::SessionEnded => return None,
         };
         Some(Close::new(CloseCode::TRY_AGAIN_LATER, reason))
@@ -358,6 +366,11 @@ impl CatchUpService {
     /// called once, for all clones.
     pub fn set_replays(&self, replays: Arc<dyn TailReplays>) {
         assert!(self.0.replays.set(replays).is_ok(), "set once");
+    }
+
+    /// The bounds of a chunk: messages and bytes.
+    pub fn chunk_max(&self) -> (usize, usize) {
+        (self.0.config.chunk_messages_max, self.0.config.chunk_bytes_max)
     }
 
     /// Starts a catch-up in a task of its own, on the current runtime.

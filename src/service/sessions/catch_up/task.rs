@@ -15,7 +15,6 @@ use tokio::time::{Instant, sleep, timeout};
 use super::fetches::PageRequest;
 use super::page::{CaughtUpEvent, Page, chunks};
 use super::positions::{ConversationStep, Positions, ReadDecision};
-use super::replay::ReplayedRuns;
 use super::steps::{RunningSteps, StepOutcome};
 use super::{
     CatchUpFailure, CatchUpReport, CatchUpRequest, CatchUpResources, CatchUpScope, CatchUpStep,
@@ -23,7 +22,6 @@ use super::{
 };
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::counters::SharedCounter;
-use crate::domain::cursor::CursorRequest;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConversationKey, SessionAddress};
 use crate::service::backends::ports::{
@@ -92,7 +90,7 @@ pub(super) async fn run(
                     resources.counters.failed_neighbour.add(1);
                 }
                 CatchUpFailure::TooSlow => resources.counters.failed_slow.add(1),
-                CatchUpFailure::SessionEnded => {}
+                CatchUpFailure::CursorExpired(_) | CatchUpFailure::SessionEnded => {}
             }
             let Some(close) = failure.close() else { return };
             CatchUpStep::Failed(close)
@@ -122,7 +120,11 @@ impl CatchUpResources {
     }
 
     /// Remembers what was delivered as far as the budget of all sessions has room.
-    fn remember(&self, only: Option<ConversationKey>, runs: Vec<SequenceRun>) -> CaughtUp {
+    pub(super) fn remember(
+        &self,
+        only: Option<ConversationKey>,
+        runs: Vec<SequenceRun>,
+    ) -> CaughtUp {
         let delivered = CaughtUp::new(only, runs);
         if delivered.is_empty() || self.delivered.has_room() {
             return delivered.charged_to(&self.delivered);
@@ -162,57 +164,15 @@ fn of_client(error: NeighbourError) -> NeighbourError {
     }
 }
 
-/// A session that has got what it missed.
-struct Resumed {
-    delivered: CaughtUp,
-    /// It has got everything since its cursor, so that cursors may follow.
-    since_cursor: bool,
-}
-
 impl CatchUpTask {
-    /// Sends what the session has missed: since its cursor, or else from the message service.
-    async fn resume(
-        self: &Arc<Self>,
-        scope: CatchUpScope,
-        cursor: Option<CursorRequest>,
-    ) -> Result<Resumed, CatchUpFailure> {
-        let mut replayed = ReplayedRuns::default();
-        self.resources.counters.cursor_requests.add(u64::from(cursor.is_some()));
-        let expired = match cursor {
-            None | Some(CursorRequest::First) => None,
-            Some(CursorRequest::Unusable(why)) => Some(why),
-            Some(CursorRequest::Since(cursor)) => match self.replay(cursor, &mut replayed).await? {
-                Ok(()) => {
-                    self.resources.counters.cursor_resumes.add(1);
-                    let runs = self.resources.within_bound(replayed);
-                    let delivered = self.resources.remember(None, runs);
-                    return Ok(Resumed { delivered, since_cursor: true });
-                }
-                Err(why) => Some(why),
-            },
-        };
-        if let Some(why) = expired {
-            self.resources.cursors_expired[why as usize].add(1);
-            self.report(CatchUpStep::CursorExpired(why)).await?;
-        }
-        let (only, caught_up) = match self.resources.messages {
-            Some(_) => self.catch_up(scope).await?,
-            None => (None, Vec::new()),
-        };
-        let mut runs = self.resources.within_bound(replayed);
-        runs.extend(caught_up);
-        let delivered = self.resources.remember(only, runs);
-        Ok(Resumed { delivered, since_cursor: false })
-    }
-
-    async fn report(&self, step: CatchUpStep) -> Result<(), CatchUpFailure> {
+    pub(super) async fn report(&self, step: CatchUpStep) -> Result<(), CatchUpFailure> {
         let reported = self.reports.send(CatchUpReport { address: self.address, step }).await;
         reported.map_err(|_| CatchUpFailure::SessionEnded)
     }
 
     /// Sends what the message service has. Returns the messages that were sent, and the only conversation that was
     /// caught up.
-    async fn catch_up(
+    pub(super) async fn catch_up(
         self: &Arc<Self>,
         scope: CatchUpScope,
     ) -> Result<(Option<ConversationKey>, Vec<SequenceRun>), CatchUpFailure> {

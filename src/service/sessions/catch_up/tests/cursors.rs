@@ -64,8 +64,7 @@ fn sent(conversation: &str, sequence: i64) -> ReplayedRecord {
 
 fn deleted(conversation: &str, message_id: &str) -> ReplayedRecord {
     let (conversation_id, message_id) = (conversation.to_owned(), message_id.to_owned());
-    let event =
-        MessageDeletedEvent { conversation_id, message_id, ..MessageDeletedEvent::default() };
+    let event = MessageDeletedEvent { conversation_id, message_id };
     record(EventType::MessageDeleted, event.encode_to_vec())
 }
 

@@ -173,7 +173,7 @@ enum QueuedKind {
     /// Was held. Counts against no limit: all held events are released at once, so their number is
     /// limited already.
     Released,
-    /// A cursor, or the notice that one cannot be used. The hub bounds their number.
+    /// A cursor. The hub bounds their number.
     Cursor,
 }
 
@@ -295,15 +295,6 @@ impl Outbox {
             state.taken = 0;
         }
         has
-    }
-
-    /// Queues the notice that the client's cursor cannot be used.
-    pub(super) fn push_cursor_expired(&self, notice: &Arc<Delivery>, now: Instant) {
-        let mut state = self.state();
-        if state.status.is_none() {
-            state.enqueue(QueuedKind::Cursor, Arc::clone(notice), now);
-            state.wake();
-        }
     }
 
     /// Queues or holds an event, or returns why not.

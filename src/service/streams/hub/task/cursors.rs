@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{CursorState, Hub, MANAGER, StreamRecord, StreamState};
 use crate::domain::command::ShardReport;
-use crate::domain::cursor::{Cursor, CursorExpired};
+use crate::domain::cursor::Cursor;
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
@@ -75,19 +75,6 @@ impl Hub {
         queued
     }
 
-    /// Tells the client that its cursor cannot be used.
-    pub(super) fn push_cursor_expired(&mut self, connection: ConnectionKey, why: CursorExpired) {
-        let event =
-            DeliveryEvent { cursor_expired: why.label().into(), ..DeliveryEvent::default() };
-        let notice = Delivery::new(event_of(&event), None, &self.notices);
-        match (self.streams.get(connection), notice) {
-            (Some(stream), Some(notice)) => {
-                stream.outbox.push_cursor_expired(&notice, Instant::now());
-            }
-            _ => self.metrics.counters.stream_commands_stale.add(1),
-        }
-    }
-
     /// When a cursor is due next.
     pub(super) fn next_cursor(&self) -> Option<Instant> {
         let at_ms = self.cursors.next_ms(self.now_ms())?;
@@ -107,10 +94,7 @@ fn gets_cursors(streams: &SlotMap<StreamRecord>, connection: ConnectionKey) -> b
 
 /// An event with only a cursor.
 fn cursor_event(cursor: &Cursor) -> Arc<Event> {
-    event_of(&DeliveryEvent { cursor: cursor.encode(), ..DeliveryEvent::default() })
-}
-
-fn event_of(event: &DeliveryEvent) -> Arc<Event> {
+    let event = DeliveryEvent { cursor: cursor.encode(), ..DeliveryEvent::default() };
     let bytes = event.encode_to_vec().into_boxed_slice();
     Arc::new(Event::new(None, 0).with_frame(Encoding::Stream, bytes))
 }

@@ -1,6 +1,7 @@
 //! Task of the hub. It alone owns the rings and the slots.
 
 mod cursors;
+mod sweep;
 
 use std::collections::VecDeque;
 use std::io;
@@ -295,7 +296,10 @@ impl Hub {
                     None => self.metrics.counters.stream_commands_stale.add(1),
                 }
             }
-            ShardCommand::SendText { .. } => self.metrics.counters.stream_texts_discarded.add(1),
+            // A stream whose cursor cannot be used is closed.
+            ShardCommand::SendText { .. } | ShardCommand::CursorExpired { .. } => {
+                self.metrics.counters.stream_texts_discarded.add(1)
+            }
             ShardCommand::Close { connection, close, why } => {
                 if close.comes_with_cursor() {
                     self.push_last_cursor(connection);
@@ -305,9 +309,6 @@ impl Hub {
             ShardCommand::Routed { positions } => self.cursors.routed(&positions),
             ShardCommand::SendCursors { connection } => self.begin_cursors(connection),
             ShardCommand::StopCursors { connection } => self.stop_cursors(connection),
-            ShardCommand::CursorExpired { connection, why } => {
-                self.push_cursor_expired(connection, why);
-            }
             ShardCommand::Fence => self.cursors.fence_answered(),
             ShardCommand::StopAccepting => {
                 self.accepting.send_replace(false);
@@ -442,53 +443,6 @@ impl Hub {
                 self.push_last_cursor(connection);
             }
             self.close(connection, status::of_close(close), EndReason::Draining, Unsent::Send);
-        }
-    }
-
-    /// Closes stalled streams. Removes streams that exceed their close timeout, and requests whose
-    /// caller is gone.
-    fn sweep(&mut self, now: Instant) {
-        let mut stalled = Vec::new();
-        let mut catch_up_stalled = Vec::new();
-        let mut ended = Vec::new();
-        let mut abandoned = Vec::new();
-        let expired =
-            |since: Option<Instant>, limit| since.is_some_and(|since| since + limit <= now);
-        for (connection, stream) in self.streams.iter_mut() {
-            let (config, outbox) = (&self.config, &stream.outbox);
-            outbox.forget_delivered(now);
-            if stream.cursors == CursorState::Owed {
-                stream.cursors = CursorState::On;
-                self.cursors.want(connection);
-            }
-            match &stream.state {
-                StreamState::Requested(reply) if reply.is_closed() => abandoned.push(connection),
-                StreamState::Closing { why, deadline } if *deadline <= now => {
-                    ended.push((connection, *why));
-                }
-                StreamState::Live if expired(outbox.unread_since(), config.stall_timeout) => {
-                    stalled.push(connection);
-                }
-                StreamState::Live if expired(outbox.catch_up_since(), config.catch_up_timeout) => {
-                    catch_up_stalled.push(connection);
-                }
-                StreamState::Live | StreamState::Requested(_) | StreamState::Closing { .. } => {}
-            }
-        }
-        for connection in stalled {
-            self.metrics.counters.stream_stalls.add(1);
-            self.close(connection, status::stalled(), EndReason::WriteTimeout, Unsent::Discard);
-        }
-        for connection in catch_up_stalled {
-            self.metrics.counters.stream_catch_up_timeouts.add(1);
-            let (status, why) = (status::catch_up_timeout(), EndReason::ClosedByService);
-            self.close(connection, status, why, Unsent::Discard);
-        }
-        for (connection, why) in ended {
-            self.stream_ended(connection, why);
-        }
-        for connection in abandoned {
-            self.remove(connection, EndReason::HandshakeTimeout);
         }
     }
 

@@ -9,7 +9,7 @@ use prost::Message as _;
 use super::*;
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::command::Refusal;
-use crate::domain::cursor::{Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED};
+use crate::domain::cursor::{Cursor, LogPosition, TopicId, UNCHECKED};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConversationKey;
 use crate::service::events::conversation_key::conversation_key;
@@ -446,10 +446,6 @@ async fn stream_gets_no_cursor_while_it_is_behind_or_after_it_has_left_the_direc
     let connection = key(&session);
     session.resume_since(Box::default()).await;
     assert!(matches!(report(&mut hub, &mut manager).await, ShardReport::ResumeSince { .. }));
-    let why = CursorExpired::TooOld;
-    manager.send(ShardCommand::CursorExpired { connection, why });
-    hub.turn();
-    assert_eq!(next_event(&session).cursor_expired, "too_old");
     manager.send(ShardCommand::GoLive { connection, delivered: Box::default() });
     manager.send(ShardCommand::SendCursors { connection });
     // The client names a conversation, whose messages are missing.

@@ -18,7 +18,9 @@ use delivery::service::cluster::ports::{HandOffSink, SessionsLog, SessionsRecord
 use delivery::service::cluster::table::SessionTable;
 use delivery::service::cluster::tail::TailBudget;
 use delivery::service::members::directory::{Directory, SessionIds};
-use delivery::service::members::membership::{LogPosition, Membership, MembershipConfig, ReadBy};
+use delivery::service::members::membership::{
+    Membership, MembershipConfig, ReadBy, RecordPosition,
+};
 use delivery::service::routing::router::owner::ClusterParts;
 use delivery::service::routing::router::{
     Assignment, CommittableOffset, CommittableTable, Ownership, RawRecord, RecordSource, Router,
@@ -189,7 +191,7 @@ impl LargePlan {
         let template = Template::new(400);
         let create = |number: usize, members: &[String]| {
             let members: Vec<&str> = members.iter().map(String::as_str).collect();
-            let position = LogPosition { topic: 1, partition: 0, offset: number as i64 };
+            let position = RecordPosition { topic: 1, partition: 0, offset: number as i64 };
             let by = ReadBy::Follower(position);
             membership.created(&conversation_id(number), &members, by, 1);
             template.envelope(number, Stamp { sequence: 1, intended_ns: 1 })

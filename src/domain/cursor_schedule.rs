@@ -72,6 +72,11 @@ pub struct CursorSchedule<F> {
     quiet_steps: u64,
 }
 
+/// Memory of one session that gets cursors, bytes, at most: its entry, twice as many because ended ones are removed late,
+/// and its places in the lists of those that want one or are due. All of them grow by doubling.
+pub const CURSOR_SESSION_BYTES_MAX: usize =
+    2 * (2 * size_of::<CursorSession>() + 3 * size_of::<ConnectionKey>());
+
 impl<F> CursorSchedule<F> {
     /// Without sessions and positions. Each session gets a cursor every `interval_ms`.
     pub fn new(interval_ms: u64) -> Self {

@@ -12,6 +12,7 @@ use crate::app::config::{HandOffMode, PresenceMode, Settings};
 use crate::app::telemetry::LINES_WAITING_MAX;
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::counters::MetricKind;
+use crate::domain::cursor_schedule::CURSOR_SESSION_BYTES_MAX;
 use crate::domain::encoding::Encoding;
 use crate::domain::limits::{
     HANDOFF_RING_SLOTS, ID_BYTES_MAX, RECEIVE_BUFFER_BYTES, TOKEN_BYTES_MAX,
@@ -198,7 +199,7 @@ fn shards(sizing: &Sizing, shard: &ShardConfig) -> PartSizes {
     let (command, report) = (size_of::<ShardCommand>() as u64, size_of::<ShardReport>() as u64);
     let ring = HANDOFF_RING_SLOTS as u64;
     vec![
-        ("slots", slots * Slab::<Connection>::SLOT_BYTES as u64),
+        ("slots", slots * (Slab::<Connection>::SLOT_BYTES + CURSOR_SESSION_BYTES_MAX) as u64),
         ("records", slots * manager::RECORD_BYTES as u64),
         ("directory", connections * (Directory::ENTRY_BYTES as u64 * 2 + ids)),
         ("queues", connections * queue * FramePool::FRAME_BYTES as u64),

@@ -93,6 +93,9 @@ fn steps() -> impl Strategy<Value = Vec<AudienceStep>> {
     prop::collection::vec(step, 0..150)
 }
 
+/// The sessions here by user and slot, and the nodes of users.
+type FoundUsers = (BTreeSet<(String, u32)>, BTreeSet<(String, NodeIndex)>);
+
 struct NobodyListens;
 
 impl TableListener for NobodyListens {
@@ -267,11 +270,7 @@ impl World {
     }
 
     /// The sessions here, and the nodes of users, of these users.
-    fn look_up<'a>(
-        &self,
-        users: impl Iterator<Item = &'a str>,
-        applied: i64,
-    ) -> (BTreeSet<(String, u32)>, BTreeSet<(String, NodeIndex)>) {
+    fn look_up<'a>(&self, users: impl Iterator<Item = &'a str>, applied: i64) -> FoundUsers {
         let (mut here, mut there) = (BTreeSet::new(), BTreeSet::new());
         for user in users {
             let named = || user.to_owned();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use delivery_testkit::neighbours::FakeNeighbours;
+use delivery_testkit::neighbours::{Behaviour, FakeNeighbours, Method};
 use delivery_testkit::ports::free_port;
 use delivery_testkit::publisher::{Publisher, new_topic};
 use rdkafka::ClientConfig;
@@ -10,6 +10,7 @@ use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rustix::process::Signal;
+use tonic::Code;
 
 use super::support::back_end::{BackEnd, message, with_neighbours};
 use super::support::client::{Client, Received};
@@ -85,6 +86,44 @@ fn sessions_of_all_nodes_are_closed_if_records_expired_under_their_owner() {
     let mut bob = Client::session(other.public, "bob", "phone");
     back_end.publisher.message("room", 12, "alice", "hello");
     while message(&mut bob).1 != 12 {}
+}
+
+/// Sessions of all nodes need a record that waits for its members. Its owner goes past it, Kafka deletes it, and the owner ends.
+///
+/// Promise: “Records that Kafka has deleted before they were read are counted, and every session that may need them is closed with 4409.”
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn sessions_of_all_nodes_are_closed_if_a_record_expired_that_its_owner_had_parked() {
+    let mut back_end = BackEnd::start("parked-expired", 1);
+    back_end.neighbours.state().create("known", &["alice"], 0);
+    back_end.neighbours.state().create("unknown", &["alice"], 0);
+    let mut nodes: Vec<_> = (0..3).map(|number| node(&back_end, number)).collect();
+    nodes.iter_mut().for_each(Node::wait_ready);
+    let owns = |node: &Node| node.metrics().sum("delivery_router_partitions", &[]) == 1.0;
+    until(SOON, "one of them owns the partition", || nodes.iter().any(owns).then_some(()));
+    let mut clients: Vec<_> = nodes
+        .iter()
+        .zip(["one", "two", "three"])
+        .map(|(node, device)| Client::session(node.public, "alice", device))
+        .collect();
+    back_end.publisher.message("known", 1, "alice", "hello");
+    for client in &mut clients {
+        assert_eq!(message(client), ("known".to_owned(), 1));
+    }
+    back_end.neighbours.set(Method::Members, Behaviour::Failing(Code::Unavailable));
+    back_end.publisher.message("unknown", 1, "alice", "hello");
+    back_end.publisher.message("known", 2, "alice", "hello");
+    for client in &mut clients {
+        assert_eq!(message(client), ("known".to_owned(), 2), "goes past the other record");
+    }
+    delete_records(&back_end.brokers, &back_end.topic, 3);
+    let owner = nodes.iter().position(owns).expect("still the owner");
+    nodes[owner].kill();
+    drop(clients.remove(owner));
+    back_end.publisher.message("known", 3, "alice", "hello");
+    for client in &mut clients {
+        assert_eq!(client.receive(), Received::Closed(4409, "events missed".to_owned()));
+    }
 }
 
 /// A private key and its certificate, which is its own authority: as one file, and the certificate alone.

@@ -260,7 +260,7 @@ impl LargePlan {
             barrier: 0,
             settled: Arc::new(CommittableTable::new(table.next_offset())),
             routed: Arc::default(),
-            has_gap: false,
+            lost_from: None,
         });
         let thread = router.spawn("router".to_owned())?;
         let costs = Arc::<Mutex<Costs>>::default();

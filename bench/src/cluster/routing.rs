@@ -172,7 +172,7 @@ impl RoutePlan {
             barrier: 0,
             settled: Arc::new(CommittableTable::new(table.next_offset())),
             routed: Arc::default(),
-            has_gap: false,
+            lost_from: None,
         });
         let thread = router.spawn("router".to_owned())?;
         let before = process_ns(std::process::id())?;

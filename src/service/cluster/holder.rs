@@ -41,6 +41,11 @@
 //! 6. A live record with *o* above `highest` sets `highest` to *o* and `established` to *T*. `passed` with the next offset
 //!    *n* does so with *n* − 1, if *n* is above `highest`: without it, sessions would stay young while nothing is sent to
 //!    their node.
+//! 7. **Lost** records, from an offset on and below *n*: they are gone, and their owner has not read all of them. Every session
+//!    with a *b* below *T* that may lack one of them is closed: by the rules above it would still take one of them. Then
+//!    everything below *n* counts as passed, and nothing below it as `parked`. (The others wait for a replay, and if that is not
+//!    possible, they are closed as well.) If the log has lost its last records, *n* is below positions that have passed, which
+//!    mean nothing any more: all sessions are closed, and `highest` falls to *n* − 1.
 //!
 //! A partition that was never seen counts as one in which nothing has passed. So a session is young until the first record
 //! of it, and what is delivered of it is remembered from then on.
@@ -233,6 +238,32 @@ impl HeldSession {
     fn is_young(&self, passed: &Passed) -> bool {
         self.begin.is_none_or(|begin| begin >= passed.established)
     }
+
+    /// Whether it needs one of the records of this range, as far as is known, see [`Holder::needs`].
+    fn may_lack(&self, source: SourcePartition, passed: &Passed, range: Range<i64>) -> bool {
+        let mut from = range.start;
+        if let Some(delivered) = self.of(source) {
+            if delivered.not_got().iter().any(|offset| range.contains(offset)) {
+                return true;
+            }
+            from = from.max(delivered.offset + 1);
+        }
+        from < range.end
+            && (self.is_young(passed)
+                || passed.highest < range.end - 1
+                || passed.parked.0.iter().any(|offset| (from..range.end).contains(offset)))
+    }
+}
+
+/// Which sessions a loss of records concerns.
+#[derive(Debug, PartialEq, Eq)]
+pub enum LossConcerns {
+    /// None: the owner that reports it has a successor that has already sent something.
+    Zombie,
+    /// This node has to read more of the sessions topic first: its owner is ahead.
+    NotKnown,
+    /// These, which are as if they had ended.
+    Sessions(Vec<SessionAddress>),
 }
 
 /// Whether a record is of use.
@@ -336,9 +367,8 @@ impl Holder {
         self.sessions.get(&address).map(|session| session.serial)
     }
 
-    /// A record arrives, or a lane of this node is about to route it. `parked`: the records before it that its
-    /// owner has not routed yet, ascending.
-    pub fn arrive(&mut self, at: RoutedPosition, parked: &[i64]) -> Arrived {
+    /// Something of this generation arrives, or is about to be routed by a lane of this node.
+    fn succeed(&mut self, at: RoutedPosition) -> Arrived {
         let passed = self.sources.entry(at.source).or_insert_with(Passed::nothing);
         if at.generation < passed.generation {
             return Arrived::Zombie;
@@ -358,6 +388,15 @@ impl Holder {
                 }
             }
         }
+        Arrived::InTurn
+    }
+
+    /// A record arrives, or a lane of this node is about to route it. `parked`: the records before it that its
+    /// owner has not routed yet, ascending.
+    pub fn arrive(&mut self, at: RoutedPosition, parked: &[i64]) -> Arrived {
+        if self.succeed(at) == Arrived::Zombie {
+            return Arrived::Zombie;
+        }
         let passed = self.sources.get_mut(&at.source).expect("just found");
         let highest = passed.highest;
         let parked = &parked[..parked.partition_point(|parked| *parked < at.offset)];
@@ -367,6 +406,43 @@ impl Holder {
         passed.is_parked_again = still.len() < known;
         passed.parked.replace_below(at.offset, &still);
         Arrived::InTurn
+    }
+
+    /// The records from `from` on and below `at.offset` are gone, and their owner has not read all of them. Takes out the
+    /// sessions that may lack one of them. `read_to` as in [`Holder::needs_live`]. If `from` is above `at.offset`, the
+    /// log has lost its last records.
+    pub fn lose(&mut self, at: RoutedPosition, from: i64, read_to: i64) -> LossConcerns {
+        if self.succeed(at) == Arrived::Zombie {
+            return LossConcerns::Zombie;
+        }
+        let is_truncated = from > at.offset;
+        let passed = &self.sources[&at.source];
+        let mut concerned = Vec::new();
+        for (address, session) in &self.sessions {
+            let awaits_replay = match session.begin {
+                Some(begin) => begin >= at.table,
+                None if read_to >= at.table => true,
+                None => return LossConcerns::NotKnown,
+            };
+            let may_lack =
+                || !awaits_replay && session.may_lack(at.source, passed, from..at.offset);
+            if is_truncated || may_lack() {
+                concerned.push(*address);
+            }
+        }
+        concerned.iter().for_each(|address| self.ended(*address));
+        let passed = self.sources.get_mut(&at.source).expect("just found");
+        if is_truncated {
+            passed.highest = -1;
+            passed.parked = ParkedOffsets::default();
+        }
+        passed.parked.replace_below(at.offset, &[]);
+        if at.offset > passed.highest {
+            passed.highest = at.offset - 1;
+            passed.is_parked_again = false;
+            self.establish(at);
+        }
+        LossConcerns::Sessions(concerned)
     }
 
     /// The sessions whose beginning is stored in this range of the sessions topic. If the node has not read

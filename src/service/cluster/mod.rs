@@ -53,6 +53,7 @@
 //! * **gap**: the serial of a session for which records are no longer available: it is closed with 4409;
 //! * **missed range**: the same for all sessions that began in a range of the sessions topic;
 //! * **missed**: the users of a record that is too large to be handed over: the same for their sessions;
+//! * **lost**: a range of *P* that is gone, and was not read: the same for all sessions that may lack a record of it;
 //! * **passed**: no record; the next offset of each partition of the owner.
 //!
 //! One idempotent producer per node, without a time limit, keeps the order. The offset of a record is done when all
@@ -118,6 +119,12 @@
 //! **The end of a session** is not confused with the beginning of its successor on the same node, because replays name
 //! serials, and a serial is used once.
 //!
+//! **Records are gone that their owner has not read**: expired, or lost by the log. The owner closes the sessions of its own node.
+//! To every other node it sends **lost** before anything else of its generation, and it routes and commits nothing before that is
+//! stored. So a successor finds the loss again in the committed offset. A record that was parked holds back that offset, so it is
+//! lost with its owner although later ones were handed over, and the holders know that they lack it. A node that was the owner,
+//! and was stopped, is told like the others.
+//!
 //! **What cannot be repaired closes the session.** The tail does not reach back to *V*, the statement of *V* is forgotten, the
 //! beginning itself is forgotten, hand-offs were deleted before they were read, a record is too large: the session leaves the
 //! directory and the holder's state before anything else is delivered ([`missed`]), and is closed with 4409. A client
@@ -136,6 +143,8 @@ pub mod announcer;
 mod announcing;
 pub mod holder;
 pub mod lease;
+#[cfg(test)]
+mod losses;
 pub mod missed;
 #[cfg(test)]
 mod model;

@@ -171,8 +171,8 @@ impl GroupContext {
         let (fill_from, ownership) = claimed.unzip();
         let GroupStart { log, offset, since_ms, .. } = start;
         // If the other nodes have to be told of a loss, nothing is committed before.
-        let has_gap = ownership.as_ref().is_some_and(|ownership| ownership.has_gap);
-        let committable = Arc::new(CommittableOffset::new((!has_gap).then_some(offset)));
+        let is_lost = ownership.as_ref().is_some_and(|ownership| ownership.lost_from.is_some());
+        let committable = Arc::new(CommittableOffset::new((!is_lost).then_some(offset)));
         let generation = ownership.as_ref().map_or(0, |ownership| ownership.generation);
         let table = match &ownership {
             Some(ownership) => Arc::clone(&ownership.settled),

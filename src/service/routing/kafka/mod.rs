@@ -59,7 +59,7 @@ use crate::service::members::membership::Membership;
 use crate::service::routing::kafka::catalogue::{Catalogue, REQUEST_TIMEOUT, TopicChange};
 use crate::service::routing::kafka::fills::TailBounds;
 use crate::service::routing::kafka::source::PartitionSource;
-use crate::service::routing::kafka::starts::LostRecords;
+use crate::service::routing::kafka::starts::LogLoss;
 use crate::service::routing::router::{RouterControl, TopicPartition};
 
 pub use crate::service::routing::kafka::catalogue::TopicTrouble;
@@ -382,11 +382,11 @@ impl ReaderResources {
     }
 
     /// Records of this partition were gone before they were read.
-    fn lost_records(&self, log: &TopicPartition, lost: LostRecords) {
+    fn lost_records(&self, log: &TopicPartition, lost: LogLoss) {
         self.counters.logs_lost.add(1);
         let (topic, partition) = (&*log.topic, log.partition);
         match lost {
-            LostRecords::Expired(records) => {
+            LogLoss::Expired(records) => {
                 self.counters.records_expired.add(records);
                 tracing::error!(
                     topic,
@@ -396,7 +396,7 @@ impl ReaderResources {
                      with 4409"
                 );
             }
-            LostRecords::Truncated => tracing::error!(
+            LogLoss::Truncated => tracing::error!(
                 topic,
                 partition,
                 "the partition ends before the position of its reader: sessions may have missed events and are \

@@ -53,7 +53,7 @@ pub(super) enum StartRule {
 
 /// Records that are gone, and were not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum LostRecords {
+pub(super) enum LogLoss {
     /// So many were deleted.
     Expired(u64),
     /// The log ends before the position.
@@ -62,13 +62,13 @@ pub(super) enum LostRecords {
 
 impl LogBounds {
     /// From where a reader at this position reads on, and what is gone.
-    pub(super) fn resume(self, position: i64, now_ms: u64) -> (StartRule, Option<LostRecords>) {
+    pub(super) fn resume(self, position: i64, now_ms: u64) -> (StartRule, Option<LogLoss>) {
         if position < self.start {
             let expired = self.start.abs_diff(position);
-            (StartRule::Start, Some(LostRecords::Expired(expired)))
+            (StartRule::Start, Some(LogLoss::Expired(expired)))
         } else if position > self.end {
             let since = StartRule::Since(now_ms.saturating_sub(CLOCK_ERROR_MS));
-            (since, Some(LostRecords::Truncated))
+            (since, Some(LogLoss::Truncated))
         } else {
             (StartRule::At(position), None)
         }
@@ -211,7 +211,7 @@ pub(super) struct GroupStart {
     /// Since when the group reads the topic, Unix time in ms; 0: for ever.
     pub(super) since_ms: u64,
     /// What is gone.
-    pub(super) lost: Option<LostRecords>,
+    pub(super) lost: Option<LogLoss>,
 }
 
 /// What the starts of a group depend on.
@@ -291,10 +291,10 @@ mod tests {
         let now_ms = 10 * CLOCK_ERROR_MS;
         assert_eq!(bounds.resume(100, now_ms), (StartRule::At(100), None));
         assert_eq!(bounds.resume(200, now_ms), (StartRule::At(200), None));
-        assert_eq!(bounds.resume(58, now_ms), (StartRule::Start, Some(LostRecords::Expired(42))));
+        assert_eq!(bounds.resume(58, now_ms), (StartRule::Start, Some(LogLoss::Expired(42))));
         assert_eq!(
             bounds.resume(201, now_ms),
-            (StartRule::Since(9 * CLOCK_ERROR_MS), Some(LostRecords::Truncated))
+            (StartRule::Since(9 * CLOCK_ERROR_MS), Some(LogLoss::Truncated))
         );
     }
 

@@ -26,9 +26,10 @@ pub struct Ownership {
     pub settled: Arc<CommittableTable>,
     /// The next offset to route. Written by the router, read for the lease.
     pub routed: Arc<AtomicI64>,
-    /// Whether records right below `start` are gone that nobody has read. The sessions of this node are closed
-    /// already. The other nodes are told before the first record, and only then the partition has a committable offset.
-    pub has_gap: bool,
+    /// If records are gone that nobody has read: the first of them. Above `start`: the log has lost its last records. The
+    /// sessions of this node are closed already. What the other nodes are told is stored before the first record is
+    /// routed, and only then the partition has a committable offset.
+    pub lost_from: Option<i64>,
 }
 
 /// The position of a record that a lane routes.
@@ -46,6 +47,8 @@ pub(super) struct LaneClaim {
     pub(super) applied: i64,
     /// Replays that are not stored yet.
     pub(super) replays: usize,
+    /// Nodes that were told of lost records, if that is not stored yet.
+    pub(super) losses: usize,
     /// Where the replay to a newcomer continues, which found no room: the offset of its beginning, and the
     /// first offset that was not replayed to it.
     pub(super) paused_replay: Option<(i64, i64)>,
@@ -78,6 +81,7 @@ impl LaneClaim {
             direct_after,
             applied: ownership.table,
             replays: 0,
+            losses: 0,
             paused_replay: None,
             blocked_newcomer: None,
             held_back: None,
@@ -139,14 +143,15 @@ impl LaneClaim {
         }
     }
 
-    /// Whether the other nodes have to be told first that records are gone.
-    pub(super) fn owes_gap(&self) -> bool {
-        self.ownership.has_gap
+    /// Whether the other nodes have to be told first that records are gone, or what they are told is not stored yet.
+    pub(super) fn owes_loss(&self) -> bool {
+        self.ownership.lost_from.is_some() || self.losses > 0
     }
 
-    /// The other nodes are told.
-    pub(super) fn gap_told(&mut self) {
-        self.ownership.has_gap = false;
+    /// What one other node is told is stored. Returns whether that was the last.
+    pub(super) fn loss_stored(&mut self) -> bool {
+        self.losses -= 1;
+        !self.owes_loss()
     }
 
     pub(super) fn replay_stored(&mut self) {

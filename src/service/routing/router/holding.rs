@@ -199,6 +199,28 @@ impl RouterCore {
                 let closed = owner.close_begun_in(missed.from..missed.to);
                 self.counters.gaps.add(closed as u64);
             }
+            Some(content @ Content::Lost(lost)) => {
+                drop(holder);
+                let Some(source) = owner.source(&header.topic, header.partition) else {
+                    self.counters.hand_offs_unreadable.add(1);
+                    owner.missed_of_unknown_topic(content);
+                    return true;
+                };
+                let Some(closed) = owner.lose(position(header, source), lost.from, read_to) else {
+                    return false;
+                };
+                self.counters.gaps.add(closed as u64);
+                let HandOffHeader { topic, partition, offset: next, .. } = header;
+                let first = lost.from;
+                tracing::error!(
+                    topic,
+                    partition,
+                    first,
+                    next,
+                    "records were gone before their owner read them: {closed} sessions of this node that may lack one \
+                     are closed with 4409"
+                );
+            }
             Some(Content::Gap(serial)) => {
                 let session = holder.find(SessionSerial(*serial));
                 // A later event would hide the gap.
@@ -266,7 +288,8 @@ impl RouterCore {
                     Content::Gap(_)
                     | Content::Passed(_)
                     | Content::Missed(_)
-                    | Content::MissedRange(_) => Vec::new(),
+                    | Content::MissedRange(_)
+                    | Content::Lost(_) => Vec::new(),
                 };
                 drop(holder);
                 if !self.deliver_hand_off(hand_off, &sessions) {

@@ -54,6 +54,8 @@ pub(super) enum ReturnedTicket {
     DeadLetter(Ticket),
     /// A replay of this lane is stored.
     Replay(LaneKey),
+    /// What one other node was told of lost records of this lane is stored.
+    Loss(LaneKey),
 }
 
 /// The records in flight, by ticket.

@@ -18,7 +18,9 @@ use bytes::Bytes;
 use crate::domain::command::Ticket;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::MissedEvents;
-use crate::service::cluster::holder::{Holder, RoutedPosition, SessionSerial, SourcePartition};
+use crate::service::cluster::holder::{
+    Holder, LossConcerns, RoutedPosition, SessionSerial, SourcePartition,
+};
 use crate::service::cluster::newcomers::{Newcomer, StatedPosition};
 use crate::service::cluster::nodes::NodeIndex;
 use crate::service::cluster::ports::{HandOffSink, OutgoingHandOff, Queued};
@@ -26,7 +28,7 @@ use crate::service::cluster::table::{NodeAddress, SessionTable};
 use crate::service::cluster::tail::TailRecord;
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::cluster::wire::{
-    HandOffHeader, MissedRange, PartitionPosition, Passed, TopicPositions, Users,
+    HandOffHeader, LostRecords, MissedRange, PartitionPosition, Passed, TopicPositions, Users,
 };
 use crate::service::routing::router::claim::{LaneClaim, source_of};
 use crate::service::routing::router::in_flight::{LaneKey, ReturnedTicket};
@@ -374,20 +376,33 @@ impl OwnerSide {
         }
     }
 
-    /// Records right below `start` are gone that nobody has read: the sessions of other nodes that need the last
-    /// of them are closed.
-    pub(super) fn missed_by_others(
-        &mut self,
-        lane: &mut LaneClaim,
-        key: LaneKey,
-        log: &TopicPartition,
-        start: i64,
-    ) {
+    /// Records are gone that nobody has read: every node closes those of its sessions that may lack one of them. (On
+    /// this node all were closed before the lane began.)
+    pub(super) fn tell_loss(&mut self, lane: &mut LaneClaim, key: LaneKey, log: &TopicPartition) {
+        let Some(from) = lane.ownership.lost_from.take() else { return };
+        let at = lane.at(log, lane.ownership.start);
+        self.lose(at, from, self.parts.table.next_offset());
         for to in self.parts.table.others() {
-            lane.replays += 1;
-            let everybody = Content::Missed(Users::default());
-            let header = self.header(lane.at(log, start - 1), &[], 0, everybody);
-            self.send(to, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Replay(key)));
+            lane.losses += 1;
+            let header = self.header(at, &[], 0, Content::Lost(LostRecords { from }));
+            self.send(to, header, None, &mut { NO_VALUE }, Some(ReturnedTicket::Loss(key)));
+        }
+    }
+
+    /// Closes the sessions of this node that may lack a record that is gone. Returns their number; `None`: not known
+    /// before this node has read more of the sessions topic. See [`Holder::lose`].
+    pub(super) fn lose(&self, at: RoutedPosition, from: i64, read_to: i64) -> Option<usize> {
+        let concerned = self.holder().lose(at, from, read_to);
+        match concerned {
+            LossConcerns::NotKnown => None,
+            LossConcerns::Zombie => {
+                self.counters.hand_offs_late.add(1);
+                Some(0)
+            }
+            LossConcerns::Sessions(sessions) => {
+                sessions.iter().for_each(|session| self.parts.missed.missed(*session));
+                Some(sessions.len())
+            }
         }
     }
 

@@ -295,6 +295,10 @@ impl Router {
                     self.replay_stored(key);
                     continue;
                 }
+                ReturnedTicket::Loss(key) => {
+                    self.loss_stored(key);
+                    continue;
+                }
             };
             self.reported(outcome);
         }
@@ -463,6 +467,14 @@ impl Router {
         }
     }
 
+    fn loss_stored(&mut self, key: LaneKey) {
+        let lane = self.lanes.get_mut(key.slot()).filter(|lane| lane.key == key);
+        let Some(partition) = lane.and_then(|lane| lane.partition.as_mut()) else { return };
+        if partition.claim.as_mut().is_some_and(LaneClaim::loss_stored) {
+            partition.committable.set(partition.window.committable());
+        }
+    }
+
     /// Tells the nodes of newcomers what has passed, if it is time.
     fn tell_passed(&mut self, now_ms: u64) {
         let Some(owner) = &mut self.core.owner else { return };
@@ -476,6 +488,8 @@ impl Router {
             let Some(partition) = &lane.partition else { continue };
             if let (Some(claim), Some(tail)) = (&partition.claim, &partition.tail)
                 && tail.is_filled()
+                // Nothing passes before what was lost.
+                && !claim.owes_loss()
             {
                 table = table.min(claim.applied);
                 let parked = claim.parked().to_vec();

@@ -199,7 +199,7 @@ impl RouterCore {
         }
         let PartitionLane { log, source, window, committable, claim, tail, .. } = partition;
         let may_take = claim.as_mut().is_none_or(|claim| {
-            if claim.owes_gap() {
+            if claim.owes_loss() {
                 return false;
             }
             let table = self.owner.as_ref().map_or(0, |owner| owner.parts.table.next_offset());
@@ -297,13 +297,15 @@ impl RouterCore {
         tail.tail.trim(now_ms);
         let Some(owner) = &mut self.owner else { return false };
         let to = owner.parts.table.next_offset();
-        if claim.owes_gap() {
-            if !claim.may_route(handed_to, to) || !owner.has_room() {
+        if claim.owes_loss() {
+            if claim.losses > 0 || !claim.may_route(handed_to, to) || !owner.has_room() {
                 return false;
             }
-            owner.missed_by_others(claim, key, log, claim.ownership.start);
-            claim.gap_told();
-            committable.set(window.committable());
+            owner.tell_loss(claim, key, log);
+            if !claim.owes_loss() {
+                // There is no other node.
+                committable.set(window.committable());
+            }
             return true;
         }
         // A table that is behind the commit of the former owner catches up first.

@@ -57,6 +57,7 @@ impl CalmCluster {
             has_service: false,
             forgets_members: 0,
             loses_position: false,
+            expires_events: false,
             is_calm: true,
             ..Weather::new(&mut random)
         };

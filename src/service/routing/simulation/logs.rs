@@ -1,6 +1,7 @@
 //! The simulated logs: events, sessions, hand-offs, and the offsets that the group has committed.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -54,6 +55,9 @@ fn describe(record: &StoredHandOff) -> (&'static str, [i64; 4]) {
         }
         Some(Content::Gap(serial)) => ("gap: process, partition, -, serial", about(serial as i64)),
         Some(Content::Missed(_)) => ("missed: process, partition, offset, table", about(table)),
+        Some(Content::Lost(ref lost)) => {
+            ("lost: process, partition, offset, from", about(lost.from))
+        }
         _ => ("other hand-off: process, partition, offset, table", about(table)),
     }
 }
@@ -66,7 +70,15 @@ pub(super) struct Commit {
     pub(super) table: i64,
 }
 
-type Partition = Arc<Mutex<Vec<LoggedEvent>>>;
+/// A partition of the topic of events.
+#[derive(Debug, Default)]
+struct EventLog {
+    /// The lowest offset that is retained. (The checks know what was below it.)
+    low: usize,
+    events: Vec<LoggedEvent>,
+}
+
+type Partition = Arc<Mutex<EventLog>>;
 
 /// A partition of the hand-off topic.
 #[derive(Default)]
@@ -131,7 +143,7 @@ impl Logs {
     /// Appends a message of a conversation with a text of `bytes`. Its sequence is its offset.
     pub(super) fn append(&mut self, conversation: usize, bytes: usize) {
         let mut partition = self.events[conversation % PARTITIONS].lock().expect("one thread");
-        let sequence = partition.len() as i64;
+        let sequence = partition.events.len() as i64;
         for user in members(conversation) {
             self.by_user[conversation % PARTITIONS][user].push(sequence);
         }
@@ -143,7 +155,7 @@ impl Logs {
         };
         let payload = MessageSentEvent { message: Some(message) }.encode_to_vec();
         let value = encode_envelope(EventType::MessageSent, None, payload).into();
-        partition.push(LoggedEvent { conversation, at_ms: self.now_ms, value });
+        partition.events.push(LoggedEvent { conversation, at_ms: self.now_ms, value });
     }
 
     /// Stores a hand-off.
@@ -203,19 +215,33 @@ impl Logs {
 
     /// The first offset of a partition that was appended at or after a time.
     pub(super) fn appended_since(&self, partition: usize, at_ms: u64) -> i64 {
-        let events = self.events[partition].lock().expect("one thread");
-        events.partition_point(|event| event.at_ms < at_ms) as i64
+        let log = self.events[partition].lock().expect("one thread");
+        log.events.partition_point(|event| event.at_ms < at_ms) as i64
+    }
+
+    /// Deletes the events of a partition below an offset.
+    pub(super) fn expire_events(&mut self, partition: usize, below: i64) {
+        let mut log = self.events[partition].lock().expect("one thread");
+        log.low = log.low.max(below as usize);
+    }
+
+    /// The lowest offset of a partition that is retained.
+    pub(super) fn low(&self, partition: usize) -> i64 {
+        self.events[partition].lock().expect("one thread").low as i64
     }
 
     /// The end of each partition.
     pub(super) fn ends(&self) -> [i64; PARTITIONS] {
-        self.events.each_ref().map(|partition| partition.lock().expect("one thread").len() as i64)
+        self.events
+            .each_ref()
+            .map(|partition| partition.lock().expect("one thread").events.len() as i64)
     }
 
     /// The conversations of these records of a partition.
     pub(super) fn conversations_of(&self, partition: usize, offsets: &[i64]) -> Vec<(i64, usize)> {
-        let events = self.events[partition].lock().expect("one thread");
-        offsets.iter().map(|offset| (*offset, events[*offset as usize].conversation)).collect()
+        let log = self.events[partition].lock().expect("one thread");
+        let conversation = |offset: i64| log.events[offset as usize].conversation;
+        offsets.iter().map(|offset| (*offset, conversation(*offset))).collect()
     }
 
     /// The offsets at or above `from` of the records that concern a user.
@@ -240,7 +266,11 @@ impl Logs {
 
     /// A reader of a partition.
     pub(super) fn source(&self, partition: usize, from: i64) -> EventSource {
-        EventSource { partition: Arc::clone(&self.events[partition]), next: from as usize }
+        EventSource {
+            partition: Arc::clone(&self.events[partition]),
+            next: from as usize,
+            has_expired: Arc::default(),
+        }
     }
 
     pub(super) fn committed(&self, partition: usize) -> Commit {
@@ -257,11 +287,20 @@ impl Logs {
 pub(super) struct EventSource {
     partition: Partition,
     next: usize,
+    /// Set when the next record was deleted.
+    pub(super) has_expired: Arc<AtomicBool>,
 }
 
 impl RecordSource for EventSource {
     fn poll(&mut self, take: &mut dyn FnMut(RawRecord<'_>)) -> bool {
-        let event = self.partition.lock().expect("one thread").get(self.next).cloned();
+        let event = {
+            let log = self.partition.lock().expect("one thread");
+            if self.next < log.low {
+                self.has_expired.store(true, Ordering::Relaxed);
+                return false;
+            }
+            log.events.get(self.next).cloned()
+        };
         let Some(event) = event else { return false };
         let key = conversation_name(event.conversation);
         let offset = self.next as i64;
@@ -277,6 +316,6 @@ impl RecordSource for EventSource {
     }
 
     fn is_at_end(&self) -> bool {
-        self.next >= self.partition.lock().expect("one thread").len()
+        self.next >= self.partition.lock().expect("one thread").events.len()
     }
 }

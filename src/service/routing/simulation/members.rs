@@ -16,9 +16,11 @@ use crate::service::members::membership::{
 type Question = (Arc<str>, oneshot::Sender<Members>);
 
 /// The conversation service. It answers when the simulation says so.
-#[derive(Default)]
 pub(super) struct ConversationsService {
     waiting: Mutex<VecDeque<Question>>,
+    /// Whether the request that has waited for the shortest time is answered first. Then the records of the others
+    /// are passed.
+    latest_first: bool,
 }
 
 impl ConversationSource for ConversationsService {
@@ -30,13 +32,20 @@ impl ConversationSource for ConversationsService {
 }
 
 impl ConversationsService {
+    pub(super) fn new(latest_first: bool) -> Self {
+        Self { waiting: Mutex::default(), latest_first }
+    }
+
     /// Answers this many requests.
     pub(super) fn answer(&self, amount: usize, runtime: &tokio::runtime::Runtime) {
         let run = || runtime.block_on(async { tokio::task::yield_now().await });
         run();
         for _ in 0..amount {
-            let waiting = self.waiting.lock().expect("one thread").pop_front();
-            let Some((name, answer)) = waiting else { break };
+            let next = {
+                let mut waiting = self.waiting.lock().expect("one thread");
+                if self.latest_first { waiting.pop_back() } else { waiting.pop_front() }
+            };
+            let Some((name, answer)) = next else { break };
             let number = name.strip_prefix("conversation-").expect("ours");
             let members = members(number.parse().expect("a number"));
             let _ = answer.send(members.into_iter().map(user_name).collect());

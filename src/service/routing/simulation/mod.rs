@@ -222,6 +222,7 @@ impl Cluster {
                 let number = self.below(NODES);
                 self.start(number);
             }
+            988..998 if self.weather.expires_events => self.expire_events(),
             232..998 => {
                 for _ in 0..self.weather.acts {
                     let (action, amount) = (self.below(10), self.below(self.weather.amount_max));
@@ -238,6 +239,47 @@ impl Cluster {
                 // Nobody reaches Kafka.
                 self.now_ms += 300_000;
                 self.did("outages of Kafka", 0, 0);
+            }
+        }
+    }
+
+    /// Events are deleted, whether they were read or not: mostly while some of them wait for their members. In half of
+    /// the cases their owner does not survive that.
+    fn expire_events(&mut self) {
+        let partition = self.below(PARTITIONS);
+        let owner = self.assigned[partition].and_then(|owner| self.nodes[owner].as_ref());
+        let waits = owner.is_some_and(|owner| owner.has_parked(partition));
+        if !waits && self.below(10) > 0 {
+            return;
+        }
+        let (low, end) = (self.logs.low(partition), self.logs.ends()[partition]);
+        let from = if waits { self.logs.committed(partition).offset.max(low) } else { low };
+        let below = if self.below(4) == 0 { end } else { self.random.random_range(from..=end) };
+        self.logs.expire_events(partition, below);
+        self.did("events expired", partition, below as u64);
+        let Some(owner) = self.assigned[partition].filter(|_| self.below(2) == 0) else { return };
+        match self.below(3) {
+            0 => {
+                self.end_process(owner);
+                self.did("nodes killed", owner, 0);
+            }
+            1 => self.give_back(partition),
+            _ => {
+                if let Some(node) = &mut self.nodes[owner] {
+                    node.stall.begin(self.now_ms, 2 * GROUP_TIMEOUT_MS);
+                    self.did("nodes stalled", owner, 2 * GROUP_TIMEOUT_MS);
+                }
+            }
+        }
+    }
+
+    /// A node whose position in a partition has expired starts to read it again.
+    fn start_expired_again(&mut self, number: usize) {
+        let expired = self.nodes[number].as_ref().map(SimulatedNode::expired);
+        for partition in expired.unwrap_or_default() {
+            if self.assigned[partition] == Some(number) {
+                self.give_back(partition);
+                self.assign(partition, number);
             }
         }
     }
@@ -280,6 +322,7 @@ impl Cluster {
                 node.stall.end();
                 let assigned = self.assigned;
                 node.notice_lost(|partition| assigned[partition] != Some(number));
+                self.start_expired_again(number);
             }
             _ => {
                 for (partition, commit) in node.commits() {
@@ -480,14 +523,22 @@ impl Cluster {
         self.logs.commit(partition, claimed);
         let since_ms = self.now_ms.saturating_sub(self.weather.tail_age_ms);
         let fill_from = self.logs.appended_since(partition, since_ms).min(claimed.offset);
+        let fill_from = fill_from.max(self.logs.low(partition));
         node.assign(&self.logs, partition, claimed, fill_from);
         self.assigned[partition] = Some(number);
+        if claimed.offset < self.logs.low(partition) {
+            self.did("partitions assigned whose next records are gone", number, partition as u64);
+        }
         self.did("partitions assigned", number, partition as u64);
     }
 
     /// A partition moves to another node, while the former owner gives it back.
     fn rebalance(&mut self) {
         let partition = self.below(PARTITIONS);
+        self.give_back(partition);
+    }
+
+    fn give_back(&mut self, partition: usize) {
         let Some(former) = self.assigned[partition] else { return };
         let Some(node) = &mut self.nodes[former] else { return };
         if !node.stall.is_on(self.now_ms) {

@@ -127,7 +127,8 @@ impl SimulatedNode {
         let listener = Arc::clone(&watch) as Arc<dyn TableListener>;
         let table_counters = Arc::<TableCounters>::default();
         let table = Arc::new(SessionTable::new(config, listener, Arc::clone(&table_counters)));
-        let service = weather.has_service.then(Arc::<ConversationsService>::default);
+        let service =
+            weather.has_service.then(|| Arc::new(ConversationsService::new(weather.latest_first)));
         let membership = membership(service.clone(), runtime);
         let cluster = ClusterParts {
             table: Arc::clone(&table),
@@ -395,29 +396,38 @@ impl SimulatedNode {
         fill_from: i64,
     ) {
         self.drop_partition(partition);
+        let start = claimed.offset.max(logs.low(partition));
+        let is_lost = start > claimed.offset;
+        if is_lost {
+            // The sessions of this node, as its Kafka thread does.
+            self.inboxes.missed();
+        }
         let (committable, settled, routed) = (
-            Arc::new(CommittableOffset::new(Some(claimed.offset))),
+            Arc::new(CommittableOffset::new((!is_lost).then_some(start))),
             Arc::new(CommittableTable::new(claimed.table)),
-            Arc::new(AtomicI64::new(claimed.offset)),
+            Arc::new(AtomicI64::new(start)),
         );
+        let source = logs.source(partition, fill_from);
+        let has_expired = Arc::clone(&source.has_expired);
         self.control(partition).assign(Assignment {
             log: log(partition),
-            source: Box::new(logs.source(partition, fill_from)),
-            start: Some(claimed.offset),
+            source: Box::new(source),
+            start: Some(start),
             fill: Some(TailFill::new(fill_from)),
             committable: Arc::clone(&committable),
             ownership: Some(Ownership {
                 generation: claimed.generation,
-                start: claimed.offset,
+                start,
                 table: claimed.table,
                 barrier: logs.hand_offs[self.hand_off_partition].end() as i64,
                 settled: Arc::clone(&settled),
                 routed: Arc::clone(&routed),
-                has_gap: false,
+                lost_from: is_lost.then_some(claimed.offset),
             }),
         });
-        let owned = OwnedPartition { generation: claimed.generation, committable, settled, routed };
-        let cell = (claimed.generation, Arc::clone(&owned.routed));
+        let generation = claimed.generation;
+        let owned = OwnedPartition { generation, committable, settled, routed, has_expired };
+        let cell = (generation, Arc::clone(&owned.routed));
         self.routed.lock().expect("one thread").insert(partition, cell);
         self.owned.insert(partition, owned);
     }
@@ -434,10 +444,17 @@ impl SimulatedNode {
     /// Gives a partition back. Returns its last commit.
     pub(super) fn release(&mut self, partition: usize, now_ms: u64) -> Option<Commit> {
         self.turn(now_ms);
-        let commit = self.owned.get(&partition).map(OwnedPartition::commit)?;
+        let commit = self.owned.get(&partition)?.commit();
         self.drop_partition(partition);
         self.turn(now_ms + 1);
-        Some(commit)
+        commit
+    }
+
+    /// The partitions whose sources are at positions that have expired.
+    pub(super) fn expired(&self) -> Vec<usize> {
+        let has_expired = |owned: &OwnedPartition| owned.has_expired.load(Ordering::Relaxed);
+        let expired = self.owned.iter().filter(|(_, owned)| has_expired(owned));
+        expired.map(|(partition, _)| *partition).collect()
     }
 
     /// The node finds out that it has lost partitions.
@@ -448,7 +465,8 @@ impl SimulatedNode {
     }
 
     pub(super) fn commits(&self) -> Vec<(usize, Commit)> {
-        self.owned.iter().map(|(partition, owned)| (*partition, owned.commit())).collect()
+        let commits = self.owned.iter();
+        commits.filter_map(|(partition, owned)| Some((*partition, owned.commit()?))).collect()
     }
 
     /// Drops the lists of members.

@@ -1,7 +1,7 @@
 //! What a node of the simulated cluster has queued for the two topics, and what it says of its partitions.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use prost::Message as _;
@@ -34,6 +34,7 @@ fn kind(header: &HandOffHeader) -> &'static str {
         Some(Content::Missed(users)) if users.ids.is_empty() => "hand-offs, missed by all",
         Some(Content::Missed(_)) => "hand-offs, missed",
         Some(Content::MissedRange(_)) => "hand-offs, missed range",
+        Some(Content::Lost(_)) => "hand-offs, lost",
     }
 }
 
@@ -114,14 +115,14 @@ pub(super) struct OwnedPartition {
     pub(super) committable: Arc<CommittableOffset>,
     pub(super) settled: Arc<CommittableTable>,
     pub(super) routed: Arc<AtomicI64>,
+    /// Whether the position of its source has expired.
+    pub(super) has_expired: Arc<AtomicBool>,
 }
 
 impl OwnedPartition {
-    pub(super) fn commit(&self) -> Commit {
-        Commit {
-            table: self.settled.get(),
-            offset: self.committable.get().expect("the start is known"),
-            generation: self.generation,
-        }
+    /// `None`: the other nodes are not told yet of what was lost before.
+    pub(super) fn commit(&self) -> Option<Commit> {
+        let (table, offset) = (self.settled.get(), self.committable.get()?);
+        Some(Commit { table, offset, generation: self.generation })
     }
 }

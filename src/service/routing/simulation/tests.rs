@@ -8,7 +8,7 @@ fn seed_decides_everything() {
 }
 
 /// What has to happen in a short run already, so that the checks are not idle.
-const KINDS: [&str; 36] = [
+const KINDS: [&str; 39] = [
     "acknowledgements lost",
     "audience_evictions",
     "audience_look_ups",
@@ -16,11 +16,13 @@ const KINDS: [&str; 36] = [
     "epochs that ended: lost",
     "epochs that ended: replaced",
     "epochs that ended: silent",
+    "events expired",
     "gaps",
     "hand_offs_late",
     "hand_offs_too_large",
     "hand-offs, gap",
     "hand-offs, live",
+    "hand-offs, lost",
     "hand-offs, missed",
     "hand-offs, missed range",
     "hand-offs, passed",
@@ -34,6 +36,7 @@ const KINDS: [&str; 36] = [
     "nodes that gave way",
     "outages of Kafka",
     "partitions assigned",
+    "partitions assigned whose next records are gone",
     "partitions lost by a stalled node",
     "partitions released",
     "positions lost",

@@ -28,6 +28,8 @@ pub(super) struct Weather {
     pub(super) routers: usize,
     /// Whether members are asked for.
     pub(super) has_service: bool,
+    /// Whether the last question is answered first.
+    pub(super) latest_first: bool,
     /// One in so many times, a node forgets the members of all conversations before they are asked for; 0: never.
     pub(super) forgets_members: usize,
     /// Members from which on a conversation is large. All conversations of the simulation are, or none.
@@ -38,6 +40,8 @@ pub(super) struct Weather {
     pub(super) beginnings_max: usize,
     /// Whether nodes lose their position in the sessions topic.
     pub(super) loses_position: bool,
+    /// Whether events are deleted that were not read.
+    pub(super) expires_events: bool,
     /// Whether nodes die and move partitions at all.
     pub(super) is_calm: bool,
 }
@@ -67,6 +71,8 @@ impl Weather {
             forgets_members: one(&[0, 40, 10]) as usize,
             loses_position: one(&[0, 0, 1]) == 1,
             is_calm: one(&[0, 0, 0, 0, 1]) == 1,
+            expires_events: one(&[0, 0, 1]) == 1,
+            latest_first: one(&[0, 1]) == 1,
             large_members: one(&[1, 1, u64::MAX]) as usize,
             audience_bytes_max: one(&[128 << 20, 8_000]) as usize,
             beginnings_max: one(&[65_536, 4, 1]) as usize,
@@ -78,5 +84,6 @@ impl Weather {
         self.tail_age_ms < FOREVER_MS
             || self.tail_bytes < u64::MAX
             || self.hand_off_bytes_max < usize::MAX
+            || self.expires_events
     }
 }

@@ -117,7 +117,7 @@ impl GroupContext {
                 barrier,
                 settled: Arc::new(CommittableTable::new(table)),
                 routed: Arc::new(AtomicI64::new(start.offset)),
-                has_gap: start.lost.is_some(),
+                lost_from: start.committed.filter(|_| start.lost.is_some()),
             };
             (start, fill_from, ownership)
         });

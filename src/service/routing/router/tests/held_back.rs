@@ -19,7 +19,7 @@ fn partition_is_held_back_until_hand_offs_and_table_are_there() {
             barrier: 20,
             settled: Arc::new(CommittableTable::new(50)),
             routed: Arc::new(AtomicI64::new(100)),
-            has_gap: false,
+            lost_from: None,
         };
         LaneClaim::new(ownership, SessionSerial(0))
     };

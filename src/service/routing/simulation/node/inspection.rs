@@ -61,6 +61,12 @@ impl SimulatedNode {
             && self.hand_offs_read == logs.hand_offs[self.hand_off_partition].end()
     }
 
+    /// Whether records wait for their members in the router of this partition.
+    pub(in crate::service::routing::simulation) fn has_parked(&self, partition: usize) -> bool {
+        let router = &self.routers[partition % self.routers.len()];
+        router.counters.conversations_waiting.get() > 0
+    }
+
     /// What a person wants to know about a node that misbehaves.
     pub(in crate::service::routing::simulation) fn describe(&self, logs: &Logs) -> String {
         let owned: Vec<_> = self.commits();

@@ -23,7 +23,7 @@ mod leases;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::BuildHasher as _;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 use prost::Message as _;
@@ -136,6 +136,8 @@ pub struct SessionTable {
     /// [`SessionTable::take_leftovers`].
     leftovers: AtomicU64,
     state: Mutex<WriterState>,
+    /// Offset and append time of the first record that was read.
+    first_record: OnceLock<(i64, i64)>,
     config: TableConfig,
     listener: Arc<dyn TableListener>,
     counters: Arc<TableCounters>,
@@ -180,6 +182,7 @@ impl SessionTable {
             own_epoch: AtomicU64::new(0),
             leftovers: AtomicU64::new(0),
             state: Mutex::default(),
+            first_record: OnceLock::new(),
             config,
             listener,
             counters,
@@ -212,6 +215,14 @@ impl SessionTable {
     /// Every record of the topic below this offset is applied.
     pub fn next_offset(&self) -> i64 {
         self.read_to.load(Ordering::Acquire)
+    }
+
+    /// Whether the topic had records before this Unix time in ms, by the clock of its brokers. Its offsets begin at 0,
+    /// also if compaction has removed the first ones.
+    pub fn is_older_than(&self, at_ms: i64) -> bool {
+        self.first_record
+            .get()
+            .is_some_and(|(offset, written_ms)| *offset > 0 || *written_ms < at_ms)
     }
 
     /// The users whose sessions began lately, on any node. A user is there before [`SessionTable::next_offset`] moves
@@ -403,6 +414,7 @@ impl SessionsLog for SessionTable {
         let mut guard = self.state();
         let state = &mut *guard;
         self.counters.records.add(1);
+        self.first_record.get_or_init(|| (record.offset, record.appended_at_ms));
         state.nodes.tick(record.appended_at_ms);
         self.check_leases(state);
         let SessionsRecord { offset, key: Some(key), value, .. } = record else {

@@ -105,7 +105,7 @@ impl BroadcastReader {
         for (log, read) in &self.read {
             // A log that ends before the position is another one.
             if let Some(position) = read.committable.get() {
-                shared.catalogue.reached(log, position);
+                shared.catalogue.reached(log, read.incarnation, position);
             }
             shared.catalogue.set_refused(log, read.source.is_refused());
         }
@@ -241,7 +241,7 @@ impl BroadcastReader {
             }
             if is_other {
                 // `discover` reports it, and reads the other log.
-                self.shared.catalogue.reached(log, position);
+                self.shared.catalogue.reached(log, incarnation, position);
                 self.shared.catalogue.look_soon();
                 self.shared.look(&self.consumer)?;
                 continue;

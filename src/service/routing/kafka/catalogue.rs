@@ -327,9 +327,14 @@ impl Catalogue {
         topic.and_then(|topic| topic.partitions.get_mut(index)).map(update);
     }
 
-    /// A reader has reached this position: a log that ends below it is another one.
-    pub(super) fn reached(&self, log: &TopicPartition, position: i64) {
-        self.update(log, |known| known.end = known.end.max(position));
+    /// A reader of this incarnation has reached this position: a log that ends below it is another one. A position in a
+    /// former log says nothing.
+    pub(super) fn reached(&self, log: &TopicPartition, incarnation: u64, position: i64) {
+        self.update(log, |known| {
+            if known.incarnation == incarnation {
+                known.end = known.end.max(position);
+            }
+        });
     }
 
     /// Whether the leader of a partition refuses to let this node read it.
@@ -559,6 +564,33 @@ mod tests {
         assert_eq!((topic.incarnations(), topic.trouble()), (before, None));
         topic.state.partitions[0].is_refused = true;
         assert_eq!(topic.trouble(), Some(TopicTrouble::Forbidden), "it may be seen, but not read");
+    }
+
+    /// A reader goes on for a moment after its log was found to be another one.
+    #[test]
+    fn topic_created_again_is_noticed_once() {
+        let catalogue = Catalogue::new(vec!["events".into()], Duration::ZERO);
+        let start = Instant::now();
+        let log = TopicPartition { topic: "events".into(), topic_index: 0, partition: 0 };
+        let incarnation = || catalogue.partition(&log).expect("known").incarnation;
+        let ends_at = |at_ms, end| {
+            let CatalogueState { topics, incarnations, .. } = &mut *catalogue.state();
+            let now = (start + Duration::from_millis(at_ms), START_MS);
+            topics[0].ends_at(0, end, now, incarnations)
+        };
+        {
+            let CatalogueState { topics, incarnations, .. } = &mut *catalogue.state();
+            topics[0].answered(Answer::Exists(1), (start, START_MS), incarnations);
+        }
+        let former = incarnation();
+        catalogue.reached(&log, former, 31);
+        assert!(!ends_at(0, 2) && ends_at(1_000, 3));
+        catalogue.reached(&log, former, 31);
+        assert!(!ends_at(2_000, 4) && !ends_at(10_000, 4));
+        let present = incarnation();
+        assert_ne!(former, present);
+        catalogue.reached(&log, present, 5);
+        assert!(!ends_at(20_000, 4) && ends_at(21_000, 4), "it was created again once more");
     }
 
     #[test]

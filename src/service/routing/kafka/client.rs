@@ -10,6 +10,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use serde::Deserialize;
 use tokio::time::Instant;
 
+use crate::service::routing::kafka::status::PartitionEnd;
 use crate::service::routing::kafka::{KafkaConfig, KafkaCounters, ReaderResources};
 use crate::service::routing::router::TopicPartition;
 
@@ -243,6 +244,20 @@ struct PartitionStatistics {
     /// The committed offset. Negative: none.
     #[serde(default)]
     committed_offset: i64,
+    /// The next offset to fetch.
+    #[serde(default)]
+    next_offset: i64,
+    /// Records fetched, and not taken by the application.
+    #[serde(default)]
+    fetchq_cnt: u64,
+}
+
+impl PartitionStatistics {
+    /// Where the partition ends for its reader.
+    fn end(&self) -> PartitionEnd {
+        let is_drained = self.fetchq_cnt == 0 && self.next_offset >= self.hi_offset;
+        if is_drained { PartitionEnd::Taken } else { PartitionEnd::At(self.hi_offset) }
+    }
 }
 
 /// Handles the errors and statistics of the consumer of events.
@@ -288,7 +303,7 @@ impl Observer {
         for (topic, TopicStatistics { partitions }) in &statistics.topics {
             for partition in partitions.values().filter(|partition| partition.hi_offset >= 0) {
                 if let Some(log) = self.shared.topic_partition(topic, partition.partition) {
-                    status.set_end_offset(&log, partition.hi_offset);
+                    status.set_end_offset(&log, partition.end());
                     committed(log, partition.committed_offset);
                 }
             }
@@ -299,6 +314,18 @@ impl Observer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn partition_is_taken_once_all_is_fetched_and_nothing_waits() {
+        let end = |next_offset, fetchq_cnt| {
+            let (partition, hi_offset, committed_offset) = (0, 53, 0);
+            PartitionStatistics { partition, hi_offset, committed_offset, next_offset, fetchq_cnt }
+                .end()
+        };
+        assert_eq!(end(40, 0), PartitionEnd::At(53), "not all is fetched");
+        assert_eq!(end(53, 3), PartitionEnd::At(53), "not all is taken");
+        assert_eq!(end(53, 0), PartitionEnd::Taken);
+    }
 
     #[test]
     fn end_of_a_partition_is_not_an_error() {

@@ -15,6 +15,7 @@
 //! | appeared while this node looked on ([`Origin::New`]) | its start |
 //! | of a topic of which the group has committed other partitions | the first record since the group has read this topic: it was added later, or another node is about to commit the first offset of the group |
 //! | of a topic that is new to the group, which has committed offsets of other topics | the first record since [`CLOCK_ERROR_MS`] before this node started, or since the group has read anything: either it was just created, or it is old and was just added to `KAFKA_TOPICS`, and must not be repeated from the start of its retention |
+//! | of a group that has committed nothing, but whose sessions topic is older: all its topics were deleted, and its commits with them | the first record since [`CLOCK_ERROR_MS`] before this node started |
 //! | of a group that has committed nothing: its very first start | its end |
 //!
 //! "Since the group has read this topic" is stated in the metadata of each commit (`s=`, Unix time in ms). Commits
@@ -33,6 +34,9 @@ use crate::service::routing::router::TopicPartition;
 /// Largest difference between the clocks of nodes and producers that a group which has just begun allows
 /// for, ms.
 const CLOCK_SKEW_MS: u64 = 5_000;
+
+/// A sessions topic that is older than this when a node starts is not that of the group's very first start, ms.
+pub(super) const FIRST_START_MS: i64 = 60_000;
 
 /// The start and the end of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,12 +168,14 @@ pub(super) fn since_of(metadata: &str) -> u64 {
 struct GroupAge {
     topic: Option<u64>,
     others: Option<u64>,
+    /// Whether the group is known to have run before, whatever it has committed.
+    has_run: bool,
 }
 
 impl GroupAge {
     /// From the commits of all partitions.
-    fn of(commits: &TopicPartitionList, topic: &str) -> Self {
-        let mut age = Self::default();
+    fn of(commits: &TopicPartitionList, topic: &str, has_run: bool) -> Self {
+        let mut age = Self { has_run, ..Self::default() };
         for element in commits.elements() {
             if !matches!(element.offset(), Offset::Offset(_)) {
                 continue;
@@ -190,10 +196,13 @@ impl GroupAge {
             (Origin::Old, Self { topic: Some(since), .. }) => {
                 StartRule::Since(since.saturating_sub(CLOCK_SKEW_MS))
             }
-            (Origin::Old, Self { topic: None, others: Some(since) }) => {
+            (Origin::Old, Self { topic: None, others: Some(since), .. }) => {
                 StartRule::Since(since.max(started_at_ms.saturating_sub(CLOCK_ERROR_MS)))
             }
-            (Origin::Old, Self { topic: None, others: None }) => StartRule::End,
+            (Origin::Old, Self { topic: None, others: None, has_run: true }) => {
+                StartRule::Since(started_at_ms.saturating_sub(CLOCK_ERROR_MS))
+            }
+            (Origin::Old, Self { topic: None, others: None, has_run: false }) => StartRule::End,
         }
     }
 }
@@ -220,6 +229,8 @@ pub(super) struct GroupStarts<'a> {
     /// Unix time in ms.
     pub(super) started_at_ms: u64,
     pub(super) now_ms: u64,
+    /// Whether the group has run before, as its sessions topic shows.
+    pub(super) has_run: bool,
     pub(super) timeout: Duration,
 }
 
@@ -255,7 +266,7 @@ impl GroupStarts<'_> {
                 Offset::Offset(offset) if !is_replaced(log) => Some(offset),
                 _ => None,
             };
-            let age = GroupAge::of(&commits, &log.topic);
+            let age = GroupAge::of(&commits, &log.topic, self.has_run);
             let (rule, lost) = match committed {
                 Some(committed) => bounds.resume(committed, self.now_ms),
                 None => (age.rule(known.origin, self.started_at_ms), None),
@@ -320,22 +331,30 @@ mod tests {
         commit("a", 2, Offset::Invalid, "");
         commit("b", 0, Offset::Offset(5), "");
         commit("c", 0, Offset::Invalid, "");
-        let age = |topic| GroupAge::of(&commits, topic);
-        assert_eq!(age("a"), GroupAge { topic: Some(200), others: Some(0) });
-        assert_eq!(age("b"), GroupAge { topic: Some(0), others: Some(200) });
-        assert_eq!(age("c"), GroupAge { topic: None, others: Some(0) });
+        let age = |topic| GroupAge::of(&commits, topic, false);
+        let aged = |topic, others| GroupAge { topic, others, has_run: false };
+        assert_eq!(age("a"), aged(Some(200), Some(0)));
+        assert_eq!(age("b"), aged(Some(0), Some(200)));
+        assert_eq!(age("c"), aged(None, Some(0)));
     }
 
     #[test]
     fn partition_without_a_commit_is_read_as_the_age_of_the_group_says() {
         let started_at_ms = 10 * CLOCK_ERROR_MS;
-        let rule = |topic, others, origin| GroupAge { topic, others }.rule(origin, started_at_ms);
+        let rule_of = |age: GroupAge, origin| age.rule(origin, started_at_ms);
+        let rule =
+            |topic, others, origin| rule_of(GroupAge { topic, others, has_run: false }, origin);
         let month_ago = Some(1_000_000);
         for (topic, others) in [(None, None), (None, month_ago), (month_ago, None)] {
             assert_eq!(rule(topic, others, Origin::New), StartRule::Start);
             assert_eq!(rule(topic, others, Origin::Since(7)), StartRule::Since(7));
         }
         assert_eq!(rule(None, None, Origin::Old), StartRule::End, "the very first start");
+        assert_eq!(
+            rule_of(GroupAge { has_run: true, ..GroupAge::default() }, Origin::Old),
+            StartRule::Since(9 * CLOCK_ERROR_MS),
+            "all topics were deleted and created again while all nodes were stopped"
+        );
         assert_eq!(
             rule(month_ago, None, Origin::Old),
             StartRule::Since(1_000_000 - CLOCK_SKEW_MS),

@@ -41,11 +41,21 @@ struct ConsumerState {
     partitions: HashMap<TopicPartition, PartitionState>,
 }
 
+/// Where a partition ends, for its lag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PartitionEnd {
+    /// The offset behind the last one.
+    At(i64),
+    /// Behind the last record that its router has taken. What the log has there is nothing that a reader gets: markers of
+    /// transactions, and records of those that were aborted.
+    Taken,
+}
+
 #[derive(Debug)]
 struct PartitionState {
     committable: Arc<CommittableOffset>,
     /// The last known end offset.
-    end: Option<i64>,
+    end: Option<PartitionEnd>,
     /// Whether its tail is filled. `None`: it has none.
     filled: Option<Arc<AtomicBool>>,
 }
@@ -92,7 +102,11 @@ impl KafkaStatus {
     pub fn lags(&self) -> Vec<PartitionLag> {
         let state = self.state();
         let lags = state.partitions.iter().filter_map(|(log, partition)| {
-            let behind = partition.end? - partition.committable.get()?;
+            let end = match partition.end? {
+                PartitionEnd::At(end) => end,
+                PartitionEnd::Taken => partition.committable.next(),
+            };
+            let behind = end - partition.committable.get()?;
             let lag = u64::try_from(behind).unwrap_or(0);
             Some(PartitionLag { topic: Arc::clone(&log.topic), partition: log.partition, lag })
         });
@@ -159,14 +173,16 @@ impl KafkaStatus {
         fill: Option<&TailFill>,
     ) {
         let filled = fill.map(|fill| Arc::clone(&fill.filled));
-        self.state().partitions.insert(log, PartitionState { committable, end, filled });
+        self.state()
+            .partitions
+            .insert(log, PartitionState { committable, end: end.map(PartitionEnd::At), filled });
     }
 
     pub(super) fn remove_partition(&self, log: &TopicPartition) {
         self.state().partitions.remove(log);
     }
 
-    pub(super) fn set_end_offset(&self, log: &TopicPartition, end: i64) {
+    pub(super) fn set_end_offset(&self, log: &TopicPartition, end: PartitionEnd) {
         if let Some(partition) = self.state().partitions.get_mut(log) {
             partition.end = Some(end);
         }
@@ -219,10 +235,13 @@ mod tests {
         let committable = Arc::new(CommittableOffset::new(Some(5)));
         status.add_partition(log.clone(), Arc::clone(&committable), None, None);
         assert_eq!(status.lags(), []);
-        status.set_end_offset(&log, 9);
+        status.set_end_offset(&log, PartitionEnd::At(9));
         assert_eq!(status.lags()[0].lag, 4);
-        status.set_end_offset(&log, 3);
+        status.set_end_offset(&log, PartitionEnd::At(3));
         assert_eq!(status.lags()[0].lag, 0, "an end offset older than the last records");
+        status.set_end_offset(&log, PartitionEnd::Taken);
+        committable.set_next(7);
+        assert_eq!(status.lags()[0].lag, 2, "taken, and not done");
         status.remove_partition(&log);
         assert_eq!(status.lags(), []);
     }

@@ -8,25 +8,39 @@ use crate::service::members::membership::RecordPosition;
 /// The offset up to which a partition may be committed. Written by its router, read by the Kafka
 /// thread.
 #[derive(Debug)]
-pub struct CommittableOffset(AtomicI64);
+pub struct CommittableOffset {
+    committable: AtomicI64,
+    /// The offset behind the last record that was taken.
+    next: AtomicI64,
+}
 
 impl CommittableOffset {
     /// Before the first record: the start offset, if it is known.
     pub fn new(start: Option<i64>) -> Self {
-        Self(AtomicI64::new(start.unwrap_or(UNKNOWN)))
+        let start = start.unwrap_or(UNKNOWN);
+        Self { committable: AtomicI64::new(start), next: AtomicI64::new(start) }
     }
 
     /// The lowest offset that is not done. `None`: nothing was read yet, and the start offset is not
     /// known.
     pub fn get(&self) -> Option<i64> {
-        match self.0.load(Ordering::Acquire) {
+        match self.committable.load(Ordering::Acquire) {
             UNKNOWN => None,
             offset => Some(offset),
         }
     }
 
     pub(super) fn set(&self, committable: i64) {
-        self.0.store(committable, Ordering::Release);
+        self.committable.store(committable, Ordering::Release);
+    }
+
+    /// The offset behind the last record that the router has taken, or the start offset.
+    pub fn next(&self) -> i64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    pub(in crate::service::routing) fn set_next(&self, next: i64) {
+        self.next.store(next, Ordering::Relaxed);
     }
 }
 

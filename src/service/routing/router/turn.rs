@@ -221,6 +221,7 @@ impl RouterCore {
             }
             let at = claim.as_ref().map(|claim| claim.routes(log, raw.offset));
             let record = self.admit(key, window, raw.offset);
+            committable.set_next(raw.offset + 1);
             let behind = if parked.is_empty() { None } else { conversation_of(raw) };
             let outcome = if behind.is_some_and(|conversation| parked.has(&conversation)) {
                 RouteOutcome::Blocked(Blocked::Members)

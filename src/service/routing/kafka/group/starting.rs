@@ -8,6 +8,7 @@ use rdkafka::error::KafkaResult;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::service::events::timestamp::unix_ms;
+use crate::service::routing::kafka::ClaimParts;
 use crate::service::routing::kafka::group::{
     CLAIMED_REVOKE_GRACE, GroupContext, GroupReader, REQUEST_TIMEOUT, is_incremental, list_of,
 };
@@ -27,8 +28,12 @@ impl GroupContext {
             shared.catalogue.look_soon();
             shared.look(consumer)?;
         }
+        let started_at_ms = i64::try_from(shared.started_at_ms).unwrap_or(i64::MAX);
+        let first_start_ms = started_at_ms - starts::FIRST_START_MS;
+        let has_run = |claims: &ClaimParts| claims.table.is_older_than(first_start_ms);
         let find = GroupStarts {
             catalogue: &shared.catalogue,
+            has_run: shared.claims.as_ref().is_some_and(has_run),
             started_at_ms: shared.started_at_ms,
             now_ms: unix_ms(),
             timeout: REQUEST_TIMEOUT,
@@ -96,7 +101,7 @@ impl GroupReader {
         for (log, owned) in &*context.owned() {
             // A log that ends before the position is another one.
             if let Some(position) = owned.committable.get() {
-                shared.catalogue.reached(log, position);
+                shared.catalogue.reached(log, owned.incarnation, position);
             }
             shared.catalogue.set_refused(log, owned.source.is_refused());
         }
@@ -120,16 +125,16 @@ impl GroupReader {
     /// Reads partitions again whose position is not in the log.
     pub(super) fn mend(&self) {
         let (shared, context) = (&self.shared, self.consumer.context());
-        let mut lost: Vec<(TopicPartition, Option<i64>)> = Vec::new();
+        let mut lost: Vec<(TopicPartition, u64, Option<i64>)> = Vec::new();
         for (log, owned) in &*context.owned() {
             if owned.source.is_lost() {
-                lost.push((log.clone(), owned.committable.get()));
+                lost.push((log.clone(), owned.incarnation, owned.committable.get()));
             }
         }
         if lost.is_empty() {
             return;
         }
-        let logs: Vec<_> = lost.iter().map(|(log, _)| log.clone()).collect();
+        let logs: Vec<_> = lost.iter().map(|(log, ..)| log.clone()).collect();
         let bounds = match starts::bounds(&self.consumer, &logs, REQUEST_TIMEOUT) {
             Ok(bounds) => bounds,
             Err(error) => {
@@ -140,12 +145,12 @@ impl GroupReader {
             }
         };
         let mut expired = Vec::new();
-        for (log, position) in lost {
+        for (log, incarnation, position) in lost {
             let Some(bounds) = bounds.get(&log) else { continue };
             match position {
                 Some(position) if position > bounds.end => {
                     // The next look finds that it is another log.
-                    shared.catalogue.reached(&log, position);
+                    shared.catalogue.reached(&log, incarnation, position);
                     shared.catalogue.look_soon();
                 }
                 _ => expired.push(log),

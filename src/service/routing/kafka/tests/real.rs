@@ -186,6 +186,7 @@ fn claim(
     let catalogue = Catalogue::new(vec![Arc::clone(&log.topic)], Duration::ZERO);
     catalogue.look(consumer, unix_ms).unwrap();
     let find = GroupStarts {
+        has_run: false,
         catalogue: &catalogue,
         started_at_ms: unix_ms(),
         now_ms: unix_ms(),

@@ -150,6 +150,7 @@ impl RoutePlan {
             sink: Arc::clone(&sink) as Arc<dyn HandOffSink>,
             missed: Arc::clone(&missed) as Arc<dyn MissedEvents>,
             topics: Arc::from([Arc::from(TOPIC)]),
+            answers: Arc::default(),
         });
         let (router, control) = Router::new(RouterParts {
             config: RouterConfig::default(),

@@ -33,9 +33,9 @@ use crate::service::routing::kafka::{
     ClaimParts, ClusterLogCounters, ClusterLogMetrics, ClusterLogParts, ClusterLogs,
     ClusterTopicNames, KafkaConfig, OwnedPartitions, SessionsJanitor,
 };
-use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::holding::HandOffInboxes;
 use crate::service::routing::router::owner::ClusterParts;
+use crate::service::routing::router::{ReplayAnswers, RouterControl};
 
 /// What the session manager and the routers need before anything is read.
 pub(super) struct Cluster {
@@ -50,6 +50,7 @@ pub(super) struct Cluster {
     owned: Arc<OwnedPartitions>,
     announcer: Arc<SessionAnnouncer>,
     failed: Arc<Failure>,
+    answers: Arc<ReplayAnswers>,
     kafka: KafkaConfig,
     sessions_topic_counters: Arc<ClusterLogCounters>,
 }
@@ -190,6 +191,7 @@ impl Cluster {
             owned: Arc::default(),
             announcer: Arc::new(announcer),
             failed: Arc::new(watch::channel(None).0),
+            answers: Arc::default(),
             kafka,
             sessions_topic_counters,
         }))
@@ -218,6 +220,7 @@ impl Cluster {
             sink: self.logs.hand_offs(),
             missed: Arc::clone(&self.missed) as Arc<dyn MissedEvents>,
             topics: Arc::clone(&self.topics),
+            answers: Arc::clone(&self.answers),
         }
     }
 

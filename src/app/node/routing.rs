@@ -24,7 +24,8 @@ use crate::service::routing::replays::TailReplays;
 use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::{
-    ReplayChunkMax, Router, RouterConfig, RouterControl, RouterCounters, RouterParts, RouterReplays,
+    GroupReplays, ReplayChunkMax, Router, RouterConfig, RouterControl, RouterCounters, RouterParts,
+    RouterReplays,
 };
 
 /// The back ends of the routers.
@@ -46,6 +47,8 @@ pub(super) struct Routing {
     threads: Vec<JoinHandle<()>>,
     status: Arc<KafkaStatus>,
     membership: Arc<Membership>,
+    /// Hand-off through the log.
+    cluster: Option<ClusterParts>,
 }
 
 impl Routing {
@@ -107,7 +110,7 @@ impl Routing {
         let kafka = Kafka::start(kafka_config, parts).map_err(|error| error.to_string())?;
         collectors.push(lag(Arc::clone(&status)));
         collectors.push(troubles(Arc::clone(&status), topics));
-        Ok(Self { kafka, controls, threads, status, membership })
+        Ok(Self { kafka, controls, threads, status, membership, cluster })
     }
 
     /// Ready when partitions are assigned, or when it is clear that this node gets none.
@@ -132,20 +135,24 @@ impl Routing {
         &self.controls
     }
 
-    /// What sessions have missed since their cursors, in chunks of at most so many records and bytes. `None`: this node keeps no tails of its own, or not of all
-    /// partitions.
+    /// What sessions have missed since their cursors, in chunks of at most so many records and bytes. `None`: the nodes
+    /// keep no tails.
     pub(super) fn replays(
         &self,
         settings: &Settings,
         (records, bytes): (usize, usize),
     ) -> Option<Arc<dyn TailReplays>> {
-        // Only then this node reads everything itself.
-        if settings.hand_off().is_some() {
+        if settings.hand_off() == Some(HandOffMode::Redis) {
             return None;
         }
         let topics: Vec<Arc<str>> =
             settings.kafka_topics.iter().map(|topic| Arc::from(topic.as_str())).collect();
         let max = ReplayChunkMax { records, bytes };
+        if let Some(cluster) = &self.cluster {
+            let replays = GroupReplays::new(self.controls.clone(), cluster.clone(), max);
+            tokio::spawn(replays.keep_told());
+            return Some(Arc::new(replays));
+        }
         Some(Arc::new(RouterReplays::new(self.controls.clone(), &topics, max)))
     }
 

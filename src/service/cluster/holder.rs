@@ -296,6 +296,8 @@ pub struct Holder {
     latest: SessionSerial,
     /// No beginning is stored above this offset.
     latest_begin: i64,
+    /// No session with a later beginning may get cursors.
+    cursors_above: i64,
     /// Sessions that may be young for some partition: not known to be stored (as `i64::MAX`) or stored
     /// at or above the lowest `established`.
     young: BTreeSet<(i64, SessionSerial)>,
@@ -355,6 +357,21 @@ impl Holder {
     /// The address of a session that has not ended.
     pub fn find(&self, serial: SessionSerial) -> Option<SessionAddress> {
         self.by_serial.get(&serial).copied()
+    }
+
+    /// Where the beginning of a session is stored. `None`: not known yet, or it has ended.
+    pub fn begin(&self, address: SessionAddress) -> Option<i64> {
+        self.sessions.get(&address)?.begin
+    }
+
+    /// Every owner knows this session. From now on only what an owner passes that knows it counts for cursors.
+    pub fn may_get_cursors(&mut self, begin: i64) {
+        self.cursors_above = self.cursors_above.max(begin);
+    }
+
+    /// Whether everything that an owner passes at this table was handed over to all sessions that may get cursors.
+    pub fn is_known_to_all(&self, table: i64) -> bool {
+        table > self.cursors_above
     }
 
     /// The sessions that have not ended.

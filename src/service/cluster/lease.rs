@@ -286,6 +286,7 @@ impl LeaseKeeper {
             routed,
             as_of: self.as_of,
             since: parts.table.first_lease(self.epoch).unwrap_or(0),
+            answers_replays: true,
         };
         let is_queued = parts.writer.write(&lease_key(self.epoch), Some(&lease.encode_to_vec()));
         if is_queued {

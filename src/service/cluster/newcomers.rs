@@ -89,8 +89,9 @@ struct StatedPositions {
     kept: VecDeque<(i64, i64, i64)>,
     /// Whether older ones were dropped.
     is_pruned: bool,
-    /// The highest generation.
+    /// The highest generation, and the node that stated it.
     generation: i64,
+    owner: Option<NodeIndex>,
 }
 
 /// The newcomers and the stated positions.
@@ -147,9 +148,21 @@ impl Newcomers {
     }
 
     /// The owner of a partition stated its generation.
-    pub fn owned(&mut self, source: SourcePartition, generation: i64) {
+    pub fn owned(&mut self, source: SourcePartition, generation: i64, owner: NodeIndex) {
         let stated = self.stated.entry(source).or_default();
-        stated.generation = stated.generation.max(generation);
+        if generation >= stated.generation {
+            (stated.generation, stated.owner) = (generation, Some(owner));
+        }
+    }
+
+    /// The node that stated the highest generation of a partition. It may have ended since.
+    pub fn owner(&self, source: SourcePartition) -> Option<NodeIndex> {
+        self.stated.get(&source)?.owner
+    }
+
+    /// The partitions that an owner has stated.
+    pub fn sources(&self) -> impl Iterator<Item = SourcePartition> {
+        self.stated.keys().copied()
     }
 
     /// The highest generation that was stated; 0: none.

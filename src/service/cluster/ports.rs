@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::wire::hand_off_header::Content;
-use super::wire::{HandOffHeader, SessionsKey};
+use super::wire::{HandOffHeader, ReplayedRecord, SessionsKey};
 use crate::handoff::{Doorbell, Pushed};
 
 /// One run of one node. Random, so it is never used again.
@@ -110,7 +110,15 @@ impl IncomingHandOff {
             _ => &[],
         };
         let users: usize = users.iter().map(|user| size_of::<String>() + user.len()).sum();
-        size_of::<Self>() + self.header.topic.len() + users + self.value.len()
+        let replayed = match &self.header.content {
+            Some(Content::ReplayAnswer(answer)) => &*answer.records,
+            _ => &[],
+        };
+        let replayed: usize = replayed
+            .iter()
+            .map(|record| size_of::<ReplayedRecord>() + record.topic.len() + record.value.len())
+            .sum();
+        size_of::<Self>() + self.header.topic.len() + users + replayed + self.value.len()
     }
 }
 

@@ -105,12 +105,14 @@ pub trait TableListener: Send + Sync + 'static {
 }
 
 /// Where a node is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeAddress {
     /// Its epoch.
     pub epoch: NodeEpoch,
     /// The partition of the hand-off topic that it reads.
     pub partition: i32,
+    /// Whether it answers replay requests.
+    pub answers_replays: bool,
 }
 
 /// The table, and what is derived from the sessions topic beside it.
@@ -286,6 +288,23 @@ impl SessionTable {
         let own = self.own_epoch();
         let addresses = self.addresses.read().expect("no holder panics");
         addresses.iter().flatten().filter(|address| address.epoch != own).copied().collect()
+    }
+
+    /// Where the node is that owns a source partition, as far as it has stated that in a lease.
+    pub fn owner(&self, source: SourcePartition) -> Option<NodeAddress> {
+        let owner = self.newcomers.read().expect("no holder panics").owner(source);
+        self.address(owner?)
+    }
+
+    /// The source partitions that an owner has ever stated.
+    pub fn sources(&self) -> Vec<SourcePartition> {
+        self.newcomers.read().expect("no holder panics").sources().collect()
+    }
+
+    /// The session that began at this offset, if that was lately.
+    pub fn newcomer(&self, begin: i64) -> Option<Arc<Newcomer>> {
+        let window = self.newcomers.read().expect("no holder panics").window(begin, begin + 1);
+        window.newcomers.into_iter().next()
     }
 
     /// The highest generation that an owner of a source partition has stated; 0: none.

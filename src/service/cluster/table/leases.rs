@@ -160,8 +160,9 @@ impl SessionTable {
             self.end_epoch(state, ended, why, rival.as_ref());
         }
         let Some(info) = state.nodes.get(epoch) else { return };
-        let address = NodeAddress { epoch, partition: lease.hand_off_partition };
-        self.set_address(info.index, Some(address));
+        let (partition, answers_replays) = (lease.hand_off_partition, lease.answers_replays);
+        let (node, address) = (info.index, NodeAddress { epoch, partition, answers_replays });
+        self.set_address(node, Some(address));
         self.counters.nodes.set(state.nodes.living().count() as u64);
         let mut newcomers = self.newcomers.write().expect("no holder panics");
         for topic in &lease.routed {
@@ -170,7 +171,7 @@ impl SessionTable {
             for position in &topic.partitions {
                 let source = SourcePartition { topic: index, partition: position.partition };
                 newcomers.stated(source, offset, position.next);
-                newcomers.owned(source, position.generation);
+                newcomers.owned(source, position.generation, node);
             }
         }
     }

@@ -69,6 +69,7 @@ impl OwnedPartitions {
                 next: routed.load(Ordering::Acquire),
                 generation: *generation,
                 parked: Vec::new(),
+                check: 0,
             };
             match topics.iter_mut().find(|known| *known.topic == *log.topic) {
                 Some(known) => known.partitions.push(position),

@@ -90,11 +90,16 @@ impl LaneClaim {
         }
     }
 
+    /// Whether everything that was handed over to this node before it became the owner is delivered.
+    pub(super) fn has_barrier_behind(&self, handed_to: i64) -> bool {
+        handed_to >= self.ownership.barrier
+    }
+
     /// Whether records may be routed: everything that was handed over to this node before it became the owner
     /// is delivered, and its table has what the former owner had applied. (A table that is read again is
     /// behind for a while.)
     pub(super) fn may_route(&self, handed_to: i64, read_to: i64) -> bool {
-        handed_to >= self.ownership.barrier && read_to >= self.applied
+        self.has_barrier_behind(handed_to) && read_to >= self.applied
     }
 
     /// [`LaneClaim::may_route`], shown by a metric, and in the log if it lasts.

@@ -19,6 +19,7 @@ use crate::service::routing::router::WARNING_INTERVAL;
 use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LanePosition;
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
+use crate::service::routing::router::holding::ShardPositions;
 use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId, ReturnedTicket};
 use crate::service::routing::router::lane::Blocked;
 use crate::service::routing::router::links::RouterLinks;
@@ -90,6 +91,8 @@ pub(super) struct RouterCore {
     pub(super) returned: Sender<ReturnedTicket>,
     pub(super) bell: Arc<Doorbell>,
     pub(super) warned: Option<Instant>,
+    /// What the shards are told to be routed.
+    pub(super) positions: ShardPositions,
     pub(super) lane_serial: u32,
 }
 

@@ -3,12 +3,14 @@
 //! Hand-offs of one source partition go to the router that would own its lane, in the order of the log. So
 //! the holder's state of a partition has one user, whichever role the node has.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::TrySendError;
 
 use bytes::Bytes;
 
+use crate::domain::cursor::{LogPosition, TopicId};
 use crate::domain::ids::SessionAddress;
 use crate::handoff::{Doorbell, Pushed};
 use crate::service::cluster::holder::{
@@ -16,10 +18,11 @@ use crate::service::cluster::holder::{
 };
 use crate::service::cluster::ports::{ArrivedHandOffs, HandOffReceiver, IncomingHandOff};
 use crate::service::cluster::wire::hand_off_header::Content;
-use crate::service::cluster::wire::{HandOffHeader, Passed, TopicPositions};
+use crate::service::cluster::wire::{AnsweredRange, HandOffHeader, Passed, TopicPositions};
 use crate::service::events::envelope;
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::core::RouterCore;
+use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::parked_offsets;
 
 /// What the reader of the hand-off topic passes to a router.
@@ -27,6 +30,46 @@ pub(super) enum HandOffInput {
     Record(IncomingHandOff),
     /// Every hand-off below this offset of the node's partition was passed before.
     ReadTo(i64),
+}
+
+/// The positions that a router gives the shards: those of its lanes, and in group mode those that other owners have
+/// passed.
+#[derive(Debug, Default)]
+pub(super) struct ShardPositions {
+    /// What the shards have got last.
+    told: BTreeMap<(TopicId, u32), LogPosition>,
+    /// What they are to get.
+    next: BTreeMap<(TopicId, u32), LogPosition>,
+    /// A shard has missed something.
+    is_owed: bool,
+}
+
+impl ShardPositions {
+    /// Everything below this position was given to the shards. `is_for_all`: also what concerns the sessions that may get
+    /// cursors and began last. If not, the position counts only if it is lower than the last one: another owner may have been
+    /// ahead of this one.
+    pub(super) fn passed(&mut self, position: LogPosition, is_for_all: bool) {
+        let key = (position.topic, position.partition);
+        let last = self.next.get(&key).or(self.told.get(&key));
+        if is_for_all || last.is_some_and(|last| position.next < last.next) {
+            self.next.insert(key, position);
+        }
+    }
+
+    /// Gives the shards what has changed. Returns whether all of them have everything.
+    pub(super) fn tell(&mut self, links: &mut RouterLinks) -> bool {
+        let mut changed = Vec::new();
+        for (key, position) in std::mem::take(&mut self.next) {
+            if self.told.insert(key, position) != Some(position) {
+                changed.push(position);
+            }
+        }
+        if self.is_owed {
+            changed = self.told.values().copied().collect();
+        }
+        self.is_owed = !changed.is_empty() && !links.tell_routed(&changed);
+        !self.is_owed
+    }
 }
 
 /// How far the node's partition was read, for a router that is told through its queue of hand-offs. Only one
@@ -121,6 +164,52 @@ impl HandOffInboxes {
     }
 }
 
+impl HandOffInboxes {
+    /// What of a request or an answer concerns the partitions of each router. A request without partitions concerns all.
+    fn parts_of(&self, content: &Content) -> Vec<(usize, Content)> {
+        let parts = (0..self.routers.len()).filter_map(|number| {
+            let is_its = |topic: &str, partition| self.number(topic, partition) == number;
+            let part = match content {
+                Content::ReplayRequest(request) => {
+                    let mut request = request.clone();
+                    let was_empty = request.ranges.is_empty();
+                    request.ranges.retain(|range| is_its(&range.topic, range.partition));
+                    let is_concerned = was_empty || !request.ranges.is_empty();
+                    is_concerned.then_some(Content::ReplayRequest(request))
+                }
+                Content::ReplayAnswer(answer) => {
+                    let mut answer = answer.clone();
+                    answer.ranges.retain(|it| {
+                        it.range.as_ref().is_some_and(|it| is_its(&it.topic, it.partition))
+                    });
+                    answer.records.retain(|record| is_its(&record.topic, record.partition));
+                    (!answer.ranges.is_empty()).then_some(Content::ReplayAnswer(answer))
+                }
+                _ => None,
+            };
+            part.map(|part| (number, part))
+        });
+        parts.collect()
+    }
+
+    /// If one queue is full, all parts are sent again later, which changes nothing: the holder drops what it has.
+    fn receive_parts(
+        &self,
+        hand_off: IncomingHandOff,
+        parts: Vec<(usize, Content)>,
+    ) -> Pushed<IncomingHandOff> {
+        for (number, content) in parts {
+            let header = HandOffHeader { content: Some(content), ..hand_off.header.clone() };
+            match self.send(number, IncomingHandOff { header, value: Bytes::new() }) {
+                Pushed::Accepted => {}
+                Pushed::Full(_) => return Pushed::Full(hand_off),
+                Pushed::Closed(_) => return Pushed::Closed(hand_off),
+            }
+        }
+        Pushed::Accepted
+    }
+}
+
 impl HandOffReceiver for HandOffInboxes {
     /// A single router takes the hand-offs itself, which saves the time to wake it. Of several, the one that takes
     /// them would delay those of the others whenever it is busy.
@@ -135,6 +224,12 @@ impl HandOffReceiver for HandOffInboxes {
         if let Some(Content::Passed(passed)) = &hand_off.header.content {
             let passed = passed.clone();
             return self.receive_passed(hand_off, &passed);
+        }
+        if let Some(content @ (Content::ReplayRequest(_) | Content::ReplayAnswer(_))) =
+            &hand_off.header.content
+        {
+            let parts = self.parts_of(content);
+            return self.receive_parts(hand_off, parts);
         }
         self.send(self.number(&hand_off.header.topic, hand_off.header.partition), hand_off)
     }
@@ -188,11 +283,37 @@ impl RouterCore {
                             table: header.table,
                         };
                         let parked = parked_offsets(position.next, &position.parked);
-                        if holder.arrive(at, &parked) == Arrived::InTurn {
-                            holder.passed_below(at);
+                        if holder.arrive(at, &parked) != Arrived::InTurn {
+                            continue;
                         }
+                        holder.passed_below(at);
+                        let lowest = parked.first().copied().unwrap_or(position.next);
+                        let passed = LogPosition {
+                            topic: TopicId::of(&topic.topic),
+                            partition: position.partition.unsigned_abs(),
+                            next: lowest.min(position.next).max(0),
+                            check: position.check,
+                        };
+                        self.positions.passed(passed, holder.is_known_to_all(header.table));
                     }
                 }
+            }
+            // Taken by the router itself.
+            Some(Content::ReplayRequest(_)) => {}
+            Some(Content::ReplayAnswer(answer)) => {
+                drop(holder);
+                for AnsweredRange { range, position, .. } in &answer.ranges {
+                    let Some(range) = range.as_ref().filter(|_| *position >= 0) else { continue };
+                    // Only if it is lower: the owner may not know all sessions.
+                    let passed = LogPosition {
+                        topic: TopicId::of(&range.topic),
+                        partition: range.partition.unsigned_abs(),
+                        next: *position,
+                        check: range.check,
+                    };
+                    self.positions.passed(passed, false);
+                }
+                owner.parts.answers.arrived(answer.clone());
             }
             Some(Content::MissedRange(missed)) => {
                 drop(holder);
@@ -286,6 +407,8 @@ impl RouterCore {
                         sessions
                     }
                     Content::Gap(_)
+                    | Content::ReplayRequest(_)
+                    | Content::ReplayAnswer(_)
                     | Content::Passed(_)
                     | Content::Missed(_)
                     | Content::MissedRange(_)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::domain::cursor::{LogPosition, TopicId};
+use crate::domain::cursor::TopicId;
 use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailRecord};
 use crate::service::routing::router::lane::TailFill;
 use crate::service::routing::router::partition::TopicPartition;
@@ -17,8 +17,6 @@ pub(super) struct LaneTail {
     /// The first offset to route.
     start: i64,
     pub(super) topic: TopicId,
-    /// The position that all shards were given last.
-    pub(super) told: Option<LogPosition>,
 }
 
 impl LaneTail {
@@ -34,7 +32,7 @@ impl LaneTail {
             filled.store(true, Ordering::Release);
         }
         let tail = PartitionTail::new(from.min(start), Arc::clone(budget));
-        Self { tail, filled, start, topic: TopicId::of(&log.topic), told: None }
+        Self { tail, filled, start, topic: TopicId::of(&log.topic) }
     }
 
     /// Whether it holds what the source has before the first offset to route.

@@ -13,6 +13,10 @@ use crate::handoff::{PeerEnd, Pushed};
 #[derive(Debug)]
 pub(super) struct RouterLinks {
     links: Vec<PeerEnd>,
+    /// Slots of each ring.
+    slots: Vec<usize>,
+    /// Commands pushed to each shard.
+    pushed: Vec<u64>,
     /// Recipients of the current event, per shard. The allocations are reused.
     gathered: Vec<Vec<(ConnectionKey, Encoding)>>,
     /// Shards with recipients.
@@ -24,8 +28,12 @@ pub(super) struct RouterLinks {
 impl RouterLinks {
     pub(super) fn new(links: Vec<PeerEnd>) -> Self {
         let gathered = links.iter().map(|_| Vec::new()).collect();
+        // Nothing was pushed yet.
+        let slots = links.iter().map(|link| link.commands.free()).collect();
         Self {
+            pushed: vec![0; links.len()],
             links,
+            slots,
             gathered,
             concerned: Vec::new(),
             encodings: EncodingSet::default(),
@@ -110,7 +118,10 @@ impl RouterLinks {
                 ticket,
             };
             match self.links[shard.index()].commands.push(command) {
-                Pushed::Accepted => taken += 1,
+                Pushed::Accepted => {
+                    self.pushed[shard.index()] += 1;
+                    taken += 1;
+                }
                 Pushed::Closed(_) => {}
                 Pushed::Full(_) => {
                     unreachable!("this is the only producer, and it checked for room")
@@ -123,20 +134,32 @@ impl RouterLinks {
     /// Gives these positions to all shards. Returns false if a ring is full: its shard has not got them.
     pub(super) fn tell_routed(&mut self, positions: &[LogPosition]) -> bool {
         let mut all_got = true;
-        for link in &mut self.links {
+        for (link, pushed) in self.links.iter_mut().zip(&mut self.pushed) {
             if link.commands.free() == 0 {
                 all_got = false;
                 continue;
             }
             match link.commands.push(ShardCommand::Routed { positions: positions.into() }) {
+                Pushed::Accepted => *pushed += 1,
                 // A stopped shard has no sessions left.
-                Pushed::Accepted | Pushed::Closed(_) => {}
+                Pushed::Closed(_) => {}
                 Pushed::Full(_) => {
                     unreachable!("this is the only producer, and it checked for room")
                 }
             }
         }
         all_got
+    }
+
+    /// Commands that were pushed to a shard.
+    pub(super) fn pushed(&self, shard: ShardId) -> u64 {
+        self.pushed[shard.index()]
+    }
+
+    /// Commands that a shard has taken. It handles each one before it takes the next.
+    pub(super) fn taken(&self, shard: ShardId) -> u64 {
+        let waiting = self.slots[shard.index()] - self.links[shard.index()].commands.free();
+        self.pushed[shard.index()] - waiting as u64
     }
 
     /// Publishes what was pushed and wakes those shards.

@@ -15,6 +15,7 @@
 //! more records from its partition. The partition's bounded fetch queue then fills, and librdkafka fetches no more.
 //! This is the back pressure: no record is dropped, and no buffer is unbounded.
 
+mod answers;
 mod audience;
 mod claim;
 mod core;
@@ -29,6 +30,7 @@ mod parked;
 mod partition;
 mod record;
 mod replay;
+mod replays_elsewhere;
 mod replays_here;
 mod returning;
 mod thread;
@@ -57,12 +59,14 @@ use crate::service::routing::router::lane::Revocation;
 use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::returning::ReplayInput;
 
+pub use crate::service::routing::router::answers::ReplayAnswers;
 pub use crate::service::routing::router::claim::Ownership;
 pub use crate::service::routing::router::lane::{Assignment, TailFill};
 pub use crate::service::routing::router::partition::{
     CommittableOffset, CommittableTable, TopicPartition,
 };
 pub use crate::service::routing::router::record::{RawRecord, RecordSource};
+pub use crate::service::routing::router::replays_elsewhere::GroupReplays;
 pub use crate::service::routing::router::replays_here::RouterReplays;
 pub use crate::service::routing::router::returning::ReplayChunkMax;
 pub use crate::service::routing::router::thread::Router;

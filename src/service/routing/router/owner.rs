@@ -7,7 +7,7 @@
 //! tail from Kafka with what lies before its first record.
 
 use std::cell::Cell;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,6 +16,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use crate::domain::command::Ticket;
+use crate::domain::cursor::CursorExpired;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::holder::{
@@ -23,13 +24,15 @@ use crate::service::cluster::holder::{
 };
 use crate::service::cluster::newcomers::{Newcomer, StatedPosition};
 use crate::service::cluster::nodes::NodeIndex;
-use crate::service::cluster::ports::{HandOffSink, OutgoingHandOff, Queued};
+use crate::service::cluster::ports::{HandOffSink, NodeEpoch, OutgoingHandOff, Queued};
 use crate::service::cluster::table::{NodeAddress, SessionTable};
 use crate::service::cluster::tail::TailRecord;
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::cluster::wire::{
-    HandOffHeader, LostRecords, MissedRange, PartitionPosition, Passed, TopicPositions, Users,
+    HandOffHeader, LostRecords, MissedRange, PartitionPosition, Passed, RangeStatus, ReplayAnswer,
+    TopicPositions, Users,
 };
+use crate::service::routing::router::answers::ReplayAnswers;
 use crate::service::routing::router::claim::{LaneClaim, source_of};
 use crate::service::routing::router::in_flight::{LaneKey, ReturnedTicket};
 use crate::service::routing::router::partition::TopicPartition;
@@ -38,6 +41,8 @@ use crate::service::routing::router::{RouterCounters, WARNING_INTERVAL};
 
 /// Time between two messages that tell a node what has passed, ms.
 pub const PASSED_INTERVAL_MS: u64 = 1_000;
+/// How long a node is told what has passed after it has last said that its sessions use cursors, ms.
+const CURSORS_USED_MS: u64 = 60_000;
 
 /// What routers need to hand over through the log.
 #[derive(Clone)]
@@ -52,6 +57,8 @@ pub struct ClusterParts {
     pub missed: Arc<dyn MissedEvents>,
     /// The topics of events, by index.
     pub topics: Arc<[Arc<str>]>,
+    /// Answers to the replay requests of this node.
+    pub answers: Arc<ReplayAnswers>,
 }
 
 /// The value of a record for several nodes. It is copied only if the sink is full, and only once.
@@ -93,6 +100,8 @@ pub(super) struct OwnerSide {
     warned: Cell<Option<Instant>>,
     /// Nodes with sessions that began since they were last told what has passed.
     owed: BTreeSet<NodeIndex>,
+    /// Nodes whose sessions use cursors, and until when they are told what has passed, Unix time in ms.
+    with_cursors: BTreeMap<NodeEpoch, u64>,
     next_passed_ms: u64,
 }
 
@@ -113,6 +122,7 @@ impl OwnerSide {
             bell,
             warned: Cell::new(None),
             owed: BTreeSet::new(),
+            with_cursors: BTreeMap::new(),
             next_passed_ms: 0,
         }
     }
@@ -441,26 +451,59 @@ impl OwnerSide {
     }
 
     /// Whether it is time to tell nodes what has passed.
-    pub(super) fn is_passed_due(&self, now_ms: u64) -> bool {
-        !self.owed.is_empty() && now_ms >= self.next_passed_ms && self.has_room()
+    pub(super) fn is_passed_due(&mut self, now_ms: u64) -> bool {
+        self.with_cursors.retain(|_, until_ms| *until_ms > now_ms);
+        let is_owed = !self.owed.is_empty() || !self.with_cursors.is_empty();
+        is_owed && now_ms >= self.next_passed_ms && self.has_room()
+    }
+
+    /// A node has sessions that use cursors.
+    pub(super) fn uses_cursors(&mut self, node: NodeEpoch, now_ms: u64) {
+        self.with_cursors.insert(node, now_ms + CURSORS_USED_MS);
+    }
+
+    /// Asks the owner of a partition. Not asked if the queue is full: the caller asks again.
+    pub(super) fn answer(&mut self, holder: NodeEpoch, answer: ReplayAnswer) {
+        let Some(to) = self.parts.table.others().into_iter().find(|to| to.epoch == holder) else {
+            return;
+        };
+        if !self.has_room() {
+            return;
+        }
+        let send = |owner: &Self, answer| {
+            let content = Some(Content::ReplayAnswer(answer));
+            let header = HandOffHeader { content, ..HandOffHeader::default() };
+            owner.offer(to, &header, None, &[], None)
+        };
+        let (id, mut ranges) = (answer.id, answer.ranges.clone());
+        if send(self, answer) == Queued::TooLarge {
+            // Nor could the record be handed over.
+            for range in &mut ranges {
+                range.set_status(RangeStatus::Expired);
+                range.expired = CursorExpired::Overtaken as u32;
+            }
+            let _ = send(self, ReplayAnswer { id, ranges, records: Vec::new() });
+        }
     }
 
     /// Tells the nodes that are owed it what has passed: everything below these positions was handed over
     /// by an owner that had applied beginnings below `table`.
     pub(super) fn tell_passed(
         &mut self,
-        positions: &[(TopicPartition, i64, i64, Vec<i64>)],
+        positions: &[(TopicPartition, i64, i64, Vec<i64>, u32)],
         table: i64,
         now_ms: u64,
     ) {
         self.next_passed_ms = now_ms + PASSED_INTERVAL_MS;
         let mut topics: Vec<TopicPositions> = Vec::new();
-        for (log, next, generation, parked) in positions {
+        let uses_cursors = !self.with_cursors.is_empty();
+        for (log, next, generation, parked, check) in positions {
             let position = PartitionPosition {
                 partition: log.partition,
                 next: *next,
                 generation: *generation,
                 parked: distances(*next, parked),
+                check: if uses_cursors { *check } else { 0 },
             };
             match topics.iter_mut().find(|known| *known.topic == *log.topic) {
                 Some(known) => known.partitions.push(position),
@@ -471,10 +514,13 @@ impl OwnerSide {
             }
         }
         let own = self.parts.table.own_epoch();
-        for node in std::mem::take(&mut self.owed) {
-            let Some(to) = self.parts.table.address(node).filter(|to| to.epoch != own) else {
-                continue;
-            };
+        let owed = std::mem::take(&mut self.owed);
+        let owed: BTreeSet<_> =
+            owed.into_iter().filter_map(|node| self.parts.table.address(node)).collect();
+        let others = self.parts.table.others().into_iter();
+        let with_cursors = others.filter(|to| self.with_cursors.contains_key(&to.epoch));
+        let told: BTreeSet<_> = owed.into_iter().chain(with_cursors).collect();
+        for to in told.into_iter().filter(|to| to.epoch != own) {
             let content = Some(Content::Passed(Passed { positions: topics.clone() }));
             let header = HandOffHeader { table, content, ..HandOffHeader::default() };
             self.send(to, header, None, &mut { NO_VALUE }, None);

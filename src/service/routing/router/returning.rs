@@ -27,12 +27,20 @@ use slab::Slab;
 use tokio::sync::oneshot;
 
 use crate::domain::cursor::{Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED};
+use crate::domain::ids::ShardId;
 use crate::domain::members::Members;
+use crate::service::cluster::ports::NodeEpoch;
 use crate::service::cluster::tail::TailEntry;
+use crate::service::cluster::wire::{
+    self, AnsweredRange, RangeStatus, ReplayAnswer, ReplayRequest,
+};
 use crate::service::routing::replays::ReplayedRecord;
+use crate::service::routing::router::answers::ReplayAnswers;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::in_flight::LaneKey;
 use crate::service::routing::router::lane::Lane;
+use crate::service::routing::router::links::RouterLinks;
+use crate::service::routing::router::partition::TopicPartition;
 
 /// How long a check waits for the lanes to reach the cursor, ms. Another node may have been ahead of this one by so
 /// much.
@@ -56,6 +64,7 @@ const RESOLVED_AT_ONCE: usize = 256;
 #[derive(Clone, Debug)]
 pub(super) struct ReplayRange {
     lane: LaneKey,
+    log: TopicPartition,
     /// The first offset that is not replayed yet.
     next: i64,
     /// The first offset that the session gets live.
@@ -117,7 +126,33 @@ pub(super) enum ReplayInput {
         max: ReplayChunkMax,
         answer: oneshot::Sender<Result<PulledRecords, CursorExpired>>,
     },
+    /// In group mode: a check or a pull of some partitions that this router may own.
+    Request {
+        request: ReplayRequest,
+        to: AnswerTo,
+    },
+    /// Answered when the shard has taken everything that this router has given it until now.
+    Fence {
+        shard: ShardId,
+        answer: oneshot::Sender<()>,
+    },
 }
+
+/// Where the answer to a request goes.
+#[derive(Clone)]
+pub(super) enum AnswerTo {
+    ThisNode(Arc<ReplayAnswers>),
+    Node(NodeEpoch),
+}
+
+/// Where the records of a pull go.
+enum PullAnswer {
+    Reader(oneshot::Sender<Result<PulledRecords, CursorExpired>>),
+    Request { id: u64, to: AnswerTo },
+}
+
+/// Answers to requests, to be sent.
+type Answers = Vec<(AnswerTo, ReplayAnswer)>;
 
 struct WaitingCheck {
     since: Arc<Cursor>,
@@ -132,19 +167,34 @@ struct ActivePull {
     ranges: Vec<ReplayRange>,
     max: ReplayChunkMax,
     /// Taken when it is answered.
-    answer: Option<oneshot::Sender<Result<PulledRecords, CursorExpired>>>,
+    answer: Option<PullAnswer>,
     records: Vec<ReplayedRecord>,
     bytes: usize,
 }
 
 impl ActivePull {
-    fn answer(&mut self, result: Result<(), CursorExpired>) {
+    fn answer(&mut self, result: Result<(), CursorExpired>, answers: &mut Answers) {
         let Some(answer) = self.answer.take() else { return };
         let (records, mut ranges) =
             (std::mem::take(&mut self.records), std::mem::take(&mut self.ranges));
-        ranges.retain(|range| range.next < range.to);
-        // Fails only if the session has ended.
-        let _ = answer.send(result.map(|()| PulledRecords { records, ranges }));
+        match answer {
+            PullAnswer::Reader(answer) => {
+                ranges.retain(|range| range.next < range.to);
+                // Fails only if the session has ended.
+                let _ = answer.send(result.map(|()| PulledRecords { records, ranges }));
+            }
+            PullAnswer::Request { id, to } => {
+                let ranges = ranges.iter().map(|range| {
+                    let ReplayRange { log, next, to, .. } = range;
+                    let (topic, partition) = (log.topic.to_string(), log.partition);
+                    let range =
+                        wire::ReplayRange { topic, partition, next: *next, to: *to, check: 0 };
+                    answered(range, result.map(|()| RangeStatus::Verified))
+                });
+                let records = records.into_iter().map(to_wire).collect();
+                answers.push((to, ReplayAnswer { id, ranges: ranges.collect(), records }));
+            }
+        }
     }
 
     fn range(&mut self, lane: LaneKey) -> Option<&mut ReplayRange> {
@@ -176,6 +226,7 @@ struct ReplayPass {
     lanes: VecDeque<(LaneKey, i64)>,
     /// When the look-ups of members are tried again, and since when they have not succeeded. Unix time, ms.
     blocked: Option<(u64, u64)>,
+    answers: Answers,
 }
 
 /// Result of a step of a pass.
@@ -197,6 +248,9 @@ pub(super) struct Returning {
     /// When the first of them arrived, Unix time in ms.
     pulled_at_ms: u64,
     pass: Option<ReplayPass>,
+    requests: Vec<(ReplayRequest, AnswerTo)>,
+    /// A shard, and what it has to have taken; `None`: the positions first.
+    fences: Vec<(ShardId, Option<u64>, oneshot::Sender<()>)>,
 }
 
 impl Returning {
@@ -210,16 +264,98 @@ impl Returning {
                 if self.pulls.is_empty() {
                     self.pulled_at_ms = now_ms;
                 }
-                let (answer, records) = (Some(answer), Vec::new());
+                let answer = Some(PullAnswer::Reader(answer));
+                let records = Vec::new();
                 self.pulls.push(ActivePull { user, ranges, max, answer, records, bytes: 0 });
             }
+            ReplayInput::Request { request, to } => self.requests.push((request, to)),
+            ReplayInput::Fence { shard, answer } => {
+                self.fences.push((shard, None, answer));
+            }
         }
+    }
+
+    /// Whether a session waits until the shards have the positions.
+    pub(super) fn awaits_positions(&self) -> bool {
+        self.fences.iter().any(|(_, mark, _)| mark.is_none())
+    }
+
+    /// The shards have been given the positions.
+    pub(super) fn positions_told(&mut self, links: &RouterLinks) {
+        for (shard, mark, _) in &mut self.fences {
+            mark.get_or_insert_with(|| links.pushed(*shard));
+        }
+    }
+
+    /// Answers the checks of group mode, and adds its pulls to those that wait for a pass.
+    fn take_requests(
+        &mut self,
+        core: &RouterCore,
+        lanes: &Slab<Lane>,
+        handed_to: i64,
+        now_ms: u64,
+    ) -> Answers {
+        let mut answers = Vec::new();
+        for (request, to) in std::mem::take(&mut self.requests) {
+            let (user, id) = (request.user.as_str(), request.id);
+            let is_check = request.records_max == 0;
+            let mut ready = Vec::new();
+            let mut ranges = Vec::new();
+            for range in request.ranges {
+                let lane = lanes.iter().map(|(_, lane)| lane).find(|lane| {
+                    lane.partition.as_ref().is_some_and(|it| {
+                        *it.log.topic == *range.topic && it.log.partition == range.partition
+                    })
+                });
+                if is_check {
+                    ranges.push(match lane {
+                        Some(lane) => {
+                            check_range((core, handed_to), lane, range, request.begin, user)
+                        }
+                        None => answered(range, Ok(RangeStatus::NotYet)),
+                    });
+                    continue;
+                }
+                // A successor routes the records below again, which the holder drops: it has them in its tail then.
+                let is_there = |lane: &&Lane| lane.position().is_some_and(|it| it.next >= range.to);
+                match lane.filter(is_there) {
+                    Some(lane) => ready.extend(lane.partition.as_ref().map(|it| ReplayRange {
+                        lane: lane.key,
+                        log: it.log.clone(),
+                        next: range.next,
+                        to: range.to,
+                    })),
+                    None => ranges.push(answered(range, Ok(RangeStatus::NotYet))),
+                }
+            }
+            if !ranges.is_empty() {
+                answers.push((to.clone(), ReplayAnswer { id, ranges, records: Vec::new() }));
+            }
+            if !ready.is_empty() {
+                if self.pulls.is_empty() {
+                    self.pulled_at_ms = now_ms;
+                }
+                let max = ReplayChunkMax {
+                    records: request.records_max as usize,
+                    bytes: request.bytes_max as usize,
+                };
+                self.pulls.push(ActivePull {
+                    user: Arc::from(user),
+                    ranges: ready,
+                    max,
+                    answer: Some(PullAnswer::Request { id, to }),
+                    records: Vec::new(),
+                    bytes: 0,
+                });
+            }
+        }
+        answers
     }
 
     /// Sessions that wait for an answer.
     pub(super) fn waiting(&self) -> usize {
         let in_pass = self.pass.as_ref().map_or(0, |pass| pass.pulls.len());
-        self.checks.len() + self.pulls.len() + in_pass
+        self.checks.len() + self.pulls.len() + in_pass + self.fences.len() + self.requests.len()
     }
 
     /// One bounded step. Returns whether anything progressed.
@@ -227,9 +363,20 @@ impl Returning {
         &mut self,
         core: &mut RouterCore,
         lanes: &mut Slab<Lane>,
+        handed_to: i64,
         now_ms: u64,
     ) -> bool {
-        let mut progressed = false;
+        let mut progressed = !self.requests.is_empty();
+        let mut answers = self.take_requests(core, lanes, handed_to, now_ms);
+        let is_open = |(shard, mark, answer): &mut (ShardId, Option<u64>, oneshot::Sender<()>)| {
+            let is_taken = mark.is_some_and(|mark| core.links.taken(*shard) >= mark);
+            !is_taken && !answer.is_closed()
+        };
+        for (_, _, answer) in self.fences.extract_if(.., |fence| !is_open(fence)) {
+            // Fails only if the session has ended.
+            let _ = answer.send(());
+            progressed = true;
+        }
         if !self.checks.is_empty() && now_ms >= self.checks_at_ms {
             self.checks_at_ms = now_ms + CHECK_RETRY_MS;
             let before = self.checks.len();
@@ -245,7 +392,9 @@ impl Returning {
             core.counters.replay_passes.add(1);
         }
         if let Some(pass) = &mut self.pass {
-            match pass.step(core, lanes, now_ms) {
+            let step = pass.step(core, lanes, now_ms);
+            answers.append(&mut pass.answers);
+            match step {
                 PassStep::Progressed => progressed = true,
                 PassStep::Waits => {}
                 PassStep::Done => {
@@ -254,8 +403,91 @@ impl Returning {
                 }
             }
         }
+        answers.into_iter().for_each(|(to, answer)| send(core, to, answer));
         progressed
     }
+}
+
+fn send(core: &mut RouterCore, to: AnswerTo, answer: ReplayAnswer) {
+    match to {
+        AnswerTo::ThisNode(answers) => answers.arrived(answer),
+        AnswerTo::Node(epoch) => {
+            if let Some(owner) = &mut core.owner {
+                owner.answer(epoch, answer);
+            }
+        }
+    }
+}
+
+fn answered(range: wire::ReplayRange, result: Result<RangeStatus, CursorExpired>) -> AnsweredRange {
+    let (status, expired) = match result {
+        Ok(status) => (status, 0),
+        Err(why) => (RangeStatus::Expired, why as u32),
+    };
+    AnsweredRange { range: Some(range), status: status.into(), expired, position: -1 }
+}
+
+fn to_wire(record: ReplayedRecord) -> wire::ReplayedRecord {
+    let ReplayedRecord { topic, partition, offset, appended_at_ms, key, value } = record;
+    wire::ReplayedRecord {
+        topic: topic.to_string(),
+        partition,
+        offset,
+        appended_at_ms: i64::try_from(appended_at_ms).unwrap_or(i64::MAX),
+        key: key.map(Vec::from),
+        value: value.into(),
+    }
+}
+
+/// Checks one position for the session of a user that began at `begin`: it gets everything from *V* on live, so what is
+/// replayed has to reach *V*. And the lane has to know it, so that it gets everything that the lane passes from now on.
+fn check_range(
+    (core, handed_to): (&RouterCore, i64),
+    lane: &Lane,
+    mut range: wire::ReplayRange,
+    begin: i64,
+    user: &str,
+) -> AnsweredRange {
+    let (Some(owner), Some(partition)) = (&core.owner, &lane.partition) else {
+        return answered(range, Err(CursorExpired::NotSupported));
+    };
+    let (Some(claim), Some(tail), Some(position), Some(next)) =
+        (&partition.claim, &partition.tail, lane.position(), lane.next_offset())
+    else {
+        return answered(range, Ok(RangeStatus::NotYet));
+    };
+    if claim.applied <= begin
+        || partition.revocation.is_some()
+        || !claim.has_barrier_behind(handed_to)
+    {
+        return answered(range, Ok(RangeStatus::NotYet));
+    }
+    let (at, theirs) = (position.next, std::mem::replace(&mut range.check, position.check));
+    if range.next < 0 {
+        // It wants nothing of what precedes its 101.
+        range.to = range.next;
+        return AnsweredRange { position: at, ..answered(range, Ok(RangeStatus::Needless)) };
+    }
+    let newcomer = owner.parts.table.newcomer(begin).filter(|it| *it.user == *user);
+    let wanted = newcomer.and_then(|newcomer| owner.wanted_from(&newcomer, &partition.log));
+    let Some(live_from) = wanted else {
+        // The beginning is forgotten.
+        return answered(range, Err(CursorExpired::TooOld));
+    };
+    if at < live_from || next < range.next {
+        return answered(range, Ok(RangeStatus::NotYet));
+    }
+    if range.next < tail.tail.from() {
+        return answered(range, Err(CursorExpired::TooOld));
+    }
+    range.to = at.max(range.next);
+    let result = match (theirs, lane.check_before(range.next)) {
+        _ if range.next == 0 => Ok(RangeStatus::Needless),
+        (UNCHECKED, _) | (_, UNCHECKED) => Ok(RangeStatus::NotKnown),
+        (theirs, ours) if theirs == ours => Ok(RangeStatus::Verified),
+        _ => Err(CursorExpired::OtherLog),
+    };
+    AnsweredRange { position: at, ..answered(range, result) }
 }
 
 impl WaitingCheck {
@@ -318,7 +550,8 @@ fn check(lanes: &Slab<Lane>, since: &Cursor) -> Result<Checked, CursorExpired> {
         };
         checked.lanes.push(CheckedLane { topic, partition: number, verified });
         if next < to {
-            checked.ranges.push(ReplayRange { lane: lane.key, next, to });
+            let log = partition.log.clone();
+            checked.ranges.push(ReplayRange { lane: lane.key, log, next, to });
         }
     }
     Ok(match (is_filling, is_behind) {
@@ -341,7 +574,8 @@ impl ReplayPass {
                 }
             }
         }
-        Self { pulls, by_user, by_list: HashMap::new(), lanes, blocked: None }
+        let (by_list, answers) = (HashMap::new(), Vec::new());
+        Self { pulls, by_user, by_list, lanes, blocked: None, answers }
     }
 
     /// Looks at some records of the lane in progress.
@@ -352,18 +586,18 @@ impl ReplayPass {
             return PassStep::Waits;
         }
         let Some(&(key, from)) = self.lanes.front() else {
-            self.pulls.iter_mut().for_each(|pull| pull.answer(Ok(())));
+            self.pulls.iter_mut().for_each(|pull| pull.answer(Ok(()), &mut self.answers));
             return PassStep::Done;
         };
         let lane = lanes.get_mut(key.slot());
         let Some(lane) = lane.filter(|lane| lane.key == key && lane.tail().is_some()) else {
-            // The partition is read by another lane now.
-            self.fail(key, i64::MIN..i64::MAX, CursorExpired::Overtaken);
+            // The partition is read by another lane now. In group mode its next owner is asked.
+            self.fail(key, i64::MIN..i64::MAX, None);
             self.lanes.pop_front();
             return PassStep::Progressed;
         };
         let tail_from = lane.tail().map_or(i64::MAX, |tail| tail.tail.from());
-        self.fail(key, i64::MIN..tail_from, CursorExpired::Overtaken);
+        self.fail(key, i64::MIN..tail_from, Some(CursorExpired::Overtaken));
         let (next, unresolved) = self.collect(core, lane, key, from);
         if let Some(front) = self.lanes.front_mut() {
             front.1 = next;
@@ -376,7 +610,7 @@ impl ReplayPass {
             let since_ms = self.blocked.map_or(now_ms, |(_, since_ms)| since_ms);
             self.blocked = Some((now_ms + CHECK_RETRY_MS, since_ms));
             if now_ms >= since_ms.saturating_add(core.config.route_retry_max_ms) {
-                self.fail(key, i64::MIN..next + 1, CursorExpired::MembersUnknown);
+                self.fail(key, i64::MIN..next + 1, Some(CursorExpired::MembersUnknown));
                 self.lanes[0].1 = next + 1;
                 self.blocked = None;
             }
@@ -394,13 +628,18 @@ impl ReplayPass {
         PassStep::Progressed
     }
 
-    /// The pulls that continue in this range of the lane fail.
-    fn fail(&mut self, lane: LaneKey, within: std::ops::Range<i64>, why: CursorExpired) {
-        for pull in &mut self.pulls {
+    /// The pulls that continue in this range of the lane fail. `None`: the lane has ended.
+    fn fail(&mut self, lane: LaneKey, within: std::ops::Range<i64>, why: Option<CursorExpired>) {
+        let Self { pulls, answers, .. } = self;
+        for pull in pulls {
             let continues =
                 |range: &mut ReplayRange| range.next < range.to && within.contains(&range.next);
             if pull.answer.is_some() && pull.range(lane).is_some_and(continues) {
-                pull.answer(Err(why));
+                let result = match (why, &pull.answer) {
+                    (None, Some(PullAnswer::Request { .. })) => Ok(()),
+                    (why, _) => Err(why.unwrap_or(CursorExpired::Overtaken)),
+                };
+                pull.answer(result, answers);
             }
         }
     }
@@ -434,7 +673,7 @@ impl ReplayPass {
                     if let Some(range) = pull.range(key) {
                         range.next = entry.record.offset;
                     }
-                    pull.answer(Ok(()));
+                    pull.answer(Ok(()), &mut self.answers);
                     continue;
                 }
                 bytes += size;

@@ -9,15 +9,17 @@ use std::thread::JoinHandle;
 use slab::Slab;
 
 use crate::domain::budget::EventBudget;
+use crate::domain::cursor::UNCHECKED;
 use crate::service::backends::ports::RouterInput;
-use crate::service::cluster::ports::{ArrivedHandOffs, IncomingHandOff};
+use crate::service::cluster::ports::{ArrivedHandOffs, IncomingHandOff, NodeEpoch};
+use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::events::encode::Encoder;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LaneClaim;
 use crate::service::routing::router::core::RouterCore;
-use crate::service::routing::router::holding::{HandOffInput, ReadTo};
+use crate::service::routing::router::holding::{HandOffInput, ReadTo, ShardPositions};
 use crate::service::routing::router::in_flight::{
     InFlight, LaneKey, ReportOutcome, ReturnedTicket,
 };
@@ -27,7 +29,7 @@ use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::{Intake, OwnedRecord, WaitingRecord};
-use crate::service::routing::router::returning::{ReplayInput, Returning};
+use crate::service::routing::router::returning::{AnswerTo, ReplayInput, Returning};
 use crate::service::routing::router::{
     ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
 };
@@ -105,6 +107,7 @@ impl Router {
             returned: returned_sender,
             bell: parts.bell,
             warned: None,
+            positions: ShardPositions::default(),
             lane_serial: 0,
         };
         let inbox_lanes = (0..INBOX_LANES).map(|_| Lane::new(LaneKey(u64::MAX), None)).collect();
@@ -166,7 +169,7 @@ impl Router {
         let mut progressed = self.take_commands()?;
         progressed |= self.take_reports();
         progressed |= self.expire(now_ms);
-        progressed |= self.take_hand_offs();
+        progressed |= self.take_hand_offs(now_ms);
         progressed |= self.take_inbox(now_ms);
         progressed |= self.turn_lanes(now_ms);
         progressed |= self.turn_replays(now_ms);
@@ -389,7 +392,7 @@ impl Router {
     }
 
     /// Delivers what owners have handed over to this node, in the order of the log.
-    fn take_hand_offs(&mut self) -> bool {
+    fn take_hand_offs(&mut self, now_ms: u64) -> bool {
         let batch_max = self.core.config.batch_max;
         let mut progressed = self.hand_off_log.as_ref().is_some_and(|log| log.take(batch_max));
         // Before the queue is found empty.
@@ -416,6 +419,17 @@ impl Router {
                     }
                 },
             };
+            if let Some(Content::ReplayRequest(request)) = &hand_off.header.content {
+                let holder = NodeEpoch(request.holder);
+                if let Some(owner) = &mut self.core.owner {
+                    owner.uses_cursors(holder, now_ms);
+                }
+                let (request, to) = (request.clone(), AnswerTo::Node(holder));
+                let input = ReplayInput::Request { request, to };
+                self.returning.add(input, now_ms);
+                progressed = true;
+                continue;
+            }
             if !self.core.has_memory() || !self.core.take_hand_off(&hand_off) {
                 self.hand_off = Some(hand_off);
                 break;
@@ -432,29 +446,32 @@ impl Router {
             self.returning.add(input, now_ms);
             progressed = true;
         }
-        progressed | self.returning.turn(&mut self.core, &mut self.lanes, now_ms)
+        progressed | self.returning.turn(&mut self.core, &mut self.lanes, self.handed_to, now_ms)
     }
 
-    /// Gives the shards the positions that have moved, behind the records below them, if it is time.
+    /// Gives the shards the positions that have moved, behind the records below them, if it is time or a session waits for
+    /// it.
     fn tell_routed(&mut self, now_ms: u64) {
-        // The holder's positions are those of all owners.
-        if now_ms < self.routed_at_ms || self.core.tails.is_none() || self.core.owner.is_some() {
+        let is_due = now_ms >= self.routed_at_ms || self.returning.awaits_positions();
+        if !is_due || self.core.tails.is_none() {
             return;
         }
-        let mut moved = Vec::new();
-        for (_, lane) in &mut self.lanes {
-            let Some(position) = lane.position() else { continue };
-            let told = lane.partition.as_mut().and_then(|it| Some(&mut it.tail.as_mut()?.told));
-            let Some(told) = told.filter(|told| **told != Some(position)) else { continue };
-            *told = Some(position);
-            moved.push(position);
-        }
-        if !moved.is_empty() && !self.core.links.tell_routed(&moved) {
-            // A ring is full.
-            for (_, lane) in &mut self.lanes {
-                let tail = lane.partition.as_mut().and_then(|it| it.tail.as_mut());
-                tail.into_iter().for_each(|tail| tail.told = None);
+        let RouterCore { owner, positions, links, .. } = &mut self.core;
+        {
+            let holder = owner.as_ref().map(|owner| owner.holder());
+            for (_, lane) in &self.lanes {
+                let Some(position) = lane.position() else { continue };
+                let claim = lane.partition.as_ref().and_then(|it| it.claim.as_ref());
+                let is_for_all = claim.zip(holder.as_ref()).is_none_or(|(claim, holder)| {
+                    // What the former owner has handed over to this node is delivered.
+                    claim.has_barrier_behind(self.handed_to)
+                        && holder.is_known_to_all(claim.applied)
+                });
+                positions.passed(position, is_for_all);
             }
+        }
+        if positions.tell(links) {
+            self.returning.positions_told(links);
         }
         self.routed_at_ms = now_ms + ROUTED_INTERVAL_MS;
     }
@@ -493,7 +510,10 @@ impl Router {
             {
                 table = table.min(claim.applied);
                 let parked = claim.parked().to_vec();
-                positions.push((partition.log.clone(), next, claim.ownership.generation, parked));
+                // Of the position below the parked records, which is that of a cursor.
+                let check = lane.position().map_or(UNCHECKED, |it| it.check);
+                let generation = claim.ownership.generation;
+                positions.push((partition.log.clone(), next, generation, parked, check));
             }
         }
         if !positions.is_empty() {

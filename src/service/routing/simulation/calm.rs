@@ -59,6 +59,7 @@ impl CalmCluster {
             loses_position: false,
             expires_events: false,
             is_calm: true,
+            has_cursors: false,
             ..Weather::new(&mut random)
         };
         let mut calm = Self { cluster: Cluster::with(random, weather, nodes), records: 0 };
@@ -85,7 +86,7 @@ impl CalmCluster {
         let node = cluster.nodes[number].as_mut().expect("runs");
         let slot = node.manager.admit(device).expect("admitted");
         let (life, ends) = (node.life(), cluster.logs.ends());
-        let client = ClusterClient { life, slot, ends, got: Default::default() };
+        let client = ClusterClient { life, slot, ends, got: Default::default(), returning: None };
         cluster.clients.insert(device, client);
     }
 

@@ -5,9 +5,9 @@
 use std::collections::BTreeMap;
 
 use super::logs::{Device, Logs, PARTITIONS};
+use super::returning::ReturningSession;
 
 /// A client, while it is connected.
-#[derive(Debug)]
 pub(super) struct ClusterClient {
     /// The process that it is connected to.
     pub(super) life: u64,
@@ -15,6 +15,8 @@ pub(super) struct ClusterClient {
     /// The ends of the partitions at its 101.
     pub(super) ends: [i64; PARTITIONS],
     pub(super) got: [Vec<i64>; PARTITIONS],
+    /// If it keeps a cursor.
+    pub(super) returning: Option<ReturningSession>,
 }
 
 impl ClusterClient {

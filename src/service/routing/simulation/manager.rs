@@ -83,7 +83,7 @@ pub(super) fn ids((user, device): Device) -> SessionIds {
     SessionIds::new(&user_name(user), &format!("device-{device}"))
 }
 
-fn address(slot: u32) -> SessionAddress {
+pub(super) fn address(slot: u32) -> SessionAddress {
     SessionAddress {
         shard: ShardId(0),
         encoding: Encoding::Binary,

@@ -14,6 +14,7 @@ mod manager;
 mod members;
 mod node;
 mod queues;
+mod returning;
 mod stalls;
 #[cfg(test)]
 mod tests;
@@ -29,7 +30,9 @@ use self::clients::ClusterClient;
 use self::logs::{Commit, Device, Logs, PARTITIONS};
 use self::manager::ClosedSession;
 use self::node::SimulatedNode;
+use self::returning::{ReplayStep, ReturningClient, ReturningSession};
 use self::weather::Weather;
+use crate::domain::cursor::{Cursor, CursorExpired};
 use crate::service::cluster::nodes::EpochEnd;
 
 /// Nodes of a cluster.
@@ -81,6 +84,8 @@ struct Cluster {
     /// Which node the group has assigned each partition to, and the generation of the assignment.
     assigned: [Option<usize>; PARTITIONS],
     clients: BTreeMap<Device, ClusterClient>,
+    /// The clients that keep a cursor.
+    returning: BTreeMap<Device, ReturningClient>,
     runtime: tokio::runtime::Runtime,
     /// Processes started.
     lives: u64,
@@ -121,7 +126,9 @@ impl Cluster {
     }
 
     fn with(random: StdRng, weather: Weather, nodes: usize) -> Self {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        // Time passes only in `drive_replays`.
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().start_paused(true).build();
         let mut cluster = Self {
             weather,
             random,
@@ -130,6 +137,7 @@ impl Cluster {
             nodes: (0..PROCESSES).map(|_| None).collect(),
             assigned: [None; PARTITIONS],
             clients: BTreeMap::new(),
+            returning: BTreeMap::new(),
             runtime: runtime.expect("a runtime without I/O"),
             lives: 0,
             taken_over: BTreeSet::new(),
@@ -202,6 +210,10 @@ impl Cluster {
         self.logs.now_ms = self.now_ms;
         self.logs.expire(self.weather.retention_ms);
         self.check_group();
+        if self.weather.has_cursors {
+            let for_ms = self.random.random_range(0..100);
+            self.drive_replays(for_ms);
+        }
         match self.below(1_000) {
             0..150 => {
                 let conversation = self.below(USERS);
@@ -306,8 +318,15 @@ impl Cluster {
             0..=2 if amount == usize::MAX => {
                 node.turn_router(action + 1, now_ms);
                 node.turn_router(action, now_ms);
+                node.turn_shards();
             }
-            0..=2 => node.turn_router(amount, now_ms),
+            0..=2 => {
+                node.turn_router(amount, now_ms);
+                // A shard may be slower than the routers.
+                if action > 0 {
+                    node.turn_shards();
+                }
+            }
             3 => node.read_sessions(&self.logs, amount),
             4 => node.read_hand_offs(&self.logs, amount),
             5 => node.store(&mut self.logs, amount),
@@ -341,10 +360,12 @@ impl Cluster {
         let Some(node) = &mut self.nodes[number] else { return };
         let life = node.life();
         for (slot, partition, offset) in node.take_delivered() {
-            let client =
-                self.clients.values_mut().find(|client| (client.life, client.slot) == (life, slot));
-            if let Some(client) = client {
+            let client = self.clients.iter_mut().find(|(_, it)| (it.life, it.slot) == (life, slot));
+            if let Some((device, client)) = client {
                 client.got[partition].push(offset);
+                if let Some(session) = &mut client.returning {
+                    session.got(self.returning.entry(*device).or_default(), partition, offset);
+                }
                 let about = [life as i64, i64::from(slot), partition as i64, offset];
                 trace::note("delivered: process, slot, partition, offset", about);
                 self.summary.count("deliveries");
@@ -356,6 +377,8 @@ impl Cluster {
     fn manage(&mut self, number: usize) {
         let Some(node) = &mut self.nodes[number] else { return };
         let (life, node_number) = (node.life(), node.number());
+        // Before the session manager closes the sessions that have left the directory.
+        let cursor = node.cursor();
         let (ended, closed) = (node.manager.take_ended(), node.manager.close_sessions());
         let gives_way = node.gives_way();
         for (epoch, why) in ended {
@@ -411,6 +434,80 @@ impl Cluster {
             self.end_process(number);
             self.did("nodes that gave way", number, 0);
         }
+        if let Some(cursor) = cursor {
+            self.send_cursor(life, &cursor);
+        }
+    }
+
+    /// The live sessions of a node get a cursor.
+    fn send_cursor(&mut self, life: u64, cursor: &Cursor) {
+        let mut sent = 0;
+        for (device, client) in self.clients.iter().filter(|(_, it)| it.life == life) {
+            if client.returning.as_ref().is_some_and(ReturningSession::is_live) {
+                let returning = self.returning.entry(*device).or_default();
+                returning.check(cursor, *device, &self.logs);
+                returning.cursor = Some(cursor.clone());
+                sent += 1;
+            }
+        }
+        self.summary.count_many("cursors", sent);
+    }
+
+    /// Time passes for the replays, and the clients take what is there.
+    fn drive_replays(&mut self, for_ms: u64) {
+        self.runtime.block_on(async {
+            tokio::time::advance(std::time::Duration::from_millis(for_ms)).await;
+            for _ in 0..8 {
+                tokio::task::yield_now().await;
+            }
+        });
+        let mut expired = Vec::new();
+        for (device, client) in &mut self.clients {
+            let Some(session) = &mut client.returning else { continue };
+            let returning = self.returning.entry(*device).or_default();
+            loop {
+                match session.step(returning) {
+                    ReplayStep::Waits => break,
+                    ReplayStep::Records(count) => {
+                        self.summary.count_many("records replayed from cursors", count as u64);
+                        // The clients wait for them.
+                        self.summary.count_many("deliveries", count as u64);
+                    }
+                    ReplayStep::Live => {
+                        self.summary.count("sessions caught up");
+                        self.summary.count("deliveries");
+                    }
+                    ReplayStep::Expired(why) => {
+                        expired.push((*device, why));
+                        break;
+                    }
+                }
+            }
+        }
+        for (device, why) in expired {
+            self.cursor_expired(device, why);
+        }
+    }
+
+    /// The session is caught up by sequences, and waits until it may get cursors.
+    fn cursor_expired(&mut self, device: Device, why: CursorExpired) {
+        self.summary.count(match why {
+            CursorExpired::TooOld => "cursors too old",
+            CursorExpired::Overtaken => "cursors overtaken",
+            _ => "cursors of another log",
+        });
+        let Some(client) = self.clients.get_mut(&device) else { return };
+        let returning = self.returning.entry(device).or_default();
+        (returning.base, returning.cursor) = (client.ends, None);
+        let node = self.nodes.iter().flatten().find(|node| node.life() == client.life);
+        let reader = node.map(|node| node.replay(client.slot, device, None));
+        let runtime = &self.runtime;
+        let former = client.returning.take();
+        client.returning = reader.map(|reader| {
+            let mut session = ReturningSession::new(reader, runtime);
+            session.holds_as(former);
+            session
+        });
     }
 
     /// A client is not connected any more.
@@ -442,7 +539,21 @@ impl Cluster {
         let life = node.life();
         // The old connection is dead; its node finds out when it reads the new beginning.
         self.remove(device);
-        let client = ClusterClient { life, slot, ends: self.logs.ends(), got: Default::default() };
+        let ends = self.logs.ends();
+        // The first device of each user keeps no cursor.
+        let returning = (self.weather.has_cursors && device.1 > 0).then(|| {
+            let returning = self.returning.entry(device).or_default();
+            if returning.cursor.is_none() {
+                returning.base = ends;
+            }
+            returning.cursor.clone()
+        });
+        let node = self.nodes[number].as_ref();
+        let returning = node.zip(returning).map(|(node, cursor)| {
+            let reader = node.replay(slot, device, cursor);
+            ReturningSession::new(reader, &self.runtime)
+        });
+        let client = ClusterClient { life, slot, ends, got: Default::default(), returning };
         self.clients.insert(device, client);
         self.did("sessions", number, u64::from(slot));
     }
@@ -572,6 +683,9 @@ impl Cluster {
                 }
                 self.manage(number);
             }
+            if self.weather.has_cursors {
+                self.drive_replays(100);
+            }
             let rests = self.nodes.iter().flatten().all(|node| node.rests(&self.logs));
             let is_quiet = rests && self.summary.counts.get("deliveries").copied() == before;
             quiet = if is_quiet { quiet + 1 } else { 0 };
@@ -591,6 +705,8 @@ impl Cluster {
             }
         }
         for (device, client) in &self.clients {
+            let is_live = client.returning.as_ref().is_none_or(ReturningSession::is_live);
+            assert!(is_live, "{device:?} still waits for its replay");
             let missed = client.check(*device, &self.logs);
             if missed == [None; PARTITIONS] {
                 continue;

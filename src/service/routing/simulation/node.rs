@@ -12,12 +12,14 @@ use std::time::Duration;
 use prost::Message as _;
 
 use super::logs::{Commit, HAND_OFF_PARTITIONS, Logs, PARTITIONS, StoredHandOff, TOPIC};
-use super::manager::{EpochWatch, SimulatedManager};
+use super::logs::{Device, user_name};
+use super::manager::{EpochWatch, SimulatedManager, address};
 use super::members::{ConversationsService, membership};
 use super::queues::{OwnedPartition, RoutedCells, SessionsQueue, SimulatedSink, positions};
 use super::stalls::Stall;
 use super::weather::{FOREVER_MS, Weather};
 use crate::domain::command::{ShardCommand, ShardReport};
+use crate::domain::cursor::{Cursor, RoutedPositions};
 use crate::domain::encoding::Encoding;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::MissedEvents;
@@ -36,12 +38,13 @@ use crate::service::events::proto::message::v1::MessageSentEvent;
 use crate::service::events::proto::shared::v1::EventEnvelope;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
+use crate::service::routing::replays::{ReplayReader, TailReplays as _};
 use crate::service::routing::router::Ownership;
 use crate::service::routing::router::holding::HandOffInboxes;
 use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::{
-    Assignment, CommittableOffset, CommittableTable, Router, RouterConfig, RouterControl,
-    RouterCounters, RouterParts, TailFill, TopicPartition,
+    Assignment, CommittableOffset, CommittableTable, GroupReplays, ReplayChunkMax, Router,
+    RouterConfig, RouterControl, RouterCounters, RouterParts, TailFill, TopicPartition,
 };
 
 /// Changes of sessions that may wait besides.
@@ -88,6 +91,8 @@ pub(super) struct SimulatedNode {
     hand_off_partition: usize,
     hand_offs_read: usize,
     delivered: Vec<(u32, usize, i64)>,
+    shard_positions: RoutedPositions,
+    replays: GroupReplays,
     pub(super) stall: Stall,
 }
 
@@ -136,6 +141,7 @@ impl SimulatedNode {
             sink: Arc::clone(&sink) as Arc<dyn HandOffSink>,
             missed: Arc::clone(&missed) as Arc<dyn MissedEvents>,
             topics: Arc::clone(&topics),
+            answers: Arc::default(),
         };
         let tails = TailBudget::new(weather.tail_bytes, weather.tail_age_ms);
         let router = |_| {
@@ -164,6 +170,9 @@ impl SimulatedNode {
             SimulatedRouter { router, control, shard, counters }
         };
         let routers: Vec<_> = (0..weather.routers).map(router).collect();
+        let controls = routers.iter().map(|it| it.control.clone()).collect();
+        let max = ReplayChunkMax { records: 8, bytes: 2_000 };
+        let replays = GroupReplays::new(controls, cluster.clone(), max);
         let missed_by_all = Arc::clone(&missed);
         let losses = Arc::<AtomicU64>::default();
         let all_missed = Arc::clone(&losses);
@@ -227,6 +236,8 @@ impl SimulatedNode {
             hand_off_partition,
             hand_offs_read: logs.hand_offs[hand_off_partition].end(),
             delivered: Vec::new(),
+            shard_positions: RoutedPositions::default(),
+            replays,
             stall: Stall::default(),
         };
         node.read_sessions(logs, usize::MAX);
@@ -263,6 +274,7 @@ impl SimulatedNode {
     /// One turn of the routers, and of the shard.
     pub(super) fn turn(&mut self, now_ms: u64) {
         (0..self.routers.len()).for_each(|number| self.turn_router(number, now_ms));
+        self.turn_shards();
     }
 
     /// One turn of one router, chosen by a number.
@@ -270,13 +282,42 @@ impl SimulatedNode {
         let routers = self.routers.len();
         if let Some(router) = self.routers.get_mut(number % routers) {
             assert!(matches!(router.router.turn(now_ms), ControlFlow::Continue(_)));
-            Self::take_commands(&mut self.delivered, &mut router.shard);
         }
     }
 
-    fn take_commands(delivered: &mut Vec<(u32, usize, i64)>, shard: &mut ShardEnd) {
+    /// The shard takes what the routers have pushed.
+    pub(super) fn turn_shards(&mut self) {
+        for router in &mut self.routers {
+            Self::take_commands(&mut self.delivered, &mut self.shard_positions, &mut router.shard);
+        }
+    }
+
+    /// A cursor for the live sessions. `None`: nothing is known to be routed.
+    pub(super) fn cursor(&self) -> Option<Cursor> {
+        self.shard_positions.cursor()
+    }
+
+    /// What a session has missed since a cursor.
+    pub(super) fn replay(&self, slot: u32, device: Device, since: Option<Cursor>) -> ReplayReader {
+        self.replays.replay(address(slot), user_name(device.0).into(), since)
+    }
+
+    fn take_commands(
+        delivered: &mut Vec<(u32, usize, i64)>,
+        positions: &mut RoutedPositions,
+        shard: &mut ShardEnd,
+    ) {
         while let Some(command) = shard.commands.pop() {
-            let ShardCommand::Deliver { event, recipients, ticket, .. } = command else { continue };
+            let (event, recipients, ticket) = match command {
+                ShardCommand::Deliver { event, recipients, ticket, .. } => {
+                    (event, recipients, ticket)
+                }
+                ShardCommand::Routed { positions: newer } => {
+                    positions.update(&newer);
+                    continue;
+                }
+                _ => continue,
+            };
             let frame = event.frame(Encoding::Binary).expect("encoded for its recipients");
             // A short frame has a header of two bytes, a longer one of four.
             let value = if frame[1] < 126 { &frame[2..] } else { &frame[4..] };

@@ -31,6 +31,8 @@ fn kind(header: &HandOffHeader) -> &'static str {
         Some(Content::Replay(_)) => "hand-offs, replay",
         Some(Content::Gap(_)) => "hand-offs, gap",
         Some(Content::Passed(_)) => "hand-offs, passed",
+        Some(Content::ReplayRequest(_)) => "hand-offs, replay request",
+        Some(Content::ReplayAnswer(_)) => "hand-offs, replay answer",
         Some(Content::Missed(users)) if users.ids.is_empty() => "hand-offs, missed by all",
         Some(Content::Missed(_)) => "hand-offs, missed",
         Some(Content::MissedRange(_)) => "hand-offs, missed range",
@@ -105,6 +107,7 @@ pub(super) fn positions(cells: &RoutedCells) -> TopicPositions {
         next: next.load(Ordering::Acquire),
         generation: *generation,
         parked: Vec::new(),
+        check: 0,
     });
     TopicPositions { topic: TOPIC.into(), partitions: partitions.collect() }
 }

@@ -8,10 +8,12 @@ fn seed_decides_everything() {
 }
 
 /// What has to happen in a short run already, so that the checks are not idle.
-const KINDS: [&str; 39] = [
+const KINDS: [&str; 45] = [
     "acknowledgements lost",
     "audience_evictions",
     "audience_look_ups",
+    "cursors",
+    "cursors too old",
     "deliveries",
     "epochs that ended: lost",
     "epochs that ended: replaced",
@@ -27,6 +29,8 @@ const KINDS: [&str; 39] = [
     "hand-offs, missed range",
     "hand-offs, passed",
     "hand-offs, replay",
+    "hand-offs, replay answer",
+    "hand-offs, replay request",
     "losses of all sessions of a node",
     "nodes killed",
     "nodes stalled",
@@ -40,8 +44,10 @@ const KINDS: [&str; 39] = [
     "partitions lost by a stalled node",
     "partitions released",
     "positions lost",
+    "records replayed from cursors",
     "replays",
     "sessions",
+    "sessions caught up",
     "sessions replaced on another node",
     "sessions that missed events",
     "sessions that missed events, with all",

@@ -44,6 +44,8 @@ pub(super) struct Weather {
     pub(super) expires_events: bool,
     /// Whether nodes die and move partitions at all.
     pub(super) is_calm: bool,
+    /// Whether some clients keep a cursor.
+    pub(super) has_cursors: bool,
 }
 
 /// Longer than any run.
@@ -55,6 +57,7 @@ impl Weather {
         let tail_age_ms = one(&[FOREVER_MS, FOREVER_MS, 60_000, 20_000]);
         let tail_bytes = one(&[u64::MAX, u64::MAX, 100_000]);
         let step_ms = one(&[10, 40, 120, 400]);
+        let hand_off_bytes_max = one(&[u64::MAX, u64::MAX, u64::MAX, 400, 130]) as usize;
         Self {
             step_ms,
             acts: 1 + step_ms as usize / 100 * one(&[1, 2]) as usize,
@@ -65,7 +68,7 @@ impl Weather {
             compaction_lag_ms: if tail_age_ms == FOREVER_MS { FOREVER_MS } else { 2 * tail_age_ms },
             tail_age_ms,
             tail_bytes,
-            hand_off_bytes_max: one(&[u64::MAX, u64::MAX, u64::MAX, 400, 130]) as usize,
+            hand_off_bytes_max,
             routers: one(&[1, 2, 3]) as usize,
             has_service: one(&[0, 1]) == 1,
             forgets_members: one(&[0, 40, 10]) as usize,
@@ -76,6 +79,8 @@ impl Weather {
             large_members: one(&[1, 1, u64::MAX]) as usize,
             audience_bytes_max: one(&[128 << 20, 8_000]) as usize,
             beginnings_max: one(&[65_536, 4, 1]) as usize,
+            // Their requests are larger than the smallest bounds.
+            has_cursors: one(&[0, 1, 1]) == 1 && hand_off_bytes_max == usize::MAX,
         }
     }
 

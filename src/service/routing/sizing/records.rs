@@ -79,6 +79,7 @@ fn positions(partitions: f64) -> Vec<TopicPositions> {
         next: OFFSET,
         generation: TIME_MS,
         parked: Vec::new(),
+        check: 0,
     };
     let partitions = vec![position; partitions.ceil() as usize];
     vec![TopicPositions { topic: TOPIC.into(), partitions }]
@@ -97,6 +98,7 @@ pub(super) fn lease(partitions: f64) -> f64 {
         since: OFFSET,
         process: EPOCH,
         number: 1,
+        answers_replays: true,
     };
     record_bytes(Some(key("", "")), Some(lease.encoded_len()), &[]) as f64
 }
@@ -161,7 +163,7 @@ mod tests {
     #[test]
     fn sizes_are_those_of_the_documents() {
         assert_eq!([begun(), ended()], [86.0, 74.0]);
-        assert_eq!([lease(0.0), lease(1.0), lease(4.0)], [140.0, 159.0, 216.0]);
+        assert_eq!([lease(0.0), lease(1.0), lease(4.0)], [142.0, 161.0, 218.0]);
         let hand_offs = [1.0, 2.0, 2.5, 100.0].map(|users| live(400, users));
         assert_eq!(hand_offs, [563.0, 601.0, 620.0, 4_326.0]);
         assert_eq!([source(400), replay(400), passed(4.0)], [445.0, 527.0, 190.0]);

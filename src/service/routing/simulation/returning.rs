@@ -1,0 +1,119 @@
+//! Clients of the simulated cluster that keep a cursor, and the promise: *everything for this user before these positions of
+//! the log was sent to the sessions of this client before this cursor*.
+
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+
+use super::logs::{Device, Logs, PARTITIONS, TOPIC};
+use crate::domain::cursor::{Cursor, CursorExpired, TopicId};
+use crate::service::routing::replays::{ReplayReader, ReplayedChunk};
+
+/// What a client has, over all its sessions.
+#[derive(Debug, Default)]
+pub(super) struct ReturningClient {
+    /// The last cursor. `None`: the next session begins without.
+    pub(super) cursor: Option<Cursor>,
+    /// From here on the client has everything below its cursor: the ends of the partitions at the 101 of the first session, or
+    /// of the one whose cursor had expired.
+    pub(super) base: [i64; PARTITIONS],
+    pub(super) had: [BTreeSet<i64>; PARTITIONS],
+}
+
+/// A session of such a client.
+pub(super) struct ReturningSession {
+    /// `None`: it is complete, and the session is live.
+    replay: Option<Receiver<ReplayedChunk>>,
+    /// Live events, until then.
+    held: Vec<(usize, i64)>,
+    /// The last record of each partition that was replayed.
+    replayed_to: [i64; PARTITIONS],
+}
+
+/// What a step of a session has brought.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum ReplayStep {
+    Waits,
+    Records(usize),
+    Live,
+    Expired(CursorExpired),
+}
+
+impl ReturningSession {
+    /// Reads the replay in a task of this runtime.
+    pub(super) fn new(mut reader: ReplayReader, runtime: &tokio::runtime::Runtime) -> Self {
+        let (sender, replay) = sync_channel(1_000);
+        runtime.spawn(async move {
+            loop {
+                let chunk = reader.next().await;
+                let is_last = !matches!(chunk, Ok(Some(_)));
+                // The session may have ended.
+                if sender.send(chunk).is_err() || is_last {
+                    return;
+                }
+            }
+        });
+        Self { replay: Some(replay), held: Vec::new(), replayed_to: [-1; PARTITIONS] }
+    }
+
+    /// The session has held events during another replay.
+    pub(super) fn holds_as(&mut self, former: Option<Self>) {
+        self.held = former.map(|former| former.held).unwrap_or_default();
+    }
+
+    pub(super) fn is_live(&self) -> bool {
+        self.replay.is_none()
+    }
+
+    /// A live event has come.
+    pub(super) fn got(&mut self, client: &mut ReturningClient, partition: usize, offset: i64) {
+        match self.replay {
+            Some(_) => self.held.push((partition, offset)),
+            None => drop(client.had[partition].insert(offset)),
+        }
+    }
+
+    /// Takes the next chunk, if it is there.
+    pub(super) fn step(&mut self, client: &mut ReturningClient) -> ReplayStep {
+        let Some(replay) = &self.replay else { return ReplayStep::Waits };
+        match replay.try_recv() {
+            Err(TryRecvError::Empty) => ReplayStep::Waits,
+            Err(TryRecvError::Disconnected) => panic!("a replay ended without an answer"),
+            Ok(Ok(Some(records))) => {
+                for record in &records {
+                    let partition = record.partition as usize;
+                    let before = std::mem::replace(&mut self.replayed_to[partition], record.offset);
+                    assert!(before < record.offset, "replayed {} after {before}", record.offset);
+                    client.had[partition].insert(record.offset);
+                }
+                ReplayStep::Records(records.len())
+            }
+            Ok(Ok(None)) => {
+                self.replay = None;
+                for (partition, offset) in self.held.drain(..) {
+                    client.had[partition].insert(offset);
+                }
+                ReplayStep::Live
+            }
+            Ok(Err(why)) => ReplayStep::Expired(why),
+        }
+    }
+}
+
+impl ReturningClient {
+    /// The client gets this cursor.
+    pub(super) fn check(&self, cursor: &Cursor, (user, device): Device, logs: &Logs) {
+        for partition in 0..PARTITIONS {
+            let Some(position) = cursor.get(TopicId::of(TOPIC), partition as u32) else { continue };
+            let needed = logs.concerned(partition, self.base[partition], user);
+            let below = needed.iter().take_while(|offset| **offset < position.next);
+            let missed: Vec<_> =
+                below.filter(|offset| !self.had[partition].contains(offset)).collect();
+            assert!(
+                missed.is_empty(),
+                "user {user}, device {device}: the cursor {} of partition {partition} covers {missed:?}, which the \
+                 client has not got",
+                position.next
+            );
+        }
+    }
+}

@@ -19,13 +19,13 @@ use crate::service::routing::router::WARNING_INTERVAL;
 use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LanePosition;
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterReason, DeadLetterSink};
-use crate::service::routing::router::holding::ShardPositions;
 use crate::service::routing::router::in_flight::{InFlight, LaneKey, RecordId, ReturnedTicket};
 use crate::service::routing::router::lane::Blocked;
 use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
+use crate::service::routing::router::shard_positions::ShardPositions;
 use crate::service::routing::router::{RouterConfig, RouterCounters};
 
 /// Result of routing a record.

@@ -3,7 +3,6 @@
 //! Hand-offs of one source partition go to the router that would own its lane, in the order of the log. So
 //! the holder's state of a partition has one user, whichever role the node has.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::TrySendError;
@@ -22,7 +21,6 @@ use crate::service::cluster::wire::{AnsweredRange, HandOffHeader, Passed, TopicP
 use crate::service::events::envelope;
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::core::RouterCore;
-use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::parked_offsets;
 
 /// What the reader of the hand-off topic passes to a router.
@@ -30,46 +28,6 @@ pub(super) enum HandOffInput {
     Record(IncomingHandOff),
     /// Every hand-off below this offset of the node's partition was passed before.
     ReadTo(i64),
-}
-
-/// The positions that a router gives the shards: those of its lanes, and in group mode those that other owners have
-/// passed.
-#[derive(Debug, Default)]
-pub(super) struct ShardPositions {
-    /// What the shards have got last.
-    told: BTreeMap<(TopicId, u32), LogPosition>,
-    /// What they are to get.
-    next: BTreeMap<(TopicId, u32), LogPosition>,
-    /// A shard has missed something.
-    is_owed: bool,
-}
-
-impl ShardPositions {
-    /// Everything below this position was given to the shards. `is_for_all`: also what concerns the sessions that may get
-    /// cursors and began last. If not, the position counts only if it is lower than the last one: another owner may have been
-    /// ahead of this one.
-    pub(super) fn passed(&mut self, position: LogPosition, is_for_all: bool) {
-        let key = (position.topic, position.partition);
-        let last = self.next.get(&key).or(self.told.get(&key));
-        if is_for_all || last.is_some_and(|last| position.next < last.next) {
-            self.next.insert(key, position);
-        }
-    }
-
-    /// Gives the shards what has changed. Returns whether all of them have everything.
-    pub(super) fn tell(&mut self, links: &mut RouterLinks) -> bool {
-        let mut changed = Vec::new();
-        for (key, position) in std::mem::take(&mut self.next) {
-            if self.told.insert(key, position) != Some(position) {
-                changed.push(position);
-            }
-        }
-        if self.is_owed {
-            changed = self.told.values().copied().collect();
-        }
-        self.is_owed = !changed.is_empty() && !links.tell_routed(&changed);
-        !self.is_owed
-    }
 }
 
 /// How far the node's partition was read, for a router that is told through its queue of hand-offs. Only one

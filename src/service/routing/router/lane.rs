@@ -4,14 +4,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
 
 use crate::domain::ids::ShardId;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::claim::{LaneClaim, Ownership};
 use crate::service::routing::router::in_flight::LaneKey;
-use crate::service::routing::router::lane_tail::LaneTail;
+use crate::service::routing::router::lane_tail::{LaneTail, TailFill};
 use crate::service::routing::router::parked::ParkedRecords;
 use crate::service::routing::router::partition::{CommittableOffset, TopicPartition};
 use crate::service::routing::router::record::{RawRecord, RecordSource, WaitingRecord};
@@ -30,23 +29,6 @@ pub struct Assignment {
     pub committable: Arc<CommittableOffset>,
     /// The ownership, if hand-offs go through the log.
     pub ownership: Option<Ownership>,
-}
-
-/// How the tail of a partition is filled.
-#[derive(Clone, Debug)]
-pub struct TailFill {
-    /// The first offset of the source, at most the first one to route: the records between the two only fill the
-    /// tail.
-    pub from: i64,
-    /// Whether that is done. Written by the router.
-    pub filled: Arc<AtomicBool>,
-}
-
-impl TailFill {
-    /// A tail that is to be filled from this offset on.
-    pub fn new(from: i64) -> Self {
-        Self { from, filled: Arc::default() }
-    }
 }
 
 impl std::fmt::Debug for Assignment {

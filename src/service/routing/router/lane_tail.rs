@@ -5,9 +5,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::domain::cursor::TopicId;
 use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailRecord};
-use crate::service::routing::router::lane::TailFill;
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
+
+/// How the tail of a partition is filled.
+#[derive(Clone, Debug)]
+pub struct TailFill {
+    /// The first offset of the source, at most the first one to route: the records between the two only fill the
+    /// tail.
+    pub from: i64,
+    /// Whether that is done. Written by the router.
+    pub filled: Arc<AtomicBool>,
+}
+
+impl TailFill {
+    /// A tail that is to be filled from this offset on.
+    pub fn new(from: i64) -> Self {
+        Self { from, filled: Arc::default() }
+    }
+}
 
 /// The tail of a lane.
 pub(super) struct LaneTail {

@@ -30,9 +30,12 @@ mod parked;
 mod partition;
 mod record;
 mod replay;
+mod replay_pass;
+mod replay_requests;
 mod replays_elsewhere;
 mod replays_here;
 mod returning;
+mod shard_positions;
 mod thread;
 mod turn;
 
@@ -61,14 +64,15 @@ use crate::service::routing::router::returning::ReplayInput;
 
 pub use crate::service::routing::router::answers::ReplayAnswers;
 pub use crate::service::routing::router::claim::Ownership;
-pub use crate::service::routing::router::lane::{Assignment, TailFill};
+pub use crate::service::routing::router::lane::Assignment;
+pub use crate::service::routing::router::lane_tail::TailFill;
 pub use crate::service::routing::router::partition::{
     CommittableOffset, CommittableTable, TopicPartition,
 };
 pub use crate::service::routing::router::record::{RawRecord, RecordSource};
+pub use crate::service::routing::router::replay_requests::ReplayChunkMax;
 pub use crate::service::routing::router::replays_elsewhere::GroupReplays;
 pub use crate::service::routing::router::replays_here::RouterReplays;
-pub use crate::service::routing::router::returning::ReplayChunkMax;
 pub use crate::service::routing::router::thread::Router;
 
 /// Memory of one record in flight besides its event, bytes. Twice the entries, because the tables

@@ -44,7 +44,8 @@ use crate::service::routing::replays::{
 };
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::owner::ClusterParts;
-use crate::service::routing::router::returning::{AnswerTo, ReplayChunkMax, ReplayInput};
+use crate::service::routing::router::replay_requests::{AnswerTo, ReplayChunkMax};
+use crate::service::routing::router::returning::ReplayInput;
 
 /// How long an answer is waited for.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);

@@ -14,9 +14,10 @@ use crate::service::routing::replays::{
     PendingChunk, ReplayChunks, ReplayReader, ReplayedChunk, TailReplays,
 };
 use crate::service::routing::router::RouterControl;
-use crate::service::routing::router::returning::{
-    CheckedLanes, PulledRecords, ReplayChunkMax, ReplayInput, ReplayRange, Verified,
+use crate::service::routing::router::replay_requests::{
+    PulledRecords, ReplayChunkMax, ReplayRange,
 };
+use crate::service::routing::router::returning::{CheckedLanes, ReplayInput, Verified};
 
 /// How long a replay waits for a partition of its cursor that no router has: it may be between two readers.
 const ASSIGNED_WAIT: Duration = Duration::from_secs(5);

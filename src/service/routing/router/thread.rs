@@ -19,7 +19,7 @@ use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LaneClaim;
 use crate::service::routing::router::core::RouterCore;
-use crate::service::routing::router::holding::{HandOffInput, ReadTo, ShardPositions};
+use crate::service::routing::router::holding::{HandOffInput, ReadTo};
 use crate::service::routing::router::in_flight::{
     InFlight, LaneKey, ReportOutcome, ReturnedTicket,
 };
@@ -29,7 +29,9 @@ use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::{Intake, OwnedRecord, WaitingRecord};
-use crate::service::routing::router::returning::{AnswerTo, ReplayInput, Returning};
+use crate::service::routing::router::replay_requests::AnswerTo;
+use crate::service::routing::router::returning::{ReplayInput, Returning};
+use crate::service::routing::router::shard_positions::ShardPositions;
 use crate::service::routing::router::{
     ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
 };

@@ -30,9 +30,8 @@ use self::clients::ClusterClient;
 use self::logs::{Commit, Device, Logs, PARTITIONS};
 use self::manager::ClosedSession;
 use self::node::SimulatedNode;
-use self::returning::{ReplayStep, ReturningClient, ReturningSession};
+use self::returning::{CursorKeeper, ReturningSession};
 use self::weather::Weather;
-use crate::domain::cursor::{Cursor, CursorExpired};
 use crate::service::cluster::nodes::EpochEnd;
 
 /// Nodes of a cluster.
@@ -85,7 +84,7 @@ struct Cluster {
     assigned: [Option<usize>; PARTITIONS],
     clients: BTreeMap<Device, ClusterClient>,
     /// The clients that keep a cursor.
-    returning: BTreeMap<Device, ReturningClient>,
+    returning: BTreeMap<Device, CursorKeeper>,
     runtime: tokio::runtime::Runtime,
     /// Processes started.
     lives: u64,
@@ -437,77 +436,6 @@ impl Cluster {
         if let Some(cursor) = cursor {
             self.send_cursor(life, &cursor);
         }
-    }
-
-    /// The live sessions of a node get a cursor.
-    fn send_cursor(&mut self, life: u64, cursor: &Cursor) {
-        let mut sent = 0;
-        for (device, client) in self.clients.iter().filter(|(_, it)| it.life == life) {
-            if client.returning.as_ref().is_some_and(ReturningSession::is_live) {
-                let returning = self.returning.entry(*device).or_default();
-                returning.check(cursor, *device, &self.logs);
-                returning.cursor = Some(cursor.clone());
-                sent += 1;
-            }
-        }
-        self.summary.count_many("cursors", sent);
-    }
-
-    /// Time passes for the replays, and the clients take what is there.
-    fn drive_replays(&mut self, for_ms: u64) {
-        self.runtime.block_on(async {
-            tokio::time::advance(std::time::Duration::from_millis(for_ms)).await;
-            for _ in 0..8 {
-                tokio::task::yield_now().await;
-            }
-        });
-        let mut expired = Vec::new();
-        for (device, client) in &mut self.clients {
-            let Some(session) = &mut client.returning else { continue };
-            let returning = self.returning.entry(*device).or_default();
-            loop {
-                match session.step(returning) {
-                    ReplayStep::Waits => break,
-                    ReplayStep::Records(count) => {
-                        self.summary.count_many("records replayed from cursors", count as u64);
-                        // The clients wait for them.
-                        self.summary.count_many("deliveries", count as u64);
-                    }
-                    ReplayStep::Live => {
-                        self.summary.count("sessions caught up");
-                        self.summary.count("deliveries");
-                    }
-                    ReplayStep::Expired(why) => {
-                        expired.push((*device, why));
-                        break;
-                    }
-                }
-            }
-        }
-        for (device, why) in expired {
-            self.cursor_expired(device, why);
-        }
-    }
-
-    /// The session is caught up by sequences, and waits until it may get cursors.
-    fn cursor_expired(&mut self, device: Device, why: CursorExpired) {
-        self.summary.count(match why {
-            CursorExpired::TooOld => "cursors too old",
-            CursorExpired::Overtaken => "cursors overtaken",
-            _ => "cursors of another log",
-        });
-        let Some(client) = self.clients.get_mut(&device) else { return };
-        let returning = self.returning.entry(device).or_default();
-        (returning.base, returning.cursor) = (client.ends, None);
-        let node = self.nodes.iter().flatten().find(|node| node.life() == client.life);
-        let reader = node.map(|node| node.replay(client.slot, device, None));
-        let runtime = &self.runtime;
-        let former = client.returning.take();
-        client.returning = reader.map(|reader| {
-            let mut session = ReturningSession::new(reader, runtime);
-            session.holds_as(former);
-            session
-        });
     }
 
     /// A client is not connected any more.

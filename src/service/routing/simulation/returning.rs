@@ -4,13 +4,14 @@
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 
+use super::Cluster;
 use super::logs::{Device, Logs, PARTITIONS, TOPIC};
 use crate::domain::cursor::{Cursor, CursorExpired, TopicId};
 use crate::service::routing::replays::{ReplayReader, ReplayedChunk};
 
 /// What a client has, over all its sessions.
 #[derive(Debug, Default)]
-pub(super) struct ReturningClient {
+pub(super) struct CursorKeeper {
     /// The last cursor. `None`: the next session begins without.
     pub(super) cursor: Option<Cursor>,
     /// From here on the client has everything below its cursor: the ends of the partitions at the 101 of the first session, or
@@ -65,7 +66,7 @@ impl ReturningSession {
     }
 
     /// A live event has come.
-    pub(super) fn got(&mut self, client: &mut ReturningClient, partition: usize, offset: i64) {
+    pub(super) fn got(&mut self, client: &mut CursorKeeper, partition: usize, offset: i64) {
         match self.replay {
             Some(_) => self.held.push((partition, offset)),
             None => drop(client.had[partition].insert(offset)),
@@ -73,7 +74,7 @@ impl ReturningSession {
     }
 
     /// Takes the next chunk, if it is there.
-    pub(super) fn step(&mut self, client: &mut ReturningClient) -> ReplayStep {
+    pub(super) fn step(&mut self, client: &mut CursorKeeper) -> ReplayStep {
         let Some(replay) = &self.replay else { return ReplayStep::Waits };
         match replay.try_recv() {
             Err(TryRecvError::Empty) => ReplayStep::Waits,
@@ -99,7 +100,7 @@ impl ReturningSession {
     }
 }
 
-impl ReturningClient {
+impl CursorKeeper {
     /// The client gets this cursor.
     pub(super) fn check(&self, cursor: &Cursor, (user, device): Device, logs: &Logs) {
         for partition in 0..PARTITIONS {
@@ -115,5 +116,78 @@ impl ReturningClient {
                 position.next
             );
         }
+    }
+}
+
+impl Cluster {
+    /// The live sessions of a node get a cursor.
+    pub(super) fn send_cursor(&mut self, life: u64, cursor: &Cursor) {
+        let mut sent = 0;
+        for (device, client) in self.clients.iter().filter(|(_, it)| it.life == life) {
+            if client.returning.as_ref().is_some_and(ReturningSession::is_live) {
+                let returning = self.returning.entry(*device).or_default();
+                returning.check(cursor, *device, &self.logs);
+                returning.cursor = Some(cursor.clone());
+                sent += 1;
+            }
+        }
+        self.summary.count_many("cursors", sent);
+    }
+
+    /// Time passes for the replays, and the clients take what is there.
+    pub(super) fn drive_replays(&mut self, for_ms: u64) {
+        self.runtime.block_on(async {
+            tokio::time::advance(std::time::Duration::from_millis(for_ms)).await;
+            for _ in 0..8 {
+                tokio::task::yield_now().await;
+            }
+        });
+        let mut expired = Vec::new();
+        for (device, client) in &mut self.clients {
+            let Some(session) = &mut client.returning else { continue };
+            let returning = self.returning.entry(*device).or_default();
+            loop {
+                match session.step(returning) {
+                    ReplayStep::Waits => break,
+                    ReplayStep::Records(count) => {
+                        self.summary.count_many("records replayed from cursors", count as u64);
+                        // The clients wait for them.
+                        self.summary.count_many("deliveries", count as u64);
+                    }
+                    ReplayStep::Live => {
+                        self.summary.count("sessions caught up");
+                        self.summary.count("deliveries");
+                    }
+                    ReplayStep::Expired(why) => {
+                        expired.push((*device, why));
+                        break;
+                    }
+                }
+            }
+        }
+        for (device, why) in expired {
+            self.cursor_expired(device, why);
+        }
+    }
+
+    /// The session is caught up by sequences, and waits until it may get cursors.
+    fn cursor_expired(&mut self, device: Device, why: CursorExpired) {
+        self.summary.count(match why {
+            CursorExpired::TooOld => "cursors too old",
+            CursorExpired::Overtaken => "cursors overtaken",
+            _ => "cursors of another log",
+        });
+        let Some(client) = self.clients.get_mut(&device) else { return };
+        let returning = self.returning.entry(device).or_default();
+        (returning.base, returning.cursor) = (client.ends, None);
+        let node = self.nodes.iter().flatten().find(|node| node.life() == client.life);
+        let reader = node.map(|node| node.replay(client.slot, device, None));
+        let runtime = &self.runtime;
+        let former = client.returning.take();
+        client.returning = reader.map(|reader| {
+            let mut session = ReturningSession::new(reader, runtime);
+            session.holds_as(former);
+            session
+        });
     }
 }

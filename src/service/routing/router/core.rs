@@ -24,7 +24,7 @@ use crate::service::routing::router::lane::Blocked;
 use crate::service::routing::router::links::RouterLinks;
 use crate::service::routing::router::owner::OwnerSide;
 use crate::service::routing::router::partition::TopicPartition;
-use crate::service::routing::router::record::RawRecord;
+use crate::service::routing::router::record::{RawRecord, named_conversation};
 use crate::service::routing::router::shard_positions::ShardPositions;
 use crate::service::routing::router::{RouterConfig, RouterCounters};
 
@@ -143,15 +143,6 @@ impl EventAudience<'_> {
             Self::Named(users) => TailAudience { members: users.iter().collect(), other: None },
         }
     }
-}
-
-/// The conversation that a record names, or its key.
-pub(super) fn named_conversation<'a>(
-    record: &DecodedEvent<'a>,
-    raw: RawRecord<'a>,
-) -> Option<&'a str> {
-    let key = raw.key.and_then(|key| std::str::from_utf8(key).ok());
-    record.conversation().or(key.filter(|key| !key.is_empty()))
 }
 
 impl RouterCore {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::service::events::envelope::DecodedEvent;
 use crate::service::routing::router::in_flight::RecordId;
 
 /// One record of a partition, borrowed from its source.
@@ -20,6 +21,15 @@ pub struct RawRecord<'a> {
     pub value: &'a [u8],
     /// The header `traceparent`, if tracing is on.
     pub traceparent: Option<&'a str>,
+}
+
+/// The conversation that a record names, or its key.
+pub(super) fn named_conversation<'a>(
+    record: &DecodedEvent<'a>,
+    raw: RawRecord<'a>,
+) -> Option<&'a str> {
+    let key = raw.key.and_then(|key| std::str::from_utf8(key).ok());
+    record.conversation().or(key.filter(|key| !key.is_empty()))
 }
 
 /// The records of one partition. Owned by one router.

@@ -356,6 +356,26 @@ fn check(lanes: &Slab<Lane>, since: &Cursor) -> Result<Checked, CursorExpired> {
     })
 }
 
+impl RouterCore {
+    /// Gives the shards the positions that have moved, behind the records below them. Returns whether all of them have
+    /// everything.
+    pub(super) fn tell_routed(&mut self, lanes: &Slab<Lane>, handed_to: i64) -> bool {
+        let Self { owner, positions, links, .. } = self;
+        let holder = owner.as_ref().map(|owner| owner.holder());
+        for (_, lane) in lanes {
+            let Some(position) = lane.position() else { continue };
+            let claim = lane.partition.as_ref().and_then(|it| it.claim.as_ref());
+            let is_for_all = claim.zip(holder.as_ref()).is_none_or(|(claim, holder)| {
+                // What the former owner has handed over to this node is delivered.
+                claim.has_barrier_behind(handed_to) && holder.is_known_to_all(claim.applied)
+            });
+            positions.passed(position, is_for_all);
+        }
+        drop(holder);
+        positions.tell(links)
+    }
+}
+
 impl Lane {
     /// The position of the lane for cursors: everything below it was given to all shards. `None`: not known yet, or this
     /// node keeps no tails.

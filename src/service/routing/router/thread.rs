@@ -31,7 +31,6 @@ use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::{Intake, OwnedRecord, WaitingRecord};
 use crate::service::routing::router::replay_requests::AnswerTo;
 use crate::service::routing::router::returning::{ReplayInput, Returning};
-use crate::service::routing::router::shard_positions::ShardPositions;
 use crate::service::routing::router::{
     ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
 };
@@ -109,7 +108,7 @@ impl Router {
             returned: returned_sender,
             bell: parts.bell,
             warned: None,
-            positions: ShardPositions::default(),
+            positions: Default::default(),
             lane_serial: 0,
         };
         let inbox_lanes = (0..INBOX_LANES).map(|_| Lane::new(LaneKey(u64::MAX), None)).collect();
@@ -458,22 +457,8 @@ impl Router {
         if !is_due || self.core.tails.is_none() {
             return;
         }
-        let RouterCore { owner, positions, links, .. } = &mut self.core;
-        {
-            let holder = owner.as_ref().map(|owner| owner.holder());
-            for (_, lane) in &self.lanes {
-                let Some(position) = lane.position() else { continue };
-                let claim = lane.partition.as_ref().and_then(|it| it.claim.as_ref());
-                let is_for_all = claim.zip(holder.as_ref()).is_none_or(|(claim, holder)| {
-                    // What the former owner has handed over to this node is delivered.
-                    claim.has_barrier_behind(self.handed_to)
-                        && holder.is_known_to_all(claim.applied)
-                });
-                positions.passed(position, is_for_all);
-            }
-        }
-        if positions.tell(links) {
-            self.returning.positions_told(links);
+        if self.core.tell_routed(&self.lanes, self.handed_to) {
+            self.returning.positions_told(&self.core.links);
         }
         self.routed_at_ms = now_ms + ROUTED_INTERVAL_MS;
     }

@@ -7,14 +7,14 @@ use crate::service::cluster::newcomers::WINDOW_MAX;
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::claim::LaneClaim;
-use crate::service::routing::router::core::{
-    Arrival, RouteOutcome, RouterCore, named_conversation,
-};
+use crate::service::routing::router::core::{Arrival, RouteOutcome, RouterCore};
 use crate::service::routing::router::dead_letter::DeadLetterReason;
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
 use crate::service::routing::router::lane::{Blocked, Lane, PartitionLane};
 use crate::service::routing::router::owner::OwnerSide;
-use crate::service::routing::router::record::{Intake, OwnedRecord, RawRecord, WaitingRecord};
+use crate::service::routing::router::record::{
+    Intake, OwnedRecord, RawRecord, WaitingRecord, named_conversation,
+};
 
 impl PartitionLane {
     /// Marks a record done and publishes the committable offset.

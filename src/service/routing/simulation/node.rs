@@ -1,6 +1,7 @@
 //! One node of the simulated cluster: the real router, table, holder and tails around simulated clients.
 
 mod inspection;
+mod shard;
 
 use crate::service::members::beginnings::Beginnings;
 use std::collections::{BTreeMap, VecDeque};
@@ -9,18 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use prost::Message as _;
-
-use super::logs::{Commit, HAND_OFF_PARTITIONS, Logs, PARTITIONS, StoredHandOff, TOPIC};
-use super::logs::{Device, user_name};
+use super::logs::{Commit, HAND_OFF_PARTITIONS, Logs, StoredHandOff, TOPIC};
 use super::manager::{EpochWatch, SimulatedManager, address};
 use super::members::{ConversationsService, membership};
 use super::queues::{OwnedPartition, RoutedCells, SessionsQueue, SimulatedSink, positions};
 use super::stalls::Stall;
 use super::weather::{FOREVER_MS, Weather};
-use crate::domain::command::{ShardCommand, ShardReport};
-use crate::domain::cursor::{Cursor, RoutedPositions};
-use crate::domain::encoding::Encoding;
+use crate::domain::cursor::RoutedPositions;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::announcer::SessionAnnouncer;
@@ -34,11 +30,8 @@ use crate::service::cluster::ports::{
 };
 use crate::service::cluster::table::{SessionTable, TableConfig, TableCounters, TableListener};
 use crate::service::cluster::tail::TailBudget;
-use crate::service::events::proto::message::v1::MessageSentEvent;
-use crate::service::events::proto::shared::v1::EventEnvelope;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
-use crate::service::routing::replays::{ReplayReader, TailReplays as _};
 use crate::service::routing::router::Ownership;
 use crate::service::routing::router::holding::HandOffInboxes;
 use crate::service::routing::router::owner::ClusterParts;
@@ -283,58 +276,6 @@ impl SimulatedNode {
         if let Some(router) = self.routers.get_mut(number % routers) {
             assert!(matches!(router.router.turn(now_ms), ControlFlow::Continue(_)));
         }
-    }
-
-    /// The shard takes what the routers have pushed.
-    pub(super) fn turn_shards(&mut self) {
-        for router in &mut self.routers {
-            Self::take_commands(&mut self.delivered, &mut self.shard_positions, &mut router.shard);
-        }
-    }
-
-    /// A cursor for the live sessions. `None`: nothing is known to be routed.
-    pub(super) fn cursor(&self) -> Option<Cursor> {
-        self.shard_positions.cursor()
-    }
-
-    /// What a session has missed since a cursor.
-    pub(super) fn replay(&self, slot: u32, device: Device, since: Option<Cursor>) -> ReplayReader {
-        self.replays.replay(address(slot), user_name(device.0).into(), since)
-    }
-
-    fn take_commands(
-        delivered: &mut Vec<(u32, usize, i64)>,
-        positions: &mut RoutedPositions,
-        shard: &mut ShardEnd,
-    ) {
-        while let Some(command) = shard.commands.pop() {
-            let (event, recipients, ticket) = match command {
-                ShardCommand::Deliver { event, recipients, ticket, .. } => {
-                    (event, recipients, ticket)
-                }
-                ShardCommand::Routed { positions: newer } => {
-                    positions.update(&newer);
-                    continue;
-                }
-                _ => continue,
-            };
-            let frame = event.frame(Encoding::Binary).expect("encoded for its recipients");
-            // A short frame has a header of two bytes, a longer one of four.
-            let value = if frame[1] < 126 { &frame[2..] } else { &frame[4..] };
-            let envelope = EventEnvelope::decode(value).expect("the value of a record");
-            let event = MessageSentEvent::decode(envelope.payload).expect("a message");
-            let message = event.message.expect("present");
-            let name = message.conversation_id.strip_prefix("conversation-").expect("ours");
-            let conversation: usize = name.parse().expect("a number");
-            for (connection, _) in recipients.iter() {
-                delivered.push((connection.slot, conversation % PARTITIONS, message.sequence));
-            }
-            if let Some(ticket) = ticket {
-                let reported = shard.reports.push(ShardReport::Done { ticket });
-                assert!(matches!(reported, Pushed::Accepted));
-            }
-        }
-        shard.reports.publish();
     }
 
     pub(super) fn take_delivered(&mut self) -> Vec<(u32, usize, i64)> {

@@ -103,6 +103,11 @@ impl Part {
         lists.update(hash, conversation, answered).unwrap_or(AnswerOutcome::Stale)
     }
 
+    /// Whether changes of a conversation were read, so that it exists or has existed.
+    pub(super) fn has_changes(&self, conversation: &str) -> bool {
+        !self.changes.of(conversation).is_empty()
+    }
+
     /// Applies a change. Returns whether it is read for the first time.
     pub(super) fn changed(&mut self, hash: u64, change: ReadChange<'_>, now: Instant) -> bool {
         let ReadChange { conversation, user, added, position } = change;
@@ -243,6 +248,12 @@ impl MemberLists {
     ) -> Option<Members> {
         let (_, part) = self.part(conversation);
         part.read().expect("no holder panics").corrected(conversation, answer, asked)
+    }
+
+    /// See [`RecentChanges::may_have_changed`].
+    pub(super) fn may_have_changed(&self, user: &str) -> bool {
+        let mut parts = self.parts.iter();
+        parts.any(|part| part.read().expect("no holder panics").changes.may_have_changed(user))
     }
 
     /// See [`RecentChanges::of_user`].

@@ -71,12 +71,15 @@ pub(super) enum Inserted {
     Known,
 }
 
+/// The serial and the conversation of a change.
+type OfUser = (u64, Arc<str>);
+
 /// Recent changes, the oldest evicted first.
 #[derive(Debug)]
 pub(super) struct RecentChanges {
     by_conversation: HashMap<Arc<str>, Vec<MemberChange>, DefaultHashBuilder>,
     /// Serials and conversations of the changes of each user.
-    by_user: HashMap<Arc<str>, Vec<(u64, Arc<str>)>, DefaultHashBuilder>,
+    by_user: HashMap<Arc<str>, Vec<OfUser>, DefaultHashBuilder>,
     /// Every change, in the order in which it was read.
     order: VecDeque<(Arc<str>, u64)>,
     changes_max: usize,
@@ -198,6 +201,11 @@ impl RecentChanges {
             let last = of_user.clone().next_back()?;
             of_user.any(is_recent).then(|| (Arc::clone(conversation), last.added))
         })
+    }
+
+    /// Whether this user may have joined or left a conversation since the first change was read.
+    pub(super) fn may_have_changed(&self, user: &str) -> bool {
+        self.evicted_below > 0 || self.by_user.contains_key(user)
     }
 
     /// Whether every change that was read since the request is still here.

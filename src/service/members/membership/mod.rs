@@ -382,6 +382,13 @@ impl Membership {
                 let time = (Instant::now(), now_ms);
                 self.lists.change(key, |hash, part| part.answered((hash, key), id, &members, time))
             }
+            // Its records are older than its end: they go to those who were members then.
+            Err(NeighbourError::NotFound)
+                if self.lists.change(key, |_, part| part.has_changes(key)) =>
+            {
+                let (nobody, time) = (Members::default(), (Instant::now(), now_ms));
+                self.lists.change(key, |hash, part| part.answered((hash, key), id, &nobody, time))
+            }
             Err(NeighbourError::NotFound) => {
                 self.counters.conversations_absent.add(1);
                 self.lists.with(key, |_, state, _| state.absent(id, now_ms + ABSENT_MS));
@@ -503,6 +510,13 @@ impl Membership {
             lately.insert(conversation, added);
         });
         lately
+    }
+
+    /// Whether this user may have joined or left any conversation since the follower began to read. Then the list of a
+    /// record that this node has not routed itself is not certain to be that of its time: its topic and that of the
+    /// change have no common order.
+    pub fn may_have_changed(&self, user: &str) -> bool {
+        self.lists.may_have_changed(user)
     }
 
     fn creations(&self) -> MutexGuard<'_, RecentCreations> {

@@ -29,6 +29,9 @@ use crate::service::routing::kafka::starts::{self, StartRule};
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::TopicPartition;
 
+/// Producers append with their own clocks: so much more is read.
+const CLOCKS_MS: u64 = 60_000;
+
 /// Timeout of one poll.
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
 /// Pause after a failed request.
@@ -147,7 +150,7 @@ impl Follower {
         let bounds = starts::bounds(&self.consumer, &logs, REQUEST_TIMEOUT)?;
         let rules = new.iter().filter_map(|known| {
             let rule = match known.origin {
-                Origin::Old if self.shared.membership.has_source() => StartRule::End,
+                Origin::Old if self.shared.membership.has_source() => self.start_of_old(),
                 Origin::Old | Origin::New => StartRule::Start,
                 Origin::Since(ms) if self.shared.membership.has_source() => StartRule::Since(ms),
                 Origin::Since(_) => StartRule::Start,
@@ -172,6 +175,13 @@ impl Follower {
             }
         }
         Ok(chosen.len() == new.len())
+    }
+
+    /// Where a partition is read that existed before, if the conversation service has the lists: from where the tails
+    /// of this node begin, so that it is known who joined or left since the records in them.
+    fn start_of_old(&self) -> StartRule {
+        let Some(tails) = &self.shared.tails else { return StartRule::End };
+        StartRule::Since(unix_ms().saturating_sub(tails.age_max_ms() + CLOCKS_MS))
     }
 
     /// Handles the end of a partition. librdkafka reports the partition number without the topic, so the

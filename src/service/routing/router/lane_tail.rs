@@ -56,6 +56,11 @@ impl LaneTail {
         self.filled.load(Ordering::Relaxed)
     }
 
+    /// Records below this offset were not routed by this lane.
+    pub(super) fn routed_from(&self) -> i64 {
+        self.start
+    }
+
     /// The source has no more records to fill it.
     pub(super) fn set_filled(&self) {
         self.filled.store(true, Ordering::Release);

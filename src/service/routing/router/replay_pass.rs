@@ -15,6 +15,7 @@ use crate::service::routing::replays::ReplayedRecord;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::in_flight::LaneKey;
 use crate::service::routing::router::lane::Lane;
+use crate::service::routing::router::lane_tail::LaneTail;
 use crate::service::routing::router::replay_requests::{
     Answers, PullAnswer, PulledRecords, ReplayChunkMax, ReplayRange, answered, to_wire,
 };
@@ -147,6 +148,8 @@ impl ReplayPass {
         };
         let tail_from = lane.tail().map_or(i64::MAX, |tail| tail.tail.from());
         self.fail(key, i64::MIN..tail_from, Some(CursorExpired::Overtaken));
+        let routed_from = lane.tail().map_or(i64::MIN, LaneTail::routed_from);
+        self.fail_doubtful(core, key, routed_from);
         let (next, unresolved) = self.collect(core, lane, key, from);
         if let Some(front) = self.lanes.front_mut() {
             front.1 = next;
@@ -175,6 +178,21 @@ impl ReplayPass {
             self.lanes.pop_front();
         }
         PassStep::Progressed
+    }
+
+    /// Pulls that want records which this lane has not routed fail if their user may have joined or left a conversation
+    /// since: the list of then is not certain.
+    fn fail_doubtful(&mut self, core: &RouterCore, lane: LaneKey, routed_from: i64) {
+        let Self { pulls, answers, .. } = self;
+        for pull in pulls {
+            let wants_some = |range: &mut ReplayRange| range.next < range.to.min(routed_from);
+            if pull.answer.is_some()
+                && pull.range(lane).is_some_and(wants_some)
+                && core.membership.may_have_changed(&pull.user)
+            {
+                pull.answer(Err(CursorExpired::MembersUnknown), answers);
+            }
+        }
     }
 
     /// The pulls that continue in this range of the lane fail. `None`: the lane has ended.

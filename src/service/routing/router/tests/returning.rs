@@ -7,6 +7,7 @@ use tokio::sync::mpsc::Receiver;
 
 use super::world::{FakePartition, RouterWorld, With, changed, created, message};
 use crate::domain::cursor::{Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED};
+use crate::service::members::membership::{ReadBy, RecordPosition};
 use crate::service::routing::replays::ReplayedChunk;
 use crate::service::routing::router::TailFill;
 
@@ -261,6 +262,17 @@ fn filled_tail_is_replayed_and_nothing_of_it_is_delivered() {
     let mut chunks = world.replay("bob", cursor.clone());
     assert_eq!(world.replayed(&mut chunks), Ok(vec![(0, 11)]));
     assert_eq!(world.conversations.requested(), ["c", "d"], "once each");
+
+    // Alice joined or left something since: in which of these records she had a part is not certain.
+    let position = RecordPosition { topic: 1, partition: 0, offset: 7 };
+    world.membership.changed("x", "alice", false, ReadBy::Follower(position));
+    let mut chunks = world.replay("alice", cursor.clone());
+    assert_eq!(world.replayed(&mut chunks), Err(CursorExpired::MembersUnknown));
+    let mut chunks = world.replay("bob", cursor.clone());
+    assert_eq!(world.replayed(&mut chunks), Ok(vec![(0, 11)]));
+    // Of what this node has routed itself it is.
+    let mut chunks = world.replay("alice", with(&cursor, |position| position.next = 14));
+    assert_ne!(world.replayed(&mut chunks), Err(CursorExpired::MembersUnknown));
 
     // A change names a user, who may be in the list or not.
     let mut changes = RouterWorld::new(TAILS);

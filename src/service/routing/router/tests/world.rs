@@ -194,6 +194,7 @@ pub(super) struct DeliveredEvent {
 pub(super) struct RouterWorld {
     pub(super) router: Router,
     pub(super) control: RouterControl,
+    pub(super) membership: Arc<Membership>,
     pub(super) counters: Arc<RouterCounters>,
     pub(super) conversations: Arc<FakeConversations>,
     pub(super) nodes: Arc<FakeNodes>,
@@ -278,7 +279,7 @@ impl RouterWorld {
             bell: Arc::clone(&bell),
             links,
             directory: Arc::clone(&directory),
-            membership,
+            membership: Arc::clone(&membership),
             remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
             cluster: None,
             tails: with.tails.map(|(bytes, _)| TailBudget::new(bytes, 60_000)),
@@ -291,6 +292,7 @@ impl RouterWorld {
         Self {
             router,
             control,
+            membership,
             counters,
             conversations,
             nodes,

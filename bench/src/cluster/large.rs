@@ -238,6 +238,7 @@ impl LargePlan {
             sink: Arc::<ImmediateSink>::default() as Arc<dyn HandOffSink>,
             missed: Arc::clone(&missed) as Arc<dyn MissedEvents>,
             topics: Arc::from([Arc::from(TOPIC)]),
+            answers: Arc::default(),
         });
         let (router, control) = Router::new(RouterParts {
             config: RouterConfig::default(),

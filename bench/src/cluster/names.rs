@@ -32,6 +32,7 @@ pub(super) fn lease(node: usize) -> (SessionsKey, Vec<u8>) {
         partition,
         next: 1 << 35,
         generation: 1 << 40,
+        check: 1 << 31,
     };
     let routed = TopicPositions {
         topic: TOPIC.into(),

@@ -70,14 +70,15 @@ const MESSAGES: &[(&str, &str)] = &[
         "realchat.presence.v1.PresenceUpdateEvent",
         "user_id string 1, status PresenceStatus 2, occurred_at int64 3",
     ),
+    // Both cursors are additions to the contract, which older programs skip: docs/rfcs/0002-cursors.md.
     (
         "realchat.delivery.v1.DeliveryConnectRequest",
         "user_id string 1, device_id string 2, conversation_id string 3, \
-         last_received_sequence int64 4",
+         last_received_sequence int64 4, cursor bytes 5",
     ),
     (
         "realchat.delivery.v1.DeliveryEvent",
-        "conversation_id string 1, sequence int64 2, message Message 3",
+        "conversation_id string 1, sequence int64 2, message Message 3, cursor bytes 4",
     ),
 ];
 

@@ -50,7 +50,9 @@
 //!
 //! The kernel fills one of the shard's receive buffers, and [`protocol::receiver`] unmasks the frame in
 //! place. The shard answers pings itself. Text messages go to [`service::sessions::manager`], which
-//! starts a catch-up ([`service::sessions::catch_up`]) or renews a token ([`service::sessions::auth`]).
+//! starts a catch-up ([`service::sessions::catch_up`]) or renews a token ([`service::sessions::auth`]). A client that
+//! returns with a cursor ([`domain::cursor`]) gets what it missed from the tails that the routers keep of their
+//! partitions.
 //! It also reports the start and end of every session to [`service::sessions::presence`].
 //!
 //! # Wiring

@@ -462,7 +462,7 @@ impl OwnerSide {
         self.with_cursors.insert(node, now_ms + CURSORS_USED_MS);
     }
 
-    /// Asks the owner of a partition. Not asked if the queue is full: the caller asks again.
+    /// Answers a holder that has asked for a replay. If the queue is full there is no answer, and the holder asks again.
     pub(super) fn answer(&mut self, holder: NodeEpoch, answer: ReplayAnswer) {
         let Some(to) = self.parts.table.others().into_iter().find(|to| to.epoch == holder) else {
             return;

@@ -94,6 +94,8 @@ struct Passed {
     parked: ParkedOffsets,
     /// The owner has parked a record that a former owner has handed over.
     is_parked_again: bool,
+    /// No session lacks a record above this offset below the last one that it got.
+    lacked: i64,
 }
 
 static NOTHING_PASSED: Passed = Passed::nothing();
@@ -101,7 +103,14 @@ static NOTHING_PASSED: Passed = Passed::nothing();
 impl Passed {
     const fn nothing() -> Self {
         let parked = ParkedOffsets(Vec::new());
-        Self { generation: 0, highest: -1, established: 0, parked, is_parked_again: false }
+        Self {
+            generation: 0,
+            highest: -1,
+            established: 0,
+            parked,
+            is_parked_again: false,
+            lacked: -1,
+        }
     }
 }
 
@@ -112,6 +121,11 @@ struct ParkedOffsets(Vec<i64>);
 impl ParkedOffsets {
     fn contains(&self, offset: &i64) -> bool {
         self.0.binary_search(offset).is_ok()
+    }
+
+    /// -1 if there are none.
+    fn highest(&self) -> i64 {
+        self.0.last().copied().unwrap_or(-1)
     }
 
     fn remove(&mut self, offset: i64) {
@@ -397,6 +411,7 @@ impl Holder {
                 // all that passed delivered.
                 let again = at.table..std::mem::replace(&mut passed.established, at.table);
                 let highest = passed.highest;
+                passed.lacked = passed.lacked.max(passed.parked.highest());
                 for session in self.sessions.values_mut() {
                     if let Some(begin) = session.begin.filter(|begin| again.contains(begin)) {
                         session.set_all_delivered(at.source, highest, &passed.parked);
@@ -450,7 +465,7 @@ impl Holder {
         concerned.iter().for_each(|address| self.ended(*address));
         let passed = self.sources.get_mut(&at.source).expect("just found");
         if is_truncated {
-            passed.highest = -1;
+            (passed.highest, passed.lacked) = (-1, -1);
             passed.parked = ParkedOffsets::default();
         }
         passed.parked.replace_below(at.offset, &[]);
@@ -528,13 +543,15 @@ impl Holder {
         parked: &[i64],
         to: impl Iterator<Item = SessionAddress>,
     ) {
-        let passed = self.sources.get(&at.source).unwrap_or(&NOTHING_PASSED);
+        let passed = self.sources.entry(at.source).or_insert_with(Passed::nothing);
         let all_stored = self.young.last().is_none_or(|(begin, _)| *begin < i64::MAX);
         let none_is_young = all_stored && self.latest_begin < passed.established;
-        if none_is_young && at.offset > passed.highest {
+        // A replay can be ahead of the live records: then a session that is not young any more may lack what was parked.
+        if none_is_young && at.offset > passed.highest.max(passed.lacked) {
             return;
         }
         let offsets = &parked[..parked.partition_point(|parked| *parked < at.offset)];
+        passed.lacked = offsets.last().map_or(passed.lacked, |last| passed.lacked.max(*last));
         let mut below = ParkedBelow { offsets, shared: None };
         for address in to {
             let Some(session) = self.sessions.get_mut(&address) else { continue };

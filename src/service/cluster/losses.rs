@@ -1,4 +1,5 @@
-//! Tests of the holder: which sessions lose something if records are gone.
+//! Tests of the holder: what a session lacks because it was parked, and which sessions lose something if records are
+//! gone.
 
 use super::holder::{
     Arrived, Holder, LossConcerns, RoutedPosition, SessionSerial, SourcePartition,
@@ -46,6 +47,25 @@ fn holder() -> Holder {
     begin(&mut holder, 2, 20);
     passes(&mut holder, at(1, 5), &[], &[1]);
     holder
+}
+
+/// Promise: “A session gets each event once and in order”
+#[test]
+fn record_that_was_parked_for_a_replay_is_not_lacked_any_more_once_it_was_handed_over() {
+    let mut holder = Holder::default();
+    begin(&mut holder, 1, 10);
+    let before = |offset| RoutedPosition { table: 10, ..at(1, offset) };
+    assert_eq!(holder.arrive(before(9), &[6, 7]), Arrived::InTurn);
+    holder.delivered(before(9), &[6, 7], std::iter::once(address(1)));
+    holder.replayed(before(9));
+    // The first live records: from the first one on, the session is not young.
+    passes(&mut holder, at(1, 6), &[], &[1]);
+    passes(&mut holder, at(1, 7), &[], &[1]);
+    // The next owner starts behind what its predecessor has committed.
+    for offset in [6, 7, 9] {
+        assert_eq!(holder.arrive(at(2, offset), &[]), Arrived::InTurn);
+        assert!(!holder.needs(address(1), at(2, offset)), "{offset} again");
+    }
 }
 
 fn sessions(concerned: LossConcerns) -> Vec<u32> {

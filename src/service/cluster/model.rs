@@ -69,6 +69,10 @@ struct Client {
 
 struct Model {
     random: TestRng,
+    /// Sessions that begin in 100 steps. If they are few, all are established most of the time.
+    beginnings: usize,
+    /// One of so many records is parked.
+    parks_one_of: usize,
     /// The end of the source partition.
     end: i64,
     sessions_log: Vec<LogEntry>,
@@ -233,6 +237,8 @@ impl Model {
         bytes[..8].copy_from_slice(&seed.to_le_bytes());
         Self {
             random: TestRng::from_seed(RngAlgorithm::ChaCha, &bytes),
+            beginnings: [6, 2, 1][(seed % 3) as usize],
+            parks_one_of: [8, 3][(seed % 2) as usize],
             end: 0,
             sessions_log: Vec::new(),
             hand_offs: Vec::new(),
@@ -259,7 +265,7 @@ impl Model {
         let end = self.log_end();
         match self.below(100) {
             0..20 => self.end += 1,
-            20..26 => {
+            step @ 20..26 if step < 20 + self.beginnings => {
                 let serial = self.clients.len() as u64 + 1;
                 let address = address(serial);
                 self.holder.began(SessionSerial(serial), address);
@@ -269,14 +275,13 @@ impl Model {
             }
             26..28 if !self.clients.is_empty() => {
                 let serial = self.below(self.clients.len()) as u64 + 1;
-                let client = self.clients.get_mut(&serial).unwrap();
-                if !std::mem::replace(&mut client.ended, true) {
-                    self.holder.ended(client.address);
-                    self.sessions_log.push(LogEntry::Ended { serial });
-                }
+                // Without sessions the node gets no records, and the first that it gets may be replays.
+                let all = self.below(4) == 0;
+                let serials = if all { 1..=self.clients.len() as u64 } else { serial..=serial };
+                serials.for_each(|serial| self.end(serial));
             }
             28..41 if self.owner.next < self.end => {
-                let park = self.below(8) == 0;
+                let park = self.below(self.parks_one_of) == 0;
                 self.owner.route(&self.sessions_log, park);
             }
             41..45 if !self.owner.parked.is_empty() => {
@@ -310,6 +315,14 @@ impl Model {
                 self.deliver(count);
             }
             _ => {}
+        }
+    }
+
+    fn end(&mut self, serial: u64) {
+        let client = self.clients.get_mut(&serial).unwrap();
+        if !std::mem::replace(&mut client.ended, true) {
+            self.holder.ended(client.address);
+            self.sessions_log.push(LogEntry::Ended { serial });
         }
     }
 

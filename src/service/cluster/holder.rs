@@ -88,6 +88,8 @@ struct Passed {
     generation: i64,
     /// The highest offset.
     highest: i64,
+    /// The highest live record whose sessions were looked up. It may be on its way to them still.
+    looked_up: i64,
     /// Sessions whose beginning is stored below this are named in every record that concerns them.
     established: i64,
     /// Records that passed without having been handed over to the sessions that are not young.
@@ -106,6 +108,7 @@ impl Passed {
         Self {
             generation: 0,
             highest: -1,
+            looked_up: -1,
             established: 0,
             parked,
             is_parked_again: false,
@@ -440,6 +443,20 @@ impl Holder {
         Arrived::InTurn
     }
 
+    /// The sessions that need this live record are looked up before the holder is unlocked. Those that are not in the
+    /// directory yet are not among them.
+    pub fn looks_up(&mut self, at: RoutedPosition) {
+        let passed = self.sources.entry(at.source).or_insert_with(Passed::nothing);
+        passed.looked_up = passed.looked_up.max(at.offset);
+    }
+
+    /// The offset of each partition from which on a session that is in the directory now gets every record that concerns it
+    /// while this node's own lane routes it. What is below may have been routed before, also at *V* or above.
+    pub fn live_from(&self) -> HashMap<SourcePartition, i64> {
+        let of = |passed: &Passed| passed.highest.max(passed.looked_up) + 1;
+        self.sources.iter().map(|(source, passed)| (*source, of(passed))).collect()
+    }
+
     /// The records from `from` on and below `at.offset` are gone, and their owner has not read all of them. Takes out the
     /// sessions that may lack one of them. `read_to` as in [`Holder::needs_live`]. If `from` is above `at.offset`, the
     /// log has lost its last records.
@@ -465,7 +482,7 @@ impl Holder {
         concerned.iter().for_each(|address| self.ended(*address));
         let passed = self.sources.get_mut(&at.source).expect("just found");
         if is_truncated {
-            (passed.highest, passed.lacked) = (-1, -1);
+            (passed.highest, passed.looked_up, passed.lacked) = (-1, -1, -1);
             passed.parked = ParkedOffsets::default();
         }
         passed.parked.replace_below(at.offset, &[]);

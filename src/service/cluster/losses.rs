@@ -1,5 +1,5 @@
-//! Tests of the holder: what a session lacks because it was parked, and which sessions lose something if records are
-//! gone.
+//! Tests of the holder: what a session lacks because it was parked, which sessions lose something if records are gone, and
+//! from where a session is live.
 
 use super::holder::{
     Arrived, Holder, LossConcerns, RoutedPosition, SessionSerial, SourcePartition,
@@ -150,4 +150,25 @@ fn log_that_has_lost_its_end_begins_below_what_has_passed() {
     begin(&mut holder, 4, 90);
     passes(&mut holder, at(2, 3), &[], &[4]);
     passes(&mut holder, at(2, 4), &[], &[4]);
+}
+
+/// A record whose sessions were looked up does not reach one that enters the directory before it has passed.
+#[test]
+fn session_is_live_behind_the_last_record_whose_sessions_were_looked_up() {
+    let mut holder = holder();
+    let source = at(1, 0).source;
+    assert_eq!(holder.live_from()[&source], 6);
+    assert_eq!(holder.arrive(at(1, 6), &[]), Arrived::InTurn);
+    assert_eq!(holder.live_from()[&source], 6);
+    holder.looks_up(at(1, 6));
+    assert_eq!(holder.live_from()[&source], 7);
+    holder.passed(at(1, 6));
+    holder.passed_below(at(1, 9));
+    assert_eq!(holder.live_from()[&source], 9);
+    // A successor routes it again.
+    holder.looks_up(at(2, 6));
+    assert_eq!(holder.live_from()[&source], 9);
+    // The log has lost its last records.
+    holder.lose(at(3, 3), 6, TABLE);
+    assert_eq!(holder.live_from()[&source], 3);
 }

@@ -337,6 +337,7 @@ impl RouterCore {
         if holder.arrive(at, parked) == Arrived::Zombie {
             return false;
         }
+        holder.looks_up(at);
         audience.each(large.is_some(), here, |user| {
             let sessions = directory.sessions_of(user, |session| {
                 if holder.needs_of_lane(session, at, direct_after) {

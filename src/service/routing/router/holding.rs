@@ -355,6 +355,7 @@ impl RouterCore {
                         session.into_iter().filter(|session| holder.needs(*session, at)).collect()
                     }
                     Content::Live(users) => {
+                        holder.looks_up(at);
                         let mut named = Vec::new();
                         for user in &users.ids {
                             self.directory.sessions_of(user, |session| named.push(session));

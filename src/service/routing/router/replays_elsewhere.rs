@@ -11,7 +11,10 @@
 //! An owner keeps nothing of a session. If it loses a partition, its successor is asked for what is left.
 //!
 //! **What holds when a replay is complete.** The session has every record below the end of each range: replayed. It gets every
-//! record from *V* on live ([`cluster`](crate::service::cluster)), and no range ends below *V*. Every owner had applied
+//! record from *V* on live ([`cluster`](crate::service::cluster)), and no range ends below *V*. There is one exception: if its
+//! own node was the owner, what that had routed before the session was admitted, past parked records that hold back the
+//! position, and also above *V*. So no range ends below what had arrived on this node either
+//! ([`Holder::live_from`](crate::service::cluster::holder::Holder::live_from)). Every owner had applied
 //! its beginning, so what it passes from then on it has handed over to this session too. A later owner may know fewer sessions:
 //! what it passes does not count for cursors before it knows all that may get some
 //! ([`Holder::is_known_to_all`](crate::service::cluster::holder::Holder::is_known_to_all)).
@@ -20,7 +23,7 @@
 //! rings, behind positions that are above them. So each router gives the shards its positions again, and then waits until the
 //! shard of the session has taken them. Only then the replay is complete.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -99,11 +102,13 @@ impl TailReplays for GroupReplays {
         since: Option<Cursor>,
     ) -> ReplayReader {
         self.0.is_used.store(true, Ordering::Relaxed);
+        let live_from = self.0.cluster.holder.lock().expect("no holder panics").live_from();
         ReplayReader::new(GroupReplay {
             parts: Arc::clone(&self.0),
             session,
             user,
             since,
+            live_from,
             begin: None,
             ranges: BTreeMap::new(),
         })
@@ -155,6 +160,8 @@ struct GroupReplay {
     session: SessionAddress,
     user: Arc<str>,
     since: Option<Cursor>,
+    /// No range may end below.
+    live_from: HashMap<SourcePartition, i64>,
     /// `None`: nothing is checked yet.
     begin: Option<i64>,
     ranges: BTreeMap<SourcePartition, OpenRange>,
@@ -373,7 +380,13 @@ impl GroupReplay {
                     let reason = CursorExpired::ALL.get(expired as usize).copied();
                     return Err(reason.unwrap_or(CursorExpired::OlderNode));
                 }
-                status if is_check => (open.to, open.status) = (Some(range.to), status),
+                status if is_check => {
+                    let live_from = self.live_from.get(&source).copied().unwrap_or(0);
+                    // It is asked again until its position has reached that.
+                    if open.next < 0 || range.to >= live_from {
+                        (open.to, open.status) = (Some(range.to), status);
+                    }
+                }
                 _ => open.next = range.next,
             }
         }

@@ -6,9 +6,8 @@ use std::collections::BTreeSet;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
-use super::clients::ClusterClient;
 use super::logs::{Device, HAND_OFF_PARTITIONS, PARTITIONS, members};
-use super::weather::{FOREVER_MS, Weather};
+use super::weather::Weather;
 use super::{Cluster, PROCESSES};
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::routing::sizing::{
@@ -47,21 +46,7 @@ struct CalmCluster {
 impl CalmCluster {
     fn new(nodes: usize, routers: usize) -> Self {
         let mut random = StdRng::seed_from_u64(1);
-        let weather = Weather {
-            retention_ms: FOREVER_MS,
-            compaction_lag_ms: FOREVER_MS,
-            tail_age_ms: FOREVER_MS,
-            tail_bytes: u64::MAX,
-            hand_off_bytes_max: usize::MAX,
-            routers,
-            has_service: false,
-            forgets_members: 0,
-            loses_position: false,
-            expires_events: false,
-            is_calm: true,
-            has_cursors: false,
-            ..Weather::new(&mut random)
-        };
+        let weather = Weather { routers, ..Weather::calm(&mut random) };
         let mut calm = Self { cluster: Cluster::with(random, weather, nodes), records: 0 };
         // Partitions are assigned, and their owners have stated their positions.
         calm.pass(4 * ROUNDS_TO_REST);
@@ -82,23 +67,14 @@ impl CalmCluster {
     }
 
     fn connect(&mut self, device: Device, number: usize) {
-        let cluster = &mut self.cluster;
-        let node = cluster.nodes[number].as_mut().expect("runs");
-        let slot = node.manager.admit(device).expect("admitted");
-        let (life, ends) = (node.life(), cluster.logs.ends());
-        let client = ClusterClient { life, slot, ends, got: Default::default(), returning: None };
-        cluster.clients.insert(device, client);
+        self.cluster.connect_to(number, device);
     }
 
     fn disconnect(&mut self, device: Device) {
         let cluster = &mut self.cluster;
-        let client = cluster.clients.get(&device).expect("connected");
-        let (life, slot) = (client.life, client.slot);
-        let node = cluster.nodes.iter_mut().flatten().find(|node| node.life() == life);
-        node.expect("runs").manager.end(slot);
         let missed = cluster.clients[&device].check(device, &cluster.logs);
         assert_eq!(missed, [None; PARTITIONS], "in calm weather everything arrives");
-        cluster.clients.remove(&device);
+        cluster.disconnect_device(device);
     }
 
     fn append(&mut self, conversation: usize) {

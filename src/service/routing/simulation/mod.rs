@@ -461,7 +461,12 @@ impl Cluster {
 
     fn connect(&mut self) {
         let device = (self.below(USERS), self.below(DEVICES));
-        let Some(number) = self.running() else { return };
+        if let Some(number) = self.running() {
+            self.connect_to(number, device);
+        }
+    }
+
+    fn connect_to(&mut self, number: usize, device: Device) {
         let Some(node) = &mut self.nodes[number] else { return };
         let Some(slot) = node.manager.admit(device) else { return };
         let life = node.life();
@@ -488,6 +493,10 @@ impl Cluster {
 
     fn disconnect(&mut self) {
         let device = (self.below(USERS), self.below(DEVICES));
+        self.disconnect_device(device);
+    }
+
+    fn disconnect_device(&mut self, device: Device) {
         let Some(ClusterClient { life, slot, .. }) = self.clients.get(&device) else { return };
         let node = self.nodes.iter_mut().flatten().find(|node| node.life() == *life);
         if let Some(node) = node {

@@ -67,3 +67,48 @@ fn sessions_miss_nothing_and_get_nothing_twice() {
         assert!(total.counts.get(kind).is_some_and(|count| *count > 0), "no {kind}");
     }
 }
+
+/// The actions of nodes, but for the answers of the conversation service.
+fn act_without_answers(cluster: &mut Cluster) {
+    for _ in 0..4 {
+        for number in 0..PROCESSES {
+            for action in (0..10).filter(|action| *action != 7) {
+                cluster.act(number, action, usize::MAX);
+            }
+            cluster.manage(number);
+        }
+        cluster.drive_replays(100);
+    }
+}
+
+/// Promise: “everything for this user before these positions was sent to this session before this cursor”, if the owner's
+/// own node takes the session while a record waits for its members and others have gone past it.
+#[test]
+fn cursor_of_the_owners_own_node_covers_what_went_past_a_parked_record() {
+    let mut random = StdRng::seed_from_u64(1);
+    let weather =
+        Weather { has_service: true, has_cursors: true, routers: 1, ..Weather::calm(&mut random) };
+    let mut cluster = Cluster::with(random, weather, 1);
+    // In one partition, and with this user.
+    let (known, slow, device) = (0, 3, (1, 1));
+    cluster.check_group();
+    cluster.logs.append(known, 0);
+    cluster.settle();
+    cluster.connect_to(0, device);
+    cluster.settle();
+    assert!(cluster.returning[&device].cursor.is_some());
+    cluster.disconnect_device(device);
+    cluster.settle();
+
+    cluster.logs.append(slow, 0);
+    cluster.logs.append(known, 0);
+    act_without_answers(&mut cluster);
+    cluster.connect_to(0, device);
+    act_without_answers(&mut cluster);
+    // Every cursor is checked.
+    cluster.settle();
+    cluster.check();
+    let keeper = &cluster.returning[&device];
+    let covered = keeper.cursor.as_ref().unwrap().positions()[0].next;
+    assert_eq!((covered, keeper.had[0].iter().copied().collect::<Vec<_>>()), (3, vec![1, 2]));
+}

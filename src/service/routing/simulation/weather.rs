@@ -84,6 +84,25 @@ impl Weather {
         }
     }
 
+    /// Nothing expires, fails or moves, and all members are known.
+    #[cfg(test)]
+    pub(super) fn calm(random: &mut StdRng) -> Self {
+        Self {
+            retention_ms: FOREVER_MS,
+            compaction_lag_ms: FOREVER_MS,
+            tail_age_ms: FOREVER_MS,
+            tail_bytes: u64::MAX,
+            hand_off_bytes_max: usize::MAX,
+            has_service: false,
+            forgets_members: 0,
+            loses_position: false,
+            expires_events: false,
+            is_calm: true,
+            has_cursors: false,
+            ..Self::new(random)
+        }
+    }
+
     /// Whether a single session can miss events, and is closed.
     pub(super) fn has_gaps(&self) -> bool {
         self.tail_age_ms < FOREVER_MS

@@ -88,6 +88,11 @@ group_checks() {
   cargo clippy --quiet --manifest-path bench/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}" --all-targets -- \
     -D warnings
   RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps
+  # Of the planted mutations, which take long to run, at least this.
+  local patch
+  for patch in tests/mutations/*.patch tests/mutations/*/*.patch; do
+    git apply --check "$patch" || die "$patch does not apply: plant the same mistake in the present code"
+  done
   shellcheck -ax .ci/run tests/run tests/busy tests/autobahn.sh tests/mutations/run tests/services/{kafka,redis} \
     bench/{run,compare,growth,scale,cluster}
 }

@@ -12,6 +12,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use crc::{CRC_32_ISCSI, Crc};
 
 /// Positions in one cursor. As text it then has at most 25 kB, with usual offsets 14 kB, and fits into a
 /// client message beside the sequences of several hundred conversations.
@@ -313,27 +314,15 @@ fn take_varint(rest: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// CRC-32C (RFC 3720 §12.1) of these pieces, one after the other.
-fn crc32c(pieces: &[&[u8]]) -> u32 {
-    let bytes = pieces.iter().copied().flatten();
-    !bytes.fold(!0, |sum, byte| CRC_TABLE[usize::from(sum as u8 ^ byte)] ^ (sum >> 8))
-}
+/// CRC-32C, RFC 3720 §12.1.
+static CRC_32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
-const CRC_TABLE: [u32; 256] = {
-    let mut table = [0; 256];
-    let mut index = 0;
-    while index < 256 {
-        let mut sum = index as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            sum = if sum & 1 == 1 { (sum >> 1) ^ 0x82F6_3B78 } else { sum >> 1 };
-            bit += 1;
-        }
-        table[index] = sum;
-        index += 1;
-    }
-    table
-};
+/// CRC-32C of these pieces, one after the other.
+fn crc32c(pieces: &[&[u8]]) -> u32 {
+    let mut digest = CRC_32C.digest();
+    pieces.iter().for_each(|piece| digest.update(piece));
+    digest.finalize()
+}
 
 #[cfg(test)]
 mod tests {

@@ -11,8 +11,9 @@ use crate::domain::ids::{ConversationKey, ConversationPosition};
 #[derive(Debug, Default)]
 pub struct Event {
     frames: [Option<Box<[u8]>>; Encoding::COUNT],
-    /// Position within the conversation; `None` for events without one (receipts, presence,
-    /// membership). It identifies the messages that catch-up has delivered.
+    /// What identifies the event among those that catch-up has delivered: a message by its position within the
+    /// conversation, any other event of the log by its position within the partition, as if that were its conversation.
+    /// `None`: it is not of the log (presence).
     pub position: Option<ConversationPosition>,
     /// The conversation of the event, whether or not it has a position in it; `None` for events of
     /// no conversation (presence). While a conversation is being caught up, all its live events are
@@ -34,6 +35,12 @@ impl Event {
     pub fn new(position: Option<ConversationPosition>, appended_at_ms: u64) -> Self {
         let conversation = position.map(|position| position.conversation);
         Self { frames: Default::default(), position, conversation, appended_at_ms, charge: None }
+    }
+
+    /// Sets the position within the partition of an event that has no other one.
+    pub fn at_log_position(mut self, at: ConversationPosition) -> Self {
+        self.position.get_or_insert(at);
+        self
     }
 
     /// Sets the conversation of an event without a position.

@@ -6,11 +6,13 @@ use std::time::Instant;
 
 use crate::domain::budget::EventBudget;
 use crate::domain::command::Ticket;
+use crate::domain::ids::ConversationPosition;
 use crate::domain::members::Members;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{Forwarding, RemoteNodes};
 use crate::service::cluster::holder::{Arrived, RoutedPosition};
 use crate::service::cluster::tail::{TailAudience, TailBudget};
+use crate::service::events::conversation_key::log_position;
 use crate::service::events::encode::Encoder;
 use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
@@ -197,12 +199,13 @@ impl RouterCore {
             return RouteOutcome::Blocked(Blocked::HandOffs);
         }
         match arrival {
-            Arrival::Partition { record: id, at, parked, .. } => {
+            Arrival::Partition { log, record: id, at: claimed, parked } => {
                 let ticket = self.in_flight.open(id);
-                for _ in 0..self.deliver(&record, raw.appended_at_ms, Some(ticket)) {
+                let at = Some(log_position(&log.topic, log.partition, raw.offset));
+                for _ in 0..self.deliver(&record, at, raw.appended_at_ms, Some(ticket)) {
                     self.in_flight.expect(ticket);
                 }
-                if let Some(LanePosition { at, .. }) = at {
+                if let Some(LanePosition { at, .. }) = claimed {
                     self.hand_off(raw, at, parked, ticket);
                 }
                 self.forward(raw.value, &audience, ticket, now_ms);
@@ -213,7 +216,7 @@ impl RouterCore {
                 }
             }
             Arrival::OtherNode { .. } => {
-                self.deliver(&record, raw.appended_at_ms, None);
+                self.deliver(&record, None, raw.appended_at_ms, None);
                 RouteOutcome::Done
             }
         }
@@ -231,7 +234,7 @@ impl RouterCore {
             self.counters.waits_for_room.add(1);
             return RouteOutcome::Blocked(Blocked::RingFull(shard));
         }
-        self.deliver(&record, 0, None);
+        self.deliver(&record, None, 0, None);
         RouteOutcome::Done
     }
 
@@ -396,18 +399,22 @@ impl RouterCore {
             && self.owner.as_ref().is_none_or(|owner| owner.has_room())
     }
 
-    /// Encodes the event for the gathered recipients and pushes it. Returns the number of shards that
-    /// will report.
+    /// Encodes the event for the gathered recipients and pushes it. `at`: its [`log_position`]. Returns the number of
+    /// shards that will report.
     pub(super) fn deliver(
         &mut self,
         record: &DecodedEvent<'_>,
+        at: Option<ConversationPosition>,
         appended_at_ms: u64,
         ticket: Option<Ticket>,
     ) -> u32 {
         if self.links.concerned() == 0 {
             return 0;
         }
-        let event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
+        let mut event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
+        if let Some(at) = at {
+            event = event.at_log_position(at);
+        }
         let event = event.charged_to(&self.budget, self.links.recipients_bytes());
         self.counters.deliveries.add(self.links.concerned() as u64);
         self.counters.recipients.add(self.links.recipients() as u64);

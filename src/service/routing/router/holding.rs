@@ -18,6 +18,7 @@ use crate::service::cluster::holder::{
 use crate::service::cluster::ports::{ArrivedHandOffs, HandOffReceiver, IncomingHandOff};
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::cluster::wire::{AnsweredRange, HandOffHeader, Passed, TopicPositions};
+use crate::service::events::conversation_key::log_position;
 use crate::service::events::envelope;
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::core::RouterCore;
@@ -409,7 +410,9 @@ impl RouterCore {
             return false;
         }
         let appended_at_ms = u64::try_from(hand_off.header.appended_at_ms).unwrap_or(0);
-        self.deliver(&record, appended_at_ms, None);
+        let HandOffHeader { topic, partition, offset, .. } = &hand_off.header;
+        let at = log_position(topic, *partition, *offset);
+        self.deliver(&record, Some(at), appended_at_ms, None);
         true
     }
 }

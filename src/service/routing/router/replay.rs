@@ -7,6 +7,7 @@ use crate::domain::members::Members;
 use crate::service::cluster::holder::{Arrived, SessionSerial};
 use crate::service::cluster::newcomers::Newcomer;
 use crate::service::cluster::tail::{TailAudience, TailEntry, TailRecord};
+use crate::service::events::conversation_key::log_position;
 use crate::service::events::envelope::{self, EventBody};
 use crate::service::members::membership::Lookup;
 use crate::service::routing::router::claim::LaneClaim;
@@ -168,7 +169,8 @@ impl RouterCore {
         if self.links.full().is_some() {
             return false;
         }
-        self.deliver(&record, raw.appended_at_ms, None);
+        let place = log_position(&log.topic, log.partition, raw.offset);
+        self.deliver(&record, Some(place), raw.appended_at_ms, None);
         if let Some(owner) = &self.owner {
             let mut holder = owner.holder();
             holder.delivered(at, claim.parked(), std::iter::once(session));

@@ -15,6 +15,7 @@ use super::task::{CatchUpSlot, CatchUpTask};
 use super::{CatchUpFailure, CatchUpResources};
 use crate::domain::cursor::{Cursor, CursorExpired};
 use crate::domain::encoding::{Encoding, EncodingSet};
+use crate::service::events::conversation_key::log_position;
 use crate::service::events::encode::Encoder;
 use crate::service::events::envelope;
 use crate::service::routing::replays::ReplayedRecord;
@@ -35,7 +36,8 @@ impl CatchUpResources {
             let event = encoder.encode(&decoded, wanted, 0);
             event.frame(encoding)?;
             let sequence = event.position.map_or(0, |position| position.sequence);
-            Some((sequence, Arc::new(event)))
+            let at = log_position(&record.topic, record.partition, record.offset);
+            Some((sequence, Arc::new(event.at_log_position(at))))
         };
         let events = records.iter().filter_map(event).collect();
         self.encoders.lock().expect("no holder panics").push(encoder);
@@ -74,7 +76,7 @@ impl CatchUpTask {
         let resources = &self.resources;
         let encoding = self.address.encoding;
         let events = resources.encode_records(records, encoding);
-        events.iter().for_each(|(_, event)| replayed.add(event));
+        events.iter().for_each(|(sequence, event)| replayed.add(event, *sequence > 0));
         for chunk in chunks(events, encoding, &resources.config) {
             resources.counters.replayed.add(chunk.len() as u64);
             if let Some(stalled) = self.send(chunk).await? {

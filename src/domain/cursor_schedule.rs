@@ -10,8 +10,8 @@
 //! than the one that brings positions. So each *round* takes the positions, asks the session manager, and uses these
 //! positions when the answer has come: by then every session that had left has been withdrawn.
 //!
-//! A round is due when a session wants a cursor (it went live, or a burst has drained), and [`STEPS`] times per
-//! interval if something was routed. Then it also serves one of [`STEPS`] parts of the sessions, so that they do not
+//! A round is due when a session wants a cursor (it went live, or a burst has drained for [`BURST_SETTLES_MS`], so that the
+//! positions cover it), and [`STEPS`] times per interval if something was routed. Then it also serves one of [`STEPS`] parts of the sessions, so that they do not
 //! all get their cursors at once, and the last frame is never much older than a step.
 
 use std::collections::VecDeque;
@@ -21,6 +21,12 @@ use crate::domain::ids::ConnectionKey;
 
 /// Rounds per interval.
 pub const STEPS: u64 = 16;
+
+/// Time between two rounds in which a router gives the shards its positions, ms.
+pub const POSITIONS_INTERVAL_MS: u64 = 250;
+/// How long after a burst a cursor is made for it, ms, if that is not longer than the interval: until then the positions
+/// have been told that cover the burst, in `group` mode those of other nodes as well.
+pub const BURST_SETTLES_MS: u64 = 2_000;
 
 /// Below this number of sessions, those that have ended are not looked for.
 const SESSIONS_KEPT: usize = 64;
@@ -55,12 +61,15 @@ struct Round<F> {
 pub struct CursorSchedule<F> {
     routed: RoutedPositions,
     step_ms: u64,
+    burst_settles_ms: u64,
     /// Some have ended.
     sessions: Vec<CursorSession>,
     /// At this number of sessions, those that have ended are removed.
     sessions_next: usize,
     /// These want a cursor as soon as possible.
     wanted: Vec<ConnectionKey>,
+    /// These want one at this time, ascending.
+    settling: VecDeque<(u64, ConnectionKey)>,
     round: Option<Round<F>>,
     /// Of the last complete round: valid for every session that is live and has not left the directory.
     last: Option<Made<F>>,
@@ -73,9 +82,11 @@ pub struct CursorSchedule<F> {
 }
 
 /// Memory of one session that gets cursors, bytes, at most: its entry, twice as many because ended ones are removed late,
-/// and its places in the lists of those that want one or are due. All of them grow by doubling.
-pub const CURSOR_SESSION_BYTES_MAX: usize =
-    2 * (2 * size_of::<CursorSession>() + 3 * size_of::<ConnectionKey>());
+/// and its places in the lists of those that want one, will want one after a burst, or are due. All of them grow by doubling.
+pub const CURSOR_SESSION_BYTES_MAX: usize = 2
+    * (2 * size_of::<CursorSession>()
+        + 3 * size_of::<ConnectionKey>()
+        + 2 * size_of::<(u64, ConnectionKey)>());
 
 impl<F> CursorSchedule<F> {
     /// Without sessions and positions. Each session gets a cursor every `interval_ms`.
@@ -83,9 +94,11 @@ impl<F> CursorSchedule<F> {
         Self {
             routed: RoutedPositions::default(),
             step_ms: (interval_ms / STEPS).max(1),
+            burst_settles_ms: BURST_SETTLES_MS.min(interval_ms),
             sessions: Vec::new(),
             sessions_next: SESSIONS_KEPT,
             wanted: Vec::new(),
+            settling: VecDeque::new(),
             round: None,
             last: None,
             due: VecDeque::new(),
@@ -114,6 +127,12 @@ impl<F> CursorSchedule<F> {
     /// that bounds the calls bounds the list.
     pub fn want(&mut self, key: ConnectionKey) {
         self.wanted.push(key);
+    }
+
+    /// A burst has drained at `now_ms`: the session wants a cursor that covers it. As for [`CursorSchedule::want`], the caller
+    /// bounds the calls.
+    pub fn want_after_burst(&mut self, key: ConnectionKey, now_ms: u64) {
+        self.settling.push_back((now_ms + self.burst_settles_ms, key));
     }
 
     fn forget_ended(&mut self, is_open: impl Fn(ConnectionKey) -> bool) {
@@ -146,6 +165,10 @@ impl<F> CursorSchedule<F> {
         is_open: impl Fn(ConnectionKey) -> bool,
         make: impl FnOnce(&Cursor) -> F,
     ) -> bool {
+        while let Some((_, key)) = self.settling.pop_front_if(|(at_ms, _)| *at_ms <= now_ms) {
+            // It may have ended since its burst.
+            self.wanted.extend(is_open(key).then_some(key));
+        }
         let is_step = self.is_step_due(now_ms);
         let is_due = is_step || !self.wanted.is_empty();
         if self.round.is_some() || !self.due.is_empty() || !is_due {
@@ -214,10 +237,12 @@ impl<F> CursorSchedule<F> {
         if self.round.is_some() || self.routed.version() == 0 {
             return None;
         }
-        match self.wanted.is_empty() {
-            true => self.has_more_steps().then_some(self.next_step_ms),
-            false => Some(now_ms),
+        if !self.wanted.is_empty() {
+            return Some(now_ms);
         }
+        let step_ms = self.has_more_steps().then_some(self.next_step_ms);
+        let settled_ms = self.settling.front().map(|(at_ms, _)| *at_ms);
+        step_ms.into_iter().chain(settled_ms).min()
     }
 }
 
@@ -309,6 +334,35 @@ mod tests {
         assert_eq!(shard.0.next_ms(now_ms), None, "nothing was routed: no timer");
     }
 
+    /// The sentence of docs/websocket.md: “It covers the burst”.
+    #[test]
+    fn cursor_after_a_burst_covers_it() {
+        let mut shard = Shard(CursorSchedule::new(15_000));
+        shard.0.add(key(0), |_| true);
+        shard.0.routed(&at(5));
+        let mut now_ms = 0;
+        let round = |shard: &mut Shard, now_ms: u64| {
+            if shard.begins(now_ms) {
+                shard.0.fence_answered();
+            }
+            shard.due()
+        };
+        assert_eq!(round(&mut shard, now_ms), (vec![0], Some(5)));
+        // A hundred events, which drain before the router tells its next positions.
+        now_ms += 10;
+        shard.0.want_after_burst(key(0), now_ms);
+        assert_eq!(round(&mut shard, now_ms).0, [0; 0], "a cursor of now is before the burst");
+        shard.0.routed(&at(105));
+        let mut cursors = Vec::new();
+        while let Some(next_ms) = shard.0.next_ms(now_ms).filter(|at_ms| *at_ms <= 2_010) {
+            now_ms = now_ms.max(next_ms);
+            let (due, cursor) = round(&mut shard, now_ms);
+            cursors.extend(due.into_iter().map(|_| cursor));
+        }
+        assert!(!cursors.is_empty() && cursors.iter().all(|it| *it == Some(105)), "{cursors:?}");
+        assert_eq!(now_ms, 2_010, "nothing is due later than that");
+    }
+
     #[test]
     fn ended_sessions_are_forgotten_although_nothing_is_routed() {
         let mut shard = Shard::new(0);
@@ -324,7 +378,7 @@ mod tests {
         /// covers the event; and every session that stays gets the newest one in the end.
         #[test]
         fn no_cursor_covers_what_its_session_was_not_given(
-            acts in prop::collection::vec((0..6u8, 0..8u32), 1..200),
+            acts in prop::collection::vec((0..7u8, 0..8u32), 1..200),
         ) {
             let mut shard = Shard::new(8);
             let (mut log, mut now_ms) = (0, 0);
@@ -341,6 +395,7 @@ mod tests {
                     }
                     1 => _ = left.entry(slot).or_insert(log),
                     2 if !withdrawn.contains(&slot) => shard.0.want(key(slot)),
+                    5 if !withdrawn.contains(&slot) => shard.0.want_after_burst(key(slot), now_ms),
                     3 => asked |= shard.begins(now_ms),
                     4 if std::mem::take(&mut asked) => {
                         withdrawn.extend(left.keys().copied());

@@ -15,7 +15,7 @@ use crate::uring::Kernel;
 
 /// Cursors queued per turn.
 const CURSORS_PER_TURN_MAX: usize = 256;
-/// A session whose queue becomes empty gets a cursor if this many frames were sent since the last one.
+/// A session whose queue becomes empty gets a cursor some time later if this many frames were sent since the last one.
 const BURST_FRAMES: u8 = 64;
 
 impl<K: Kernel> Shard<K> {
@@ -56,13 +56,17 @@ impl<K: Kernel> Shard<K> {
         queue.since_cursor = queue.since_cursor.saturating_add(frames);
         let is_drained = queue.is_empty() && queue.since_cursor >= BURST_FRAMES;
         if is_drained && is_live(connection) && !connection.flags.set(Flags::CURSOR_WANTED) {
-            self.cursors.want(key);
+            connection.queue.since_cursor = 0;
+            self.cursors.want_after_burst(key, self.kernel.now_ms());
         }
     }
 
     /// Queues the cursors that are due, and asks the session manager before the next ones. Returns whether some are
     /// left for the next turn.
     pub(super) fn send_cursors(&mut self) -> bool {
+        if self.has_no_sessions_left() {
+            return false;
+        }
         let now_ms = self.kernel.now_ms();
         let slab = &self.slab;
         if self.cursors.begin_round(now_ms, |key| gets_cursors(slab, key), cursor_frame) {
@@ -71,11 +75,20 @@ impl<K: Kernel> Shard<K> {
         for _ in 0..CURSORS_PER_TURN_MAX {
             let Some(key) = self.cursors.next_due() else { return false };
             let Some(connection) = self.slab.get_mut(key) else { continue };
-            connection.flags.clear(Flags::CURSOR_WANTED);
+            let was_wanted = connection.flags.clear(Flags::CURSOR_WANTED);
             // An almost full queue has no room for a cursor. Its session gets one when the queue has drained.
             if connection.queue.frames() >= usize::from(self.config.queue_frames_max / 2) {
                 connection.queue.since_cursor = BURST_FRAMES;
                 continue;
+            }
+            let queue = &mut connection.queue;
+            if !was_wanted {
+                queue.since_cursor = 0;
+            } else if queue.is_empty() && queue.since_cursor >= BURST_FRAMES {
+                // Another burst has drained since it wanted this one, which may be before it.
+                queue.since_cursor = 0;
+                connection.flags.set(Flags::CURSOR_WANTED);
+                self.cursors.want_after_burst(key, now_ms);
             }
             self.push_last_cursor(key);
         }
@@ -86,7 +99,6 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn push_last_cursor(&mut self, key: ConnectionKey) {
         let Some(frame) = self.cursors.last().map(Rc::clone) else { return };
         if gets_cursors(&self.slab, key) {
-            self.slab.get_mut(key).expect("the connection is present").queue.since_cursor = 0;
             self.counters.counts.cursors_sent.add(1);
             self.push(key, frame);
         }
@@ -94,7 +106,7 @@ impl<K: Kernel> Shard<K> {
 
     /// When a cursor is due next.
     pub(super) fn next_cursor_ms(&self) -> Option<u64> {
-        self.cursors.next_ms(self.kernel.now_ms())
+        self.cursors.next_ms(self.kernel.now_ms()).filter(|_| !self.has_no_sessions_left())
     }
 }
 

@@ -306,7 +306,11 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn has_stopped(&mut self) -> bool {
-        let over = self.stopping.is_some() && self.slab.used() == 0;
-        over && self.reports.stop()
+        self.has_no_sessions_left() && self.reports.stop()
+    }
+
+    /// It is stopping, and all connections have ended: the last report may have been pushed.
+    fn has_no_sessions_left(&self) -> bool {
+        self.stopping.is_some() && self.slab.used() == 0
     }
 }

@@ -17,6 +17,7 @@ use bytes::Bytes;
 
 use crate::domain::command::Ticket;
 use crate::domain::cursor::CursorExpired;
+use crate::domain::cursor_schedule::{BURST_SETTLES_MS, POSITIONS_INTERVAL_MS};
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::holder::{
@@ -41,6 +42,8 @@ use crate::service::routing::router::{RouterCounters, WARNING_INTERVAL};
 
 /// Time between two messages that tell a node what has passed, ms.
 pub const PASSED_INTERVAL_MS: u64 = 1_000;
+// The cursor after a burst covers it, also if another node owns its partition.
+const _: () = assert!(PASSED_INTERVAL_MS + 2 * POSITIONS_INTERVAL_MS < BURST_SETTLES_MS);
 /// How long a node is told what has passed after it has last said that its sessions use cursors, ms.
 const CURSORS_USED_MS: u64 = 60_000;
 

@@ -39,8 +39,14 @@ impl Hub {
 
     /// A burst has drained.
     pub(super) fn want_cursor(&mut self, connection: ConnectionKey) {
-        if gets_cursors(&self.streams, connection) {
-            self.cursors.want(connection);
+        if !gets_cursors(&self.streams, connection) {
+            return;
+        }
+        let stream = self.streams.get_mut(connection).expect("it was there just now");
+        stream.bursts = stream.bursts.saturating_add(1);
+        if stream.bursts == 1 {
+            let now_ms = self.now_ms();
+            self.cursors.want_after_burst(connection, now_ms);
         }
     }
 
@@ -53,6 +59,13 @@ impl Hub {
         }
         for _ in 0..CURSORS_PER_TURN_MAX {
             let Some(connection) = self.cursors.next_due() else { return };
+            if let Some(stream) = self.streams.get_mut(connection) {
+                // Another one has drained since it wanted this cursor, which may be before it.
+                if std::mem::take(&mut stream.bursts) > 1 {
+                    stream.bursts = 1;
+                    self.cursors.want_after_burst(connection, now_ms);
+                }
+            }
             if !self.push_last_cursor(connection)
                 && let Some(stream) = self.streams.get_mut(connection)
                 && stream.cursors == CursorState::On

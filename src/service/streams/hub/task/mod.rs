@@ -59,6 +59,8 @@ struct StreamRecord {
     outbox: Arc<Outbox>,
     state: StreamState,
     cursors: CursorState,
+    /// Bursts that have drained since its last cursor.
+    bursts: u8,
 }
 
 /// Whether a stream gets cursors.
@@ -259,6 +261,7 @@ impl Hub {
             outbox,
             state: StreamState::Requested(reply),
             cursors: CursorState::Off,
+            bursts: 0,
         };
         let accepting = *self.accepting.borrow();
         let (record, refused) = match accepting {

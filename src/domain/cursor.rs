@@ -42,7 +42,7 @@ pub struct LogPosition {
     pub partition: u32,
     /// The first offset that is not covered, 0 or more. Every record below it was given to all shards.
     pub next: i64,
-    /// [`record_check`] of the record right before `next`, or [`UNCHECKED`].
+    /// [`record_check`] of the record right before `next`; for `next` 0 [`start_check`]. Or [`UNCHECKED`].
     pub check: u32,
 }
 
@@ -56,6 +56,36 @@ pub fn record_check(appended_at_ms: u64, key: Option<&[u8]>) -> u32 {
     crc32c(&[&appended_at_ms.to_be_bytes(), &has_key, key.unwrap_or_default()]).max(1)
 }
 
+/// The check of position 0, which no record precedes: it recognises the node that has been reading the partition since
+/// this time (Unix time in ms), and would have noticed if its topic had been created again. Never [`UNCHECKED`].
+pub fn start_check(read_since_ms: u64) -> u32 {
+    record_check(read_since_ms, Some(b"start"))
+}
+
+/// Whether a position is of the log of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verified {
+    /// It is.
+    Yes,
+    /// Nothing shows it. Another position of the same topic may: all partitions of a topic are created together.
+    NotKnown,
+    /// It is of another log.
+    No,
+}
+
+impl Verified {
+    /// Compares the check of a cursor for the position `next` with that of a node.
+    pub fn of(next: i64, theirs: u32, ours: u32) -> Self {
+        match (theirs, ours) {
+            (UNCHECKED, _) | (_, UNCHECKED) => Self::NotKnown,
+            (theirs, ours) if theirs == ours => Self::Yes,
+            // Of another node, or of one that has been restarted since.
+            _ if next == 0 => Self::NotKnown,
+            _ => Self::No,
+        }
+    }
+}
+
 /// Why a cursor cannot be used. The client is told, and caught up by `last_sequences`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -66,7 +96,7 @@ pub enum CursorExpired {
     OtherVersion,
     /// It begins before the records that the nodes keep in memory.
     TooOld,
-    /// Its topic was deleted and created again, or its log was truncated.
+    /// Its topic was deleted and created again, or its log was truncated: another record is before a position.
     OtherLog,
     /// A topic is read now that is not in it.
     NewTopic,
@@ -80,11 +110,14 @@ pub enum CursorExpired {
     /// This node has just started, and the members of the conversations that it did not route itself cannot be
     /// fetched.
     MembersUnknown,
+    /// Nothing shows that it is of this log: in no partition of a topic does the node know the record before the
+    /// position, or its log ends before a position.
+    Unverified,
 }
 
 impl CursorExpired {
     /// Number of reasons.
-    pub const COUNT: usize = 9;
+    pub const COUNT: usize = 10;
 
     /// All reasons, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
@@ -97,6 +130,7 @@ impl CursorExpired {
         Self::OlderNode,
         Self::Overtaken,
         Self::MembersUnknown,
+        Self::Unverified,
     ];
 
     /// The metric label, and the text for the client.
@@ -111,6 +145,7 @@ impl CursorExpired {
             Self::OlderNode => "older_node",
             Self::Overtaken => "overtaken",
             Self::MembersUnknown => "members_unknown",
+            Self::Unverified => "unverified",
         }
     }
 }

@@ -195,7 +195,8 @@ settings! {
         /// cursor what it has missed, and a new session what other nodes could not hand over yet. None with
         /// `HANDOFF=redis`.
         tail_bytes: Size = "64MiB", from "1MiB" to "64GiB", example "256MiB";
-        /// Maximum age of these events.
+        /// Maximum age of these events, counted from when the node read them. Older ones are dropped, also if no others
+        /// arrive.
         tail_age: Duration = "5m", from "10s" to "10m", example "5m";
         /// How long a node may be silent before the others give it up (`HANDOFF=log`). Its sessions are
         /// closed with 4409 if it comes back.

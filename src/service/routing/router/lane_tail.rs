@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::domain::cursor::TopicId;
+use crate::domain::cursor::{TopicId, start_check};
 use crate::service::cluster::tail::{PartitionTail, TailAudience, TailBudget, TailRecord};
 use crate::service::routing::router::partition::TopicPartition;
 use crate::service::routing::router::record::RawRecord;
@@ -33,22 +33,26 @@ pub(super) struct LaneTail {
     /// The first offset to route.
     start: i64,
     pub(super) topic: TopicId,
+    /// The check of position 0.
+    pub(super) start_check: u32,
 }
 
 impl LaneTail {
-    /// The tail of a lane that routes from `start` on.
+    /// The tail of a lane that routes from `start` on, and reads its partition since `now_ms`.
     pub(super) fn new(
         log: &TopicPartition,
         fill: Option<TailFill>,
         start: i64,
         budget: &Arc<TailBudget>,
+        now_ms: u64,
     ) -> Self {
         let TailFill { from, filled } = fill.unwrap_or_else(|| TailFill::new(start));
         if from >= start {
             filled.store(true, Ordering::Release);
         }
         let tail = PartitionTail::new(from.min(start), Arc::clone(budget));
-        Self { tail, filled, start, topic: TopicId::of(&log.topic) }
+        let topic = TopicId::of(&log.topic);
+        Self { tail, filled, start, topic, start_check: start_check(now_ms) }
     }
 
     /// Whether it holds what the source has before the first offset to route.

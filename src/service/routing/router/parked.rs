@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use crate::service::routing::router::RouterConfig;
-use crate::service::routing::router::record::WaitingRecord;
+use crate::service::routing::router::record::{RawRecord, WaitingRecord};
 
 /// Time between two attempts while no list of members has arrived, ms.
 const RETRY_MS: u64 = 10;
@@ -45,10 +45,15 @@ impl ParkedRecords {
         fronts.map(|waiting| waiting.record.offset).min()
     }
 
-    /// The highest offset below this one.
-    pub(super) fn highest_below(&self, offset: i64) -> Option<i64> {
-        let offsets = self.queues.values().flatten().map(|waiting| waiting.record.offset);
-        offsets.filter(|parked| *parked < offset).max()
+    /// The record with the highest offset below this one.
+    pub(super) fn last_below(&self, offset: i64) -> Option<RawRecord<'_>> {
+        let records = self.queues.values().flatten().map(|waiting| waiting.record.raw());
+        records.filter(|parked| parked.offset < offset).max_by_key(|parked| parked.offset)
+    }
+
+    /// All offsets, in any order.
+    pub(super) fn offsets(&self) -> impl Iterator<Item = i64> {
+        self.queues.values().flatten().map(|waiting| waiting.record.offset)
     }
 
     pub(super) fn has(&self, conversation: &str) -> bool {

@@ -75,7 +75,8 @@ impl ActivePull {
             && self
                 .ranges
                 .iter()
-                .any(|range| range.lane == lane && (range.next..range.to).contains(&offset))
+                .filter(|range| range.lane == lane && (range.next..range.to).contains(&offset))
+                .any(|range| range.parked.binary_search(&offset).is_err())
     }
 
     fn has_room(&self, bytes: usize) -> bool {

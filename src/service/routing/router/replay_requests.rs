@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use crate::domain::cursor::{CursorExpired, UNCHECKED};
+use crate::domain::cursor::{CursorExpired, Verified};
 use crate::service::cluster::ports::NodeEpoch;
 use crate::service::cluster::wire::{self, AnsweredRange, RangeStatus, ReplayAnswer};
 use crate::service::routing::replays::ReplayedRecord;
@@ -23,6 +23,9 @@ pub(super) struct ReplayRange {
     pub(super) next: i64,
     /// The first offset that the session gets live.
     pub(super) to: i64,
+    /// Offsets below it that it gets live all the same, ascending: these records were parked at the check. Not replayed, so
+    /// that a record of the same conversation is not before an earlier one.
+    pub(super) parked: Arc<[i64]>,
 }
 
 /// Answer to a pull.
@@ -123,11 +126,10 @@ pub(super) fn check_range(
         return answered(range, Err(CursorExpired::TooOld));
     }
     range.to = at.max(range.next);
-    let result = match (theirs, lane.check_before(range.next)) {
-        _ if range.next == 0 => Ok(RangeStatus::Needless),
-        (UNCHECKED, _) | (_, UNCHECKED) => Ok(RangeStatus::NotKnown),
-        (theirs, ours) if theirs == ours => Ok(RangeStatus::Verified),
-        _ => Err(CursorExpired::OtherLog),
+    let result = match Verified::of(range.next, theirs, lane.check_before(range.next)) {
+        Verified::Yes => Ok(RangeStatus::Verified),
+        Verified::NotKnown => Ok(RangeStatus::NotKnown),
+        Verified::No => Err(CursorExpired::OtherLog),
     };
     AnsweredRange { position: at, ..answered(range, result) }
 }

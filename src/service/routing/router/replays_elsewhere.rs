@@ -277,7 +277,7 @@ impl GroupReplay {
             self.ask(begin, &open, None).await?;
             if open.iter().any(|source| self.ranges[source].to.is_none()) {
                 if Instant::now() >= deadline {
-                    return Err(CursorExpired::OtherLog);
+                    return Err(CursorExpired::Unverified);
                 }
                 sleep(RETRY).await;
             }
@@ -288,7 +288,7 @@ impl GroupReplay {
         let is_known = |(source, range): (&SourcePartition, &OpenRange)| {
             range.status != RangeStatus::NotKnown || verified.contains(&source.topic)
         };
-        if self.ranges.iter().all(is_known) { Ok(()) } else { Err(CursorExpired::OtherLog) }
+        if self.ranges.iter().all(is_known) { Ok(()) } else { Err(CursorExpired::Unverified) }
     }
 
     /// Asks the owners of these partitions once, for records or to check. Notes their answers.

@@ -8,7 +8,7 @@ use hashbrown::HashMap;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-use crate::domain::cursor::{Cursor, CursorExpired, TopicId};
+use crate::domain::cursor::{Cursor, CursorExpired, TopicId, Verified};
 use crate::domain::ids::SessionAddress;
 use crate::service::routing::replays::{
     PendingChunk, ReplayChunks, ReplayReader, ReplayedChunk, TailReplays,
@@ -17,7 +17,7 @@ use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::replay_requests::{
     PulledRecords, ReplayChunkMax, ReplayRange,
 };
-use crate::service::routing::router::returning::{CheckedLanes, ReplayInput, Verified};
+use crate::service::routing::router::returning::{CheckedLanes, ReplayInput};
 
 /// How long a replay waits for a partition of its cursor that no router has: it may be between two readers.
 const ASSIGNED_WAIT: Duration = Duration::from_secs(5);
@@ -126,9 +126,9 @@ impl RouterReplay {
                     self.ranges = ranges.filter(|(_, ranges)| !ranges.is_empty()).collect();
                     return Ok(());
                 }
-                Judged::OtherLog => return Err(CursorExpired::OtherLog),
+                Judged::Unverified => return Err(CursorExpired::Unverified),
                 Judged::Incomplete if Instant::now() >= deadline => {
-                    return Err(CursorExpired::OtherLog);
+                    return Err(CursorExpired::Unverified);
                 }
                 Judged::Incomplete => sleep(ASSIGNED_RETRY).await,
             }
@@ -142,11 +142,12 @@ enum Judged {
     /// A partition of the cursor is not read.
     Incomplete,
     /// The cursor may be of another log.
-    OtherLog,
+    Unverified,
 }
 
 /// All partitions of a topic are created together. So one position that is of this log speaks for those of the same topic
-/// whose check is not known any more: there the record before the position was deleted, or is older than the tail.
+/// whose check is not known any more: there the record before the position was deleted, or is older than the tail, or
+/// there was none.
 fn judge(since: &Cursor, topics: &[TopicId], checked: &[CheckedLanes]) -> Judged {
     let mut read = HashMap::new();
     let mut is_verified: HashMap<TopicId, bool> = HashMap::new();
@@ -157,7 +158,7 @@ fn judge(since: &Cursor, topics: &[TopicId], checked: &[CheckedLanes]) -> Judged
     for position in since.positions().iter().filter(|it| topics.contains(&it.topic)) {
         match read.get(&(position.topic, position.partition)) {
             None => return Judged::Incomplete,
-            Some(Verified::NotKnown) if !is_verified[&position.topic] => return Judged::OtherLog,
+            Some(Verified::NotKnown) if !is_verified[&position.topic] => return Judged::Unverified,
             Some(_) => {}
         }
     }

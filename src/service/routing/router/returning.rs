@@ -23,7 +23,9 @@ use std::sync::Arc;
 use slab::Slab;
 use tokio::sync::oneshot;
 
-use crate::domain::cursor::{Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED};
+use crate::domain::cursor::{
+    Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED, Verified, record_check,
+};
 use crate::domain::ids::ShardId;
 use crate::service::cluster::wire::{RangeStatus, ReplayAnswer, ReplayRequest};
 use crate::service::routing::router::core::RouterCore;
@@ -53,17 +55,6 @@ pub(super) struct CheckedLane {
     pub(super) topic: TopicId,
     pub(super) partition: u32,
     pub(super) verified: Verified,
-}
-
-/// What the check of a position says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verified {
-    /// It is of this log.
-    Yes,
-    /// Nothing precedes the position.
-    Needless,
-    /// The record before the position is not known any more.
-    NotKnown,
 }
 
 /// Answer to a check.
@@ -190,6 +181,8 @@ impl Returning {
                         log: it.log.clone(),
                         next: range.next,
                         to: range.to,
+                        // It ends below what is parked.
+                        parked: Arc::default(),
                     })),
                     None => ranges.push(answered(range, Ok(RangeStatus::NotYet))),
                 }
@@ -295,8 +288,8 @@ impl WaitingCheck {
             Ok(Checked::Behind) if now_ms < behind_until_ms && !is_closed => return Some(self),
             Ok(Checked::Filling) if now_ms < filling_until_ms && !is_closed => return Some(self),
             Ok(Checked::Usable(checked)) => Ok(checked),
-            // The log ends before the position.
-            Ok(Checked::Behind) => Err(CursorExpired::OtherLog),
+            // The log ends before the position, or this node lags.
+            Ok(Checked::Behind) => Err(CursorExpired::Unverified),
             Ok(Checked::Filling) => Err(CursorExpired::TooOld),
             Err(expired) => Err(expired),
         };
@@ -337,16 +330,15 @@ fn check(lanes: &Slab<Lane>, since: &Cursor) -> Result<Checked, CursorExpired> {
         if next < tail.tail.from() {
             return Err(CursorExpired::TooOld);
         }
-        let verified = match (check, lane.check_before(next)) {
-            _ if next == 0 => Verified::Needless,
-            (UNCHECKED, _) | (_, UNCHECKED) => Verified::NotKnown,
-            (theirs, ours) if theirs == ours => Verified::Yes,
-            _ => return Err(CursorExpired::OtherLog),
-        };
+        let verified = Verified::of(next, check, lane.check_before(next));
+        if verified == Verified::No {
+            return Err(CursorExpired::OtherLog);
+        }
         checked.lanes.push(CheckedLane { topic, partition: number, verified });
         if next < to {
             let log = partition.log.clone();
-            checked.ranges.push(ReplayRange { lane: lane.key, log, next, to });
+            let parked = lane.parked_below(to);
+            checked.ranges.push(ReplayRange { lane: lane.key, log, next, to, parked });
         }
     }
     Ok(match (is_filling, is_behind) {
@@ -391,14 +383,29 @@ impl Lane {
     /// The check of the record right before this offset, or [`UNCHECKED`].
     pub(super) fn check_before(&self, next: i64) -> u32 {
         let Some(tail) = self.tail() else { return UNCHECKED };
+        if next == 0 {
+            return tail.start_check;
+        }
         if next < tail.tail.from() {
             return UNCHECKED;
         }
         let (offset, check) = tail.tail.before(next);
-        match self.parked.highest_below(next) {
+        match self.parked.last_below(next) {
             // It is not in the tail yet.
-            Some(parked) if offset.is_none_or(|offset| parked > offset) => UNCHECKED,
+            Some(parked) if offset.is_none_or(|offset| parked.offset > offset) => {
+                record_check(parked.appended_at_ms, parked.key)
+            }
             _ => check,
         }
+    }
+
+    /// The offsets below this one that are parked, ascending.
+    fn parked_below(&self, to: i64) -> Arc<[i64]> {
+        if self.parked.is_empty() {
+            return Arc::default();
+        }
+        let mut parked: Vec<_> = self.parked.offsets().filter(|offset| *offset < to).collect();
+        parked.sort_unstable();
+        parked.into()
     }
 }

@@ -10,6 +10,7 @@ use slab::Slab;
 
 use crate::domain::budget::EventBudget;
 use crate::domain::cursor::UNCHECKED;
+use crate::domain::cursor_schedule::POSITIONS_INTERVAL_MS;
 use crate::service::backends::ports::RouterInput;
 use crate::service::cluster::ports::{ArrivedHandOffs, IncomingHandOff, NodeEpoch};
 use crate::service::cluster::wire::hand_off_header::Content;
@@ -41,9 +42,8 @@ const INBOX_LANES: usize = 16;
 const INBOX_LANE_MAX: usize = 256;
 /// The longest sleep, ms. Bounds the delay if a doorbell is ever missed.
 const SLEEP_MS_MAX: u32 = 100;
-/// Time between two rounds in which the shards are given the positions of the lanes, ms. A position costs a shard and a
-/// router about 50 ns; without traffic nothing is sent.
-const ROUTED_INTERVAL_MS: u64 = 250;
+/// Time between two rounds in which what is too old leaves the tails of quiet partitions, ms.
+const TRIM_INTERVAL_MS: u64 = 1_000;
 /// The longest sleep while something waits for time to pass or for a ring to drain, ms.
 const RETRY_SLEEP_MS: u32 = 10;
 
@@ -69,6 +69,8 @@ pub struct Router {
     returning: Returning,
     /// When the shards are given positions next, Unix time in ms.
     routed_at_ms: u64,
+    /// When the tails are trimmed next, Unix time in ms.
+    trimmed_at_ms: u64,
 }
 
 impl Router {
@@ -129,6 +131,7 @@ impl Router {
             replays,
             returning: Returning::default(),
             routed_at_ms: 0,
+            trimmed_at_ms: 0,
         };
         (router, control)
     }
@@ -167,7 +170,7 @@ impl Router {
 
     /// One bounded turn of the loop. Returns whether anything progressed.
     pub(in crate::service::routing) fn turn(&mut self, now_ms: u64) -> ControlFlow<(), bool> {
-        let mut progressed = self.take_commands()?;
+        let mut progressed = self.take_commands(now_ms)?;
         progressed |= self.take_reports();
         progressed |= self.expire(now_ms);
         progressed |= self.take_hand_offs(now_ms);
@@ -175,6 +178,7 @@ impl Router {
         progressed |= self.turn_lanes(now_ms);
         progressed |= self.turn_replays(now_ms);
         self.tell_routed(now_ms);
+        self.trim_tails(now_ms);
         self.core.links.publish();
         self.release_revoked(now_ms);
         let counters = &self.core.counters;
@@ -215,12 +219,12 @@ impl Router {
         self.lanes.iter().any(|(_, lane)| waits(lane)) || self.inbox_lanes.iter().any(waits)
     }
 
-    fn take_commands(&mut self) -> ControlFlow<(), bool> {
+    fn take_commands(&mut self, now_ms: u64) -> ControlFlow<(), bool> {
         let mut progressed = false;
         while let Ok(command) = self.commands.try_recv() {
             progressed = true;
             match command {
-                LaneCommand::Assign(assignment) => self.assign(assignment),
+                LaneCommand::Assign(assignment) => self.assign(assignment, now_ms),
                 LaneCommand::Revoke(log, revocation) => self.revoke(&log, revocation),
                 LaneCommand::TakeHandOffs(log) => self.hand_off_log = Some(log),
                 LaneCommand::Stop => return ControlFlow::Break(()),
@@ -229,7 +233,7 @@ impl Router {
         ControlFlow::Continue(progressed)
     }
 
-    fn assign(&mut self, assignment: Assignment) {
+    fn assign(&mut self, assignment: Assignment, now_ms: u64) {
         let Assignment { log, source, start, fill, committable, ownership } = assignment;
         self.core.membership.lane_starts(log.position(start.unwrap_or(i64::MAX)));
         let window = OffsetWindow::new(start.unwrap_or(0), self.core.config.window_records_max);
@@ -239,7 +243,7 @@ impl Router {
             Some(LaneClaim::new(ownership, owner.holder().latest()))
         });
         let tail = self.core.tails.as_ref().zip(start);
-        let tail = tail.map(|(tails, start)| LaneTail::new(&log, fill, start, tails));
+        let tail = tail.map(|(tails, start)| LaneTail::new(&log, fill, start, tails, now_ms));
         let partition =
             PartitionLane { log, source, window, committable, revocation: None, claim, tail };
         self.lanes.insert(Lane::new(key, Some(partition)));
@@ -460,7 +464,18 @@ impl Router {
         if self.core.tell_routed(&self.lanes, self.handed_to) {
             self.returning.positions_told(&self.core.links);
         }
-        self.routed_at_ms = now_ms + ROUTED_INTERVAL_MS;
+        // A position costs a shard and a router about 50 ns; without traffic nothing is sent.
+        self.routed_at_ms = now_ms + POSITIONS_INTERVAL_MS;
+    }
+
+    /// Drops what is too old, also where no record arrives.
+    fn trim_tails(&mut self, now_ms: u64) {
+        if now_ms < self.trimmed_at_ms {
+            return;
+        }
+        self.trimmed_at_ms = now_ms + TRIM_INTERVAL_MS;
+        let partitions = self.lanes.iter_mut().filter_map(|(_, lane)| lane.partition.as_mut());
+        partitions.filter_map(|it| it.tail.as_mut()).for_each(|tail| tail.tail.trim(now_ms));
     }
 
     fn replay_stored(&mut self, key: LaneKey) {

@@ -5,5 +5,6 @@ mod clocks;
 mod held_back;
 mod returning;
 mod routing;
+mod unverified;
 mod waiting;
 pub(crate) mod world;

@@ -7,11 +7,13 @@ use tokio::sync::mpsc::Receiver;
 
 use super::world::{FakePartition, RouterWorld, With, changed, created, message};
 use crate::domain::cursor::{Cursor, CursorExpired, LogPosition, TopicId, UNCHECKED};
+use crate::domain::ids::ConversationPosition;
+use crate::service::events::conversation_key::{conversation_key, log_position};
 use crate::service::members::membership::{ReadBy, RecordPosition};
 use crate::service::routing::replays::ReplayedChunk;
 use crate::service::routing::router::TailFill;
 
-const TAILS: With = With {
+pub(super) const TAILS: With = With {
     no_service: false,
     gated: false,
     nodes: false,
@@ -23,17 +25,17 @@ const TAILS: With = With {
     tails: Some((1 << 20, 3)),
 };
 
-fn append(log: &FakePartition, offset: i64, value: Vec<u8>) {
+pub(super) fn append(log: &FakePartition, offset: i64, value: Vec<u8>) {
     log.append_at(offset, 1_000 + offset as u64, Some("key"), value);
 }
 
-fn with(cursor: &Cursor, change: impl Fn(&mut LogPosition)) -> Cursor {
+pub(super) fn with(cursor: &Cursor, change: impl Fn(&mut LogPosition)) -> Cursor {
     let mut positions = cursor.positions().to_vec();
     change(&mut positions[0]);
     Cursor::of_sorted(&positions).unwrap()
 }
 
-fn next(cursor: &Cursor) -> Vec<i64> {
+pub(super) fn next(cursor: &Cursor) -> Vec<i64> {
     cursor.positions().iter().map(|position| position.next).collect()
 }
 
@@ -165,12 +167,12 @@ fn cursor_of_another_log_or_without_a_topic_expires() {
     expect(cursor.clone(), Ok(vec![(0, 2)]));
     expect(with(&cursor, |it| it.check ^= 2), Err(CursorExpired::OtherLog));
     // Alone its partition does not show that it is of this log.
-    expect(with(&cursor, |it| it.check = UNCHECKED), Err(CursorExpired::OtherLog));
+    expect(with(&cursor, |it| it.check = UNCHECKED), Err(CursorExpired::Unverified));
     expect(with(&cursor, |it| it.topic = TopicId(1)), Err(CursorExpired::NewTopic));
     // A partition that is not read.
     let mut positions = cursor.positions().to_vec();
     positions.push(LogPosition { partition: 1, ..positions[0] });
-    expect(Cursor::of_sorted(&positions).unwrap(), Err(CursorExpired::OtherLog));
+    expect(Cursor::of_sorted(&positions).unwrap(), Err(CursorExpired::Unverified));
     // A topic that is not configured any more.
     positions[1].topic = TopicId(u32::MAX);
     positions[1].partition = 0;
@@ -200,7 +202,11 @@ fn cursor_that_is_ahead_is_waited_for() {
     let cursor = world.cursor();
     world.step_ms = 1_000;
     let mut chunks = world.replay("alice", with(&cursor, |it| it.next = 9));
-    assert_eq!(world.replayed(&mut chunks), Err(CursorExpired::OtherLog), "the log ends before it");
+    assert_eq!(
+        world.replayed(&mut chunks),
+        Err(CursorExpired::Unverified),
+        "the log ends before it, or this node lags"
+    );
     let mut chunks = world.replay("alice", cursor);
     assert_eq!(world.replayed(&mut chunks), Ok(Vec::new()));
 }
@@ -308,12 +314,22 @@ fn filled_tail_is_replayed_and_nothing_of_it_is_delivered() {
     assert_eq!(failing.replayed(&mut chunks), Err(CursorExpired::MembersUnknown));
 }
 
+/// An event of the log.
+struct LoggedEvent {
+    place: (i32, i64),
+    conversation: String,
+    position: ConversationPosition,
+}
+
 /// A client with one session at a time, which keeps its last cursor.
 struct ReturningAlice {
     slot: Option<u32>,
     replay: Option<Receiver<ReplayedChunk>>,
     cursor: Cursor,
     got: BTreeSet<(i32, i64)>,
+    /// What was replayed to the session, and what came live, each in its order.
+    replayed: Vec<(i32, i64)>,
+    live: Vec<(i32, i64)>,
     /// Cursors that expired, and replays that were complete.
     expired: usize,
     complete: usize,
@@ -323,9 +339,24 @@ impl ReturningAlice {
     fn connect(&mut self, world: &mut RouterWorld) {
         self.slot = Some(world.connect("alice", "phone", 0));
         self.replay = Some(world.replay("alice", self.cursor.clone()));
+        (self.replayed, self.live) = (Vec::new(), Vec::new());
     }
 
-    fn disconnect(&mut self, world: &RouterWorld) {
+    /// Live events are held during the replay, and what was replayed is not sent again.
+    fn check_order(&self, places: &HashMap<Vec<u8>, LoggedEvent>) {
+        let is_new = |place: &&(i32, i64)| !self.replayed.contains(place);
+        let sent = self.replayed.iter().chain(self.live.iter().filter(is_new));
+        let conversations: HashMap<_, _> =
+            places.values().map(|event| (event.place, &event.conversation)).collect();
+        let mut last = HashMap::new();
+        for place in sent {
+            let before = last.insert(conversations[place], *place);
+            assert!(before < Some(*place), "{place:?} behind {before:?} of its conversation");
+        }
+    }
+
+    fn disconnect(&mut self, world: &RouterWorld, places: &HashMap<Vec<u8>, LoggedEvent>) {
+        self.check_order(places);
         if let Some(slot) = self.slot.take() {
             world.disconnect("alice", "phone", 0, slot);
         }
@@ -333,10 +364,17 @@ impl ReturningAlice {
     }
 
     /// Takes what the shard has got.
-    fn receive(&mut self, world: &mut RouterWorld, places: &HashMap<Vec<u8>, (i32, i64)>) {
+    fn receive(&mut self, world: &mut RouterWorld, places: &HashMap<Vec<u8>, LoggedEvent>) {
         for event in world.delivered(0) {
             if self.slot.is_some_and(|slot| event.slots.contains(&slot)) {
-                self.got.insert(places[&event.value]);
+                let LoggedEvent { place, position, .. } = &places[&event.value];
+                assert_eq!(
+                    event.position,
+                    Some(*position),
+                    "what was replayed is recognised by it"
+                );
+                self.got.insert(*place);
+                self.live.push(*place);
             }
             event.ticket.into_iter().for_each(|ticket| world.report(0, ticket));
         }
@@ -352,20 +390,25 @@ impl ReturningAlice {
         match world.try_next_chunk(replay) {
             None => return,
             Some(Ok(Some(records))) => {
-                self.got.extend(records.iter().map(|record| (record.partition, record.offset)));
+                let places = records.iter().map(|record| (record.partition, record.offset));
+                self.replayed.extend(places.clone());
+                self.got.extend(places);
                 return;
             }
             Some(Ok(None)) => self.complete += 1,
             Some(Err(_)) => {
                 self.expired += 1;
                 self.got.extend(all);
+                // By sequences only messages come, and their order is not that of the log.
+                (self.replayed, self.live) = (Vec::new(), Vec::new());
             }
         }
         self.replay = None;
     }
 }
 
-/// Whatever is parked, blocked or dropped from the tail, and whenever the session ends: the client gets everything.
+/// Whatever is parked, blocked or dropped from the tail, and whenever the session ends: the client gets everything, in the
+/// order of each conversation, and no event twice in one session.
 #[test]
 fn client_that_returns_with_its_last_cursor_misses_nothing() {
     let (mut complete, mut expired, mut parked) = (0, 0, 0);
@@ -386,29 +429,42 @@ fn client_that_returns_with_its_last_cursor_misses_nothing() {
             replay: None,
             cursor,
             got: BTreeSet::new(),
+            replayed: Vec::new(),
+            live: Vec::new(),
             expired: 0,
             complete: 0,
         };
-        let mut latest = [String::new(), String::new()];
+        let mut conversations = [Vec::new(), Vec::new()];
         for _ in 0..400 {
             match random(12) {
                 0..4 => {
                     let partition = random(2);
                     sequence += 1;
-                    // A conversation that is not known yet, or the one before.
-                    if latest[partition].is_empty() || random(4) == 0 {
-                        latest[partition] = format!("c{sequence}");
+                    // A conversation that is not known yet, or one of the last three.
+                    let known: &mut Vec<String> = &mut conversations[partition];
+                    let back = 1 + random(3);
+                    if known.len() < back || random(4) == 0 {
+                        known.push(format!("c{sequence}"));
                         let members: &[&str] =
                             if random(3) > 0 { &["alice", "bob"] } else { &["bob"] };
-                        world.conversations.set(&latest[partition], members);
+                        world.conversations.set(&known[known.len() - 1], members);
                     }
-                    let conversation = &latest[partition];
-                    let value = message(conversation, sequence);
+                    let conversation = known[known.len() - back.min(known.len())].clone();
+                    // Without a sequence it is recognised by its offset.
+                    let number = if random(2) == 0 { sequence } else { -sequence };
+                    let value = message(&conversation, number);
                     let place = (partition as i32, offsets[partition]);
-                    if world.conversations.has(conversation, "alice") {
+                    let position = match number > 0 {
+                        true => ConversationPosition {
+                            conversation: conversation_key(&conversation),
+                            sequence: number,
+                        },
+                        false => log_position("events", place.0, place.1),
+                    };
+                    if world.conversations.has(&conversation, "alice") {
                         concerned.insert(place);
                     }
-                    places.insert(value.clone(), place);
+                    places.insert(value.clone(), LoggedEvent { place, conversation, position });
                     append(&logs[partition], place.1, value);
                     offsets[partition] += 1 + random(2) as i64;
                 }
@@ -417,7 +473,7 @@ fn client_that_returns_with_its_last_cursor_misses_nothing() {
                     world.conversations.failing.store(fails, Ordering::Relaxed);
                 }
                 5 if alice.slot.is_none() => alice.connect(&mut world),
-                5 if random(3) == 0 => alice.disconnect(&world),
+                5 if random(3) == 0 => alice.disconnect(&world, &places),
                 6 | 7 => alice.receive(&mut world, &places),
                 8 => {
                     for _ in 0..4 {
@@ -444,6 +500,7 @@ fn client_that_returns_with_its_last_cursor_misses_nothing() {
                 break;
             }
         }
+        alice.check_order(&places);
         let missed: Vec<_> = concerned.difference(&alice.got).collect();
         assert!(missed.is_empty(), "seed {seed}: {missed:?}");
         assert_eq!(alice.got, concerned, "seed {seed}: nothing else");

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::domain::command::{ShardCommand, ShardReport, Ticket};
 use crate::domain::cursor::{Cursor, CursorExpired, RoutedPositions};
 use crate::domain::encoding::Encoding;
-use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
+use crate::domain::ids::{ConnectionKey, ConversationPosition, SessionAddress, ShardId};
 use crate::domain::members::Members;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::{
@@ -184,6 +184,8 @@ impl RecordSource for FakePartition {
 /// One delivery as a shard sees it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct DeliveredEvent {
+    /// What identifies it among what was replayed.
+    pub(super) position: Option<ConversationPosition>,
     /// The slots of the recipients, sorted.
     pub(super) slots: Vec<u32>,
     /// The record's value, from the binary frame (short ones only).
@@ -409,7 +411,8 @@ impl RouterWorld {
             let mut slots: Vec<_> = recipients.iter().map(|(key, _)| key.slot).collect();
             slots.sort_unstable();
             let value = event.frame(Encoding::Binary).unwrap()[2..].to_vec();
-            delivered.push(DeliveredEvent { slots, value, ticket });
+            let position = event.position;
+            delivered.push(DeliveredEvent { slots, value, position, ticket });
         }
         delivered
     }

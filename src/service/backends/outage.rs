@@ -57,7 +57,10 @@ pub struct Recovery {
 
 impl fmt::Display for Recovery {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "after {} s", self.duration.as_secs())
+        match self.duration.as_secs() {
+            0 => write!(out, "after {} ms", self.duration.as_millis()),
+            seconds => write!(out, "after {seconds} s"),
+        }
     }
 }
 
@@ -216,5 +219,7 @@ mod tests {
         assert_eq!(again.to_string(), " (for 12 s, 2 failures since the last report)");
         let recovery = outage.succeeded(start + Duration::from_secs(75)).unwrap();
         assert_eq!(recovery.to_string(), "after 75 s");
+        let short = Recovery { duration: Duration::from_millis(40) };
+        assert_eq!(short.to_string(), "after 40 ms");
     }
 }

@@ -4,11 +4,11 @@
 //! | --- | --- |
 //! | `{"last_sequences": {"<conversation_id>": <int64>, …}}` | The resume request, as the first message (contract §3). Each number is the highest `sequence` that the client has of the conversation, or 0. The user's other conversations are sent from their beginning. |
 //! | `{}`, `null`, `{"last_sequences": null}` | The same without positions: everything. A client that omits empty fields sends one of these when it has nothing yet. |
-//! | `{"cursor": null, …}`, `{"cursor": "<cursor>", …}` | A resume request with or without positions, from a client that wants cursors: it has none yet, or everything before this one. The positions count if the cursor cannot be used. |
+//! | `{"cursor": null, …}`, `{"cursor": "", …}`, `{"cursor": "<cursor>", …}` | A resume request with or without positions, from a client that wants cursors: it has none yet, or everything before this one. The positions count if the cursor cannot be used. |
 //! | `{"access_token": "<JWT>"}` | At any time: a fresh token of the same user, before the old one expires. The answer is `{"token_expires_at": <Unix seconds>}`, or `{"error": "<reason>"}` and the old token stays in use. |
 //!
 //! One message may have both keys; as the first message it is a resume request in any case. A number may
-//! be a string, as proto3 JSON writes an int64. An empty token is none. Other keys are ignored.
+//! be a string, as proto3 JSON writes an int64. It has no fraction and no exponent (`3.0` is refused, as by Go). An empty token is none. Other keys are ignored.
 
 use std::fmt;
 
@@ -251,6 +251,8 @@ mod tests {
             r#"{"last_sequences": []}"#,
             r#"{"last_sequences": "a"}"#,
             r#"{"last_sequences": {"a": 1.5}}"#,
+            r#"{"last_sequences": {"a": 3.0}}"#,
+            r#"{"last_sequences": {"a": 3e0}}"#,
             r#"{"last_sequences": {"a": true}}"#,
             r#"{"last_sequences": {"a": "x"}}"#,
             r#"{"last_sequences": {"a": 9223372036854775808}}"#,

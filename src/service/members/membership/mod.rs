@@ -440,8 +440,11 @@ impl Membership {
         }
     }
 
-    /// A membership event.
+    /// A membership event. One without a user changes nothing.
     pub fn changed(&self, conversation: &str, user: &str, added: bool, by: ReadBy) {
+        if user.is_empty() {
+            return;
+        }
         let position = match by {
             ReadBy::Follower(position) => position,
             ReadBy::Router(position) if !self.reading.is_followed(position) => position,

@@ -369,10 +369,11 @@ impl ReaderResources {
     /// Records of this topic may be gone that nobody has read.
     fn lost_log(&self, topic: &str, what: &str) {
         self.counters.logs_lost.add(1);
-        tracing::error!(
-            topic,
-            "the topic {what}: sessions may have missed events and are closed with 4409"
-        );
+        let closed = match self.claims {
+            Some(_) => "this node ends, with its sessions",
+            None => "sessions may have missed events and are closed with 4409",
+        };
+        tracing::error!(topic, "the topic {what}: {closed}");
         (self.missed)();
         if let Some(claims) = &self.claims {
             (claims.failed)(format!(

@@ -6,6 +6,8 @@ use bytes::Bytes;
 use super::world::{RouterWorld, With, changed, created, message};
 use crate::handoff::Pushed;
 use crate::service::backends::ports::{RouterInbox as _, RouterInput};
+use crate::service::events::timestamp::unix_ms;
+use crate::service::members::membership::Lookup;
 use crate::service::routing::router::RouterHandle;
 
 #[test]
@@ -216,4 +218,24 @@ fn unknown_event_type_is_routed_by_the_record_key() {
     assert_eq!(*world.dead_letters.0.lock().unwrap(), [(2, "no_conversation"), (3, "undecodable")]);
     assert_eq!(world.counters.records_undecodable.get(), 1);
     assert_eq!(committable.get(), Some(5));
+}
+
+/// A membership event without a user goes to the members, as every event does, and changes no list.
+#[test]
+fn membership_event_without_a_user_changes_no_list() {
+    let mut world = RouterWorld::new(With::default());
+    let alice = world.connect("alice", "phone", 0);
+    let (log, _) = world.assign(0);
+    log.append(0, created("c", &["alice"]));
+    log.append(1, changed("c", "", true));
+    log.append(2, changed("c", "", false));
+    world.run_until_idle();
+    let delivered = world.delivered(0);
+    assert_eq!(delivered.len(), 3);
+    assert!(delivered.iter().all(|event| event.slots == [alice]));
+    assert_eq!(delivered[1].value, changed("c", "", true), "unchanged");
+    match world.membership.lookup("c", None, unix_ms()) {
+        Lookup::Members(members) => assert_eq!(members.iter().collect::<Vec<_>>(), ["alice"]),
+        other => panic!("{other:?}"),
+    }
 }

@@ -1,5 +1,6 @@
 //! What one kind of conversation costs the events of all others: nodes behind a real Kafka, small events at a steady
-//! rate, and the same beside the other kind, in turn.
+//! rate, and the same beside the other kind, in turn. Each round also has a *control*: as many events as those of the other
+//! kind, of ordinary conversations, so that what they cost as events, and what the machine adds, is known in the same run.
 //!
 //! Members come from a conversation service in this process. Nodes run on one core; broker, clients and this process on
 //! the other.
@@ -35,6 +36,8 @@ const SETTLE: Duration = Duration::from_secs(1);
 const ABSENT: usize = 1_000_000;
 /// The large conversation.
 const LARGE: usize = 9_000_000;
+/// The first of the ordinary conversations of the control, with one member on each node.
+const ORDINARY: usize = 9_050_000;
 /// The first of the unknown conversations.
 const UNKNOWN: usize = 9_100_000;
 
@@ -94,7 +97,7 @@ pub struct BesidePlan {
     /// as many records wait as ever do. By default longer than `ROUTE_RETRY_MAX` if records wait.
     #[arg(long, global = true)]
     ramp: Option<u64>,
-    /// Pairs of phases.
+    /// Rounds, each of one phase without the neighbour, one beside the control, and one beside the neighbour.
     #[arg(long, global = true, default_value_t = 3)]
     rounds: usize,
     /// Seconds of warm-up: a broker is a JVM that compiles.
@@ -108,6 +111,27 @@ pub struct BesidePlan {
     client_core: usize,
 }
 
+/// What the small events of a phase run beside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beside {
+    Nothing,
+    /// As many events as those of the neighbour, of ordinary conversations.
+    Control,
+    Neighbour,
+}
+
+impl Beside {
+    const ALL: [Self; 3] = [Self::Nothing, Self::Control, Self::Neighbour];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Nothing => "without",
+            Self::Control => "control",
+            Self::Neighbour => "beside",
+        }
+    }
+}
+
 /// What a phase found.
 struct Phase {
     latency: Latencies,
@@ -119,18 +143,18 @@ struct Phase {
     wrong: f64,
 }
 
-struct Beside {
+struct World {
     plan: BesidePlan,
     nodes: Vec<ServedNode>,
     small_events: SmallEvents,
     extra: Extra,
     /// One for each node.
     small: Vec<Worker>,
-    _large: Vec<Worker>,
+    _connected: Vec<Worker>,
     _services: tokio::runtime::Runtime,
 }
 
-impl Beside {
+impl World {
     fn start(plan: &BesidePlan) -> io::Result<Self> {
         usage::pin(plan.client_core)?;
         let topics = RunTopics::new();
@@ -172,13 +196,13 @@ impl Beside {
             clients.collect()
         };
         let small_clients = connect(0, small)?;
-        let large = if connected > 0 { connect(first_connected, connected)? } else { Vec::new() };
+        let connected = connect(first_connected, connected)?;
         // The beginnings of all sessions are read by both nodes.
         std::thread::sleep(SETTLE);
         let small_events = SmallEvents::new(&plan.brokers, &topics)?;
         let (plan, extra) = (plan.clone(), Extra::new(plan, &topics)?);
-        let (small, _large, _services) = (small_clients, large, services);
-        Ok(Self { plan, nodes, small_events, extra, small, _large, _services })
+        let (small, _connected, _services) = (small_clients, connected, services);
+        Ok(Self { plan, nodes, small_events, extra, small, _connected, _services })
     }
 
     fn used(&self) -> io::Result<(u64, u64)> {
@@ -190,9 +214,10 @@ impl Beside {
         Ok((routers, nodes))
     }
 
-    fn phase(&mut self, seconds: u64, is_beside: bool, ramp: Duration) -> io::Result<Phase> {
+    /// `ramp`: see [`BesidePlan::ramp`].
+    fn phase(&mut self, seconds: u64, beside: Beside, ramp: Duration) -> io::Result<Phase> {
         let stopped = Arc::new(AtomicBool::new(false));
-        let extra = is_beside.then(|| self.extra.start(&stopped));
+        let extra = (beside != Beside::Nothing).then(|| self.extra.start(beside, &stopped));
         std::thread::sleep(SETTLE + ramp);
         ask(&mut self.small, "reset", "done")?;
         let (before, sent_before) = (self.used()?, self.extra.sent());
@@ -255,8 +280,9 @@ fn sum(answers: &[Value], member: &str) -> f64 {
 impl BesidePlan {
     fn connected_to_each(&self) -> usize {
         match self.neighbour {
-            Neighbour::Large { connected, .. } => connected / usize::from(self.nodes),
-            Neighbour::Unknown { .. } => 0,
+            Neighbour::Large { connected, .. } => (connected / usize::from(self.nodes)).max(1),
+            // For the control.
+            Neighbour::Unknown { .. } => 1,
         }
     }
 
@@ -280,10 +306,10 @@ impl BesidePlan {
     /// # Errors
     /// Kafka or a program failed.
     pub fn run(&self) -> io::Result<()> {
-        let mut world = Beside::start(self)?;
+        let mut world = World::start(self)?;
         // Small conversations are fetched, and the broker compiles.
-        world.phase(self.warm_up.max(1), false, Duration::ZERO)?;
-        world.phase(self.warm_up.max(1) / 2 + 1, true, Duration::ZERO)?;
+        world.phase(self.warm_up.max(1), Beside::Nothing, Duration::ZERO)?;
+        world.phase(self.warm_up.max(1) / 2 + 1, Beside::Neighbour, Duration::ZERO)?;
         let ramp = Duration::from_secs(self.ramp.unwrap_or(match self.neighbour {
             Neighbour::Large { .. } => 0,
             Neighbour::Unknown { .. } => 32,
@@ -295,30 +321,51 @@ impl BesidePlan {
         println!(
             "round    p50, ms   p99, ms   p99.9, ms   routers, µs CPU/event of the neighbour   wrong"
         );
-        let mut all = [Latencies::default(), Latencies::default()];
+        let mut all = Beside::ALL.map(|_| Latencies::default());
+        let mut ratios = Beside::ALL.map(|_| Vec::new());
         for round in 1..=self.rounds {
-            let mut idle_ns = 0;
-            for (index, name) in [(0, "without"), (1, "beside")] {
-                let phase = world.phase(self.seconds, index == 1, ramp)?;
+            let (mut idle_ns, mut p99s) = (0, [0.0; Beside::ALL.len()]);
+            for (index, beside) in Beside::ALL.into_iter().enumerate() {
+                // What waits of the neighbour of the round before is given up first. The control has nothing to wait for.
+                let ramp = if beside == Beside::Control { Duration::ZERO } else { ramp };
+                let phase = world.phase(self.seconds, beside, ramp)?;
                 all[index].add(&phase.latency);
+                let percentiles = phase.latency.percentiles();
+                p99s[index] = percentiles.p99;
+                if beside == Beside::Nothing {
+                    idle_ns = phase.routers_ns;
+                }
                 let more = phase.routers_ns.saturating_sub(idle_ns) as f64 / 1e3;
-                idle_ns = phase.routers_ns;
                 let cost = match phase.extra {
                     0 => "-".to_owned(),
                     extra => format!("{:.1}", more / extra as f64),
                 };
                 let busy = phase.nodes_ns as f64 / 1e7 / self.seconds as f64;
                 println!(
-                    "{round} {name:<8} {}   {cost:>8}   {}   (nodes {busy:.0} % of a core)",
-                    shown(phase.latency.percentiles()),
+                    "{round} {:<8} {}   {cost:>8}   {}   (nodes {busy:.0} % of a core)",
+                    beside.label(),
+                    shown(percentiles),
                     phase.wrong
                 );
             }
+            ratios.iter_mut().zip(p99s).for_each(|(ratios, p99)| ratios.push(p99 / p99s[0]));
         }
-        let [without, beside] = all.map(|latency| latency.percentiles());
-        println!("all without  {}\nall beside   {}", shown(without), shown(beside));
-        println!("p99 beside / without: {:.2}", beside.p99 / without.p99);
+        for (beside, latency) in Beside::ALL.iter().zip(all) {
+            println!("all {:<8} {}", beside.label(), shown(latency.percentiles()));
+        }
+        let [_, control, beside] = ratios.map(median);
+        println!("p99, median of the rounds: beside / without {beside:.2}, control / without {control:.2}");
         Ok(())
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let upper = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        odd if odd % 2 == 1 => values[upper],
+        _ => f64::midpoint(values[upper - 1], values[upper]),
     }
 }
 

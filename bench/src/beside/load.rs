@@ -9,7 +9,7 @@ use std::time::Duration;
 use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer as _};
 
-use super::{BesidePlan, LARGE, Neighbour, UNKNOWN};
+use super::{Beside, BesidePlan, LARGE, Neighbour, ORDINARY, UNKNOWN};
 use crate::clock::now_ns;
 use crate::generator::{Generator, PushPlan};
 use crate::kafka::node::RunTopics;
@@ -62,7 +62,7 @@ impl SmallEvents {
     }
 }
 
-/// Sends the events of the neighbour until it is stopped.
+/// Sends the events of the neighbour, or of the control, until it is stopped.
 pub(super) struct Extra {
     producer: Arc<BaseProducer>,
     topic: String,
@@ -84,12 +84,16 @@ impl Extra {
         self.sent.load(Ordering::Relaxed)
     }
 
-    pub(super) fn start(&self, stopped: &Arc<AtomicBool>) -> JoinHandle<io::Result<()>> {
+    pub(super) fn start(
+        &self,
+        beside: Beside,
+        stopped: &Arc<AtomicBool>,
+    ) -> JoinHandle<io::Result<()>> {
         let (producer, topic) = (Arc::clone(&self.producer), self.topic.clone());
         let (neighbour, partitions) = (self.neighbour, self.partitions);
         let (stopped, sent) = (Arc::clone(stopped), Arc::clone(&self.sent));
         std::thread::spawn(move || {
-            push(&producer, &topic, (neighbour, partitions), &stopped, &sent)
+            push(&producer, &topic, (beside, neighbour, partitions), &stopped, &sent)
         })
     }
 }
@@ -97,7 +101,7 @@ impl Extra {
 fn push(
     producer: &BaseProducer,
     topic: &str,
-    (neighbour, partitions): (Neighbour, i32),
+    (beside, neighbour, partitions): (Beside, Neighbour, i32),
     stopped: &AtomicBool,
     all_sent: &AtomicU64,
 ) -> io::Result<()> {
@@ -109,6 +113,7 @@ fn push(
             (UNKNOWN, count, rate * count as u64)
         }
     };
+    let first = if beside == Beside::Control { ORDINARY } else { first };
     let (template, started_ns, mut sent) = (Template::new(EXTRA_BYTES), now_ns(), 0);
     while !stopped.load(Ordering::Relaxed) && rate > 0 {
         let due_ns = started_ns + sent * 1_000_000_000 / rate;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use delivery_testkit::services::{Answer, Call, Neighbours, serve};
 use tonic::Status;
 
-use super::{ABSENT, LARGE, UNKNOWN, small_number};
+use super::{ABSENT, LARGE, ORDINARY, UNKNOWN, small_number};
 use crate::names;
 use crate::payload::conversation_number;
 
@@ -44,6 +44,10 @@ impl BesideServices {
         if number == LARGE {
             let absent = (0..large.saturating_sub(connected.len())).map(|at| ABSENT + at);
             return Some(connected.clone().chain(absent).map(names::user).collect());
+        }
+        if (ORDINARY..UNKNOWN).contains(&number) {
+            let each = connected.len() / nodes;
+            return Some(connected.clone().step_by(each.max(1)).map(names::user).collect());
         }
         let index = number.checked_sub(small_number(0)).filter(|index| index < small)?;
         Some((0..*nodes).map(|node| names::user(node * small + index)).collect())

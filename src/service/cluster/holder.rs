@@ -137,8 +137,23 @@ impl ParkedOffsets {
         }
     }
 
-    fn below(&self, offset: i64) -> Self {
-        Self(self.0.iter().copied().take_while(|parked| *parked < offset).collect())
+    /// An owner that routes `offset` names these parked ones before it. Returns whether all of them are parked here: one
+    /// that is not above `highest`, and was not parked before, has passed.
+    fn name_below(&mut self, offset: i64, named: &[i64], highest: i64) -> bool {
+        let below = self.0.partition_point(|parked| *parked < offset);
+        // Almost always: there can be a thousand, and each record names them.
+        if self.0[..below] == *named {
+            return true;
+        }
+        let mut known = self.0[..below].iter().peekable();
+        let mut parked = Vec::with_capacity(named.len());
+        parked.extend(named.iter().filter(|named| {
+            while known.next_if(|known| known < named).is_some() {}
+            **named > highest || known.peek() == Some(named)
+        }));
+        let is_complete = parked.len() == named.len();
+        self.0.splice(..below, parked);
+        is_complete
     }
 
     fn replace_below(&mut self, offset: i64, parked: &[i64]) {
@@ -435,11 +450,7 @@ impl Holder {
         let passed = self.sources.get_mut(&at.source).expect("just found");
         let highest = passed.highest;
         let parked = &parked[..parked.partition_point(|parked| *parked < at.offset)];
-        let (stated, known) = (passed.parked.below(at.offset), parked.len());
-        let still = parked.iter().filter(|parked| **parked > highest || stated.contains(parked));
-        let still: Vec<i64> = still.copied().collect();
-        passed.is_parked_again = still.len() < known;
-        passed.parked.replace_below(at.offset, &still);
+        passed.is_parked_again = !passed.parked.name_below(at.offset, parked, highest);
         Arrived::InTurn
     }
 

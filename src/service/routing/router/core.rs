@@ -30,6 +30,10 @@ use crate::service::routing::router::record::{RawRecord, named_conversation};
 use crate::service::routing::router::shard_positions::ShardPositions;
 use crate::service::routing::router::{RouterConfig, RouterCounters};
 
+/// Time after which a record is attempted again whose members are being requested, ms. The end of the request rings the
+/// doorbell; this bounds the delay if a ring is ever missed.
+const PENDING_RETRY_MS: u64 = 100;
+
 /// Result of routing a record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum RouteOutcome {
@@ -39,6 +43,9 @@ pub(super) enum RouteOutcome {
     InFlight,
     /// The record blocks its lane.
     Blocked(Blocked),
+    /// The members are not known yet. The next attempt is worthwhile when a list has arrived
+    /// ([`Membership::arrivals`]), or at this time, Unix time in ms.
+    Waits { retry_ms: u64 },
     /// The record cannot be routed.
     Unroutable(DeadLetterReason),
 }
@@ -278,14 +285,13 @@ impl RouterCore {
                 let other = other.filter(|user| !user.is_empty() && !members.contains(user));
                 Ok(EventAudience::Members(members, other))
             }
-            Lookup::Pending | Lookup::Failing { .. } => {
-                Err(RouteOutcome::Blocked(Blocked::Members))
-            }
+            Lookup::Pending => Err(RouteOutcome::Waits { retry_ms: now_ms + PENDING_RETRY_MS }),
+            Lookup::Failing { retry_at_ms } => Err(RouteOutcome::Waits { retry_ms: retry_at_ms }),
             Lookup::Absent => Err(RouteOutcome::Unroutable(DeadLetterReason::NoSuchConversation)),
             // No conversation service. The creation event may still arrive on another partition. If
             // it does not, the user named in the event still receives it.
-            Lookup::Unknown if self.may_still_come(raw, attempt) => {
-                Err(RouteOutcome::Blocked(Blocked::Members))
+            Lookup::Unknown if now_ms < self.comes_until_ms(raw, attempt) => {
+                Err(RouteOutcome::Waits { retry_ms: self.comes_until_ms(raw, attempt) })
             }
             Lookup::Unknown => match other {
                 Some(user) if !user.is_empty() => {
@@ -297,12 +303,12 @@ impl RouterCore {
         }
     }
 
-    /// Whether the creation event may still arrive. The wait is counted from the append, so that a
+    /// Until when the creation event may still arrive, Unix time in ms. The wait is counted from the append, so that a
     /// backlog is not delayed at every such record. If the publisher's clock is ahead, it is
     /// counted from the first attempt.
-    fn may_still_come(&self, raw: RawRecord<'_>, attempt: Attempt) -> bool {
+    fn comes_until_ms(&self, raw: RawRecord<'_>, attempt: Attempt) -> u64 {
         let from_ms = raw.appended_at_ms.min(attempt.since_ms);
-        attempt.now_ms < from_ms.saturating_add(self.config.creation_wait_ms)
+        from_ms.saturating_add(self.config.creation_wait_ms)
     }
 
     fn gather(&mut self, user: &str) {

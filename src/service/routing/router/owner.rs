@@ -533,8 +533,8 @@ impl OwnerSide {
 
 /// How far below `offset` each of these offsets is that is below it, as it is sent.
 fn distances(offset: i64, parked: &[i64]) -> Vec<u64> {
-    let below = parked.iter().take_while(|parked| **parked < offset);
-    below.map(|parked| offset.abs_diff(*parked)).collect()
+    let below = parked.partition_point(|parked| *parked < offset);
+    parked[..below].iter().map(|parked| offset.abs_diff(*parked)).collect()
 }
 
 /// The offsets of parked records, as they were sent with `offset`: ascending.

@@ -159,7 +159,7 @@ impl Router {
             }
             let found = self.turn(unix_ms());
             if found == ControlFlow::Continue(false) {
-                bell.wait(self.sleep_ms());
+                bell.wait(self.sleep_ms(unix_ms()));
             }
             bell.awake();
             if found.is_break() {
@@ -196,17 +196,20 @@ impl Router {
     }
 
     /// How long to sleep at most. Short while something waits that does not ring the doorbell.
-    fn sleep_ms(&self) -> u32 {
+    fn sleep_ms(&self, now_ms: u64) -> u32 {
         let timed = self.core.in_flight.next_deadline_ms().is_some();
-        let waits = self.lanes.iter().any(|(_, lane)| {
-            lane.blocked.is_some() || !lane.parked.is_empty() || lane.is_revoked()
-        });
+        let waits = self.lanes.iter().any(|(_, lane)| lane.blocked.is_some() || lane.is_revoked());
         let inbox_waits =
             self.hand_off.is_some() || self.inbox_lanes.iter().any(|lane| lane.blocked.is_some());
         // Events without a ticket (from other nodes, presence) are freed without a report.
         let full = !self.core.budget.has_room();
         let replays = self.returning.waiting() > 0;
-        if timed || waits || inbox_waits || full || replays { RETRY_SLEEP_MS } else { SLEEP_MS_MAX }
+        if timed || waits || inbox_waits || full || replays {
+            return RETRY_SLEEP_MS;
+        }
+        let retry_ms = self.lanes.iter().filter_map(|(_, lane)| lane.parked.retry_ms()).min();
+        let until_ms = retry_ms.map_or(u64::MAX, |retry_ms| retry_ms.saturating_sub(now_ms));
+        (until_ms.min(u64::from(SLEEP_MS_MAX)) as u32).max(RETRY_SLEEP_MS)
     }
 
     /// Whether a report may unblock anything: a record that waits for room in a ring, a full window,

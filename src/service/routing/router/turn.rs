@@ -12,6 +12,7 @@ use crate::service::routing::router::dead_letter::DeadLetterReason;
 use crate::service::routing::router::in_flight::{LaneKey, RecordId};
 use crate::service::routing::router::lane::{Blocked, Lane, PartitionLane};
 use crate::service::routing::router::owner::OwnerSide;
+use crate::service::routing::router::parked::ParkedRecords;
 use crate::service::routing::router::record::{
     Intake, OwnedRecord, RawRecord, WaitingRecord, named_conversation,
 };
@@ -41,24 +42,25 @@ impl RouterCore {
         let Lane { key, partition: Some(partition), parked, .. } = lane else { return false };
         // A replay that is paused would miss a record that is routed below the place where it continues.
         let is_paused = |claim: &LaneClaim| claim.paused_replay.is_some();
-        if partition.revocation.is_some()
-            || partition.claim.as_ref().is_some_and(is_paused)
-            || !parked.is_due(self.membership.arrivals(), now_ms)
-        {
+        if partition.revocation.is_some() || partition.claim.as_ref().is_some_and(is_paused) {
             return false;
         }
+        // The record that holds back the offset of its partition as far as possible is given up.
+        let is_over =
+            !partition.window.has_room() && parked.lowest() == Some(partition.window.committable());
+        let due = parked.take_due(self.membership.arrivals(), is_over, now_ms);
         let mut progressed = false;
         self.routed_audience = None;
-        for conversation in parked.names() {
+        for conversation in due {
             while let Some((waiting, has_too_many)) = parked.front(&conversation, &self.config) {
                 if !self.has_memory() {
+                    parked.retry_soon(now_ms);
                     return progressed;
                 }
                 let Intake::Partition(record) = waiting.intake else {
                     unreachable!("of a partition")
                 };
                 let raw = waiting.record.raw();
-                // It holds back the offset of its partition as far as possible.
                 let is_last =
                     !partition.window.has_room() && partition.window.committable() == raw.offset;
                 let since_ms = waiting.since_ms.filter(|_| !has_too_many && !is_last);
@@ -72,8 +74,14 @@ impl RouterCore {
                     self.attempt(raw, arrival, since_ms.unwrap_or(0), now_ms)
                 };
                 match outcome {
-                    RouteOutcome::Blocked(Blocked::Members) => break,
-                    RouteOutcome::Blocked(_) => return progressed,
+                    RouteOutcome::Waits { retry_ms } => {
+                        parked.retry_at(&conversation, retry_ms);
+                        break;
+                    }
+                    RouteOutcome::Blocked(_) => {
+                        parked.retry_soon(now_ms);
+                        return progressed;
+                    }
                     RouteOutcome::Done | RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
                 }
                 progressed = true;
@@ -93,13 +101,20 @@ impl RouterCore {
         progressed
     }
 
-    /// Parks a record whose members are not known, behind the others of its conversation.
-    fn park(&mut self, lane: &mut Lane, conversation: Arc<str>, waiting: WaitingRecord) {
+    /// Parks a record whose members are not known, behind the others of its conversation. Without others it is attempted
+    /// again at `retry_ms`.
+    fn park(
+        &mut self,
+        lane: &mut Lane,
+        conversation: Arc<str>,
+        waiting: WaitingRecord,
+        retry_ms: u64,
+    ) {
         self.counters.waits_for_members.add(1);
         if let Some(claim) = lane.partition.as_mut().and_then(|it| it.claim.as_mut()) {
             claim.park(waiting.record.offset);
         }
-        lane.parked.push(conversation, waiting, &self.config);
+        lane.parked.push(conversation, waiting, retry_ms, &self.config);
     }
 
     /// Routes the front record. Returns whether it has left the lane.
@@ -131,14 +146,18 @@ impl RouterCore {
             }
         };
         match outcome {
-            RouteOutcome::Blocked(Blocked::Members) if lane.partition.is_some() => {
+            RouteOutcome::Waits { retry_ms } if lane.partition.is_some() => {
                 lane.blocked = None;
                 let Some(waiting) = lane.pop() else { return false };
                 match conversation_of(waiting.record.raw()) {
-                    Some(conversation) => self.park(lane, conversation, waiting),
+                    Some(conversation) => self.park(lane, conversation, waiting, retry_ms),
                     None => unreachable!("a record without a conversation waits for no members"),
                 }
                 true
+            }
+            RouteOutcome::Waits { .. } => {
+                self.block(lane, Blocked::Members, now_ms);
+                false
             }
             RouteOutcome::Blocked(blocked) => {
                 self.block(lane, blocked, now_ms);
@@ -177,9 +196,11 @@ impl RouterCore {
     ) -> RouteOutcome {
         let reason = match self.route(raw, arrival, since_ms, now_ms) {
             RouteOutcome::Unroutable(reason) => reason,
-            RouteOutcome::Blocked(Blocked::Members)
-                if now_ms >= since_ms.saturating_add(self.config.route_retry_max_ms) =>
-            {
+            RouteOutcome::Waits { retry_ms } => {
+                let deadline_ms = since_ms.saturating_add(self.config.route_retry_max_ms);
+                if now_ms < deadline_ms {
+                    return RouteOutcome::Waits { retry_ms: retry_ms.min(deadline_ms) };
+                }
                 DeadLetterReason::MembersUnavailable
             }
             outcome => return outcome,
@@ -222,9 +243,8 @@ impl RouterCore {
             let at = claim.as_ref().map(|claim| claim.routes(log, raw.offset));
             let record = self.admit(key, window, raw.offset);
             committable.set_next(raw.offset + 1);
-            let behind = if parked.is_empty() { None } else { conversation_of(raw) };
-            let outcome = if behind.is_some_and(|conversation| parked.has(&conversation)) {
-                RouteOutcome::Blocked(Blocked::Members)
+            let outcome = if !parked.is_empty() && is_behind(parked, raw) {
+                RouteOutcome::Waits { retry_ms: u64::MAX }
             } else {
                 let parked = claim.as_ref().map_or(&[][..], |claim| claim.parked());
                 let arrival = Arrival::Partition { log, record, at, parked };
@@ -232,7 +252,7 @@ impl RouterCore {
             };
             let audience = self.routed_audience.take();
             if let Some(tail) = tail.as_mut()
-                && !matches!(outcome, RouteOutcome::Blocked(_))
+                && !matches!(outcome, RouteOutcome::Blocked(_) | RouteOutcome::Waits { .. })
             {
                 tail.remember(raw, audience.as_ref(), false, now_ms);
             }
@@ -242,11 +262,11 @@ impl RouterCore {
                         committable.set(window.committable());
                     }
                 }
-                RouteOutcome::Blocked(blocked) => {
+                RouteOutcome::Blocked(_) | RouteOutcome::Waits { .. } => {
                     let intake = Intake::Partition(record);
                     let record = OwnedRecord::new(raw);
                     waits =
-                        Some((WaitingRecord { record, intake, since_ms: Some(now_ms) }, blocked));
+                        Some((WaitingRecord { record, intake, since_ms: Some(now_ms) }, outcome));
                 }
                 RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
             }
@@ -257,14 +277,17 @@ impl RouterCore {
         {
             tail.set_filled();
         }
-        if let Some((waiting, blocked)) = waits {
-            match conversation_of(waiting.record.raw()).filter(|_| blocked == Blocked::Members) {
-                Some(conversation) => self.park(lane, conversation, waiting),
-                None => {
-                    lane.push(waiting);
-                    self.block(lane, blocked, now_ms);
-                }
+        match waits {
+            Some((waiting, RouteOutcome::Waits { retry_ms })) => {
+                let conversation = conversation_of(waiting.record.raw());
+                let conversation = conversation.expect("without one it waits for no members");
+                self.park(lane, conversation, waiting, retry_ms);
             }
+            Some((waiting, RouteOutcome::Blocked(blocked))) => {
+                lane.push(waiting);
+                self.block(lane, blocked, now_ms);
+            }
+            Some(_) | None => {}
         }
         took
     }
@@ -388,6 +411,12 @@ impl RouterCore {
             let _ = self.membership.lookup(conversation, None, now_ms);
         }
     }
+}
+
+/// Whether earlier records of its conversation are parked.
+fn is_behind(parked: &ParkedRecords, raw: RawRecord<'_>) -> bool {
+    let Ok(record) = envelope::decode(raw.value) else { return false };
+    named_conversation(&record, raw).is_some_and(|conversation| parked.has(conversation))
 }
 
 /// The conversation of a record. `None`: it is not an event of a conversation.

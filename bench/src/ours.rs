@@ -203,6 +203,7 @@ impl Ours {
             links: routes,
             directory,
             membership: Arc::clone(&membership),
+            user_lists: None,
             remote: None,
             cluster: None,
             tails: None,

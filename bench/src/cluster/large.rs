@@ -247,6 +247,7 @@ impl LargePlan {
             links: vec![link],
             directory: Arc::clone(directory),
             membership,
+            user_lists: None,
             remote: None,
             tails: cluster.is_some().then(|| TailBudget::new(64 << 20, 300_000)),
             cluster,

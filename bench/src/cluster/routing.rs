@@ -159,6 +159,7 @@ impl RoutePlan {
             links: Vec::new(),
             directory: Arc::clone(directory),
             membership,
+            user_lists: None,
             remote: None,
             tails: cluster.is_some().then(|| TailBudget::new(64 << 20, 300_000)),
             cluster,

@@ -16,6 +16,7 @@ use crate::service::backends::ports::{ConversationSource, LogNodes, MissedEvents
 use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisConfig, RedisLink};
 use crate::service::members::current::CurrentConversations;
 use crate::service::members::membership::{Membership, MembershipConfig};
+use crate::service::members::user_lists::{UserLists, UserListsConfig};
 use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpService, ReadAccess};
 use crate::service::sessions::presence::{
@@ -29,6 +30,7 @@ pub(super) struct BackEnds {
     pub conversations: Option<CurrentConversations>,
     /// For the routers.
     membership: Arc<Membership>,
+    user_lists: Option<Arc<UserLists>>,
     /// `None`: no Redis.
     pub other_nodes: Option<OtherNodes>,
     pub presence: Presence,
@@ -76,17 +78,39 @@ impl BackEnds {
         let membership = membership(settings, source, &mut collectors);
         let conversations =
             service.map(|service| CurrentConversations::new(service, Arc::clone(&membership)));
+        let user_lists = conversations.as_ref().map(|conversations| {
+            let (listing, membership) = (conversations.clone(), Arc::clone(&membership));
+            UserLists::new(
+                UserListsConfig {
+                    deadline_ms: membership_deadline_ms(settings),
+                    ..UserListsConfig::default()
+                },
+                Arc::new(listing),
+                membership,
+                tokio::runtime::Handle::current(),
+            )
+        });
         let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut collectors);
         collectors.push(metrics::cursors_expired(catch_up.clone()));
         let auth = authenticator(settings, &mut collectors)?;
-        Ok(Self { auth, conversations, membership, other_nodes, presence, catch_up, collectors })
+        Ok(Self {
+            auth,
+            conversations,
+            membership,
+            user_lists,
+            other_nodes,
+            presence,
+            catch_up,
+            collectors,
+        })
     }
 
     /// The back ends that the routers need.
     pub(super) fn for_routing(&self, missed: Arc<dyn MissedEvents>) -> RoutingPeers {
         let membership = Arc::clone(&self.membership);
         let remote = self.other_nodes.as_ref().and_then(OtherNodes::remote);
-        RoutingPeers { membership, remote, cluster: None, missed }
+        let user_lists = self.user_lists.clone();
+        RoutingPeers { membership, user_lists, remote, cluster: None, missed }
     }
 }
 
@@ -204,6 +228,12 @@ fn catch_up_config(settings: &Settings) -> CatchUpConfig {
     }
 }
 
+/// The deadline of a request for members or conversations, ms. A large answer takes two calls, and waits for others.
+fn membership_deadline_ms(settings: &Settings) -> u64 {
+    let least_ms = MembershipConfig::default().fetch_deadline_ms;
+    least_ms.max(3 * millis(settings.call_timeout))
+}
+
 /// The cache of member lists. `source`: `None`: they come from events only.
 fn membership(
     settings: &Settings,
@@ -215,8 +245,7 @@ fn membership(
         conversations_max: settings.membership_cache_max.size(),
         members_max: settings.membership_members_max.size(),
         lifetime_ms: millis(settings.membership_lifetime),
-        // A large answer takes two calls, and waits for others.
-        fetch_deadline_ms: defaults.fetch_deadline_ms.max(3 * millis(settings.call_timeout)),
+        fetch_deadline_ms: membership_deadline_ms(settings),
         ..defaults
     };
     let runtime = tokio::runtime::Handle::current();

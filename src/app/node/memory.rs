@@ -33,6 +33,7 @@ use crate::service::cluster::table::SessionTable;
 use crate::service::members::beginnings::Beginnings;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{CHANGES_BYTES_MAX, MembershipConfig};
+use crate::service::members::user_lists::USER_LISTS_BYTES_MAX;
 use crate::service::routing::kafka;
 use crate::service::routing::router::RECORD_UNDER_WAY_BYTES;
 use crate::service::sessions::catch_up::CatchUpConfig;
@@ -238,7 +239,9 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
         ("inbox", 2 * routers * router.inbox_bytes_max as u64),
         (
             "members",
-            members * MEMBER_BYTES + conversations * CONVERSATION_BYTES + CHANGES_BYTES_MAX as u64,
+            members * MEMBER_BYTES
+                + conversations * CONVERSATION_BYTES
+                + (CHANGES_BYTES_MAX + USER_LISTS_BYTES_MAX) as u64,
         ),
         ("audiences", routers * router.audience_bytes_max as u64),
         ("beginnings", logs * Beginnings::KEPT_MAX as u64 * USER_BYTES),
@@ -419,5 +422,13 @@ mod tests {
         assert_eq!(human(999), "999 B");
         assert_eq!(human(1_536), "1.5 KiB");
         assert_eq!(human(3 << 30), "3.0 GiB");
+    }
+
+    /// A stream catches up with several conversations at a time, each with a chunk in flight.
+    #[test]
+    fn what_a_stream_is_sent_at_once_fits_into_its_bounds() {
+        let (config, limits) = (CatchUpConfig::default(), OutboxLimits::default());
+        assert!(config.steps_at_once * config.chunk_messages_max <= limits.catch_up_messages_max);
+        assert!(config.steps_at_once * config.chunk_bytes_max <= limits.catch_up_bytes_max);
     }
 }

@@ -16,6 +16,7 @@ use crate::service::events::encode::CompressionConfig;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
+use crate::service::members::user_lists::UserLists;
 use crate::service::routing::kafka::{
     ClaimParts, DeadLetterTopic, Kafka, KafkaConfig, KafkaCounters, KafkaParts, KafkaStatus,
     TopicTrouble,
@@ -32,6 +33,8 @@ use crate::service::routing::router::{
 pub(super) struct RoutingPeers {
     /// The members of conversations.
     pub membership: Arc<Membership>,
+    /// The conversations of users who return.
+    pub user_lists: Option<Arc<UserLists>>,
     /// The other nodes, if Redis hands over to them.
     pub remote: Option<Arc<dyn RemoteNodes>>,
     /// If the log hands over to them.
@@ -65,7 +68,7 @@ impl Routing {
         peers: RoutingPeers,
         collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
-        let RoutingPeers { membership, remote, cluster, missed } = peers;
+        let RoutingPeers { membership, user_lists, remote, cluster, missed } = peers;
         let (cluster, claims) = cluster.unzip();
         let kafka_counters = register("kafka_", collectors);
         let dead_letters = dead_letters(settings, &kafka_config, &kafka_counters)?;
@@ -81,6 +84,7 @@ impl Routing {
                 links: side.shards,
                 directory: Arc::clone(directory),
                 membership: Arc::clone(&membership),
+                user_lists: user_lists.clone(),
                 remote: remote.clone(),
                 cluster: cluster.clone(),
                 tails: tails.clone(),

@@ -4,3 +4,4 @@ pub mod beginnings;
 pub mod current;
 pub mod directory;
 pub mod membership;
+pub mod user_lists;

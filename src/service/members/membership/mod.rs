@@ -229,6 +229,11 @@ impl Membership {
         self.ring();
     }
 
+    /// Whether every change reaches this cache.
+    pub(in crate::service::members) fn is_following(&self) -> bool {
+        self.following.load(Ordering::Acquire)
+    }
+
     /// Drops all lists, because changes were missed (retention, truncation). Nothing is cached until
     /// [`Membership::follow`].
     pub fn clear(&self) {
@@ -531,7 +536,8 @@ impl Membership {
         self.arrivals.load(Ordering::Acquire)
     }
 
-    fn ring(&self) {
+    /// States that something has arrived that a record or a returning session may have waited for.
+    pub(in crate::service::members) fn ring(&self) {
         self.arrivals.fetch_add(1, Ordering::AcqRel);
         for bell in &*self.bells.read().expect("no holder panics") {
             bell.ring();

@@ -17,6 +17,7 @@ use crate::service::events::encode::Encoder;
 use crate::service::events::envelope::{self, DecodedEvent, EventBody};
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::{Lookup, Membership, ReadBy};
+use crate::service::members::user_lists::UserLists;
 use crate::service::routing::router::WARNING_INTERVAL;
 use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LanePosition;
@@ -86,6 +87,8 @@ pub(super) struct RouterCore {
     pub(super) directory: Arc<Directory>,
     pub(super) audiences: Audiences,
     pub(super) membership: Arc<Membership>,
+    /// The conversations of users who return. `None`: the members of each conversation are requested instead.
+    pub(super) user_lists: Option<Arc<UserLists>>,
     pub(super) remote: Option<Arc<dyn RemoteNodes>>,
     /// Hand-off through the log.
     pub(super) owner: Option<OwnerSide>,

@@ -32,6 +32,8 @@ pub(super) struct LaneTail {
     filled: Arc<AtomicBool>,
     /// The first offset to route.
     start: i64,
+    /// It is known who received each record from here on.
+    resolved_from: i64,
     pub(super) topic: TopicId,
     /// The check of position 0.
     pub(super) start_check: u32,
@@ -51,8 +53,8 @@ impl LaneTail {
             filled.store(true, Ordering::Release);
         }
         let tail = PartitionTail::new(from.min(start), Arc::clone(budget));
-        let topic = TopicId::of(&log.topic);
-        Self { tail, filled, start, topic, start_check: start_check(now_ms) }
+        let (topic, start_check) = (TopicId::of(&log.topic), start_check(now_ms));
+        Self { tail, filled, start, resolved_from: start, topic, start_check }
     }
 
     /// Whether it holds what the source has before the first offset to route.
@@ -63,6 +65,19 @@ impl LaneTail {
     /// Records below this offset were not routed by this lane.
     pub(super) fn routed_from(&self) -> i64 {
         self.start
+    }
+
+    /// Whether it is not known who received one of the records at or above `from` and below `to`.
+    pub(super) fn is_unresolved(&mut self, from: i64, to: i64) -> bool {
+        let end = to.min(self.resolved_from);
+        if from >= end {
+            return false;
+        }
+        let is_unresolved = self.tail.unresolved(from, end).next().is_some();
+        if !is_unresolved && end == self.resolved_from {
+            self.resolved_from = from;
+        }
+        is_unresolved
     }
 
     /// The source has no more records to fill it.

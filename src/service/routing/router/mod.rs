@@ -38,6 +38,7 @@ mod returning;
 mod shard_positions;
 mod thread;
 mod turn;
+mod unready;
 
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
@@ -55,6 +56,7 @@ use crate::service::events::envelope::{self, EventBody};
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
+use crate::service::members::user_lists::UserLists;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::dead_letter::DeadLetterSink;
 use crate::service::routing::router::holding::{HandOffInput, ReadTo};
@@ -205,6 +207,8 @@ pub struct RouterParts {
     pub directory: Arc<Directory>,
     /// The members of conversations.
     pub membership: Arc<Membership>,
+    /// The conversations of users who return. `None`: the members of each conversation are requested instead.
+    pub user_lists: Option<Arc<UserLists>>,
     /// Other nodes that are reached through Redis. `None` in `broadcast` mode, where every node reads every
     /// partition.
     pub remote: Option<Arc<dyn RemoteNodes>>,

@@ -1,5 +1,6 @@
 //! Kafka records as a router reads them.
 
+use crate::service::cluster::tail::TailRecord;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -30,6 +31,13 @@ pub(super) fn named_conversation<'a>(
 ) -> Option<&'a str> {
     let key = raw.key.and_then(|key| std::str::from_utf8(key).ok());
     record.conversation().or(key.filter(|key| !key.is_empty()))
+}
+
+impl<'a> From<TailRecord<'a>> for RawRecord<'a> {
+    fn from(record: TailRecord<'a>) -> Self {
+        let TailRecord { offset, appended_at_ms, key, value } = record;
+        Self { offset, appended_at_ms, key, value, traceparent: None }
+    }
 }
 
 /// The records of one partition. Owned by one router.

@@ -9,25 +9,28 @@ use slab::Slab;
 
 use crate::domain::cursor::CursorExpired;
 use crate::domain::members::Members;
-use crate::service::cluster::tail::TailEntry;
+use crate::service::cluster::tail::{TailEntry, TailRecord};
 use crate::service::cluster::wire::{self, RangeStatus, ReplayAnswer};
+use crate::service::events::envelope::{self, EventBody};
+use crate::service::members::user_lists::UserList;
 use crate::service::routing::replays::ReplayedRecord;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::in_flight::LaneKey;
 use crate::service::routing::router::lane::Lane;
 use crate::service::routing::router::lane_tail::LaneTail;
+use crate::service::routing::router::record::named_conversation;
 use crate::service::routing::router::replay_requests::{
     Answers, PullAnswer, PulledRecords, ReplayChunkMax, ReplayRange, answered, to_wire,
 };
 
 /// Records that one step of a pass looks at, and members. A step takes about 100 µs.
 const STEP_WORK: usize = 4_096;
+/// The work for a record whose members are not known: it has to be decoded.
+const UNRESOLVED_WORK: usize = 16;
 /// Bytes that one step copies at most; one record may exceed it.
 const STEP_BYTES: usize = 256 << 10;
 /// Records of a filled tail whose members are looked up at a time.
 const RESOLVED_AT_ONCE: usize = 256;
-/// Time between two attempts to look up the members of a record, ms.
-const LOOK_UP_RETRY_MS: u64 = 10;
 
 /// A pull, in a pass or waiting for the next one.
 pub(super) struct ActivePull {
@@ -38,18 +41,34 @@ pub(super) struct ActivePull {
     pub(super) answer: Option<PullAnswer>,
     pub(super) records: Vec<ReplayedRecord>,
     pub(super) bytes: usize,
+    /// The conversations of the user, if they were needed.
+    pub(super) list: Option<UserList>,
+    /// Since when it waits until it is known which records are the user's, Unix time in ms.
+    pub(super) unready_since_ms: Option<u64>,
 }
 
 impl ActivePull {
-    fn answer(&mut self, result: Result<(), CursorExpired>, answers: &mut Answers) {
+    pub(super) fn new(
+        user: Arc<str>,
+        ranges: Vec<ReplayRange>,
+        max: ReplayChunkMax,
+        answer: PullAnswer,
+        list: Option<UserList>,
+    ) -> Self {
+        let (answer, records, unready_since_ms) = (Some(answer), Vec::new(), None);
+        Self { user, ranges, max, answer, records, bytes: 0, list, unready_since_ms }
+    }
+
+    pub(super) fn answer(&mut self, result: Result<(), CursorExpired>, answers: &mut Answers) {
         let Some(answer) = self.answer.take() else { return };
         let (records, mut ranges) =
             (std::mem::take(&mut self.records), std::mem::take(&mut self.ranges));
         match answer {
             PullAnswer::Reader(answer) => {
                 ranges.retain(|range| range.next < range.to);
+                let list = self.list.take();
                 // Fails only if the session has ended.
-                let _ = answer.send(result.map(|()| PulledRecords { records, ranges }));
+                let _ = answer.send(result.map(|()| PulledRecords { records, ranges, list }));
             }
             PullAnswer::Request { id, to } => {
                 let ranges = ranges.iter().map(|range| {
@@ -79,6 +98,20 @@ impl ActivePull {
                 .any(|range| range.parked.binary_search(&offset).is_err())
     }
 
+    /// Leaves the pass, with what it has got.
+    fn withdraw(&mut self) -> Self {
+        Self {
+            user: Arc::clone(&self.user),
+            ranges: std::mem::take(&mut self.ranges),
+            max: self.max,
+            answer: self.answer.take(),
+            records: std::mem::take(&mut self.records),
+            bytes: self.bytes,
+            list: self.list.take(),
+            unready_since_ms: self.unready_since_ms,
+        }
+    }
+
     fn has_room(&self, bytes: usize) -> bool {
         self.records.is_empty()
             || (self.records.len() < self.max.records && self.bytes + bytes <= self.max.bytes)
@@ -91,28 +124,32 @@ pub(super) struct ReplayPass {
     by_user: HashMap<Arc<str>, Vec<u32>>,
     /// Which pulls want the records of a list. Keeps the list, so that its address is not used again.
     by_list: HashMap<usize, (Members, Vec<u32>)>,
+    /// Those whose user's own list is known, by its conversations.
+    by_conversation: HashMap<Arc<str>, Vec<u32>>,
     /// The lanes that are not done, each with the offset at which it continues. The first one is in progress.
     lanes: VecDeque<(LaneKey, i64)>,
-    /// When the look-ups of members are tried again, and since when they have not succeeded. Unix time, ms.
-    blocked: Option<(u64, u64)>,
     pub(super) answers: Answers,
+    /// Pulls that have left the pass, because it is not known after all which records are theirs.
+    pub(super) unready: Vec<ActivePull>,
 }
 
 /// Result of a step of a pass.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum PassStep {
     Progressed,
-    /// The members of some records are not known yet.
-    Waits,
     Done,
 }
 
 impl ReplayPass {
     pub(super) fn new(pulls: Vec<ActivePull>) -> Self {
         let mut by_user: HashMap<Arc<str>, Vec<u32>> = HashMap::new();
+        let mut by_conversation: HashMap<Arc<str>, Vec<u32>> = HashMap::new();
         let mut lanes: VecDeque<(LaneKey, i64)> = VecDeque::new();
         for (index, pull) in (0..).zip(&pulls) {
             by_user.entry(Arc::clone(&pull.user)).or_default().push(index);
+            for conversation in pull.list.iter().flat_map(|list| list.iter()) {
+                by_conversation.entry(Arc::clone(conversation)).or_default().push(index);
+            }
             for range in &pull.ranges {
                 match lanes.iter_mut().find(|(lane, _)| *lane == range.lane) {
                     Some((_, next)) => *next = range.next.min(*next),
@@ -120,8 +157,8 @@ impl ReplayPass {
                 }
             }
         }
-        let (by_list, answers) = (HashMap::new(), Vec::new());
-        Self { pulls, by_user, by_list, lanes, blocked: None, answers }
+        let (by_list, answers, unready) = (HashMap::new(), Vec::new(), Vec::new());
+        Self { pulls, by_user, by_list, by_conversation, lanes, answers, unready }
     }
 
     /// Looks at some records of the lane in progress.
@@ -131,11 +168,6 @@ impl ReplayPass {
         lanes: &mut Slab<Lane>,
         now_ms: u64,
     ) -> PassStep {
-        if let Some((retry_ms, _)) = self.blocked
-            && now_ms < retry_ms
-        {
-            return PassStep::Waits;
-        }
         let Some(&(key, from)) = self.lanes.front() else {
             self.pulls.iter_mut().for_each(|pull| pull.answer(Ok(()), &mut self.answers));
             return PassStep::Done;
@@ -156,18 +188,13 @@ impl ReplayPass {
             front.1 = next;
         }
         if unresolved {
-            if core.resolve_some(lane, next, now_ms) {
-                self.blocked = None;
-                return PassStep::Progressed;
+            if !core.resolve_some(lane, next, now_ms) {
+                // The members are not cached any more.
+                let leaves = |pull: &&mut ActivePull| pull.list.is_none() && pull.wants(key, next);
+                let leaving = self.pulls.iter_mut().filter(leaves);
+                self.unready.extend(leaving.map(ActivePull::withdraw));
             }
-            let since_ms = self.blocked.map_or(now_ms, |(_, since_ms)| since_ms);
-            self.blocked = Some((now_ms + LOOK_UP_RETRY_MS, since_ms));
-            if now_ms >= since_ms.saturating_add(core.config.route_retry_max_ms) {
-                self.fail(key, i64::MIN..next + 1, Some(CursorExpired::MembersUnknown));
-                self.lanes[0].1 = next + 1;
-                self.blocked = None;
-            }
-            return PassStep::Waits;
+            return PassStep::Progressed;
         }
         if self.pulls.iter_mut().all(|pull| pull.answer.is_none()) {
             return PassStep::Done;
@@ -226,10 +253,13 @@ impl ReplayPass {
             if work >= STEP_WORK || bytes >= STEP_BYTES {
                 return self.continue_at(key, entry.record.offset, false);
             }
-            let Some(members) = entry.members else {
-                return self.continue_at(key, entry.record.offset, true);
+            let (interested, cost) = match entry.members {
+                Some(members) => self.interested(members, &entry),
+                None if self.is_wanted_without_list(key, entry.record.offset) => {
+                    return self.continue_at(key, entry.record.offset, true);
+                }
+                None => (self.interested_by_list(entry.record), UNRESOLVED_WORK),
             };
-            let (interested, cost) = self.interested(members, &entry);
             work += cost;
             for index in interested {
                 let pull = &mut self.pulls[index as usize];
@@ -266,6 +296,33 @@ impl ReplayPass {
             range.next = range.next.max(next.min(range.to));
         }
         (next, is_unresolved)
+    }
+
+    /// Whether a pull wants this record whose user's own list is not known.
+    fn is_wanted_without_list(&self, lane: LaneKey, offset: i64) -> bool {
+        self.pulls.iter().any(|pull| pull.list.is_none() && pull.wants(lane, offset))
+    }
+
+    /// The pulls of users to whom their own lists, or the record itself, give this record.
+    fn interested_by_list(&self, record: TailRecord<'_>) -> Vec<u32> {
+        let Ok(event) = envelope::decode(record.value) else { return Vec::new() };
+        let conversation = named_conversation(&event, record.into());
+        let of_conversation = match &event.body {
+            // It has its members.
+            EventBody::ConversationCreated { .. } => None,
+            _ => conversation.and_then(|conversation| self.by_conversation.get(conversation)),
+        };
+        let mut interested: Vec<u32> = of_conversation.cloned().unwrap_or_default();
+        let named: &[&str] = match &event.body {
+            EventBody::ConversationCreated { members, .. } => members,
+            EventBody::MembershipChanged { user, .. } => std::slice::from_ref(user),
+            _ => &[],
+        };
+        let named = named.iter().filter_map(|user| self.by_user.get(*user));
+        interested.extend(named.flatten());
+        interested.sort_unstable();
+        interested.dedup();
+        interested
     }
 
     /// The pulls of users who received the record, and the work to find them.

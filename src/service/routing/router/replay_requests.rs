@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 use crate::domain::cursor::{CursorExpired, Verified};
 use crate::service::cluster::ports::NodeEpoch;
 use crate::service::cluster::wire::{self, AnsweredRange, RangeStatus, ReplayAnswer};
+use crate::service::members::user_lists::UserList;
 use crate::service::routing::replays::ReplayedRecord;
 use crate::service::routing::router::answers::ReplayAnswers;
 use crate::service::routing::router::core::RouterCore;
@@ -34,6 +35,8 @@ pub(super) struct PulledRecords {
     pub(super) records: Vec<ReplayedRecord>,
     /// What is left.
     pub(super) ranges: Vec<ReplayRange>,
+    /// The conversations of the user, for the next pull, if they were needed.
+    pub(super) list: Option<UserList>,
 }
 
 /// Bounds of one chunk. A single record may be longer.

@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::domain::cursor::{Cursor, CursorExpired, TopicId, Verified};
 use crate::domain::ids::SessionAddress;
+use crate::service::members::user_lists::UserList;
 use crate::service::routing::replays::{
     PendingChunk, ReplayChunks, ReplayReader, ReplayedChunk, TailReplays,
 };
@@ -57,6 +58,7 @@ impl TailReplays for RouterReplays {
             max: self.max,
             user,
             unchecked: Some(Arc::new(since)),
+            list: None,
             ranges: VecDeque::new(),
         })
     }
@@ -70,6 +72,8 @@ struct RouterReplay {
     user: Arc<str>,
     /// The cursor, until it is checked.
     unchecked: Option<Arc<Cursor>>,
+    /// The conversations of the user, if a router needed them.
+    list: Option<UserList>,
     /// What is left, by router.
     ranges: VecDeque<(usize, Vec<ReplayRange>)>,
 }
@@ -90,10 +94,12 @@ impl RouterReplay {
             let (answer, pulled) = oneshot::channel();
             let (user, max) = (Arc::clone(&self.user), self.max);
             let ranges = std::mem::take(ranges);
-            self.routers[*router].replay(ReplayInput::Pull { user, ranges, max, answer });
+            let list = self.list.take();
+            self.routers[*router].replay(ReplayInput::Pull { user, ranges, max, list, answer });
             // An error means that the router has ended.
             let pulled = pulled.await.unwrap_or(Err(CursorExpired::Overtaken))?;
-            let PulledRecords { records, ranges: left } = pulled;
+            let PulledRecords { records, ranges: left, list } = pulled;
+            self.list = list;
             if left.is_empty() {
                 self.ranges.pop_front();
             } else if let Some((_, ranges)) = self.ranges.front_mut() {

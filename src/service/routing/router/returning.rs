@@ -15,8 +15,8 @@
 //! waiting users it contains; then each record costs one look-up by the address of its list. A pass is cut into steps,
 //! between which live records are routed.
 //!
-//! **A filled tail.** Its lane has not routed these records, so their members are looked up when the first pass needs them,
-//! many at a time. What is known then is kept in the tail.
+//! **A filled tail.** Its lane has not routed these records, so who received them is found out when the first pulls need
+//! them ([`unready`](super::unready)). Members that are known then are kept in the tail.
 
 use std::sync::Arc;
 
@@ -28,6 +28,7 @@ use crate::domain::cursor::{
 };
 use crate::domain::ids::ShardId;
 use crate::service::cluster::wire::{RangeStatus, ReplayAnswer, ReplayRequest};
+use crate::service::members::user_lists::UserList;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::lane::Lane;
 use crate::service::routing::router::links::RouterLinks;
@@ -36,6 +37,7 @@ use crate::service::routing::router::replay_requests::{
     AnswerTo, Answers, PullAnswer, PulledRecords, ReplayChunkMax, ReplayRange, answered,
     check_range,
 };
+use crate::service::routing::router::unready::UnreadyPulls;
 
 /// How long a check waits for the lanes to reach the cursor, ms. Another node may have been ahead of this one by so
 /// much.
@@ -74,6 +76,8 @@ pub(super) enum ReplayInput {
         user: Arc<str>,
         ranges: Vec<ReplayRange>,
         max: ReplayChunkMax,
+        /// As the answer to the last pull had it.
+        list: Option<UserList>,
         answer: oneshot::Sender<Result<PulledRecords, CursorExpired>>,
     },
     /// In group mode: a check or a pull of some partitions that this router may own.
@@ -104,6 +108,7 @@ pub(super) struct Returning {
     pulls: Vec<ActivePull>,
     /// When the first of them arrived, Unix time in ms.
     pulled_at_ms: u64,
+    unready: UnreadyPulls,
     pass: Option<ReplayPass>,
     requests: Vec<(ReplayRequest, AnswerTo)>,
     /// A shard, and what it has to have taken; `None`: the positions first.
@@ -117,13 +122,12 @@ impl Returning {
                 self.checks.push(WaitingCheck { since, answer, since_ms: now_ms });
                 self.checks_at_ms = now_ms;
             }
-            ReplayInput::Pull { user, ranges, max, answer } => {
+            ReplayInput::Pull { user, ranges, max, list, answer } => {
                 if self.pulls.is_empty() {
                     self.pulled_at_ms = now_ms;
                 }
-                let answer = Some(PullAnswer::Reader(answer));
-                let records = Vec::new();
-                self.pulls.push(ActivePull { user, ranges, max, answer, records, bytes: 0 });
+                let answer = PullAnswer::Reader(answer);
+                self.pulls.push(ActivePull::new(user, ranges, max, answer, list));
             }
             ReplayInput::Request { request, to } => self.requests.push((request, to)),
             ReplayInput::Fence { shard, answer } => {
@@ -198,14 +202,8 @@ impl Returning {
                     records: request.records_max as usize,
                     bytes: request.bytes_max as usize,
                 };
-                self.pulls.push(ActivePull {
-                    user: Arc::from(user),
-                    ranges: ready,
-                    max,
-                    answer: Some(PullAnswer::Request { id, to }),
-                    records: Vec::new(),
-                    bytes: 0,
-                });
+                let answer = PullAnswer::Request { id, to };
+                self.pulls.push(ActivePull::new(Arc::from(user), ready, max, answer, None));
             }
         }
         answers
@@ -214,7 +212,8 @@ impl Returning {
     /// Sessions that wait for an answer.
     pub(super) fn waiting(&self) -> usize {
         let in_pass = self.pass.as_ref().map_or(0, |pass| pass.pulls.len());
-        self.checks.len() + self.pulls.len() + in_pass + self.fences.len() + self.requests.len()
+        let pulls = self.pulls.len() + self.unready.len() + in_pass;
+        self.checks.len() + pulls + self.fences.len() + self.requests.len()
     }
 
     /// One bounded step. Returns whether anything progressed.
@@ -246,21 +245,24 @@ impl Returning {
             progressed |= self.checks.len() < before;
         }
         let is_due = self.pulls.len() >= COLLECTED_MAX || now_ms >= self.pulled_at_ms + COLLECT_MS;
-        if self.pass.is_none() && !self.pulls.is_empty() && is_due {
-            self.pass = Some(ReplayPass::new(std::mem::take(&mut self.pulls)));
-            core.counters.replay_passes.add(1);
+        if self.pass.is_none() {
+            let mut pulls = if is_due { std::mem::take(&mut self.pulls) } else { Vec::new() };
+            self.unready.add(&mut pulls, lanes, now_ms);
+            pulls.append(&mut self.unready.take_ready(core, lanes, now_ms, &mut answers));
+            if !pulls.is_empty() {
+                self.pass = Some(ReplayPass::new(pulls));
+                core.counters.replay_passes.add(1);
+            }
         }
         if let Some(pass) = &mut self.pass {
             let step = pass.step(core, lanes, now_ms);
             answers.append(&mut pass.answers);
-            match step {
-                PassStep::Progressed => progressed = true,
-                PassStep::Waits => {}
-                PassStep::Done => {
-                    self.pass = None;
-                    progressed = true;
-                }
+            self.unready.add(&mut pass.unready, lanes, now_ms);
+            self.pulls.append(&mut pass.unready);
+            if step == PassStep::Done {
+                self.pass = None;
             }
+            progressed = true;
         }
         answers.into_iter().for_each(|(to, answer)| send(core, to, answer));
         progressed

@@ -100,6 +100,7 @@ impl Router {
             directory: parts.directory,
             audiences: Audiences::new(parts.config.large_members, parts.config.audience_bytes_max),
             membership: parts.membership,
+            user_lists: parts.user_lists,
             remote: parts.remote,
             owner,
             tails: parts.tails,
@@ -245,6 +246,9 @@ impl Router {
             let owner = self.core.owner.as_ref()?;
             Some(LaneClaim::new(ownership, owner.holder().latest()))
         });
+        if let Some(lists) = &self.core.user_lists {
+            lists.assigned();
+        }
         let tail = self.core.tails.as_ref().zip(start);
         let tail = tail.map(|(tails, start)| LaneTail::new(&log, fill, start, tails, now_ms));
         let partition =

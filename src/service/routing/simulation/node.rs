@@ -155,6 +155,7 @@ impl SimulatedNode {
                 links: vec![link],
                 directory: Arc::clone(&directory),
                 membership: Arc::clone(&membership),
+                user_lists: None,
                 remote: None,
                 cluster: Some(cluster.clone()),
                 tails: Some(Arc::clone(&tails)),

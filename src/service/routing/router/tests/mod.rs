@@ -5,6 +5,7 @@ mod clocks;
 mod held_back;
 mod returning;
 mod routing;
+mod unready;
 mod unverified;
 mod waiting;
 pub(crate) mod world;

@@ -1,4 +1,4 @@
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,7 +16,8 @@ use crate::domain::ids::{ConnectionKey, ConversationPosition, SessionAddress, Sh
 use crate::domain::members::Members;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::{
-    BoxFuture, ConversationSource, ForwardDone, Forwarding, NeighbourError, RemoteNodes,
+    BoxFuture, ConversationListing, ConversationSource, ForwardDone, Forwarding, NeighbourError,
+    RemoteNodes,
 };
 use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::encode_envelope;
@@ -28,6 +29,7 @@ use crate::service::events::proto::shared::v1::EventType;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::members::membership::{Membership, MembershipConfig, MembershipCounters};
+use crate::service::members::user_lists::{UserLists, UserListsConfig};
 use crate::service::routing::replays::{ReplayedChunk, TailReplays as _};
 use crate::service::routing::router::dead_letter::{DeadLetter, DeadLetterDone, DeadLetterSink};
 use crate::service::routing::router::{
@@ -45,6 +47,10 @@ pub(super) struct FakeConversations {
     pub(super) table: Mutex<HashMap<String, Vec<&'static str>>>,
     pub(super) requested: Mutex<Vec<String>>,
     pub(super) failing: AtomicBool,
+    /// Conversations whose members, and users whose conversations it does not return.
+    pub(super) failing_for: Mutex<HashSet<String>>,
+    /// The users whose conversations were requested.
+    pub(super) listed: Mutex<Vec<String>>,
     gate: Option<tokio::sync::Semaphore>,
 }
 
@@ -66,6 +72,19 @@ impl FakeConversations {
     pub(super) fn requested(&self) -> Vec<String> {
         self.requested.lock().unwrap().clone()
     }
+
+    pub(super) fn listed(&self) -> Vec<String> {
+        self.listed.lock().unwrap().clone()
+    }
+
+    fn fails(&self, subject: &str) -> Result<(), NeighbourError> {
+        if self.failing.load(Ordering::Relaxed)
+            || self.failing_for.lock().unwrap().contains(subject)
+        {
+            return Err(NeighbourError::Unavailable("fails by order".into()));
+        }
+        Ok(())
+    }
 }
 
 struct FakeSource(Arc<FakeConversations>);
@@ -78,12 +97,30 @@ impl ConversationSource for FakeSource {
             if let Some(gate) = &service.gate {
                 gate.acquire().await.unwrap().forget();
             }
-            if service.failing.load(Ordering::Relaxed) {
-                return Err(NeighbourError::Unavailable("fails by order".into()));
-            }
+            service.fails(&conversation)?;
             let table = service.table.lock().unwrap();
             let members = table.get(&*conversation).ok_or(NeighbourError::NotFound)?;
             Ok(members.iter().collect())
+        })
+    }
+}
+
+impl ConversationListing for FakeSource {
+    fn conversations_of(
+        &self,
+        user: Arc<str>,
+    ) -> BoxFuture<Result<Vec<Conversation>, NeighbourError>> {
+        let service = Arc::clone(&self.0);
+        Box::pin(async move {
+            service.listed.lock().unwrap().push(user.to_string());
+            service.fails(&user)?;
+            let table = service.table.lock().unwrap();
+            let theirs = table.iter().filter(|(_, members)| members.contains(&&*user));
+            let theirs = theirs.map(|(id, _)| Conversation {
+                conversation_id: id.clone(),
+                ..Conversation::default()
+            });
+            Ok(theirs.collect())
         })
     }
 }
@@ -221,6 +258,8 @@ pub(super) struct With {
     pub(super) no_service: bool,
     /// The conversation service answers only when the gate is opened.
     pub(super) gated: bool,
+    /// The conversation service is asked for the conversations of users who return.
+    pub(super) user_lists: bool,
     /// Other nodes.
     pub(super) nodes: bool,
     /// A dead-letter topic.
@@ -256,6 +295,14 @@ impl RouterWorld {
             Arc::<MembershipCounters>::default(),
         );
         membership.follow();
+        let user_lists = with.user_lists.then(|| {
+            let listing = Arc::new(FakeSource(Arc::clone(&conversations)));
+            let config = UserListsConfig {
+                backoff: Backoff::new(Duration::from_millis(1), Duration::from_millis(2)),
+                ..UserListsConfig::default()
+            };
+            UserLists::new(config, listing, Arc::clone(&membership), runtime.handle().clone())
+        });
         let bell = Arc::new(Doorbell::new().unwrap());
         let (links, shards) = (0..SHARDS)
             .map(|_| connect([RING_SLOTS, 64], &Arc::new(Doorbell::new().unwrap()), &bell))
@@ -282,6 +329,7 @@ impl RouterWorld {
             links,
             directory: Arc::clone(&directory),
             membership: Arc::clone(&membership),
+            user_lists,
             remote: with.nodes.then(|| Arc::clone(&nodes) as Arc<_>),
             cluster: None,
             tails: with.tails.map(|(bytes, _)| TailBudget::new(bytes, 60_000)),

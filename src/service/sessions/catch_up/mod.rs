@@ -76,7 +76,7 @@ const PAGE_MESSAGES: u16 = 100;
 pub struct CatchUpConfig {
     /// Concurrent calls to the neighbours, all sessions together.
     pub calls_max: usize,
-    /// Conversations of one session that are caught up concurrently: its share of the calls.
+    /// Conversations of one session, over WebSocket or gRPC, that are caught up concurrently: its share of the calls.
     pub steps_at_once: usize,
     /// Sessions that catch up concurrently; the others wait.
     pub sessions_max: usize,
@@ -371,6 +371,11 @@ impl CatchUpService {
     /// The bounds of a chunk: messages and bytes.
     pub fn chunk_max(&self) -> (usize, usize) {
         (self.0.config.chunk_messages_max, self.0.config.chunk_bytes_max)
+    }
+
+    /// Conversations of one session that are caught up concurrently. A gRPC session requests them one by one.
+    pub fn steps_at_once(&self) -> usize {
+        self.0.config.steps_at_once
     }
 
     /// Starts a catch-up in a task of its own, on the current runtime.

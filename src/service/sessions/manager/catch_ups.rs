@@ -15,10 +15,6 @@ use crate::service::sessions::catch_up::CatchUpScope;
 use crate::service::sessions::client_message::CONVERSATIONS_NAMED_MAX;
 use crate::service::sessions::presence::{Visibility, VisibilityState};
 
-/// Concurrent catch-ups of one session. A WebSocket session has one for all its conversations, a
-/// gRPC session one for each.
-const CONCURRENT_PER_SESSION_MAX: usize = 4;
-
 /// The catch-ups of one session.
 #[derive(Debug, Default)]
 struct SessionCatchUps {
@@ -84,14 +80,16 @@ impl CatchUps {
         }
     }
 
-    /// Decides whether a new request starts now or is queued.
+    /// Decides whether a new request starts now or is queued. `at_once`: concurrent catch-ups of one session. A WebSocket
+    /// session has one for all its conversations, a gRPC session one for each.
     pub(super) fn admit(
         &mut self,
         address: SessionAddress,
         scope: CatchUpScope,
+        at_once: usize,
     ) -> CatchUpAdmission {
         let session = self.sessions.entry(slot(address)).or_default();
-        if session.running < CONCURRENT_PER_SESSION_MAX {
+        if session.running < at_once {
             return CatchUpAdmission::Start(scope);
         }
         if session.queued.len() >= CONVERSATIONS_NAMED_MAX {

@@ -33,7 +33,7 @@ impl SessionManager {
         if !self.is_live(address) {
             return;
         }
-        match self.catch_ups.admit(address, scope) {
+        match self.catch_ups.admit(address, scope, self.catch_up.steps_at_once()) {
             CatchUpAdmission::Start(scope) => self.start_catch_up(address, scope, cursor),
             CatchUpAdmission::Queued => {}
             CatchUpAdmission::TooMany => {

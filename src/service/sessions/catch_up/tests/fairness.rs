@@ -78,6 +78,34 @@ async fn sessions_that_do_not_read_do_not_delay_one_that_reads() {
     assert_eq!(counters.stalled.get(), 250);
 }
 
+/// Promise: “A client that reads slowly delays no other client's catch-up.”
+///
+/// A gRPC session names its conversations one by one, and each has a catch-up of its own.
+#[tokio::test(start_paused = true)]
+async fn streams_that_do_not_read_do_not_delay_one_that_reads() {
+    let config = CatchUpConfig { pages_bytes_max: 1, sessions_max: 100, ..Default::default() };
+    let mut kept = Vec::new();
+    let (alone, _) = bench(config.clone()).reader_catches_up(&mut kept).await;
+    let mut bench = bench(config);
+    let streams = 40;
+    for slot in 0..streams {
+        (0..ROOMS).for_each(|room| bench.begin_conversation(slot, &format!("room-{room}")));
+    }
+    let all = u64::from(streams) * ROOMS as u64;
+    for _ in 0..all {
+        let (_, CatchUpStep::Chunk { sent, .. }) = bench.step().await else { panic!("no chunk") };
+        kept.push(sent);
+    }
+    while bench.counters.stalled.get() < all {
+        tokio::time::sleep(CALL).await;
+    }
+    let counters = Arc::clone(&bench.counters);
+    assert_eq!((counters.pages_bytes.get(), counters.running.get()), (0, 0), "they keep nothing");
+    let (beside, messages) = bench.reader_catches_up(&mut kept).await;
+    assert_eq!(messages, ROOMS * 250);
+    assert_eq!(beside, alone, "virtual time: exactly as long as without them");
+}
+
 #[tokio::test(start_paused = true)]
 async fn slow_session_continues_where_it_was_and_misses_nothing() {
     let config = CatchUpConfig { chunk_messages_max: 30, ..CatchUpConfig::default() };

@@ -141,10 +141,19 @@ impl ShelfBench {
         named: &[(&str, i64)],
         cursor: Option<CursorRequest>,
     ) {
+        self.begin_scope(slot, CatchUpScope::Session(positions(named)), cursor);
+    }
+
+    /// A gRPC session has named a conversation.
+    pub(super) fn begin_conversation(&self, slot: u32, conversation: &str) {
+        let scope = CatchUpScope::Conversation { conversation: conversation.into(), after: 0 };
+        self.begin_scope(slot, scope, None);
+    }
+
+    fn begin_scope(&self, slot: u32, scope: CatchUpScope, cursor: Option<CursorRequest>) {
         let connection = ConnectionKey { slot, generation: 0 };
         let address = SessionAddress { shard: ShardId(0), encoding: Encoding::Stream, connection };
         let ids = SessionIds::new("alice", &slot.to_string());
-        let scope = CatchUpScope::Session(positions(named));
         let request = CatchUpRequest { ids, address, scope, cursor, visibility: None };
         let begun = self.catch_up.begin(request, self.out.clone());
         assert!(matches!(begun, CatchUpStart::Running(_)), "{begun:?}");

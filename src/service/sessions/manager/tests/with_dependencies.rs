@@ -317,21 +317,24 @@ async fn chunk_for_a_session_that_has_ended_is_not_delivered() {
 }
 
 #[tokio::test]
-async fn grpc_session_catches_up_a_few_conversations_at_once_and_all_in_the_end() {
+async fn grpc_session_catches_up_as_many_conversations_at_once_as_others_and_all_in_the_end() {
     let fake = FakeNeighbours::start();
     let names: Vec<_> = (0..20).map(|n| format!("c-{n}")).collect();
     names.iter().for_each(|name| fake.state().create(name, &["alice"], 3));
     fake.set(Method::Sync, Behaviour::Hanging);
-    let mut bench = with_catch_up(&fake, CatchUpConfig::default());
+    let config = CatchUpConfig::default();
+    let at_once = config.steps_at_once;
+    assert!(at_once < names.len());
+    let mut bench = with_catch_up(&fake, config);
     bench.admitted(0, key(0, 0), "alice", "phone");
     for name in &names {
         let (connection, conversation) = (key(0, 0), name.as_str().into());
         bench.report(0, ShardReport::Resume { connection, conversation, after: 3 });
     }
-    fake.until(|state| state.in_flight.get(&Method::Sync) == Some(&4)).await;
-    assert_eq!(fake.state().count(Method::Members), 4, "the others are queued");
+    fake.until(|state| state.in_flight.get(&Method::Sync) == Some(&at_once)).await;
+    assert_eq!(fake.state().count(Method::Members), at_once, "the others are queued");
     fake.set(Method::Sync, Behaviour::Normal);
-    // The four hanging calls reach their deadline and are retried.
+    // The hanging calls reach their deadline and are retried.
     let mut released = Vec::new();
     while released.len() < names.len() {
         for command in caught_up(&mut bench).await {

@@ -89,7 +89,7 @@ counters! {
         Counter presence_changes_malformed: "Changes of presence that could not be decoded",
         Counter presence_changes_coalesced: "Changes of presence replaced by a newer one of the same user",
         Counter presence_changes_dropped_full: "Changes of presence dropped because too many were pending",
-        Counter presence_changes_dropped_unknown: "Changes of presence dropped because the conversation service did not answer",
+        Counter presence_changes_dropped_unknown: "Changes of presence that only members of conversations created or joined lately received, because the conversation service did not answer",
         Counter presence_changes_dropped_busy: "Changes of presence dropped because the router was full for too long",
         Counter presence_changes_unconcerning: "Changes of presence without a recipient connected to this node",
         Counter presence_changes_pushed: "Changes of presence pushed to the router",
@@ -244,10 +244,7 @@ impl FanoutState {
             // Taken after the look-up, so that the newest change is pushed.
             let change = self.pending().changes.remove(&user);
             if let Some(change) = change {
-                match contacts {
-                    Some(contacts) => self.push(&user, &contacts, change).await,
-                    None => self.counters.presence_changes_dropped_unknown.add(1),
-                }
+                self.push(&user, contacts.as_deref(), change).await;
             }
             self.release(user);
         }
@@ -345,10 +342,17 @@ impl FanoutState {
         users
     }
 
-    async fn push(&self, user: &str, contacts: &[Arc<str>], change: PresenceChange) {
-        let users = self.connected(user, contacts);
+    /// `contacts`: `None` if the conversation service did not answer. Members of conversations that have changed lately are
+    /// known from the log.
+    async fn push(&self, user: &str, contacts: Option<&[Arc<str>]>, change: PresenceChange) {
+        let users = self.connected(user, contacts.unwrap_or_default());
+        match contacts {
+            None => self.counters.presence_changes_dropped_unknown.add(1),
+            Some(_) if users.is_empty() => self.counters.presence_changes_unconcerning.add(1),
+            Some(_) => {}
+        }
         if users.is_empty() {
-            return self.counters.presence_changes_unconcerning.add(1);
+            return;
         }
         let recipients = users.len() as u64;
         let occurred_at = Timestamp { seconds: change.occurred_at, nanos: 0 };

@@ -217,6 +217,29 @@ async fn look_up_is_retried_and_then_the_change_is_dropped() {
     assert_eq!(bench.counters.presence_look_ups_failed.get(), 3);
 }
 
+/// Promise: “A change of presence reaches the members of a conversation that was created a moment ago.”
+///
+/// The log knows them, also while the conversation service is down.
+#[tokio::test]
+async fn change_reaches_a_conversation_that_was_created_while_the_service_is_down() {
+    let config = PresenceFanoutConfig {
+        backoff: Backoff::new(Duration::from_millis(1), Duration::MAX),
+        ..PresenceFanoutConfig::default()
+    };
+    let mut bench = Bench::new(&["alice", "bob", "new"], config, true);
+    bench.answers.add_permits(100);
+    bench.fanout.created("created", &["alice", "new"].iter().collect());
+    bench.change("alice", PresenceStatus::Online, 1);
+    assert_eq!(bench.pushed().await.0, set(&["new"]));
+    assert_eq!(bench.counters.presence_changes_dropped_unknown.get(), 1, "bob did not get it");
+    bench.fanout.changed("created", "new", false, None);
+    bench.change("alice", PresenceStatus::Offline, 2);
+    while bench.counters.presence_changes_dropped_unknown.get() < 2 {
+        tokio::task::yield_now().await;
+    }
+    assert!(bench.pushed.try_recv().is_err());
+}
+
 #[tokio::test]
 async fn pending_users_and_look_ups_are_bounded() {
     let config = PresenceFanoutConfig {

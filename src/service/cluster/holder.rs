@@ -50,7 +50,7 @@
 //! A partition that was never seen counts as one in which nothing has passed. So a session is young until the first record
 //! of it, and what is delivered of it is remembered from then on.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -318,6 +318,13 @@ pub enum LiveNeed {
     NotKnown,
 }
 
+/// A position that has counted for cursors.
+#[derive(Clone, Copy, Debug)]
+struct CountedPosition {
+    next: i64,
+    table: i64,
+}
+
 /// The state of the holder of one node.
 #[derive(Debug, Default)]
 pub struct Holder {
@@ -330,6 +337,8 @@ pub struct Holder {
     latest_begin: i64,
     /// No session with a later beginning may get cursors.
     cursors_above: i64,
+    /// The last position of each partition that has counted for cursors.
+    counted: BTreeMap<SourcePartition, CountedPosition>,
     /// Sessions that may be young for some partition: not known to be stored (as `i64::MAX`) or stored
     /// at or above the lowest `established`.
     young: BTreeSet<(i64, SessionSerial)>,
@@ -396,14 +405,53 @@ impl Holder {
         self.sessions.get(&address)?.begin
     }
 
-    /// Every owner knows this session. From now on only what an owner passes that knows it counts for cursors.
-    pub fn may_get_cursors(&mut self, begin: i64) {
+    /// From now on only what an owner passes that knows this session counts for cursors. `checked`: up to where the session has
+    /// everything of a partition, by an owner that knew it; `None`: not checked.
+    ///
+    /// # Errors
+    /// The partitions to be checked (again) first: a higher position has counted, of an owner that may not have known this
+    /// session.
+    pub fn may_get_cursors(
+        &mut self,
+        begin: i64,
+        checked: impl Fn(SourcePartition) -> Option<i64>,
+    ) -> Result<(), Vec<SourcePartition>> {
+        let covers_more = |(source, counted): &(&SourcePartition, &CountedPosition)| {
+            let checked = checked(**source);
+            checked.is_none_or(|next| counted.table <= begin && counted.next > next)
+        };
+        let unchecked: Vec<_> =
+            self.counted.iter().filter(covers_more).map(|(source, _)| *source).collect();
+        if !unchecked.is_empty() {
+            return Err(unchecked);
+        }
         self.cursors_above = self.cursors_above.max(begin);
+        Ok(())
     }
 
-    /// Whether everything that an owner passes at this table was handed over to all sessions that may get cursors.
-    pub fn is_known_to_all(&self, table: i64) -> bool {
-        table > self.cursors_above
+    /// Whether a position counts for cursors: everything that its owner has passed was handed over to all sessions that may
+    /// get some. Nothing of an owner counts whose records are discarded. The offset is the position.
+    pub fn counts_for_cursors(&mut self, at: RoutedPosition) -> bool {
+        let counts = at.table > self.cursors_above && at.generation >= self.generation(at.source);
+        if counts {
+            let counted = CountedPosition { next: at.offset, table: at.table };
+            self.counted.insert(at.source, counted);
+        } else {
+            self.lower_counted(at.source, at.offset);
+        }
+        counts
+    }
+
+    /// A position that does not count for cursors has replaced the last one, if it is lower.
+    pub fn lower_counted(&mut self, source: SourcePartition, next: i64) {
+        if let Some(counted) = self.counted.get_mut(&source) {
+            counted.next = counted.next.min(next);
+        }
+    }
+
+    /// The highest generation of a partition of which something has arrived; 0: none.
+    pub fn generation(&self, source: SourcePartition) -> i64 {
+        self.sources.get(&source).map_or(0, |passed| passed.generation)
     }
 
     /// The sessions that have not ended.

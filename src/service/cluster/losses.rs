@@ -1,5 +1,5 @@
 //! Tests of the holder: what a session lacks because it was parked, which sessions lose something if records are gone, and
-//! from where a session is live.
+//! from where a session is live and which positions it may get as cursors.
 
 use super::holder::{
     Arrived, Holder, LossConcerns, RoutedPosition, SessionSerial, SourcePartition,
@@ -171,4 +171,30 @@ fn session_is_live_behind_the_last_record_whose_sessions_were_looked_up() {
     // The log has lost its last records.
     holder.lose(at(3, 3), 6, TABLE);
     assert_eq!(holder.live_from()[&source], 3);
+}
+
+/// Promise: “every event of this user before the cursor was sent to this session before this text”
+#[test]
+fn session_gets_cursors_when_nothing_has_counted_that_its_owner_passed_without_knowing_it() {
+    let mut holder = holder();
+    let source = at(1, 0).source;
+    let (next, begin) = (RoutedPosition { table: 15, ..at(1, 9) }, 20);
+    assert!(holder.counts_for_cursors(next));
+    assert_eq!(holder.may_get_cursors(begin, |_| None), Err(vec![source]), "not checked");
+    assert_eq!(holder.may_get_cursors(begin, |_| Some(8)), Err(vec![source]), "checked too low");
+    // The owner that has checked it is not so far.
+    holder.lower_counted(source, 8);
+    assert_eq!(holder.may_get_cursors(begin, |_| Some(8)), Ok(()));
+    // From now on an owner has to know it.
+    assert!(!holder.counts_for_cursors(next));
+    let knows = RoutedPosition { table: 21, ..next };
+    assert!(holder.counts_for_cursors(knows));
+    assert_eq!(
+        holder.may_get_cursors(begin, |_| Some(8)),
+        Ok(()),
+        "it has everything below 9 live"
+    );
+    // What the lane of a zombie routes reaches nobody.
+    assert_eq!(holder.arrive(RoutedPosition { table: 21, ..at(2, 9) }, &[]), Arrived::InTurn);
+    assert!(!holder.counts_for_cursors(RoutedPosition { offset: 12, ..knows }));
 }

@@ -253,14 +253,15 @@ impl RouterCore {
                             next: lowest.min(position.next).max(0),
                             check: position.check,
                         };
-                        self.positions.passed(passed, holder.is_known_to_all(header.table));
+                        let at = RoutedPosition { offset: passed.next, ..at };
+                        let counts = holder.counts_for_cursors(at);
+                        self.positions.passed(passed, counts);
                     }
                 }
             }
             // Taken by the router itself.
             Some(Content::ReplayRequest(_)) => {}
             Some(Content::ReplayAnswer(answer)) => {
-                drop(holder);
                 for AnsweredRange { range, position, .. } in &answer.ranges {
                     let Some(range) = range.as_ref().filter(|_| *position >= 0) else { continue };
                     // Only if it is lower: the owner may not know all sessions.
@@ -271,7 +272,11 @@ impl RouterCore {
                         check: range.check,
                     };
                     self.positions.passed(passed, false);
+                    if let Some(source) = owner.source(&range.topic, range.partition) {
+                        holder.lower_counted(source, *position);
+                    }
                 }
+                drop(holder);
                 owner.parts.answers.arrived(answer.clone());
             }
             Some(Content::MissedRange(missed)) => {

@@ -72,7 +72,13 @@ pub(super) fn answered(
         Ok(status) => (status, 0),
         Err(why) => (RangeStatus::Expired, why as u32),
     };
-    AnsweredRange { range: Some(range), status: status.into(), expired, position: -1 }
+    AnsweredRange {
+        range: Some(range),
+        status: status.into(),
+        expired,
+        position: -1,
+        generation: 0,
+    }
 }
 
 pub(super) fn to_wire(record: ReplayedRecord) -> wire::ReplayedRecord {
@@ -110,11 +116,13 @@ pub(super) fn check_range(
     {
         return answered(range, Ok(RangeStatus::NotYet));
     }
+    let generation = claim.ownership.generation;
     let (at, theirs) = (position.next, std::mem::replace(&mut range.check, position.check));
     if range.next < 0 {
         // It wants nothing of what precedes its 101.
         range.to = range.next;
-        return AnsweredRange { position: at, ..answered(range, Ok(RangeStatus::Needless)) };
+        let answered = answered(range, Ok(RangeStatus::Needless));
+        return AnsweredRange { position: at, generation, ..answered };
     }
     let newcomer = owner.parts.table.newcomer(begin).filter(|it| *it.user == *user);
     let wanted = newcomer.and_then(|newcomer| owner.wanted_from(&newcomer, &partition.log));
@@ -134,5 +142,5 @@ pub(super) fn check_range(
         Verified::NotKnown => Ok(RangeStatus::NotKnown),
         Verified::No => Err(CursorExpired::OtherLog),
     };
-    AnsweredRange { position: at, ..answered(range, result) }
+    AnsweredRange { position: at, generation, ..answered(range, result) }
 }

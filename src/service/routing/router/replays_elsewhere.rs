@@ -17,7 +17,7 @@
 //! ([`Holder::live_from`](crate::service::cluster::holder::Holder::live_from)). Every owner had applied
 //! its beginning, so what it passes from then on it has handed over to this session too. A later owner may know fewer sessions:
 //! what it passes does not count for cursors before it knows all that may get some
-//! ([`Holder::is_known_to_all`](crate::service::cluster::holder::Holder::is_known_to_all)).
+//! ([`Holder::counts_for_cursors`](crate::service::cluster::holder::Holder::counts_for_cursors)).
 //!
 //! **The fence.** A shard may still have a higher position of a former owner, and records for this session may still be in the
 //! rings, behind positions that are above them. So each router gives the shards its positions again, and then waits until the
@@ -149,9 +149,12 @@ struct OpenRange {
     /// The first offset that is wanted; -1: none.
     next: i64,
     check: u32,
-    /// `None`: not checked yet.
+    /// `None`: not checked yet, or to be checked again.
     to: Option<i64>,
-    status: RangeStatus,
+    /// `None`: never checked.
+    status: Option<RangeStatus>,
+    /// The position of the owner that has checked it.
+    position: i64,
 }
 
 /// One replay.
@@ -179,6 +182,7 @@ impl GroupReplay {
             Some(begin) => begin,
             None => {
                 let begin = self.stored().await?;
+                self.want(self.known_sources())?;
                 self.check(begin).await?;
                 self.begin = Some(begin);
                 begin
@@ -190,7 +194,14 @@ impl GroupReplay {
             let open = self.ranges.iter().filter(|(_, range)| is_open(range));
             let open: Vec<_> = open.map(|(source, _)| *source).collect();
             if open.is_empty() {
-                break;
+                match self.may_get_cursors(begin) {
+                    Ok(()) => break,
+                    // Another owner has said something since the check.
+                    Err(_) if Instant::now() >= deadline => return Err(CursorExpired::Overtaken),
+                    Err(unchecked) => self.want(unchecked)?,
+                }
+                self.check(begin).await?;
+                continue;
             }
             // One owner after the other, so that a chunk is bounded.
             let owner = |source: &SourcePartition| self.parts.cluster.table.owner(*source);
@@ -207,13 +218,17 @@ impl GroupReplay {
                 sleep(RETRY).await;
             }
         }
-        self.parts.cluster.holder.lock().expect("no holder panics").may_get_cursors(begin);
         for router in &self.parts.routers {
             let (answer, fenced) = oneshot::channel();
             router.replay(ReplayInput::Fence { shard: self.session.shard, answer });
             fenced.await.map_err(|_| CursorExpired::Overtaken)?;
         }
         Ok(None)
+    }
+
+    fn may_get_cursors(&self, begin: i64) -> Result<(), Vec<SourcePartition>> {
+        let mut holder = self.parts.cluster.holder.lock().expect("no holder panics");
+        holder.may_get_cursors(begin, |source| self.ranges.get(&source).map(|it| it.position))
     }
 
     /// Waits until the beginning of the session is stored.
@@ -238,7 +253,7 @@ impl GroupReplay {
     }
 
     /// The partitions of the cursor, and all others that have owners.
-    fn wanted(&self) -> Result<BTreeMap<SourcePartition, OpenRange>, CursorExpired> {
+    fn known_sources(&self) -> Vec<SourcePartition> {
         let parts = &self.parts;
         let mut sources: HashSet<_> = parts.cluster.table.sources().into_iter().collect();
         for position in self.since.iter().flat_map(Cursor::positions) {
@@ -249,8 +264,18 @@ impl GroupReplay {
                 topic.zip(partition).map(|(topic, partition)| SourcePartition { topic, partition }),
             );
         }
-        let wanted = sources.into_iter().map(|source| {
-            let id = parts.ids[usize::from(source.topic)];
+        sources.into_iter().collect()
+    }
+
+    /// Wants the records of these partitions, from the cursor on.
+    fn want(&mut self, sources: Vec<SourcePartition>) -> Result<(), CursorExpired> {
+        for source in sources {
+            if let Some(known) = self.ranges.get_mut(&source) {
+                // What precedes its next record is checked.
+                (known.to, known.check) = (None, UNCHECKED);
+                continue;
+            }
+            let id = self.parts.ids[usize::from(source.topic)];
             let (next, check) = match &self.since {
                 None => (-1, UNCHECKED),
                 Some(since) if !since.has_topic(id) => return Err(CursorExpired::NewTopic),
@@ -259,14 +284,14 @@ impl GroupReplay {
                     known.map_or((0, UNCHECKED), |position| (position.next, position.check))
                 }
             };
-            Ok((source, OpenRange { next, check, to: None, status: RangeStatus::NotYet }))
-        });
-        wanted.collect()
+            let range = OpenRange { next, check, to: None, status: None, position: -1 };
+            self.ranges.insert(source, range);
+        }
+        Ok(())
     }
 
     /// Checks all partitions before anything is replayed.
     async fn check(&mut self, begin: i64) -> Result<(), CursorExpired> {
-        self.ranges = self.wanted()?;
         let deadline = Instant::now() + PROGRESS_WAIT;
         loop {
             let open = self.ranges.iter().filter(|(_, range)| range.to.is_none());
@@ -283,10 +308,11 @@ impl GroupReplay {
             }
         }
         // See `judge` of `replays_here`.
-        let verified = self.ranges.iter().filter(|(_, it)| it.status == RangeStatus::Verified);
+        let verified =
+            self.ranges.iter().filter(|(_, it)| it.status == Some(RangeStatus::Verified));
         let verified: HashSet<_> = verified.map(|(source, _)| source.topic).collect();
         let is_known = |(source, range): (&SourcePartition, &OpenRange)| {
-            range.status != RangeStatus::NotKnown || verified.contains(&source.topic)
+            range.status != Some(RangeStatus::NotKnown) || verified.contains(&source.topic)
         };
         if self.ranges.iter().all(is_known) { Ok(()) } else { Err(CursorExpired::Unverified) }
     }
@@ -367,7 +393,7 @@ impl GroupReplay {
         records: &mut Vec<ReplayedRecord>,
     ) -> Result<(), CursorExpired> {
         let mut noted = HashSet::new();
-        for AnsweredRange { range, status, expired, .. } in answer.ranges {
+        for AnsweredRange { range, status, expired, position, generation } in answer.ranges {
             let Some(range) = range else { continue };
             let source = self.parts.source(&range.topic, range.partition);
             // An answer may come twice.
@@ -382,9 +408,15 @@ impl GroupReplay {
                 }
                 status if is_check => {
                     let live_from = self.live_from.get(&source).copied().unwrap_or(0);
+                    let holder = self.parts.cluster.holder.lock().expect("no holder panics");
+                    // What a zombie has handed over is discarded.
+                    let is_zombie = generation < holder.generation(source);
+                    drop(holder);
                     // It is asked again until its position has reached that.
-                    if open.next < 0 || range.to >= live_from {
-                        (open.to, open.status) = (Some(range.to), status);
+                    let is_behind = open.next >= 0 && range.to < live_from;
+                    if !is_zombie && !is_behind {
+                        (open.to, open.position) = (Some(range.to), position);
+                        open.status = open.status.or(Some(status));
                     }
                 }
                 _ => open.next = range.next,

@@ -355,13 +355,15 @@ impl RouterCore {
     /// everything.
     pub(super) fn tell_routed(&mut self, lanes: &Slab<Lane>, handed_to: i64) -> bool {
         let Self { owner, positions, links, .. } = self;
-        let holder = owner.as_ref().map(|owner| owner.holder());
+        let mut holder = owner.as_ref().map(|owner| owner.holder());
         for (_, lane) in lanes {
             let Some(position) = lane.position() else { continue };
-            let claim = lane.partition.as_ref().and_then(|it| it.claim.as_ref());
-            let is_for_all = claim.zip(holder.as_ref()).is_none_or(|(claim, holder)| {
+            let claimed =
+                lane.partition.as_ref().and_then(|it| Some((&it.log, it.claim.as_ref()?)));
+            let is_for_all = claimed.zip(holder.as_mut()).is_none_or(|((log, claim), holder)| {
                 // What the former owner has handed over to this node is delivered.
-                claim.has_barrier_behind(handed_to) && holder.is_known_to_all(claim.applied)
+                claim.has_barrier_behind(handed_to)
+                    && holder.counts_for_cursors(claim.at(log, position.next))
             });
             positions.passed(position, is_for_all);
         }

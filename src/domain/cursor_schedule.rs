@@ -165,7 +165,10 @@ impl<F> CursorSchedule<F> {
         is_open: impl Fn(ConnectionKey) -> bool,
         make: impl FnOnce(&Cursor) -> F,
     ) -> bool {
-        while let Some((_, key)) = self.settling.pop_front_if(|(at_ms, _)| *at_ms <= now_ms) {
+        while let Some(&(at_ms, key)) = self.settling.front()
+            && at_ms <= now_ms
+        {
+            self.settling.pop_front();
             // It may have ended since its burst.
             self.wanted.extend(is_open(key).then_some(key));
         }

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::domain::budget::{Charge, EventBudget};
+use crate::domain::event::Event;
 use crate::domain::ids::{ConversationKey, ConversationPosition};
 
 /// Messages of one conversation with consecutive sequences.
@@ -76,6 +77,11 @@ impl CaughtUp {
         })
     }
 
+    /// Whether catch-up, or a replay since a cursor, has delivered this event.
+    pub fn has(&self, event: &Event) -> bool {
+        [event.position, event.log_position].into_iter().flatten().any(|at| self.contains(at))
+    }
+
     /// The runs, sorted. No two of them overlap or follow each other without a hole.
     pub fn runs(&self) -> &[SequenceRun] {
         &self.runs
@@ -104,6 +110,25 @@ mod tests {
         assert!(delivered.contains(at(7, 1)) && delivered.contains(at(7, 3)));
         assert!(!delivered.contains(at(7, 2)), "committed after the catch-up");
         assert!(!delivered.contains(at(7, 4)) && !delivered.contains(at(8, 1)));
+    }
+
+    #[test]
+    fn event_is_recognised_by_its_sequence_or_by_its_position_in_the_log() {
+        let delivered = CaughtUp::new(
+            None,
+            vec![
+                SequenceRun::one(at(7, 3)),
+                SequenceRun { conversation: ConversationKey(99), first: 0, last: 41 },
+            ],
+        );
+        let event = |sequence, offset| {
+            let message = Event::new(Some(at(7, sequence)), 0);
+            message.at_log_position(at(99, offset))
+        };
+        assert!(delivered.has(&event(3, 42)), "from the message service, and live");
+        assert!(delivered.has(&event(4, 41)) && !delivered.has(&event(4, 42)));
+        assert!(delivered.has(&Event::default().at_log_position(at(99, 0))));
+        assert!(!delivered.has(&Event::default()));
     }
 
     #[test]

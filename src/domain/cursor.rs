@@ -69,16 +69,20 @@ pub enum Verified {
     Yes,
     /// Nothing shows it. Another position of the same topic may: all partitions of a topic are created together.
     NotKnown,
+    /// Nothing shows it, but the partition was empty and still is.
+    Needless,
     /// It is of another log.
     No,
 }
 
 impl Verified {
-    /// Compares the check of a cursor for the position `next` with that of a node.
-    pub fn of(next: i64, theirs: u32, ours: u32) -> Self {
+    /// Compares the check of a cursor for the position `next` with that of a node, which has read the partition up to
+    /// `end`.
+    pub fn of(next: i64, theirs: u32, ours: u32, end: i64) -> Self {
         match (theirs, ours) {
+            (theirs, ours) if theirs == ours && theirs != UNCHECKED => Self::Yes,
+            _ if end == 0 => Self::Needless,
             (UNCHECKED, _) | (_, UNCHECKED) => Self::NotKnown,
-            (theirs, ours) if theirs == ours => Self::Yes,
             // Of another node, or of one that has been restarted since.
             _ if next == 0 => Self::NotKnown,
             _ => Self::No,

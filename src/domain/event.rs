@@ -11,10 +11,12 @@ use crate::domain::ids::{ConversationKey, ConversationPosition};
 #[derive(Debug, Default)]
 pub struct Event {
     frames: [Option<Box<[u8]>>; Encoding::COUNT],
-    /// What identifies the event among those that catch-up has delivered: a message by its position within the
-    /// conversation, any other event of the log by its position within the partition, as if that were its conversation.
-    /// `None`: it is not of the log (presence).
+    /// Position within the conversation; `None` for events without one (receipts, presence,
+    /// membership). It identifies the messages that catch-up has delivered.
     pub position: Option<ConversationPosition>,
+    /// Position within the log, as if the partition were a conversation; `None` for an event that is not of the log. It
+    /// identifies the events that a replay since a cursor has delivered.
+    pub log_position: Option<ConversationPosition>,
     /// The conversation of the event, whether or not it has a position in it; `None` for events of
     /// no conversation (presence). While a conversation is being caught up, all its live events are
     /// held.
@@ -34,12 +36,12 @@ impl Event {
     /// An event without frames yet.
     pub fn new(position: Option<ConversationPosition>, appended_at_ms: u64) -> Self {
         let conversation = position.map(|position| position.conversation);
-        Self { frames: Default::default(), position, conversation, appended_at_ms, charge: None }
+        Self { position, conversation, appended_at_ms, ..Self::default() }
     }
 
-    /// Sets the position within the partition of an event that has no other one.
+    /// Sets the position within the log.
     pub fn at_log_position(mut self, at: ConversationPosition) -> Self {
-        self.position.get_or_insert(at);
+        self.log_position = Some(at);
         self
     }
 

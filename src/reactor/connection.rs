@@ -20,7 +20,7 @@
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::EndReason;
 use crate::domain::encoding::Encoding;
-use crate::domain::ids::ConversationPosition;
+use crate::domain::event::Event;
 use crate::protocol::phase::Phase;
 use crate::protocol::receiver::Receiver;
 use crate::reactor::limiter::AddressPermit;
@@ -212,9 +212,9 @@ impl Filter {
         Self { delivered, until }
     }
 
-    /// Whether catch-up has delivered the live event at `position`.
-    pub fn covers(&self, position: ConversationPosition) -> bool {
-        self.delivered.contains(position)
+    /// Whether catch-up has delivered this live event.
+    pub fn covers(&self, event: &Event) -> bool {
+        self.delivered.has(event)
     }
 
     /// Whether the filter drops nothing.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use delivery::domain::cursor::Cursor;
 use delivery_testkit::neighbours::Method;
 use delivery_testkit::proto::message::v1::MessageSentEvent;
 use delivery_testkit::proto::shared::v1::{EventEnvelope, EventType};
@@ -101,14 +102,19 @@ fn node(back_end: &BackEnd) -> NodeBuilder {
     back_end.node().set("ROUTING_MODE", "broadcast").set("CURSOR_INTERVAL", "200ms")
 }
 
-/// A connected client that has message 1 and a cursor.
+/// A connected client that has message 1 and a cursor that covers it. (One of the empty topic is used by this node only.)
 fn connected(back_end: &mut BackEnd, node: &Node) -> (CursorClient, String) {
     let mut alice = CursorClient::connect(node.public, None);
     alice.next_cursor();
     back_end.publisher.message(ROOM, 1, "bob", "hello");
     alice.until_message(1);
-    let cursor = alice.next_cursor();
-    (alice, cursor)
+    loop {
+        let cursor = alice.next_cursor();
+        let positions = Cursor::from_text(&cursor).expect("a cursor");
+        if positions.positions().iter().any(|position| position.next > 0) {
+            return (alice, cursor);
+        }
+    }
 }
 
 /// What happens while the client is not connected: its events, in their order.

@@ -336,8 +336,8 @@ impl<K: Kernel> Shard<K> {
 
 /// Whether catch-up has delivered this event.
 fn covered(filter: Option<&Filter>, outgoing: &Outgoing) -> bool {
-    match (filter, outgoing.as_event().and_then(|event| event.position)) {
-        (Some(filter), Some(position)) => filter.covers(position),
+    match (filter, outgoing.as_event()) {
+        (Some(filter), Some(event)) => filter.covers(event),
         _ => false,
     }
 }

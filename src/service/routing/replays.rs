@@ -36,10 +36,28 @@ pub type ReplayedChunk = Result<Option<Vec<ReplayedRecord>>, CursorExpired>;
 /// A [`ReplayedChunk`] that is being collected.
 pub type PendingChunk<'a> = Pin<Box<dyn Future<Output = ReplayedChunk> + Send + 'a>>;
 
+/// What the client has of a partition after a replay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CoveredLog {
+    /// The topic.
+    pub topic: Arc<str>,
+    /// The partition.
+    pub partition: i32,
+    /// It has every record below this offset: from sessions before, or replayed.
+    pub below: i64,
+    /// But not these, ascending: they waited for their members, and come live.
+    pub except: Arc<[i64]>,
+}
+
 /// Where the chunks of one replay come from.
 pub trait ReplayChunks: Send {
     /// See [`ReplayReader::next`].
     fn next(&mut self) -> PendingChunk<'_>;
+
+    /// See [`ReplayReader::covered`].
+    fn covered(&self) -> Vec<CoveredLog> {
+        Vec::new()
+    }
 }
 
 /// The replay to one session.
@@ -65,6 +83,12 @@ impl ReplayReader {
     /// records that are gone.
     pub async fn next(&mut self) -> ReplayedChunk {
         self.0.next().await
+    }
+
+    /// After the end of a replay that is complete: what the client has, so that live events of it are duplicates. Those that
+    /// precede the cursor are older than what was replayed. As far as it is known.
+    pub fn covered(&self) -> Vec<CoveredLog> {
+        self.0.covered()
     }
 }
 

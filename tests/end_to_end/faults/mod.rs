@@ -14,7 +14,7 @@ use tonic::Code;
 use crate::support::node::NodeBuilder;
 use crate::support::proxy::Proxy;
 use crate::support::tally::Totals;
-use scene::{Outcome, Scene, Size, USUAL};
+use scene::{CURSORS, Outcome, Scene, Size, USUAL};
 
 const WARM_UP: Duration = Duration::from_secs(5);
 const AFTERWARDS: Duration = Duration::from_secs(10);
@@ -44,6 +44,11 @@ fn presence_service(_number: usize, node: NodeBuilder) -> NodeBuilder {
 /// A node that is silent for longer than this loses its sessions.
 fn silent_after_10_s(_number: usize, node: NodeBuilder) -> NodeBuilder {
     node.set("NODE_TIMEOUT", "10s")
+}
+
+/// Its clients get their first cursor that covers anything soon.
+fn quick_cursors(_number: usize, node: NodeBuilder) -> NodeBuilder {
+    node.set("CURSOR_INTERVAL", "1s")
 }
 
 fn seconds(seconds: u64) -> Duration {
@@ -114,6 +119,18 @@ fn undisturbed(outcome: &Outcome) {
     let Totals { received, lost, duplicates, out_of_order } = outcome.stayed;
     assert!(received > 0, "nobody stayed: {outcome:?}");
     assert_eq!((lost, duplicates, out_of_order), (0, 0, 0), "of those that stayed: {outcome:?}");
+}
+
+/// Every session that ended or was dropped returned with its cursor, got everything from the tails, nothing of it twice and in order, and
+/// nobody asked the message service.
+fn returned_with_cursors(outcome: &Outcome) {
+    nothing_missed_live(outcome);
+    assert!(outcome.reconnects > 0, "no session returned: {outcome:?}");
+    let Totals { duplicates, out_of_order, .. } = outcome.within_sessions;
+    assert_eq!((duplicates, out_of_order), (0, 0), "within one session: {outcome:?}");
+    let has_expired = outcome.shows("delivery_resume_cursors_expired_total");
+    assert!(!has_expired, "a cursor has expired: {outcome:?}");
+    assert_eq!(outcome.sync_calls, 0, "calls for messages: {outcome:?}");
 }
 
 /// Rolled nodes: see [`nothing_lost_and_nobody_stormed`]. No event waited long for its partition.
@@ -345,7 +362,7 @@ faults! {
     } => nothing_lost_in_order, shown by ["delivery_log_write_errors_total"];
 
     // Promise: “No storm after a drain.”
-    three_nodes_rolled(scene: 3, Size { sessions: 3_000, conversations: 600 }, |_, node| {
+    three_nodes_rolled(scene: 3, Size { sessions: 3_000, conversations: 600, ..USUAL }, |_, node| {
         node.set("DRAIN_PERIOD", "10s")
     }) {
         for number in 0..3 {
@@ -355,6 +372,34 @@ faults! {
             scene.run(seconds(3));
         }
     } => rolled_without_a_stall, shown by [];
+
+    // Its clients return to the other node, which has the tails of all partitions.
+    node_killed_cursors_broadcast(scene: 2, CURSORS, |number, node| broadcast(number, quick_cursors(number, node))) {
+        scene.kill_node(0);
+        scene.run(seconds(20));
+        scene.start_node(0);
+        scene.run_until_ready(0);
+    } => returned_with_cursors, shown by ["delivery_resume_cursor_resumes_total"];
+
+    // Its clients return to the other node, which has to take over half of the partitions first.
+    node_killed_cursors(scene: 2, CURSORS, quick_cursors) {
+        scene.kill_node(0);
+        scene.run(seconds(20));
+        scene.start_node(0);
+        scene.run_until_ready(0);
+    } => returned_with_cursors, shown by ["delivery_resume_cursor_resumes_total"];
+
+    // All clients return, each to another node, while partitions change their owner.
+    owners_change_cursors(scene: 2, CURSORS, quick_cursors) {
+        scene.add_node(|node| node.set("INSTANCE_ID", "node-2"));
+        for _ in 0..4 {
+            scene.drop_sessions(2);
+            scene.run(seconds(3));
+        }
+        scene.run_until_ready(2);
+        scene.drop_sessions(1);
+        scene.run(seconds(10));
+    } => returned_with_cursors, shown by ["delivery_resume_cursor_resumes_total"];
 }
 
 /// Each row of the table names the metrics that show its fault, in the order of the tests.

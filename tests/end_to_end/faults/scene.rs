@@ -3,13 +3,14 @@
 
 mod drain;
 mod injected;
+mod returning;
 mod timeline;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use delivery_testkit::admin::Metrics;
-use delivery_testkit::neighbours::FakeNeighbours;
+use delivery_testkit::neighbours::{FakeNeighbours, Method};
 use delivery_testkit::ports::free_port;
 use delivery_testkit::publisher::{Publisher, message, new_topic};
 
@@ -25,16 +26,21 @@ use crate::support::world::{Chance, World};
 use timeline::Timeline;
 
 use drain::{Drained, waiting_time};
+use returning::CursorClient;
 
 /// The size of a scene.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Size {
     pub(super) sessions: usize,
     pub(super) conversations: usize,
+    /// The clients return with cursors.
+    pub(super) cursors: bool,
 }
 
 /// The size that most rows of the table use.
-pub(super) const USUAL: Size = Size { sessions: 300, conversations: 60 };
+pub(super) const USUAL: Size = Size { sessions: 300, conversations: 60, cursors: false };
+/// The same with cursors.
+pub(super) const CURSORS: Size = Size { cursors: true, ..USUAL };
 
 /// Messages published per second.
 const RATE: u32 = 200;
@@ -53,6 +59,8 @@ struct Session {
     user: String,
     device: String,
     tally: Tally,
+    /// `None`: the client names sequences.
+    cursors: Option<CursorClient>,
     /// The connection, open or opening, with the time of its start.
     client: Option<(ClientId, Instant)>,
     /// When it was to connect. The test itself may be late.
@@ -88,6 +96,10 @@ pub(super) struct Outcome {
     /// Ends of sessions by node and close code (0: without one).
     pub(super) endings: BTreeMap<(usize, u16), u64>,
     pub(super) reconnects: u64,
+    /// Of clients with cursors: messages that came twice within one session, or behind a later one.
+    pub(super) within_sessions: Totals,
+    /// Calls for messages since the beginning of the load.
+    pub(super) sync_calls: usize,
     /// Counters that grew, summed over all nodes.
     pub(super) grown: BTreeMap<String, f64>,
     /// They show their logs when a test fails that still has them.
@@ -143,6 +155,7 @@ pub(super) struct Scene {
     reconnects: u64,
     endings: BTreeMap<(usize, u16), u64>,
     before: Vec<Metrics>,
+    sync_calls_before: usize,
 }
 
 impl Scene {
@@ -199,6 +212,7 @@ impl Scene {
             user: user.clone(),
             device: device.clone(),
             tally: Tally::default(),
+            cursors: size.cursors.then(CursorClient::default),
             client: None,
             due_at: Instant::now(),
             opened_at: None,
@@ -231,6 +245,7 @@ impl Scene {
             reconnects: 0,
             endings: BTreeMap::new(),
             before: Vec::new(),
+            sync_calls_before: 0,
             nodes: running.into_iter().map(Some).collect(),
             builders,
             kafka,
@@ -248,6 +263,7 @@ impl Scene {
         scene.endings.clear();
         scene.sessions.iter_mut().for_each(|session| session.stayed = true);
         scene.before = scene.metrics();
+        scene.sync_calls_before = scene.neighbours.state().count(Method::Sync);
         scene
     }
 
@@ -307,6 +323,9 @@ impl Scene {
             let session = &mut sessions[owners[client]];
             let (code, reason) = match seen {
                 Received::Binary(payload) => {
+                    if let Some(client) = &mut session.cursors {
+                        client.received(&payload);
+                    }
                     if let Some(content) = session.tally.saw(&payload) {
                         let mut words = content.split(' ').map(str::parse);
                         let mut number = || words.next().and_then(Result::ok).expect("a number");
@@ -332,7 +351,13 @@ impl Scene {
                     }
                     return;
                 }
-                Received::Text(_) | Received::Ping | Received::Pong(_) => return,
+                Received::Text(text) => {
+                    if let Some(client) = &mut session.cursors {
+                        client.text(&text);
+                    }
+                    return;
+                }
+                Received::Ping | Received::Pong(_) => return,
             };
             // The end of an abandoned connection is ignored.
             if session.client.is_some_and(|(id, _)| id == client) {
@@ -368,7 +393,10 @@ impl Scene {
             session.node = (session.node + 1) % nodes.len();
             let node = nodes[session.node].as_ref();
             let address = session.through.or(node.map(|node| node.public))?;
-            let first_message = Some(resume_request(&session.tally));
+            let first_message = Some(match &mut session.cursors {
+                None => resume_request(&session.tally),
+                Some(client) => client.first_message(),
+            });
             let connect = Connect::session(address, &session.user, &session.device);
             fleet.connect(&Connect { first_message, ..connect }).ok()
         });
@@ -472,7 +500,16 @@ impl Scene {
             self.drop_sessions(1);
             self.settle("all sessions have caught up", SOON, |scene| scene.totals().lost == 0);
         }
+        let sync_calls = self.neighbours.state().count(Method::Sync) - self.sync_calls_before;
+        let mut within_sessions = Totals::default();
+        for client in self.sessions.iter_mut().filter_map(|session| session.cursors.take()) {
+            let of_client = client.within_sessions();
+            within_sessions.duplicates += of_client.duplicates;
+            within_sessions.out_of_order += of_client.out_of_order;
+        }
         let outcome = Outcome {
+            within_sessions,
+            sync_calls,
             published: self.publisher.sent(),
             totals: Totals { lost: self.totals().lost, ..live },
             missed_live,

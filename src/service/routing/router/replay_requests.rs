@@ -137,9 +137,10 @@ pub(super) fn check_range(
         return answered(range, Err(CursorExpired::TooOld));
     }
     range.to = at.max(range.next);
-    let result = match Verified::of(range.next, theirs, lane.check_before(range.next)) {
+    let result = match Verified::of(range.next, theirs, lane.check_before(range.next), next) {
         Verified::Yes => Ok(RangeStatus::Verified),
         Verified::NotKnown => Ok(RangeStatus::NotKnown),
+        Verified::Needless => Ok(RangeStatus::Needless),
         Verified::No => Err(CursorExpired::OtherLog),
     };
     AnsweredRange { position: at, generation, ..answered(range, result) }

@@ -43,7 +43,8 @@ use crate::service::cluster::wire::{
     self, AnsweredRange, HandOffHeader, RangeStatus, ReplayAnswer, ReplayRequest,
 };
 use crate::service::routing::replays::{
-    PendingChunk, ReplayChunks, ReplayReader, ReplayedChunk, ReplayedRecord, TailReplays,
+    CoveredLog, PendingChunk, ReplayChunks, ReplayReader, ReplayedChunk, ReplayedRecord,
+    TailReplays,
 };
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::owner::ClusterParts;
@@ -173,6 +174,18 @@ struct GroupReplay {
 impl ReplayChunks for GroupReplay {
     fn next(&mut self) -> PendingChunk<'_> {
         Box::pin(self.next_chunk())
+    }
+
+    fn covered(&self) -> Vec<CoveredLog> {
+        let known = self.ranges.iter().filter(|(_, range)| range.next > 0);
+        let covered = known.map(|(source, range)| CoveredLog {
+            topic: Arc::clone(&self.parts.cluster.topics[usize::from(source.topic)]),
+            partition: source.partition,
+            below: range.next,
+            // No range ends above a parked record.
+            except: Arc::default(),
+        });
+        covered.collect()
     }
 }
 

@@ -12,7 +12,7 @@ use crate::domain::cursor::{Cursor, CursorExpired, TopicId, Verified};
 use crate::domain::ids::SessionAddress;
 use crate::service::members::user_lists::UserList;
 use crate::service::routing::replays::{
-    PendingChunk, ReplayChunks, ReplayReader, ReplayedChunk, TailReplays,
+    CoveredLog, PendingChunk, ReplayChunks, ReplayReader, ReplayedChunk, TailReplays,
 };
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::replay_requests::{
@@ -60,6 +60,7 @@ impl TailReplays for RouterReplays {
             unchecked: Some(Arc::new(since)),
             list: None,
             ranges: VecDeque::new(),
+            covered: Vec::new(),
         })
     }
 }
@@ -76,11 +77,17 @@ struct RouterReplay {
     list: Option<UserList>,
     /// What is left, by router.
     ranges: VecDeque<(usize, Vec<ReplayRange>)>,
+    /// What the client has when nothing is left.
+    covered: Vec<CoveredLog>,
 }
 
 impl ReplayChunks for RouterReplay {
     fn next(&mut self) -> PendingChunk<'_> {
         Box::pin(self.next_chunk())
+    }
+
+    fn covered(&self) -> Vec<CoveredLog> {
+        self.covered.clone()
     }
 }
 
@@ -128,6 +135,8 @@ impl RouterReplay {
             }
             match judge(since, &self.topics, &checked) {
                 Judged::Usable => {
+                    let lanes = checked.iter().flat_map(|checked| &checked.lanes);
+                    self.covered = lanes.map(|lane| lane.covered.clone()).collect();
                     let ranges = checked.into_iter().map(|checked| checked.ranges).enumerate();
                     self.ranges = ranges.filter(|(_, ranges)| !ranges.is_empty()).collect();
                     return Ok(());

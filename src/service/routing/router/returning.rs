@@ -29,6 +29,7 @@ use crate::domain::cursor::{
 use crate::domain::ids::ShardId;
 use crate::service::cluster::wire::{RangeStatus, ReplayAnswer, ReplayRequest};
 use crate::service::members::user_lists::UserList;
+use crate::service::routing::replays::CoveredLog;
 use crate::service::routing::router::core::RouterCore;
 use crate::service::routing::router::lane::Lane;
 use crate::service::routing::router::links::RouterLinks;
@@ -52,11 +53,13 @@ const COLLECT_MS: u64 = 10;
 const COLLECTED_MAX: usize = 64;
 
 /// A lane's answer to a check.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct CheckedLane {
     pub(super) topic: TopicId,
     pub(super) partition: u32,
     pub(super) verified: Verified,
+    /// What the client has when its range is replayed.
+    pub(super) covered: CoveredLog,
 }
 
 /// Answer to a check.
@@ -332,14 +335,20 @@ fn check(lanes: &Slab<Lane>, since: &Cursor) -> Result<Checked, CursorExpired> {
         if next < tail.tail.from() {
             return Err(CursorExpired::TooOld);
         }
-        let verified = Verified::of(next, check, lane.check_before(next));
+        let verified = Verified::of(next, check, lane.check_before(next), to);
         if verified == Verified::No {
             return Err(CursorExpired::OtherLog);
         }
-        checked.lanes.push(CheckedLane { topic, partition: number, verified });
+        let (log, parked) = (partition.log.clone(), lane.parked_below(to));
+        let covered = CoveredLog {
+            topic: Arc::clone(&log.topic),
+            partition: log.partition,
+            below: to,
+            // What precedes the cursor it has, although this node has not routed it yet.
+            except: parked.iter().copied().filter(|offset| *offset >= next).collect(),
+        };
+        checked.lanes.push(CheckedLane { topic, partition: number, verified, covered });
         if next < to {
-            let log = partition.log.clone();
-            let parked = lane.parked_below(to);
             checked.ranges.push(ReplayRange { lane: lane.key, log, next, to, parked });
         }
     }

@@ -13,12 +13,13 @@ use super::page::{CaughtUpEvent, chunks};
 use super::replayed::ReplayedRuns;
 use super::task::{CatchUpSlot, CatchUpTask};
 use super::{CatchUpFailure, CatchUpResources};
+use crate::domain::caught_up::SequenceRun;
 use crate::domain::cursor::{Cursor, CursorExpired};
 use crate::domain::encoding::{Encoding, EncodingSet};
 use crate::service::events::conversation_key::log_position;
 use crate::service::events::encode::Encoder;
 use crate::service::events::envelope;
-use crate::service::routing::replays::ReplayedRecord;
+use crate::service::routing::replays::{CoveredLog, ReplayedRecord};
 
 /// How long a session waits until every node knows it. Then it gets no cursors.
 const KNOWN_TIMEOUT: Duration = Duration::from_secs(300);
@@ -36,8 +37,7 @@ impl CatchUpResources {
             let event = encoder.encode(&decoded, wanted, 0);
             event.frame(encoding)?;
             let sequence = event.position.map_or(0, |position| position.sequence);
-            let at = log_position(&record.topic, record.partition, record.offset);
-            Some((sequence, Arc::new(event.at_log_position(at))))
+            Some((sequence, Arc::new(event)))
         };
         let events = records.iter().filter_map(event).collect();
         self.encoders.lock().expect("no holder panics").push(encoder);
@@ -45,14 +45,29 @@ impl CatchUpResources {
     }
 }
 
+/// The offsets of what the client has of a partition.
+fn covered_runs(covered: &CoveredLog) -> Vec<SequenceRun> {
+    let CoveredLog { topic, partition, below, except } = covered;
+    let conversation = log_position(topic, *partition, 0).conversation;
+    let mut first = 0;
+    let mut runs = Vec::new();
+    for end in except.iter().chain([below]) {
+        if first < *end {
+            runs.push(SequenceRun { conversation, first, last: end - 1 });
+        }
+        first = end + 1;
+    }
+    runs
+}
+
 impl CatchUpTask {
     /// Sends everything since the cursor. What was sent is added to `replayed` also if the cursor turns out to be
-    /// unusable.
+    /// unusable. Returns what the client has of the log then.
     pub(super) async fn replay(
         &self,
         cursor: Cursor,
         replayed: &mut ReplayedRuns,
-    ) -> Result<Result<(), CursorExpired>, CatchUpFailure> {
+    ) -> Result<Result<Vec<SequenceRun>, CursorExpired>, CatchUpFailure> {
         let Some(replays) = self.resources.replays.get() else {
             return Ok(Err(CursorExpired::NotSupported));
         };
@@ -60,7 +75,9 @@ impl CatchUpTask {
         let mut reader = replays.replay(self.address, Arc::clone(&self.user), Some(cursor));
         loop {
             match reader.next().await {
-                Ok(None) => return Ok(Ok(())),
+                Ok(None) => {
+                    return Ok(Ok(reader.covered().iter().flat_map(covered_runs).collect()));
+                }
                 Ok(Some(records)) => self.send_records(&records, replayed, &mut slot).await?,
                 Err(why) => return Ok(Err(why)),
             }
@@ -76,7 +93,7 @@ impl CatchUpTask {
         let resources = &self.resources;
         let encoding = self.address.encoding;
         let events = resources.encode_records(records, encoding);
-        events.iter().for_each(|(sequence, event)| replayed.add(event, *sequence > 0));
+        events.iter().for_each(|(_, event)| replayed.add(event));
         for chunk in chunks(events, encoding, &resources.config) {
             resources.counters.replayed.add(chunk.len() as u64);
             if let Some(stalled) = self.send(chunk).await? {
@@ -94,5 +111,24 @@ impl CatchUpTask {
         let Some(replays) = self.resources.replays.get() else { return false };
         let mut reader = replays.replay(self.address, Arc::clone(&self.user), None);
         timeout(KNOWN_TIMEOUT, reader.next()).await.is_ok_and(|known| known.is_ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn client_has_what_is_below_the_end_of_a_replay_but_not_what_was_parked() {
+        let runs = |below, except: &[i64]| {
+            let covered =
+                CoveredLog { topic: "t".into(), partition: 1, below, except: except.into() };
+            let runs = covered_runs(&covered).into_iter();
+            runs.map(|run| (run.first, run.last)).collect::<Vec<_>>()
+        };
+        assert_eq!(runs(0, &[]), []);
+        assert_eq!(runs(9, &[]), [(0, 8)]);
+        assert_eq!(runs(9, &[0, 3, 4]), [(1, 2), (5, 8)]);
+        assert_eq!(runs(9, &[8]), [(0, 7)]);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::positions::RUNS_PER_SESSION_MAX;
 use super::replayed::ReplayedRuns;
 use super::task::CatchUpTask;
 use super::{CatchUpFailure, CatchUpScope, CatchUpStep};
@@ -28,9 +29,11 @@ impl CatchUpTask {
             None | Some(CursorRequest::First) => None,
             Some(CursorRequest::Unusable(why)) => Some(why),
             Some(CursorRequest::Since(cursor)) => match self.replay(cursor, &mut replayed).await? {
-                Ok(()) => {
+                Ok(mut runs) => {
                     self.resources.counters.cursor_resumes.add(1);
-                    let delivered = self.resources.remember(None, self.replayed_runs(replayed));
+                    runs.truncate(RUNS_PER_SESSION_MAX);
+                    runs.extend(self.replayed_runs(replayed));
+                    let delivered = self.resources.remember(None, runs);
                     return Ok(Resumed { delivered, since_cursor: true });
                 }
                 Err(why) => Some(why),

@@ -24,13 +24,18 @@ fn fill(log: &FakePartition, records: i64) {
     (1..records).for_each(|offset| append(log, offset, message("c", offset)));
 }
 
-/// “a topic that was empty: only the node that has read it since then knows whether it was created again”.
+/// “Or the topic was empty then and is not any more: only the node that has read it since knows that it was not created
+/// again.”
 #[test]
 fn cursor_of_an_empty_topic_is_used_only_by_the_node_that_has_read_it_since() {
     let mut world = RouterWorld::new(TAILS);
     let log = world.assign(0).0;
     let empty = world.cursor();
     assert_eq!(next(&empty), [0]);
+    let mut still_empty = later(60_000);
+    still_empty.assign(0);
+    still_empty.run_until_idle();
+    assert_eq!(replayed(&mut still_empty, &empty), Ok(Vec::new()), "a topic that nobody uses");
     fill(&log, 2);
     assert_eq!(replayed(&mut world, &empty), Ok(vec![(0, 0), (0, 1)]));
 
@@ -100,7 +105,7 @@ fn cursor_behind_a_parked_record_is_verified_by_it() {
     append(&log, 3, message("of others", 1));
     world.until("parked", |world| world.counters.conversations_waiting.get() == 1);
     assert_eq!(next(&world.cursor()), [1]);
-    assert_eq!(replayed(&mut world, &cursor), Ok(Vec::new()), "both come live");
+    assert_eq!(replayed(&mut world, &cursor), Ok(Vec::new()), "the client has both");
     let changed = with(&cursor, |position| position.check ^= 2);
     assert_eq!(replayed(&mut world, &changed), Err(CursorExpired::OtherLog));
 }

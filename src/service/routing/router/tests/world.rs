@@ -221,7 +221,7 @@ impl RecordSource for FakePartition {
 /// One delivery as a shard sees it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct DeliveredEvent {
-    /// What identifies it among what was replayed.
+    /// Its position in the log.
     pub(super) position: Option<ConversationPosition>,
     /// The slots of the recipients, sorted.
     pub(super) slots: Vec<u32>,
@@ -459,7 +459,7 @@ impl RouterWorld {
             let mut slots: Vec<_> = recipients.iter().map(|(key, _)| key.slot).collect();
             slots.sort_unstable();
             let value = event.frame(Encoding::Binary).unwrap()[2..].to_vec();
-            let position = event.position;
+            let position = event.log_position;
             delivered.push(DeliveredEvent { slots, value, position, ticket });
         }
         delivered

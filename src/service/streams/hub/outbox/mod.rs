@@ -465,10 +465,11 @@ impl OutboxState {
 
     /// Whether catch-up has delivered this live event. False during catch-up, when this is not known.
     fn is_duplicate(&self, delivery: &Delivery) -> bool {
-        let Some(position) = delivery.event().position else { return false };
-        if self.since_cursor.as_ref().is_some_and(|(delivered, _)| delivered.contains(position)) {
+        let event = delivery.event();
+        if self.since_cursor.as_ref().is_some_and(|(delivered, _)| delivered.has(event)) {
             return true;
         }
+        let Some(position) = event.position else { return false };
         match self.conversations.get(&position.conversation) {
             Some(NamedConversation::Live { delivered, .. }) => delivered.contains(position),
             Some(NamedConversation::CatchingUp) | None => false,

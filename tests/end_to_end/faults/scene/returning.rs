@@ -6,7 +6,7 @@ use crate::support::tally::{Tally, Totals};
 
 /// What a client with cursors keeps, and what its sessions got.
 #[derive(Debug, Default)]
-pub(super) struct CursorClient {
+pub(super) struct CursorKeeper {
     cursor: Option<String>,
     /// Of the session that is connected.
     session: Tally,
@@ -14,7 +14,7 @@ pub(super) struct CursorClient {
     repeated: Totals,
 }
 
-impl CursorClient {
+impl CursorKeeper {
     /// The first message of its next session.
     pub(super) fn first_message(&mut self) -> String {
         self.session_ended();

@@ -499,14 +499,13 @@ impl OwnerSide {
     ) {
         self.next_passed_ms = now_ms + PASSED_INTERVAL_MS;
         let mut topics: Vec<TopicPositions> = Vec::new();
-        let uses_cursors = !self.with_cursors.is_empty();
         for (log, next, generation, parked, check) in positions {
             let position = PartitionPosition {
                 partition: log.partition,
                 next: *next,
                 generation: *generation,
                 parked: distances(*next, parked),
-                check: if uses_cursors { *check } else { 0 },
+                check: *check,
             };
             match topics.iter_mut().find(|known| *known.topic == *log.topic) {
                 Some(known) => known.partitions.push(position),

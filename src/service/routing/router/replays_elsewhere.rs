@@ -21,7 +21,9 @@
 //!
 //! **The fence.** A shard may still have a higher position of a former owner, and records for this session may still be in the
 //! rings, behind positions that are above them. So each router gives the shards its positions again, and then waits until the
-//! shard of the session has taken them. Only then the replay is complete.
+//! shard of the session has taken them. On a node that has just started it waits also until it knows a position of each
+//! partition, which their owners tell it each second: a cursor without them would be worth less than the one that the client has.
+//! Only then the replay is complete.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -49,7 +51,7 @@ use crate::service::routing::replays::{
 use crate::service::routing::router::RouterControl;
 use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::replay_requests::{AnswerTo, ReplayChunkMax};
-use crate::service::routing::router::returning::ReplayInput;
+use crate::service::routing::router::returning::{ReplayInput, ShardFence};
 
 /// How long an answer is waited for.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
@@ -231,10 +233,15 @@ impl GroupReplay {
                 sleep(RETRY).await;
             }
         }
-        for router in &self.parts.routers {
+        for (number, router) in self.parts.routers.iter().enumerate() {
             let (answer, fenced) = oneshot::channel();
-            router.replay(ReplayInput::Fence { shard: self.session.shard, answer });
-            fenced.await.map_err(|_| CursorExpired::Overtaken)?;
+            let of_router = self.ranges.keys().filter(|it| self.parts.router(**it) == number);
+            let id = |it: &SourcePartition| self.parts.ids[usize::from(it.topic)];
+            let partitions = of_router.map(|it| (id(it), it.partition.unsigned_abs())).collect();
+            let fence = ShardFence { shard: self.session.shard, partitions, answer };
+            router.replay(ReplayInput::Fence(fence));
+            let fenced = timeout_at(Instant::now() + PROGRESS_WAIT, fenced).await;
+            fenced.ok().and_then(Result::ok).ok_or(CursorExpired::Overtaken)?;
         }
         Ok(None)
     }

@@ -38,6 +38,7 @@ use crate::service::routing::router::replay_requests::{
     AnswerTo, Answers, PullAnswer, PulledRecords, ReplayChunkMax, ReplayRange, answered,
     check_range,
 };
+use crate::service::routing::router::shard_positions::ShardPositions;
 use crate::service::routing::router::unready::UnreadyPulls;
 
 /// How long a check waits for the lanes to reach the cursor, ms. Another node may have been ahead of this one by so
@@ -88,11 +89,23 @@ pub(super) enum ReplayInput {
         request: ReplayRequest,
         to: AnswerTo,
     },
-    /// Answered when the shard has taken everything that this router has given it until now.
-    Fence {
-        shard: ShardId,
-        answer: oneshot::Sender<()>,
-    },
+    Fence(ShardFence),
+}
+
+/// Answered when the shard has a position of each of these partitions, and has taken everything that this router has given
+/// it until then.
+pub(super) struct ShardFence {
+    pub(super) shard: ShardId,
+    /// Without one of them, a cursor would be worth less than the one that its client came with.
+    pub(super) partitions: Vec<(TopicId, u32)>,
+    pub(super) answer: oneshot::Sender<()>,
+}
+
+/// A fence that is not answered.
+struct WaitingFence {
+    fence: ShardFence,
+    /// What the router had pushed to the shard when all shards had the positions.
+    mark: Option<u64>,
 }
 
 struct WaitingCheck {
@@ -115,7 +128,7 @@ pub(super) struct Returning {
     pass: Option<ReplayPass>,
     requests: Vec<(ReplayRequest, AnswerTo)>,
     /// A shard, and what it has to have taken; `None`: the positions first.
-    fences: Vec<(ShardId, Option<u64>, oneshot::Sender<()>)>,
+    fences: Vec<WaitingFence>,
 }
 
 impl Returning {
@@ -133,21 +146,21 @@ impl Returning {
                 self.pulls.push(ActivePull::new(user, ranges, max, answer, list));
             }
             ReplayInput::Request { request, to } => self.requests.push((request, to)),
-            ReplayInput::Fence { shard, answer } => {
-                self.fences.push((shard, None, answer));
-            }
+            ReplayInput::Fence(fence) => self.fences.push(WaitingFence { fence, mark: None }),
         }
     }
 
     /// Whether a session waits until the shards have the positions.
     pub(super) fn awaits_positions(&self) -> bool {
-        self.fences.iter().any(|(_, mark, _)| mark.is_none())
+        self.fences.iter().any(|fence| fence.mark.is_none())
     }
 
     /// The shards have been given the positions.
-    pub(super) fn positions_told(&mut self, links: &RouterLinks) {
-        for (shard, mark, _) in &mut self.fences {
-            mark.get_or_insert_with(|| links.pushed(*shard));
+    pub(super) fn positions_told(&mut self, links: &RouterLinks, positions: &ShardPositions) {
+        for WaitingFence { fence, mark } in &mut self.fences {
+            if mark.is_none() && fence.partitions.iter().all(|it| positions.has(*it)) {
+                *mark = Some(links.pushed(fence.shard));
+            }
         }
     }
 
@@ -229,13 +242,13 @@ impl Returning {
     ) -> bool {
         let mut progressed = !self.requests.is_empty();
         let mut answers = self.take_requests(core, lanes, handed_to, now_ms);
-        let is_open = |(shard, mark, answer): &mut (ShardId, Option<u64>, oneshot::Sender<()>)| {
-            let is_taken = mark.is_some_and(|mark| core.links.taken(*shard) >= mark);
-            !is_taken && !answer.is_closed()
+        let is_over = |WaitingFence { fence, mark }: &mut WaitingFence| {
+            let is_taken = mark.is_some_and(|mark| core.links.taken(fence.shard) >= mark);
+            is_taken || fence.answer.is_closed()
         };
-        for (_, _, answer) in self.fences.extract_if(.., |fence| !is_open(fence)) {
+        for WaitingFence { fence, .. } in self.fences.extract_if(.., is_over) {
             // Fails only if the session has ended.
-            let _ = answer.send(());
+            let _ = fence.answer.send(());
             progressed = true;
         }
         if !self.checks.is_empty() && now_ms >= self.checks_at_ms {

@@ -29,6 +29,11 @@ impl ShardPositions {
         }
     }
 
+    /// Whether the shards have a position of this partition.
+    pub(super) fn has(&self, partition: (TopicId, u32)) -> bool {
+        self.told.contains_key(&partition)
+    }
+
     /// Gives the shards what has changed. Returns whether all of them have everything.
     pub(super) fn tell(&mut self, links: &mut RouterLinks) -> bool {
         let mut changed = Vec::new();

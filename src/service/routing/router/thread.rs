@@ -469,7 +469,7 @@ impl Router {
             return;
         }
         if self.core.tell_routed(&self.lanes, self.handed_to) {
-            self.returning.positions_told(&self.core.links);
+            self.returning.positions_told(&self.core.links, &self.core.positions);
         }
         // A position costs a shard and a router about 50 ns; without traffic nothing is sent.
         self.routed_at_ms = now_ms + POSITIONS_INTERVAL_MS;

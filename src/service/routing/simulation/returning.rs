@@ -103,6 +103,16 @@ impl ReturningSession {
 impl CursorKeeper {
     /// The client gets this cursor.
     pub(super) fn check(&self, cursor: &Cursor, (user, device): Device, logs: &Logs) {
+        let names = |cursor: &Cursor, partition: usize| {
+            cursor.get(TopicId::of(TOPIC), partition as u32).is_some()
+        };
+        if let Some(former) = &self.cursor {
+            let lost = (0..PARTITIONS).find(|it| names(former, *it) && !names(cursor, *it));
+            assert!(
+                lost.is_none(),
+                "user {user}, device {device}: a cursor without partition {lost:?}"
+            );
+        }
         for partition in 0..PARTITIONS {
             let Some(position) = cursor.get(TopicId::of(TOPIC), partition as u32) else { continue };
             let needed = logs.concerned(partition, self.base[partition], user);

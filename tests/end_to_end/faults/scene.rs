@@ -26,7 +26,7 @@ use crate::support::world::{Chance, World};
 use timeline::Timeline;
 
 use drain::{Drained, waiting_time};
-use returning::CursorKeeper;
+use returning::CursorUser;
 
 /// The size of a scene.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +60,7 @@ struct Session {
     device: String,
     tally: Tally,
     /// `None`: the client names sequences.
-    cursors: Option<CursorKeeper>,
+    cursors: Option<CursorUser>,
     /// The connection, open or opening, with the time of its start.
     client: Option<(ClientId, Instant)>,
     /// When it was to connect. The test itself may be late.
@@ -212,7 +212,7 @@ impl Scene {
             user: user.clone(),
             device: device.clone(),
             tally: Tally::default(),
-            cursors: size.cursors.then(CursorKeeper::default),
+            cursors: size.cursors.then(CursorUser::default),
             client: None,
             due_at: Instant::now(),
             opened_at: None,

@@ -421,9 +421,7 @@ impl RouterCore {
             return 0;
         }
         let mut event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
-        if let Some(at) = at {
-            event = event.at_log_position(at);
-        }
+        event.log_position = at;
         let event = event.charged_to(&self.budget, self.links.recipients_bytes());
         self.counters.deliveries.add(self.links.concerned() as u64);
         self.counters.recipients.add(self.links.recipients() as u64);

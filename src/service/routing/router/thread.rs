@@ -1,5 +1,7 @@
 //! The router's loop: serves its lanes in turn, and sleeps on its doorbell when all are idle or blocked.
 
+mod upkeep;
+
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -42,8 +44,6 @@ const INBOX_LANES: usize = 16;
 const INBOX_LANE_MAX: usize = 256;
 /// The longest sleep, ms. Bounds the delay if a doorbell is ever missed.
 const SLEEP_MS_MAX: u32 = 100;
-/// Time between two rounds in which what is too old leaves the tails of quiet partitions, ms.
-const TRIM_INTERVAL_MS: u64 = 1_000;
 /// The longest sleep while something waits for time to pass or for a ring to drain, ms.
 const RETRY_SLEEP_MS: u32 = 10;
 
@@ -473,32 +473,6 @@ impl Router {
         }
         // A position costs a shard and a router about 50 ns; without traffic nothing is sent.
         self.routed_at_ms = now_ms + POSITIONS_INTERVAL_MS;
-    }
-
-    /// Drops what is too old, also where no record arrives.
-    fn trim_tails(&mut self, now_ms: u64) {
-        if now_ms < self.trimmed_at_ms {
-            return;
-        }
-        self.trimmed_at_ms = now_ms + TRIM_INTERVAL_MS;
-        let partitions = self.lanes.iter_mut().filter_map(|(_, lane)| lane.partition.as_mut());
-        partitions.filter_map(|it| it.tail.as_mut()).for_each(|tail| tail.tail.trim(now_ms));
-    }
-
-    fn replay_stored(&mut self, key: LaneKey) {
-        let lane = self.lanes.get_mut(key.slot()).filter(|lane| lane.key == key);
-        let claim = lane.and_then(|lane| lane.partition.as_mut()?.claim.as_mut());
-        if let Some(claim) = claim {
-            claim.replay_stored();
-        }
-    }
-
-    fn loss_stored(&mut self, key: LaneKey) {
-        let lane = self.lanes.get_mut(key.slot()).filter(|lane| lane.key == key);
-        let Some(partition) = lane.and_then(|lane| lane.partition.as_mut()) else { return };
-        if partition.claim.as_mut().is_some_and(LaneClaim::loss_stored) {
-            partition.committable.set(partition.window.committable());
-        }
     }
 
     /// Tells the nodes of newcomers what has passed, if it is time.

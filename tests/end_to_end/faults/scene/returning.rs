@@ -6,7 +6,7 @@ use crate::support::tally::{Tally, Totals};
 
 /// What a client with cursors keeps, and what its sessions got.
 #[derive(Debug, Default)]
-pub(super) struct CursorKeeper {
+pub(super) struct CursorUser {
     cursor: Option<String>,
     /// Of the session that is connected.
     session: Tally,
@@ -14,7 +14,7 @@ pub(super) struct CursorKeeper {
     repeated: Totals,
 }
 
-impl CursorKeeper {
+impl CursorUser {
     /// The first message of its next session.
     pub(super) fn first_message(&mut self) -> String {
         self.session_ended();

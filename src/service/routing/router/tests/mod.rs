@@ -4,6 +4,7 @@
 mod clocks;
 mod held_back;
 mod returning;
+mod returning_client;
 mod routing;
 mod unready;
 mod unverified;

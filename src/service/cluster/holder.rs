@@ -55,6 +55,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::domain::ids::SessionAddress;
+use crate::service::cluster::parked_offsets::{ParkedBelow, ParkedOffsets};
 
 /// A partition of a topic of events. The topic is its index among the topics of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -117,53 +118,6 @@ impl Passed {
     }
 }
 
-/// Offsets of records that an owner has gone past and not handed over, ascending. Mostly empty.
-#[derive(Clone, Debug, Default)]
-struct ParkedOffsets(Vec<i64>);
-
-impl ParkedOffsets {
-    fn contains(&self, offset: &i64) -> bool {
-        self.0.binary_search(offset).is_ok()
-    }
-
-    /// -1 if there are none.
-    fn highest(&self) -> i64 {
-        self.0.last().copied().unwrap_or(-1)
-    }
-
-    fn remove(&mut self, offset: i64) {
-        if let Ok(index) = self.0.binary_search(&offset) {
-            self.0.remove(index);
-        }
-    }
-
-    /// An owner that routes `offset` names these parked ones before it. Returns whether all of them are parked here: one
-    /// that is not above `highest`, and was not parked before, has passed.
-    fn name_below(&mut self, offset: i64, named: &[i64], highest: i64) -> bool {
-        let below = self.0.partition_point(|parked| *parked < offset);
-        // Almost always: there can be a thousand, and each record names them.
-        if self.0[..below] == *named {
-            return true;
-        }
-        let mut known = self.0[..below].iter().peekable();
-        let mut parked = Vec::with_capacity(named.len());
-        parked.extend(named.iter().filter(|named| {
-            while known.next_if(|known| known < named).is_some() {}
-            **named > highest || known.peek() == Some(named)
-        }));
-        let is_complete = parked.len() == named.len();
-        self.0.splice(..below, parked);
-        is_complete
-    }
-
-    fn replace_below(&mut self, offset: i64, parked: &[i64]) {
-        let below = self.0.partition_point(|parked| *parked < offset);
-        if below > 0 || !parked.is_empty() {
-            self.0.splice(..below, parked.iter().copied());
-        }
-    }
-}
-
 /// What a session got of a partition for which it is or was young.
 #[derive(Debug)]
 struct DeliveredTo {
@@ -194,12 +148,6 @@ impl DeliveredTo {
             self.set_not_got(rest);
         }
     }
-}
-
-/// The parked records below one that is delivered, for all sessions that get it.
-struct ParkedBelow<'a> {
-    offsets: &'a [i64],
-    shared: Option<Arc<[i64]>>,
 }
 
 /// Positions for which a session that needs more of them allocates memory at a time. Few, because a session

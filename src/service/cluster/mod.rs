@@ -151,6 +151,7 @@ mod model;
 pub mod newcomers;
 pub mod nodes;
 pub mod own_epoch;
+mod parked_offsets;
 pub mod ports;
 pub mod table;
 pub mod tail;

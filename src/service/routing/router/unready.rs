@@ -40,7 +40,7 @@ const MEMBERS_WAIT_MS: u64 = 1_000;
 
 /// What the pulls wait for.
 #[derive(Debug, Default)]
-enum Wait {
+enum PullWait {
     /// Not decided.
     #[default]
     New,
@@ -58,7 +58,7 @@ enum Wait {
 #[derive(Default)]
 pub(super) struct UnreadyPulls {
     pulls: Vec<ActivePull>,
-    wait: Wait,
+    wait: PullWait,
     /// Unix time, ms.
     retry_ms: u64,
 }
@@ -91,14 +91,14 @@ impl UnreadyPulls {
             return Vec::new();
         }
         self.retry_ms = now_ms + RETRY_MS;
-        if matches!(self.wait, Wait::New) {
+        if matches!(self.wait, PullWait::New) {
             self.wait = self.choose(core, lanes, now_ms);
         }
         let mut ready = Vec::new();
         if self.wait.is_over(core, now_ms) {
-            self.wait = Wait::New;
+            self.wait = PullWait::New;
             ready.append(&mut self.pulls);
-        } else if let (Wait::Lists, Some(lists)) = (&self.wait, &core.user_lists) {
+        } else if let (PullWait::Lists, Some(lists)) = (&self.wait, &core.user_lists) {
             ready.extend(self.pulls.extract_if(.., |pull| pull.find_list(lists, now_ms)));
         }
         let is_over = |pull: &mut ActivePull| {
@@ -110,13 +110,13 @@ impl UnreadyPulls {
             pull.answer(Err(CursorExpired::MembersUnknown), answers);
         }
         if self.pulls.is_empty() {
-            self.wait = Wait::New;
+            self.wait = PullWait::New;
         }
         ready
     }
 
     /// The members, if the records that the pulls need are of few conversations, or users have no lists.
-    fn choose(&self, core: &RouterCore, lanes: &Slab<Lane>, since_ms: u64) -> Wait {
+    fn choose(&self, core: &RouterCore, lanes: &Slab<Lane>, since_ms: u64) -> PullWait {
         let max = match &core.user_lists {
             Some(_) => self.pulls.len().min(FEW_CONVERSATIONS),
             None => CONVERSATIONS_AT_ONCE,
@@ -139,18 +139,21 @@ impl UnreadyPulls {
                 }
                 let is_enough = found.len() > max || looked_at > RECORDS_LOOKED_AT;
                 if is_enough && core.user_lists.is_some() {
-                    return Wait::Lists;
+                    return PullWait::Lists;
                 }
                 if is_enough {
-                    return Wait::Members { conversations: found.into_iter().collect(), since_ms };
+                    return PullWait::Members {
+                        conversations: found.into_iter().collect(),
+                        since_ms,
+                    };
                 }
             }
         }
-        Wait::Members { conversations: found.into_iter().collect(), since_ms }
+        PullWait::Members { conversations: found.into_iter().collect(), since_ms }
     }
 }
 
-impl Wait {
+impl PullWait {
     /// Requests the members. Returns whether they are known. If a request fails or takes long, the lists of the users are
     /// waited for from now on.
     fn is_over(&mut self, core: &RouterCore, now_ms: u64) -> bool {

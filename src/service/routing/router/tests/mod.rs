@@ -2,6 +2,7 @@
 //! calls the router's turns itself.
 
 mod clocks;
+mod conversations;
 mod held_back;
 mod returning;
 mod returning_client;

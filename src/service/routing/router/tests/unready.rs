@@ -120,7 +120,7 @@ fn only_the_user_whose_list_cannot_be_fetched_waits_and_expires() {
     let mut bobs = world.replay("bob", since.clone());
     let got = all(&mut world, &["alice"], &since);
     assert_eq!(got, [Ok(vec![(0, 4)])]);
-    assert!(world.ahead_ms < 29_000 && bobs.try_recv().is_err(), "he waits");
+    assert!(world.ahead_ms < 29_000 && bobs.try_recv().is_err(), "this one waits");
     world.step_ms = 1_000;
     assert_eq!(world.replayed(&mut bobs), Err(CursorExpired::MembersUnknown));
     assert!(world.ahead_ms >= 29_000);

@@ -1,4 +1,4 @@
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,16 +9,13 @@ use prost::Message as _;
 use tokio::sync::mpsc::{Receiver, channel};
 use tokio::time::timeout;
 
+use super::conversations::{FakeConversations, FakeSource};
 use crate::domain::command::{ShardCommand, ShardReport, Ticket};
 use crate::domain::cursor::{Cursor, CursorExpired, RoutedPositions};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, ConversationPosition, SessionAddress, ShardId};
-use crate::domain::members::Members;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
-use crate::service::backends::ports::{
-    BoxFuture, ConversationListing, ConversationSource, ForwardDone, Forwarding, NeighbourError,
-    RemoteNodes,
-};
+use crate::service::backends::ports::{ForwardDone, Forwarding, RemoteNodes};
 use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::encode_envelope;
 use crate::service::events::proto::conversation::v1::{
@@ -40,90 +37,6 @@ use crate::service::runtime::backoff::Backoff;
 
 pub(super) const RING_SLOTS: usize = 4;
 const SHARDS: u16 = 2;
-
-/// A conversation service that answers from a table, fails, or waits until the gate is opened.
-#[derive(Default)]
-pub(super) struct FakeConversations {
-    pub(super) table: Mutex<HashMap<String, Vec<&'static str>>>,
-    pub(super) requested: Mutex<Vec<String>>,
-    pub(super) failing: AtomicBool,
-    /// Conversations whose members, and users whose conversations it does not return.
-    pub(super) failing_for: Mutex<HashSet<String>>,
-    /// The users whose conversations were requested.
-    pub(super) listed: Mutex<Vec<String>>,
-    gate: Option<tokio::sync::Semaphore>,
-}
-
-impl FakeConversations {
-    pub(super) fn set(&self, conversation: &str, members: &[&'static str]) {
-        self.table.lock().unwrap().insert(conversation.into(), members.to_vec());
-    }
-
-    pub(super) fn has(&self, conversation: &str, member: &str) -> bool {
-        let table = self.table.lock().unwrap();
-        table.get(conversation).is_some_and(|members| members.contains(&member))
-    }
-
-    /// Lets it answer this many requests.
-    pub(super) fn open(&self, answers: usize) {
-        self.gate.as_ref().unwrap().add_permits(answers);
-    }
-
-    pub(super) fn requested(&self) -> Vec<String> {
-        self.requested.lock().unwrap().clone()
-    }
-
-    pub(super) fn listed(&self) -> Vec<String> {
-        self.listed.lock().unwrap().clone()
-    }
-
-    fn fails(&self, subject: &str) -> Result<(), NeighbourError> {
-        if self.failing.load(Ordering::Relaxed)
-            || self.failing_for.lock().unwrap().contains(subject)
-        {
-            return Err(NeighbourError::Unavailable("fails by order".into()));
-        }
-        Ok(())
-    }
-}
-
-struct FakeSource(Arc<FakeConversations>);
-
-impl ConversationSource for FakeSource {
-    fn members(&self, conversation: Arc<str>) -> BoxFuture<Result<Members, NeighbourError>> {
-        let service = Arc::clone(&self.0);
-        Box::pin(async move {
-            service.requested.lock().unwrap().push(conversation.to_string());
-            if let Some(gate) = &service.gate {
-                gate.acquire().await.unwrap().forget();
-            }
-            service.fails(&conversation)?;
-            let table = service.table.lock().unwrap();
-            let members = table.get(&*conversation).ok_or(NeighbourError::NotFound)?;
-            Ok(members.iter().collect())
-        })
-    }
-}
-
-impl ConversationListing for FakeSource {
-    fn conversations_of(
-        &self,
-        user: Arc<str>,
-    ) -> BoxFuture<Result<Vec<Conversation>, NeighbourError>> {
-        let service = Arc::clone(&self.0);
-        Box::pin(async move {
-            service.listed.lock().unwrap().push(user.to_string());
-            service.fails(&user)?;
-            let table = service.table.lock().unwrap();
-            let theirs = table.iter().filter(|(_, members)| members.contains(&&*user));
-            let theirs = theirs.map(|(id, _)| Conversation {
-                conversation_id: id.clone(),
-                ..Conversation::default()
-            });
-            Ok(theirs.collect())
-        })
-    }
-}
 
 /// Other nodes: keeps the records handed off; the test reports them done.
 #[derive(Default)]

@@ -210,8 +210,10 @@ impl Cluster {
         self.logs.expire(self.weather.retention_ms);
         self.check_group();
         if self.weather.has_cursors {
-            let for_ms = self.random.random_range(0..100);
-            self.drive_replays(for_ms);
+            let for_ms = self.random.random_range(0..self.weather.replays_ms);
+            if self.drive_replays(for_ms) {
+                self.end_an_owner();
+            }
         }
         match self.below(1_000) {
             0..150 => {
@@ -246,6 +248,7 @@ impl Cluster {
                 }
             }
             998 => self.disturb(),
+            _ if self.weather.is_mild => {}
             _ => {
                 // Nobody reaches Kafka.
                 self.now_ms += 300_000;
@@ -268,7 +271,23 @@ impl Cluster {
         let below = if self.below(4) == 0 { end } else { self.random.random_range(from..=end) };
         self.logs.expire_events(partition, below);
         self.did("events expired", partition, below as u64);
-        let Some(owner) = self.assigned[partition].filter(|_| self.below(2) == 0) else { return };
+        if self.below(2) == 0 {
+            self.end_owner(partition);
+        }
+    }
+
+    /// Clients have got records of a replay, or have caught up: an owner may end, whose successor has committed less.
+    fn end_an_owner(&mut self) {
+        let one_in = self.weather.ends_owners;
+        if !self.weather.is_calm && one_in > 0 && self.below(one_in) == 0 {
+            let partition = self.below(PARTITIONS);
+            self.end_owner(partition);
+        }
+    }
+
+    /// The owner of a partition is killed, gives it back, or stalls until it has lost it.
+    fn end_owner(&mut self, partition: usize) {
+        let Some(owner) = self.assigned[partition] else { return };
         match self.below(3) {
             0 => {
                 self.end_process(owner);
@@ -313,6 +332,8 @@ impl Cluster {
         let now_ms = self.now_ms;
         let Some(node) = &mut self.nodes[number] else { return };
         node.renew(now_ms);
+        let random = &mut self.random;
+        let mut is_rare = |one_in| amount < usize::MAX && !random.random_ratio(1, one_in);
         match action {
             0..=2 if amount == usize::MAX => {
                 node.turn_router(action + 1, now_ms);
@@ -335,6 +356,7 @@ impl Cluster {
                     node.forget_members();
                 }
             }
+            7 if is_rare(self.weather.answers_one_in) => {}
             7 => node.answer(amount, &self.runtime),
             8 => {
                 node.stall.end();
@@ -342,6 +364,7 @@ impl Cluster {
                 node.notice_lost(|partition| assigned[partition] != Some(number));
                 self.start_expired_again(number);
             }
+            _ if is_rare(self.weather.commits_one_in) => {}
             _ => {
                 for (partition, commit) in node.commits() {
                     // The coordinator refuses a member that has lost the partition.
@@ -461,9 +484,25 @@ impl Cluster {
 
     fn connect(&mut self) {
         let device = (self.below(USERS), self.below(DEVICES));
-        if let Some(number) = self.running() {
-            self.connect_to(number, device);
+        let Some(number) = self.running() else { return };
+        if self.weather.is_mild && self.below(2) == 0 {
+            self.route_a_burst(number);
         }
+        self.connect_to(number, device);
+    }
+
+    /// The node routes some records right before a client comes, as far as it knows their members.
+    fn route_a_burst(&mut self, number: usize) {
+        for _ in 0..4 {
+            let conversation = self.below(USERS);
+            self.logs.append(conversation, 0);
+            self.summary.count("records");
+        }
+        let now_ms = self.now_ms;
+        if let Some(node) = &mut self.nodes[number] {
+            node.turn(now_ms);
+        }
+        self.collect(number);
     }
 
     fn connect_to(&mut self, number: usize, device: Device) {
@@ -483,8 +522,9 @@ impl Cluster {
         });
         let node = self.nodes[number].as_ref();
         let returning = node.zip(returning).map(|(node, cursor)| {
+            let has_cursor = cursor.is_some();
             let reader = node.replay(slot, device, cursor);
-            ReturningSession::new(reader, &self.runtime)
+            ReturningSession::new(reader, has_cursor, &self.runtime)
         });
         let client = ClusterClient { life, slot, ends, got: Default::default(), returning };
         self.clients.insert(device, client);
@@ -531,7 +571,7 @@ impl Cluster {
         // Some last about as long as a node may not renew its lease.
         let node_timeout_ms = self.weather.node_timeout_ms;
         let range = match self.below(3) {
-            0 => node_timeout_ms - 5_000..node_timeout_ms,
+            0 if !self.weather.is_mild => node_timeout_ms - 5_000..node_timeout_ms,
             _ => 1_000..self.weather.stall_ms,
         };
         let for_ms = self.random.random_range(range);

@@ -22,6 +22,8 @@ pub(super) struct CursorKeeper {
 
 /// A session of such a client.
 pub(super) struct ReturningSession {
+    /// Whether it has come with a cursor.
+    has_cursor: bool,
     /// `None`: it is complete, and the session is live.
     replay: Option<Receiver<ReplayedChunk>>,
     /// Live events, until then.
@@ -41,7 +43,11 @@ pub(super) enum ReplayStep {
 
 impl ReturningSession {
     /// Reads the replay in a task of this runtime.
-    pub(super) fn new(mut reader: ReplayReader, runtime: &tokio::runtime::Runtime) -> Self {
+    pub(super) fn new(
+        mut reader: ReplayReader,
+        has_cursor: bool,
+        runtime: &tokio::runtime::Runtime,
+    ) -> Self {
         let (sender, replay) = sync_channel(1_000);
         runtime.spawn(async move {
             loop {
@@ -53,7 +59,8 @@ impl ReturningSession {
                 }
             }
         });
-        Self { replay: Some(replay), held: Vec::new(), replayed_to: [-1; PARTITIONS] }
+        let (held, replayed_to) = (Vec::new(), [-1; PARTITIONS]);
+        Self { has_cursor, replay: Some(replay), held, replayed_to }
     }
 
     /// The session has held events during another replay.
@@ -144,15 +151,15 @@ impl Cluster {
         self.summary.count_many("cursors", sent);
     }
 
-    /// Time passes for the replays, and the clients take what is there.
-    pub(super) fn drive_replays(&mut self, for_ms: u64) {
+    /// Time passes for the replays, and the clients take what is there. Returns whether a client got on.
+    pub(super) fn drive_replays(&mut self, for_ms: u64) -> bool {
         self.runtime.block_on(async {
             tokio::time::advance(std::time::Duration::from_millis(for_ms)).await;
             for _ in 0..8 {
                 tokio::task::yield_now().await;
             }
         });
-        let mut expired = Vec::new();
+        let (mut expired, mut progressed) = (Vec::new(), false);
         for (device, client) in &mut self.clients {
             let Some(session) = &mut client.returning else { continue };
             let returning = self.returning.entry(*device).or_default();
@@ -160,12 +167,18 @@ impl Cluster {
                 match session.step(returning) {
                     ReplayStep::Waits => break,
                     ReplayStep::Records(count) => {
+                        progressed = true;
                         self.summary.count_many("records replayed from cursors", count as u64);
                         // The clients wait for them.
                         self.summary.count_many("deliveries", count as u64);
                     }
                     ReplayStep::Live => {
-                        self.summary.count("sessions caught up");
+                        progressed = true;
+                        self.summary.count(if session.has_cursor {
+                            "sessions resumed from cursors"
+                        } else {
+                            "sessions without a cursor that may get some"
+                        });
                         self.summary.count("deliveries");
                     }
                     ReplayStep::Expired(why) => {
@@ -178,16 +191,19 @@ impl Cluster {
         for (device, why) in expired {
             self.cursor_expired(device, why);
         }
+        progressed
     }
 
     /// The session is caught up by sequences, and waits until it may get cursors.
     fn cursor_expired(&mut self, device: Device, why: CursorExpired) {
-        self.summary.count(match why {
-            CursorExpired::TooOld => "cursors too old",
-            CursorExpired::Overtaken => "cursors overtaken",
-            _ => "cursors of another log",
-        });
         let Some(client) = self.clients.get_mut(&device) else { return };
+        if client.returning.as_ref().is_some_and(|session| session.has_cursor) {
+            self.summary.count(match why {
+                CursorExpired::TooOld => "cursors too old",
+                CursorExpired::Overtaken => "cursors overtaken",
+                _ => "cursors of another log",
+            });
+        }
         let returning = self.returning.entry(device).or_default();
         (returning.base, returning.cursor) = (client.ends, None);
         let node = self.nodes.iter().flatten().find(|node| node.life() == client.life);
@@ -195,7 +211,7 @@ impl Cluster {
         let runtime = &self.runtime;
         let former = client.returning.take();
         client.returning = reader.map(|reader| {
-            let mut session = ReturningSession::new(reader, runtime);
+            let mut session = ReturningSession::new(reader, false, runtime);
             session.holds_as(former);
             session
         });

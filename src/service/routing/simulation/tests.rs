@@ -8,7 +8,7 @@ fn seed_decides_everything() {
 }
 
 /// What has to happen in a short run already, so that the checks are not idle.
-const KINDS: [&str; 45] = [
+const KINDS: [&str; 46] = [
     "acknowledgements lost",
     "audience_evictions",
     "audience_look_ups",
@@ -47,10 +47,11 @@ const KINDS: [&str; 45] = [
     "records replayed from cursors",
     "replays",
     "sessions",
-    "sessions caught up",
     "sessions replaced on another node",
+    "sessions resumed from cursors",
     "sessions that missed events",
     "sessions that missed events, with all",
+    "sessions without a cursor that may get some",
     "tables read again",
     "waits_for_hand_offs",
     "waits_for_members",

@@ -44,8 +44,19 @@ pub(super) struct Weather {
     pub(super) expires_events: bool,
     /// Whether nodes die and move partitions at all.
     pub(super) is_calm: bool,
+    /// Whether Kafka can always be reached, and no node stalls for long.
+    pub(super) is_mild: bool,
     /// Whether some clients keep a cursor.
     pub(super) has_cursors: bool,
+    /// The longest time that passes for replays in one step, ms. Answers need some hundred steps, and are waited for for
+    /// some seconds.
+    pub(super) replays_ms: u64,
+    /// One in so many times that such a client has got more, an owner ends; 0: never.
+    pub(super) ends_owners: usize,
+    /// One in so many times that it could, the conversation service answers.
+    pub(super) answers_one_in: u32,
+    /// One in so many times that it could, a node commits.
+    pub(super) commits_one_in: u32,
 }
 
 /// Longer than any run.
@@ -58,7 +69,7 @@ impl Weather {
         let tail_bytes = one(&[u64::MAX, u64::MAX, 100_000]);
         let step_ms = one(&[10, 40, 120, 400]);
         let hand_off_bytes_max = one(&[u64::MAX, u64::MAX, u64::MAX, 400, 130]) as usize;
-        Self {
+        let weather = Self {
             step_ms,
             acts: 1 + step_ms as usize / 100 * one(&[1, 2]) as usize,
             amount_max: one(&[6, 6, 40]) as usize,
@@ -81,6 +92,30 @@ impl Weather {
             beginnings_max: one(&[65_536, 4, 1]) as usize,
             // Their requests are larger than the smallest bounds.
             has_cursors: one(&[0, 1, 1]) == 1 && hand_off_bytes_max == usize::MAX,
+            replays_ms: one(&[3, 10, 100]),
+            ends_owners: one(&[0, 0, 12, 4]) as usize,
+            answers_one_in: one(&[1, 1, 8]) as u32,
+            commits_one_in: one(&[1, 1, 20]) as u32,
+            is_mild: false,
+        };
+        // In the others most sessions end before they have caught up.
+        if one(&[0, 0, 1]) == 1 { weather.mild() } else { weather }
+    }
+
+    /// Sessions last, and come back with their cursors: owners change, but nothing expires.
+    fn mild(self) -> Self {
+        Self {
+            stall_ms: 10_000,
+            retention_ms: FOREVER_MS,
+            compaction_lag_ms: FOREVER_MS,
+            tail_age_ms: FOREVER_MS,
+            tail_bytes: u64::MAX,
+            hand_off_bytes_max: usize::MAX,
+            loses_position: false,
+            expires_events: false,
+            has_cursors: true,
+            is_mild: true,
+            ..self
         }
     }
 

@@ -5,6 +5,7 @@ mod drain;
 mod injected;
 mod returning;
 mod timeline;
+mod totals;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -452,26 +453,6 @@ impl Scene {
             assert!(Instant::now() < deadline, "not within {within:?}: {what}; {:?}", self.endings);
             self.turn();
         }
-    }
-
-    fn published(&self) -> BTreeMap<String, i64> {
-        self.conversations.iter().cloned().zip(self.last.iter().copied()).collect()
-    }
-
-    fn totals(&self) -> Totals {
-        self.totals_of(|_| true)
-    }
-
-    fn totals_of(&self, which: impl Fn(&Session) -> bool) -> Totals {
-        let published = self.published();
-        let by_user = self.world.by_user();
-        let mut totals = Totals::default();
-        for session in self.sessions.iter().filter(|session| which(session)) {
-            let mine = by_user.get(session.user.as_str()).into_iter().flatten();
-            let mine = mine.map(|id| ((*id).to_owned(), published[*id])).collect();
-            session.tally.add_to(&mut totals, &mine);
-        }
-        totals
     }
 
     /// Stops the load, waits for messages in flight, makes every session with gaps reconnect and catch

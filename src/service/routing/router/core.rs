@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use crate::domain::budget::EventBudget;
 use crate::domain::command::Ticket;
-use crate::domain::ids::ConversationPosition;
 use crate::domain::members::Members;
 use crate::handoff::Doorbell;
 use crate::service::backends::ports::{Forwarding, RemoteNodes};
@@ -405,26 +404,6 @@ impl RouterCore {
     pub(super) fn other_nodes_have_room(&self) -> bool {
         self.remote.as_ref().is_none_or(|remote| remote.has_room())
             && self.owner.as_ref().is_none_or(|owner| owner.has_room())
-    }
-
-    /// Encodes the event for the gathered recipients and pushes it. `at`: its [`log_position`]. Returns the number of
-    /// shards that will report.
-    pub(super) fn deliver(
-        &mut self,
-        record: &DecodedEvent<'_>,
-        at: Option<ConversationPosition>,
-        appended_at_ms: u64,
-        ticket: Option<Ticket>,
-    ) -> u32 {
-        if self.links.concerned() == 0 {
-            return 0;
-        }
-        let mut event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
-        event.log_position = at;
-        let event = event.charged_to(&self.budget, self.links.recipients_bytes());
-        self.counters.deliveries.add(self.links.concerned() as u64);
-        self.counters.recipients.add(self.links.recipients() as u64);
-        self.links.deliver(&Arc::new(event), ticket)
     }
 
     /// Hands the value off to other nodes, after the deliveries on this node. Names every member,

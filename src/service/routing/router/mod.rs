@@ -20,6 +20,7 @@ mod audience;
 mod claim;
 mod core;
 pub mod dead_letter;
+mod delivering;
 mod giving_up;
 pub mod holding;
 mod in_flight;

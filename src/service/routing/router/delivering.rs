@@ -1,0 +1,30 @@
+//! Pushes an event to the shards of its recipients.
+
+use std::sync::Arc;
+
+use crate::domain::command::Ticket;
+use crate::domain::ids::ConversationPosition;
+use crate::service::events::envelope::DecodedEvent;
+use crate::service::routing::router::core::RouterCore;
+
+impl RouterCore {
+    /// Encodes the event for the gathered recipients and pushes it. `at`: its [`log_position`](crate::service::events::conversation_key::log_position). Returns the number of
+    /// shards that will report.
+    pub(super) fn deliver(
+        &mut self,
+        record: &DecodedEvent<'_>,
+        at: Option<ConversationPosition>,
+        appended_at_ms: u64,
+        ticket: Option<Ticket>,
+    ) -> u32 {
+        if self.links.concerned() == 0 {
+            return 0;
+        }
+        let mut event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
+        event.log_position = at;
+        let event = event.charged_to(&self.budget, self.links.recipients_bytes());
+        self.counters.deliveries.add(self.links.concerned() as u64);
+        self.counters.recipients.add(self.links.recipients() as u64);
+        self.links.deliver(&Arc::new(event), ticket)
+    }
+}

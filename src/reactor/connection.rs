@@ -23,6 +23,7 @@ use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::protocol::phase::Phase;
 use crate::protocol::receiver::Receiver;
+use crate::protocol::upgrade::HeadProgress;
 use crate::reactor::limiter::AddressPermit;
 use crate::reactor::queue::SendQueue;
 use crate::reactor::rate::InboundRate;
@@ -150,6 +151,8 @@ pub struct Handshake {
     pub peer: std::net::IpAddr,
     /// The request so far, unless it arrived in one piece.
     pub input: Vec<u8>,
+    /// What is checked of it.
+    pub progress: HeadProgress,
 }
 
 /// State while the session manager decides.

@@ -25,29 +25,57 @@ pub(super) enum HeadScan<'a> {
     Complete { head: RequestHead<'a>, consumed: usize },
 }
 
+/// What earlier calls have checked of a head that arrives in pieces, so that each byte is checked once, not once per piece.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HeadProgress {
+    /// Bytes that are checked, but for the last three, which need what follows.
+    checked: usize,
+    /// Where the request line ends. It is checked.
+    line_end: Option<usize>,
+}
+
+impl HeadProgress {
+    /// Where to search for something of up to four bytes.
+    fn from(self) -> usize {
+        self.checked.saturating_sub(3)
+    }
+}
+
 /// Finds the head at the front of `input`. Checks its bytes and its request line as far as they have
-/// arrived.
-pub(super) fn scan(input: &[u8], head_bytes_max: usize) -> Result<HeadScan<'_>, Refused> {
+/// arrived. `input` begins with what the earlier calls with this `progress` got.
+pub(super) fn scan<'a>(
+    input: &'a [u8],
+    head_bytes_max: usize,
+    progress: &mut HeadProgress,
+) -> Result<HeadScan<'a>, Refused> {
     // RFC 9112 §2.2: an empty line before the request line SHOULD be ignored.
     let skipped = if input.starts_with(b"\r\n") { 2 } else { 0 };
     let input = &input[skipped..];
     let within = &input[..input.len().min(head_bytes_max)];
-    let end = memmem::find(within, b"\r\n\r\n").map(|at| at + 4);
+    let from = progress.from();
+    let find = |within: &[u8], what: &[u8]| memmem::find(&within[from..], what).map(|at| from + at);
+    let end = find(within, b"\r\n\r\n").map(|at| at + 4);
     let head = &within[..end.unwrap_or(within.len())];
 
-    let line_end = memmem::find(head, b"\r\n");
-    check_bytes(&head[..line_end.map_or(head.len(), |at| at + 2)])?;
-    let line = line_end.map(|at| request_line(&head[..at])).transpose()?;
-    check_bytes(head)?;
+    if progress.line_end.is_none() {
+        let line_end = find(head, b"\r\n");
+        check_bytes(&head[..line_end.map_or(head.len(), |at| at + 2)], from)?;
+        line_end.map(|at| request_line(&head[..at])).transpose()?;
+        progress.line_end = line_end;
+    }
+    check_bytes(head, from)?;
+    // A single CR may be the first byte of the line that is skipped.
+    progress.checked = if input.len() > 1 { head.len() } else { 0 };
 
-    match (line, line_end, end) {
-        (Some((method, target, minor_version)), Some(line_end), Some(end)) => {
+    match (progress.line_end, end) {
+        (Some(line_end), Some(end)) => {
+            let (method, target, minor_version) = request_line(&head[..line_end])?;
             let fields = &head[line_end + 2..];
             let head = RequestHead { method, target, minor_version, fields };
             Ok(HeadScan::Complete { head, consumed: skipped + end })
         }
         _ if input.len() < head_bytes_max => Ok(HeadScan::NeedMore),
-        (None, ..) => Err(Refused::new(414, "the request target is too long")),
+        (None, _) => Err(Refused::new(414, "the request target is too long")),
         _ => Err(Refused::new(431, "the request's header fields are too long")),
     }
 }
@@ -55,8 +83,8 @@ pub(super) fn scan(input: &[u8], head_bytes_max: usize) -> Result<HeadScan<'_>, 
 /// RFC 9112 §2.2, §5, RFC 9110 §5.5: lines end with CR LF. A bare CR, a bare LF, a NUL or another
 /// control character is refused, because parsers interpret it differently. So is a folded line (RFC
 /// 9112 §5.2), which starts with white space.
-fn check_bytes(head: &[u8]) -> Result<(), Refused> {
-    for (at, &byte) in head.iter().enumerate() {
+fn check_bytes(head: &[u8], from: usize) -> Result<(), Refused> {
+    for (at, &byte) in head.iter().enumerate().skip(from) {
         let valid = match byte {
             b'\r' => head.get(at + 1).is_none_or(|next| *next == b'\n'),
             b'\n' => at > 0 && head[at - 1] == b'\r',
@@ -104,10 +132,44 @@ fn request_line(line: &[u8]) -> Result<(&str, &str, u8), Refused> {
 mod tests {
     use super::*;
 
+    use proptest::prelude::*;
+
     const LIMIT: usize = 64;
 
+    fn whole(input: &[u8]) -> Result<HeadScan<'_>, Refused> {
+        scan(input, LIMIT, &mut HeadProgress::default())
+    }
+
+    proptest! {
+        /// In pieces as at once.
+        #[test]
+        fn head_that_arrives_in_pieces_is_scanned_as_if_it_came_at_once(
+            parts in prop::collection::vec(
+                prop::sample::select(vec![
+                    "\r\n", "\r", "\n", "\r\n\r\n", "GET ", "/x ", "HTTP/1.1", " ", "a: b", "\0", "\u{e9}", "\t", "xxxxxxxx",
+                ]),
+                0..14,
+            ),
+            valid_start in any::<bool>(),
+            cuts in prop::collection::vec(1..9_usize, 0..90),
+        ) {
+            let start = if valid_start { "GET /x HTTP/1.1\r\n" } else { "" };
+            let input = [start, &parts.concat()].concat().into_bytes();
+            let mut progress = HeadProgress::default();
+            let mut end = 0;
+            for length in cuts.into_iter().chain([input.len()]) {
+                end = input.len().min(end + length);
+                let (pieces, once) = (scan(&input[..end], LIMIT, &mut progress), whole(&input[..end]));
+                prop_assert_eq!(&pieces, &once, "{:?}", String::from_utf8_lossy(&input[..end]));
+                if !matches!(pieces, Ok(HeadScan::NeedMore)) {
+                    break;
+                }
+            }
+        }
+    }
+
     fn status(input: &[u8]) -> u16 {
-        scan(input, LIMIT).map(|scan| format!("{scan:?}")).expect_err("must fail").status()
+        whole(input).map(|scan| format!("{scan:?}")).expect_err("must fail").status()
     }
 
     #[test]
@@ -115,13 +177,13 @@ mod tests {
         let input = b"\r\nGET /x HTTP/1.1\r\nA: b\r\n\r\n\x81\x00";
         let head =
             RequestHead { method: "GET", target: "/x", minor_version: 1, fields: b"A: b\r\n\r\n" };
-        assert_eq!(scan(input, LIMIT), Ok(HeadScan::Complete { head, consumed: input.len() - 2 }));
+        assert_eq!(whole(input), Ok(HeadScan::Complete { head, consumed: input.len() - 2 }));
         for cut in 0..input.len() - 2 {
-            assert_eq!(scan(&input[..cut], LIMIT), Ok(HeadScan::NeedMore), "{cut}");
+            assert_eq!(whole(&input[..cut]), Ok(HeadScan::NeedMore), "{cut}");
         }
         let bare = b"GET / HTTP/1.0\r\n\r\n";
         let head = RequestHead { method: "GET", target: "/", minor_version: 0, fields: b"\r\n" };
-        assert_eq!(scan(bare, LIMIT), Ok(HeadScan::Complete { head, consumed: bare.len() }));
+        assert_eq!(whole(bare), Ok(HeadScan::Complete { head, consumed: bare.len() }));
     }
 
     #[test]
@@ -151,6 +213,6 @@ mod tests {
         let line = b"GET / HTTP/1.1\r\nA: ".iter().copied();
         let long: Vec<u8> = line.chain(std::iter::repeat_n(b'b', LIMIT)).collect();
         assert_eq!(status(&long[..LIMIT]), 431);
-        assert_eq!(scan(&long[..LIMIT - 1], LIMIT), Ok(HeadScan::NeedMore));
+        assert_eq!(whole(&long[..LIMIT - 1]), Ok(HeadScan::NeedMore));
     }
 }

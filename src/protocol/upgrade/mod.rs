@@ -36,6 +36,7 @@ use crate::protocol::upgrade::origin::Origins;
 use crate::protocol::upgrade::query::SessionQuery;
 use crate::protocol::upgrade::target::RequestTarget;
 
+pub use crate::protocol::upgrade::head::HeadProgress;
 pub use crate::protocol::upgrade::refused::{Refused, response_refused};
 
 /// Settings of the handshake.
@@ -162,7 +163,21 @@ const KEY_SUFFIX: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 ///
 /// [`Refused`]: the response to send before closing.
 pub fn parse(input: &[u8], rules: &UpgradeRules) -> Result<Upgrade, Refused> {
-    let (head, consumed) = match head::scan(input, rules.head_bytes_max)? {
+    parse_on(input, rules, &mut HeadProgress::default())
+}
+
+/// [`parse`] of a request that arrives in pieces: `input` begins with that of the earlier calls with this `progress`, and
+/// only what is new is checked. The outcome is that of [`parse`].
+///
+/// # Errors
+///
+/// As [`parse`].
+pub fn parse_on(
+    input: &[u8],
+    rules: &UpgradeRules,
+    progress: &mut HeadProgress,
+) -> Result<Upgrade, Refused> {
+    let (head, consumed) = match head::scan(input, rules.head_bytes_max, progress)? {
         HeadScan::NeedMore => return Ok(Upgrade::NeedMore),
         HeadScan::Complete { head, consumed } => (head, consumed),
     };

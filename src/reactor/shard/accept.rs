@@ -8,7 +8,7 @@ use super::Shard;
 use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::protocol::phase::Signal;
-use crate::protocol::upgrade::{self, Refused};
+use crate::protocol::upgrade::{self, HeadProgress, Refused};
 use crate::reactor::connection::{Connection, Handshake, Lifecycle, RequestSet};
 use crate::reactor::limiter::{AddressPermit, LimitExceeded};
 use crate::uring::{HowToClose, Kernel};
@@ -80,7 +80,11 @@ impl<K: Kernel> Shard<K> {
                 connection.deadline = deadline;
                 self.set_lifecycle(
                     key,
-                    Lifecycle::Handshake(Box::new(Handshake { peer, input: Vec::new() })),
+                    Lifecycle::Handshake(Box::new(Handshake {
+                        peer,
+                        input: Vec::new(),
+                        progress: HeadProgress::default(),
+                    })),
                 );
                 None
             }

@@ -23,7 +23,7 @@ impl<K: Kernel> Shard<K> {
             handshake.input.extend_from_slice(bytes);
         }
         let input = if kept { &handshake.input[..] } else { bytes };
-        match upgrade::parse(input, &self.config.upgrade) {
+        match upgrade::parse_on(input, &self.config.upgrade, &mut handshake.progress) {
             Ok(Upgrade::NeedMore) if kept => {}
             Ok(Upgrade::NeedMore) => handshake.input.extend_from_slice(bytes),
             Ok(Upgrade::Complete(request, consumed)) => {

@@ -85,7 +85,7 @@ struct AddressUse {
     expiring: bool,
 }
 
-/// A count within one second of the clock.
+/// A count within one second of the clock. Seconds only go forward.
 #[derive(Clone, Copy, Debug, Default)]
 struct RateWindow {
     second: u64,
@@ -101,7 +101,8 @@ const REMOVALS_PER_CALL: usize = 2;
 impl RateWindow {
     fn take(&mut self, now_ms: u64, limit: u32) -> bool {
         let second = now_ms / 1000;
-        if self.second != second {
+        // The clock of another shard may be ahead: then this handshake counts in the later second.
+        if self.second < second {
             *self = Self { second, count: 0 };
         }
         let room = self.count < limit;
@@ -116,7 +117,8 @@ impl ConnectionLimiter {
         Self { config, state: Mutex::default() }
     }
 
-    /// Admits a client from this address. All shards pass `now_ms` of the same clock.
+    /// Admits a client from this address. All shards pass `now_ms` of the same monotonic clock. Each has read it at the
+    /// beginning of its turn, so they may differ.
     ///
     /// # Errors
     /// The limit that is exceeded.
@@ -233,6 +235,24 @@ mod tests {
             handshakes_per_address_per_s_max: per_address,
             handshakes_per_s_max: total,
         })
+    }
+
+    /// Promise: “handshakes per second, of all shards together”.
+    #[test]
+    fn shards_whose_clocks_differ_share_one_window() {
+        let limits =
+            ConnectionLimits { handshakes_per_address_per_s_max: 2, ..ConnectionLimits::default() };
+        for limits in
+            [limits, ConnectionLimits { handshakes_per_s_max: 2, ..ConnectionLimits::default() }]
+        {
+            let limiter = ConnectionLimiter::new(limits);
+            let admitted = (0..100).filter(|turn| {
+                let now_ms = if turn % 2 == 0 { 5_000 } else { 4_999 };
+                limiter.admit(IpAddr::from([127, 0, 0, 1]), now_ms).is_ok()
+            });
+            assert_eq!(admitted.count(), 2);
+            assert!(limiter.admit(IpAddr::from([127, 0, 0, 1]), 6_000).is_ok());
+        }
     }
 
     #[test]

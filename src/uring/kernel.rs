@@ -38,7 +38,7 @@ pub trait Kernel {
     type Lease: DerefMut<Target = [u8]>;
 
     /// Monotonic time, ms, as of the last return of [`Kernel::enter`]. The epoch is arbitrary, but
-    /// the value is always larger than one day.
+    /// the same for all kernels of a process, and the value is always larger than one day.
     fn now_ms(&self) -> u64;
 
     /// Unix time, ms, as of the last return of [`Kernel::enter`].

@@ -124,7 +124,7 @@ impl<K: Kernel> Shard<K> {
             counts.refused_full.add(1);
             return Err(Refused::unavailable("this node is full", retry_after_s));
         }
-        match self.limiter.admit(peer, self.kernel.unix_ms()) {
+        match self.limiter.admit(peer, self.kernel.now_ms()) {
             Ok(permit) => {
                 self.admitted += 1;
                 Ok(permit)

@@ -203,7 +203,7 @@ impl<K: Kernel> Shard<K> {
         assert!(connection.in_flight.is_none() && connection.queue.is_empty());
         if let Some(permit) = connection.address {
             self.admitted -= 1;
-            self.limiter.release(permit, self.kernel.unix_ms());
+            self.limiter.release(permit, self.kernel.now_ms());
         }
     }
 

@@ -24,6 +24,9 @@ pub const ID_BYTES_MAX: usize = 256;
 /// A bearer token, bytes, wherever it is given: many times the size that the auth service issues,
 /// and half of an upgrade request's head.
 pub const TOKEN_BYTES_MAX: usize = 8 * 1024;
+/// What a client may send after it was refused or has violated the protocol, bytes: it is dropped, because closing a
+/// socket with unread bytes would destroy the answer. A client that sends more does not read the answer.
+pub const DROPPED_BYTES_MAX: u32 = 64 * 1024;
 /// Slots of a ring between a peer of the service side and a shard.
 pub const HANDOFF_RING_SLOTS: usize = 4096;
 /// Items that a shard takes from one ring per turn, so that sockets do not starve.

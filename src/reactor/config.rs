@@ -16,6 +16,8 @@ pub struct ShardConfig {
     pub refusals_max: u32,
     /// Accepts in flight at a time.
     pub accepts_max: u32,
+    /// Completions handled in one turn. The others wait for the next one, which takes events and runs timers before.
+    pub completions_max: u16,
     /// Receive buffers of [`RECEIVE_BUFFER_BYTES`] shared by all connections: a power of two.
     pub receive_buffers: u16,
     /// `Retry-After` of a 429 or 503, seconds.
@@ -82,6 +84,7 @@ impl Default for ShardConfig {
             connections_max: 65_536,
             refusals_max: 256,
             accepts_max: 32,
+            completions_max: 1_024,
             receive_buffers: 256,
             retry_after_s: 5,
             handshake_ms_max: 10_000,
@@ -134,6 +137,7 @@ impl ShardConfig {
                 "accepts_max",
                 "1 to 64",
             ),
+            (self.completions_max > 0, "completions_max", "at least 1"),
             (self.receive_buffers.is_power_of_two(), "receive_buffers", "a power of two"),
             (self.handshake_ms_max > TICK_MS, "handshake_ms_max", "more than 16"),
             (self.ping_after_ms > self.ping_spread_ms, "ping_spread_ms", "less than ping_after_ms"),

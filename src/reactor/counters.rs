@@ -31,6 +31,7 @@ crate::counters! {
         Counter pings_sent: "Pings sent.",
         Counter inbound_rate_exceeded: "Connections closed for too many messages or bytes per second.",
         Counter protocol_errors: "Connections closed for violating RFC 6455.",
+        Counter dropped_too_much: "Connections reset because the client sent more than 64 KiB after it was refused or had violated the protocol.",
         Counter receive_buffers_exhausted: "Receives delayed because all buffers were lent.",
         Counter sends: "Sends completed.",
         Counter sends_short: "Sends that the socket took only in part, or not at all.",

@@ -25,6 +25,12 @@ impl InboundRate {
         self.frames <= frames_max
     }
 
+    /// Counts bytes that are dropped, from a reset on instead of within a second. Returns whether they are within the limit.
+    pub fn count_dropped(&mut self, bytes: usize, bytes_max: u32) -> bool {
+        self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
+        self.bytes <= bytes_max
+    }
+
     fn turn_to(&mut self, now: Tick) {
         // Wraps after 18 hours. Two seconds that far apart may share a number.
         let second = (u64::from(now) * TICK_MS / 1000) as u16;

@@ -11,6 +11,7 @@ use crate::protocol::phase::Signal;
 use crate::protocol::upgrade::{self, HeadProgress, Refused};
 use crate::reactor::connection::{Connection, Handshake, Lifecycle, RequestSet};
 use crate::reactor::limiter::{AddressPermit, LimitExceeded};
+use crate::reactor::rate::InboundRate;
 use crate::uring::{HowToClose, Kernel};
 
 /// Pause after an accept failed for lack of a resource, ms. An immediate retry would spin.
@@ -151,6 +152,7 @@ impl<K: Kernel> Shard<K> {
         self.give_up_held(lifecycle);
         let connection = self.connection(key).expect("the connection is present");
         connection.deadline = deadline;
+        connection.inbound = InboundRate::default();
         connection.phase = connection.phase.next(Signal::Aborted).expect("allowed in every phase");
         self.push_own(key, upgrade::response_refused(refused).into());
         self.schedule(key);

@@ -12,6 +12,7 @@ use crate::protocol::phase::{Phase, Signal};
 use crate::protocol::receiver::Receiver;
 use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
+use crate::reactor::rate::InboundRate;
 use crate::uring::{HowToClose, Kernel};
 
 /// Close frame of a queue overflow (contract §3).
@@ -42,6 +43,7 @@ impl<K: Kernel> Shard<K> {
         }
         let connection = self.connection(key).expect("the connection is present");
         connection.receiver = Receiver::default();
+        connection.inbound = InboundRate::default();
         connection.phase = connection.phase.next(Signal::Aborted).expect("allowed in every phase");
         self.shut_down_if_flushed(key);
     }

@@ -107,6 +107,8 @@ pub struct Shard<K: Kernel> {
     receives_in_flight: usize,
     staging: send::Staging,
     fired: Vec<u32>,
+    /// Completions of this turn that are not handled yet.
+    reaped: VecDeque<Completion<K::Lease>>,
     accepting: accept::AcceptState,
     /// Connections that the limiter has admitted and whose slot is not free yet.
     admitted: u32,
@@ -172,6 +174,7 @@ impl<K: Kernel> Shard<K> {
             receives_in_flight: 0,
             staging: send::Staging::default(),
             fired: Vec::new(),
+            reaped: VecDeque::new(),
             accepting: accept::AcceptState::default(),
             admitted: 0,
             first_peer: 0,
@@ -190,10 +193,9 @@ impl<K: Kernel> Shard<K> {
     /// The kernel interface has failed; the shard cannot continue.
     pub fn turn(&mut self) -> io::Result<Turn> {
         self.read_clock();
-        while let Some(completion) = self.kernel.next_completion() {
-            self.complete(completion);
-        }
+        let completions_left = self.handle_completions();
         let mut left = self.take_commands();
+        left.work |= completions_left;
         left.work |= self.run_timers();
         left.work |= self.close_some();
         left.work |= self.send_cursors();
@@ -208,6 +210,23 @@ impl<K: Kernel> Shard<K> {
         }
         self.enter(left)?;
         Ok(Turn::Done)
+    }
+
+    /// Takes a bounded number of completions, and handles them. These are two steps, because what is handled submits
+    /// requests, and a full submission queue makes the kernel work in between: what that completes belongs to the next
+    /// turn, or clients that send without pause would never let this one end. Returns whether some may be left.
+    fn handle_completions(&mut self) -> bool {
+        let limit = usize::from(self.config.completions_max);
+        while self.reaped.len() < limit
+            && let Some(completion) = self.kernel.next_completion()
+        {
+            self.reaped.push_back(completion);
+        }
+        let some_left = self.reaped.len() == limit;
+        while let Some(completion) = self.reaped.pop_front() {
+            self.complete(completion);
+        }
+        some_left
     }
 
     fn complete(&mut self, completion: Completion<K::Lease>) {

@@ -4,6 +4,7 @@ use super::{SESSION_MANAGER, Shard};
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::ShardReport;
 use crate::domain::ids::ConnectionKey;
+use crate::domain::limits::DROPPED_BYTES_MAX;
 use crate::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules};
 use crate::protocol::{deflate, frame};
 use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
@@ -131,7 +132,17 @@ impl<K: Kernel> Shard<K> {
             Lifecycle::Handshake(_) => self.handshake_bytes(key, bytes),
             Lifecycle::Accepting | Lifecycle::Deciding(_) => panic!("no receive was requested"),
             _ if connection.phase.reads_frames() => self.frames(key, bytes),
-            _ => {}
+            _ => self.dropped(key, bytes.len()),
+        }
+    }
+
+    /// Drops what a client sends after it was refused or has violated the protocol. One that sends too much of it is
+    /// reset.
+    fn dropped(&mut self, key: ConnectionKey, bytes: usize) {
+        let connection = self.connection(key).expect("the connection is present");
+        if !connection.inbound.count_dropped(bytes, DROPPED_BYTES_MAX) {
+            self.counters.counts.dropped_too_much.add(1);
+            self.terminate(key, EndReason::PeerAtFault, HowToClose::Abort);
         }
     }
 

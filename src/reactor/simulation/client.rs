@@ -39,6 +39,8 @@ pub(super) struct ClientActs {
     pub(super) reset: bool,
     pub(super) closed: bool,
     pub(super) broke_protocol: bool,
+    /// It sends without pause, and never reads anything again.
+    pub(super) floods: bool,
 }
 
 #[derive(Debug)]

@@ -43,6 +43,8 @@ pub struct Faults {
     pub poll_ends: u8,
     /// A poll completes although nothing has happened.
     pub spurious: u8,
+    /// A request completes when it is made, in the middle of a turn: the submission queue was full.
+    pub eager: u8,
 }
 
 /// Index of a socket; one per client connection.
@@ -71,6 +73,10 @@ struct Socket {
     closed: bool,
     /// When the shard last received something.
     received_at_ms: u64,
+    /// Whether its client sends more whenever everything has been received.
+    floods: bool,
+    /// Number of bytes of the flood that the shard has received: negative before the first.
+    flooded: isize,
     /// Something arrived since the last completion of the poll.
     unannounced: bool,
     /// The index of its file, once accepted.
@@ -114,6 +120,10 @@ pub struct SimulatedKernel {
     backlog: VecDeque<SocketId>,
     requests: Vec<Request>,
     completions: VecDeque<Completion<SimulatedLease>>,
+    /// Completions taken since the last [`Kernel::enter`].
+    reaped: usize,
+    /// Their bound. What a turn handles does not depend on what completes meanwhile.
+    pub completions_max: usize,
     buffers: usize,
     buffers_free: Rc<Cell<usize>>,
     waits: Wait,
@@ -146,6 +156,8 @@ impl Drop for SimulatedLease {
     }
 }
 
+/// What a flooding client sends: as a frame it is a violation (a reserved bit is set).
+const FLOOD: u8 = 0xff;
 /// More than a day, as the trait requires.
 const START_MS: u64 = 100_000_000;
 /// Any time in this century.
@@ -165,6 +177,8 @@ impl SimulatedKernel {
             backlog: VecDeque::new(),
             requests: Vec::new(),
             completions: VecDeque::new(),
+            reaped: 0,
+            completions_max: usize::MAX,
             buffers,
             buffers_free: Rc::new(Cell::new(buffers)),
             waits: Wait::No,
@@ -327,8 +341,13 @@ impl SimulatedKernel {
             let length = there.min(if short { part } else { RECEIVE_BUFFER_BYTES });
             let bytes = socket.inbound.drain(..length).collect();
             socket.received_at_ms = now_ms;
+            if socket.floods {
+                socket.flooded += length as isize;
+                let left = socket.inbound.len();
+                socket.inbound.resize(left.max(RECEIVE_BUFFER_BYTES), FLOOD);
+            }
             free.set(free.get() - 1);
-            let more = there > length || socket.inbound_ended;
+            let more = !socket.inbound.is_empty() || socket.inbound_ended;
             Received::Bytes { lease: SimulatedLease { bytes, free }, more }
         } else if socket.reset {
             Received::Failed(Errno::CONNRESET)
@@ -397,6 +416,9 @@ impl SimulatedKernel {
         assert!(!file.in_flight.any(RequestSet::CLOSE), "a request on a file that is being closed");
         file.in_flight.begin(one);
         self.requests.push(request);
+        if self.random.chance(self.faults.eager) {
+            self.try_complete(self.requests.len() - 1);
+        }
     }
 }
 
@@ -436,8 +458,8 @@ impl Kernel for SimulatedKernel {
     }
 
     fn poll_readable(&mut self, connection: ConnectionKey) {
-        self.request(connection, RequestSet::POLL_READABLE, Request::PollReadable(connection));
         self.socket(connection).unannounced = true;
+        self.request(connection, RequestSet::POLL_READABLE, Request::PollReadable(connection));
     }
 
     fn receive(&mut self, connection: ConnectionKey) {
@@ -466,11 +488,15 @@ impl Kernel for SimulatedKernel {
 
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.waits = wait;
+        self.reaped = 0;
         self.progress();
         Ok(())
     }
 
     fn next_completion(&mut self) -> Option<Completion<SimulatedLease>> {
-        self.completions.pop_front()
+        let completion = self.completions.pop_front()?;
+        self.reaped += 1;
+        assert!(self.reaped <= self.completions_max, "a turn without a bound");
+        Some(completion)
     }
 }

@@ -153,6 +153,7 @@ impl Simulation {
         let mut kernel =
             SimulatedKernel::new(random.draw(), usize::from(setup.config.receive_buffers));
         kernel.faults = setup.faults;
+        kernel.completions_max = usize::from(setup.config.completions_max);
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let (service, peers) = Service::new(setup.ring_slots, &bell);
         let counters = Arc::new(ShardCounters::default());
@@ -289,7 +290,9 @@ impl Simulation {
         match self.random.below(32) {
             0..=11 => self.send_some(number),
             12..=24 => self.read_some(number),
-            25..=29 => self.speak(number),
+            25..=28 => self.speak(number),
+            29 if self.random.chance(self.setup.floods) => self.flood(number),
+            29 => self.speak(number),
             _ => self.leave(number),
         }
     }
@@ -359,6 +362,20 @@ impl Simulation {
         }
     }
 
+    /// A client sends without pause from now on, first what it has queued.
+    fn flood(&mut self, number: usize) {
+        let client = &mut self.clients[number];
+        if client.acts.floods || client.acts.ended || client.acts.reset {
+            return;
+        }
+        (client.acts.floods, client.acts.broke_protocol) = (true, true);
+        client.reading = Reading::Stalled;
+        let (socket, bytes): (_, Vec<u8>) = (client.socket, client.outbox.drain(..).collect());
+        note(TraceEvent::Floods(number));
+        self.kernel().client_sends(socket, &bytes);
+        self.kernel().client_floods(socket);
+    }
+
     /// Now and then, shuts down or resets a client's connection without a close frame.
     fn leave(&mut self, number: usize) {
         if !self.random.chance(self.setup.leaving) {
@@ -366,7 +383,7 @@ impl Simulation {
         }
         let client = &mut self.clients[number];
         let socket = client.socket;
-        if client.acts.reset || client.acts.ended {
+        if client.acts.reset || client.acts.ended || client.acts.floods {
             return;
         }
         if self.random.chance(128) {

@@ -20,6 +20,8 @@ pub(super) struct Setup {
     pub(super) storm: u8,
     /// Probability that a client leaves without a close frame, out of 256.
     pub(super) leaving: u8,
+    /// Probability that a client begins to send without pause, out of 256.
+    pub(super) floods: u8,
     /// Maximum number of events that a router pushes at once.
     pub(super) burst: usize,
     /// Maximum number of caught-up events in flight per session.
@@ -52,6 +54,7 @@ impl Setup {
             addresses: random.pick(&[1, 10]),
             storm: random.pick(&[0, 10, 100]),
             leaving: random.pick(&[0, 20, 200]),
+            floods: random.pick(&[0, 0, 20, 200]),
             burst: random.pick(&[1, 3, 20]),
             catch_up_window: random.pick(&[1, 3, 50]),
             stops_early: random.chance(40),
@@ -68,6 +71,7 @@ fn config(random: &mut Random) -> ShardConfig {
         connections_max: random.pick(&[4, 100, 100]),
         refusals_max: random.pick(&[1, 8]),
         accepts_max: random.pick(&[1, 4]),
+        completions_max: random.pick(&[1, 5, 50, 1_024]),
         receive_buffers: random.pick(&[1, 4, 64]),
         handshake_ms_max: random.pick(&[1_000, 10_000]),
         resume_grace_ms: random.pick(&[500, 10_000]),
@@ -106,5 +110,6 @@ fn faults(random: &mut Random) -> Faults {
         accept_failure: rate(random),
         poll_ends: rate(random),
         spurious: rate(random),
+        eager: random.pick(&[0, 0, 30, 255]),
     }
 }

@@ -17,6 +17,8 @@ pub enum TraceEvent {
     Reads(usize, usize),
     /// A client shut down its half of the stream.
     Ends(usize),
+    /// A client begins to send without pause.
+    Floods(usize),
     /// A client reset the connection.
     Resets(usize),
     /// A peer pushed a command that concerns this client.

@@ -21,6 +21,8 @@ impl SimulatedKernel {
             reset: false,
             closed: false,
             received_at_ms: self.now_ms,
+            floods: false,
+            flooded: 0,
             unannounced: false,
             file: None,
         });
@@ -36,6 +38,19 @@ impl SimulatedKernel {
             socket.inbound.extend(bytes);
             socket.unannounced = true;
         }
+    }
+
+    /// From now on a client sends more whenever everything has been received.
+    pub fn client_floods(&mut self, id: SocketId) {
+        let socket = &mut self.sockets[id.0];
+        socket.flooded = -(socket.inbound.len() as isize);
+        socket.floods = true;
+        self.client_sends(id, &[FLOOD]);
+    }
+
+    /// Number of bytes of its flood that the shard has received from a client: negative before the first.
+    pub fn flooded(&self, id: SocketId) -> isize {
+        self.sockets[id.0].flooded
     }
 
     /// A client shuts down its half of the stream.

@@ -237,7 +237,7 @@ mod tests {
         })
     }
 
-    /// Promise: “handshakes per second, of all shards together”.
+    /// The limit is that of all shards together.
     #[test]
     fn shards_whose_clocks_differ_share_one_window() {
         let limits =

@@ -49,7 +49,7 @@ fn holder() -> Holder {
     holder
 }
 
-/// Promise: “A session gets each event once and in order”
+/// Promise: “A session gets each event once and in order while the owners of its partition change”
 #[test]
 fn record_that_was_parked_for_a_replay_is_not_lacked_any_more_once_it_was_handed_over() {
     let mut holder = Holder::default();
@@ -173,7 +173,7 @@ fn session_is_live_behind_the_last_record_whose_sessions_were_looked_up() {
     assert_eq!(holder.live_from()[&source], 3);
 }
 
-/// Promise: “every event of this user before the cursor was sent to this session before this text”
+/// websocket.md: every event of this user before the cursor was sent to this session before this text.
 #[test]
 fn session_gets_cursors_when_nothing_has_counted_that_its_owner_passed_without_knowing_it() {
     let mut holder = holder();

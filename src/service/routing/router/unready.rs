@@ -3,9 +3,10 @@
 //! After a restart, and of a partition that had another owner, a tail is filled from Kafka. What its records need is found
 //! out before a pull joins a pass, so that a pass waits for nothing, and a pull only for itself:
 //!
-//! 1. If the pulls that wait need few conversations, and no more than there are pulls, their **members** are requested:
+//! 1. What the node knows already, from the log or because it routes it, costs nothing.
+//! 2. If the pulls that wait need few conversations, and no more than there are pulls, their **members** are requested:
 //!    that is less than a request for each user.
-//! 2. Otherwise, or if a request fails or takes long, the **list of each user** says which records are theirs
+//! 3. Otherwise, or if a request fails or takes long, the **list of each user** says which records are theirs
 //!    ([`user_lists`](crate::service::members::user_lists)): at most one request for each return, however many
 //!    conversations the tail has, and a conversation without an answer holds up nobody.
 //!
@@ -18,7 +19,7 @@ use hashbrown::HashSet;
 use slab::Slab;
 
 use crate::domain::cursor::CursorExpired;
-use crate::service::events::envelope;
+use crate::service::events::envelope::{self, EventBody};
 use crate::service::members::membership::Lookup;
 use crate::service::members::user_lists::{UserLists, UserLookup};
 use crate::service::routing::router::core::RouterCore;
@@ -132,13 +133,17 @@ impl UnreadyPulls {
             for record in tail.tail.unresolved(from, to) {
                 looked_at += 1;
                 let Ok(event) = envelope::decode(record.value) else { continue };
-                if let Some(conversation) = named_conversation(&event, record.into())
+                // A creation event has its members.
+                if !matches!(event.body, EventBody::ConversationCreated { .. })
+                    && let Some(conversation) = named_conversation(&event, record.into())
                     && !found.contains(conversation)
+                    && core.membership.known(conversation).is_none()
                 {
                     found.insert(conversation.into());
                 }
                 let is_enough = found.len() > max || looked_at > RECORDS_LOOKED_AT;
-                if is_enough && core.user_lists.is_some() {
+                // If nothing is unknown so far, a pass can begin: a pull leaves it where something is.
+                if is_enough && !found.is_empty() && core.user_lists.is_some() {
                     return PullWait::Lists;
                 }
                 if is_enough {

@@ -7,6 +7,8 @@ use tokio::sync::mpsc::Receiver;
 
 use super::world::{FakePartition, RouterWorld, With, created, message};
 use crate::domain::cursor::{Cursor, CursorExpired, TopicId};
+use crate::service::events::timestamp::unix_ms;
+use crate::service::members::membership::{ReadBy, RecordPosition};
 use crate::service::routing::replays::ReplayedChunk;
 use crate::service::routing::router::TailFill;
 
@@ -92,6 +94,22 @@ fn return_costs_at_most_one_request_for_each_session() {
     listed.sort_unstable();
     assert_eq!(listed, ["alice", "bob", "carol", "dave"]);
     assert!(world.conversations.requested().is_empty());
+}
+
+/// The follower has read the creation of each conversation: nothing is requested, however long the tail is.
+#[test]
+fn return_costs_no_request_for_conversations_whose_members_are_known() {
+    let names: Vec<String> = (0..100).map(|number| format!("c{number}")).collect();
+    let records: Vec<_> = names.iter().cycle().take(2_500).map(|of| message(of, 7)).collect();
+    let (mut world, since) = restarted(FILLED, &records);
+    for (offset, name) in (0..).zip(&names) {
+        let position = RecordPosition { topic: 1, partition: 0, offset };
+        world.membership.created(name, &["alice"], ReadBy::Follower(position), unix_ms());
+    }
+    let got = all(&mut world, &["alice", "bob"], &since);
+    assert_eq!(got, [Ok((1..=2_500).map(|at| (0, at)).collect()), Ok(Vec::new())]);
+    assert!(world.conversations.requested().is_empty());
+    assert!(world.conversations.listed().is_empty());
 }
 
 #[test]

@@ -16,8 +16,9 @@ use crate::usage;
 
 /// Sessions come back within this time of the drop.
 const RETURN: Duration = Duration::from_secs(5);
-/// Events before the drop, and after the return.
-const BEFORE: Duration = Duration::from_secs(10);
+/// Events before the drop: longer than `CURSOR_INTERVAL`, so that every client has a cursor from a time with events.
+const BEFORE: Duration = Duration::from_secs(20);
+/// Events after the return.
 const AFTER: Duration = Duration::from_secs(30);
 /// Limit for all sessions to be live.
 const LIVE_MAX: Duration = Duration::from_secs(300);
@@ -120,6 +121,8 @@ impl Run<'_> {
         self.fleet.ask("reset", "done")?;
         self.services.backend.tell(&format!("push {push}"))?;
         sleep(BEFORE);
+        // A node that is started for them asks before the first of them is back.
+        let calls = self.services.backend.ask("calls", "syncs")?;
         let from = Instant::now();
         self.fleet.ask("drop", "done")?;
         if self.plan.kill {
@@ -132,7 +135,7 @@ impl Run<'_> {
                 from.elapsed().as_secs_f64()
             ));
         }
-        let before = self.counts()?;
+        let before = Counts { calls, ..self.counts()? };
         let from = Instant::now();
         let rate = self.plan.sessions as u64 / RETURN.as_secs();
         let dialed = self.come_back(rate)?;

@@ -60,6 +60,12 @@
 //! [`app::node`] creates all parts in the order of their dependencies, and stops them in reverse.
 //! [`app::config`] defines every setting.
 
+// They panic if the output takes no more; see `app::terminal`.
+#![cfg_attr(
+    not(any(test, feature = "simulation")),
+    warn(clippy::print_stdout, clippy::print_stderr)
+)]
+
 pub mod app;
 pub mod domain;
 pub mod handoff;

@@ -102,12 +102,11 @@ fn check_frames(record: &DecodedEvent<'_>) {
     let binary = event.frame(Encoding::Binary).expect("every event has a binary frame");
     assert_eq!(payload(binary, 0x82), record.value);
     check_deflate(event.frame(Encoding::BinaryDeflate), 0x82, record.value);
-    if let Some(json) = event.frame(Encoding::Json) {
-        let text = payload(json, 0x81);
-        let value: serde_json::Value = serde_json::from_slice(text).expect("JSON");
-        assert!(value.is_object());
-        check_deflate(event.frame(Encoding::JsonDeflate), 0x81, text);
-    }
+    let json = event.frame(Encoding::Json).expect("every event has a JSON frame");
+    let text = payload(json, 0x81);
+    let value: serde_json::Value = serde_json::from_slice(text).expect("JSON");
+    assert!(value.is_object());
+    check_deflate(event.frame(Encoding::JsonDeflate), 0x81, text);
     if let Some(stream) = event.frame(Encoding::Stream) {
         DeliveryEvent::decode(stream).expect("a DeliveryEvent");
     }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Arg, ArgMatches, Args as _, Command};
 
 use super::config::{self, Layers, Loaded, Profile, Setting, SettingValue, TABLE};
-use super::{dev, publish, serve, sizing, tail};
+use super::{dev, publish, serve, sizing, tail, terminal};
 
 const ABOUT: &str = "Pushes each RealChat event to every connected device of every member";
 
@@ -50,15 +50,11 @@ pub fn run() -> ExitCode {
         "serve" => with_settings(matches, Profile::Serve, serve::run),
         "dev" => with_settings(matches, Profile::Dev, dev::run),
         "config" if matches.get_flag("reference") => {
-            print!("{}", config::reference());
-            ExitCode::SUCCESS
+            exit_code(terminal::print(&config::reference()))
         }
         "config" => {
             let profile = if matches.get_flag("dev") { Profile::Dev } else { Profile::Serve };
-            with_settings(matches, profile, |loaded| {
-                print!("{}", config::effective(&loaded));
-                Ok(())
-            })
+            with_settings(matches, profile, |loaded| terminal::print(&config::effective(&loaded)))
         }
         "publish" => exit_code(publish::run(&parsed(matches))),
         "sizing" => exit_code(sizing::run(&parsed(matches))),
@@ -79,7 +75,7 @@ fn with_settings(
     match config::load(layers(matches, profile)) {
         Ok(loaded) => exit_code(run(loaded)),
         Err(errors) => {
-            eprintln!("delivery: {errors}");
+            terminal::complain(&format!("delivery: {errors}"));
             ExitCode::from(INVALID)
         }
     }
@@ -89,7 +85,7 @@ fn exit_code(result: Result<(), String>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
-            eprintln!("delivery: {why}");
+            terminal::complain(&format!("delivery: {why}"));
             ExitCode::FAILURE
         }
     }

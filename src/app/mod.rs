@@ -12,3 +12,4 @@ pub mod serve;
 pub mod sizing;
 pub mod tail;
 pub mod telemetry;
+mod terminal;

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use rdkafka::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 
+use super::terminal;
 use crate::service::events::encode::encode_envelope;
 use crate::service::events::proto::conversation::v1 as conversation;
 use crate::service::events::proto::message::v1 as message;
@@ -119,8 +120,7 @@ pub fn run(publish: &Publish) -> Result<(), String> {
     let record = record(publish);
     let publisher = Publisher::new(&publish.brokers)?;
     let position = publisher.publish(&record)?;
-    println!("{} {position}", record.description);
-    Ok(())
+    terminal::print(&format!("{} {position}\n", record.description))
 }
 
 /// A record to publish.

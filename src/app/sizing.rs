@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use clap::Args;
 
+use super::terminal;
 use crate::service::routing::kafka::sessions_property;
 use crate::service::routing::sizing::{
     ClusterLoad, ConversationSize, GroupCosts, MemberSessions, NODES_COMPARED_MAX, RecordFlow,
@@ -135,10 +136,9 @@ impl SizingArguments {
 /// Prints the costs.
 ///
 /// # Errors
-/// None.
+/// The standard output takes no more.
 pub fn run(arguments: &SizingArguments) -> Result<(), String> {
-    print!("{}", report(&arguments.load()));
-    Ok(())
+    terminal::print(&report(&arguments.load()))
 }
 
 /// With commas: `20,000`; a fraction with three digits in all.

@@ -15,6 +15,7 @@ use tungstenite::http::{HeaderValue, Response};
 use tungstenite::stream::MaybeTlsStream;
 use tungstenite::{Message, WebSocket};
 
+use super::terminal::complain;
 use crate::domain::close::CloseCode;
 use crate::domain::counted::Counted;
 use crate::service::events::encode;
@@ -83,7 +84,7 @@ pub fn run(tail: &Tail) -> Result<(), String> {
                     retries += 1;
                     BACKOFF.random_delay(retries - 1)
                 });
-                eprintln!("{why}; reconnecting in {} ms", wait.as_millis());
+                complain(&format!("{why}; reconnecting in {} ms", wait.as_millis()));
                 thread::sleep(wait);
             }
         }
@@ -151,7 +152,7 @@ impl Received {
     fn text(&mut self, text: &str) {
         let Ok(text) = serde_json::from_str::<ServerText>(text) else { return };
         if let Some(why) = text.cursor_expired {
-            eprintln!("cursor expired ({why}); catching up with messages by sequence");
+            complain(&format!("cursor expired ({why}); catching up with messages by sequence"));
         }
         if text.cursor.is_some() {
             self.cursor = text.cursor;
@@ -204,7 +205,7 @@ fn session(tail: &Tail, received: &mut Received) -> Outcome {
         Ok(socket) => socket,
         Err(outcome) => return outcome,
     };
-    eprintln!("connected to {} as {}/{}", tail.url, tail.user, tail.device);
+    complain(&format!("connected to {} as {}/{}", tail.url, tail.user, tail.device));
     if let Err(error) = socket.send(Message::text(received.resume_request())) {
         return retry(error.to_string());
     }
@@ -347,7 +348,7 @@ fn wait_asked(reason: &str) -> Option<Duration> {
 }
 
 fn print_line(value: &[u8]) -> io::Result<()> {
-    let json = envelope::decode(value).ok().and_then(|record| encode::json(&record));
+    let json = envelope::decode(value).ok().map(|record| encode::json(&record).0);
     let line = json.unwrap_or_else(|| {
         format!("{{\"unreadable\":\"not an EventEnvelope: {}\"}}", Counted(value.len(), "byte"))
             .into()

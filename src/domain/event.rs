@@ -71,7 +71,7 @@ impl Event {
     }
 
     /// The bytes for a session of this encoding, or those of the uncompressed encoding if the event
-    /// did not shrink. `None`: the event cannot be expressed in this encoding or was not encoded in
+    /// did not shrink. `None`: the encoding has no form for the event, or it was not encoded in
     /// it, and the session is skipped.
     pub fn frame(&self, encoding: Encoding) -> Option<&[u8]> {
         self.frames[encoding.index()]

@@ -21,8 +21,19 @@ pub enum Pushed<T> {
 #[derive(Debug)]
 pub struct Producer<T> {
     ring: rtrb::Producer<T>,
-    bell: Arc<Doorbell>,
+    bell: LastRing,
     rung: bool,
+}
+
+/// Rings the doorbell when the producer is gone. Dropped after the ring (fields drop in the order of declaration), so
+/// that the consumer, once woken, finds the ring abandoned.
+#[derive(Debug)]
+struct LastRing(Arc<Doorbell>);
+
+impl Drop for LastRing {
+    fn drop(&mut self) {
+        self.0.ring();
+    }
 }
 
 /// The consumer's end.
@@ -35,7 +46,7 @@ pub struct Consumer<T> {
 pub fn ring<T>(slots: usize, bell: Arc<Doorbell>) -> (Producer<T>, Consumer<T>) {
     assert!(slots > 0);
     let (producer, consumer) = rtrb::RingBuffer::new(slots);
-    (Producer { ring: producer, bell, rung: true }, Consumer { ring: consumer })
+    (Producer { ring: producer, bell: LastRing(bell), rung: true }, Consumer { ring: consumer })
 }
 
 impl<T> Producer<T> {
@@ -58,27 +69,20 @@ impl<T> Producer<T> {
     /// call only if the consumer sleeps.
     pub fn publish(&mut self) {
         if !std::mem::replace(&mut self.rung, true) {
-            self.bell.ring();
+            self.bell.0.ring();
         }
     }
 
     /// The same for items that can wait: uses [`Doorbell::nudge`].
     pub fn publish_quietly(&mut self) {
         if !std::mem::replace(&mut self.rung, true) {
-            self.bell.nudge();
+            self.bell.0.nudge();
         }
     }
 
     /// Free slots: at least this many pushes will be accepted.
     pub fn free(&self) -> usize {
         self.ring.slots()
-    }
-}
-
-impl<T> Drop for Producer<T> {
-    /// Wakes the consumer, so that it notices that the producer is gone.
-    fn drop(&mut self) {
-        self.bell.ring();
     }
 }
 
@@ -117,6 +121,22 @@ mod tests {
         assert_eq!(producer.push(2), Pushed::Accepted);
         drop(consumer);
         assert_eq!(producer.push(3), Pushed::Closed(3));
+    }
+
+    /// The bell must not ring before the ring is abandoned: the consumer would look once, and sleep on.
+    #[test]
+    fn consumer_is_woken_to_an_abandoned_ring() {
+        for _ in 0..5_000 {
+            let bell = Arc::new(Doorbell::new().unwrap());
+            let (producer, consumer) = ring::<u8>(1, Arc::clone(&bell));
+            let end = std::thread::spawn(move || drop(producer));
+            bell.about_to_sleep();
+            if !consumer.is_abandoned() {
+                bell.wait(60_000);
+                assert!(consumer.is_abandoned());
+            }
+            end.join().unwrap();
+        }
     }
 
     #[test]

@@ -15,9 +15,6 @@ const FLUSH_TAIL: [u8; 4] = [0x00, 0x00, 0xff, 0xff];
 /// Completes a received message (RFC 7692 §7.2.2), followed by an empty final block. The inflater
 /// reaches the end of that block only if the message consists of complete blocks.
 const INFLATE_TAIL: [u8; 6] = [0x00, 0x00, 0xff, 0xff, 0x03, 0x00];
-/// May follow a final block: the start of the empty stored block that the sender truncated (RFC 7692
-/// §7.2.3.4).
-const AFTER_FINAL_BLOCK: u8 = 0x00;
 /// Bytes inflated per step.
 const INFLATE_STEP_BYTES: usize = 4096;
 
@@ -100,16 +97,20 @@ impl Inflater {
         self.inflate.reset(false);
         self.output.clear();
         self.output.shrink_to(OUTPUT_BYTES_KEPT);
-        let rest = match self.feed(payload, bytes_max)? {
-            FeedOutcome::All => match self.feed(&INFLATE_TAIL, bytes_max)? {
-                FeedOutcome::Ended { rest: [] } => return Ok(&self.output),
-                FeedOutcome::Ended { .. } | FeedOutcome::All => return Err(InflateError::Corrupt),
-            },
-            FeedOutcome::Ended { rest } => rest,
-        };
-        match rest {
-            [] | [AFTER_FINAL_BLOCK] => Ok(&self.output),
-            _ => Err(InflateError::Corrupt),
+        let mut rest = payload;
+        while let FeedOutcome::Ended { rest: after } = self.feed(rest, bytes_max)? {
+            // A sender that ends with a final block should add an empty one; some do not.
+            if after.is_empty() {
+                return Ok(&self.output);
+            }
+            // A final block ends a DEFLATE stream (RFC 1951 §3.2.3). The next one begins in the next byte, with
+            // an empty window, because that is what a sender's library does.
+            self.inflate.reset(false);
+            rest = after;
+        }
+        match self.feed(&INFLATE_TAIL, bytes_max)? {
+            FeedOutcome::Ended { rest: [] } => Ok(&self.output),
+            FeedOutcome::Ended { .. } | FeedOutcome::All => Err(InflateError::Corrupt),
         }
     }
 
@@ -198,8 +199,17 @@ mod tests {
             assert_eq!(inflated(&whole[..cut]), Err(InflateError::Corrupt), "{cut}");
         }
         assert_eq!(inflated(b"\x06"), Err(InflateError::Corrupt), "reserved block type");
-        let after_end = b"\xf3\x48\xcd\xc9\xc9\x07\x00\xf3\x48\xcd\xc9\xc9\x07\x00";
-        assert_eq!(inflated(after_end), Err(InflateError::Corrupt), "data after a final block");
+        let after_final = b"\xf3\x48\xcd\xc9\xc9\x07\x00\xf2\x48\xcd\xc9\xc9\x07";
+        assert_eq!(inflated(after_final), Err(InflateError::Corrupt), "cut behind a final block");
+    }
+
+    #[test]
+    fn blocks_behind_a_final_block_belong_to_the_message() {
+        let twice = b"\xf3\x48\xcd\xc9\xc9\x07\x00\xf3\x48\xcd\xc9\xc9\x07\x00";
+        assert_eq!(inflated(twice), Ok(b"HelloHello".to_vec()));
+        assert_eq!(inflated(&[&twice[..], b"\x00"].concat()), Ok(b"HelloHello".to_vec()));
+        let empty = [3, 0].repeat(500);
+        assert_eq!(inflated(&[&empty[..], twice].concat()), Ok(b"HelloHello".to_vec()));
     }
 
     #[test]
@@ -223,7 +233,56 @@ mod tests {
         assert!(compress(&[b'a'; 100], 6, 9).is_some_and(|small| small.len() < 20));
     }
 
+    /// Whatever a sender's zlib makes of the parts of a message, each with any way to flush or end (zlib's manual,
+    /// `deflate`), without the empty block at the end (RFC 7692 §7.2.1).
+    fn deflated(parts: &[(String, u8, u32)]) -> Vec<u8> {
+        let mut deflate = Compress::new(Compression::new(6), false);
+        let mut output = Vec::new();
+        let mut compress = |deflate: &mut Compress, mut input: &[u8], flush| {
+            loop {
+                let before = (deflate.total_in(), output.len());
+                output.reserve(256);
+                let status = deflate.compress_vec(input, &mut output, flush).expect("valid");
+                input = &input[(deflate.total_in() - before.0) as usize..];
+                let is_done = input.is_empty() && output.len() < output.capacity();
+                if status == Status::StreamEnd || is_done {
+                    return;
+                }
+            }
+        };
+        for (text, flush, level) in parts {
+            deflate.set_level(Compression::new(*level)).expect("nothing is pending");
+            let flush = match flush {
+                0 => FlushCompress::None,
+                1 => FlushCompress::Partial,
+                2 => FlushCompress::Sync,
+                3 => FlushCompress::Full,
+                _ => FlushCompress::Finish,
+            };
+            compress(&mut deflate, text.as_bytes(), flush);
+            if flush == FlushCompress::Finish {
+                deflate.reset();
+            }
+        }
+        compress(&mut deflate, b"", FlushCompress::Sync);
+        // After a final block a flush may write nothing.
+        if output.ends_with(&FLUSH_TAIL) {
+            output.truncate(output.len() - FLUSH_TAIL.len());
+        }
+        output
+    }
+
     proptest! {
+        #[test]
+        fn all_that_zlib_writes_is_read(
+            parts in proptest::collection::vec(("[a-d]{0,300}|\\PC{0,40}", 0u8..5, 0u32..=9), 1..12),
+        ) {
+            let message: String = parts.iter().map(|(text, ..)| &text[..]).collect();
+            let payload = deflated(&parts);
+            let mut inflater = Inflater::default();
+            prop_assert_eq!(inflater.inflate(&payload, message.len()), Ok(message.as_bytes()));
+        }
+
         #[test]
         fn round_trip_at_every_window_and_level(
             words in proptest::collection::vec("[a-d]{1,6}|\\PC{0,4}", 0..400),

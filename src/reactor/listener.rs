@@ -23,12 +23,15 @@ pub struct ListenerConfig {
     pub send_buffer_bytes: Option<usize>,
     /// Clients that wait to be accepted, per shard. The system caps it (`net.core.somaxconn`).
     pub backlog: i32,
+    /// Whether other processes of this user may already listen on the address. The kernel then
+    /// distributes the clients among all processes.
+    pub shared: bool,
 }
 
 impl ListenerConfig {
-    /// Defaults: 128 KiB of unread output, a backlog of 4,096 clients.
+    /// Defaults: 128 KiB of unread output, a backlog of 4,096 clients, an address of our own.
     pub fn new(address: SocketAddr) -> Self {
-        Self { address, send_buffer_bytes: Some(128 * 1024), backlog: 4096 }
+        Self { address, send_buffer_bytes: Some(128 * 1024), backlog: 4096, shared: false }
     }
 }
 
@@ -68,6 +71,8 @@ pub fn listen_all(
         let (listener, address) = listen_one(&config).map_err(failed)?;
         // If the port was 0, the port of the first socket is used for all.
         config.address = address;
+        // The first one has found nobody else there.
+        config.shared = true;
         listeners.push(listener);
     }
     Ok((listeners, config.address))
@@ -80,7 +85,7 @@ fn listen_one(config: &ListenerConfig) -> rustix::io::Result<(OwnedFd, SocketAdd
     };
     let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     set_socket_reuseaddr(&socket, true)?;
-    set_socket_reuseport(&socket, true)?;
+    set_socket_reuseport(&socket, config.shared)?;
     if config.address.is_ipv6() {
         set_ipv6_v6only(&socket, false)?;
     }
@@ -90,6 +95,9 @@ fn listen_one(config: &ListenerConfig) -> rustix::io::Result<(OwnedFd, SocketAdd
     }
     bind(&socket, &config.address)?;
     listen(&socket, config.backlog)?;
+    // A socket that may not share its address at `bind` and `listen` is refused if any other listens
+    // there, one with `SO_REUSEPORT` too. From here on the other shards may join it.
+    set_socket_reuseport(&socket, true)?;
     let address = SocketAddr::try_from(getsockname(&socket)?)?;
     Ok((socket, address))
 }
@@ -130,6 +138,42 @@ mod tests {
             return; // no IPv6 on this machine
         };
         TcpStream::connect(("127.0.0.1", address.port())).unwrap();
+    }
+
+    #[test]
+    fn address_of_another_node_is_shared_only_if_wanted() {
+        let (first, address) = listen_all(&loopback(), 2).unwrap();
+        let config = ListenerConfig::new(address);
+        let error = listen_all(&config, 2).unwrap_err();
+        assert_eq!(error.source.kind(), io::ErrorKind::AddrInUse);
+        listen_all(&ListenerConfig { shared: true, ..config }, 2).unwrap();
+        drop(first);
+        listen_all(&config, 2).unwrap();
+    }
+
+    /// Whoever starts at the same time, one of them wins.
+    #[test]
+    fn nodes_that_start_together_do_not_share_an_address() {
+        let (held, address) = listen_all(&loopback(), 1).unwrap();
+        drop(held);
+        for _ in 0..20 {
+            let starts = [(); 4]
+                .map(|()| std::thread::spawn(move || listen_all(&ListenerConfig::new(address), 2)));
+            let ends = starts.map(|start| start.join().unwrap());
+            assert!(ends.iter().filter(|end| end.is_ok()).count() <= 1);
+        }
+    }
+
+    /// The kernel distributes the clients among all shards, the first one included.
+    #[test]
+    fn every_shard_gets_clients() {
+        let (listeners, address) = listen_all(&loopback(), 3).unwrap();
+        let _clients: Vec<_> = (0..200).map(|_| TcpStream::connect(address).unwrap()).collect();
+        for listener in listeners {
+            let listener = TcpListener::from(listener);
+            listener.set_nonblocking(true).unwrap();
+            assert!(listener.accept().is_ok());
+        }
     }
 
     #[test]

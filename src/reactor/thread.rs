@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 
 use crate::domain::ids::ShardId;
@@ -39,27 +39,28 @@ pub enum SpawnError {
 /// manager's rings are dropped.
 #[derive(Debug)]
 pub struct ShardHandle {
-    thread: JoinHandle<io::Result<()>>,
+    thread: JoinHandle<()>,
+    failure: Arc<OnceLock<io::Error>>,
 }
 
 impl ShardHandle {
-    /// Whether the thread has ended. If it was not stopped, [`ShardHandle::join`] returns the
-    /// reason.
+    /// Whether the thread has ended.
     pub fn is_finished(&self) -> bool {
         self.thread.is_finished()
     }
 
+    /// Why the ring failed while running, if that ended the thread.
+    pub fn failure(&self) -> Option<&io::Error> {
+        self.failure.get()
+    }
+
     /// Waits until the thread has ended.
-    ///
-    /// # Errors
-    /// The ring failed while running.
     ///
     /// # Panics
     /// If the thread has panicked: an invariant is broken.
-    pub fn join(self) -> io::Result<()> {
-        match self.thread.join() {
-            Ok(ended) => ended,
-            Err(panic) => std::panic::resume_unwind(panic),
+    pub fn join(self) {
+        if let Err(panic) = self.thread.join() {
+            std::panic::resume_unwind(panic);
         }
     }
 }
@@ -81,6 +82,8 @@ pub fn spawn(
     };
     // A ring belongs to the thread that creates it, so the thread reports the outcome.
     let (report, made) = mpsc::sync_channel(1);
+    let failure = Arc::new(OnceLock::new());
+    let failed = Arc::clone(&failure);
     let run = move || {
         let bell = Arc::clone(&links.bell);
         let set_up = || {
@@ -94,21 +97,28 @@ pub fn spawn(
             Err(source) => {
                 // `spawn` waits for this report, so the send succeeds.
                 let _ = report.send(Err(source));
-                return Ok(());
+                return;
             }
         };
         drop(listener);
         let _ = report.send(Ok(()));
         let mut shard = Shard::new(kernel, config, links);
-        while shard.turn()? == Turn::Done {}
-        Ok(())
+        let error = loop {
+            match shard.turn() {
+                Ok(Turn::Done) => {}
+                Ok(_) => return,
+                Err(error) => break error,
+            }
+        };
+        // Before the shard drops its rings, so that whoever notices its end finds the reason.
+        let _ = failed.set(error);
     };
     let thread = Builder::new()
         .name(format!("shard-{}", shard.0))
         .spawn(run)
         .map_err(|source| SpawnError::Thread { shard, source })?;
     match made.recv() {
-        Ok(Ok(())) => Ok(ShardHandle { thread }),
+        Ok(Ok(())) => Ok(ShardHandle { thread, failure }),
         Ok(Err(source)) => Err(SpawnError::Ring { shard, source }),
         Err(mpsc::RecvError) => match thread.join() {
             Err(panic) => std::panic::resume_unwind(panic),
@@ -216,7 +226,8 @@ mod tests {
             let close = Close::new(CloseCode::GOING_AWAY, "server closing");
             self.command(ShardCommand::Stop { close });
             while !matches!(self.report(), ShardReport::Stopped) {}
-            self.handle.join().unwrap();
+            assert!(self.handle.failure().is_none());
+            self.handle.join();
             assert_eq!(self.counters.counts.slots_used.get(), 0);
         }
     }

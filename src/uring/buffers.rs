@@ -26,6 +26,11 @@ const PAGE_BYTES: usize = 4096;
 /// The kernel's bound (`io_uring_register(2)`).
 pub(super) const BUFFERS_MAX: u16 = 1 << 15;
 
+/// Fields of `struct io_uring_buf` (`linux/io_uring.h`).
+const ADDRESS_OFFSET: usize = 0;
+const LENGTH_OFFSET: usize = 8;
+const ID_OFFSET: usize = 12;
+
 const _: () = assert!(RECEIVE_BUFFER_BYTES.is_multiple_of(PAGE_BYTES));
 
 /// The mapping, and which buffers are lent.
@@ -111,16 +116,16 @@ impl BufferRing {
         let address = self.buffer_ptr(id) as u64;
         // SAFETY:
         // - In bounds and aligned: `place < count` and the mapping begins, page-aligned, with
-        //   `count` entries; any bytes are a valid entry, and the mapping is zero-filled.
-        // - Exclusive on our side: the thread is the only one (`BufferRing` is not `Sync`) and the
-        //   reference ends in this block. The kernel reads an entry only below the tail; this one
-        //   is not below it, since at most `count` buffers exist and `id` is not published.
-        // - The setters leave the fourth field alone, which in entry 0 is the tail.
+        //   `count` entries of 16 bytes; the offsets are those of `struct io_uring_buf`.
+        // - No reference to the entry is made: entry 0 also holds the tail, which the kernel reads at any
+        //   time. The three fields are written by this thread only (`BufferRing` is not `Sync`). The kernel
+        //   reads them only below the tail; these are not below it, since at most `count` buffers exist and
+        //   `id` is not published.
         unsafe {
-            let entry = &mut *entries.add(usize::from(place));
-            entry.set_addr(address);
-            entry.set_len(RECEIVE_BUFFER_BYTES as u32);
-            entry.set_bid(id);
+            let entry = entries.add(usize::from(place)).cast::<u8>();
+            entry.add(ADDRESS_OFFSET).cast::<u64>().write(address);
+            entry.add(LENGTH_OFFSET).cast::<u32>().write(RECEIVE_BUFFER_BYTES as u32);
+            entry.add(ID_OFFSET).cast::<u16>().write(id);
         }
         let tail = tail.wrapping_add(1);
         self.tail.set(tail);
@@ -215,6 +220,21 @@ mod tests {
         drop(ring);
         lease.copy_from_slice(b"hello");
         assert_eq!(*lease, *b"hello");
+    }
+
+    #[test]
+    fn kernel_finds_the_fields_where_its_header_has_them() {
+        let ring = BufferRing::new(4).unwrap();
+        ring.publish_all();
+        let entries: *const BufRingEntry = ring.mapping.as_ptr().cast();
+        for id in 0..4 {
+            // SAFETY: `id` is below the number of entries, and no kernel uses this ring.
+            let entry = unsafe { &*entries.add(usize::from(id)) };
+            let expected = (ring.buffer_ptr(id) as u64, RECEIVE_BUFFER_BYTES as u32, id);
+            assert_eq!((entry.addr(), entry.len(), entry.bid()), expected);
+        }
+        // SAFETY: the first entry, see above.
+        assert_eq!(unsafe { *BufRingEntry::tail(entries) }, 4);
     }
 
     #[test]

@@ -256,9 +256,8 @@ impl Ring {
                 Completion::Closed { connection }
             }
             Operation::WatchDoorbell => {
-                if !cqueue::more(entry.flags()) && result.is_ok() {
-                    // An overflow of the completion queue ends a multishot poll.
-                    self.push(operation::watch_doorbell(self.doorbell_file()));
+                if !cqueue::more(entry.flags()) {
+                    self.doorbell_unwatched(result);
                 }
                 // The shard checks its rings every turn.
                 return None;
@@ -271,6 +270,19 @@ impl Ring {
                 return None;
             }
         })
+    }
+
+    /// The watch of the doorbell has ended. An overflow of the completion queue does that, or a lack of memory. A
+    /// doorbell that cannot be watched would leave the shard deaf, so it is an error of the ring.
+    pub(super) fn doorbell_unwatched(&mut self, result: Result<usize, Errno>) {
+        match result {
+            Ok(_) | Err(Errno::NOMEM | Errno::CANCELED | Errno::AGAIN) => {
+                self.push(operation::watch_doorbell(self.doorbell_file()));
+            }
+            Err(error) => {
+                self.failure.get_or_insert(error.into());
+            }
+        }
     }
 
     fn received(&self, result: Result<usize, Errno>, flags: u32) -> Received<Lease> {

@@ -22,6 +22,10 @@ const COMPLETIONS_MAX: u32 = 1 << 16;
 const COMPLETIONS_MIN: u32 = 1 << 12;
 /// Pauses between attempts to create a ring while memory is short, ms.
 const MEMORY_PAUSES_MS: [u64; 6] = [10, 20, 50, 100, 300, 1_000];
+/// The system calls of io_uring.
+const SETUP: &str = "io_uring_setup";
+const REGISTER: &str = "io_uring_register";
+const ENTER: &str = "io_uring_enter";
 const UNPRIVILEGED_SETTING: &str = "/proc/sys/kernel/io_uring_disabled";
 
 /// Settings of a ring.
@@ -57,9 +61,13 @@ pub enum SetupError {
         /// As `uname -r` prints it.
         release: String,
     },
-    /// `io_uring_setup` was refused with EPERM.
-    #[error("io_uring is not permitted (EPERM): {hint}")]
+    /// A system call of io_uring was refused with EPERM, or one of them does not exist although another does.
+    #[error("{call} is not permitted ({errno}): {hint}")]
     Forbidden {
+        /// The system call.
+        call: &'static str,
+        /// EPERM, EACCES or ENOSYS.
+        errno: Errno,
         /// The probable cause.
         hint: String,
     },
@@ -94,6 +102,13 @@ pub enum SetupError {
         /// The soft limit.
         limit: u64,
     },
+    /// The kernel had no memory for the ring.
+    #[error("no memory for a ring of {} KiB (ENOMEM)", bytes / 1024)]
+    NoMemory {
+        /// What the kernel allocates for the ring. Since Linux 6.14 it counts towards `RLIMIT_MEMLOCK` of the
+        /// user, unless the process has `CAP_IPC_LOCK`.
+        bytes: u64,
+    },
     /// The configuration is invalid on any system.
     #[error("{0}")]
     Config(&'static str),
@@ -121,10 +136,11 @@ pub(super) fn set_up(config: &RingConfig) -> Result<Parts, SetupError> {
         return Err(SetupError::KernelTooOld { release });
     }
     let ring = create(config)?;
-    check_features(&ring, &release)?;
+    check_features(&ring, config, &release)?;
     register_files(&ring, config)?;
+    let failed = |call, what| move |source| explain(config, call, what, source);
     let buffers = BufferRing::new(config.receive_buffers)
-        .map_err(|source| SetupError::System { what: "map the receive buffers", source })?;
+        .map_err(failed("mmap", "map the receive buffers"))?;
     // SAFETY:
     // - The address is page-aligned and begins `count` zeroed entries (`BufferRing::new`).
     // - It stays mapped until the ring is closed: `Ring` declares `ring` before `buffers`, and on
@@ -133,12 +149,11 @@ pub(super) fn set_up(config: &RingConfig) -> Result<Parts, SetupError> {
         let submitter = ring.submitter();
         submitter
             .register_buf_ring_with_flags(buffers.ring_address(), buffers.count(), BUFFER_GROUP, 0)
-            .map_err(|source| SetupError::System {
-                what: "register the receive buffers",
-                source,
-            })?;
+            .map_err(failed(REGISTER, "register the receive buffers"))?;
     }
     buffers.publish_all();
+    // Only to find out whether it may be called: it submits nothing and waits for nothing.
+    ring.submit().map_err(failed(ENTER, "submit to an io_uring"))?;
     Ok(Parts { ring, buffers })
 }
 
@@ -170,15 +185,16 @@ fn create(config: &RingConfig) -> Result<IoUring, SetupError> {
     deferred.setup_single_issuer().setup_defer_taskrun();
     let mut cooperative = builder();
     cooperative.setup_single_issuer().setup_coop_taskrun();
+    let failed = |error| explain(config, SETUP, "set up an io_uring", error);
     let mut refused = None;
     for attempt in [deferred, cooperative, builder()] {
         match build_patiently(&attempt, config.submissions) {
             Ok(ring) => return Ok(ring),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = Some(error),
-            Err(error) => return Err(explain(error)),
+            Err(error) => return Err(failed(error)),
         }
     }
-    Err(explain(refused.expect("three attempts were made")))
+    Err(failed(refused.expect("three attempts were made")))
 }
 
 /// Retries on ENOMEM. The kernel allocates all pages of a ring at once and fails if they are not
@@ -202,14 +218,37 @@ fn completion_entries(connections: u32, submissions: u32) -> u32 {
     wanted.clamp(COMPLETIONS_MIN, COMPLETIONS_MAX).next_power_of_two()
 }
 
-fn explain(error: io::Error) -> SetupError {
-    match error.raw_os_error() {
-        Some(libc::EPERM) => SetupError::Forbidden {
+/// Why `call` has failed, which was to do `what`.
+fn explain(
+    config: &RingConfig,
+    call: &'static str,
+    what: &'static str,
+    error: io::Error,
+) -> SetupError {
+    match Errno::from_io_error(&error) {
+        Some(Errno::NOSYS) if call == SETUP => SetupError::Missing,
+        Some(errno @ (Errno::PERM | Errno::ACCESS | Errno::NOSYS)) => SetupError::Forbidden {
+            call,
+            errno,
             hint: forbidden_hint(std::fs::read_to_string(UNPRIVILEGED_SETTING).ok().as_deref()),
         },
-        Some(libc::ENOSYS) => SetupError::Missing,
-        _ => SetupError::System { what: "set up an io_uring", source: error },
+        Some(Errno::NOMEM) => SetupError::NoMemory { bytes: ring_bytes(config) },
+        _ => SetupError::System { what, source: error },
     }
+}
+
+/// What the kernel allocates for the queues and the list of receive buffers of a ring, bytes. Its own heads and
+/// the rounding to pages are within the last 16 KiB.
+fn ring_bytes(config: &RingConfig) -> u64 {
+    const SUBMISSION_BYTES: u64 = 64 + 4;
+    const COMPLETION_BYTES: u64 = 16;
+    const BUFFER_BYTES: u64 = 16;
+    let completions = u64::from(completion_entries(config.connections, config.submissions));
+    let submissions = u64::from(config.submissions.next_power_of_two());
+    completions * COMPLETION_BYTES
+        + submissions * SUBMISSION_BYTES
+        + u64::from(config.receive_buffers) * BUFFER_BYTES
+        + 16 * 1024
 }
 
 fn forbidden_hint(setting: Option<&str>) -> String {
@@ -228,7 +267,7 @@ fn forbidden_hint(setting: Option<&str>) -> String {
     }
 }
 
-fn check_features(ring: &IoUring, release: &str) -> Result<(), SetupError> {
+fn check_features(ring: &IoUring, config: &RingConfig, release: &str) -> Result<(), SetupError> {
     let incomplete = |what| SetupError::Incomplete { release: release.to_owned(), what };
     let params = ring.params();
     if !params.is_feature_nodrop() {
@@ -240,7 +279,7 @@ fn check_features(ring: &IoUring, release: &str) -> Result<(), SetupError> {
     let mut probe = Probe::new();
     ring.submitter()
         .register_probe(&mut probe)
-        .map_err(|source| SetupError::System { what: "query the supported operations", source })?;
+        .map_err(|source| explain(config, REGISTER, "query the supported operations", source))?;
     match NEEDED.iter().find(|(code, _)| !probe.is_supported(*code)) {
         Some((_, name)) => Err(incomplete(name)),
         None => Ok(()),
@@ -254,7 +293,7 @@ fn register_files(ring: &IoUring, config: &RingConfig) -> Result<(), SetupError>
         if Errno::from_io_error(&source) == Some(Errno::MFILE) {
             SetupError::TooManyFiles { connections: config.connections, files, limit }
         } else {
-            SetupError::System { what: "register the file table", source }
+            explain(config, REGISTER, "register the file table", source)
         }
     })
 }
@@ -299,8 +338,16 @@ mod tests {
         assert!(forbidden_hint(Some("1\n")).contains("io_uring_group"));
         assert!(forbidden_hint(Some("0\n")).contains("seccomp"));
         assert!(forbidden_hint(None).contains("seccomp"));
-        let missing = explain(io::Error::from_raw_os_error(libc::ENOSYS)).to_string();
-        assert!(missing.contains("CONFIG_IO_URING"), "{missing}");
+        let failed = |call, errno: Errno| {
+            explain(&RingConfig::default(), call, "try", errno.into()).to_string()
+        };
+        assert!(failed(SETUP, Errno::NOSYS).contains("CONFIG_IO_URING"));
+        for (call, errno) in [(SETUP, Errno::PERM), (REGISTER, Errno::PERM), (ENTER, Errno::NOSYS)]
+        {
+            let why = failed(call, errno);
+            assert!(why.starts_with(&format!("{call} is not permitted")), "{why}");
+        }
+        assert!(failed(SETUP, Errno::NOMEM).contains("KiB (ENOMEM)"));
         let old = SetupError::KernelTooOld { release: "5.15.0".into() }.to_string();
         assert!(old.contains("5.15.0") && old.contains("6.1"), "{old}");
     }

@@ -282,6 +282,22 @@ fn doorbell_ends_a_wait_each_time() {
     }
 }
 
+/// A shard whose doorbell is not watched would be deaf without anybody noticing.
+#[test]
+fn watch_that_ends_is_renewed_or_fails_the_ring() {
+    let mut ring = Ring::new(&CONFIG).unwrap();
+    let bell = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    ring.watch_doorbell(bell.as_fd()).unwrap();
+    for result in [Ok(1), Err(Errno::NOMEM), Err(Errno::CANCELED)] {
+        let watches = ring.in_flight();
+        ring.doorbell_unwatched(result);
+        assert_eq!(ring.in_flight(), watches + 1);
+        ring.enter(Wait::No).unwrap();
+    }
+    ring.doorbell_unwatched(Err(Errno::BADF));
+    assert_eq!(ring.enter(Wait::No).unwrap_err().raw_os_error(), Some(libc::EBADF));
+}
+
 #[test]
 fn wait_ends_at_its_deadline_and_enter_reads_the_clocks() {
     let mut ring = Ring::new(&CONFIG).unwrap();

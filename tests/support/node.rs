@@ -34,17 +34,20 @@ pub struct NodeBuilder {
     settings: BTreeMap<String, String>,
     /// File for its output; `None`: a new file.
     output: Option<&'static str>,
+    /// Commands of the shell that starts it.
+    limits: String,
 }
 
 impl NodeBuilder {
     /// `delivery serve`, one shard, no tokens, on ports of its own.
     pub fn serve() -> Self {
-        Self { command: "serve", settings: BTreeMap::new(), output: None }.base()
+        Self { command: "serve", settings: BTreeMap::new(), output: None, limits: String::new() }
+            .base()
     }
 
     /// `delivery dev` without its demo. Needs no other service.
     pub fn dev() -> Self {
-        Self { command: "dev", settings: BTreeMap::new(), output: None }
+        Self { command: "dev", settings: BTreeMap::new(), output: None, limits: String::new() }
             .base()
             .set("DEV_DEMO", "false")
     }
@@ -91,6 +94,12 @@ impl NodeBuilder {
         self
     }
 
+    /// The shell runs this first, such as `ulimit -n 64`.
+    pub fn under(mut self, limits: &str) -> Self {
+        self.limits = limits.into();
+        self
+    }
+
     fn address(&self, name: &str) -> SocketAddr {
         self.settings[name].parse().expect("host:port")
     }
@@ -108,7 +117,8 @@ impl NodeBuilder {
         let log = log.expect("a log file");
         // The kernel kills the node when the test ends, even if the test is killed.
         let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "--"])
+            .args(["--pdeathsig", "KILL", "--", "bash", "-c"])
+            .arg(format!("{}\nexec \"$0\" \"$@\"", self.limits))
             .arg(binary())
             .arg(self.command)
             .env_clear()

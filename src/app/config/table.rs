@@ -65,6 +65,9 @@ settings! {
         /// Public port for WebSocket (`/ws`). A port alone listens on all IPv4 addresses (`dev`: on
         /// loopback); `[::]:8083` listens on IPv4 and IPv6.
         http_port: ListenAddress = "8083", example "0.0.0.0:8083";
+        /// Start although another process of this user listens on the public port. The kernel then
+        /// distributes the clients among both, for example while a new version takes over.
+        http_port_shared: bool = "false", example "true";
         /// Admin port for health, metrics and drain. Do not expose it to clients.
         http_addr: ListenAddress = "8093", example ":8093";
         /// Port of the gRPC API `DeliveryApi.Connect`. Empty: gRPC is off.

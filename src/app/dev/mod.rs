@@ -9,6 +9,7 @@ use super::config::{
     AuthMode, ListenAddress, Loaded, PeerAddress, SettingValue as _, Settings, TABLE,
 };
 use super::node::{self, Addresses, Plan};
+use super::terminal;
 use demo::Demo;
 use kafka::EmbeddedKafka;
 
@@ -31,7 +32,7 @@ pub fn run(loaded: Loaded) -> Result<(), String> {
         let mut sources = TABLE.iter().zip(sources);
         let (_, source) =
             sources.find(|(row, _)| row.name == "kafka_brokers").expect("in the table");
-        println!("Using Kafka at {} ({source})", settings.kafka_brokers.show());
+        terminal::print(&format!("Using Kafka at {} ({source})\n", settings.kafka_brokers.show()))?;
         None
     };
     // Only the embedded Kafka gets demo messages, never the user's own.
@@ -46,7 +47,10 @@ pub fn run(loaded: Loaded) -> Result<(), String> {
         settings,
     };
     node::run(plan, |addresses| {
-        println!("{}", greeting(&shown, addresses, embedded.is_some(), demo_wanted));
+        let greeting = greeting(&shown, addresses, embedded.is_some(), demo_wanted);
+        if let Err(why) = terminal::print(&format!("{greeting}\n")) {
+            tracing::warn!("{why}");
+        }
         if demo_wanted {
             demo = Demo::start(&shown)
                 .inspect_err(|why| tracing::error!("the demo did not start: {why}"))

@@ -120,11 +120,18 @@ struct Ports {
 impl Ports {
     async fn bind(settings: &Settings, ip: IpAddr, sizing: &Sizing) -> Result<Self, String> {
         let mut public = ListenerConfig::new(settings.http_port.or(ip));
+        public.shared = settings.http_port_shared;
         public.send_buffer_bytes = (settings.so_sndbuf.0 > 0).then(|| settings.so_sndbuf.bytes());
         let (shards, websocket) =
             listen_all(&public, usize::from(sizing.shards)).map_err(|error| {
                 let example = settings.http_port.port.saturating_add(1);
-                format!("HTTP_PORT: {error}\n      example: HTTP_PORT={example}")
+                let taken = error.source.kind() == io::ErrorKind::AddrInUse;
+                let shared = if taken && !settings.http_port_shared {
+                    "\n      or HTTP_PORT_SHARED=true, if it is another node that may get half of the clients"
+                } else {
+                    ""
+                };
+                format!("HTTP_PORT: {error}\n      example: HTTP_PORT={example}{shared}")
             })?;
         let admin = bind("HTTP_ADDR", settings.http_addr.or(ip)).await?;
         let grpc = match settings.grpc_addr {
@@ -324,7 +331,7 @@ impl Node {
             }
         };
         tokio::select! {
-            shard = self.shards.lost() => format!("shard {shard} has failed"),
+            reason = self.shards.lost() => reason,
             reason = of_cluster => reason,
         }
     }

@@ -13,7 +13,6 @@ use crate::domain::counters::MetricKind;
 use crate::service::backends::ports::{MissedEvents, RemoteNodes};
 use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::CompressionConfig;
-use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
 use crate::service::members::user_lists::UserLists;
@@ -28,6 +27,7 @@ use crate::service::routing::router::{
     GroupReplays, ReplayChunkMax, Router, RouterConfig, RouterControl, RouterCounters, RouterParts,
     RouterReplays,
 };
+use crate::service::runtime::clock::steady_ms;
 
 /// The back ends of the routers.
 pub(super) struct RoutingPeers {
@@ -242,7 +242,7 @@ fn tail_metrics(tails: Arc<TailBudget>) -> Collector {
         let bytes = number(tails.bytes());
         let help = "Memory of the last events that this node routed.";
         page.sample(MetricKind::Gauge, "delivery_tail_bytes", help, &[], bytes);
-        let age = number(tails.age_ms(unix_ms()));
+        let age = number(tails.age_ms(steady_ms()));
         let help = "Age of the oldest of these events, ms.";
         page.sample(MetricKind::Gauge, "delivery_tail_age_ms", help, &[], age);
     })

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit};
 use tokio::time::interval;
 
 use super::mesh::ShardSide;
@@ -15,7 +16,8 @@ use crate::reactor::config::ShardConfig;
 use crate::reactor::counters::ShardCounters;
 use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use crate::reactor::shard::ShardLinks;
-use crate::reactor::thread::{ShardHandle, spawn};
+use crate::reactor::thread::{ShardHandle, SpawnError, spawn};
+use crate::uring::SetupError;
 
 /// Receive buffers per shard, 2 MiB. Only those in use are resident.
 const RECEIVE_BUFFERS: u16 = 512;
@@ -91,6 +93,7 @@ impl Shards {
     ) -> Result<Self, String> {
         assert_eq!(listeners.len(), sides.len());
         let limiter = Arc::new(ConnectionLimiter::new(limiter));
+        let count = listeners.len() as u64;
         let mut shards = Self { handles: Vec::new(), counters: Vec::new() };
         for (number, (listener, side)) in (0..).zip(listeners.into_iter().zip(sides)) {
             let counters = Arc::new(ShardCounters::default());
@@ -98,18 +101,22 @@ impl Shards {
             let ShardSide { bell, peers } = side;
             let links = ShardLinks { peers, bell, limiter: Arc::clone(&limiter), counters };
             let handle = spawn(ShardId(number), config.clone(), listener, links);
-            shards.handles.push(handle.map_err(|error| error.to_string())?);
+            shards.handles.push(handle.map_err(|error| not_started(&error, count))?);
         }
         Ok(shards)
     }
 
-    /// Waits until a shard has ended unexpectedly, and returns its number.
-    pub(super) async fn lost(&self) -> usize {
+    /// Waits until a shard has ended unexpectedly, and returns which and why.
+    pub(super) async fn lost(&self) -> String {
         let mut ticks = interval(CHECK_INTERVAL);
         loop {
             ticks.tick().await;
-            if let Some(number) = self.handles.iter().position(ShardHandle::is_finished) {
-                return number;
+            let ended = self.handles.iter().position(ShardHandle::is_finished);
+            if let Some(number) = ended {
+                return match self.handles[number].failure() {
+                    Some(error) => format!("shard {number} has failed: io_uring_enter: {error}"),
+                    None => format!("shard {number} has ended, although nobody has stopped it"),
+                };
             }
         }
     }
@@ -119,10 +126,33 @@ impl Shards {
     /// # Errors
     /// The first failure.
     pub(super) fn join(self) -> Result<(), String> {
-        let ends = self.handles.into_iter().map(ShardHandle::join).enumerate();
-        let mut failed = ends.filter_map(|(number, end)| {
-            end.err().map(|error| format!("shard {number} failed: {error}"))
+        let failure = self.handles.iter().enumerate().find_map(|(number, handle)| {
+            Some(format!("shard {number} has failed: io_uring_enter: {}", handle.failure()?))
         });
-        failed.next().map_or(Ok(()), Err)
+        self.handles.into_iter().for_each(ShardHandle::join);
+        failure.map_or(Ok(()), Err)
+    }
+}
+
+/// The text for a shard that could not be started, one of `shards`.
+fn not_started(error: &SpawnError, shards: u64) -> String {
+    let SpawnError::Ring { source: SetupError::NoMemory { bytes }, .. } = error else {
+        return error.to_string();
+    };
+    let each = bytes.div_ceil(1024);
+    let all = each * shards;
+    let fewer = "\n      or less memory for each shard: --connections-max 10000";
+    match getrlimit(Resource::Memlock).current {
+        Some(limit) if limit < all * 1024 => format!(
+            "{error}: RLIMIT_MEMLOCK is {} KiB, and rings count towards it: {each} KiB for each shard, {all} KiB \
+             in all\n      use a higher limit: `ulimit -l {all}`, in systemd LimitMEMLOCK={all}K, in Docker --ulimit \
+             memlock={}; more if other programs of this user have locked memory{fewer}",
+            limit / 1024,
+            all * 1024
+        ),
+        _ => format!(
+            "{error}: the memory of this machine or the memory limit of this process's control group is used \
+             up\n      use a higher limit: in systemd MemoryMax=, in Docker --memory; at least {all} KiB more{fewer}"
+        ),
     }
 }

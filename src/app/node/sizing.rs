@@ -19,6 +19,9 @@ const CONNECTIONS_PER_SHARD_AUTO: u32 = 65_536;
 const TABLE_EXTRA: u32 = 16;
 /// Descriptors of the process itself: Kafka, Redis, gRPC, admin, the rings. Client sockets take none.
 const DESCRIPTORS_OWN: u64 = 1024;
+/// With less address space the allocator or librdkafka fails while the process starts or runs, bytes. At rest a node
+/// reserves 2.2 GiB.
+const ADDRESS_SPACE_MIN: u64 = 4 << 30;
 
 /// Maximum number of gRPC streams. A stream needs a task and buffers, a WebSocket only a slot.
 const STREAMS_MAX: usize = 10_000;
@@ -53,6 +56,8 @@ pub(super) struct Machine {
     pub cores: usize,
     /// `RLIMIT_NOFILE`, raised to the hard limit.
     pub descriptors: u64,
+    /// `RLIMIT_AS`, bytes.
+    pub address_space: u64,
 }
 
 impl Machine {
@@ -65,6 +70,7 @@ impl Machine {
         Self {
             cores: available_parallelism().map_or(1, NonZero::get),
             descriptors: reached.unwrap_or(u64::MAX),
+            address_space: getrlimit(Resource::As).current.unwrap_or(u64::MAX),
         }
     }
 }
@@ -75,6 +81,22 @@ impl Sizing {
     /// # Errors
     /// The tables would exceed the descriptor limit. The text says what to do.
     pub(super) fn decide(settings: &Settings, machine: Machine) -> Result<Self, String> {
+        if machine.descriptors < DESCRIPTORS_OWN {
+            let have = machine.descriptors;
+            return Err(format!(
+                "the descriptor limit (RLIMIT_NOFILE) is {have}, but {DESCRIPTORS_OWN} are needed\n      \
+                 example: ulimit -n 65536; in systemd LimitNOFILE=65536; in Docker --ulimit nofile=65536"
+            ));
+        }
+        if machine.address_space < ADDRESS_SPACE_MIN {
+            let (have, needed) = (machine.address_space / 1024, ADDRESS_SPACE_MIN / 1024);
+            return Err(format!(
+                "the limit of the address space (RLIMIT_AS) is {have} KiB, but the allocator and the stacks of the \
+                 threads reserve more than 2 GiB, of which they use little\n      \
+                 example: ulimit -v {needed}, or better `ulimit -v unlimited`; to limit the memory use MemoryMax= of \
+                 systemd or --memory of Docker"
+            ));
+        }
         // One core in eight is for routing and Kafka: they cost about a tenth of what the sends
         // cost.
         let left_over = machine.cores.saturating_sub((machine.cores / 8).max(1)).max(1);
@@ -100,15 +122,8 @@ impl Sizing {
                 u32::try_from(even + spare).unwrap_or(u32::MAX)
             }
         };
-        if connections_per_shard > table_max || connections_per_shard == 0 {
+        if connections_per_shard > table_max {
             return Err(too_many(connections_per_shard, shards, beside, machine));
-        }
-        if machine.descriptors < DESCRIPTORS_OWN {
-            let have = machine.descriptors;
-            return Err(format!(
-                "the descriptor limit (RLIMIT_NOFILE) is {have}, but {DESCRIPTORS_OWN} are needed\n      \
-                 example: ulimit -n 65536; in systemd LimitNOFILE=65536; in Docker --ulimit nofile=65536"
-            ));
         }
         Ok(Self {
             shards: u16::try_from(shards).expect("the table bounds shards to 1024"),
@@ -158,7 +173,8 @@ mod tests {
         cores: usize,
         descriptors: u64,
     ) -> Result<Sizing, String> {
-        Sizing::decide(&dev_settings(flags), Machine { cores, descriptors })
+        let machine = Machine { cores, descriptors, address_space: u64::MAX };
+        Sizing::decide(&dev_settings(flags), machine)
     }
 
     #[test]
@@ -178,6 +194,8 @@ mod tests {
         assert!(why.contains("LimitNOFILE=112804") && why.contains("--shards 46"), "{why}");
         let shards = [("connections_max", "800000"), ("shards", "46")];
         assert!(decide(&shards, 8, 20_000).is_ok());
-        assert!(decide(&[("connections_max", "10")], 2, 100).is_err());
+        // Too few for the process itself, whatever the number of shards.
+        let why = decide(&[("connections_max", "10")], 2, 100).unwrap_err();
+        assert!(why.contains("ulimit -n 65536") && !why.contains("shards"), "{why}");
     }
 }

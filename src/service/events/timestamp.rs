@@ -36,7 +36,7 @@ impl Timestamp {
     }
 
     /// Whether proto3 JSON can express it.
-    fn is_valid(self) -> bool {
+    pub(super) fn is_valid(self) -> bool {
         (SECONDS_MIN..=SECONDS_MAX).contains(&self.seconds)
             && (0..1_000_000_000).contains(&self.nanos)
     }

@@ -14,10 +14,10 @@ use std::time::Duration;
 use hashbrown::DefaultHashBuilder;
 
 use crate::service::backends::ports::{ConversationListing, NOT_FOUND_RETRY, NeighbourError};
-use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::Membership;
 use crate::service::runtime::backoff::Backoff;
 use crate::service::runtime::cache::{Bounds, Cache, Weigh};
+use crate::service::runtime::clock::steady_ms;
 
 /// How long a list is used, ms: the pauses between the chunks of one return.
 const LIFETIME_MS: u64 = 10_000;
@@ -165,7 +165,7 @@ impl UserLists {
     }
 
     async fn request(self: Arc<Self>, user: Arc<str>, assignments: u64) {
-        let since_ms = unix_ms();
+        let since_ms = steady_ms();
         let deadline = Duration::from_millis(self.config.deadline_ms);
         let ask = || async {
             let answer = self.listing.conversations_of(Arc::clone(&user));
@@ -209,7 +209,7 @@ impl UserLists {
                 Err(reason) => {
                     tracing::debug!(user = %user, %reason, "cannot list conversations");
                     let pause = self.config.backoff.random_delay(failures);
-                    let retry_ms = unix_ms() + pause.as_millis() as u64;
+                    let retry_ms = steady_ms() + pause.as_millis() as u64;
                     ListState::Failing { retry_ms, failures: failures + 1 }
                 }
             };

@@ -3,3 +3,4 @@
 pub mod backoff;
 pub mod bell;
 pub mod cache;
+pub mod clock;

@@ -14,6 +14,10 @@
 //! | message deleted | a message with `message_id`, `conversation_id` and `deleted_at` (time of the event), sequence 0 |
 //! | conversation created, membership changed | only `conversation_id`: the client looks the conversation up |
 //! | read receipt, presence, unknown types | not sent: the contract has no field for it |
+//!
+//! An event that JSON or `DeliveryEvent` cannot hold as it is (a string that is not UTF-8, a time outside the years 1 to
+//! 9999) is *reduced*, never left out: JSON gets the payload as base64, like that of an unknown type, and no `occurredAt`
+//! if that is what is wrong; a stream gets `conversation_id` and `sequence`, so that the client looks the message up.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -62,15 +66,21 @@ impl Default for CompressionConfig {
 pub struct Encoder {
     config: CompressionConfig,
     compressor: Option<Compressor>,
+    reduced: u64,
 }
 
 impl Encoder {
     /// An encoder with these settings.
     pub fn new(config: CompressionConfig) -> Self {
-        Self { config, compressor: None }
+        Self { config, compressor: None, reduced: 0 }
     }
 
-    /// The event with a frame for each encoding in `wanted` that can express it.
+    /// Events encoded since the last call that JSON or `DeliveryEvent` could not hold as they are.
+    pub fn take_reduced(&mut self) -> u64 {
+        std::mem::take(&mut self.reduced)
+    }
+
+    /// The event with a frame for each encoding in `wanted` that has a form for it.
     /// `appended_at_ms`: see [`Event::appended_at_ms`].
     pub fn encode(
         &mut self,
@@ -88,17 +98,20 @@ impl Encoder {
             let forms = [Encoding::Binary, Encoding::BinaryDeflate];
             event = self.frames(event, Opcode::Binary, record.value, forms, wanted);
         }
-        if either(Encoding::Json, Encoding::JsonDeflate)
-            && let Some(text) = json(record)
-        {
+        let mut is_reduced = false;
+        if either(Encoding::Json, Encoding::JsonDeflate) {
+            let (text, form) = json(record);
+            is_reduced |= form == Form::Reduced;
             let forms = [Encoding::Json, Encoding::JsonDeflate];
             event = self.frames(event, Opcode::Text, &text, forms, wanted);
         }
         if wanted.contains(Encoding::Stream)
-            && let Some(message) = delivery_event(record)
+            && let Some((message, form)) = delivery_event(record)
         {
+            is_reduced |= form == Form::Reduced;
             event = event.with_frame(Encoding::Stream, message.into_boxed_slice());
         }
+        self.reduced += u64::from(is_reduced);
         event
     }
 
@@ -213,27 +226,55 @@ impl JsonPayload {
     }
 }
 
-/// The JSON text of an event. `None`: a string is not UTF-8, or a timestamp is out of range.
-pub fn json(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
-    let envelope = EventEnvelope::decode(record.value).ok()?;
-    let event_type = match EventType::try_from(record.event_type) {
-        Ok(known) => JsonEventType::Known(known),
-        Err(_) => JsonEventType::Unknown(record.event_type),
+/// Whether an encoding holds all of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Everything.
+    Whole,
+    /// What the encoding can hold, see the module.
+    Reduced,
+}
+
+/// The JSON text of an event.
+///
+/// # Panics
+/// Never: base64 and a valid time can be written.
+pub fn json(record: &DecodedEvent<'_>) -> (Vec<u8>, Form) {
+    // Routing reads less of it, so it may be unreadable here.
+    let envelope = EventEnvelope::decode(record.value).unwrap_or_default();
+    let occurred_at = envelope.occurred_at.filter(|time| time.is_valid());
+    let form = if occurred_at == envelope.occurred_at { Form::Whole } else { Form::Reduced };
+    let text = |payload| {
+        let event_type = match EventType::try_from(record.event_type) {
+            Ok(known) => JsonEventType::Known(known),
+            Err(_) => JsonEventType::Unknown(record.event_type),
+        };
+        let schema_version = envelope.schema_version;
+        serde_json::to_vec(&JsonEnvelope { event_type, schema_version, occurred_at, payload })
     };
-    let inner = record.payload;
-    let payload = match record.body {
-        EventBody::ConversationCreated { .. } => {
-            inner_json(inner, JsonPayload::ConversationCreated)?
+    match json_payload(record).and_then(|payload| text(payload).ok()) {
+        Some(text) => (text, form),
+        None => {
+            let payload = JsonPayload::Base64(BASE64.encode(record.payload));
+            (text(payload).expect("base64 and a valid time can be written"), Form::Reduced)
         }
-        EventBody::MembershipChanged { .. } => inner_json(inner, JsonPayload::MembershipChanged)?,
-        EventBody::MessageSent { .. } => inner_json(inner, JsonPayload::MessageSent)?,
-        EventBody::MessageDeleted { .. } => inner_json(inner, JsonPayload::MessageDeleted)?,
-        EventBody::ReadReceiptUpdated { .. } => inner_json(inner, JsonPayload::ReadReceiptUpdated)?,
-        EventBody::PresenceUpdated { .. } => inner_json(inner, JsonPayload::PresenceUpdated)?,
-        EventBody::Unknown => JsonPayload::Base64(BASE64.encode(inner)),
-    };
-    let EventEnvelope { schema_version, occurred_at, .. } = envelope;
-    serde_json::to_vec(&JsonEnvelope { event_type, schema_version, occurred_at, payload }).ok()
+    }
+}
+
+/// `None`: a string is not UTF-8.
+fn json_payload(record: &DecodedEvent<'_>) -> Option<JsonPayload> {
+    let inner = record.payload;
+    match record.body {
+        EventBody::ConversationCreated { .. } => {
+            inner_json(inner, JsonPayload::ConversationCreated)
+        }
+        EventBody::MembershipChanged { .. } => inner_json(inner, JsonPayload::MembershipChanged),
+        EventBody::MessageSent { .. } => inner_json(inner, JsonPayload::MessageSent),
+        EventBody::MessageDeleted { .. } => inner_json(inner, JsonPayload::MessageDeleted),
+        EventBody::ReadReceiptUpdated { .. } => inner_json(inner, JsonPayload::ReadReceiptUpdated),
+        EventBody::PresenceUpdated { .. } => inner_json(inner, JsonPayload::PresenceUpdated),
+        EventBody::Unknown => Some(JsonPayload::Base64(BASE64.encode(inner))),
+    }
 }
 
 fn inner_json<M: prost::Message + Default>(
@@ -243,20 +284,22 @@ fn inner_json<M: prost::Message + Default>(
     M::decode(inner).ok().map(wrap)
 }
 
-/// A serialized `DeliveryEvent`. `None`: it cannot express the event, see the table above.
-fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
+/// A serialized `DeliveryEvent`. `None`: the contract has no form for such events, see the table above.
+fn delivery_event(record: &DecodedEvent<'_>) -> Option<(Vec<u8>, Form)> {
     match record.body {
         EventBody::MessageSent { conversation, sequence } => {
+            let mut out = Vec::with_capacity(record.payload.len() + 2 * conversation.len() + 24);
             let head = DeliveryEvent {
                 conversation_id: conversation.to_owned(),
                 sequence,
                 ..Default::default()
             };
-            let mut out = Vec::with_capacity(record.payload.len() + 2 * conversation.len() + 24);
-            head.encode(&mut out).ok()?;
+            head.encode(&mut out).expect("a vector grows");
             // Routing reads only two fields. A client's library reads all of them and would end the
             // stream if a string is not UTF-8.
-            MessageSentEvent::decode(record.payload).ok()?;
+            if MessageSentEvent::decode(record.payload).is_err() {
+                return Some((out, Form::Reduced));
+            }
             // Field 3 has the type of field 1 of the payload, so its bytes are copied, including
             // unknown fields.
             for message in repeated(record.payload, 1).ok()? {
@@ -264,26 +307,27 @@ fn delivery_event(record: &DecodedEvent<'_>) -> Option<Vec<u8>> {
                 encode_varint(message.len() as u64, &mut out);
                 out.extend_from_slice(message);
             }
-            Some(out)
+            Some((out, Form::Whole))
         }
         EventBody::MessageDeleted { conversation, message_id } => {
             let occurred_at = repeated(record.value, 3).ok()?.concat();
-            let message = Message {
+            let deleted_at = Timestamp::decode(&occurred_at[..]).ok();
+            let form = if deleted_at.is_some() { Form::Whole } else { Form::Reduced };
+            let message = deleted_at.map(|deleted_at| Message {
                 message_id: message_id.to_owned(),
                 conversation_id: conversation.to_owned(),
-                deleted_at: Some(Timestamp::decode(&occurred_at[..]).ok()?),
+                deleted_at: Some(deleted_at),
                 ..Message::default()
-            };
+            });
             let conversation_id = conversation.to_owned();
-            let event =
-                DeliveryEvent { conversation_id, message: Some(message), ..Default::default() };
-            Some(event.encode_to_vec())
+            let event = DeliveryEvent { conversation_id, message, ..Default::default() };
+            Some((event.encode_to_vec(), form))
         }
         EventBody::ConversationCreated { conversation, .. }
         | EventBody::MembershipChanged { conversation, .. } => {
             let conversation_id = conversation.to_owned();
             let event = DeliveryEvent { conversation_id, ..Default::default() };
-            Some(event.encode_to_vec())
+            Some((event.encode_to_vec(), Form::Whole))
         }
         EventBody::ReadReceiptUpdated { .. }
         | EventBody::PresenceUpdated { .. }

@@ -101,15 +101,33 @@ fn json_of_an_unknown_event_type_keeps_the_bytes() {
     assert_eq!(on_stream(&value), None);
 }
 
+/// Promise: “An event that JSON or `DeliveryEvent` cannot hold is reduced, not left out:”
 #[test]
-fn event_that_json_cannot_express_is_still_sent_in_other_encodings() {
-    let mut broken = message("");
-    broken.sent_at = Some(Timestamp { seconds: i64::MAX, nanos: 0 });
-    let event = encode(&sent(broken), all());
-    assert_eq!(event.frame(Encoding::Json), None);
-    assert_eq!(event.frame(Encoding::JsonDeflate), None);
-    assert!(event.frame(Encoding::Binary).is_some());
-    assert!(event.frame(Encoding::Stream).is_some());
+fn event_that_json_cannot_hold_has_its_payload_as_base64() {
+    let far = Timestamp { seconds: i64::MAX, nanos: 0 };
+    let mut late = message("");
+    late.sent_at = Some(far);
+    let payload = MessageSentEvent { message: Some(late) }.encode_to_vec();
+    let base64 = BASE64.encode(&payload);
+    let value =
+        encode_envelope(EventType::MessageSent, Some(Timestamp { seconds: 9, nanos: 0 }), payload);
+    let head = r#"{"eventType":"EVENT_TYPE_MESSAGE_SENT","schemaVersion":1,"#;
+    assert_eq!(
+        text(&value),
+        format!(r#"{head}"occurredAt":"1970-01-01T00:00:09Z","payload":"{base64}"}}"#)
+    );
+    // Nothing but the time of the event itself is left out.
+    let receipt = ReadReceiptUpdatedEvent { read_sequence: 7, ..Default::default() };
+    let value = encode_envelope(EventType::ReadReceiptUpdated, Some(far), receipt.encode_to_vec());
+    assert_eq!(
+        text(&value),
+        r#"{"eventType":"EVENT_TYPE_READ_RECEIPT_UPDATED","schemaVersion":1,"payload":{"readSequence":"7"}}"#
+    );
+    let mut encoder = Encoder::new(CompressionConfig::default());
+    for (value, reduced) in [(&value, 1), (&sent(message("a")), 0)] {
+        encoder.encode(&decode(value).unwrap(), all(), 0);
+        assert_eq!(encoder.take_reduced(), reduced);
+    }
 }
 
 #[test]
@@ -117,7 +135,9 @@ fn stream_gets_no_string_that_is_not_utf8() {
     let mut not_utf8 = sent(message("hello"));
     let at = not_utf8.windows(5).position(|bytes| bytes == b"alice").unwrap();
     not_utf8[at] = 0xff;
-    assert_eq!(encode(&not_utf8, only(Encoding::Stream)).frame(Encoding::Stream), None);
+    let position = DeliveryEvent { message: None, ..on_stream(&sent(message("hello"))).unwrap() };
+    assert_eq!(on_stream(&not_utf8), Some(position));
+    assert!(text(&not_utf8).contains(r#""payload":""#), "as base64");
     assert!(encode(&not_utf8, all()).frame(Encoding::Binary).is_some());
 }
 

@@ -45,12 +45,12 @@ use crate::handoff::Doorbell;
 use crate::service::backends::ports::{
     ConversationSource, MembershipChanges, NOT_FOUND_RETRY, NeighbourError,
 };
-use crate::service::events::timestamp::unix_ms;
 use crate::service::members::membership::cache::{MemberLists, ReadChange};
 use crate::service::members::membership::creations::RecentCreations;
 use crate::service::members::membership::reading::ReadPositions;
 use crate::service::members::membership::state::{AnswerOutcome, ListState};
 use crate::service::runtime::backoff::Backoff;
+use crate::service::runtime::clock::steady_ms;
 
 pub use crate::service::members::membership::cache::CHANGES_BYTES_MAX;
 pub use crate::service::members::membership::changes::{RecordPosition, RequestTime};
@@ -381,7 +381,7 @@ impl Membership {
         id: u64,
         answer: Result<Members, NeighbourError>,
     ) -> AnswerOutcome {
-        let now_ms = unix_ms();
+        let now_ms = steady_ms();
         match answer {
             Ok(members) => {
                 let time = (Instant::now(), now_ms);

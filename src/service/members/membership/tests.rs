@@ -84,7 +84,7 @@ impl CacheNode {
 fn one_request_serves_all_callers() {
     let node = CacheNode::new(MembershipConfig::default(), true);
     node.membership.follow();
-    let now = unix_ms();
+    let now = steady_ms();
     for _ in 0..100 {
         assert!(matches!(node.membership.lookup("a", None, now), Lookup::Pending));
     }
@@ -124,7 +124,7 @@ fn refused_request_is_retried_and_is_no_empty_list() {
         let node = CacheNode::new(MembershipConfig::default(), false);
         node.membership.follow();
         *node.service.failures.lock().unwrap() = [refusal.clone()].into();
-        let now = unix_ms();
+        let now = steady_ms();
         let Lookup::Failing { retry_at_ms } = node.outcome("a", now) else {
             panic!("{refusal:?} must not look like an answer");
         };
@@ -138,26 +138,26 @@ fn conversation_is_absent_only_if_it_is_not_found_twice() {
     let node = CacheNode::new(MembershipConfig::default(), false);
     node.membership.follow();
     *node.service.failures.lock().unwrap() = [NeighbourError::NotFound].into();
-    assert_eq!(node.members("a", unix_ms()), ["a", "b"], "the replica has caught up");
+    assert_eq!(node.members("a", steady_ms()), ["a", "b"], "the replica has caught up");
     *node.service.failures.lock().unwrap() = vec![NeighbourError::NotFound; 2].into();
-    assert!(matches!(node.outcome("c", unix_ms()), Lookup::Absent));
+    assert!(matches!(node.outcome("c", steady_ms()), Lookup::Absent));
     assert_eq!(node.service.requested.load(Ordering::Relaxed), 4);
 }
 
 #[test]
 fn no_request_is_made_before_changes_are_followed() {
     let node = CacheNode::new(MembershipConfig::default(), false);
-    assert!(matches!(node.membership.lookup("a", None, unix_ms()), Lookup::Pending));
+    assert!(matches!(node.membership.lookup("a", None, steady_ms()), Lookup::Pending));
     assert_eq!(node.counters.fetches_under_way.get(), 0);
     node.membership.follow();
-    assert_eq!(node.members("a", unix_ms()), ["a", "b"]);
+    assert_eq!(node.members("a", steady_ms()), ["a", "b"]);
 }
 
 #[test]
 fn requests_in_flight_are_bounded() {
     let node = CacheNode::new(MembershipConfig { fetches_max: 3, ..Default::default() }, true);
     node.membership.follow();
-    let now = unix_ms();
+    let now = steady_ms();
     for conversation in 0..10 {
         assert!(matches!(
             node.membership.lookup(&conversation.to_string(), None, now),
@@ -180,7 +180,7 @@ fn conversations_that_cannot_be_fetched_do_not_hold_up_others() {
         let found = node.membership.lookup(conversation, None, now_ms);
         assert!(matches!(found, Lookup::Pending), "{found:?}");
     };
-    let (now, names) = (unix_ms(), ["failing-1", "failing-2", "failing-3", "failing-4"]);
+    let (now, names) = (steady_ms(), ["failing-1", "failing-2", "failing-3", "failing-4"]);
     names.iter().for_each(|name| look_up(name, now));
     assert_eq!(node.counters.fetches_under_way.get(), 4, "nothing has failed yet");
     let failure = NeighbourError::Unavailable("by order".into());
@@ -217,7 +217,7 @@ fn cache_stays_within_its_bounds() {
         MembershipConfig { conversations_max: 160, members_max: 1600, ..Default::default() };
     let node = CacheNode::new(config, false);
     let position = |offset| RecordPosition { topic: 0, partition: 0, offset };
-    let now = unix_ms();
+    let now = steady_ms();
     let names: Vec<_> = (0..40).map(|n| format!("user-{n}")).collect();
     let members: Vec<_> = names.iter().map(String::as_str).collect();
     for offset in 0..2000 {
@@ -244,7 +244,7 @@ fn cache_stays_within_its_bounds() {
 fn what_is_used_outlives_what_is_not() {
     let config = MembershipConfig { conversations_max: 160, ..Default::default() };
     let node = CacheNode::new(config, false);
-    let now = unix_ms();
+    let now = steady_ms();
     for offset in 0..500 {
         let position = RecordPosition { topic: 0, partition: 0, offset };
         let by = ReadBy::Follower(position);
@@ -258,7 +258,7 @@ fn expired_list_is_used_while_it_is_fetched_again() {
     let config = MembershipConfig { lifetime_ms: 1000, ..Default::default() };
     let node = CacheNode::new(config, true);
     node.membership.follow();
-    let now = unix_ms();
+    let now = steady_ms();
     let position = RecordPosition { topic: 0, partition: 0, offset: 0 };
     node.membership.created("a", &["x"], ReadBy::Follower(position), now);
     assert_eq!(node.members("a", now + 749), ["x"]);
@@ -280,7 +280,7 @@ fn expired_list_is_used_while_it_is_fetched_again() {
 fn lost_log_drops_all_lists() {
     let node = CacheNode::new(MembershipConfig::default(), false);
     node.membership.follow();
-    let now = unix_ms();
+    let now = steady_ms();
     let position = RecordPosition { topic: 0, partition: 0, offset: 7 };
     node.membership.created("a", &["x"], ReadBy::Follower(position), now);
     node.membership.clear();
@@ -312,7 +312,7 @@ fn watchers_are_told_of_each_change_with_the_list_after_it() {
     let at = |offset| RecordPosition { topic: 0, partition: 0, offset };
     node.membership.follow_from(at(0));
     node.membership.lane_starts(at(0));
-    let now = unix_ms();
+    let now = steady_ms();
     // The router first, then the follower.
     node.membership.created("c", &["a"], ReadBy::Router(at(0)), now);
     node.membership.changed("c", "b", true, ReadBy::Router(at(1)));
@@ -336,7 +336,7 @@ fn watchers_are_told_of_each_change_with_the_list_after_it() {
 fn record_waits_for_the_changes_before_it_and_the_follower_wakes_its_router() {
     let node = CacheNode::new(MembershipConfig::default(), false);
     let at = |offset| RecordPosition { topic: 0, partition: 0, offset };
-    let now = unix_ms();
+    let now = steady_ms();
     node.membership.follow_from(at(0));
     node.membership.follow();
     assert_eq!(node.members("c", now), ["b", "c"]);
@@ -366,12 +366,12 @@ fn records_wait_while_lists_are_read_again_without_a_service() {
     let (config, handle) = (MembershipConfig::default(), runtime.handle().clone());
     let membership = Membership::new(config, None, handle, Arc::default());
     membership.follow();
-    let lookup = || membership.lookup("c", None, unix_ms());
+    let lookup = || membership.lookup("c", None, steady_ms());
     assert!(matches!(lookup(), Lookup::Unknown));
     membership.clear();
     assert!(matches!(lookup(), Lookup::Pending));
     let by = ReadBy::Follower(RecordPosition { topic: 0, partition: 0, offset: 0 });
-    membership.created("c", &["a"], by, unix_ms());
+    membership.created("c", &["a"], by, steady_ms());
     membership.follow();
     assert!(matches!(lookup(), Lookup::Members(members) if members.contains("a")));
 }

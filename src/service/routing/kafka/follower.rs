@@ -28,6 +28,7 @@ use crate::service::routing::kafka::client;
 use crate::service::routing::kafka::starts::{self, StartRule};
 use crate::service::routing::kafka::{KafkaStartError, ReaderResources};
 use crate::service::routing::router::TopicPartition;
+use crate::service::runtime::clock::steady_ms;
 
 /// Producers append with their own clocks: so much more is read.
 const CLOCKS_MS: u64 = 60_000;
@@ -257,7 +258,7 @@ impl ReaderResources {
         let by = ReadBy::Follower(position);
         match &record.body {
             EventBody::ConversationCreated { members, .. } => {
-                self.membership.created(conversation, members, by, unix_ms());
+                self.membership.created(conversation, members, by, steady_ms());
             }
             &EventBody::MembershipChanged { user, added, .. } => {
                 self.membership.changed(conversation, user, added, by);

@@ -52,7 +52,7 @@ pub(super) struct LaneClaim {
     /// Where the replay to a newcomer continues, which found no room: the offset of its beginning, and the
     /// first offset that was not replayed to it.
     pub(super) paused_replay: Option<(i64, i64)>,
-    /// The newcomer whose replay is blocked, by the offset of its beginning, and since when, Unix time in ms.
+    /// The newcomer whose replay is blocked, by the offset of its beginning, and since when, steady time in ms.
     blocked_newcomer: Option<(i64, u64)>,
     /// Sessions of this node that were admitted later are newer than the lane.
     pub(super) direct_after: SessionSerial,
@@ -63,7 +63,7 @@ pub(super) struct LaneClaim {
 
 /// Records of a partition are not routed yet. Counted while it exists.
 struct HeldBack {
-    /// Unix time, ms.
+    /// Steady time, ms.
     since_ms: u64,
     is_warned: bool,
     counters: Arc<RouterCounters>,
@@ -164,7 +164,7 @@ impl LaneClaim {
         self.settle();
     }
 
-    /// Since when the replays to the session that began at `begin` are blocked, Unix time in ms.
+    /// Since when the replays to the session that began at `begin` are blocked, steady time in ms.
     pub(super) fn blocked_since(&mut self, begin: i64, now_ms: u64) -> u64 {
         let blocked = self.blocked_newcomer.filter(|(blocked, _)| *blocked == begin);
         self.blocked_newcomer.replace(blocked.unwrap_or((begin, now_ms)));

@@ -43,7 +43,7 @@ pub(super) enum RouteOutcome {
     /// The record blocks its lane.
     Blocked(Blocked),
     /// The members are not known yet. The next attempt is worthwhile when a list has arrived
-    /// ([`Membership::arrivals`]), or at this time, Unix time in ms.
+    /// ([`Membership::arrivals`]), or at this time, steady time in ms.
     Waits { retry_ms: u64 },
     /// The record cannot be routed.
     Unroutable(DeadLetterReason),
@@ -69,7 +69,7 @@ pub(super) enum Arrival<'a> {
     },
 }
 
-/// Times of the first attempt to route a record and of this one. Unix time, ms.
+/// Times of the first attempt to route a record and of this one. Steady time, ms.
 #[derive(Clone, Copy, Debug)]
 struct Attempt {
     since_ms: u64,

@@ -63,7 +63,7 @@ pub(super) enum ReturnedTicket {
 pub(super) struct InFlight {
     records: Slab<InFlightRecord>,
     serial: u32,
-    /// Deadlines of the hand-offs, in order. Unix time, ms.
+    /// Deadlines of the hand-offs, in order. Steady time, ms.
     deadlines: VecDeque<(u64, Ticket)>,
     forwards: usize,
 }
@@ -112,7 +112,7 @@ impl InFlight {
         self.get(ticket).expect("open").remaining += 1;
     }
 
-    /// Expects the end of the hand-off to other nodes, at the latest at `deadline_ms` (Unix time).
+    /// Expects the end of the hand-off to other nodes, at the latest at `deadline_ms` (steady time).
     pub(super) fn expect_forward(&mut self, ticket: Ticket, deadline_ms: u64) {
         let record = self.get(ticket).expect("open");
         record.remaining += 1;
@@ -168,7 +168,7 @@ impl InFlight {
         None
     }
 
-    /// The next deadline, Unix time in ms.
+    /// The next deadline, steady time in ms.
     pub(super) fn next_deadline_ms(&self) -> Option<u64> {
         self.deadlines.front().map(|(deadline_ms, _)| *deadline_ms)
     }

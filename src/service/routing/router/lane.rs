@@ -66,7 +66,7 @@ pub(super) struct PartitionLane {
 /// records are done or the deadline has passed.
 #[derive(Debug)]
 pub(super) struct Revocation {
-    /// Unix time, ms.
+    /// Steady time, ms.
     pub(super) deadline_ms: u64,
     /// Receives whether all records were done.
     pub(super) released: SyncSender<bool>,

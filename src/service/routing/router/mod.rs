@@ -55,7 +55,6 @@ use crate::service::cluster::ports::ArrivedHandOffs;
 use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::CompressionConfig;
 use crate::service::events::envelope::{self, EventBody};
-use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::Directory;
 use crate::service::members::membership::Membership;
 use crate::service::members::user_lists::UserLists;
@@ -65,6 +64,7 @@ use crate::service::routing::router::holding::{HandOffInput, ReadTo};
 use crate::service::routing::router::lane::Revocation;
 use crate::service::routing::router::owner::ClusterParts;
 use crate::service::routing::router::returning::ReplayInput;
+use crate::service::runtime::clock::steady_ms;
 
 pub use crate::service::routing::router::answers::ReplayAnswers;
 pub use crate::service::routing::router::claim::Ownership;
@@ -161,6 +161,7 @@ counters! {
         Counter records_conversation_absent: "Records skipped because the conversation service reports that their conversation does not exist.",
         Counter records_members_unknown: "Records skipped because their members are unknown and no conversation service is configured.",
         Counter records_members_unavailable: "Records skipped because their members were not known in time: the conversation service did not return them, or the membership changes before the record were not read.",
+        Counter events_reduced: "Events that JSON or DeliveryEvent cannot hold as they are: JSON clients got the payload as base64, gRPC clients only its position.",
         Counter records_repeated: "Times that a partition went back to an earlier offset.",
         Counter remote_given_up: "Records from other nodes that could not be routed.",
         Counter dead_letters: "Records sent to the dead-letter topic.",
@@ -292,7 +293,7 @@ impl RouterControl {
     /// change.
     pub fn revoke(&self, log: TopicPartition, grace: Duration) -> Receiver<bool> {
         let (sender, released) = sync_channel(1);
-        let deadline_ms = unix_ms() + grace.as_millis() as u64;
+        let deadline_ms = steady_ms() + grace.as_millis() as u64;
         self.command(LaneCommand::Revoke(log, Revocation { deadline_ms, released: sender }));
         released
     }

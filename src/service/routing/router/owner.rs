@@ -103,7 +103,7 @@ pub(super) struct OwnerSide {
     warned: Cell<Option<Instant>>,
     /// Nodes with sessions that began since they were last told what has passed.
     owed: BTreeSet<NodeIndex>,
-    /// Nodes whose sessions use cursors, and until when they are told what has passed, Unix time in ms.
+    /// Nodes whose sessions use cursors, and until when they are told what has passed, steady time in ms.
     with_cursors: BTreeMap<NodeEpoch, u64>,
     next_passed_ms: u64,
 }

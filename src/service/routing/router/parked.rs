@@ -17,7 +17,7 @@ const RETRY_MS: u64 = 10;
 struct ParkedQueue {
     /// In the order of the partition, at least one.
     records: VecDeque<WaitingRecord>,
-    /// When the first of them is attempted again though no list has arrived, Unix time in ms.
+    /// When the first of them is attempted again though no list has arrived, steady time in ms.
     retry_ms: u64,
 }
 
@@ -105,7 +105,7 @@ impl ParkedRecords {
         self.retry_ms = self.retry_ms.min(queue.retry_ms);
     }
 
-    /// When an attempt is due though no list has arrived, Unix time in ms. `None`: nothing is parked.
+    /// When an attempt is due though no list has arrived, steady time in ms. `None`: nothing is parked.
     pub(super) fn retry_ms(&self) -> Option<u64> {
         (!self.is_empty()).then_some(self.retry_ms)
     }
@@ -129,7 +129,7 @@ impl ParkedRecords {
         due
     }
 
-    /// The members of the conversation are not known yet: it is attempted again at this time, Unix time in ms.
+    /// The members of the conversation are not known yet: it is attempted again at this time, steady time in ms.
     pub(super) fn retry_at(&mut self, conversation: &str, retry_ms: u64) {
         if let Some(queue) = self.queues.get_mut(conversation) {
             queue.retry_ms = retry_ms;

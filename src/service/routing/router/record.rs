@@ -111,6 +111,6 @@ pub(super) enum Intake {
 pub(super) struct WaitingRecord {
     pub(super) record: OwnedRecord,
     pub(super) intake: Intake,
-    /// When it was first tried at the front of the lane, Unix time in ms; `None`: not yet.
+    /// When it was first tried at the front of the lane, steady time in ms; `None`: not yet.
     pub(super) since_ms: Option<u64>,
 }

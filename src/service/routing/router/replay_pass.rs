@@ -43,7 +43,7 @@ pub(super) struct ActivePull {
     pub(super) bytes: usize,
     /// The conversations of the user, if they were needed.
     pub(super) list: Option<UserList>,
-    /// Since when it waits until it is known which records are the user's, Unix time in ms.
+    /// Since when it waits until it is known which records are the user's, steady time in ms.
     pub(super) unready_since_ms: Option<u64>,
 }
 

@@ -111,7 +111,7 @@ struct WaitingFence {
 struct WaitingCheck {
     since: Arc<Cursor>,
     answer: oneshot::Sender<Result<CheckedLanes, CursorExpired>>,
-    /// Unix time, ms.
+    /// Steady time, ms.
     since_ms: u64,
 }
 
@@ -119,10 +119,10 @@ struct WaitingCheck {
 #[derive(Default)]
 pub(super) struct Returning {
     checks: Vec<WaitingCheck>,
-    /// When they are tried again, Unix time in ms.
+    /// When they are tried again, steady time in ms.
     checks_at_ms: u64,
     pulls: Vec<ActivePull>,
-    /// When the first of them arrived, Unix time in ms.
+    /// When the first of them arrived, steady time in ms.
     pulled_at_ms: u64,
     unready: UnreadyPulls,
     pass: Option<ReplayPass>,

@@ -17,7 +17,6 @@ use crate::service::backends::ports::RouterInput;
 use crate::service::cluster::ports::{ArrivedHandOffs, IncomingHandOff, NodeEpoch};
 use crate::service::cluster::wire::hand_off_header::Content;
 use crate::service::events::encode::Encoder;
-use crate::service::events::timestamp::unix_ms;
 use crate::service::routing::offsets::OffsetWindow;
 use crate::service::routing::router::audience::Audiences;
 use crate::service::routing::router::claim::LaneClaim;
@@ -37,6 +36,7 @@ use crate::service::routing::router::returning::{ReplayInput, Returning};
 use crate::service::routing::router::{
     ControlReceivers, LaneCommand, RouterControl, RouterParts, control, order_of,
 };
+use crate::service::runtime::clock::steady_ms;
 
 /// Lanes for the inbox. Several, so that a blocked one delays few conversations.
 const INBOX_LANES: usize = 16;
@@ -67,9 +67,9 @@ pub struct Router {
     returned: Receiver<ReturnedTicket>,
     replays: Receiver<ReplayInput>,
     returning: Returning,
-    /// When the shards are given positions next, Unix time in ms.
+    /// When the shards are given positions next, steady time in ms.
     routed_at_ms: u64,
-    /// When the tails are trimmed next, Unix time in ms.
+    /// When the tails are trimmed next, steady time in ms.
     trimmed_at_ms: u64,
 }
 
@@ -147,7 +147,7 @@ impl Router {
 
     fn run(mut self) {
         loop {
-            match self.turn(unix_ms()) {
+            match self.turn(steady_ms()) {
                 ControlFlow::Break(()) => return,
                 ControlFlow::Continue(true) => continue,
                 ControlFlow::Continue(false) => {}
@@ -158,9 +158,9 @@ impl Router {
             } else {
                 bell.about_to_sleep_soundly();
             }
-            let found = self.turn(unix_ms());
+            let found = self.turn(steady_ms());
             if found == ControlFlow::Continue(false) {
-                bell.wait(self.sleep_ms(unix_ms()));
+                bell.wait(self.sleep_ms(steady_ms()));
             }
             bell.awake();
             if found.is_break() {

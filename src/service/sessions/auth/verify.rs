@@ -48,6 +48,11 @@ impl NumericDate {
     fn seconds(self) -> u64 {
         self.0 as u64
     }
+
+    /// Rounded up and saturated.
+    fn seconds_up(self) -> u64 {
+        self.0.ceil() as u64
+    }
 }
 
 /// The unverified header of a token, to find its key.
@@ -116,10 +121,11 @@ fn identity(
     let leeway_s = rules.leeway.as_secs();
     let expires_at_s =
         claims.exp.ok_or(AuthFailure::ExpiryMissing)?.seconds().saturating_add(leeway_s);
-    if expires_at_s < unix_s {
+    // "On or after which" it must not be accepted (RFC 7519 §4.1.4).
+    if expires_at_s <= unix_s {
         return Err(AuthFailure::Expired);
     }
-    if claims.nbf.is_some_and(|nbf| nbf.seconds() > unix_s.saturating_add(leeway_s)) {
+    if claims.nbf.is_some_and(|nbf| nbf.seconds_up() > unix_s.saturating_add(leeway_s)) {
         return Err(AuthFailure::NotYetValid);
     }
     if rules.issuer.is_some() && claims.iss != rules.issuer {

@@ -149,6 +149,7 @@ crate::counters! {
         Counter failed_slow: "Catch-ups failed because the client read too slowly (1013)",
         Counter unreached: "Catch-ups completed before other nodes could find the session: events that they routed until then come with its next catch-up",
         Counter retries: "Calls retried",
+        Counter events_reduced: "Events that JSON or DeliveryEvent cannot hold as they are: JSON clients got the payload as base64, gRPC clients only its position",
         Counter conversations: "Conversations caught up",
         Counter conversations_refused: "Conversations named by clients that are not members",
         Counter cursor_requests: "Sessions that asked for cursors",

@@ -85,6 +85,7 @@ impl CatchUpResources {
             Some((*sequence, Arc::new(encoder.encode(&record, wanted, 0))))
         };
         let made: Arc<[CaughtUpEvent]> = page.values.iter().filter_map(event).collect();
+        self.counters.events_reduced.add(encoder.take_reduced());
         self.encoders.lock().expect("no holder panics").push(encoder);
         *events = Some(Arc::clone(&made));
         made

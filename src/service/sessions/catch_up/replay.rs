@@ -25,7 +25,7 @@ use crate::service::routing::replays::{CoveredLog, ReplayedRecord};
 const KNOWN_TIMEOUT: Duration = Duration::from_secs(300);
 
 impl CatchUpResources {
-    /// The events of these records, without those that cannot be expressed in this encoding.
+    /// The events of these records, without those that this encoding has no form for.
     fn encode_records(&self, records: &[ReplayedRecord], encoding: Encoding) -> Vec<CaughtUpEvent> {
         let idle = self.encoders.lock().expect("no holder panics").pop();
         let mut encoder = idle.unwrap_or_else(|| Encoder::new(self.config.compression));
@@ -40,6 +40,7 @@ impl CatchUpResources {
             Some((sequence, Arc::new(event)))
         };
         let events = records.iter().filter_map(event).collect();
+        self.counters.events_reduced.add(encoder.take_reduced());
         self.encoders.lock().expect("no holder panics").push(encoder);
         events
     }

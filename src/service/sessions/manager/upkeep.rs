@@ -77,7 +77,7 @@ impl SessionManager {
             for shard in 0..self.records.len() {
                 let Some((address, record)) = self.records[shard].at(slot) else { continue };
                 // A fresh token may still be in its check.
-                if u64::from(record.expires_s) >= unix_s || record.token_in_check {
+                if u64::from(record.expires_s) > unix_s || record.token_in_check {
                     continue;
                 }
                 if self.close(address, TOKEN_EXPIRED, EndReason::ClosedByService) {

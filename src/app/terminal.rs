@@ -1,0 +1,24 @@
+//! What the commands print. A terminal, pipe or file that takes no more never ends the process with a panic, as
+//! `println!` does.
+
+use std::io::{self, Write as _};
+
+/// Writes to the standard output. A pipe whose reader has ended, as in `delivery config | head`, is no
+/// error.
+///
+/// # Errors
+/// The output takes no more, such as a file on a full disk. The text says which output, and why.
+pub(super) fn print(text: &str) -> Result<(), String> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(format!("cannot write to the standard output: {error}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line to the standard error. If that fails there is nobody left to tell.
+pub(super) fn complain(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}

@@ -138,10 +138,10 @@ fn session_ends_with_its_token() {
     let mut bench = with_secret();
     let exp = now_s() + 600;
     admit_with(&mut bench, hs256("alice", exp));
-    assert!(sweep(&mut bench, exp + LEEWAY_S).is_empty());
-    let closed = closes(&sweep(&mut bench, exp + LEEWAY_S + 1));
+    assert!(sweep(&mut bench, exp + LEEWAY_S - 1).is_empty());
+    let closed = closes(&sweep(&mut bench, exp + LEEWAY_S));
     assert_eq!(closed, [(key(0, 0), CloseCode::TOKEN_EXPIRED, "token expired".into())]);
-    assert!(sweep(&mut bench, exp + LEEWAY_S + 2).is_empty(), "closed once");
+    assert!(sweep(&mut bench, exp + LEEWAY_S + 1).is_empty(), "closed once");
     assert_eq!(bench.counters.tokens_expired.get(), 1);
 }
 

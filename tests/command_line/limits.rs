@@ -97,7 +97,7 @@ fn refused_system_call_of_io_uring_is_named() {
 #[test]
 fn node_whose_output_takes_no_more_serves_on() {
     let node = NodeBuilder::dev().output("/dev/full").start();
-    assert!(node.metrics().sum("delivery_log_lines_dropped_total", &[]) > 0.0);
+    assert!(node.metrics().sum("delivery_log_write_errors_total", &[]) > 0.0);
     let mut node = node;
     node.signal(Signal::TERM);
     assert_eq!(until(SOON, "the node exits", || node.ended()).code(), Some(0));

@@ -231,7 +231,7 @@ impl JsonPayload {
 pub enum Form {
     /// Everything.
     Whole,
-    /// What the encoding can hold, see the module.
+    /// What the encoding can hold (see the top of this file).
     Reduced,
 }
 

@@ -148,3 +148,34 @@ fn identity(
     }
     Ok(Identity { user, expires_at_s: Some(expires_at_s) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// "On or after" `exp` (RFC 7519 §4.1.4), and not before `nbf` (§4.1.5), to the second.
+    #[test]
+    fn token_is_valid_from_the_second_of_nbf_to_the_one_before_exp() {
+        let whole = json!({ "sub": "alice", "nbf": 1_000, "exp": 2_000 });
+        let fractions = json!({ "sub": "alice", "nbf": 1_000.5, "exp": 2_000.5 });
+        for (claims, leeway_s, unix_s, expected) in [
+            (&whole, 0, 999, Err(AuthFailure::NotYetValid)),
+            (&whole, 0, 1_000, Ok(())),
+            (&whole, 0, 1_999, Ok(())),
+            (&whole, 0, 2_000, Err(AuthFailure::Expired)),
+            (&whole, 30, 969, Err(AuthFailure::NotYetValid)),
+            (&whole, 30, 970, Ok(())),
+            (&whole, 30, 2_029, Ok(())),
+            (&whole, 30, 2_030, Err(AuthFailure::Expired)),
+            (&fractions, 0, 1_000, Err(AuthFailure::NotYetValid)),
+            (&fractions, 0, 1_001, Ok(())),
+        ] {
+            let leeway = Duration::from_secs(leeway_s);
+            let rules = ClaimRules { issuer: None, audience: None, leeway };
+            let read = serde_json::from_value(claims.clone()).unwrap();
+            let found = identity(read, &rules, "", unix_s).map(|_| ());
+            assert_eq!(found, expected, "{claims} {leeway_s} {unix_s}");
+        }
+    }
+}

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use delivery::domain::ids::ShardId;
+use delivery::domain::limiter::{ConnectionLimiter, ConnectionLimits};
 use delivery::domain::limits::HANDOFF_RING_SLOTS;
 use delivery::handoff::{Doorbell, PeerEnd, ShardEnd, connect};
 use delivery::protocol::upgrade::UpgradeRules;
 use delivery::reactor::config::ShardConfig;
 use delivery::reactor::counters::ShardCounters;
-use delivery::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use delivery::reactor::listener::{ListenerConfig, listen_all};
 use delivery::reactor::shard::ShardLinks;
 use delivery::reactor::thread::{ShardHandle, spawn};

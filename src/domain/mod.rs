@@ -11,6 +11,7 @@ pub mod cursor_schedule;
 pub mod encoding;
 pub mod event;
 pub mod ids;
+pub mod limiter;
 pub mod limits;
 pub mod members;
 pub mod outgoing;

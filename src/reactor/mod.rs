@@ -3,7 +3,6 @@
 pub mod config;
 pub mod connection;
 pub mod counters;
-pub mod limiter;
 pub mod listener;
 pub mod queue;
 pub mod rate;

@@ -140,12 +140,12 @@ mod tests {
     use crate::domain::encoding::Encoding;
     use crate::domain::event::Event;
     use crate::domain::ids::ConnectionKey;
+    use crate::domain::limiter::{ConnectionLimiter, ConnectionLimits};
     use crate::domain::limits::HANDOFF_RING_SLOTS;
     use crate::handoff::{Consumer, Doorbell, PeerEnd, Producer, Pushed, connect};
     use crate::protocol::frame::{self, Opcode};
     use crate::protocol::upgrade::UpgradeRules;
     use crate::reactor::counters::ShardCounters;
-    use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
     use crate::reactor::listener::{ListenerConfig, listen_all};
 
     /// A shard, and the service side's ends of its rings.

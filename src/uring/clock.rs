@@ -24,20 +24,21 @@ impl Clock {
     }
 
     pub(super) fn read(&mut self) {
-        self.now_ms = Self::monotonic_ms();
+        self.now_ms = monotonic_ms();
         // A clock set before 1970 reads as 1970.
         self.unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis);
     }
 
     /// Time left until `until_ms`; `None` if that is past.
     pub(super) fn until(&self, until_ms: u64) -> Option<Duration> {
-        let left_ms = until_ms.saturating_sub(Self::monotonic_ms());
+        let left_ms = until_ms.saturating_sub(monotonic_ms());
         (left_ms > 0).then(|| Duration::from_millis(left_ms))
     }
+}
 
-    fn monotonic_ms() -> u64 {
-        EPOCH_MS + millis(STARTED.elapsed())
-    }
+/// The present time of the clock that all rings read, ms. For limits that the shards share with others.
+pub fn monotonic_ms() -> u64 {
+    EPOCH_MS + millis(STARTED.elapsed())
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -25,6 +25,7 @@ mod setup;
 mod token;
 
 pub use buffers::Lease;
+pub use clock::monotonic_ms;
 pub use kernel::{Completion, HowToClose, Kernel, Received, Wait};
 pub use ring::Ring;
 pub use setup::{RingConfig, SetupError};

@@ -6,6 +6,7 @@ pub mod client;
 pub mod crowd;
 pub mod fleet;
 pub mod group;
+pub mod http2;
 pub mod node;
 pub mod own_services;
 pub mod proxy;

@@ -95,13 +95,14 @@ settings! {
         connections_max: Auto<Count> = "auto", from "1" to "16777216", example "200000";
         /// Maximum number of sessions per user on all devices; further ones are refused with 429.
         connections_per_user: Count = "32", from "1" to "65536", example "32";
-        /// Maximum number of connections from one address (for IPv6: one /64); further ones are refused
-        /// with 429. 0: no limit, for nodes behind a proxy.
+        /// Maximum number of connections from one address (for IPv6: one /64), WebSocket and gRPC together;
+        /// further ones are refused with 429 or, over gRPC, closed. 0: no limit, for nodes behind a proxy.
         connections_per_address: Count = "20000", from "0" to "16777216", example "200";
-        /// Maximum number of new connections per second; further ones are refused with 503. 0: no limit.
+        /// Maximum number of new connections per second; further ones are refused with 503 or, over gRPC,
+        /// closed. A further call on a gRPC connection counts like a connection. 0: no limit.
         handshakes_per_second: Count = "20000", from "0" to "10000000", example "5000";
-        /// Maximum number of new connections per second from one address; further ones are refused
-        /// with 429. 0: no limit.
+        /// Maximum number of new connections per second from one address, counted in the same way; further
+        /// ones are refused with 429 or, over gRPC, closed. 0: no limit.
         handshakes_per_second_per_address: Count = "2000", from "0" to "10000000", example "20";
         /// Maximum number of frames per second from one client; more close its session with 1008.
         inbound_messages_per_second: Count = "100", from "1" to "65535", example "20";
@@ -134,12 +135,13 @@ settings! {
     }
     "Times" {
         /// Maximum time from accepting a connection to its complete upgrade request; a later one is
-        /// answered with 408.
+        /// answered with 408. Over gRPC: to the HTTP/2 preface, and from a call to its first request.
         handshake_timeout: Duration = "10s", from "100ms" to "5m", example "10s";
         /// Idle time after which a client is pinged. The ping goes out up to a ninth earlier, so that
         /// clients that connected together are not pinged together.
         ping_interval: Duration = "54s", from "1s" to "1h", example "54s";
-        /// Idle time after which a connection is terminated. Must be longer than the ping interval.
+        /// Idle time after which a connection is terminated. Must be longer than the ping interval. Over gRPC
+        /// also the time without a call.
         idle_timeout: Duration = "60s", from "2s" to "2h", example "60s";
         /// Time without progress of a send after which a connection is terminated.
         write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";

@@ -42,6 +42,7 @@ use super::admin::{self, Admin, Collector, RequestMetrics};
 use super::config::Settings;
 use super::telemetry::{self, LogSink};
 use crate::domain::counted::Counted;
+use crate::domain::limiter::ConnectionLimiter;
 use crate::reactor::listener::{ListenerConfig, listen_all};
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::missed::MissedSessions;
@@ -229,16 +230,25 @@ fn start(
         Cluster::prepare(&settings, kafka.clone(), &directory, Arc::clone(&bell), &mut collectors)?;
     let log_nodes = cluster.as_ref().map(Cluster::log_nodes);
     let mut back_ends = BackEnds::start(&settings, sizing, &instance, log_nodes, collectors)?;
+    let limiter = Arc::new(ConnectionLimiter::new(connection_limits(&settings)));
     // The gRPC hub is the last shard.
     let streams = match ports.grpc {
         Some(listener) => {
             let side = mesh.shards.pop().expect("one more for the hub");
-            let collectors = &mut back_ends.collectors;
-            Some(Streams::start(&settings, sizing, listener, side, drained.clone(), collectors)?)
+            let (limiter, drained) = (Arc::clone(&limiter), drained.clone());
+            Some(Streams::start(
+                &settings,
+                sizing,
+                listener,
+                side,
+                limiter,
+                drained,
+                &mut back_ends,
+            )?)
         }
         None => None,
     };
-    let shards = Shards::start(&config, connection_limits(&settings), ports.shards, mesh.shards)?;
+    let shards = Shards::start(&config, limiter, ports.shards, mesh.shards)?;
     let counters = Arc::new(SessionCounters::default());
     let missed = match &cluster {
         Some(cluster) => Arc::clone(cluster.missed()),

@@ -11,10 +11,10 @@ use super::mesh::ShardSide;
 use super::sizing::Sizing;
 use crate::app::config::{Count, Settings, Size};
 use crate::domain::ids::ShardId;
+use crate::domain::limiter::{ConnectionLimiter, ConnectionLimits};
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::counters::ShardCounters;
-use crate::reactor::limiter::{ConnectionLimiter, ConnectionLimits};
 use crate::reactor::shard::ShardLinks;
 use crate::reactor::thread::{ShardHandle, SpawnError, spawn};
 use crate::uring::SetupError;
@@ -66,7 +66,7 @@ pub(super) fn shard_config(settings: &Settings, sizing: &Sizing) -> ShardConfig 
     }
 }
 
-/// The limits that all shards share.
+/// The limits that all shards and the gRPC port share.
 pub(super) fn connection_limits(settings: &Settings) -> ConnectionLimits {
     let limit = |count: Count| match count.u32() {
         0 => u32::MAX,
@@ -87,12 +87,11 @@ impl Shards {
     /// themselves, because their rings are dropped.
     pub(super) fn start(
         config: &ShardConfig,
-        limiter: ConnectionLimits,
+        limiter: Arc<ConnectionLimiter>,
         listeners: Vec<OwnedFd>,
         sides: Vec<ShardSide>,
     ) -> Result<Self, String> {
         assert_eq!(listeners.len(), sides.len());
-        let limiter = Arc::new(ConnectionLimiter::new(limiter));
         let count = listeners.len() as u64;
         let mut shards = Self { handles: Vec::new(), counters: Vec::new() };
         for (number, (listener, side)) in (0..).zip(listeners.into_iter().zip(sides)) {

@@ -7,13 +7,16 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use super::back_ends::BackEnds;
 use super::mesh::ShardSide;
 use super::metrics::register;
 use super::sizing::Sizing;
-use crate::app::admin::Collector;
 use crate::app::config::Settings;
-use crate::service::streams::grpc::{self, GrpcConfig};
+use crate::domain::limiter::ConnectionLimiter;
+use crate::service::sessions::auth::AuthFailure;
+use crate::service::streams::grpc::{self, AddressLimits, GrpcConfig, GrpcPorts};
 use crate::service::streams::hub::{Hub, HubConfig, HubMetrics, OutboxLimits};
+use crate::uring::monotonic_ms;
 
 /// The bounds of each stream's outbox.
 pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
@@ -43,8 +46,9 @@ impl Streams {
         sizing: &Sizing,
         listener: TcpListener,
         side: ShardSide,
+        limiter: Arc<ConnectionLimiter>,
         drained: watch::Receiver<bool>,
-        collectors: &mut Vec<Collector>,
+        back_ends: &mut BackEnds,
     ) -> Result<Self, String> {
         let metrics = Arc::new(HubMetrics::default());
         let config = HubConfig {
@@ -64,14 +68,22 @@ impl Streams {
 
         let config = GrpcConfig {
             connections_max: sizing.streams_max(),
+            calls_waiting_max: sizing.streams_max(),
             handshake_timeout: settings.handshake_timeout,
+            idle_timeout: settings.idle_timeout,
             keepalive_interval: settings.ping_interval,
             keepalive_timeout: settings.idle_timeout.saturating_sub(settings.ping_interval),
             ..GrpcConfig::default()
         };
         let (stop, stopped) = oneshot::channel();
-        let counters = register("", collectors);
-        let served = grpc::serve(config, listener, handle, counters, drained, async {
+        let counters = register("", &mut back_ends.collectors);
+        let auth = Arc::clone(&back_ends.auth);
+        let ports = GrpcPorts {
+            hub: handle,
+            limits: AddressLimits::new(limiter, monotonic_ms),
+            judge: Arc::new(move |token| auth.judge(token).map_err(AuthFailure::refusal)),
+        };
+        let served = grpc::serve(config, listener, ports, counters, drained, async {
             // An error means that the node is gone, which stops the server as well.
             let _ = stopped.await;
         });

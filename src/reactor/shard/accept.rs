@@ -7,10 +7,10 @@ use rustix::io::Errno;
 use super::Shard;
 use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
+use crate::domain::limiter::{AddressPermit, LimitExceeded};
 use crate::protocol::phase::Signal;
 use crate::protocol::upgrade::{self, HeadProgress, Refused};
 use crate::reactor::connection::{Connection, Handshake, Lifecycle, RequestSet};
-use crate::reactor::limiter::{AddressPermit, LimitExceeded};
 use crate::reactor::rate::InboundRate;
 use crate::uring::{HowToClose, Kernel};
 

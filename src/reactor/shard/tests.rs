@@ -12,9 +12,9 @@ use crate::domain::command::{DeliveryClass, Recipients, Refusal, ShardReport, Ti
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConversationKey, ConversationPosition};
+use crate::domain::limiter::ConnectionLimits;
 use crate::handoff::{PeerEnd, Producer, Pushed, connect};
 use crate::protocol::frame::Opcode;
-use crate::reactor::limiter::ConnectionLimits;
 use crate::reactor::simulation::kernel::{SimulatedKernel, SocketId};
 use crate::reactor::simulation::wire::{CLOSE, PING, TEXT, Wire, WireEvent, client_frame};
 

@@ -2,9 +2,9 @@
 //! faults, few or many clients.
 
 use super::random::Random;
+use crate::domain::limiter::ConnectionLimits;
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
-use crate::reactor::limiter::ConnectionLimits;
 use crate::reactor::simulation::kernel::Faults;
 
 #[derive(Clone, Debug)]

@@ -4,3 +4,4 @@ pub mod backoff;
 pub mod bell;
 pub mod cache;
 pub mod clock;
+pub mod places;

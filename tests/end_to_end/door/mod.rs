@@ -1,8 +1,9 @@
-//! The public port: which requests and clients are accepted, and which are refused. Only the tests that
+//! The ports: which requests and clients are accepted, and which are refused. Only the tests that
 //! fill a queue need more than the binary (`delivery dev`).
 
 mod limits;
 mod slow;
+mod streams;
 mod upgrades;
 
 use std::net::SocketAddr;

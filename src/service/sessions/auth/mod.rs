@@ -137,6 +137,29 @@ impl Authenticator {
         }
     }
 
+    /// Judges `token` with the keys at hand, before a user is claimed. `Ok`: it is valid, or its key has to be fetched
+    /// first, so that only [`Authenticator::check`] can tell.
+    ///
+    /// # Errors
+    /// It is missing or invalid. That is counted; a valid one is not, because it is checked again.
+    pub fn judge(&self, token: Option<&Secret>) -> Result<(), AuthFailure> {
+        let AuthMethod::Jwt(tokens) = &self.method else { return Ok(()) };
+        let outcome = match (token, &tokens.keys) {
+            (None, _) => Err(AuthFailure::TokenMissing),
+            (Some(token), TokenKeys::Secret(keys) | TokenKeys::Public(keys)) => {
+                tokens.verify(token, keys, "")
+            }
+            (Some(token), TokenKeys::Published(jwks)) => {
+                let Some(keys) = jwks.current() else { return Ok(()) };
+                match tokens.verify(token, &keys, "") {
+                    Err(AuthFailure::KeyUnknown) => return Ok(()),
+                    outcome => outcome,
+                }
+            }
+        };
+        outcome.map(|_| ()).inspect_err(|_| tokens.counters.refused.add(1))
+    }
+
     /// Checks `token`, and that it belongs to `claimed_user` unless that is empty.
     pub fn check(&self, token: Option<&Secret>, claimed_user: &str) -> TokenCheck {
         let tokens = match &self.method {

@@ -1,12 +1,13 @@
 //! A call of `Connect`: handshake, request reader and event stream.
 
 use std::convert::Infallible;
+use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::Stream;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
@@ -15,15 +16,17 @@ use tonic::server::{Grpc, NamedService, StreamingService};
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::codec::EventCodec;
-use super::connections::{ConnectionEnd, ConnectionInfo};
-use super::{GrpcConfig, GrpcCounters};
+use super::connection::{ConnectionInfo, ConnectionState, SessionGuard};
+use super::{GrpcConfig, GrpcCounters, GrpcPorts};
 use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
 use crate::domain::cursor::CURSOR_BYTES_MAX;
 use crate::domain::encoding::Encoding;
+use crate::domain::limiter::LimitExceeded;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::service::events::proto::delivery::v1::DeliveryConnectRequest;
-use crate::service::streams::hub::{Delivery, HubHandle, PositionReport, StreamSession};
+use crate::service::runtime::places::Places;
+use crate::service::streams::hub::{Delivery, PositionReport, StreamSession, of_refusal};
 
 /// Longest request, bytes: three ids, a number and a cursor.
 pub const REQUEST_BYTES_MAX: usize = 4 * ID_BYTES_MAX + CURSOR_BYTES_MAX;
@@ -39,13 +42,16 @@ pub(super) struct ConnectService {
 /// Handles the calls. Holds what they share.
 struct ConnectHandler {
     config: GrpcConfig,
-    hub: HubHandle,
+    ports: GrpcPorts,
     counters: Arc<GrpcCounters>,
+    /// Places of calls that wait for their first request.
+    waiting: Arc<Places>,
 }
 
 impl ConnectService {
-    pub(super) fn new(config: GrpcConfig, hub: HubHandle, counters: Arc<GrpcCounters>) -> Self {
-        Self { handler: Arc::new(ConnectHandler { config, hub, counters }) }
+    pub(super) fn new(config: GrpcConfig, ports: GrpcPorts, counters: Arc<GrpcCounters>) -> Self {
+        let waiting = Places::new(config.calls_waiting_max);
+        Self { handler: Arc::new(ConnectHandler { config, ports, counters, waiting }) }
     }
 }
 
@@ -93,24 +99,15 @@ impl ConnectHandler {
     ) -> Result<EventStream, Status> {
         self.counters.grpc_calls.add(1);
         let deadline = self.config.handshake_timeout;
-        let connection = request.extensions().get::<ConnectionInfo>();
-        let connection = connection.expect("set for every connection").clone();
+        let ConnectionInfo(connection) =
+            request.extensions().get().cloned().expect("set for every call");
+        self.check_rate(&connection)?;
         let token = bearer(request.metadata());
         if token.as_ref().is_some_and(|token| token.expose().len() > TOKEN_BYTES_MAX) {
             return Err(self.malformed("the token is longer than 8 KiB"));
         }
         let mut requests = request.into_inner();
-        let first = match timeout(deadline, requests.message()).await {
-            Ok(Ok(Some(first))) => first,
-            Ok(Ok(None)) => {
-                return Err(self.malformed("the first request must name user and device"));
-            }
-            Ok(Err(status)) => return Err(status),
-            Err(_) => {
-                self.counters.grpc_calls_late.add(1);
-                return Err(Status::deadline_exceeded("no first request came in time"));
-            }
-        };
+        let first = self.first_request(&mut requests, token.as_ref()).await?;
         self.counters.grpc_requests.add(1);
         self.check(&first)?;
         if first.device_id.is_empty() {
@@ -123,7 +120,7 @@ impl ConnectHandler {
             address: connection.address,
             encoding: Encoding::Stream,
         });
-        let session = match timeout(deadline, self.hub.open(hello)).await {
+        let session = match timeout(deadline, self.ports.hub.open(hello)).await {
             Ok(session) => Arc::new(session?),
             Err(_) => {
                 self.counters.grpc_calls_late.add(1);
@@ -134,13 +131,63 @@ impl ConnectHandler {
             session: Arc::clone(&session),
             dropped: Arc::new(Notify::new()),
             ended: false,
+            _guard: connection.session_begun(),
         };
         let stream_dropped = Arc::clone(&events.dropped);
-        let connection_end = connection.end;
-        let reader =
-            RequestReader { handler: self, session, requests, stream_dropped, connection_end };
+        let reader = RequestReader { handler: self, session, requests, stream_dropped, connection };
         tokio::spawn(reader.run(first));
         Ok(events)
+    }
+
+    /// Checks the handshake rates. The connection itself has counted for its first call.
+    fn check_rate(&self, connection: &ConnectionState) -> Result<(), Status> {
+        if connection.is_first_call() {
+            return Ok(());
+        }
+        self.ports.limits.count_handshake(connection.address).map_err(|exceeded| {
+            self.counters.grpc_calls_refused_rate.add(1);
+            match exceeded {
+                LimitExceeded::TotalRate => Status::unavailable("too many clients connect at once"),
+                LimitExceeded::AddressRate | LimitExceeded::AddressConnections => {
+                    Status::resource_exhausted("too many handshakes from your address")
+                }
+            }
+        })
+    }
+
+    /// The first request, if it comes in time. Unless it is here already, the token is judged before: otherwise a
+    /// client without a valid one could keep its call open until the deadline.
+    async fn first_request(
+        &self,
+        requests: &mut Streaming<DeliveryConnectRequest>,
+        token: Option<&Secret>,
+    ) -> Result<DeliveryConnectRequest, Status> {
+        let judged = async {
+            match (self.ports.judge)(token) {
+                Ok(()) => pending().await,
+                Err(refusal) => refusal,
+            }
+        };
+        let leave = Arc::new(Notify::new());
+        let _place = self.waiting.take().await;
+        let _replaceable = self.waiting.replaceable(Arc::clone(&leave));
+        let first = tokio::select! {
+            biased;
+            first = requests.message() => first?,
+            refusal = judged => {
+                self.counters.grpc_calls_refused_token.add(1);
+                return Err(of_refusal(&refusal));
+            }
+            () = leave.notified() => {
+                self.counters.grpc_calls_replaced.add(1);
+                return Err(Status::resource_exhausted("too many calls wait for their first request"));
+            }
+            () = sleep(self.config.handshake_timeout) => {
+                self.counters.grpc_calls_late.add(1);
+                return Err(Status::deadline_exceeded("no first request came in time"));
+            }
+        };
+        first.ok_or_else(|| self.malformed("the first request must name user and device"))
     }
 
     /// Checks that a request is valid.
@@ -176,6 +223,7 @@ pub(super) struct EventStream {
     session: Arc<StreamSession>,
     dropped: Arc<Notify>,
     ended: bool,
+    _guard: SessionGuard,
 }
 
 impl Stream for EventStream {
@@ -206,7 +254,7 @@ struct RequestReader {
     session: Arc<StreamSession>,
     requests: Streaming<DeliveryConnectRequest>,
     stream_dropped: Arc<Notify>,
-    connection_end: Arc<ConnectionEnd>,
+    connection: Arc<ConnectionState>,
 }
 
 impl RequestReader {
@@ -232,15 +280,16 @@ impl RequestReader {
                     next = self.requests.message() => match next {
                         Ok(Some(request)) => break request,
                         Ok(None) => return self.half_closed().await,
-                        Err(status) => return self.request_failed(status).await,
+                        Err(status) => return self.request_failed(status),
                     },
-                    () = self.stream_dropped.notified() => return self.stream_ended().await,
+                    () = self.stream_dropped.notified() => return self.stream_ended(),
                     () = sleep_until(pause), if opening => {
                         opening = false;
                         self.session.outbox.opening_done(Instant::now());
                     }
                 }
             };
+            self.handler.counters.grpc_requests.add(1);
             let same = |named: &str, bound: &str| named.is_empty() || named == bound;
             if !same(&request.user_id, &user) || !same(&request.device_id, &device) {
                 let status = self.handler.malformed("a session keeps its user and device");
@@ -251,7 +300,6 @@ impl RequestReader {
 
     /// Returns whether the session continues.
     async fn handle(&self, request: DeliveryConnectRequest, rate: &mut TokenBucket) -> bool {
-        self.handler.counters.grpc_requests.add(1);
         if !rate.take(Instant::now()) {
             self.handler.counters.grpc_requests_too_many.add(1);
             self.close_at_fault(Status::resource_exhausted("too many requests"));
@@ -279,15 +327,15 @@ impl RequestReader {
     async fn half_closed(self) {
         self.session.outbox.opening_done(Instant::now());
         self.stream_dropped.notified().await;
-        self.stream_ended().await;
+        self.stream_ended();
     }
 
     /// Records why the stream ended. If the hub closed it, the hub's reason counts.
-    async fn stream_ended(self) {
-        self.session.ended(self.connection_end.of_stream().await);
+    fn stream_ended(&self) {
+        self.session.ended(self.connection.socket.reason_of_stream());
     }
 
-    async fn request_failed(self, status: Status) {
+    fn request_failed(&self, status: Status) {
         match status.code() {
             Code::Cancelled => self.session.ended(EndReason::ClosedByPeer),
             // These codes come from this server's decoder.
@@ -295,7 +343,7 @@ impl RequestReader {
                 self.handler.counters.grpc_calls_malformed.add(1);
                 self.close_at_fault(status);
             }
-            _ => self.stream_ended().await,
+            _ => self.stream_ended(),
         }
     }
 

@@ -1,100 +1,45 @@
-//! TCP connections of the gRPC port: limited in number, with the reason why each one ended.
+//! Accepts the TCP connections of the gRPC port, within the limits.
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr};
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll, ready};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::server::Connected;
 
-use super::GrpcCounters;
-use crate::domain::close::EndReason;
+use super::connection::{Shared, serve};
+use super::limits::AddressLimits;
+use crate::domain::limiter::LimitExceeded;
 use crate::service::backends::outage::Outage;
 
-/// How long a stream that ended waits for the end of its connection.
-const CONNECTION_END_WAIT: Duration = Duration::from_millis(20);
 /// Pause after a failed accept, which usually means that no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A TCP connection with its permit.
-#[derive(Debug)]
-pub(super) struct GrpcConnection {
-    stream: TcpStream,
-    end: Arc<ConnectionEnd>,
-    _permit: OwnedSemaphorePermit,
-}
-
-/// Connection data for its calls.
-#[derive(Clone, Debug)]
-pub(super) struct ConnectionInfo {
-    /// The client's address.
-    pub(super) address: IpAddr,
-    /// How the connection ends.
-    pub(super) end: Arc<ConnectionEnd>,
-}
-
-/// How a connection ended. HTTP/2 does not pass the reason to the streams.
-#[derive(Debug, Default)]
-pub(super) struct ConnectionEnd {
-    socket: OnceLock<EndReason>,
-    closed: AtomicBool,
-    on_close: Notify,
-}
-
-impl ConnectionEnd {
-    fn socket_ended(&self, why: EndReason) {
-        // The first reason counts.
-        let _ = self.socket.set(why);
-    }
-
-    /// Why a stream ended if no other reason is known: its socket ended; the server closed the
-    /// connection because a ping was not answered; or the client reset the stream.
-    pub(super) async fn of_stream(&self) -> EndReason {
-        if self.socket.get().is_none() && !self.closed.load(Ordering::Acquire) {
-            // HTTP/2 ends the streams shortly before it closes the connection.
-            let _ = timeout(CONNECTION_END_WAIT, self.on_close.notified()).await;
-        }
-        match (self.socket.get(), self.closed.load(Ordering::Acquire)) {
-            (Some(why), _) => *why,
-            (None, true) => EndReason::PeerSilent,
-            (None, false) => EndReason::ClosedByPeer,
-        }
-    }
-}
-
-impl Drop for GrpcConnection {
-    fn drop(&mut self) {
-        self.end.closed.store(true, Ordering::Release);
-        self.end.on_close.notify_waiters();
-    }
-}
-
-/// Accepts connections until the receiver is dropped. Closes connections over the limit at once, so
-/// that their clients try another node instead of waiting.
+/// Accepts and serves connections until `shutdown` resolves. Then waits until all have ended, at most for the
+/// shutdown timeout; ends what is left.
 pub(super) async fn accept(
+    shared: Arc<Shared>,
     listener: TcpListener,
-    connections_max: usize,
-    accepted: mpsc::Sender<io::Result<GrpcConnection>>,
-    counters: Arc<GrpcCounters>,
+    limits: AddressLimits,
+    shutdown: impl Future<Output = ()>,
 ) {
-    let permits = Arc::new(Semaphore::new(connections_max));
+    let (stop, stopped) = watch::channel(false);
+    let mut connections = JoinSet::new();
     let outage = Outage::default();
+    tokio::pin!(shutdown);
     loop {
-        let stream = tokio::select! {
-            stream = listener.accept() => stream,
-            () = accepted.closed() => return,
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            () = &mut shutdown => break,
         };
-        let stream = match stream {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
-                counters.grpc_accept_failures.add(1);
+                shared.counters.grpc_accept_failures.add(1);
                 if let Some(again) = outage.failed(Instant::now()) {
                     tracing::warn!(%error, "cannot accept a gRPC connection{again}");
                 }
@@ -102,74 +47,52 @@ pub(super) async fn accept(
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
-            counters.grpc_connections_refused.add(1);
-            continue;
-        };
-        // Fails only if the socket is already broken. The first read then reports it.
-        let _ = stream.set_nodelay(true);
-        counters.grpc_connections.add(1);
-        let connection = GrpcConnection { stream, end: Arc::default(), _permit: permit };
-        if accepted.send(Ok(connection)).await.is_err() {
-            return;
+        if let Some(serving) = admit(&shared, &limits, stream, peer, &stopped).await {
+            connections.spawn(serving);
         }
     }
+    drop(listener);
+    stop.send_replace(true);
+    // An error means that the time has passed.
+    let _ = timeout(shared.config.shutdown_timeout, async {
+        while connections.join_next().await.is_some() {}
+    })
+    .await;
 }
 
-impl Connected for GrpcConnection {
-    type ConnectInfo = ConnectionInfo;
-
-    fn connect_info(&self) -> ConnectionInfo {
-        // Fails only if the socket is already broken.
-        let address = self.stream.peer_addr().map(|address| address.ip());
-        let address = address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        ConnectionInfo { address, end: Arc::clone(&self.end) }
-    }
-}
-
-impl AsyncRead for GrpcConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let read = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
-        match &read {
-            Ok(()) if buffer.filled().len() > before => {}
-            Ok(()) => self.end.socket_ended(EndReason::PeerGone),
-            Err(_) => self.end.socket_ended(EndReason::PeerReset),
+/// Checks the limits. `None`: the connection exceeds one and is closed at once, so that its client tries another node
+/// instead of waiting.
+async fn admit(
+    shared: &Arc<Shared>,
+    limits: &AddressLimits,
+    stream: TcpStream,
+    peer: SocketAddr,
+    stopped: &watch::Receiver<bool>,
+) -> Option<impl Future<Output = ()> + Send + use<>> {
+    let counters = &shared.counters;
+    let address = match limits.admit(peer.ip()) {
+        Ok(address) => address,
+        Err(exceeded) => {
+            match exceeded {
+                LimitExceeded::TotalRate => counters.grpc_connections_refused_total_rate.add(1),
+                LimitExceeded::AddressRate => counters.grpc_connections_refused_address_rate.add(1),
+                LimitExceeded::AddressConnections => {
+                    counters.grpc_connections_refused_address_count.add(1);
+                }
+            }
+            return None;
         }
-        Poll::Ready(read)
-    }
-}
-
-impl AsyncWrite for GrpcConnection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        parts: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, parts)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
+    };
+    let Some(place) = shared.places.take().await else {
+        counters.grpc_connections_refused.add(1);
+        return None;
+    };
+    // Fails only if the socket is already broken. The first read then reports it.
+    let _ = stream.set_nodelay(true);
+    counters.grpc_connections.add(1);
+    let serving = serve(Arc::clone(shared), stream, address, stopped.clone());
+    Some(async move {
+        serving.await;
+        drop(place);
+    })
 }

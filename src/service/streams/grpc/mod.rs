@@ -3,40 +3,51 @@
 
 mod codec;
 mod connect;
+mod connection;
 mod connections;
+mod limits;
+mod requests;
+mod responses;
+mod socket;
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::watch;
 use tonic::server::NamedService;
-use tonic::transport::Server;
+use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::counters;
+use crate::domain::command::{Refusal, Secret};
 use crate::service::events::proto::DESCRIPTORS;
+use crate::service::runtime::places::Places;
 use crate::service::streams::hub::HubHandle;
 
 pub use connect::REQUEST_BYTES_MAX;
+pub use limits::AddressLimits;
 
 use connect::ConnectService;
+use connection::Shared;
 
-/// Accepted connections that wait for the HTTP/2 server.
-const ACCEPTED_MAX: usize = 64;
+/// Judges the token of a call by its headers, without waiting. `Err`: the token is missing, or cannot become valid.
+pub type TokenJudge = Arc<dyn Fn(Option<&Secret>) -> Result<(), Refusal> + Send + Sync>;
 
 /// Settings of the gRPC port.
 #[derive(Clone, Debug)]
 pub struct GrpcConfig {
-    /// Concurrent TCP connections.
+    /// Concurrent TCP connections. At this limit the oldest one without a session makes room for a new one.
     pub connections_max: usize,
-    /// Concurrent streams per connection. More calls wait in the client.
-    pub streams_per_connection_max: u32,
-    /// Time from the call to its first request, and again until the session is admitted.
+    /// Concurrent calls whose first request has not come. At this limit the oldest one is ended.
+    pub calls_waiting_max: usize,
+    /// Time from accepting a connection to its HTTP/2 preface, from a call to its first request, and again until the
+    /// session is admitted.
     pub handshake_timeout: Duration,
+    /// Time without a call after which a connection is closed.
+    pub idle_timeout: Duration,
     /// The opening of a session is over when its client sends no request for this long. Until then
     /// live events are held, so that a conversation named during the opening has no duplicates.
     pub opening_pause: Duration,
@@ -55,14 +66,15 @@ pub struct GrpcConfig {
 }
 
 impl Default for GrpcConfig {
-    /// 10,000 connections of 1,000 streams; 10 s handshake; opening pause 200 ms, at most 2 s; 8,192
-    /// requests at once and 100/s; pings as for WebSocket (contract §3: every 54 s, 6 s to answer); 5 s
-    /// shutdown.
+    /// 10,000 connections; 10,000 calls without a request; 10 s handshake; 60 s without a call; opening pause
+    /// 200 ms, at most 2 s; 8,192 requests at once and 100/s; pings as for WebSocket (contract §3: every 54 s, 6 s
+    /// to answer); 5 s shutdown.
     fn default() -> Self {
         Self {
             connections_max: 10_000,
-            streams_per_connection_max: 1_000,
+            calls_waiting_max: 10_000,
             handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(60),
             opening_pause: Duration::from_millis(200),
             opening_max: Duration::from_secs(2),
             requests_burst: 8_192,
@@ -79,13 +91,35 @@ counters! {
     pub struct GrpcCounters of SharedCounter {
         Counter grpc_connections: "TCP connections accepted on the gRPC port",
         Counter grpc_connections_refused: "TCP connections closed at once because of the connection limit",
+        Counter grpc_connections_refused_total_rate: "TCP connections closed at once: too many handshakes per second in total",
+        Counter grpc_connections_refused_address_rate: "TCP connections closed at once: too many handshakes per second from the address",
+        Counter grpc_connections_refused_address_count: "TCP connections closed at once: too many connections from the address",
+        Counter grpc_connections_replaced: "Connections without a session that made room for a new one at the connection limit",
+        Counter grpc_connections_malformed: "Connections whose first bytes were not HTTP/2",
+        Counter grpc_connections_late: "Connections whose HTTP/2 preface did not come within the handshake timeout",
+        Counter grpc_connections_idle: "Connections closed because they had no call for the idle timeout",
+        Counter grpc_connections_silent: "Connections closed because the client did not answer a ping",
         Counter grpc_accept_failures: "Failed attempts to accept a connection on the gRPC port",
         Counter grpc_calls: "Calls of Connect",
         Counter grpc_calls_late: "Calls of Connect that exceeded the handshake timeout",
+        Counter grpc_calls_replaced: "Calls of Connect ended because too many others waited for their first request",
+        Counter grpc_calls_refused_rate: "Calls of Connect refused: too many handshakes per second",
+        Counter grpc_calls_refused_token: "Calls of Connect refused by their headers: the token is missing or invalid",
         Counter grpc_calls_malformed: "Calls of Connect with an invalid request or token",
         Counter grpc_requests: "Requests received on streams",
         Counter grpc_requests_too_many: "Streams closed because the client exceeded the request rate",
     }
+}
+
+/// What the port uses of the node.
+#[derive(Clone)]
+pub struct GrpcPorts {
+    /// The hub of the streams.
+    pub hub: HubHandle,
+    /// The limits per address, shared with the shards.
+    pub limits: AddressLimits,
+    /// Judges tokens before the first request.
+    pub judge: TokenJudge,
 }
 
 /// Failure of the gRPC server.
@@ -94,12 +128,9 @@ pub enum GrpcError {
     /// The compiled-in descriptors are not valid for the reflection service.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// The HTTP/2 server failed.
-    #[error("gRPC server: {0}")]
-    Transport(#[from] tonic::transport::Error),
 }
 
-/// Serves the port until `shutdown` resolves and all connections have closed, or the shutdown timeout
+/// Serves the port until `shutdown` resolves and all connections have ended, or the shutdown timeout
 /// expires. While `drained` is true, the health service tells load balancers to go elsewhere.
 ///
 /// # Errors
@@ -107,57 +138,39 @@ pub enum GrpcError {
 pub async fn serve(
     config: GrpcConfig,
     listener: TcpListener,
-    hub: HubHandle,
+    ports: GrpcPorts,
     counters: Arc<GrpcCounters>,
     drained: watch::Receiver<bool>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), GrpcError> {
     let (health, health_service) = tonic_health::server::health_reporter();
-    let reporting = tokio::spawn(report_health(health, hub.accepting(), drained));
-    let (accepted, incoming) = mpsc::channel(ACCEPTED_MAX);
-    let accepting =
-        connections::accept(listener, config.connections_max, accepted, Arc::clone(&counters));
-    let accepting = tokio::spawn(accepting);
-
-    let (stop, stopped) = watch::channel(false);
-    let mut stopping = stopped.clone();
-    let shutdown_timeout = config.shutdown_timeout;
-    let mut server = Server::builder()
-        .http2_keepalive_interval(Some(config.keepalive_interval))
-        .http2_keepalive_timeout(Some(config.keepalive_timeout))
-        .max_concurrent_streams(config.streams_per_connection_max)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .http2_max_header_list_size(HEADER_BYTES_MAX);
-    let served = server
-        .add_service(health_service)
+    let reporting = tokio::spawn(report_health(health, ports.hub.accepting(), drained));
+    let limits = ports.limits.clone();
+    let connect = ConnectService::new(config.clone(), ports, Arc::clone(&counters));
+    let routes = Routes::new(health_service)
         .add_service(reflection()?.build_v1()?)
         .add_service(reflection()?.build_v1alpha()?)
-        .add_service(ConnectService::new(config, hub, counters))
-        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), async move {
-            let _ = stopping.wait_for(|stop| *stop).await;
-        });
-    let outcome = tokio::select! {
-        served = served => served,
-        () = async {
-            shutdown.await;
-            stop.send_replace(true);
-            tokio::time::sleep(shutdown_timeout).await;
-        } => Ok(()),
-    };
-    accepting.abort();
+        .add_service(connect)
+        .prepare();
+    let places = Places::new(config.connections_max);
+    let shared = Arc::new(Shared { config, routes, counters, places });
+    connections::accept(shared, listener, limits, shutdown).await;
     reporting.abort();
-    Ok(outcome?)
+    Ok(())
 }
 
+/// Concurrent streams per connection. More calls wait in the client.
+const STREAMS_PER_CONNECTION_MAX: u32 = 1_000;
 /// HTTP/2 receive window of a stream, bytes. A request has at most [`REQUEST_BYTES_MAX`].
-const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
-/// HTTP/2 receive window of a connection, bytes.
-const CONNECTION_WINDOW_BYTES: u32 = 256 * 1024;
-/// Send buffer of hyper per stream, bytes (hyper's default).
-const STREAM_SEND_BYTES: u64 = 400 * 1024;
-/// Memory of one stream in the HTTP/2 server, bytes.
-pub const STREAM_BYTES_MAX: u64 = STREAM_SEND_BYTES + STREAM_WINDOW_BYTES as u64;
+const STREAM_WINDOW_BYTES: u32 = 32 * 1024;
+const _: () = assert!(REQUEST_BYTES_MAX < STREAM_WINDOW_BYTES as usize);
+/// HTTP/2 receive window of a connection, bytes: the windows of all its streams, so that none waits for another.
+const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * STREAM_WINDOW_BYTES;
+/// Bytes of one stream that HTTP/2 has not sent yet. The last event may exceed it.
+const STREAM_SEND_BYTES: usize = 400 * 1024;
+/// Memory of one stream in the HTTP/2 server, bytes: what it sends, and the window once in the inbox and once in the
+/// decoder.
+pub const STREAM_BYTES_MAX: u64 = STREAM_SEND_BYTES as u64 + 2 * STREAM_WINDOW_BYTES as u64;
 /// Memory of one connection without its streams, bytes: headers, frames being read and written.
 pub const CONNECTION_BYTES_MAX: u64 = 4 * HEADER_BYTES_MAX as u64;
 

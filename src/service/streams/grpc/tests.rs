@@ -1,9 +1,14 @@
+//! The port with real sockets and a hub whose peers are the test.
+
+mod limits;
+
 use std::net::SocketAddr;
 
 use tokio::net::TcpStream;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 use tonic_health::pb::HealthCheckRequest;
@@ -17,6 +22,7 @@ use super::*;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Hello, Refusal, ShardCommand, ShardReport};
 use crate::domain::ids::ConnectionKey;
+use crate::domain::limiter::{ConnectionLimiter, ConnectionLimits};
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
 use crate::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
@@ -30,6 +36,7 @@ struct Port {
     address: SocketAddr,
     channel: Channel,
     counters: Arc<GrpcCounters>,
+    limiter: Arc<ConnectionLimiter>,
     drain: watch::Sender<bool>,
     shutdown: oneshot::Sender<()>,
     served: JoinHandle<Result<(), GrpcError>>,
@@ -37,6 +44,26 @@ struct Port {
 
 impl Port {
     async fn open(config: GrpcConfig, hub_config: HubConfig) -> Self {
+        Self::start(config, hub_config, ConnectionLimits::default(), true).await
+    }
+
+    /// A port whose clock stands still.
+    async fn with_limits(limits: ConnectionLimits) -> Self {
+        Self::start(GrpcConfig::default(), HubConfig::default(), limits, true).await
+    }
+
+    /// A port that accepts no token, and no call without one.
+    async fn without_valid_tokens() -> Self {
+        let limits = ConnectionLimits::default();
+        Self::start(GrpcConfig::default(), HubConfig::default(), limits, false).await
+    }
+
+    async fn start(
+        config: GrpcConfig,
+        hub_config: HubConfig,
+        limits: ConnectionLimits,
+        valid: bool,
+    ) -> Self {
         let (handle, hub, [manager, router]) = hub_with_peers(hub_config, 4096);
         tokio::spawn(hub.run());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -44,12 +71,20 @@ impl Port {
         let counters = Arc::new(GrpcCounters::default());
         let (shutdown, until) = oneshot::channel::<()>();
         let (drain, drained) = watch::channel(false);
-        let served = serve(config, listener, handle, Arc::clone(&counters), drained, async {
+        let limiter = Arc::new(ConnectionLimiter::new(limits));
+        let refusal =
+            || Refusal { status: 401, body: "no valid token".into(), retry_after_s: None };
+        let ports = GrpcPorts {
+            hub: handle,
+            limits: AddressLimits::new(Arc::clone(&limiter), || 0),
+            judge: Arc::new(move |_| if valid { Ok(()) } else { Err(refusal()) }),
+        };
+        let served = serve(config, listener, ports, Arc::clone(&counters), drained, async {
             let _ = until.await;
         });
         let served = tokio::spawn(served);
         let channel = channel(address).await;
-        Self { manager, router, address, channel, counters, drain, shutdown, served }
+        Self { manager, router, address, channel, counters, limiter, drain, shutdown, served }
     }
 
     async fn default() -> Self {
@@ -270,18 +305,6 @@ async fn invalid_requests_are_the_clients_fault() {
 }
 
 #[tokio::test]
-async fn too_many_requests_close_the_stream() {
-    let config = GrpcConfig { requests_burst: 3, requests_per_s: 0, ..GrpcConfig::default() };
-    let mut port = Port::open(config, HubConfig::default()).await;
-    let (mut session, connection) = port.session().await;
-    for _ in 0..3 {
-        session.report_position("", 0).await;
-    }
-    assert_eq!(session.next().await.unwrap_err().code(), Code::ResourceExhausted);
-    assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
-}
-
-#[tokio::test]
 async fn refusals_have_their_status() {
     let mut port = Port::default().await;
     for (http, code) in [
@@ -297,16 +320,6 @@ async fn refusals_have_their_status() {
         assert_eq!((status.code(), status.message()), (code, "why"));
         assert_eq!(port.ended(connection).await, EndReason::Refused);
     }
-}
-
-#[tokio::test]
-async fn call_without_a_request_in_time_fails() {
-    let config = GrpcConfig { handshake_timeout: Duration::ZERO, ..GrpcConfig::default() };
-    let port = Port::open(config, HubConfig::default()).await;
-    let call = port.call(None);
-    let Call { requests: _requests, answer } = call;
-    assert_eq!(answer.await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
-    assert_eq!(port.counters.grpc_calls_late.get(), 1);
 }
 
 #[tokio::test]
@@ -476,18 +489,6 @@ async fn reflection_lists_only_the_served_services() {
             "realchat.delivery.v1.DeliveryApi"
         ]
     );
-}
-
-#[tokio::test]
-async fn connections_are_limited() {
-    let config = GrpcConfig { connections_max: 1, ..GrpcConfig::default() };
-    let port = Port::open(config, HubConfig::default()).await;
-    let mut second = TcpStream::connect(port.address).await.unwrap();
-    let mut byte = [0];
-    let read = tokio::io::AsyncReadExt::read(&mut second, &mut byte).await;
-    assert!(matches!(read, Ok(0) | Err(_)), "must be closed");
-    assert_eq!(port.counters.grpc_connections_refused.get(), 1);
-    assert_eq!(port.counters.grpc_connections.get(), 1);
 }
 
 #[tokio::test]

@@ -36,6 +36,7 @@ use crate::service::events::timestamp::unix_ms;
 pub(crate) use delivery::Delivery;
 pub use outbox::OutboxLimits;
 pub(crate) use outbox::{Outbox, PositionReport};
+pub(crate) use status::of_refusal;
 pub use task::Hub;
 
 use delivery::{Notice, Notices};

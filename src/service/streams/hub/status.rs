@@ -30,7 +30,7 @@ pub(super) fn of_close(close: &Close) -> Status {
 }
 
 /// The status that corresponds to an HTTP refusal of an upgrade.
-pub(super) fn of_refusal(refusal: &Refusal) -> Status {
+pub(crate) fn of_refusal(refusal: &Refusal) -> Status {
     let code = match refusal.status {
         400 => Code::InvalidArgument,
         401 => Code::Unauthenticated,

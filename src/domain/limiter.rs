@@ -1,5 +1,5 @@
-//! Limits on connections and handshakes per second, in total and per address. Shared by all shards,
-//! consulted once per accept.
+//! Limits on connections and handshakes per second, in total and per address. Shared by all shards and the
+//! gRPC port, consulted once per accept.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -32,7 +32,7 @@ impl Default for ConnectionLimits {
     }
 }
 
-/// The limit that an accept exceeds.
+/// The limit that a handshake exceeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LimitExceeded {
     /// Too many handshakes this second.
@@ -131,14 +131,20 @@ impl ConnectionLimiter {
         if entry.open >= self.config.connections_per_address_max {
             return Err(LimitExceeded::AddressConnections);
         }
-        if !entry.rate.take(now_ms, self.config.handshakes_per_address_per_s_max) {
-            return Err(LimitExceeded::AddressRate);
-        }
-        if !state.total.take(now_ms, self.config.handshakes_per_s_max) {
-            return Err(LimitExceeded::TotalRate);
-        }
+        state.take(id, now_ms, &self.config)?;
         state.entries[id as usize].open += 1;
         Ok(AddressPermit::new(id))
+    }
+
+    /// Counts a handshake on a connection that was admitted before, such as a further call of gRPC.
+    ///
+    /// # Errors
+    /// The rate that is exceeded.
+    pub fn count_handshake(&self, address: IpAddr, now_ms: u64) -> Result<(), LimitExceeded> {
+        let mut state = self.lock();
+        state.remove_expired(now_ms);
+        let id = state.entry(normalise(address), now_ms);
+        state.take(id, now_ms, &self.config)
     }
 
     /// Returns the permit of a connection that has ended.
@@ -171,6 +177,23 @@ impl ConnectionLimiter {
 }
 
 impl LimiterState {
+    /// Counts a handshake in both rates.
+    fn take(
+        &mut self,
+        id: u32,
+        now_ms: u64,
+        limits: &ConnectionLimits,
+    ) -> Result<(), LimitExceeded> {
+        let rate = &mut self.entries[id as usize].rate;
+        if !rate.take(now_ms, limits.handshakes_per_address_per_s_max) {
+            return Err(LimitExceeded::AddressRate);
+        }
+        if !self.total.take(now_ms, limits.handshakes_per_s_max) {
+            return Err(LimitExceeded::TotalRate);
+        }
+        Ok(())
+    }
+
     fn entry(&mut self, address: u128, now_ms: u64) -> u32 {
         if let Some(id) = self.index.get(&address) {
             return *id;
@@ -270,6 +293,19 @@ mod tests {
         let _next_second = limiter.admit(V4, 1_000).unwrap();
         assert_eq!(limiter.connections(), 3);
         limiter.release(second, 1_000);
+    }
+
+    #[test]
+    fn handshakes_within_a_connection_count_in_the_same_rates() {
+        let limiter = limiter(1, 2, 3);
+        let permit = limiter.admit(V4, 0).unwrap();
+        assert_eq!(limiter.count_handshake(V4, 0), Ok(()));
+        assert_eq!(limiter.count_handshake(V4, 0), Err(LimitExceeded::AddressRate));
+        let other = "192.0.2.2".parse().unwrap();
+        assert_eq!(limiter.count_handshake(other, 0), Ok(()));
+        assert_eq!(limiter.count_handshake(other, 0), Err(LimitExceeded::TotalRate));
+        assert_eq!(limiter.connections(), 1);
+        limiter.release(permit, 0);
     }
 
     #[test]

@@ -1,0 +1,176 @@
+//! Clients that exceed a limit or a deadline.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::*;
+
+/// Waits until the server closes the socket. Returns what it has sent.
+async fn rest(mut socket: TcpStream) -> Vec<u8> {
+    let mut rest = Vec::new();
+    // A reset is an end, too.
+    let _ = socket.read_to_end(&mut rest).await;
+    rest
+}
+
+/// The preface with empty settings (RFC 9113 §3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+#[tokio::test]
+async fn connection_with_a_session_is_not_replaced() {
+    let config = GrpcConfig { connections_max: 1, ..GrpcConfig::default() };
+    let mut port = Port::open(config, HubConfig::default()).await;
+    let (session, connection) = port.session().await;
+    let second = TcpStream::connect(port.address).await.unwrap();
+    assert!(rest(second).await.is_empty());
+    assert_eq!(port.counters.grpc_connections_refused.get(), 1);
+    assert_eq!(port.counters.grpc_connections.get(), 1);
+    // Its session was the only one.
+    drop(session);
+    assert_eq!(port.ended(connection).await, EndReason::ClosedByPeer);
+    port.channel = channel(port.address).await;
+    port.session().await;
+    assert_eq!(port.counters.grpc_connections_replaced.get(), 1);
+}
+
+#[tokio::test]
+async fn oldest_connection_without_a_session_makes_room() {
+    let config = GrpcConfig { connections_max: 3, ..GrpcConfig::default() };
+    let mut port = Port::open(config, HubConfig::default()).await;
+    // The session of the first connection keeps it.
+    let _session = port.session().await;
+    let silent = TcpStream::connect(port.address).await.unwrap();
+    let mut half = TcpStream::connect(port.address).await.unwrap();
+    half.write_all(&PREFACE[..12]).await.unwrap();
+    port.channel = channel(port.address).await;
+    let _second = port.session().await;
+    rest(silent).await;
+    port.channel = channel(port.address).await;
+    let _third = port.session().await;
+    rest(half).await;
+    assert_eq!(port.counters.grpc_connections_replaced.get(), 2);
+    assert_eq!(port.counters.grpc_connections_refused.get(), 0);
+}
+
+#[tokio::test]
+async fn connections_of_one_address_are_limited_together_with_the_other_ports() {
+    let limits = ConnectionLimits { connections_per_address_max: 2, ..ConnectionLimits::default() };
+    let port = Port::with_limits(limits).await;
+    // A connection to another port.
+    let elsewhere = port.limiter.admit(IpAddr::V4(Ipv4Addr::LOCALHOST), 0).unwrap();
+    let second = TcpStream::connect(port.address).await.unwrap();
+    assert!(rest(second).await.is_empty());
+    assert_eq!(port.counters.grpc_connections_refused_address_count.get(), 1);
+    port.limiter.release(elsewhere, 0);
+    channel(port.address).await;
+}
+
+#[tokio::test]
+async fn further_calls_of_a_connection_count_as_handshakes() {
+    let limits =
+        ConnectionLimits { handshakes_per_address_per_s_max: 2, ..ConnectionLimits::default() };
+    let mut port = Port::with_limits(limits).await;
+    // The first call is that of the connection.
+    let _first = port.session().await;
+    let _second = port.session().await;
+    assert_eq!(port.call(None).refused().await.code(), Code::ResourceExhausted);
+    assert_eq!(port.counters.grpc_calls_refused_rate.get(), 1);
+    let third = TcpStream::connect(port.address).await.unwrap();
+    assert!(rest(third).await.is_empty());
+    assert_eq!(port.counters.grpc_connections_refused_address_rate.get(), 1);
+}
+
+#[tokio::test]
+async fn connection_without_a_preface_in_time_is_closed() {
+    for sent in [0, 12, 23] {
+        let config =
+            GrpcConfig { handshake_timeout: Duration::from_millis(50), ..GrpcConfig::default() };
+        let port = Port::open(config, HubConfig::default()).await;
+        let mut client = TcpStream::connect(port.address).await.unwrap();
+        client.write_all(&PREFACE[..sent]).await.unwrap();
+        rest(client).await;
+        assert_eq!(port.counters.grpc_connections_late.get(), 1);
+    }
+    let port = Port::default().await;
+    let mut client = TcpStream::connect(port.address).await.unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    rest(client).await;
+    assert_eq!(port.counters.grpc_connections_malformed.get(), 1);
+}
+
+#[tokio::test]
+async fn connection_without_a_call_for_the_idle_timeout_is_closed() {
+    // The second one has the preface without the settings.
+    for sent in [PREFACE.len(), 24] {
+        let config =
+            GrpcConfig { idle_timeout: Duration::from_millis(50), ..GrpcConfig::default() };
+        let port = Port::open(config, HubConfig::default()).await;
+        let mut client = TcpStream::connect(port.address).await.unwrap();
+        client.write_all(&PREFACE[..sent]).await.unwrap();
+        // Type 7, the flags, stream 0, and no error: the client may call on another connection (RFC 9113 §6.8).
+        let goodbye = [7, 0, 0, 0, 0, 0];
+        let mut received = Vec::new();
+        while !received.windows(goodbye.len()).any(|part| part == goodbye) {
+            assert_ne!(client.read_buf(&mut received).await.unwrap(), 0, "{received:?}");
+        }
+        assert!(port.counters.grpc_connections_idle.get() >= 1);
+    }
+}
+
+#[tokio::test]
+async fn connection_with_a_session_is_not_idle() {
+    let config = GrpcConfig { idle_timeout: Duration::from_millis(50), ..GrpcConfig::default() };
+    let mut port = Port::open(config.clone(), HubConfig::default()).await;
+    let (mut session, connection) = port.session().await;
+    tokio::time::pause();
+    tokio::time::advance(10 * config.idle_timeout).await;
+    tokio::time::resume();
+    port.router.deliver(connection, message("c", 1), DeliveryClass::Live, 1);
+    assert_eq!(session.next().await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn token_is_judged_before_the_first_request() {
+    let port = Port::without_valid_tokens().await;
+    let status = port.call(None);
+    let (_requests, answer) = (status.requests, status.answer);
+    let status = answer.await.unwrap().unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::Unauthenticated, "no valid token"));
+    assert_eq!(port.counters.grpc_calls_refused_token.get(), 1);
+}
+
+#[tokio::test]
+async fn oldest_call_without_a_request_makes_room() {
+    let config = GrpcConfig { calls_waiting_max: 1, ..GrpcConfig::default() };
+    let mut port = Port::open(config, HubConfig::default()).await;
+    let Call { requests: _requests, answer } = port.call(None);
+    while port.counters.grpc_calls.get() < 1 {
+        tokio::task::yield_now().await;
+    }
+    let _session = port.session().await;
+    assert_eq!(answer.await.unwrap().unwrap_err().code(), Code::ResourceExhausted);
+    assert_eq!(port.counters.grpc_calls_replaced.get(), 1);
+}
+
+#[tokio::test]
+async fn too_many_requests_close_the_stream() {
+    let config = GrpcConfig { requests_burst: 3, requests_per_s: 0, ..GrpcConfig::default() };
+    let mut port = Port::open(config, HubConfig::default()).await;
+    let (mut session, connection) = port.session().await;
+    for _ in 0..3 {
+        session.report_position("", 0).await;
+    }
+    assert_eq!(session.next().await.unwrap_err().code(), Code::ResourceExhausted);
+    assert_eq!(port.ended(connection).await, EndReason::PeerAtFault);
+}
+
+#[tokio::test]
+async fn call_without_a_request_in_time_fails() {
+    let config = GrpcConfig { handshake_timeout: Duration::ZERO, ..GrpcConfig::default() };
+    let port = Port::open(config, HubConfig::default()).await;
+    let call = port.call(None);
+    let Call { requests: _requests, answer } = call;
+    assert_eq!(answer.await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
+    assert_eq!(port.counters.grpc_calls_late.get(), 1);
+}

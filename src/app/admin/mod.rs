@@ -1,13 +1,13 @@
 //! The admin port: health, metrics, drain, and in `dev` a page that shows events.
 
+mod connections;
 mod exposition;
 mod requests;
 
-use std::io;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
@@ -15,8 +15,13 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+pub use connections::AdminCounters;
 pub use exposition::{MetricsPage, number};
 pub use requests::{RequestMetrics, answered};
+
+use connections::RequestDeadlines;
+
+use crate::protocol::upgrade::is_authority;
 
 /// The content type of the Prometheus text format.
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -40,6 +45,8 @@ pub struct Admin {
     pub try_page: Option<String>,
     /// Counts the requests to this port.
     pub requests: RequestMetrics,
+    /// Counts its connections.
+    pub connections: Arc<AdminCounters>,
 }
 
 impl Admin {
@@ -54,11 +61,9 @@ impl Admin {
 }
 
 /// Serves the admin port until the future is dropped.
-///
-/// # Errors
-/// The listener failed.
-pub async fn serve(listener: TcpListener, admin: Arc<Admin>) -> io::Result<()> {
-    axum::serve(listener, router(admin)).await
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
+    let counters = Arc::clone(&admin.connections);
+    connections::serve(listener, router(admin), RequestDeadlines::default(), counters).await;
 }
 
 fn router(admin: Arc<Admin>) -> axum::Router {
@@ -79,9 +84,23 @@ const NOT_FOUND: &str =
 async fn count(State(admin): State<Arc<Admin>>, request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let begun = Instant::now();
-    let response = next.run(request).await;
+    let response = if names_one_host(&request) {
+        next.run(request).await
+    } else {
+        (StatusCode::BAD_REQUEST, "Host must be given once and name this server\n").into_response()
+    };
     admin.requests.record(method.as_str(), &path, response.status().as_u16(), begun.elapsed());
     response
+}
+
+/// RFC 9112 §3.2: HTTP/1.1 requires a Host field, and no version allows two or an invalid one. The same as on the public port.
+fn names_one_host(request: &Request) -> bool {
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) => request.version() < Version::HTTP_11,
+        (Some(host), None) => host.to_str().is_ok_and(is_authority),
+        (Some(_), Some(_)) => false,
+    }
 }
 
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {
@@ -124,6 +143,7 @@ async fn try_page(State(admin): State<Arc<Admin>>) -> Response {
 mod tests {
     use std::net::SocketAddr;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpStream;
@@ -155,7 +175,9 @@ mod tests {
         let (drain, drained) = watch::channel(false);
         let requests = RequestMetrics::default();
         let service = "push".to_owned();
-        (Admin { service, checks, collectors, drain, try_page: None, requests }, drained)
+        let connections = Arc::default();
+        let try_page = None;
+        (Admin { service, checks, collectors, drain, try_page, requests, connections }, drained)
     }
 
     #[tokio::test]
@@ -183,6 +205,71 @@ mod tests {
         assert_eq!(send(address, "GET /health/ready").await, (503, "not ready: draining\n".into()));
         assert_eq!(send(address, "GET /metrics").await.0, 404);
         assert_eq!(send(address, "GET /try").await.0, 404);
+    }
+
+    /// Sends these bytes on a connection of its own, and returns everything up to its end.
+    async fn exchange(address: SocketAddr, bytes: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(bytes.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        // A reset is an end, too.
+        let _ = stream.read_to_string(&mut answer).await;
+        answer
+    }
+
+    #[tokio::test]
+    async fn request_names_one_host() {
+        let (admin, _drained) = admin(Vec::new(), None);
+        let address = start(admin).await;
+        for (fields, version, status) in [
+            ("Host: x\r\n", "1.1", 200),
+            ("", "1.1", 400),
+            ("Host: x\r\nHost: x\r\n", "1.1", 400),
+            ("Host: a b\r\n", "1.1", 400),
+            ("Host: user@x\r\n", "1.1", 400),
+            ("", "1.0", 200),
+            ("Host: x\r\nHost: x\r\n", "1.0", 400),
+        ] {
+            let request = format!("GET /health/live HTTP/{version}\r\n{fields}\r\n");
+            let answer = exchange(address, &request).await;
+            assert_eq!(answer.split(' ').nth(1), Some(&*status.to_string()), "{request}{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn request_head_and_answer_have_deadlines() {
+        let (admin, _drained) = admin(Vec::new(), None);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let counters = Arc::clone(&admin.connections);
+        let deadlines =
+            RequestDeadlines { head: Duration::from_millis(50), answer: Duration::ZERO };
+        let slow = axum::Router::new().fallback(std::future::pending::<()>);
+        tokio::spawn(connections::serve(listener, slow, deadlines, Arc::clone(&counters)));
+        assert_eq!(exchange(address, "GET /health/live HTTP/1.1\r\nHo").await, "");
+        assert_eq!(counters.connections_late.get(), 1);
+        assert_eq!(exchange(address, "GET / HTTP/1.1\r\nHost: x\r\n\r\n").await, "");
+        assert_eq!(counters.connections_stalled.get(), 1);
+    }
+
+    /// Issue 13: the liveness probe failed beside 1,197 half requests.
+    #[tokio::test]
+    async fn half_requests_make_room_for_a_probe() {
+        let (admin, _drained) = admin(Vec::new(), None);
+        let counters = Arc::clone(&admin.connections);
+        let address = start(admin).await;
+        let mut half = Vec::new();
+        for _ in 0..connections::CONNECTIONS_MAX + 10 {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"GET /health/live HTTP/1.1\r\n").await.unwrap();
+            half.push(stream);
+        }
+        assert_eq!(send(address, "GET /health/live").await, (200, "OK".into()));
+        assert_eq!(counters.connections_replaced.get(), 11);
+        assert_eq!(counters.connections_refused.get(), 0);
+        let mut end = Vec::new();
+        let _ = half[0].read_to_end(&mut end).await;
+        assert!(end.is_empty());
     }
 
     #[tokio::test]

@@ -167,12 +167,13 @@ async fn run_node(
     let ports = Ports::bind(&plan.settings, plan.ip, &sizing).await?;
     let addresses = ports.addresses;
     let (drain, drained) = watch::channel(false);
-    let (node, admin_listener, collectors) =
+    let (node, admin_listener, mut collectors) =
         start(plan.settings, &sizing, ports, log, drained.clone())?;
 
     let mut checks = vec![node.routing.check()];
     checks.extend(node.from_other_nodes.as_ref().map(OtherNodesListener::check));
     checks.extend(node.cluster.as_ref().map(RunningCluster::check));
+    let connections = metrics::register("admin_", &mut collectors);
     let admin = Arc::new(Admin {
         service: node.settings.service_name.to_string(),
         checks,
@@ -180,6 +181,7 @@ async fn run_node(
         drain,
         try_page: plan.try_page.map(|page| page(&addresses)),
         requests: RequestMetrics::default(),
+        connections,
     });
     let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&admin)));
     tracing::info!("WebSocket on {}, admin on {}", addresses.websocket, addresses.admin);

@@ -38,6 +38,7 @@ use crate::protocol::upgrade::target::RequestTarget;
 
 pub use crate::protocol::upgrade::head::HeadProgress;
 pub use crate::protocol::upgrade::refused::{Refused, response_refused};
+pub use crate::protocol::upgrade::target::is_authority;
 
 /// Settings of the handshake.
 #[derive(Clone, Debug)]

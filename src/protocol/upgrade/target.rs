@@ -43,7 +43,7 @@ fn is_scheme(scheme: &str) -> bool {
 }
 
 /// `host [ ":" port ]` with a non-empty host and without user information (RFC 9110 §4.2.4, §7.2).
-pub(super) fn is_authority(text: &str) -> bool {
+pub fn is_authority(text: &str) -> bool {
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
             let Some((address, after)) = rest.split_once(']') else { return false };

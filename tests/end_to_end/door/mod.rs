@@ -1,6 +1,7 @@
 //! The ports: which requests and clients are accepted, and which are refused. Only the tests that
 //! fill a queue need more than the binary (`delivery dev`).
 
+mod admin;
 mod limits;
 mod slow;
 mod streams;

@@ -95,7 +95,7 @@ counters! {
         Counter grpc_connections_refused_address_rate: "TCP connections closed at once: too many handshakes per second from the address",
         Counter grpc_connections_refused_address_count: "TCP connections closed at once: too many connections from the address",
         Counter grpc_connections_replaced: "Connections without a session that made room for a new one at the connection limit",
-        Counter grpc_connections_malformed: "Connections whose first bytes were not HTTP/2",
+        Counter grpc_connections_malformed: "Connections that ended, or sent something else, before their HTTP/2 preface",
         Counter grpc_connections_late: "Connections whose HTTP/2 preface did not come within the handshake timeout",
         Counter grpc_connections_idle: "Connections closed because they had no call for the idle timeout",
         Counter grpc_connections_silent: "Connections closed because the client did not answer a ping",

@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use crate::conductor::{Worker, number};
 use crate::generator::{PushPlan, conversation};
+use crate::hostile::Hostility;
 use crate::kafka::node::{READY_MAX, RunTopics, ServedNode};
 use crate::latency::{Latencies, Percentiles};
 use crate::program::beside;
@@ -64,6 +65,18 @@ pub enum Neighbour {
         /// Events per second of each of them.
         #[arg(long, default_value_t = 1)]
         rate: u64,
+    },
+    /// Clients of the first node that behave badly.
+    Hostile {
+        /// What they do.
+        #[arg(long)]
+        kind: Hostility,
+        /// How many.
+        #[arg(long, default_value_t = 1800)]
+        clients: usize,
+        /// Bytes that each of them may send in a second, if that is what they do.
+        #[arg(long, default_value_t = 65_536)]
+        bytes_per_s: usize,
     },
 }
 
@@ -141,6 +154,21 @@ struct Phase {
     /// Events of the neighbour.
     extra: u64,
     wrong: f64,
+    /// Memory of the first node, and its bound, bytes.
+    memory: (f64, f64),
+    /// What the hostile clients did.
+    hostile: Option<Value>,
+}
+
+/// The process of the hostile clients.
+struct Hostile(Worker);
+
+impl Hostile {
+    /// Ends it, and returns what it did.
+    fn end(mut self) -> io::Result<Value> {
+        self.0.tell("quit")?;
+        self.0.expect("opened")
+    }
 }
 
 struct World {
@@ -167,12 +195,16 @@ impl World {
             nodes: usize::from(plan.nodes),
             large: match plan.neighbour {
                 Neighbour::Large { members, .. } => members,
-                Neighbour::Unknown { .. } => 0,
+                Neighbour::Unknown { .. } | Neighbour::Hostile { .. } => 0,
             },
             connected: first_connected..first_connected + usize::from(plan.nodes) * connected,
         };
         let (services, address) = BesideServices::serve(known)?;
-        let environment = [("CONV_SVC_ADDR", address.clone()), ("MSG_SVC_ADDR", address)];
+        let environment = [
+            ("CONV_SVC_ADDR", address.clone()),
+            ("MSG_SVC_ADDR", address),
+            ("CONNECTIONS_MAX", "18000".to_owned()),
+        ];
         usage::pin(plan.server_core)?;
         let started = (1..=plan.nodes).map(|number| {
             let (program, brokers) = (&plan.program, &plan.brokers);
@@ -218,6 +250,10 @@ impl World {
     fn phase(&mut self, seconds: u64, beside: Beside, ramp: Duration) -> io::Result<Phase> {
         let stopped = Arc::new(AtomicBool::new(false));
         let extra = (beside != Beside::Nothing).then(|| self.extra.start(beside, &stopped));
+        let hostile = match beside {
+            Beside::Neighbour => self.plan.hostile(&self.nodes[0])?,
+            Beside::Nothing | Beside::Control => None,
+        };
         std::thread::sleep(SETTLE + ramp);
         ask(&mut self.small, "reset", "done")?;
         let (before, sent_before) = (self.used()?, self.extra.sent());
@@ -234,6 +270,8 @@ impl World {
         };
         let small = self.small_events.push(pushes, sessions);
         let extra_events = self.extra.sent() - sent_before;
+        let memory = self.nodes[0].memory()?;
+        let hostile = hostile.map(Hostile::end).transpose()?;
         stopped.store(true, Ordering::Relaxed);
         if let Some(extra) = extra {
             extra.join().map_err(|_| io::Error::other("the load panicked"))??;
@@ -256,7 +294,7 @@ impl World {
             latency.add(&serde_json::from_value(answer["latency"].take())?);
         }
         let (routers_ns, nodes_ns) = (after.0 - before.0, after.1 - before.1);
-        Ok(Phase { latency, routers_ns, nodes_ns, extra: extra_events, wrong })
+        Ok(Phase { latency, routers_ns, nodes_ns, extra: extra_events, wrong, memory, hostile })
     }
 }
 
@@ -282,8 +320,26 @@ impl BesidePlan {
         match self.neighbour {
             Neighbour::Large { connected, .. } => (connected / usize::from(self.nodes)).max(1),
             // For the control.
-            Neighbour::Unknown { .. } => 1,
+            Neighbour::Unknown { .. } | Neighbour::Hostile { .. } => 1,
         }
+    }
+
+    /// Starts the hostile clients. They give way to all others on their core.
+    fn hostile(&self, node: &ServedNode) -> io::Result<Option<Hostile>> {
+        let Neighbour::Hostile { kind, clients, bytes_per_s } = self.neighbour else {
+            return Ok(None);
+        };
+        let kind = clap::ValueEnum::to_possible_value(&kind).expect("no kind is hidden");
+        let worker = Worker::start(&[
+            "nice".to_owned(),
+            beside("bench-hostile").display().to_string(),
+            format!("--server={}", node.address),
+            format!("--grpc={}", node.grpc),
+            format!("--kind={}", kind.get_name()),
+            format!("--clients={clients}"),
+            format!("--bytes-per-s={bytes_per_s}"),
+        ])?;
+        Ok(Some(Hostile(worker)))
     }
 
     fn connect(&self, node: &ServedNode, first: usize, sessions: usize) -> io::Result<Worker> {
@@ -312,6 +368,7 @@ impl BesidePlan {
         world.phase(self.warm_up.max(1) / 2 + 1, Beside::Neighbour, Duration::ZERO)?;
         let ramp = Duration::from_secs(self.ramp.unwrap_or(match self.neighbour {
             Neighbour::Large { .. } => 0,
+            Neighbour::Hostile { .. } => 5,
             Neighbour::Unknown { .. } => 32,
         }));
         println!(
@@ -347,6 +404,14 @@ impl BesidePlan {
                     shown(percentiles),
                     phase.wrong
                 );
+                if let Some(hostile) = phase.hostile {
+                    let (used, bound) = phase.memory;
+                    println!(
+                        "           hostile clients: {hostile}; memory of their node: {:.0} MiB of {:.0}",
+                        used / 1_048_576.0,
+                        bound / 1_048_576.0
+                    );
+                }
             }
             ratios.iter_mut().zip(p99s).for_each(|(ratios, p99)| ratios.push(p99 / p99s[0]));
         }
@@ -354,7 +419,9 @@ impl BesidePlan {
             println!("all {:<8} {}", beside.label(), shown(latency.percentiles()));
         }
         let [_, control, beside] = ratios.map(median);
-        println!("p99, median of the rounds: beside / without {beside:.2}, control / without {control:.2}");
+        println!(
+            "p99, median of the rounds: beside / without {beside:.2}, control / without {control:.2}"
+        );
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ pub mod control;
 pub mod flame;
 pub mod frame;
 pub mod generator;
+pub mod hostile;
 pub mod journey;
 pub mod kafka;
 pub mod latency;

@@ -112,6 +112,7 @@ fn push(
             let count = of_partition * partitions as usize;
             (UNKNOWN, count, rate * count as u64)
         }
+        Neighbour::Hostile { .. } => return Ok(()),
     };
     let first = if beside == Beside::Control { ORDINARY } else { first };
     let (template, started_ns, mut sent) = (Template::new(EXTRA_BYTES), now_ns(), 0);

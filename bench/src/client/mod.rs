@@ -19,7 +19,7 @@
 
 mod dial;
 mod echo;
-mod net;
+pub(crate) mod net;
 mod request;
 mod rooms;
 mod run;

@@ -22,7 +22,7 @@ pub(super) fn source_of(process: u32, number: usize) -> Ipv4Addr {
 }
 
 /// Begins connection `number` of this process.
-pub(super) fn begin(
+pub(crate) fn begin(
     server: SocketAddr,
     number: usize,
     receive_buffer_bytes: usize,

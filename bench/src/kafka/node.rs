@@ -50,6 +50,8 @@ pub(crate) struct ServedNode {
     server: Program,
     /// Address of its public listener.
     pub(crate) address: SocketAddr,
+    /// Address of its gRPC port.
+    pub(crate) grpc: SocketAddr,
     admin: AdminPort,
 }
 
@@ -63,13 +65,14 @@ impl ServedNode {
         more: &[(&'static str, String)],
     ) -> io::Result<Self> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let grpc = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let admin = AdminPort(free_port());
         let mode = if nodes == 1 { "broadcast" } else { "group" };
         let mut environment = vec![
             ("INSTANCE_ID", format!("bench-{number}")),
             ("HTTP_PORT", address.to_string()),
             ("HTTP_ADDR", format!("127.0.0.1:{}", admin.0)),
-            ("GRPC_ADDR", "127.0.0.1:0".to_owned()),
+            ("GRPC_ADDR", grpc.to_string()),
             ("SHARDS", "1".to_owned()),
             ("CONNECTIONS_MAX", "14000".to_owned()),
             ("AUTH_MODE", "trust".to_owned()),
@@ -89,7 +92,7 @@ impl ServedNode {
         environment.extend_from_slice(more);
         let command = [program.display().to_string(), "serve".to_owned()];
         let server = Program::start("delivery", None, &command, &environment)?;
-        Ok(Self { server, address, admin })
+        Ok(Self { server, address, grpc, admin })
     }
 
     /// Waits until it is ready.
@@ -100,6 +103,13 @@ impl ServedNode {
 
     pub(crate) fn pid(&self) -> u32 {
         self.server.id()
+    }
+
+    /// Memory that it uses, and the bound that it computes, bytes.
+    pub(crate) fn memory(&self) -> io::Result<(f64, f64)> {
+        let bound = self.admin.metrics("delivery_memory_bound_bytes")?;
+        let bound = bound.iter().map(|(_, bytes)| bytes).sum();
+        Ok((self.admin.metric("process_resident_memory_bytes", "")?, bound))
     }
 
     /// Records that its routers have read.

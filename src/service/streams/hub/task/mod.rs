@@ -183,7 +183,8 @@ impl Hub {
         }
         for peer in 0..self.peers.len() {
             for _ in 0..HANDOFF_BATCH_MAX {
-                if self.is_full() {
+                // The session manager's commands make room; its messages are bounded by catch-up.
+                if peer != MANAGER && self.is_full() {
                     break;
                 }
                 let Some(command) = self.peers[peer].port.commands.pop() else { break };
@@ -200,7 +201,8 @@ impl Hub {
     }
 
     fn has_commands(&self) -> bool {
-        !self.is_full() && self.peers.iter().any(|peer| !peer.port.commands.is_empty())
+        let taken = if self.is_full() { MANAGER + 1 } else { self.peers.len() };
+        self.peers[..taken].iter().any(|peer| !peer.port.commands.is_empty())
             || self.is_abandoned() && !self.stopping
     }
 

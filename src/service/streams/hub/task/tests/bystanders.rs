@@ -81,3 +81,27 @@ async fn streams_that_catch_up_make_no_others_wait() {
     assert_eq!(next(most).unwrap_err().code(), Code::Unavailable);
     assert!(try_next(fewest).is_none(), "it is not closed");
 }
+
+/// The commands of the session manager are what empties a full hub.
+#[tokio::test]
+async fn full_hub_takes_the_commands_of_the_session_manager() {
+    let config = HubConfig { deliveries_max: 2, ..HubConfig::default() };
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
+    let session = admitted(&mut hub, &handle, &mut manager).await;
+    for sequence in 1..=3 {
+        router.deliver(key(&session), event(STREAM, sequence, b"e"), DeliveryClass::Live, 0);
+    }
+    hub.turn();
+    assert!(hub.is_full());
+    manager.send(ShardCommand::Close {
+        connection: key(&session),
+        close: Close::new(CloseCode::SESSION_REPLACED, "session_replaced"),
+        why: EndReason::ClosedByService,
+    });
+    assert!(hub.has_commands(), "it does not sleep");
+    hub.turn();
+    for _ in 0..2 {
+        drop(next(&session).unwrap());
+    }
+    assert_eq!(next(&session).unwrap_err().code(), Code::Aborted);
+}

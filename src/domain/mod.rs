@@ -15,4 +15,3 @@ pub mod limiter;
 pub mod limits;
 pub mod members;
 pub mod outgoing;
-pub mod wait_allowance;

@@ -48,8 +48,6 @@ pub(super) struct Client {
     pub(super) socket: SocketId,
     pub(super) kind: ClientKind,
     pub(super) reading: Reading,
-    /// It does nothing wrong, and its socket takes everything at once.
-    pub(super) stands_by: bool,
     /// Bytes to send: the request, later frames.
     pub(super) outbox: VecDeque<u8>,
     pub(super) wire: Wire,
@@ -89,7 +87,6 @@ impl Client {
             socket,
             kind,
             reading,
-            stands_by: false,
             outbox: VecDeque::new(),
             wire: Wire::default(),
             answered: None,

@@ -82,7 +82,7 @@ impl Session {
     }
 
     /// Whether the filter drops this event.
-    pub(super) fn covers(&self, event: &ModelEvent) -> bool {
+    fn covers(&self, event: &ModelEvent) -> bool {
         let Some(position) =
             event.position.filter(|_| event.class == DeliveryClass::Live && event.expressible)
         else {

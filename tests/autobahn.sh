@@ -111,7 +111,7 @@ start_server() {
     program=target/release/delivery
   fi
   local port; port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  env -u LD_LIBRARY_PATH HTTP_PORT="$port" HTTP_ADDR=127.0.0.1:0 GRPC_ADDR=127.0.0.1:0 "$program" dev --no-demo >"$out/server.log" 2>&1 &
+  env -u LD_LIBRARY_PATH HTTP_PORT="$port" HTTP_ADDR=127.0.0.1:0 GRPC_ADDR=127.0.0.1:0 MESSAGE_TIMEOUT=1h "$program" dev --no-demo >"$out/server.log" 2>&1 &
   server=$!
   url=ws://127.0.0.1:$port/echo
   for _ in $(seq 300); do

@@ -29,6 +29,8 @@ pub struct Receiver {
 struct Partial {
     state: ReadState,
     message: Option<OpenMessage>,
+    /// When it began, as the caller says.
+    since: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -77,6 +79,19 @@ impl Receiver {
         Ok(())
     }
 
+    /// Whether what has been received so far ends within a frame or a message that began since the last call. The caller's
+    /// time `now` is remembered for it.
+    pub fn has_begun_another(&mut self, now: u32) -> bool {
+        let begun = self.partial.as_mut().filter(|partial| partial.since.is_none());
+        begun.map(|partial| partial.since = Some(now)).is_some()
+    }
+
+    /// Since when the frame or message is incomplete within which the received bytes end, as
+    /// [`Receiver::has_begun_another`] was told.
+    pub fn incomplete_since(&self) -> Option<u32> {
+        self.partial.as_ref()?.since
+    }
+
     /// Heap memory for incomplete input, bytes: zero for an idle connection.
     pub fn held_bytes(&self) -> usize {
         self.partial.as_ref().map_or(0, |partial| {
@@ -90,7 +105,8 @@ impl Receiver {
     }
 
     fn partial(&mut self) -> &mut Partial {
-        let between = || Box::new(Partial { state: ReadState::BetweenFrames, message: None });
+        let between =
+            || Box::new(Partial { state: ReadState::BetweenFrames, message: None, since: None });
         self.partial.get_or_insert_with(between)
     }
 
@@ -225,8 +241,11 @@ impl Receiver {
 
     /// `input` continues the payload of a data frame.
     fn data_piece<S: Sink>(&mut self, input: &mut [u8], emitter: &mut Emitter<'_, S>) -> Consumed {
-        let Partial { state: ReadState::Data { header, length, received }, message: Some(message) } =
-            self.partial()
+        let Partial {
+            state: ReadState::Data { header, length, received },
+            message: Some(message),
+            ..
+        } = self.partial()
         else {
             unreachable!()
         };

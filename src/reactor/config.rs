@@ -43,6 +43,8 @@ pub struct ShardConfig {
     pub ping_spread_ms: u64,
     /// Silence after which a client is disconnected, ms (contract §3: 60 s).
     pub idle_ms_max: u64,
+    /// Time from the first byte of a client's message to its last, ms. Then it is closed with 1008.
+    pub message_ms_max: u64,
     /// A connection is terminated when a send makes no progress for this time, ms.
     pub write_ms_max: u64,
     /// Time after our close frame for the queue to be sent and for the client's close frame to
@@ -95,6 +97,7 @@ impl Default for ShardConfig {
             ping_after_ms: 54_000,
             ping_spread_ms: 6_000,
             idle_ms_max: 60_000,
+            message_ms_max: 60_000,
             write_ms_max: 10_000,
             close_ms_max: 5_000,
             linger_ms_max: 1_000,
@@ -143,6 +146,7 @@ impl ShardConfig {
             (self.ping_after_ms > self.ping_spread_ms, "ping_spread_ms", "less than ping_after_ms"),
             (self.cursor_interval_ms > 0, "cursor_interval_ms", "at least 1"),
             (self.idle_ms_max > self.ping_after_ms, "idle_ms_max", "more than ping_after_ms"),
+            (self.message_ms_max > TICK_MS, "message_ms_max", "more than 16"),
             (self.write_ms_max > TICK_MS, "write_ms_max", "more than 16"),
             (self.close_ms_max > TICK_MS, "close_ms_max", "more than 16"),
             (self.linger_ms_max > TICK_MS, "linger_ms_max", "more than 16"),

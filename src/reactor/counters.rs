@@ -30,6 +30,7 @@ crate::counters! {
         Counter pongs_skipped: "Pings not answered because too many frames were queued or a close frame was sent (RFC 6455 §5.5.3).",
         Counter pings_sent: "Pings sent.",
         Counter inbound_rate_exceeded: "Connections closed for too many messages or bytes per second.",
+        Counter message_timeouts: "Connections closed because a message was not complete in time.",
         Counter protocol_errors: "Connections closed for violating RFC 6455.",
         Counter dropped_too_much: "Connections reset because the client sent more than 64 KiB after it was refused or had violated the protocol.",
         Counter receive_buffers_exhausted: "Receives delayed because all buffers were lent.",

@@ -143,6 +143,9 @@ settings! {
         /// Idle time after which a connection is terminated. Must be longer than the ping interval. Over gRPC
         /// also the time without a call.
         idle_timeout: Duration = "60s", from "2s" to "2h", example "60s";
+        /// Maximum time from the first byte of a message from a client to its last; a slower one closes its session
+        /// with 1008.
+        message_timeout: Duration = "1m", from "100ms" to "1h", example "30s";
         /// Time without progress of a send after which a connection is terminated.
         write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";
         /// Maximum time for a client to answer a close frame.

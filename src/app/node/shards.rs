@@ -44,6 +44,7 @@ pub(super) fn shard_config(settings: &Settings, sizing: &Sizing) -> ShardConfig 
         ping_after_ms: ms(settings.ping_interval),
         ping_spread_ms: ms(settings.ping_interval / 9),
         idle_ms_max: ms(settings.idle_timeout),
+        message_ms_max: ms(settings.message_timeout),
         write_ms_max: ms(settings.write_timeout),
         close_ms_max: ms(settings.close_timeout),
         queue_frames_max: frames(settings.queue_messages_max),

@@ -80,7 +80,7 @@ impl<K: Kernel> Shard<K> {
                 let stalled = connection.flags.has(Flags::STALLED);
                 if stalled && overdue && connection.in_flight.any(RequestSet::POLL_WRITABLE) {
                     self.terminate(key, EndReason::WriteTimeout, HowToClose::Abort);
-                } else if !self.check_silence(key) {
+                } else if !self.check_silence(key) && !self.check_message(key) {
                     self.check_catch_up(key);
                 }
             }
@@ -179,5 +179,11 @@ pub(super) fn next_deadline(
         false => connection.last_received + ping_due(config, key),
     };
     let stall = connection.flags.has(Flags::STALLED).then_some(connection.deadline);
-    [Some(silence), lifecycle_deadline, stall].into_iter().flatten().min()
+    let message = message_deadline(connection, config.message_ms_max);
+    [Some(silence), lifecycle_deadline, stall, message].into_iter().flatten().min()
+}
+
+/// When the message must be complete within which the received bytes end.
+pub(super) fn message_deadline(connection: &Connection, message_ms_max: u64) -> Option<Tick> {
+    Some(connection.receiver.incomplete_since()? + ticks(message_ms_max))
 }

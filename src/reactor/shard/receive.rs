@@ -8,10 +8,13 @@ use crate::domain::limits::DROPPED_BYTES_MAX;
 use crate::protocol::receiver::{Flow, Incoming, MessageKind, ReceiveRules};
 use crate::protocol::{deflate, frame};
 use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
+use crate::reactor::shard::clock::message_deadline;
 use crate::uring::{HowToClose, Kernel, Received};
 
 /// Compression level of echoes, which need no better one.
 const ECHO_DEFLATE_LEVEL: u32 = 1;
+const TOO_SLOW: Close =
+    Close::new(CloseCode::POLICY_VIOLATION, "a message was not complete in time");
 const TOO_MUCH: Close =
     Close::new(CloseCode::POLICY_VIOLATION, "too many messages or bytes a second");
 
@@ -166,8 +169,13 @@ impl<K: Kernel> Shard<K> {
         let verdict = receiver.receive(bytes, &rules, &mut scratch, &mut sink);
         self.scratch = scratch;
         let connection = self.connection(key).expect("a slot is kept while a receive is in flight");
-        if !connection.lifecycle.is_over() {
+        let is_over = connection.lifecycle.is_over();
+        let has_deadline = !is_over && receiver.has_begun_another(now);
+        if !is_over {
             connection.receiver = receiver;
+        }
+        if has_deadline {
+            self.schedule(key);
         }
         if let Err(error) = verdict {
             self.counters.counts.protocol_errors.add(1);
@@ -259,6 +267,23 @@ impl<K: Kernel> Shard<K> {
         } else {
             self.counters.counts.pongs_skipped.add(1);
         }
+    }
+
+    /// Closes an open connection if a message of it is overdue. Returns whether it did.
+    pub(super) fn check_message(&mut self, key: ConnectionKey) -> bool {
+        let now = self.now;
+        let message_ms_max = self.config.message_ms_max;
+        let connection = self.connection(key).expect("the connection is present");
+        // The rest may be here, and wait for a buffer.
+        if connection.flags.has(Flags::READABLE)
+            || connection.in_flight.any(RequestSet::RECEIVE)
+            || message_deadline(connection, message_ms_max).is_none_or(|deadline| now < deadline)
+        {
+            return false;
+        }
+        self.counters.counts.message_timeouts.add(1);
+        self.close_for_violation(key, &TOO_SLOW);
+        true
     }
 
     fn too_much(&mut self, key: ConnectionKey) {

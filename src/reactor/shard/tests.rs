@@ -16,7 +16,7 @@ use crate::domain::limiter::ConnectionLimits;
 use crate::handoff::{PeerEnd, Producer, Pushed, connect};
 use crate::protocol::frame::Opcode;
 use crate::reactor::simulation::kernel::{SimulatedKernel, SocketId};
-use crate::reactor::simulation::wire::{CLOSE, PING, TEXT, Wire, WireEvent, client_frame};
+use crate::reactor::simulation::wire::{CLOSE, PING, PONG, TEXT, Wire, WireEvent, client_frame};
 
 struct Rig {
     shard: Shard<SimulatedKernel>,
@@ -317,6 +317,30 @@ fn silent_client_is_pinged_then_terminated_and_an_active_one_is_not() {
     assert!(rig.shard.kernel().is_closed(silent.socket));
     assert_eq!(rig.ended(), EndReason::PeerSilent);
     assert_eq!(rig.receives(&mut talking), None, "it has just sent something");
+}
+
+#[test]
+fn message_that_arrives_bit_by_bit_has_a_deadline_and_the_next_one_its_own() {
+    let mut rig = Rig::new(ShardConfig { message_ms_max: 10_000, ..ShardConfig::default() });
+    let (mut client, _) = rig.live(100_000);
+    let message = client_frame(true, 1, b"{}", [1; 4]);
+    // Three messages of seven seconds each, in turn and without a gap.
+    for (at, byte) in message.repeat(3).iter().enumerate() {
+        rig.sends(&client, &[*byte]);
+        assert_eq!(rig.receives(&mut client), None, "{at}");
+        rig.pass(1_000);
+    }
+    // A fragmented message. A ping between the fragments is none of it.
+    rig.sends(&client, &client_frame(false, 1, b"{", [1; 4]));
+    rig.pass(5_000);
+    rig.sends(&client, &client_frame(true, 9, &[], [1; 4]));
+    assert_eq!(rig.receives(&mut client), Some(WireEvent::Frame(PONG, Vec::new())));
+    rig.pass(4_900);
+    assert_eq!(rig.receives(&mut client), None);
+    rig.pass(200);
+    assert_eq!(closed_with(rig.receives(&mut client)), 1008);
+    rig.pass(2_000);
+    assert_eq!(rig.ended(), EndReason::PeerAtFault);
 }
 
 #[test]

@@ -249,6 +249,16 @@ impl Simulation {
         }
     }
 
+    /// Whether a client has exceeded a rate, or might not have completed a message in time.
+    fn is_at_fault(&self, number: usize) -> bool {
+        let (client, config) = (&self.clients[number], &self.setup.config);
+        // The kernel may keep what a client has sent in time.
+        let is_late = self.setup.faults.late > 0;
+        client.frames > config.inbound_frames_per_s_max.into()
+            || is_late
+            || client.is_slow(self.now_ms(), config.message_ms_max)
+    }
+
     /// Checks that each close code has its cause.
     fn check_close(&self, number: usize, code: u16) {
         let client = &self.clients[number];
@@ -257,7 +267,7 @@ impl Simulation {
             1000 | 1005 => acts.closed,
             1001 => self.stopping,
             1002 | 1007 | 1009 => acts.broke_protocol,
-            1008 => client.frames > self.setup.config.inbound_frames_per_s_max.into(),
+            1008 => self.is_at_fault(number),
             1011 => client.kind != ClientKind::Echo,
             1013 => session.admitted_at_ms.is_some(),
             4000 => session.closed_by_service && session.left_at.is_some(),
@@ -282,10 +292,7 @@ impl Simulation {
                 let late = self.setup.faults.late > 0;
                 late || now_ms - heard_at_ms >= self.setup.config.idle_ms_max - TICK_MS
             }
-            EndReason::PeerAtFault => {
-                acts.broke_protocol
-                    || client.frames > self.setup.config.inbound_frames_per_s_max.into()
-            }
+            EndReason::PeerAtFault => acts.broke_protocol || self.is_at_fault(number),
             EndReason::QueueOverflow => true,
             EndReason::WriteTimeout => session.admitted_at_ms.is_some(),
             // An admission may have crossed the timeout.

@@ -7,6 +7,7 @@ use super::random::Random;
 use super::session::Session;
 use super::wire::{self, Wire, client_frame};
 use crate::reactor::simulation::kernel::SocketId;
+use crate::reactor::wheel::TICK_MS;
 
 /// What the client connects for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +40,8 @@ pub(super) struct ClientActs {
     pub(super) reset: bool,
     pub(super) closed: bool,
     pub(super) broke_protocol: bool,
+    /// It has not completed a message in time.
+    pub(super) was_slow: bool,
     /// It sends without pause, and never reads anything again.
     pub(super) floods: bool,
 }
@@ -50,6 +53,8 @@ pub(super) struct Client {
     pub(super) reading: Reading,
     /// Bytes to send: the request, later frames.
     pub(super) outbox: VecDeque<u8>,
+    /// Since when a part of what it has begun to send is missing, ms.
+    pub(super) partly_sent_since_ms: Option<u64>,
     pub(super) wire: Wire,
     pub(super) answered: Option<u16>,
     pub(super) acts: ClientActs,
@@ -88,6 +93,7 @@ impl Client {
             kind,
             reading,
             outbox: VecDeque::new(),
+            partly_sent_since_ms: None,
             wire: Wire::default(),
             answered: None,
             acts: ClientActs::default(),
@@ -118,6 +124,23 @@ impl Client {
         let has_session_or_echo =
             matches!(self.kind, ClientKind::Session { .. } | ClientKind::Echo);
         has_session_or_echo && !(self.over || ended || reset || closed || broke_protocol)
+    }
+
+    /// Takes the first bytes of its outbox to send them at `now_ms`. Its messages have to be complete within
+    /// `message_ms_max`.
+    pub(super) fn takes(&mut self, length: usize, now_ms: u64, message_ms_max: u64) -> Vec<u8> {
+        self.acts.was_slow |= self.is_slow(now_ms, message_ms_max);
+        let bytes = self.outbox.drain(..length).collect();
+        let since_ms = self.partly_sent_since_ms.unwrap_or(now_ms);
+        self.partly_sent_since_ms = (!self.outbox.is_empty()).then_some(since_ms);
+        bytes
+    }
+
+    /// Whether it has not completed a message in time, or might not have.
+    pub(super) fn is_slow(&self, now_ms: u64, message_ms_max: u64) -> bool {
+        let since_ms = self.partly_sent_since_ms;
+        self.acts.was_slow
+            || since_ms.is_some_and(|since_ms| now_ms + TICK_MS >= since_ms + message_ms_max)
     }
 
     /// Queues a text that must reach the session manager, possibly in fragments.

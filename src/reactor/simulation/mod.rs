@@ -299,13 +299,14 @@ impl Simulation {
 
     /// Sends a random part of a client's queued bytes.
     fn send_some(&mut self, number: usize) {
+        let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
         let client = &mut self.clients[number];
         if client.outbox.is_empty() {
             return;
         }
         let all = client.outbox.len();
         let length = if self.random.chance(200) { all } else { 1 + self.random.below(all) };
-        let bytes: Vec<u8> = client.outbox.drain(..length).collect();
+        let bytes = client.takes(length, now_ms, message_ms_max);
         let socket = client.socket;
         note(TraceEvent::Sends(number, "bytes", length));
         self.kernel().client_sends(socket, &bytes);
@@ -327,7 +328,9 @@ impl Simulation {
     fn read_all(&mut self, number: usize) {
         let socket = self.clients[number].socket;
         self.kernel().client_reads(socket, usize::MAX);
-        let bytes: Vec<u8> = self.clients[number].outbox.drain(..).collect();
+        let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
+        let client = &mut self.clients[number];
+        let bytes = client.takes(client.outbox.len(), now_ms, message_ms_max);
         self.kernel().client_sends(socket, &bytes);
         let client = &mut self.clients[number];
         if client.session.close_seen.is_some() && client.may_send() {

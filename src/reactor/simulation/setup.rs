@@ -74,6 +74,7 @@ fn config(random: &mut Random) -> ShardConfig {
         completions_max: random.pick(&[1, 5, 50, 1_024]),
         receive_buffers: random.pick(&[1, 4, 64]),
         handshake_ms_max: random.pick(&[1_000, 10_000]),
+        message_ms_max: random.pick(&[2_000, 60_000]),
         resume_grace_ms: random.pick(&[500, 10_000]),
         catch_up_ms_max: random.pick(&[2_000, 300_000]),
         dedupe_ms: random.pick(&[1_000, 300_000]),

@@ -130,6 +130,24 @@ fn messages_each_second() {
     serves_the_next_client(node.public);
 }
 
+/// A byte now and then keeps a connection from being idle, but not its message from being overdue.
+#[test]
+fn time_of_a_message() {
+    let node = NodeBuilder::dev().set("MESSAGE_TIMEOUT", "1s").start();
+    let mut slow = Client::session(node.public, "slow", "phone");
+    // The header of a text of 65,000 bytes.
+    slow.stream().write_all(&[0x81, 0xfe, 0xfd, 0xe8, 0, 0, 0, 0]).unwrap();
+    let closed = until(SOON, "the slow client is closed", || {
+        // Once it is closed, this may fail.
+        let _ = slow.stream().write_all(b"x");
+        slow.receive_within(Duration::from_millis(50))
+    });
+    assert!(matches!(closed, Received::Closed(1008, reason) if !reason.is_empty()));
+    counted(&node, "delivery_shard_message_timeouts_total", &[], 1.0);
+    ended(&node, "peer_at_fault");
+    serves_the_next_client(node.public);
+}
+
 #[test]
 fn bytes_each_second() {
     let node = NodeBuilder::dev()

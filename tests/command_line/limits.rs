@@ -107,7 +107,7 @@ fn node_whose_output_takes_no_more_serves_on() {
 fn command_whose_output_takes_no_more_says_so() {
     let run = |arguments: &[&str]| {
         let full = File::options().write(true).open("/dev/full").unwrap();
-        Command::new(binary()).args(arguments).stdout(full).output().unwrap()
+        Command::new(binary()).env_clear().args(arguments).stdout(full).output().unwrap()
     };
     for arguments in [&["config", "--dev"][..], &["config", "--reference"], &["sizing"]] {
         let output = run(arguments);
@@ -117,6 +117,7 @@ fn command_whose_output_takes_no_more_says_so() {
     }
     // As `delivery config --reference | head -1`, whose reader ends early.
     let mut child = Command::new(binary())
+        .env_clear()
         .args(["config", "--reference"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -127,6 +128,6 @@ fn command_whose_output_takes_no_more_says_so() {
     assert!(output.status.success() && output.stderr.is_empty());
     // Nobody is left to tell why.
     let full = File::options().write(true).open("/dev/full").unwrap();
-    let status = Command::new(binary()).args(["serve"]).stderr(full).status().unwrap();
+    let status = Command::new(binary()).env_clear().args(["serve"]).stderr(full).status().unwrap();
     assert_eq!(status.code(), Some(2));
 }

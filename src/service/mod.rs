@@ -11,7 +11,7 @@
 //! | 4 | [`members`] | the members of conversations, the sessions of users on this node |
 //! | 3 | [`backends`] | clients of the other services and of Redis |
 //! | 2 | [`events`] | decoding and encoding of events |
-//! | 1 | [`runtime`] | what every floor shares: doorbell for tokio, backoff |
+//! | 1 | [`runtime`] | what every floor shares: doorbell for tokio, backoff, steady clock, caches, places for connections |
 //!
 //! `sessions` and `streams` do not import each other.
 

@@ -28,7 +28,7 @@ const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// Pause after a failed accept, which usually means that no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// RequestDeadlines of a connection.
+/// The deadlines of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RequestDeadlines {
     /// From accepting it to its whole request head.

@@ -24,7 +24,7 @@ impl ShardId {
 pub struct ConnectionKey {
     /// Index into the shard's slab.
     pub slot: u32,
-    /// Counts the uses of the slot, modulo [`GENERATION_MAX`] + 1.
+    /// Distinguishes the uses of the slot. At most [`GENERATION_MAX`], then 0 again.
     pub generation: u32,
 }
 

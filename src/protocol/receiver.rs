@@ -30,7 +30,7 @@ struct Partial {
     state: ReadState,
     message: Option<OpenMessage>,
     /// When it began, as the caller says.
-    since: Option<u32>,
+    since: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -81,14 +81,14 @@ impl Receiver {
 
     /// Whether what has been received so far ends within a frame or a message that began since the last call. The caller's
     /// time `now` is remembered for it.
-    pub fn has_begun_another(&mut self, now: u32) -> bool {
+    pub fn has_begun_another(&mut self, now: u64) -> bool {
         let begun = self.partial.as_mut().filter(|partial| partial.since.is_none());
         begun.map(|partial| partial.since = Some(now)).is_some()
     }
 
     /// Since when the frame or message is incomplete within which the received bytes end, as
     /// [`Receiver::has_begun_another`] was told.
-    pub fn incomplete_since(&self) -> Option<u32> {
+    pub fn incomplete_since(&self) -> Option<u64> {
         self.partial.as_ref()?.since
     }
 

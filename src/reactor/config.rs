@@ -6,6 +6,10 @@ use crate::domain::limits::{
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::wheel::TICK_MS;
 
+/// Longest time of a setting that a slot's ticks and rates depend on, ms: 12 hours. Ticks are compared within 397 days
+/// ([`ShortTick`](crate::reactor::wheel::ShortTick)), seconds of rates within 18 hours.
+pub const SETTING_MS_MAX: u64 = 12 * 60 * 60 * 1_000;
+
 /// Settings of one shard, the same for all shards. `app` derives them from the program's settings.
 #[derive(Clone, Debug)]
 pub struct ShardConfig {
@@ -176,7 +180,15 @@ impl ShardConfig {
                 "at most 1073741824",
             ),
         ];
-        match rules.into_iter().find(|(holds, ..)| !holds) {
+        let times = [
+            ("handshake_ms_max", self.handshake_ms_max),
+            ("idle_ms_max", self.idle_ms_max),
+            ("write_ms_max", self.write_ms_max),
+            ("close_ms_max", self.close_ms_max),
+            ("linger_ms_max", self.linger_ms_max),
+        ];
+        let times = times.map(|(field, ms)| (ms <= SETTING_MS_MAX, field, "at most 43200000"));
+        match rules.into_iter().chain(times).find(|(holds, ..)| !holds) {
             Some((_, field, rule)) => Err((field, rule)),
             None => Ok(()),
         }
@@ -192,5 +204,7 @@ mod tests {
         assert_eq!(ShardConfig::default().validate(), Ok(()));
         let broken = ShardConfig { idle_ms_max: 54_000, ..ShardConfig::default() };
         assert_eq!(broken.validate(), Err(("idle_ms_max", "more than ping_after_ms")));
+        let broken = ShardConfig { write_ms_max: SETTING_MS_MAX + 1, ..ShardConfig::default() };
+        assert_eq!(broken.validate(), Err(("write_ms_max", "at most 43200000")));
     }
 }

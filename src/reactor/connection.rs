@@ -28,7 +28,7 @@ use crate::protocol::upgrade::HeadProgress;
 use crate::reactor::queue::SendQueue;
 use crate::reactor::rate::InboundRate;
 use crate::reactor::slab::Slab;
-use crate::reactor::wheel::{Tick, TimerLink, TimerSlots};
+use crate::reactor::wheel::{ShortTick, Tick, TimerLink, TimerSlots};
 use crate::uring::HowToClose;
 
 /// The content of a slot. An idle session owns no other memory.
@@ -49,10 +49,10 @@ pub struct Connection {
     /// Link in the timer wheel.
     pub timer: TimerLink,
     /// When bytes were last received.
-    pub last_received: Tick,
+    pub last_received: ShortTick,
     /// Deadline of the lifecycle. In an open lifecycle: deadline of the stalled send, if
     /// [`Flags::STALLED`].
-    pub deadline: Tick,
+    pub deadline: ShortTick,
     /// What the client has sent in this second.
     pub inbound: InboundRate,
     /// Returned to the limiter at the end; `None`: the connection was not admitted.
@@ -70,8 +70,8 @@ impl Connection {
             receiver: Receiver::default(),
             queue: SendQueue::new(Encoding::Binary),
             timer: TimerLink::default(),
-            last_received: 0,
-            deadline: 0,
+            last_received: ShortTick::default(),
+            deadline: ShortTick::default(),
             inbound: InboundRate::default(),
             address: None,
         }

@@ -32,8 +32,8 @@ impl InboundRate {
     }
 
     fn turn_to(&mut self, now: Tick) {
-        // Wraps after 18 hours. Two seconds that far apart may share a number.
-        let second = (u64::from(now) * TICK_MS / 1000) as u16;
+        // Wraps after 18 hours. No client is silent for so long: `SETTING_MS_MAX`.
+        let second = (now * TICK_MS / 1000) as u16;
         if self.second != second {
             *self = Self { second, frames: 0, bytes: 0 };
         }

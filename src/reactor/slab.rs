@@ -32,8 +32,8 @@ struct Chunk<T> {
     /// First entry of the free list, as an index into the chunk.
     free: u32,
     used: usize,
-    /// Upper bound of all generations used in this chunk. When the chunk is allocated again, its
-    /// generations start above it.
+    /// The latest generation, shared by the slots, so that it survives the return of the chunk's memory. A key
+    /// comes back at the earliest after as many uses of the chunk as there are generations.
     generation: u32,
 }
 
@@ -206,7 +206,7 @@ impl<T> Chunk<T> {
 
     fn allocate(&mut self) {
         assert_eq!(self.used, 0);
-        let generation = next_generation(self.generation);
+        let generation = self.next_generation();
         let last = CHUNK_SLOTS - 1;
         self.slots = Some(
             (0..CHUNK_SLOTS)
@@ -216,7 +216,6 @@ impl<T> Chunk<T> {
                 })
                 .collect(),
         );
-        self.generation = generation;
         self.free = 0;
     }
 
@@ -231,21 +230,20 @@ impl<T> Chunk<T> {
     }
 
     fn release(&mut self, within: usize) -> T {
+        let generation = self.next_generation();
         let entry = &mut self.slots.as_deref_mut().expect("allocated")[within];
         let content = std::mem::replace(&mut entry.content, Content::Free(self.free));
         let Content::Used(value) = content else { panic!("slot {within} is freed twice") };
-        entry.generation = next_generation(entry.generation);
-        // A generation that has wrapped is small. The chunk's bound then stays, which is safe: a
-        // chunk that is allocated again starts above it.
-        self.generation = self.generation.max(entry.generation);
+        entry.generation = generation;
         self.free = within as u32;
         self.used -= 1;
         value
     }
-}
 
-fn next_generation(generation: u32) -> u32 {
-    if generation == GENERATION_MAX { 0 } else { generation + 1 }
+    fn next_generation(&mut self) -> u32 {
+        self.generation = (self.generation + 1) & GENERATION_MAX;
+        self.generation
+    }
 }
 
 #[cfg(test)]
@@ -281,6 +279,31 @@ mod tests {
             slab.insert(i).unwrap();
         }
         assert!(keys.iter().all(|key| slab.get_mut(*key).is_none()));
+    }
+
+    #[test]
+    fn old_keys_stay_invalid_when_generations_wrap_and_memory_is_returned() {
+        let mut slab = Slab::new(3 * CHUNK_SLOTS);
+        let fill = |slab: &mut Slab<_>| -> Vec<_> {
+            (0..3 * CHUNK_SLOTS).map(|i| slab.insert(i).unwrap()).collect()
+        };
+        let empty = |slab: &mut Slab<_>, keys: Vec<_>| {
+            assert!(keys.into_iter().all(|key| slab.remove(key).is_some()));
+        };
+        let keys = fill(&mut slab);
+        empty(&mut slab, keys);
+        assert_eq!(slab.allocated(), CHUNK_SLOTS);
+        slab.chunks[2].generation = GENERATION_MAX - 10;
+        let mut keys = fill(&mut slab);
+        let mut last = Vec::new();
+        for number in 0..20 {
+            last.push(keys.pop().unwrap());
+            slab.remove(last[number]).unwrap();
+            keys.push(slab.insert(number).unwrap());
+        }
+        empty(&mut slab, keys);
+        let key = fill(&mut slab).pop().unwrap();
+        assert!(!last.contains(&key), "{key:?} is used again");
     }
 
     proptest! {

@@ -22,20 +22,41 @@ const BUCKET_BITS: u32 = 6;
 const BUCKETS: usize = 1 << BUCKET_BITS;
 const LEVELS: usize = 4;
 /// Largest distance of a timer from now, ticks: a day and a half.
-const REACH_TICKS: u32 = (1 << (BUCKET_BITS * LEVELS as u32 - 1)) - 1;
+const REACH_TICKS: Tick = (1 << (BUCKET_BITS * LEVELS as u32 - 1)) - 1;
 const NONE: u32 = u32::MAX;
 /// Set in the `previous` of the first timer of a bucket; the other bits are level and bucket.
 const FIRST: u32 = 1 << 31;
 const _: () = assert!(CONNECTIONS_PER_SHARD_MAX < FIRST, "slots and buckets have distinct values");
 
-/// Time in ticks since the shard started.
-pub type Tick = u32;
+/// A time of [`Kernel::now_ms`](crate::uring::Kernel::now_ms), in ticks.
+pub type Tick = u64;
+
+/// The low half of a [`Tick`]: all that a slot keeps of one. It means the tick nearest to now, so it must be read less
+/// than 2^31 ticks (397 days) from the tick that was stored. All that are read are within a day, however long their
+/// connection lives: a deadline is at most a setting ahead ([`SETTING_MS_MAX`](super::config::SETTING_MS_MAX)) and is
+/// handled when it has passed, and a client that sends nothing for `idle_ms_max` is terminated. Other values are not read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShortTick(u32);
+
+impl From<Tick> for ShortTick {
+    fn from(tick: Tick) -> Self {
+        Self(tick as u32)
+    }
+}
+
+impl ShortTick {
+    /// The tick that was stored.
+    pub fn near(self, now: Tick) -> Tick {
+        let distance = self.0.wrapping_sub(now as u32).cast_signed();
+        now.wrapping_add_signed(distance.into())
+    }
+}
 
 /// The link that the wheel keeps in each slot.
 #[derive(Debug)]
 pub struct TimerLink {
-    /// When it fires.
-    due: Tick,
+    /// When it fires: at most [`REACH_TICKS`] after the wheel's time.
+    due: ShortTick,
     next: u32,
     /// The previous slot, or the bucket (see [`FIRST`]), or [`NONE`] if the timer is not set.
     previous: u32,
@@ -43,14 +64,7 @@ pub struct TimerLink {
 
 impl Default for TimerLink {
     fn default() -> Self {
-        Self { due: 0, next: NONE, previous: NONE }
-    }
-}
-
-impl TimerLink {
-    /// When it fires; `None` if it is not set.
-    pub fn due(&self) -> Option<Tick> {
-        (self.previous != NONE).then_some(self.due)
+        Self { due: ShortTick::default(), next: NONE, previous: NONE }
     }
 }
 
@@ -68,13 +82,17 @@ pub struct TimerWheel {
     occupied: [u64; LEVELS],
 }
 
-impl Default for TimerWheel {
-    fn default() -> Self {
-        Self { now: 0, buckets: [[NONE; BUCKETS]; LEVELS], occupied: [0; LEVELS] }
-    }
-}
-
 impl TimerWheel {
+    /// A wheel without timers.
+    pub fn new(now: Tick) -> Self {
+        Self { now, buckets: [[NONE; BUCKETS]; LEVELS], occupied: [0; LEVELS] }
+    }
+
+    /// When a timer fires; `None` if it is not set.
+    pub fn due(&self, timer: &TimerLink) -> Option<Tick> {
+        (timer.previous != NONE).then(|| timer.due.near(self.now))
+    }
+
     /// The tick up to which all timers have fired.
     pub fn now(&self) -> Tick {
         self.now
@@ -141,7 +159,7 @@ impl TimerWheel {
             self.now = at.max(self.now);
             while self.buckets[level][bucket] != NONE {
                 let slot = self.buckets[level][bucket];
-                let due = slots.timer(slot).due;
+                let due = slots.timer(slot).due.near(self.now);
                 if level == 0 {
                     if fired.len() >= limit {
                         return false;
@@ -174,7 +192,7 @@ impl TimerWheel {
                 // Buckets before the digit belong to the next round of this level.
                 let ahead = self.occupied[level].rotate_right(digit as u32).trailing_zeros();
                 let bucket = (digit + ahead as usize) % BUCKETS;
-                let first = ((self.now >> shift) + ahead) << shift;
+                let first = ((self.now >> shift) + Tick::from(ahead)) << shift;
                 (first, level, bucket)
             })
             // If two begin at the same tick, the higher level goes first: its timers move to the
@@ -184,7 +202,7 @@ impl TimerWheel {
 
     fn link(&mut self, slots: &mut impl TimerSlots, slot: u32, due: Tick) {
         let differ = due ^ self.now;
-        let level = if differ == 0 { 0 } else { (31 - differ.leading_zeros()) / BUCKET_BITS };
+        let level = if differ == 0 { 0 } else { differ.ilog2() / BUCKET_BITS };
         // After a carry, a digit above the highest level may differ although the distance is within
         // reach.
         let level = (level as usize).min(LEVELS - 1);
@@ -195,7 +213,7 @@ impl TimerWheel {
             slots.timer(first).previous = slot;
         }
         let previous = FIRST | (level * BUCKETS + bucket) as u32;
-        *slots.timer(slot) = TimerLink { due, next: first, previous };
+        *slots.timer(slot) = TimerLink { due: due.into(), next: first, previous };
     }
 }
 
@@ -211,16 +229,26 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_short_tick_means_the_one_nearest_to_now() {
+        for now in [0_u64, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 50] {
+            for tick in [now, now + 1, now + 0x7fff_ffff, now.saturating_sub(1 << 31)] {
+                assert_eq!(ShortTick::from(tick).near(now), tick);
+            }
+        }
+    }
+
     proptest! {
         /// Checked against a sorted map: each timer fires once, at its tick, not earlier, in order.
         #[test]
         fn fires_like_a_sorted_map(
-            start in prop_oneof![Just(0u32), 0..1u32 << 30],
-            steps in prop::collection::vec((0..40u32, 0..5u8, 0..400_000u32), 1..300),
+            // Also before each wrap: of a level of the wheel, of the distance and of the stored half.
+            start in (12..40u32, 0..10_000u64).prop_map(|(bits, before)| (1u64 << bits).saturating_sub(before)),
+            steps in prop::collection::vec((0..40u32, 0..5u8, 0..400_000u64), 1..300),
         ) {
             let mut slots: Vec<_> = (0..40).map(|_| TimerLink::default()).collect();
-            let mut wheel = TimerWheel { now: start, ..TimerWheel::default() };
-            let mut oracle: BTreeMap<u32, u32> = BTreeMap::new();
+            let mut wheel = TimerWheel::new(start);
+            let mut oracle: BTreeMap<u32, Tick> = BTreeMap::new();
             for (slot, action, amount) in steps {
                 match action {
                     0 | 1 => {
@@ -250,7 +278,7 @@ mod tests {
                 prop_assert!(wheel.next_due() <= first.or(wheel.next_due()));
                 prop_assert_eq!(wheel.next_due().is_some(), first.is_some());
                 for (slot, due) in &oracle {
-                    prop_assert_eq!(slots[*slot as usize].due(), Some(*due));
+                    prop_assert_eq!(wheel.due(&slots[*slot as usize]), Some(*due));
                 }
             }
         }

@@ -69,7 +69,7 @@ impl<K: Kernel> Shard<K> {
         self.accepting.in_flight -= 1;
         self.counters.counts.accepted.add(1);
         let connection = self.completed(key, RequestSet::ACCEPT);
-        connection.last_received = now;
+        connection.last_received = now.into();
         if self.stopping.is_some() {
             return self.terminate(key, EndReason::Draining, HowToClose::Orderly);
         }
@@ -78,7 +78,7 @@ impl<K: Kernel> Shard<K> {
                 let deadline = self.after(self.config.handshake_ms_max);
                 let connection = self.connection(key).expect("the connection is present");
                 connection.address = Some(permit);
-                connection.deadline = deadline;
+                connection.deadline = deadline.into();
                 self.set_lifecycle(
                     key,
                     Lifecycle::Handshake(Box::new(Handshake {
@@ -151,7 +151,7 @@ impl<K: Kernel> Shard<K> {
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
         self.give_up_held(lifecycle);
         let connection = self.connection(key).expect("the connection is present");
-        connection.deadline = deadline;
+        connection.deadline = deadline.into();
         connection.inbound = InboundRate::default();
         connection.phase = connection.phase.next(Signal::Aborted).expect("allowed in every phase");
         self.push_own(key, upgrade::response_refused(refused).into());

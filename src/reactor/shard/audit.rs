@@ -144,8 +144,8 @@ impl<K: Kernel> Shard<K> {
         let own =
             if matches!(lifecycle, Lifecycle::Echo(_)) { usize::MAX / 2 } else { OWN_FRAMES_MAX };
         assert!(queue.frames() <= usize::from(self.config.queue_frames_max) + own);
-        if let Some(deadline) = next_deadline(connection, key, &self.config) {
-            let due = timer.due().expect("a deadline without a timer");
+        if let Some(deadline) = next_deadline(connection, key, self.now, &self.config) {
+            let due = self.wheel.due(timer).expect("a deadline without a timer");
             assert!(
                 due <= deadline.max(self.wheel.now() + 1),
                 "the timer comes after the deadline"
@@ -164,7 +164,7 @@ impl<K: Kernel> Shard<K> {
         sums.dirty += usize::from(flags.has(Flags::DIRTY));
         sums.waiting += usize::from(flags.has(Flags::WAITING));
         sums.admitted += u32::from(address.is_some());
-        sums.timers += usize::from(timer.due().is_some());
+        sums.timers += usize::from(self.wheel.due(timer).is_some());
         match lifecycle.class() {
             LifecycleClass::Session => sums.sessions += 1,
             LifecycleClass::Handshake => sums.handshakes += 1,

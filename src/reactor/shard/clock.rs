@@ -37,8 +37,8 @@ impl<K: Kernel> Shard<K> {
     /// Sets the timer so that it fires no later than the earliest deadline.
     pub(super) fn schedule(&mut self, key: ConnectionKey) {
         let Some(connection) = self.slab.get_mut(key) else { return };
-        let Some(deadline) = next_deadline(connection, key, &self.config) else { return };
-        if connection.timer.due().is_none_or(|due| due > deadline) {
+        let Some(deadline) = next_deadline(connection, key, self.now, &self.config) else { return };
+        if self.wheel.due(&connection.timer).is_none_or(|due| due > deadline) {
             self.wheel.set(&mut self.slab, key.slot, deadline);
         }
     }
@@ -47,7 +47,7 @@ impl<K: Kernel> Shard<K> {
         let now = self.now;
         let config = &self.config;
         let Some(connection) = self.slab.get_mut(key) else { return };
-        let overdue = now >= connection.deadline;
+        let overdue = now >= connection.deadline.near(now);
         match &connection.lifecycle {
             Lifecycle::Accepting | Lifecycle::Terminating(_) | Lifecycle::Freeing => {}
             Lifecycle::Handshake(_) if overdue => {
@@ -96,12 +96,12 @@ impl<K: Kernel> Shard<K> {
         let idle = ticks(self.config.idle_ms_max);
         let connection = self.slab.get_mut(key).expect("the connection is present");
         let pinged = connection.flags.has(Flags::PINGED);
-        if now < connection.last_received + if pinged { idle } else { ping_due } {
+        if now < connection.last_received.near(now) + if pinged { idle } else { ping_due } {
             return false;
         }
         if connection.flags.has(Flags::READABLE) || connection.in_flight.any(RequestSet::RECEIVE) {
             // The client has sent something that has not been received yet.
-            connection.last_received = now;
+            connection.last_received = now.into();
             connection.flags.clear(Flags::PINGED);
             return false;
         }
@@ -110,7 +110,7 @@ impl<K: Kernel> Shard<K> {
             return true;
         }
         connection.flags.set(Flags::PINGED);
-        connection.last_received = now - ping_due;
+        connection.last_received = (now - ping_due).into();
         // The ping goes behind all queued frames, so that busy and idle clients are treated the
         // same.
         self.counters.counts.pings_sent.add(1);
@@ -140,9 +140,8 @@ impl<K: Kernel> Shard<K> {
     }
 }
 
-/// Validation keeps all settings far below the range of the wheel.
-fn ticks(ms: u64) -> Tick {
-    ms.div_ceil(TICK_MS) as Tick
+pub(super) fn ticks(ms: u64) -> Tick {
+    ms.div_ceil(TICK_MS)
 }
 
 /// Silence before a ping: the setting minus a part of the spread that depends on the connection.
@@ -150,23 +149,25 @@ fn ping_due(config: &ShardConfig, key: ConnectionKey) -> Tick {
     let spread = ticks(config.ping_spread_ms) + 1;
     // Fibonacci hashing: neighbours in the slab get distant values.
     let scattered = key.slot.wrapping_add(key.generation).wrapping_mul(0x9E37_79B9);
-    let earlier = (u64::from(scattered) * u64::from(spread)) >> 32;
-    ticks(config.ping_after_ms) - earlier as Tick
+    let earlier = (u64::from(scattered) * spread) >> 32;
+    ticks(config.ping_after_ms) - earlier
 }
 
 /// The earliest deadline; `None`: the connection waits only for the kernel.
 pub(super) fn next_deadline(
     connection: &Connection,
     key: ConnectionKey,
+    now: Tick,
     config: &ShardConfig,
 ) -> Option<Tick> {
+    let deadline = connection.deadline.near(now);
     let lifecycle_deadline = match &connection.lifecycle {
         Lifecycle::Accepting | Lifecycle::Terminating(_) | Lifecycle::Freeing => return None,
         Lifecycle::Handshake(_)
         | Lifecycle::Deciding(_)
         | Lifecycle::Closing(_)
         | Lifecycle::Lingering(_) => {
-            return Some(connection.deadline);
+            return Some(deadline);
         }
         Lifecycle::Holding(holding) => {
             holding.delivered_by_catch_up.is_none().then_some(holding.deadline)
@@ -175,10 +176,10 @@ pub(super) fn next_deadline(
         Lifecycle::Live | Lifecycle::Echo(_) => None,
     };
     let silence = match connection.flags.has(Flags::PINGED) {
-        true => connection.last_received + ticks(config.idle_ms_max),
-        false => connection.last_received + ping_due(config, key),
-    };
-    let stall = connection.flags.has(Flags::STALLED).then_some(connection.deadline);
+        true => ticks(config.idle_ms_max),
+        false => ping_due(config, key),
+    } + connection.last_received.near(now);
+    let stall = connection.flags.has(Flags::STALLED).then_some(deadline);
     let message = message_deadline(connection, config.message_ms_max);
     [Some(silence), lifecycle_deadline, stall, message].into_iter().flatten().min()
 }

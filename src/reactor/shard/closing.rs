@@ -119,7 +119,7 @@ impl<K: Kernel> Shard<K> {
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
         assert!(lifecycle.is_open(), "only an open connection is closed");
         self.give_up_held(lifecycle);
-        self.connection(key).expect("the connection is present").deadline = deadline;
+        self.connection(key).expect("the connection is present").deadline = deadline.into();
     }
 
     /// Drops the events that a lifecycle holds.
@@ -146,7 +146,7 @@ impl<K: Kernel> Shard<K> {
         if connection.flags.has(Flags::FIN_RECEIVED) {
             return self.terminate(key, why, HowToClose::Orderly);
         }
-        connection.deadline = deadline;
+        connection.deadline = deadline.into();
         connection.in_flight.begin(RequestSet::SHUTDOWN);
         self.set_lifecycle(key, Lifecycle::Lingering(why));
         self.kernel.shutdown(key);

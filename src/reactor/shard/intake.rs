@@ -16,15 +16,16 @@ use crate::protocol::frame::{self, Opcode};
 use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Filter, Flags, Lifecycle};
 use crate::reactor::queue::SendQueue;
+use crate::reactor::wheel::Tick;
 use crate::uring::Kernel;
 
 /// How long a socket may take nothing before its client counts as a slow reader, ticks. A burst
 /// fills even a fast reader's socket for a moment.
-const STALL_TICKS_MAX: u32 = 2;
+const STALL_TICKS_MAX: Tick = 2;
 /// How long the intake waits for one queue, ticks. After that its client counts as a slow reader
 /// until most of its queue is sent, so that a client that reads in small amounts cannot stall the
 /// others.
-const QUEUE_WAIT_TICKS_MAX: u32 = 8;
+const QUEUE_WAIT_TICKS_MAX: Tick = 8;
 /// Recipients per turn. When this is reached, the rings wait for the next turn. One event may
 /// exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
@@ -107,7 +108,7 @@ impl<K: Kernel> Shard<K> {
         // The deadline of a stalled socket is this far from its last progress.
         let limit = self.after(self.config.write_ms_max);
         let stalls = connection.flags.has(Flags::STALLED)
-            && connection.deadline.saturating_add(STALL_TICKS_MAX) <= limit;
+            && connection.deadline.near(self.now) + STALL_TICKS_MAX <= limit;
         let slow = stalls || connection.flags.has(Flags::SLOW);
         nearly_full && connection.lifecycle.is_open() && !slow
     }

@@ -87,8 +87,6 @@ pub struct Shard<K: Kernel> {
     slab: Slab<Connection>,
     nodes: FramePool,
     wheel: TimerWheel,
-    /// The kernel's time at tick 0, ms.
-    began_ms: u64,
     now: Tick,
     commands: Vec<Consumer<ShardCommand>>,
     reports: Reports,
@@ -158,9 +156,8 @@ impl<K: Kernel> Shard<K> {
         Self {
             slab: Slab::new(config.slots_max() as usize),
             nodes: FramePool::default(),
-            wheel: TimerWheel::default(),
-            began_ms: kernel.now_ms(),
-            now: 0,
+            wheel: TimerWheel::new(kernel.now_ms() / TICK_MS),
+            now: kernel.now_ms() / TICK_MS,
             commands,
             reports: Reports::new(producers, Arc::clone(&links.counters)),
             tally: Tally::new(Arc::clone(&links.counters)),
@@ -270,7 +267,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn wait(&self, left: Leftover) -> Wait {
-        let timer = self.wheel.next_due().map(|tick| self.began_ms + u64::from(tick) * TICK_MS);
+        let timer = self.wheel.next_due().map(|tick| tick * TICK_MS);
         let retry = self.reports.has_pending().then(|| self.kernel.now_ms() + REPORT_RETRY_MS);
         let accept = self.accepting.retry_at_ms();
         let crowd = left.intake_waits.then(|| self.kernel.now_ms() + TICK_MS);
@@ -282,16 +279,14 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn read_clock(&mut self) {
-        let ms = self.kernel.now_ms().saturating_sub(self.began_ms);
-        let now = Tick::try_from(ms / TICK_MS).expect("the shard runs for less than two years");
         // Tolerates a clock that stands still or jumps ahead. A step back is ignored.
-        self.now = self.now.max(now);
+        self.now = self.now.max(self.kernel.now_ms() / TICK_MS);
         self.tally.unix_ms = self.kernel.unix_ms();
     }
 
     /// The tick that is at least `ms` from now.
     fn after(&self, ms: u64) -> Tick {
-        self.now + Tick::try_from(ms.div_ceil(TICK_MS)).expect("settings are far below two years")
+        self.now + clock::ticks(ms)
     }
 
     fn connection(&mut self, key: ConnectionKey) -> Option<&mut Connection> {

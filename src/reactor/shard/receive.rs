@@ -104,7 +104,7 @@ impl<K: Kernel> Shard<K> {
         }
         match received {
             Received::Bytes { mut lease, more } => {
-                connection.last_received = now;
+                connection.last_received = now.into();
                 connection.flags.clear(Flags::PINGED);
                 if more || connection.flags.has(Flags::BROKEN) {
                     connection.flags.set(Flags::READABLE);

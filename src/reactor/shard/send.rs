@@ -169,7 +169,7 @@ impl<K: Kernel> Shard<K> {
         let first = !connection.flags.set(Flags::STALLED);
         // After the close has begun, the deadline of the lifecycle applies.
         if connection.lifecycle.is_open() && (first || progress) {
-            connection.deadline = deadline;
+            connection.deadline = deadline.into();
         }
         self.kernel.poll_writable(key);
         self.schedule(key);

@@ -320,6 +320,23 @@ fn silent_client_is_pinged_then_terminated_and_an_active_one_is_not() {
 }
 
 #[test]
+fn deadlines_hold_when_the_low_half_of_the_ticks_wraps() {
+    let mut rig = Rig::new(ShardConfig { ping_spread_ms: 0, ..ShardConfig::default() });
+    let now_ms = rig.shard.kernel().now_ms();
+    rig.shard.kernel_mut().pass((TICK_MS << 32) - 30_000 - now_ms);
+    rig.turns();
+    let (mut client, _) = rig.live(100_000);
+    rig.pass(53_900);
+    assert_eq!(rig.receives(&mut client), None);
+    rig.pass(200);
+    assert_eq!(rig.receives(&mut client), Some(WireEvent::Frame(PING, Vec::new())));
+    rig.pass(5_700);
+    assert!(!rig.shard.kernel().is_closed(client.socket));
+    rig.pass(300);
+    assert_eq!(rig.ended(), EndReason::PeerSilent);
+}
+
+#[test]
 fn message_that_arrives_bit_by_bit_has_a_deadline_and_the_next_one_its_own() {
     let mut rig = Rig::new(ShardConfig { message_ms_max: 10_000, ..ShardConfig::default() });
     let (mut client, _) = rig.live(100_000);

@@ -66,7 +66,7 @@ impl<K: Kernel> Shard<K> {
         self.set_lifecycle(key, Lifecycle::Deciding(Box::new(deciding)));
         let connection = self.connection(key).expect("the connection is present");
         connection.flags.set(Flags::OPENED);
-        connection.deadline = deadline;
+        connection.deadline = deadline.into();
         self.schedule(key);
         let hello = Box::new(hello);
         self.reports.push(SESSION_MANAGER, ShardReport::Opened { connection: key, hello });
@@ -111,7 +111,7 @@ impl<K: Kernel> Shard<K> {
         let connection = self.connection(key).expect("the connection is present");
         connection.phase =
             connection.phase.next(Signal::UpgradeSent).expect("the phase was upgrading");
-        connection.last_received = now;
+        connection.last_received = now.into();
         if deflate {
             connection.flags.set(Flags::DEFLATE);
         }

@@ -241,21 +241,25 @@ impl Simulation {
                 let silent_ms = now_ms - shard.kernel().received_at_ms(socket);
                 assert!(silent_ms >= least_ms, "pinged after {silent_ms} ms");
                 let unread = shard.kernel().unreceived(socket);
-                // That it has sent something may be among what this turn has not handled.
-                let late = self.setup.faults.late > 0 || self.setup.config.completions_max < 1_024;
-                assert!(unread == 0 || late, "pinged although it has unreceived bytes");
+                assert!(
+                    unread == 0 || self.notices_late(),
+                    "pinged although it has unreceived bytes"
+                );
             }
             self.clients[self.active[index]].pinged = pinged;
         }
     }
 
+    /// Whether the shard may not know yet what a client has sent: the kernel keeps it, or a turn has not handled it.
+    fn notices_late(&self) -> bool {
+        self.setup.faults.late > 0 || self.setup.config.completions_max < 1_024
+    }
+
     /// Whether a client has exceeded a rate, or might not have completed a message in time.
     fn is_at_fault(&self, number: usize) -> bool {
         let (client, config) = (&self.clients[number], &self.setup.config);
-        // The kernel may keep what a client has sent in time.
-        let is_late = self.setup.faults.late > 0;
         client.frames > config.inbound_frames_per_s_max.into()
-            || is_late
+            || self.notices_late()
             || client.is_slow(self.now_ms(), config.message_ms_max)
     }
 
@@ -289,8 +293,8 @@ impl Simulation {
             EndReason::PeerGone => acts.ended,
             EndReason::PeerReset => acts.reset,
             EndReason::PeerSilent => {
-                let late = self.setup.faults.late > 0;
-                late || now_ms - heard_at_ms >= self.setup.config.idle_ms_max - TICK_MS
+                self.notices_late()
+                    || now_ms - heard_at_ms >= self.setup.config.idle_ms_max - TICK_MS
             }
             EndReason::PeerAtFault => acts.broke_protocol || self.is_at_fault(number),
             EndReason::QueueOverflow => true,

@@ -159,7 +159,7 @@ impl Drop for SimulatedLease {
 /// What a flooding client sends: as a frame it is a violation (a reserved bit is set).
 const FLOOD: u8 = 0xff;
 /// More than a day, as the trait requires.
-const START_MS: u64 = 100_000_000;
+pub const START_MS: u64 = 100_000_000;
 /// Any time in this century.
 const UNIX_START_MS: u64 = 1_800_000_000_000;
 

@@ -154,6 +154,7 @@ impl Simulation {
             SimulatedKernel::new(random.draw(), usize::from(setup.config.receive_buffers));
         kernel.faults = setup.faults;
         kernel.completions_max = usize::from(setup.config.completions_max);
+        kernel.pass(setup.start_ms);
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let (service, peers) = Service::new(setup.ring_slots, &bell);
         let counters = Arc::new(ShardCounters::default());

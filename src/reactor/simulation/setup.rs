@@ -5,7 +5,8 @@ use super::random::Random;
 use crate::domain::limiter::ConnectionLimits;
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
-use crate::reactor::simulation::kernel::Faults;
+use crate::reactor::simulation::kernel::{Faults, START_MS};
+use crate::reactor::wheel::TICK_MS;
 
 #[derive(Clone, Debug)]
 pub(super) struct Setup {
@@ -32,6 +33,8 @@ pub(super) struct Setup {
     pub(super) stops_accepting: u8,
     /// Probability that the service closes a session, out of 256.
     pub(super) service_closes: u8,
+    /// How long the kernel has run before, ms.
+    pub(super) start_ms: u64,
     /// Maximum time that passes at once, ms.
     pub(super) pace_ms: u64,
     /// Probability that the clocks jump, out of 256.
@@ -60,10 +63,19 @@ impl Setup {
             stops_early: random.chance(40),
             stops_accepting: random.pick(&[0, 0, 0, 0, 0, 0, 0, 3]),
             service_closes: random.pick(&[2, 30]),
+            start_ms: start_ms(random),
             pace_ms: random.pick(&[200, 2_000, 20_000]),
             clock_jumps: random.pick(&[0, 20, 128]),
         }
     }
+}
+
+/// Half of the runs start shortly before a number of the clock wraps: the low half of a tick, its sign, milliseconds in
+/// 32 bits, seconds in 16.
+fn start_ms(random: &mut Random) -> u64 {
+    let wraps_ms = [TICK_MS << 32, TICK_MS << 31, 1 << 32, 2_000 << 16, 0, 0, 0, 0];
+    let before_ms = random.pick(&[1_000, 60_000, 400_000]);
+    random.pick(&wraps_ms).saturating_sub(START_MS + random.between(0, before_ms))
 }
 
 fn config(random: &mut Random) -> ShardConfig {

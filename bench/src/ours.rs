@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use delivery::domain::capacity::Capacity;
 use delivery::domain::ids::ShardId;
 use delivery::domain::limiter::{ConnectionLimiter, ConnectionLimits};
 use delivery::domain::limits::HANDOFF_RING_SLOTS;
@@ -13,7 +14,7 @@ use delivery::handoff::{Doorbell, PeerEnd, ShardEnd, connect};
 use delivery::protocol::upgrade::UpgradeRules;
 use delivery::reactor::config::ShardConfig;
 use delivery::reactor::counters::ShardCounters;
-use delivery::reactor::listener::{ListenerConfig, listen_all};
+use delivery::reactor::listener::{ListenerConfig, listen_on};
 use delivery::reactor::shard::ShardLinks;
 use delivery::reactor::thread::{ShardHandle, spawn};
 use delivery::service::cluster::missed::MissedSessions;
@@ -128,7 +129,8 @@ impl Ours {
         listen.send_buffer_bytes =
             (config.send_buffer_bytes > 0).then_some(config.send_buffer_bytes);
         let count = usize::from(config.shards);
-        let (listeners, address) = listen_all(&listen, count).map_err(io::Error::other)?;
+        let (listener, address) = listen_on(&listen).map_err(io::Error::other)?;
+        let listener = Arc::new(listener);
 
         let bells: Vec<_> =
             (0..count).map(|_| Doorbell::new().map(Arc::new)).collect::<io::Result<_>>()?;
@@ -153,18 +155,18 @@ impl Ours {
         };
         let mut counters = Vec::new();
         let mut shards = Vec::new();
-        for (number, ((listener, peers), bell)) in
-            (0..).zip(listeners.into_iter().zip(rings).zip(&bells))
-        {
+        let capacity = Arc::new(Capacity::new(config.connections * u32::from(config.shards)));
+        for (number, (peers, bell)) in (0..).zip(rings.into_iter().zip(&bells)) {
             let counts = Arc::new(ShardCounters::default());
             counters.push(Arc::clone(&counts));
             let links = ShardLinks {
                 peers,
                 bell: Arc::clone(bell),
                 limiter: Arc::clone(&limiter),
+                capacity: Arc::clone(&capacity),
                 counters: counts,
             };
-            let shard = spawn(ShardId(number), shard_config.clone(), listener, links);
+            let shard = spawn(ShardId(number), shard_config.clone(), Arc::clone(&listener), links);
             shards.push(shard.map_err(io::Error::other)?);
         }
 

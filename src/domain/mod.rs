@@ -1,6 +1,7 @@
 //! Nouns: ids, events, what crosses the hand-off, limits, counters. Imports nothing of ours.
 
 pub mod budget;
+pub mod capacity;
 pub mod caught_up;
 pub mod close;
 pub mod command;

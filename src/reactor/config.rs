@@ -13,10 +13,11 @@ pub const SETTING_MS_MAX: u64 = 12 * 60 * 60 * 1_000;
 /// Settings of one shard, the same for all shards. `app` derives them from the program's settings.
 #[derive(Clone, Debug)]
 pub struct ShardConfig {
-    /// Connections of this shard, including unfinished handshakes. Further clients get a 503.
+    /// Connections of this shard, including unfinished handshakes. Further clients are left to the other shards; if these have
+    /// no room either, they get a 503.
     pub connections_max: u32,
-    /// Slots beyond [`ShardConfig::connections_max`] for answering 503 and 429. When they are used
-    /// up too, clients wait in the listener's backlog.
+    /// Slots beyond [`ShardConfig::connections_max`] for answering 503 and 429, more than `accepts_max`. When more than the
+    /// difference are in use, the oldest of these connections is closed.
     pub refusals_max: u32,
     /// Accepts in flight at a time.
     pub accepts_max: u32,
@@ -138,7 +139,7 @@ impl ShardConfig {
                 "connections_max",
                 "with refusals_max and accepts_max at most 1048576",
             ),
-            (self.refusals_max > 0, "refusals_max", "at least 1"),
+            (self.refusals_max > self.accepts_max, "refusals_max", "more than accepts_max"),
             (
                 (1..=ACCEPTS_IN_FLIGHT_MAX).contains(&(self.accepts_max as usize)),
                 "accepts_max",

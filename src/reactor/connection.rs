@@ -138,6 +138,11 @@ impl Lifecycle {
         matches!(self.class(), LifecycleClass::Session | LifecycleClass::Echo)
     }
 
+    /// Whether its close has begun, and no frame but the last may be queued.
+    pub fn closes(&self) -> bool {
+        matches!(self, Self::Closing(_) | Self::Lingering(_))
+    }
+
     /// Whether no new request may start.
     pub fn is_over(&self) -> bool {
         matches!(self, Self::Terminating(_) | Self::Freeing)

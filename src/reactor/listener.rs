@@ -1,27 +1,26 @@
-//! The listening sockets: one per shard, all on one address. The kernel distributes the clients.
+//! The listening socket, from which all shards accept. The kernel wakes one of them for each client, in turn.
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use rustix::io::Errno;
 use rustix::net::sockopt::{
     set_ipv6_v6only, set_socket_reuseaddr, set_socket_reuseport, set_socket_send_buffer_size,
     set_tcp_nodelay,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, listen, socket_with};
 
-/// Settings of the listening sockets.
+/// Settings of the listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenerConfig {
-    /// The address. Port 0 is replaced by a free port, the same for all shards. The unspecified
+    /// The address. Port 0 is replaced by a free port. The unspecified
     /// IPv6 address accepts IPv4 clients too.
     pub address: SocketAddr,
     /// Kernel memory for unread output of one connection (`SO_SNDBUF`), bytes. The kernel doubles
     /// it for its own bookkeeping. `None`: the system's default, which grows to megabytes for a
     /// client that does not read.
     pub send_buffer_bytes: Option<usize>,
-    /// Clients that wait to be accepted, per shard. The system caps it (`net.core.somaxconn`).
+    /// Clients that wait to be accepted. The system caps it (`net.core.somaxconn`).
     pub backlog: i32,
     /// Whether other processes of this user may already listen on the address. The kernel then
     /// distributes the clients among all processes.
@@ -29,9 +28,9 @@ pub struct ListenerConfig {
 }
 
 impl ListenerConfig {
-    /// Defaults: 128 KiB of unread output, a backlog of 4,096 clients, an address of our own.
+    /// Defaults: 128 KiB of unread output, a backlog of 65,536 clients, an address of our own.
     pub fn new(address: SocketAddr) -> Self {
-        Self { address, send_buffer_bytes: Some(128 * 1024), backlog: 4096, shared: false }
+        Self { address, send_buffer_bytes: Some(128 * 1024), backlog: 65_536, shared: false }
     }
 }
 
@@ -55,30 +54,16 @@ fn hint(source: &io::Error) -> &'static str {
     }
 }
 
-/// Opens one listening socket per shard, all on the same address, and returns that address. The
-/// options are set here because accepted sockets inherit them.
+/// Opens the listening socket and returns its address. The options are set here because accepted sockets inherit them.
 ///
 /// # Errors
 /// The address cannot be listened on.
-pub fn listen_all(
-    config: &ListenerConfig,
-    shards: usize,
-) -> Result<(Vec<OwnedFd>, SocketAddr), ListenError> {
-    let failed = |source: Errno| ListenError { address: config.address, source: source.into() };
-    let mut config = *config;
-    let mut listeners = Vec::with_capacity(shards);
-    for _ in 0..shards {
-        let (listener, address) = listen_one(&config).map_err(failed)?;
-        // If the port was 0, the port of the first socket is used for all.
-        config.address = address;
-        // The first one has found nobody else there.
-        config.shared = true;
-        listeners.push(listener);
-    }
-    Ok((listeners, config.address))
+pub fn listen_on(config: &ListenerConfig) -> Result<(OwnedFd, SocketAddr), ListenError> {
+    try_listen(config)
+        .map_err(|source| ListenError { address: config.address, source: source.into() })
 }
 
-fn listen_one(config: &ListenerConfig) -> rustix::io::Result<(OwnedFd, SocketAddr)> {
+fn try_listen(config: &ListenerConfig) -> rustix::io::Result<(OwnedFd, SocketAddr)> {
     let family = match config.address {
         SocketAddr::V4(_) => AddressFamily::INET,
         SocketAddr::V6(_) => AddressFamily::INET6,
@@ -96,7 +81,7 @@ fn listen_one(config: &ListenerConfig) -> rustix::io::Result<(OwnedFd, SocketAdd
     bind(&socket, &config.address)?;
     listen(&socket, config.backlog)?;
     // A socket that may not share its address at `bind` and `listen` is refused if any other listens
-    // there, one with `SO_REUSEPORT` too. From here on the other shards may join it.
+    // there, one with `SO_REUSEPORT` too. From here on another node that shares may join it.
     set_socket_reuseport(&socket, true)?;
     let address = SocketAddr::try_from(getsockname(&socket)?)?;
     Ok((socket, address))
@@ -113,20 +98,11 @@ mod tests {
     }
 
     #[test]
-    fn shards_share_one_port() {
-        let (listeners, address) = listen_all(&loopback(), 3).unwrap();
-        assert_ne!(address.port(), 0);
-        for listener in &listeners {
-            assert_eq!(SocketAddr::try_from(getsockname(listener).unwrap()).unwrap(), address);
-        }
-    }
-
-    #[test]
     fn accepted_sockets_inherit_the_options() {
         let config = ListenerConfig { send_buffer_bytes: Some(50_000), ..loopback() };
-        let (mut listeners, address) = listen_all(&config, 1).unwrap();
+        let (listener, address) = listen_on(&config).unwrap();
         let _client = TcpStream::connect(address).unwrap();
-        let (accepted, _) = TcpListener::from(listeners.remove(0)).accept().unwrap();
+        let (accepted, _) = TcpListener::from(listener).accept().unwrap();
         assert!(tcp_nodelay(&accepted).unwrap());
         assert_eq!(socket_send_buffer_size(&accepted).unwrap(), 100_000);
     }
@@ -134,7 +110,7 @@ mod tests {
     #[test]
     fn dual_stack_accepts_both_families() {
         let config = ListenerConfig::new("[::]:0".parse().unwrap());
-        let Ok((_listeners, address)) = listen_all(&config, 1) else {
+        let Ok((_listener, address)) = listen_on(&config) else {
             return; // no IPv6 on this machine
         };
         TcpStream::connect(("127.0.0.1", address.port())).unwrap();
@@ -142,37 +118,25 @@ mod tests {
 
     #[test]
     fn address_of_another_node_is_shared_only_if_wanted() {
-        let (first, address) = listen_all(&loopback(), 2).unwrap();
+        let (first, address) = listen_on(&loopback()).unwrap();
         let config = ListenerConfig::new(address);
-        let error = listen_all(&config, 2).unwrap_err();
+        let error = listen_on(&config).unwrap_err();
         assert_eq!(error.source.kind(), io::ErrorKind::AddrInUse);
-        listen_all(&ListenerConfig { shared: true, ..config }, 2).unwrap();
+        listen_on(&ListenerConfig { shared: true, ..config }).unwrap();
         drop(first);
-        listen_all(&config, 2).unwrap();
+        listen_on(&config).unwrap();
     }
 
     /// Whoever starts at the same time, one of them wins.
     #[test]
     fn nodes_that_start_together_do_not_share_an_address() {
-        let (held, address) = listen_all(&loopback(), 1).unwrap();
+        let (held, address) = listen_on(&loopback()).unwrap();
         drop(held);
         for _ in 0..20 {
             let starts = [(); 4]
-                .map(|()| std::thread::spawn(move || listen_all(&ListenerConfig::new(address), 2)));
+                .map(|()| std::thread::spawn(move || listen_on(&ListenerConfig::new(address))));
             let ends = starts.map(|start| start.join().unwrap());
             assert!(ends.iter().filter(|end| end.is_ok()).count() <= 1);
-        }
-    }
-
-    /// The kernel distributes the clients among all shards, the first one included.
-    #[test]
-    fn every_shard_gets_clients() {
-        let (listeners, address) = listen_all(&loopback(), 3).unwrap();
-        let _clients: Vec<_> = (0..200).map(|_| TcpStream::connect(address).unwrap()).collect();
-        for listener in listeners {
-            let listener = TcpListener::from(listener);
-            listener.set_nonblocking(true).unwrap();
-            assert!(listener.accept().is_ok());
         }
     }
 
@@ -180,7 +144,7 @@ mod tests {
     fn taken_port_is_named_in_the_error() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = taken.local_addr().unwrap();
-        let error = listen_all(&ListenerConfig::new(address), 1).unwrap_err().to_string();
+        let error = listen_on(&ListenerConfig::new(address)).unwrap_err().to_string();
         assert!(error.contains(&address.to_string()) && error.contains("another"), "{error}");
     }
 }

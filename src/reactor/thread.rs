@@ -1,7 +1,7 @@
 //! The thread of a shard.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
@@ -65,14 +65,15 @@ impl ShardHandle {
     }
 }
 
-/// Starts a shard that accepts from `listener`.
+/// Starts a shard that accepts from `listener`, as other shards may. It gives up the descriptor when it has registered the
+/// socket with its ring.
 ///
 /// # Errors
 /// The ring or the thread cannot be created.
 pub fn spawn(
     shard: ShardId,
     config: ShardConfig,
-    listener: OwnedFd,
+    listener: Arc<OwnedFd>,
     links: ShardLinks,
 ) -> Result<ShardHandle, SpawnError> {
     let ring = RingConfig {
@@ -133,8 +134,9 @@ mod tests {
     use std::net::{SocketAddr, TcpStream};
     use std::num::NonZeroU64;
 
-    use tungstenite::{Message, client::IntoClientRequest as _};
+    use tungstenite::{Error, HandshakeError, Message, client::IntoClientRequest as _};
 
+    use crate::domain::capacity::Capacity;
     use crate::domain::close::{Close, CloseCode, EndReason};
     use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
     use crate::domain::encoding::Encoding;
@@ -146,7 +148,7 @@ mod tests {
     use crate::protocol::frame::{self, Opcode};
     use crate::protocol::upgrade::UpgradeRules;
     use crate::reactor::counters::ShardCounters;
-    use crate::reactor::listener::{ListenerConfig, listen_all};
+    use crate::reactor::listener::{ListenerConfig, listen_on};
 
     /// A shard, and the service side's ends of its rings.
     struct Rig {
@@ -160,14 +162,35 @@ mod tests {
 
     impl Rig {
         fn start() -> Self {
+            Self::start_some(1, 200).remove(0)
+        }
+
+        /// Shards with room for `connections_max` connections each, on one address.
+        fn start_some(shards: u16, connections_max: u32) -> Vec<Self> {
             let listen = ListenerConfig::new("127.0.0.1:0".parse().unwrap());
-            let (mut listeners, address) = listen_all(&listen, 1).unwrap();
+            let (listener, address) = listen_on(&listen).unwrap();
+            let listener = Arc::new(listener);
+            let capacity = Arc::new(Capacity::new(u32::from(shards) * connections_max));
+            let start = |shard| {
+                let (listener, capacity) = (Arc::clone(&listener), Arc::clone(&capacity));
+                Self::start_one(ShardId(shard), connections_max, address, listener, capacity)
+            };
+            (0..shards).map(start).collect()
+        }
+
+        fn start_one(
+            shard: ShardId,
+            connections_max: u32,
+            address: SocketAddr,
+            listener: Arc<OwnedFd>,
+            capacity: Arc<Capacity>,
+        ) -> Self {
             let (shard_bell, bell) =
                 (Arc::new(Doorbell::new().unwrap()), Arc::new(Doorbell::new().unwrap()));
             let (peer, end) = connect([HANDOFF_RING_SLOTS; 2], &shard_bell, &bell);
             let counters = Arc::new(ShardCounters::default());
             let config = ShardConfig {
-                connections_max: 200,
+                connections_max,
                 upgrade: UpgradeRules { echo: true, ..UpgradeRules::default() },
                 ..ShardConfig::default()
             };
@@ -175,9 +198,10 @@ mod tests {
                 peers: vec![end],
                 bell: shard_bell,
                 limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
+                capacity,
                 counters: Arc::clone(&counters),
             };
-            let handle = spawn(ShardId(0), config, listeners.remove(0), links).unwrap();
+            let handle = spawn(shard, config, listener, links).unwrap();
             let PeerEnd { commands, reports } = peer;
             Self { address, commands, reports, bell, counters, handle }
         }
@@ -201,9 +225,18 @@ mod tests {
         }
 
         fn connect(&self, path: &str) -> tungstenite::WebSocket<TcpStream> {
+            self.try_connect(path).expect("101")
+        }
+
+        /// The status of a refusal, if it does not answer 101.
+        fn try_connect(&self, path: &str) -> Result<tungstenite::WebSocket<TcpStream>, u16> {
             let stream = TcpStream::connect(self.address).unwrap();
             let request = format!("ws://{}{path}", self.address).into_client_request().unwrap();
-            tungstenite::client(request, stream).unwrap().0
+            match tungstenite::client(request, stream) {
+                Ok((client, _)) => Ok(client),
+                Err(HandshakeError::Failure(Error::Http(answer))) => Err(answer.status().as_u16()),
+                Err(error) => panic!("{error}"),
+            }
         }
 
         /// Connects a session and admits it.
@@ -249,6 +282,26 @@ mod tests {
         client.close(None).unwrap();
         while client.read().is_ok() {}
         rig.stop();
+    }
+
+    #[test]
+    fn clients_get_the_room_of_all_shards_and_a_refusal_only_when_none_is_left() {
+        let rigs = Rig::start_some(2, 16);
+        let mut clients: Vec<_> = (0..32).map(|_| rigs[0].connect("/echo")).collect();
+        assert_eq!(rigs[0].try_connect("/echo").err(), Some(503));
+        let used = |rig: &Rig| rig.counters.counts.echoes.get();
+        assert_eq!(rigs.iter().map(used).sum::<u64>(), 32);
+        // When one has left, another gets its place, whichever shard it is of.
+        for index in [0, 31, 16] {
+            let mut client = clients.swap_remove(index);
+            client.close(None).unwrap();
+            while client.read().is_ok() {}
+            drop(client);
+            let next = std::iter::repeat_with(|| rigs[0].try_connect("/echo"));
+            clients.push(next.take(1_000).find_map(Result::ok).expect("a place is free"));
+        }
+        drop(clients);
+        rigs.into_iter().for_each(Rig::stop);
     }
 
     #[test]

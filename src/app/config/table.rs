@@ -89,9 +89,8 @@ settings! {
         service_threads: Auto<Count> = "auto", from "1" to "256", example "2";
     }
     "Limits" {
-        /// Maximum number of connections; further ones are refused with 503. They are divided among
-        /// the shards. Each shard has an eighth to spare, because the kernel does not distribute
-        /// connections evenly. `auto`: what the descriptor limit allows, at most 65536 per shard.
+        /// Maximum number of connections; further ones are refused with 503. Each shard has room for an equal part, and
+        /// one without room leaves new connections to the others. `auto`: what the descriptor limit allows, at most 65536 per shard.
         connections_max: Auto<Count> = "auto", from "1" to "16777216", example "200000";
         /// Maximum number of sessions per user on all devices; further ones are refused with 429.
         connections_per_user: Count = "32", from "1" to "65536", example "32";

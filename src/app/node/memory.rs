@@ -375,7 +375,13 @@ mod tests {
 
     fn budget(flags: &[(&'static str, &str)], connections_per_shard: u32) -> MemoryBudget {
         let settings = dev_settings(flags);
-        let sizing = Sizing { shards: 2, routers: 1, service_threads: 2, connections_per_shard };
+        let sizing = Sizing {
+            shards: 2,
+            routers: 1,
+            service_threads: 2,
+            connections_per_shard,
+            connections: 2 * connections_per_shard,
+        };
         let shard = super::super::shards::shard_config(&settings, &sizing);
         MemoryBudget::new(&settings, &sizing, &shard)
     }

@@ -41,9 +41,10 @@ use self::streams::Streams;
 use super::admin::{self, Admin, Collector, RequestMetrics};
 use super::config::Settings;
 use super::telemetry::{self, LogSink};
+use crate::domain::capacity::Capacity;
 use crate::domain::counted::Counted;
 use crate::domain::limiter::ConnectionLimiter;
-use crate::reactor::listener::{ListenerConfig, listen_all};
+use crate::reactor::listener::{ListenerConfig, listen_on};
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::Directory;
@@ -112,19 +113,19 @@ struct Stopped {
 
 /// The listening sockets. They are bound first, so that a port in use is reported at once.
 struct Ports {
-    shards: Vec<OwnedFd>,
+    shards: OwnedFd,
     admin: TcpListener,
     grpc: Option<TcpListener>,
     addresses: Addresses,
 }
 
 impl Ports {
-    async fn bind(settings: &Settings, ip: IpAddr, sizing: &Sizing) -> Result<Self, String> {
+    async fn bind(settings: &Settings, ip: IpAddr) -> Result<Self, String> {
         let mut public = ListenerConfig::new(settings.http_port.or(ip));
         public.shared = settings.http_port_shared;
         public.send_buffer_bytes = (settings.so_sndbuf.0 > 0).then(|| settings.so_sndbuf.bytes());
         let (shards, websocket) =
-            listen_all(&public, usize::from(sizing.shards)).map_err(|error| {
+            listen_on(&public).map_err(|error| {
                 let example = settings.http_port.port.saturating_add(1);
                 let taken = error.source.kind() == io::ErrorKind::AddrInUse;
                 let shared = if taken && !settings.http_port_shared {
@@ -164,7 +165,7 @@ async fn run_node(
 ) -> Result<Stopped, String> {
     let mut signals =
         Signals::catch().map_err(|error| format!("cannot install signal handlers: {error}"))?;
-    let ports = Ports::bind(&plan.settings, plan.ip, &sizing).await?;
+    let ports = Ports::bind(&plan.settings, plan.ip).await?;
     let addresses = ports.addresses;
     let (drain, drained) = watch::channel(false);
     let (node, admin_listener, mut collectors) =
@@ -250,7 +251,13 @@ fn start(
         }
         None => None,
     };
-    let shards = Shards::start(&config, limiter, ports.shards, mesh.shards)?;
+    let shards = Shards::start(
+        &config,
+        limiter,
+        ports.shards,
+        Capacity::new(sizing.connections),
+        mesh.shards,
+    )?;
     let counters = Arc::new(SessionCounters::default());
     let missed = match &cluster {
         Some(cluster) => Arc::clone(cluster.missed()),

@@ -10,6 +10,7 @@ use tokio::time::interval;
 use super::mesh::ShardSide;
 use super::sizing::Sizing;
 use crate::app::config::{Count, Settings, Size};
+use crate::domain::capacity::Capacity;
 use crate::domain::ids::ShardId;
 use crate::domain::limiter::{ConnectionLimiter, ConnectionLimits};
 use crate::protocol::upgrade::UpgradeRules;
@@ -81,7 +82,7 @@ pub(super) fn connection_limits(settings: &Settings) -> ConnectionLimits {
 }
 
 impl Shards {
-    /// Starts one thread per listener.
+    /// Starts one thread per side.
     ///
     /// # Errors
     /// A ring cannot be set up. The text says what to do. Shards that have started end by
@@ -89,18 +90,21 @@ impl Shards {
     pub(super) fn start(
         config: &ShardConfig,
         limiter: Arc<ConnectionLimiter>,
-        listeners: Vec<OwnedFd>,
+        listener: OwnedFd,
+        capacity: Capacity,
         sides: Vec<ShardSide>,
     ) -> Result<Self, String> {
-        assert_eq!(listeners.len(), sides.len());
-        let count = listeners.len() as u64;
+        let count = sides.len() as u64;
+        let (listener, capacity) = (Arc::new(listener), Arc::new(capacity));
         let mut shards = Self { handles: Vec::new(), counters: Vec::new() };
-        for (number, (listener, side)) in (0..).zip(listeners.into_iter().zip(sides)) {
+        for (number, side) in (0..).zip(sides) {
             let counters = Arc::new(ShardCounters::default());
             shards.counters.push(Arc::clone(&counters));
             let ShardSide { bell, peers } = side;
-            let links = ShardLinks { peers, bell, limiter: Arc::clone(&limiter), counters };
-            let handle = spawn(ShardId(number), config.clone(), listener, links);
+            let limiter = Arc::clone(&limiter);
+            let capacity = Arc::clone(&capacity);
+            let links = ShardLinks { peers, bell, limiter, capacity, counters };
+            let handle = spawn(ShardId(number), config.clone(), Arc::clone(&listener), links);
             shards.handles.push(handle.map_err(|error| not_started(&error, count))?);
         }
         Ok(shards)

@@ -33,19 +33,20 @@ pub(super) struct Sizing {
     pub routers: u16,
     pub service_threads: usize,
     pub connections_per_shard: u32,
+    /// Maximum number of connections of all shards together.
+    pub connections: u32,
 }
 
 impl Sizing {
     /// Maximum number of sessions: WebSockets and gRPC streams.
     pub(super) fn sessions_max(&self) -> usize {
-        usize::from(self.shards) * self.connections_per_shard as usize + self.streams_max()
+        self.connections as usize + self.streams_max()
     }
 
     /// Maximum number of gRPC streams, and of the connections that carry them: the number of
     /// WebSockets, capped at [`STREAMS_MAX`].
     pub(super) fn streams_max(&self) -> usize {
-        let sockets = u64::from(self.shards) * u64::from(self.connections_per_shard);
-        usize::try_from(sockets).unwrap_or(usize::MAX).min(STREAMS_MAX)
+        (self.connections as usize).min(STREAMS_MAX)
     }
 }
 
@@ -112,16 +113,12 @@ impl Sizing {
         let beside = refusals + TABLE_EXTRA;
         let table_max = machine.descriptors.min(u64::from(CONNECTIONS_PER_SHARD_MAX));
         let table_max = u32::try_from(table_max).expect("at most 2^20").saturating_sub(beside);
-        let connections_per_shard = match settings.connections_max {
-            Auto::Auto => table_max.min(CONNECTIONS_PER_SHARD_AUTO),
-            Auto::Given(count) => {
-                let even = count.0.div_ceil(shards as u64);
-                // The kernel distributes connections by a hash, so some shards get more than
-                // others.
-                let spare = if shards > 1 { even / 8 } else { 0 };
-                u32::try_from(even + spare).unwrap_or(u32::MAX)
-            }
+        let most = table_max.min(CONNECTIONS_PER_SHARD_AUTO) * shards as u32;
+        let connections = match settings.connections_max {
+            Auto::Auto => most,
+            Auto::Given(count) => count.u32(),
         };
+        let connections_per_shard = connections.div_ceil(shards as u32);
         if connections_per_shard > table_max {
             return Err(too_many(connections_per_shard, shards, beside, machine));
         }
@@ -130,6 +127,7 @@ impl Sizing {
             routers: u16::try_from(settings.routers.0).expect("the table bounds routers to 64"),
             service_threads,
             connections_per_shard,
+            connections,
         })
     }
 }
@@ -189,10 +187,10 @@ mod tests {
         assert_eq!(decide(&[], 2, 20_000).unwrap().connections_per_shard, 20_000 - 304);
         assert_eq!(decide(&[], 2, 1 << 20).unwrap().connections_per_shard, 65_536);
         let flags = [("connections_max", "800000"), ("shards", "8")];
-        assert_eq!(decide(&flags, 8, 1 << 20).unwrap().connections_per_shard, 112_500);
+        assert_eq!(decide(&flags, 8, 1 << 20).unwrap().connections_per_shard, 100_000);
         let why = decide(&flags, 8, 20_000).unwrap_err();
-        assert!(why.contains("LimitNOFILE=112804") && why.contains("--shards 46"), "{why}");
-        let shards = [("connections_max", "800000"), ("shards", "46")];
+        assert!(why.contains("LimitNOFILE=100304") && why.contains("--shards 41"), "{why}");
+        let shards = [("connections_max", "800000"), ("shards", "41")];
         assert!(decide(&shards, 8, 20_000).is_ok());
         // Too few for the process itself, whatever the number of shards.
         let why = decide(&[("connections_max", "10")], 2, 100).unwrap_err();

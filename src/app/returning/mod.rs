@@ -34,6 +34,7 @@ use tokio::time::sleep;
 use self::client::ReturningClient;
 use self::service::{CONVERSATIONS, MessageStore, StoreService, USER, conversation};
 use self::tails::{ModelReplays, ModelTails};
+use crate::domain::capacity::Capacity;
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand};
 use crate::domain::encoding::{Encoding, EncodingSet};
 use crate::domain::event::Event;
@@ -184,6 +185,7 @@ impl ReturningWorld {
             peers: vec![shard_manager, shard_router],
             bell: shard_bell,
             limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
+            capacity: Arc::new(Capacity::new(16)),
             counters: Arc::new(ShardCounters::default()),
         };
         let cursor_ms = random.pick(&[50, 400, 15_000]);

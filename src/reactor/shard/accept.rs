@@ -1,4 +1,7 @@
 //! Accepts connections and applies the limits.
+//!
+//! All shards accept from one socket. A shard without room leaves the clients to the others. Only when no shard has room
+//! do shards accept beyond their own, to answer 503.
 
 use std::net::IpAddr;
 
@@ -39,7 +42,7 @@ impl AcceptState {
 }
 
 impl<K: Kernel> Shard<K> {
-    /// Keeps accepts in flight as long as there are free slots.
+    /// Keeps accepts in flight as long as there is room, or nobody has any.
     pub(super) fn arm_accepts(&mut self) {
         match self.accepting.retry_at_ms {
             Some(at) if self.kernel.now_ms() < at => return,
@@ -49,11 +52,28 @@ impl<K: Kernel> Shard<K> {
         if !self.accepting.open || self.reports.is_backlogged() {
             return;
         }
-        while self.accepting.in_flight < self.config.accepts_max {
+        // An accept in flight has its place: a client that it brings is not refused for this shard's lack of room.
+        while self.accepting.in_flight < self.config.accepts_max
+            && (self.admitted + self.accepting.in_flight < self.config.connections_max
+                || self.capacity.free() == 0)
+        {
             let Some(key) = self.slab.insert(Connection::accepting()) else { return };
             self.connection(key).expect("just inserted").in_flight.begin(RequestSet::ACCEPT);
             self.accepting.in_flight += 1;
             self.kernel.accept(key);
+        }
+    }
+
+    /// Only the latest refused clients keep their slots until they have read the answer, so that the others get one.
+    fn cut_refusals(&mut self) {
+        let kept = self.config.refusals_max - self.config.accepts_max;
+        while self.refused.len() > kept as usize
+            && let Some(key) = self.refused.pop_front()
+        {
+            if self.slab.get(key).is_some_and(|it| it.lifecycle.closes()) {
+                self.counters.counts.refusals_cut.add(1);
+                self.give_up_close(key);
+            }
         }
     }
 
@@ -98,7 +118,11 @@ impl<K: Kernel> Shard<K> {
         self.kernel.poll_readable(key);
         match refused {
             None => self.schedule(key),
-            Some(refused) => self.answer(key, &refused, EndReason::Refused),
+            Some(refused) => {
+                self.answer(key, &refused, EndReason::Refused);
+                self.refused.push_back(key);
+                self.cut_refusals();
+            }
         }
     }
 
@@ -117,28 +141,34 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Checks the limit of this shard and the limits shared by all shards.
+    /// Checks the limits. A shard admits a client beyond its room if it was to be refused when it was accepted, and another
+    /// shard has got room since.
     fn check_limits(&mut self, peer: IpAddr) -> Result<AddressPermit, Refused> {
         let counts = &self.counters.counts;
         let retry_after_s = self.config.retry_after_s;
-        if self.admitted >= self.config.connections_max {
+        let own_max = self.config.connections_max + self.config.accepts_max;
+        if self.admitted >= own_max || !self.capacity.take() {
             counts.refused_full.add(1);
             return Err(Refused::unavailable("this node is full", retry_after_s));
         }
-        match self.limiter.admit(peer, self.kernel.now_ms()) {
+        let exceeded = match self.limiter.admit(peer, self.kernel.now_ms()) {
             Ok(permit) => {
                 self.admitted += 1;
-                Ok(permit)
+                return Ok(permit);
             }
-            Err(LimitExceeded::TotalRate) => {
+            Err(exceeded) => exceeded,
+        };
+        self.capacity.give_back();
+        match exceeded {
+            LimitExceeded::TotalRate => {
                 counts.refused_total_rate.add(1);
                 Err(Refused::unavailable("too many clients connect at once", retry_after_s))
             }
-            Err(LimitExceeded::AddressRate) => {
+            LimitExceeded::AddressRate => {
                 counts.refused_address_rate.add(1);
                 Err(Refused::too_many("too many handshakes from your address", retry_after_s))
             }
-            Err(LimitExceeded::AddressConnections) => {
+            LimitExceeded::AddressConnections => {
                 counts.refused_address_count.add(1);
                 Err(Refused::too_many("too many connections from your address", retry_after_s))
             }

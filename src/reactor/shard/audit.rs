@@ -67,7 +67,8 @@ impl<K: Kernel> Shard<K> {
         };
         assert_eq!(sums, believed, "sums over all connections against the totals of the shard");
         assert!(self.slab.used() <= self.config.slots_max() as usize);
-        assert!(self.admitted <= self.config.connections_max);
+        assert!(self.admitted <= self.config.connections_max + self.config.accepts_max);
+        assert!(self.refused.len() < self.config.refusals_max as usize);
         assert!(self.receives_in_flight <= self.kernel.receive_buffers());
         assert!(self.tally.held().0 <= sums.deliveries, "an event without recipients is held");
         let reports = self.reports.pending_for_manager();
@@ -85,6 +86,16 @@ impl<K: Kernel> Shard<K> {
     /// The kernel, so that a simulation can act as its clients.
     pub fn kernel_mut(&mut self) -> &mut K {
         &mut self.kernel
+    }
+
+    /// Connections that the limits have admitted.
+    pub fn admitted(&self) -> u32 {
+        self.admitted
+    }
+
+    /// Accepts in flight.
+    pub fn accepts(&self) -> u32 {
+        self.accepting.in_flight
     }
 
     /// Connections and accepts in flight.

@@ -60,14 +60,7 @@ impl<K: Kernel> Shard<K> {
                 self.answer(key, &refused, EndReason::HandshakeTimeout);
                 self.receive_on(key);
             }
-            // What it has not taken by now is discarded. If it has taken everything and has only not answered our close
-            // frame, the kernel may still deliver what it has.
-            &Lifecycle::Closing(why) if overdue => {
-                let has_rest = !connection.queue.is_empty();
-                let how = if has_rest { HowToClose::Abort } else { HowToClose::Orderly };
-                self.terminate(key, why, how);
-            }
-            &Lifecycle::Lingering(why) if overdue => self.terminate(key, why, HowToClose::Orderly),
+            Lifecycle::Closing(_) | Lifecycle::Lingering(_) if overdue => self.give_up_close(key),
             Lifecycle::Handshake(_)
             | Lifecycle::Deciding(_)
             | Lifecycle::Closing(_)

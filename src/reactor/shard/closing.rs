@@ -153,6 +153,18 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
+    /// Ends a close without waiting for the rest of it. What the client has not taken by now is discarded. If it has taken
+    /// everything and has only not answered our close frame, the kernel may still deliver what it has.
+    pub(super) fn give_up_close(&mut self, key: ConnectionKey) {
+        let connection = self.connection(key).expect("the connection is present");
+        let (Lifecycle::Closing(why) | Lifecycle::Lingering(why)) = connection.lifecycle else {
+            panic!("no close has begun")
+        };
+        let has_rest = !connection.queue.is_empty();
+        let how = if has_rest { HowToClose::Abort } else { HowToClose::Orderly };
+        self.terminate(key, why, how);
+    }
+
     /// Starts no new requests on this connection. Drops its deliveries and reports its end. If a
     /// close had already begun, the reason of the close is reported.
     pub(super) fn terminate(&mut self, key: ConnectionKey, why: EndReason, how: HowToClose) {
@@ -205,6 +217,7 @@ impl<K: Kernel> Shard<K> {
         assert!(connection.in_flight.is_none() && connection.queue.is_empty());
         if let Some(permit) = connection.address {
             self.admitted -= 1;
+            self.capacity.give_back();
             self.limiter.release(permit, self.kernel.now_ms());
         }
     }

@@ -30,6 +30,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::domain::capacity::Capacity;
 use crate::domain::close::Close;
 use crate::domain::command::ShardCommand;
 use crate::domain::cursor_schedule::CursorSchedule;
@@ -67,6 +68,9 @@ pub struct ShardLinks {
     pub bell: Arc<Doorbell>,
     /// Limits shared by all shards.
     pub limiter: Arc<ConnectionLimiter>,
+    /// Room for connections, shared by all shards: at most the sum of their
+    /// [`connections_max`](ShardConfig::connections_max).
+    pub capacity: Arc<Capacity>,
     /// The shard's counters.
     pub counters: Arc<ShardCounters>,
 }
@@ -93,6 +97,7 @@ pub struct Shard<K: Kernel> {
     tally: Tally,
     bell: Arc<Doorbell>,
     limiter: Arc<ConnectionLimiter>,
+    capacity: Arc<Capacity>,
     counters: Arc<ShardCounters>,
     scratch: Scratch,
     /// The ping frame, shared by all connections.
@@ -110,6 +115,8 @@ pub struct Shard<K: Kernel> {
     accepting: accept::AcceptState,
     /// Connections that the limiter has admitted and whose slot is not free yet.
     admitted: u32,
+    /// Connections that were refused at once, the oldest first. Some have ended.
+    refused: VecDeque<ConnectionKey>,
     first_peer: usize,
     /// The session with an almost full queue that the routers' rings wait for. Its socket keeps up.
     awaited: Option<AwaitedQueue>,
@@ -163,6 +170,7 @@ impl<K: Kernel> Shard<K> {
             tally: Tally::new(Arc::clone(&links.counters)),
             bell: links.bell,
             limiter: links.limiter,
+            capacity: links.capacity,
             counters: links.counters,
             scratch: Scratch::default(),
             ping: Outgoing::own(frame::encode_ping(&[])),
@@ -174,6 +182,7 @@ impl<K: Kernel> Shard<K> {
             reaped: VecDeque::new(),
             accepting: accept::AcceptState::default(),
             admitted: 0,
+            refused: VecDeque::new(),
             first_peer: 0,
             awaited: None,
             cursors: CursorSchedule::new(config.cursor_interval_ms),

@@ -1,6 +1,8 @@
 //! Tests of single guarantees on the simulated kernel, without faults. The simulation tests all of
 //! them together, with faults.
 
+mod accepting;
+
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ struct Rig {
     /// Commands from a router.
     routed: Producer<ShardCommand>,
     reports: Consumer<ShardReport>,
+    capacity: Arc<Capacity>,
     counters: Arc<ShardCounters>,
 }
 
@@ -38,15 +41,17 @@ impl Rig {
         let (PeerEnd { commands, reports }, manager) = connect([64; 2], &bell, &bell);
         let (PeerEnd { commands: routed, .. }, router) = connect([64; 2], &bell, &bell);
         let counters = Arc::new(ShardCounters::default());
+        let capacity = Arc::new(Capacity::new(config.connections_max));
         let links = ShardLinks {
             peers: vec![manager, router],
             bell,
             limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
+            capacity: Arc::clone(&capacity),
             counters: Arc::clone(&counters),
         };
         let mut shard = Shard::new(SimulatedKernel::new(1, 8), config, links);
         shard.turn().unwrap();
-        Self { shard, commands, routed, reports, counters }
+        Self { shard, commands, routed, reports, capacity, counters }
     }
 
     fn turns(&mut self) {
@@ -371,44 +376,6 @@ fn shard_that_slept_long_pings_before_it_terminates() {
     rig.sends(&client, &client_frame(true, 10, &[], [1; 4]));
     rig.pass(5_000);
     assert!(!rig.shard.kernel().is_closed(client.socket));
-}
-
-#[test]
-fn unfinished_request_is_answered_408() {
-    let mut rig = Rig::new(ShardConfig { handshake_ms_max: 1_000, ..ShardConfig::default() });
-    let mut client = rig.connect(100_000);
-    rig.sends(&client, b"GET /ws?user_id=u&dev");
-    rig.pass(900);
-    assert_eq!(rig.receives(&mut client), None);
-    rig.pass(200);
-    assert_eq!(rig.receives(&mut client), Some(WireEvent::Answer(408)));
-    assert!(rig.shard.kernel().server_ended(client.socket));
-    rig.pass(2_000);
-    assert!(rig.shard.kernel().is_closed(client.socket));
-}
-
-#[test]
-fn full_shard_answers_503_and_serves_the_next_when_a_slot_is_free() {
-    let mut rig = Rig::new(ShardConfig { connections_max: 1, ..ShardConfig::default() });
-    let (first, key) = rig.live(100_000);
-    let mut second = rig.connect(100_000);
-    assert_eq!(rig.receives(&mut second), Some(WireEvent::Answer(503)));
-    rig.shard.kernel_mut().client_resets(first.socket);
-    rig.turns();
-    let (_, next) = rig.live(100_000);
-    assert_ne!(next, key);
-}
-
-#[test]
-fn refused_request_is_answered_and_its_end_reported() {
-    let mut rig = Rig::new(ShardConfig::default());
-    let (mut client, connection) = rig.request_session(100_000);
-    let refusal = Refusal { status: 401, body: "no".into(), retry_after_s: None };
-    rig.command(ShardCommand::Refuse { connection, refusal });
-    assert_eq!(rig.receives(&mut client), Some(WireEvent::Answer(401)));
-    rig.shard.kernel_mut().client_ends(client.socket);
-    rig.turns();
-    assert_eq!(rig.ended(), EndReason::Refused);
 }
 
 #[test]

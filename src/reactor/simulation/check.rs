@@ -329,6 +329,26 @@ impl Simulation {
         assert_eq!(shard.kernel().buffers_lent(), shard.kernel().leases_waiting());
     }
 
+    /// A client is told that no shard has room only if that is so. `before` the turn: free places, accepted
+    /// clients, such refusals.
+    pub(super) fn check_refusals(&mut self, (free, accepted, refused): (u32, u64, u64)) {
+        let shard = self.shard.as_ref().expect("running");
+        let config = &self.setup.config;
+        let is_full = shard.admitted() == config.connections_max + config.accepts_max;
+        let counts = &self.counters.counts;
+        let (accepted, refused) =
+            (counts.accepted.get() - accepted, counts.refused_full.get() - refused);
+        // Others may have got the free places in the same turn.
+        let lawful = is_full || u64::from(free) + refused <= accepted;
+        assert!(refused == 0 || lawful, "refused with room left");
+        self.was_full |= self.capacity.free() == 0;
+        let claimed = shard.admitted() + shard.accepts();
+        assert!(
+            self.was_full || claimed <= config.connections_max,
+            "it accepts what others have room for"
+        );
+    }
+
     pub(super) fn check_counters(&mut self) {
         let counts = &self.counters.counts;
         assert!(
@@ -350,6 +370,8 @@ impl Simulation {
         assert_eq!(shard.kernel().buffers_lent(), 0, "receive buffers leak");
         assert_eq!(shard.kernel().pending(), 0, "requests leak");
         assert_eq!(self.limiter.connections(), 0, "the limiter counts an ended connection");
+        let room = self.setup.config.connections_max + self.setup.room_elsewhere;
+        assert_eq!(self.capacity.free() + self.elsewhere, room, "a place is lost");
         let counts = &self.counters.counts;
         for gauge in [
             &counts.sessions,

@@ -7,6 +7,7 @@
 
 mod check;
 mod client;
+mod clients;
 pub mod kernel;
 mod manager;
 pub mod random;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 
+use crate::domain::capacity::Capacity;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Refusal, ShardCommand};
 use crate::domain::counters::{CounterSet as _, MetricKind};
@@ -96,6 +98,11 @@ struct Simulation {
     shard: Option<Shard<SimulatedKernel>>,
     counters: Arc<ShardCounters>,
     limiter: Arc<ConnectionLimiter>,
+    capacity: Arc<Capacity>,
+    /// Connections of other shards.
+    elsewhere: u32,
+    /// No shard has had room at some time.
+    was_full: bool,
     service: Service,
     clients: Vec<Client>,
     active: Vec<usize>,
@@ -159,10 +166,13 @@ impl Simulation {
         let (service, peers) = Service::new(setup.ring_slots, &bell);
         let counters = Arc::new(ShardCounters::default());
         let limiter = Arc::new(ConnectionLimiter::new(setup.limits));
+        let room = setup.config.connections_max + setup.room_elsewhere;
+        let capacity = Arc::new(Capacity::new(room));
         let links = ShardLinks {
             peers,
             bell,
             limiter: Arc::clone(&limiter),
+            capacity: Arc::clone(&capacity),
             counters: Arc::clone(&counters),
         };
         let limits = Limits {
@@ -177,6 +187,9 @@ impl Simulation {
             limits,
             counters,
             limiter,
+            capacity,
+            elsewhere: 0,
+            was_full: false,
             service,
             clients: Vec::new(),
             active: Vec::new(),
@@ -227,7 +240,8 @@ impl Simulation {
             6..=49 => self.client_acts(),
             50..=64 => self.router_acts(),
             65..=84 => self.manager_acts(),
-            85..=86 => {
+            85 => self.other_shards_act(),
+            86..=87 => {
                 let router = 1 + self.random.below(PEERS - 1);
                 self.take_reports(router, 8);
             }
@@ -245,8 +259,11 @@ impl Simulation {
             return;
         }
         note(TraceEvent::Turn);
+        let counts = &self.counters.counts;
+        let before = (self.capacity.free(), counts.accepted.get(), counts.refused_full.get());
         let turn = shard.turn().expect("a simulated ring does not fail");
         shard.audit();
+        self.check_refusals(before);
         self.check_kernel();
         self.check_pings();
         self.read_wires();
@@ -254,150 +271,6 @@ impl Simulation {
         if turn == Turn::Stopped {
             self.check_stopped();
             self.shard = None;
-        }
-    }
-
-    fn connect(&mut self) {
-        if self.active.len() >= self.setup.clients_max || self.resting {
-            return;
-        }
-        let kind = match self.random.below(32) {
-            0 => ClientKind::Bad,
-            1 => ClientKind::Endless,
-            2..=5 => ClientKind::Echo,
-            6..=14 => ClientKind::Session { json: true },
-            _ => ClientKind::Session { json: false },
-        };
-        let address = Ipv4Addr::from(0x7F00_0000 + self.random.below(self.setup.addresses) as u32);
-        let capacity = self.random.pick(&[300, 3_000, 30_000, 300_000]);
-        let Some(shard) = self.shard.as_mut() else { return };
-        let Some(socket) = shard.kernel_mut().connect(address, capacity) else { return };
-        let number = self.clients.len();
-        note(TraceEvent::Connect(number));
-        self.clients.push(Client::new(number, socket, kind, &mut self.random));
-        self.active.push(number);
-        self.summary.clients += 1;
-        self.send_some(number);
-    }
-
-    fn client_acts(&mut self) {
-        if self.active.is_empty() || self.shard.is_none() {
-            return;
-        }
-        let number = self.active[self.random.below(self.active.len())];
-        if self.resting {
-            return self.read_all(number);
-        }
-        match self.random.below(32) {
-            0..=11 => self.send_some(number),
-            12..=24 => self.read_some(number),
-            25..=28 => self.speak(number),
-            29 if self.random.chance(self.setup.floods) => self.flood(number),
-            29 => self.speak(number),
-            _ => self.leave(number),
-        }
-    }
-
-    /// Sends a random part of a client's queued bytes.
-    fn send_some(&mut self, number: usize) {
-        let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
-        let client = &mut self.clients[number];
-        if client.outbox.is_empty() {
-            return;
-        }
-        let all = client.outbox.len();
-        let length = if self.random.chance(200) { all } else { 1 + self.random.below(all) };
-        let bytes = client.takes(length, now_ms, message_ms_max);
-        let socket = client.socket;
-        note(TraceEvent::Sends(number, "bytes", length));
-        self.kernel().client_sends(socket, &bytes);
-    }
-
-    fn read_some(&mut self, number: usize) {
-        let client = &self.clients[number];
-        let limit = match client.reading {
-            Reading::Prompt => usize::MAX,
-            Reading::Slow => self.random.below(200),
-            Reading::Stalled => return,
-        };
-        let socket = client.socket;
-        note(TraceEvent::Reads(number, limit));
-        self.kernel().client_reads(socket, limit);
-    }
-
-    /// Reads everything and sends all queued bytes.
-    fn read_all(&mut self, number: usize) {
-        let socket = self.clients[number].socket;
-        self.kernel().client_reads(socket, usize::MAX);
-        let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
-        let client = &mut self.clients[number];
-        let bytes = client.takes(client.outbox.len(), now_ms, message_ms_max);
-        self.kernel().client_sends(socket, &bytes);
-        let client = &mut self.clients[number];
-        if client.session.close_seen.is_some() && client.may_send() {
-            client.answer_close(&mut self.random);
-        }
-    }
-
-    fn speak(&mut self, number: usize) {
-        let client = &mut self.clients[number];
-        if !client.may_send() || client.answered != Some(101) || client.outbox.len() > 100_000 {
-            return;
-        }
-        let random = &mut self.random;
-        if client.session.close_seen.is_some() {
-            return client.answer_close(random);
-        }
-        if client.kind == ClientKind::Echo {
-            return match random.below(16) {
-                0 => client.queue_ping(random),
-                1 => client.queue_close(random),
-                _ => client.queue_echo(random),
-            };
-        }
-        match random.below(64) {
-            0 => client.queue_close(random),
-            1 => client.queue_violation(random),
-            2 => client.queue_flood(random),
-            3..=15 => client.queue_ping(random),
-            16..=20 => client.queue_pong(random),
-            21..=28 => client.queue_meaningless(random),
-            _ => client.queue_text(random),
-        }
-    }
-
-    /// A client sends without pause from now on, first what it has queued.
-    fn flood(&mut self, number: usize) {
-        let client = &mut self.clients[number];
-        if client.acts.floods || client.acts.ended || client.acts.reset {
-            return;
-        }
-        (client.acts.floods, client.acts.broke_protocol) = (true, true);
-        client.reading = Reading::Stalled;
-        let (socket, bytes): (_, Vec<u8>) = (client.socket, client.outbox.drain(..).collect());
-        note(TraceEvent::Floods(number));
-        self.kernel().client_sends(socket, &bytes);
-        self.kernel().client_floods(socket);
-    }
-
-    /// Now and then, shuts down or resets a client's connection without a close frame.
-    fn leave(&mut self, number: usize) {
-        if !self.random.chance(self.setup.leaving) {
-            return;
-        }
-        let client = &mut self.clients[number];
-        let socket = client.socket;
-        if client.acts.reset || client.acts.ended || client.acts.floods {
-            return;
-        }
-        if self.random.chance(128) {
-            client.acts.reset = true;
-            note(TraceEvent::Resets(number));
-            self.kernel().client_resets(socket);
-        } else {
-            client.acts.ended = true;
-            note(TraceEvent::Ends(number));
-            self.kernel().client_ends(socket);
         }
     }
 

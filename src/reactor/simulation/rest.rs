@@ -36,6 +36,14 @@ impl Simulation {
         for index in 0..self.directory.len() {
             self.catch_up_one(self.directory[index]);
         }
+        let config = &self.setup.config;
+        if self.shard.as_ref().is_some_and(|shard| shard.admitted() >= config.connections_max)
+            && self.kernel().backlog_len() > 0
+            && self.capacity.take()
+        {
+            self.elsewhere += 1;
+            self.kernel().accept_elsewhere();
+        }
         self.turn();
         if self.shard.as_ref().is_some_and(|shard| !shard.kernel().is_awake()) {
             // If the shard waits for a deadline, it has passed it to the kernel.
@@ -62,6 +70,7 @@ impl Simulation {
             session.awaits_cursors() && session.cursor != routed
         });
         let conditions = [
+            (self.kernel().backlog_len() > 0, "a client waits to be accepted"),
             (unread, "a client has bytes to read or to send"),
             (!self.service.outstanding.is_empty(), "a delivery is not done"),
             (!self.service.is_idle(), "a ring is not empty"),

@@ -13,6 +13,8 @@ pub(super) struct Setup {
     pub(super) config: ShardConfig,
     pub(super) limits: ConnectionLimits,
     pub(super) faults: Faults,
+    /// Room for connections in other shards.
+    pub(super) room_elsewhere: u32,
     pub(super) ring_slots: usize,
     pub(super) clients_max: usize,
     /// Number of client addresses.
@@ -52,6 +54,7 @@ impl Setup {
                 handshakes_per_s_max: random.pick(&[8, 1_000, 1_000]),
             },
             faults: faults(random),
+            room_elsewhere: random.pick(&[0, 3, 100]),
             ring_slots: random.pick(&[2, 8, 64]),
             clients_max,
             addresses: random.pick(&[1, 10]),
@@ -81,7 +84,7 @@ fn start_ms(random: &mut Random) -> u64 {
 fn config(random: &mut Random) -> ShardConfig {
     ShardConfig {
         connections_max: random.pick(&[4, 100, 100]),
-        refusals_max: random.pick(&[1, 8]),
+        refusals_max: random.pick(&[5, 8]),
         accepts_max: random.pick(&[1, 4]),
         completions_max: random.pick(&[1, 5, 50, 1_024]),
         receive_buffers: random.pick(&[1, 4, 64]),

@@ -30,6 +30,18 @@ impl SimulatedKernel {
         Some(id)
     }
 
+    /// Clients that wait to be accepted.
+    pub fn backlog_len(&self) -> usize {
+        self.backlog.len()
+    }
+
+    /// Another shard accepts a client.
+    pub fn accept_elsewhere(&mut self) {
+        if let Some(id) = self.backlog.pop_front() {
+            self.sockets[id.0].closed = true;
+        }
+    }
+
     /// A client sends. Bytes after its FIN, a reset or the shard's close are lost.
     pub fn client_sends(&mut self, id: SocketId, bytes: &[u8]) {
         let socket = &mut self.sockets[id.0];

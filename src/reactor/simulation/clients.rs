@@ -1,0 +1,163 @@
+//! Actions of the clients, and of the other shards that accept some of them.
+
+use super::*;
+
+impl Simulation {
+    /// Other shards accept clients, or their clients leave.
+    pub(super) fn other_shards_act(&mut self) {
+        let accepts = self.elsewhere == 0 || self.random.chance(128);
+        if accepts && self.elsewhere < self.setup.room_elsewhere && self.capacity.take() {
+            self.elsewhere += 1;
+            if self.shard.is_some() && self.random.chance(128) {
+                self.kernel().accept_elsewhere();
+            }
+        } else if !accepts {
+            self.elsewhere -= 1;
+            self.capacity.give_back();
+        }
+    }
+
+    pub(super) fn connect(&mut self) {
+        if self.active.len() >= self.setup.clients_max || self.resting {
+            return;
+        }
+        let kind = match self.random.below(32) {
+            0 => ClientKind::Bad,
+            1 => ClientKind::Endless,
+            2..=5 => ClientKind::Echo,
+            6..=14 => ClientKind::Session { json: true },
+            _ => ClientKind::Session { json: false },
+        };
+        let address = Ipv4Addr::from(0x7F00_0000 + self.random.below(self.setup.addresses) as u32);
+        let capacity = self.random.pick(&[300, 3_000, 30_000, 300_000]);
+        let Some(shard) = self.shard.as_mut() else { return };
+        let Some(socket) = shard.kernel_mut().connect(address, capacity) else { return };
+        let number = self.clients.len();
+        note(TraceEvent::Connect(number));
+        self.clients.push(Client::new(number, socket, kind, &mut self.random));
+        self.active.push(number);
+        self.summary.clients += 1;
+        self.send_some(number);
+    }
+
+    pub(super) fn client_acts(&mut self) {
+        if self.active.is_empty() || self.shard.is_none() {
+            return;
+        }
+        let number = self.active[self.random.below(self.active.len())];
+        if self.resting {
+            return self.read_all(number);
+        }
+        match self.random.below(32) {
+            0..=11 => self.send_some(number),
+            12..=24 => self.read_some(number),
+            25..=28 => self.speak(number),
+            29 if self.random.chance(self.setup.floods) => self.flood(number),
+            29 => self.speak(number),
+            _ => self.leave(number),
+        }
+    }
+
+    /// Sends a random part of a client's queued bytes.
+    fn send_some(&mut self, number: usize) {
+        let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
+        let client = &mut self.clients[number];
+        if client.outbox.is_empty() {
+            return;
+        }
+        let all = client.outbox.len();
+        let length = if self.random.chance(200) { all } else { 1 + self.random.below(all) };
+        let bytes = client.takes(length, now_ms, message_ms_max);
+        let socket = client.socket;
+        note(TraceEvent::Sends(number, "bytes", length));
+        self.kernel().client_sends(socket, &bytes);
+    }
+
+    fn read_some(&mut self, number: usize) {
+        let client = &self.clients[number];
+        let limit = match client.reading {
+            Reading::Prompt => usize::MAX,
+            Reading::Slow => self.random.below(200),
+            Reading::Stalled => return,
+        };
+        let socket = client.socket;
+        note(TraceEvent::Reads(number, limit));
+        self.kernel().client_reads(socket, limit);
+    }
+
+    /// Reads everything and sends all queued bytes.
+    pub(super) fn read_all(&mut self, number: usize) {
+        let socket = self.clients[number].socket;
+        self.kernel().client_reads(socket, usize::MAX);
+        let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
+        let client = &mut self.clients[number];
+        let bytes = client.takes(client.outbox.len(), now_ms, message_ms_max);
+        self.kernel().client_sends(socket, &bytes);
+        let client = &mut self.clients[number];
+        if client.session.close_seen.is_some() && client.may_send() {
+            client.answer_close(&mut self.random);
+        }
+    }
+
+    fn speak(&mut self, number: usize) {
+        let client = &mut self.clients[number];
+        if !client.may_send() || client.answered != Some(101) || client.outbox.len() > 100_000 {
+            return;
+        }
+        let random = &mut self.random;
+        if client.session.close_seen.is_some() {
+            return client.answer_close(random);
+        }
+        if client.kind == ClientKind::Echo {
+            return match random.below(16) {
+                0 => client.queue_ping(random),
+                1 => client.queue_close(random),
+                _ => client.queue_echo(random),
+            };
+        }
+        match random.below(64) {
+            0 => client.queue_close(random),
+            1 => client.queue_violation(random),
+            2 => client.queue_flood(random),
+            3..=15 => client.queue_ping(random),
+            16..=20 => client.queue_pong(random),
+            21..=28 => client.queue_meaningless(random),
+            _ => client.queue_text(random),
+        }
+    }
+
+    /// A client sends without pause from now on, first what it has queued.
+    fn flood(&mut self, number: usize) {
+        let client = &mut self.clients[number];
+        if client.acts.floods || client.acts.ended || client.acts.reset {
+            return;
+        }
+        (client.acts.floods, client.acts.broke_protocol) = (true, true);
+        client.reading = Reading::Stalled;
+        let (socket, bytes): (_, Vec<u8>) = (client.socket, client.outbox.drain(..).collect());
+        note(TraceEvent::Floods(number));
+        self.kernel().client_sends(socket, &bytes);
+        self.kernel().client_floods(socket);
+    }
+
+    /// Now and then, shuts down or resets a client's connection without a close frame.
+    fn leave(&mut self, number: usize) {
+        if !self.random.chance(self.setup.leaving) {
+            return;
+        }
+        let client = &mut self.clients[number];
+        let socket = client.socket;
+        if client.acts.reset || client.acts.ended || client.acts.floods {
+            return;
+        }
+        if self.random.chance(128) {
+            client.acts.reset = true;
+            note(TraceEvent::Resets(number));
+            self.kernel().client_resets(socket);
+        } else {
+            client.acts.ended = true;
+            note(TraceEvent::Ends(number));
+            self.kernel().client_ends(socket);
+        }
+    }
+}

@@ -64,6 +64,12 @@ fn run_shard(arguments: &Arguments) {
     }
     let shard::Summary { steps, clients, admitted, received, passed_ms, .. } = total;
     println!(
+        "{} to bystanders, the slowest after {} ms and {}",
+        Counted(total.to_bystanders, "event"),
+        total.latest.0,
+        Counted(total.latest.1, "turn"),
+    );
+    println!(
         "{} from {}: {}, {}, {}, {} received, {}; nothing found in {} s",
         Counted(arguments.seeds, "seed"),
         arguments.seed,

@@ -136,9 +136,9 @@ mod tests {
         let budget = EventBudget::new(1_000);
         let delivered = CaughtUp::new(None, [at(1, 1), at(1, 3)].map(SequenceRun::one).into());
         let delivered = delivered.charged_to(&budget);
-        assert_eq!(budget.held(), 2 * CaughtUp::RUN_BYTES as u64);
+        assert_eq!(budget.charged(), 2 * CaughtUp::RUN_BYTES as u64);
         drop(delivered);
-        assert_eq!(budget.held(), 0);
+        assert_eq!(budget.charged(), 0);
     }
 
     proptest! {

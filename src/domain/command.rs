@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use crate::domain::budget::{Charge, EventBudget};
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, EndReason};
 use crate::domain::cursor::{CursorExpired, LogPosition};
@@ -30,20 +31,30 @@ pub struct ReplyTo {
 }
 
 /// The recipients of one event on one shard, each with the encoding it negotiated.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Recipients {
     /// A single recipient, as in a direct conversation: needs no allocation.
     One((ConnectionKey, Encoding)),
-    /// Any number of recipients; no connection twice.
-    Many(Box<[(ConnectionKey, Encoding)]>),
+    /// Any number of recipients; no connection twice. With what the list takes of the routers' budget.
+    Many(Box<[(ConnectionKey, Encoding)]>, Option<Charge>),
 }
 
 impl Recipients {
+    /// One or many recipients. `budget`: is charged for the list.
+    pub fn new(all: &[(ConnectionKey, Encoding)], budget: Option<&Arc<EventBudget>>) -> Self {
+        match *all {
+            [one] => Self::One(one),
+            ref many => {
+                Self::Many(many.into(), budget.map(|it| it.charge(size_of_val(many) as u64)))
+            }
+        }
+    }
+
     /// All recipients.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (ConnectionKey, Encoding)> + '_ {
         let all = match self {
             Self::One(one) => std::slice::from_ref(one),
-            Self::Many(many) => many,
+            Self::Many(many, _) => many,
         };
         all.iter().copied()
     }

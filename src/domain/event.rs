@@ -24,7 +24,7 @@ pub struct Event {
     /// When the event was appended to its log, Unix time in ms; 0 if unknown. For the latency
     /// histogram.
     pub appended_at_ms: u64,
-    /// Share of the producer's budget; `None`: the event is bounded in another way.
+    /// Part of the routers' budget; `None`: the event is bounded in another way.
     charge: Option<Charge>,
 }
 
@@ -58,16 +58,35 @@ impl Event {
         self
     }
 
-    /// Charges the event's bytes, plus `beside` for data that travels with it, to a budget for as
-    /// long as the event lives.
-    pub fn charged_to(mut self, budget: &Arc<EventBudget>, beside: u64) -> Self {
-        self.charge = Some(budget.charge(self.bytes() + Self::OVERHEAD_BYTES + beside));
+    /// Charges what the event costs to a budget, for as long as the event lives.
+    pub fn charged_to(mut self, budget: &Arc<EventBudget>) -> Self {
+        self.charge = Some(budget.charge(self.cost()));
         self
+    }
+
+    /// A shard, or the hub, holds the event for sessions that catch up: until [`Event::end_hold`], it counts towards the
+    /// holder's bound of such events, not towards the budget.
+    pub fn begin_hold(&self) {
+        if let Some(charge) = &self.charge {
+            charge.suspend();
+        }
+    }
+
+    /// The holder has no such session any more.
+    pub fn end_hold(&self) {
+        if let Some(charge) = &self.charge {
+            charge.resume();
+        }
     }
 
     /// Total bytes of all frames.
     pub fn bytes(&self) -> u64 {
         self.frames.iter().flatten().map(|frame| frame.len() as u64).sum()
+    }
+
+    /// What one queued event costs, bytes: its frames and [`Event::OVERHEAD_BYTES`].
+    pub fn cost(&self) -> u64 {
+        self.bytes() + Self::OVERHEAD_BYTES
     }
 
     /// The bytes for a session of this encoding, or those of the uncompressed encoding if the event

@@ -16,3 +16,4 @@ pub mod limiter;
 pub mod limits;
 pub mod members;
 pub mod outgoing;
+pub mod wait_allowance;

@@ -10,7 +10,7 @@ use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::domain::command::ReplyTo;
+use crate::domain::command::{DeliveryClass, ReplyTo};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 
@@ -20,8 +20,11 @@ use crate::domain::event::Event;
 pub struct Outgoing {
     content: Content,
     reply_to: Option<ReplyTo>,
+    class: DeliveryClass,
     /// Recipients whose delivery is not done yet.
     outstanding: Cell<u32>,
+    /// Those of them for which it is held.
+    holders: Cell<u32>,
 }
 
 enum Content {
@@ -31,17 +34,21 @@ enum Content {
 
 impl Outgoing {
     /// An event from the hand-off, for `recipients` connections.
-    pub fn event(event: Arc<Event>, reply_to: Option<ReplyTo>, recipients: u32) -> Rc<Self> {
-        Rc::new(Self {
-            content: Content::Event(event),
-            reply_to,
-            outstanding: Cell::new(recipients),
-        })
+    pub fn event(
+        event: Arc<Event>,
+        reply_to: Option<ReplyTo>,
+        class: DeliveryClass,
+        recipients: u32,
+    ) -> Rc<Self> {
+        let (outstanding, holders) = (Cell::new(recipients), Cell::new(0));
+        Rc::new(Self { content: Content::Event(event), reply_to, class, outstanding, holders })
     }
 
     /// Bytes made by the shard itself: a control frame, an HTTP response, an echo.
     pub fn own(bytes: Box<[u8]>) -> Rc<Self> {
-        Rc::new(Self { content: Content::Own(bytes), reply_to: None, outstanding: Cell::new(0) })
+        let (outstanding, holders) = (Cell::new(0), Cell::new(0));
+        let (content, class) = (Content::Own(bytes), DeliveryClass::Live);
+        Rc::new(Self { content, reply_to: None, class, outstanding, holders })
     }
 
     /// The bytes for a connection of this encoding. Each call returns the same bytes at the same
@@ -67,6 +74,23 @@ impl Outgoing {
             self.outstanding.get().checked_sub(1).expect("more recipients done than there are");
         self.outstanding.set(left);
         left == 0
+    }
+
+    /// One more recipient holds it. Returns whether it is the first.
+    pub fn begin_hold(&self) -> bool {
+        self.holders.replace(self.holders.get() + 1) == 0
+    }
+
+    /// A recipient does not hold it any more. Returns whether it was the last.
+    pub fn end_hold(&self) -> bool {
+        let left = self.holders.get().checked_sub(1).expect("more holds ended than began");
+        self.holders.set(left);
+        left == 0
+    }
+
+    /// The class of the event.
+    pub fn class(&self) -> DeliveryClass {
+        self.class
     }
 
     /// The peer that awaits the report, if any.

@@ -61,16 +61,16 @@ pub struct ShardConfig {
 
     /// Frames queued for one connection. On overflow it is closed with 1011 (contract §3).
     pub queue_frames_max: u16,
-    /// Bytes queued for one connection, with the same effect. A single frame may be longer.
+    /// Bytes queued for one connection, with the same effect. A frame may exceed it if less than three quarters are in use.
     pub queue_bytes_max: u32,
     /// Live events held while a session catches up. On overflow it is closed with 1013.
     pub hold_frames_max: u16,
     /// Bytes of the held events, with the same effect.
     pub hold_bytes_max: u32,
-    /// Events queued in this shard for any recipient. At this number the shard takes no more from
-    /// the routers' rings, so that their partitions pause.
+    /// Live events in this shard. One in [`HELD_SHARE`](crate::domain::limits::HELD_SHARE) may be held for sessions that catch up. At the rest the shard
+    /// takes no more from the routers' rings, so that their partitions pause.
     pub events_max: u32,
-    /// Bytes of those events, all encodings counted.
+    /// What those events cost, bytes ([`Event::cost`](crate::domain::event::Event::cost)), divided in the same way.
     pub event_bytes_max: u64,
 
     /// Client messages and control frames per second; above it: 1008.

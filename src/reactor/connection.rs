@@ -76,6 +76,11 @@ impl Connection {
             address: None,
         }
     }
+
+    /// Whether its socket has not taken all of the last send, and no whole one since.
+    pub fn has_full_socket(&self) -> bool {
+        self.flags.has(Flags::STALLED)
+    }
 }
 
 /// The lifecycle of a connection: see the diagram of the [module](self).
@@ -174,7 +179,16 @@ pub struct Deciding {
 }
 
 impl Lifecycle {
-    /// The live events that this lifecycle holds back, and what catch-up has delivered.
+    /// The live events that this lifecycle holds back.
+    pub fn holding(&self) -> Option<&SendQueue> {
+        match self {
+            Self::Deciding(deciding) => Some(&deciding.held),
+            Self::Holding(holding) => Some(&holding.queue),
+            _ => None,
+        }
+    }
+
+    /// The same, and what catch-up has delivered.
     pub fn held(&mut self) -> Option<(&mut SendQueue, Option<&Filter>)> {
         match self {
             Self::Deciding(deciding) => Some((&mut deciding.held, None)),
@@ -322,12 +336,12 @@ impl Flags {
     /// Its socket has failed; bytes from before the failure can still be received.
     pub const BROKEN: Self = Self(1 << 10);
     /// Its client has asked for cursors.
-    pub const CURSORS: Self = Self(1 << 12);
+    pub const CURSORS: Self = Self(1 << 11);
     /// It is in the list of sessions that want a cursor.
-    pub const CURSOR_WANTED: Self = Self(1 << 13);
-    /// The intake has waited long enough for its queue. It does not wait again before most of the
-    /// queue has been sent.
-    pub const SLOW: Self = Self(1 << 11);
+    pub const CURSOR_WANTED: Self = Self(1 << 12);
+
+    /// The rings wait for its queue.
+    pub const AWAITED: Self = Self(1 << 13);
 
     /// Whether this is set.
     pub fn has(self, one: Self) -> bool {

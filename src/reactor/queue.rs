@@ -4,6 +4,7 @@
 use std::rc::Rc;
 
 use crate::domain::encoding::Encoding;
+use crate::domain::event::Event;
 use crate::domain::outgoing::{Outgoing, SendBuffer};
 
 /// The end of a list.
@@ -137,16 +138,18 @@ impl SendQueue {
         self.bytes as usize
     }
 
+    /// What the frames would cost if no other queue had them, bytes.
+    pub fn cost(&self) -> u64 {
+        u64::from(self.bytes) + u64::from(self.frames) * Event::OVERHEAD_BYTES
+    }
+
     #[cfg(any(test, feature = "simulation"))]
-    /// Number of events among the frames. Walks the list.
-    pub fn events(&self, pool: &FramePool) -> usize {
-        let mut events = 0;
-        let mut node = self.front;
-        while node != NONE {
-            events += usize::from(pool.outgoing(node).as_event().is_some());
-            node = pool.nodes[node as usize].next;
-        }
-        events
+    /// The events among the frames.
+    pub fn events<'a>(&self, pool: &'a FramePool) -> impl Iterator<Item = &'a Rc<Outgoing>> {
+        let in_list = |node: u32| (node != NONE).then_some(node);
+        let next = move |node: &u32| in_list(pool.nodes[*node as usize].next);
+        let nodes = std::iter::successors(in_list(self.front), next);
+        nodes.map(|node| pool.outgoing(node)).filter(|outgoing| outgoing.as_event().is_some())
     }
 
     /// Whether the front frame has been sent in part. It must be completed before anything else is

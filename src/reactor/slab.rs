@@ -135,7 +135,6 @@ impl<T> Slab<T> {
         }
     }
 
-    #[cfg(any(test, feature = "simulation"))]
     /// All values, the lowest slot first.
     pub fn iter(&self) -> impl Iterator<Item = (ConnectionKey, &T)> {
         self.chunks.iter().enumerate().flat_map(|(number, chunk)| {

@@ -209,3 +209,57 @@ fn every_close_code_and_fixed_reason_is_in_the_table_for_clients() {
     }
     report(&findings);
 }
+
+/// The parts of the section “No circle” of `docs/queues.md`, from the one that may wait for all others downwards. Those of one
+/// line do not wait for each other.
+fn parts_in_order(page: &str) -> Vec<Vec<&str>> {
+    let (_, section) = page.split_once("\n## No circle\n").expect("the section");
+    let section = section.split("\n## ").next().unwrap_or_default();
+    let number = |line: &str| line.split_once(". ").is_some_and(|(it, _)| it.parse::<u8>().is_ok());
+    let lines = section.lines().filter(|line| number(line));
+    lines.map(|line| line.split("**").skip(1).step_by(2).collect()).collect()
+}
+
+/// Each queue with its waits: who waits for whom when it is full.
+fn waits(page: &str) -> Vec<(&str, Vec<(&str, &str)>)> {
+    let mut column = None;
+    let mut queues = Vec::new();
+    for line in page.lines() {
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        if !line.starts_with('|') {
+            column = None;
+        } else if cells[1] == "queue" {
+            column = cells.iter().position(|cell| *cell == "who waits");
+            assert!(column.is_some(), "a table without “who waits”: {line}");
+        } else if let Some(column) = column
+            && !cells[1].starts_with("---")
+        {
+            let waits = cells[column].split(", ").filter(|wait| *wait != "nobody");
+            let waits = waits.map(|wait| wait.split_once(" → ").unwrap_or((wait, "")));
+            queues.push((cells[1], waits.collect()));
+        }
+    }
+    queues
+}
+
+#[test]
+fn no_part_waits_for_one_that_may_wait_for_it() {
+    let page = read(Path::new("docs/queues.md"));
+    let parts = parts_in_order(&page);
+    let place = |part: &str| parts.iter().position(|line| line.contains(&part));
+    let queues = waits(&page);
+    assert!(queues.len() > 60, "only {} queues", queues.len());
+    let mut waiting = BTreeSet::new();
+    let mut findings = Vec::new();
+    for (queue, waits) in &queues {
+        for (who, whom) in waits {
+            waiting.insert(*who);
+            match (place(who), place(whom)) {
+                (Some(who), Some(whom)) if who < whom => {}
+                _ => findings.push(format!("“{queue}”: {who} → {whom} is not downwards")),
+            }
+        }
+    }
+    report(&findings);
+    assert!(waiting.len() >= 6, "only {waiting:?} wait");
+}

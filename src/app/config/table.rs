@@ -122,11 +122,14 @@ settings! {
         /// Maximum number of bytes held for one client during catch-up; more close its session with
         /// 1013.
         hold_bytes_max: Size = "1MiB", from "16KiB" to "1GiB", example "1MiB";
-        /// Maximum number of events in one shard that are not sent to all recipients yet. A full shard
-        /// accepts no further events, and the Kafka partitions concerned pause.
+        /// Maximum number of live events in one shard that are not sent to all recipients yet. A
+        /// quarter of them may be held for sessions that catch up: beyond it those that hold most are
+        /// closed with 1013. At the other three quarters the shard accepts no further events for a
+        /// moment, and the Kafka partitions concerned pause; then it closes the sessions whose sockets
+        /// are full with 1011.
         shard_events_max: Count = "262144", from "1" to "16777216", example "262144";
-        /// Maximum number of bytes of the events in one shard that are not sent to all recipients yet.
-        /// Multiplied by the number of shards, this is the largest part of the memory bound.
+        /// Maximum number of bytes of these events, each counted with 512 more, divided in the same
+        /// way. Multiplied by the number of shards, this is the largest part of the memory bound.
         shard_event_bytes_max: Size = "256MiB", from "1MiB" to "1024GiB", example "256MiB";
         /// Kernel send buffer per client (`SO_SNDBUF`; the kernel doubles it). 0: the kernel sizes it
         /// dynamically, up to several megabytes per slow reader.

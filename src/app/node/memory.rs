@@ -4,7 +4,7 @@
 //! Each row of `docs/queues.md` names the part that covers it; a test compares the two.
 
 use super::back_ends::presence_config;
-use super::routing::{prefetch_kib, router_config};
+use super::routing::{event_bytes_max, prefetch_kib, router_config};
 use super::sizing::Sizing;
 use super::streams::outbox_limits;
 use crate::app::admin::{Collector, number};
@@ -115,7 +115,7 @@ impl MemoryBudget {
         fixed.extend(other_services(settings, sizing));
         fixed.extend(streams(settings, sizing));
         fixed.extend(cluster(settings, sizing));
-        let router = router_config(settings, sizing);
+        let router = router_config(settings);
         let prefetch = kafka::partition_bytes_max(prefetch_kib(settings));
         let mut partition = vec![
             // The queues of the consumer and of the membership follower.
@@ -220,7 +220,7 @@ fn shards(sizing: &Sizing, shard: &ShardConfig) -> PartSizes {
 /// Routing, without the parts that grow with the number of partitions.
 fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
     let routers = u64::from(sizing.routers);
-    let router = router_config(settings, sizing);
+    let router = router_config(settings);
     let membership = MembershipConfig::default();
     let members = settings.membership_members_max.size() as u64;
     let conversations = settings.membership_cache_max.size() as u64;
@@ -233,8 +233,11 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
     // Of the directory, and of the table.
     let logs = 1 + u64::from(settings.hand_off() == Some(HandOffMode::Log));
     vec![
-        // In rings, shards and hub together.
-        ("events", routers * (router.event_bytes_max + Encoding::COUNT as u64 * RECORD_BYTES)),
+        // In rings, shards and hub together. One event of each router may exceed the bound.
+        (
+            "events",
+            event_bytes_max(settings, sizing) + routers * Encoding::COUNT as u64 * RECORD_BYTES,
+        ),
         // Waiting to be accepted, and waiting for members.
         ("inbox", 2 * routers * router.inbox_bytes_max as u64),
         (
@@ -311,7 +314,7 @@ fn cluster(settings: &Settings, sizing: &Sizing) -> PartSizes {
     if settings.hand_off() != Some(HandOffMode::Log) {
         return Vec::new();
     }
-    let router = router_config(settings, sizing);
+    let router = router_config(settings);
     let inbox = (router.inbox_bytes_max + router.inbox_slots * HAND_OFF_BYTES) as u64;
     // Those that wait, and sessions replaced on other nodes.
     let changes = CHANGES_WAITING_MAX + 2 * sizing.sessions_max();

@@ -9,7 +9,9 @@ use super::metrics::{numbered, register};
 use super::sizing::{Sizing, millis};
 use crate::app::admin::{Collector, ReadinessCheck, number};
 use crate::app::config::{HandOffMode, Name, SettingValue as _, Settings};
+use crate::domain::budget::EventBudget;
 use crate::domain::counters::MetricKind;
+use crate::domain::limits::queued_share;
 use crate::service::backends::ports::{MissedEvents, RemoteNodes};
 use crate::service::cluster::tail::TailBudget;
 use crate::service::events::encode::CompressionConfig;
@@ -75,11 +77,14 @@ impl Routing {
         let tails = tails(settings, collectors);
         let mut controls = Vec::new();
         let mut threads = Vec::new();
+        let budget = event_budget(settings, sizing);
+        collectors.push(event_bytes(Arc::clone(&budget)));
         for (number, side) in sides.into_iter().enumerate() {
             let counters = Arc::new(RouterCounters::default());
             let (router, control) = Router::new(RouterParts {
-                config: router_config(settings, sizing),
+                config: router_config(settings),
                 counters: Arc::clone(&counters),
+                budget: Arc::clone(&budget),
                 bell: side.bell,
                 links: side.shards,
                 directory: Arc::clone(directory),
@@ -180,11 +185,22 @@ pub(super) fn compression(settings: &Settings) -> CompressionConfig {
     }
 }
 
-/// Each router gets an equal part of what all shards and the gRPC hub may hold together.
-pub(super) fn router_config(settings: &Settings, sizing: &Sizing) -> RouterConfig {
+/// Memory of the events in all shards and the gRPC hub together, bytes: those on their way, and those held for sessions that
+/// catch up.
+pub(super) fn event_bytes_max(settings: &Settings, sizing: &Sizing) -> u64 {
     let shards = u64::from(sizing.shards) + u64::from(settings.grpc_addr.is_some());
+    shards * settings.shard_event_bytes_max.0
+}
+
+/// What the routers share: the shards and the hub bound the events that they hold.
+fn event_budget(settings: &Settings, sizing: &Sizing) -> Arc<EventBudget> {
+    let all = event_bytes_max(settings, sizing);
+    EventBudget::new(queued_share(all))
+}
+
+/// The configuration of all routers.
+pub(super) fn router_config(settings: &Settings) -> RouterConfig {
     RouterConfig {
-        event_bytes_max: shards * settings.shard_event_bytes_max.0 / u64::from(sizing.routers),
         route_retry_max_ms: millis(settings.route_retry_max),
         compression: compression(settings),
         ..RouterConfig::default()
@@ -271,6 +287,14 @@ fn troubles(status: Arc<KafkaStatus>, topics: Vec<Arc<str>>) -> Collector {
 }
 
 /// `kafka_consumer_lag` (contract §6).
+fn event_bytes(budget: Arc<EventBudget>) -> Collector {
+    Box::new(move |page| {
+        let help = "Memory of the live events in rings, shards and the gRPC hub, without those held, bytes.";
+        let bytes = number(budget.charged());
+        page.sample(MetricKind::Gauge, "delivery_router_event_bytes", help, &[], bytes);
+    })
+}
+
 fn lag(status: Arc<KafkaStatus>) -> Collector {
     Box::new(move |page| {
         for partition in status.lags() {

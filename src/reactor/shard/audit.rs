@@ -1,12 +1,16 @@
 //! Consistency checks over the whole state of a shard. Only tests and the simulation run them, after
 //! every step; they are far too slow for production.
 
+use std::collections::HashSet;
+use std::rc::Rc;
+
 use super::clock::next_deadline;
+use super::tally::Tally;
 use super::{PENDING_REPORTS_MAX, Shard};
 use crate::domain::ids::ConnectionKey;
+use crate::domain::outgoing::Outgoing;
 use crate::protocol::phase::Phase;
 use crate::reactor::connection::{Connection, Flags, Lifecycle, LifecycleClass, RequestSet};
-use crate::reactor::queue::SendQueue;
 use crate::uring::Kernel;
 
 /// Frames that a queue may hold beyond its limit: the 101, a close frame, a ping, and answers to
@@ -25,11 +29,14 @@ struct Sums {
     accepts: u32,
     dirty: usize,
     waiting: usize,
+    awaited: usize,
     admitted: u32,
     timers: usize,
     sessions: u64,
     handshakes: u64,
     echoes: u64,
+    /// Each held event once.
+    held: HashSet<*const Outgoing>,
 }
 
 impl<K: Kernel> Shard<K> {
@@ -43,6 +50,8 @@ impl<K: Kernel> Shard<K> {
             self.audit_connection(key, connection);
             self.add_up(connection, &mut sums);
         }
+        let held = std::mem::take(&mut sums.held).len() as u64;
+        assert_eq!(held, self.tally.held.events, "events held by any session");
         let counts = &self.counters.counts;
         let done = [
             &counts.deliveries_sent,
@@ -59,18 +68,22 @@ impl<K: Kernel> Shard<K> {
             accepts: self.accepting.in_flight,
             dirty: self.dirty.iter().filter(|key| self.slab.get(**key).is_some()).count(),
             waiting: self.waiting.iter().filter(|key| self.slab.get(**key).is_some()).count(),
+            awaited: self.awaited.iter().filter(|key| self.slab.get(**key).is_some()).count(),
             admitted: self.admitted,
             timers: self.wheel.set_timers(&mut self.slab),
             sessions: counts.sessions.get(),
             handshakes: counts.handshakes.get(),
             echoes: counts.echoes.get(),
+            held: HashSet::new(),
         };
         assert_eq!(sums, believed, "sums over all connections against the totals of the shard");
         assert!(self.slab.used() <= self.config.slots_max() as usize);
         assert!(self.admitted <= self.config.connections_max + self.config.accepts_max);
         assert!(self.refused.len() < self.config.refusals_max as usize);
         assert!(self.receives_in_flight <= self.kernel.receive_buffers());
-        assert!(self.tally.held().0 <= sums.deliveries, "an event without recipients is held");
+        let Tally { queued, held, .. } = &self.tally;
+        assert!(queued.events + held.events <= sums.deliveries, "an event without recipients");
+        assert!(!self.has_more_held_than(1, 1), "more is held than may be");
         let reports = self.reports.pending_for_manager();
         assert!(
             reports <= PENDING_REPORTS_MAX + REPORTS_PER_TURN_MAX + self.slab.used(),
@@ -114,6 +127,19 @@ impl<K: Kernel> Shard<K> {
             let flags = connection.flags;
             let known = flags.has(Flags::READABLE) || flags.has(Flags::FIN_RECEIVED);
             known || connection.lifecycle.is_over()
+        })
+    }
+
+    /// Whether the rings wait for clients.
+    pub fn waits_for_clients(&self) -> bool {
+        let awaited = self.awaited.iter().filter_map(|key| self.slab.get(*key));
+        self.is_paused || awaited.into_iter().any(Connection::has_full_socket)
+    }
+
+    /// Whether it is sent its live events.
+    pub fn is_live(&self, key: ConnectionKey) -> bool {
+        self.slab.get(key).is_some_and(|connection| {
+            matches!(connection.lifecycle, Lifecycle::Live | Lifecycle::Filtering(_))
         })
     }
 
@@ -166,14 +192,17 @@ impl<K: Kernel> Shard<K> {
 
     fn add_up(&self, connection: &Connection, sums: &mut Sums) {
         let Connection { lifecycle, in_flight, flags, queue, timer, address, .. } = connection;
-        for queue in [Some(queue), held_queue(lifecycle)].into_iter().flatten() {
+        for queue in [Some(queue), lifecycle.holding()].into_iter().flatten() {
             sums.frames += queue.frames();
-            sums.deliveries += queue.events(&self.nodes) as u64;
+            sums.deliveries += queue.events(&self.nodes).count() as u64;
         }
+        let held = lifecycle.holding().into_iter().flat_map(|held| held.events(&self.nodes));
+        sums.held.extend(held.map(Rc::as_ptr));
         sums.receives += usize::from(in_flight.any(RequestSet::RECEIVE));
         sums.accepts += u32::from(in_flight.any(RequestSet::ACCEPT));
         sums.dirty += usize::from(flags.has(Flags::DIRTY));
         sums.waiting += usize::from(flags.has(Flags::WAITING));
+        sums.awaited += usize::from(flags.has(Flags::AWAITED));
         sums.admitted += u32::from(address.is_some());
         sums.timers += usize::from(self.wheel.due(timer).is_some());
         match lifecycle.class() {
@@ -182,14 +211,5 @@ impl<K: Kernel> Shard<K> {
             LifecycleClass::Echo => sums.echoes += 1,
             LifecycleClass::Other => {}
         }
-    }
-}
-
-/// The held queue, if the lifecycle has one.
-fn held_queue(lifecycle: &Lifecycle) -> Option<&SendQueue> {
-    match lifecycle {
-        Lifecycle::Deciding(deciding) => Some(&deciding.held),
-        Lifecycle::Holding(holding) => Some(&holding.queue),
-        _ => None,
     }
 }

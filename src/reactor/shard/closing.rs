@@ -126,6 +126,7 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn give_up_held(&mut self, mut lifecycle: Lifecycle) {
         if let Some((held, _)) = lifecycle.held() {
             held.clear(&mut self.nodes, |outgoing| {
+                self.tally.end_hold(&outgoing);
                 self.tally.recipient_done(&outgoing, Outcome::Ended)
             });
         }

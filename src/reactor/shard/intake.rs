@@ -1,31 +1,30 @@
 //! Takes commands from the rings and queues deliveries.
 
+use std::cmp::Reverse;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::tally::Outcome;
-use super::{AwaitedQueue, Leftover, SESSION_MANAGER, Shard};
+use super::{Leftover, SESSION_MANAGER, Shard};
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, ReplyTo, ShardCommand, Ticket};
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
-use crate::domain::limits::HANDOFF_BATCH_MAX;
+use crate::domain::limits::{HANDOFF_BATCH_MAX, held_share, queued_share};
 use crate::domain::outgoing::Outgoing;
+use crate::domain::wait_allowance::WaitAllowance;
 use crate::protocol::frame::{self, Opcode};
 use crate::protocol::upgrade::Refused;
-use crate::reactor::connection::{Filter, Flags, Lifecycle};
+use crate::reactor::config::ShardConfig;
+use crate::reactor::connection::{Connection, Filter, Flags, Lifecycle, LifecycleClass};
 use crate::reactor::queue::SendQueue;
 use crate::reactor::wheel::Tick;
-use crate::uring::Kernel;
+use crate::uring::{HowToClose, Kernel};
 
 /// How long a socket may take nothing before its client counts as a slow reader, ticks. A burst
 /// fills even a fast reader's socket for a moment.
 const STALL_TICKS_MAX: Tick = 2;
-/// How long the intake waits for one queue, ticks. After that its client counts as a slow reader
-/// until most of its queue is sent, so that a client that reads in small amounts cannot stall the
-/// others.
-const QUEUE_WAIT_TICKS_MAX: Tick = 8;
 /// Recipients per turn. When this is reached, the rings wait for the next turn. One event may
 /// exceed it.
 const DELIVERIES_PER_TURN_MAX: usize = 16 * 1024;
@@ -35,6 +34,16 @@ const HOLD_OVERFLOW: Close = Close::new(
 );
 
 impl<K: Kernel> Shard<K> {
+    /// Counts the time since the last turn as a wait if the rings waited for clients. Called before anything has
+    /// completed. A queue whose socket was not full waits for our own next send, which takes no longer than a turn.
+    pub(super) fn count_waits(&mut self) {
+        let now_ms = self.kernel.now_ms();
+        let awaited = self.awaited.iter().filter_map(|key| self.slab.get(*key));
+        let socket_is_full = awaited.into_iter().any(Connection::has_full_socket);
+        self.queue_waits.pass(now_ms, socket_is_full);
+        self.room_waits.pass(now_ms, self.is_paused);
+    }
+
     /// Takes a bounded batch from each ring, starting with another ring each turn.
     pub(super) fn take_commands(&mut self) -> Leftover {
         let peers = self.commands.len();
@@ -43,6 +52,9 @@ impl<K: Kernel> Shard<K> {
         if self.reports.is_stopped() {
             // The last report may still wait for room. No report may follow it.
             return left;
+        }
+        if self.holds_too_much() && self.room_waits.is_used_up() {
+            self.close_full_sockets();
         }
         for turn in 0..peers {
             let peer = (self.first_peer + turn) % peers;
@@ -64,6 +76,7 @@ impl<K: Kernel> Shard<K> {
             }
         }
         self.first_peer = (self.first_peer + 1) % peers;
+        self.is_paused = left.intake_paused;
         if left.intake_paused {
             self.counters.counts.intake_paused.add(1);
         }
@@ -83,39 +96,132 @@ impl<K: Kernel> Shard<K> {
         self.commands[..considered].iter().any(|ring| !ring.is_empty())
     }
 
-    /// Whether the intake waits for a queue. A burst may fill a queue within one turn, while a
+    /// Whether the intake waits for queues. A burst may fill a queue within one turn, while a
     /// socket takes only one batch per turn. That does not make its client a slow reader. The
-    /// intake waits until the queue has room, until its socket has taken nothing for
-    /// [`STALL_TICKS_MAX`], or for at most [`QUEUE_WAIT_TICKS_MAX`]. After that the queue may
-    /// overflow.
+    /// intake waits until each queue has room, or until its socket has taken nothing for
+    /// [`STALL_TICKS_MAX`]. While the socket is full, it waits only as long as all clients together may make it wait
+    /// ([`WaitAllowance`]), so that clients that read in small amounts
+    /// cannot stall the others. After that the queue may overflow.
     fn is_waiting_for_queue(&mut self) -> bool {
-        let Some(AwaitedQueue { key, since }) = self.awaited else { return false };
-        if !self.is_filling(key) {
-            self.awaited = None;
-        } else if self.now >= since + QUEUE_WAIT_TICKS_MAX {
-            self.awaited = None;
-            self.connection(key).expect("its queue was checked above").flags.set(Flags::SLOW);
-        }
-        self.awaited.is_some()
+        let mut awaited = std::mem::take(&mut self.awaited);
+        awaited.retain(|key| {
+            let socket_is_full = self.slab.get(*key).is_some_and(Connection::has_full_socket);
+            let waits = self.is_filling(*key) && !(socket_is_full && self.queue_waits.is_used_up());
+            if !waits && let Some(connection) = self.slab.get_mut(*key) {
+                connection.flags.clear(Flags::AWAITED);
+            }
+            waits
+        });
+        self.awaited = awaited;
+        !self.awaited.is_empty()
     }
 
+    /// The queue has grown: the rings wait for it if it is nearly full.
+    pub(super) fn await_if_filling(&mut self, key: ConnectionKey) {
+        if self.is_filling(key) {
+            let connection = self.slab.get_mut(key).expect("the connection is present");
+            if !connection.flags.set(Flags::AWAITED) {
+                self.awaited.push(key);
+            }
+        }
+    }
+
+    /// Whether the queue of a live session has little room left, while its socket keeps up.
     fn is_filling(&self, key: ConnectionKey) -> bool {
         let Some(connection) = self.slab.get(key) else { return false };
-        let (frames_max, bytes_max) = (self.config.queue_frames_max, self.config.queue_bytes_max);
-        let queue = &connection.queue;
-        let nearly_full = queue.frames() >= usize::from(frames_max) * 3 / 4
-            || queue.bytes() >= bytes_max as usize / 4 * 3;
+        let is_live = matches!(connection.lifecycle, Lifecycle::Live | Lifecycle::Filtering(_));
+        if !is_live || !is_nearly_full(&connection.queue, &self.config) {
+            return false;
+        }
         // The deadline of a stalled socket is this far from its last progress.
         let limit = self.after(self.config.write_ms_max);
-        let stalls = connection.flags.has(Flags::STALLED)
-            && connection.deadline.near(self.now) + STALL_TICKS_MAX <= limit;
-        let slow = stalls || connection.flags.has(Flags::SLOW);
-        nearly_full && connection.lifecycle.is_open() && !slow
+        let stalls = connection.deadline.near(self.now) + STALL_TICKS_MAX <= limit;
+        !(connection.flags.has(Flags::STALLED) && stalls)
     }
 
     fn holds_too_much(&self) -> bool {
-        let (events, bytes) = self.tally.held();
-        events >= u64::from(self.config.events_max) || bytes >= self.config.event_bytes_max
+        self.has_more_queued_than(1, 1)
+    }
+
+    /// Whether at least this part of what may be queued is queued.
+    fn has_more_queued_than(&self, numerator: u64, denominator: u64) -> bool {
+        let share = |all| queued_share(all) * numerator;
+        let queued = self.tally.queued;
+        queued.events * denominator >= share(self.config.events_max.into())
+            || queued.cost() * denominator >= share(self.config.event_bytes_max)
+    }
+
+    /// Whether more than this part of what may be held is held. One event may exceed the bounds.
+    pub(super) fn has_more_held_than(&self, numerator: u64, denominator: u64) -> bool {
+        let share = |all| held_share(all) * numerator;
+        let held = self.tally.held;
+        held.events > 1
+            && (held.events * denominator > share(self.config.events_max.into())
+                || held.cost() * denominator > share(self.config.event_bytes_max))
+    }
+
+    /// Too much is held for the sessions that catch up: closes those that hold most, until a quarter of the room is free.
+    fn close_largest_holders(&mut self) {
+        let holders = self.slab.iter().filter_map(|(key, connection)| {
+            let held = connection.lifecycle.holding().filter(|held| !held.is_empty())?;
+            Some((Reverse(held.cost()), key))
+        });
+        let mut holders: Vec<_> = holders.collect();
+        holders.sort_unstable_by_key(|(cost, _)| *cost);
+        for (_, key) in holders {
+            if !self.has_more_held_than(3, 4) {
+                return;
+            }
+            self.counters.counts.closed_in_catch_up_for_room.add(1);
+            self.close_holder(key);
+        }
+    }
+
+    /// Ends a session because of the events that it holds.
+    fn close_holder(&mut self, key: ConnectionKey) {
+        match self.connection(key).map(|connection| &connection.lifecycle) {
+            Some(Lifecycle::Deciding(_)) => {
+                let refused = Refused::unavailable("try again", self.config.retry_after_s);
+                self.answer(key, &refused, EndReason::QueueOverflow);
+                self.receive_on(key);
+            }
+            _ => self.close(key, &HOLD_OVERFLOW, EndReason::QueueOverflow),
+        }
+    }
+
+    /// The rings have waited for room as long as they may. If at least half of what is queued waits for full sockets,
+    /// closes their sessions, those with the longest queues first, until a quarter of the room is free. Otherwise our
+    /// own sends make room.
+    fn close_full_sockets(&mut self) {
+        self.room_waits = WaitAllowance::new(self.kernel.now_ms());
+        let is_cause = |it: &Connection| {
+            let is_echo = it.lifecycle.class() == LifecycleClass::Echo;
+            it.has_full_socket() && !is_echo && !it.lifecycle.is_over()
+        };
+        let full = self.slab.iter().filter(|(_, connection)| is_cause(connection));
+        let (mut frames, mut cost) = (0, 0);
+        let mut full: Vec<_> = full
+            .map(|(key, it)| {
+                frames += it.queue.frames() as u64;
+                cost += it.queue.cost();
+                (Reverse(it.queue.cost()), key)
+            })
+            .collect();
+        let queued = self.tally.queued;
+        if frames < queued.events / 2 && cost < queued.cost() / 2 {
+            return;
+        }
+        full.sort_unstable_by_key(|(cost, _)| *cost);
+        for (_, key) in full {
+            if !self.has_more_queued_than(3, 4) {
+                return;
+            }
+            self.counters.counts.closed_for_room.add(1);
+            match self.connection(key).map(|connection| &connection.lifecycle) {
+                Some(lifecycle) if lifecycle.is_open() => self.close_for_overflow(key),
+                _ => self.terminate(key, EndReason::QueueOverflow, HowToClose::Abort),
+            }
+        }
     }
 
     /// Executes a command. Returns the number of its recipients.
@@ -154,13 +260,13 @@ impl<K: Kernel> Shard<K> {
         ticket: Option<Ticket>,
     ) -> usize {
         let count = recipients.iter().len();
-        self.tally.event_taken(&event, count);
+        self.tally.event_taken(&event, class, count);
         let reply_to = ticket.map(|ticket| ReplyTo { peer: peer as u16, ticket });
         if count == 0 {
-            self.tally.event_done(&event, reply_to);
+            self.tally.event_done(&event, class, reply_to);
             return 0;
         }
-        let outgoing = Outgoing::event(event, reply_to, count as u32);
+        let outgoing = Outgoing::event(event, reply_to, class, count as u32);
         for (key, _) in recipients.iter() {
             match self.deliver_one(key, &outgoing, class) {
                 Ok(()) => {}
@@ -210,18 +316,18 @@ impl<K: Kernel> Shard<K> {
         if holds {
             return self.hold(key, outgoing, length);
         }
+        // The rings wait for a queue that is nearly full. A frame that is longer than what is left then is no overflow.
         let queue = &mut connection.queue;
         if queue.frames() >= usize::from(self.config.queue_frames_max)
-            || (queue.bytes() + length > self.config.queue_bytes_max as usize && !queue.is_empty())
+            || (queue.bytes() + length > self.config.queue_bytes_max as usize
+                && is_nearly_full(queue, &self.config))
         {
             self.close_for_overflow(key);
             return Err(Outcome::Ended);
         }
         queue.push(&mut self.nodes, Rc::clone(outgoing));
         self.mark_dirty(key);
-        if self.awaited.is_none() && self.is_filling(key) {
-            self.awaited = Some(AwaitedQueue { key, since: self.now });
-        }
+        self.await_if_filling(key);
         Ok(())
     }
 
@@ -243,17 +349,14 @@ impl<K: Kernel> Shard<K> {
             && held.bytes() + length <= config.hold_bytes_max as usize
         {
             held.push(&mut self.nodes, Rc::clone(outgoing));
+            self.tally.hold(outgoing);
+            if self.has_more_held_than(1, 1) {
+                self.close_largest_holders();
+            }
             return Ok(());
         }
         self.counters.counts.hold_overflows.add(1);
-        match connection.lifecycle {
-            Lifecycle::Deciding(_) => {
-                let refused = Refused::unavailable("try again", config.retry_after_s);
-                self.answer(key, &refused, EndReason::QueueOverflow);
-                self.receive_on(key);
-            }
-            _ => self.close(key, &HOLD_OVERFLOW, EndReason::QueueOverflow),
-        }
+        self.close_holder(key);
         Err(Outcome::Ended)
     }
 
@@ -280,6 +383,7 @@ impl<K: Kernel> Shard<K> {
         let mut kept = SendQueue::new(holding.queue.encoding());
         while let Some(outgoing) = holding.queue.pop(&mut self.nodes) {
             if covered(Some(&filter), &outgoing) {
+                self.tally.end_hold(&outgoing);
                 self.tally.recipient_done(&outgoing, Outcome::Duplicate);
             } else {
                 kept.push(&mut self.nodes, outgoing);
@@ -305,6 +409,7 @@ impl<K: Kernel> Shard<K> {
         let queue = &mut connection.queue;
         while queue.frames() < frames_max && queue.bytes() < bytes_max {
             let Some(outgoing) = holding.queue.pop(&mut self.nodes) else { break };
+            self.tally.end_hold(&outgoing);
             queue.push(&mut self.nodes, outgoing);
         }
         let something_to_send = !queue.is_empty();
@@ -318,6 +423,7 @@ impl<K: Kernel> Shard<K> {
         }
         if something_to_send {
             self.mark_dirty(key);
+            self.await_if_filling(key);
         }
     }
 
@@ -333,6 +439,12 @@ impl<K: Kernel> Shard<K> {
             _ => self.counters.counts.commands_stale.add(1),
         }
     }
+}
+
+/// Whether three quarters of a queue are in use.
+fn is_nearly_full(queue: &SendQueue, config: &ShardConfig) -> bool {
+    queue.frames() >= usize::from(config.queue_frames_max) * 3 / 4
+        || queue.bytes() >= config.queue_bytes_max as usize / 4 * 3
 }
 
 /// Whether catch-up has delivered this event.

@@ -37,6 +37,7 @@ use crate::domain::cursor_schedule::CursorSchedule;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limiter::ConnectionLimiter;
 use crate::domain::outgoing::Outgoing;
+use crate::domain::wait_allowance::WaitAllowance;
 use crate::handoff::{Consumer, Doorbell, ShardEnd};
 use crate::protocol::frame;
 use crate::protocol::receiver::Scratch;
@@ -118,8 +119,15 @@ pub struct Shard<K: Kernel> {
     /// Connections that were refused at once, the oldest first. Some have ended.
     refused: VecDeque<ConnectionKey>,
     first_peer: usize,
-    /// The session with an almost full queue that the routers' rings wait for. Its socket keeps up.
-    awaited: Option<AwaitedQueue>,
+    /// The sessions with almost full queues that the routers' rings wait for; each at most once
+    /// ([`Flags::AWAITED`](crate::reactor::connection::Flags::AWAITED)).
+    awaited: Vec<ConnectionKey>,
+    /// How long they may wait for such queues whose sockets are full.
+    queue_waits: WaitAllowance,
+    /// The routers' rings were not read in the last turn, because too many events are queued.
+    is_paused: bool,
+    /// How long that may last while it is due to full sockets.
+    room_waits: WaitAllowance,
     /// The sessions that get cursors, and the positions for these.
     cursors: CursorSchedule<Rc<Outgoing>>,
     stopping: Option<Stopping>,
@@ -133,20 +141,13 @@ struct Stopping {
     cursor: u32,
 }
 
-/// A session whose queue the rings wait for.
-#[derive(Clone, Copy, Debug)]
-struct AwaitedQueue {
-    key: ConnectionKey,
-    since: Tick,
-}
-
 /// Work that is left at the end of a turn.
 #[derive(Clone, Copy, Debug, Default)]
 struct Leftover {
     work: bool,
     /// Too many events are queued: the routers' rings are not a reason to stay awake.
     intake_paused: bool,
-    /// The intake waits for a queue: the same until a socket has taken something, or for one tick.
+    /// The intake waits for a queue: the same until a socket has taken something.
     intake_waits: bool,
 }
 
@@ -184,7 +185,10 @@ impl<K: Kernel> Shard<K> {
             admitted: 0,
             refused: VecDeque::new(),
             first_peer: 0,
-            awaited: None,
+            awaited: Vec::new(),
+            queue_waits: WaitAllowance::new(kernel.now_ms()),
+            is_paused: false,
+            room_waits: WaitAllowance::new(kernel.now_ms()),
             cursors: CursorSchedule::new(config.cursor_interval_ms),
             stopping: None,
             kernel,
@@ -199,6 +203,7 @@ impl<K: Kernel> Shard<K> {
     /// The kernel interface has failed; the shard cannot continue.
     pub fn turn(&mut self) -> io::Result<Turn> {
         self.read_clock();
+        self.count_waits();
         let completions_left = self.handle_completions();
         let mut left = self.take_commands();
         left.work |= completions_left;
@@ -279,9 +284,10 @@ impl<K: Kernel> Shard<K> {
         let timer = self.wheel.next_due().map(|tick| tick * TICK_MS);
         let retry = self.reports.has_pending().then(|| self.kernel.now_ms() + REPORT_RETRY_MS);
         let accept = self.accepting.retry_at_ms();
-        let crowd = left.intake_waits.then(|| self.kernel.now_ms() + TICK_MS);
+        let intake_stands = left.intake_waits || left.intake_paused;
+        let intake = intake_stands.then(|| self.kernel.now_ms() + TICK_MS);
         let cursors = self.next_cursor_ms();
-        match [timer, retry, accept, crowd, cursors].into_iter().flatten().min() {
+        match [timer, retry, accept, intake, cursors].into_iter().flatten().min() {
             Some(at) => Wait::UntilMs(at),
             None => Wait::Forever,
         }

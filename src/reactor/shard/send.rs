@@ -69,6 +69,7 @@ impl<K: Kernel> Shard<K> {
         let connection = self.slab.get_mut(key).expect("the connection is present");
         connection.queue.push(&mut self.nodes, outgoing);
         self.mark_dirty(key);
+        self.await_if_filling(key);
     }
 
     /// Lists the connection as having something to send.
@@ -177,16 +178,12 @@ impl<K: Kernel> Shard<K> {
 
     /// The socket has taken the whole buffer.
     fn progressed(&mut self, key: ConnectionKey) {
-        let quarter = usize::from(self.config.queue_frames_max / 4);
         let connection = self.connection(key).expect("the connection is present");
         connection.flags.clear(Flags::STALLED);
         if matches!(connection.lifecycle, Lifecycle::Holding(_)) {
             self.drain_held(key);
         }
         let connection = self.connection(key).expect("the connection is present");
-        if connection.queue.frames() <= quarter {
-            connection.flags.clear(Flags::SLOW);
-        }
         if connection.queue.is_empty() {
             self.shut_down_if_flushed(key);
         } else {

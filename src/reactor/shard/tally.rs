@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::domain::command::ReplyTo;
+use crate::domain::command::{DeliveryClass, ReplyTo};
 use crate::domain::event::Event;
 use crate::domain::outgoing::Outgoing;
 use crate::reactor::connection::LifecycleClass;
@@ -24,29 +24,86 @@ pub(super) enum Outcome {
     Skipped,
 }
 
+/// Events, and the bytes of their frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub(super) events: u64,
+    pub(super) bytes: u64,
+}
+
+impl Amount {
+    fn add(&mut self, event: &Event) {
+        self.events += 1;
+        self.bytes += event.bytes();
+    }
+
+    fn sub(&mut self, event: &Event) {
+        self.events -= 1;
+        self.bytes -= event.bytes();
+    }
+
+    /// What the events cost, bytes.
+    pub(super) fn cost(self) -> u64 {
+        self.bytes + self.events * Event::OVERHEAD_BYTES
+    }
+}
+
 /// Counts the events and deliveries of a shard.
 #[derive(Debug)]
 pub(super) struct Tally {
     counters: Arc<ShardCounters>,
     /// Deliveries that are done and not reported yet.
     done: Vec<ReplyTo>,
-    events_held: u64,
-    event_bytes_held: u64,
+    /// Live events that no session holds.
+    pub(super) queued: Amount,
+    /// Live events that at least one session holds, because it catches up.
+    pub(super) held: Amount,
+    /// Caught-up messages. Catch-up bounds them.
+    caught_up: Amount,
     /// Unix time of this turn, ms; for latencies.
     pub(super) unix_ms: u64,
 }
 
 impl Tally {
     pub(super) fn new(counters: Arc<ShardCounters>) -> Self {
-        Self { counters, done: Vec::new(), events_held: 0, event_bytes_held: 0, unix_ms: 0 }
+        let none = Amount::default();
+        Self { counters, done: Vec::new(), queued: none, held: none, caught_up: none, unix_ms: 0 }
     }
 
     /// An event has been taken from a ring.
-    pub(super) fn event_taken(&mut self, event: &Event, recipients: usize) {
+    pub(super) fn event_taken(&mut self, event: &Event, class: DeliveryClass, recipients: usize) {
         self.counters.counts.events_taken.add(1);
         self.counters.counts.deliveries.add(recipients as u64);
-        self.events_held += 1;
-        self.event_bytes_held += event.bytes();
+        self.amount(class).add(event);
+    }
+
+    fn amount(&mut self, class: DeliveryClass) -> &mut Amount {
+        match class {
+            DeliveryClass::Live => &mut self.queued,
+            DeliveryClass::CatchUp => &mut self.caught_up,
+        }
+    }
+
+    /// A session holds a live event.
+    pub(super) fn hold(&mut self, outgoing: &Outgoing) {
+        if let Some(event) = outgoing.as_event()
+            && outgoing.begin_hold()
+        {
+            self.queued.sub(event);
+            self.held.add(event);
+            event.begin_hold();
+        }
+    }
+
+    /// A session does not hold it any more.
+    pub(super) fn end_hold(&mut self, outgoing: &Outgoing) {
+        if let Some(event) = outgoing.as_event()
+            && outgoing.end_hold()
+        {
+            self.held.sub(event);
+            self.queued.add(event);
+            event.end_hold();
+        }
     }
 
     /// One recipient of an event is done. Frames made by the shard are not counted.
@@ -67,25 +124,24 @@ impl Tally {
             Outcome::Skipped => counts.deliveries_skipped.add(1),
         }
         if outgoing.one_done() {
-            self.event_done(event, outgoing.reply_to());
+            self.event_done(event, outgoing.class(), outgoing.reply_to());
         }
     }
 
     /// All recipients of an event are done.
-    pub(super) fn event_done(&mut self, event: &Event, reply_to: Option<ReplyTo>) {
-        self.events_held -= 1;
-        self.event_bytes_held -= event.bytes();
+    pub(super) fn event_done(
+        &mut self,
+        event: &Event,
+        class: DeliveryClass,
+        reply_to: Option<ReplyTo>,
+    ) {
+        self.amount(class).sub(event);
         self.done.extend(reply_to);
     }
 
     /// Takes the deliveries that are done and not reported yet.
     pub(super) fn take_done(&mut self) -> std::vec::Drain<'_, ReplyTo> {
         self.done.drain(..)
-    }
-
-    /// Queued events, and the bytes of their frames.
-    pub(super) fn held(&self) -> (u64, u64) {
-        (self.events_held, self.event_bytes_held)
     }
 
     /// A connection has changed its class.
@@ -109,7 +165,10 @@ impl Tally {
 
     /// Publishes the gauges.
     pub(super) fn publish_gauges(&self) {
-        self.counters.counts.events_held.set(self.events_held);
-        self.counters.counts.event_bytes_held.set(self.event_bytes_held);
+        let Self { queued, held, caught_up, .. } = self;
+        let counts = &self.counters.counts;
+        counts.events_held.set(queued.events + held.events + caught_up.events);
+        counts.event_bytes_held.set(queued.bytes + held.bytes + caught_up.bytes);
+        counts.events_in_catch_up.set(held.events);
     }
 }

@@ -2,12 +2,14 @@
 //! them together, with faults.
 
 mod accepting;
+mod bystanders;
 
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::*;
+use crate::domain::budget::EventBudget;
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::close::EndReason;
 use crate::domain::command::{DeliveryClass, Recipients, Refusal, ShardReport, Ticket};
@@ -26,6 +28,8 @@ struct Rig {
     /// Commands from a router.
     routed: Producer<ShardCommand>,
     reports: Consumer<ShardReport>,
+    /// Reports to the router.
+    routed_done: Consumer<ShardReport>,
     capacity: Arc<Capacity>,
     counters: Arc<ShardCounters>,
 }
@@ -39,7 +43,8 @@ impl Rig {
     fn new(config: ShardConfig) -> Self {
         let bell = Arc::new(Doorbell::new().unwrap());
         let (PeerEnd { commands, reports }, manager) = connect([64; 2], &bell, &bell);
-        let (PeerEnd { commands: routed, .. }, router) = connect([64; 2], &bell, &bell);
+        let (PeerEnd { commands: routed, reports: routed_done }, router) =
+            connect([64; 2], &bell, &bell);
         let counters = Arc::new(ShardCounters::default());
         let capacity = Arc::new(Capacity::new(config.connections_max));
         let links = ShardLinks {
@@ -51,7 +56,7 @@ impl Rig {
         };
         let mut shard = Shard::new(SimulatedKernel::new(1, 8), config, links);
         shard.turn().unwrap();
-        Self { shard, commands, routed, reports, capacity, counters }
+        Self { shard, commands, routed, reports, routed_done, capacity, counters }
     }
 
     fn turns(&mut self) {
@@ -235,6 +240,28 @@ fn what_catch_up_has_delivered_is_forgotten_in_time() {
 }
 
 #[test]
+fn held_event_is_not_charged_to_the_budget_of_the_routers() {
+    let budget = EventBudget::new(1 << 20);
+    let mut rig = Rig::new(ShardConfig::default());
+    let (mut client, connection) = rig.session(100_000);
+    let frame = frame::encode(Opcode::Binary, false, &1_i64.to_be_bytes());
+    let event = Event::new(None, 0).with_frame(Encoding::Binary, frame).charged_to(&budget);
+    let (event, recipient) = (Arc::new(event), (connection, Encoding::Binary));
+    let ended = ConnectionKey { generation: 9, ..connection };
+    let recipients = [recipient, (ended, Encoding::Binary)];
+    let recipients = Recipients::new(&recipients, Some(&budget));
+    assert!(budget.charged() > event.cost(), "the list of recipients");
+    let (class, ticket) = (DeliveryClass::Live, None);
+    rig.command(ShardCommand::Deliver { event: Arc::clone(&event), recipients, class, ticket });
+    assert_eq!(budget.charged(), 0, "held, and the list is gone");
+    rig.command(ShardCommand::GoLive { connection, delivered: Box::default() });
+    assert_eq!(rig.events(&mut client), [1]);
+    assert_eq!(budget.charged(), event.cost(), "this test still has it");
+    drop(event);
+    assert_eq!(budget.charged(), 0);
+}
+
+#[test]
 fn live_events_are_held_before_the_session_is_admitted() {
     let mut rig = Rig::new(ShardConfig::default());
     let (mut client, connection) = rig.request_session(100_000);
@@ -289,6 +316,25 @@ fn full_queue_completes_its_frame_and_closes_with_1011() {
     }
     assert_eq!(closed_with(rig.receives(&mut client)), 1011);
     assert_eq!(rig.done().len(), 30, "dropped deliveries are done too");
+}
+
+#[test]
+fn long_event_behind_a_short_one_is_no_overflow() {
+    let queue_bytes_max = 16 * 1024;
+    let mut rig = Rig::new(ShardConfig { queue_bytes_max, ..ShardConfig::default() });
+    let (mut client, key) = rig.live(1 << 20);
+    let frame = frame::encode(Opcode::Binary, false, &[0; 20_000]);
+    let event = Arc::new(Event::new(None, 0).with_frame(Encoding::Binary, frame));
+    let recipients = Recipients::One((key, Encoding::Binary));
+    rig.routes(key, 1);
+    let long =
+        ShardCommand::Deliver { event, recipients, class: DeliveryClass::Live, ticket: None };
+    assert!(matches!(rig.routed.push(long), Pushed::Accepted));
+    rig.turns();
+    for length in [8, 20_000] {
+        let Some(WireEvent::Frame(_, payload)) = rig.receives(&mut client) else { panic!() };
+        assert_eq!(payload.len(), length);
+    }
 }
 
 #[test]

@@ -222,6 +222,7 @@ impl Simulation {
         let peer = session.addressed.iter().position(has);
         let peer = peer.expect("an event that was not addressed to the session, or a duplicate");
         session.receives(peer, event, now_ms, self.limits);
+        self.reached_bystander(number, event);
         self.wire_events += 1;
         self.summary.received += 1;
     }
@@ -272,7 +273,11 @@ impl Simulation {
             1001 => self.stopping,
             1002 | 1007 | 1009 => acts.broke_protocol,
             1008 => self.is_at_fault(number),
-            1011 => client.kind != ClientKind::Echo,
+            // Caught-up messages do not wait for room: the catch-up paces them.
+            1011 => {
+                let may_overflow = !self.is_bystander(number) || session.catch_up_in_flight > 0;
+                client.kind != ClientKind::Echo && may_overflow
+            }
             1013 => session.admitted_at_ms.is_some(),
             4000 => session.closed_by_service && session.left_at.is_some(),
             4401 => session.closed_by_service,

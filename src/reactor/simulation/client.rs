@@ -51,6 +51,8 @@ pub(super) struct Client {
     pub(super) socket: SocketId,
     pub(super) kind: ClientKind,
     pub(super) reading: Reading,
+    /// It does nothing wrong, and its socket takes everything at once.
+    pub(super) stands_by: bool,
     /// Bytes to send: the request, later frames.
     pub(super) outbox: VecDeque<u8>,
     /// Since when a part of what it has begun to send is missing, ms.
@@ -92,6 +94,7 @@ impl Client {
             socket,
             kind,
             reading,
+            stands_by: false,
             outbox: VecDeque::new(),
             partly_sent_since_ms: None,
             wire: Wire::default(),

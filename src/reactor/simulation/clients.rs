@@ -29,12 +29,18 @@ impl Simulation {
             _ => ClientKind::Session { json: false },
         };
         let address = Ipv4Addr::from(0x7F00_0000 + self.random.below(self.setup.addresses) as u32);
+        let stands_by = matches!(kind, ClientKind::Session { .. }) && self.random.chance(40);
         let capacity = self.random.pick(&[300, 3_000, 30_000, 300_000]);
+        let capacity = if stands_by { usize::MAX / 2 } else { capacity };
         let Some(shard) = self.shard.as_mut() else { return };
         let Some(socket) = shard.kernel_mut().connect(address, capacity) else { return };
         let number = self.clients.len();
         note(TraceEvent::Connect(number));
-        self.clients.push(Client::new(number, socket, kind, &mut self.random));
+        let mut client = Client::new(number, socket, kind, &mut self.random);
+        if stands_by {
+            (client.stands_by, client.reading) = (true, Reading::Prompt);
+        }
+        self.clients.push(client);
         self.active.push(number);
         self.summary.clients += 1;
         self.send_some(number);
@@ -48,6 +54,9 @@ impl Simulation {
         if self.resting {
             return self.read_all(number);
         }
+        if self.clients[number].stands_by {
+            return self.stand_by(number);
+        }
         match self.random.below(32) {
             0..=11 => self.send_some(number),
             12..=24 => self.read_some(number),
@@ -59,7 +68,7 @@ impl Simulation {
     }
 
     /// Sends a random part of a client's queued bytes.
-    fn send_some(&mut self, number: usize) {
+    pub(super) fn send_some(&mut self, number: usize) {
         let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
         let client = &mut self.clients[number];
         if client.outbox.is_empty() {

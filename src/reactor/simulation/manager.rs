@@ -66,6 +66,36 @@ impl Simulation {
         }
     }
 
+    /// Texts and closes sent by the service.
+    fn service_acts(&mut self) {
+        if self.directory.is_empty() || self.resting {
+            return;
+        }
+        let number = self.directory[self.random.below(self.directory.len())];
+        let is_bystander = self.clients[number].stands_by;
+        let session = &mut self.clients[number].session;
+        let is_admitted = session.admitted_at_ms.is_some();
+        let Some(connection) = session.key.filter(|_| is_admitted && !is_bystander) else {
+            return;
+        };
+        let command = if self.random.chance(self.setup.service_closes) {
+            match self.random.below(4) {
+                0 => return self.depart(number, Departure::Replaced),
+                1 => return self.depart(number, Departure::Missed),
+                _ => {}
+            }
+            session.closed_by_service = true;
+            let close = Close::new(CloseCode::TOKEN_EXPIRED, "token expired");
+            ShardCommand::Close { connection, close, why: EndReason::ClosedByService }
+        } else {
+            let text = format!("t{}", self.random.draw());
+            session.texts.push_back(text.clone());
+            ShardCommand::SendText { connection, text: text.into() }
+        };
+        note(TraceEvent::Pushes(number, "Close or SendText", 0));
+        self.service.command(SESSION_MANAGER, command);
+    }
+
     /// Decides on one request.
     pub(super) fn decide(&mut self) {
         if self.undecided.is_empty() {
@@ -114,7 +144,12 @@ impl Simulation {
         if !session.resume_asked || session.live_at_ms.is_some() {
             return;
         }
-        while session.catch_up_in_flight < self.setup.catch_up_window {
+        let mut window = self.setup.catch_up_window;
+        if client.stands_by {
+            // As in production, its catch-up alone does not fill its queue.
+            window = window.min(usize::from(self.setup.config.queue_frames_max) / 2);
+        }
+        while session.catch_up_in_flight < window {
             let Some(event) = session.catch_up.pop_front() else { break };
             session.catch_up_in_flight += 1;
             session.delivered.extend(event.position);

@@ -5,6 +5,7 @@
 //!
 //! A failing seed always fails in the same way; [`trace`] prints the last steps.
 
+mod bystanders;
 mod check;
 mod client;
 mod clients;
@@ -36,8 +37,8 @@ use crate::reactor::counters::ShardCounters;
 use crate::reactor::shard::{SESSION_MANAGER, Shard, ShardLinks, Turn};
 use crate::reactor::simulation::kernel::{Faults, SimulatedKernel};
 use crate::reactor::wheel::TICK_MS;
+use bystanders::Bystanders;
 use client::{Client, ClientKind, Reading};
-use manager::Departure;
 use random::Random;
 use service::{PEERS, Service};
 use session::Limits;
@@ -58,6 +59,10 @@ pub struct Summary {
     pub admitted: u64,
     /// Events that sessions received.
     pub received: u64,
+    /// Those of them that had to reach a bystander in time.
+    pub to_bystanders: u64,
+    /// The longest that one of these took in the shard and its ring, ms and turns.
+    pub latest: (u64, u64),
     /// Virtual time, ms.
     pub passed_ms: u64,
     /// The shard's counters, and the number of ended connections by reason.
@@ -71,6 +76,9 @@ impl Summary {
         self.clients += other.clients;
         self.admitted += other.admitted;
         self.received += other.received;
+        self.to_bystanders += other.to_bystanders;
+        self.latest.0 = self.latest.0.max(other.latest.0);
+        self.latest.1 = self.latest.1.max(other.latest.1);
         self.passed_ms += other.passed_ms;
         for (name, count) in &other.counts {
             *self.counts.entry(name).or_default() += count;
@@ -113,6 +121,7 @@ struct Simulation {
     dead_keys: Vec<ConnectionKey>,
     /// Sessions that have left the directory on another thread, and of which the shard does not know.
     missed: Vec<usize>,
+    bystanders: Bystanders,
     /// Requests that the session manager has not decided on.
     undecided: Vec<usize>,
     stopping: bool,
@@ -197,6 +206,7 @@ impl Simulation {
             directory: Vec::new(),
             dead_keys: Vec::new(),
             missed: Vec::new(),
+            bystanders: Bystanders::default(),
             undecided: Vec::new(),
             stopping: false,
             stopped_early: false,
@@ -268,6 +278,7 @@ impl Simulation {
         self.check_pings();
         self.read_wires();
         self.check_counters();
+        self.check_bystanders();
         if turn == Turn::Stopped {
             self.check_stopped();
             self.shard = None;
@@ -287,6 +298,9 @@ impl Simulation {
             let recipients = self.recipients(peer, &event);
             let unix_ms = self.unix_ms();
             self.service.deliver(peer, &event, &recipients, unix_ms, &mut self.random);
+            if self.service.peers[peer].backlog.is_empty() {
+                self.await_at_bystanders(&event, &recipients);
+            }
         }
         if self.random.chance(128) {
             self.service.push_routed(peer);
@@ -316,34 +330,6 @@ impl Simulation {
         recipients
     }
 
-    /// Texts and closes sent by the service.
-    fn service_acts(&mut self) {
-        if self.directory.is_empty() || self.resting {
-            return;
-        }
-        let number = self.directory[self.random.below(self.directory.len())];
-        let session = &mut self.clients[number].session;
-        let Some(connection) = session.key.filter(|_| session.admitted_at_ms.is_some()) else {
-            return;
-        };
-        let command = if self.random.chance(self.setup.service_closes) {
-            match self.random.below(4) {
-                0 => return self.depart(number, Departure::Replaced),
-                1 => return self.depart(number, Departure::Missed),
-                _ => {}
-            }
-            session.closed_by_service = true;
-            let close = Close::new(CloseCode::TOKEN_EXPIRED, "token expired");
-            ShardCommand::Close { connection, close, why: EndReason::ClosedByService }
-        } else {
-            let text = format!("t{}", self.random.draw());
-            session.texts.push_back(text.clone());
-            ShardCommand::SendText { connection, text: text.into() }
-        };
-        note(TraceEvent::Pushes(number, "Close or SendText", 0));
-        self.service.command(SESSION_MANAGER, command);
-    }
-
     fn time_passes(&mut self) {
         let ms = match self.random.below(64) {
             0 if self.random.chance(self.setup.clock_jumps) => self.random.between(60_000, 600_000),
@@ -363,6 +349,7 @@ impl Simulation {
 
     fn pass(&mut self, ms: u64) {
         note(TraceEvent::Pass(ms));
+        self.count_sleep(ms);
         if self.shard.is_some() {
             self.kernel().pass(ms);
         }
@@ -397,6 +384,8 @@ mod tests {
         let mut total = Summary::default();
         (FIRST_SEED..FIRST_SEED + SEEDS).for_each(|seed| total.add(&run(seed, STEPS)));
         assert!(total.steps >= SEEDS * STEPS);
+        assert!(total.to_bystanders > 10_000, "{total:?}");
+        println!("the slowest event to a bystander: {:?}", total.latest);
         // The runs must reach every counter and every end reason.
         for (name, count) in total.counts {
             assert!(count > 0, "{name} never happened");

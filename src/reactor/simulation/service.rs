@@ -235,10 +235,7 @@ impl Service {
         note(TraceEvent::Pushes(recipients.len(), "Deliver", event.number as usize));
         self.pushed.0 += 1;
         self.pushed.1 += recipients.len() as u64;
-        let recipients = match recipients {
-            [one] => Recipients::One(*one),
-            many => Recipients::Many(many.into()),
-        };
+        let recipients = Recipients::new(recipients, None);
         let command = ShardCommand::Deliver {
             event: Arc::new(ready),
             recipients,

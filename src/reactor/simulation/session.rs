@@ -82,7 +82,7 @@ impl Session {
     }
 
     /// Whether the filter drops this event.
-    fn covers(&self, event: &ModelEvent) -> bool {
+    pub(super) fn covers(&self, event: &ModelEvent) -> bool {
         let Some(position) =
             event.position.filter(|_| event.class == DeliveryClass::Live && event.expressible)
         else {

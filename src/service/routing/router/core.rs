@@ -96,7 +96,7 @@ pub(super) struct RouterCore {
     pub(super) routed_audience: Option<TailAudience>,
     pub(super) dead_letters: Option<Arc<dyn DeadLetterSink>>,
     pub(super) encoder: Encoder,
-    /// Memory of the events in flight.
+    /// Memory of the live events of all routers.
     pub(super) budget: Arc<EventBudget>,
     pub(super) returned: Sender<ReturnedTicket>,
     pub(super) bell: Arc<Doorbell>,

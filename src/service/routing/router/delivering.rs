@@ -23,10 +23,10 @@ impl RouterCore {
         let mut event = self.encoder.encode(record, self.links.encodings(), appended_at_ms);
         event.log_position = at;
         self.count_reduced(record);
-        let event = event.charged_to(&self.budget, self.links.recipients_bytes());
+        let event = event.charged_to(&self.budget);
         self.counters.deliveries.add(self.links.concerned() as u64);
         self.counters.recipients.add(self.links.recipients() as u64);
-        self.links.deliver(&Arc::new(event), ticket)
+        self.links.deliver(&Arc::new(event), ticket, &self.budget)
     }
 
     /// Counts an event that JSON or `DeliveryEvent` could not hold, and logs the first ones.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::domain::budget::EventBudget;
 use crate::domain::command::{DeliveryClass, Recipients, ShardCommand, ShardReport, Ticket};
 use crate::domain::cursor::LogPosition;
 use crate::domain::encoding::{Encoding, EncodingSet};
@@ -82,11 +83,6 @@ impl RouterLinks {
         self.recipients
     }
 
-    /// Memory of the lists of recipients, bytes.
-    pub(super) fn recipients_bytes(&self) -> u64 {
-        (self.recipients * size_of::<(ConnectionKey, Encoding)>()) as u64
-    }
-
     /// Number of shards with recipients.
     pub(super) fn concerned(&self) -> usize {
         self.concerned.len()
@@ -104,13 +100,15 @@ impl RouterLinks {
 
     /// Pushes the event to every shard with recipients. The caller has checked that each ring has
     /// room. Returns the number of shards that accepted: a stopped shard has no sessions left.
-    pub(super) fn deliver(&mut self, event: &Arc<Event>, ticket: Option<Ticket>) -> u32 {
+    pub(super) fn deliver(
+        &mut self,
+        event: &Arc<Event>,
+        ticket: Option<Ticket>,
+        budget: &Arc<EventBudget>,
+    ) -> u32 {
         let mut taken = 0;
         for shard in &self.concerned {
-            let recipients = match self.gathered[shard.index()][..] {
-                [one] => Recipients::One(one),
-                ref many => Recipients::Many(many.into()),
-            };
+            let recipients = Recipients::new(&self.gathered[shard.index()], Some(budget));
             let command = ShardCommand::Deliver {
                 event: Arc::clone(event),
                 recipients,

@@ -49,6 +49,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_
 use std::time::Duration;
 
 use crate::counters;
+use crate::domain::budget::EventBudget;
 use crate::handoff::{Doorbell, PeerEnd, Pushed};
 use crate::service::backends::ports::{RemoteNodes, RouterInbox, RouterInput};
 use crate::service::cluster::ports::ArrivedHandOffs;
@@ -95,9 +96,6 @@ pub struct RouterConfig {
     /// Records of one conversation that may be parked. Beyond it the oldest is given up, so that one conversation does
     /// not use what all of its partition share.
     pub parked_of_conversation_max: usize,
-    /// Memory of the events in rings, shards and the gRPC hub together, bytes; one event may exceed
-    /// it. At the bound the router stops routing.
-    pub event_bytes_max: u64,
     /// Members from which on the connected members of a conversation are cached.
     pub large_members: usize,
     /// Memory of these caches, bytes.
@@ -130,7 +128,6 @@ impl Default for RouterConfig {
             parked_records_max: 1_024,
             parked_bytes_max: 1 << 20,
             parked_of_conversation_max: 256,
-            event_bytes_max: 256 << 20,
             large_members: 512,
             audience_bytes_max: 128 << 20,
             batch_max: 128,
@@ -192,7 +189,6 @@ counters! {
         Gauge partitions_held_back: "Partitions whose records wait because this node is behind: with the hand-offs to it, or with the table of sessions.",
         Gauge records_under_way: "Records in flight: not yet reported done by shards or other nodes.",
         Gauge records_waiting: "Records waiting in lanes.",
-        Gauge event_bytes: "Memory of the events in flight, bytes.",
     }
 }
 
@@ -202,6 +198,8 @@ pub struct RouterParts {
     pub config: RouterConfig,
     /// Metrics.
     pub counters: Arc<RouterCounters>,
+    /// Memory of the live events in rings, shards and the gRPC hub together. At its bound the routers stop routing.
+    pub budget: Arc<EventBudget>,
     /// The doorbell that wakes the router.
     pub bell: Arc<Doorbell>,
     /// A ring pair with every shard, indexed by shard number.

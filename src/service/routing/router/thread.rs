@@ -10,7 +10,6 @@ use std::thread::JoinHandle;
 
 use slab::Slab;
 
-use crate::domain::budget::EventBudget;
 use crate::domain::cursor::UNCHECKED;
 use crate::domain::cursor_schedule::POSITIONS_INTERVAL_MS;
 use crate::service::backends::ports::RouterInput;
@@ -107,7 +106,7 @@ impl Router {
             routed_audience: None,
             dead_letters: parts.dead_letters,
             encoder: Encoder::new(parts.config.compression),
-            budget: EventBudget::new(parts.config.event_bytes_max),
+            budget: parts.budget,
             returned: returned_sender,
             bell: parts.bell,
             warned: None,
@@ -185,7 +184,6 @@ impl Router {
         let counters = &self.core.counters;
         counters.records_under_way.set(self.core.in_flight.len() as u64);
         let waiting = self.lanes.iter().map(|(_, lane)| lane).chain(&self.inbox_lanes);
-        counters.event_bytes.set(self.core.budget.held());
         counters.records_waiting.set(waiting.map(|lane| lane.len() as u64).sum());
         let parked = self.lanes.iter().map(|(_, lane)| lane.parked.conversations() as u64);
         counters.conversations_waiting.set(parked.sum());

@@ -16,6 +16,7 @@ use super::members::{ConversationsService, membership};
 use super::queues::{OwnedPartition, RoutedCells, SessionsQueue, SimulatedSink, positions};
 use super::stalls::Stall;
 use super::weather::{FOREVER_MS, Weather};
+use crate::domain::budget::EventBudget;
 use crate::domain::cursor::RoutedPositions;
 use crate::handoff::{Doorbell, Pushed, ShardEnd, connect};
 use crate::service::backends::ports::MissedEvents;
@@ -152,6 +153,7 @@ impl SimulatedNode {
                 },
                 counters: Arc::clone(&counters),
                 bell: Arc::clone(&bell),
+                budget: EventBudget::new(1 << 28),
                 links: vec![link],
                 directory: Arc::clone(&directory),
                 membership: Arc::clone(&membership),

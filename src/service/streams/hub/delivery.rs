@@ -1,12 +1,13 @@
 //! One event on its way to streams, and the notice to the hub when no stream holds it any more.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::domain::close::EndReason;
-use crate::domain::command::ReplyTo;
+use crate::domain::command::{DeliveryClass, ReplyTo};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
@@ -22,13 +23,41 @@ pub(super) enum Notice {
     StreamEnded(ConnectionKey, EndReason),
 }
 
-/// Queue of notices for the hub's task. Bounded by what they stand for: one per delivery in progress
-/// (see [`Notices::deliveries`]) and one per stream.
+/// Live events in the streams, and what they cost.
+#[derive(Debug, Default)]
+pub(super) struct AtomicAmount {
+    /// Below 0 for a moment, while two tasks change the same delivery.
+    events: AtomicI64,
+    cost: AtomicI64,
+}
+
+impl AtomicAmount {
+    fn change(&self, events: i64, event: &Event) {
+        let cost = i64::try_from(event.cost()).expect("memory is smaller");
+        self.events.fetch_add(events, Ordering::Relaxed);
+        self.cost.fetch_add(events * cost, Ordering::Relaxed);
+    }
+
+    /// Number of events.
+    pub(super) fn events(&self) -> u64 {
+        u64::try_from(self.events.load(Ordering::Relaxed)).unwrap_or(0)
+    }
+
+    /// Bytes ([`Event::cost`]).
+    pub(super) fn cost(&self) -> u64 {
+        u64::try_from(self.cost.load(Ordering::Relaxed)).unwrap_or(0)
+    }
+}
+
+/// Queue of notices for the hub's task, and what the streams have. Bounded by what the notices stand for: one per delivery
+/// in progress, and one per stream.
 #[derive(Debug, Default)]
 pub(super) struct Notices {
     queue: Mutex<Vec<Notice>>,
-    deliveries: AtomicUsize,
-    bytes: AtomicUsize,
+    /// Live events that no stream holds.
+    pub(super) queued: AtomicAmount,
+    /// Live events that at least one stream holds until a catch-up is complete.
+    pub(super) held: AtomicAmount,
     /// Notified for every notice and whenever a delivery is dropped.
     pub(super) wake: Notify,
 }
@@ -43,16 +72,6 @@ impl Notices {
     pub(super) fn take(&self) -> Vec<Notice> {
         std::mem::take(&mut *self.queue.lock().expect("no holder panics"))
     }
-
-    /// Number of deliveries that some stream still holds.
-    pub(super) fn deliveries(&self) -> usize {
-        self.deliveries.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of these deliveries.
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
-    }
 }
 
 /// An event for one or more streams. When the last stream drops it, sent or not, the hub reports its
@@ -60,21 +79,30 @@ impl Notices {
 #[derive(Debug)]
 pub(crate) struct Delivery {
     event: Arc<Event>,
+    /// `None`: a cursor.
+    class: Option<DeliveryClass>,
     reply_to: Option<ReplyTo>,
     notices: Arc<Notices>,
+    /// Streams that hold it.
+    holders: AtomicU32,
+    /// When the hub took it.
+    pub(super) taken_at: Instant,
 }
 
 impl Delivery {
-    /// `None` if the event has no encoding for a stream.
+    /// `None` if the event has no encoding for a stream. Without a `class` it is a cursor.
     pub(super) fn new(
         event: Arc<Event>,
+        class: Option<DeliveryClass>,
         reply_to: Option<ReplyTo>,
         notices: &Arc<Notices>,
     ) -> Option<Arc<Self>> {
-        let bytes = event.frame(Encoding::Stream)?.len();
-        notices.deliveries.fetch_add(1, Ordering::Relaxed);
-        notices.bytes.fetch_add(bytes, Ordering::Relaxed);
-        Some(Arc::new(Self { event, reply_to, notices: Arc::clone(notices) }))
+        event.frame(Encoding::Stream)?;
+        if class == Some(DeliveryClass::Live) {
+            notices.queued.change(1, &event);
+        }
+        let (notices, holders, taken_at) = (Arc::clone(notices), AtomicU32::new(0), Instant::now());
+        Some(Arc::new(Self { event, class, reply_to, notices, holders, taken_at }))
     }
 
     /// A serialized `DeliveryEvent`.
@@ -89,11 +117,44 @@ impl Delivery {
 
 impl Drop for Delivery {
     fn drop(&mut self) {
-        self.notices.deliveries.fetch_sub(1, Ordering::Relaxed);
-        self.notices.bytes.fetch_sub(self.bytes().len(), Ordering::Relaxed);
+        if self.class == Some(DeliveryClass::Live) {
+            self.notices.queued.change(-1, &self.event);
+        }
         match self.reply_to {
             Some(reply_to) => self.notices.send(Notice::Delivered(reply_to)),
             None => self.notices.wake.notify_one(),
+        }
+    }
+}
+
+/// A live event that a stream holds until a catch-up is complete.
+#[derive(Debug)]
+pub(super) struct Held(Arc<Delivery>);
+
+impl Held {
+    /// The stream holds it from now on.
+    pub(super) fn new(delivery: Arc<Delivery>) -> Self {
+        if delivery.holders.fetch_add(1, Ordering::Relaxed) == 0 {
+            delivery.notices.queued.change(-1, &delivery.event);
+            delivery.notices.held.change(1, &delivery.event);
+            delivery.event.begin_hold();
+        }
+        Self(delivery)
+    }
+
+    /// The event.
+    pub(super) fn delivery(&self) -> &Arc<Delivery> {
+        &self.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Delivery { event, notices, holders, .. } = &*self.0;
+        if holders.fetch_sub(1, Ordering::Relaxed) == 1 {
+            notices.held.change(-1, event);
+            notices.queued.change(1, event);
+            event.end_hold();
         }
     }
 }

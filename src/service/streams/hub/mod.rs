@@ -52,9 +52,10 @@ pub struct HubConfig {
     pub outbox: OutboxLimits,
     /// Concurrent streams.
     pub streams_max: usize,
-    /// Deliveries in progress. At this limit the hub takes no more commands from the rings.
+    /// Live events in the streams. One in [`HELD_SHARE`](crate::domain::limits::HELD_SHARE) may be held for catch-ups. At the
+    /// rest the hub takes no more from the routers' rings.
     pub deliveries_max: usize,
-    /// Bytes of these deliveries, with the same effect. One delivery may exceed the limit.
+    /// What these events cost, bytes ([`Event::cost`]), divided in the same way. One event may exceed the limit.
     pub deliveries_bytes_max: usize,
     /// The hub closes a stream if its client reads nothing for this long although events are queued.
     pub stall_timeout: Duration,
@@ -106,9 +107,12 @@ counters! {
         Counter stream_cursors_sent: "Cursors queued for streams that asked for them",
         Counter stream_acknowledgements: "Acknowledgements received from clients",
         Counter stream_overflows: "Streams closed because a queue was full",
+        Counter stream_closed_for_room: "Streams closed because too many events were queued and their clients were behind",
+        Counter stream_closed_in_catch_up_for_room: "Streams closed because too many events were held for all that catch up",
         Counter stream_catch_up_timeouts: "Streams closed because their catch-up made no progress",
         Counter stream_stalls: "Streams closed because the client read nothing",
-        Gauge stream_deliveries: "Deliveries in progress",
+        Gauge stream_deliveries: "Live events in the streams",
+        Gauge stream_deliveries_held: "Those of them that are held for streams that catch up",
     }
 }
 

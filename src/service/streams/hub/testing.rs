@@ -45,6 +45,10 @@ impl TestPeer {
         self.end.commands.publish();
     }
 
+    pub(crate) fn has_room(&self) -> bool {
+        self.end.commands.free() > 0
+    }
+
     pub(crate) fn try_report(&mut self) -> Option<ShardReport> {
         self.end.reports.pop()
     }

@@ -21,6 +21,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Produc
 use rdkafka::topic_partition_list::TopicPartitionList;
 
 use super::*;
+use crate::domain::budget::EventBudget;
 use crate::domain::command::{ShardCommand, ShardReport};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
@@ -205,6 +206,7 @@ impl TestNode {
             config: RouterConfig::default(),
             counters: Arc::clone(&router_counters),
             bell,
+            budget: EventBudget::new(1 << 28),
             links: vec![link],
             directory,
             membership: Arc::clone(&membership),
@@ -463,6 +465,7 @@ fn unknown_property_is_refused_with_its_name() {
         config: RouterConfig::default(),
         counters: Arc::default(),
         bell,
+        budget: EventBudget::new(1 << 28),
         links: Vec::new(),
         directory: Arc::new(Directory::new()),
         membership: Arc::clone(&membership),

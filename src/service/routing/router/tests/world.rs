@@ -10,6 +10,7 @@ use tokio::sync::mpsc::{Receiver, channel};
 use tokio::time::timeout;
 
 use super::conversations::{FakeConversations, FakeSource};
+use crate::domain::budget::EventBudget;
 use crate::domain::command::{ShardCommand, ShardReport, Ticket};
 use crate::domain::cursor::{Cursor, CursorExpired, RoutedPositions};
 use crate::domain::encoding::Encoding;
@@ -148,6 +149,7 @@ pub(super) struct RouterWorld {
     pub(super) control: RouterControl,
     pub(super) membership: Arc<Membership>,
     pub(super) counters: Arc<RouterCounters>,
+    pub(super) budget: Arc<EventBudget>,
     pub(super) conversations: Arc<FakeConversations>,
     pub(super) nodes: Arc<FakeNodes>,
     pub(super) dead_letters: Arc<FakeDeadLetters>,
@@ -224,6 +226,7 @@ impl RouterWorld {
             (Arc::<FakeNodes>::default(), Arc::<FakeDeadLetters>::default());
         let directory = Arc::new(Directory::new());
         let counters = Arc::<RouterCounters>::default();
+        let budget = EventBudget::new(with.event_bytes.unwrap_or(1 << 28));
         let defaults = RouterConfig::default();
         let (parked, of_conversation) = with
             .parked
@@ -234,10 +237,10 @@ impl RouterWorld {
                 parked_of_conversation_max: of_conversation,
                 window_records_max: with.window.unwrap_or(defaults.window_records_max),
                 forwards_max: with.forwards.unwrap_or(defaults.forwards_max),
-                event_bytes_max: with.event_bytes.unwrap_or(defaults.event_bytes_max),
                 ..defaults
             },
             counters: Arc::clone(&counters),
+            budget: Arc::clone(&budget),
             bell: Arc::clone(&bell),
             links,
             directory: Arc::clone(&directory),
@@ -257,6 +260,7 @@ impl RouterWorld {
             control,
             membership,
             counters,
+            budget,
             conversations,
             nodes,
             dead_letters,

@@ -16,11 +16,12 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::delivery::Delivery;
+use super::delivery::{Delivery, Held};
 use crate::domain::caught_up::CaughtUp;
 use crate::domain::command::DeliveryClass;
 use crate::domain::ids::ConversationKey;
@@ -180,7 +181,7 @@ enum QueuedKind {
 #[derive(Debug)]
 struct OutboxState {
     queue: VecDeque<(QueuedKind, Arc<Delivery>)>,
-    held: VecDeque<Arc<Delivery>>,
+    held: VecDeque<Held>,
     /// Live events in `queue`.
     live: Usage,
     /// Events in `held`.
@@ -207,6 +208,8 @@ struct OutboxState {
     /// When the writer last took an event although the queue was not empty, or the queue became
     /// non-empty.
     unread_since: Option<Instant>,
+    /// When held events were last moved to `queue`.
+    released_at: Option<Instant>,
     status: Option<Status>,
     waker: Option<Waker>,
 }
@@ -235,6 +238,7 @@ impl Outbox {
             catching_up: 0,
             catch_up_since: None,
             unread_since: None,
+            released_at: None,
             status: None,
             waker: None,
         }))
@@ -364,15 +368,15 @@ impl Outbox {
     /// catch-up is incomplete. Returns the number of events dropped.
     pub(super) fn close(&self, status: Status, unsent: Unsent) -> usize {
         let mut state = self.state();
-        let mut dropped = VecDeque::new();
+        let (mut held, mut queued) = (VecDeque::new(), VecDeque::new());
         if state.status.is_none() {
-            dropped = std::mem::take(&mut state.held);
+            held = std::mem::take(&mut state.held);
             state.holding.clear();
             state.catch_up_since = None;
             state.status = Some(status);
         }
         if unsent == Unsent::Discard {
-            dropped.extend(state.queue.drain(..).map(|(_, delivery)| delivery));
+            queued = std::mem::take(&mut state.queue);
             state.live.clear();
             state.catch_up.clear();
             state.unread_since = None;
@@ -380,7 +384,7 @@ impl Outbox {
         state.wake();
         // Dropping the deliveries reports their tickets; that must happen outside the lock.
         drop(state);
-        dropped.len()
+        held.len() + queued.len()
     }
 
     /// The next event to send; after the last one, the status of the stream.
@@ -439,6 +443,21 @@ impl Outbox {
         self.state().unread_since
     }
 
+    /// What the held events would cost if no other stream held them, bytes.
+    pub(super) fn held_cost(&self) -> u64 {
+        let state = self.state();
+        state.held.iter().map(|held| held.delivery().event().cost()).sum()
+    }
+
+    /// How long the oldest queued event has waited, and the bytes that the queue costs.
+    pub(super) fn backlog(&self, now: Instant) -> Option<(Duration, u64)> {
+        let state = self.state();
+        let (_, oldest) = state.queue.front()?;
+        let since = state.released_at.map_or(oldest.taken_at, |at| oldest.taken_at.max(at));
+        let cost = state.queue.iter().map(|(_, delivery)| delivery.event().cost()).sum();
+        Some((now.saturating_duration_since(since), cost))
+    }
+
     /// Since when conversations are catching up and none completes; `None` if there are none.
     pub(super) fn catch_up_since(&self) -> Option<Instant> {
         self.state().catch_up_since
@@ -450,7 +469,7 @@ impl OutboxState {
         if !self.holding.try_add(bytes) {
             return DeliverOutcome::CatchUpOverflow;
         }
-        self.held.push_back(Arc::clone(delivery));
+        self.held.push_back(Held::new(Arc::clone(delivery)));
         // Holding events during the opening is optional, so it ends before it can overflow.
         if self.holding.is_half_full() && std::mem::replace(&mut self.opening, false) {
             self.release_held(now);
@@ -486,14 +505,16 @@ impl OutboxState {
 
     /// Moves the events that need not be held to the queue, without duplicates.
     fn release_held(&mut self, now: Instant) {
-        for delivery in std::mem::take(&mut self.held) {
-            if self.must_hold(&delivery) {
-                self.held.push_back(delivery);
+        for held in std::mem::take(&mut self.held) {
+            let delivery = held.delivery();
+            if self.must_hold(delivery) {
+                self.held.push_back(held);
                 continue;
             }
             self.holding.sub(delivery.bytes().len());
-            if !self.is_duplicate(&delivery) {
-                self.enqueue(QueuedKind::Released, delivery, now);
+            self.released_at = Some(now);
+            if !self.is_duplicate(delivery) {
+                self.enqueue(QueuedKind::Released, Arc::clone(delivery), now);
             }
         }
         self.wake();

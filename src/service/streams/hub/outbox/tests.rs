@@ -16,7 +16,7 @@ fn delivery(conversation: u64, sequence: Option<i64>, bytes: &[u8]) -> Arc<Deliv
     let event = Event::new(position, 0)
         .of_conversation(conversation)
         .with_frame(Encoding::Stream, bytes.into());
-    Delivery::new(Arc::new(event), None, &Arc::new(Notices::default())).unwrap()
+    Delivery::new(Arc::new(event), None, None, &Arc::new(Notices::default())).unwrap()
 }
 
 fn message(conversation: u64, sequence: i64) -> Arc<Delivery> {

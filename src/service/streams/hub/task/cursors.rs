@@ -81,7 +81,7 @@ impl Hub {
         if !gets_cursors(&self.streams, connection) {
             return false;
         }
-        let Some(cursor) = Delivery::new(event, None, &self.notices) else { return false };
+        let Some(cursor) = Delivery::new(event, None, None, &self.notices) else { return false };
         let stream = self.streams.get(connection).expect("it was there just now");
         let queued = stream.outbox.push_cursor(&cursor, Instant::now());
         self.metrics.counters.stream_cursors_sent.add(u64::from(queued));
@@ -94,7 +94,8 @@ impl Hub {
         self.began.checked_add(Duration::from_millis(at_ms))
     }
 
-    fn now_ms(&self) -> u64 {
+    /// Time since the hub began.
+    pub(super) fn now_ms(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }

@@ -1,6 +1,7 @@
 //! Task of the hub. It alone owns the rings and the slots.
 
 mod cursors;
+mod room;
 mod sweep;
 
 use std::collections::VecDeque;
@@ -26,6 +27,7 @@ use crate::domain::cursor_schedule::CursorSchedule;
 use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
+use crate::domain::wait_allowance::WaitAllowance;
 use crate::handoff::{Doorbell, Pushed, ShardEnd};
 use crate::service::runtime::bell::AsyncBell;
 
@@ -33,6 +35,8 @@ use crate::service::runtime::bell::AsyncBell;
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Retry interval for a full report ring: its consumer does not notify the hub.
 const FULL_RING_RETRY: Duration = Duration::from_millis(1);
+/// How often a full hub looks whether it has room again, or has waited long enough.
+const FULL_HUB_RETRY: Duration = Duration::from_millis(16);
 /// Close of all streams if the session manager is dropped without a stop command.
 const ABANDONED: Close = Close::new(CloseCode::GOING_AWAY, "server stopping");
 /// Index of the session manager among the peers.
@@ -91,6 +95,10 @@ pub struct Hub {
     began: Instant,
     stopping: bool,
     next_sweep: Instant,
+    /// The hub was full at the end of the last turn.
+    was_full: bool,
+    /// How long that may last.
+    room_waits: WaitAllowance,
 }
 
 impl Hub {
@@ -132,6 +140,8 @@ impl Hub {
             began: Instant::now(),
             stopping: false,
             next_sweep: Instant::now() + SWEEP_INTERVAL,
+            was_full: false,
+            room_waits: WaitAllowance::new(0),
         };
         Ok((handle, hub))
     }
@@ -160,6 +170,10 @@ impl Hub {
     /// Handles a bounded number of notices, requests and commands. Returns whether commands are left.
     fn turn(&mut self) -> bool {
         self.handle_notices();
+        self.room_waits.pass(self.now_ms(), self.was_full);
+        if self.is_full() && self.room_waits.is_used_up() {
+            self.close_those_behind(Instant::now());
+        }
         for _ in 0..HANDOFF_BATCH_MAX {
             if self.is_backlogged() {
                 break;
@@ -169,7 +183,8 @@ impl Hub {
         }
         for peer in 0..self.peers.len() {
             for _ in 0..HANDOFF_BATCH_MAX {
-                if self.is_full() {
+                // The session manager's commands make room; its messages are bounded by catch-up.
+                if peer != MANAGER && self.is_full() {
                     break;
                 }
                 let Some(command) = self.peers[peer].port.commands.pop() else { break };
@@ -181,12 +196,13 @@ impl Hub {
         }
         self.send_cursors();
         self.flush();
-        self.metrics.counters.stream_deliveries.set(self.notices.deliveries() as u64);
+        self.note_room();
         self.has_commands()
     }
 
     fn has_commands(&self) -> bool {
-        !self.is_full() && self.peers.iter().any(|peer| !peer.port.commands.is_empty())
+        let taken = if self.is_full() { MANAGER + 1 } else { self.peers.len() };
+        self.peers[..taken].iter().any(|peer| !peer.port.commands.is_empty())
             || self.is_abandoned() && !self.stopping
     }
 
@@ -201,6 +217,7 @@ impl Hub {
             () = self.bell.rung() => {}
             () = self.notices.wake.notified() => {}
             () = sleep(FULL_RING_RETRY), if backlogged => {}
+            () = sleep(FULL_HUB_RETRY), if self.was_full => {}
             request = self.requests.recv(), if !backlogged && !self.requests.is_closed() => {
                 if let Some(request) = request {
                     self.on_request(request);
@@ -209,12 +226,6 @@ impl Hub {
             () = sleep_until(self.next_sweep.min(next_cursor)) => {}
         }
         self.bell.awake();
-    }
-
-    /// Whether the limit of deliveries in progress is reached.
-    fn is_full(&self) -> bool {
-        self.notices.deliveries() >= self.config.deliveries_max
-            || self.notices.bytes() >= self.config.deliveries_bytes_max
     }
 
     fn is_backlogged(&self) -> bool {
@@ -330,7 +341,7 @@ impl Hub {
     ) {
         let counters = &self.metrics.counters;
         let reply_to = ticket.map(|ticket| ReplyTo { peer: peer as u16, ticket });
-        let Some(delivery) = Delivery::new(event, reply_to, &self.notices) else {
+        let Some(delivery) = Delivery::new(event, Some(class), reply_to, &self.notices) else {
             counters.stream_events_inexpressible.add(1);
             if let Some(ticket) = ticket {
                 self.report(peer, ShardReport::Done { ticket });
@@ -359,6 +370,9 @@ impl Hub {
             self.metrics.counters.stream_overflows.add(1);
             self.metrics.counters.stream_events_unsent.add(1);
             self.close(connection, status, EndReason::QueueOverflow, Unsent::Discard);
+        }
+        if self.has_more_held_than(1, 1) {
+            self.close_largest_holders();
         }
     }
 

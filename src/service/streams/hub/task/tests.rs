@@ -1,3 +1,5 @@
+mod bystanders;
+
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU64;
 
@@ -73,10 +75,14 @@ fn key(session: &StreamSession) -> ConnectionKey {
 }
 
 fn next(session: &StreamSession) -> Result<Arc<Delivery>, Status> {
+    try_next(session).expect("something to send")
+}
+
+fn try_next(session: &StreamSession) -> Option<Result<Arc<Delivery>, Status>> {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match session.outbox.poll_next(&mut context, Instant::now()) {
-        std::task::Poll::Ready(next) => next,
-        std::task::Poll::Pending => panic!("nothing to send"),
+        std::task::Poll::Ready(next) => Some(next),
+        std::task::Poll::Pending => None,
     }
 }
 
@@ -108,11 +114,10 @@ async fn delivery_is_done_when_the_last_stream_drops_it() {
     let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 64);
     let first = admitted(&mut hub, &handle, &mut manager).await;
     let second = admitted(&mut hub, &handle, &mut manager).await;
-    let recipients =
-        [key(&first), key(&second)].map(|connection| (connection, Encoding::Stream)).into();
+    let recipients = [key(&first), key(&second)].map(|connection| (connection, Encoding::Stream));
     router.send(ShardCommand::Deliver {
         event: Arc::new(event(STREAM, 1, b"one")),
-        recipients: Recipients::Many(recipients),
+        recipients: Recipients::new(&recipients, None),
         class: DeliveryClass::Live,
         ticket: NonZeroU64::new(5).map(Ticket),
     });
@@ -196,7 +201,7 @@ async fn slow_reader_is_closed_and_its_deliveries_are_done() {
     drop(session);
     assert_ended(&report(&mut hub, &mut manager).await, connection, EndReason::QueueOverflow);
     assert_eq!(handle.metrics().counters.stream_events_unsent.get(), 4);
-    assert_eq!(hub.notices.deliveries(), 0);
+    assert_eq!(hub.notices.queued.events(), 0);
 }
 
 #[tokio::test]
@@ -236,14 +241,16 @@ async fn catch_up_that_never_completes_closes_its_stream() {
 
 #[tokio::test]
 async fn deliveries_are_limited_in_bytes() {
-    let config = HubConfig { deliveries_bytes_max: 10, ..HubConfig::default() };
+    // Room for one event and a half: the second may exceed it.
+    let config = HubConfig { deliveries_bytes_max: 1_000, ..HubConfig::default() };
     let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
     let session = admitted(&mut hub, &handle, &mut manager).await;
     for sequence in 1..=3 {
         router.deliver(key(&session), event(STREAM, sequence, b"event"), DeliveryClass::Live, 0);
     }
     hub.turn();
-    assert_eq!((hub.notices.deliveries(), hub.notices.bytes()), (2, 10));
+    assert_eq!(hub.notices.queued.events(), 2);
+    assert_eq!(hub.notices.queued.cost(), 2 * (5 + Event::OVERHEAD_BYTES));
 }
 
 #[tokio::test]
@@ -325,10 +332,10 @@ async fn deliveries_are_limited_in_number() {
         router.deliver(key(&session), event(STREAM, sequence, b"e"), DeliveryClass::Live, 0);
     }
     assert!(!hub.turn(), "no command is taken until an event is read");
-    assert_eq!(hub.notices.deliveries(), 2);
+    assert_eq!(hub.notices.queued.events(), 2);
     drop(next(&session).unwrap());
     hub.turn();
-    assert_eq!(hub.notices.deliveries(), 2);
+    assert_eq!(hub.notices.queued.events(), 2);
 }
 
 #[tokio::test]

@@ -1,0 +1,107 @@
+//! What a stream that is read at once waits for others that are not, and who waits for a full hub.
+
+use super::*;
+use crate::domain::budget::EventBudget;
+use crate::service::streams::hub::task::room::BEHIND_MIN;
+
+/// Two readers take one event every 400 ms, and one takes all at once.
+#[tokio::test(start_paused = true)]
+async fn readers_that_fill_the_hub_are_closed_and_delay_others_by_little_more_than_a_second() {
+    const TURN: Duration = Duration::from_millis(10);
+    let config = HubConfig { deliveries_max: 8, ..HubConfig::default() };
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
+    let mut slow = Vec::new();
+    for _ in 0..2 {
+        slow.push(admitted(&mut hub, &handle, &mut manager).await);
+    }
+    let bystander = admitted(&mut hub, &handle, &mut manager).await;
+    let (mut made, mut unrouted) = (VecDeque::new(), VecDeque::new());
+    let mut latest = Duration::ZERO;
+    for turn in 0..2_000 {
+        if turn % 10 == 0 {
+            unrouted.extend(slow.iter().map(key));
+            unrouted.push_back(key(&bystander));
+            made.push_back(Instant::now());
+        }
+        while router.has_room()
+            && let Some(to) = unrouted.pop_front()
+        {
+            router.deliver(to, event(STREAM, turn, b"event"), DeliveryClass::Live, 1);
+        }
+        hub.turn();
+        while router.try_report().is_some() {}
+        while let Some(taken) = try_next(&bystander) {
+            drop(taken.expect("it is not closed"));
+            let made_at = made.pop_front().expect("one was made for it");
+            latest = latest.max(made_at.elapsed());
+        }
+        if turn % 40 == 0 {
+            slow.iter().for_each(|session| drop(try_next(session)));
+        }
+        tokio::time::advance(TURN).await;
+    }
+    assert!(made.len() <= 20, "{} have not arrived", made.len());
+    assert!(latest <= BEHIND_MIN + Duration::from_millis(300), "{latest:?} late");
+    assert!(handle.metrics().counters.stream_closed_for_room.get() > 0);
+}
+
+/// Streams that catch up hold as much as they may. The one that holds most is closed, and nobody waits.
+#[tokio::test(start_paused = true)]
+async fn streams_that_catch_up_make_no_others_wait() {
+    let config = HubConfig { deliveries_max: 40, ..HubConfig::default() };
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
+    let mut catching_up = Vec::new();
+    for conversation in ["a", "b"] {
+        let session = admitted(&mut hub, &handle, &mut manager).await;
+        session.report_position(conversation.into(), 0).await;
+        assert!(matches!(report(&mut hub, &mut manager).await, ShardReport::Resume { .. }));
+        catching_up.push((session, conversation_key(conversation)));
+    }
+    let bystander = admitted(&mut hub, &handle, &mut manager).await;
+    let budget = EventBudget::new(1 << 20);
+    let mut held = 0;
+    let closed = || handle.metrics().counters.stream_closed_in_catch_up_for_room.get();
+    for sequence in (1..).take_while(|_| closed() == 0) {
+        let (session, conversation) = &catching_up[usize::from(sequence % 4 == 0)];
+        let event = event(*conversation, sequence, b"event").charged_to(&budget);
+        router.deliver(key(session), event, DeliveryClass::Live, 0);
+        router.deliver(
+            key(&bystander),
+            testing::event(STREAM, sequence, b"event"),
+            DeliveryClass::Live,
+            0,
+        );
+        hub.turn();
+        assert_eq!(next(&bystander).unwrap().event().position.unwrap().sequence, sequence);
+        held = held.max(hub.notices.held.events());
+        assert_eq!(budget.charged(), 0, "what is held is not charged to the routers");
+    }
+    assert_eq!(held, 10);
+    let (most, fewest) = (&catching_up[0].0, &catching_up[1].0);
+    assert_eq!(next(most).unwrap_err().code(), Code::Unavailable);
+    assert!(try_next(fewest).is_none(), "it is not closed");
+}
+
+/// The commands of the session manager are what empties a full hub.
+#[tokio::test]
+async fn full_hub_takes_the_commands_of_the_session_manager() {
+    let config = HubConfig { deliveries_max: 2, ..HubConfig::default() };
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
+    let session = admitted(&mut hub, &handle, &mut manager).await;
+    for sequence in 1..=3 {
+        router.deliver(key(&session), event(STREAM, sequence, b"e"), DeliveryClass::Live, 0);
+    }
+    hub.turn();
+    assert!(hub.is_full());
+    manager.send(ShardCommand::Close {
+        connection: key(&session),
+        close: Close::new(CloseCode::SESSION_REPLACED, "session_replaced"),
+        why: EndReason::ClosedByService,
+    });
+    assert!(hub.has_commands(), "it does not sleep");
+    hub.turn();
+    for _ in 0..2 {
+        drop(next(&session).unwrap());
+    }
+    assert_eq!(next(&session).unwrap_err().code(), Code::Aborted);
+}

@@ -8,6 +8,8 @@
 
 use std::collections::VecDeque;
 
+use crate::domain::command::Ticket;
+
 /// Identifies a record of a window until it is done: the number of records taken before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowIndex(u64);
@@ -15,7 +17,16 @@ pub struct WindowIndex(u64);
 #[derive(Clone, Copy, Debug)]
 struct WindowEntry {
     offset: i64,
-    done: bool,
+    state: RecordState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RecordState {
+    /// Not routed yet.
+    Taken,
+    /// Routed. The ticket is returned by whatever it waits for.
+    InFlight(Ticket),
+    Done,
 }
 
 /// The records of one partition from the lowest that is not done to the last taken.
@@ -47,7 +58,7 @@ impl OffsetWindow {
     }
 
     /// Whether another record can be taken. If not, the partition waits until its oldest record is
-    /// done.
+    /// done or given up.
     pub fn has_room(&self) -> bool {
         self.entries.len() < self.records_max
     }
@@ -72,21 +83,37 @@ impl OffsetWindow {
         assert!(self.has_room());
         assert!(offset >= self.next, "{offset} after {}", self.next);
         let index = WindowIndex(self.first + self.entries.len() as u64);
-        self.entries.push_back(WindowEntry { offset, done: false });
+        self.entries.push_back(WindowEntry { offset, state: RecordState::Taken });
         self.next = offset + 1;
         self.open += 1;
         index
     }
 
+    fn state(&mut self, record: WindowIndex) -> &mut RecordState {
+        let index = record.0.checked_sub(self.first).expect("done once") as usize;
+        &mut self.entries[index].state
+    }
+
+    /// A record is routed.
+    pub fn in_flight(&mut self, record: WindowIndex, ticket: Ticket) {
+        *self.state(record) = RecordState::InFlight(ticket);
+    }
+
+    /// The oldest record, if it is in flight.
+    pub fn oldest_in_flight(&self) -> Option<(WindowIndex, Ticket)> {
+        match self.entries.front()?.state {
+            RecordState::InFlight(ticket) => Some((WindowIndex(self.first), ticket)),
+            RecordState::Taken | RecordState::Done => None,
+        }
+    }
+
     /// Marks a record done, once each. Returns whether the committable offset has moved.
     pub fn done(&mut self, record: WindowIndex) -> bool {
-        let index = record.0.checked_sub(self.first).expect("done once") as usize;
-        let entry = &mut self.entries[index];
-        assert!(!entry.done, "done once");
-        entry.done = true;
+        let before = std::mem::replace(self.state(record), RecordState::Done);
+        assert!(before != RecordState::Done, "done once");
         self.open -= 1;
         let before = self.first;
-        while self.entries.front().is_some_and(|entry| entry.done) {
+        while self.entries.front().is_some_and(|entry| entry.state == RecordState::Done) {
             self.entries.pop_front();
             self.first += 1;
         }

@@ -38,8 +38,8 @@ const PENDING_RETRY_MS: u64 = 100;
 pub(super) enum RouteOutcome {
     /// The record is done.
     Done,
-    /// The record has a ticket in flight.
-    InFlight,
+    /// The record is in flight, with this ticket.
+    InFlight(Ticket),
     /// The record blocks its lane.
     Blocked(Blocked),
     /// The members are not known yet. The next attempt is worthwhile when a list has arrived
@@ -208,7 +208,7 @@ impl RouterCore {
         }
         match arrival {
             Arrival::Partition { log, record: id, at: claimed, parked } => {
-                let ticket = self.in_flight.open(id);
+                let ticket = self.in_flight.open(id, now_ms);
                 let at = Some(log_position(&log.topic, log.partition, raw.offset));
                 for _ in 0..self.deliver(&record, at, raw.appended_at_ms, Some(ticket)) {
                     self.in_flight.expect(ticket);
@@ -220,7 +220,7 @@ impl RouterCore {
                 self.routed_audience = self.tails.is_some().then(|| audience.into_tail());
                 match self.in_flight.seal(ticket) {
                     Some(_) => RouteOutcome::Done,
-                    None => RouteOutcome::InFlight,
+                    None => RouteOutcome::InFlight(ticket),
                 }
             }
             Arrival::OtherNode { .. } => {
@@ -385,7 +385,7 @@ impl RouterCore {
         }
         let sent = owner.forward(raw, at, parked, ticket);
         for _ in 0..sent {
-            self.in_flight.expect(ticket);
+            self.in_flight.expect_elsewhere(ticket);
         }
         self.counters.hand_offs.add(u64::from(sent));
     }

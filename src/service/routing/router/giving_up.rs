@@ -18,6 +18,7 @@ impl RouterCore {
         raw: RawRecord<'_>,
         arrival: Arrival<'_>,
         reason: DeadLetterReason,
+        now_ms: u64,
     ) -> RouteOutcome {
         let Arrival::Partition { log, record, .. } = arrival else {
             self.counters.remote_given_up.add(1);
@@ -28,7 +29,7 @@ impl RouterCore {
             self.warn(log, raw.offset, reason);
             return RouteOutcome::Done;
         };
-        let ticket = self.in_flight.open(record);
+        let ticket = self.in_flight.open(record, now_ms);
         let (returned, bell) = (self.returned.clone(), Arc::clone(&self.bell));
         let done = Box::new(move || {
             let _ = returned.send(ReturnedTicket::DeadLetter(ticket));
@@ -40,11 +41,11 @@ impl RouterCore {
             debug_assert!(sealed.is_some());
             return RouteOutcome::Blocked(Blocked::DeadLetter);
         }
-        self.in_flight.expect(ticket);
+        self.in_flight.expect_elsewhere(ticket);
         self.counters.dead_letters.add(1);
         self.count_given_up(reason);
         self.warn(log, raw.offset, reason);
-        RouteOutcome::InFlight
+        RouteOutcome::InFlight(ticket)
     }
 
     fn count_given_up(&self, reason: DeadLetterReason) {

@@ -40,9 +40,13 @@ struct InFlightRecord {
     id: RecordId,
     /// Distinguishes this record from an earlier one in the same slot, whose report may come late.
     serial: u32,
+    /// When it was routed, steady time in ms.
+    since_ms: u64,
     /// Reports still expected.
     remaining: u32,
-    /// Whether one of them is the hand-off to other nodes.
+    /// Those of them that do not come from shards.
+    elsewhere: u32,
+    /// Whether one of these is the hand-off through Redis.
     forwarding: bool,
 }
 
@@ -84,9 +88,11 @@ pub(super) enum ReportOutcome {
 
 impl InFlight {
     /// Issues a ticket for a record. No report is expected yet.
-    pub(super) fn open(&mut self, id: RecordId) -> Ticket {
+    pub(super) fn open(&mut self, id: RecordId, now_ms: u64) -> Ticket {
         self.serial = self.serial.wrapping_add(1);
-        let record = InFlightRecord { id, serial: self.serial, remaining: 0, forwarding: false };
+        let (serial, since_ms) = (self.serial, now_ms);
+        let (remaining, elsewhere, forwarding) = (0, 0, false);
+        let record = InFlightRecord { id, serial, since_ms, remaining, elsewhere, forwarding };
         let slot = u32::try_from(self.records.insert(record)).expect("bounded by the windows");
         let raw = u64::from(self.serial) << 32 | (u64::from(slot) + 1);
         Ticket(NonZeroU64::new(raw).expect("the slot is counted from 1"))
@@ -107,16 +113,22 @@ impl InFlight {
         self.records.remove(Self::parts(ticket).0).id
     }
 
-    /// Expects one more report.
+    /// Expects one more report of a shard.
     pub(super) fn expect(&mut self, ticket: Ticket) {
         self.get(ticket).expect("open").remaining += 1;
     }
 
-    /// Expects the end of the hand-off to other nodes, at the latest at `deadline_ms` (steady time).
-    pub(super) fn expect_forward(&mut self, ticket: Ticket, deadline_ms: u64) {
+    /// Expects one more report, not of a shard.
+    pub(super) fn expect_elsewhere(&mut self, ticket: Ticket) {
         let record = self.get(ticket).expect("open");
         record.remaining += 1;
-        record.forwarding = true;
+        record.elsewhere += 1;
+    }
+
+    /// Expects the end of the hand-off to other nodes, at the latest at `deadline_ms` (steady time).
+    pub(super) fn expect_forward(&mut self, ticket: Ticket, deadline_ms: u64) {
+        self.expect_elsewhere(ticket);
+        self.get(ticket).expect("open").forwarding = true;
         self.forwards += 1;
         self.deadlines.push_back((deadline_ms, ticket));
     }
@@ -130,7 +142,7 @@ impl InFlight {
         Some(self.remove(ticket))
     }
 
-    /// Handles a report of a shard or of the dead-letter topic.
+    /// Handles a report of a shard.
     pub(super) fn report(&mut self, ticket: Ticket) -> ReportOutcome {
         let Some(record) = self.get(ticket) else { return ReportOutcome::Stale };
         let Some(remaining) = record.remaining.checked_sub(1) else { return ReportOutcome::Stale };
@@ -141,16 +153,35 @@ impl InFlight {
         ReportOutcome::Done(self.remove(ticket))
     }
 
-    /// Handles the end of a hand-off. After its deadline the report is stale.
+    /// Handles a report of something else.
+    pub(super) fn report_elsewhere(&mut self, ticket: Ticket) -> ReportOutcome {
+        let Some(record) = self.get(ticket) else { return ReportOutcome::Stale };
+        let Some(elsewhere) = record.elsewhere.checked_sub(1) else { return ReportOutcome::Stale };
+        record.elsewhere = elsewhere;
+        self.report(ticket)
+    }
+
+    /// Handles the end of a hand-off through Redis. After its deadline the report is stale.
     pub(super) fn report_forward(&mut self, ticket: Ticket) -> ReportOutcome {
         match self.get(ticket) {
             Some(record) if record.forwarding => {
                 record.forwarding = false;
                 self.forwards -= 1;
-                self.report(ticket)
+                self.report_elsewhere(ticket)
             }
             _ => ReportOutcome::Stale,
         }
+    }
+
+    /// Gives up a record that has waited for nothing but sockets since `until_ms` or longer. Reports for it are stale
+    /// from now on. Returns whether it was given up.
+    pub(super) fn give_up_sockets(&mut self, ticket: Ticket, until_ms: u64) -> bool {
+        let waits_for_sockets =
+            self.get(ticket).is_some_and(|it| it.elsewhere == 0 && it.since_ms <= until_ms);
+        if waits_for_sockets {
+            self.remove(ticket);
+        }
+        waits_for_sockets
     }
 
     /// Takes the next hand-off whose deadline has passed without a report.
@@ -196,7 +227,7 @@ mod tests {
     #[test]
     fn last_report_makes_the_record_done() {
         let mut in_flight = InFlight::default();
-        let ticket = in_flight.open(id());
+        let ticket = in_flight.open(id(), 0);
         in_flight.expect(ticket);
         in_flight.expect_forward(ticket, 10);
         assert_eq!(in_flight.seal(ticket), None);
@@ -210,7 +241,7 @@ mod tests {
     #[test]
     fn record_without_expected_reports_is_done_at_once() {
         let mut in_flight = InFlight::default();
-        let ticket = in_flight.open(id());
+        let ticket = in_flight.open(id(), 0);
         assert_eq!(in_flight.seal(ticket), Some(id()));
         assert_eq!(in_flight.len(), 0);
     }
@@ -218,7 +249,7 @@ mod tests {
     #[test]
     fn report_of_an_expired_hand_off_is_stale() {
         let mut in_flight = InFlight::default();
-        let (first, second) = (in_flight.open(id()), in_flight.open(id()));
+        let (first, second) = (in_flight.open(id(), 0), in_flight.open(id(), 0));
         in_flight.expect_forward(first, 10);
         in_flight.expect_forward(second, 20);
         assert_eq!(in_flight.expired(9), None);
@@ -227,7 +258,7 @@ mod tests {
         assert_eq!(in_flight.next_deadline_ms(), Some(20));
         assert_eq!(in_flight.expired(20), Some(second));
         assert_eq!(in_flight.report_forward(second), ReportOutcome::Done(id()));
-        let successor = in_flight.open(id());
+        let successor = in_flight.open(id(), 0);
         in_flight.expect_forward(successor, 30);
         assert_eq!(in_flight.report_forward(second), ReportOutcome::Stale);
         assert_eq!(in_flight.forwards(), 1);

@@ -67,6 +67,8 @@ pub(super) struct PartitionLane {
 #[derive(Debug)]
 pub(super) struct Revocation {
     /// Steady time, ms.
+    pub(super) since_ms: u64,
+    /// Steady time, ms.
     pub(super) deadline_ms: u64,
     /// Receives whether all records were done.
     pub(super) released: SyncSender<bool>,

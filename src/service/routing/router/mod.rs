@@ -182,6 +182,7 @@ counters! {
         Counter audience_evictions: "Large conversations whose connected members were evicted to stay within the memory bound.",
         Counter waits_for_members: "Records that had to wait because their members were unknown.",
         Gauge conversations_waiting: "Conversations whose records wait for their members, while the rest of their partition goes on.",
+        Counter records_not_awaited: "Records whose offset does not wait any more until all sockets have taken them, because they would hold up their partition.",
         Counter waits_for_room: "Times that a lane was blocked because the ring to a shard was full.",
         Counter waits_for_hand_offs: "Times that a lane was blocked because the queue to other nodes was full.",
         Counter waits_for_memory: "Times that a lane was not served because the events in flight used all their memory.",
@@ -286,13 +287,15 @@ impl RouterControl {
     }
 
     /// Revokes a partition. The router takes no more of its records, waits at most `grace` for those
-    /// in flight, and drops the source. The receiver then gets whether all records were done; it is
-    /// disconnected if the router has ended. After that the partition's committable offset does not
-    /// change.
+    /// in flight, and a second for those that only sockets have not taken, and drops the source. The receiver then gets
+    /// whether the next owner need not repeat any; it is disconnected if the router has ended. After that the partition's
+    /// committable offset does not change.
     pub fn revoke(&self, log: TopicPartition, grace: Duration) -> Receiver<bool> {
         let (sender, released) = sync_channel(1);
-        let deadline_ms = steady_ms() + grace.as_millis() as u64;
-        self.command(LaneCommand::Revoke(log, Revocation { deadline_ms, released: sender }));
+        let since_ms = steady_ms();
+        let deadline_ms = since_ms + grace.as_millis() as u64;
+        let revocation = Revocation { since_ms, deadline_ms, released: sender };
+        self.command(LaneCommand::Revoke(log, revocation));
         released
     }
 

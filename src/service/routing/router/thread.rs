@@ -197,7 +197,9 @@ impl Router {
     /// How long to sleep at most. Short while something waits that does not ring the doorbell.
     fn sleep_ms(&self, now_ms: u64) -> u32 {
         let timed = self.core.in_flight.next_deadline_ms().is_some();
-        let waits = self.lanes.iter().any(|(_, lane)| lane.blocked.is_some() || lane.is_revoked());
+        let cannot_take =
+            |lane: &Lane| lane.partition.as_ref().is_some_and(|partition| !partition.may_take());
+        let waits = self.lanes.iter().any(|(_, lane)| lane.blocked.is_some() || cannot_take(lane));
         let inbox_waits =
             self.hand_off.is_some() || self.inbox_lanes.iter().any(|lane| lane.blocked.is_some());
         // Events without a ticket (from other nodes, presence) are freed without a report.
@@ -302,7 +304,7 @@ impl Router {
             let outcome = match returned {
                 ReturnedTicket::Forward(ticket) => self.core.in_flight.report_forward(ticket),
                 ReturnedTicket::HandOff(ticket) | ReturnedTicket::DeadLetter(ticket) => {
-                    self.core.in_flight.report(ticket)
+                    self.core.in_flight.report_elsewhere(ticket)
                 }
                 ReturnedTicket::Replay(key) => {
                     self.replay_stored(key);
@@ -390,6 +392,7 @@ impl Router {
         for (_, lane) in &mut self.lanes {
             progressed |= self.core.apply_newcomers(lane, self.handed_to, now_ms);
             progressed |= self.core.turn_parked(lane, now_ms);
+            progressed |= self.core.give_up_sockets(lane, now_ms);
             for _ in 0..self.core.config.batch_max {
                 if !self.core.turn_lane(lane, self.handed_to, now_ms) {
                     break;

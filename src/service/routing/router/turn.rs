@@ -17,6 +17,10 @@ use crate::service::routing::router::record::{
     Intake, OwnedRecord, RawRecord, WaitingRecord, named_conversation,
 };
 
+/// How long a record that all sockets but some have taken may hold up its partition, ms. Long enough for a burst to all
+/// clients.
+const SOCKETS_MS_MAX: u64 = 1_000;
+
 impl PartitionLane {
     /// Marks a record done and publishes the committable offset.
     pub(super) fn done(&mut self, record: RecordId) {
@@ -24,9 +28,38 @@ impl PartitionLane {
             self.committable.set(self.window.committable());
         }
     }
+
+    /// A record that waited has been routed.
+    fn routed(&mut self, record: RecordId, outcome: &RouteOutcome) {
+        match outcome {
+            RouteOutcome::Done => self.done(record),
+            RouteOutcome::InFlight(ticket) => self.window.in_flight(record.index, *ticket),
+            RouteOutcome::Blocked(_) | RouteOutcome::Waits { .. } | RouteOutcome::Unroutable(_) => {
+            }
+        }
+    }
 }
 
 impl RouterCore {
+    /// A partition that waits for its oldest record gives it up if only sockets have not taken it, and have had
+    /// [`SOCKETS_MS_MAX`]: those who read do not wait for those who do not. Their events stay queued; the offset does not
+    /// wait for them any more. Returns whether anything progressed.
+    pub(super) fn give_up_sockets(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
+        let Lane { key, partition: Some(partition), .. } = lane else { return false };
+        let until_ms = now_ms.saturating_sub(SOCKETS_MS_MAX);
+        let must_end = partition.revocation.as_ref().is_some_and(|it| it.since_ms <= until_ms);
+        let mut progressed = false;
+        while (must_end || !partition.window.has_room())
+            && let Some((index, ticket)) = partition.window.oldest_in_flight()
+            && self.in_flight.give_up_sockets(ticket, until_ms)
+        {
+            self.counters.records_not_awaited.add(1);
+            partition.done(RecordId { lane: *key, index });
+            progressed = true;
+        }
+        progressed
+    }
+
     /// Routes the front record, or takes the next record of the partition. Returns whether anything
     /// progressed.
     pub(super) fn turn_lane(&mut self, lane: &mut Lane, handed_to: i64, now_ms: u64) -> bool {
@@ -82,7 +115,9 @@ impl RouterCore {
                         parked.retry_soon(now_ms);
                         return progressed;
                     }
-                    RouteOutcome::Done | RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
+                    RouteOutcome::Done
+                    | RouteOutcome::InFlight(_)
+                    | RouteOutcome::Unroutable(_) => {}
                 }
                 progressed = true;
                 let audience = self.routed_audience.take();
@@ -93,8 +128,8 @@ impl RouterCore {
                     claim.unpark(raw.offset);
                 }
                 parked.pop(&conversation);
-                if outcome == RouteOutcome::Done && record.lane == *key {
-                    partition.done(record);
+                if record.lane == *key {
+                    partition.routed(record, &outcome);
                 }
             }
         }
@@ -163,7 +198,7 @@ impl RouterCore {
                 self.block(lane, blocked, now_ms);
                 false
             }
-            RouteOutcome::Done => {
+            RouteOutcome::Done | RouteOutcome::InFlight(_) | RouteOutcome::Unroutable(_) => {
                 self.remember_front(lane, now_ms);
                 let (key, waiting) = (lane.key, lane.pop());
                 if let (
@@ -172,14 +207,8 @@ impl RouterCore {
                 ) = (waiting, &mut lane.partition)
                     && record.lane == key
                 {
-                    partition.done(record);
+                    partition.routed(record, &outcome);
                 }
-                lane.blocked = None;
-                true
-            }
-            RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {
-                self.remember_front(lane, now_ms);
-                lane.pop();
                 lane.blocked = None;
                 true
             }
@@ -205,7 +234,7 @@ impl RouterCore {
             }
             outcome => return outcome,
         };
-        self.give_up(raw, arrival, reason)
+        self.give_up(raw, arrival, reason, now_ms)
     }
 
     /// Takes the next record of the partition and routes it in place. It is copied only if it has to
@@ -268,7 +297,8 @@ impl RouterCore {
                     waits =
                         Some((WaitingRecord { record, intake, since_ms: Some(now_ms) }, outcome));
                 }
-                RouteOutcome::InFlight | RouteOutcome::Unroutable(_) => {}
+                RouteOutcome::InFlight(ticket) => window.in_flight(record.index, ticket),
+                RouteOutcome::Unroutable(_) => {}
             }
         });
         if let Some(tail) = tail

@@ -264,6 +264,72 @@ fn window_bounds_the_records_in_flight() {
 }
 
 #[test]
+fn full_window_waits_for_sockets_for_a_second() {
+    // Promise: “A client that does not read holds up no partition.”
+    let with = With { window: Some(2), ..With::default() };
+    let mut world = RouterWorld::new(with);
+    let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 1));
+    let (log, committable) = world.assign(0);
+    log.append(0, created("c", &["alice"]));
+    log.append(1, created("d", &["bob"]));
+    for offset in 2..=4 {
+        log.append(offset, message("d", offset));
+    }
+    world.run_until_idle();
+    assert_eq!(world.taken(1), [[bob]]);
+    world.run_until_idle();
+    assert_eq!((world.taken(1).len(), committable.get()), (0, Some(0)));
+    world.ahead_ms += 1_000;
+    world.run_until_idle();
+    let mut to_bob = 0;
+    while to_bob < 3 {
+        to_bob += world.taken(1).len();
+        world.run_until_idle();
+    }
+    assert_eq!((log.len(), committable.get()), (0, Some(5)));
+    assert_eq!(world.counters.records_not_awaited.get(), 1);
+    // Its report changes nothing any more.
+    assert_eq!(world.taken(0), [[alice]]);
+    world.run_until_idle();
+    assert_eq!(committable.get(), Some(5));
+}
+
+#[test]
+fn full_window_waits_for_other_nodes() {
+    let with = With { window: Some(1), nodes: true, ..With::default() };
+    let mut world = RouterWorld::new(with);
+    let alice = world.connect("alice", "a", 0);
+    let (log, committable) = world.assign(0);
+    log.append(0, created("c", &["alice", "bob"]));
+    log.append(1, message("c", 1));
+    world.run_until_idle();
+    world.ahead_ms += 2_000;
+    world.run_until_idle();
+    assert_eq!((log.len(), committable.get()), (1, Some(0)), "its hand-off is not done");
+    let done = world.nodes.pending.lock().unwrap().remove(0);
+    done();
+    world.run_until_idle();
+    assert_eq!((log.len(), committable.get()), (0, Some(1)), "only a socket has not taken it");
+    assert_eq!(world.taken(0), [[alice], [alice]]);
+}
+
+#[test]
+fn revoked_partition_waits_for_sockets_for_a_second() {
+    let mut world = RouterWorld::new(With::default());
+    world.connect("alice", "a", 0);
+    let (log, committable) = world.assign(0);
+    log.append(0, created("c", &["alice"]));
+    log.append(1, message("c", 1));
+    world.run_until_idle();
+    let released = world.control.revoke(name(0), Duration::from_secs(60));
+    world.run_until_idle();
+    assert!(released.try_recv().is_err());
+    world.ahead_ms += 1_001;
+    world.run_until_idle();
+    assert_eq!((released.try_recv(), committable.get()), (Ok(true), Some(2)));
+}
+
+#[test]
 fn revoked_partition_finishes_its_records_in_flight_and_leaves_the_rest() {
     let mut world = RouterWorld::new(With { gated: true, ..With::default() });
     world.connect("alice", "a", 0);
@@ -295,10 +361,10 @@ fn revoked_partition_is_released_at_its_deadline() {
     log.append(0, created("c", &["alice"]));
     world.run_until_idle();
     let delivered = world.delivered(0);
-    let released = world.control.revoke(name(0), Duration::from_secs(1));
+    let released = world.control.revoke(name(0), Duration::from_millis(500));
     world.run_until_idle();
     assert!(released.try_recv().is_err());
-    world.ahead_ms = 2_000;
+    world.ahead_ms = 501;
     world.run_until_idle();
     assert_eq!(released.try_recv(), Ok(false));
     // The late report is ignored; it does not affect the partition that reuses the slot.

@@ -133,7 +133,7 @@ impl<K: Kernel> Shard<K> {
     /// Whether the rings wait for clients.
     pub fn waits_for_clients(&self) -> bool {
         let awaited = self.awaited.iter().filter_map(|key| self.slab.get(*key));
-        self.is_paused || awaited.into_iter().any(Connection::has_full_socket)
+        self.holds_too_much() || awaited.into_iter().any(Connection::has_full_socket)
     }
 
     /// Whether it is sent its live events.

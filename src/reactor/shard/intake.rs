@@ -34,14 +34,14 @@ const HOLD_OVERFLOW: Close = Close::new(
 );
 
 impl<K: Kernel> Shard<K> {
-    /// Counts the time since the last turn as a wait if the rings waited for clients. Called before anything has
+    /// Counts the time since the last turn as a wait if the rings waited for clients, or nearly so. Called before anything has
     /// completed. A queue whose socket was not full waits for our own next send, which takes no longer than a turn.
     pub(super) fn count_waits(&mut self) {
         let now_ms = self.kernel.now_ms();
         let awaited = self.awaited.iter().filter_map(|key| self.slab.get(*key));
         let socket_is_full = awaited.into_iter().any(Connection::has_full_socket);
         self.queue_waits.pass(now_ms, socket_is_full);
-        self.room_waits.pass(now_ms, self.is_paused);
+        self.room_waits.pass(now_ms, self.was_crowded);
     }
 
     /// Takes a bounded batch from each ring, starting with another ring each turn.
@@ -53,7 +53,7 @@ impl<K: Kernel> Shard<K> {
             // The last report may still wait for room. No report may follow it.
             return left;
         }
-        if self.holds_too_much() && self.room_waits.is_used_up() {
+        if self.is_crowded() && self.room_waits.is_used_up() {
             self.close_full_sockets();
         }
         for turn in 0..peers {
@@ -76,7 +76,7 @@ impl<K: Kernel> Shard<K> {
             }
         }
         self.first_peer = (self.first_peer + 1) % peers;
-        self.is_paused = left.intake_paused;
+        self.was_crowded = self.is_crowded();
         if left.intake_paused {
             self.counters.counts.intake_paused.add(1);
         }
@@ -139,8 +139,13 @@ impl<K: Kernel> Shard<K> {
         !(connection.flags.has(Flags::STALLED) && stalls)
     }
 
-    fn holds_too_much(&self) -> bool {
+    pub(super) fn holds_too_much(&self) -> bool {
         self.has_more_queued_than(1, 1)
+    }
+
+    /// Whether there is so little room left that sessions have to be closed, before the rings wait for them.
+    fn is_crowded(&self) -> bool {
+        self.has_more_queued_than(7, 8)
     }
 
     /// Whether at least this part of what may be queued is queued.
@@ -189,7 +194,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// The rings have waited for room as long as they may. If at least half of what is queued waits for full sockets,
+    /// There has been little room for as long as that may last. If at least half of what is queued waits for full sockets,
     /// closes their sessions, those with the longest queues first, until a quarter of the room is free. Otherwise our
     /// own sends make room.
     fn close_full_sockets(&mut self) {

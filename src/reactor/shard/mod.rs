@@ -124,8 +124,8 @@ pub struct Shard<K: Kernel> {
     awaited: Vec<ConnectionKey>,
     /// How long they may wait for such queues whose sockets are full.
     queue_waits: WaitAllowance,
-    /// The routers' rings were not read in the last turn, because too many events are queued.
-    is_paused: bool,
+    /// There was little room for events after the last intake.
+    was_crowded: bool,
     /// How long that may last while it is due to full sockets.
     room_waits: WaitAllowance,
     /// The sessions that get cursors, and the positions for these.
@@ -187,7 +187,7 @@ impl<K: Kernel> Shard<K> {
             first_peer: 0,
             awaited: Vec::new(),
             queue_waits: WaitAllowance::new(kernel.now_ms()),
-            is_paused: false,
+            was_crowded: false,
             room_waits: WaitAllowance::new(kernel.now_ms()),
             cursors: CursorSchedule::new(config.cursor_interval_ms),
             stopping: None,

@@ -263,9 +263,9 @@ fn window_bounds_the_records_in_flight() {
     assert_eq!((log.len(), committable.get()), (0, Some(2)));
 }
 
+// Promise: “A client that does not read holds up no partition:”
 #[test]
 fn full_window_waits_for_sockets_for_a_second() {
-    // Promise: “A client that does not read holds up no partition.”
     let with = With { window: Some(2), ..With::default() };
     let mut world = RouterWorld::new(with);
     let (alice, bob) = (world.connect("alice", "a", 0), world.connect("bob", "b", 1));

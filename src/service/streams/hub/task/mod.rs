@@ -35,8 +35,8 @@ use crate::service::runtime::bell::AsyncBell;
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// Retry interval for a full report ring: its consumer does not notify the hub.
 const FULL_RING_RETRY: Duration = Duration::from_millis(1);
-/// How often a full hub looks whether it has room again, or has waited long enough.
-const FULL_HUB_RETRY: Duration = Duration::from_millis(16);
+/// How often a hub with little room looks whether it has more, or has waited long enough.
+const CROWDED_RETRY: Duration = Duration::from_millis(16);
 /// Close of all streams if the session manager is dropped without a stop command.
 const ABANDONED: Close = Close::new(CloseCode::GOING_AWAY, "server stopping");
 /// Index of the session manager among the peers.
@@ -95,8 +95,8 @@ pub struct Hub {
     began: Instant,
     stopping: bool,
     next_sweep: Instant,
-    /// The hub was full at the end of the last turn.
-    was_full: bool,
+    /// There was little room at the end of the last turn.
+    was_crowded: bool,
     /// How long that may last.
     room_waits: WaitAllowance,
 }
@@ -140,7 +140,7 @@ impl Hub {
             began: Instant::now(),
             stopping: false,
             next_sweep: Instant::now() + SWEEP_INTERVAL,
-            was_full: false,
+            was_crowded: false,
             room_waits: WaitAllowance::new(0),
         };
         Ok((handle, hub))
@@ -170,8 +170,8 @@ impl Hub {
     /// Handles a bounded number of notices, requests and commands. Returns whether commands are left.
     fn turn(&mut self) -> bool {
         self.handle_notices();
-        self.room_waits.pass(self.now_ms(), self.was_full);
-        if self.is_full() && self.room_waits.is_used_up() {
+        self.room_waits.pass(self.now_ms(), self.was_crowded);
+        if self.is_crowded() && self.room_waits.is_used_up() {
             self.close_those_behind(Instant::now());
         }
         for _ in 0..HANDOFF_BATCH_MAX {
@@ -217,7 +217,7 @@ impl Hub {
             () = self.bell.rung() => {}
             () = self.notices.wake.notified() => {}
             () = sleep(FULL_RING_RETRY), if backlogged => {}
-            () = sleep(FULL_HUB_RETRY), if self.was_full => {}
+            () = sleep(CROWDED_RETRY), if self.was_crowded => {}
             request = self.requests.recv(), if !backlogged && !self.requests.is_closed() => {
                 if let Some(request) = request {
                     self.on_request(request);

@@ -22,9 +22,14 @@ impl Hub {
         self.has_more_queued_than(1, 1)
     }
 
+    /// Whether there is so little room left that streams have to be closed, before the rings wait for them.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.has_more_queued_than(7, 8)
+    }
+
     /// Notes how much is in the streams at the end of a turn.
     pub(super) fn note_room(&mut self) {
-        self.was_full = self.is_full();
+        self.was_crowded = self.is_crowded();
         let (queued, held) = (self.notices.queued.events(), self.notices.held.events());
         self.metrics.counters.stream_deliveries.set(queued + held);
         self.metrics.counters.stream_deliveries_held.set(held);
@@ -47,7 +52,7 @@ impl Hub {
                 || held.cost() * denominator > share(self.config.deliveries_bytes_max))
     }
 
-    /// The hub has been full for as long as it may be. Closes streams that are behind, those with the longest queues
+    /// There has been little room for as long as that may last. Closes streams that are behind, those with the longest queues
     /// first, until a quarter of the room is free.
     pub(super) fn close_those_behind(&mut self, now: Instant) {
         self.room_waits = WaitAllowance::new(self.now_ms());

@@ -4,11 +4,11 @@ use super::*;
 use crate::domain::budget::EventBudget;
 use crate::service::streams::hub::task::room::BEHIND_MIN;
 
-/// Two readers take one event every 400 ms, and one takes all at once.
-#[tokio::test(start_paused = true)]
-async fn readers_that_fill_the_hub_are_closed_and_delay_others_by_little_more_than_a_second() {
-    const TURN: Duration = Duration::from_millis(10);
-    let config = HubConfig { deliveries_max: 8, ..HubConfig::default() };
+const TURN: Duration = Duration::from_millis(10);
+
+/// How late an event was that was taken at once, while two readers took one event every 400 ms.
+async fn latest_beside_slow_readers(deliveries_max: usize) -> Duration {
+    let config = HubConfig { deliveries_max, ..HubConfig::default() };
     let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(config, 64);
     let mut slow = Vec::new();
     for _ in 0..2 {
@@ -41,8 +41,21 @@ async fn readers_that_fill_the_hub_are_closed_and_delay_others_by_little_more_th
         tokio::time::advance(TURN).await;
     }
     assert!(made.len() <= 20, "{} have not arrived", made.len());
-    assert!(latest <= BEHIND_MIN + Duration::from_millis(300), "{latest:?} late");
     assert!(handle.metrics().counters.stream_closed_for_room.get() > 0);
+    latest
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_that_fill_the_hub_are_closed_and_delay_nobody() {
+    assert!(latest_beside_slow_readers(100).await <= TURN);
+}
+
+/// They fill it before they have been behind for long enough.
+#[tokio::test(start_paused = true)]
+async fn readers_that_fill_the_hub_at_once_delay_others_by_little_more_than_a_second() {
+    let latest = latest_beside_slow_readers(8).await;
+    assert!(latest > TURN, "{latest:?} late");
+    assert!(latest <= BEHIND_MIN + Duration::from_millis(300), "{latest:?} late");
 }
 
 /// Streams that catch up hold as much as they may. The one that holds most is closed, and nobody waits.

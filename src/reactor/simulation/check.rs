@@ -1,5 +1,7 @@
 //! Checks of what reaches the service side and the clients against the model.
 
+use std::collections::VecDeque;
+
 use super::client::{ClientKind, Reading, number_of};
 use super::trace::{TraceEvent, note};
 use super::wire::{self, WireEvent};
@@ -275,7 +277,9 @@ impl Simulation {
             1008 => self.is_at_fault(number),
             // Caught-up messages do not wait for room: the catch-up paces them.
             1011 => {
-                let may_overflow = !self.is_bystander(number) || session.catch_up_in_flight > 0;
+                let caught_up = session.addressed.get(SESSION_MANAGER);
+                let all_came = caught_up.is_none_or(VecDeque::is_empty);
+                let may_overflow = !self.is_bystander(number) || !all_came;
                 client.kind != ClientKind::Echo && may_overflow
             }
             1013 => session.admitted_at_ms.is_some(),

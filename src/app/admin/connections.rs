@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::codegen::Service as _;
 
 use crate::service::backends::outage::Outage;
-use crate::service::runtime::places::Places;
+use crate::service::runtime::places::{Places, Replaceable};
 
 /// Concurrent connections. At this limit the oldest one whose request is not whole makes room for a new one.
 pub(super) const CONNECTIONS_MAX: usize = 256;
@@ -77,7 +77,8 @@ pub(super) async fn serve(
                 continue;
             }
         };
-        let Some(place) = places.take().await else {
+        let leave = Arc::new(Notify::new());
+        let Some((place, replaceable)) = places.take(&leave).await else {
             counters.connections_refused.add(1);
             continue;
         };
@@ -85,7 +86,7 @@ pub(super) async fn serve(
         let serving = serve_connection(
             stream,
             router.clone(),
-            Arc::clone(&places),
+            (replaceable, leave),
             deadlines,
             Arc::clone(&counters),
         );
@@ -99,12 +100,12 @@ pub(super) async fn serve(
 async fn serve_connection(
     stream: TcpStream,
     router: axum::Router,
-    places: Arc<Places>,
+    (replaceable, leave): (Replaceable, Arc<Notify>),
     deadlines: RequestDeadlines,
     counters: Arc<AdminCounters>,
 ) {
-    let (leave, has_head) = (Arc::new(Notify::new()), Notify::new());
-    let replaceable = Mutex::new(Some(places.replaceable(Arc::clone(&leave))));
+    let has_head = Notify::new();
+    let replaceable = Mutex::new(Some(replaceable));
     let answer = |request: hyper::Request<Incoming>| {
         replaceable.lock().expect("no holder panics").take();
         has_head.notify_one();

@@ -33,18 +33,27 @@ impl Places {
         Arc::new(Self { free, replaceable: Mutex::default() })
     }
 
-    /// Takes a place until the permit is dropped. If none is free, tells the oldest replaceable holder to leave, and
-    /// waits until it has. `None`: no holder is replaceable.
-    pub async fn take(&self) -> Option<OwnedSemaphorePermit> {
+    /// Takes a place until the permit is dropped, as its newest holder, which is replaceable. If none is free, tells the
+    /// oldest replaceable holder to leave, and waits until one has. Those that wait are replaceable, too. `None`: no other
+    /// holder is replaceable, or this one had to leave before it got its place.
+    pub async fn take(
+        self: &Arc<Self>,
+        leave: &Arc<Notify>,
+    ) -> Option<(OwnedSemaphorePermit, Replaceable)> {
+        let replaceable = self.replaceable(Arc::clone(leave));
         if let Ok(place) = Arc::clone(&self.free).try_acquire_owned() {
-            return Some(place);
+            return Some((place, replaceable));
         }
-        let (_, leave) = self.lock().oldest_first.pop_first()?;
-        leave.notify_one();
-        Arc::clone(&self.free).acquire_owned().await.ok()
+        let oldest = self.lock().oldest_first.pop_first();
+        let (_, oldest) = oldest.filter(|(number, _)| *number != replaceable.number)?;
+        oldest.notify_one();
+        tokio::select! {
+            place = Arc::clone(&self.free).acquire_owned() => Some((place.ok()?, replaceable)),
+            () = leave.notified() => None,
+        }
     }
 
-    /// Makes the holder of a place replaceable, as the newest one. When `leave` is notified, it must drop its place
+    /// Makes the holder of a place replaceable again, as the newest one. When `leave` is notified, it must drop its place
     /// without waiting for anything.
     pub fn replaceable(self: &Arc<Self>, leave: Arc<Notify>) -> Replaceable {
         let mut holders = self.lock();
@@ -73,11 +82,10 @@ mod tests {
     #[tokio::test]
     async fn oldest_replaceable_holder_makes_room() {
         let places = Places::new(3);
-        let leave: [Arc<Notify>; 3] = std::array::from_fn(|_| Arc::default());
+        let leave: [Arc<Notify>; 4] = std::array::from_fn(|_| Arc::default());
         let mut held = Vec::new();
-        for leave in &leave {
-            let place = places.take().await.unwrap();
-            held.push((place, places.replaceable(Arc::clone(leave))));
+        for leave in &leave[..3] {
+            held.push(places.take(leave).await.unwrap());
         }
         // The oldest one is not replaceable any more.
         let (_first, replaceable) = held.remove(0);
@@ -87,11 +95,32 @@ mod tests {
             leave[1].notified().await;
             drop(second);
         };
-        let (fourth, ()) = tokio::join!(places.take(), leaving);
-        assert!(fourth.is_some());
-        // The third has stopped being replaceable, too.
-        let (_third, replaceable) = held.remove(0);
-        drop(replaceable);
-        assert!(places.take().await.is_none());
+        let (fourth, ()) = tokio::join!(places.take(&leave[3]), leaving);
+        // The others have stopped being replaceable, too.
+        let (_fourth, replaceable) = fourth.unwrap();
+        let (_third, other) = held.remove(0);
+        drop((replaceable, other));
+        assert!(places.take(&Arc::default()).await.is_none());
+    }
+
+    /// A client that connects at the same moment as many silent ones gets in.
+    #[tokio::test]
+    async fn those_who_wait_make_room_too() {
+        let places = Places::new(2);
+        let leave: [Arc<Notify>; 8] = std::array::from_fn(|_| Arc::default());
+        let hold = |number: usize| {
+            let (places, leave) = (Arc::clone(&places), Arc::clone(&leave[number]));
+            async move {
+                let Some(place) = places.take(&leave).await else { return false };
+                if number < 7 {
+                    leave.notified().await;
+                }
+                drop(place);
+                true
+            }
+        };
+        let holders: Vec<_> = (0..8).map(|number| tokio::spawn(hold(number))).collect();
+        let mut newest = holders.into_iter().last().unwrap();
+        assert!((&mut newest).await.unwrap(), "the newest one gets a place");
     }
 }

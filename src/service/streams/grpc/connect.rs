@@ -169,8 +169,11 @@ impl ConnectHandler {
             }
         };
         let leave = Arc::new(Notify::new());
-        let _place = self.waiting.take().await;
-        let _replaceable = self.waiting.replaceable(Arc::clone(&leave));
+        let replaced = || {
+            self.counters.grpc_calls_replaced.add(1);
+            Status::resource_exhausted("too many calls wait for their first request")
+        };
+        let _place = self.waiting.take(&leave).await.ok_or_else(replaced)?;
         let first = tokio::select! {
             biased;
             first = requests.message() => first?,
@@ -178,10 +181,7 @@ impl ConnectHandler {
                 self.counters.grpc_calls_refused_token.add(1);
                 return Err(of_refusal(&refusal));
             }
-            () = leave.notified() => {
-                self.counters.grpc_calls_replaced.add(1);
-                return Err(Status::resource_exhausted("too many calls wait for their first request"));
-            }
+            () = leave.notified() => return Err(replaced()),
             () = sleep(self.config.handshake_timeout) => {
                 self.counters.grpc_calls_late.add(1);
                 return Err(Status::deadline_exceeded("no first request came in time"));

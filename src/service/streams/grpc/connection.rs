@@ -80,14 +80,17 @@ struct Sessions {
 }
 
 impl ConnectionState {
-    fn new(address: IpAddr, socket: Arc<SocketState>, places: &Arc<Places>) -> Self {
-        let leave = Arc::new(Notify::new());
-        let replaceable = Some(places.replaceable(Arc::clone(&leave)));
+    fn new(
+        address: IpAddr,
+        socket: Arc<SocketState>,
+        places: &Arc<Places>,
+        (replaceable, leave): (Replaceable, Arc<Notify>),
+    ) -> Self {
         Self {
             address,
             socket,
             has_called: AtomicBool::new(false),
-            sessions: Mutex::new(Sessions { open: 0, replaceable }),
+            sessions: Mutex::new(Sessions { open: 0, replaceable: Some(replaceable) }),
             places: Arc::clone(places),
             leave,
         }
@@ -123,15 +126,17 @@ impl Drop for SessionGuard {
     }
 }
 
-/// Serves one connection until it has ended. `stop`: no new calls; ends with the last one.
+/// Serves one connection until it has ended. It makes room when `makes_room.1` is notified. `stop`: no new calls; ends
+/// with the last one.
 pub(super) async fn serve(
     shared: Arc<Shared>,
     stream: TcpStream,
     address: AddressPlace,
+    makes_room: (Replaceable, Arc<Notify>),
     stop: watch::Receiver<bool>,
 ) {
     let (socket, socket_state) = Socket::new(stream);
-    let state = ConnectionState::new(address.address(), socket_state, &shared.places);
+    let state = ConnectionState::new(address.address(), socket_state, &shared.places, makes_room);
     let handshake = http2().handshake(socket);
     let http2 = tokio::select! {
         http2 = timeout(shared.config.handshake_timeout, handshake) => http2,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -83,14 +83,16 @@ async fn admit(
             return None;
         }
     };
-    let Some(place) = shared.places.take().await else {
+    let leave = Arc::new(Notify::new());
+    let Some((place, replaceable)) = shared.places.take(&leave).await else {
         counters.grpc_connections_refused.add(1);
         return None;
     };
     // Fails only if the socket is already broken. The first read then reports it.
     let _ = stream.set_nodelay(true);
     counters.grpc_connections.add(1);
-    let serving = serve(Arc::clone(shared), stream, address, stopped.clone());
+    let makes_room = (replaceable, leave);
+    let serving = serve(Arc::clone(shared), stream, address, makes_room, stopped.clone());
     Some(async move {
         serving.await;
         drop(place);

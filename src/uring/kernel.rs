@@ -159,7 +159,7 @@ pub enum Completion<L> {
         /// The buffer given to [`Kernel::send`].
         buffer: SendBuffer,
         /// Number of bytes that the socket took, possibly fewer than given. `AGAIN`: none, the
-        /// socket is full. `PIPE`, `CONNRESET` and others: the connection is broken.
+        /// socket is full. `NOBUFS`, `NOMEM`: none, the system lacks memory for the moment. `PIPE`, `CONNRESET` and others: the connection is broken.
         result: Result<usize, Errno>,
     },
     /// Our half of the stream is shut down, or the connection is gone already.
@@ -194,7 +194,7 @@ pub enum Received<L> {
     End,
     /// There was nothing to receive.
     Nothing,
-    /// All receive buffers are lent. Nothing is lost; receive again once some are returned.
+    /// All receive buffers are lent, or the system lacks memory. Nothing is lost; receive again once some are returned.
     NoBuffers,
     /// The connection is broken.
     Failed(Errno),

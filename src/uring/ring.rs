@@ -294,7 +294,7 @@ impl Ring {
             (Ok(_), Some(lease)) => Received::Bytes { lease, more: cqueue::sock_nonempty(flags) },
             (Ok(_), None) => unreachable!("bytes without a buffer"),
             (Err(Errno::AGAIN), _) => Received::Nothing,
-            (Err(Errno::NOBUFS), _) => Received::NoBuffers,
+            (Err(Errno::NOBUFS | Errno::NOMEM), _) => Received::NoBuffers,
             (Err(error), _) => Received::Failed(error),
         }
     }

@@ -44,24 +44,30 @@ impl AcceptState {
 impl<K: Kernel> Shard<K> {
     /// Keeps accepts in flight as long as there is room, or nobody has any.
     pub(super) fn arm_accepts(&mut self) {
-        match self.accepting.retry_at_ms {
-            Some(at) if self.kernel.now_ms() < at => return,
-            // A time in the past must not wake the shard.
-            _ => self.accepting.retry_at_ms = None,
-        }
-        if !self.accepting.open || self.reports.is_backlogged() {
+        // A time in the past must not wake the shard.
+        self.accepting.retry_at_ms.take_if(|at| *at <= self.kernel.now_ms());
+        if !self.may_accept() {
             return;
         }
-        // An accept in flight has its place: a client that it brings is not refused for this shard's lack of room.
         while self.accepting.in_flight < self.config.accepts_max
-            && (self.admitted + self.accepting.in_flight < self.config.connections_max
-                || self.capacity.free() == 0)
+            && (self.has_own_room() || self.capacity.free() == 0)
         {
             let Some(key) = self.slab.insert(Connection::accepting()) else { return };
             self.connection(key).expect("just inserted").in_flight.begin(RequestSet::ACCEPT);
             self.accepting.in_flight += 1;
             self.kernel.accept(key);
         }
+    }
+
+    /// Whether no reason but a lack of room keeps it from accepting.
+    pub(super) fn may_accept(&self) -> bool {
+        let pauses = self.accepting.retry_at_ms.is_some_and(|at| self.kernel.now_ms() < at);
+        self.accepting.open && !pauses && !self.reports.is_backlogged()
+    }
+
+    /// An accept in flight has its place: a client that it brings is not refused for this shard's lack of room.
+    pub(super) fn has_own_room(&self) -> bool {
+        self.admitted + self.accepting.in_flight < self.config.connections_max
     }
 
     /// Only the latest refused clients keep their slots until they have read the answer, so that the others get one.

@@ -106,6 +106,11 @@ impl<K: Kernel> Shard<K> {
         self.admitted
     }
 
+    /// Whether the next turn would begin to accept.
+    pub fn would_accept(&self) -> bool {
+        self.may_accept() && self.has_own_room() && self.accepting.in_flight == 0
+    }
+
     /// Accepts in flight.
     pub fn accepts(&self) -> u32 {
         self.accepting.in_flight

@@ -126,7 +126,8 @@ impl<K: Kernel> Shard<K> {
         };
         let taken = match result {
             Ok(taken) => taken,
-            Err(Errno::AGAIN | Errno::INTR) => 0,
+            // A lack of memory passes, or the write timeout ends it.
+            Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS | Errno::NOMEM) => 0,
             Err(_) => {
                 self.return_staging(batch);
                 return self.terminate(key, EndReason::PeerReset, HowToClose::Orderly);

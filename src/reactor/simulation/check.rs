@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::client::{ClientKind, Reading, number_of};
 use super::trace::{TraceEvent, note};
 use super::wire::{self, WireEvent};
-use super::{PEERS, Simulation};
+use super::{Faults, PEERS, Simulation};
 use crate::domain::close::EndReason;
 use crate::domain::command::ShardReport;
 use crate::domain::cursor::Cursor;
@@ -255,7 +255,11 @@ impl Simulation {
 
     /// Whether the shard may not know yet what a client has sent: the kernel keeps it, or a turn has not handled it.
     fn notices_late(&self) -> bool {
-        self.setup.faults.late > 0 || self.setup.config.completions_max < 1_024
+        let Faults { late, early_return, completion_slots, .. } = self.setup.faults;
+        late > 0
+            || early_return > 0
+            || completion_slots > 0
+            || self.setup.config.completions_max < 1_024
     }
 
     /// Whether a client has exceeded a rate, or might not have completed a message in time.
@@ -338,9 +342,22 @@ impl Simulation {
         assert_eq!(shard.kernel().buffers_lent(), shard.kernel().leases_waiting());
     }
 
-    /// A client is told that no shard has room only if that is so. `before` the turn: free places, accepted
-    /// clients, such refusals.
-    pub(super) fn check_refusals(&mut self, (free, accepted, refused): (u32, u64, u64)) {
+    /// Clients were admitted by a clock that shows this time: within a second of the clock that is ahead, no more than the
+    /// limit of all shards.
+    pub(super) fn count_handshakes(&mut self, now_ms: u64, admitted: u64) {
+        let second = now_ms / 1_000;
+        if second > self.handshakes.0 && admitted > 0 {
+            self.handshakes = (second, 0);
+        }
+        self.handshakes.1 += admitted;
+        let limit = self.setup.limits.handshakes_per_s_max.into();
+        assert!(self.handshakes.1 <= limit, "more handshakes in a second than the limit");
+    }
+
+    /// A client is told that no shard has room only if that is so. `before` the turn: the time, free places, clients that were
+    /// accepted and such refusals.
+    pub(super) fn check_refusals(&mut self, before: (u64, u32, u64, u64)) {
+        let (now_ms, free, accepted, refused) = before;
         let shard = self.shard.as_ref().expect("running");
         let config = &self.setup.config;
         let is_full = shard.admitted() == config.connections_max + config.accepts_max;
@@ -350,12 +367,20 @@ impl Simulation {
         // Others may have got the free places in the same turn.
         let lawful = is_full || u64::from(free) + refused <= accepted;
         assert!(refused == 0 || lawful, "refused with room left");
+        let other_refusals = counts.refused_total_rate.get()
+            + counts.refused_address_rate.get()
+            + counts.refused_address_count.get();
+        let admitted = accepted - refused - (other_refusals - self.other_refusals);
+        self.other_refusals = other_refusals;
         self.was_full |= self.capacity.free() == 0;
         let claimed = shard.admitted() + shard.accepts();
         assert!(
             self.was_full || claimed <= config.connections_max,
             "it accepts what others have room for"
         );
+        if !self.stopping {
+            self.count_handshakes(now_ms, admitted);
+        }
     }
 
     pub(super) fn check_counters(&mut self) {
@@ -378,9 +403,13 @@ impl Simulation {
         assert_eq!(shard.kernel().files_open(), 0, "files leak");
         assert_eq!(shard.kernel().buffers_lent(), 0, "receive buffers leak");
         assert_eq!(shard.kernel().pending(), 0, "requests leak");
-        assert_eq!(self.limiter.connections(), 0, "the limiter counts an ended connection");
+        assert_eq!(
+            self.limiter.connections(),
+            self.elsewhere.len() as u64,
+            "the limiter counts an ended connection"
+        );
         let room = self.setup.config.connections_max + self.setup.room_elsewhere;
-        assert_eq!(self.capacity.free() + self.elsewhere, room, "a place is lost");
+        assert_eq!(self.capacity.free() + self.elsewhere.len() as u32, room, "a place is lost");
         let counts = &self.counters.counts;
         for gauge in [
             &counts.sessions,

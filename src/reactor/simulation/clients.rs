@@ -5,16 +5,41 @@ use super::*;
 impl Simulation {
     /// Other shards accept clients, or their clients leave.
     pub(super) fn other_shards_act(&mut self) {
-        let accepts = self.elsewhere == 0 || self.random.chance(128);
-        if accepts && self.elsewhere < self.setup.room_elsewhere && self.capacity.take() {
-            self.elsewhere += 1;
-            if self.shard.is_some() && self.random.chance(128) {
-                self.kernel().accept_elsewhere();
-            }
-        } else if !accepts {
-            self.elsewhere -= 1;
+        if self.shard.is_none() {
+            return;
+        }
+        let now_ms = self.elsewhere_ms();
+        let accepts = self.elsewhere.is_empty() || self.random.chance(128);
+        let has_room = self.elsewhere.len() < self.setup.room_elsewhere as usize;
+        if accepts && has_room && self.capacity.take() {
+            self.accept_elsewhere();
+        } else if !accepts && let Some(permit) = self.elsewhere.pop() {
+            self.limiter.release(permit, now_ms);
             self.capacity.give_back();
         }
+    }
+
+    /// Another shard accepts a client that waits, or one of its own, and has taken a place for it.
+    pub(super) fn accept_elsewhere(&mut self) {
+        let now_ms = self.elsewhere_ms();
+        let address = self.address().into();
+        self.kernel().accept_elsewhere();
+        match self.limiter.admit(address, now_ms) {
+            Ok(permit) => {
+                self.elsewhere.push(permit);
+                self.count_handshakes(now_ms, 1);
+            }
+            Err(_) => self.capacity.give_back(),
+        }
+    }
+
+    /// The time of another shard: each reads the clock when its turn begins.
+    fn elsewhere_ms(&mut self) -> u64 {
+        self.now_ms() + self.random.between(0, 4_000) - 2_000
+    }
+
+    fn address(&mut self) -> Ipv4Addr {
+        Ipv4Addr::from(0x7F00_0000 + self.random.below(self.setup.addresses) as u32)
     }
 
     pub(super) fn connect(&mut self) {
@@ -28,7 +53,7 @@ impl Simulation {
             6..=14 => ClientKind::Session { json: true },
             _ => ClientKind::Session { json: false },
         };
-        let address = Ipv4Addr::from(0x7F00_0000 + self.random.below(self.setup.addresses) as u32);
+        let address = self.address();
         let stands_by = matches!(kind, ClientKind::Session { .. }) && self.random.chance(40);
         let capacity = self.random.pick(&[300, 3_000, 30_000, 300_000]);
         let capacity = if stands_by { usize::MAX / 2 } else { capacity };

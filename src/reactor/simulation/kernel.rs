@@ -1,15 +1,14 @@
 //! A simulated kernel. Sockets are byte queues, and time passes only when the simulation moves it.
-//! The seed decides when it does what a real kernel may do: completions are late and reordered,
-//! sends are short or take nothing, receives are short or find no buffer, accepts fail, polls end
-//! by themselves or are spurious.
+//! The seed decides when it does what a real kernel may do: see [`Faults`]. It counts what it has done.
 //!
 //! It also asserts the duties of the shard: one request of a kind per connection, no request on a
 //! file that is not open under that key, nothing in flight on a file that is closed.
 
+mod faults;
 mod network;
 
 use std::cell::Cell;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::{Deref, DerefMut};
@@ -24,28 +23,7 @@ use crate::reactor::connection::RequestSet;
 use crate::reactor::simulation::random::Random;
 use crate::uring::{Completion, HowToClose, Kernel, Received, Wait};
 
-/// Probability of each fault, out of 256.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Faults {
-    /// A request does not complete yet.
-    pub late: u8,
-    /// A send takes a part of the buffer.
-    pub short_send: u8,
-    /// A send takes nothing.
-    pub zero_send: u8,
-    /// A receive takes a part of what fits.
-    pub short_receive: u8,
-    /// A receive finds no buffer.
-    pub no_buffer: u8,
-    /// An accept fails.
-    pub accept_failure: u8,
-    /// A poll for data ends by itself.
-    pub poll_ends: u8,
-    /// A poll completes although nothing has happened.
-    pub spurious: u8,
-    /// A request completes when it is made, in the middle of a turn: the submission queue was full.
-    pub eager: u8,
-}
+pub use faults::Faults;
 
 /// Index of a socket; one per client connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,8 +45,10 @@ struct Socket {
     sent: Vec<u8>,
     /// The shard has shut down its half.
     outbound_ended: bool,
-    /// Reset by the client.
+    /// Reset by the client, or failed.
     reset: bool,
+    /// The error of a receive after that.
+    error: Errno,
     /// Closed by the shard.
     closed: bool,
     /// When the shard last received something.
@@ -118,6 +98,8 @@ pub struct SimulatedKernel {
     sockets: Vec<Socket>,
     /// Connected, not yet accepted.
     backlog: VecDeque<SocketId>,
+    /// Made, but not submitted.
+    queued: Vec<Request>,
     requests: Vec<Request>,
     completions: VecDeque<Completion<SimulatedLease>>,
     /// Completions taken since the last [`Kernel::enter`].
@@ -127,6 +109,8 @@ pub struct SimulatedKernel {
     buffers: usize,
     buffers_free: Rc<Cell<usize>>,
     waits: Wait,
+    /// How often each fault has occurred.
+    occurred: BTreeMap<&'static str, u64>,
 }
 
 /// A receive buffer of the simulated kernel.
@@ -175,6 +159,7 @@ impl SimulatedKernel {
             files: Vec::new(),
             sockets: Vec::new(),
             backlog: VecDeque::new(),
+            queued: Vec::new(),
             requests: Vec::new(),
             completions: VecDeque::new(),
             reaped: 0,
@@ -182,6 +167,7 @@ impl SimulatedKernel {
             buffers,
             buffers_free: Rc::new(Cell::new(buffers)),
             waits: Wait::No,
+            occurred: BTreeMap::new(),
         }
     }
 
@@ -219,7 +205,7 @@ impl SimulatedKernel {
         let mut index = 0;
         while index < self.requests.len() {
             // A swap moves another request to this index, which mixes the order.
-            if self.random.chance(self.faults.late) || !self.try_complete(index) {
+            if self.fault("a late completion", self.faults.late) || !self.try_complete(index) {
                 index += 1;
             }
         }
@@ -271,12 +257,18 @@ impl SimulatedKernel {
     fn try_accept(&mut self, index: usize, connection: ConnectionKey) -> bool {
         let failure = if !self.listening {
             Some(Errno::CANCELED)
-        } else if self.random.chance(self.faults.accept_failure) {
-            Some(self.random.pick(&[Errno::CONNABORTED, Errno::NFILE, Errno::NOMEM]))
+        } else if self.fault("a failed accept", self.faults.accept_failure) {
+            let errors =
+                [Errno::CONNABORTED, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+            Some(self.random.pick(&errors))
         } else {
             None
         };
         if let Some(error) = failure {
+            self.count("a client that is gone at its accept", error == Errno::CONNABORTED);
+            if error == Errno::CONNABORTED {
+                self.accept_elsewhere();
+            }
             self.requests.swap_remove(index);
             self.files[connection.slot as usize] = None;
             self.completions.push_back(Completion::AcceptFailed { connection, error });
@@ -294,12 +286,14 @@ impl SimulatedKernel {
 
     fn try_poll_readable(&mut self, index: usize, connection: ConnectionKey) -> bool {
         let cancelled = self.file(connection).cancelled;
-        let ends = cancelled || self.random.chance(self.faults.poll_ends);
-        let spurious = self.random.chance(self.faults.spurious);
+        let ends = cancelled || self.fault("a poll that ends", self.faults.poll_ends);
+        let spurious = self.fault("a spurious poll", self.faults.spurious);
+        let is_full = self.is_completion_queue_full();
         let socket = self.socket(connection);
         if !socket.unannounced && !ends && !spurious {
             return false;
         }
+        let ends = ends || is_full;
         socket.unannounced = false;
         let broken = socket.reset;
         self.completions.push_back(Completion::Readable { connection, armed: !ends, broken });
@@ -314,9 +308,13 @@ impl SimulatedKernel {
 
     fn try_poll_writable(&mut self, index: usize, connection: ConnectionKey) -> bool {
         let cancelled = self.file(connection).cancelled;
-        let spurious = self.random.chance(self.faults.spurious);
+        let needs_a_third = self.faults.room_is_a_third;
+        let spurious = self.fault("a spurious poll for room", self.faults.spurious);
         let socket = self.socket(connection);
-        let room = socket.outbound < socket.outbound_capacity || socket.reset;
+        let free = socket.outbound_capacity - socket.outbound;
+        let too_little = if needs_a_third { free < socket.outbound / 2 } else { free == 0 };
+        let room = !too_little || socket.reset;
+        self.count("a socket with too little room", !room && free > 0);
         if !room && !cancelled && !spurious {
             return false;
         }
@@ -328,8 +326,9 @@ impl SimulatedKernel {
 
     fn complete_receive(&mut self, connection: ConnectionKey) {
         self.complete(connection, RequestSet::RECEIVE);
-        let short = self.random.chance(self.faults.short_receive);
-        let no_buffer = self.random.chance(self.faults.no_buffer) || self.buffers_free.get() == 0;
+        let short = self.fault("a short receive", self.faults.short_receive);
+        let no_buffer = self.fault("a receive without a buffer", self.faults.no_buffer)
+            || self.buffers_free.get() == 0;
         let part = self.random.below(64) + 1;
         let free = Rc::clone(&self.buffers_free);
         let now_ms = self.now_ms;
@@ -350,7 +349,7 @@ impl SimulatedKernel {
             let more = !socket.inbound.is_empty() || socket.inbound_ended;
             Received::Bytes { lease: SimulatedLease { bytes, free }, more }
         } else if socket.reset {
-            Received::Failed(Errno::CONNRESET)
+            Received::Failed(socket.error)
         } else if socket.inbound_ended {
             Received::End
         } else {
@@ -361,8 +360,11 @@ impl SimulatedKernel {
 
     fn complete_send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
         self.complete(connection, RequestSet::SEND);
-        let zero = self.random.chance(self.faults.zero_send);
-        let short = self.random.chance(self.faults.short_send);
+        let zero = self.fault("a send that takes nothing", self.faults.zero_send);
+        let short = self.fault("a short send", self.faults.short_send);
+        let no_memory = self.fault("a send without memory", self.faults.send_memory);
+        let error = self.random.pick(&[Errno::CONNRESET, Errno::PIPE, Errno::TIMEDOUT]);
+        let lack = self.random.pick(&[Errno::NOBUFS, Errno::NOMEM]);
         let asked = buffer.bytes().len();
         let part = self.random.below(asked) + 1;
         let socket = self.socket(connection);
@@ -370,7 +372,9 @@ impl SimulatedKernel {
         let room = socket.outbound_capacity - socket.outbound;
         let taken = asked.min(room).min(if short { part } else { asked });
         let result = if socket.reset {
-            Err(Errno::CONNRESET)
+            Err(error)
+        } else if no_memory {
+            Err(lack)
         } else if taken == 0 || zero {
             Err(Errno::AGAIN)
         } else {
@@ -407,6 +411,11 @@ impl SimulatedKernel {
         &mut self.sockets[id.0]
     }
 
+    fn is_completion_queue_full(&self) -> bool {
+        let slots = usize::from(self.faults.completion_slots);
+        slots > 0 && self.completions.len() >= slots
+    }
+
     fn complete(&mut self, key: ConnectionKey, one: RequestSet) {
         self.file(key).in_flight.complete(one);
     }
@@ -415,8 +424,9 @@ impl SimulatedKernel {
         let file = self.file(key);
         assert!(!file.in_flight.any(RequestSet::CLOSE), "a request on a file that is being closed");
         file.in_flight.begin(one);
-        self.requests.push(request);
-        if self.random.chance(self.faults.eager) {
+        self.queued.push(request);
+        if self.fault("a full submission queue", self.faults.eager) {
+            self.requests.append(&mut self.queued);
             self.try_complete(self.requests.len() - 1);
         }
     }
@@ -489,12 +499,25 @@ impl Kernel for SimulatedKernel {
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         self.waits = wait;
         self.reaped = 0;
+        if self.fault("a slow turn", self.faults.slow_turn) {
+            let ms = self.random.between(1, 300);
+            self.pass(ms);
+        }
+        let mut submitted = self.queued.len();
+        if self.fault("an early return", self.faults.early_return) {
+            self.waits = Wait::No;
+            submitted = self.random.below(submitted + 1);
+        }
+        self.requests.extend(self.queued.drain(..submitted));
         self.progress();
         Ok(())
     }
 
     fn next_completion(&mut self) -> Option<Completion<SimulatedLease>> {
-        let completion = self.completions.pop_front()?;
+        let slots = usize::from(self.faults.completion_slots);
+        let is_empty = slots > 0 && self.reaped >= slots;
+        self.count("a full completion queue", is_empty && !self.completions.is_empty());
+        let completion = if is_empty { None } else { self.completions.pop_front() }?;
         self.reaped += 1;
         assert!(self.reaped <= self.completions_max, "a turn without a bound");
         Some(completion)

@@ -31,7 +31,7 @@ use crate::domain::command::{Refusal, ShardCommand};
 use crate::domain::counters::{CounterSet as _, MetricKind};
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConnectionKey;
-use crate::domain::limiter::ConnectionLimiter;
+use crate::domain::limiter::{AddressPermit, ConnectionLimiter};
 use crate::handoff::Doorbell;
 use crate::reactor::counters::ShardCounters;
 use crate::reactor::shard::{SESSION_MANAGER, Shard, ShardLinks, Turn};
@@ -85,6 +85,10 @@ impl Summary {
         }
     }
 
+    fn take_faults(&mut self, kernel: &SimulatedKernel) {
+        self.counts.extend(kernel.occurred());
+    }
+
     fn take_counts(&mut self, counters: &ShardCounters) {
         counters.counts.visit(&mut |kind, name, _, value| {
             if kind == MetricKind::Counter {
@@ -108,7 +112,11 @@ struct Simulation {
     limiter: Arc<ConnectionLimiter>,
     capacity: Arc<Capacity>,
     /// Connections of other shards.
-    elsewhere: u32,
+    elsewhere: Vec<AddressPermit>,
+    /// The latest second of any shard's clock in which a client was admitted, and how many were.
+    handshakes: (u64, u64),
+    /// Clients refused for another reason than a lack of room, up to the last turn.
+    other_refusals: u64,
     /// No shard has had room at some time.
     was_full: bool,
     service: Service,
@@ -197,7 +205,9 @@ impl Simulation {
             counters,
             limiter,
             capacity,
-            elsewhere: 0,
+            elsewhere: Vec::new(),
+            handshakes: (0, 0),
+            other_refusals: 0,
             was_full: false,
             service,
             clients: Vec::new(),
@@ -266,11 +276,15 @@ impl Simulation {
         let Some(shard) = self.shard.as_mut() else { return };
         shard.kernel_mut().progress();
         if !std::mem::take(&mut self.service.rang) && !shard.kernel().is_awake() {
+            let waits = shard.kernel().backlog_len() > 0 && shard.would_accept();
+            assert!(!waits, "it sleeps while a client waits");
             return;
         }
         note(TraceEvent::Turn);
         let counts = &self.counters.counts;
-        let before = (self.capacity.free(), counts.accepted.get(), counts.refused_full.get());
+        let now_ms = crate::uring::Kernel::now_ms(shard.kernel());
+        let before =
+            (now_ms, self.capacity.free(), counts.accepted.get(), counts.refused_full.get());
         let turn = shard.turn().expect("a simulated ring does not fail");
         shard.audit();
         self.check_refusals(before);
@@ -281,6 +295,7 @@ impl Simulation {
         self.check_bystanders();
         if turn == Turn::Stopped {
             self.check_stopped();
+            self.summary.take_faults(self.shard.as_ref().expect("has just stopped").kernel());
             self.shard = None;
         }
     }

@@ -41,8 +41,7 @@ impl Simulation {
             && self.kernel().backlog_len() > 0
             && self.capacity.take()
         {
-            self.elsewhere += 1;
-            self.kernel().accept_elsewhere();
+            self.accept_elsewhere();
         }
         self.turn();
         if self.shard.as_ref().is_some_and(|shard| !shard.kernel().is_awake()) {

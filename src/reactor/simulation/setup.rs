@@ -127,5 +127,10 @@ fn faults(random: &mut Random) -> Faults {
         poll_ends: rate(random),
         spurious: rate(random),
         eager: random.pick(&[0, 0, 30, 255]),
+        send_memory: sends & rate(random),
+        early_return: rate(random),
+        slow_turn: rate(random),
+        completion_slots: random.pick(&[0, 0, 2, 16]),
+        room_is_a_third: random.chance(128),
     }
 }

@@ -19,6 +19,7 @@ impl SimulatedKernel {
             sent: Vec::new(),
             outbound_ended: false,
             reset: false,
+            error: Errno::CONNRESET,
             closed: false,
             received_at_ms: self.now_ms,
             floods: false,
@@ -72,11 +73,13 @@ impl SimulatedKernel {
         socket.unannounced = true;
     }
 
-    /// A client resets the connection. Bytes that it sent before may be lost.
+    /// A client resets the connection, or the network fails. Bytes that it sent before may be lost.
     pub fn client_resets(&mut self, id: SocketId) {
         let lost = self.random.chance(128);
+        let error = self.random.pick(&[Errno::CONNRESET, Errno::TIMEDOUT, Errno::HOSTUNREACH]);
         let socket = &mut self.sockets[id.0];
         socket.reset = true;
+        socket.error = error;
         socket.unannounced = true;
         if lost {
             socket.inbound.clear();
@@ -153,7 +156,7 @@ impl SimulatedKernel {
     }
 
     /// Connections with something to receive (bytes, FIN, a failure) that the kernel has announced
-    /// to the shard and the shard has not requested.
+    /// to the shard, or will not announce, and the shard has not requested.
     pub fn unasked(&self) -> Vec<ConnectionKey> {
         if !self.completions.is_empty() {
             return Vec::new();
@@ -162,13 +165,15 @@ impl SimulatedKernel {
             let Some(id) = file.socket else { return false };
             let socket = &self.sockets[id.0];
             let something = !socket.inbound.is_empty() || socket.inbound_ended || socket.reset;
-            something && !socket.unannounced && !file.in_flight.any(RequestSet::RECEIVE)
+            let polls = file.in_flight.any(RequestSet::POLL_READABLE);
+            let announced = !socket.unannounced || !polls;
+            something && announced && !file.in_flight.any(RequestSet::RECEIVE)
         };
         self.files.iter().flatten().filter(unasked).map(|file| file.key).collect()
     }
 
     /// Requests and completions that the shard has not reaped.
     pub fn pending(&self) -> usize {
-        self.requests.len() + self.completions.len()
+        self.queued.len() + self.requests.len() + self.completions.len()
     }
 }

@@ -171,8 +171,7 @@ impl ConnectionLimiter {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, LimiterState> {
-        // Only a broken invariant panics under this lock, and the counts are sound even then.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state.lock().expect("no holder panics")
     }
 }
 

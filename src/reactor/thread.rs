@@ -55,13 +55,8 @@ impl ShardHandle {
     }
 
     /// Waits until the thread has ended.
-    ///
-    /// # Panics
-    /// If the thread has panicked: an invariant is broken.
     pub fn join(self) {
-        if let Err(panic) = self.thread.join() {
-            std::panic::resume_unwind(panic);
-        }
+        self.thread.join().expect("a panic ends the process");
     }
 }
 
@@ -118,13 +113,9 @@ pub fn spawn(
         .name(format!("shard-{}", shard.0))
         .spawn(run)
         .map_err(|source| SpawnError::Thread { shard, source })?;
-    match made.recv() {
-        Ok(Ok(())) => Ok(ShardHandle { thread, failure }),
-        Ok(Err(source)) => Err(SpawnError::Ring { shard, source }),
-        Err(mpsc::RecvError) => match thread.join() {
-            Err(panic) => std::panic::resume_unwind(panic),
-            Ok(_) => unreachable!("the thread reports before it returns"),
-        },
+    match made.recv().expect("the thread reports before it ends") {
+        Ok(()) => Ok(ShardHandle { thread, failure }),
+        Err(source) => Err(SpawnError::Ring { shard, source }),
     }
 }
 

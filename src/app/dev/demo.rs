@@ -75,8 +75,7 @@ impl Drop for Demo {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // The panic hook has already printed the panic.
-            let _ = thread.join();
+            thread.join().expect("a panic ends the process");
         }
     }
 }

@@ -171,8 +171,7 @@ impl Routing {
         self.kafka.stop(grace);
         self.controls.iter().for_each(RouterControl::stop);
         for thread in self.threads {
-            // The panic hook has already printed the panic.
-            let _ = thread.join();
+            thread.join().expect("a panic ends the process");
         }
     }
 }

@@ -115,14 +115,20 @@ impl Shards {
         let mut ticks = interval(CHECK_INTERVAL);
         loop {
             ticks.tick().await;
-            let ended = self.handles.iter().position(ShardHandle::is_finished);
-            if let Some(number) = ended {
-                return match self.handles[number].failure() {
-                    Some(error) => format!("shard {number} has failed: io_uring_enter: {error}"),
-                    None => format!("shard {number} has ended, although nobody has stopped it"),
-                };
+            if let Some(failure) = self.failure() {
+                return failure;
+            }
+            if let Some(number) = self.handles.iter().position(ShardHandle::is_finished) {
+                return format!("shard {number} has ended, although nobody has stopped it");
             }
         }
+    }
+
+    /// The first failure of a ring.
+    fn failure(&self) -> Option<String> {
+        self.handles.iter().enumerate().find_map(|(number, handle)| {
+            Some(format!("shard {number} has failed: io_uring_enter: {}", handle.failure()?))
+        })
     }
 
     /// Waits for all shard threads to end.
@@ -130,9 +136,7 @@ impl Shards {
     /// # Errors
     /// The first failure.
     pub(super) fn join(self) -> Result<(), String> {
-        let failure = self.handles.iter().enumerate().find_map(|(number, handle)| {
-            Some(format!("shard {number} has failed: io_uring_enter: {}", handle.failure()?))
-        });
+        let failure = self.failure();
         self.handles.into_iter().for_each(ShardHandle::join);
         failure.map_or(Ok(()), Err)
     }

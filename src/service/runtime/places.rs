@@ -2,7 +2,7 @@
 //! silent clients cannot lock out others.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
@@ -64,8 +64,7 @@ impl Places {
     }
 
     fn lock(&self) -> MutexGuard<'_, ReplaceableHolders> {
-        // No code panics under this lock.
-        self.replaceable.lock().unwrap_or_else(PoisonError::into_inner)
+        self.replaceable.lock().expect("no holder panics")
     }
 }
 

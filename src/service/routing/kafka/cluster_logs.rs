@@ -178,10 +178,8 @@ impl ClusterLogs {
         let mut unstored = self.sessions.stop(grace / 2);
         unstored += self.hand_offs.stop(deadline.saturating_duration_since(Instant::now()));
         self.readers.stopping.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.lock().expect("no holder panics").take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread of the topics of the cluster panicked");
+        if let Some(thread) = self.thread.lock().expect("no holder panics").take() {
+            thread.join().expect("a panic ends the process");
         }
         if let Some(hand_offs) = self.readers.hand_offs.get() {
             hand_offs.stop();

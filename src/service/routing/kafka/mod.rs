@@ -485,9 +485,7 @@ impl Kafka {
         *self.shared.stop_grace.lock().expect("no holder panics") = grace;
         self.shared.stopping.store(true, Ordering::Release);
         for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a Kafka thread panicked");
-            }
+            thread.join().expect("a panic ends the process");
         }
         self.shared.status.stopped();
     }

@@ -315,9 +315,8 @@ impl RecordOutbox {
     /// records that are not stored.
     pub(super) fn stop(&self, grace: Duration) -> u64 {
         *self.shared.stop.lock().expect("no holder panics") = Some(Instant::now() + grace);
-        let thread = self.thread.lock().expect("no holder panics").take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!(topic = self.shared.state.topic, "the thread of an outbox panicked");
+        if let Some(thread) = self.thread.lock().expect("no holder panics").take() {
+            thread.join().expect("a panic ends the process");
         }
         self.shared.state.waiting_records.load(Ordering::Relaxed)
     }

@@ -109,9 +109,8 @@ impl SessionsReader {
     /// Ends the thread. Blocks.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        let thread = self.thread.lock().expect("no holder panics").take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the reader of the sessions topic panicked");
+        if let Some(thread) = self.thread.lock().expect("no holder panics").take() {
+            thread.join().expect("a panic ends the process");
         }
     }
 }

@@ -14,7 +14,7 @@ use std::future::{Future, pending, poll_fn};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -104,7 +104,7 @@ impl ConnectionState {
     /// A session has begun. While there is one, the connection makes room for no other. It ends when the guard is
     /// dropped.
     pub(super) fn session_begun(self: &Arc<Self>) -> SessionGuard {
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sessions = self.sessions.lock().expect("no holder panics");
         sessions.open += 1;
         sessions.replaceable = None;
         SessionGuard(Arc::clone(self))
@@ -118,7 +118,7 @@ pub(super) struct SessionGuard(Arc<ConnectionState>);
 impl Drop for SessionGuard {
     fn drop(&mut self) {
         let state = &self.0;
-        let mut sessions = state.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sessions = state.sessions.lock().expect("no holder panics");
         sessions.open -= 1;
         if sessions.open == 0 {
             sessions.replaceable = Some(state.places.replaceable(Arc::clone(&state.leave)));

@@ -11,7 +11,7 @@
 //! more than [`STREAM_WINDOW_BYTES`](super::STREAM_WINDOW_BYTES).
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
@@ -75,8 +75,7 @@ impl Inbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, InboxState> {
-        // No code panics under this lock.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().expect("no holder panics")
     }
 }
 

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use delivery::domain::budget::EventBudget;
 use delivery::domain::capacity::Capacity;
 use delivery::domain::ids::ShardId;
 use delivery::domain::limiter::{ConnectionLimiter, ConnectionLimits};
@@ -210,6 +211,7 @@ impl Ours {
             cluster: None,
             tails: None,
             dead_letters: None,
+            budget: EventBudget::new(256 << 20),
         });
         thread.spawn("router".to_owned())?;
         membership.follow();

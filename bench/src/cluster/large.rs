@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
 
+use delivery::domain::budget::EventBudget;
 use delivery::domain::command::{ShardCommand, ShardReport};
 use delivery::domain::encoding::Encoding;
 use delivery::domain::ids::{ConnectionKey, SessionAddress, ShardId};
@@ -252,6 +253,7 @@ impl LargePlan {
             tails: cluster.is_some().then(|| TailBudget::new(64 << 20, 300_000)),
             cluster,
             dead_letters: None,
+            budget: EventBudget::new(256 << 20),
         });
         let records = self.events * (self.small + 1);
         let committable = Arc::new(CommittableOffset::new(Some(0)));

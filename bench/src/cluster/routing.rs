@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
 
+use delivery::domain::budget::EventBudget;
 use delivery::domain::encoding::Encoding;
 use delivery::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use delivery::handoff::Doorbell;
@@ -164,6 +165,7 @@ impl RoutePlan {
             tails: cluster.is_some().then(|| TailBudget::new(64 << 20, 300_000)),
             cluster,
             dead_letters: None,
+            budget: EventBudget::new(256 << 20),
         });
         let records = (ROUTED / size).min(RECORDS_MAX);
         let committable = Arc::new(CommittableOffset::new(Some(0)));

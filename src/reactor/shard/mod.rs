@@ -216,7 +216,7 @@ impl<K: Kernel> Shard<K> {
         self.report_done();
         self.reports.publish();
         self.publish_gauges();
-        if self.has_stopped() {
+        if self.stop_if_over() {
             return Ok(Turn::Stopped);
         }
         self.enter(left)?;
@@ -334,7 +334,8 @@ impl<K: Kernel> Shard<K> {
         self.tally.publish_gauges();
     }
 
-    fn has_stopped(&mut self) -> bool {
+    /// Reports the end once no session is left. Returns whether all reports are in the rings.
+    fn stop_if_over(&mut self) -> bool {
         self.has_no_sessions_left() && self.reports.stop()
     }
 

@@ -148,9 +148,12 @@ settings! {
         /// Maximum time from the first byte of a message from a client to its last; a slower one closes its session
         /// with 1008.
         message_timeout: Duration = "1m", from "100ms" to "1h", example "30s";
-        /// Time without progress of a send after which a connection is terminated.
+        /// Time without progress of a send after which a connection is terminated. Progress is a byte that the kernel takes for
+        /// the socket. It takes the next ones when a third of its send buffer is free (`SO_SNDBUF`), so a client that reads less
+        /// than that in this time is terminated too. Over gRPC: time in which the client's window lets out no byte.
         write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";
-        /// Maximum time for a client to answer a close frame.
+        /// Maximum time for a client to answer a close frame. Over gRPC: maximum time until the status of a stream is sent,
+        /// after which the stream is reset.
         close_timeout: Duration = "5s", from "100ms" to "1m", example "5s";
         /// Time for which the live events of a new session are held while the node waits for its first
         /// message, the resume request.

@@ -88,7 +88,7 @@ impl StreamingService<DeliveryConnectRequest> for ConnectService {
 
     fn call(&mut self, request: Request<Streaming<DeliveryConnectRequest>>) -> Self::Future {
         let handler = Arc::clone(&self.handler);
-        Box::pin(async move { handler.connect(request).await.map(Response::new) })
+        Box::pin(async move { handler.connect(request).await })
     }
 }
 
@@ -96,7 +96,7 @@ impl ConnectHandler {
     async fn connect(
         self: Arc<Self>,
         request: Request<Streaming<DeliveryConnectRequest>>,
-    ) -> Result<EventStream, Status> {
+    ) -> Result<Response<EventStream>, Status> {
         self.counters.grpc_calls.add(1);
         let deadline = self.config.handshake_timeout;
         let ConnectionInfo(connection) =
@@ -127,6 +127,7 @@ impl ConnectHandler {
                 return Err(Status::unavailable("the session was not admitted in time"));
             }
         };
+        let outbox = Arc::clone(&session.outbox);
         let events = EventStream {
             session: Arc::clone(&session),
             dropped: Arc::new(Notify::new()),
@@ -136,7 +137,9 @@ impl ConnectHandler {
         let stream_dropped = Arc::clone(&events.dropped);
         let reader = RequestReader { handler: self, session, requests, stream_dropped, connection };
         tokio::spawn(reader.run(first));
-        Ok(events)
+        let mut response = Response::new(events);
+        response.extensions_mut().insert(outbox);
+        Ok(response)
     }
 
     /// Checks the handshake rates. The connection itself has counted for its first call.
@@ -293,7 +296,7 @@ impl RequestReader {
             let same = |named: &str, bound: &str| named.is_empty() || named == bound;
             if !same(&request.user_id, &user) || !same(&request.device_id, &device) {
                 let status = self.handler.malformed("a session keeps its user and device");
-                return self.close_at_fault(status);
+                return self.session.close_at_fault(status);
             }
         }
     }
@@ -302,11 +305,11 @@ impl RequestReader {
     async fn handle(&self, request: DeliveryConnectRequest, rate: &mut TokenBucket) -> bool {
         if !rate.take(Instant::now()) {
             self.handler.counters.grpc_requests_too_many.add(1);
-            self.close_at_fault(Status::resource_exhausted("too many requests"));
+            self.session.close_at_fault(Status::resource_exhausted("too many requests"));
             return false;
         }
         if let Err(status) = self.handler.check(&request) {
-            self.close_at_fault(status);
+            self.session.close_at_fault(status);
             return false;
         }
         if request.conversation_id.is_empty() {
@@ -317,7 +320,7 @@ impl RequestReader {
             PositionReport::CatchUp | PositionReport::Acknowledged => true,
             PositionReport::TooMany => {
                 let reason = "too many conversations in one session";
-                self.close_at_fault(Status::resource_exhausted(reason));
+                self.session.close_at_fault(Status::resource_exhausted(reason));
                 false
             }
         }
@@ -341,15 +344,10 @@ impl RequestReader {
             // These codes come from this server's decoder.
             Code::InvalidArgument | Code::OutOfRange => {
                 self.handler.counters.grpc_calls_malformed.add(1);
-                self.close_at_fault(status);
+                self.session.close_at_fault(status);
             }
             _ => self.stream_ended(),
         }
-    }
-
-    fn close_at_fault(&self, status: Status) {
-        self.session.ended(EndReason::PeerAtFault);
-        self.session.close(status);
     }
 }
 

@@ -259,8 +259,7 @@ impl Connection {
                 response = routes.call(request) => response,
             };
             let Ok(response) = response;
-            // An error means that the stream has ended.
-            let _ = send(response, respond).await;
+            send(response, respond).await;
         });
     }
 

@@ -166,7 +166,7 @@ const STREAM_WINDOW_BYTES: u32 = 32 * 1024;
 const _: () = assert!(REQUEST_BYTES_MAX < STREAM_WINDOW_BYTES as usize);
 /// HTTP/2 receive window of a connection, bytes: the windows of all its streams, so that none waits for another.
 const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * STREAM_WINDOW_BYTES;
-/// Bytes of one stream that HTTP/2 has not sent yet. The last event may exceed it.
+/// Bytes of one stream that its window has let out and the socket has not taken.
 const STREAM_SEND_BYTES: usize = 400 * 1024;
 /// Memory of one stream in the HTTP/2 server, bytes: what it sends, and the window once in the inbox and once in the
 /// decoder.

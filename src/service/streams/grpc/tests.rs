@@ -1,6 +1,7 @@
 //! The port with real sockets and a hub whose peers are the test.
 
 mod limits;
+mod windows;
 
 use std::net::SocketAddr;
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tonic::Status;
 
 use crate::domain::close::EndReason;
 use crate::domain::command::{DeliveryClass, ReplyTo};
@@ -13,12 +14,14 @@ use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 
 /// Something that other tasks report to the hub's task.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Notice {
     /// No stream holds the delivery of this command any more.
     Delivered(ReplyTo),
     /// The queue of a stream became empty after many events.
     BurstDrained(ConnectionKey),
+    /// The client broke a rule: its stream must be closed with this status.
+    AtFault(ConnectionKey, Status),
     /// Both the reader and the writer of a stream are gone.
     StreamEnded(ConnectionKey, EndReason),
 }
@@ -50,7 +53,7 @@ impl AtomicAmount {
 }
 
 /// Queue of notices for the hub's task, and what the streams have. Bounded by what the notices stand for: one per delivery
-/// in progress, and one per stream.
+/// in progress, and three per stream.
 #[derive(Debug, Default)]
 pub(super) struct Notices {
     queue: Mutex<Vec<Notice>>,

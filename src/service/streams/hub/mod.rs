@@ -40,7 +40,6 @@ pub(crate) use status::of_refusal;
 pub use task::Hub;
 
 use delivery::{Notice, Notices};
-use outbox::Unsent;
 
 /// Queued requests of all streams to the hub's task. Readers wait while the queue is full.
 pub const HUB_REQUESTS_MAX: usize = 256;
@@ -57,11 +56,11 @@ pub struct HubConfig {
     pub deliveries_max: usize,
     /// What these events cost, bytes ([`Event::cost`]), divided in the same way. One event may exceed the limit.
     pub deliveries_bytes_max: usize,
-    /// The hub closes a stream if its client reads nothing for this long although events are queued.
+    /// The hub closes a stream if its client's window lets out no byte for this long although events wait.
     pub stall_timeout: Duration,
     /// The hub closes a stream if none of its catch-ups completes for this long.
     pub catch_up_timeout: Duration,
-    /// Time for a closing stream to send its queue and its status.
+    /// Time for a closing stream to send its queue and its status. Then it is reset.
     pub close_timeout: Duration,
     /// How often a stream that asked for cursors gets one while something is routed.
     pub cursor_interval: Duration,
@@ -110,7 +109,7 @@ counters! {
         Counter stream_closed_for_room: "Streams closed because too many events were queued and their clients were behind",
         Counter stream_closed_in_catch_up_for_room: "Streams closed because too many events were held for all that catch up",
         Counter stream_catch_up_timeouts: "Streams closed because their catch-up made no progress",
-        Counter stream_stalls: "Streams closed because the client read nothing",
+        Counter stream_stalls: "Streams closed because the window of the client let no byte out",
         Gauge stream_deliveries: "Live events in the streams",
         Gauge stream_deliveries_held: "Those of them that are held for streams that catch up",
     }
@@ -260,10 +259,9 @@ impl StreamSession {
         }
     }
 
-    /// Discards the queue and closes the stream with this status.
-    pub(crate) fn close(&self, status: Status) {
-        let dropped = self.outbox.close(status, Unsent::Discard);
-        self.hub.metrics.counters.stream_events_unsent.add(dropped as u64);
+    /// The client broke a rule: discards the queue and closes the stream with this status.
+    pub(crate) fn close_at_fault(&self, status: Status) {
+        self.hub.notices.send(Notice::AtFault(self.connection, status));
     }
 
     /// Records why the client's side ended. The first reason counts.

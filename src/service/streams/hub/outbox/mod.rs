@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -205,8 +206,7 @@ struct OutboxState {
     catching_up: usize,
     /// When one of them last completed, or the first one started.
     catch_up_since: Option<Instant>,
-    /// When the writer last took an event although the queue was not empty, or the queue became
-    /// non-empty.
+    /// When the client's window last let something out although more was waiting, or an event began to wait.
     unread_since: Option<Instant>,
     /// When held events were last moved to `queue`.
     released_at: Option<Instant>,
@@ -216,12 +216,16 @@ struct OutboxState {
 
 /// Queue of one stream, shared between the hub, the writer of the stream and its reader.
 #[derive(Debug)]
-pub(crate) struct Outbox(Mutex<OutboxState>);
+pub(crate) struct Outbox {
+    state: Mutex<OutboxState>,
+    /// Notified when the session has ended, whatever its client has read.
+    over: Notify,
+}
 
 impl Outbox {
     /// An empty queue that holds live events until [`Outbox::opening_done`].
-    pub(super) fn new(limits: &OutboxLimits) -> Self {
-        Self(Mutex::new(OutboxState {
+    pub(crate) fn new(limits: &OutboxLimits) -> Self {
+        let state = OutboxState {
             queue: VecDeque::new(),
             held: VecDeque::new(),
             live: Usage::new(limits.live_messages_max, limits.live_bytes_max),
@@ -241,11 +245,12 @@ impl Outbox {
             released_at: None,
             status: None,
             waker: None,
-        }))
+        };
+        Self { state: Mutex::new(state), over: Notify::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, OutboxState> {
-        self.0.lock().expect("no holder panics")
+        self.state.lock().expect("no holder panics")
     }
 
     /// The client has named a conversation.
@@ -438,8 +443,24 @@ impl Outbox {
         }
     }
 
-    /// Since when events are queued and the writer takes none; `None` if the queue is empty.
-    pub(super) fn unread_since(&self) -> Option<Instant> {
+    /// The client's window has let out what the writer had, except for `left` bytes.
+    pub(crate) fn let_out(&self, left: usize, now: Instant) {
+        let mut state = self.state();
+        state.unread_since = (left > 0 || !state.queue.is_empty()).then_some(now);
+    }
+
+    /// The session has ended: what its stream still has is not sent.
+    pub(super) fn end(&self) {
+        self.over.notify_one();
+    }
+
+    /// Waits for the end of the session.
+    pub(crate) async fn ended(&self) {
+        self.over.notified().await;
+    }
+
+    /// Since when something waits and the client's window lets nothing out; `None` if nothing waits.
+    pub(crate) fn unread_since(&self) -> Option<Instant> {
         self.state().unread_since
     }
 

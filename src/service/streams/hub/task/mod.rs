@@ -245,6 +245,9 @@ impl Hub {
                     self.report(usize::from(peer), ShardReport::Done { ticket });
                 }
                 Notice::BurstDrained(connection) => self.want_cursor(connection),
+                Notice::AtFault(connection, status) => {
+                    self.close(connection, status, EndReason::PeerAtFault, Unsent::Discard);
+                }
                 Notice::StreamEnded(connection, why) => self.stream_ended(connection, why),
             }
         }
@@ -400,8 +403,7 @@ impl Hub {
     /// Closes a stream with a status. The stream ends when the status is sent, or at the close timeout.
     fn close(&mut self, connection: ConnectionKey, status: Status, why: EndReason, unsent: Unsent) {
         let Some(stream) = self.streams.get_mut(connection) else {
-            self.metrics.counters.stream_commands_stale.add(1);
-            return;
+            return self.metrics.counters.stream_commands_stale.add(1);
         };
         let deadline = Instant::now() + self.config.close_timeout;
         match std::mem::replace(&mut stream.state, StreamState::Closing { why, deadline }) {

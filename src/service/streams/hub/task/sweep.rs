@@ -27,6 +27,7 @@ impl Hub {
             match &stream.state {
                 StreamState::Requested(reply) if reply.is_closed() => abandoned.push(connection),
                 StreamState::Closing { why, deadline } if *deadline <= now => {
+                    outbox.end();
                     ended.push((connection, *why));
                 }
                 StreamState::Live if expired(outbox.unread_since(), config.stall_timeout) => {

@@ -106,9 +106,11 @@ impl<K: Kernel> Shard<K> {
         self.admitted
     }
 
-    /// Whether the next turn would begin to accept.
+    /// Whether the next turn would begin to accept. Without a free slot it waits for the kernel to close refused
+    /// connections.
     pub fn would_accept(&self) -> bool {
-        self.may_accept() && self.has_own_room() && self.accepting.in_flight == 0
+        let has_room = self.slab.has_room() && self.has_own_room();
+        self.may_accept() && has_room && self.accepting.in_flight == 0
     }
 
     /// Accepts in flight.

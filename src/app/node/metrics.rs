@@ -109,7 +109,7 @@ pub(super) fn shards(
         active(page, &all);
         let histograms = all.iter().map(|shard| &shard.latency);
         latency(page, histograms.chain(hub.as_ref().map(|hub| &hub.latency)));
-        upgrades(page, &all, &sessions);
+        upgrades(page, &all, &sessions, hub.as_deref());
     })
 }
 
@@ -139,14 +139,20 @@ fn latency<'a>(page: &mut MetricsPage, all: impl Iterator<Item = &'a LatencyHist
     page.histogram(name, help, &[], &bounds, &counts, number(sum_ms) / 1000.0);
 }
 
-/// Upgrade requests on the public port, by status of the response.
-fn upgrades(page: &mut MetricsPage, all: &[Arc<ShardCounters>], sessions: &SessionCounters) {
+/// Upgrade requests on the public port, by status of the response, and refused gRPC calls by the one that corresponds.
+fn upgrades(
+    page: &mut MetricsPage,
+    all: &[Arc<ShardCounters>],
+    sessions: &SessionCounters,
+    hub: Option<&HubMetrics>,
+) {
     let shards = |field: fn(&ShardCounters) -> u64| sum(all, field);
     let answers = [
         ("101", shards(|c| c.counts.upgraded.get())),
         ("400", sessions.refused_bad_request.get()),
         ("401", sessions.refused_unauthorized.get()),
         ("403", sessions.refused_forbidden.get()),
+        ("404", 0),
         ("408", shards(|c| c.counts.handshake_timeouts.get())),
         (
             "429",
@@ -155,6 +161,7 @@ fn upgrades(page: &mut MetricsPage, all: &[Arc<ShardCounters>], sessions: &Sessi
         ),
         // The parser responds with one of several statuses from 400 to 431; one counter covers them.
         ("4xx", shards(|c| c.counts.requests_refused.get())),
+        ("500", 0),
         (
             "503",
             shards(|c| {
@@ -166,7 +173,9 @@ fn upgrades(page: &mut MetricsPage, all: &[Arc<ShardCounters>], sessions: &Sessi
         ),
     ];
     for (status, count) in answers {
-        crate::app::admin::answered(page, "GET", "/ws", status, count);
+        let calls = hub.into_iter().flat_map(HubMetrics::refused);
+        let refused: u64 = calls.filter(|(of, _)| of.to_string() == status).map(|(_, n)| n).sum();
+        crate::app::admin::answered(page, "GET", "/ws", status, count + refused);
     }
 }
 

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::sync::Notify;
@@ -17,7 +18,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::codec::EventCodec;
 use super::connection::{ConnectionInfo, ConnectionState, SessionGuard};
-use super::{GrpcConfig, GrpcCounters, GrpcPorts};
+use super::{GrpcConfig, GrpcCounters, GrpcPorts, HEADER_BYTES_MAX};
 use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
 use crate::domain::cursor::CURSOR_BYTES_MAX;
@@ -26,7 +27,9 @@ use crate::domain::limiter::LimitExceeded;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::service::events::proto::delivery::v1::DeliveryConnectRequest;
 use crate::service::runtime::places::Places;
-use crate::service::streams::hub::{Delivery, PositionReport, StreamSession, of_refusal};
+use crate::service::streams::hub::{
+    Delivery, NotAdmitted, PositionReport, StreamSession, of_refusal,
+};
 
 /// Longest request, bytes: three ids, a number and a cursor.
 pub const REQUEST_BYTES_MAX: usize = 4 * ID_BYTES_MAX + CURSOR_BYTES_MAX;
@@ -69,26 +72,52 @@ impl Service<http::Request<Body>> for ConnectService {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let service = self.clone();
+        let handler = Arc::clone(&self.handler);
+        let is_counted = Arc::new(AtomicBool::new(false));
+        let call =
+            ConnectCall { handler: Arc::clone(&handler), is_counted: Arc::clone(&is_counted) };
         Box::pin(async move {
-            if request.uri().path() != CONNECT {
-                return Ok(Status::unimplemented("no such method").into_http());
+            let response = if request.uri().path() != CONNECT {
+                Status::unimplemented("no such method").into_http()
+            } else if header_bytes(request.headers()) > HEADER_BYTES_MAX as usize {
+                handler.malformed("the metadata is larger than 16 KiB").into_http()
+            } else {
+                Grpc::new(EventCodec)
+                    .apply_max_message_size_config(Some(REQUEST_BYTES_MAX), None)
+                    .streaming(call, request)
+                    .await
+            };
+            // Headers with a status are all of a response.
+            if let Some(status) = Status::from_header_map(response.headers())
+                && !is_counted.load(Ordering::Relaxed)
+            {
+                handler.ports.hub.metrics().count_refused(status.code());
             }
-            let mut grpc =
-                Grpc::new(EventCodec).apply_max_message_size_config(Some(REQUEST_BYTES_MAX), None);
-            Ok(grpc.streaming(service, request).await)
+            Ok(response)
         })
     }
 }
 
-impl StreamingService<DeliveryConnectRequest> for ConnectService {
+/// Size of header fields as HTTP/2 counts it, bytes (RFC 9113 §6.5.2).
+fn header_bytes(fields: &http::HeaderMap) -> usize {
+    fields.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
+}
+
+/// One call.
+struct ConnectCall {
+    handler: Arc<ConnectHandler>,
+    /// The session manager has counted its end.
+    is_counted: Arc<AtomicBool>,
+}
+
+impl StreamingService<DeliveryConnectRequest> for ConnectCall {
     type Response = Arc<Delivery>;
     type ResponseStream = EventStream;
     type Future = BoxFuture<Response<EventStream>, Status>;
 
     fn call(&mut self, request: Request<Streaming<DeliveryConnectRequest>>) -> Self::Future {
-        let handler = Arc::clone(&self.handler);
-        Box::pin(async move { handler.connect(request).await })
+        let (handler, is_counted) = (Arc::clone(&self.handler), Arc::clone(&self.is_counted));
+        Box::pin(async move { handler.connect(request, &is_counted).await })
     }
 }
 
@@ -96,6 +125,7 @@ impl ConnectHandler {
     async fn connect(
         self: Arc<Self>,
         request: Request<Streaming<DeliveryConnectRequest>>,
+        is_counted: &AtomicBool,
     ) -> Result<Response<EventStream>, Status> {
         self.counters.grpc_calls.add(1);
         let deadline = self.config.handshake_timeout;
@@ -121,7 +151,11 @@ impl ConnectHandler {
             encoding: Encoding::Stream,
         });
         let session = match timeout(deadline, self.ports.hub.open(hello)).await {
-            Ok(session) => Arc::new(session?),
+            Ok(Ok(session)) => Arc::new(session),
+            Ok(Err(refused)) => {
+                is_counted.store(matches!(refused, NotAdmitted::Refused(_)), Ordering::Relaxed);
+                return Err(refused.into());
+            }
             Err(_) => {
                 self.counters.grpc_calls_late.add(1);
                 return Err(Status::unavailable("the session was not admitted in time"));

@@ -34,7 +34,7 @@ use super::requests::{Inbox, RequestBody, receive};
 use super::responses::send;
 use super::socket::{Socket, SocketState};
 use super::{
-    CONNECTION_WINDOW_BYTES, GrpcConfig, GrpcCounters, HEADER_BYTES_MAX, STREAM_SEND_BYTES,
+    CONNECTION_WINDOW_BYTES, GrpcConfig, GrpcCounters, HEADERS_READ_MAX, STREAM_SEND_BYTES,
     STREAM_WINDOW_BYTES, STREAMS_PER_CONNECTION_MAX,
 };
 use crate::domain::close::EndReason;
@@ -158,7 +158,7 @@ fn http2() -> h2::server::Builder {
         // Each stream has its whole window, whatever the others use.
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_send_buffer_size(STREAM_SEND_BYTES)
-        .max_header_list_size(HEADER_BYTES_MAX)
+        .max_header_list_size(HEADERS_READ_MAX)
         // Not exhausted by what one user does. What waits is bounded by the portions of the socket, and frames that are
         // ignored on a stream that has ended would use up a budget for ever.
         .data_frame_budget(usize::MAX)

@@ -1,5 +1,6 @@
 //! The port with real sockets and a hub whose peers are the test.
 
+mod health;
 mod limits;
 mod windows;
 
@@ -12,12 +13,6 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
-use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_client::HealthClient;
-use tonic_reflection::pb::v1::ServerReflectionRequest;
-use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
-use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
-use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
 use super::*;
 use crate::domain::close::{Close, CloseCode, EndReason};
@@ -28,7 +23,7 @@ use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
 use crate::service::events::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
 use crate::service::streams::hub::testing::{TestPeer, event, hub_with_peers};
-use crate::service::streams::hub::{HubConfig, OutboxLimits};
+use crate::service::streams::hub::{HubConfig, HubMetrics, OutboxLimits};
 
 /// A running server, the peers of its hub, and a channel to it.
 struct Port {
@@ -37,6 +32,7 @@ struct Port {
     address: SocketAddr,
     channel: Channel,
     counters: Arc<GrpcCounters>,
+    metrics: Arc<HubMetrics>,
     limiter: Arc<ConnectionLimiter>,
     drain: watch::Sender<bool>,
     shutdown: oneshot::Sender<()>,
@@ -70,6 +66,7 @@ impl Port {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(GrpcCounters::default());
+        let metrics = Arc::clone(handle.metrics());
         let (shutdown, until) = oneshot::channel::<()>();
         let (drain, drained) = watch::channel(false);
         let limiter = Arc::new(ConnectionLimiter::new(limits));
@@ -85,7 +82,18 @@ impl Port {
         });
         let served = tokio::spawn(served);
         let channel = channel(address).await;
-        Self { manager, router, address, channel, counters, limiter, drain, shutdown, served }
+        Self {
+            manager,
+            router,
+            address,
+            channel,
+            counters,
+            metrics,
+            limiter,
+            drain,
+            shutdown,
+            served,
+        }
     }
 
     async fn default() -> Self {
@@ -129,6 +137,11 @@ impl Port {
             }
             other => panic!("expected a catch-up: {other:?}"),
         }
+    }
+
+    /// The refused calls that were counted, by HTTP status.
+    fn refused(&self) -> Vec<(u16, u64)> {
+        self.metrics.refused().filter(|(_, calls)| *calls > 0).collect()
     }
 
     async fn ended(&mut self, session: ConnectionKey) -> EndReason {
@@ -321,6 +334,8 @@ async fn refusals_have_their_status() {
         assert_eq!((status.code(), status.message()), (code, "why"));
         assert_eq!(port.ended(connection).await, EndReason::Refused);
     }
+    // The session manager counts them.
+    assert_eq!(port.refused(), []);
 }
 
 #[tokio::test]
@@ -435,61 +450,6 @@ async fn stream_without_reads_is_closed_and_its_deliveries_are_done() {
     };
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert_eq!(port.ended(connection).await, EndReason::QueueOverflow);
-}
-
-#[tokio::test]
-async fn health_reports_whether_sessions_are_accepted() {
-    let mut port = Port::default().await;
-    let mut health = HealthClient::new(port.channel.clone());
-    let request = HealthCheckRequest { service: "realchat.delivery.v1.DeliveryApi".into() };
-    let mut updates = health.watch(request).await.unwrap().into_inner();
-    assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::Serving as i32);
-    port.manager.send(ShardCommand::StopAccepting);
-    assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::NotServing as i32);
-    let call = port.call(None);
-    call.send("alice", "desk", "", 0).await;
-    assert_eq!(call.refused().await.code(), Code::Unavailable);
-}
-
-#[tokio::test]
-async fn health_turns_off_with_the_drain_and_not_with_the_last_session() {
-    let port = Port::default().await;
-    let mut health = HealthClient::new(port.channel.clone());
-    for service in ["", "realchat.delivery.v1.DeliveryApi"] {
-        port.drain.send_replace(false);
-        let request = HealthCheckRequest { service: service.into() };
-        let mut updates = health.watch(request).await.unwrap().into_inner();
-        assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::Serving as i32);
-        port.drain.send_replace(true);
-        assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::NotServing as i32);
-        port.drain.send_replace(false);
-        assert_eq!(updates.next().await.unwrap().unwrap().status, ServingStatus::Serving as i32);
-    }
-}
-
-#[tokio::test]
-async fn reflection_lists_only_the_served_services() {
-    let port = Port::default().await;
-    let mut reflection = ServerReflectionClient::new(port.channel.clone());
-    let request = ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(MessageRequest::ListServices(String::new())),
-    };
-    let answers = reflection.server_reflection_info(tokio_stream::once(request)).await.unwrap();
-    let answer = answers.into_inner().next().await.unwrap().unwrap();
-    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
-        panic!("not a list");
-    };
-    let mut names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
-    names.sort_unstable();
-    assert_eq!(
-        names,
-        [
-            "grpc.health.v1.Health",
-            "grpc.reflection.v1.ServerReflection",
-            "realchat.delivery.v1.DeliveryApi"
-        ]
-    );
 }
 
 #[tokio::test]

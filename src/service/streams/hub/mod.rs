@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::counters;
 use crate::domain::close::EndReason;
@@ -124,11 +124,24 @@ pub struct HubMetrics {
     pub ended: [SharedCounter; EndReason::COUNT],
     /// From the append to the Kafka log until the writer takes the event, ms.
     pub latency: LatencyHistogram,
+    refused: [SharedCounter; status::HTTP_STATUSES.len()],
     /// Held while writing to the histogram, which allows one writer at a time.
     latency_writer: Mutex<()>,
 }
 
 impl HubMetrics {
+    /// Counts a call that ended without a session, unless the session manager has refused it and counted it.
+    pub(crate) fn count_refused(&self, code: Code) {
+        let http = status::http_status(code);
+        let at = status::HTTP_STATUSES.iter().position(|known| *known == http);
+        self.refused[at.expect("all are listed")].add(1);
+    }
+
+    /// What [`HubMetrics::count_refused`] has counted, by the HTTP status that corresponds.
+    pub fn refused(&self) -> impl Iterator<Item = (u16, u64)> {
+        status::HTTP_STATUSES.into_iter().zip(self.refused.iter().map(SharedCounter::get))
+    }
+
     /// Counts an event that the writer of a stream has taken.
     fn sent(&self, event: &Event, bytes: usize) {
         self.counters.stream_events_sent.add(1);
@@ -150,7 +163,31 @@ enum HubRequest {
 }
 
 /// Answers [`HubHandle::open`]. If the receiver is gone, the hub reports the session as ended.
-type AdmissionReply = oneshot::Sender<Result<ConnectionKey, Status>>;
+type AdmissionReply = oneshot::Sender<Result<ConnectionKey, NotAdmitted>>;
+
+/// Why there is no session, as the status for the client.
+#[derive(Debug)]
+pub(crate) enum NotAdmitted {
+    /// The session manager has refused it, and has counted that.
+    Refused(Status),
+    /// The hub takes no session, or not this one.
+    ByHub(Status),
+}
+
+impl NotAdmitted {
+    fn new(status: Status, why: EndReason) -> Self {
+        match why {
+            EndReason::Refused => Self::Refused(status),
+            _ => Self::ByHub(status),
+        }
+    }
+}
+
+impl From<NotAdmitted> for Status {
+    fn from((NotAdmitted::Refused(status) | NotAdmitted::ByHub(status)): NotAdmitted) -> Self {
+        status
+    }
+}
 
 /// Interface of the hub for the gRPC service.
 #[derive(Clone)]
@@ -166,15 +203,16 @@ impl HubHandle {
     /// Requests a session from the session manager. Cancel-safe: dropping the future ends the session.
     ///
     /// # Errors
-    /// The status for the client if the session is refused.
-    pub(crate) async fn open(&self, hello: Box<Hello>) -> Result<StreamSession, Status> {
+    /// The session is refused.
+    pub(crate) async fn open(&self, hello: Box<Hello>) -> Result<StreamSession, NotAdmitted> {
+        let gone = || NotAdmitted::ByHub(status::not_serving());
         let outbox = Arc::new(Outbox::new(&self.limits));
         let (reply, answer) = oneshot::channel();
         let request = HubRequest::Open { hello, outbox: Arc::clone(&outbox), reply };
-        self.requests.send(request).await.map_err(|_| status::not_serving())?;
+        self.requests.send(request).await.map_err(|_| gone())?;
         // Ends the session if this future is dropped after the hub answers and before the answer is read.
         let mut pending = PendingAdmission { hub: self, answer };
-        let connection = (&mut pending.answer).await.map_err(|_| status::not_serving())??;
+        let connection = (&mut pending.answer).await.map_err(|_| gone())??;
         Ok(StreamSession { connection, outbox, hub: self.clone(), why: OnceLock::new() })
     }
 
@@ -191,7 +229,7 @@ impl HubHandle {
 
 struct PendingAdmission<'a> {
     hub: &'a HubHandle,
-    answer: oneshot::Receiver<Result<ConnectionKey, Status>>,
+    answer: oneshot::Receiver<Result<ConnectionKey, NotAdmitted>>,
 }
 
 impl Drop for PendingAdmission<'_> {

@@ -46,6 +46,23 @@ pub(crate) fn of_refusal(refusal: &Refusal) -> Status {
     status
 }
 
+/// HTTP statuses that [`http_status`] gives.
+pub(super) const HTTP_STATUSES: [u16; 8] = [400, 401, 403, 404, 408, 429, 500, 503];
+
+/// The HTTP status of an upgrade that would be refused for the same reason.
+pub(super) fn http_status(code: Code) -> u16 {
+    match code {
+        Code::InvalidArgument | Code::OutOfRange => 400,
+        Code::Unauthenticated => 401,
+        Code::PermissionDenied => 403,
+        Code::Unimplemented => 404,
+        Code::DeadlineExceeded => 408,
+        Code::ResourceExhausted => 429,
+        Code::Unavailable => 503,
+        _ => 500,
+    }
+}
+
 /// Too many live events were queued: the client reads too slowly.
 pub(super) fn overflow() -> Status {
     Status::resource_exhausted("backpressure overflow: too many events were queued; reconnect")

@@ -138,6 +138,7 @@ async fn token_is_judged_before_the_first_request() {
     let status = answer.await.unwrap().unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::Unauthenticated, "no valid token"));
     assert_eq!(port.counters.grpc_calls_refused_token.get(), 1);
+    assert_eq!(port.refused(), [(401, 1)]);
 }
 
 #[tokio::test]
@@ -151,6 +152,7 @@ async fn oldest_call_without_a_request_makes_room() {
     let _session = port.session().await;
     assert_eq!(answer.await.unwrap().unwrap_err().code(), Code::ResourceExhausted);
     assert_eq!(port.counters.grpc_calls_replaced.get(), 1);
+    assert_eq!(port.refused(), [(429, 1)]);
 }
 
 #[tokio::test]
@@ -173,4 +175,24 @@ async fn call_without_a_request_in_time_fails() {
     let Call { requests: _requests, answer } = call;
     assert_eq!(answer.await.unwrap().unwrap_err().code(), Code::DeadlineExceeded);
     assert_eq!(port.counters.grpc_calls_late.get(), 1);
+}
+
+#[tokio::test]
+async fn metadata_above_the_limit_end_nobody_elses_stream() {
+    let mut port = Port::default().await;
+    let (mut session, connection) = port.session().await;
+    // The second one is decoded in pieces: the last field does not fit into one frame.
+    for sizes in [[9_000, 9_000], [17_000, 40_000], [60_000, 0]] {
+        let (_requests, receiver) = mpsc::channel::<DeliveryConnectRequest>(1);
+        let mut request = Request::new(ReceiverStream::new(receiver));
+        for (name, size) in ["x-first", "x-second"].into_iter().zip(sizes) {
+            request.metadata_mut().insert(name, "x".repeat(size).parse().unwrap());
+        }
+        let mut client = DeliveryApiClient::new(port.channel.clone());
+        let status = client.connect(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{sizes:?}: {status}");
+    }
+    assert_eq!(port.refused(), [(400, 3)]);
+    port.router.deliver(connection, message("c", 1), DeliveryClass::Live, 1);
+    assert_eq!(session.next().await.unwrap(), 1);
 }

@@ -17,7 +17,8 @@ use super::delivery::{Delivery, Notice, Notices};
 use super::outbox::{DeliverOutcome, Outbox, Unsent};
 use super::slot_map::SlotMap;
 use super::{
-    AdmissionReply, HUB_REQUESTS_MAX, HubConfig, HubHandle, HubMetrics, HubRequest, status,
+    AdmissionReply, HUB_REQUESTS_MAX, HubConfig, HubHandle, HubMetrics, HubRequest, NotAdmitted,
+    status,
 };
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{
@@ -291,7 +292,7 @@ impl Hub {
         };
         self.metrics.counters.stream_sessions_refused.add(1);
         if let StreamState::Requested(reply) = record.state {
-            let _ = reply.send(Err(refused));
+            let _ = reply.send(Err(NotAdmitted::ByHub(refused)));
         }
     }
 
@@ -382,8 +383,7 @@ impl Hub {
     fn admit(&mut self, connection: ConnectionKey) {
         let counters = &self.metrics.counters;
         let Some(stream) = self.streams.get_mut(connection) else {
-            counters.stream_commands_stale.add(1);
-            return;
+            return counters.stream_commands_stale.add(1);
         };
         match std::mem::replace(&mut stream.state, StreamState::Live) {
             StreamState::Requested(reply) => {
@@ -409,7 +409,7 @@ impl Hub {
         match std::mem::replace(&mut stream.state, StreamState::Closing { why, deadline }) {
             StreamState::Requested(reply) => {
                 self.metrics.counters.stream_sessions_refused.add(1);
-                let _ = reply.send(Err(status));
+                let _ = reply.send(Err(NotAdmitted::new(status, why)));
                 // The session was never counted as open.
                 self.remove(connection, why);
             }

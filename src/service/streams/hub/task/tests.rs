@@ -33,7 +33,7 @@ fn hello() -> Box<Hello> {
 
 fn opening(handle: &HubHandle) -> JoinHandle<Result<StreamSession, Status>> {
     let handle = handle.clone();
-    tokio::spawn(async move { handle.open(hello()).await })
+    tokio::spawn(async move { handle.open(hello()).await.map_err(Status::from) })
 }
 
 /// Runs turns of the hub until the peer has a report. Other tasks run between the turns.
@@ -355,7 +355,8 @@ async fn stop_closes_every_stream_and_is_reported_to_every_peer() {
     assert!(matches!(manager.report().await, ShardReport::Stopped));
     assert!(matches!(router.report().await, ShardReport::Stopped));
     running.await.unwrap();
-    assert_eq!(handle.open(hello()).await.err().unwrap().code(), Code::Unavailable);
+    let refused = handle.open(hello()).await.err().unwrap();
+    assert_eq!(Status::from(refused).code(), Code::Unavailable);
 }
 
 #[tokio::test]

@@ -38,8 +38,10 @@ pub(super) struct Bystanders {
 impl Simulation {
     /// Whether this client is a bystander, in a run in which the kernel takes what it can take.
     pub(super) fn is_bystander(&self, number: usize) -> bool {
-        let Faults { late, short_send, zero_send, .. } = self.setup.faults;
-        self.clients[number].stands_by && [late, short_send, zero_send] == [0; 3]
+        let Faults { late, short_send, zero_send, send_memory, early_return, .. } =
+            self.setup.faults;
+        let delays = [late, short_send, zero_send, send_memory, early_return];
+        self.clients[number].stands_by && delays == [0; 5]
     }
 
     /// A bystander asks for what it missed, and answers pings.
@@ -98,7 +100,10 @@ impl Simulation {
         let waits = self.shard.as_ref().is_some_and(Shard::waits_for_clients);
         self.bystanders.turns += u64::from(!waits);
         let (now_ms, turns) = (self.bystanders.slept_ms, self.bystanders.turns);
-        let completions_max = u64::from(self.setup.config.completions_max);
+        let completions_max = match self.setup.faults.completion_slots {
+            0 => u64::from(self.setup.config.completions_max),
+            slots => u64::from(self.setup.config.completions_max).min(slots.into()),
+        };
         let turns_max = LATE_TURNS_MAX * (1 + 200 / completions_max);
         let clients = &self.clients;
         self.bystanders.awaited.retain(|(number, event), since| {

@@ -354,17 +354,18 @@ impl Simulation {
         assert!(self.handshakes.1 <= limit, "more handshakes in a second than the limit");
     }
 
-    /// A client is told that no shard has room only if that is so. `before` the turn: the time, free places, clients that were
-    /// accepted and such refusals.
-    pub(super) fn check_refusals(&mut self, before: (u64, u32, u64, u64)) {
-        let (now_ms, free, accepted, refused) = before;
+    /// A client is told that no shard has room only if that is so. `before` the turn: the time, free places, own
+    /// connections, clients that were accepted and such refusals.
+    pub(super) fn check_refusals(&mut self, before: (u64, u32, u32, u64, u64)) {
+        let (now_ms, free, had, accepted, refused) = before;
         let shard = self.shard.as_ref().expect("running");
         let config = &self.setup.config;
-        let is_full = shard.admitted() == config.connections_max + config.accepts_max;
         let counts = &self.counters.counts;
         let (accepted, refused) =
             (counts.accepted.get() - accepted, counts.refused_full.get() - refused);
-        // Others may have got the free places in the same turn.
+        // Within the turn it may have been full beyond its room, or others may have got the free places.
+        let most = u64::from(had) + accepted - refused;
+        let is_full = most >= u64::from(config.connections_max + config.accepts_max);
         let lawful = is_full || u64::from(free) + refused <= accepted;
         assert!(refused == 0 || lawful, "refused with room left");
         let other_refusals = counts.refused_total_rate.get()

@@ -283,8 +283,13 @@ impl Simulation {
         note(TraceEvent::Turn);
         let counts = &self.counters.counts;
         let now_ms = crate::uring::Kernel::now_ms(shard.kernel());
-        let before =
-            (now_ms, self.capacity.free(), counts.accepted.get(), counts.refused_full.get());
+        let before = (
+            now_ms,
+            self.capacity.free(),
+            shard.admitted(),
+            counts.accepted.get(),
+            counts.refused_full.get(),
+        );
         let turn = shard.turn().expect("a simulated ring does not fail");
         shard.audit();
         self.check_refusals(before);

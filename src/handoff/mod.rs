@@ -5,10 +5,12 @@ mod doorbell;
 mod ends;
 mod ring;
 mod sleep;
+mod spill;
 
 pub use doorbell::Doorbell;
 pub use ends::{PeerEnd, ShardEnd, connect};
 pub use ring::{Consumer, Producer, Pushed, ring};
+pub use spill::SpillingProducer;
 
 /// The atomics of `sleep`. `tests/loom` replaces them by loom's model.
 mod atomic {

@@ -1,12 +1,11 @@
 //! Reports to the service side. A report whose ring is full waits, in order. The number of waiting
 //! reports is bounded: at the bound, the shard stops the work that causes new ones.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::{SESSION_MANAGER, Shard};
 use crate::domain::command::ShardReport;
-use crate::handoff::{Producer, Pushed};
+use crate::handoff::{Producer, SpillingProducer};
 use crate::reactor::counters::ShardCounters;
 use crate::uring::Kernel;
 
@@ -14,76 +13,43 @@ use crate::uring::Kernel;
 /// then on only the ends of existing connections add reports: at most one per slot.
 pub const PENDING_REPORTS_MAX: usize = 1024;
 
-/// The report rings, and the reports that did not fit.
+/// The report rings. Those to routers are bounded by the events that the shard may have, one report each.
 #[derive(Debug)]
 pub(super) struct Reports {
-    peers: Vec<ReportQueue>,
+    peers: Vec<SpillingProducer<ShardReport>>,
     counters: Arc<ShardCounters>,
     stopped: bool,
 }
 
-#[derive(Debug)]
-struct ReportQueue {
-    ring: Producer<ShardReport>,
-    /// In order. Bounded: to the session manager by [`PENDING_REPORTS_MAX`] and the number of
-    /// slots, to a router by the events that the shard may hold (one report each).
-    pending: VecDeque<ShardReport>,
-}
-
 impl Reports {
     pub(super) fn new(rings: Vec<Producer<ShardReport>>, counters: Arc<ShardCounters>) -> Self {
-        let peers =
-            rings.into_iter().map(|ring| ReportQueue { ring, pending: VecDeque::new() }).collect();
+        let peers = rings.into_iter().map(SpillingProducer::from).collect();
         Self { peers, counters, stopped: false }
     }
 
     /// Sends a report to this peer, behind the reports that wait.
     pub(super) fn push(&mut self, peer: usize, report: ShardReport) {
-        let peer = &mut self.peers[peer];
-        if peer.pending.is_empty() {
-            match peer.ring.push(report) {
-                // Closed: the peer's thread has ended, so the report is dropped.
-                Pushed::Accepted | Pushed::Closed(_) => {}
-                Pushed::Full(report) => {
-                    self.counters.counts.reports_delayed.add(1);
-                    peer.pending.push_back(report);
-                }
-            }
-        } else {
-            self.counters.counts.reports_delayed.add(1);
-            peer.pending.push_back(report);
-        }
+        let waits = self.peers[peer].push(report);
+        self.counters.counts.reports_delayed.add(u64::from(waits));
     }
 
     /// Pushes waiting reports as long as they fit, and wakes the peers.
     pub(super) fn publish(&mut self) {
         for (number, peer) in self.peers.iter_mut().enumerate() {
-            while let Some(report) = peer.pending.pop_front() {
-                match peer.ring.push(report) {
-                    Pushed::Accepted => {}
-                    Pushed::Full(report) => {
-                        peer.pending.push_front(report);
-                        break;
-                    }
-                    Pushed::Closed(_) => peer.pending.clear(),
-                }
-            }
-            if peer.pending.is_empty() && peer.pending.capacity() > PENDING_REPORTS_MAX {
-                peer.pending = VecDeque::new();
-            }
+            peer.flush();
             if number == SESSION_MANAGER {
-                peer.ring.publish();
+                peer.publish();
             } else {
                 // A router does not need a report before its next record. At low rates, waking it
                 // would double its wakeups and commit offsets no earlier.
-                peer.ring.publish_quietly();
+                peer.publish_quietly();
             }
         }
     }
 
     /// Whether any report waits.
     pub(super) fn has_pending(&self) -> bool {
-        self.peers.iter().any(|peer| !peer.pending.is_empty())
+        self.peers.iter().any(|peer| peer.waiting() > 0)
     }
 
     /// Whether so many reports wait for the session manager that nothing may cause another.
@@ -93,7 +59,7 @@ impl Reports {
 
     /// Reports to the session manager that wait for room.
     pub(super) fn pending_for_manager(&self) -> usize {
-        self.peers[SESSION_MANAGER].pending.len()
+        self.peers[SESSION_MANAGER].waiting()
     }
 
     /// Whether the end of the shard has been reported or waits to be.

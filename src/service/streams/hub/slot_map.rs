@@ -8,7 +8,7 @@ struct Slot<T> {
     item: Option<T>,
 }
 
-/// Items by [`ConnectionKey`]. A slot is reused only after [`SlotMap::free`], with another generation.
+/// Items by [`ConnectionKey`]. A slot is reused with another generation.
 #[derive(Debug)]
 pub(super) struct SlotMap<T> {
     slots: Vec<Slot<T>>,
@@ -47,21 +47,13 @@ impl<T> SlotMap<T> {
         if slot.generation == key.generation { slot.item.as_mut() } else { None }
     }
 
-    /// Removes the item. Its key stays reserved until [`SlotMap::free`].
+    /// Removes the item. Its slot gets another generation.
     pub(super) fn remove(&mut self, key: ConnectionKey) -> Option<T> {
         let slot = self.slots.get_mut(key.slot as usize)?;
-        if slot.generation == key.generation { slot.item.take() } else { None }
-    }
-
-    /// Allows reuse of the slot of a removed item.
-    pub(super) fn free(&mut self, key: ConnectionKey) {
-        let slot = &mut self.slots[key.slot as usize];
-        assert!(
-            slot.item.is_none() && slot.generation == key.generation,
-            "a slot is freed once, after its item is removed"
-        );
+        let item = if slot.generation == key.generation { slot.item.take()? } else { return None };
         slot.generation = if slot.generation == GENERATION_MAX { 0 } else { slot.generation + 1 };
         self.free.push(key.slot);
+        Some(item)
     }
 
     /// All items with their keys.
@@ -83,8 +75,6 @@ mod tests {
         let first = slots.insert('a').unwrap();
         assert_eq!(slots.insert('b'), Err('b'));
         assert_eq!(slots.remove(first), Some('a'));
-        assert_eq!(slots.insert('b'), Err('b'), "the slot is not free yet");
-        slots.free(first);
         let second = slots.insert('b').unwrap();
         assert_eq!(second.slot, first.slot);
         assert_eq!(slots.get_mut(first), None);
@@ -97,7 +87,6 @@ mod tests {
         slots.slots.push(Slot { generation: GENERATION_MAX, item: Some('a') });
         let last = ConnectionKey { slot: 0, generation: GENERATION_MAX };
         slots.remove(last).unwrap();
-        slots.free(last);
         assert_eq!(slots.insert('b').unwrap().generation, 0);
     }
 }

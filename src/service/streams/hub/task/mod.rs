@@ -4,7 +4,6 @@ mod cursors;
 mod room;
 mod sweep;
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +28,7 @@ use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::domain::wait_allowance::WaitAllowance;
-use crate::handoff::{Doorbell, Pushed, ShardEnd};
+use crate::handoff::{Consumer, Doorbell, ShardEnd, SpillingProducer};
 use crate::service::runtime::bell::AsyncBell;
 
 /// Interval between checks for stalled streams and expired deadlines.
@@ -44,10 +43,10 @@ const ABANDONED: Close = Close::new(CloseCode::GOING_AWAY, "server stopping");
 const MANAGER: usize = 0;
 
 struct PeerLink {
-    port: ShardEnd,
-    /// Reports that did not fit into the ring. Bounded: one `Done` per delivery in progress, one
-    /// `Ended` per stream, and no new `Opened` or `Resume` while the backlog is not empty.
-    backlog: VecDeque<ShardReport>,
+    commands: Consumer<ShardCommand>,
+    /// Those that wait are bounded: one `Done` per delivery in progress, one `Ended` per stream, and no new `Opened` or
+    /// `Resume` while any waits.
+    reports: SpillingProducer<ShardReport>,
 }
 
 enum StreamState {
@@ -126,7 +125,7 @@ impl Hub {
             accepting: is_accepting,
         };
         let cursor_ms = u64::try_from(config.cursor_interval.as_millis()).unwrap_or(u64::MAX);
-        let link = |port| PeerLink { port, backlog: VecDeque::new() };
+        let link = |end: ShardEnd| PeerLink { commands: end.commands, reports: end.reports.into() };
         let hub = Self {
             streams: SlotMap::new(config.streams_max),
             config,
@@ -188,7 +187,7 @@ impl Hub {
                 if peer != MANAGER && self.is_full() {
                     break;
                 }
-                let Some(command) = self.peers[peer].port.commands.pop() else { break };
+                let Some(command) = self.peers[peer].commands.pop() else { break };
                 self.on_command(peer, command);
             }
         }
@@ -203,7 +202,7 @@ impl Hub {
 
     fn has_commands(&self) -> bool {
         let taken = if self.is_full() { MANAGER + 1 } else { self.peers.len() };
-        self.peers[..taken].iter().any(|peer| !peer.port.commands.is_empty())
+        self.peers[..taken].iter().any(|peer| !peer.commands.is_empty())
             || self.is_abandoned() && !self.stopping
     }
 
@@ -230,12 +229,12 @@ impl Hub {
     }
 
     fn is_backlogged(&self) -> bool {
-        !self.peers[MANAGER].backlog.is_empty()
+        self.peers[MANAGER].reports.waiting() > 0
     }
 
     /// Whether the session manager was dropped without a stop command.
     fn is_abandoned(&self) -> bool {
-        let commands = &self.peers[MANAGER].port.commands;
+        let commands = &self.peers[MANAGER].commands;
         commands.is_abandoned() && commands.is_empty()
     }
 
@@ -466,39 +465,13 @@ impl Hub {
     }
 
     fn report(&mut self, peer: usize, report: ShardReport) {
-        if !self.peers[peer].backlog.is_empty() {
-            self.peers[peer].backlog.push_back(report);
-        } else if let Some(report) = self.push(peer, report) {
-            self.peers[peer].backlog.push_back(report);
-        }
-    }
-
-    /// Returns the report if the ring is full. Frees the slot of an ended session once its report is in
-    /// the ring.
-    fn push(&mut self, peer: usize, report: ShardReport) -> Option<ShardReport> {
-        let ended = match &report {
-            ShardReport::Ended { connection, .. } => Some(*connection),
-            _ => None,
-        };
-        match self.peers[peer].port.reports.push(report) {
-            Pushed::Full(report) => return Some(report),
-            Pushed::Accepted | Pushed::Closed(_) => {}
-        }
-        if let Some(connection) = ended {
-            self.streams.free(connection);
-        }
-        None
+        self.peers[peer].reports.push(report);
     }
 
     fn flush(&mut self) {
-        for peer in 0..self.peers.len() {
-            while let Some(report) = self.peers[peer].backlog.pop_front() {
-                if let Some(report) = self.push(peer, report) {
-                    self.peers[peer].backlog.push_front(report);
-                    break;
-                }
-            }
-            self.peers[peer].port.reports.publish();
+        for peer in &mut self.peers {
+            peer.reports.flush();
+            peer.reports.publish();
         }
     }
 
@@ -510,7 +483,7 @@ impl Hub {
         }
         loop {
             self.flush();
-            if self.peers.iter().all(|peer| peer.backlog.is_empty()) {
+            if self.peers.iter().all(|peer| peer.reports.waiting() == 0) {
                 return;
             }
             sleep(FULL_RING_RETRY).await;

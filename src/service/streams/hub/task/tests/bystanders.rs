@@ -1,5 +1,7 @@
 //! What a stream that is read at once waits for others that are not, and who waits for a full hub.
 
+use std::collections::VecDeque;
+
 use super::*;
 use crate::domain::budget::EventBudget;
 use crate::service::streams::hub::task::room::BEHIND_MIN;

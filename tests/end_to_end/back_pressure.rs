@@ -88,6 +88,54 @@ impl Streams {
     }
 }
 
+/// A burst of one conversation is much more than a session may queue. Its members read.
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn burst_of_one_conversation_ends_nobody_who_reads() {
+    const BURST: i64 = 20_000;
+    let brokers = kafka_brokers();
+    let topic = new_topic(&brokers, "burst", 1);
+    let node = NodeBuilder::serve().kafka(&brokers, &topic).start();
+    let mut publisher = Publisher::new(&brokers, &topic);
+    publisher.created("room", &["alice".to_owned(), "bob".to_owned()]);
+    publisher.flush(PROGRESS_WITHIN);
+    let mut fleet = Fleet::new();
+    fleet.connect(&Connect::session(node.public, "alice", "phone")).expect("the server accepts");
+    let mut clients = Clients { tallies: vec![Tally::default()], closed: vec![None] };
+    let deadline = Instant::now() + PROGRESS_WITHIN;
+    while fleet.open_count() < 1 {
+        assert!(Instant::now() < deadline, "not open");
+        clients.turn(&mut fleet);
+    }
+    let mut streams = Streams::connect(&node, ["bob".to_owned()].into_iter());
+    let mut to_bob = streams.events.remove(0);
+    let reading = streams.runtime.spawn(async move {
+        let mut sequence = 0;
+        while sequence < BURST {
+            let event = to_bob.message().await.expect("not closed").expect("not ended");
+            if event.message.is_some() {
+                assert_eq!(event.sequence, sequence + 1);
+                sequence = event.sequence;
+            }
+        }
+    });
+    let publishing = std::thread::spawn(move || {
+        for sequence in 1..=BURST {
+            publisher.message("room", sequence, "alice", "hello");
+        }
+        publisher.flush(PROGRESS_WITHIN);
+    });
+    let mut received = 0;
+    while received < BURST as u64 {
+        received = clients.turn(&mut fleet);
+        assert_eq!(clients.closed, [None], "{received} received");
+        assert!(Instant::now() < deadline, "{received} received");
+    }
+    publishing.join().expect("published");
+    let read = async { tokio::time::timeout(PROGRESS_WITHIN, reading).await };
+    streams.runtime.block_on(read).expect("in time").expect("every message, in order");
+}
+
 /// What the WebSocket clients received.
 struct Clients {
     tallies: Vec<Tally>,

@@ -292,7 +292,11 @@ impl StreamSession {
     /// Counts an event that the writer has taken.
     pub(crate) fn sent(&self, delivery: &Delivery) {
         self.hub.metrics.sent(delivery.event(), delivery.bytes().len());
-        if self.outbox.has_drained_a_burst() {
+        let drained = self.outbox.drained();
+        if drained.ends_wait {
+            self.hub.notices.wake.notify_one();
+        }
+        if drained.burst {
             self.hub.notices.send(Notice::BurstDrained(self.connection));
         }
     }

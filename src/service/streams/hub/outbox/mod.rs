@@ -85,6 +85,9 @@ impl OutboxLimits {
 pub(super) enum DeliverOutcome {
     /// Queued to be sent.
     Queued,
+    /// The same, and three quarters of the limits are in use: no further live event may come until half of them are free
+    /// ([`Outbox::awaits_writer`]).
+    QueuedLong,
     /// Held until catch-up completes.
     Held,
     /// Dropped: catch-up has delivered exactly this message.
@@ -95,6 +98,15 @@ pub(super) enum DeliverOutcome {
     CatchUpOverflow,
     /// The stream has ended.
     Ended,
+}
+
+/// What the hub is told when the writer has taken an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Drained {
+    /// The hub was waiting for this ([`Outbox::awaits_writer`]).
+    pub(super) ends_wait: bool,
+    /// The queue is empty after many events, so that the session wants a cursor.
+    pub(super) burst: bool,
 }
 
 /// What a client's position in a conversation means.
@@ -153,6 +165,16 @@ impl Usage {
         fits
     }
 
+    /// The same, but a message also fits if it is the one that makes it nearly full.
+    fn try_add_before_full(&mut self, bytes: usize) -> bool {
+        let first_beyond = self.messages < self.messages_max && !self.is_nearly_full();
+        if first_beyond {
+            self.messages += 1;
+            self.bytes += bytes;
+        }
+        first_beyond || self.try_add(bytes)
+    }
+
     fn sub(&mut self, bytes: usize) {
         self.messages -= 1;
         self.bytes -= bytes;
@@ -164,6 +186,10 @@ impl Usage {
 
     fn is_half_full(&self) -> bool {
         self.messages > self.messages_max / 2 || self.bytes > self.bytes_max / 2
+    }
+
+    fn is_nearly_full(&self) -> bool {
+        self.messages >= self.messages_max / 4 * 3 || self.bytes >= self.bytes_max / 4 * 3
     }
 }
 
@@ -211,6 +237,10 @@ struct OutboxState {
     /// When held events were last moved to `queue`.
     released_at: Option<Instant>,
     status: Option<Status>,
+    /// The hub waits until half of the limits are free.
+    awaited: bool,
+    /// That has happened.
+    ends_wait: bool,
     waker: Option<Waker>,
 }
 
@@ -244,6 +274,8 @@ impl Outbox {
             unread_since: None,
             released_at: None,
             status: None,
+            awaited: false,
+            ends_wait: false,
             waker: None,
         };
         Self { state: Mutex::new(state), over: Notify::new() }
@@ -296,14 +328,19 @@ impl Outbox {
         true
     }
 
-    /// Whether the queue is empty after many events, so that the session wants a cursor. True once per burst.
-    pub(super) fn has_drained_a_burst(&self) -> bool {
+    /// Whether the writer has not yet taken enough since [`DeliverOutcome::QueuedLong`].
+    pub(super) fn awaits_writer(&self) -> bool {
+        self.state().awaited
+    }
+
+    /// What follows from the last event that the writer took. Each is told once.
+    pub(super) fn drained(&self) -> Drained {
         let mut state = self.state();
-        let has = state.wants_cursors && state.queue.is_empty() && state.taken >= BURST_EVENTS;
-        if has {
+        let burst = state.wants_cursors && state.queue.is_empty() && state.taken >= BURST_EVENTS;
+        if burst {
             state.taken = 0;
         }
-        has
+        Drained { ends_wait: std::mem::take(&mut state.ends_wait), burst }
     }
 
     /// Queues or holds an event, or returns why not.
@@ -327,11 +364,16 @@ impl Outbox {
             DeliveryClass::Live if state.must_hold(delivery) => {
                 return state.hold(delivery, bytes, now);
             }
-            DeliveryClass::Live if state.live.try_add(bytes) => QueuedKind::Live,
+            // The hub waits for a queue that is nearly full. An event that is longer than what is left then is no overflow.
+            DeliveryClass::Live if state.live.try_add_before_full(bytes) => QueuedKind::Live,
             DeliveryClass::Live => return DeliverOutcome::Overflow,
         };
         state.enqueue(kind, Arc::clone(delivery), now);
         state.wake();
+        if class == DeliveryClass::Live && !state.awaited && state.live.is_nearly_full() {
+            state.awaited = true;
+            return DeliverOutcome::QueuedLong;
+        }
         DeliverOutcome::Queued
     }
 
@@ -379,6 +421,7 @@ impl Outbox {
             state.holding.clear();
             state.catch_up_since = None;
             state.status = Some(status);
+            state.awaited = false;
         }
         if unsent == Unsent::Discard {
             queued = std::mem::take(&mut state.queue);
@@ -402,7 +445,12 @@ impl Outbox {
         if let Some((kind, delivery)) = state.queue.pop_front() {
             let bytes = delivery.bytes().len();
             match kind {
-                QueuedKind::Live => state.live.sub(bytes),
+                QueuedKind::Live => {
+                    state.live.sub(bytes);
+                    if state.awaited && !state.live.is_half_full() {
+                        (state.awaited, state.ends_wait) = (false, true);
+                    }
+                }
                 QueuedKind::CatchUp => state.catch_up.sub(bytes),
                 QueuedKind::Released | QueuedKind::Cursor => {}
             }

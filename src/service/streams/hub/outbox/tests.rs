@@ -138,7 +138,11 @@ fn held_events_have_their_own_limits() {
     let outbox = open(&limits);
     catch_up(&outbox, 1);
     for sequence in 1..=128 {
-        assert_eq!(live(&outbox, &message(2, sequence)), DeliverOutcome::Queued);
+        let expected = match sequence {
+            96 => DeliverOutcome::QueuedLong,
+            _ => DeliverOutcome::Queued,
+        };
+        assert_eq!(live(&outbox, &message(2, sequence)), expected);
     }
     assert_eq!(live(&outbox, &message(2, 129)), DeliverOutcome::Overflow);
     assert_eq!(live(&outbox, &message(1, 1)), DeliverOutcome::Held);
@@ -169,12 +173,30 @@ fn catch_up_without_progress_is_reported() {
 fn live_events_are_limited_in_bytes_but_one_always_fits() {
     let limits = OutboxLimits { live_bytes_max: 10, ..OutboxLimits::default() };
     let outbox = open(&limits);
-    assert_eq!(live(&outbox, &delivery(1, None, &[0; 11])), DeliverOutcome::Queued);
+    assert_eq!(live(&outbox, &delivery(1, None, &[0; 11])), DeliverOutcome::QueuedLong);
     assert_eq!(live(&outbox, &delivery(1, None, &[0; 1])), DeliverOutcome::Overflow);
     drop(take(&outbox));
     assert_eq!(live(&outbox, &delivery(1, None, &[0; 4])), DeliverOutcome::Queued);
-    assert_eq!(live(&outbox, &delivery(1, None, &[0; 6])), DeliverOutcome::Queued);
+    assert_eq!(live(&outbox, &delivery(1, None, &[0; 6])), DeliverOutcome::QueuedLong);
     assert_eq!(live(&outbox, &delivery(1, None, &[0; 1])), DeliverOutcome::Overflow);
+}
+
+#[test]
+fn queue_that_is_nearly_full_is_awaited_until_half_of_it_is_free() {
+    let limits = OutboxLimits { live_bytes_max: 12, ..OutboxLimits::default() };
+    let outbox = open(&limits);
+    let drained = || outbox.drained().ends_wait;
+    assert_eq!(live(&outbox, &delivery(1, None, &[0; 8])), DeliverOutcome::Queued);
+    assert!(!outbox.awaits_writer());
+    // Longer than what is left: no overflow, because nothing has waited for its queue yet.
+    assert_eq!(live(&outbox, &delivery(1, None, &[0; 7])), DeliverOutcome::QueuedLong);
+    drop(take(&outbox));
+    assert!(outbox.awaits_writer() && !drained());
+    drop(take(&outbox));
+    assert!(!outbox.awaits_writer() && drained() && !drained());
+    assert_eq!(live(&outbox, &delivery(1, None, &[0; 12])), DeliverOutcome::QueuedLong);
+    outbox.close(Status::aborted(""), Unsent::Send);
+    assert!(!outbox.awaits_writer());
 }
 
 #[test]

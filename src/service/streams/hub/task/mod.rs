@@ -30,6 +30,7 @@ use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::domain::wait_allowance::WaitAllowance;
 use crate::handoff::{Consumer, Doorbell, ShardEnd, SpillingProducer};
 use crate::service::runtime::bell::AsyncBell;
+use room::AwaitedWriter;
 
 /// Interval between checks for stalled streams and expired deadlines.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -99,6 +100,10 @@ pub struct Hub {
     was_crowded: bool,
     /// How long that may last.
     room_waits: WaitAllowance,
+    /// The streams with almost full queues; each once.
+    awaited: Vec<AwaitedWriter>,
+    /// How long they may wait for those whose writers are slow.
+    writer_waits: WaitAllowance,
 }
 
 impl Hub {
@@ -142,6 +147,8 @@ impl Hub {
             next_sweep: Instant::now() + SWEEP_INTERVAL,
             was_crowded: false,
             room_waits: WaitAllowance::new(0),
+            awaited: Vec::new(),
+            writer_waits: WaitAllowance::new(0),
         };
         Ok((handle, hub))
     }
@@ -170,7 +177,7 @@ impl Hub {
     /// Handles a bounded number of notices, requests and commands. Returns whether commands are left.
     fn turn(&mut self) -> bool {
         self.handle_notices();
-        self.room_waits.pass(self.now_ms(), self.was_crowded);
+        self.count_waits();
         if self.is_crowded() && self.room_waits.is_used_up() {
             self.close_those_behind(Instant::now());
         }
@@ -184,7 +191,7 @@ impl Hub {
         for peer in 0..self.peers.len() {
             for _ in 0..HANDOFF_BATCH_MAX {
                 // The session manager's commands make room; its messages are bounded by catch-up.
-                if peer != MANAGER && self.is_full() {
+                if peer != MANAGER && (self.is_full() || self.is_waiting_for_writers()) {
                     break;
                 }
                 let Some(command) = self.peers[peer].commands.pop() else { break };
@@ -201,7 +208,8 @@ impl Hub {
     }
 
     fn has_commands(&self) -> bool {
-        let taken = if self.is_full() { MANAGER + 1 } else { self.peers.len() };
+        let routers_wait = self.is_full() || self.awaited.iter().any(|it| !it.given_up);
+        let taken = if routers_wait { MANAGER + 1 } else { self.peers.len() };
         self.peers[..taken].iter().any(|peer| !peer.commands.is_empty())
             || self.is_abandoned() && !self.stopping
     }
@@ -217,7 +225,7 @@ impl Hub {
             () = self.bell.rung() => {}
             () = self.notices.wake.notified() => {}
             () = sleep(FULL_RING_RETRY), if backlogged => {}
-            () = sleep(CROWDED_RETRY), if self.was_crowded => {}
+            () = sleep(CROWDED_RETRY), if self.was_crowded || !self.awaited.is_empty() => {}
             request = self.requests.recv(), if !backlogged && !self.requests.is_closed() => {
                 if let Some(request) = request {
                     self.on_request(request);
@@ -360,6 +368,10 @@ impl Hub {
             };
             match stream.outbox.deliver(class, &delivery, now) {
                 DeliverOutcome::Queued => {}
+                DeliverOutcome::QueuedLong => {
+                    let since = now.duration_since(self.began);
+                    self.awaited.push(AwaitedWriter { connection, since, given_up: false });
+                }
                 DeliverOutcome::Held => counters.stream_events_held.add(1),
                 DeliverOutcome::Duplicate => counters.stream_events_duplicate.add(1),
                 DeliverOutcome::Ended => counters.stream_events_stale.add(1),

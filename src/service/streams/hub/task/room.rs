@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::Hub;
 use crate::domain::close::EndReason;
+use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::{held_share, queued_share};
 use crate::domain::wait_allowance::WaitAllowance;
 use crate::service::streams::hub::outbox::Unsent;
@@ -16,7 +17,50 @@ use crate::service::streams::hub::status;
 /// writers may only lack processor time.
 pub(super) const BEHIND_MIN: Duration = Duration::from_secs(1);
 
+/// How long the routers' rings may wait for a writer before it counts as slow. A burst fills the queue of a stream
+/// before its writer has run at all.
+const WRITER_MAX: Duration = Duration::from_millis(16);
+
+/// A stream whose queue is almost full.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AwaitedWriter {
+    pub(super) connection: ConnectionKey,
+    /// Since the hub began.
+    pub(super) since: Duration,
+    /// The routers' rings do not wait for it any more: it may overflow.
+    pub(super) given_up: bool,
+}
+
+impl AwaitedWriter {
+    fn is_slow(self, now: Duration) -> bool {
+        self.since + WRITER_MAX <= now
+    }
+}
+
 impl Hub {
+    /// Counts the time since the last turn as a wait if the routers' rings waited for clients, or nearly so.
+    pub(super) fn count_waits(&mut self) {
+        let (now, now_ms) = (self.began.elapsed(), self.now_ms());
+        self.room_waits.pass(now_ms, self.was_crowded);
+        let makes_wait = |it: &AwaitedWriter| !it.given_up && it.is_slow(now);
+        self.writer_waits.pass(now_ms, self.awaited.iter().any(makes_wait));
+    }
+
+    /// Whether the routers' rings wait for a writer. They wait for slow ones only as long as all clients together may make
+    /// them wait ([`WaitAllowance`]).
+    pub(super) fn is_waiting_for_writers(&mut self) -> bool {
+        if self.awaited.is_empty() {
+            return false;
+        }
+        let (now, is_used_up) = (self.began.elapsed(), self.writer_waits.is_used_up());
+        let streams = &self.streams;
+        self.awaited.retain_mut(|it| {
+            it.given_up |= is_used_up && it.is_slow(now);
+            streams.get(it.connection).is_some_and(|stream| stream.outbox.awaits_writer())
+        });
+        self.awaited.iter().any(|it| !it.given_up)
+    }
+
     /// Whether the limit of deliveries in progress is reached.
     pub(super) fn is_full(&self) -> bool {
         self.has_more_queued_than(1, 1)

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use super::*;
 use crate::domain::budget::EventBudget;
+use crate::domain::wait_allowance::WAIT_MS_MAX;
 use crate::service::streams::hub::task::room::BEHIND_MIN;
 
 const TURN: Duration = Duration::from_millis(10);
@@ -58,6 +59,65 @@ async fn readers_that_fill_the_hub_at_once_delay_others_by_little_more_than_a_se
     let latest = latest_beside_slow_readers(8).await;
     assert!(latest > TURN, "{latest:?} late");
     assert!(latest <= BEHIND_MIN + Duration::from_millis(300), "{latest:?} late");
+}
+
+/// A reader that takes one event every ten milliseconds, of two that it gets, keeps its queue nearly full. It makes
+/// the others wait for an eighth of a second, and a fifth of the time, and then it is closed.
+#[tokio::test(start_paused = true)]
+async fn steady_reader_makes_others_wait_no_more_than_it_may() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 8);
+    let slow = admitted(&mut hub, &handle, &mut manager).await;
+    let bystander = admitted(&mut hub, &handle, &mut manager).await;
+    let (mut made, mut unrouted) = (VecDeque::new(), VecDeque::new());
+    let mut latest = Duration::ZERO;
+    for turn in 0..1_000 {
+        unrouted.extend(std::iter::repeat_n(key(&slow), [2, 100][usize::from(turn == 0)]));
+        unrouted.push_back(key(&bystander));
+        made.push_back(Instant::now());
+        while router.has_room()
+            && let Some(to) = unrouted.pop_front()
+        {
+            router.deliver(to, event(STREAM, turn, b"event"), DeliveryClass::Live, 1);
+            hub.turn();
+        }
+        hub.turn();
+        while router.try_report().is_some() {}
+        while let Some(taken) = try_next(&bystander) {
+            bystander.sent(&taken.expect("it is not closed"));
+            latest = latest.max(made.pop_front().expect("one was made for it").elapsed());
+        }
+        if let Some(Ok(taken)) = try_next(&slow) {
+            slow.sent(&taken);
+        }
+        tokio::time::advance(TURN).await;
+    }
+    assert!(made.len() <= 1, "{} have not arrived", made.len());
+    let wait_max = Duration::from_millis(WAIT_MS_MAX) + 4 * TURN;
+    assert!(latest > TURN && latest <= wait_max, "{latest:?} late");
+    assert_eq!(handle.metrics().counters.stream_overflows.get(), 1);
+}
+
+/// A burst comes before the writer has run. It reads as soon as it runs.
+#[tokio::test(start_paused = true)]
+async fn burst_ends_no_stream_that_is_read() {
+    let (handle, mut hub, [mut manager, mut router]) = hub_with_peers(HubConfig::default(), 512);
+    let session = admitted(&mut hub, &handle, &mut manager).await;
+    let mut routed = 0;
+    let mut taken = 0;
+    while taken < 5_000 {
+        while router.has_room() && routed < 5_000 {
+            routed += 1;
+            router.deliver(key(&session), event(STREAM, routed, b"e"), DeliveryClass::Live, 1);
+        }
+        while hub.turn() {}
+        let before = taken;
+        while let Some(next) = try_next(&session) {
+            session.sent(&next.expect("it is not closed"));
+            taken += 1;
+        }
+        assert!(taken > before, "the hub takes no more");
+        while router.try_report().is_some() {}
+    }
 }
 
 /// Streams that catch up hold as much as they may. The one that holds most is closed, and nobody waits.

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::config::Loaded;
-use super::node::{self, Plan};
+use super::node::{self, Plan, Prepared};
 
 /// Runs until the node is stopped.
 ///
@@ -11,5 +11,6 @@ use super::node::{self, Plan};
 /// A part could not be started. The text says which, and what to do.
 pub fn run(loaded: Loaded) -> Result<(), String> {
     let ip = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-    node::run(Plan { settings: loaded.settings, ip, try_page: None }, |_| {})
+    let prepared = Prepared::new(&loaded.settings)?;
+    node::run(Plan { settings: loaded.settings, prepared, ip, try_page: None }, |_| {})
 }

@@ -72,6 +72,40 @@ fn too_little_address_space_is_named_with_a_number_that_works() {
     stops_with_0(NodeBuilder::dev().under(&format!("ulimit -v {works}")).start());
 }
 
+/// Becomes a user without other processes, because the limit does not hold for root.
+const ANOTHER_USER: &str =
+    "[ $uid != 0 ] || set -- --reuid=61017 --clear-groups --pdeathsig KILL -- \"$0\" \"$@\"
+[ $uid != 0 ] || exec setpriv \"$@\"";
+
+#[test]
+fn too_few_threads_are_named_with_a_number_that_works() {
+    let under = |threads: u64| {
+        NodeBuilder::dev().under(&format!("uid=$(id -u)\nulimit -u {threads}\n{ANOTHER_USER}"))
+    };
+    // librdkafka aborts the process at some of them, and waits without end at others.
+    for threads in [6, 12, 20] {
+        let log = refused(under(threads).spawn());
+        assert!(log.contains(&format!("(RLIMIT_NPROC) is {threads}")), "{log}");
+        assert!(log.contains("TasksMax=") && log.contains("--pids-limit"), "{log}");
+    }
+    let log = refused(under(20).spawn());
+    stops_with_0(under(number_after(&log, "ulimit -u ")).start());
+}
+
+/// The main thread waits for the output.
+#[test]
+fn second_signal_exits_a_node_whose_output_is_not_read() {
+    let full_pipe =
+        "pipe=$(mktemp -u)\nmkfifo $pipe\nexec 1<>$pipe\nrm $pipe\nhead -c 65536 /dev/zero";
+    let mut node = NodeBuilder::dev().under(full_pipe).spawn();
+    until(SOON, "the node is ready", || node.log().contains("INFO ready").then_some(()));
+    // Two of the same could become one.
+    node.signal(Signal::TERM);
+    node.signal(Signal::INT);
+    let status = until(SOON, "the node exits", || node.ended());
+    assert!(matches!(status.code(), Some(130 | 143)), "{status}: {}", node.log());
+}
+
 /// A sandbox may allow one of the three calls and refuse another.
 #[test]
 fn refused_system_call_of_io_uring_is_named() {

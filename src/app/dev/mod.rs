@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::config::{
     AuthMode, ListenAddress, Loaded, PeerAddress, SettingValue as _, Settings, TABLE,
 };
-use super::node::{self, Addresses, Plan};
+use super::node::{self, Addresses, Plan, Prepared};
 use super::terminal;
 use demo::Demo;
 use kafka::EmbeddedKafka;
@@ -23,6 +23,7 @@ const PORT_MARK: &str = "{{WEBSOCKET_PORT}}";
 /// A part could not be started. The text says which, and what to do.
 pub fn run(loaded: Loaded) -> Result<(), String> {
     let Loaded { mut settings, sources } = loaded;
+    let prepared = Prepared::new(&settings)?;
     refuse_public_trust(&settings)?;
     let embedded = if settings.kafka_brokers.is_empty() {
         let kafka = EmbeddedKafka::start(&settings.kafka_topics)?;
@@ -45,6 +46,7 @@ pub fn run(loaded: Loaded) -> Result<(), String> {
             TRY_PAGE.replace(PORT_MARK, &addresses.websocket.port().to_string())
         }),
         settings,
+        prepared,
     };
     node::run(plan, |addresses| {
         let greeting = greeting(&shown, addresses, embedded.is_some(), demo_wanted);

@@ -8,6 +8,7 @@ mod memory;
 mod mesh;
 mod metrics;
 mod other_nodes;
+mod prepared;
 mod process;
 mod routing;
 mod shards;
@@ -33,10 +34,11 @@ use self::deadlines::Deadlines;
 use self::memory::MemoryBudget;
 use self::mesh::{Mesh, PeerSide};
 use self::other_nodes::{OtherNodesListener, OwnSessions};
+pub use self::prepared::Prepared;
 use self::routing::{Routing, kafka_config};
 use self::shards::{Shards, connection_limits, shard_config};
 use self::signals::Signals;
-use self::sizing::{Machine, Sizing};
+use self::sizing::Sizing;
 use self::streams::Streams;
 use super::admin::{self, Admin, Collector, RequestMetrics};
 use super::config::Settings;
@@ -56,6 +58,8 @@ use crate::service::sessions::manager::{
 pub struct Plan {
     /// All settings.
     pub settings: Settings,
+    /// Made from these settings.
+    pub prepared: Prepared,
     /// The address to listen on if a setting gives a port only.
     pub ip: IpAddr,
     /// Creates the page served at `/try`.
@@ -85,14 +89,15 @@ const TASKS_END_MAX: Duration = Duration::from_secs(1);
 /// A part could not be started or has failed. The text says which, and what to do.
 pub fn run(plan: Plan, on_ready: impl FnOnce(&Addresses)) -> Result<(), String> {
     let log = telemetry::start(&plan.settings)?;
-    let sizing = Sizing::decide(&plan.settings, Machine::detect())?;
+    plan.prepared.signals.log_to(log.clone());
+    let sizing = plan.prepared.sizing;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(sizing.service_threads)
         .thread_name("service")
         .enable_all()
         .build()
         .map_err(|error| format!("the service threads did not start: {error}"))?;
-    let (outcome, exit) = match runtime.block_on(run_node(plan, sizing, &log, on_ready)) {
+    let (outcome, exit) = match runtime.block_on(run_node(plan, &log, on_ready)) {
         Ok(Stopped { outcome, exit }) => (outcome, Some(exit)),
         Err(error) => (Err(error), None),
     };
@@ -159,12 +164,10 @@ struct Node {
 
 async fn run_node(
     plan: Plan,
-    sizing: Sizing,
     log: &LogSink,
     on_ready: impl FnOnce(&Addresses),
 ) -> Result<Stopped, String> {
-    let mut signals =
-        Signals::catch().map_err(|error| format!("cannot install signal handlers: {error}"))?;
+    let Prepared { sizing, mut signals } = plan.prepared;
     let ports = Ports::bind(&plan.settings, plan.ip).await?;
     let addresses = ports.addresses;
     let (drain, drained) = watch::channel(false);
@@ -194,8 +197,7 @@ async fn run_node(
     };
     // Readiness turns off before the first session is closed.
     admin.drain.send_replace(true);
-    let by_signal = matches!(requested, Ok(StopRequest::Signal(_)));
-    signals.exit_on_second(by_signal, log.clone());
+    signals.node_ends();
     let outcome = match requested {
         Ok(request) => node.serve_on(&request).await,
         Err(failure) => Err(failure),
@@ -472,7 +474,7 @@ impl fmt::Display for StopRequest {
 
 async fn stop_requested(signals: &mut Signals, mut drained: watch::Receiver<bool>) -> StopRequest {
     tokio::select! {
-        (name, _) = signals.next() => StopRequest::Signal(name),
+        name = signals.first() => StopRequest::Signal(name),
         // The sender lives as long as the admin port.
         _ = drained.wait_for(|requested| *requested) => StopRequest::Drain,
     }

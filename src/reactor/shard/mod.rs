@@ -214,7 +214,10 @@ impl<K: Kernel> Shard<K> {
         self.start_receives();
         left.work |= self.start_sends();
         self.report_done();
+        let was_backlogged = self.reports.is_backlogged();
         self.reports.publish();
+        // Accepts and receives have waited for it.
+        left.work |= was_backlogged && !self.reports.is_backlogged();
         self.publish_gauges();
         if self.stop_if_over() {
             return Ok(Turn::Stopped);

@@ -1,5 +1,5 @@
-//! Runs the shard on the simulated kernel, the cluster on simulated logs, or clients that come back: any number
-//! of seeds and steps (docs/simulation.md).
+//! Runs the shard on the simulated kernel, the hub of gRPC streams, the cluster on simulated logs, or clients that come
+//! back: any number of seeds and steps (docs/simulation.md).
 
 use std::time::Instant;
 
@@ -8,6 +8,7 @@ use delivery::app::returning;
 use delivery::domain::counted::Counted;
 use delivery::reactor::simulation as shard;
 use delivery::service::routing::simulation as cluster;
+use delivery::service::streams::hub::simulation as hub;
 
 /// Runs a part of the server in a simulated world with faults that depend on a seed. A failing seed
 /// always fails in the same way.
@@ -31,6 +32,8 @@ struct Arguments {
 enum World {
     /// The shard, on a simulated kernel.
     Shard,
+    /// The hub of gRPC streams.
+    Hub,
     /// The routers of several nodes, on simulated logs.
     Cluster,
     /// Clients that come back, with catch-up, session manager, shard and stream hub.
@@ -41,6 +44,7 @@ fn main() {
     let arguments = Arguments::parse();
     match arguments.world {
         World::Shard => run_shard(&arguments),
+        World::Hub => run_hub(&arguments),
         World::Cluster => run_cluster(&arguments),
         World::Returning => run_returning(&arguments),
     }
@@ -78,6 +82,25 @@ fn run_shard(arguments: &Arguments) {
         Counted(admitted, "session"),
         Counted(received, "event"),
         Counted(passed_ms / 3_600_000, "virtual hour"),
+        started.elapsed().as_secs(),
+    );
+}
+
+fn run_hub(arguments: &Arguments) {
+    hub::print_on_panic();
+    let started = Instant::now();
+    let mut total = hub::HubSummary::default();
+    for seed in arguments.seeds() {
+        total.add(&hub::run(seed, arguments.steps));
+    }
+    for (name, count) in &total.counts {
+        println!("{name:>32} {count}");
+    }
+    println!("the slowest event for a bystander after {} ms", total.latest_ms);
+    println!(
+        "{} from {}: nothing found in {} s",
+        Counted(arguments.seeds, "seed"),
+        arguments.seed,
         started.elapsed().as_secs(),
     );
 }

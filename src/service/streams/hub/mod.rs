@@ -13,6 +13,8 @@
 
 mod delivery;
 mod outbox;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 mod slot_map;
 mod status;
 mod task;

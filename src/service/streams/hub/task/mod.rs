@@ -1,7 +1,7 @@
 //! Task of the hub. It alone owns the rings and the slots.
 
 mod cursors;
-mod room;
+pub(super) mod room;
 mod sweep;
 
 use std::io;
@@ -85,7 +85,7 @@ pub struct Hub {
     peers: Vec<PeerLink>,
     bell: AsyncBell,
     requests: mpsc::Receiver<HubRequest>,
-    notices: Arc<Notices>,
+    pub(super) notices: Arc<Notices>,
     metrics: Arc<HubMetrics>,
     streams: SlotMap<StreamRecord>,
     /// Number of items in `streams`.
@@ -156,12 +156,7 @@ impl Hub {
     /// Runs the hub.
     pub async fn run(mut self) {
         loop {
-            let more = self.turn();
-            let now = Instant::now();
-            if self.next_sweep <= now {
-                self.next_sweep = now + SWEEP_INTERVAL;
-                self.sweep(now);
-            }
+            let more = self.step();
             if self.stopping && self.open == 0 {
                 break;
             }
@@ -172,6 +167,17 @@ impl Hub {
             }
         }
         self.report_stopped().await;
+    }
+
+    /// A turn, and a sweep if one is due. Returns whether commands are left.
+    pub(super) fn step(&mut self) -> bool {
+        let more = self.turn();
+        let now = Instant::now();
+        if self.next_sweep <= now {
+            self.next_sweep = now + SWEEP_INTERVAL;
+            self.sweep(now);
+        }
+        more
     }
 
     /// Handles a bounded number of notices, requests and commands. Returns whether commands are left.
@@ -207,9 +213,13 @@ impl Hub {
         self.has_commands()
     }
 
+    /// Whether the routers' rings wait for clients.
+    pub(super) fn makes_routers_wait(&self) -> bool {
+        self.is_full() || self.awaited.iter().any(|it| !it.given_up)
+    }
+
     fn has_commands(&self) -> bool {
-        let routers_wait = self.is_full() || self.awaited.iter().any(|it| !it.given_up);
-        let taken = if routers_wait { MANAGER + 1 } else { self.peers.len() };
+        let taken = if self.makes_routers_wait() { MANAGER + 1 } else { self.peers.len() };
         self.peers[..taken].iter().any(|peer| !peer.commands.is_empty())
             || self.is_abandoned() && !self.stopping
     }

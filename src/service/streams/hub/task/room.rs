@@ -15,7 +15,7 @@ use crate::service::streams::hub::status;
 
 /// A stream may be closed for the room that its queue takes if its oldest event has waited for this long. Otherwise the
 /// writers may only lack processor time.
-pub(super) const BEHIND_MIN: Duration = Duration::from_secs(1);
+pub(in crate::service::streams::hub) const BEHIND_MIN: Duration = Duration::from_secs(1);
 
 /// How long the routers' rings may wait for a writer before it counts as slow. A burst fills the queue of a stream
 /// before its writer has run at all.

@@ -26,7 +26,7 @@ const CLIENTS_MAX: usize = 16;
 
 /// How a client reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reading {
+pub(super) enum StreamReading {
     /// Everything at once.
     Prompt,
     /// An event now and then.
@@ -37,7 +37,7 @@ pub(super) enum Reading {
 
 /// A conversation that a client has named.
 #[derive(Debug, Default)]
-pub(super) struct Named {
+pub(super) struct NamedByClient {
     /// Live events above this number must not come before the catch-up is complete.
     pub(super) at_number: u64,
     /// Messages that were missed and not sent yet; known when the session manager was asked.
@@ -49,7 +49,7 @@ pub(super) struct Named {
     pub(super) is_live: bool,
 }
 
-impl Named {
+impl NamedByClient {
     pub(super) fn covers(&self, sequence: i64) -> bool {
         self.is_live && self.delivered.as_ref().is_some_and(|all| all.contains(&sequence))
     }
@@ -63,8 +63,8 @@ pub(super) struct Addressed {
     pub(super) since_ms: u64,
 }
 
-pub(super) struct Client {
-    pub(super) reading: Reading,
+pub(super) struct StreamClient {
+    pub(super) reading: StreamReading,
     /// It does nothing but read: its events must come in time, whatever others do.
     pub(super) stands_by: bool,
     pub(super) outbox: Arc<Outbox>,
@@ -75,14 +75,14 @@ pub(super) struct Client {
     pub(super) closed_by_service: bool,
     pub(super) status: Option<Code>,
     pub(super) ended: bool,
-    pub(super) named: HashMap<ConversationKey, Named>,
+    pub(super) named: HashMap<ConversationKey, NamedByClient>,
     /// By conversation, in order.
     pub(super) expected: HashMap<ConversationKey, VecDeque<Addressed>>,
     /// An event was reported done that it has not received: its session must have ended.
     pub(super) must_end: bool,
 }
 
-impl Client {
+impl StreamClient {
     /// Whether it gets what is routed.
     pub(super) fn is_listed(&self) -> bool {
         self.is_admitted && !self.closed_by_service && !self.ended
@@ -132,8 +132,12 @@ impl World {
         if open >= CLIENTS_MAX {
             return;
         }
-        let reading = [Reading::Prompt, Reading::Prompt, Reading::Slow, Reading::Stalled]
-            [self.random.random_range(0..4)];
+        let reading = [
+            StreamReading::Prompt,
+            StreamReading::Prompt,
+            StreamReading::Slow,
+            StreamReading::Stalled,
+        ][self.random.random_range(0..4)];
         let hello = Hello {
             user_id: self.clients.len().to_string(),
             device_id: "phone".into(),
@@ -149,9 +153,9 @@ impl World {
             return;
         }
         self.count("connected");
-        self.clients.push(Client {
+        self.clients.push(StreamClient {
             reading,
-            stands_by: reading == Reading::Prompt && self.random.random_bool(0.5),
+            stands_by: reading == StreamReading::Prompt && self.random.random_bool(0.5),
             outbox,
             answer: Some(answer),
             session: None,
@@ -181,7 +185,7 @@ impl World {
                 if report != PositionReport::CatchUp {
                     return;
                 }
-                let named = Named { at_number: self.number, ..Named::default() };
+                let named = NamedByClient { at_number: self.number, ..NamedByClient::default() };
                 client.named.insert(key, named);
                 let request = HubRequest::CatchUp {
                     connection: session.connection,
@@ -196,7 +200,7 @@ impl World {
                 client.closed_by_service = true;
                 self.count("left");
             }
-            _ if client.reading == Reading::Slow => {
+            _ if client.reading == StreamReading::Slow => {
                 let events = self.random.random_range(1..4);
                 self.read(number, events);
             }

@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::advance;
 
-use self::client::{Addressed, Client, Reading};
+use self::client::{Addressed, StreamClient, StreamReading};
 use super::task::room::BEHIND_MIN;
 use super::{Hub, HubConfig, HubHandle, HubMetrics, OutboxLimits};
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
@@ -109,7 +109,7 @@ struct World {
     manager: SpillingProducer<ShardCommand>,
     routers: Vec<Producer<ShardCommand>>,
     reports: Vec<Consumer<ShardReport>>,
-    clients: Vec<Client>,
+    clients: Vec<StreamClient>,
     by_key: HashMap<ConnectionKey, usize>,
     limits: OutboxLimits,
     /// The last sequence of each conversation.
@@ -313,7 +313,7 @@ impl World {
         self.manager.flush();
         for number in 0..self.clients.len() {
             self.admitted(number);
-            if self.clients[number].reading == Reading::Prompt {
+            if self.clients[number].reading == StreamReading::Prompt {
                 self.read(number, usize::MAX);
             }
         }
@@ -334,7 +334,7 @@ impl World {
             ShardReport::Opened { connection, hello } => {
                 let number = hello.user_id.parse().expect("a number");
                 let refuses = self.random.random_bool(0.05);
-                let client: &mut Client = &mut self.clients[number];
+                let client: &mut StreamClient = &mut self.clients[number];
                 assert!(client.connection.replace(connection).is_none(), "opened twice");
                 self.by_key.insert(connection, number);
                 client.is_admitted = !refuses;
@@ -398,7 +398,7 @@ impl World {
     async fn rest(&mut self) {
         for _ in 0..400 {
             for client in &mut self.clients {
-                client.reading = Reading::Prompt;
+                client.reading = StreamReading::Prompt;
             }
             self.catch_up();
             self.pass().await;

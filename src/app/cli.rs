@@ -44,7 +44,12 @@ pub const INVALID: u8 = 2;
 
 /// Runs the command given by the arguments.
 pub fn run() -> ExitCode {
-    let matches = command().get_matches();
+    let matches = match command().try_get_matches() {
+        Ok(matches) => matches,
+        // The help and the version.
+        Err(text) if !text.use_stderr() => return exit_code(terminal::written(text.print())),
+        Err(error) => error.exit(),
+    };
     let (name, matches) = matches.subcommand().expect("a subcommand is required");
     match name {
         "serve" => with_settings(matches, Profile::Serve, serve::run),

@@ -9,8 +9,15 @@ use std::io::{self, Write as _};
 /// # Errors
 /// The output takes no more, such as a file on a full disk. The text says which output, and why.
 pub(super) fn print(text: &str) -> Result<(), String> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    written(io::stdout().write_all(text.as_bytes()))
+}
+
+/// Flushes the standard output after this result of writing to it.
+///
+/// # Errors
+/// Those of [`print`].
+pub(super) fn written(result: io::Result<()>) -> Result<(), String> {
+    match result.and_then(|()| io::stdout().flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(format!("cannot write to the standard output: {error}"))
         }

@@ -143,7 +143,14 @@ fn command_whose_output_takes_no_more_says_so() {
         let full = File::options().write(true).open("/dev/full").unwrap();
         Command::new(binary()).env_clear().args(arguments).stdout(full).output().unwrap()
     };
-    for arguments in [&["config", "--dev"][..], &["config", "--reference"], &["sizing"]] {
+    for arguments in [
+        &["config", "--dev"][..],
+        &["config", "--reference"],
+        &["sizing"],
+        &["--help"],
+        &["serve", "--help"],
+        &["--version"],
+    ] {
         let output = run(arguments);
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{text}");

@@ -7,7 +7,7 @@ mod requests;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, Version, header};
+use axum::http::{HeaderMap, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
@@ -87,7 +87,11 @@ async fn count(State(admin): State<Arc<Admin>>, request: Request, next: Next) ->
     let response = if names_one_host(&request) {
         next.run(request).await
     } else {
-        (StatusCode::BAD_REQUEST, "Host must be given once and name this server\n").into_response()
+        (
+            StatusCode::BAD_REQUEST,
+            "Host must be given once, as a name or an address, with or without a port\n",
+        )
+            .into_response()
     };
     admin.requests.record(method.as_str(), &path, response.status().as_u16(), begun.elapsed());
     response
@@ -124,8 +128,11 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     ([(header::CONTENT_TYPE, TEXT_FORMAT)], page.render()).into_response()
 }
 
-async fn drain(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
-    if admin.drain.send_replace(true) {
+/// Browsers send `Origin` with each POST of a web page, and a page of any site can post to an address that the browser reaches.
+async fn drain(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> (StatusCode, &'static str) {
+    if headers.contains_key(header::ORIGIN) {
+        (StatusCode::FORBIDDEN, "web pages may not drain a node: send no Origin\n")
+    } else if admin.drain.send_replace(true) {
         (StatusCode::ACCEPTED, "already draining\n")
     } else {
         (StatusCode::ACCEPTED, "draining; the process exits when done\n")
@@ -215,6 +222,17 @@ mod tests {
         // A reset is an end, too.
         let _ = stream.read_to_string(&mut answer).await;
         answer
+    }
+
+    #[tokio::test]
+    async fn web_page_may_not_drain_the_node() {
+        let (admin, drained) = admin(Vec::new(), None);
+        let address = start(admin).await;
+        let request =
+            "POST /admin/drain HTTP/1.1\r\nHost: x\r\nOrigin: null\r\nConnection: close\r\n\r\n";
+        let answer = exchange(address, request).await;
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+        assert!(!*drained.borrow());
     }
 
     #[tokio::test]

@@ -63,7 +63,8 @@ Each setting can be given as a flag (`--some-name`), as an environment variable 
 of the TOML file named by `--config` (`some_name = …`). A flag overrides the environment, the environment
 overrides the file, and the file overrides the default. An empty environment variable counts as not set.
 Invalid values and unknown keys of the file are reported at start, all at once, each with an example. If all
-values are valid, the program also reports settings that are missing or contradict each other. An unknown
+values are valid, the program also reports settings that are missing or contradict each other; those of a
+file that is no valid TOML count as missing. An unknown
 flag is reported alone. The exit status is 2. Unknown environment variables are ignored. `delivery config`
 prints the effective values and the source of each.
 

@@ -107,8 +107,8 @@ settings! {
         inbound_messages_per_second: Count = "100", from "1" to "65535", example "20";
         /// Maximum number of bytes per second from one client; more close its session with 1008.
         inbound_bytes_per_second: Size = "256KiB", from "4KiB" to "1GiB", example "256KiB";
-        /// Maximum size of one message from a client, after decompression; a larger one closes its
-        /// session with 1009.
+        /// Maximum size of one message from a client, as it arrives and after decompression; a larger one closes its session
+        /// with 1009.
         message_bytes_max: Size = "64KiB", from "1KiB" to "1GiB", example "64KiB";
         /// Maximum number of events queued for one client; more close its session with 1011 (slow
         /// reader).

@@ -263,7 +263,9 @@ fn check_host(fields: &HeaderFields<'_>, minor_version: u8) -> Result<(), Refuse
     match fields.one("host")? {
         Some(host) if target::is_authority(host) => Ok(()),
         None if minor_version == 0 => Ok(()),
-        _ => Err(Refused::bad_request("Host must be given once and name this server")),
+        _ => Err(Refused::bad_request(
+            "Host must be given once, as a name or an address, with or without a port",
+        )),
     }
 }
 

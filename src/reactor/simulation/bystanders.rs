@@ -14,8 +14,8 @@ use crate::reactor::wheel::TICK_MS;
 /// How long an event of a bystander may wait in its ring and in the shard, ms: for queues, then for room, and the
 /// precision of the timers.
 const LATE_MS_MAX: u64 = 2 * WAIT_MS_MAX + 4 * TICK_MS;
-/// The same in turns in which the rings do not wait for clients, if each turn handles all completions.
-const LATE_TURNS_MAX: u64 = 100;
+/// The same in turns that handle all completions, and in which the rings do not wait for clients.
+const LATE_TURNS_MAX: u64 = 4;
 
 /// When an event entered the ring.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,8 @@ pub(super) struct Bystanders {
     awaited: HashMap<(usize, u64), Since>,
     /// Time that the shard has slept by its own decision, ms.
     slept_ms: u64,
-    /// Turns after which the rings did not wait for clients: that wait is bounded in time.
+    /// Turns after which no completion was left, and the rings did not wait for clients: that wait is bounded in time. While
+    /// completions are left, the sends that the rings wait for may be among them.
     turns: u64,
 }
 
@@ -97,14 +98,12 @@ impl Simulation {
 
     /// Checks after a turn.
     pub(super) fn check_bystanders(&mut self) {
-        let waits = self.shard.as_ref().is_some_and(Shard::waits_for_clients);
-        self.bystanders.turns += u64::from(!waits);
+        let counts = self
+            .shard
+            .as_ref()
+            .is_some_and(|it| !it.waits_for_clients() && !it.kernel().has_completions());
+        self.bystanders.turns += u64::from(counts);
         let (now_ms, turns) = (self.bystanders.slept_ms, self.bystanders.turns);
-        let completions_max = match self.setup.faults.completion_slots {
-            0 => u64::from(self.setup.config.completions_max),
-            slots => u64::from(self.setup.config.completions_max).min(slots.into()),
-        };
-        let turns_max = LATE_TURNS_MAX * (1 + 200 / completions_max);
         let clients = &self.clients;
         self.bystanders.awaited.retain(|(number, event), since| {
             let client = &clients[*number];
@@ -118,7 +117,7 @@ impl Simulation {
                 late.0
             );
             assert!(
-                is_over || late.1 <= turns_max,
+                is_over || late.1 <= LATE_TURNS_MAX,
                 "event {event} of bystander {number} is {} turns late",
                 late.1
             );

@@ -411,6 +411,11 @@ impl SimulatedKernel {
         &mut self.sockets[id.0]
     }
 
+    /// Whether there are completions that the shard has not taken.
+    pub fn has_completions(&self) -> bool {
+        !self.completions.is_empty()
+    }
+
     fn is_completion_queue_full(&self) -> bool {
         let slots = usize::from(self.faults.completion_slots);
         slots > 0 && self.completions.len() >= slots

@@ -7,7 +7,6 @@ use super::session::ModelEvent;
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::wait_allowance::WAIT_MS_MAX;
-use crate::reactor::shard::Shard;
 use crate::reactor::simulation::kernel::Faults;
 use crate::reactor::wheel::TICK_MS;
 

@@ -139,7 +139,7 @@ impl HubMetrics {
         self.refused[at.expect("all are listed")].add(1);
     }
 
-    /// What [`HubMetrics::count_refused`] has counted, by the HTTP status that corresponds.
+    /// Refused requests, by the HTTP status that corresponds.
     pub fn refused(&self) -> impl Iterator<Item = (u16, u64)> {
         status::HTTP_STATUSES.into_iter().zip(self.refused.iter().map(SharedCounter::get))
     }

@@ -41,14 +41,19 @@ impl AtomicAmount {
         self.cost.fetch_add(events * cost, Ordering::Relaxed);
     }
 
+    /// Events and bytes, as they are.
+    pub(super) fn sums(&self) -> [i64; 2] {
+        [&self.events, &self.cost].map(|sum| sum.load(Ordering::Relaxed))
+    }
+
     /// Number of events.
     pub(super) fn events(&self) -> u64 {
-        u64::try_from(self.events.load(Ordering::Relaxed)).unwrap_or(0)
+        u64::try_from(self.sums()[0]).unwrap_or(0)
     }
 
     /// Bytes ([`Event::cost`]).
     pub(super) fn cost(&self) -> u64 {
-        u64::try_from(self.cost.load(Ordering::Relaxed)).unwrap_or(0)
+        u64::try_from(self.sums()[1]).unwrap_or(0)
     }
 }
 

@@ -431,7 +431,11 @@ impl World {
         assert!(self.by_key.is_empty(), "sessions that did not end: {:?}", self.by_key);
         assert!(self.outstanding.is_empty(), "deliveries that are not done");
         let (queued, held) = (&self.hub.notices.queued, &self.hub.notices.held);
-        assert_eq!([queued.events(), held.events(), queued.cost(), held.cost()], [0; 4]);
+        assert_eq!(
+            [queued.sums(), held.sums()],
+            [[0; 2]; 2],
+            "queued and held, when all have ended"
+        );
         assert!(self.clients.iter().all(|client| client.ended || client.connection.is_none()));
     }
 }

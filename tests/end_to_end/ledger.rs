@@ -78,6 +78,12 @@ impl Size {
         let shards = many / PER_SHARD;
         Self { shards, few: many * 77 / 160, many }
     }
+
+    /// Room for records per session that connects after the first reading, if each table doubles once.
+    fn records(&self) -> f64 {
+        let room = |sessions: usize| (sessions / self.shards).next_power_of_two() * self.shards;
+        (room(self.many) - room(self.few)) as f64 / (self.many - self.few) as f64
+    }
 }
 
 /// Memory at one moment.
@@ -88,10 +94,13 @@ struct Reading {
     process: f64,
     /// Allocated slots of all shards: chunks of 1,024.
     slots: f64,
+    /// Room in the tables of records: each shard has one, which doubles. Shards that run more often accept more clients, so
+    /// not all of them double between the readings.
+    records: f64,
 }
 
 impl Reading {
-    fn take(node: &Node, sessions: usize) -> Self {
+    fn take(node: &Node, shards: usize, sessions: usize) -> Self {
         let look = || {
             let rollup = read(&format!("/proc/{}/smaps_rollup", node.pid().as_raw_nonzero()));
             bytes_of(&rollup, "Anonymous:") + bytes_of(&rollup, "Swap:")
@@ -103,14 +112,23 @@ impl Reading {
             process = if looks == 0 { now } else { process };
             (looks == SETTLED_LOOKS).then_some(())
         });
-        let slots = node.metrics().sum("delivery_shard_slots_allocated", &[]);
-        Self { sessions: sessions as f64, process, slots }
+        let metrics = node.metrics();
+        let slots = metrics.sum("delivery_shard_slots_allocated", &[]);
+        let of_shard = |shard| format!("shard=\"{shard}\"");
+        let records = |shard| {
+            let used = metrics.sum("delivery_shard_slots_used", &[&of_shard(shard)]);
+            (used as usize).next_power_of_two() as f64
+        };
+        let records = (0..shards).map(records).sum();
+        Self { sessions: sessions as f64, process, slots, records }
     }
 
-    /// Bytes and slots per session since `before`.
-    fn since(&self, before: &Self) -> (f64, f64) {
+    /// Bytes, slots and room for records per session since `before`.
+    fn since(&self, before: &Self) -> (f64, f64, f64) {
         let sessions = self.sessions - before.sessions;
-        ((self.process - before.process) / sessions, (self.slots - before.slots) / sessions)
+        let each = |after: f64, before: f64| (after - before) / sessions;
+        let (process, slots) = (each(self.process, before.process), each(self.slots, before.slots));
+        (process, slots, each(self.records, before.records))
     }
 }
 
@@ -203,16 +221,18 @@ fn session_takes_the_memory_of_the_ledger() {
 
     let mut crowd = Crowd::new(node.public);
     grow(&mut crowd, &node, size.few);
-    let few = Reading::take(&node, size.few);
+    let few = Reading::take(&node, size.shards, size.few);
     let mut slabs = vec![(size.few, Slabs::read())];
     for step in 1..=STEPS {
         let sessions = size.few + (size.many - size.few) * step / STEPS;
         grow(&mut crowd, &node, sessions);
         slabs.push((sessions, Slabs::read()));
     }
-    let (measured, slots) = Reading::take(&node, size.many).since(&few);
-    // Slots are allocated in chunks.
-    let reckoned = all + part("slot") * (slots - 1.0);
+    let (measured, slots, records) = Reading::take(&node, size.shards, size.many).since(&few);
+    // Slots are allocated in chunks. The table of records of each shard is to double once; those that do not take less.
+    let reckoned =
+        all + part("slot") * (slots - 1.0) + part("record") * (records / size.records() - 1.0);
+    println!("a session takes {slots:.2} slots and {records:.2} records");
     let outgrown: f64 = TABLES.into_iter().map(part).sum();
     assert_within("process", measured, (LEAST * reckoned, MOST * (reckoned + outgrown)));
     assert!(measured <= BUDGET, "{measured:.0} B a session");

@@ -27,8 +27,9 @@ const MEMORY_SHARE: u64 = 4;
 
 /// Allowed ratio of measured to calculated memory: the minimum without the old copies of tables, the
 /// maximum with them. The allocator rounds up (to 80 bytes for the ids) and does not return the memory
-/// of handshakes at once. A ledger without its smallest part, 32 bytes, would exceed the maximum.
-const LEAST: f64 = 0.95;
+/// of handshakes at once: readings of the same build were 224 to 296 bytes, so the minimum has a margin. A ledger without
+/// its smallest part, 32 bytes, would exceed the maximum.
+const LEAST: f64 = 0.9;
 const MOST: f64 = 1.18;
 /// The parts of the ledger that are tables.
 const TABLES: [&str; 2] = ["directory", "record"];

@@ -27,9 +27,9 @@ const MEMORY_SHARE: u64 = 4;
 
 /// Allowed ratio of measured to calculated memory: the minimum without the old copies of tables, the
 /// maximum with them. The allocator rounds up (to 80 bytes for the ids) and does not return the memory
-/// of handshakes at once: readings of the same build were 224 to 296 bytes, so the minimum has a margin. A ledger without
-/// its smallest part, 32 bytes, would exceed the maximum.
-const LEAST: f64 = 0.9;
+/// of handshakes at once, up to a page for each shard: so the median of [`RUNS`] counts. A ledger without its smallest
+/// part, 32 bytes, would exceed the maximum.
+const LEAST: f64 = 0.95;
 const MOST: f64 = 1.18;
 /// The parts of the ledger that are tables.
 const TABLES: [&str; 2] = ["directory", "record"];
@@ -39,6 +39,8 @@ const BUDGET: f64 = 400.0;
 const CACHES: RangeInclusive<f64> = 0.8..=1.2;
 /// The same for all slabs of the machine, which other processes use as well.
 const ALL_SLABS: RangeInclusive<f64> = 0.7..=1.4;
+/// Runs, each with a node of its own.
+const RUNS: usize = 3;
 /// Readings of the slabs. Other processes that disturb one of them hardly move the median.
 const STEPS: usize = 12;
 
@@ -202,60 +204,89 @@ fn assert_within(what: &str, measured: f64, (least, most): (f64, f64)) {
     );
 }
 
+/// What a session takes, bytes.
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    process: f64,
+    /// By the ledger.
+    reckoned: f64,
+    /// Old copies of tables, at most.
+    outgrown: f64,
+}
+
+impl Measured {
+    fn ratio(&self) -> f64 {
+        self.process / self.reckoned
+    }
+
+    /// Compares the kernel's memory with the ledger, and returns that of the process.
+    fn run() -> Self {
+        let size = Size::of_this_machine();
+        let node = NodeBuilder::dev()
+            .set("SHARDS", size.shards)
+            // The clients answer no pings.
+            .set("PING_INTERVAL", "1h")
+            .set("IDLE_TIMEOUT", "2h")
+            // On a busy machine they may send their first message late.
+            .set("RESUME_GRACE", "5m")
+            .start();
+        let metrics = node.metrics();
+        let part = |part: &str| {
+            metrics.sum("delivery_memory_session_bytes", &[&format!("part=\"{part}\"")])
+        };
+        let all = metrics.sum("delivery_memory_session_bytes", &[]);
+
+        let mut crowd = Crowd::new(node.public);
+        grow(&mut crowd, &node, size.few);
+        let few = Reading::take(&node, size.shards, size.few);
+        let mut slabs = vec![(size.few, Slabs::read())];
+        for step in 1..=STEPS {
+            let sessions = size.few + (size.many - size.few) * step / STEPS;
+            grow(&mut crowd, &node, sessions);
+            slabs.push((sessions, Slabs::read()));
+        }
+        let (measured, slots, records) = Reading::take(&node, size.shards, size.many).since(&few);
+        // Slots are allocated in chunks. The table of records of each shard is to double once; those that do not take less.
+        let reckoned =
+            all + part("slot") * (slots - 1.0) + part("record") * (records / size.records() - 1.0);
+        println!("a session takes {slots:.2} slots and {records:.2} records");
+        let outgrown: f64 = TABLES.into_iter().map(part).sum();
+        let process = measured;
+        println!("process: {process:.0} B a session, {reckoned:.0} B by the ledger");
+
+        let name = "delivery_memory_session_kernel_bytes";
+        let kernel = |part: &str| metrics.sum(name, &[&format!("part=\"{part}\"")]);
+        // The other end is a socket in a table, too, but without a poll.
+        let both = 2.0 * metrics.sum(name, &[]) - kernel("watch");
+        let around = |reckoned: f64, range: &RangeInclusive<f64>| {
+            (reckoned * range.start(), reckoned * range.end())
+        };
+        let measured = slope(&slabs, |slabs| Some(slabs.all)).expect("readable by every user");
+        assert_within("slabs, both ends", measured, around(both, &ALL_SLABS));
+        let sockets = slope(&slabs, |slabs| slabs.of(&SOCKET));
+        let watches = slope(&slabs, |slabs| slabs.of(&[WATCH]));
+        for (what, measured, reckoned) in [
+            ("sockets, both ends", sockets, 2.0 * kernel("socket")),
+            ("watch", watches, kernel("watch")),
+        ] {
+            match measured {
+                Some(measured) => assert_within(what, measured, around(reckoned, &CACHES)),
+                None => println!("{what}: only root may look at /proc/slabinfo"),
+            }
+        }
+        Self { process, reckoned, outgrown }
+    }
+}
+
 #[test]
 #[ignore = "loads the machine: tests/run end_to_end"]
 fn session_takes_the_memory_of_the_ledger() {
     // The node inherits this: a huge page that the kernel makes of small ones would be counted as
     // memory of sessions.
     rustix::thread::disable_transparent_huge_pages(true).expect("Linux has this");
-    let size = Size::of_this_machine();
-    let node = NodeBuilder::dev()
-        .set("SHARDS", size.shards)
-        // The clients answer no pings.
-        .set("PING_INTERVAL", "1h")
-        .set("IDLE_TIMEOUT", "2h")
-        .start();
-    let metrics = node.metrics();
-    let part =
-        |part: &str| metrics.sum("delivery_memory_session_bytes", &[&format!("part=\"{part}\"")]);
-    let all = metrics.sum("delivery_memory_session_bytes", &[]);
-
-    let mut crowd = Crowd::new(node.public);
-    grow(&mut crowd, &node, size.few);
-    let few = Reading::take(&node, size.shards, size.few);
-    let mut slabs = vec![(size.few, Slabs::read())];
-    for step in 1..=STEPS {
-        let sessions = size.few + (size.many - size.few) * step / STEPS;
-        grow(&mut crowd, &node, sessions);
-        slabs.push((sessions, Slabs::read()));
-    }
-    let (measured, slots, records) = Reading::take(&node, size.shards, size.many).since(&few);
-    // Slots are allocated in chunks. The table of records of each shard is to double once; those that do not take less.
-    let reckoned =
-        all + part("slot") * (slots - 1.0) + part("record") * (records / size.records() - 1.0);
-    println!("a session takes {slots:.2} slots and {records:.2} records");
-    let outgrown: f64 = TABLES.into_iter().map(part).sum();
-    assert_within("process", measured, (LEAST * reckoned, MOST * (reckoned + outgrown)));
-    assert!(measured <= BUDGET, "{measured:.0} B a session");
-
-    let name = "delivery_memory_session_kernel_bytes";
-    let kernel = |part: &str| metrics.sum(name, &[&format!("part=\"{part}\"")]);
-    // The other end is a socket in a table, too, but without a poll.
-    let both = 2.0 * metrics.sum(name, &[]) - kernel("watch");
-    let around = |reckoned: f64, range: &RangeInclusive<f64>| {
-        (reckoned * range.start(), reckoned * range.end())
-    };
-    let measured = slope(&slabs, |slabs| Some(slabs.all)).expect("readable by every user");
-    assert_within("slabs, both ends", measured, around(both, &ALL_SLABS));
-    let sockets = slope(&slabs, |slabs| slabs.of(&SOCKET));
-    let watches = slope(&slabs, |slabs| slabs.of(&[WATCH]));
-    for (what, measured, reckoned) in [
-        ("sockets, both ends", sockets, 2.0 * kernel("socket")),
-        ("watch", watches, kernel("watch")),
-    ] {
-        match measured {
-            Some(measured) => assert_within(what, measured, around(reckoned, &CACHES)),
-            None => println!("{what}: only root may look at /proc/slabinfo"),
-        }
-    }
+    let mut runs: Vec<_> = (0..RUNS).map(|_| Measured::run()).collect();
+    runs.sort_by(|one, other| f64::total_cmp(&one.ratio(), &other.ratio()));
+    let Measured { process, reckoned, outgrown } = runs[RUNS / 2];
+    assert_within("process", process, (LEAST * reckoned, MOST * (reckoned + outgrown)));
+    assert!(process <= BUDGET, "{process:.0} B a session");
 }

@@ -2,6 +2,8 @@
 //! slot distinguishes its uses. The lowest chunk with a free slot is used first, so that the upper
 //! chunks empty and are returned after a peak.
 
+use std::ops::{Index, IndexMut};
+
 use crate::domain::ids::{ConnectionKey, GENERATION_MAX};
 
 /// Slots of one chunk: allocated and returned together.
@@ -112,12 +114,8 @@ impl<T> Slab<T> {
     /// The value of this slot and generation, if present.
     pub fn get_mut(&mut self, key: ConnectionKey) -> Option<&mut T> {
         let slot = key.slot as usize;
-        let entry = self
-            .chunks
-            .get_mut(slot / CHUNK_SLOTS)?
-            .slots
-            .as_deref_mut()?
-            .get_mut(slot % CHUNK_SLOTS)?;
+        let slots = self.chunks.get_mut(slot / CHUNK_SLOTS)?.slots.as_deref_mut()?;
+        let entry = &mut slots[slot % CHUNK_SLOTS];
         match &mut entry.content {
             Content::Used(value) if entry.generation == key.generation => Some(value),
             _ => None,
@@ -198,6 +196,34 @@ impl<T> Slab<T> {
     }
 }
 
+/// The value of a key that is known to be present, such as that of a completion.
+///
+/// # Panics
+/// If it is not: the slot was freed too early.
+impl<T> Index<ConnectionKey> for Slab<T> {
+    type Output = T;
+
+    #[track_caller]
+    fn index(&self, key: ConnectionKey) -> &T {
+        let Some(value) = self.get(key) else { absent(key) };
+        value
+    }
+}
+
+impl<T> IndexMut<ConnectionKey> for Slab<T> {
+    #[track_caller]
+    fn index_mut(&mut self, key: ConnectionKey) -> &mut T {
+        let Some(value) = self.get_mut(key) else { absent(key) };
+        value
+    }
+}
+
+#[cold]
+#[track_caller]
+fn absent(key: ConnectionKey) -> ! {
+    panic!("nothing at {key:?}: a slot is kept while a request is in flight")
+}
+
 impl<T> Chunk<T> {
     fn is_full(&self) -> bool {
         self.used == CHUNK_SLOTS
@@ -263,6 +289,15 @@ mod tests {
         assert_eq!(slab.get_mut(first), None);
         assert_eq!(slab.remove(first), None);
         assert_eq!(slab.get_mut(second), Some(&mut 'c'));
+    }
+
+    #[test]
+    #[should_panic(expected = "nothing at ConnectionKey { slot: 0, generation: 1 }")]
+    fn index_of_a_removed_value_names_its_key() {
+        let mut slab = Slab::new(1);
+        let key = slab.insert('a').unwrap();
+        slab.remove(key).unwrap();
+        slab[key] = 'b';
     }
 
     #[test]

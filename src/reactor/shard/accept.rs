@@ -53,7 +53,7 @@ impl<K: Kernel> Shard<K> {
             && (self.has_own_room() || self.capacity.free() == 0)
         {
             let Some(key) = self.slab.insert(Connection::accepting()) else { return };
-            self.connection(key).expect("just inserted").in_flight.begin(RequestSet::ACCEPT);
+            self.slab[key].in_flight.begin(RequestSet::ACCEPT);
             self.accepting.in_flight += 1;
             self.kernel.accept(key);
         }
@@ -91,18 +91,18 @@ impl<K: Kernel> Shard<K> {
     }
 
     pub(super) fn accepted(&mut self, key: ConnectionKey, peer: IpAddr) {
-        let now = self.now;
         self.accepting.in_flight -= 1;
         self.counters.counts.accepted.add(1);
-        let connection = self.completed(key, RequestSet::ACCEPT);
-        connection.last_received = now.into();
+        let connection = &mut self.slab[key];
+        connection.in_flight.complete(RequestSet::ACCEPT);
+        connection.last_received = self.now.into();
         if self.stopping.is_some() {
             return self.terminate(key, EndReason::Draining, HowToClose::Orderly);
         }
         let refused = match self.check_limits(peer) {
             Ok(permit) => {
                 let deadline = self.after(self.config.handshake_ms_max);
-                let connection = self.connection(key).expect("the connection is present");
+                let connection = &mut self.slab[key];
                 connection.address = Some(permit);
                 connection.deadline = deadline.into();
                 self.set_lifecycle(
@@ -117,10 +117,7 @@ impl<K: Kernel> Shard<K> {
             }
             Err(refused) => Some(refused),
         };
-        self.connection(key)
-            .expect("the connection is present")
-            .in_flight
-            .begin(RequestSet::POLL_READABLE);
+        self.slab[key].in_flight.begin(RequestSet::POLL_READABLE);
         self.kernel.poll_readable(key);
         match refused {
             None => self.schedule(key),
@@ -134,8 +131,8 @@ impl<K: Kernel> Shard<K> {
 
     pub(super) fn accept_failed(&mut self, key: ConnectionKey, error: Errno) {
         self.accepting.in_flight -= 1;
-        self.completed(key, RequestSet::ACCEPT);
-        self.slab.remove(key).expect("the connection is present");
+        self.slab[key].in_flight.complete(RequestSet::ACCEPT);
+        self.slab.remove(key);
         if error == Errno::CANCELED && !self.accepting.open {
             return;
         }
@@ -183,11 +180,8 @@ impl<K: Kernel> Shard<K> {
 
     /// Answers a request, or an incomplete one, with an HTTP error and closes.
     pub(super) fn answer(&mut self, key: ConnectionKey, refused: &Refused, why: EndReason) {
-        let deadline = self.after(self.config.close_ms_max);
-        let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
-        self.give_up_held(lifecycle);
-        let connection = self.connection(key).expect("the connection is present");
-        connection.deadline = deadline.into();
+        self.begin_close(key, why);
+        let connection = &mut self.slab[key];
         connection.inbound = InboundRate::default();
         connection.phase = connection.phase.next(Signal::Aborted).expect("allowed in every phase");
         self.push_own(key, upgrade::response_refused(refused).into());

@@ -87,7 +87,7 @@ impl<K: Kernel> Shard<K> {
         let now = self.now;
         let ping_due = ping_due(&self.config, key);
         let idle = ticks(self.config.idle_ms_max);
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         let pinged = connection.flags.has(Flags::PINGED);
         if now < connection.last_received.near(now) + if pinged { idle } else { ping_due } {
             return false;
@@ -113,7 +113,7 @@ impl<K: Kernel> Shard<K> {
 
     fn check_catch_up(&mut self, key: ConnectionKey) {
         let now = self.now;
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &self.slab[key];
         match &connection.lifecycle {
             Lifecycle::Holding(holding)
                 if holding.delivered_by_catch_up.is_none() && now >= holding.deadline =>

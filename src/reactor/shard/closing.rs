@@ -27,7 +27,7 @@ impl<K: Kernel> Shard<K> {
             self.push_last_cursor(key);
         }
         self.begin_close(key, why);
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.phase = connection.phase.next(Signal::CloseSent).expect("the phase was open");
         self.push_own(key, frame::encode_close(close));
         self.schedule(key);
@@ -36,12 +36,10 @@ impl<K: Kernel> Shard<K> {
     /// Closes after a protocol violation of the client. Nothing more is read from it (RFC 6455
     /// §7.1.7).
     pub(super) fn close_for_violation(&mut self, key: ConnectionKey, close: &Close) {
-        let connection = self.connection(key).expect("the connection is present");
-        let open = connection.lifecycle.is_open();
-        if open {
+        if self.slab[key].lifecycle.is_open() {
             self.close(key, close, EndReason::PeerAtFault);
         }
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.receiver = Receiver::default();
         connection.inbound = InboundRate::default();
         connection.phase = connection.phase.next(Signal::Aborted).expect("allowed in every phase");
@@ -53,7 +51,7 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn close_for_overflow(&mut self, key: ConnectionKey) {
         self.counters.counts.queue_overflows.add(1);
         self.begin_close(key, EndReason::QueueOverflow);
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.phase = connection.phase.next(Signal::CloseSent).expect("the phase was open");
         connection.flags.set(Flags::CUT);
         self.cut_if_due(key);
@@ -62,7 +60,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Drops the frames of an overflown queue, once no send is reading the queue.
     pub(super) fn cut_if_due(&mut self, key: ConnectionKey) {
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         if connection.in_flight.any(RequestSet::SEND) || !connection.flags.clear(Flags::CUT) {
             return;
         }
@@ -75,18 +73,13 @@ impl<K: Kernel> Shard<K> {
     /// Handles the client's close frame: answers it, unless it is itself the answer (RFC 6455
     /// §5.5.1).
     pub(super) fn peer_closed(&mut self, key: ConnectionKey, code: Option<CloseCode>) {
-        let connection = self.connection(key).expect("the connection is present");
-        let phase = connection
-            .phase
-            .next(Signal::CloseReceived)
-            .expect("frames are read only before the close");
-        connection.phase = phase;
+        let phase = self.slab[key].phase.next(Signal::CloseReceived);
+        let phase = phase.expect("frames are read only before the close");
+        self.slab[key].phase = phase;
         match phase {
             Phase::OwingEcho => {
                 self.begin_close(key, EndReason::ClosedByPeer);
-                let connection = self.connection(key).expect("the connection is present");
-                connection.phase =
-                    connection.phase.next(Signal::CloseSent).expect("an echo is owed");
+                self.slab[key].phase = phase.next(Signal::CloseSent).expect("an echo is owed");
                 self.push_own(key, frame::encode_close_reply(code));
                 self.schedule(key);
             }
@@ -100,7 +93,7 @@ impl<K: Kernel> Shard<K> {
     /// The client has shut down its half of the stream. An open connection is terminated; one that
     /// is closing still sends its last frames.
     pub(super) fn fin_received(&mut self, key: ConnectionKey) {
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.flags.set(Flags::FIN_RECEIVED);
         match connection.lifecycle {
             Lifecycle::Closing(_) => {
@@ -112,14 +105,12 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Begins the close of an open connection and drops its held events. The receiver stays: the
-    /// answer of the peer is still read.
-    fn begin_close(&mut self, key: ConnectionKey, why: EndReason) {
-        let deadline = self.after(self.config.close_ms_max);
+    /// Begins a close and drops the held events. The receiver stays: the answer of the peer is still
+    /// read. The caller moves the phase on, which no second close can.
+    pub(super) fn begin_close(&mut self, key: ConnectionKey, why: EndReason) {
         let lifecycle = self.set_lifecycle(key, Lifecycle::Closing(why));
-        assert!(lifecycle.is_open(), "only an open connection is closed");
         self.give_up_held(lifecycle);
-        self.connection(key).expect("the connection is present").deadline = deadline.into();
+        self.slab[key].deadline = self.after(self.config.close_ms_max).into();
     }
 
     /// Drops the events that a lifecycle holds.
@@ -135,7 +126,7 @@ impl<K: Kernel> Shard<K> {
     /// Sends our FIN, if all frames are sent and no close frame is awaited.
     pub(super) fn shut_down_if_flushed(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.linger_ms_max);
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         let Lifecycle::Closing(why) = connection.lifecycle else { return };
         if connection.phase != Phase::Closed
             || !connection.queue.is_empty()
@@ -157,7 +148,7 @@ impl<K: Kernel> Shard<K> {
     /// Ends a close without waiting for the rest of it. What the client has not taken by now is discarded. If it has taken
     /// everything and has only not answered our close frame, the kernel may still deliver what it has.
     pub(super) fn give_up_close(&mut self, key: ConnectionKey) {
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &self.slab[key];
         let (Lifecycle::Closing(why) | Lifecycle::Lingering(why)) = connection.lifecycle else {
             panic!("no close has begun")
         };
@@ -176,7 +167,7 @@ impl<K: Kernel> Shard<K> {
             _ => why,
         };
         self.wheel.unset(&mut self.slab, key.slot);
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.receiver = Receiver::default();
         connection.queue.clear(&mut self.nodes, |outgoing| {
             self.tally.recipient_done(&outgoing, Outcome::Ended);
@@ -195,7 +186,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Closes the socket, if nothing is in flight.
     pub(super) fn free_if_idle(&mut self, key: ConnectionKey) {
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         if let Lifecycle::Terminating(how) = connection.lifecycle
             && connection.in_flight.is_none()
         {
@@ -207,14 +198,14 @@ impl<K: Kernel> Shard<K> {
 
     /// A request without other effects has completed.
     pub(super) fn request_completed(&mut self, key: ConnectionKey, of: RequestSet) {
-        self.completed(key, of);
+        self.slab[key].in_flight.complete(of);
         self.free_if_idle(key);
     }
 
     /// The socket is closed: frees the slot.
     pub(super) fn free_slot(&mut self, key: ConnectionKey) {
-        self.completed(key, RequestSet::CLOSE);
-        let connection = self.slab.remove(key).expect("the connection is present");
+        self.slab[key].in_flight.complete(RequestSet::CLOSE);
+        let connection = self.slab.remove(key).expect("its last request has just completed");
         assert!(connection.in_flight.is_none() && connection.queue.is_empty());
         if let Some(permit) = connection.address {
             self.admitted -= 1;
@@ -225,7 +216,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Closes a session for the service, or refuses one that is still undecided.
     pub(super) fn close_by_service(&mut self, key: ConnectionKey, close: &Close, why: EndReason) {
-        match self.connection(key).map(|connection| &connection.lifecycle) {
+        match self.slab.get(key).map(|connection| &connection.lifecycle) {
             Some(lifecycle) if lifecycle.is_open() => self.close(key, close, why),
             Some(Lifecycle::Deciding(_)) => self.refuse_unavailable(key, why),
             _ => self.counters.counts.commands_stale.add(1),
@@ -247,7 +238,7 @@ impl<K: Kernel> Shard<K> {
         let to = end.min(cursor + CLOSES_PER_TURN_MAX);
         for slot in cursor..to {
             let Some(key) = self.slab.key_at(slot) else { continue };
-            match self.connection(key).map(|connection| &connection.lifecycle) {
+            match self.slab.get(key).map(|connection| &connection.lifecycle) {
                 Some(lifecycle) if lifecycle.is_open() => {
                     self.close(key, &close, EndReason::Draining)
                 }

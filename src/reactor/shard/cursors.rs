@@ -31,8 +31,7 @@ impl<K: Kernel> Shard<K> {
     /// Lists a session that has gone live, or has asked for cursors while it is live.
     pub(super) fn add_for_cursors(&mut self, key: ConnectionKey) {
         if gets_cursors(&self.slab, key) {
-            let connection = self.slab.get_mut(key).expect("the connection is present");
-            connection.flags.set(Flags::CURSOR_WANTED);
+            self.slab[key].flags.set(Flags::CURSOR_WANTED);
             self.cursors.add(key, |key| gets_cursors(&self.slab, key));
         }
     }
@@ -47,7 +46,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Counts frames that were sent. When a burst has drained, the session wants a cursor.
     pub(super) fn count_for_cursor(&mut self, key: ConnectionKey, frames: usize) {
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         if !connection.flags.has(Flags::CURSORS) {
             return;
         }

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::clock::ticks;
 use super::tally::Outcome;
 use super::{Leftover, SESSION_MANAGER, Shard};
 use crate::domain::caught_up::CaughtUp;
@@ -103,40 +104,17 @@ impl<K: Kernel> Shard<K> {
     /// ([`WaitAllowance`]), so that clients that read in small amounts
     /// cannot stall the others. After that the queue may overflow.
     fn is_waiting_for_queue(&mut self) -> bool {
-        let mut awaited = std::mem::take(&mut self.awaited);
-        awaited.retain(|key| {
-            let socket_is_full = self.slab.get(*key).is_some_and(Connection::has_full_socket);
-            let waits = self.is_filling(*key) && !(socket_is_full && self.queue_waits.is_used_up());
-            if !waits && let Some(connection) = self.slab.get_mut(*key) {
+        let is_used_up = self.queue_waits.is_used_up();
+        self.awaited.retain(|key| {
+            let Some(connection) = self.slab.get_mut(*key) else { return false };
+            let waits = is_filling(connection, self.now, &self.config)
+                && !(connection.has_full_socket() && is_used_up);
+            if !waits {
                 connection.flags.clear(Flags::AWAITED);
             }
             waits
         });
-        self.awaited = awaited;
         !self.awaited.is_empty()
-    }
-
-    /// The queue has grown: the rings wait for it if it is nearly full.
-    pub(super) fn await_if_filling(&mut self, key: ConnectionKey) {
-        if self.is_filling(key) {
-            let connection = self.slab.get_mut(key).expect("the connection is present");
-            if !connection.flags.set(Flags::AWAITED) {
-                self.awaited.push(key);
-            }
-        }
-    }
-
-    /// Whether the queue of a live session has little room left, while its socket keeps up.
-    fn is_filling(&self, key: ConnectionKey) -> bool {
-        let Some(connection) = self.slab.get(key) else { return false };
-        let is_live = matches!(connection.lifecycle, Lifecycle::Live | Lifecycle::Filtering(_));
-        if !is_live || !is_nearly_full(&connection.queue, &self.config) {
-            return false;
-        }
-        // The deadline of a stalled socket is this far from its last progress.
-        let limit = self.after(self.config.write_ms_max);
-        let stalls = connection.deadline.near(self.now) + STALL_TICKS_MAX <= limit;
-        !(connection.flags.has(Flags::STALLED) && stalls)
     }
 
     pub(super) fn holds_too_much(&self) -> bool {
@@ -184,7 +162,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Ends a session because of the events that it holds.
     fn close_holder(&mut self, key: ConnectionKey) {
-        match self.connection(key).map(|connection| &connection.lifecycle) {
+        match self.slab.get(key).map(|connection| &connection.lifecycle) {
             Some(Lifecycle::Deciding(_)) => {
                 let refused = Refused::unavailable("try again", self.config.retry_after_s);
                 self.answer(key, &refused, EndReason::QueueOverflow);
@@ -222,7 +200,7 @@ impl<K: Kernel> Shard<K> {
                 return;
             }
             self.counters.counts.closed_for_room.add(1);
-            match self.connection(key).map(|connection| &connection.lifecycle) {
+            match self.slab.get(key).map(|connection| &connection.lifecycle) {
                 Some(lifecycle) if lifecycle.is_open() => self.close_for_overflow(key),
                 _ => self.terminate(key, EndReason::QueueOverflow, HowToClose::Abort),
             }
@@ -331,8 +309,7 @@ impl<K: Kernel> Shard<K> {
             return Err(Outcome::Ended);
         }
         queue.push(&mut self.nodes, Rc::clone(outgoing));
-        self.mark_dirty(key);
-        self.await_if_filling(key);
+        self.queue_grown(key);
         Ok(())
     }
 
@@ -344,9 +321,8 @@ impl<K: Kernel> Shard<K> {
         length: usize,
     ) -> Result<(), Outcome> {
         let config = &self.config;
-        let connection = self.slab.get_mut(key).expect("the connection is present");
-        let (held, delivered_by_catch_up) =
-            connection.lifecycle.held().expect("the lifecycle holds events");
+        let held = self.slab[key].lifecycle.held();
+        let (held, delivered_by_catch_up) = held.expect("the lifecycle holds events");
         if covered(delivered_by_catch_up, outgoing) {
             return Err(Outcome::Duplicate);
         }
@@ -369,7 +345,7 @@ impl<K: Kernel> Shard<K> {
     fn go_live(&mut self, key: ConnectionKey, delivered: Box<CaughtUp>) {
         let until = self.after(self.config.dedupe_ms);
         let Some(Lifecycle::Holding(_)) =
-            self.connection(key).map(|connection| &connection.lifecycle)
+            self.slab.get(key).map(|connection| &connection.lifecycle)
         else {
             return self.counters.counts.commands_stale.add(1);
         };
@@ -378,8 +354,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Ends catch-up with a filter. Also called when the resume grace period has passed.
     pub(super) fn go_live_with(&mut self, key: ConnectionKey, filter: Filter) {
-        let connection = self.slab.get_mut(key).expect("the connection is present");
-        let Lifecycle::Holding(holding) = &mut connection.lifecycle else {
+        let Lifecycle::Holding(holding) = &mut self.slab[key].lifecycle else {
             panic!("the session holds no events")
         };
         if holding.delivered_by_catch_up.is_some() {
@@ -404,7 +379,7 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn drain_held(&mut self, key: ConnectionKey) {
         let frames_max = usize::from(self.config.queue_frames_max / 2);
         let bytes_max = self.config.queue_bytes_max as usize / 2;
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         let Lifecycle::Holding(holding) = &mut connection.lifecycle else {
             panic!("the session holds no events")
         };
@@ -427,14 +402,13 @@ impl<K: Kernel> Shard<K> {
             self.add_for_cursors(key);
         }
         if something_to_send {
-            self.mark_dirty(key);
-            self.await_if_filling(key);
+            self.queue_grown(key);
         }
     }
 
     fn send_text(&mut self, key: ConnectionKey, text: &str) {
         let frames_max = usize::from(self.config.queue_frames_max);
-        match self.connection(key) {
+        match self.slab.get(key) {
             Some(connection) if connection.lifecycle.is_open() => {
                 if connection.queue.frames() >= frames_max {
                     return self.close_for_overflow(key);
@@ -444,6 +418,18 @@ impl<K: Kernel> Shard<K> {
             _ => self.counters.counts.commands_stale.add(1),
         }
     }
+}
+
+/// Whether the queue of a live session has little room left, while its socket keeps up.
+pub(super) fn is_filling(connection: &Connection, now: Tick, config: &ShardConfig) -> bool {
+    let is_live = matches!(connection.lifecycle, Lifecycle::Live | Lifecycle::Filtering(_));
+    if !is_live || !is_nearly_full(&connection.queue, config) {
+        return false;
+    }
+    // The deadline of a stalled socket is this far from its last progress.
+    let limit = now + ticks(config.write_ms_max);
+    let stalls = connection.deadline.near(now) + STALL_TICKS_MAX <= limit;
+    !(connection.flags.has(Flags::STALLED) && stalls)
 }
 
 /// Whether three quarters of a queue are in use.

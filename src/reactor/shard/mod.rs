@@ -307,22 +307,9 @@ impl<K: Kernel> Shard<K> {
         self.now + clock::ticks(ms)
     }
 
-    fn connection(&mut self, key: ConnectionKey) -> Option<&mut Connection> {
-        self.slab.get_mut(key)
-    }
-
-    /// Removes a completed request and returns its connection. The connection is present: a slot is
-    /// not freed before all its requests have completed.
-    fn completed(&mut self, key: ConnectionKey, of: RequestSet) -> &mut Connection {
-        let connection =
-            self.slab.get_mut(key).expect("a slot is kept while a request is in flight");
-        connection.in_flight.complete(of);
-        connection
-    }
-
     /// Changes a connection's lifecycle and updates the gauges. Returns the previous lifecycle.
     fn set_lifecycle(&mut self, key: ConnectionKey, to: Lifecycle) -> Lifecycle {
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         let from = std::mem::replace(&mut connection.lifecycle, to);
         self.tally.lifecycle_changed(from.class(), connection.lifecycle.class());
         from

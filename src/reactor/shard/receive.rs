@@ -21,18 +21,16 @@ const TOO_MUCH: Close =
 impl<K: Kernel> Shard<K> {
     /// The connection has something to receive.
     pub(super) fn readable(&mut self, key: ConnectionKey, armed: bool, broken: bool) {
+        let connection = &mut self.slab[key];
         if armed {
-            let connection =
-                self.connection(key).expect("a slot is kept while a poll is in flight");
             assert!(connection.in_flight.any(RequestSet::POLL_READABLE));
         } else {
             // If the kernel ended the poll by itself, the next receive starts another.
-            let connection = self.completed(key, RequestSet::POLL_READABLE);
+            connection.in_flight.complete(RequestSet::POLL_READABLE);
             if connection.lifecycle.is_over() {
                 return self.free_if_idle(key);
             }
         }
-        let connection = self.connection(key).expect("the connection is present");
         connection.flags.set(Flags::READABLE);
         if broken {
             connection.flags.set(Flags::BROKEN);
@@ -44,8 +42,6 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn receive_on(&mut self, key: ConnectionKey) {
         let too_many_reports = self.reports.is_backlogged();
         let buffers = self.kernel.receive_buffers();
-        let queue_frames_max = self.config.queue_frames_max;
-        let queue_bytes_max = self.config.queue_bytes_max;
         let Some(connection) = self.slab.get_mut(key) else { return };
         if !connection.flags.has(Flags::READABLE) || connection.in_flight.any(RequestSet::RECEIVE) {
             return;
@@ -56,8 +52,8 @@ impl<K: Kernel> Shard<K> {
             Lifecycle::Terminating(_) | Lifecycle::Freeing => return,
             // An echo is received at the pace at which its answers are sent.
             Lifecycle::Echo(_)
-                if connection.queue.frames() >= usize::from(queue_frames_max / 2)
-                    || connection.queue.bytes() >= queue_bytes_max as usize =>
+                if connection.queue.frames() >= usize::from(self.config.queue_frames_max / 2)
+                    || connection.queue.bytes() >= self.config.queue_bytes_max as usize =>
             {
                 return;
             }
@@ -88,7 +84,7 @@ impl<K: Kernel> Shard<K> {
                 return;
             }
             let Some(key) = self.waiting.pop_front() else { return };
-            if let Some(connection) = self.connection(key) {
+            if let Some(connection) = self.slab.get_mut(key) {
                 connection.flags.clear(Flags::WAITING);
                 self.receive_on(key);
             }
@@ -96,15 +92,15 @@ impl<K: Kernel> Shard<K> {
     }
 
     pub(super) fn received(&mut self, key: ConnectionKey, received: Received<K::Lease>) {
-        let now = self.now;
         self.receives_in_flight -= 1;
-        let connection = self.completed(key, RequestSet::RECEIVE);
+        let connection = &mut self.slab[key];
+        connection.in_flight.complete(RequestSet::RECEIVE);
         if connection.lifecycle.is_over() {
             return self.free_if_idle(key);
         }
         match received {
             Received::Bytes { mut lease, more } => {
-                connection.last_received = now.into();
+                connection.last_received = self.now.into();
                 connection.flags.clear(Flags::PINGED);
                 if more || connection.flags.has(Flags::BROKEN) {
                     connection.flags.set(Flags::READABLE);
@@ -130,8 +126,8 @@ impl<K: Kernel> Shard<K> {
 
     /// Passes received bytes to the handshake or the frame decoder, or drops them after the close.
     fn bytes(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
-        let connection = self.connection(key).expect("the connection is present");
-        match &connection.lifecycle {
+        let connection = &self.slab[key];
+        match connection.lifecycle {
             Lifecycle::Handshake(_) => self.handshake_bytes(key, bytes),
             Lifecycle::Accepting | Lifecycle::Deciding(_) => panic!("no receive was requested"),
             _ if connection.phase.reads_frames() => self.frames(key, bytes),
@@ -142,8 +138,7 @@ impl<K: Kernel> Shard<K> {
     /// Drops what a client sends after it was refused or has violated the protocol. One that sends too much of it is
     /// reset.
     fn dropped(&mut self, key: ConnectionKey, bytes: usize) {
-        let connection = self.connection(key).expect("the connection is present");
-        if !connection.inbound.count_dropped(bytes, DROPPED_BYTES_MAX) {
+        if !self.slab[key].inbound.count_dropped(bytes, DROPPED_BYTES_MAX) {
             self.counters.counts.dropped_too_much.add(1);
             self.terminate(key, EndReason::PeerAtFault, HowToClose::Abort);
         }
@@ -152,7 +147,7 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn frames(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
         let now = self.now;
         let config = &self.config;
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         let limited = !matches!(connection.lifecycle, Lifecycle::Echo(_));
         let message_bytes_max =
             if limited { config.message_bytes_max } else { config.echo_message_bytes_max };
@@ -168,7 +163,7 @@ impl<K: Kernel> Shard<K> {
         let mut sink = |incoming: Incoming<'_>| self.incoming(key, incoming);
         let verdict = receiver.receive(bytes, &rules, &mut scratch, &mut sink);
         self.scratch = scratch;
-        let connection = self.connection(key).expect("a slot is kept while a receive is in flight");
+        let connection = &mut self.slab[key];
         let is_over = connection.lifecycle.is_over();
         let has_deadline = !is_over && receiver.has_begun_another(now);
         if !is_over {
@@ -184,14 +179,13 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn incoming(&mut self, key: ConnectionKey, incoming: Incoming<'_>) -> Flow {
-        let now = self.now;
-        let frames_max = self.config.inbound_frames_per_s_max;
-        let connection = self.connection(key).expect("a slot is kept while a receive is in flight");
+        let connection = &mut self.slab[key];
         if !connection.phase.reads_frames() {
             return Flow::Stop;
         }
         let limited = !matches!(connection.lifecycle, Lifecycle::Echo(_));
-        if limited && !connection.inbound.count_frame(now, frames_max) {
+        let frames_max = self.config.inbound_frames_per_s_max;
+        if limited && !connection.inbound.count_frame(self.now, frames_max) {
             self.too_much(key);
             return Flow::Stop;
         }
@@ -211,8 +205,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8], compressed: bool) {
-        let connection = self.connection(key).expect("the connection is present");
-        match connection.lifecycle {
+        match self.slab[key].lifecycle {
             Lifecycle::Echo(window_bits) => {
                 let window_bits = window_bits.filter(|_| compressed);
                 let frame = window_bits
@@ -234,13 +227,12 @@ impl<K: Kernel> Shard<K> {
     /// control messages.
     fn client_message(&mut self, key: ConnectionKey, kind: MessageKind, payload: &[u8]) {
         let catch_up_deadline = self.after(self.config.catch_up_ms_max);
-        let message_bytes_max = self.config.message_bytes_max as usize;
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         let first = !connection.flags.has(Flags::FIRST_MESSAGE);
         let wanted = first || (kind == MessageKind::Text && payload.first() == Some(&b'{'));
         // A first message that is no text is no resume request. The session manager answers it.
         let text = std::str::from_utf8(payload).ok().or(first.then_some(""));
-        match text.filter(|text| wanted && text.len() <= message_bytes_max) {
+        match text.filter(|text| wanted && text.len() <= self.config.message_bytes_max as usize) {
             Some(text) => {
                 connection.flags.set(Flags::FIRST_MESSAGE);
                 if first && let Lifecycle::Holding(holding) = &mut connection.lifecycle {
@@ -261,7 +253,7 @@ impl<K: Kernel> Shard<K> {
     fn pinged(&mut self, key: ConnectionKey, payload: &[u8]) {
         self.counters.counts.pings_received.add(1);
         let frames_max = usize::from(self.config.queue_frames_max / 2);
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &self.slab[key];
         if connection.phase.may_send() && connection.queue.frames() < frames_max {
             self.push_own(key, frame::encode_pong(payload));
         } else {
@@ -271,13 +263,12 @@ impl<K: Kernel> Shard<K> {
 
     /// Closes an open connection if a message of it is overdue. Returns whether it did.
     pub(super) fn check_message(&mut self, key: ConnectionKey) -> bool {
-        let now = self.now;
-        let message_ms_max = self.config.message_ms_max;
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &self.slab[key];
         // The rest may be here, and wait for a buffer.
         if connection.flags.has(Flags::READABLE)
             || connection.in_flight.any(RequestSet::RECEIVE)
-            || message_deadline(connection, message_ms_max).is_none_or(|deadline| now < deadline)
+            || message_deadline(connection, self.config.message_ms_max)
+                .is_none_or(|at| self.now < at)
         {
             return false;
         }

@@ -1,17 +1,19 @@
 //! Sends the queues. One send is in flight per connection, so frames keep their order. Frames that
 //! are queued during a send go out together in the next one.
 
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use rustix::io::Errno;
 
 use super::Shard;
+use super::intake::is_filling;
 use super::tally::Outcome;
 use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::SEND_BATCH_BYTES;
 use crate::domain::outgoing::{Outgoing, SendBuffer};
-use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
+use crate::reactor::connection::{Connection, Flags, Lifecycle, RequestSet};
 use crate::uring::{HowToClose, Kernel};
 
 /// Sends started per turn: enough to amortise the system call, few enough that their completions
@@ -66,19 +68,16 @@ impl<K: Kernel> Shard<K> {
     /// Queues a frame that is not a delivery: a last frame, a ping or an answer to the client. The
     /// caller bounds their number.
     pub(super) fn push(&mut self, key: ConnectionKey, outgoing: Rc<Outgoing>) {
-        let connection = self.slab.get_mut(key).expect("the connection is present");
-        connection.queue.push(&mut self.nodes, outgoing);
-        self.mark_dirty(key);
-        self.await_if_filling(key);
+        self.slab[key].queue.push(&mut self.nodes, outgoing);
+        self.queue_grown(key);
     }
 
-    /// Lists the connection as having something to send.
-    pub(super) fn mark_dirty(&mut self, key: ConnectionKey) {
-        let connection = self.slab.get_mut(key).expect("the connection is present");
-        if !connection.in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE))
-            && !connection.flags.set(Flags::DIRTY)
-        {
-            self.dirty.push_back(key);
+    /// The queue has grown: it has something to send, and the rings wait for it if it is nearly full.
+    pub(super) fn queue_grown(&mut self, key: ConnectionKey) {
+        let connection = &mut self.slab[key];
+        mark_dirty(&mut self.dirty, key, connection);
+        if is_filling(connection, self.now, &self.config) && !connection.flags.set(Flags::AWAITED) {
+            self.awaited.push(key);
         }
     }
 
@@ -116,14 +115,12 @@ impl<K: Kernel> Shard<K> {
     ) {
         let asked = buffer.bytes().len();
         let batch = buffer.into_batch();
-        let frames_before = {
-            let connection = self.completed(key, RequestSet::SEND);
-            if connection.lifecycle.is_over() {
-                self.return_staging(batch);
-                return self.free_if_idle(key);
-            }
-            connection.queue.frames()
-        };
+        let connection = &mut self.slab[key];
+        connection.in_flight.complete(RequestSet::SEND);
+        if connection.lifecycle.is_over() {
+            self.return_staging(batch);
+            return self.free_if_idle(key);
+        }
         let taken = match result {
             Ok(taken) => taken,
             // A lack of memory passes, or the write timeout ends it.
@@ -134,7 +131,7 @@ impl<K: Kernel> Shard<K> {
             }
         };
         assert!(taken <= asked, "the socket took {taken} of {asked}");
-        let connection = self.slab.get_mut(key).expect("the connection is present");
+        let frames_before = connection.queue.frames();
         connection.queue.advance(&mut self.nodes, taken, |outgoing| {
             self.tally.recipient_done(&outgoing, Outcome::Sent);
         });
@@ -166,7 +163,7 @@ impl<K: Kernel> Shard<K> {
     /// connection is terminated.
     fn stalled(&mut self, key: ConnectionKey, progress: bool) {
         let deadline = self.after(self.config.write_ms_max);
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.in_flight.begin(RequestSet::POLL_WRITABLE);
         let first = !connection.flags.set(Flags::STALLED);
         // After the close has begun, the deadline of the lifecycle applies.
@@ -179,26 +176,40 @@ impl<K: Kernel> Shard<K> {
 
     /// The socket has taken the whole buffer.
     fn progressed(&mut self, key: ConnectionKey) {
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.flags.clear(Flags::STALLED);
         if matches!(connection.lifecycle, Lifecycle::Holding(_)) {
             self.drain_held(key);
         }
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         if connection.queue.is_empty() {
             self.shut_down_if_flushed(key);
         } else {
-            self.mark_dirty(key);
+            mark_dirty(&mut self.dirty, key, connection);
         }
         // An echo may have been waiting for room in the queue.
         self.receive_on(key);
     }
 
     pub(super) fn writable(&mut self, key: ConnectionKey) {
-        let connection = self.completed(key, RequestSet::POLL_WRITABLE);
+        let connection = &mut self.slab[key];
+        connection.in_flight.complete(RequestSet::POLL_WRITABLE);
         if connection.lifecycle.is_over() {
             return self.free_if_idle(key);
         }
-        self.mark_dirty(key);
+        mark_dirty(&mut self.dirty, key, connection);
+    }
+}
+
+/// Lists the connection as having something to send. It is resolved already, for a delivery does this once per recipient.
+fn mark_dirty(
+    dirty: &mut VecDeque<ConnectionKey>,
+    key: ConnectionKey,
+    connection: &mut Connection,
+) {
+    if !connection.in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE))
+        && !connection.flags.set(Flags::DIRTY)
+    {
+        dirty.push_back(key);
     }
 }

@@ -14,8 +14,7 @@ impl<K: Kernel> Shard<K> {
     /// Handles bytes of the request. It usually arrives in one piece and is parsed in the receive
     /// buffer.
     pub(super) fn handshake_bytes(&mut self, key: ConnectionKey, bytes: &[u8]) {
-        let connection = self.slab.get_mut(key).expect("the connection is present");
-        let Lifecycle::Handshake(handshake) = &mut connection.lifecycle else {
+        let Lifecycle::Handshake(handshake) = &mut self.slab[key].lifecycle else {
             panic!("request bytes outside the handshake");
         };
         let kept = !handshake.input.is_empty();
@@ -64,7 +63,7 @@ impl<K: Kernel> Shard<K> {
         };
         let deadline = self.after(self.config.handshake_ms_max);
         self.set_lifecycle(key, Lifecycle::Deciding(Box::new(deciding)));
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.flags.set(Flags::OPENED);
         connection.deadline = deadline.into();
         self.schedule(key);
@@ -84,7 +83,7 @@ impl<K: Kernel> Shard<K> {
     /// The session manager admits the session.
     pub(super) fn admit(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.resume_grace_ms);
-        let deciding = match self.connection(key).map(|connection| &mut connection.lifecycle) {
+        let deciding = match self.slab.get_mut(key).map(|connection| &mut connection.lifecycle) {
             Some(Lifecycle::Deciding(deciding)) => deciding,
             _ => return self.counters.counts.commands_stale.add(1),
         };
@@ -95,7 +94,7 @@ impl<K: Kernel> Shard<K> {
         let Lifecycle::Deciding(deciding) = self.set_lifecycle(key, holding) else {
             panic!("the lifecycle was checked above");
         };
-        self.connection(key).expect("the connection is present").queue.set_encoding(encoding);
+        self.slab[key].queue.set_encoding(encoding);
         self.open(key, deciding.response, deciding.deflate);
         let mut rest = deciding.rest;
         if !rest.is_empty() {
@@ -106,12 +105,11 @@ impl<K: Kernel> Shard<K> {
 
     /// Queues the 101.
     fn open(&mut self, key: ConnectionKey, response: Box<[u8]>, deflate: bool) {
-        let now = self.now;
         self.counters.counts.upgraded.add(1);
-        let connection = self.connection(key).expect("the connection is present");
+        let connection = &mut self.slab[key];
         connection.phase =
             connection.phase.next(Signal::UpgradeSent).expect("the phase was upgrading");
-        connection.last_received = now.into();
+        connection.last_received = self.now.into();
         if deflate {
             connection.flags.set(Flags::DEFLATE);
         }
@@ -122,7 +120,7 @@ impl<K: Kernel> Shard<K> {
     /// The session manager refuses the session.
     pub(super) fn refuse(&mut self, key: ConnectionKey, refusal: Refusal) {
         let Some(Lifecycle::Deciding(_)) =
-            self.connection(key).map(|connection| &connection.lifecycle)
+            self.slab.get(key).map(|connection| &connection.lifecycle)
         else {
             return self.counters.counts.commands_stale.add(1);
         };

@@ -79,15 +79,15 @@ impl Receiver {
         Ok(())
     }
 
-    /// Whether what has been received so far ends within a frame or a message that began since the last call. The caller's
-    /// time `now` is remembered for it.
-    pub fn has_begun_another(&mut self, now: u64) -> bool {
+    /// Notes the caller's time `now`, if what has been received so far ends within a frame or a message that began since the
+    /// last call. Returns whether it does.
+    pub fn note_begun(&mut self, now: u64) -> bool {
         let begun = self.partial.as_mut().filter(|partial| partial.since.is_none());
         begun.map(|partial| partial.since = Some(now)).is_some()
     }
 
     /// Since when the frame or message is incomplete within which the received bytes end, as
-    /// [`Receiver::has_begun_another`] was told.
+    /// [`Receiver::note_begun`] was told.
     pub fn incomplete_since(&self) -> Option<u64> {
         self.partial.as_ref()?.since
     }

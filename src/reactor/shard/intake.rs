@@ -64,7 +64,7 @@ impl<K: Kernel> Shard<K> {
                     left.intake_paused = true;
                     break;
                 }
-                if peer != SESSION_MANAGER && self.is_waiting_for_queue() {
+                if peer != SESSION_MANAGER && self.end_queue_waits() {
                     self.counters.counts.intake_waits.add(1);
                     left.intake_waits = true;
                     break;
@@ -97,13 +97,13 @@ impl<K: Kernel> Shard<K> {
         self.commands[..considered].iter().any(|ring| !ring.is_empty())
     }
 
-    /// Whether the intake waits for queues. A burst may fill a queue within one turn, while a
-    /// socket takes only one batch per turn. That does not make its client a slow reader. The
-    /// intake waits until each queue has room, or until its socket has taken nothing for
-    /// [`STALL_TICKS_MAX`]. While the socket is full, it waits only as long as all clients together may make it wait
-    /// ([`WaitAllowance`]), so that clients that read in small amounts
-    /// cannot stall the others. After that the queue may overflow.
-    fn is_waiting_for_queue(&mut self) -> bool {
+    /// Ends the waits for queues that are over. Returns whether the intake still waits. A burst may fill
+    /// a queue within one turn, while a socket takes only one batch per turn. That does not make its
+    /// client a slow reader. The intake waits until each queue has room, or until its socket has taken
+    /// nothing for [`STALL_TICKS_MAX`]. While the socket is full, it waits only as long as all clients
+    /// together may make it wait ([`WaitAllowance`]), so that clients that read in small amounts cannot
+    /// stall the others. After that the queue may overflow.
+    fn end_queue_waits(&mut self) -> bool {
         let is_used_up = self.queue_waits.is_used_up();
         self.awaited.retain(|key| {
             let Some(connection) = self.slab.get_mut(*key) else { return false };

@@ -165,7 +165,7 @@ impl<K: Kernel> Shard<K> {
         self.scratch = scratch;
         let connection = &mut self.slab[key];
         let is_over = connection.lifecycle.is_over();
-        let has_deadline = !is_over && receiver.has_begun_another(now);
+        let has_deadline = !is_over && receiver.note_begun(now);
         if !is_over {
             connection.receiver = receiver;
         }

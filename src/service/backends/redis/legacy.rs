@@ -111,8 +111,8 @@ impl Observed {
         self.always || !self.has_answer || lately
     }
 
-    /// The number of leases of this node that were read. Returns whether they are overdue.
-    fn is_overdue(&mut self, renewals: Option<u64>, after: Duration, now: Instant) -> bool {
+    /// Notes how many leases of this node were read. Returns whether the next one is overdue.
+    fn note_renewals(&mut self, renewals: Option<u64>, after: Duration, now: Instant) -> bool {
         // Without a lease this node has no session, except those that it is closing.
         let Some(renewals) = renewals else { return true };
         match self.renewed {
@@ -193,7 +193,7 @@ impl LegacyWatch {
         let mut observed = self.observed.lock().await;
         let renewals = self.log_nodes.own_renewals();
         let after = self.config.lease_overdue_after;
-        let overdue = observed.is_overdue(renewals, after, Instant::now());
+        let overdue = observed.note_renewals(renewals, after, Instant::now());
         self.overdue.store(overdue, Ordering::Relaxed);
         // Before this node has a lease, it has not read the leases of the others.
         if renewals.is_some()
@@ -367,12 +367,12 @@ mod tests {
         let (start, after) = (Instant::now(), Duration::from_secs(30));
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut observed = Observed::new(false);
-        assert!(observed.is_overdue(None, after, at(0)), "no lease");
-        assert!(!observed.is_overdue(Some(1), after, at(0)));
-        assert!(!observed.is_overdue(Some(1), after, at(29)));
-        assert!(observed.is_overdue(Some(1), after, at(30)));
-        assert!(!observed.is_overdue(Some(2), after, at(31)), "renewed");
+        assert!(observed.note_renewals(None, after, at(0)), "no lease");
+        assert!(!observed.note_renewals(Some(1), after, at(0)));
+        assert!(!observed.note_renewals(Some(1), after, at(29)));
+        assert!(observed.note_renewals(Some(1), after, at(30)));
+        assert!(!observed.note_renewals(Some(2), after, at(31)), "renewed");
         // A new epoch counts from the start.
-        assert!(!observed.is_overdue(Some(1), after, at(90)));
+        assert!(!observed.note_renewals(Some(1), after, at(90)));
     }
 }

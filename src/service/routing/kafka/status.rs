@@ -65,8 +65,9 @@ struct PartitionState {
 const FILL_WAIT_MAX: Duration = Duration::from_secs(30);
 
 impl ConsumerState {
-    /// Live events wait until the tail of their partition is filled, so no client should come before.
-    fn is_filled(&mut self) -> bool {
+    /// Notes whether all tails are filled, and returns whether they were once. Live events wait until the tail of their
+    /// partition is filled, so no client should come before.
+    fn note_filled(&mut self) -> bool {
         let is_late = self.assigned_at.is_some_and(|at| at.elapsed() >= FILL_WAIT_MAX);
         let mut filled = self.partitions.values().filter_map(|it| it.filled.as_ref());
         self.filled |= is_late || filled.all(|filled| filled.load(Ordering::Acquire));
@@ -87,7 +88,7 @@ impl KafkaStatus {
             "the membership topics are not read yet"
         } else if !state.assigned {
             "no partitions assigned yet"
-        } else if !state.is_filled() {
+        } else if !state.note_filled() {
             "the events of the last minutes are not read yet"
         } else {
             return None;

@@ -67,8 +67,9 @@ impl LaneTail {
         self.start
     }
 
-    /// Whether it is not known who received one of the records at or above `from` and below `to`.
-    pub(super) fn is_unresolved(&mut self, from: i64, to: i64) -> bool {
+    /// Searches the records at or above `from` and below `to`. Returns whether it is not known who received one of them. What
+    /// is found to be known is not searched again.
+    pub(super) fn find_unresolved(&mut self, from: i64, to: i64) -> bool {
         let end = to.min(self.resolved_from);
         if from >= end {
             return false;

@@ -453,8 +453,8 @@ impl OwnerSide {
         self.owed.insert(node);
     }
 
-    /// Whether it is time to tell nodes what has passed.
-    pub(super) fn is_passed_due(&mut self, now_ms: u64) -> bool {
+    /// Forgets nodes that have not used cursors for long. Returns whether it is time to tell nodes what has passed.
+    pub(super) fn prepare_passed(&mut self, now_ms: u64) -> bool {
         self.with_cursors.retain(|_, until_ms| *until_ms > now_ms);
         let is_owed = !self.owed.is_empty() || !self.with_cursors.is_empty();
         is_owed && now_ms >= self.next_passed_ms && self.has_room()

@@ -479,7 +479,7 @@ impl Router {
     /// Tells the nodes of newcomers what has passed, if it is time.
     fn tell_passed(&mut self, now_ms: u64) {
         let Some(owner) = &mut self.core.owner else { return };
-        if !owner.is_passed_due(now_ms) {
+        if !owner.prepare_passed(now_ms) {
             return;
         }
         let mut table = i64::MAX;

@@ -96,7 +96,7 @@ impl UnreadyPulls {
             self.wait = self.choose(core, lanes, now_ms);
         }
         let mut ready = Vec::new();
-        if self.wait.is_over(core, now_ms) {
+        if self.wait.request_members(core, now_ms) {
             self.wait = PullWait::New;
             ready.append(&mut self.pulls);
         } else if let (PullWait::Lists, Some(lists)) = (&self.wait, &core.user_lists) {
@@ -161,7 +161,7 @@ impl UnreadyPulls {
 impl PullWait {
     /// Requests the members. Returns whether they are known. If a request fails or takes long, the lists of the users are
     /// waited for from now on.
-    fn is_over(&mut self, core: &RouterCore, now_ms: u64) -> bool {
+    fn request_members(&mut self, core: &RouterCore, now_ms: u64) -> bool {
         let Self::Members { conversations, since_ms } = self else { return false };
         let mut is_failing = false;
         conversations.retain(|conversation| {
@@ -182,13 +182,12 @@ impl PullWait {
 impl ActivePull {
     /// Whether it wants a record of which is not known who received it.
     fn needs_members(&self, lanes: &mut Slab<Lane>) -> bool {
-        let mut tail_is_unresolved = |range: &ReplayRange| {
+        let mut find_unresolved = |range: &ReplayRange| {
             let lane = lanes.get_mut(range.lane.slot()).filter(|lane| lane.key == range.lane)?;
             let tail = lane.partition.as_mut()?.tail.as_mut()?;
-            Some(tail.is_unresolved(range.next, range.to))
+            Some(tail.find_unresolved(range.next, range.to))
         };
-        self.list.is_none()
-            && self.ranges.iter().any(|range| tail_is_unresolved(range) == Some(true))
+        self.list.is_none() && self.ranges.iter().any(|range| find_unresolved(range) == Some(true))
     }
 
     /// Whether the list of its user is known now.

@@ -197,7 +197,7 @@ impl Hub {
         for peer in 0..self.peers.len() {
             for _ in 0..HANDOFF_BATCH_MAX {
                 // The session manager's commands make room; its messages are bounded by catch-up.
-                if peer != MANAGER && (self.is_full() || self.is_waiting_for_writers()) {
+                if peer != MANAGER && (self.is_full() || self.end_writer_waits()) {
                     break;
                 }
                 let Some(command) = self.peers[peer].commands.pop() else { break };

@@ -46,9 +46,9 @@ impl Hub {
         self.writer_waits.pass(now_ms, self.awaited.iter().any(makes_wait));
     }
 
-    /// Whether the routers' rings wait for a writer. They wait for slow ones only as long as all clients together may make
-    /// them wait ([`WaitAllowance`]).
-    pub(super) fn is_waiting_for_writers(&mut self) -> bool {
+    /// Ends the waits that are over. Returns whether the routers' rings still wait for a writer. They wait for slow ones
+    /// only as long as all clients together may make them wait ([`WaitAllowance`]).
+    pub(super) fn end_writer_waits(&mut self) -> bool {
         if self.awaited.is_empty() {
             return false;
         }

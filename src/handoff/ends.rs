@@ -5,23 +5,21 @@ use std::sync::Arc;
 use super::{Consumer, Doorbell, Producer, ring};
 use crate::domain::command::{ShardCommand, ShardReport};
 
-/// A peer's ends of the rings to and from one shard (or the gRPC hub).
+/// One side of the two rings between a peer and a shard (or the gRPC hub): its ends `C` of the ring of commands and `R`
+/// of the ring of reports.
 #[derive(Debug)]
-pub struct PeerEnd {
-    /// Commands to the shard.
-    pub commands: Producer<ShardCommand>,
-    /// Reports of the shard.
-    pub reports: Consumer<ShardReport>,
+pub struct Duplex<C, R> {
+    /// Commands of the peer to the shard.
+    pub commands: C,
+    /// Reports of the shard to the peer.
+    pub reports: R,
 }
 
-/// A shard's ends of the rings to and from one peer.
-#[derive(Debug)]
-pub struct ShardEnd {
-    /// Commands from the peer.
-    pub commands: Consumer<ShardCommand>,
-    /// Reports to the peer.
-    pub reports: Producer<ShardReport>,
-}
+/// The side of the peer.
+pub type PeerEnd = Duplex<Producer<ShardCommand>, Consumer<ShardReport>>;
+
+/// The side of the shard.
+pub type ShardEnd = Duplex<Consumer<ShardCommand>, Producer<ShardReport>>;
 
 /// Rings with this many slots for commands and for reports. Commands ring the shard's bell, reports
 /// the peer's.
@@ -32,5 +30,5 @@ pub fn connect(
 ) -> (PeerEnd, ShardEnd) {
     let (to_shard, commands) = ring(commands, Arc::clone(shard_bell));
     let (to_peer, reports) = ring(reports, Arc::clone(peer_bell));
-    (PeerEnd { commands: to_shard, reports }, ShardEnd { commands, reports: to_peer })
+    (Duplex { commands: to_shard, reports }, Duplex { commands, reports: to_peer })
 }

@@ -8,7 +8,7 @@ mod sleep;
 mod spill;
 
 pub use doorbell::Doorbell;
-pub use ends::{PeerEnd, ShardEnd, connect};
+pub use ends::{Duplex, PeerEnd, ShardEnd, connect};
 pub use ring::{Consumer, Producer, Pushed, ring};
 pub use spill::SpillingProducer;
 

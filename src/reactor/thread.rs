@@ -135,7 +135,7 @@ mod tests {
     use crate::domain::ids::ConnectionKey;
     use crate::domain::limiter::{ConnectionLimiter, ConnectionLimits};
     use crate::domain::limits::HANDOFF_RING_SLOTS;
-    use crate::handoff::{Consumer, Doorbell, PeerEnd, Producer, Pushed, connect};
+    use crate::handoff::{Doorbell, PeerEnd, Pushed, connect};
     use crate::protocol::frame::{self, Opcode};
     use crate::protocol::upgrade::UpgradeRules;
     use crate::reactor::counters::ShardCounters;
@@ -144,8 +144,7 @@ mod tests {
     /// A shard, and the service side's ends of its rings.
     struct Rig {
         address: SocketAddr,
-        commands: Producer<ShardCommand>,
-        reports: Consumer<ShardReport>,
+        peer: PeerEnd,
         bell: Arc<Doorbell>,
         counters: Arc<ShardCounters>,
         handle: ShardHandle,
@@ -193,17 +192,16 @@ mod tests {
                 counters: Arc::clone(&counters),
             };
             let handle = spawn(shard, config, listener, links).unwrap();
-            let PeerEnd { commands, reports } = peer;
-            Self { address, commands, reports, bell, counters, handle }
+            Self { address, peer, bell, counters, handle }
         }
 
         fn report(&mut self) -> ShardReport {
             loop {
-                if let Some(report) = self.reports.pop() {
+                if let Some(report) = self.peer.reports.pop() {
                     return report;
                 }
                 self.bell.about_to_sleep();
-                if self.reports.is_empty() {
+                if self.peer.reports.is_empty() {
                     self.bell.wait(10_000);
                 }
                 self.bell.awake();
@@ -211,8 +209,8 @@ mod tests {
         }
 
         fn command(&mut self, command: ShardCommand) {
-            assert!(matches!(self.commands.push(command), Pushed::Accepted));
-            self.commands.publish();
+            assert!(matches!(self.peer.commands.push(command), Pushed::Accepted));
+            self.peer.commands.publish();
         }
 
         fn connect(&self, path: &str) -> tungstenite::WebSocket<TcpStream> {

@@ -17,19 +17,15 @@ use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConversationKey, ConversationPosition};
 use crate::domain::limiter::ConnectionLimits;
-use crate::handoff::{PeerEnd, Producer, Pushed, connect};
+use crate::handoff::{PeerEnd, Pushed, connect};
 use crate::protocol::frame::Opcode;
 use crate::reactor::simulation::kernel::{SimulatedKernel, SocketId};
 use crate::reactor::simulation::wire::{CLOSE, PING, PONG, TEXT, Wire, WireEvent, client_frame};
 
 struct Rig {
     shard: Shard<SimulatedKernel>,
-    commands: Producer<ShardCommand>,
-    /// Commands from a router.
-    routed: Producer<ShardCommand>,
-    reports: Consumer<ShardReport>,
-    /// Reports to the router.
-    routed_done: Consumer<ShardReport>,
+    manager: PeerEnd,
+    router: PeerEnd,
     capacity: Arc<Capacity>,
     counters: Arc<ShardCounters>,
 }
@@ -42,13 +38,12 @@ struct Client {
 impl Rig {
     fn new(config: ShardConfig) -> Self {
         let bell = Arc::new(Doorbell::new().unwrap());
-        let (PeerEnd { commands, reports }, manager) = connect([64; 2], &bell, &bell);
-        let (PeerEnd { commands: routed, reports: routed_done }, router) =
-            connect([64; 2], &bell, &bell);
+        let (manager, manager_end) = connect([64; 2], &bell, &bell);
+        let (router, router_end) = connect([64; 2], &bell, &bell);
         let counters = Arc::new(ShardCounters::default());
         let capacity = Arc::new(Capacity::new(config.connections_max));
         let links = ShardLinks {
-            peers: vec![manager, router],
+            peers: vec![manager_end, router_end],
             bell,
             limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
             capacity: Arc::clone(&capacity),
@@ -56,7 +51,7 @@ impl Rig {
         };
         let mut shard = Shard::new(SimulatedKernel::new(1, 8), config, links);
         shard.turn().unwrap();
-        Self { shard, commands, routed, reports, routed_done, capacity, counters }
+        Self { shard, manager, router, capacity, counters }
     }
 
     fn turns(&mut self) {
@@ -87,7 +82,7 @@ impl Rig {
     }
 
     fn command(&mut self, command: ShardCommand) {
-        assert!(matches!(self.commands.push(command), Pushed::Accepted));
+        assert!(matches!(self.manager.commands.push(command), Pushed::Accepted));
         self.turns();
     }
 
@@ -104,7 +99,7 @@ impl Rig {
                        Sec-WebSocket-Version: 13\r\n\r\n";
         self.sends(&client, request.as_bytes());
         loop {
-            let report = self.reports.pop().expect("a report of the request");
+            let report = self.manager.reports.pop().expect("a report of the request");
             if let ShardReport::Opened { connection, .. } = report {
                 return (client, connection);
             }
@@ -132,7 +127,7 @@ impl Rig {
     /// Pushes from a router; the shard takes its turn later.
     fn routes(&mut self, to: ConnectionKey, sequence: i64) {
         let command = delivery(to, sequence, DeliveryClass::Live);
-        assert!(matches!(self.routed.push(command), Pushed::Accepted));
+        assert!(matches!(self.router.commands.push(command), Pushed::Accepted));
     }
 
     /// The sequences of the received events, up to a frame of another kind.
@@ -146,7 +141,7 @@ impl Rig {
 
     fn done(&mut self) -> Vec<u64> {
         let mut tickets = Vec::new();
-        while let Some(ShardReport::Done { ticket }) = self.reports.pop() {
+        while let Some(ShardReport::Done { ticket }) = self.manager.reports.pop() {
             tickets.push(ticket.0.get());
         }
         tickets
@@ -154,7 +149,7 @@ impl Rig {
 
     fn ended(&mut self) -> EndReason {
         loop {
-            if let ShardReport::Ended { why, .. } = self.reports.pop().expect("an end") {
+            if let ShardReport::Ended { why, .. } = self.manager.reports.pop().expect("an end") {
                 return why;
             }
         }
@@ -281,7 +276,7 @@ fn session_without_a_first_message_goes_live_after_the_grace_period() {
     assert!(rig.events(&mut client).is_empty());
     rig.pass(200);
     assert_eq!(rig.events(&mut client), [1]);
-    assert!(matches!(rig.reports.pop(), Some(ShardReport::GraceExpired { .. })));
+    assert!(matches!(rig.manager.reports.pop(), Some(ShardReport::GraceExpired { .. })));
 }
 
 #[test]
@@ -329,7 +324,7 @@ fn long_event_behind_a_short_one_is_no_overflow() {
     rig.routes(key, 1);
     let long =
         ShardCommand::Deliver { event, recipients, class: DeliveryClass::Live, ticket: None };
-    assert!(matches!(rig.routed.push(long), Pushed::Accepted));
+    assert!(matches!(rig.router.commands.push(long), Pushed::Accepted));
     rig.turns();
     for length in [8, 20_000] {
         let Some(WireEvent::Frame(_, payload)) = rig.receives(&mut client) else { panic!() };
@@ -447,7 +442,7 @@ fn first_message_and_control_messages_are_reported_and_others_discarded() {
         rig.sends(&client, &client_frame(true, TEXT, text, [7; 4]));
     }
     let mut texts = Vec::new();
-    while let Some(ShardReport::Message { text, .. }) = rig.reports.pop() {
+    while let Some(ShardReport::Message { text, .. }) = rig.manager.reports.pop() {
         texts.push(String::from(text));
     }
     assert_eq!(texts, ["hello", "{\"access_token\":\"x\"}"]);

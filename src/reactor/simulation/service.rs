@@ -15,7 +15,7 @@ use crate::domain::cursor::{LogPosition, TopicId, UNCHECKED};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
 use crate::domain::ids::{ConnectionKey, ConversationKey, ConversationPosition};
-use crate::handoff::{Consumer, Doorbell, PeerEnd, Producer, Pushed, ShardEnd, connect, ring};
+use crate::handoff::{Doorbell, PeerEnd, Pushed, ShardEnd, connect};
 use crate::protocol::frame::{self, Opcode};
 use crate::reactor::simulation::random::Random;
 
@@ -29,8 +29,7 @@ const CONVERSATIONS: u64 = 4;
 /// A peer's ends of its rings.
 #[derive(Debug)]
 pub(super) struct ModelPeer {
-    commands: Producer<ShardCommand>,
-    reports: Consumer<ShardReport>,
+    end: PeerEnd,
     /// Commands that found the ring full, in order.
     pub(super) backlog: VecDeque<ShardCommand>,
     /// The last sequence of each conversation.
@@ -67,17 +66,16 @@ impl Service {
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let (peers, rings) = (0..PEERS)
             .map(|_| {
-                let (PeerEnd { commands, reports }, end) = connect([slots; 2], shard_bell, &bell);
+                let (end, shard_end) = connect([slots; 2], shard_bell, &bell);
                 let peer = ModelPeer {
-                    commands,
-                    reports,
+                    end,
                     backlog: VecDeque::new(),
                     sequences: [0; CONVERSATIONS as usize],
                     next_offset: 0,
                     routed: -1,
                     stopped: false,
                 };
-                (peer, end)
+                (peer, shard_end)
             })
             .unzip();
         let service = Self {
@@ -97,7 +95,7 @@ impl Service {
     }
 
     pub(super) fn push_backlog(&mut self, peer: usize) {
-        let ModelPeer { commands, backlog, .. } = &mut self.peers[peer];
+        let ModelPeer { end: PeerEnd { commands, .. }, backlog, .. } = &mut self.peers[peer];
         while let Some(command) = backlog.pop_front() {
             match commands.push(command) {
                 Pushed::Accepted => self.rang = true,
@@ -115,19 +113,18 @@ impl Service {
     pub(super) fn abandon(&mut self, peer: usize) {
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let peer = &mut self.peers[peer];
-        peer.commands = ring(1, Arc::clone(&bell)).0;
-        peer.reports = ring(1, bell).1;
+        peer.end = connect([1; 2], &bell, &bell).0;
         peer.backlog.clear();
         self.rang = true;
     }
 
     pub(super) fn report(&mut self, peer: usize) -> Option<ShardReport> {
-        self.peers[peer].reports.pop()
+        self.peers[peer].end.reports.pop()
     }
 
     /// Whether all commands and reports have been taken.
     pub(super) fn is_idle(&self) -> bool {
-        let quiet = |peer: &ModelPeer| peer.backlog.is_empty() && peer.reports.is_empty();
+        let quiet = |peer: &ModelPeer| peer.backlog.is_empty() && peer.end.reports.is_empty();
         self.peers.iter().all(quiet)
     }
 

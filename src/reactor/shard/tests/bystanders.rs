@@ -63,7 +63,7 @@ impl Crowd {
 
     /// A tick: the router pushes what fits, the hostile clients read so many bytes, the bystander reads everything.
     fn tick(&mut self, mut reads: impl FnMut(usize) -> usize) {
-        while self.rig.routed.free() > 0
+        while self.rig.router.commands.free() > 0
             && let Some((_, to, sequence)) = self.unrouted.pop_front()
         {
             self.rig.routes(to, sequence);
@@ -72,8 +72,8 @@ impl Crowd {
             self.rig.shard.kernel_mut().client_reads(client.socket, reads(number));
         }
         self.rig.pass(TICK_MS);
-        while self.rig.reports.pop().is_some() {}
-        while self.rig.routed_done.pop().is_some() {}
+        while self.rig.manager.reports.pop().is_some() {}
+        while self.rig.router.reports.pop().is_some() {}
         let arrived = self.rig.events(&mut self.bystander).len();
         self.received += arrived;
         for made_ms in self.awaited.drain(..arrived) {

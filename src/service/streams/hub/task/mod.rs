@@ -28,7 +28,7 @@ use crate::domain::event::Event;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::HANDOFF_BATCH_MAX;
 use crate::domain::wait_allowance::WaitAllowance;
-use crate::handoff::{Consumer, Doorbell, ShardEnd, SpillingProducer};
+use crate::handoff::{Consumer, Doorbell, Duplex, ShardEnd, SpillingProducer};
 use crate::service::runtime::bell::AsyncBell;
 use room::AwaitedWriter;
 
@@ -42,13 +42,6 @@ const CROWDED_RETRY: Duration = Duration::from_millis(16);
 const ABANDONED: Close = Close::new(CloseCode::GOING_AWAY, "server stopping");
 /// Index of the session manager among the peers.
 const MANAGER: usize = 0;
-
-struct PeerLink {
-    commands: Consumer<ShardCommand>,
-    /// Those that wait are bounded: one `Done` per delivery in progress, one `Ended` per stream, and no new `Opened` or
-    /// `Resume` while any waits.
-    reports: SpillingProducer<ShardReport>,
-}
 
 enum StreamState {
     /// Waits for the decision of the session manager.
@@ -82,7 +75,9 @@ enum CursorState {
 /// Hub of the gRPC streams. Runs until it is stopped and every stream has ended.
 pub struct Hub {
     config: HubConfig,
-    peers: Vec<PeerLink>,
+    /// The reports that wait are bounded: one `Done` per delivery in progress, one `Ended` per stream, and no new `Opened`
+    /// or `Resume` while any waits.
+    peers: Vec<Duplex<Consumer<ShardCommand>, SpillingProducer<ShardReport>>>,
     bell: AsyncBell,
     requests: mpsc::Receiver<HubRequest>,
     pub(super) notices: Arc<Notices>,
@@ -130,7 +125,7 @@ impl Hub {
             accepting: is_accepting,
         };
         let cursor_ms = u64::try_from(config.cursor_interval.as_millis()).unwrap_or(u64::MAX);
-        let link = |end: ShardEnd| PeerLink { commands: end.commands, reports: end.reports.into() };
+        let link = |end: ShardEnd| Duplex { commands: end.commands, reports: end.reports.into() };
         let hub = Self {
             streams: SlotMap::new(config.streams_max),
             config,

@@ -1,9 +1,5 @@
-//! Outgoing data: the frames in send queues, and the buffer of a send.
-//!
-//! The kernel reads a [`SendBuffer`] while the ring keeps the value. The unsafe code in `uring`
-//! relies on what this file keeps private: the bytes never change, and they stay at their address
-//! when a value is moved. There is no interior mutability around them, and no other holder of the
-//! `Arc` or `Rc` can get an exclusive reference while this one exists.
+//! Outgoing data: the frames in send queues. The kernel reads them where they are (`uring::SendBuffer`), so there is no
+//! interior mutability around the bytes, here and in [`Event`].
 
 use std::cell::Cell;
 use std::fmt;
@@ -106,55 +102,5 @@ impl fmt::Debug for Outgoing {
             .field("reply_to", &self.reply_to)
             .field("outstanding", &self.outstanding.get())
             .finish_non_exhaustive()
-    }
-}
-
-/// The bytes of one send. The kernel owns it from the request to the completion, which returns it.
-/// Moving the value moves no byte: [`SendBuffer::bytes`] stays at the same address for as long as
-/// it lives.
-#[derive(Debug)]
-pub struct SendBuffer {
-    source: Source,
-}
-
-#[derive(Debug)]
-enum Source {
-    /// One frame, read directly from the memory that all recipients share.
-    Shared { outgoing: Rc<Outgoing>, encoding: Encoding, from: usize },
-    /// Several frames, copied together.
-    Batch(Vec<u8>),
-}
-
-impl SendBuffer {
-    /// The frame for `encoding` without its first `from` bytes, which were sent before. At least
-    /// one byte is left.
-    pub fn shared(outgoing: Rc<Outgoing>, encoding: Encoding, from: usize) -> Self {
-        let length = outgoing.bytes(encoding).map_or(0, <[u8]>::len);
-        assert!(from < length, "nothing to send: {from} of {length}");
-        Self { source: Source::Shared { outgoing, encoding, from } }
-    }
-
-    /// Several frames, copied together; not empty.
-    pub fn batch(bytes: Vec<u8>) -> Self {
-        assert!(!bytes.is_empty());
-        Self { source: Source::Batch(bytes) }
-    }
-
-    /// The bytes to send.
-    pub fn bytes(&self) -> &[u8] {
-        match &self.source {
-            Source::Shared { outgoing, encoding, from } => {
-                &outgoing.bytes(*encoding).unwrap_or_default()[*from..]
-            }
-            Source::Batch(bytes) => bytes,
-        }
-    }
-
-    /// The batch buffer, if this is one, for reuse.
-    pub fn into_batch(self) -> Option<Vec<u8>> {
-        match self.source {
-            Source::Shared { .. } => None,
-            Source::Batch(bytes) => Some(bytes),
-        }
     }
 }

@@ -5,7 +5,8 @@ use std::rc::Rc;
 
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
-use crate::domain::outgoing::{Outgoing, SendBuffer};
+use crate::domain::outgoing::Outgoing;
+use crate::uring::SendBuffer;
 
 /// The end of a list.
 const NONE: u32 = u32::MAX;
@@ -312,11 +313,11 @@ mod tests {
         let address = first.bytes(Encoding::Binary).unwrap().as_ptr();
         queue.push(&mut pool, first);
         let buffer = queue.next_send(&pool, 100, || unreachable!()).unwrap();
-        assert_eq!(buffer.bytes().as_ptr(), address);
+        assert_eq!(buffer.as_ptr(), address);
         queue.push(&mut pool, frame(2, 5));
         queue.push(&mut pool, frame(3, 90));
         let buffer = queue.next_send(&pool, 100, || Some(Vec::new())).unwrap();
-        assert_eq!(buffer.bytes(), [&[1; 10][..], &[2; 5]].concat());
+        assert_eq!(buffer[..], [&[1; 10][..], &[2; 5]].concat());
         queue.clear(&mut pool, drop);
         assert_eq!(pool.used(), 0);
     }
@@ -333,7 +334,7 @@ mod tests {
         queue.cut(&mut pool, |_| gone += 1);
         assert_eq!((gone, queue.frames(), queue.bytes()), (1, 1, 6));
         let rest = queue.next_send(&pool, 100, || None).unwrap();
-        assert_eq!(rest.bytes(), [1; 6]);
+        assert_eq!(rest[..], [1; 6]);
         queue.advance(&mut pool, 6, drop);
         assert!(queue.is_empty() && !queue.is_mid_frame());
     }
@@ -355,16 +356,16 @@ mod tests {
                     queue.push(&mut pool, frame(number as u8, amount));
                     expected[which].extend(vec![number as u8; amount]);
                 } else if let Some(buffer) = queue.next_send(&pool, 256, || Some(Vec::new())) {
-                    let taken = amount.min(buffer.bytes().len());
-                    sent[which].extend_from_slice(&buffer.bytes()[..taken]);
+                    let taken = amount.min(buffer.len());
+                    sent[which].extend_from_slice(&buffer[..taken]);
                     queue.advance(&mut pool, taken, drop);
                 }
                 prop_assert_eq!(queue.bytes(), expected[which].len() - sent[which].len());
             }
             for (which, queue) in queues.iter_mut().enumerate() {
                 while let Some(buffer) = queue.next_send(&pool, 256, || Some(Vec::new())) {
-                    sent[which].extend_from_slice(buffer.bytes());
-                    queue.advance(&mut pool, buffer.bytes().len(), drop);
+                    sent[which].extend_from_slice(&buffer);
+                    queue.advance(&mut pool, buffer.len(), drop);
                 }
             }
             prop_assert_eq!(sent, expected);

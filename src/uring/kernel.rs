@@ -28,8 +28,8 @@ use std::ops::DerefMut;
 
 use rustix::io::Errno;
 
+use super::send_buffer::SendBuffer;
 use crate::domain::ids::ConnectionKey;
-use crate::domain::outgoing::SendBuffer;
 
 /// An operating system as a shard sees it. Only [`Kernel::enter`] blocks.
 pub trait Kernel {

@@ -20,6 +20,7 @@ mod clock;
 mod kernel;
 mod operation;
 mod ring;
+mod send_buffer;
 mod sends;
 mod setup;
 mod token;
@@ -28,6 +29,7 @@ pub use buffers::Lease;
 pub use clock::monotonic_ms;
 pub use kernel::{Completion, HowToClose, Kernel, Received, Wait};
 pub use ring::Ring;
+pub use send_buffer::SendBuffer;
 pub use setup::{RingConfig, SetupError};
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use io_uring::types::{CancelBuilder, DestinationSlot, Fixed};
 
 use super::accepts::AddressCell;
 use super::buffers::BUFFER_GROUP;
+use super::send_buffer::StableBytes;
 use super::token::{Operation, Token};
 use crate::domain::ids::ConnectionKey;
 
@@ -51,9 +52,8 @@ pub(super) fn receive(key: ConnectionKey) -> Entry {
         .user_data(token(Operation::Receive, key))
 }
 
-/// Sends as much as fits into the socket's buffer. `send` is the key of the kept buffer that holds
-/// `bytes`.
-pub(super) fn send(file: u32, send: ConnectionKey, bytes: &[u8]) -> Entry {
+/// Sends as much as fits into the socket's buffer. `send` is the key under which `bytes` are kept.
+pub(super) fn send(file: u32, send: ConnectionKey, bytes: &impl StableBytes) -> Entry {
     // A longer buffer is sent in part, as any send may be.
     let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     opcode::Send::new(Fixed(file), bytes.as_ptr(), len)

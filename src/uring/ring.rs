@@ -19,11 +19,11 @@ use super::buffers::{BufferRing, Lease};
 use super::clock::Clock;
 use super::kernel::{Completion, HowToClose, Kernel, Received, Wait};
 use super::operation;
+use super::send_buffer::SendBuffer;
 use super::sends::Sends;
 use super::setup::{RingConfig, SetupError, set_up};
 use super::token::{Operation, Token};
 use crate::domain::ids::ConnectionKey;
-use crate::domain::outgoing::SendBuffer;
 
 /// Attempts of a dropped ring to collect all outstanding completions, and the length of each.
 const QUIESCE_ROUNDS_MAX: usize = 50;
@@ -155,8 +155,7 @@ impl Ring {
         // - Every entry comes from a constructor in `operation`. What it points to outlives the
         //   operation:
         //   - accept: an `AddressCell` on the heap, lent until the accept's completion;
-        //   - send: the bytes of a `SendBuffer` that `sends` keeps until the completion, which do
-        //     not move or change while the value exists (see `domain::outgoing`);
+        //   - send: `StableBytes` that `sends` keeps, untouched, until the completion;
         //   - receive: no pointer; the buffers are in the mapping of `buffers`;
         //   - disconnect: a static; all others: no pointer.
         // - When the ring is dropped, `drop` waits for these completions or leaks the memory.
@@ -342,7 +341,7 @@ impl Kernel for Ring {
     fn send(&mut self, connection: ConnectionKey, buffer: SendBuffer) {
         self.check(connection);
         let kept = self.sends.keep(connection, buffer);
-        let entry = operation::send(connection.slot, kept, self.sends.bytes(kept));
+        let entry = operation::send(connection.slot, kept, self.sends.buffer(kept));
         self.push(entry);
     }
 

@@ -2,8 +2,8 @@
 
 use slab::Slab;
 
+use super::send_buffer::SendBuffer;
 use crate::domain::ids::{ConnectionKey, GENERATION_MAX};
-use crate::domain::outgoing::SendBuffer;
 
 #[derive(Debug)]
 struct InFlight {
@@ -33,9 +33,9 @@ impl Sends {
         ConnectionKey { slot, generation: self.serial }
     }
 
-    /// The bytes under a key that [`Sends::keep`] returned.
-    pub(super) fn bytes(&self, key: ConnectionKey) -> &[u8] {
-        self.places[key.slot as usize].buffer.bytes()
+    /// The buffer under a key that [`Sends::keep`] returned.
+    pub(super) fn buffer(&self, key: ConnectionKey) -> &SendBuffer {
+        &self.places[key.slot as usize].buffer
     }
 
     /// Removes the buffer of a completed send.
@@ -60,9 +60,9 @@ mod tests {
         let mut sends = Sends::new();
         let first = sends.keep(connection(10), buffer(1));
         let second = sends.keep(connection(11), buffer(2));
-        assert_eq!(sends.bytes(first), [1]);
+        assert_eq!(sends.buffer(first)[..], [1]);
         let (whose, back) = sends.release(second);
-        assert_eq!((whose, back.bytes()), (connection(11), &[2][..]));
+        assert_eq!((whose, &back[..]), (connection(11), &[2][..]));
         assert_eq!(sends.release(first).0, connection(10));
     }
 

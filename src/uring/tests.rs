@@ -11,7 +11,6 @@ use super::clock::EPOCH_MS;
 use super::*;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::{ACCEPTS_IN_FLIGHT_MAX, RECEIVE_BUFFER_BYTES};
-use crate::domain::outgoing::SendBuffer;
 
 const CONFIG: RingConfig = RingConfig { connections: 128, receive_buffers: 4, submissions: 8 };
 
@@ -64,7 +63,7 @@ fn send(ring: &mut Ring, bytes: Vec<u8>) -> Result<usize, Errno> {
     ring.send(key(0), SendBuffer::batch(bytes.clone()));
     match next(ring) {
         Completion::Sent { connection, buffer, result } => {
-            assert_eq!((connection, buffer.bytes()), (key(0), &bytes[..]));
+            assert_eq!((connection, &buffer[..]), (key(0), &bytes[..]));
             result
         }
         other => panic!("{other:?}"),

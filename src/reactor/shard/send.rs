@@ -12,9 +12,9 @@ use super::tally::Outcome;
 use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::SEND_BATCH_BYTES;
-use crate::domain::outgoing::{Outgoing, SendBuffer};
+use crate::domain::outgoing::Outgoing;
 use crate::reactor::connection::{Connection, Flags, Lifecycle, RequestSet};
-use crate::uring::{HowToClose, Kernel};
+use crate::uring::{HowToClose, Kernel, SendBuffer};
 
 /// Sends started per turn: enough to amortise the system call, few enough that their completions
 /// fit into the ring.
@@ -113,7 +113,7 @@ impl<K: Kernel> Shard<K> {
         buffer: SendBuffer,
         result: Result<usize, Errno>,
     ) {
-        let asked = buffer.bytes().len();
+        let asked = buffer.len();
         let batch = buffer.into_batch();
         let connection = &mut self.slab[key];
         connection.in_flight.complete(RequestSet::SEND);

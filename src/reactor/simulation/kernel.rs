@@ -18,10 +18,9 @@ use rustix::io::Errno;
 
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::RECEIVE_BUFFER_BYTES;
-use crate::domain::outgoing::SendBuffer;
 use crate::reactor::connection::RequestSet;
 use crate::reactor::simulation::random::Random;
-use crate::uring::{Completion, HowToClose, Kernel, Received, Wait};
+use crate::uring::{Completion, HowToClose, Kernel, Received, SendBuffer, Wait};
 
 pub use faults::Faults;
 
@@ -365,7 +364,7 @@ impl SimulatedKernel {
         let no_memory = self.fault("a send without memory", self.faults.send_memory);
         let error = self.random.pick(&[Errno::CONNRESET, Errno::PIPE, Errno::TIMEDOUT]);
         let lack = self.random.pick(&[Errno::NOBUFS, Errno::NOMEM]);
-        let asked = buffer.bytes().len();
+        let asked = buffer.len();
         let part = self.random.below(asked) + 1;
         let socket = self.socket(connection);
         assert!(!socket.outbound_ended, "a send after the shutdown");
@@ -378,7 +377,7 @@ impl SimulatedKernel {
         } else if taken == 0 || zero {
             Err(Errno::AGAIN)
         } else {
-            socket.sent.extend_from_slice(&buffer.bytes()[..taken]);
+            socket.sent.extend_from_slice(&buffer[..taken]);
             socket.outbound += taken;
             Ok(taken)
         };

@@ -1,6 +1,7 @@
 //! What one kind of conversation costs the events of all others: nodes behind a real Kafka, small events at a steady
 //! rate, and the same beside the other kind, in turn. Each round also has a *control*: as many events as those of the other
 //! kind, of ordinary conversations, so that what they cost as events, and what the machine adds, is known in the same run.
+//! The control of hostile clients are the same clients at another node on the same core, which nobody else uses.
 //!
 //! Members come from a conversation service in this process. Nodes run on one core; broker, clients and this process on
 //! the other.
@@ -128,7 +129,7 @@ pub struct BesidePlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Beside {
     Nothing,
-    /// As many events as those of the neighbour, of ordinary conversations.
+    /// As many events as those of the neighbour, of ordinary conversations; or hostile clients at another node.
     Control,
     Neighbour,
 }
@@ -174,6 +175,8 @@ impl Hostile {
 struct World {
     plan: BesidePlan,
     nodes: Vec<ServedNode>,
+    /// For the control of hostile clients.
+    another: Option<ServedNode>,
     small_events: SmallEvents,
     extra: Extra,
     /// One for each node.
@@ -211,9 +214,19 @@ impl World {
             ServedNode::start(program, brokers, &topics, (number, plan.nodes), &environment)
         });
         let nodes: io::Result<Vec<_>> = started.collect();
+        let another = match plan.neighbour {
+            Neighbour::Hostile { .. } => {
+                let topics = RunTopics::of_another();
+                let read = [&*topics.messages, &*topics.conversations];
+                create_topics(&plan.brokers, &read, plan.partitions, &[])?;
+                let (program, brokers) = (&plan.program, &plan.brokers);
+                Some(ServedNode::start(program, brokers, &topics, (1, 1), &environment)?)
+            }
+            Neighbour::Large { .. } | Neighbour::Unknown { .. } => None,
+        };
         usage::pin(plan.client_core)?;
-        let mut nodes = nodes?;
-        nodes.iter_mut().try_for_each(ServedNode::wait_until_ready)?;
+        let (mut nodes, mut another) = (nodes?, another);
+        nodes.iter_mut().chain(&mut another).try_for_each(ServedNode::wait_until_ready)?;
         let from = Instant::now();
         while owned(&nodes, &topics)? != plan.partitions as usize * usize::from(plan.nodes == 2) {
             if from.elapsed() > READY_MAX {
@@ -234,7 +247,7 @@ impl World {
         let small_events = SmallEvents::new(&plan.brokers, &topics)?;
         let (plan, extra) = (plan.clone(), Extra::new(plan, &topics)?);
         let (small, _connected, _services) = (small_clients, connected, services);
-        Ok(Self { plan, nodes, small_events, extra, small, _connected, _services })
+        Ok(Self { plan, nodes, another, small_events, extra, small, _connected, _services })
     }
 
     fn used(&self) -> io::Result<(u64, u64)> {
@@ -250,10 +263,12 @@ impl World {
     fn phase(&mut self, seconds: u64, beside: Beside, ramp: Duration) -> io::Result<Phase> {
         let stopped = Arc::new(AtomicBool::new(false));
         let extra = (beside != Beside::Nothing).then(|| self.extra.start(beside, &stopped));
-        let hostile = match beside {
-            Beside::Neighbour => self.plan.hostile(&self.nodes[0])?,
-            Beside::Nothing | Beside::Control => None,
+        let met = match beside {
+            Beside::Nothing => None,
+            Beside::Control => self.another.as_ref(),
+            Beside::Neighbour => Some(&self.nodes[0]),
         };
+        let hostile = met.map(|node| self.plan.hostile(node)).transpose()?.flatten();
         std::thread::sleep(SETTLE + ramp);
         ask(&mut self.small, "reset", "done")?;
         let (before, sent_before) = (self.used()?, self.extra.sent());
@@ -270,7 +285,7 @@ impl World {
         };
         let small = self.small_events.push(pushes, sessions);
         let extra_events = self.extra.sent() - sent_before;
-        let memory = self.nodes[0].memory()?;
+        let memory = met.unwrap_or(&self.nodes[0]).memory()?;
         let hostile = hostile.map(Hostile::end).transpose()?;
         stopped.store(true, Ordering::Relaxed);
         if let Some(extra) = extra {
@@ -383,8 +398,13 @@ impl BesidePlan {
         for round in 1..=self.rounds {
             let (mut idle_ns, mut p99s) = (0, [0.0; Beside::ALL.len()]);
             for (index, beside) in Beside::ALL.into_iter().enumerate() {
-                // What waits of the neighbour of the round before is given up first. The control has nothing to wait for.
-                let ramp = if beside == Beside::Control { Duration::ZERO } else { ramp };
+                // What waits of the neighbour of the round before is given up first. The control of events has nothing to
+                // wait for.
+                let is_hostile = matches!(self.neighbour, Neighbour::Hostile { .. });
+                let ramp = match beside {
+                    Beside::Control if !is_hostile => Duration::ZERO,
+                    _ => ramp,
+                };
                 let phase = world.phase(self.seconds, beside, ramp)?;
                 all[index].add(&phase.latency);
                 let percentiles = phase.latency.percentiles();

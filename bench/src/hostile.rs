@@ -15,12 +15,14 @@ use serde_json::json;
 use crate::client::net;
 use crate::names;
 
-/// One pass over all clients.
+/// How often each client acts.
 const PASS: Duration = Duration::from_millis(100);
+/// Parts of a pass, each with as many clients: they are many machines, which do not act at the same moment.
+const PARTS: usize = 20;
 /// Number of the first user, above those of all other clients.
 const FIRST_USER: usize = 20_000_000;
-/// Connects of one pass, so that those who behave get in as well.
-const CONNECTS_OF_A_PASS: usize = 500;
+/// Connects of one part of a pass, so that those who behave get in as well.
+const CONNECTS_OF_A_PART: usize = 500 / PARTS;
 
 /// What the clients do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -121,9 +123,12 @@ impl HostilePlan {
             junk,
             buffer: vec![0; 65_536],
         };
-        while !stopped.load(Ordering::Relaxed) {
-            let next = Instant::now() + PASS;
-            enemies.pass()?;
+        for part in (0..PARTS).cycle() {
+            if stopped.load(Ordering::Relaxed) {
+                break;
+            }
+            let next = Instant::now() + PASS / PARTS as u32;
+            enemies.act_in(part)?;
             std::thread::sleep(next.saturating_duration_since(Instant::now()));
         }
         println!(
@@ -194,9 +199,10 @@ fn headers(stream: u32) -> Vec<u8> {
 }
 
 impl Enemies {
-    fn pass(&mut self) -> io::Result<()> {
-        let mut connects = CONNECTS_OF_A_PASS;
-        for number in 0..self.all.len() {
+    /// Lets the clients of one part act.
+    fn act_in(&mut self, part: usize) -> io::Result<()> {
+        let mut connects = CONNECTS_OF_A_PART;
+        for number in (part..self.all.len()).step_by(PARTS) {
             if self.all[number].socket.is_none() {
                 if connects == 0 {
                     continue;

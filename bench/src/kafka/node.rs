@@ -33,7 +33,15 @@ pub(crate) struct RunTopics {
 
 impl RunTopics {
     pub(crate) fn new() -> Self {
-        let run = std::process::id();
+        Self::of(&std::process::id().to_string())
+    }
+
+    /// The topics of a node that reads nothing of the others'.
+    pub(crate) fn of_another() -> Self {
+        Self::of(&format!("{}-another", std::process::id()))
+    }
+
+    fn of(run: &str) -> Self {
         Self {
             messages: format!("messaging.bench-{run}"),
             // A topic of its own, as in a deployment: the membership cache reads it as well.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::*;
 use crate::domain::budget::EventBudget;
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
-use crate::domain::close::EndReason;
+use crate::domain::close::{CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Recipients, Refusal, ShardReport, Ticket};
 use crate::domain::encoding::Encoding;
 use crate::domain::event::Event;
@@ -459,6 +459,23 @@ fn close_frame_of_the_client_is_answered_with_its_code() {
     rig.shard.kernel_mut().client_ends(client.socket);
     rig.turns();
     assert_eq!(rig.ended(), EndReason::ClosedByPeer);
+}
+
+#[test]
+fn client_without_an_answer_to_the_close_frame_is_reset_only_if_it_has_not_taken_everything() {
+    for (room, is_reset) in [(100_000, false), (250, true)] {
+        let mut rig = Rig::new(ShardConfig { close_ms_max: 1_000, ..ShardConfig::default() });
+        let (client, connection) = rig.live(room);
+        for sequence in 1..=20 {
+            rig.delivers(connection, sequence, DeliveryClass::Live);
+        }
+        let (close, why) = (Close::new(CloseCode::GOING_AWAY, "bye"), EndReason::Draining);
+        rig.command(ShardCommand::Close { connection, close, why });
+        assert!(!rig.shard.kernel().server_ended(client.socket));
+        rig.pass(2_000);
+        assert!(rig.shard.kernel().server_ended(client.socket));
+        assert_eq!(rig.shard.kernel().is_reset(client.socket), is_reset, "room for {room} bytes");
+    }
 }
 
 #[test]

@@ -118,6 +118,12 @@ impl SimulatedKernel {
         socket.outbound_ended || socket.closed
     }
 
+    /// Whether the client is reset, and loses what it has not read.
+    #[cfg(test)]
+    pub fn is_reset(&self, id: SocketId) -> bool {
+        self.sockets[id.0].reset
+    }
+
     /// Whether it has been accepted and is not reset or closed.
     pub fn is_open(&self, id: SocketId) -> bool {
         let socket = &self.sockets[id.0];

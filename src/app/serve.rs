@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::config::Loaded;
+use super::config::{Loaded, Profile};
 use super::node::{self, Plan, Prepared};
 
 /// Runs until the node is stopped.
@@ -11,6 +11,6 @@ use super::node::{self, Plan, Prepared};
 /// A part could not be started. The text says which, and what to do.
 pub fn run(loaded: Loaded) -> Result<(), String> {
     let ip = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-    let prepared = Prepared::new(&loaded.settings)?;
+    let prepared = Prepared::new(&loaded.settings, Profile::Serve)?;
     node::run(Plan { settings: loaded.settings, prepared, ip, try_page: None }, |_| {})
 }

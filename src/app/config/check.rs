@@ -2,15 +2,13 @@
 
 use super::Profile;
 use super::layers::Layers;
+use super::own_keys::{BadKey, own_keys};
 use super::table::Settings;
 use super::value::{
     AuthMode, HandOffMode, LegacyNodesMode, Name, PresenceMode, RoutingMode, SettingValue as _,
 };
 use crate::protocol::upgrade::origin::{BadOrigin, Origins};
 use crate::service::backends::redis::{RedisAddress, RedisAddressError};
-
-/// Minimum length of an HS256 key, bytes: the length of its hash (RFC 7518 §3.2).
-const JWT_SECRET_BYTES_MIN: usize = 32;
 
 impl Settings {
     /// The origins that browsers may connect from.
@@ -190,35 +188,19 @@ fn legacy_nodes(settings: &Settings, layers: &mut Layers) {
 }
 
 fn tokens(settings: &Settings, layers: &mut Layers) {
-    let keys = [
-        settings.jwt_secret.is_some(),
-        settings.jwt_key_file.is_some(),
-        settings.jwks_url.is_some(),
-    ];
-    let given = keys.iter().filter(|key| **key).count();
-    if settings.auth_mode == AuthMode::Jwt && given == 0 {
-        let why = "is missing: auth_mode `jwt` needs one of jwt_secret, jwt_key_file, jwks_url (or \
-                   set auth_mode to `trust`, which lets anybody connect as any user)";
+    let has_key = settings.jwt_secret.is_some()
+        || settings.jwt_secret_file.is_some()
+        || settings.jwt_key_file.is_some()
+        || !settings.jwks_url.is_empty();
+    if settings.auth_mode == AuthMode::Jwt && !has_key {
+        let why = "is missing: auth_mode `jwt` needs at least one of jwt_secret, jwt_secret_file, jwt_key_file, \
+                   jwks_url (or set auth_mode to `trust`, which lets anybody connect as any user)";
         layers.reject("jwt_secret", why);
     }
-    if given > 1 {
-        let why = "is one of several keys: set only one of jwt_secret, jwt_key_file, jwks_url";
-        // At least one of the keys is not `jwt_secret`. The error names that one.
-        let name = if settings.jwks_url.is_some() { "jwks_url" } else { "jwt_key_file" };
-        layers.reject(name, why);
-    }
-    if let Some(secret) = &settings.jwt_secret
-        && settings.auth_mode == AuthMode::Jwt
-        && secret.expose().len() < JWT_SECRET_BYTES_MIN
+    if settings.auth_mode == AuthMode::Jwt
+        && let Err(BadKey { setting, why }) = own_keys(settings)
     {
-        let why =
-            format!("is shorter than {JWT_SECRET_BYTES_MIN} bytes, which is too easy to guess");
-        layers.reject("jwt_secret", why);
-    }
-    if let Some(path) = &settings.jwt_key_file
-        && let Err(error) = std::fs::metadata(path)
-    {
-        layers.reject("jwt_key_file", format!("`{}` cannot be read: {error}", path.display()));
+        layers.reject(setting, why);
     }
 }
 
@@ -260,10 +242,13 @@ mod tests {
         assert_eq!(dev(&[("kafka_properties", "transactional.id=x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("auth_mode", "jwt"), ("jwt_secret", "short")]), ["--jwt-secret"]);
-        assert_eq!(dev(&[("jwt_key_file", "/nonexistent")]), ["--jwt-key-file"]);
+        for name in ["jwt_key_file", "jwt_secret_file"] {
+            let flag = format!("--{}", name.replace('_', "-"));
+            assert_eq!(dev(&[("auth_mode", "jwt"), (name, "/nonexistent")]), [flag]);
+        }
         let secret = "0123456789abcdef0123456789abcdef";
-        let two = [("jwt_secret", secret), ("jwks_url", "https://auth/keys"), ("auth_mode", "jwt")];
-        assert_eq!(dev(&two), ["--jwks-url"]);
+        let several = ("jwks_url", "https://auth/keys,https://old-auth/keys");
+        assert_eq!(dev(&[("jwt_secret", secret), several, ("auth_mode", "jwt")]), [""; 0]);
     }
 
     #[test]

@@ -5,12 +5,14 @@ mod check;
 #[cfg(test)]
 mod deployments;
 mod layers;
+mod own_keys;
 mod print;
 mod reading;
 mod table;
 mod value;
 
 pub use layers::{ConfigError, ConfigErrors, Layers, ValueSource};
+pub use own_keys::{BadKey, has_development_secret, own_keys};
 pub use print::{effective, reference};
 pub use table::{Settings, TABLE};
 pub use value::{

@@ -165,7 +165,9 @@ settings! {
         cursor_interval: Duration = "15s", from "100ms" to "1h", example "15s";
     }
     "WebSocket" {
-        /// Origins that browsers may connect from. Empty: all.
+        /// Origins that browsers may connect from, as they send them (`Origin`). `https://*.example.com` means all hosts
+        /// below that domain, `http://localhost:*` all ports, `null` pages without an origin of their own (files, sandboxed
+        /// frames). Other schemes are possible: `file://`, `chrome-extension://…`. Empty: all.
         origins: Vec<Name> = "", example "https://chat.example.com,https://*.example.org";
         /// Compress events (permessage-deflate) for clients that support it.
         deflate: bool = "true", example "true";
@@ -270,10 +272,13 @@ settings! {
         auth_mode: AuthMode = "jwt", dev "trust", example "jwt";
         /// Key of HS256 tokens, at least 32 bytes.
         jwt_secret: Option<Secret> = "", example "at-least-32-random-bytes-of-secret";
-        /// PEM file with the public key of RS256, ES256 or EdDSA tokens.
+        /// File with keys of HS256 tokens, one in each line, at least 32 bytes each. A token may be signed with any of them, or
+        /// with that of `jwt_secret`. The file is read again on SIGHUP, and when it has changed.
+        jwt_secret_file: Option<PathBuf> = "", example "/etc/delivery/jwt-secrets";
+        /// PEM file with the public keys of RS256, ES256 or EdDSA tokens. It is read again on SIGHUP, and when it has changed.
         jwt_key_file: Option<PathBuf> = "", example "/etc/delivery/jwt.pem";
-        /// URL of the public keys (JWKS).
-        jwks_url: Option<SecretUrl> = "", example "https://auth.example.com/.well-known/jwks.json";
+        /// URLs of public keys (JWKS). Fetched every five minutes, and when no key verifies a token, at most every 10 s.
+        jwks_url: Vec<SecretUrl> = "", example "https://auth.example.com/.well-known/jwks.json";
         /// Required `iss` of a token. Empty: any.
         jwt_issuer: Option<Name> = "", example "realchat-auth";
         /// Required `aud` of a token. Empty: any.

@@ -6,7 +6,7 @@ mod kafka;
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::config::{
-    AuthMode, ListenAddress, Loaded, PeerAddress, SettingValue as _, Settings, TABLE,
+    AuthMode, ListenAddress, Loaded, PeerAddress, Profile, SettingValue as _, Settings, TABLE,
 };
 use super::node::{self, Addresses, Plan, Prepared};
 use super::terminal;
@@ -23,7 +23,7 @@ const PORT_MARK: &str = "{{WEBSOCKET_PORT}}";
 /// A part could not be started. The text says which, and what to do.
 pub fn run(loaded: Loaded) -> Result<(), String> {
     let Loaded { mut settings, sources } = loaded;
-    let prepared = Prepared::new(&settings)?;
+    let prepared = Prepared::new(&settings, Profile::Dev)?;
     refuse_public_trust(&settings)?;
     let embedded = if settings.kafka_brokers.is_empty() {
         let kafka = EmbeddedKafka::start(&settings.kafka_topics)?;

@@ -7,6 +7,7 @@ use super::metrics::{self, register};
 use super::other_nodes::OtherNodes;
 use super::routing::{RoutingPeers, compression};
 use super::sizing::{Sizing, millis};
+use super::tokens::Tokens;
 use crate::app::admin::Collector;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
 use crate::service::backends::neighbours::{
@@ -17,7 +18,6 @@ use crate::service::backends::redis::{self, Announcer, LocationsConfig, RedisCon
 use crate::service::members::current::CurrentConversations;
 use crate::service::members::membership::{Membership, MembershipConfig};
 use crate::service::members::user_lists::{UserLists, UserListsConfig};
-use crate::service::sessions::auth::{Authenticator, ClaimRules, JwksConfig, KeySource};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpService, ReadAccess};
 use crate::service::sessions::presence::{
     Presence, PresenceConfig, PresenceTarget, VisibilityConfig,
@@ -25,7 +25,7 @@ use crate::service::sessions::presence::{
 
 /// The clients of all configured back ends.
 pub(super) struct BackEnds {
-    pub auth: Arc<Authenticator>,
+    pub tokens: Tokens,
     /// For those who ask who may read what.
     pub conversations: Option<CurrentConversations>,
     /// For the routers.
@@ -92,9 +92,9 @@ impl BackEnds {
         });
         let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut collectors);
         collectors.push(metrics::cursors_expired(catch_up.clone()));
-        let auth = authenticator(settings, &mut collectors)?;
+        let tokens = Tokens::new(settings, &mut collectors)?;
         Ok(Self {
-            auth,
+            tokens,
             conversations,
             membership,
             user_lists,
@@ -250,32 +250,4 @@ fn membership(
     };
     let runtime = tokio::runtime::Handle::current();
     Membership::new(config, source, runtime, register("membership_", collectors))
-}
-
-fn authenticator(
-    settings: &Settings,
-    collectors: &mut Vec<Collector>,
-) -> Result<Arc<Authenticator>, String> {
-    if settings.auth_mode == AuthMode::Trust {
-        tracing::warn!("AUTH_MODE=trust: anybody can connect as any user");
-        return Ok(Authenticator::trust());
-    }
-    let (setting, source) = match (&settings.jwt_secret, &settings.jwt_key_file, &settings.jwks_url)
-    {
-        (Some(secret), ..) => ("JWT_SECRET", KeySource::Secret(secret.clone())),
-        (_, Some(path), _) => {
-            let pem = std::fs::read(path)
-                .map_err(|error| format!("JWT_KEY_FILE: {}: {error}", path.display()))?;
-            ("JWT_KEY_FILE", KeySource::Pem(pem))
-        }
-        (_, _, Some(url)) => ("JWKS_URL", KeySource::Jwks(JwksConfig::new(url.secret().clone()))),
-        (None, None, None) => unreachable!("validated with the settings"),
-    };
-    let rules = ClaimRules {
-        issuer: settings.jwt_issuer.as_ref().map(ToString::to_string),
-        audience: settings.jwt_audience.as_ref().map(ToString::to_string),
-        leeway: settings.jwt_leeway,
-    };
-    Authenticator::jwt(source, rules, register("auth_", collectors))
-        .map_err(|error| format!("{setting}: {error}"))
 }

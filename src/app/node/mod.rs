@@ -15,6 +15,7 @@ mod shards;
 mod signals;
 mod sizing;
 mod streams;
+mod tokens;
 
 use std::fmt;
 use std::future::pending;
@@ -50,6 +51,7 @@ use crate::reactor::listener::{ListenerConfig, listen_on};
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::Directory;
+use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::manager::{
     SessionConfig, SessionCounters, SessionHandle, SessionManager, SessionPorts, Shutdown,
 };
@@ -157,6 +159,7 @@ struct Node {
     shards: Shards,
     streams: Option<Streams>,
     sessions: SessionHandle,
+    auth: Arc<Authenticator>,
     routing: Routing,
     from_other_nodes: Option<OtherNodesListener>,
     cluster: Option<RunningCluster>,
@@ -172,9 +175,9 @@ async fn run_node(
     let addresses = ports.addresses;
     let (drain, drained) = watch::channel(false);
     let (node, admin_listener, mut collectors) =
-        start(plan.settings, &sizing, ports, log, drained.clone())?;
+        start(plan.settings, &sizing, ports, log, drained.clone(), signals.read_again())?;
 
-    let mut checks = vec![node.routing.check()];
+    let mut checks = vec![node.routing.check(), tokens::check(Arc::clone(&node.auth))];
     checks.extend(node.from_other_nodes.as_ref().map(OtherNodesListener::check));
     checks.extend(node.cluster.as_ref().map(RunningCluster::check));
     let connections = metrics::register("admin_", &mut collectors);
@@ -215,6 +218,7 @@ fn start(
     ports: Ports,
     log: &LogSink,
     drained: watch::Receiver<bool>,
+    read_again: watch::Receiver<u64>,
 ) -> Result<(Node, TcpListener, Vec<Collector>), String> {
     let config = shard_config(&settings, sizing);
     let memory = MemoryBudget::new(&settings, sizing, &config);
@@ -300,7 +304,10 @@ fn start(
         metrics::component("", log),
         metrics::draining(drained),
     ]);
-    let node = Node { settings, shards, streams, sessions, routing, from_other_nodes, cluster };
+    let auth = Arc::clone(&back_ends.tokens.auth);
+    back_ends.tokens.follow_files(&settings, read_again);
+    let node =
+        Node { settings, shards, streams, sessions, auth, routing, from_other_nodes, cluster };
     Ok((node, ports.admin, collectors))
 }
 
@@ -334,7 +341,7 @@ fn sessions(
         directory,
         missed,
         announcer: cluster.map(|cluster| Arc::clone(cluster.announcer())),
-        auth: Arc::clone(&back_ends.auth),
+        auth: Arc::clone(&back_ends.tokens.auth),
         presence: back_ends.presence.clone(),
         catch_up: back_ends.catch_up.clone(),
     };

@@ -7,7 +7,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::signals::{Handlers, Signals};
 use super::sizing::{Machine, Sizing};
-use crate::app::config::Settings;
+use crate::app::config::{Profile, Settings};
 
 /// Threads besides those of [`Sizing`]: 31 for `HANDOFF=log` and one broker, most of them of librdkafka, which has one per
 /// broker for each of its clients; the embedded Kafka of `dev`; name look-ups.
@@ -26,9 +26,9 @@ impl Prepared {
     ///
     /// # Errors
     /// A limit of the system is too low. The text names it, and a value that works.
-    pub fn new(settings: &Settings) -> Result<Self, String> {
+    pub fn new(settings: &Settings, profile: Profile) -> Result<Self, String> {
         let cannot = |error| format!("cannot catch signals: {error}");
-        let handlers = Handlers::install().map_err(cannot)?;
+        let handlers = Handlers::install(profile).map_err(cannot)?;
         let sizing = Sizing::decide(settings, Machine::detect())?;
         let services = usize::from(sizing.shards) + usize::from(sizing.routers);
         try_threads(services + sizing.service_threads + THREADS_OWN)?;

@@ -1,4 +1,5 @@
-//! SIGTERM and SIGINT: the first one stops the node, the second one exits at once.
+//! SIGTERM and SIGINT: the first one stops the node, the second one exits at once. SIGHUP: a node in production reads the files of
+//! its keys again; `dev` stops, because its terminal was closed.
 //!
 //! They have a thread of their own, so that the second one works whatever the rest of the process waits for.
 
@@ -12,18 +13,29 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::app::config::Profile;
 use crate::app::telemetry::LogSink;
 
 /// Installed handlers. From now on the signals do not kill the process, but wait until [`Handlers::watch`].
 pub(super) struct Handlers {
     runtime: Runtime,
+    caught: Caught,
+}
+
+/// The signals that a node handles.
+struct Caught {
     terminate: Signal,
     interrupt: Signal,
+    hang_up: Signal,
+    hang_up_stops: bool,
+    /// Counts the requests to read files again.
+    read_again: watch::Sender<u64>,
 }
 
 /// The signals of a node.
 pub(super) struct Signals {
     first: watch::Receiver<Option<&'static str>>,
+    read_again: watch::Receiver<u64>,
     node: Arc<NodeFacts>,
 }
 
@@ -41,13 +53,18 @@ impl Handlers {
     ///
     /// # Errors
     /// The operating system refuses.
-    pub(super) fn install() -> io::Result<Self> {
+    pub(super) fn install(profile: Profile) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let entered = runtime.enter();
-        let terminate = signal(SignalKind::terminate())?;
-        let interrupt = signal(SignalKind::interrupt())?;
+        let caught = Caught {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+            hang_up_stops: profile == Profile::Dev,
+            read_again: watch::Sender::new(0),
+        };
         drop(entered);
-        Ok(Self { runtime, terminate, interrupt })
+        Ok(Self { runtime, caught })
     }
 
     /// Starts the thread.
@@ -55,17 +72,18 @@ impl Handlers {
     /// # Errors
     /// The operating system refuses.
     pub(super) fn watch(self) -> io::Result<Signals> {
-        let Self { runtime, mut terminate, mut interrupt } = self;
+        let Self { runtime, mut caught } = self;
+        let read_again = caught.read_again.subscribe();
         let (stop, first) = watch::channel(None);
         let node = Arc::new(NodeFacts::default());
         let facts = Arc::clone(&node);
         let watching = async move {
-            let (name, _) = next(&mut terminate, &mut interrupt).await;
+            let (name, _) = caught.next().await;
             if facts.ends.load(Ordering::Relaxed) {
                 tracing::info!("{name}: already draining; a second signal exits at once");
             }
             stop.send_replace(Some(name));
-            let (name, number) = next(&mut terminate, &mut interrupt).await;
+            let (name, number) = caught.next().await;
             tracing::warn!("second signal ({name}): exiting at once");
             if let Some(log) = facts.log.get() {
                 log.flush();
@@ -73,15 +91,30 @@ impl Handlers {
             process::exit(128 + number);
         };
         thread::Builder::new().name("signals".into()).spawn(move || runtime.block_on(watching))?;
-        Ok(Signals { first, node })
+        Ok(Signals { first, read_again, node })
     }
 }
 
-/// Waits for the next signal and returns its name and number.
-async fn next(terminate: &mut Signal, interrupt: &mut Signal) -> (&'static str, i32) {
-    tokio::select! {
-        _ = terminate.recv() => ("SIGTERM", SignalKind::terminate().as_raw_value()),
-        _ = interrupt.recv() => ("SIGINT", SignalKind::interrupt().as_raw_value()),
+impl Caught {
+    /// Waits for the next signal that stops the node, and returns its name and number.
+    async fn next(&mut self) -> (&'static str, i32) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => {
+                    return ("SIGTERM", SignalKind::terminate().as_raw_value());
+                }
+                _ = self.interrupt.recv() => {
+                    return ("SIGINT", SignalKind::interrupt().as_raw_value());
+                }
+                _ = self.hang_up.recv() => {
+                    if self.hang_up_stops {
+                        return ("SIGHUP", SignalKind::hangup().as_raw_value());
+                    }
+                    tracing::info!("SIGHUP: reading the files of keys again");
+                    self.read_again.send_modify(|times| *times += 1);
+                }
+            }
+        }
     }
 }
 
@@ -91,7 +124,12 @@ impl Signals {
         let _ = self.node.log.set(log);
     }
 
-    /// Waits for the first signal and returns its name.
+    /// Changes when the files of keys are to be read again.
+    pub(super) fn read_again(&self) -> watch::Receiver<u64> {
+        self.read_again.clone()
+    }
+
+    /// Waits for the first signal that stops the node, and returns its name.
     pub(super) async fn first(&mut self) -> &'static str {
         let name = self.first.wait_for(Option::is_some).await.ok().and_then(|name| *name);
         name.expect("the thread of the signals ends with the process")

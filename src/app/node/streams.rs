@@ -77,7 +77,7 @@ impl Streams {
         };
         let (stop, stopped) = oneshot::channel();
         let counters = register("", &mut back_ends.collectors);
-        let auth = Arc::clone(&back_ends.auth);
+        let auth = Arc::clone(&back_ends.tokens.auth);
         let ports = GrpcPorts {
             hub: handle,
             limits: AddressLimits::new(limiter, monotonic_ms),

@@ -469,7 +469,8 @@ fn client_without_an_answer_to_the_close_frame_is_reset_only_if_it_has_not_taken
         for sequence in 1..=20 {
             rig.delivers(connection, sequence, DeliveryClass::Live);
         }
-        let (close, why) = (Close::new(CloseCode::GOING_AWAY, "bye"), EndReason::Draining);
+        let (close, why) =
+            (Close::new(CloseCode::GOING_AWAY, "server closing"), EndReason::Draining);
         rig.command(ShardCommand::Close { connection, close, why });
         assert!(!rig.shard.kernel().server_ended(client.socket));
         rig.pass(2_000);

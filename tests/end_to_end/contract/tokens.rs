@@ -1,15 +1,23 @@
 //! Contract §7: nobody connects as somebody else.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use delivery_testkit::publisher::new_topic;
 use delivery_testkit::token::sign_hs256;
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::support::client::{Client, Received};
 use crate::support::fleet::Connect;
 use crate::support::node::{Node, NodeBuilder};
+use crate::support::services::kafka_brokers;
+use crate::support::wait::{SOON, until};
 
 const SECRET: &str = "a key for tests of at least thirty-two bytes";
 
@@ -151,11 +159,145 @@ fn fresh_token_keeps_the_session() {
     assert_eq!(client.receive(), Received::Pong(b"still here".to_vec()));
 }
 
+const NEXT_SECRET: &str = "the next key for tests of at least thirty-two bytes";
+
+/// Replaces a file as Kubernetes and editors do: nobody reads half of it.
+fn replace(path: &Path, content: &str) {
+    let next = path.with_extension("next");
+    std::fs::write(&next, content).unwrap();
+    std::fs::rename(next, path).unwrap();
+}
+
+/// Whether a token that is signed with this secret is accepted. The session is a new one.
+fn accepts(node: &Node, secret: &str) -> bool {
+    let token = sign_hs256(&claims("bob", Duration::from_secs(600)), secret);
+    match with_user(node, "bob", &token) {
+        Received::Open(_) => true,
+        Received::Refused(401, _) => false,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn with_user(node: &Node, user: &str, token: &str) -> Received {
+    let headers = format!("Authorization: Bearer {token}\r\n");
+    Client::connect(&Connect { headers, ..Connect::session(node.public, user, "d") }).receive()
+}
+
+fn assert_alive(client: &mut Client) {
+    assert!(client.send(9, b"alive"));
+    assert_eq!(client.receive(), Received::Pong(b"alive".to_vec()));
+}
+
+#[test]
+fn secrets_of_a_file_are_replaced_with_an_overlap_and_sessions_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("secrets");
+    std::fs::write(&file, SECRET).unwrap();
+    let node =
+        NodeBuilder::dev().set("AUTH_MODE", "jwt").set("JWT_SECRET_FILE", file.display()).start();
+    let headers = format!("Authorization: Bearer {}\r\n", token("alice"));
+    let mut session =
+        Client::opened(&Connect { headers, ..Connect::session(node.public, "alice", "d") });
+    assert!(accepts(&node, SECRET) && !accepts(&node, NEXT_SECRET));
+    let wait_for = |what, done: &dyn Fn() -> bool| until(SOON, what, || done().then_some(()));
+
+    replace(&file, &format!("{NEXT_SECRET}\n{SECRET}\n"));
+    wait_for("the next secret counts", &|| accepts(&node, NEXT_SECRET));
+    assert!(accepts(&node, SECRET), "the old one still counts");
+    replace(&file, "too short");
+    wait_for("the file is refused", &|| {
+        node.log().contains("has a secret in line 1 that is shorter")
+    });
+    assert!(!node.log().contains("too short"), "a log names no secret");
+    assert!(accepts(&node, SECRET) && accepts(&node, NEXT_SECRET));
+    replace(&file, NEXT_SECRET);
+    wait_for("the old secret counts no more", &|| !accepts(&node, SECRET));
+    assert!(accepts(&node, NEXT_SECRET));
+    assert_alive(&mut session);
+    let metrics = node.metrics();
+    assert_eq!(metrics.sum("delivery_auth_key_reloads_total", &[]), 2.0);
+    assert_eq!(metrics.sum("delivery_auth_key_reload_failures_total", &[]), 1.0);
+}
+
+#[test]
+#[ignore = "needs Kafka: tests/run end_to_end"]
+fn hang_up_reads_the_keys_again_and_stops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("secrets");
+    std::fs::write(&file, SECRET).unwrap();
+    let brokers = kafka_brokers();
+    let mut node = NodeBuilder::serve()
+        .kafka(&brokers, &new_topic(&brokers, "hang-up", 1))
+        .set("AUTH_MODE", "jwt")
+        .set("JWT_SECRET_FILE", file.display())
+        .start();
+    let headers = format!("Authorization: Bearer {}\r\n", token("alice"));
+    let mut session =
+        Client::opened(&Connect { headers, ..Connect::session(node.public, "alice", "d") });
+    replace(&file, NEXT_SECRET);
+    node.signal(Signal::HUP);
+    until(SOON, "the next secret counts", || accepts(&node, NEXT_SECRET).then_some(()));
+    assert!(!accepts(&node, SECRET));
+    assert!(node.log().contains("SIGHUP"), "{}", node.log());
+    assert_alive(&mut session);
+    assert!(node.stop(SOON).success());
+}
+
+#[test]
+fn hang_up_stops_dev_in_order() {
+    let mut node = NodeBuilder::dev().start();
+    let mut session = Client::opened(&Connect::session(node.public, "alice", "d"));
+    node.signal(Signal::HUP);
+    assert!(matches!(session.receive_end(), Received::Closed(1001, _)));
+    assert_eq!(until(SOON, "the node exits", || node.ended()).code(), Some(0));
+}
+
+/// Nothing else than the environment that RealChat documents for development (contract §5).
+#[test]
+fn published_development_secret_starts_with_a_warning() {
+    let secret = "dev-secret-change-me-in-prod";
+    let node = NodeBuilder::dev().set("AUTH_MODE", "jwt").set("JWT_SECRET", secret).start();
+    assert!(accepts(&node, secret));
+    let log = node.log();
+    assert!(log.contains("WARN") && log.contains("RealChat's documents"), "{log}");
+    assert!(!log.contains(secret), "{log}");
+    assert_eq!(node.metrics().sum("delivery_auth_development_secret", &[]), 1.0);
+}
+
+#[test]
+fn node_is_not_ready_and_answers_503_until_keys_were_fetched() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/keys", listener.local_addr().unwrap());
+    // No key that can be used.
+    let document = Arc::new(Mutex::new(r#"{"keys":[]}"#.to_owned()));
+    let served = Arc::clone(&document);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let _ = stream.read(&mut [0; 4096]);
+            let body = served.lock().unwrap().clone();
+            let head = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length";
+            let _ = write!(stream, "{head}: {}\r\n\r\n{body}", body.len());
+        }
+    });
+    let mut node = NodeBuilder::dev().set("AUTH_MODE", "jwt").set("JWKS_URL", url).spawn();
+    let not_ready = || node.get("/health/ready").filter(|it| it.body.contains("JWKS_URL"));
+    assert_eq!(until(SOON, "the admin port answers", not_ready).status, 503);
+    let header = BASE64URL.encode(r#"{"alg":"ES256","kid":"a"}"#);
+    let claims = BASE64URL.encode(claims("bob", SOON).to_string());
+    let token = format!("{header}.{claims}.{}", BASE64URL.encode([1; 64]));
+    let said = refused(with_user(&node, "bob", &token), 503);
+    assert!(said.contains("keys could not be fetched"), "{said}");
+    let key = json!({ "kty": "EC", "kid": "a", "crv": "P-256", "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU", "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0" });
+    *document.lock().unwrap() = json!({ "keys": [key] }).to_string();
+    node.wait_ready();
+    refused(with_user(&node, "bob", &token), 401);
+}
+
 #[test]
 fn node_refuses_to_start_without_a_key() {
     let mut node =
         NodeBuilder::serve().set("AUTH_MODE", "jwt").set("KAFKA_BROKERS", "127.0.0.1:9").spawn();
-    let status = crate::support::wait::until(Duration::from_secs(20), "it ends", || node.ended());
+    let status = until(Duration::from_secs(20), "it ends", || node.ended());
     assert!(!status.success());
     assert!(node.log().to_lowercase().contains("jwt_secret"), "{}", node.log());
 }

@@ -49,7 +49,9 @@ pub enum AuthFailure {
     #[error("user_id is not the subject of the access token: omit it, or send your own")]
     UserMismatch,
     /// There are no keys to check with.
-    #[error("access tokens cannot be checked at the moment: try again")]
+    #[error(
+        "access tokens cannot be checked yet: their keys could not be fetched so far; try again"
+    )]
     KeysUnavailable,
 }
 
@@ -72,6 +74,11 @@ impl AuthFailure {
             Self::UserMismatch => 403,
             Self::KeysUnavailable => 503,
         }
+    }
+
+    /// Whether a key that the publisher has added or replaced since may verify the token.
+    pub(super) fn is_for_lack_of_a_key(self) -> bool {
+        matches!(self, Self::KeyUnknown | Self::AlgorithmRefused | Self::SignatureWrong)
     }
 
     /// The answer to the handshake.

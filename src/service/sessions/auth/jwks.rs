@@ -1,14 +1,13 @@
-//! Keys published at a URL (RFC 7517): fetched periodically, and again when a token names an unknown
-//! key, so that a rotation of keys causes no refusals.
+//! Keys published at a URL (RFC 7517): fetched periodically, and again when no key verifies a token, so that a rotation of
+//! keys causes no refusals. A publisher may add a key, or put another one under the same id.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use jsonwebtoken::Header;
 use tokio::time::{Instant, sleep};
 
 use super::AuthCounters;
-use super::keys::{KeyLookup, KeySet};
+use super::keys::KeySet;
 use crate::domain::command::Secret;
 use crate::service::runtime::backoff::Backoff;
 
@@ -26,15 +25,15 @@ pub struct JwksConfig {
     pub url: Secret,
     /// Interval between fetches.
     pub refresh: Duration,
-    /// Shortest interval between fetches for unknown keys, so that tokens with invented key ids do not
-    /// overload the publisher.
+    /// Shortest interval between fetches for tokens that no key verifies, so that invented tokens do not overload the
+    /// publisher.
     pub refetch_interval: Duration,
     /// Timeout of one fetch.
     pub timeout: Duration,
 }
 
 impl JwksConfig {
-    /// A fetch every five minutes, for unknown keys at most every 10 s, with a timeout of 5 s.
+    /// A fetch every five minutes, for tokens that no key verifies at most every 10 s, with a timeout of 5 s.
     pub fn new(url: Secret) -> Self {
         Self {
             url,
@@ -53,7 +52,7 @@ pub(super) struct Jwks {
     counters: Arc<AuthCounters>,
     /// `None` until the first fetch that succeeded.
     keys: RwLock<Option<Arc<KeySet>>>,
-    /// When the last fetch for an unknown key began. Locked during a fetch, so that all callers wait
+    /// When the last fetch for a token that no key verifies began. Locked during a fetch, so that all callers wait
     /// for the same one.
     refetch: tokio::sync::Mutex<Option<Instant>>,
 }
@@ -94,25 +93,35 @@ impl Jwks {
         self.keys.read().expect("no holder panics").clone()
     }
 
-    /// The keys to verify a token with. If they do not include the token's key, they are fetched again
-    /// first. `None`: no fetch has succeeded yet.
-    pub(super) async fn keys_for(&self, header: &Header) -> Option<Arc<KeySet>> {
-        if let Some(keys) = self.keys_including(header) {
-            return Some(keys);
-        }
+    /// The keys `seen` do not verify a token: fetches them again, unless another caller has done so since, or that was done
+    /// lately. Returns whether there are newer keys.
+    pub(super) async fn fetch_newer_than(&self, seen: Option<&Arc<KeySet>>) -> bool {
         let mut begun = self.refetch.lock().await;
-        if let Some(keys) = self.keys_including(header) {
-            return Some(keys); // Another caller has fetched it.
+        if !self.is_current(seen) {
+            return true;
         }
-        if begun.is_none_or(|begun| begun.elapsed() >= self.config.refetch_interval) {
-            *begun = Some(Instant::now());
-            self.fetch().await;
+        if !self.is_due(*begun) {
+            return false;
         }
-        self.current()
+        *begun = Some(Instant::now());
+        self.fetch().await
     }
 
-    fn keys_including(&self, header: &Header) -> Option<Arc<KeySet>> {
-        self.current().filter(|keys| !matches!(keys.find(header), KeyLookup::Unknown))
+    /// Whether [`Jwks::fetch_newer_than`] would fetch, or wait for a fetch.
+    pub(super) fn would_fetch(&self) -> bool {
+        self.refetch.try_lock().map_or(true, |begun| self.is_due(*begun))
+    }
+
+    fn is_due(&self, begun: Option<Instant>) -> bool {
+        begun.is_none_or(|begun| begun.elapsed() >= self.config.refetch_interval)
+    }
+
+    fn is_current(&self, seen: Option<&Arc<KeySet>>) -> bool {
+        match (self.current(), seen) {
+            (Some(current), Some(seen)) => Arc::ptr_eq(&current, seen),
+            (None, None) => true,
+            _ => false,
+        }
     }
 
     /// Returns whether it succeeded. If not, the old keys stay in use.

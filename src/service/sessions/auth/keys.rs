@@ -1,15 +1,15 @@
 //! Keys that verify tokens. The kind of a key determines its only algorithm, and the token's header must
 //! match it. So a public key is never used as an HMAC secret.
 
-use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
-use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, Header};
+use jsonwebtoken::jwk::{
+    AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, KeyOperations, PublicKeyUse,
+};
+use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind};
 
-use crate::domain::command::Secret;
+use super::OwnKeys;
 
 /// Keys used of one set; the rest of a larger set is ignored.
 const KEYS_MAX: usize = 64;
-/// Keys tried for one token.
-const CANDIDATES_MAX: usize = 4;
 /// Bytes of an uncompressed point of P-256 (SEC 1, §2.3.3).
 const P256_POINT_BYTES: usize = 65;
 /// Bytes of an Ed25519 public key (RFC 8032).
@@ -49,16 +49,6 @@ pub(super) struct KeySet {
     keys: Vec<VerificationKey>,
 }
 
-/// The keys of a set that fit a token.
-pub(super) enum KeyLookup<'a> {
-    /// Try these.
-    Candidates(Vec<&'a VerificationKey>),
-    /// Only keys of other algorithms.
-    OtherAlgorithm,
-    /// No key of that id.
-    Unknown,
-}
-
 impl std::fmt::Debug for KeySet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} keys", self.keys.len())
@@ -66,24 +56,20 @@ impl std::fmt::Debug for KeySet {
 }
 
 impl KeySet {
-    pub(super) fn of_secret(secret: &Secret) -> Result<Self, KeyError> {
-        if secret.expose().is_empty() {
-            return Err(KeyError::Empty);
-        }
-        let key = DecodingKey::from_secret(secret.expose().as_bytes());
-        Ok(Self { keys: vec![VerificationKey { id: None, algorithm: Algorithm::HS256, key }] })
-    }
-
-    /// All public keys of a PEM file. There are several during a rotation.
-    pub(super) fn of_pem(pem: &[u8]) -> Result<Self, KeyError> {
-        let text = std::str::from_utf8(pem).map_err(|_| KeyError::Unknown)?;
+    /// The keys that the node has itself.
+    pub(super) fn of_own(own: &OwnKeys) -> Result<Self, KeyError> {
         let mut keys = Vec::new();
-        for (at, _) in text.match_indices("-----BEGIN ").take(KEYS_MAX) {
-            let rest = &text[at..];
-            let end = rest[1..].find("-----BEGIN ").map_or(rest.len(), |next| next + 1);
-            keys.push(of_pem_block(&rest[..end])?);
+        for secret in &own.secrets {
+            if secret.expose().is_empty() {
+                return Err(KeyError::Empty);
+            }
+            let key = DecodingKey::from_secret(secret.expose().as_bytes());
+            keys.push(VerificationKey { id: None, algorithm: Algorithm::HS256, key });
         }
-        if keys.is_empty() { Err(KeyError::Unknown) } else { Ok(Self { keys }) }
+        if let Some(pem) = &own.pem {
+            keys.extend(of_pem(pem)?);
+        }
+        Ok(Self { keys })
     }
 
     /// The usable keys of a JWKS document. Others are ignored (RFC 7517 §5).
@@ -104,25 +90,25 @@ impl KeySet {
         self.keys.len()
     }
 
-    /// The keys that may have signed a token with this header. If the key or the token has no id, only
-    /// the algorithm must match.
-    pub(super) fn find(&self, header: &Header) -> KeyLookup<'_> {
-        let of_id = |key: &&VerificationKey| match (&key.id, &header.kid) {
+    /// The keys that a token with this key id may be signed with: those of the id, and those without one. Without an id, all.
+    pub(super) fn of_id(&self, wanted: Option<&str>) -> impl Iterator<Item = &VerificationKey> {
+        self.keys.iter().filter(move |key| match (&key.id, wanted) {
             (Some(id), Some(wanted)) => id == wanted,
             (None, _) | (_, None) => true,
-        };
-        let mut fitting = self.keys.iter().filter(of_id).peekable();
-        if fitting.peek().is_none() {
-            return KeyLookup::Unknown;
-        }
-        let candidates: Vec<_> =
-            fitting.filter(|key| key.algorithm == header.alg).take(CANDIDATES_MAX).collect();
-        if candidates.is_empty() {
-            KeyLookup::OtherAlgorithm
-        } else {
-            KeyLookup::Candidates(candidates)
-        }
+        })
     }
+}
+
+/// All public keys of a PEM file. There are several during a rotation.
+fn of_pem(pem: &[u8]) -> Result<Vec<VerificationKey>, KeyError> {
+    let text = std::str::from_utf8(pem).map_err(|_| KeyError::Unknown)?;
+    let mut keys = Vec::new();
+    for (at, _) in text.match_indices("-----BEGIN ").take(KEYS_MAX) {
+        let rest = &text[at..];
+        let end = rest[1..].find("-----BEGIN ").map_or(rest.len(), |next| next + 1);
+        keys.push(of_pem_block(&rest[..end])?);
+    }
+    if keys.is_empty() { Err(KeyError::Unknown) } else { Ok(keys) }
 }
 
 fn of_pem_block(block: &str) -> Result<VerificationKey, KeyError> {
@@ -171,7 +157,12 @@ fn of_jwk(jwk: &Jwk) -> Option<VerificationKey> {
                 | (KeyAlgorithm::EdDSA, Algorithm::EdDSA)
         )
     });
-    if for_other_use || for_other_algorithm {
+    // RFC 7517 §4.3.
+    let for_other_operations = common
+        .key_operations
+        .as_ref()
+        .is_some_and(|operations| !operations.contains(&KeyOperations::Verify));
+    if for_other_use || for_other_algorithm || for_other_operations {
         return None;
     }
     let mut key = DecodingKey::from_jwk(jwk).ok()?;

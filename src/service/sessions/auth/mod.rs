@@ -2,9 +2,11 @@
 //!
 //! | key source | algorithm | checked |
 //! | --- | --- | --- |
-//! | secret (`JWT_SECRET`) | HS256 | at once: takes microseconds |
+//! | secrets (`JWT_SECRET`, `JWT_SECRET_FILE`) | HS256 | at once: takes microseconds |
 //! | public keys in a PEM file | RS256, ES256 or EdDSA, by the kind of key | in a task: takes hundreds of microseconds |
-//! | public keys at a URL (JWKS) | the same | in a task that may wait for a fetch |
+//! | public keys at URLs (JWKS) | the same | in a task that may wait for a fetch |
+//!
+//! There may be several of each, all of which count: keys are rotated with an overlap.
 //!
 //! A token needs `sub` (the user) and `exp`. `nbf` must have passed; `iss` and `aud` must match if
 //! configured. The request's `user_id` is optional, and must equal `sub` if given.
@@ -17,7 +19,9 @@ mod signature;
 pub(super) mod tests;
 mod verify;
 
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
+
+use jsonwebtoken::{Algorithm, Header};
 
 pub use failure::AuthFailure;
 pub use jwks::JwksConfig;
@@ -41,15 +45,23 @@ pub struct Identity {
     pub expires_at_s: Option<u64>,
 }
 
-/// Where the keys come from.
-#[derive(Clone, Debug)]
-pub enum KeySource {
-    /// A secret, for HS256.
-    Secret(Secret),
+/// Keys that the node has itself. They may be replaced while it runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnKeys {
+    /// Secrets, for HS256.
+    pub secrets: Vec<Secret>,
     /// The content of a PEM file with one or more public keys.
-    Pem(Vec<u8>),
-    /// A JWKS document at a URL.
-    Jwks(JwksConfig),
+    pub pem: Option<Vec<u8>>,
+}
+
+impl OwnKeys {
+    /// Whether all of them can be used.
+    ///
+    /// # Errors
+    /// A secret is empty, or the PEM holds no usable public key.
+    pub fn check(&self) -> Result<(), KeyError> {
+        KeySet::of_own(self).map(|_| ())
+    }
 }
 
 crate::counters! {
@@ -58,6 +70,9 @@ crate::counters! {
         Counter accepted: "Tokens accepted",
         Counter refused: "Tokens refused or missing",
         Counter keys_unavailable: "Tokens not checked because no keys could be fetched",
+        Counter key_reloads: "Own keys replaced while the node ran",
+        Counter key_reload_failures: "Own keys that could not be read again; the old ones stay in use",
+        Gauge development_secret: "1 if tokens may be signed with the secret of RealChat's documents",
         Counter jwks_fetches: "Fetches of published keys",
         Counter jwks_failures: "Fetches of published keys that failed",
         Gauge jwks_keys: "Published keys in use",
@@ -87,16 +102,10 @@ enum AuthMethod {
 
 #[derive(Debug)]
 struct TokenVerifier {
-    keys: TokenKeys,
+    own: RwLock<Arc<KeySet>>,
+    published: Vec<Arc<Jwks>>,
     rules: ClaimRules,
     counters: Arc<AuthCounters>,
-}
-
-#[derive(Debug)]
-enum TokenKeys {
-    Secret(KeySet),
-    Public(KeySet),
-    Published(Arc<Jwks>),
 }
 
 impl Authenticator {
@@ -105,35 +114,41 @@ impl Authenticator {
         Arc::new(Self { method: AuthMethod::Trust })
     }
 
-    /// Checks tokens (`AUTH_MODE=jwt`). A task on the current runtime fetches published keys.
+    /// Checks tokens (`AUTH_MODE=jwt`). For each of `published`, a task on the current runtime fetches its keys.
     ///
     /// # Errors
-    /// The secret is empty, or the PEM holds no usable public key.
+    /// A secret is empty, or the PEM holds no usable public key.
     pub fn jwt(
-        source: KeySource,
+        own: &OwnKeys,
+        published: Vec<JwksConfig>,
         rules: ClaimRules,
         counters: Arc<AuthCounters>,
     ) -> Result<Arc<Self>, KeyError> {
         signature::install();
-        let keys = match source {
-            KeySource::Secret(secret) => TokenKeys::Secret(KeySet::of_secret(&secret)?),
-            KeySource::Pem(pem) => TokenKeys::Public(KeySet::of_pem(&pem)?),
-            KeySource::Jwks(config) => {
-                TokenKeys::Published(Jwks::spawn(config, Arc::clone(&counters)))
-            }
-        };
-        let tokens = Arc::new(TokenVerifier { keys, rules, counters });
+        let own = RwLock::new(Arc::new(KeySet::of_own(own)?));
+        let spawn = |config| Jwks::spawn(config, Arc::clone(&counters));
+        let published = published.into_iter().map(spawn).collect();
+        let tokens = Arc::new(TokenVerifier { own, published, rules, counters });
         Ok(Arc::new(Self { method: AuthMethod::Jwt(tokens) }))
     }
 
-    /// Whether tokens can be checked, for readiness. Published keys must have been fetched once.
-    pub fn is_ready(&self) -> bool {
+    /// Replaces the node's own keys. Sessions stay: they have been checked.
+    ///
+    /// # Errors
+    /// As for [`Authenticator::jwt`]. The old keys stay in use.
+    pub fn replace_own(&self, own: &OwnKeys) -> Result<(), KeyError> {
+        if let AuthMethod::Jwt(tokens) = &self.method {
+            let keys = Arc::new(KeySet::of_own(own)?);
+            *tokens.own.write().expect("no holder panics") = keys;
+        }
+        Ok(())
+    }
+
+    /// Number of publishers whose keys were never fetched. Until it is 0, tokens may be valid that cannot be checked.
+    pub fn publishers_not_fetched(&self) -> usize {
         match &self.method {
-            AuthMethod::Trust => true,
-            AuthMethod::Jwt(tokens) => match &tokens.keys {
-                TokenKeys::Secret(_) | TokenKeys::Public(_) => true,
-                TokenKeys::Published(jwks) => jwks.current().is_some(),
-            },
+            AuthMethod::Trust => 0,
+            AuthMethod::Jwt(tokens) => tokens.not_fetched(),
         }
     }
 
@@ -144,20 +159,14 @@ impl Authenticator {
     /// It is missing or invalid. That is counted; a valid one is not, because it is checked again.
     pub fn judge(&self, token: Option<&Secret>) -> Result<(), AuthFailure> {
         let AuthMethod::Jwt(tokens) = &self.method else { return Ok(()) };
-        let outcome = match (token, &tokens.keys) {
-            (None, _) => Err(AuthFailure::TokenMissing),
-            (Some(token), TokenKeys::Secret(keys) | TokenKeys::Public(keys)) => {
-                tokens.verify(token, keys, "")
+        let judged = token.ok_or(AuthFailure::TokenMissing).and_then(|token| {
+            let header = verify::header(token.expose())?;
+            match tokens.verify(token, &header, "") {
+                Err(why) if tokens.may_be_new(&header, why) => Ok(()),
+                outcome => outcome.map(|_| ()),
             }
-            (Some(token), TokenKeys::Published(jwks)) => {
-                let Some(keys) = jwks.current() else { return Ok(()) };
-                match tokens.verify(token, &keys, "") {
-                    Err(AuthFailure::KeyUnknown) => return Ok(()),
-                    outcome => outcome,
-                }
-            }
-        };
-        outcome.map(|_| ()).inspect_err(|_| tokens.counters.refused.add(1))
+        });
+        judged.inspect_err(|_| tokens.counters.refused.add(1))
     }
 
     /// Checks `token`, and that it belongs to `claimed_user` unless that is empty.
@@ -169,48 +178,75 @@ impl Authenticator {
             }
             AuthMethod::Jwt(tokens) => tokens,
         };
-        let Some(token) = token else {
-            return TokenCheck::Done(tokens.count(Err(AuthFailure::TokenMissing)));
+        let done = |outcome| TokenCheck::Done(tokens.count(outcome));
+        let Some(token) = token else { return done(Err(AuthFailure::TokenMissing)) };
+        let header = match verify::header(token.expose()) {
+            Ok(header) => header,
+            Err(why) => return done(Err(why)),
         };
-        if let TokenKeys::Secret(keys) = &tokens.keys {
-            return TokenCheck::Done(tokens.count(tokens.verify(token, keys, claimed_user)));
+        if header.alg == Algorithm::HS256 {
+            return done(tokens.verify(token, &header, claimed_user));
         }
         let (tokens, token) = (Arc::clone(tokens), token.clone());
         let claimed_user = claimed_user.to_owned();
         TokenCheck::Pending(Box::pin(async move {
-            let outcome = tokens.verify_in_task(&token, &claimed_user).await;
+            let outcome = tokens.verify_in_task(&token, &header, &claimed_user).await;
             tokens.count(outcome)
         }))
     }
 }
 
 impl TokenVerifier {
+    /// Verifies with the keys at hand.
     fn verify(
         &self,
         token: &Secret,
-        keys: &KeySet,
+        header: &Header,
         claimed_user: &str,
     ) -> Result<Identity, AuthFailure> {
-        let token = token.expose();
-        let header = verify::header(token)?;
-        verify::verify(token, &header, keys, &self.rules, claimed_user, unix_ms() / 1000)
+        let own = Arc::clone(&self.own.read().expect("no holder panics"));
+        let published = self.published.iter().filter_map(|jwks| jwks.current());
+        let sets: Vec<_> = std::iter::once(own).chain(published).collect();
+        let (token, now_s) = (token.expose(), unix_ms() / 1000);
+        verify::verify(token, header, &sets, &self.rules, claimed_user, now_s)
     }
 
     async fn verify_in_task(
         &self,
         token: &Secret,
+        header: &Header,
         claimed_user: &str,
     ) -> Result<Identity, AuthFailure> {
-        match &self.keys {
-            TokenKeys::Secret(keys) | TokenKeys::Public(keys) => {
-                self.verify(token, keys, claimed_user)
+        let seen: Vec<_> = self.published.iter().map(|jwks| jwks.current()).collect();
+        let mut outcome = self.verify(token, header, claimed_user);
+        if let Err(why) = outcome
+            && why.is_for_lack_of_a_key()
+        {
+            let mut is_changed = false;
+            for (jwks, seen) in self.published.iter().zip(&seen) {
+                is_changed |= jwks.fetch_newer_than(seen.as_ref()).await;
             }
-            TokenKeys::Published(jwks) => {
-                let header = verify::header(token.expose())?;
-                let keys = jwks.keys_for(&header).await.ok_or(AuthFailure::KeysUnavailable)?;
-                self.verify(token, &keys, claimed_user)
+            if is_changed {
+                outcome = self.verify(token, header, claimed_user);
             }
         }
+        match outcome {
+            Err(why) if why.is_for_lack_of_a_key() && self.not_fetched() > 0 => {
+                Err(AuthFailure::KeysUnavailable)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn not_fetched(&self) -> usize {
+        self.published.iter().filter(|jwks| jwks.current().is_none()).count()
+    }
+
+    /// Whether a token that was refused may be signed with a key that [`TokenVerifier::verify_in_task`] would fetch.
+    fn may_be_new(&self, header: &Header, why: AuthFailure) -> bool {
+        why.is_for_lack_of_a_key()
+            && header.alg != Algorithm::HS256
+            && self.published.iter().any(|jwks| jwks.would_fetch())
     }
 
     fn count(&self, outcome: Result<Identity, AuthFailure>) -> Result<Identity, AuthFailure> {

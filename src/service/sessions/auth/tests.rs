@@ -1,9 +1,5 @@
-//! Valid and invalid tokens of every kind, and a publisher that rotates its keys and fails.
+//! Valid and invalid tokens of every kind.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -18,6 +14,8 @@ use ring::signature::{
 use serde_json::{Value, json};
 
 use super::*;
+
+mod published;
 
 /// A key made for these tests.
 const RSA_PRIVATE: &str = include_str!("testdata/rsa_private.pem");
@@ -134,12 +132,21 @@ fn rules() -> ClaimRules {
     }
 }
 
-fn jwt(source: KeySource) -> Arc<Authenticator> {
-    Authenticator::jwt(source, rules(), Arc::default()).unwrap()
+fn jwt(own: &OwnKeys) -> Arc<Authenticator> {
+    Authenticator::jwt(own, Vec::new(), rules(), Arc::default()).unwrap()
+}
+
+fn secrets<const N: usize>(secrets: [&str; N]) -> OwnKeys {
+    let secrets = secrets.map(|secret| Secret::new(secret.into())).into();
+    OwnKeys { secrets, pem: None }
+}
+
+fn pem(pem: &str) -> OwnKeys {
+    OwnKeys { secrets: Vec::new(), pem: Some(pem.into()) }
 }
 
 fn hs256() -> Arc<Authenticator> {
-    jwt(KeySource::Secret(Secret::new(SECRET.into())))
+    jwt(&secrets([SECRET]))
 }
 
 fn hs256_token(claims: &Value) -> Secret {
@@ -164,7 +171,7 @@ async fn token_of_each_algorithm_identifies_its_bearer() {
     assert_eq!(found.user, "alice");
     assert!(found.expires_at_s.unwrap() >= now_s() + 600, "the leeway is added");
     for signer in [Signer::rsa(), Signer::ec(), Signer::ed()] {
-        let auth = jwt(KeySource::Pem(signer.public_pem.clone().into_bytes()));
+        let auth = jwt(&pem(&signer.public_pem));
         for user in ["alice", ""] {
             let found = check(&auth, &signer.sign(None, &claims()), user).await;
             assert_eq!(found.map(|found| found.user), Ok("alice".into()), "{:?}", signer.algorithm);
@@ -219,7 +226,7 @@ async fn each_wrong_claim_has_its_own_failure() {
 #[tokio::test]
 async fn algorithms_cannot_be_confused() {
     let rsa = Signer::rsa();
-    let auth = jwt(KeySource::Pem(rsa.public_pem.clone().into_bytes()));
+    let auth = jwt(&pem(&rsa.public_pem));
     // The public key used as an HMAC secret.
     let forged = Signer::hs256(&rsa.public_pem).sign(None, &claims());
     let refused = check(&auth, &forged, "").await;
@@ -269,14 +276,17 @@ async fn tampered_token_has_a_wrong_signature_and_garbage_is_malformed() {
 fn key_files_are_checked_for_their_kind() {
     let (ec, ed) = (Signer::ec(), Signer::ed());
     let both = format!("{}\n{}", ec.public_pem, ed.public_pem);
-    assert_eq!(KeySet::of_pem(both.as_bytes()).unwrap().len(), 2);
-    let private = KeySet::of_pem(RSA_PRIVATE.as_bytes()).unwrap_err();
+    assert_eq!(KeySet::of_own(&pem(&both)).unwrap().len(), 2);
+    let private = KeySet::of_own(&pem(RSA_PRIVATE)).unwrap_err();
     assert_eq!(private, KeyError::Private);
     let p384 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
     for bad in [b"".as_slice(), b"rubbish", b"\xff", p384.public_key_pem().as_bytes()] {
-        assert_eq!(KeySet::of_pem(bad).unwrap_err(), KeyError::Unknown);
+        assert_eq!(
+            KeySet::of_own(&OwnKeys { pem: Some(bad.to_vec()), ..OwnKeys::default() }).unwrap_err(),
+            KeyError::Unknown
+        );
     }
-    assert_eq!(KeySet::of_secret(&Secret::new(String::new())).unwrap_err(), KeyError::Empty);
+    assert_eq!(KeySet::of_own(&secrets([""])).unwrap_err(), KeyError::Empty);
 }
 
 #[test]
@@ -285,12 +295,18 @@ fn unusable_published_keys_are_ignored() {
     for_encryption["use"] = json!("enc");
     let mut for_another_algorithm = Signer::ec().jwk("c");
     for_another_algorithm["alg"] = json!("ES384");
+    let mut to_sign = Signer::ec().jwk("f");
+    to_sign["key_ops"] = json!(["sign"]);
+    let mut to_verify = Signer::ec().jwk("g");
+    to_verify["key_ops"] = json!(["verify"]);
     let secret = json!({ "kty": "oct", "kid": "d", "k": "c2VjcmV0", "alg": "HS256" });
     let unknown = json!({ "kty": "AKP", "kid": "e" });
     let keys = json!({ "keys": [
-        Signer::ec().jwk("a"), for_encryption, for_another_algorithm, secret, unknown, 7
+        Signer::ec().jwk("a"), for_encryption, for_another_algorithm, to_sign, to_verify, secret, unknown, 7
     ]});
-    assert_eq!(KeySet::of_jwks(&keys.to_string()).unwrap().len(), 1);
+    let usable = KeySet::of_jwks(&keys.to_string()).unwrap();
+    assert_eq!(usable.len(), 2);
+    assert_eq!(usable.of_id(Some("g")).count(), 1);
     for useless in ["", "[]", "{}", r#"{"keys": []}"#, r#"{"keys": [{"kty": "oct", "k": "eA"}]}"#] {
         assert!(KeySet::of_jwks(useless).is_none(), "{useless}");
     }
@@ -304,12 +320,12 @@ fn rsa_key_with_leading_zeros_verifies_and_a_short_one_is_refused() {
         let bytes = BASE64URL.decode(jwk[number].as_str().unwrap()).unwrap();
         jwk[number] = json!(BASE64URL.encode([&[0, 0][..], &bytes].concat()));
     }
-    let keys = KeySet::of_jwks(&json!({ "keys": [jwk] }).to_string()).unwrap();
+    let keys = [Arc::new(KeySet::of_jwks(&json!({ "keys": [jwk] }).to_string()).unwrap())];
     let token = rsa.sign(Some("a"), &claims());
     let header = verify::header(token.expose()).unwrap();
     assert!(verify::verify(token.expose(), &header, &keys, &rules(), "", now_s()).is_ok());
 
-    assert_eq!(KeySet::of_pem(RSA_1024_PUBLIC.as_bytes()).err(), Some(KeyError::RsaTooShort));
+    assert_eq!(KeySet::of_own(&pem(RSA_1024_PUBLIC)).err(), Some(KeyError::RsaTooShort));
     let short = json!({ "kty": "RSA", "n": BASE64URL.encode([0xff; 128]), "e": "AQAB" });
     assert!(KeySet::of_jwks(&json!({ "keys": [short] }).to_string()).is_none());
 }
@@ -333,7 +349,7 @@ fn examples_of_rfc_7515_verify() {
         ),
     ] {
         let token = format!("{header}.{CLAIMS}.{signature}");
-        let keys = KeySet::of_jwks(&json!({ "keys": [key] }).to_string()).unwrap();
+        let keys = [Arc::new(KeySet::of_jwks(&json!({ "keys": [key] }).to_string()).unwrap())];
         let header = verify::header(&token).unwrap();
         let check = |token: &str| verify::verify(token, &header, &keys, &rules, "", 1_300_000_000);
         // The signature is right; the claims have no subject.
@@ -350,136 +366,6 @@ fn refusals_contain_no_secret() {
     assert!(!shown.contains("secret of these tests"), "{shown}");
     let refusal = AuthFailure::KeysUnavailable.refusal();
     assert_eq!((refusal.status, refusal.retry_after_s), (503, Some(5)));
-}
-
-/// Serves a document over HTTP, each request on its own connection.
-struct Publisher {
-    url: String,
-    document: Arc<Mutex<String>>,
-    requests: Arc<AtomicU64>,
-}
-
-impl Publisher {
-    fn start(document: Value) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}/keys", listener.local_addr().unwrap());
-        let document = Arc::new(Mutex::new(document.to_string()));
-        let requests = Arc::new(AtomicU64::new(0));
-        let (shown, counted) = (Arc::clone(&document), Arc::clone(&requests));
-        // The thread ends with the process.
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let mut stream = stream.unwrap();
-                let _ = stream.read(&mut [0; 4096]);
-                counted.fetch_add(1, Ordering::SeqCst);
-                let body = shown.lock().unwrap().clone();
-                let status = if body.is_empty() { "500 Oops" } else { "200 OK" };
-                let length = body.len();
-                let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n");
-                let _ = write!(stream, "{head}Connection: close\r\n\r\n{body}");
-            }
-        });
-        Self { url, document, requests }
-    }
-
-    fn publish(&self, keys: &[Value]) {
-        *self.document.lock().unwrap() = json!({ "keys": keys }).to_string();
-    }
-
-    /// An authenticator that has made its first fetch. No test takes as long as its intervals, so
-    /// that only unknown keys cause further ones, however slow the machine is.
-    async fn authenticator(&self) -> (Arc<Authenticator>, Arc<AuthCounters>) {
-        const LONG: Duration = Duration::from_secs(3600);
-        let counters = Arc::new(AuthCounters::default());
-        let config = JwksConfig {
-            url: Secret::new(self.url.clone()),
-            refresh: LONG,
-            refetch_interval: LONG,
-            timeout: LONG,
-        };
-        let auth =
-            Authenticator::jwt(KeySource::Jwks(config), rules(), Arc::clone(&counters)).unwrap();
-        while !auth.is_ready() {
-            tokio::task::yield_now().await;
-        }
-        (auth, counters)
-    }
-}
-
-#[tokio::test]
-async fn rotation_of_published_keys_is_survived_with_one_fetch_for_all() {
-    let (old, new) = (Signer::ec(), Signer::rsa());
-    let publisher = Publisher::start(json!({ "keys": [old.jwk("old")] }));
-    let (auth, counters) = publisher.authenticator().await;
-    let token = old.sign(Some("old"), &claims());
-    assert!(check(&auth, &token, "").await.is_ok());
-    assert!(auth.is_ready());
-
-    publisher.publish(&[old.jwk("old"), new.jwk("new")]);
-    let before = publisher.requests.load(Ordering::SeqCst);
-    let mut checks = tokio::task::JoinSet::new();
-    for _ in 0..50 {
-        let (auth, token) = (Arc::clone(&auth), new.sign(Some("new"), &claims()));
-        checks.spawn(async move { check(&auth, &token, "alice").await });
-    }
-    for outcome in checks.join_all().await {
-        assert_eq!(outcome.map(|found| found.user), Ok("alice".into()));
-    }
-    assert_eq!(publisher.requests.load(Ordering::SeqCst), before + 1);
-    assert_eq!(counters.jwks_keys.get(), 2);
-
-    // Invented key ids cause no further fetch within the interval, and do not affect other tokens.
-    for made_up in ["x", "y", "z"] {
-        let refused = check(&auth, &new.sign(Some(made_up), &claims()), "").await;
-        assert_eq!(refused, Err(AuthFailure::KeyUnknown));
-    }
-    assert_eq!(publisher.requests.load(Ordering::SeqCst), before + 1);
-    assert!(check(&auth, &token, "").await.is_ok());
-}
-
-#[tokio::test]
-async fn key_id_of_one_key_does_not_admit_anothers_signature() {
-    let (ours, theirs) = (Signer::ec(), Signer::ec());
-    let publisher = Publisher::start(json!({ "keys": [ours.jwk("a")] }));
-    let (auth, _) = publisher.authenticator().await;
-    let refused = check(&auth, &theirs.sign(Some("a"), &claims()), "").await;
-    assert_eq!(refused, Err(AuthFailure::SignatureWrong));
-    // A token without a key id is checked with every key.
-    assert!(check(&auth, &ours.sign(None, &claims()), "").await.is_ok());
-    let refused = check(&auth, &hs256_token(&claims()), "").await;
-    assert_eq!(refused, Err(AuthFailure::AlgorithmRefused));
-}
-
-#[tokio::test]
-async fn failed_fetch_keeps_the_old_keys() {
-    let (old, new) = (Signer::ec(), Signer::ec());
-    let publisher = Publisher::start(json!({ "keys": [old.jwk("old")] }));
-    let (auth, counters) = publisher.authenticator().await;
-    assert!(check(&auth, &old.sign(Some("old"), &claims()), "").await.is_ok());
-    for broken in ["", "rubbish", r#"{"keys": []}"#] {
-        *publisher.document.lock().unwrap() = broken.to_owned();
-        let refused = check(&auth, &new.sign(Some("new"), &claims()), "").await;
-        assert_eq!(refused, Err(AuthFailure::KeyUnknown));
-        assert!(check(&auth, &old.sign(Some("old"), &claims()), "").await.is_ok());
-    }
-    assert_eq!(counters.jwks_failures.get(), 1, "one fetch, then none for a while");
-}
-
-#[tokio::test]
-async fn without_keys_clients_get_503_and_retry_after() {
-    // A port without a listener.
-    let url = {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        format!("http://user:password@{}/keys", listener.local_addr().unwrap())
-    };
-    let counters = Arc::new(AuthCounters::default());
-    let source = KeySource::Jwks(JwksConfig::new(Secret::new(url)));
-    let auth = Authenticator::jwt(source, rules(), Arc::clone(&counters)).unwrap();
-    assert!(!auth.is_ready());
-    let refused = check(&auth, &Signer::ec().sign(Some("a"), &claims()), "").await;
-    assert_eq!(refused, Err(AuthFailure::KeysUnavailable));
-    assert_eq!(counters.keys_unavailable.get(), 1);
-    assert!(!format!("{auth:?}").contains("password"));
 }
 
 #[tokio::test]

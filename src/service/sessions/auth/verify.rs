@@ -1,14 +1,18 @@
 //! Verifies a token's signature and claims.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Header, Validation};
 use serde::Deserialize;
 
-use super::keys::{KeyLookup, KeySet, VerificationKey};
+use super::keys::{KeySet, VerificationKey};
 use super::{AuthFailure, Identity, usable_user};
+
+/// Keys tried for one token. A token or key without an id fits all others of its algorithm.
+const CANDIDATES_MAX: usize = 16;
 
 /// Rules for claims.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,29 +73,29 @@ pub(super) fn header(token: &str) -> Result<Header, AuthFailure> {
     if header.crit.is_some() { Err(AuthFailure::Malformed) } else { Ok(header) }
 }
 
-/// Verifies a token. The signature is checked first, so that only the holder of a valid signature
+/// Verifies a token with the keys of all sets. The signature is checked first, so that only the holder of a valid signature
 /// learns why a claim is refused.
 pub(super) fn verify(
     token: &str,
     header: &Header,
-    keys: &KeySet,
+    sets: &[Arc<KeySet>],
     rules: &ClaimRules,
     claimed_user: &str,
     unix_s: u64,
 ) -> Result<Identity, AuthFailure> {
-    let candidates = match keys.find(header) {
-        KeyLookup::Candidates(candidates) => candidates,
-        KeyLookup::OtherAlgorithm => return Err(AuthFailure::AlgorithmRefused),
-        KeyLookup::Unknown => return Err(AuthFailure::KeyUnknown),
-    };
-    let mut failure = AuthFailure::KeyUnknown;
-    for key in candidates {
+    let (mut failure, mut is_known) = (AuthFailure::KeyUnknown, false);
+    let of_id = sets.iter().flat_map(|keys| keys.of_id(header.kid.as_deref()));
+    let of_algorithm = of_id.inspect(|_| is_known = true).filter(|key| key.algorithm == header.alg);
+    for key in of_algorithm.take(CANDIDATES_MAX) {
         match claims(token, key) {
             Ok(claims) => return identity(claims, rules, claimed_user, unix_s),
             Err(why) => failure = why,
         }
     }
-    Err(failure)
+    match failure {
+        AuthFailure::KeyUnknown if is_known => Err(AuthFailure::AlgorithmRefused),
+        failure => Err(failure),
+    }
 }
 
 /// Verifies the signature and returns the claims.

@@ -16,7 +16,7 @@ use crate::service::backends::neighbours::{
 use crate::service::events::conversation_key::conversation_key;
 use crate::service::events::timestamp::unix_ms;
 use crate::service::sessions::auth::tests::Signer;
-use crate::service::sessions::auth::{AuthCounters, ClaimRules, KeySource};
+use crate::service::sessions::auth::{AuthCounters, ClaimRules, OwnKeys};
 use crate::service::sessions::catch_up::{CatchUpConfig, CatchUpCounters, ReadAccess};
 
 const SECRET: &str = "a secret of these tests, of 32 bytes or more";
@@ -24,9 +24,9 @@ const PEM: &[u8] = include_bytes!("../../auth/testdata/rsa_public.pem");
 /// Leeway of the tokens under test, seconds.
 const LEEWAY_S: u64 = 30;
 
-pub(super) fn auth(source: KeySource) -> Dependencies {
+pub(super) fn auth(own: &OwnKeys) -> Dependencies {
     let rules = ClaimRules { issuer: None, audience: None, leeway: Duration::from_secs(LEEWAY_S) };
-    let auth = Authenticator::jwt(source, rules, Arc::<AuthCounters>::default()).unwrap();
+    let auth = Authenticator::jwt(own, Vec::new(), rules, Arc::<AuthCounters>::default()).unwrap();
     Dependencies { auth, ..Dependencies::default() }
 }
 
@@ -42,16 +42,20 @@ fn rs256(user: &str, exp: u64) -> Secret {
     Signer::rsa().sign(None, &claims(user, exp))
 }
 
-pub(super) fn secret() -> KeySource {
-    KeySource::Secret(Secret::new(SECRET.into()))
+pub(super) fn secret() -> OwnKeys {
+    OwnKeys { secrets: vec![Secret::new(SECRET.into())], pem: None }
 }
 
 fn with_secret() -> Bench {
-    Bench::with_dependencies(auth(secret()), 1, SessionConfig::default())
+    Bench::with_dependencies(auth(&secret()), 1, SessionConfig::default())
 }
 
 fn with_public_key() -> Bench {
-    Bench::with_dependencies(auth(KeySource::Pem(PEM.to_vec())), 1, SessionConfig::default())
+    Bench::with_dependencies(
+        auth(&OwnKeys { secrets: Vec::new(), pem: Some(PEM.to_vec()) }),
+        1,
+        SessionConfig::default(),
+    )
 }
 
 pub(super) fn now_s() -> u64 {

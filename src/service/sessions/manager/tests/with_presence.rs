@@ -64,7 +64,7 @@ async fn ids_that_could_share_a_registry_key_are_refused_if_there_is_a_registry(
 #[tokio::test]
 async fn user_of_a_token_is_held_to_the_same_rule() {
     let fake = FakeNeighbours::start();
-    let dependencies = Dependencies { presence: presence_of(&fake, "node-1"), ..auth(secret()) };
+    let dependencies = Dependencies { presence: presence_of(&fake, "node-1"), ..auth(&secret()) };
     let mut bench = Bench::with_dependencies(dependencies, 1, SessionConfig::default());
     bench.open_with(0, key(0, 0), ("", "phone"), Some(hs256("a:b", now_s() + 600)));
     assert_eq!(bench.refused(0).0, 400);

@@ -167,8 +167,9 @@ settings! {
     "WebSocket" {
         /// Origins that browsers may connect from, as they send them (`Origin`). `https://*.example.com` means all hosts
         /// below that domain, `http://localhost:*` all ports, `null` pages without an origin of their own (files, sandboxed
-        /// frames). Other schemes are possible: `file://`, `chrome-extension://…`. Empty: all.
-        origins: Vec<Name> = "", example "https://chat.example.com,https://*.example.org";
+        /// frames), `*` alone all. Other schemes are possible: `file://`, `chrome-extension://…`. Empty: all. `dev` allows only pages
+        /// of this machine, because it checks no tokens.
+        origins: Vec<Name> = "", dev "http://localhost:*,https://localhost:*,http://127.0.0.1:*,http://[::1]:*", example "https://chat.example.com,https://*.example.org";
         /// Compress events (permessage-deflate) for clients that support it.
         deflate: bool = "true", example "true";
         /// Size below which events are not compressed.

@@ -315,7 +315,7 @@ fn check_origin(fields: &HeaderFields<'_>, origins: &Origins) -> Result<(), Refu
     // browsers send an origin, and only their users need the protection.
     match fields.one("origin")? {
         Some(origin) if !origins.allow(origin) => {
-            Err(Refused::new(403, "pages of this origin may not connect here"))
+            Err(Refused::new(403, "pages of this origin may not connect here (setting `origins`)"))
         }
         _ => Ok(()),
     }

@@ -36,7 +36,7 @@ fn answer(address: SocketAddr, request: &[u8]) -> String {
 
 #[test]
 fn unusual_and_hostile_requests_are_answered_and_the_next_client_is_served() {
-    let node = NodeBuilder::dev().start();
+    let node = NodeBuilder::dev().set("ORIGINS", "*").start();
     let mut findings = Vec::new();
     let mut cases = cases();
     assert!(cases.len() >= 150);
@@ -60,6 +60,36 @@ fn unusual_and_hostile_requests_are_answered_and_the_next_client_is_served() {
     let refused = metrics.sum("delivery_shard_requests_refused_total", &[]);
     let expected = cases.iter().filter(|case| !matches!(case.status, 101 | 404 | 405)).count();
     assert!(refused >= expected as f64, "{refused} refused are counted, of {expected}");
+}
+
+/// `dev` checks no tokens, and a browser reaches it: no page of another site may act as its developer.
+#[test]
+fn dev_accepts_pages_of_this_machine_only() {
+    use crate::support::client::{Client, Received};
+    use crate::support::fleet::Connect;
+
+    let node = NodeBuilder::dev().start();
+    let from = |origin: &str| {
+        let connect = Connect::session(node.public, "alice", "d");
+        let headers =
+            if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
+        Client::connect(&Connect { headers, ..connect }).receive()
+    };
+    for origin in
+        ["", "http://localhost:5173", "http://127.0.0.1:8093", "http://[::1]", "https://localhost"]
+    {
+        assert!(matches!(from(origin), Received::Open(_)), "{origin}");
+    }
+    for origin in [
+        "https://example.com",
+        "null",
+        "http://localhost.example.com",
+        "http://127.0.0.1.example.com",
+    ] {
+        let heard = from(origin);
+        let Received::Refused(403, said) = heard else { panic!("{origin}: {heard:?}") };
+        assert!(said.contains("setting `origins`"), "{said}");
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! What one kind of conversation costs the events of all others: nodes behind a real Kafka, small events at a steady
-//! rate, and the same beside the other kind, in turn. Each round also has a *control*: as many events as those of the other
-//! kind, of ordinary conversations, so that what they cost as events, and what the machine adds, is known in the same run.
-//! The control of hostile clients are the same clients at another node on the same core, which nobody else uses.
+//! rate, and the same beside the other kind, in turn. Each round also has a *control*: as many events as those of the
+//! other kind, of ordinary conversations, so that what they cost as events, and what the machine adds, is known in the
+//! same run. The control of hostile clients are the same clients at another node on the same core, which nobody else
+//! uses.
 //!
 //! Members come from a conversation service in this process. Nodes run on one core; broker, clients and this process on
 //! the other.
@@ -107,8 +108,8 @@ pub struct BesidePlan {
     /// Seconds of each phase.
     #[arg(long, global = true, default_value_t = 10)]
     seconds: u64,
-    /// Seconds before a phase with the neighbour in which it sends events, and as long a pause before one without: until
-    /// as many records wait as ever do. By default longer than `ROUTE_RETRY_MAX` if records wait.
+    /// Seconds before a phase with the neighbour in which it sends events, and as long a pause before one without:
+    /// until as many records wait as ever do. By default longer than `ROUTE_RETRY_MAX` if records wait.
     #[arg(long, global = true)]
     ramp: Option<u64>,
     /// Rounds, each of one phase without the neighbour, one beside the control, and one beside the neighbour.
@@ -398,8 +399,8 @@ impl BesidePlan {
         for round in 1..=self.rounds {
             let (mut idle_ns, mut p99s) = (0, [0.0; Beside::ALL.len()]);
             for (index, beside) in Beside::ALL.into_iter().enumerate() {
-                // What waits of the neighbour of the round before is given up first. The control of events has nothing to
-                // wait for.
+                // What waits of the neighbour of the round before is given up first. The control of events has nothing
+                // to wait for.
                 let is_hostile = matches!(self.neighbour, Neighbour::Hostile { .. });
                 let ramp = match beside {
                     Beside::Control if !is_hostile => Duration::ZERO,

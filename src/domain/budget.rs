@@ -1,11 +1,11 @@
-//! A memory bound for what waits in many places: live events in rings, shards and the stream hub; what sessions remember of
-//! their catch-up.
+//! A memory bound for what waits in many places: live events in rings, shards and the stream hub; what sessions
+//! remember of their catch-up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
-/// A bound that all routers share. A router checks it before it makes the next event. Each event is charged when it is made;
-/// the charge is returned when its last holder drops it.
+/// A bound that all routers share. A router checks it before it makes the next event. Each event is charged when it is
+/// made; the charge is returned when its last holder drops it.
 #[derive(Debug)]
 pub struct EventBudget {
     /// Below 0 for a moment, while two threads change the same charge.

@@ -52,8 +52,8 @@ impl Close {
         Self { code, reason: Cow::Borrowed(reason) }
     }
 
-    /// Whether a session that gets cursors gets one before this close. With the other codes its last one stays the right
-    /// one, or nothing more can be sent.
+    /// Whether a session that gets cursors gets one before this close. With the other codes its last one stays the
+    /// right one, or nothing more can be sent.
     pub fn comes_with_cursor(&self) -> bool {
         let codes = [
             CloseCode::GOING_AWAY,

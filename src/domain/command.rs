@@ -237,8 +237,8 @@ pub enum ShardReport {
         after: i64,
     },
     /// A gRPC session wants cursors. The peer sends everything since this one as [`DeliveryClass::CatchUp`], then
-    /// [`ShardCommand::GoLive`] with what was sent, of no conversation in particular. All live events are held meanwhile.
-    /// Only the stream hub sends this report, once per session and before its [`ShardReport::Resume`].
+    /// [`ShardCommand::GoLive`] with what was sent, of no conversation in particular. All live events are held
+    /// meanwhile. Only the stream hub sends this report, once per session and before its [`ShardReport::Resume`].
     ResumeSince {
         /// The connection.
         connection: ConnectionKey,

@@ -10,9 +10,10 @@
 //! than the one that brings positions. So each *round* takes the positions, asks the session manager, and uses these
 //! positions when the answer has come: by then every session that had left has been withdrawn.
 //!
-//! A round is due when a session wants a cursor (it went live, or a burst has drained for [`BURST_SETTLES_MS`], so that the
-//! positions cover it), and [`STEPS`] times per interval if something was routed. Then it also serves one of [`STEPS`] parts of the sessions, so that they do not
-//! all get their cursors at once, and the last frame is never much older than a step.
+//! A round is due when a session wants a cursor (it went live, or a burst has drained for [`BURST_SETTLES_MS`], so that
+//! the positions cover it), and [`STEPS`] times per interval if something was routed. Then it also serves one of
+//! [`STEPS`] parts of the sessions, so that they do not all get their cursors at once, and the last frame is never much
+//! older than a step.
 
 use std::collections::VecDeque;
 
@@ -24,8 +25,8 @@ pub const STEPS: u64 = 16;
 
 /// Time between two rounds in which a router gives the shards its positions, ms.
 pub const POSITIONS_INTERVAL_MS: u64 = 250;
-/// How long after a burst a cursor is made for it, ms, if that is not longer than the interval: until then the positions
-/// have been told that cover the burst, in `group` mode those of other nodes as well.
+/// How long after a burst a cursor is made for it, ms, if that is not longer than the interval: until then the
+/// positions have been told that cover the burst, in `group` mode those of other nodes as well.
 pub const BURST_SETTLES_MS: u64 = 2_000;
 
 /// Below this number of sessions, those that have ended are not looked for.
@@ -81,8 +82,9 @@ pub struct CursorSchedule<F> {
     quiet_steps: u64,
 }
 
-/// Memory of one session that gets cursors, bytes, at most: its entry, twice as many because ended ones are removed late,
-/// and its places in the lists of those that want one, will want one after a burst, or are due. All of them grow by doubling.
+/// Memory of one session that gets cursors, bytes, at most: its entry, twice as many because ended ones are removed
+/// late, and its places in the lists of those that want one, will want one after a burst, or are due. All of them grow
+/// by doubling.
 pub const CURSOR_SESSION_BYTES_MAX: usize = 2
     * (2 * size_of::<CursorSession>()
         + 3 * size_of::<ConnectionKey>()
@@ -129,8 +131,8 @@ impl<F> CursorSchedule<F> {
         self.wanted.push(key);
     }
 
-    /// A burst has drained at `now_ms`: the session wants a cursor that covers it. As for [`CursorSchedule::want`], the caller
-    /// bounds the calls.
+    /// A burst has drained at `now_ms`: the session wants a cursor that covers it. As for [`CursorSchedule::want`], the
+    /// caller bounds the calls.
     pub fn want_after_burst(&mut self, key: ConnectionKey, now_ms: u64) {
         self.settling.push_back((now_ms + self.burst_settles_ms, key));
     }

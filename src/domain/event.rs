@@ -64,8 +64,8 @@ impl Event {
         self
     }
 
-    /// A shard, or the hub, holds the event for sessions that catch up: until [`Event::end_hold`], it counts towards the
-    /// holder's bound of such events, not towards the budget.
+    /// A shard, or the hub, holds the event for sessions that catch up: until [`Event::end_hold`], it counts towards
+    /// the holder's bound of such events, not towards the budget.
     pub fn begin_hold(&self) {
         if let Some(charge) = &self.charge {
             charge.suspend();

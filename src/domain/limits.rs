@@ -29,8 +29,8 @@ pub const TOKEN_BYTES_MAX: usize = 8 * 1024;
 pub const DROPPED_BYTES_MAX: u32 = 64 * 1024;
 /// Slots of a ring between a peer of the service side and a shard.
 pub const HANDOFF_RING_SLOTS: usize = 4096;
-/// Of the events that a shard or the gRPC hub may have, one in so many may be held for sessions that catch up, and the others
-/// may be queued. So sessions that catch up make no others wait.
+/// Of the events that a shard or the gRPC hub may have, one in so many may be held for sessions that catch up, and the
+/// others may be queued. So sessions that catch up make no others wait.
 pub const HELD_SHARE: u64 = 4;
 
 /// The part that may be held, of a bound in events or bytes.

@@ -79,8 +79,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// Notes the caller's time `now`, if what has been received so far ends within a frame or a message that began since the
-    /// last call. Returns whether it does.
+    /// Notes the caller's time `now`, if what has been received so far ends within a frame or a message that began
+    /// since the last call. Returns whether it does.
     pub fn note_begun(&mut self, now: u64) -> bool {
         let begun = self.partial.as_mut().filter(|partial| partial.since.is_none());
         begun.map(|partial| partial.since = Some(now)).is_some()

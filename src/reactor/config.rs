@@ -13,11 +13,11 @@ pub const SETTING_MS_MAX: u64 = 12 * 60 * 60 * 1_000;
 /// Settings of one shard, the same for all shards. `app` derives them from the program's settings.
 #[derive(Clone, Debug)]
 pub struct ShardConfig {
-    /// Connections of this shard, including unfinished handshakes. Further clients are left to the other shards; if these have
-    /// no room either, they get a 503.
+    /// Connections of this shard, including unfinished handshakes. Further clients are left to the other shards; if
+    /// these have no room either, they get a 503.
     pub connections_max: u32,
-    /// Slots beyond [`ShardConfig::connections_max`] for answering 503 and 429, more than `accepts_max`. When more than the
-    /// difference are in use, the oldest of these connections is closed.
+    /// Slots beyond [`ShardConfig::connections_max`] for answering 503 and 429, more than `accepts_max`. When more than
+    /// the difference are in use, the oldest of these connections is closed.
     pub refusals_max: u32,
     /// Accepts in flight at a time.
     pub accepts_max: u32,
@@ -61,14 +61,15 @@ pub struct ShardConfig {
 
     /// Frames queued for one connection. On overflow it is closed with 1011 (contract §3).
     pub queue_frames_max: u16,
-    /// Bytes queued for one connection, with the same effect. A frame may exceed it if less than three quarters are in use.
+    /// Bytes queued for one connection, with the same effect. A frame may exceed it if less than three quarters are in
+    /// use.
     pub queue_bytes_max: u32,
     /// Live events held while a session catches up. On overflow it is closed with 1013.
     pub hold_frames_max: u16,
     /// Bytes of the held events, with the same effect.
     pub hold_bytes_max: u32,
-    /// Live events in this shard. One in [`HELD_SHARE`](crate::domain::limits::HELD_SHARE) may be held for sessions that catch up. At the rest the shard
-    /// takes no more from the routers' rings, so that their partitions pause.
+    /// Live events in this shard. One in [`HELD_SHARE`](crate::domain::limits::HELD_SHARE) may be held for sessions
+    /// that catch up. At the rest the shard takes no more from the routers' rings, so that their partitions pause.
     pub events_max: u32,
     /// What those events cost, bytes ([`Event::cost`](crate::domain::event::Event::cost)), divided in the same way.
     pub event_bytes_max: u64,

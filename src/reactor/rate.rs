@@ -25,7 +25,8 @@ impl InboundRate {
         self.frames <= frames_max
     }
 
-    /// Counts bytes that are dropped, from a reset on instead of within a second. Returns whether they are within the limit.
+    /// Counts bytes that are dropped, from a reset on instead of within a second. Returns whether they are within the
+    /// limit.
     pub fn count_dropped(&mut self, bytes: usize, bytes_max: u32) -> bool {
         self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
         self.bytes <= bytes_max

@@ -60,8 +60,8 @@ impl ShardHandle {
     }
 }
 
-/// Starts a shard that accepts from `listener`, as other shards may. It gives up the descriptor when it has registered the
-/// socket with its ring.
+/// Starts a shard that accepts from `listener`, as other shards may. It gives up the descriptor when it has registered
+/// the socket with its ring.
 ///
 /// # Errors
 /// The ring or the thread cannot be created.

@@ -34,7 +34,8 @@ pub type Tick = u64;
 /// The low half of a [`Tick`]: all that a slot keeps of one. It means the tick nearest to now, so it must be read less
 /// than 2^31 ticks (397 days) from the tick that was stored. All that are read are within a day, however long their
 /// connection lives: a deadline is at most a setting ahead ([`SETTING_MS_MAX`](super::config::SETTING_MS_MAX)) and is
-/// handled when it has passed, and a client that sends nothing for `idle_ms_max` is terminated. Other values are not read.
+/// handled when it has passed, and a client that sends nothing for `idle_ms_max` is terminated. Other values are not
+/// read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShortTick(u32);
 

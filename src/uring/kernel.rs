@@ -159,7 +159,8 @@ pub enum Completion<L> {
         /// The buffer given to [`Kernel::send`].
         buffer: SendBuffer,
         /// Number of bytes that the socket took, possibly fewer than given. `AGAIN`: none, the
-        /// socket is full. `NOBUFS`, `NOMEM`: none, the system lacks memory for the moment. `PIPE`, `CONNRESET` and others: the connection is broken.
+        /// socket is full. `NOBUFS`, `NOMEM`: none, the system lacks memory for the moment. `PIPE`, `CONNRESET` and
+        /// others: the connection is broken.
         result: Result<usize, Errno>,
     },
     /// Our half of the stream is shut down, or the connection is gone already.

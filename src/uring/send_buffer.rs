@@ -9,8 +9,8 @@ use crate::domain::outgoing::Outgoing;
 /// Bytes that the kernel may read while the value is moved. Only this folder implements it.
 ///
 /// # Safety
-/// Until the value is dropped or borrowed exclusively, it dereferences to the same bytes at the same address: they neither
-/// move with it nor change, whatever safe code does with other references to them.
+/// Until the value is dropped or borrowed exclusively, it dereferences to the same bytes at the same address: they
+/// neither move with it nor change, whatever safe code does with other references to them.
 pub(super) unsafe trait StableBytes: Deref<Target = [u8]> {}
 
 /// The bytes of one send. The kernel owns it from the request to the completion, which returns it.
@@ -65,12 +65,12 @@ impl Deref for SendBuffer {
 }
 
 // SAFETY:
-// - They do not move: a batch is in the allocation of its `Vec`, a frame in a `Box` behind the `Rc` (and the `Arc` of an
-//   event). Moving the value moves only the pointers to them.
+// - They do not move: a batch is in the allocation of its `Vec`, a frame in a `Box` behind the `Rc` (and the `Arc` of
+//   an event). Moving the value moves only the pointers to them.
 // - A batch does not change: `source` is private, and nothing here borrows it exclusively.
-// - A frame does not change: it is reached through a shared reference, the fields of `Outgoing` and `Event` that lead to it
-//   are private and have no interior mutability, and `domain` may contain no unsafe code (`tests/tree`). While this `Rc`
-//   exists, no other holder gets an exclusive reference. `encoding` and `from` are never assigned.
+// - A frame does not change: it is reached through a shared reference, the fields of `Outgoing` and `Event` that lead
+//   to it are private and have no interior mutability, and `domain` may contain no unsafe code (`tests/tree`). While
+//   this `Rc` exists, no other holder gets an exclusive reference. `encoding` and `from` are never assigned.
 unsafe impl StableBytes for SendBuffer {}
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
-//! Most clients are stalled and Kafka runs at full speed (issue “Guarantees”, show 4; issue “No client can hold up another”).
-//! Memory stays below the bound that the node calculates from its settings. The clients that read get everything, and those that
-//! do not are closed.
+//! Most clients are stalled and Kafka runs at full speed (issue “Guarantees”, show 4; issue “No client can hold up
+//! another”). Memory stays below the bound that the node calculates from its settings. The clients that read get
+//! everything, and those that do not are closed.
 
 use std::time::{Duration, Instant};
 

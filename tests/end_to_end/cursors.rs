@@ -102,7 +102,8 @@ fn node(back_end: &BackEnd) -> NodeBuilder {
     back_end.node().set("ROUTING_MODE", "broadcast").set("CURSOR_INTERVAL", "200ms")
 }
 
-/// A connected client that has message 1 and a cursor that covers it. (One of the empty topic is used by this node only.)
+/// A connected client that has message 1 and a cursor that covers it. (One of the empty topic is used by this node
+/// only.)
 fn connected(back_end: &mut BackEnd, node: &Node) -> (CursorClient, String) {
     let mut alice = CursorClient::connect(node.public, None);
     alice.next_cursor();

@@ -97,8 +97,8 @@ struct Reading {
     process: f64,
     /// Allocated slots of all shards: chunks of 1,024.
     slots: f64,
-    /// Room in the tables of records: each shard has one, which doubles. Shards that run more often accept more clients, so
-    /// not all of them double between the readings.
+    /// Room in the tables of records: each shard has one, which doubles. Shards that run more often accept more
+    /// clients, so not all of them double between the readings.
     records: f64,
 }
 
@@ -256,7 +256,8 @@ impl Measured {
             slabs.push((sessions, Slabs::read()));
         }
         let (measured, slots, records) = Reading::take(&node, size.shards, size.many).since(&few);
-        // Slots are allocated in chunks. The table of records of each shard is to double once; those that do not take less.
+        // Slots are allocated in chunks. The table of records of each shard is to double once; those that do not take
+        // less.
         let reckoned =
             all + part("slot") * (slots - 1.0) + part("record") * (records / size.records() - 1.0);
         println!("a session takes {slots:.2} slots and {records:.2} records");

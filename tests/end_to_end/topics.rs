@@ -88,7 +88,8 @@ fn sessions_of_all_nodes_are_closed_if_records_expired_under_their_owner() {
     while message(&mut bob).1 != 12 {}
 }
 
-/// Sessions of all nodes need a record that waits for its members. Its owner goes past it, Kafka deletes it, and the owner ends.
+/// Sessions of all nodes need a record that waits for its members. Its owner goes past it, Kafka deletes it, and the
+/// owner ends.
 ///
 /// Promise: “Records that Kafka has deleted before they were read are counted, and every session that may need them is closed with 4409.”
 #[test]

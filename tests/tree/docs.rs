@@ -210,8 +210,8 @@ fn every_close_code_and_fixed_reason_is_in_the_table_for_clients() {
     report(&findings);
 }
 
-/// The parts of the section “No circle” of `docs/queues.md`, from the one that may wait for all others downwards. Those of one
-/// line do not wait for each other.
+/// The parts of the section “No circle” of `docs/queues.md`, from the one that may wait for all others downwards. Those
+/// of one line do not wait for each other.
 fn parts_in_order(page: &str) -> Vec<Vec<&str>> {
     let (_, section) = page.split_once("\n## No circle\n").expect("the section");
     let section = section.split("\n## ").next().unwrap_or_default();

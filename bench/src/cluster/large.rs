@@ -1,6 +1,7 @@
 //! CPU of the router for an event of a large conversation, most of whose members are not connected.
 //!
-//! Between two such events the router handles small ones, which use the caches of the processor, and sessions begin and end.
+//! Between two such events the router handles small ones, which use the caches of the processor, and sessions begin and
+//! end.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};

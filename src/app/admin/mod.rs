@@ -97,7 +97,8 @@ async fn count(State(admin): State<Arc<Admin>>, request: Request, next: Next) ->
     response
 }
 
-/// RFC 9112 §3.2: HTTP/1.1 requires a Host field, and no version allows two or an invalid one. The same as on the public port.
+/// RFC 9112 §3.2: HTTP/1.1 requires a Host field, and no version allows two or an invalid one. The same as on the
+/// public port.
 fn names_one_host(request: &Request) -> bool {
     let mut hosts = request.headers().get_all(header::HOST).iter();
     match (hosts.next(), hosts.next()) {
@@ -128,7 +129,8 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     ([(header::CONTENT_TYPE, TEXT_FORMAT)], page.render()).into_response()
 }
 
-/// Browsers send `Origin` with each POST of a web page, and a page of any site can post to an address that the browser reaches.
+/// Browsers send `Origin` with each POST of a web page, and a page of any site can post to an address that the browser
+/// reaches.
 async fn drain(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> (StatusCode, &'static str) {
     if headers.contains_key(header::ORIGIN) {
         (StatusCode::FORBIDDEN, "web pages may not drain a node: send no Origin\n")

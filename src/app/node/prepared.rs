@@ -9,8 +9,8 @@ use super::signals::{Handlers, Signals};
 use super::sizing::{Machine, Sizing};
 use crate::app::config::{Profile, Settings};
 
-/// Threads besides those of [`Sizing`]: 31 for `HANDOFF=log` and one broker, most of them of librdkafka, which has one per
-/// broker for each of its clients; the embedded Kafka of `dev`; name look-ups.
+/// Threads besides those of [`Sizing`]: 31 for `HANDOFF=log` and one broker, most of them of librdkafka, which has one
+/// per broker for each of its clients; the embedded Kafka of `dev`; name look-ups.
 const THREADS_OWN: usize = 44;
 /// Stack of a thread that only waits, bytes.
 const STACK_BYTES: usize = 64 * 1024;

@@ -184,8 +184,8 @@ pub(super) fn compression(settings: &Settings) -> CompressionConfig {
     }
 }
 
-/// Memory of the events in all shards and the gRPC hub together, bytes: those on their way, and those held for sessions that
-/// catch up.
+/// Memory of the events in all shards and the gRPC hub together, bytes: those on their way, and those held for sessions
+/// that catch up.
 pub(super) fn event_bytes_max(settings: &Settings, sizing: &Sizing) -> u64 {
     let shards = u64::from(sizing.shards) + u64::from(settings.grpc_addr.is_some());
     shards * settings.shard_event_bytes_max.0

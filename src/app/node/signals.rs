@@ -1,5 +1,5 @@
-//! SIGTERM and SIGINT: the first one stops the node, the second one exits at once. SIGHUP: a node in production reads the files of
-//! its keys again; `dev` stops, because its terminal was closed.
+//! SIGTERM and SIGINT: the first one stops the node, the second one exits at once. SIGHUP: a node in production reads
+//! the files of its keys again; `dev` stops, because its terminal was closed.
 //!
 //! They have a thread of their own, so that the second one works whatever the rest of the process waits for.
 
@@ -135,8 +135,8 @@ impl Signals {
         name.expect("the thread of the signals ends with the process")
     }
 
-    /// The node drains or stops. If a drain request is the reason, the first signal changes nothing: Kubernetes sends it after
-    /// a `preStop` hook that drains.
+    /// The node drains or stops. If a drain request is the reason, the first signal changes nothing: Kubernetes sends
+    /// it after a `preStop` hook that drains.
     pub(super) fn node_ends(&self) {
         self.node.ends.store(true, Ordering::Relaxed);
     }

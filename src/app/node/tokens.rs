@@ -14,7 +14,8 @@ use crate::service::sessions::auth::{
     AuthCounters, Authenticator, ClaimRules, JwksConfig, OwnKeys,
 };
 
-/// How often the files are read to see whether they have changed. Kubernetes replaces the files of a secret without a signal.
+/// How often the files are read to see whether they have changed. Kubernetes replaces the files of a secret without a
+/// signal.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// Said at start and whenever keys are replaced.
 const DEVELOPMENT_SECRET: &str = "the secret of HS256 tokens is the one in RealChat's documents: whoever has read them can \
@@ -64,8 +65,8 @@ impl Tokens {
         }
     }
 
-    /// Reads the files again when `asked` changes, and from time to time, as long as the runtime lives. What cannot be read
-    /// changes nothing.
+    /// Reads the files again when `asked` changes, and from time to time, as long as the runtime lives. What cannot be
+    /// read changes nothing.
     pub(super) fn follow_files(mut self, settings: &Settings, mut asked: watch::Receiver<u64>) {
         let settings = settings.clone();
         tokio::spawn(async move {

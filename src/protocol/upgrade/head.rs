@@ -25,7 +25,8 @@ pub(super) enum HeadScan<'a> {
     Complete { head: RequestHead<'a>, consumed: usize },
 }
 
-/// What earlier calls have checked of a head that arrives in pieces, so that each byte is checked once, not once per piece.
+/// What earlier calls have checked of a head that arrives in pieces, so that each byte is checked once, not once per
+/// piece.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HeadProgress {
     /// Bytes that are checked, but for the last three, which need what follows.

@@ -167,8 +167,8 @@ pub fn parse(input: &[u8], rules: &UpgradeRules) -> Result<Upgrade, Refused> {
     parse_on(input, rules, &mut HeadProgress::default())
 }
 
-/// [`parse`] of a request that arrives in pieces: `input` begins with that of the earlier calls with this `progress`, and
-/// only what is new is checked. The outcome is that of [`parse`].
+/// [`parse`] of a request that arrives in pieces: `input` begins with that of the earlier calls with this `progress`,
+/// and only what is new is checked. The outcome is that of [`parse`].
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
 //! Accepts connections and applies the limits.
 //!
-//! All shards accept from one socket. A shard without room leaves the clients to the others. Only when no shard has room
-//! do shards accept beyond their own, to answer 503.
+//! All shards accept from one socket. A shard without room leaves the clients to the others. Only when no shard has
+//! room do shards accept beyond their own, to answer 503.
 
 use std::net::IpAddr;
 
@@ -144,8 +144,8 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Checks the limits. A shard admits a client beyond its room if it was to be refused when it was accepted, and another
-    /// shard has got room since.
+    /// Checks the limits. A shard admits a client beyond its room if it was to be refused when it was accepted, and
+    /// another shard has got room since.
     fn check_limits(&mut self, peer: IpAddr) -> Result<AddressPermit, Refused> {
         let counts = &self.counters.counts;
         let retry_after_s = self.config.retry_after_s;

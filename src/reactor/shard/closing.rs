@@ -145,8 +145,8 @@ impl<K: Kernel> Shard<K> {
         self.schedule(key);
     }
 
-    /// Ends a close without waiting for the rest of it. What the client has not taken by now is discarded. If it has taken
-    /// everything and has only not answered our close frame, the kernel may still deliver what it has.
+    /// Ends a close without waiting for the rest of it. What the client has not taken by now is discarded. If it has
+    /// taken everything and has only not answered our close frame, the kernel may still deliver what it has.
     pub(super) fn give_up_close(&mut self, key: ConnectionKey) {
         let connection = &self.slab[key];
         let (Lifecycle::Closing(why) | Lifecycle::Lingering(why)) = connection.lifecycle else {

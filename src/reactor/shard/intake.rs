@@ -35,8 +35,9 @@ const HOLD_OVERFLOW: Close = Close::new(
 );
 
 impl<K: Kernel> Shard<K> {
-    /// Counts the time since the last turn as a wait if the rings waited for clients, or nearly so. Called before anything has
-    /// completed. A queue whose socket was not full waits for our own next send, which takes no longer than a turn.
+    /// Counts the time since the last turn as a wait if the rings waited for clients, or nearly so. Called before
+    /// anything has completed. A queue whose socket was not full waits for our own next send, which takes no longer
+    /// than a turn.
     pub(super) fn count_waits(&mut self) {
         let now_ms = self.kernel.now_ms();
         let awaited = self.awaited.iter().filter_map(|key| self.slab.get(*key));
@@ -143,7 +144,8 @@ impl<K: Kernel> Shard<K> {
                 || held.cost() * denominator > share(self.config.event_bytes_max))
     }
 
-    /// Too much is held for the sessions that catch up: closes those that hold most, until a quarter of the room is free.
+    /// Too much is held for the sessions that catch up: closes those that hold most, until a quarter of the room is
+    /// free.
     fn close_largest_holders(&mut self) {
         let holders = self.slab.iter().filter_map(|(key, connection)| {
             let held = connection.lifecycle.holding().filter(|held| !held.is_empty())?;
@@ -172,9 +174,9 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// There has been little room for as long as that may last. If at least half of what is queued waits for full sockets,
-    /// closes their sessions, those with the longest queues first, until a quarter of the room is free. Otherwise our
-    /// own sends make room.
+    /// There has been little room for as long as that may last. If at least half of what is queued waits for full
+    /// sockets, closes their sessions, those with the longest queues first, until a quarter of the room is free.
+    /// Otherwise our own sends make room.
     fn close_full_sockets(&mut self) {
         self.room_waits = WaitAllowance::new(self.kernel.now_ms());
         let is_cause = |it: &Connection| {

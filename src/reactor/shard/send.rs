@@ -201,7 +201,8 @@ impl<K: Kernel> Shard<K> {
     }
 }
 
-/// Lists the connection as having something to send. It is resolved already, for a delivery does this once per recipient.
+/// Lists the connection as having something to send. It is resolved already, for a delivery does this once per
+/// recipient.
 fn mark_dirty(
     dirty: &mut VecDeque<ConnectionKey>,
     key: ConnectionKey,

@@ -1,4 +1,5 @@
-//! Progress of bystanders: sessions that do nothing wrong get each of their events in time, whatever the other clients do.
+//! Progress of bystanders: sessions that do nothing wrong get each of their events in time, whatever the other clients
+//! do.
 
 use hashbrown::HashMap;
 
@@ -30,8 +31,8 @@ pub(super) struct Bystanders {
     awaited: HashMap<(usize, u64), Since>,
     /// Time that the shard has slept by its own decision, ms.
     slept_ms: u64,
-    /// Turns after which no completion was left, and the rings did not wait for clients: that wait is bounded in time. While
-    /// completions are left, the sends that the rings wait for may be among them.
+    /// Turns after which no completion was left, and the rings did not wait for clients: that wait is bounded in time.
+    /// While completions are left, the sends that the rings wait for may be among them.
     turns: u64,
 }
 

@@ -342,8 +342,8 @@ impl Simulation {
         assert_eq!(shard.kernel().buffers_lent(), shard.kernel().leases_waiting());
     }
 
-    /// Clients were admitted by a clock that shows this time: within a second of the clock that is ahead, no more than the
-    /// limit of all shards.
+    /// Clients were admitted by a clock that shows this time: within a second of the clock that is ahead, no more than
+    /// the limit of all shards.
     pub(super) fn count_handshakes(&mut self, now_ms: u64, admitted: u64) {
         let second = now_ms / 1_000;
         if second > self.handshakes.0 && admitted > 0 {

@@ -2,7 +2,8 @@
 //!
 //! Records of one source partition arrive in order within a generation of its owner. A new owner repeats
 //! records, and an old one that was stalled may send late ones. This state machine decides for each record
-//! and session, so that every session gets every record once; [why](super#why-nothing-is-missed-and-nothing-arrives-twice).
+//! and session, so that every session gets every record once;
+//! [why](super#why-nothing-is-missed-and-nothing-arrives-twice).
 //!
 //! The node's own lanes use the same state: a node that owns a partition and also holds sessions counts
 //! once, and a partition that moves between nodes is seamless for the sessions of both.
@@ -14,41 +15,42 @@
 //! **young** session is one whose *b* is unknown or at or above the `established` of some *P*. For it the holder keeps
 //! the last offset delivered of each such *P*.
 //!
-//! An owner goes past records whose members it does not know yet: they are **parked**, and handed over later, out of the order
-//! of the partition. Each record names the parked ones below it. What is below it and not named was routed before. So
-//! the holder knows which records below `highest` it has still to expect (`parked`), and of a young session which it
-//! lacks below the last one that it got.
+//! An owner goes past records whose members it does not know yet: they are **parked**, and handed over later, out of
+//! the order of the partition. Each record names the parked ones below it. What is below it and not named was routed
+//! before. So the holder knows which records below `highest` it has still to expect (`parked`), and of a young session
+//! which it lacks below the last one that it got.
 //!
 //! For a record (*P*, *o*, generation *g*, *T*):
 //!
-//! 1. *g* below `generation`: a zombie's, discarded. If *g* is above it, `generation` becomes *g*, whatever kind of record
-//!    it is: also a replay, because the successor may have nothing else to send. If then *T* is below `established`, the new owner
-//!    knows fewer sessions than the former one did: `established` falls to *T*, and each session with a *b* between
-//!    the two is young again, with everything up to `highest` delivered, but for what is `parked`. (That is why the holder
-//!    keeps *b* of all its sessions.)
-//! 2. A session gets no record at or below the last offset that was delivered to it while it was young, unless it lacks it
-//!    because it was parked. A replay can be ahead of the live records that a successor repeats, so this holds until
+//! 1. *g* below `generation`: a zombie's, discarded. If *g* is above it, `generation` becomes *g*, whatever kind of
+//!    record it is: also a replay, because the successor may have nothing else to send. If then *T* is below
+//!    `established`, the new owner knows fewer sessions than the former one did: `established` falls to *T*, and each
+//!    session with a *b* between the two is young again, with everything up to `highest` delivered, but for what is
+//!    `parked`. (That is why the holder keeps *b* of all its sessions.)
+//! 2. A session gets no record at or below the last offset that was delivered to it while it was young, unless it lacks
+//!    it because it was parked. A replay can be ahead of the live records that a successor repeats, so this holds until
 //!    `highest` has reached that offset.
 //! 3. A session with a *b* at or above *T* gets no live record: its owner names the user for another session of
 //!    theirs, and will replay the record to this one behind those that came before. If *b* is not known, and this
 //!    node has not read the sessions topic up to *T*, the record waits until it is.
-//! 4. Otherwise a session that is young for *P* gets every record that names it, live or replayed. Any other session gets
-//!    it if *o* is above `highest`, or parked.
-//! 5. A record that is named as parked becomes `parked` if it is above `highest`. Otherwise it has passed before, and a new
-//!    owner has parked it again: then `established` stays until nothing is, because the sessions below it have that
+//! 4. Otherwise a session that is young for *P* gets every record that names it, live or replayed. Any other session
+//!    gets it if *o* is above `highest`, or parked.
+//! 5. A record that is named as parked becomes `parked` if it is above `highest`. Otherwise it has passed before, and a
+//!    new owner has parked it again: then `established` stays until nothing is, because the sessions below it have that
 //!    record, and younger ones do not. A record leaves `parked` when it arrives, live or replayed, or when a later
 //!    record does not name it any more.
-//! 6. A live record with *o* above `highest` sets `highest` to *o* and `established` to *T*. `passed` with the next offset
-//!    *n* does so with *n* − 1, if *n* is above `highest`: without it, sessions would stay young while nothing is sent to
-//!    their node.
-//! 7. **Lost** records, from an offset on and below *n*: they are gone, and their owner has not read all of them. Every session
-//!    with a *b* below *T* that may lack one of them is closed: by the rules above it would still take one of them. Then
-//!    everything below *n* counts as passed, and nothing below it as `parked`. (The others wait for a replay, and if that is not
-//!    possible, they are closed as well.) If the log has lost its last records, *n* is below positions that have passed, which
-//!    mean nothing any more: all sessions are closed, and `highest` falls to *n* − 1.
+//! 6. A live record with *o* above `highest` sets `highest` to *o* and `established` to *T*. `passed` with the next
+//!    offset
+//!    *n* does so with *n* − 1, if *n* is above `highest`: without it, sessions would stay young while nothing is sent
+//!    to their node.
+//! 7. **Lost** records, from an offset on and below *n*: they are gone, and their owner has not read all of them. Every
+//!    session with a *b* below *T* that may lack one of them is closed: by the rules above it would still take one of
+//!    them. Then everything below *n* counts as passed, and nothing below it as `parked`. (The others wait for a
+//!    replay, and if that is not possible, they are closed as well.) If the log has lost its last records, *n* is below
+//!    positions that have passed, which mean nothing any more: all sessions are closed, and `highest` falls to *n* − 1.
 //!
-//! A partition that was never seen counts as one in which nothing has passed. So a session is young until the first record
-//! of it, and what is delivered of it is remembered from then on.
+//! A partition that was never seen counts as one in which nothing has passed. So a session is young until the first
+//! record of it, and what is delivered of it is remembered from then on.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
@@ -353,12 +355,12 @@ impl Holder {
         self.sessions.get(&address)?.begin
     }
 
-    /// From now on only what an owner passes that knows this session counts for cursors. `checked`: up to where the session has
-    /// everything of a partition, by an owner that knew it; `None`: not checked.
+    /// From now on only what an owner passes that knows this session counts for cursors. `checked`: up to where the
+    /// session has everything of a partition, by an owner that knew it; `None`: not checked.
     ///
     /// # Errors
-    /// The partitions to be checked (again) first: a higher position has counted, of an owner that may not have known this
-    /// session.
+    /// The partitions to be checked (again) first: a higher position has counted, of an owner that may not have known
+    /// this session.
     pub fn may_get_cursors(
         &mut self,
         begin: i64,
@@ -377,8 +379,8 @@ impl Holder {
         Ok(())
     }
 
-    /// Whether a position counts for cursors: everything that its owner has passed was handed over to all sessions that may
-    /// get some. Nothing of an owner counts whose records are discarded. The offset is the position.
+    /// Whether a position counts for cursors: everything that its owner has passed was handed over to all sessions that
+    /// may get some. Nothing of an owner counts whose records are discarded. The offset is the position.
     pub fn counts_for_cursors(&mut self, at: RoutedPosition) -> bool {
         let counts = at.table > self.cursors_above && at.generation >= self.generation(at.source);
         if counts {
@@ -457,16 +459,17 @@ impl Holder {
         passed.looked_up = passed.looked_up.max(at.offset);
     }
 
-    /// The offset of each partition from which on a session that is in the directory now gets every record that concerns it
-    /// while this node's own lane routes it. What is below may have been routed before, also at *V* or above.
+    /// The offset of each partition from which on a session that is in the directory now gets every record that
+    /// concerns it while this node's own lane routes it. What is below may have been routed before, also at *V* or
+    /// above.
     pub fn live_from(&self) -> HashMap<SourcePartition, i64> {
         let of = |passed: &Passed| passed.highest.max(passed.looked_up) + 1;
         self.sources.iter().map(|(source, passed)| (*source, of(passed))).collect()
     }
 
-    /// The records from `from` on and below `at.offset` are gone, and their owner has not read all of them. Takes out the
-    /// sessions that may lack one of them. `read_to` as in [`Holder::needs_live`]. If `from` is above `at.offset`, the
-    /// log has lost its last records.
+    /// The records from `from` on and below `at.offset` are gone, and their owner has not read all of them. Takes out
+    /// the sessions that may lack one of them. `read_to` as in [`Holder::needs_live`]. If `from` is above `at.offset`,
+    /// the log has lost its last records.
     pub fn lose(&mut self, at: RoutedPosition, from: i64, read_to: i64) -> LossConcerns {
         if self.succeed(at) == Arrived::Zombie {
             return LossConcerns::Zombie;
@@ -570,7 +573,8 @@ impl Holder {
         let passed = self.sources.entry(at.source).or_insert_with(Passed::nothing);
         let all_stored = self.young.last().is_none_or(|(begin, _)| *begin < i64::MAX);
         let none_is_young = all_stored && self.latest_begin < passed.established;
-        // A replay can be ahead of the live records: then a session that is not young any more may lack what was parked.
+        // A replay can be ahead of the live records: then a session that is not young any more may lack what was
+        // parked.
         if none_is_young && at.offset > passed.highest.max(passed.lacked) {
             return;
         }
@@ -603,8 +607,8 @@ impl Holder {
         self.establish(at);
     }
 
-    /// A replay has passed. Its owner had routed the record before, and handed it over to every session of this node that it
-    /// knew.
+    /// A replay has passed. Its owner had routed the record before, and handed it over to every session of this node
+    /// that it knew.
     pub fn replayed(&mut self, at: RoutedPosition) {
         if let Some(passed) = self.sources.get_mut(&at.source)
             && passed.generation == at.generation

@@ -1,5 +1,5 @@
-//! Tests of the holder: what a session lacks because it was parked, which sessions lose something if records are gone, and
-//! from where a session is live and which positions it may get as cursors.
+//! Tests of the holder: what a session lacks because it was parked, which sessions lose something if records are gone,
+//! and from where a session is live and which positions it may get as cursors.
 
 use super::holder::{
     Arrived, Holder, LossConcerns, RoutedPosition, SessionSerial, SourcePartition,

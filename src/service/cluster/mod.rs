@@ -82,53 +82,53 @@
 //! somewhere else, or catches up, and a message is known by its sequence.
 //!
 //! **The owner dies, or loses the partition, before its replay is stored.** Its commits carry the *T* whose replays are
-//! stored. The successor starts with that *T* and replays again. The holder drops what the session has: it remembers the
-//! last offset delivered to each young session.
+//! stored. The successor starts with that *T* and replays again. The holder drops what the session has: it remembers
+//! the last offset delivered to each young session.
 //!
-//! **… after its replay is stored.** The successor resends [*c*, …) from the committed offset *c* as live records that name the
-//! session. Some of them may have been handed over before the session was known, so the highest offset that passed
-//! at the holder is above them. But the session is still young there (`established` moves only with records above the
-//! highest), so it gets them.
+//! **… after its replay is stored.** The successor resends [*c*, …) from the committed offset *c* as live records that
+//! name the session. Some of them may have been handed over before the session was known, so the highest offset that
+//! passed at the holder is above them. But the session is still young there (`established` moves only with records
+//! above the highest), so it gets them.
 //!
-//! **The successor's table is behind that of its predecessor.** It routes nothing before it has read the sessions topic up to
-//! the committed *T*. If the predecessor had applied more than it committed, the successor knows fewer sessions, and would
-//! route records without them. It replays those when it applies their beginnings; the holder makes these sessions
-//! young again when it sees the lower *T*, so they take the replay and drop what they have.
+//! **The successor's table is behind that of its predecessor.** It routes nothing before it has read the sessions topic
+//! up to the committed *T*. If the predecessor had applied more than it committed, the successor knows fewer sessions,
+//! and would route records without them. It replays those when it applies their beginnings; the holder makes these
+//! sessions young again when it sees the lower *T*, so they take the replay and drop what they have.
 //!
 //! **A zombie**, an owner that continues after its partition was given to another one. Before its successor has sent
-//! anything to this holder, what it has sent is a complete prefix, and the successor's repetition is not above the highest offset.
-//! Afterwards its generation is too low, and the holder discards it. It cannot take a generation after its
-//! successor: the group coordinator refuses the commit of a member that has lost the partition. Its lanes obey the same state for
-//! its own sessions.
+//! anything to this holder, what it has sent is a complete prefix, and the successor's repetition is not above the
+//! highest offset. Afterwards its generation is too low, and the holder discards it. It cannot take a generation after
+//! its successor: the group coordinator refuses the commit of a member that has lost the partition. Its lanes obey the
+//! same state for its own sessions.
 //!
-//! **A record is parked**, because its owner does not know its members, and later records of other conversations pass it. It
-//! holds back the committed offset, so a successor routes it again, and everything behind it. Holders drop what passed
-//! before, but for what was parked (rules 2, 4 and 5 of [`holder`]). A replay leaves out what is parked: the session is
-//! known when the record is routed, and gets it live. Nothing parked is routed while a replay is paused, which would
-//! miss it.
+//! **A record is parked**, because its owner does not know its members, and later records of other conversations pass
+//! it. It holds back the committed offset, so a successor routes it again, and everything behind it. Holders drop what
+//! passed before, but for what was parked (rules 2, 4 and 5 of [`holder`]). A replay leaves out what is parked: the
+//! session is known when the record is routed, and gets it live. Nothing parked is routed while a replay is paused,
+//! which would miss it.
 //!
-//! **A partition moves to the holder itself.** The node first delivers everything that was stored in its hand-off partition
-//! before its claim (the barrier). Acknowledged hand-offs of the former owner are below it, and hand-offs that were not
-//! acknowledged belong to records that were not committed, which the node routes itself.
+//! **A partition moves to the holder itself.** The node first delivers everything that was stored in its hand-off
+//! partition before its claim (the barrier). Acknowledged hand-offs of the former owner are below it, and hand-offs
+//! that were not acknowledged belong to records that were not committed, which the node routes itself.
 //!
-//! **Sessions of the owner's own node** that began before the lane did wait for the replay: the lane delivers live records
-//! to them only from the *T* on at which it has replayed what came before (`Holder::needs_of_lane`). Otherwise a later
-//! record would arrive first, and the replayed ones would be taken for repetitions. Sessions that are admitted after the
-//! start of the lane get everything directly.
+//! **Sessions of the owner's own node** that began before the lane did wait for the replay: the lane delivers live
+//! records to them only from the *T* on at which it has replayed what came before (`Holder::needs_of_lane`). Otherwise
+//! a later record would arrive first, and the replayed ones would be taken for repetitions. Sessions that are admitted
+//! after the start of the lane get everything directly.
 //!
 //! **The end of a session** is not confused with the beginning of its successor on the same node, because replays name
 //! serials, and a serial is used once.
 //!
-//! **Records are gone that their owner has not read**: expired, or lost by the log. The owner closes the sessions of its own node.
-//! To every other node it sends **lost** before anything else of its generation, and it routes and commits nothing before that is
-//! stored. So a successor finds the loss again in the committed offset. A record that was parked holds back that offset, so it is
-//! lost with its owner although later ones were handed over, and the holders know that they lack it. A node that was the owner,
-//! and was stopped, is told like the others.
+//! **Records are gone that their owner has not read**: expired, or lost by the log. The owner closes the sessions of
+//! its own node. To every other node it sends **lost** before anything else of its generation, and it routes and
+//! commits nothing before that is stored. So a successor finds the loss again in the committed offset. A record that
+//! was parked holds back that offset, so it is lost with its owner although later ones were handed over, and the
+//! holders know that they lack it. A node that was the owner, and was stopped, is told like the others.
 //!
-//! **What cannot be repaired closes the session.** The tail does not reach back to *V*, the statement of *V* is forgotten, the
-//! beginning itself is forgotten, hand-offs were deleted before they were read, a record is too large: the session leaves the
-//! directory and the holder's state before anything else is delivered ([`missed`]), and is closed with 4409. A client
-//! resumes from the highest sequence that it saw, so a later event would hide the gap.
+//! **What cannot be repaired closes the session.** The tail does not reach back to *V*, the statement of *V* is
+//! forgotten, the beginning itself is forgotten, hand-offs were deleted before they were read, a record is too large:
+//! the session leaves the directory and the holder's state before anything else is delivered ([`missed`]), and is
+//! closed with 4409. A client resumes from the highest sequence that it saw, so a later event would hide the gap.
 //!
 //! # Considered, and not chosen
 //!
@@ -136,7 +136,8 @@
 //!   Kafka has already.
 //! * Positions from `ListOffsets` instead of leases: requests to every leader each second.
 //! * Several partitions for sessions: every comparison of *T* becomes one of vectors.
-//! * A claim record in the sessions topic as the generation: a zombie may write it late; the coordinator fences commits.
+//! * A claim record in the sessions topic as the generation: a zombie may write it late; the coordinator fences
+//!   commits.
 
 pub mod announcer;
 #[cfg(test)]

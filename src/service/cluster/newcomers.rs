@@ -3,8 +3,9 @@
 //! An owner that applies beginnings up to *T′*, between two records at its next offset *n*, asks for the sessions
 //! that began in [*T*, *T′*):
 //!
-//! 1. For each session of another node: let *V* be the position of *P* that the latest lease below its `as_of` stated. The
-//!    owner replays the entries of its tail in [*V*, *n*) whose recipients include the user. If the tail no longer reaches
+//! 1. For each session of another node: let *V* be the position of *P* that the latest lease below its `as_of` stated.
+//!    The owner replays the entries of its tail in [*V*, *n*) whose recipients include the user. If the tail no longer
+//!    reaches
 //!    *V*, it sends a gap.
 //! 2. For each session of its own node that was admitted before the lane began: the same. (The others got everything
 //!    directly.)
@@ -14,10 +15,11 @@
 //! If the members of an entry are unknown, the step is tried again later, with the *n* of that time; the lane routes on
 //! with the old *T*.
 //!
-//! *V* comes from the leases, because what an owner had stated before the holder had read `as_of` was routed, and so appended,
-//! before the 101. `as_of` is taken before the handshake is answered. There are three answers ([`StatedPosition`]): if
-//! nobody had stated a position, the partition was new, and the session wants it from its first record on, not from where the
-//! lane happened to begin; if the statement is forgotten, the session is closed with 4409.
+//! *V* comes from the leases, because what an owner had stated before the holder had read `as_of` was routed, and so
+//! appended, before the 101. `as_of` is taken before the handshake is answered. There are three answers
+//! ([`StatedPosition`]): if nobody had stated a position, the partition was new, and the session wants it from its
+//! first record on, not from where the lane happened to begin; if the statement is forgotten, the session is closed
+//! with 4409.
 //!
 //! A beginning is kept for `TAIL_AGE`, as long as the tail is. One that no owner of a partition applied in that time is
 //! forgotten. The next owner then finds that its *T* is below [`NewcomerWindow::kept_from`], and reports the whole

@@ -2,18 +2,19 @@
 //!
 //! # The clock
 //!
-//! A lease is renewed every 2 s. All nodes derive one clock from the append times in the sessions topic: it advances by the
-//! difference between two records, but never by more than two renewal intervals at once, and never backwards. A lease
-//! whose last renewal is `NODE_TIMEOUT` behind this clock is dead, for every reader at the same position of the log. So neither an
-//! outage of Kafka nor a jump of a broker's clock ends a lease, and a node learns of its own death where all others do: it
-//! closes the sessions of the dead epoch with 4409 and takes a new epoch. A tombstone of a lease ends the epoch at once.
+//! A lease is renewed every 2 s. All nodes derive one clock from the append times in the sessions topic: it advances by
+//! the difference between two records, but never by more than two renewal intervals at once, and never backwards. A
+//! lease whose last renewal is `NODE_TIMEOUT` behind this clock is dead, for every reader at the same position of the
+//! log. So neither an outage of Kafka nor a jump of a broker's clock ends a lease, and a node learns of its own death
+//! where all others do: it closes the sessions of the dead epoch with 4409 and takes a new epoch. A tombstone of a
+//! lease ends the epoch at once.
 //!
-//! An epoch without a lease is not silent. Compaction keeps the last lease of a node, behind its sessions, so a reader that starts
-//! late meets sessions first. Until it has met the leases of all, its table is not whole, and no owner uses it. Only from
-//! then on silence counts, because leases of a living node can be compacted ahead of a slow reader.
+//! An epoch without a lease is not silent. Compaction keeps the last lease of a node, behind its sessions, so a reader
+//! that starts late meets sessions first. Until it has met the leases of all, its table is not whole, and no owner uses
+//! it. Only from then on silence counts, because leases of a living node can be compacted ahead of a slow reader.
 //!
-//! So a reader in its first pass can take a node for alive that was silent, if that goes on later. The others see a lease of
-//! an epoch that has ended for them, and answer it with a tombstone, so that it ends for all.
+//! So a reader in its first pass can take a node for alive that was silent, if that goes on later. The others see a
+//! lease of an epoch that has ended for them, and answer it with a tombstone, so that it ends for all.
 //!
 //! # Names in use
 //!
@@ -24,11 +25,11 @@
 //! leaves only the last lease of each, in any order:
 //!
 //! 1. Of two epochs of one process the later one (`number`) lives.
-//! 2. The one that `replaces` the other lives. So does the one that had read the first lease of the other (`since`) when
-//!    its epoch began (`as_of`): it knew of the other one, and that it was gone. (The last lease says nothing: a node that
-//!    was gone can store one late.)
-//! 3. Otherwise they began at the same time: the one whose first lease has the lower offset (`since`) lives. The other one is
-//!    refused, and stops.
+//! 2. The one that `replaces` the other lives. So does the one that had read the first lease of the other (`since`)
+//!    when its epoch began (`as_of`): it knew of the other one, and that it was gone. (The last lease says nothing: a
+//!    node that was gone can store one late.)
+//! 3. Otherwise they began at the same time: the one whose first lease has the lower offset (`since`) lives. The other
+//!    one is refused, and stops.
 
 use std::collections::HashMap;
 

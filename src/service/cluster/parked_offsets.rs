@@ -22,8 +22,8 @@ impl ParkedOffsets {
         }
     }
 
-    /// An owner that routes `offset` names these parked ones before it. Returns whether all of them are parked here: one
-    /// that is not above `highest`, and was not parked before, has passed.
+    /// An owner that routes `offset` names these parked ones before it. Returns whether all of them are parked here:
+    /// one that is not above `highest`, and was not parked before, has passed.
     pub(super) fn name_below(&mut self, offset: i64, named: &[i64], highest: i64) -> bool {
         let below = self.0.partition_point(|parked| *parked < offset);
         // Almost always: there can be a thousand, and each record names them.

@@ -148,7 +148,7 @@ pub trait HandOffReceiver: Send + Sync + 'static {
     /// Records for this node were deleted before it read them: its sessions have missed events.
     fn missed(&self);
 
-    /// The topic was deleted. One of the same name that is there later has other offsets, so nothing that was learned from
-    /// this one holds any more.
+    /// The topic was deleted. One of the same name that is there later has other offsets, so nothing that was learned
+    /// from this one holds any more.
     fn gone(&self);
 }

@@ -4,12 +4,12 @@
 //! One thread applies the topic. What it learns beyond the table, it tells a [`TableListener`].
 //!
 //! **What an owner sees.** A lane looks the table up as of its own *T*: it ignores entries whose beginning it has not
-//! applied. Otherwise it would name a session in a record before it has replayed the earlier ones to it. So a beginning is
-//! noted ([`Newcomers`]) before its entry is visible. An entry that is visible already stays so: the user had
-//! a session on that node before, and owners that name the user reach the new one too.
+//! applied. Otherwise it would name a session in a record before it has replayed the earlier ones to it. So a beginning
+//! is noted ([`Newcomers`]) before its entry is visible. An entry that is visible already stays so: the user had a
+//! session on that node before, and owners that name the user reach the new one too.
 //!
-//! **Hashes.** They are keyed per process. A collision of two users costs a copy that the holder discards. A collision of two
-//! devices of one user on one node (2⁻⁴⁸) is the only one that could hide a session.
+//! **Hashes.** They are keyed per process. A collision of two users costs a copy that the holder discards. A collision
+//! of two devices of one user on one node (2⁻⁴⁸) is the only one that could hide a session.
 //!
 //! **Replacement.** Of two sessions of one user and device on two nodes, the one whose beginning is later in the log
 //! wins. A node that reads a foreign beginning closes its own session with 4000 if it has read that session's beginning
@@ -234,8 +234,8 @@ impl SessionTable {
     }
 
     /// Calls `visit` for each node that holds a session of the user, once each, for an owner that has
-    /// applied beginnings below `applied`. Returns the number of their sessions, also of those whose beginning it has not
-    /// applied.
+    /// applied beginnings below `applied`. Returns the number of their sessions, also of those whose beginning it has
+    /// not applied.
     pub fn nodes_of(&self, user: &str, applied: i64, mut visit: impl FnMut(NodeIndex)) -> usize {
         let hash = self.hasher.hash_one(user);
         // Copied, because the writer locks the newcomers before a part.

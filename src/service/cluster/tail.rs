@@ -115,14 +115,15 @@ impl TailEntry<'_> {
 }
 
 /// Bytes of the contents of the first and of the largest block of a tail, powers of two, which allocators do not round
-/// up. A block has at most a sixteenth of the tail, so that the space in the newest block that is not used yet, and that
-/// in the oldest that is not used any more, stay small.
+/// up. A block has at most a sixteenth of the tail, so that the space in the newest block that is not used yet, and
+/// that in the oldest that is not used any more, stay small.
 const BLOCK_BYTES: std::ops::RangeInclusive<usize> = 1 << 10..=64 << 10;
 const BLOCKS: usize = 16;
 /// Memory of a block without its contents, bytes: its place in the ring of blocks, which has at most twice the
 /// places that it needs, and 16 bytes of the allocator for each of its allocations.
 const BLOCK_OVERHEAD: usize = 2 * size_of::<Block>() + 32;
-/// Memory of a list besides itself, bytes: its places in the table, the map and the queue, each at most twice what is needed.
+/// Memory of a list besides itself, bytes: its places in the table, the map and the queue, each at most twice what is
+/// needed.
 const LIST_BYTES: u64 = 2
     * (size_of::<SharedList>() + size_of::<(usize, (i64, u32))>() + size_of::<(i64, u32)>() + 9)
         as u64;
@@ -496,8 +497,8 @@ impl PartitionTail {
         Some(self.blocks.back()?.slots.last()?.offset)
     }
 
-    /// The record right before `offset`, which is not below [`PartitionTail::from`]: its offset, if it is known, and its
-    /// check. [`UNCHECKED`]: this node has not read that record.
+    /// The record right before `offset`, which is not below [`PartitionTail::from`]: its offset, if it is known, and
+    /// its check. [`UNCHECKED`]: this node has not read that record.
     pub fn before(&self, offset: i64) -> (Option<i64>, u32) {
         let (block, slot) = self.place(offset);
         // Also a dropped one, as long as its block is there.

@@ -13,7 +13,8 @@ pub fn conversation_key(conversation: &str) -> ConversationKey {
     ConversationKey(HASHER.hash_one(conversation))
 }
 
-/// What identifies an event of the log that is no message: see [`Event::position`](crate::domain::event::Event::position).
+/// What identifies an event of the log that is no message: see
+/// [`Event::position`](crate::domain::event::Event::position).
 pub fn log_position(topic: &str, partition: i32, offset: i64) -> ConversationPosition {
     let conversation = ConversationKey(HASHER.hash_one((topic, partition)));
     ConversationPosition { conversation, sequence: offset }

@@ -52,8 +52,8 @@ impl Beginnings {
         self.next.fetch_add(1, Ordering::Release);
     }
 
-    /// Calls `visit` for the users at or above the position, and moves it behind them. Returns false if some of them are not
-    /// kept any more.
+    /// Calls `visit` for the users at or above the position, and moves it behind them. Returns false if some of them
+    /// are not kept any more.
     pub fn read(&self, position: &mut u64, mut visit: impl FnMut(&Arc<str>)) -> bool {
         let mut copied = Vec::new();
         while *position < self.next() {

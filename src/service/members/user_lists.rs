@@ -1,8 +1,9 @@
-//! The conversations of users who return with a cursor to a node that does not know the members of what they have missed.
+//! The conversations of users who return with a cursor to a node that does not know the members of what they have
+//! missed.
 //!
-//! A node that has just started has filled its tails from Kafka and knows no members. The members of every conversation in
-//! the tails would be a request for each of them, and one that is not answered would hold up everybody. A user's own list
-//! is one request, says of every record whether it is theirs, and concerns nobody else.
+//! A node that has just started has filled its tails from Kafka and knows no members. The members of every conversation
+//! in the tails would be a request for each of them, and one that is not answered would hold up everybody. A user's own
+//! list is one request, says of every record whether it is theirs, and concerns nobody else.
 //!
 //! A list is used for one return: for a short time, and not beyond the assignment of another partition, whose tail may
 //! contain conversations that are younger than the list.

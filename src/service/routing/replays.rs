@@ -85,8 +85,8 @@ impl ReplayReader {
         self.0.next().await
     }
 
-    /// After the end of a replay that is complete: what the client has, so that live events of it are duplicates. Those that
-    /// precede the cursor are older than what was replayed. As far as it is known.
+    /// After the end of a replay that is complete: what the client has, so that live events of it are duplicates. Those
+    /// that precede the cursor are older than what was replayed. As far as it is known.
     pub fn covered(&self) -> Vec<CoveredLog> {
         self.0.covered()
     }
@@ -101,8 +101,8 @@ impl<I: Iterator<Item = ReplayedChunk> + Send> ReplayChunks for I {
 
 /// Starts replays.
 pub trait TailReplays: Send + Sync + 'static {
-    /// What the user of this session has missed since the cursor. The session is in the directory, and its live events are
-    /// held: they follow what is replayed. Some of them may be replayed as well.
+    /// What the user of this session has missed since the cursor. The session is in the directory, and its live events
+    /// are held: they follow what is replayed. Some of them may be replayed as well.
     ///
     /// `None`: the session has no cursor yet and wants none of its past, so no records are returned. In both cases the
     /// reader is complete only when a cursor may be sent: every node that owns a partition hands over to this session

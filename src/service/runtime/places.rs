@@ -33,9 +33,9 @@ impl Places {
         Arc::new(Self { free, replaceable: Mutex::default() })
     }
 
-    /// Takes a place until the permit is dropped, as its newest holder, which is replaceable. If none is free, tells the
-    /// oldest replaceable holder to leave, and waits until one has. Those that wait are replaceable, too. `None`: no other
-    /// holder is replaceable, or this one had to leave before it got its place.
+    /// Takes a place until the permit is dropped, as its newest holder, which is replaceable. If none is free, tells
+    /// the oldest replaceable holder to leave, and waits until one has. Those that wait are replaceable, too. `None`:
+    /// no other holder is replaceable, or this one had to leave before it got its place.
     pub async fn take(
         self: &Arc<Self>,
         leave: &Arc<Notify>,
@@ -53,8 +53,8 @@ impl Places {
         }
     }
 
-    /// Makes the holder of a place replaceable again, as the newest one. When `leave` is notified, it must drop its place
-    /// without waiting for anything.
+    /// Makes the holder of a place replaceable again, as the newest one. When `leave` is notified, it must drop its
+    /// place without waiting for anything.
     pub fn replaceable(self: &Arc<Self>, leave: Arc<Notify>) -> Replaceable {
         let mut holders = self.lock();
         let number = holders.next;

@@ -8,7 +8,8 @@
 //! | `{"access_token": "<JWT>"}` | At any time: a fresh token of the same user, before the old one expires. The answer is `{"token_expires_at": <Unix seconds>}`, or `{"error": "<reason>"}` and the old token stays in use. |
 //!
 //! One message may have both keys; as the first message it is a resume request in any case. A number may
-//! be a string, as proto3 JSON writes an int64. It has no fraction and no exponent (`3.0` is refused, as by Go). An empty token is none. Other keys are ignored.
+//! be a string, as proto3 JSON writes an int64. It has no fraction and no exponent (`3.0` is refused, as by Go). An
+//! empty token is none. Other keys are ignored.
 
 use std::fmt;
 

@@ -106,7 +106,8 @@ fn late_requests_of_an_ended_stream_end_nobody_elses_stream() {
             let ended = frame.kind == HEADERS && frame.flags & END_STREAM > 0;
             (frame.stream == stream && (ended || frame.kind == RST_STREAM)).then_some(())
         });
-        // In all streams more than the budget of unread frames that HTTP/2 libraries have for a connection of this size.
+        // In all streams more than the budget of unread frames that HTTP/2 libraries have for a connection of this
+        // size.
         let late = frame(DATA, 0, stream, &acknowledgement(1)).repeat(400);
         shared.write(&late);
     }

@@ -121,8 +121,8 @@ fn undisturbed(outcome: &Outcome) {
     assert_eq!((lost, duplicates, out_of_order), (0, 0, 0), "of those that stayed: {outcome:?}");
 }
 
-/// Every session that ended or was dropped returned with its cursor, got everything from the tails, nothing of it twice and in order, and
-/// nobody asked the message service.
+/// Every session that ended or was dropped returned with its cursor, got everything from the tails, nothing of it twice
+/// and in order, and nobody asked the message service.
 fn returned_with_cursors(outcome: &Outcome) {
     nothing_missed_live(outcome);
     assert!(outcome.reconnects > 0, "no session returned: {outcome:?}");

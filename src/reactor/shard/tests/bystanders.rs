@@ -108,8 +108,8 @@ fn reader_that_drains_slowly_is_closed_and_delays_nobody() {
     assert!(crowd.rig.counters.counts.intake_waits.get() > 0);
 }
 
-/// Sessions that catch up hold all that they may, while more than half of the rest is queued. Each event is another one's, so that the bound of one
-/// session is not reached.
+/// Sessions that catch up hold all that they may, while more than half of the rest is queued. Each event is another
+/// one's, so that the bound of one session is not reached.
 #[test]
 fn sessions_that_catch_up_delay_nobody() {
     let config = ShardConfig { events_max: 200, ..ShardConfig::default() };
@@ -145,8 +145,8 @@ fn sessions_that_catch_up_delay_nobody() {
     assert_eq!(lifecycle(9), Some(LifecycleClass::Session), "there is room again");
 }
 
-/// One after the other has a queue that is nearly full and a socket that takes an event per tick, for nine ticks of ten.
-/// All of them together make the others wait no more than one of them may.
+/// One after the other has a queue that is nearly full and a socket that takes an event per tick, for nine ticks of
+/// ten. All of them together make the others wait no more than one of them may.
 #[test]
 fn readers_that_take_turns_make_others_wait_a_fifth_of_the_time() {
     let config = ShardConfig { queue_frames_max: 16, ..ShardConfig::default() };

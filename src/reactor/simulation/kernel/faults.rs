@@ -25,12 +25,13 @@ pub struct Faults {
     pub eager: u8,
     /// A send fails for lack of memory. The connection is sound.
     pub send_memory: u8,
-    /// An `enter` returns early (EINTR, EAGAIN, EBUSY): it has submitted a part of the requests, and waited for nothing.
+    /// An `enter` returns early (EINTR, EAGAIN, EBUSY): it has submitted a part of the requests, and waited for
+    /// nothing.
     pub early_return: u8,
     /// A turn takes long: time has passed when its `enter` is called.
     pub slow_turn: u8,
-    /// Size of the completion queue. What does not fit comes after the next `enter`, and ends the poll that it is of. 0: no
-    /// bound.
+    /// Size of the completion queue. What does not fit comes after the next `enter`, and ends the poll that it is of.
+    /// 0: no bound.
     pub completion_slots: u8,
     /// A socket has room again only when a third of its buffer is free, as in Linux (`sk_stream_is_writeable`).
     pub room_is_a_third: bool,

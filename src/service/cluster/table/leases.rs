@@ -33,8 +33,8 @@ impl SessionTable {
         self.state().is_whole
     }
 
-    /// Ends the nodes without a lease, which would have renewed it meanwhile. Does nothing if the topic was not read to the
-    /// end that it had.
+    /// Ends the nodes without a lease, which would have renewed it meanwhile. Does nothing if the topic was not read to
+    /// the end that it had.
     pub fn end_unleased(&self) {
         let mut guard = self.state();
         let state = &mut *guard;

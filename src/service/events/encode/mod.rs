@@ -15,9 +15,10 @@
 //! | conversation created, membership changed | only `conversation_id`: the client looks the conversation up |
 //! | read receipt, presence, unknown types | not sent: the contract has no field for it |
 //!
-//! An event that JSON or `DeliveryEvent` cannot hold as it is (a string that is not UTF-8, a time outside the years 1 to
-//! 9999) is *reduced*, never left out: JSON gets the payload as base64, like that of an unknown type, and no `occurredAt`
-//! if that is what is wrong; a stream gets `conversation_id` and `sequence`, so that the client looks the message up.
+//! An event that JSON or `DeliveryEvent` cannot hold as it is (a string that is not UTF-8, a time outside the years 1
+//! to 9999) is *reduced*, never left out: JSON gets the payload as base64, like that of an unknown type, and no
+//! `occurredAt` if that is what is wrong; a stream gets `conversation_id` and `sequence`, so that the client looks the
+//! message up.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;

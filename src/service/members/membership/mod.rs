@@ -72,8 +72,8 @@ pub struct MembershipConfig {
     pub lifetime_ms: u64,
     /// Deadline of one request to the conversation service, ms.
     pub fetch_deadline_ms: u64,
-    /// Requests in flight at a time. At most half of them repeat a failed one, so that conversations whose members cannot
-    /// be fetched do not hold up the others.
+    /// Requests in flight at a time. At most half of them repeat a failed one, so that conversations whose members
+    /// cannot be fetched do not hold up the others.
     pub fetches_max: usize,
     /// Delays after failed requests.
     pub backoff: Backoff,

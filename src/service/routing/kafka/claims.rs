@@ -9,11 +9,11 @@
 //! ```
 //!
 //! The metadata of a committed offset holds the generation of the owner that committed it, and the table:
-//! the offset in the sessions topic up to which its replays are acknowledged. (And since when the group reads the topic,
-//! see [`starts`](super::starts).) An owner claims a partition by
-//! committing the same offset again with the next generation, before it routes a record. The group
-//! coordinator refuses the commit of a member that has lost the partition, so generations of one partition
-//! grow in the order of its owners. A zombie can therefore not take a generation after its successor.
+//! the offset in the sessions topic up to which its replays are acknowledged. (And since when the group reads the
+//! topic, see [`starts`](super::starts).) An owner claims a partition by committing the same offset again with the next
+//! generation, before it routes a record. The group coordinator refuses the commit of a member that has lost the
+//! partition, so generations of one partition grow in the order of its owners. A zombie can therefore not take a
+//! generation after its successor.
 //!
 //! A generation is never below the time of its claim. The group forgets committed offsets after a while, and
 //! holders do not: without that, the generations of a forgotten partition would start again at 1, and holders

@@ -2,8 +2,8 @@
 //!
 //! A partition is read and routed only once it is known where it [starts](super::starts), and with
 //! [`ClaimParts`](crate::service::routing::kafka::ClaimParts) once it is claimed. Until then it is part of the group's
-//! assignment, but not of the consumer's, and the poll loop tries it again. (With an eager assignment strategy, which has
-//! no incremental assignment, the member joins again.)
+//! assignment, but not of the consumer's, and the poll loop tries it again. (With an eager assignment strategy, which
+//! has no incremental assignment, the member joins again.)
 
 mod claiming;
 mod starting;
@@ -161,7 +161,8 @@ impl GroupContext {
         Ok(())
     }
 
-    /// Gives a partition that is being fetched to its router. `claimed`: the first offset of the source, and the ownership.
+    /// Gives a partition that is being fetched to its router. `claimed`: the first offset of the source, and the
+    /// ownership.
     fn route(
         &self,
         start: GroupStart,

@@ -434,8 +434,8 @@ impl Kafka {
     /// Starts consuming. Unreachable brokers are not an error: they
     /// are retried without end, and `status` shows it.
     ///
-    /// With [`KafkaParts::claims`], in `group` mode, each owner of a partition commits with a generation of its own. The
-    /// group is joined after [`OwnedPartitions::join`], and the assignment strategy is `cooperative-sticky`,
+    /// With [`KafkaParts::claims`], in `group` mode, each owner of a partition commits with a generation of its own.
+    /// The group is joined after [`OwnedPartitions::join`], and the assignment strategy is `cooperative-sticky`,
     /// whatever [`KafkaConfig::properties`] say.
     ///
     /// # Errors

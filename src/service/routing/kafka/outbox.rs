@@ -39,8 +39,8 @@ pub const MESSAGE_BYTES_MAX: u64 = 8_000_000;
 /// Memory per waiting record besides its bytes: librdkafka's (measured on `rd_kafka_msg_t` and its
 /// headers) and the outbox's own.
 pub(super) const WAITING_OVERHEAD_BYTES: u64 = client::RECORD_OVERHEAD_BYTES + 192;
-/// librdkafka's `socket.timeout.ms`: when a request without an answer is repeated. Well below `NODE_TIMEOUT`, within which
-/// a node has to renew its lease.
+/// librdkafka's `socket.timeout.ms`: when a request without an answer is repeated. Well below `NODE_TIMEOUT`, within
+/// which a node has to renew its lease.
 const ANSWER_TIMEOUT_MS: u64 = 10_000;
 /// How long a failed producer may wait for the answers to its requests: above [`ANSWER_TIMEOUT_MS`], so that no
 /// request is still on its way when its records are repeated.

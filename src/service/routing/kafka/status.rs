@@ -46,8 +46,8 @@ struct ConsumerState {
 pub(super) enum PartitionEnd {
     /// The offset behind the last one.
     At(i64),
-    /// Behind the last record that its router has taken. What the log has there is nothing that a reader gets: markers of
-    /// transactions, and records of those that were aborted.
+    /// Behind the last record that its router has taken. What the log has there is nothing that a reader gets: markers
+    /// of transactions, and records of those that were aborted.
     Taken,
 }
 

@@ -1,18 +1,19 @@
 //! The connected members of large conversations.
 //!
 //! A router looks up every member of a small conversation for each of its events. Of a large one mostly few members are
-//! connected, so the router caches its **audience**: the list of members, those of them who are connected, and the positions
-//! up to which it has read who began a session ([`Beginnings`]). The next event adds the members who began one since, and
-//! applies what the list of members has changed. So its cost grows with the connected members, and not with all of them.
+//! connected, so the router caches its **audience**: the list of members, those of them who are connected, and the
+//! positions up to which it has read who began a session ([`Beginnings`]). The next event adds the members who began
+//! one since, and applies what the list of members has changed. So its cost grows with the connected members, and not
+//! with all of them.
 //!
-//! The users of an audience are a superset. Each of them is looked up for each event as every member of a small conversation
-//! is, so whatever decides about a session (an end, a replacement, the end of a node, what the lane has applied, the
-//! state of the holder) decides the same. Nobody may be missing:
+//! The users of an audience are a superset. Each of them is looked up for each event as every member of a small
+//! conversation is, so whatever decides about a session (an end, a replacement, the end of a node, what the lane has
+//! applied, the state of the holder) decides the same. Nobody may be missing:
 //!
-//! * A session that begins is found before its user is in the log of beginnings. The log is read before users are looked
-//!   up.
-//! * A user is forgotten only if there is no session of theirs at all, on the side concerned. One whose beginning the lane
-//!   has not applied yet stays.
+//! * A session that begins is found before its user is in the log of beginnings. The log is read before users are
+//!   looked up.
+//! * A user is forgotten only if there is no session of theirs at all, on the side concerned. One whose beginning the
+//!   lane has not applied yet stays.
 //! * If the log does not reach back to the position, every member is looked up.
 //!
 //! Who has left the conversation is not in it any more: they must not get its events.
@@ -35,8 +36,8 @@ use crate::service::runtime::cache::{Bounds, Cache, Weigh};
 const USER_BYTES: usize = size_of::<Arc<str>>() + 2 * size_of::<usize>();
 /// An audience without its users and its list, bytes.
 const AUDIENCE_BYTES: usize = 512;
-/// A change costs about as much as three look-ups (`bench/cluster large`). With more changes than a third of the members it
-/// is cheaper to look everybody up.
+/// A change costs about as much as three look-ups (`bench/cluster large`). With more changes than a third of the
+/// members it is cheaper to look everybody up.
 const LOOK_UPS_PER_CHANGE: u64 = 3;
 
 /// Where the sessions of users are looked up.
@@ -91,8 +92,8 @@ impl ConnectedMembers {
         Self { users, id_bytes, position }
     }
 
-    /// Applies the changes of the list: adds `joined`, whether they are connected or not, and removes `left`. Then adds the
-    /// members who began a session since the position. Returns false if that is not known, or too much.
+    /// Applies the changes of the list: adds `joined`, whether they are connected or not, and removes `left`. Then adds
+    /// the members who began a session since the position. Returns false if that is not known, or too much.
     fn catch_up(
         &mut self,
         members: &Members,
@@ -253,8 +254,8 @@ impl Audiences {
         counters.audience_bytes.set(self.cache.weight() as u64);
     }
 
-    /// Calls `visit` for the members who are connected to this node, and forgets those for whom it returns that they have no
-    /// session here.
+    /// Calls `visit` for the members who are connected to this node, and forgets those for whom it returns that they
+    /// have no session here.
     pub(super) fn here(&mut self, conversation: &str, visit: impl FnMut(&str) -> bool) {
         let hash = self.hasher.hash_one(conversation);
         self.cache.update(hash, conversation, |_, audience| audience.here.retain(visit));

@@ -26,8 +26,8 @@ pub struct Ownership {
     pub settled: Arc<CommittableTable>,
     /// The next offset to route. Written by the router, read for the lease.
     pub routed: Arc<AtomicI64>,
-    /// If records are gone that nobody has read: the first of them. Above `start`: the log has lost its last records. The
-    /// sessions of this node are closed already. What the other nodes are told is stored before the first record is
+    /// If records are gone that nobody has read: the first of them. Above `start`: the log has lost its last records.
+    /// The sessions of this node are closed already. What the other nodes are told is stored before the first record is
     /// routed, and only then the partition has a committable offset.
     pub lost_from: Option<i64>,
 }

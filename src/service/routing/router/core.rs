@@ -324,8 +324,9 @@ impl RouterCore {
         self.audiences.prepare(conversation, members, &self.directory, table, &self.counters)
     }
 
-    /// Gathers the sessions of the audience on this node. `large`: the conversation, if its audience is cached. `at`: only
-    /// those that still need the record. Returns false if the record comes from a lane that has lost its partition.
+    /// Gathers the sessions of the audience on this node. `large`: the conversation, if its audience is cached. `at`:
+    /// only those that still need the record. Returns false if the record comes from a lane that has lost its
+    /// partition.
     fn gather_all(
         &mut self,
         audience: &EventAudience<'_>,

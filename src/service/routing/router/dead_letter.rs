@@ -18,8 +18,8 @@ pub enum DeadLetterReason {
     /// The members are unknown: no conversation service is configured, and the creation event was
     /// not read.
     MembersUnknown,
-    /// The members were not known within `RouterConfig::route_retry_max_ms`: the conversation service did not return them,
-    /// or this node has not read the membership changes before the record.
+    /// The members were not known within `RouterConfig::route_retry_max_ms`: the conversation service did not return
+    /// them, or this node has not read the membership changes before the record.
     MembersUnavailable,
 }
 

@@ -8,8 +8,9 @@ use crate::service::events::envelope::DecodedEvent;
 use crate::service::routing::router::core::RouterCore;
 
 impl RouterCore {
-    /// Encodes the event for the gathered recipients and pushes it. `at`: its [`log_position`](crate::service::events::conversation_key::log_position). Returns the number of
-    /// shards that will report.
+    /// Encodes the event for the gathered recipients and pushes it. `at`: its
+    /// [`log_position`](crate::service::events::conversation_key::log_position). Returns the number of shards that will
+    /// report.
     pub(super) fn deliver(
         &mut self,
         record: &DecodedEvent<'_>,

@@ -124,7 +124,8 @@ impl HandOffInboxes {
 }
 
 impl HandOffInboxes {
-    /// What of a request or an answer concerns the partitions of each router. A request without partitions concerns all.
+    /// What of a request or an answer concerns the partitions of each router. A request without partitions concerns
+    /// all.
     fn parts_of(&self, content: &Content) -> Vec<(usize, Content)> {
         let parts = (0..self.routers.len()).filter_map(|number| {
             let is_its = |topic: &str, partition| self.number(topic, partition) == number;

@@ -67,8 +67,8 @@ impl LaneTail {
         self.start
     }
 
-    /// Searches the records at or above `from` and below `to`. Returns whether it is not known who received one of them. What
-    /// is found to be known is not searched again.
+    /// Searches the records at or above `from` and below `to`. Returns whether it is not known who received one of
+    /// them. What is found to be known is not searched again.
     pub(super) fn find_unresolved(&mut self, from: i64, to: i64) -> bool {
         let end = to.min(self.resolved_from);
         if from >= end {
@@ -103,8 +103,8 @@ impl LaneTail {
     }
 
     /// Puts a record that is routed, or given up, into the tail: at the end, or if it was `parked`, at its place among
-    /// the records that were routed before it. `audience`: who received it; `None`: nobody, because it was given up. Then
-    /// its value is not kept.
+    /// the records that were routed before it. `audience`: who received it; `None`: nobody, because it was given up.
+    /// Then its value is not kept.
     pub(super) fn remember(
         &mut self,
         raw: RawRecord<'_>,

@@ -288,8 +288,8 @@ impl RouterControl {
 
     /// Revokes a partition. The router takes no more of its records, waits at most `grace` for those
     /// in flight, and a second for those that only sockets have not taken, and drops the source. The receiver then gets
-    /// whether the next owner need not repeat any; it is disconnected if the router has ended. After that the partition's
-    /// committable offset does not change.
+    /// whether the next owner need not repeat any; it is disconnected if the router has ended. After that the
+    /// partition's committable offset does not change.
     pub fn revoke(&self, log: TopicPartition, grace: Duration) -> Receiver<bool> {
         let (sender, released) = sync_channel(1);
         let since_ms = steady_ms();

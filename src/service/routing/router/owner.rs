@@ -2,7 +2,8 @@
 //! that began lately what it routed before it knew them.
 //!
 //! The rules are in [`newcomers`](crate::service::cluster::newcomers), and
-//! [why they hold](crate::service::cluster#why-nothing-is-missed-and-nothing-arrives-twice). A new owner starts with the
+//! [why they hold](crate::service::cluster#why-nothing-is-missed-and-nothing-arrives-twice). A new owner starts with
+//! the
 //! *T* of the last commit, waits for its barrier and until its table has reached that *T*, and fills its
 //! tail from Kafka with what lies before its first record.
 
@@ -259,8 +260,8 @@ impl OwnerSide {
     }
 
     /// Finds the other nodes that hold a session of users, for [`OwnerSide::forward`]. `each_user` calls its argument
-    /// for each of them, which returns whether the user has a session anywhere. Returns false if the table is being read
-    /// again, and may have missed some.
+    /// for each of them, which returns whether the user has a session anywhere. Returns false if the table is being
+    /// read again, and may have missed some.
     pub(super) fn find_remote(
         &mut self,
         at: RoutedPosition,
@@ -465,7 +466,8 @@ impl OwnerSide {
         self.with_cursors.insert(node, now_ms + CURSORS_USED_MS);
     }
 
-    /// Answers a holder that has asked for a replay. If the queue is full there is no answer, and the holder asks again.
+    /// Answers a holder that has asked for a replay. If the queue is full there is no answer, and the holder asks
+    /// again.
     pub(super) fn answer(&mut self, holder: NodeEpoch, answer: ReplayAnswer) {
         let Some(to) = self.parts.table.others().into_iter().find(|to| to.epoch == holder) else {
             return;

@@ -23,8 +23,8 @@ struct ParkedQueue {
 
 /// The parked records of one lane.
 ///
-/// An attempt costs about 3 µs, and there can be as many conversations as records. So a conversation is attempted when a
-/// list of members has arrived, or when its own time has come, and not each time the router turns.
+/// An attempt costs about 3 µs, and there can be as many conversations as records. So a conversation is attempted when
+/// a list of members has arrived, or when its own time has come, and not each time the router turns.
 #[derive(Debug, Default)]
 pub(super) struct ParkedRecords {
     /// By conversation.
@@ -110,8 +110,9 @@ impl ParkedRecords {
         (!self.is_empty()).then_some(self.retry_ms)
     }
 
-    /// The conversations to attempt now, in any order: all if a list has arrived since the last attempt, or if `is_all`;
-    /// otherwise those whose time has come. The caller states when each is attempted again ([`ParkedRecords::retry_at`]).
+    /// The conversations to attempt now, in any order: all if a list has arrived since the last attempt, or if
+    /// `is_all`; otherwise those whose time has come. The caller states when each is attempted again
+    /// ([`ParkedRecords::retry_at`]).
     pub(super) fn take_due(&mut self, arrivals: u64, is_all: bool, now_ms: u64) -> Vec<Arc<str>> {
         let is_all = is_all || self.arrivals.replace(arrivals) != Some(arrivals);
         if self.is_empty() || !is_all && now_ms < self.retry_ms {
@@ -137,8 +138,8 @@ impl ParkedRecords {
         }
     }
 
-    /// The attempts were broken off, because a record waits for something else than its members: all are attempted again
-    /// soon.
+    /// The attempts were broken off, because a record waits for something else than its members: all are attempted
+    /// again soon.
     pub(super) fn retry_soon(&mut self, now_ms: u64) {
         self.retry_ms = now_ms + RETRY_MS;
         self.queues.values_mut().for_each(|queue| queue.retry_ms = now_ms + RETRY_MS);

@@ -239,8 +239,8 @@ impl ReplayPass {
         }
     }
 
-    /// Copies what is wanted of the next records from `from` on. Returns where to continue, and whether the members of the
-    /// record there are not known.
+    /// Copies what is wanted of the next records from `from` on. Returns where to continue, and whether the members of
+    /// the record there are not known.
     fn collect(&mut self, core: &RouterCore, lane: &Lane, key: LaneKey, from: i64) -> (i64, bool) {
         let Some((tail, partition)) = lane.tail().zip(lane.partition.as_ref()) else {
             return (from, false);
@@ -355,7 +355,8 @@ impl ReplayPass {
 }
 
 impl RouterCore {
-    /// Finds out who received the next records of a filled tail from `from` on. Returns whether the first one is known now.
+    /// Finds out who received the next records of a filled tail from `from` on. Returns whether the first one is known
+    /// now.
     fn resolve_some(&self, lane: &mut Lane, from: i64, now_ms: u64) -> bool {
         let Some(partition) = &mut lane.partition else { return true };
         let Some(tail) = &mut partition.tail else { return true };

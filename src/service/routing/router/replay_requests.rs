@@ -24,8 +24,8 @@ pub(super) struct ReplayRange {
     pub(super) next: i64,
     /// The first offset that the session gets live.
     pub(super) to: i64,
-    /// Offsets below it that it gets live all the same, ascending: these records were parked at the check. Not replayed, so
-    /// that a record of the same conversation is not before an earlier one.
+    /// Offsets below it that it gets live all the same, ascending: these records were parked at the check. Not
+    /// replayed, so that a record of the same conversation is not before an earlier one.
     pub(super) parked: Arc<[i64]>,
 }
 

@@ -10,20 +10,20 @@
 //!
 //! An owner keeps nothing of a session. If it loses a partition, its successor is asked for what is left.
 //!
-//! **What holds when a replay is complete.** The session has every record below the end of each range: replayed. It gets every
-//! record from *V* on live ([`cluster`](crate::service::cluster)), and no range ends below *V*. There is one exception: if its
-//! own node was the owner, what that had routed before the session was admitted, past parked records that hold back the
-//! position, and also above *V*. So no range ends below what had arrived on this node either
-//! ([`Holder::live_from`](crate::service::cluster::holder::Holder::live_from)). Every owner had applied
-//! its beginning, so what it passes from then on it has handed over to this session too. A later owner may know fewer sessions:
-//! what it passes does not count for cursors before it knows all that may get some
+//! **What holds when a replay is complete.** The session has every record below the end of each range: replayed. It
+//! gets every record from *V* on live ([`cluster`](crate::service::cluster)), and no range ends below *V*. There is one
+//! exception: if its own node was the owner, what that had routed before the session was admitted, past parked records
+//! that hold back the position, and also above *V*. So no range ends below what had arrived on this node either
+//! ([`Holder::live_from`](crate::service::cluster::holder::Holder::live_from)). Every owner had applied its beginning,
+//! so what it passes from then on it has handed over to this session too. A later owner may know fewer sessions: what
+//! it passes does not count for cursors before it knows all that may get some
 //! ([`Holder::counts_for_cursors`](crate::service::cluster::holder::Holder::counts_for_cursors)).
 //!
-//! **The fence.** A shard may still have a higher position of a former owner, and records for this session may still be in the
-//! rings, behind positions that are above them. So each router gives the shards its positions again, and then waits until the
-//! shard of the session has taken them. On a node that has just started it waits also until it knows a position of each
-//! partition, which their owners tell it each second: a cursor without them would be worth less than the one that the client has.
-//! Only then the replay is complete.
+//! **The fence.** A shard may still have a higher position of a former owner, and records for this session may still be
+//! in the rings, behind positions that are above them. So each router gives the shards its positions again, and then
+//! waits until the shard of the session has taken them. On a node that has just started it waits also until it knows a
+//! position of each partition, which their owners tell it each second: a cursor without them would be worth less than
+//! the one that the client has. Only then the replay is complete.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -80,8 +80,8 @@ impl GroupReplays {
         Self(Arc::new(GroupParts { routers, cluster, ids, max, is_used: AtomicBool::new(false) }))
     }
 
-    /// Tells the owners from time to time that this node uses cursors, once it does: they tell it then what has passed. Ends
-    /// never.
+    /// Tells the owners from time to time that this node uses cursors, once it does: they tell it then what has passed.
+    /// Ends never.
     pub fn keep_told(&self) -> impl Future<Output = ()> + Send + 'static {
         let parts = Arc::clone(&self.0);
         async move {

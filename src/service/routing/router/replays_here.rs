@@ -160,9 +160,9 @@ enum Judged {
     Unverified,
 }
 
-/// All partitions of a topic are created together. So one position that is of this log speaks for those of the same topic
-/// whose check is not known any more: there the record before the position was deleted, or is older than the tail, or
-/// there was none.
+/// All partitions of a topic are created together. So one position that is of this log speaks for those of the same
+/// topic whose check is not known any more: there the record before the position was deleted, or is older than the
+/// tail, or there was none.
 fn judge(since: &Cursor, topics: &[TopicId], checked: &[CheckedLanes]) -> Judged {
     let mut read = HashMap::new();
     let mut is_verified: HashMap<TopicId, bool> = HashMap::new();

@@ -15,8 +15,8 @@
 //! waiting users it contains; then each record costs one look-up by the address of its list. A pass is cut into steps,
 //! between which live records are routed.
 //!
-//! **A filled tail.** Its lane has not routed these records, so who received them is found out when the first pulls need
-//! them ([`unready`](super::unready)). Members that are known then are kept in the tail.
+//! **A filled tail.** Its lane has not routed these records, so who received them is found out when the first pulls
+//! need them ([`unready`](super::unready)). Members that are known then are kept in the tail.
 
 use std::sync::Arc;
 
@@ -92,8 +92,8 @@ pub(super) enum ReplayInput {
     Fence(ShardFence),
 }
 
-/// Answered when the shard has a position of each of these partitions, and has taken everything that this router has given
-/// it until then.
+/// Answered when the shard has a position of each of these partitions, and has taken everything that this router has
+/// given it until then.
 pub(super) struct ShardFence {
     pub(super) shard: ShardId,
     /// Without one of them, a cursor would be worth less than the one that its client came with.
@@ -395,8 +395,8 @@ impl RouterCore {
 }
 
 impl Lane {
-    /// The position of the lane for cursors: everything below it was given to all shards. `None`: not known yet, or this
-    /// node keeps no tails.
+    /// The position of the lane for cursors: everything below it was given to all shards. `None`: not known yet, or
+    /// this node keeps no tails.
     pub(super) fn position(&self) -> Option<LogPosition> {
         let tail = self.tail().filter(|tail| tail.is_filled())?;
         let next = self.next_offset()?;

@@ -18,9 +18,9 @@ pub(super) struct ShardPositions {
 }
 
 impl ShardPositions {
-    /// Everything below this position was given to the shards. `is_for_all`: also what concerns the sessions that may get
-    /// cursors and began last. If not, the position counts only if it is lower than the last one: another owner may have been
-    /// ahead of this one.
+    /// Everything below this position was given to the shards. `is_for_all`: also what concerns the sessions that may
+    /// get cursors and began last. If not, the position counts only if it is lower than the last one: another owner may
+    /// have been ahead of this one.
     pub(super) fn passed(&mut self, position: LogPosition, is_for_all: bool) {
         let key = (position.topic, position.partition);
         let last = self.next.get(&key).or(self.told.get(&key));

@@ -462,8 +462,8 @@ impl Router {
         progressed | self.returning.turn(&mut self.core, &mut self.lanes, self.handed_to, now_ms)
     }
 
-    /// Gives the shards the positions that have moved, behind the records below them, if it is time or a session waits for
-    /// it.
+    /// Gives the shards the positions that have moved, behind the records below them, if it is time or a session waits
+    /// for it.
     fn tell_routed(&mut self, now_ms: u64) {
         let is_due = now_ms >= self.routed_at_ms || self.returning.awaits_positions();
         if !is_due || self.core.tails.is_none() {

@@ -42,8 +42,8 @@ impl PartitionLane {
 
 impl RouterCore {
     /// A partition that waits for its oldest record gives it up if only sockets have not taken it, and have had
-    /// [`SOCKETS_MS_MAX`]: those who read do not wait for those who do not. Their events stay queued; the offset does not
-    /// wait for them any more. Returns whether anything progressed.
+    /// [`SOCKETS_MS_MAX`]: those who read do not wait for those who do not. Their events stay queued; the offset does
+    /// not wait for them any more. Returns whether anything progressed.
     pub(super) fn give_up_sockets(&mut self, lane: &mut Lane, now_ms: u64) -> bool {
         let Lane { key, partition: Some(partition), .. } = lane else { return false };
         let until_ms = now_ms.saturating_sub(SOCKETS_MS_MAX);
@@ -136,8 +136,8 @@ impl RouterCore {
         progressed
     }
 
-    /// Parks a record whose members are not known, behind the others of its conversation. Without others it is attempted
-    /// again at `retry_ms`.
+    /// Parks a record whose members are not known, behind the others of its conversation. Without others it is
+    /// attempted again at `retry_ms`.
     fn park(
         &mut self,
         lane: &mut Lane,

@@ -1,7 +1,7 @@
 //! Pulls of records that this node has not routed, so that nobody here knows who received them.
 //!
-//! After a restart, and of a partition that had another owner, a tail is filled from Kafka. What its records need is found
-//! out before a pull joins a pass, so that a pass waits for nothing, and a pull only for itself:
+//! After a restart, and of a partition that had another owner, a tail is filled from Kafka. What its records need is
+//! found out before a pull joins a pass, so that a pass waits for nothing, and a pull only for itself:
 //!
 //! 1. What the node knows already, from the log or because it routes it, costs nothing.
 //! 2. If the pulls that wait need few conversations, and no more than there are pulls, their **members** are requested:
@@ -159,8 +159,8 @@ impl UnreadyPulls {
 }
 
 impl PullWait {
-    /// Requests the members. Returns whether they are known. If a request fails or takes long, the lists of the users are
-    /// waited for from now on.
+    /// Requests the members. Returns whether they are known. If a request fails or takes long, the lists of the users
+    /// are waited for from now on.
     fn request_members(&mut self, core: &RouterCore, now_ms: u64) -> bool {
         let Self::Members { conversations, since_ms } = self else { return false };
         let mut is_failing = false;

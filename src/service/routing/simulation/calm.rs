@@ -1,5 +1,5 @@
-//! The cluster in calm weather: what the real code writes, compared with what [`sizing`](crate::service::routing::sizing)
-//! computes. A formula that disagrees with the code fails here.
+//! The cluster in calm weather: what the real code writes, compared with what
+//! [`sizing`](crate::service::routing::sizing) computes. A formula that disagrees with the code fails here.
 
 use std::collections::BTreeSet;
 

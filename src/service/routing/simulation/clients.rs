@@ -1,6 +1,6 @@
 //! The clients of the simulated cluster, and the promise: a session gets every record that concerns it and
-//! was appended from its 101 on, once, in the order of its conversation, and nothing of a conversation after one that it
-//! missed.
+//! was appended from its 101 on, once, in the order of its conversation, and nothing of a conversation after one that
+//! it missed.
 
 use std::collections::BTreeMap;
 

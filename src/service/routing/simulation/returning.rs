@@ -1,5 +1,5 @@
-//! Clients of the simulated cluster that keep a cursor, and the promise: *everything for this user before these positions of
-//! the log was sent to the sessions of this client before this cursor*.
+//! Clients of the simulated cluster that keep a cursor, and the promise: *everything for this user before these
+//! positions of the log was sent to the sessions of this client before this cursor*.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
@@ -14,8 +14,8 @@ use crate::service::routing::replays::{ReplayReader, ReplayedChunk};
 pub(super) struct CursorKeeper {
     /// The last cursor. `None`: the next session begins without.
     pub(super) cursor: Option<Cursor>,
-    /// From here on the client has everything below its cursor: the ends of the partitions at the 101 of the first session, or
-    /// of the one whose cursor had expired.
+    /// From here on the client has everything below its cursor: the ends of the partitions at the 101 of the first
+    /// session, or of the one whose cursor had expired.
     pub(super) base: [i64; PARTITIONS],
     pub(super) had: [BTreeSet<i64>; PARTITIONS],
 }

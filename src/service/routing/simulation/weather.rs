@@ -48,8 +48,8 @@ pub(super) struct Weather {
     pub(super) is_mild: bool,
     /// Whether some clients keep a cursor.
     pub(super) has_cursors: bool,
-    /// The longest time that passes for replays in one step, ms. Answers need some hundred steps, and are waited for for
-    /// some seconds.
+    /// The longest time that passes for replays in one step, ms. Answers need some hundred steps, and are waited for
+    /// for some seconds.
     pub(super) replays_ms: u64,
     /// One in so many times that such a client has got more, an owner ends; 0: never.
     pub(super) ends_owners: usize,

@@ -5,8 +5,8 @@ use super::{ClusterLoad, GroupCosts, RecordFlow};
 /// Clusters up to this size are compared.
 pub const NODES_COMPARED_MAX: u32 = 1_000;
 
-/// The least number of nodes from which on `group` costs less than `broadcast`, up to [`NODES_COMPARED_MAX`]. `None`: not
-/// with any number of nodes.
+/// The least number of nodes from which on `group` costs less than `broadcast`, up to [`NODES_COMPARED_MAX`]. `None`:
+/// not with any number of nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turning {
     /// Records that a node reads.

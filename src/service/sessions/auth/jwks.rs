@@ -1,5 +1,5 @@
-//! Keys published at a URL (RFC 7517): fetched periodically, and again when no key verifies a token, so that a rotation of
-//! keys causes no refusals. A publisher may add a key, or put another one under the same id.
+//! Keys published at a URL (RFC 7517): fetched periodically, and again when no key verifies a token, so that a rotation
+//! of keys causes no refusals. A publisher may add a key, or put another one under the same id.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -93,8 +93,8 @@ impl Jwks {
         self.keys.read().expect("no holder panics").clone()
     }
 
-    /// The keys `seen` do not verify a token: fetches them again, unless another caller has done so since, or that was done
-    /// lately. Returns whether there are newer keys.
+    /// The keys `seen` do not verify a token: fetches them again, unless another caller has done so since, or that was
+    /// done lately. Returns whether there are newer keys.
     pub(super) async fn fetch_newer_than(&self, seen: Option<&Arc<KeySet>>) -> bool {
         let mut begun = self.refetch.lock().await;
         if !self.is_current(seen) {

@@ -90,7 +90,8 @@ impl KeySet {
         self.keys.len()
     }
 
-    /// The keys that a token with this key id may be signed with: those of the id, and those without one. Without an id, all.
+    /// The keys that a token with this key id may be signed with: those of the id, and those without one. Without an
+    /// id, all.
     pub(super) fn of_id(&self, wanted: Option<&str>) -> impl Iterator<Item = &VerificationKey> {
         self.keys.iter().filter(move |key| match (&key.id, wanted) {
             (Some(id), Some(wanted)) => id == wanted,

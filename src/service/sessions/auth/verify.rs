@@ -73,8 +73,8 @@ pub(super) fn header(token: &str) -> Result<Header, AuthFailure> {
     if header.crit.is_some() { Err(AuthFailure::Malformed) } else { Ok(header) }
 }
 
-/// Verifies a token with the keys of all sets. The signature is checked first, so that only the holder of a valid signature
-/// learns why a claim is refused.
+/// Verifies a token with the keys of all sets. The signature is checked first, so that only the holder of a valid
+/// signature learns why a claim is refused.
 pub(super) fn verify(
     token: &str,
     header: &Header,

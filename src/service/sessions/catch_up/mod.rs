@@ -239,8 +239,8 @@ pub enum CatchUpStep {
     },
     /// The cursor of the client cannot be used. Chunks of a catch-up without it follow.
     CursorExpired(CursorExpired),
-    /// After [`CatchUpStep::Complete`]: the client has asked for cursors, and every event of the user that is routed from
-    /// now on reaches the session.
+    /// After [`CatchUpStep::Complete`]: the client has asked for cursors, and every event of the user that is routed
+    /// from now on reaches the session.
     MayHaveCursors,
     /// The catch-up failed: close the session with this.
     Failed(Close),

@@ -80,8 +80,8 @@ impl CatchUps {
         }
     }
 
-    /// Decides whether a new request starts now or is queued. `at_once`: concurrent catch-ups of one session. A WebSocket
-    /// session has one for all its conversations, a gRPC session one for each.
+    /// Decides whether a new request starts now or is queued. `at_once`: concurrent catch-ups of one session. A
+    /// WebSocket session has one for all its conversations, a gRPC session one for each.
     pub(super) fn admit(
         &mut self,
         address: SessionAddress,

@@ -342,8 +342,8 @@ impl FanoutState {
         users
     }
 
-    /// `contacts`: `None` if the conversation service did not answer. Members of conversations that have changed lately are
-    /// known from the log.
+    /// `contacts`: `None` if the conversation service did not answer. Members of conversations that have changed lately
+    /// are known from the log.
     async fn push(&self, user: &str, contacts: Option<&[Arc<str>]>, change: PresenceChange) {
         let users = self.connected(user, contacts.unwrap_or_default());
         match contacts {

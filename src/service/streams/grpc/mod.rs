@@ -171,14 +171,14 @@ const STREAM_SEND_BYTES: usize = 400 * 1024;
 /// Memory of one stream in the HTTP/2 server, bytes: what it sends, and the window once in the inbox and once in the
 /// decoder.
 pub const STREAM_BYTES_MAX: u64 = STREAM_SEND_BYTES as u64 + 2 * STREAM_WINDOW_BYTES as u64;
-/// Memory of one connection without its streams, bytes: headers (HTTP/2 takes at most seven frames of 16 KiB), frames being
-/// read and written.
+/// Memory of one connection without its streams, bytes: headers (HTTP/2 takes at most seven frames of 16 KiB), frames
+/// being read and written.
 pub const CONNECTION_BYTES_MAX: u64 = 2 * HEADERS_READ_MAX as u64;
 
 /// Headers of one call, bytes: room for a token and the fields that proxies add.
 const HEADER_BYTES_MAX: u32 = 16 * 1024;
-/// Headers that are read, bytes. A call with more than [`HEADER_BYTES_MAX`] is refused. A call with more than this can end its
-/// connection, because `h2` does not read the rest of it and then cannot decode the headers of other calls.
+/// Headers that are read, bytes. A call with more than [`HEADER_BYTES_MAX`] is refused. A call with more than this can
+/// end its connection, because `h2` does not read the rest of it and then cannot decode the headers of other calls.
 const HEADERS_READ_MAX: u32 = 4 * HEADER_BYTES_MAX;
 
 /// Lists only the services of this server, not everything in the compiled-in descriptors.

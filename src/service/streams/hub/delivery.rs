@@ -57,8 +57,8 @@ impl AtomicAmount {
     }
 }
 
-/// Queue of notices for the hub's task, and what the streams have. Bounded by what the notices stand for: one per delivery
-/// in progress, and three per stream.
+/// Queue of notices for the hub's task, and what the streams have. Bounded by what the notices stand for: one per
+/// delivery in progress, and three per stream.
 #[derive(Debug, Default)]
 pub(super) struct Notices {
     queue: Mutex<Vec<Notice>>,

@@ -53,8 +53,8 @@ pub struct HubConfig {
     pub outbox: OutboxLimits,
     /// Concurrent streams.
     pub streams_max: usize,
-    /// Live events in the streams. One in [`HELD_SHARE`](crate::domain::limits::HELD_SHARE) may be held for catch-ups. At the
-    /// rest the hub takes no more from the routers' rings.
+    /// Live events in the streams. One in [`HELD_SHARE`](crate::domain::limits::HELD_SHARE) may be held for catch-ups.
+    /// At the rest the hub takes no more from the routers' rings.
     pub deliveries_max: usize,
     /// What these events cost, bytes ([`Event::cost`]), divided in the same way. One event may exceed the limit.
     pub deliveries_bytes_max: usize,
@@ -254,8 +254,8 @@ pub(crate) struct StreamSession {
 }
 
 impl StreamSession {
-    /// Handles the client's cursor: everything since then comes before any live event. To be called before the opening is
-    /// done. Empty: it has none yet. Waits while the hub's request queue is full.
+    /// Handles the client's cursor: everything since then comes before any live event. To be called before the opening
+    /// is done. Empty: it has none yet. Waits while the hub's request queue is full.
     pub(crate) async fn resume_since(&self, cursor: Box<[u8]>) {
         self.outbox.resume_since_cursor(Instant::now());
         let request = HubRequest::ResumeSince { connection: self.connection, cursor };

@@ -87,8 +87,8 @@ impl GroupContext {
         }
     }
 
-    /// The first offset to read of each claimed partition, and its ownership. Empty: the barrier is not known, so they are claimed again
-    /// later.
+    /// The first offset to read of each claimed partition, and its ownership. Empty: the barrier is not known, so they
+    /// are claimed again later.
     fn ownerships(
         &self,
         consumer: &BaseConsumer<Self>,

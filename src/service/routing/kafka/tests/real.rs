@@ -101,7 +101,8 @@ fn node_reads_both_topics_and_stores_everything_before_it_stops() {
     assert!(!sessions.write(&key(2), None));
 }
 
-/// A topic that is created again can have more records than the old one had before anybody reads it, so offsets tell nothing.
+/// A topic that is created again can have more records than the old one had before anybody reads it, so offsets tell
+/// nothing.
 #[test]
 #[ignore = "needs Kafka"]
 fn deleted_topics_are_noticed_while_they_are_missing() {

@@ -105,8 +105,8 @@ impl ReturningAlice {
     }
 }
 
-/// Whatever is parked, blocked or dropped from the tail, and whenever the session ends: the client gets everything, in the
-/// order of each conversation, and no event twice in one session.
+/// Whatever is parked, blocked or dropped from the tail, and whenever the session ends: the client gets everything, in
+/// the order of each conversation, and no event twice in one session.
 #[test]
 fn client_that_returns_with_its_last_cursor_misses_nothing() {
     let (mut complete, mut expired, mut parked) = (0, 0, 0);

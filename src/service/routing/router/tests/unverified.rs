@@ -64,7 +64,8 @@ fn cursor_of_an_empty_topic_is_used_only_by_the_node_that_has_read_it_since() {
     assert_eq!(replayed(&mut other, &changed), Err(CursorExpired::OtherLog));
 }
 
-/// “in no partition of a topic does the node know the record before the position: it is deleted, or older than the tail”.
+/// “in no partition of a topic does the node know the record before the position: it is deleted, or older than the
+/// tail”.
 #[test]
 fn cursor_behind_deleted_records_is_unverified_or_too_old() {
     let mut before = RouterWorld::new(TAILS);

@@ -85,8 +85,8 @@ impl OutboxLimits {
 pub(super) enum DeliverOutcome {
     /// Queued to be sent.
     Queued,
-    /// The same, and three quarters of the limits are in use: no further live event may come until half of them are free
-    /// ([`Outbox::awaits_writer`]).
+    /// The same, and three quarters of the limits are in use: no further live event may come until half of them are
+    /// free ([`Outbox::awaits_writer`]).
     QueuedLong,
     /// Held until catch-up completes.
     Held,
@@ -312,8 +312,8 @@ impl Outbox {
         state.catch_up_since.get_or_insert(now);
     }
 
-    /// Queues a cursor, unless events of the session are held or are being caught up: these would come after it. Returns
-    /// whether it was queued.
+    /// Queues a cursor, unless events of the session are held or are being caught up: these would come after it.
+    /// Returns whether it was queued.
     pub(super) fn push_cursor(&self, cursor: &Arc<Delivery>, now: Instant) -> bool {
         let mut state = self.state();
         let is_behind = state.opening || state.resuming || state.catching_up > 0;
@@ -364,7 +364,8 @@ impl Outbox {
             DeliveryClass::Live if state.must_hold(delivery) => {
                 return state.hold(delivery, bytes, now);
             }
-            // The hub waits for a queue that is nearly full. An event that is longer than what is left then is no overflow.
+            // The hub waits for a queue that is nearly full. An event that is longer than what is left then is no
+            // overflow.
             DeliveryClass::Live if state.live.try_add_before_full(bytes) => QueuedKind::Live,
             DeliveryClass::Live => return DeliverOutcome::Overflow,
         };

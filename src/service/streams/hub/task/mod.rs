@@ -75,8 +75,8 @@ enum CursorState {
 /// Hub of the gRPC streams. Runs until it is stopped and every stream has ended.
 pub struct Hub {
     config: HubConfig,
-    /// The reports that wait are bounded: one `Done` per delivery in progress, one `Ended` per stream, and no new `Opened`
-    /// or `Resume` while any waits.
+    /// The reports that wait are bounded: one `Done` per delivery in progress, one `Ended` per stream, and no new
+    /// `Opened` or `Resume` while any waits.
     peers: Vec<Duplex<Consumer<ShardCommand>, SpillingProducer<ShardReport>>>,
     bell: AsyncBell,
     requests: mpsc::Receiver<HubRequest>,

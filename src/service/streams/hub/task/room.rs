@@ -46,8 +46,8 @@ impl Hub {
         self.writer_waits.pass(now_ms, self.awaited.iter().any(makes_wait));
     }
 
-    /// Ends the waits that are over. Returns whether the routers' rings still wait for a writer. They wait for slow ones
-    /// only as long as all clients together may make them wait ([`WaitAllowance`]).
+    /// Ends the waits that are over. Returns whether the routers' rings still wait for a writer. They wait for slow
+    /// ones only as long as all clients together may make them wait ([`WaitAllowance`]).
     pub(super) fn end_writer_waits(&mut self) -> bool {
         if self.awaited.is_empty() {
             return false;
@@ -96,8 +96,8 @@ impl Hub {
                 || held.cost() * denominator > share(self.config.deliveries_bytes_max))
     }
 
-    /// There has been little room for as long as that may last. Closes streams that are behind, those with the longest queues
-    /// first, until a quarter of the room is free.
+    /// There has been little room for as long as that may last. Closes streams that are behind, those with the longest
+    /// queues first, until a quarter of the room is free.
     pub(super) fn close_those_behind(&mut self, now: Instant) {
         self.room_waits = WaitAllowance::new(self.now_ms());
         let mut behind = Vec::new();
@@ -117,7 +117,8 @@ impl Hub {
         }
     }
 
-    /// Too much is held for the streams that catch up: closes those that hold most, until a quarter of the room is free.
+    /// Too much is held for the streams that catch up: closes those that hold most, until a quarter of the room is
+    /// free.
     pub(super) fn close_largest_holders(&mut self) {
         let streams = self.streams.iter_mut();
         let holders = streams.map(|(connection, it)| (Reverse(it.outbox.held_cost()), connection));

@@ -145,6 +145,7 @@ impl Ours {
             connections_per_address_max: u32::MAX,
             handshakes_per_address_per_s_max: u32::MAX,
             handshakes_per_s_max: u32::MAX,
+            ..ConnectionLimits::default()
         }));
         let shard_config = ShardConfig {
             connections_max: config.connections,

@@ -12,12 +12,14 @@ use slab::Slab;
 /// The limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionLimits {
-    /// Connections from one address (for IPv6: from one /64).
+    /// Connections from one address.
     pub connections_per_address_max: u32,
     /// Handshakes per second from one address.
     pub handshakes_per_address_per_s_max: u32,
     /// Handshakes per second in total.
     pub handshakes_per_s_max: u32,
+    /// Leading bits of an IPv6 address that count as one address, 1 to 128.
+    pub ipv6_prefix_bits: u8,
 }
 
 impl Default for ConnectionLimits {
@@ -28,6 +30,7 @@ impl Default for ConnectionLimits {
             connections_per_address_max: 20_000,
             handshakes_per_address_per_s_max: 2_000,
             handshakes_per_s_max: 20_000,
+            ipv6_prefix_bits: 64,
         }
     }
 }
@@ -123,7 +126,7 @@ impl ConnectionLimiter {
     /// # Errors
     /// The limit that is exceeded.
     pub fn admit(&self, address: IpAddr, now_ms: u64) -> Result<AddressPermit, LimitExceeded> {
-        let address = normalise(address);
+        let address = self.normalise(address);
         let mut state = self.lock();
         state.remove_expired(now_ms);
         let id = state.entry(address, now_ms);
@@ -143,7 +146,7 @@ impl ConnectionLimiter {
     pub fn count_handshake(&self, address: IpAddr, now_ms: u64) -> Result<(), LimitExceeded> {
         let mut state = self.lock();
         state.remove_expired(now_ms);
-        let id = state.entry(normalise(address), now_ms);
+        let id = state.entry(self.normalise(address), now_ms);
         state.take(id, now_ms, &self.config)
     }
 
@@ -168,6 +171,17 @@ impl ConnectionLimiter {
     /// Number of admitted connections.
     pub fn connections(&self) -> u64 {
         self.lock().entries.iter().map(|(_, entry)| u64::from(entry.open)).sum()
+    }
+
+    /// An address as a number: IPv4 is mapped to IPv6, IPv6 is cut to the prefix that one customer has.
+    fn normalise(&self, address: IpAddr) -> u128 {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
+            IpAddr::V6(v6) => {
+                let host_bits = 128 - u32::from(self.config.ipv6_prefix_bits);
+                v6.to_bits() & u128::MAX.checked_shl(host_bits).unwrap_or(0)
+            }
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, LimiterState> {
@@ -234,17 +248,6 @@ impl LimiterState {
     }
 }
 
-/// An address as a number: IPv4 is mapped to IPv6, IPv6 is cut to the /64 that one customer has.
-fn normalise(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
-        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
-            Some(v4) => v4.to_ipv6_mapped().to_bits(),
-            None => v6.to_bits() >> 64 << 64,
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -256,6 +259,7 @@ mod tests {
             connections_per_address_max: connections,
             handshakes_per_address_per_s_max: per_address,
             handshakes_per_s_max: total,
+            ..ConnectionLimits::default()
         })
     }
 
@@ -274,6 +278,25 @@ mod tests {
             });
             assert_eq!(admitted.count(), 2);
             assert!(limiter.admit(IpAddr::from([127, 0, 0, 1]), 6_000).is_ok());
+        }
+    }
+
+    #[test]
+    fn one_customer_is_a_prefix_of_ipv6_or_an_address_of_ipv4() {
+        for (ipv6_prefix_bits, same, other) in [
+            (64, "2001:db8:1:2:ffff::1", "2001:db8:1:3::1"),
+            (48, "2001:db8:1:ffff::1", "2001:db8:2:2::1"),
+            (128, "2001:db8:1:2::1", "2001:db8:1:2::2"),
+        ] {
+            let one = ConnectionLimits { connections_per_address_max: 1, ..Default::default() };
+            let limiter = ConnectionLimiter::new(ConnectionLimits { ipv6_prefix_bits, ..one });
+            let admit = |address: &str| limiter.admit(address.parse().unwrap(), 0);
+            let _first = admit("2001:db8:1:2::1").unwrap();
+            assert_eq!(admit(same), Err(LimitExceeded::AddressConnections), "{same}");
+            let _other = admit(other).unwrap();
+            let _v4 = admit("192.0.2.1").unwrap();
+            assert_eq!(admit("::ffff:192.0.2.1"), Err(LimitExceeded::AddressConnections));
+            let _other = admit("192.0.2.2").unwrap();
         }
     }
 
@@ -305,21 +328,6 @@ mod tests {
         assert_eq!(limiter.count_handshake(other, 0), Err(LimitExceeded::TotalRate));
         assert_eq!(limiter.connections(), 1);
         limiter.release(permit, 0);
-    }
-
-    #[test]
-    fn ipv6_network_and_mapped_ipv4_count_as_one_address() {
-        let limiter = limiter(1, 9, 9);
-        let _first = limiter.admit("2001:db8::1".parse().unwrap(), 0).unwrap();
-        assert_eq!(
-            limiter.admit("2001:db8::ffff".parse().unwrap(), 0),
-            Err(LimitExceeded::AddressConnections)
-        );
-        let _second = limiter.admit(V4, 0).unwrap();
-        assert_eq!(
-            limiter.admit("::ffff:192.0.2.1".parse().unwrap(), 0),
-            Err(LimitExceeded::AddressConnections)
-        );
     }
 
     #[test]

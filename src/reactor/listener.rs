@@ -1,7 +1,7 @@
 //! The listening socket, from which all shards accept. The kernel wakes one of them for each client, in turn.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use rustix::net::sockopt::{
@@ -25,12 +25,15 @@ pub struct ListenerConfig {
     /// Whether other processes of this user may already listen on the address. The kernel then
     /// distributes the clients among all processes.
     pub shared: bool,
+    /// Whether other processes of this user, which share, may listen on the address from now on.
+    pub joinable: bool,
 }
 
 impl ListenerConfig {
-    /// Defaults: 128 KiB of unread output, a backlog of 65,536 clients, an address of our own.
+    /// Defaults: 128 KiB of unread output, a backlog of 65,536 clients, an address of our own that others may join.
     pub fn new(address: SocketAddr) -> Self {
-        Self { address, send_buffer_bytes: Some(128 * 1024), backlog: 65_536, shared: false }
+        let (send_buffer_bytes, backlog) = (Some(128 * 1024), 65_536);
+        Self { address, send_buffer_bytes, backlog, shared: false, joinable: true }
     }
 }
 
@@ -51,6 +54,14 @@ fn hint(source: &io::Error) -> &'static str {
         io::ErrorKind::AddrNotAvailable => " (no interface of this machine has that address)",
         io::ErrorKind::PermissionDenied => " (ports below 1024 need CAP_NET_BIND_SERVICE)",
         _ => "",
+    }
+}
+
+/// The unspecified address of all families that the system has: IPv6, which includes IPv4, or IPv4 alone.
+pub fn any_address() -> IpAddr {
+    match socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None) {
+        Ok(_) => Ipv6Addr::UNSPECIFIED.into(),
+        Err(_) => Ipv4Addr::UNSPECIFIED.into(),
     }
 }
 
@@ -82,7 +93,7 @@ fn try_listen(config: &ListenerConfig) -> rustix::io::Result<(OwnedFd, SocketAdd
     listen(&socket, config.backlog)?;
     // A socket that may not share its address at `bind` and `listen` is refused if any other listens
     // there, one with `SO_REUSEPORT` too. From here on another node that shares may join it.
-    set_socket_reuseport(&socket, true)?;
+    set_socket_reuseport(&socket, config.joinable)?;
     let address = SocketAddr::try_from(getsockname(&socket)?)?;
     Ok((socket, address))
 }

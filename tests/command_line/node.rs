@@ -1,6 +1,7 @@
 //! A `dev` node: its demo, published events, stopping and draining.
 
 use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,25 @@ fn publish(node: &Node, arguments: &[&str]) {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A port alone is that port of all addresses of the machine.
+#[test]
+fn serve_listens_on_ipv6_and_ipv4() {
+    let ports = [free_port(), free_port(), free_port()];
+    let names = ["HTTP_PORT", "HTTP_ADDR", "GRPC_ADDR"];
+    let node = (names.iter().zip(ports))
+        .fold(NodeBuilder::serve(), |node, (name, port)| node.set(name, port))
+        .set("KAFKA_BROKERS", "127.0.0.1:9")
+        .spawn();
+    let has_ipv6 = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
+    let of_both = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+    for address in of_both.into_iter().filter(|address| address.is_ipv4() || has_ipv6) {
+        for port in ports {
+            let connect = || TcpStream::connect((address, port)).ok();
+            until(SOON, &format!("port {port} of {address} is open\n{}", node.log()), connect);
+        }
+    }
 }
 
 #[test]

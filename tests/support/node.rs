@@ -101,7 +101,11 @@ impl NodeBuilder {
     }
 
     fn address(&self, name: &str) -> SocketAddr {
-        self.settings[name].parse().expect("host:port")
+        let value = &self.settings[name];
+        match value.parse() {
+            Ok(port) => local(port),
+            Err(_) => value.parse().expect("a port, or host:port"),
+        }
     }
 
     /// Starts it without waiting for readiness. Its output goes to a file in the target folder.

@@ -62,8 +62,8 @@ macro_rules! settings {
 
 settings! {
     "Listening" {
-        /// Public port for WebSocket (`/ws`). A port alone listens on all IPv4 addresses (`dev`: on
-        /// loopback); `[::]:8083` listens on IPv4 and IPv6.
+        /// Public port for WebSocket (`/ws`). A port alone listens on all addresses, IPv6 and IPv4 (`dev`: on 127.0.0.1);
+        /// `0.0.0.0:8083` on IPv4 only.
         http_port: ListenAddress = "8083", example "0.0.0.0:8083";
         /// Start although another process of this user listens on the public port. The kernel then
         /// distributes the clients among both, for example while a new version takes over.
@@ -94,9 +94,11 @@ settings! {
         connections_max: Auto<Count> = "auto", from "1" to "16777216", example "200000";
         /// Maximum number of sessions per user on all devices; further ones are refused with 429.
         connections_per_user: Count = "32", from "1" to "65536", example "32";
-        /// Maximum number of connections from one address (for IPv6: one /64), WebSocket and gRPC together;
+        /// Maximum number of connections from one address (`ipv6_client_prefix`), WebSocket and gRPC together;
         /// further ones are refused with 429 or, over gRPC, closed. 0: no limit, for nodes behind a proxy.
         connections_per_address: Count = "20000", from "0" to "16777216", example "200";
+        /// Leading bits of an IPv6 address that count as one address in limits: what one customer has.
+        ipv6_client_prefix: Count = "64", from "32" to "128", example "56";
         /// Maximum number of new connections per second; further ones are refused with 503 or, over gRPC,
         /// closed. A further call on a gRPC connection counts like a connection. 0: no limit.
         handshakes_per_second: Count = "20000", from "0" to "10000000", example "5000";

@@ -127,7 +127,7 @@ struct Ports {
 }
 
 impl Ports {
-    async fn bind(settings: &Settings, ip: IpAddr) -> Result<Self, String> {
+    fn bind(settings: &Settings, ip: IpAddr) -> Result<Self, String> {
         let mut public = ListenerConfig::new(settings.http_port.or(ip));
         public.shared = settings.http_port_shared;
         public.send_buffer_bytes = (settings.so_sndbuf.0 > 0).then(|| settings.so_sndbuf.bytes());
@@ -142,9 +142,9 @@ impl Ports {
                 };
                 format!("HTTP_PORT: {error}\n      example: HTTP_PORT={example}{shared}")
             })?;
-        let admin = bind("HTTP_ADDR", settings.http_addr.or(ip)).await?;
+        let admin = bind("HTTP_ADDR", settings.http_addr.or(ip))?;
         let grpc = match settings.grpc_addr {
-            Some(address) => Some(bind("GRPC_ADDR", address.or(ip)).await?),
+            Some(address) => Some(bind("GRPC_ADDR", address.or(ip))?),
             None => None,
         };
         let addresses =
@@ -171,7 +171,7 @@ async fn run_node(
     on_ready: impl FnOnce(&Addresses),
 ) -> Result<Stopped, String> {
     let Prepared { sizing, mut signals } = plan.prepared;
-    let ports = Ports::bind(&plan.settings, plan.ip).await?;
+    let ports = Ports::bind(&plan.settings, plan.ip)?;
     let addresses = ports.addresses;
     let (drain, drained) = watch::channel(false);
     let (node, admin_listener, mut collectors) =
@@ -433,15 +433,18 @@ fn instance_id(settings: &Settings) -> Arc<str> {
     format!("{}-{:08x}", host.trim(), rand::random::<u32>()).into()
 }
 
-async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
-    TcpListener::bind(address).await.map_err(|error| {
-        let taken = error.kind() == io::ErrorKind::AddrInUse;
+fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
+    let config =
+        ListenerConfig { send_buffer_bytes: None, joinable: false, ..ListenerConfig::new(address) };
+    let (socket, _) = listen_on(&config).map_err(|error| {
+        let taken = error.source.kind() == io::ErrorKind::AddrInUse;
         let hint = if taken { "; port 0 takes any free port" } else { "" };
         let example = address.port().saturating_add(if taken { 1 } else { 0 });
-        format!(
-            "{setting}: cannot listen on {address}: {error}{hint}\n      example: {setting}={example}"
-        )
-    })
+        format!("{setting}: {error}{hint}\n      example: {setting}={example}")
+    })?;
+    let listener = std::net::TcpListener::from(socket);
+    let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener));
+    listener.map_err(|error| format!("{setting}: cannot listen on {address}: {error}"))
 }
 
 fn local(listener: &TcpListener) -> SocketAddr {

@@ -78,6 +78,7 @@ pub(super) fn connection_limits(settings: &Settings) -> ConnectionLimits {
         connections_per_address_max: limit(settings.connections_per_address),
         handshakes_per_address_per_s_max: limit(settings.handshakes_per_second_per_address),
         handshakes_per_s_max: limit(settings.handshakes_per_second),
+        ipv6_prefix_bits: settings.ipv6_client_prefix.0 as u8,
     }
 }
 

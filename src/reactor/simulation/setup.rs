@@ -52,6 +52,7 @@ impl Setup {
                 connections_per_address_max: random.pick(&[3, 1_000, 1_000]),
                 handshakes_per_address_per_s_max: random.pick(&[5, 1_000, 1_000]),
                 handshakes_per_s_max: random.pick(&[8, 1_000, 1_000]),
+                ..ConnectionLimits::default()
             },
             faults: faults(random),
             room_elsewhere: random.pick(&[0, 3, 100]),

@@ -1,6 +1,7 @@
 //! A call of `Connect`: handshake, request reader and event stream.
 
 use std::convert::Infallible;
+use std::error::Error as _;
 use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -373,14 +374,15 @@ impl RequestReader {
     }
 
     fn request_failed(&self, status: Status) {
+        let is_of_http2 = status.source().is_some_and(|source| source.is::<h2::Error>());
         match status.code() {
             Code::Cancelled => self.session.ended(EndReason::ClosedByPeer),
-            // These codes come from this server's decoder.
-            Code::InvalidArgument | Code::OutOfRange => {
+            _ if is_of_http2 => self.stream_ended(),
+            // The decoder does not understand the message, and nothing behind it.
+            _ => {
                 self.handler.counters.grpc_calls_malformed.add(1);
                 self.session.close_at_fault(status);
             }
-            _ => self.stream_ended(),
         }
     }
 }

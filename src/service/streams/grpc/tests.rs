@@ -319,6 +319,43 @@ async fn invalid_requests_are_the_clients_fault() {
 }
 
 #[tokio::test]
+async fn message_that_is_not_grpcs_ends_its_session_with_a_status() {
+    for (message, code) in [
+        (&[2, 0, 0, 0, 0][..], Code::Internal),
+        (&[1, 0, 0, 0, 0], Code::Internal),
+        (&[0, 0xff, 0, 0, 0], Code::OutOfRange),
+        (&[0, 0, 0, 0, 1, 0xff], Code::InvalidArgument),
+    ] {
+        let mut port = Port::default().await;
+        let stream = tokio::net::TcpStream::connect(port.address).await.unwrap();
+        let (mut client, driven) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(driven);
+        let request = http::Request::post("http://h/realchat.delivery.v1.DeliveryApi/Connect")
+            .header("te", "trailers");
+        let request = request.header("content-type", "application/grpc").body(()).unwrap();
+        let (answer, mut body) = client.send_request(request, false).unwrap();
+        let ids = DeliveryConnectRequest {
+            user_id: "alice".into(),
+            device_id: "desk".into(),
+            ..DeliveryConnectRequest::default()
+        };
+        let ids = prost::Message::encode_to_vec(&ids);
+        let first = [&[0, 0, 0, 0, ids.len() as u8], &ids[..]].concat();
+        body.send_data(first.into(), false).unwrap();
+        let connection = port.manager.opened().await;
+        port.manager.send(ShardCommand::Admit { connection });
+        let mut events = answer.await.unwrap().into_body();
+        body.send_data(message.to_vec().into(), false).unwrap();
+        while let Some(frame) = events.data().await {
+            frame.unwrap();
+        }
+        let trailers = events.trailers().await.unwrap().expect("a status");
+        assert_eq!(trailers["grpc-status"], (code as i32).to_string().as_str(), "{message:?}");
+        assert_eq!(port.ended(connection).await, EndReason::PeerAtFault, "{message:?}");
+    }
+}
+
+#[tokio::test]
 async fn refusals_have_their_status() {
     let mut port = Port::default().await;
     for (http, code) in [

@@ -62,7 +62,8 @@ macro_rules! settings {
 
 settings! {
     "Listening" {
-        /// Public port for WebSocket (`/ws`). A port alone listens on all addresses, IPv6 and IPv4 (`dev`: on 127.0.0.1);
+        /// Public port for WebSocket (`/ws`). A port alone listens on all addresses, IPv6 and IPv4 (`dev`: on
+        /// 127.0.0.1);
         /// `0.0.0.0:8083` on IPv4 only.
         http_port: ListenAddress = "8083", example "0.0.0.0:8083";
         /// Start although another process of this user listens on the public port. The kernel then
@@ -90,7 +91,8 @@ settings! {
     }
     "Limits" {
         /// Maximum number of connections; further ones are refused with 503. Each shard has room for an equal part, and
-        /// one without room leaves new connections to the others. `auto`: what the descriptor limit allows, at most 65536 per shard.
+        /// one without room leaves new connections to the others. `auto`: what the descriptor limit allows, at most
+        /// 65536 per shard.
         connections_max: Auto<Count> = "auto", from "1" to "16777216", example "200000";
         /// Maximum number of sessions per user on all devices; further ones are refused with 429.
         connections_per_user: Count = "32", from "1" to "65536", example "32";
@@ -109,8 +111,8 @@ settings! {
         inbound_messages_per_second: Count = "100", from "1" to "65535", example "20";
         /// Maximum number of bytes per second from one client; more close its session with 1008.
         inbound_bytes_per_second: Size = "256KiB", from "4KiB" to "1GiB", example "256KiB";
-        /// Maximum size of one message from a client, as it arrives and after decompression; a larger one closes its session
-        /// with 1009.
+        /// Maximum size of one message from a client, as it arrives and after decompression; a larger one closes its
+        /// session with 1009.
         message_bytes_max: Size = "64KiB", from "1KiB" to "1GiB", example "64KiB";
         /// Maximum number of events queued for one client; more close its session with 1011 (slow
         /// reader).
@@ -150,12 +152,13 @@ settings! {
         /// Maximum time from the first byte of a message from a client to its last; a slower one closes its session
         /// with 1008.
         message_timeout: Duration = "1m", from "100ms" to "1h", example "30s";
-        /// Time without progress of a send after which a connection is terminated. Progress is a byte that the kernel takes for
-        /// the socket. It takes the next ones when a third of its send buffer is free (`SO_SNDBUF`), so a client that reads less
-        /// than that in this time is terminated too. Over gRPC: time in which the client's window lets out no byte.
+        /// Time without progress of a send after which a connection is terminated. Progress is a byte that the kernel
+        /// takes for the socket. It takes the next ones when a third of its send buffer is free (`SO_SNDBUF`), so a
+        /// client that reads less than that in this time is terminated too. Over gRPC: time in which the client's
+        /// window lets out no byte.
         write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";
-        /// Maximum time for a client to answer a close frame. Over gRPC: maximum time until the status of a stream is sent,
-        /// after which the stream is reset.
+        /// Maximum time for a client to answer a close frame. Over gRPC: maximum time until the status of a stream is
+        /// sent, after which the stream is reset.
         close_timeout: Duration = "5s", from "100ms" to "1m", example "5s";
         /// Time for which the live events of a new session are held while the node waits for its first
         /// message, the resume request.
@@ -167,10 +170,10 @@ settings! {
         cursor_interval: Duration = "15s", from "100ms" to "1h", example "15s";
     }
     "WebSocket" {
-        /// Origins that browsers may connect from, as they send them (`Origin`). `https://*.example.com` means all hosts
-        /// below that domain, `http://localhost:*` all ports, `null` pages without an origin of their own (files, sandboxed
-        /// frames), `*` alone all. Other schemes are possible: `file://`, `chrome-extension://…`. Empty: all. `dev` allows only pages
-        /// of this machine, because it checks no tokens.
+        /// Origins that browsers may connect from, as they send them (`Origin`). `https://*.example.com` means all
+        /// hosts below that domain, `http://localhost:*` all ports, `null` pages without an origin of their own (files,
+        /// sandboxed frames), `*` alone all. Other schemes are possible: `file://`, `chrome-extension://…`. Empty: all.
+        /// `dev` allows only pages of this machine, because it checks no tokens.
         origins: Vec<Name> = "", dev "http://localhost:*,https://localhost:*,http://127.0.0.1:*,http://[::1]:*", example "https://chat.example.com,https://*.example.org";
         /// Compress events (permessage-deflate) for clients that support it.
         deflate: bool = "true", example "true";
@@ -275,12 +278,14 @@ settings! {
         auth_mode: AuthMode = "jwt", dev "trust", example "jwt";
         /// Key of HS256 tokens, at least 32 bytes.
         jwt_secret: Option<Secret> = "", example "at-least-32-random-bytes-of-secret";
-        /// File with keys of HS256 tokens, one in each line, at least 32 bytes each. A token may be signed with any of them, or
-        /// with that of `jwt_secret`. The file is read again on SIGHUP, and when it has changed.
+        /// File with keys of HS256 tokens, one in each line, at least 32 bytes each. A token may be signed with any of
+        /// them, or with that of `jwt_secret`. The file is read again on SIGHUP, and when it has changed.
         jwt_secret_file: Option<PathBuf> = "", example "/etc/delivery/jwt-secrets";
-        /// PEM file with the public keys of RS256, ES256 or EdDSA tokens. It is read again on SIGHUP, and when it has changed.
+        /// PEM file with the public keys of RS256, ES256 or EdDSA tokens. It is read again on SIGHUP, and when it has
+        /// changed.
         jwt_key_file: Option<PathBuf> = "", example "/etc/delivery/jwt.pem";
-        /// URLs of public keys (JWKS). Fetched every five minutes, and when no key verifies a token, at most every 10 s.
+        /// URLs of public keys (JWKS). Fetched every five minutes, and when no key verifies a token, at most every 10
+        /// s.
         jwks_url: Vec<SecretUrl> = "", example "https://auth.example.com/.well-known/jwks.json";
         /// Required `iss` of a token. Empty: any.
         jwt_issuer: Option<Name> = "", example "realchat-auth";

@@ -329,7 +329,7 @@ impl<K: Kernel> Shard<K> {
             return Err(Outcome::Duplicate);
         }
         if held.frames() < usize::from(config.hold_frames_max)
-            && held.bytes() + length <= config.hold_bytes_max as usize
+            && (held.is_empty() || held.bytes() + length <= config.hold_bytes_max as usize)
         {
             held.push(&mut self.nodes, Rc::clone(outgoing));
             self.tally.hold(outgoing);

@@ -332,6 +332,21 @@ fn long_event_behind_a_short_one_is_no_overflow() {
     }
 }
 
+/// The bound is there against many events. A stream holds it as well.
+#[test]
+fn event_that_is_longer_than_all_that_may_be_held_is_held_alone() {
+    let mut rig = Rig::new(ShardConfig { hold_bytes_max: 4096, ..ShardConfig::default() });
+    let (mut client, connection) = rig.session(1 << 20);
+    let frame = frame::encode(Opcode::Binary, false, &[0; 20_000]);
+    let event = Arc::new(Event::new(None, 0).with_frame(Encoding::Binary, frame));
+    let recipients = Recipients::One((connection, Encoding::Binary));
+    let class = DeliveryClass::Live;
+    rig.command(ShardCommand::Deliver { event, recipients, class, ticket: None });
+    rig.command(ShardCommand::GoLive { connection, delivered: Box::default() });
+    let Some(WireEvent::Frame(_, payload)) = rig.receives(&mut client) else { panic!() };
+    assert_eq!(payload.len(), 20_000);
+}
+
 #[test]
 fn stalled_reader_is_terminated_after_the_write_timeout() {
     let mut rig = Rig::new(ShardConfig { write_ms_max: 1_000, ..ShardConfig::default() });

@@ -189,7 +189,7 @@ impl Usage {
     }
 
     fn is_nearly_full(&self) -> bool {
-        self.messages >= self.messages_max / 4 * 3 || self.bytes >= self.bytes_max / 4 * 3
+        self.messages >= self.messages_max * 3 / 4 || self.bytes >= self.bytes_max / 4 * 3
     }
 }
 

@@ -29,6 +29,22 @@ fn publish(node: &Node, arguments: &[&str]) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// As after the kill of a node, whose sockets the kernel frees behind its back.
+#[test]
+fn node_waits_for_a_port_that_is_in_use_for_a_moment() {
+    let port = free_port();
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+    let mut node = NodeBuilder::dev().set("HTTP_PORT", port).spawn();
+    until(SOON, "it tries", || node.log().contains("is in use; trying again").then_some(()));
+    drop(taken);
+    let started = until(SOON, "it has started or given up", || {
+        let ready = node.get("/health/ready").is_some_and(|answer| answer.status == 200);
+        (ready || node.ended().is_some()).then_some(ready)
+    });
+    // On a machine that is busy for seconds between the two lines above, it may have given up.
+    assert!(started || node.log().contains("HTTP_PORT: cannot listen"), "{}", node.log());
+}
+
 /// A port alone is that port of all addresses of the machine.
 #[test]
 fn serve_listens_on_ipv6_and_ipv4() {

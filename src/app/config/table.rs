@@ -90,7 +90,8 @@ settings! {
         service_threads: Auto<Count> = "auto", from "1" to "256", example "2";
     }
     "Limits" {
-        /// Maximum number of connections; further ones are refused with 503. Each shard has room for an equal part, and
+        /// Maximum number of WebSocket connections, and of gRPC streams beside them; further ones are refused with 503 or, over
+        /// gRPC, `RESOURCE_EXHAUSTED`. Each shard has room for an equal part, and
         /// one without room leaves new connections to the others. `auto`: what the descriptor limit allows, at most
         /// 65536 per shard.
         connections_max: Auto<Count> = "auto", from "1" to "16777216", example "200000";
@@ -101,10 +102,10 @@ settings! {
         connections_per_address: Count = "20000", from "0" to "16777216", example "200";
         /// Leading bits of an IPv6 address that count as one address in limits: what one customer has.
         ipv6_client_prefix: Count = "64", from "32" to "128", example "56";
-        /// Maximum number of new connections per second; further ones are refused with 503 or, over gRPC,
+        /// Maximum number of new connections in each second of the clock; further ones are refused with 503 or, over gRPC,
         /// closed. A further call on a gRPC connection counts like a connection. 0: no limit.
         handshakes_per_second: Count = "20000", from "0" to "10000000", example "5000";
-        /// Maximum number of new connections per second from one address, counted in the same way; further
+        /// Maximum number of new connections in each second from one address, counted in the same way; further
         /// ones are refused with 429 or, over gRPC, closed. 0: no limit.
         handshakes_per_second_per_address: Count = "2000", from "0" to "10000000", example "20";
         /// Maximum number of frames per second from one client; more close its session with 1008.

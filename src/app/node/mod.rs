@@ -47,7 +47,7 @@ use super::telemetry::{self, LogSink};
 use crate::domain::capacity::Capacity;
 use crate::domain::counted::Counted;
 use crate::domain::limiter::ConnectionLimiter;
-use crate::reactor::listener::{ListenerConfig, listen_on};
+use crate::reactor::listener::{ListenError, ListenerConfig, listen_on};
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::Directory;
@@ -79,6 +79,9 @@ pub struct Addresses {
     pub grpc: Option<SocketAddr>,
 }
 
+/// How long an address may be in use at start, and how often it is tried.
+const IN_USE_MAX: Duration = Duration::from_secs(3);
+const IN_USE_RETRY: Duration = Duration::from_millis(20);
 /// Interval at which readiness is checked until the node is ready.
 const READY_INTERVAL: Duration = Duration::from_millis(50);
 /// Time for the remaining tasks to end. Only calls to other services remain. Less if a node that
@@ -127,12 +130,12 @@ struct Ports {
 }
 
 impl Ports {
-    fn bind(settings: &Settings, ip: IpAddr) -> Result<Self, String> {
+    async fn bind(settings: &Settings, ip: IpAddr) -> Result<Self, String> {
         let mut public = ListenerConfig::new(settings.http_port.or(ip));
         public.shared = settings.http_port_shared;
         public.send_buffer_bytes = (settings.so_sndbuf.0 > 0).then(|| settings.so_sndbuf.bytes());
         let (shards, websocket) =
-            listen_on(&public).map_err(|error| {
+            listen("HTTP_PORT", &public).await.map_err(|error| {
                 let example = settings.http_port.port.saturating_add(1);
                 let taken = error.source.kind() == io::ErrorKind::AddrInUse;
                 let shared = if taken && !settings.http_port_shared {
@@ -142,9 +145,9 @@ impl Ports {
                 };
                 format!("HTTP_PORT: {error}\n      example: HTTP_PORT={example}{shared}")
             })?;
-        let admin = bind("HTTP_ADDR", settings.http_addr.or(ip))?;
+        let admin = bind("HTTP_ADDR", settings.http_addr.or(ip)).await?;
         let grpc = match settings.grpc_addr {
-            Some(address) => Some(bind("GRPC_ADDR", address.or(ip))?),
+            Some(address) => Some(bind("GRPC_ADDR", address.or(ip)).await?),
             None => None,
         };
         let addresses =
@@ -171,7 +174,7 @@ async fn run_node(
     on_ready: impl FnOnce(&Addresses),
 ) -> Result<Stopped, String> {
     let Prepared { sizing, mut signals } = plan.prepared;
-    let ports = Ports::bind(&plan.settings, plan.ip)?;
+    let ports = Ports::bind(&plan.settings, plan.ip).await?;
     let addresses = ports.addresses;
     let (drain, drained) = watch::channel(false);
     let (node, admin_listener, mut collectors) =
@@ -433,10 +436,34 @@ fn instance_id(settings: &Settings) -> Arc<str> {
     format!("{}-{:08x}", host.trim(), rand::random::<u32>()).into()
 }
 
-fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
+/// Listens on an address. If it is in use, that may be over soon: the kernel frees the sockets of a process that was killed
+/// behind its back, and a connection of another program may have the port for a moment.
+async fn listen(
+    setting: &str,
+    config: &ListenerConfig,
+) -> Result<(OwnedFd, SocketAddr), ListenError> {
+    let until = Instant::now() + IN_USE_MAX;
+    let mut is_told = false;
+    loop {
+        match listen_on(config) {
+            Err(error)
+                if error.source.kind() == io::ErrorKind::AddrInUse && Instant::now() < until =>
+            {
+                if !std::mem::replace(&mut is_told, true) {
+                    let (address, seconds) = (config.address, IN_USE_MAX.as_secs());
+                    tracing::warn!("{setting}: {address} is in use; trying again for {seconds} s");
+                }
+                sleep(IN_USE_RETRY).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
     let config =
         ListenerConfig { send_buffer_bytes: None, joinable: false, ..ListenerConfig::new(address) };
-    let (socket, _) = listen_on(&config).map_err(|error| {
+    let (socket, _) = listen(setting, &config).await.map_err(|error| {
         let taken = error.source.kind() == io::ErrorKind::AddrInUse;
         let hint = if taken { "; port 0 takes any free port" } else { "" };
         let example = address.port().saturating_add(if taken { 1 } else { 0 });

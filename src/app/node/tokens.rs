@@ -37,10 +37,10 @@ impl Tokens {
         settings: &Settings,
         collectors: &mut Vec<Collector>,
     ) -> Result<Self, String> {
+        let counters: Arc<AuthCounters> = register("auth_", collectors);
         if settings.auth_mode == AuthMode::Trust {
             tracing::warn!("AUTH_MODE=trust: anybody can connect as any user");
-            let (auth, counters) = (Authenticator::trust(), Arc::default());
-            return Ok(Self { auth, counters, own: OwnKeys::default() });
+            return Ok(Self { auth: Authenticator::trust(), counters, own: OwnKeys::default() });
         }
         let own = own_keys(settings).map_err(|error| error.to_string())?;
         let published = settings.jwks_url.iter().map(|url| JwksConfig::new(url.secret().clone()));
@@ -49,7 +49,6 @@ impl Tokens {
             audience: settings.jwt_audience.as_ref().map(ToString::to_string),
             leeway: settings.jwt_leeway,
         };
-        let counters: Arc<AuthCounters> = register("auth_", collectors);
         let (published, all) = (published.collect(), Arc::clone(&counters));
         let auth = Authenticator::jwt(&own, published, rules, all).map_err(|e| e.to_string())?;
         let tokens = Self { auth, counters, own };

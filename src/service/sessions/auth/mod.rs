@@ -242,11 +242,12 @@ impl TokenVerifier {
         self.published.iter().filter(|jwks| jwks.current().is_none()).count()
     }
 
-    /// Whether a token that was refused may be signed with a key that [`TokenVerifier::verify_in_task`] would fetch.
+    /// Whether a token that was refused may be signed with a key that [`TokenVerifier::verify_in_task`] would fetch, or cannot be
+    /// checked yet.
     fn may_be_new(&self, header: &Header, why: AuthFailure) -> bool {
         why.is_for_lack_of_a_key()
             && header.alg != Algorithm::HS256
-            && self.published.iter().any(|jwks| jwks.would_fetch())
+            && (self.not_fetched() > 0 || self.published.iter().any(|jwks| jwks.would_fetch()))
     }
 
     fn count(&self, outcome: Result<Identity, AuthFailure>) -> Result<Identity, AuthFailure> {

@@ -136,8 +136,8 @@ settings! {
         /// Maximum number of bytes of these events, each counted with 512 more, divided in the same
         /// way. Multiplied by the number of shards, this is the largest part of the memory bound.
         shard_event_bytes_max: Size = "256MiB", from "1MiB" to "1024GiB", example "256MiB";
-        /// Kernel send buffer per client (`SO_SNDBUF`; the kernel doubles it). 0: the kernel sizes it
-        /// dynamically, up to several megabytes per slow reader.
+        /// Kernel send buffer per WebSocket client, and per gRPC connection (`SO_SNDBUF`; the kernel doubles it).
+        /// 0: the kernel sizes it dynamically, up to several megabytes per slow reader.
         so_sndbuf: Size = "64KiB", from "0" to "64MiB", example "64KiB";
     }
     "Times" {

@@ -8,6 +8,7 @@ mod memory;
 mod mesh;
 mod metrics;
 mod other_nodes;
+mod ports;
 mod prepared;
 mod process;
 mod routing;
@@ -19,9 +20,7 @@ mod tokens;
 
 use std::fmt;
 use std::future::pending;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +34,7 @@ use self::deadlines::Deadlines;
 use self::memory::MemoryBudget;
 use self::mesh::{Mesh, PeerSide};
 use self::other_nodes::{OtherNodesListener, OwnSessions};
+use self::ports::Ports;
 pub use self::prepared::Prepared;
 use self::routing::{Routing, kafka_config};
 use self::shards::{Shards, connection_limits, shard_config};
@@ -47,7 +47,6 @@ use super::telemetry::{self, LogSink};
 use crate::domain::capacity::Capacity;
 use crate::domain::counted::Counted;
 use crate::domain::limiter::ConnectionLimiter;
-use crate::reactor::listener::{ListenError, ListenerConfig, listen_on};
 use crate::service::backends::ports::MissedEvents;
 use crate::service::cluster::missed::MissedSessions;
 use crate::service::members::directory::Directory;
@@ -79,9 +78,6 @@ pub struct Addresses {
     pub grpc: Option<SocketAddr>,
 }
 
-/// How long an address may be in use at start, and how often it is tried.
-const IN_USE_MAX: Duration = Duration::from_secs(3);
-const IN_USE_RETRY: Duration = Duration::from_millis(20);
 /// Interval at which readiness is checked until the node is ready.
 const READY_INTERVAL: Duration = Duration::from_millis(50);
 /// Time for the remaining tasks to end. Only calls to other services remain. Less if a node that
@@ -119,41 +115,6 @@ struct Stopped {
     outcome: Result<(), String>,
     /// When the process exits at the latest.
     exit: Instant,
-}
-
-/// The listening sockets. They are bound first, so that a port in use is reported at once.
-struct Ports {
-    shards: OwnedFd,
-    admin: TcpListener,
-    grpc: Option<TcpListener>,
-    addresses: Addresses,
-}
-
-impl Ports {
-    async fn bind(settings: &Settings, ip: IpAddr) -> Result<Self, String> {
-        let mut public = ListenerConfig::new(settings.http_port.or(ip));
-        public.shared = settings.http_port_shared;
-        public.send_buffer_bytes = (settings.so_sndbuf.0 > 0).then(|| settings.so_sndbuf.bytes());
-        let (shards, websocket) =
-            listen("HTTP_PORT", &public).await.map_err(|error| {
-                let example = settings.http_port.port.saturating_add(1);
-                let taken = error.source.kind() == io::ErrorKind::AddrInUse;
-                let shared = if taken && !settings.http_port_shared {
-                    "\n      or HTTP_PORT_SHARED=true, if it is another node that may get half of the clients"
-                } else {
-                    ""
-                };
-                format!("HTTP_PORT: {error}\n      example: HTTP_PORT={example}{shared}")
-            })?;
-        let admin = bind("HTTP_ADDR", settings.http_addr.or(ip)).await?;
-        let grpc = match settings.grpc_addr {
-            Some(address) => Some(bind("GRPC_ADDR", address.or(ip)).await?),
-            None => None,
-        };
-        let addresses =
-            Addresses { websocket, admin: local(&admin), grpc: grpc.as_ref().map(local) };
-        Ok(Self { shards, admin, grpc, addresses })
-    }
 }
 
 /// The running parts, which must be stopped in order.
@@ -434,48 +395,6 @@ fn instance_id(settings: &Settings) -> Arc<str> {
     // number is enough.
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     format!("{}-{:08x}", host.trim(), rand::random::<u32>()).into()
-}
-
-/// Listens on an address. If it is in use, that may be over soon: the kernel frees the sockets of a process that was killed
-/// behind its back, and a connection of another program may have the port for a moment.
-async fn listen(
-    setting: &str,
-    config: &ListenerConfig,
-) -> Result<(OwnedFd, SocketAddr), ListenError> {
-    let until = Instant::now() + IN_USE_MAX;
-    let mut is_told = false;
-    loop {
-        match listen_on(config) {
-            Err(error)
-                if error.source.kind() == io::ErrorKind::AddrInUse && Instant::now() < until =>
-            {
-                if !std::mem::replace(&mut is_told, true) {
-                    let (address, seconds) = (config.address, IN_USE_MAX.as_secs());
-                    tracing::warn!("{setting}: {address} is in use; trying again for {seconds} s");
-                }
-                sleep(IN_USE_RETRY).await;
-            }
-            outcome => return outcome,
-        }
-    }
-}
-
-async fn bind(setting: &str, address: SocketAddr) -> Result<TcpListener, String> {
-    let config =
-        ListenerConfig { send_buffer_bytes: None, joinable: false, ..ListenerConfig::new(address) };
-    let (socket, _) = listen(setting, &config).await.map_err(|error| {
-        let taken = error.source.kind() == io::ErrorKind::AddrInUse;
-        let hint = if taken { "; port 0 takes any free port" } else { "" };
-        let example = address.port().saturating_add(if taken { 1 } else { 0 });
-        format!("{setting}: {error}{hint}\n      example: {setting}={example}")
-    })?;
-    let listener = std::net::TcpListener::from(socket);
-    let listener = listener.set_nonblocking(true).and_then(|()| TcpListener::from_std(listener));
-    listener.map_err(|error| format!("{setting}: cannot listen on {address}: {error}"))
-}
-
-fn local(listener: &TcpListener) -> SocketAddr {
-    listener.local_addr().expect("a bound socket has an address")
 }
 
 /// Calls `then` when the node is ready for the first time. Never returns.

@@ -156,7 +156,7 @@ settings! {
         /// Time without progress of a send after which a connection is terminated. Progress is a byte that the kernel
         /// takes for the socket. It takes the next ones when a third of its send buffer is free (`SO_SNDBUF`), so a
         /// client that reads less than that in this time is terminated too. Over gRPC: time in which the client's
-        /// window lets out no byte.
+        /// window lets out no byte, which ends the stream, or the socket takes none, which ends the connection.
         write_timeout: Duration = "10s", from "100ms" to "10m", example "30s";
         /// Maximum time for a client to answer a close frame. Over gRPC: maximum time until the status of a stream is
         /// sent, after which the stream is reset.

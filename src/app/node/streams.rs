@@ -70,6 +70,7 @@ impl Streams {
             connections_max: sizing.streams_max(),
             calls_waiting_max: sizing.streams_max(),
             handshake_timeout: settings.handshake_timeout,
+            write_timeout: settings.write_timeout,
             idle_timeout: settings.idle_timeout,
             keepalive_interval: settings.ping_interval,
             keepalive_timeout: settings.idle_timeout.saturating_sub(settings.ping_interval),

@@ -24,7 +24,6 @@ use crate::domain::close::EndReason;
 use crate::domain::command::{Hello, Secret};
 use crate::domain::cursor::CURSOR_BYTES_MAX;
 use crate::domain::encoding::Encoding;
-use crate::domain::limiter::LimitExceeded;
 use crate::domain::limits::{ID_BYTES_MAX, TOKEN_BYTES_MAX};
 use crate::service::events::proto::delivery::v1::DeliveryConnectRequest;
 use crate::service::runtime::places::Places;
@@ -132,7 +131,6 @@ impl ConnectHandler {
         let deadline = self.config.handshake_timeout;
         let ConnectionInfo(connection) =
             request.extensions().get().cloned().expect("set for every call");
-        self.check_rate(&connection)?;
         let token = bearer(request.metadata());
         if token.as_ref().is_some_and(|token| token.expose().len() > TOKEN_BYTES_MAX) {
             return Err(self.malformed("the token is longer than 8 KiB"));
@@ -175,22 +173,6 @@ impl ConnectHandler {
         let mut response = Response::new(events);
         response.extensions_mut().insert(outbox);
         Ok(response)
-    }
-
-    /// Checks the handshake rates. The connection itself has counted for its first call.
-    fn check_rate(&self, connection: &ConnectionState) -> Result<(), Status> {
-        if connection.is_first_call() {
-            return Ok(());
-        }
-        self.ports.limits.count_handshake(connection.address).map_err(|exceeded| {
-            self.counters.grpc_calls_refused_rate.add(1);
-            match exceeded {
-                LimitExceeded::TotalRate => Status::unavailable("too many clients connect at once"),
-                LimitExceeded::AddressRate | LimitExceeded::AddressConnections => {
-                    Status::resource_exhausted("too many handshakes from your address")
-                }
-            }
-        })
     }
 
     /// The first request, if it comes in time. Unless it is here already, the token is judged before: otherwise a

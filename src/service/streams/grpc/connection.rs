@@ -13,32 +13,33 @@
 use std::future::{Future, pending, poll_fn};
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::stream::FuturesUnordered;
 use h2::server::{Connection as Http2, SendResponse};
-use h2::{Ping, PingPong, RecvStream};
+use h2::{Ping, PingPong, Reason, RecvStream};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::StreamExt as _;
+use tonic::Status;
 use tonic::codegen::{Service as _, http};
 use tonic::service::Routes;
 
 use super::limits::AddressPlace;
 use super::requests::{Inbox, RequestBody, receive};
-use super::responses::send;
+use super::responses::{Piece, SendRoom, send};
 use super::socket::{Socket, SocketState};
 use super::{
-    CONNECTION_WINDOW_BYTES, GrpcConfig, GrpcCounters, HEADERS_READ_MAX, STREAM_SEND_BYTES,
-    STREAM_WINDOW_BYTES, STREAMS_PER_CONNECTION_MAX,
+    CALLS_REFUSED_PER_S_MAX, CONNECTION_SEND_BYTES, CONNECTION_WINDOW_BYTES, GrpcConfig,
+    GrpcCounters, HEADERS_READ_MAX, STREAM_WINDOW_BYTES, STREAMS_PER_CONNECTION_MAX,
 };
 use crate::domain::close::EndReason;
+use crate::domain::limiter::LimitExceeded;
 use crate::service::runtime::places::{Places, Replaceable};
+use crate::service::streams::hub::HubMetrics;
 
 /// Time for a client to close its connection after it was told to.
 const CLOSE_TIME: Duration = Duration::from_secs(5);
@@ -50,6 +51,8 @@ pub(super) struct Shared {
     pub(super) config: GrpcConfig,
     pub(super) routes: Routes,
     pub(super) counters: Arc<GrpcCounters>,
+    /// Those of the hub, which counts refused calls.
+    pub(super) metrics: Arc<HubMetrics>,
     /// Those of all connections. A connection without a session is replaceable.
     pub(super) places: Arc<Places>,
 }
@@ -65,7 +68,6 @@ pub(super) struct ConnectionState {
     pub(super) address: IpAddr,
     /// How the connection ends.
     pub(super) socket: Arc<SocketState>,
-    has_called: AtomicBool,
     sessions: Mutex<Sessions>,
     places: Arc<Places>,
     /// Notified when the connection has to make room for another one.
@@ -89,16 +91,10 @@ impl ConnectionState {
         Self {
             address,
             socket,
-            has_called: AtomicBool::new(false),
             sessions: Mutex::new(Sessions { open: 0, replaceable: Some(replaceable) }),
             places: Arc::clone(places),
             leave,
         }
-    }
-
-    /// Whether a call is the first one of its connection, which has counted as a handshake already.
-    pub(super) fn is_first_call(&self) -> bool {
-        !self.has_called.swap(true, Ordering::Relaxed)
     }
 
     /// A session has begun. While there is one, the connection makes room for no other. It ends when the guard is
@@ -143,7 +139,7 @@ pub(super) async fn serve(
         () = state.leave.notified() => return shared.counters.grpc_connections_replaced.add(1),
     };
     match http2 {
-        Ok(Ok(http2)) => Connection::new(shared, Arc::new(state), http2).run(stop).await,
+        Ok(Ok(http2)) => Connection::new(shared, Arc::new(state), address, http2).run(stop).await,
         Ok(Err(_)) => shared.counters.grpc_connections_malformed.add(1),
         Err(_) => shared.counters.grpc_connections_late.add(1),
     }
@@ -157,7 +153,7 @@ fn http2() -> h2::server::Builder {
         .initial_window_size(STREAM_WINDOW_BYTES)
         // Each stream has its whole window, whatever the others use.
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_send_buffer_size(STREAM_SEND_BYTES)
+        .max_send_buffer_size(CONNECTION_SEND_BYTES)
         .max_header_list_size(HEADERS_READ_MAX)
         // Not exhausted by what one user does. What waits is bounded by the portions of the socket, and frames that are
         // ignored on a stream that has ended would use up a budget for ever.
@@ -172,8 +168,13 @@ fn http2() -> h2::server::Builder {
 struct Connection {
     shared: Arc<Shared>,
     state: Arc<ConnectionState>,
-    http2: Http2<Socket, Bytes>,
+    address: AddressPlace,
+    http2: Http2<Socket, Piece>,
+    /// The connection has counted as a handshake, and so has its first call with it.
+    has_called: bool,
+    refused: RefusedCalls,
     pings: PingPong,
+    room: SendRoom,
     /// When the client must have answered the ping in flight.
     pong_due: Option<Instant>,
     /// One for each open stream.
@@ -188,12 +189,27 @@ impl Connection {
     fn new(
         shared: Arc<Shared>,
         state: Arc<ConnectionState>,
-        mut http2: Http2<Socket, Bytes>,
+        address: AddressPlace,
+        mut http2: Http2<Socket, Piece>,
     ) -> Self {
         let pings = http2.ping_pong().expect("taken once");
         let idle_since = state.socket.opened_at();
         let receivers = FuturesUnordered::new();
-        Self { shared, state, http2, pings, pong_due: None, receivers, idle_since, cut_at: None }
+        let room = SendRoom::new();
+        Self {
+            shared,
+            state,
+            address,
+            http2,
+            has_called: false,
+            refused: RefusedCalls::default(),
+            pings,
+            room,
+            pong_due: None,
+            receivers,
+            idle_since,
+            cut_at: None,
+        }
     }
 
     async fn run(mut self, mut stop: watch::Receiver<bool>) {
@@ -238,12 +254,18 @@ impl Connection {
                     }
                     timer.as_mut().reset(self.next_deadline());
                 }
+                // From now on there is one more deadline.
+                () = newly_blocked(&state.socket) => {}
                 () = next_portion(&state.socket) => {}
             }
         }
     }
 
-    fn begin_call(&mut self, request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+    fn begin_call(&mut self, request: http::Request<RecvStream>, mut respond: SendResponse<Piece>) {
+        // Before anything else: a call that the client has reset at once counts, too.
+        if let Err(exceeded) = self.count_call() {
+            return self.refuse(&exceeded, &mut respond);
+        }
         let (head, mut stream) = request.into_parts();
         let inbox = Inbox::new(stream.flow_control().clone());
         let running = inbox.call();
@@ -251,6 +273,7 @@ impl Connection {
         request.extensions_mut().insert(ConnectionInfo(Arc::clone(&self.state)));
         self.receivers.push(Box::pin(receive(stream, inbox)));
         let mut routes = self.shared.routes.clone();
+        let room = self.room.clone();
         tokio::spawn(async move {
             let _running = running;
             let response = tokio::select! {
@@ -259,8 +282,37 @@ impl Connection {
                 response = routes.call(request) => response,
             };
             let Ok(response) = response;
-            send(response, respond).await;
+            send(response, respond, &room).await;
         });
+    }
+
+    /// Counts a call as a handshake, except the first one.
+    fn count_call(&mut self) -> Result<(), LimitExceeded> {
+        self.shared.counters.grpc_streams.add(1);
+        match std::mem::replace(&mut self.has_called, true) {
+            true => self.address.count_handshake(),
+            false => Ok(()),
+        }
+    }
+
+    /// Refuses a call without a task of its own. Ends the connection if that is too often.
+    fn refuse(&mut self, exceeded: &LimitExceeded, respond: &mut SendResponse<Piece>) {
+        let counters = &self.shared.counters;
+        let status = match exceeded {
+            LimitExceeded::TotalRate => Status::unavailable("too many clients connect at once"),
+            LimitExceeded::AddressRate | LimitExceeded::AddressConnections => {
+                Status::resource_exhausted("too many handshakes from your address")
+            }
+        };
+        counters.grpc_calls_refused_rate.add(1);
+        self.shared.metrics.count_refused(status.code());
+        // An error means that the client has reset the stream.
+        let _ = respond.send_response(status.into_http(), true);
+        if self.refused.is_flood(self.address.now_ms()) {
+            counters.grpc_connections_flooded.add(1);
+            self.state.socket.ended(EndReason::PeerAtFault);
+            self.http2.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+        }
     }
 
     /// When [`Connection::on_deadline`] has something to do, at the earliest.
@@ -270,7 +322,12 @@ impl Connection {
             self.pong_due.unwrap_or(self.state.socket.received_at() + config.keepalive_interval);
         let idle = self.receivers.is_empty().then(|| self.idle_since + config.idle_timeout);
         let idle = idle.filter(|_| self.cut_at.is_none());
-        [idle, self.cut_at].into_iter().flatten().fold(ping, Instant::min)
+        [idle, self.cut_at, self.stalled_at()].into_iter().flatten().fold(ping, Instant::min)
+    }
+
+    /// When the socket has taken nothing for the write timeout.
+    fn stalled_at(&self) -> Option<Instant> {
+        Some(self.state.socket.blocked_since()? + self.shared.config.write_timeout)
     }
 
     /// Pings or closes the connection if it is time. Returns whether it is still open.
@@ -289,6 +346,11 @@ impl Connection {
             counters.grpc_connections_silent.add(1);
             return false;
         }
+        if self.stalled_at().is_some_and(|at| at <= now) {
+            self.state.socket.ended(EndReason::WriteTimeout);
+            counters.grpc_connections_stalled.add(1);
+            return false;
+        }
         let idle = self.receivers.is_empty() && self.idle_since + config.idle_timeout <= now;
         if idle && self.cut_at.is_none() {
             counters.grpc_connections_idle.add(1);
@@ -305,6 +367,25 @@ impl Connection {
     }
 }
 
+/// Calls that were refused within a second of the clock that the handshake rates have.
+#[derive(Debug, Default)]
+struct RefusedCalls {
+    second: u64,
+    count: u32,
+}
+
+impl RefusedCalls {
+    /// Counts one. Returns whether this is the first one above the limit.
+    fn is_flood(&mut self, now_ms: u64) -> bool {
+        let second = now_ms / 1_000;
+        if self.second != second {
+            *self = Self { second, count: 0 };
+        }
+        self.count += 1;
+        self.count == CALLS_REFUSED_PER_S_MAX + 1
+    }
+}
+
 async fn stop_requested(stop: &mut watch::Receiver<bool>) {
     if stop.wait_for(|stop| *stop).await.is_err() {
         pending().await
@@ -314,4 +395,26 @@ async fn stop_requested(stop: &mut watch::Receiver<bool>) {
 /// Is ready when HTTP/2 waits for a portion, and grants it. Asks at each poll: HTTP/2 may have read in the same one.
 fn next_portion(socket: &SocketState) -> impl Future<Output = ()> {
     poll_fn(|_| if socket.grant_portion() { Poll::Ready(()) } else { Poll::Pending })
+}
+
+/// Is ready when the socket has begun to block. Asks at each poll, for the same reason.
+fn newly_blocked(socket: &SocketState) -> impl Future<Output = ()> {
+    poll_fn(|_| if socket.take_newly_blocked() { Poll::Ready(()) } else { Poll::Pending })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refused_calls_of_a_proxy_are_no_flood() {
+        let mut refused = RefusedCalls::default();
+        for now_ms in [0, 999, 1_000, 2_999] {
+            for _ in 0..CALLS_REFUSED_PER_S_MAX / 2 {
+                assert!(!refused.is_flood(now_ms));
+            }
+        }
+        let more = [(); CALLS_REFUSED_PER_S_MAX as usize].map(|()| refused.is_flood(2_000));
+        assert_eq!(more.iter().filter(|is_flood| **is_flood).count(), 1);
+    }
 }

@@ -23,11 +23,6 @@ impl AddressLimits {
         let permit = self.limiter.admit(address, (self.now_ms)())?;
         Ok(AddressPlace { limits: self.clone(), address, permit: Some(permit) })
     }
-
-    /// Counts a further call on a connection as a handshake.
-    pub(super) fn count_handshake(&self, address: IpAddr) -> Result<(), LimitExceeded> {
-        self.limiter.count_handshake(address, (self.now_ms)())
-    }
 }
 
 /// An admitted connection.
@@ -43,12 +38,22 @@ impl AddressPlace {
     pub(super) fn address(&self) -> IpAddr {
         self.address
     }
+
+    /// The clock of the limits, ms.
+    pub(super) fn now_ms(&self) -> u64 {
+        (self.limits.now_ms)()
+    }
+
+    /// Counts a further call on the connection as a handshake.
+    pub(super) fn count_handshake(&self) -> Result<(), LimitExceeded> {
+        self.limits.limiter.count_handshake(self.address, self.now_ms())
+    }
 }
 
 impl Drop for AddressPlace {
     fn drop(&mut self) {
         if let Some(permit) = self.permit.take() {
-            self.limits.limiter.release(permit, (self.limits.now_ms)());
+            self.limits.limiter.release(permit, self.now_ms());
         }
     }
 }

@@ -46,6 +46,8 @@ pub struct GrpcConfig {
     /// Time from accepting a connection to its HTTP/2 preface, from a call to its first request, and again until the
     /// session is admitted.
     pub handshake_timeout: Duration,
+    /// Time in which a socket must take something of what is written to it.
+    pub write_timeout: Duration,
     /// Time without a call after which a connection is closed.
     pub idle_timeout: Duration,
     /// The opening of a session is over when its client sends no request for this long. Until then
@@ -66,7 +68,7 @@ pub struct GrpcConfig {
 }
 
 impl Default for GrpcConfig {
-    /// 10,000 connections; 10,000 calls without a request; 10 s handshake; 60 s without a call; opening pause
+    /// 10,000 connections; 10,000 calls without a request; 10 s handshake; 10 s for a write; 60 s without a call; opening pause
     /// 200 ms, at most 2 s; 8,192 requests at once and 100/s; pings as for WebSocket (contract §3: every 54 s, 6 s
     /// to answer); 5 s shutdown.
     fn default() -> Self {
@@ -74,6 +76,7 @@ impl Default for GrpcConfig {
             connections_max: 10_000,
             calls_waiting_max: 10_000,
             handshake_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(60),
             opening_pause: Duration::from_millis(200),
             opening_max: Duration::from_secs(2),
@@ -99,11 +102,14 @@ counters! {
         Counter grpc_connections_late: "Connections whose HTTP/2 preface did not come within the handshake timeout",
         Counter grpc_connections_idle: "Connections closed because they had no call for the idle timeout",
         Counter grpc_connections_silent: "Connections closed because the client did not answer a ping",
+        Counter grpc_connections_stalled: "Connections closed because their socket took nothing for the write timeout",
+        Counter grpc_connections_flooded: "Connections ended because their client went on calling far above the handshake rates",
         Counter grpc_accept_failures: "Failed attempts to accept a connection on the gRPC port",
+        Counter grpc_streams: "Calls of all methods, also those that the client has reset at once",
         Counter grpc_calls: "Calls of Connect",
         Counter grpc_calls_late: "Calls of Connect that exceeded the handshake timeout",
         Counter grpc_calls_replaced: "Calls of Connect ended because too many others waited for their first request",
-        Counter grpc_calls_refused_rate: "Calls of Connect refused: too many handshakes per second",
+        Counter grpc_calls_refused_rate: "Calls of all methods refused: too many handshakes per second",
         Counter grpc_calls_refused_token: "Calls of Connect refused by their headers: the token is missing or invalid",
         Counter grpc_calls_malformed: "Calls of Connect with an invalid request or token",
         Counter grpc_requests: "Requests received on streams",
@@ -145,7 +151,7 @@ pub async fn serve(
 ) -> Result<(), GrpcError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let reporting = tokio::spawn(report_health(health, ports.hub.accepting(), drained));
-    let limits = ports.limits.clone();
+    let (limits, metrics) = (ports.limits.clone(), Arc::clone(ports.hub.metrics()));
     let connect = ConnectService::new(config.clone(), ports, Arc::clone(&counters));
     let routes = Routes::new(health_service)
         .add_service(reflection()?.build_v1()?)
@@ -153,7 +159,7 @@ pub async fn serve(
         .add_service(connect)
         .prepare();
     let places = Places::new(config.connections_max);
-    let shared = Arc::new(Shared { config, routes, counters, places });
+    let shared = Arc::new(Shared { config, routes, counters, metrics, places });
     connections::accept(shared, listener, limits, shutdown).await;
     reporting.abort();
     Ok(())
@@ -161,19 +167,21 @@ pub async fn serve(
 
 /// Concurrent streams per connection. More calls wait in the client.
 const STREAMS_PER_CONNECTION_MAX: u32 = 1_000;
+/// Calls of one connection that are refused in a second because of the handshake rates. At one more the connection is
+/// ended. A proxy has a call of a user in each of its streams, and a user may call again a few times in a second.
+const CALLS_REFUSED_PER_S_MAX: u32 = 10 * STREAMS_PER_CONNECTION_MAX;
 /// HTTP/2 receive window of a stream, bytes. A request has at most [`REQUEST_BYTES_MAX`].
 const STREAM_WINDOW_BYTES: u32 = 32 * 1024;
 const _: () = assert!(REQUEST_BYTES_MAX < STREAM_WINDOW_BYTES as usize);
 /// HTTP/2 receive window of a connection, bytes: the windows of all its streams, so that none waits for another.
 const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * STREAM_WINDOW_BYTES;
-/// Bytes of one stream that its window has let out and the socket has not taken.
-const STREAM_SEND_BYTES: usize = 400 * 1024;
-/// Memory of one stream in the HTTP/2 server, bytes: what it sends, and the window once in the inbox and once in the
-/// decoder.
-pub const STREAM_BYTES_MAX: u64 = STREAM_SEND_BYTES as u64 + 2 * STREAM_WINDOW_BYTES as u64;
-/// Memory of one connection without its streams, bytes: headers (HTTP/2 takes at most seven frames of 16 KiB), frames
-/// being read and written.
-pub const CONNECTION_BYTES_MAX: u64 = 2 * HEADERS_READ_MAX as u64;
+/// Bytes of all streams of a connection that their windows have let out and the socket has not taken.
+const CONNECTION_SEND_BYTES: usize = 256 * 1024;
+/// Memory of one stream in the HTTP/2 server, bytes: the window once in the inbox and once in the decoder.
+pub const STREAM_BYTES_MAX: u64 = 2 * STREAM_WINDOW_BYTES as u64;
+/// Memory of one connection without its streams, bytes: what it sends, headers (HTTP/2 takes at most seven frames of
+/// 16 KiB), frames being read and written.
+pub const CONNECTION_BYTES_MAX: u64 = CONNECTION_SEND_BYTES as u64 + 2 * HEADERS_READ_MAX as u64;
 
 /// Headers of one call, bytes: room for a token and the fields that proxies add.
 const HEADER_BYTES_MAX: u32 = 16 * 1024;

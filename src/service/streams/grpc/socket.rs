@@ -17,6 +17,9 @@ use crate::domain::close::EndReason;
 /// than 1,639 frames of one byte, and resets or opens no more streams than a connection may have.
 const PORTION_BYTES: u64 = 16 * 1024;
 
+/// The socket takes what HTTP/2 writes.
+const NOT_BLOCKED: u64 = u64::MAX;
+
 /// A socket, owned by HTTP/2. Its state is shared with the connection.
 #[derive(Debug)]
 pub(super) struct Socket {
@@ -30,6 +33,11 @@ pub(super) struct SocketState {
     opened_at: Instant,
     /// When the last bytes came, ms since `opened_at`.
     received_ms: AtomicU64,
+    /// Since when the socket takes nothing although HTTP/2 has something to write, ms since `opened_at`; or
+    /// [`NOT_BLOCKED`].
+    blocked_ms: AtomicU64,
+    /// The socket has begun to block since the connection asked last.
+    newly_blocked: AtomicBool,
     /// The portion is used up, and HTTP/2 wants more.
     waits: AtomicBool,
     /// The next portion may be read.
@@ -42,6 +50,8 @@ impl Socket {
         let state = Arc::new(SocketState {
             opened_at: Instant::now(),
             received_ms: AtomicU64::new(0),
+            blocked_ms: AtomicU64::new(NOT_BLOCKED),
+            newly_blocked: AtomicBool::new(false),
             waits: AtomicBool::new(false),
             granted: AtomicBool::new(false),
             end: OnceLock::new(),
@@ -72,7 +82,37 @@ impl SocketState {
 
     /// When the last bytes came.
     pub(super) fn received_at(&self) -> Instant {
-        self.opened_at + Duration::from_millis(self.received_ms.load(Ordering::Relaxed))
+        self.at(self.received_ms.load(Ordering::Relaxed))
+    }
+
+    /// Since when the socket takes nothing although HTTP/2 has something to write; `None` if it takes all.
+    pub(super) fn blocked_since(&self) -> Option<Instant> {
+        let ms = self.blocked_ms.load(Ordering::Relaxed);
+        (ms != NOT_BLOCKED).then(|| self.at(ms))
+    }
+
+    /// Whether the socket has begun to block since the last call.
+    pub(super) fn take_newly_blocked(&self) -> bool {
+        self.newly_blocked.swap(false, Ordering::Relaxed)
+    }
+
+    fn written(&self, result: &Poll<io::Result<usize>>) {
+        match result {
+            Poll::Pending if self.blocked_since().is_none() => {
+                self.blocked_ms.store(self.now_ms(), Ordering::Relaxed);
+                self.newly_blocked.store(true, Ordering::Relaxed);
+            }
+            Poll::Pending => {}
+            Poll::Ready(_) => self.blocked_ms.store(NOT_BLOCKED, Ordering::Relaxed),
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.opened_at.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn at(&self, ms: u64) -> Instant {
+        self.opened_at + Duration::from_millis(ms)
     }
 
     /// Grants the next portion if HTTP/2 waits for it. The caller then polls HTTP/2 again.
@@ -102,9 +142,7 @@ impl AsyncRead for Socket {
         let read = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
         match &read {
             Ok(()) if buffer.filled().len() > before => {
-                let ms = self.state.opened_at.elapsed().as_millis();
-                let ms = u64::try_from(ms).unwrap_or(u64::MAX);
-                self.state.received_ms.store(ms, Ordering::Relaxed);
+                self.state.received_ms.store(self.state.now_ms(), Ordering::Relaxed);
             }
             Ok(()) => self.state.ended(EndReason::PeerGone),
             Err(_) => self.state.ended(EndReason::PeerReset),
@@ -119,7 +157,9 @@ impl AsyncWrite for Socket {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.tcp().poll_write(context, bytes)
+        let written = self.tcp().poll_write(context, bytes);
+        self.state.written(&written);
+        written
     }
 
     fn poll_write_vectored(
@@ -127,7 +167,9 @@ impl AsyncWrite for Socket {
         context: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.tcp().poll_write_vectored(context, parts)
+        let written = self.tcp().poll_write_vectored(context, parts);
+        self.state.written(&written);
+        written
     }
 
     fn is_write_vectored(&self) -> bool {

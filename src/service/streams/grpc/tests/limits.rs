@@ -81,6 +81,68 @@ async fn further_calls_of_a_connection_count_as_handshakes() {
     assert_eq!(port.counters.grpc_connections_refused_address_rate.get(), 1);
 }
 
+/// `HEADERS` of a call without a body, and a `RST_STREAM` behind it (RFC 9113 §6.2, §6.4).
+fn call_and_reset(number: u32) -> Vec<u8> {
+    let stream = (2 * number + 1).to_be_bytes();
+    // POST, http and /, from the static table (RFC 7541, appendix A).
+    let headers: [&[u8]; 3] = [&[0, 0, 3, 1, 4], &stream, &[0x83, 0x86, 0x84]];
+    let reset: [&[u8]; 3] = [&[0, 0, 4, 3, 0], &stream, &[0, 0, 0, 8]];
+    [headers, reset].concat().concat()
+}
+
+/// The clock of the limits stands still.
+async fn client_of_few_handshakes() -> (Port, TcpStream) {
+    let limits =
+        ConnectionLimits { handshakes_per_address_per_s_max: 3, ..ConnectionLimits::default() };
+    // The channel of the port is the first handshake.
+    let port = Port::with_limits(limits).await;
+    let mut client = TcpStream::connect(port.address).await.unwrap();
+    client.write_all(PREFACE).await.unwrap();
+    (port, client)
+}
+
+#[tokio::test]
+async fn calls_that_are_reset_at_once_count_as_handshakes() {
+    let (port, mut client) = client_of_few_handshakes().await;
+    let calls: Vec<u8> = (0..1_000).flat_map(call_and_reset).collect();
+    client.write_all(&calls).await.unwrap();
+    client.write_all(b"\0\0\x08\x06\0\0\0\0\x0012345678").await.unwrap();
+    let mut received = Vec::new();
+    while !received.windows(8).any(|part| part == b"12345678") {
+        assert_ne!(client.read_buf(&mut received).await.unwrap(), 0, "still open");
+    }
+    let Port { counters, .. } = &port;
+    assert_eq!(counters.grpc_streams.get(), 1_000);
+    // The connection is one, with the first call, and the second call is another.
+    assert_eq!(counters.grpc_calls_refused_rate.get(), 998);
+    assert_eq!(port.refused(), [(429, 998)]);
+    assert_eq!(counters.grpc_connections_flooded.get(), 0);
+}
+
+#[tokio::test]
+async fn connection_with_far_more_calls_than_handshakes_is_ended() {
+    let (port, mut client) = client_of_few_handshakes().await;
+    let refused = CALLS_REFUSED_PER_S_MAX;
+    let calls: Vec<u8> = (0..2 * refused).flat_map(call_and_reset).collect();
+    // An error means that the server has ended it.
+    let _ = client.write_all(&calls).await;
+    rest(client).await;
+    assert_eq!(port.counters.grpc_connections_flooded.get(), 1);
+    assert_eq!(port.counters.grpc_calls_refused_rate.get(), u64::from(refused) + 1);
+}
+
+#[tokio::test]
+async fn connection_whose_socket_takes_nothing_is_ended() {
+    let config = GrpcConfig { write_timeout: Duration::from_millis(50), ..GrpcConfig::default() };
+    let port = Port::open(config, HubConfig::default()).await;
+    let mut client = TcpStream::connect(port.address).await.unwrap();
+    client.write_all(PREFACE).await.unwrap();
+    // Each is answered, until the socket is full.
+    let pings = b"\0\0\x08\x06\0\0\0\0\x0012345678".repeat(1_000);
+    while client.write_all(&pings).await.is_ok() {}
+    assert_eq!(port.counters.grpc_connections_stalled.get(), 1);
+}
+
 #[tokio::test]
 async fn connection_without_a_preface_in_time_is_closed() {
     for sent in [0, 12, 23] {

@@ -32,6 +32,7 @@ use super::limits::AddressPlace;
 use super::requests::{Inbox, RequestBody, receive};
 use super::responses::{Piece, SendRoom, send};
 use super::socket::{Socket, SocketState};
+use super::unsent::{OwnUnsentEnds, UnsentEnds};
 use super::{
     CALLS_REFUSED_PER_S_MAX, CONNECTION_SEND_BYTES, CONNECTION_WINDOW_BYTES, GrpcConfig,
     GrpcCounters, HEADERS_READ_MAX, STREAM_WINDOW_BYTES, STREAMS_PER_CONNECTION_MAX,
@@ -55,6 +56,7 @@ pub(super) struct Shared {
     pub(super) metrics: Arc<HubMetrics>,
     /// Those of all connections. A connection without a session is replaceable.
     pub(super) places: Arc<Places>,
+    pub(super) unsent: Arc<UnsentEnds>,
 }
 
 /// Connection data for its calls.
@@ -173,6 +175,9 @@ struct Connection {
     /// The connection has counted as a handshake, and so has its first call with it.
     has_called: bool,
     refused: RefusedCalls,
+    unsent: OwnUnsentEnds,
+    /// The socket takes nothing, and the node has too many ends of calls that wait for that.
+    is_unread: bool,
     pings: PingPong,
     room: SendRoom,
     /// When the client must have answered the ping in flight.
@@ -196,6 +201,7 @@ impl Connection {
         let idle_since = state.socket.opened_at();
         let receivers = FuturesUnordered::new();
         let room = SendRoom::new();
+        let unsent = OwnUnsentEnds::new(&shared.unsent);
         Self {
             shared,
             state,
@@ -203,6 +209,8 @@ impl Connection {
             http2,
             has_called: false,
             refused: RefusedCalls::default(),
+            unsent,
+            is_unread: false,
             pings,
             room,
             pong_due: None,
@@ -221,6 +229,9 @@ impl Connection {
             if next < timer.deadline() {
                 timer.as_mut().reset(next);
             }
+            if self.is_unread {
+                return;
+            }
             let is_pinged = self.pong_due.is_some();
             let Self { http2, receivers, pings, state, .. } = &mut self;
             // Biased: the next portion is read when all that is in this one has been passed on.
@@ -234,6 +245,7 @@ impl Connection {
                     if self.receivers.is_empty() {
                         self.idle_since = Instant::now();
                     }
+                    self.call_ended();
                 }
                 () = state.leave.notified() => {
                     return self.shared.counters.grpc_connections_replaced.add(1);
@@ -254,8 +266,12 @@ impl Connection {
                     }
                     timer.as_mut().reset(self.next_deadline());
                 }
-                // From now on there is one more deadline.
-                () = newly_blocked(&state.socket) => {}
+                // Blocked: there is one more deadline.
+                () = block_changed(&state.socket) => {
+                    if state.socket.blocked_since().is_none() {
+                        self.unsent.sent();
+                    }
+                }
                 () = next_portion(&state.socket) => {}
             }
         }
@@ -308,10 +324,21 @@ impl Connection {
         self.shared.metrics.count_refused(status.code());
         // An error means that the client has reset the stream.
         let _ = respond.send_response(status.into_http(), true);
+        self.call_ended();
         if self.refused.is_flood(self.address.now_ms()) {
-            counters.grpc_connections_flooded.add(1);
+            self.shared.counters.grpc_connections_flooded.add(1);
             self.state.socket.ended(EndReason::PeerAtFault);
             self.http2.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+        }
+    }
+
+    /// Counts the end of a call, and that it is unsent if the socket takes nothing. Cuts the connection if the node has
+    /// too many of these.
+    fn call_ended(&mut self) {
+        if self.state.socket.blocked_since().is_some() && !self.unsent.add() && !self.is_unread {
+            self.is_unread = true;
+            self.state.socket.ended(EndReason::WriteTimeout);
+            self.shared.counters.grpc_connections_unread.add(1);
         }
     }
 
@@ -397,9 +424,9 @@ fn next_portion(socket: &SocketState) -> impl Future<Output = ()> {
     poll_fn(|_| if socket.grant_portion() { Poll::Ready(()) } else { Poll::Pending })
 }
 
-/// Is ready when the socket has begun to block. Asks at each poll, for the same reason.
-fn newly_blocked(socket: &SocketState) -> impl Future<Output = ()> {
-    poll_fn(|_| if socket.take_newly_blocked() { Poll::Ready(()) } else { Poll::Pending })
+/// Is ready when the socket has begun or ceased to block. Asks at each poll, for the same reason.
+fn block_changed(socket: &SocketState) -> impl Future<Output = ()> {
+    poll_fn(|_| if socket.take_block_change() { Poll::Ready(()) } else { Poll::Pending })
 }
 
 #[cfg(test)]

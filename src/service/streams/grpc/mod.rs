@@ -9,6 +9,7 @@ mod limits;
 mod requests;
 mod responses;
 mod socket;
+mod unsent;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub use limits::AddressLimits;
 
 use connect::ConnectService;
 use connection::Shared;
+use unsent::{UNSENT_BYTES_MAX, UnsentEnds};
 
 /// Judges the token of a call by its headers, without waiting. `Err`: the token is missing, or cannot become valid.
 pub type TokenJudge = Arc<dyn Fn(Option<&Secret>) -> Result<(), Refusal> + Send + Sync>;
@@ -104,6 +106,7 @@ counters! {
         Counter grpc_connections_silent: "Connections closed because the client did not answer a ping",
         Counter grpc_connections_stalled: "Connections closed because their socket took nothing for the write timeout",
         Counter grpc_connections_flooded: "Connections ended because their client went on calling far above the handshake rates",
+        Counter grpc_connections_unread: "Connections closed because their socket took nothing while too many calls ended",
         Counter grpc_accept_failures: "Failed attempts to accept a connection on the gRPC port",
         Counter grpc_streams: "Calls of all methods, also those that the client has reset at once",
         Counter grpc_calls: "Calls of Connect",
@@ -159,7 +162,8 @@ pub async fn serve(
         .add_service(connect)
         .prepare();
     let places = Places::new(config.connections_max);
-    let shared = Arc::new(Shared { config, routes, counters, metrics, places });
+    let unsent = UnsentEnds::new(config.connections_max);
+    let shared = Arc::new(Shared { config, routes, counters, metrics, places, unsent });
     connections::accept(shared, listener, limits, shutdown).await;
     reporting.abort();
     Ok(())
@@ -179,9 +183,10 @@ const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * STREAM_WINDOW_
 const CONNECTION_SEND_BYTES: usize = 256 * 1024;
 /// Memory of one stream in the HTTP/2 server, bytes: the window once in the inbox and once in the decoder.
 pub const STREAM_BYTES_MAX: u64 = 2 * STREAM_WINDOW_BYTES as u64;
-/// Memory of one connection without its streams, bytes: what it sends, headers (HTTP/2 takes at most seven frames of
-/// 16 KiB), frames being read and written.
-pub const CONNECTION_BYTES_MAX: u64 = CONNECTION_SEND_BYTES as u64 + 2 * HEADERS_READ_MAX as u64;
+/// Memory of one connection without its streams, bytes: what it sends, the ends of calls, headers (HTTP/2 takes at most
+/// seven frames of 16 KiB), frames being read and written.
+pub const CONNECTION_BYTES_MAX: u64 =
+    CONNECTION_SEND_BYTES as u64 + UNSENT_BYTES_MAX + 2 * HEADERS_READ_MAX as u64;
 
 /// Headers of one call, bytes: room for a token and the fields that proxies add.
 const HEADER_BYTES_MAX: u32 = 16 * 1024;

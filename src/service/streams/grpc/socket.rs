@@ -36,8 +36,8 @@ pub(super) struct SocketState {
     /// Since when the socket takes nothing although HTTP/2 has something to write, ms since `opened_at`; or
     /// [`NOT_BLOCKED`].
     blocked_ms: AtomicU64,
-    /// The socket has begun to block since the connection asked last.
-    newly_blocked: AtomicBool,
+    /// The socket has begun or ceased to block since the connection asked last.
+    block_changed: AtomicBool,
     /// The portion is used up, and HTTP/2 wants more.
     waits: AtomicBool,
     /// The next portion may be read.
@@ -51,7 +51,7 @@ impl Socket {
             opened_at: Instant::now(),
             received_ms: AtomicU64::new(0),
             blocked_ms: AtomicU64::new(NOT_BLOCKED),
-            newly_blocked: AtomicBool::new(false),
+            block_changed: AtomicBool::new(false),
             waits: AtomicBool::new(false),
             granted: AtomicBool::new(false),
             end: OnceLock::new(),
@@ -91,20 +91,18 @@ impl SocketState {
         (ms != NOT_BLOCKED).then(|| self.at(ms))
     }
 
-    /// Whether the socket has begun to block since the last call.
-    pub(super) fn take_newly_blocked(&self) -> bool {
-        self.newly_blocked.swap(false, Ordering::Relaxed)
+    /// Whether the socket has begun or ceased to block since the last call.
+    pub(super) fn take_block_change(&self) -> bool {
+        self.block_changed.swap(false, Ordering::Relaxed)
     }
 
     fn written(&self, result: &Poll<io::Result<usize>>) {
-        match result {
-            Poll::Pending if self.blocked_since().is_none() => {
-                self.blocked_ms.store(self.now_ms(), Ordering::Relaxed);
-                self.newly_blocked.store(true, Ordering::Relaxed);
-            }
-            Poll::Pending => {}
-            Poll::Ready(_) => self.blocked_ms.store(NOT_BLOCKED, Ordering::Relaxed),
+        if result.is_pending() == self.blocked_since().is_some() {
+            return;
         }
+        let since = if result.is_pending() { self.now_ms() } else { NOT_BLOCKED };
+        self.blocked_ms.store(since, Ordering::Relaxed);
+        self.block_changed.store(true, Ordering::Relaxed);
     }
 
     fn now_ms(&self) -> u64 {
@@ -122,6 +120,16 @@ impl SocketState {
             self.granted.store(true, Ordering::Relaxed);
         }
         waits
+    }
+}
+
+impl Drop for Socket {
+    /// What the socket does not take is dropped with it. Otherwise the kernel would keep it for minutes.
+    fn drop(&mut self) {
+        if self.state.blocked_since().is_some() {
+            // Fails only if the socket is already broken.
+            let _ = self.stream.get_ref().set_zero_linger();
+        }
     }
 }
 

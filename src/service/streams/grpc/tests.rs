@@ -2,10 +2,12 @@
 
 mod health;
 mod limits;
+mod unread;
 mod windows;
 
 use std::net::SocketAddr;
 
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -64,6 +66,8 @@ impl Port {
         let (handle, hub, [manager, router]) = hub_with_peers(hub_config, 4096);
         tokio::spawn(hub.run());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // Small, so that the kernel takes little for a client that does not read.
+        set_socket_send_buffer_size(&listener, 4_608).unwrap();
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(GrpcCounters::default());
         let metrics = Arc::clone(handle.metrics());

@@ -15,7 +15,7 @@ async fn rest(mut socket: TcpStream) -> Vec<u8> {
 }
 
 /// The preface with empty settings (RFC 9113 §3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 #[tokio::test]
 async fn connection_with_a_session_is_not_replaced() {
@@ -82,7 +82,7 @@ async fn further_calls_of_a_connection_count_as_handshakes() {
 }
 
 /// `HEADERS` of a call without a body, and a `RST_STREAM` behind it (RFC 9113 §6.2, §6.4).
-fn call_and_reset(number: u32) -> Vec<u8> {
+pub(super) fn call_and_reset(number: u32) -> Vec<u8> {
     let stream = (2 * number + 1).to_be_bytes();
     // POST, http and /, from the static table (RFC 7541, appendix A).
     let headers: [&[u8]; 3] = [&[0, 0, 3, 1, 4], &stream, &[0x83, 0x86, 0x84]];
@@ -129,18 +129,6 @@ async fn connection_with_far_more_calls_than_handshakes_is_ended() {
     rest(client).await;
     assert_eq!(port.counters.grpc_connections_flooded.get(), 1);
     assert_eq!(port.counters.grpc_calls_refused_rate.get(), u64::from(refused) + 1);
-}
-
-#[tokio::test]
-async fn connection_whose_socket_takes_nothing_is_ended() {
-    let config = GrpcConfig { write_timeout: Duration::from_millis(50), ..GrpcConfig::default() };
-    let port = Port::open(config, HubConfig::default()).await;
-    let mut client = TcpStream::connect(port.address).await.unwrap();
-    client.write_all(PREFACE).await.unwrap();
-    // Each is answered, until the socket is full.
-    let pings = b"\0\0\x08\x06\0\0\0\0\x0012345678".repeat(1_000);
-    while client.write_all(&pings).await.is_ok() {}
-    assert_eq!(port.counters.grpc_connections_stalled.get(), 1);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use crate::service::streams::hub::Delivery;
 /// Initial buffer of a stream per direction, bytes.
 const BUFFER_BYTES: usize = 1024;
 /// Events that are ready together are sent together up to about this size, bytes.
-const BATCH_BYTES: usize = 32 * 1024;
+pub(super) const BATCH_BYTES: usize = 32 * 1024;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct EventCodec;

@@ -31,6 +31,7 @@ use crate::service::streams::hub::HubHandle;
 pub use connect::REQUEST_BYTES_MAX;
 pub use limits::AddressLimits;
 
+use codec::BATCH_BYTES;
 use connect::ConnectService;
 use connection::Shared;
 use unsent::{UNSENT_BYTES_MAX, UnsentEnds};
@@ -181,8 +182,9 @@ const _: () = assert!(REQUEST_BYTES_MAX < STREAM_WINDOW_BYTES as usize);
 const CONNECTION_WINDOW_BYTES: u32 = STREAMS_PER_CONNECTION_MAX * STREAM_WINDOW_BYTES;
 /// Bytes of all streams of a connection that their windows have let out and the socket has not taken.
 const CONNECTION_SEND_BYTES: usize = 256 * 1024;
-/// Memory of one stream in the HTTP/2 server, bytes: the window once in the inbox and once in the decoder.
-pub const STREAM_BYTES_MAX: u64 = 2 * STREAM_WINDOW_BYTES as u64;
+/// Memory of one stream in the HTTP/2 server, bytes: the window once in the inbox and once in the decoder, and the events
+/// that it is sending, in a buffer that grows by doubling. A larger event is a copy besides.
+pub const STREAM_BYTES_MAX: u64 = 2 * STREAM_WINDOW_BYTES as u64 + 2 * BATCH_BYTES as u64;
 /// Memory of one connection without its streams, bytes: what it sends, the ends of calls, headers (HTTP/2 takes at most
 /// seven frames of 16 KiB), frames being read and written.
 pub const CONNECTION_BYTES_MAX: u64 =

@@ -35,6 +35,11 @@ impl WaitAllowance {
         };
     }
 
+    /// Allows a wait of `ms`, at most [`WAIT_MS_MAX`], instead of what is left.
+    pub fn allow(&mut self, ms: u64) {
+        self.left = ((ms * EARNING_MS) as i64).min(WHOLE);
+    }
+
     /// Whether nothing may wait now.
     pub fn is_used_up(&self) -> bool {
         self.left <= 0
@@ -73,6 +78,16 @@ mod tests {
             }
         }
         assert_eq!(waits(1_000, 1, |now| now < 100), (99, 99), "a short wait is allowed whole");
+    }
+
+    #[test]
+    fn wait_that_is_allowed_is_as_long_as_it_says() {
+        let mut allowance = WaitAllowance::new(0);
+        allowance.allow(16);
+        allowance.pass(15, true);
+        assert!(!allowance.is_used_up());
+        allowance.pass(16, true);
+        assert!(allowance.is_used_up());
     }
 
     #[test]

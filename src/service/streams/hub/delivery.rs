@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
-use tokio::time::Instant;
 use tonic::Status;
 
 use crate::domain::close::EndReason;
@@ -93,8 +92,6 @@ pub(crate) struct Delivery {
     notices: Arc<Notices>,
     /// Streams that hold it.
     holders: AtomicU32,
-    /// When the hub took it.
-    pub(super) taken_at: Instant,
 }
 
 impl Delivery {
@@ -109,8 +106,8 @@ impl Delivery {
         if class == Some(DeliveryClass::Live) {
             notices.queued.change(1, &event);
         }
-        let (notices, holders, taken_at) = (Arc::clone(notices), AtomicU32::new(0), Instant::now());
-        Some(Arc::new(Self { event, class, reply_to, notices, holders, taken_at }))
+        let (notices, holders) = (Arc::clone(notices), AtomicU32::new(0));
+        Some(Arc::new(Self { event, class, reply_to, notices, holders }))
     }
 
     /// A serialized `DeliveryEvent`.

@@ -108,7 +108,7 @@ counters! {
         Counter stream_cursors_sent: "Cursors queued for streams that asked for them",
         Counter stream_acknowledgements: "Acknowledgements received from clients",
         Counter stream_overflows: "Streams closed because a queue was full",
-        Counter stream_closed_for_room: "Streams closed because too many events were queued and their clients were behind",
+        Counter stream_closed_for_room: "Streams closed because too many events were queued and their clients' windows were closed",
         Counter stream_closed_in_catch_up_for_room: "Streams closed because too many events were held for all that catch up",
         Counter stream_catch_up_timeouts: "Streams closed because their catch-up made no progress",
         Counter stream_stalls: "Streams closed because the window of the client let no byte out",

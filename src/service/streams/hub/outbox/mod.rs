@@ -30,6 +30,10 @@ use crate::domain::ids::ConversationKey;
 /// A stream that gets cursors gets one when its queue becomes empty after this many events, as for WebSocket.
 const BURST_EVENTS: usize = 64;
 
+/// A window counts as closed if the writer has had bytes for so long, also if it is the socket that is full. The writer
+/// passes what both have room for at once.
+const WINDOW_CLOSED_MIN: Duration = Duration::from_millis(1);
+
 /// Limits of one stream.
 #[derive(Clone, Debug)]
 pub struct OutboxLimits {
@@ -234,8 +238,9 @@ struct OutboxState {
     catch_up_since: Option<Instant>,
     /// When the client's window last let something out although more was waiting, or an event began to wait.
     unread_since: Option<Instant>,
-    /// When held events were last moved to `queue`.
-    released_at: Option<Instant>,
+    /// Since when the writer has bytes that the client's window has not let out. Those that it lets out in between do not
+    /// count, so that no client keeps the room of the hub by opening its window a little at a time.
+    writing_since: Option<Instant>,
     status: Option<Status>,
     /// The hub waits until half of the limits are free.
     awaited: bool,
@@ -272,7 +277,7 @@ impl Outbox {
             catching_up: 0,
             catch_up_since: None,
             unread_since: None,
-            released_at: None,
+            writing_since: None,
             status: None,
             awaited: false,
             ends_wait: false,
@@ -496,6 +501,7 @@ impl Outbox {
     pub(crate) fn let_out(&self, left: usize, now: Instant) {
         let mut state = self.state();
         state.unread_since = (left > 0 || !state.queue.is_empty()).then_some(now);
+        state.writing_since = (left > 0).then(|| state.writing_since.unwrap_or(now));
     }
 
     /// The session has ended: what its stream still has is not sent.
@@ -519,13 +525,13 @@ impl Outbox {
         state.held.iter().map(|held| held.delivery().event().cost()).sum()
     }
 
-    /// How long the oldest queued event has waited, and the bytes that the queue costs.
-    pub(super) fn backlog(&self, now: Instant) -> Option<(Duration, u64)> {
+    /// Number of live events that wait for the client's window, and the bytes that they cost; `None` if it is open.
+    pub(super) fn waiting_for_window(&self, now: Instant) -> Option<(u64, u64)> {
         let state = self.state();
-        let (_, oldest) = state.queue.front()?;
-        let since = state.released_at.map_or(oldest.taken_at, |at| oldest.taken_at.max(at));
-        let cost = state.queue.iter().map(|(_, delivery)| delivery.event().cost()).sum();
-        Some((now.saturating_duration_since(since), cost))
+        state.writing_since.filter(|since| *since + WINDOW_CLOSED_MIN <= now)?;
+        let live = |kind: &QueuedKind| matches!(kind, QueuedKind::Live | QueuedKind::Released);
+        let live = state.queue.iter().filter(|(kind, _)| live(kind));
+        Some(live.fold((0, 0), |(events, cost), (_, it)| (events + 1, cost + it.event().cost())))
     }
 
     /// Since when conversations are catching up and none completes; `None` if there are none.
@@ -582,7 +588,6 @@ impl OutboxState {
                 continue;
             }
             self.holding.sub(delivery.bytes().len());
-            self.released_at = Some(now);
             if !self.is_duplicate(delivery) {
                 self.enqueue(QueuedKind::Released, Arc::clone(delivery), now);
             }

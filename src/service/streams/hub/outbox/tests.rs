@@ -262,6 +262,24 @@ fn stall_is_measured_from_the_last_event_taken() {
     assert_eq!(outbox.unread_since(), None);
 }
 
+/// A client that opens its window a little at a time keeps it closed.
+#[test]
+fn events_wait_for_a_window_until_all_that_the_writer_has_is_out() {
+    let outbox = open_default();
+    let _ = live(&outbox, &message(1, 1));
+    let start = Instant::now();
+    let after = |us| start + Duration::from_micros(us);
+    assert_eq!(outbox.waiting_for_window(after(5_000)), None, "the writer has not run");
+    for us in [0, 500, 1_000] {
+        outbox.let_out(10, after(us));
+    }
+    assert_eq!(outbox.waiting_for_window(after(999)), None);
+    assert_eq!(outbox.waiting_for_window(after(1_000)).unwrap().0, 1);
+    outbox.let_out(0, after(1_100));
+    outbox.let_out(10, after(1_100));
+    assert_eq!(outbox.waiting_for_window(after(2_000)), None);
+}
+
 /// One random action. Conversations are numbered; each has an append-only log.
 #[derive(Clone, Debug)]
 enum Action {

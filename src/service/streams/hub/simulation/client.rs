@@ -68,6 +68,8 @@ pub(super) struct StreamClient {
     /// It does nothing but read: its events must come in time, whatever others do.
     pub(super) stands_by: bool,
     pub(super) outbox: Arc<Outbox>,
+    /// Its writer has an event that the client's window does not let out.
+    pub(super) window_is_closed: bool,
     pub(super) answer: Option<oneshot::Receiver<Result<ConnectionKey, NotAdmitted>>>,
     pub(super) session: Option<StreamSession>,
     pub(super) connection: Option<ConnectionKey>,
@@ -83,7 +85,13 @@ pub(super) struct StreamClient {
 }
 
 impl StreamClient {
-    /// Whether it gets what is routed.
+    /// Whether something is routed to it. A bystander gets nothing before its opening is done: what is held until then
+    /// may be too much for the room of the hub.
+    pub(super) fn is_addressed(&self) -> bool {
+        self.is_listed() && (self.session.is_some() || !self.stands_by)
+    }
+
+    /// Whether the session manager lists it.
     pub(super) fn is_listed(&self) -> bool {
         self.is_admitted && !self.closed_by_service && !self.ended
     }
@@ -157,6 +165,7 @@ impl World {
             reading,
             stands_by: reading == StreamReading::Prompt && self.random.random_bool(0.5),
             outbox,
+            window_is_closed: false,
             answer: Some(answer),
             session: None,
             connection: None,
@@ -208,17 +217,30 @@ impl World {
         }
     }
 
-    /// Reads at most so many events.
+    /// The writer of a client that does not read at once takes an event, which the window does not let out.
+    pub(super) fn write(&mut self, number: usize) {
+        if !self.clients[number].window_is_closed {
+            self.read(number, 1);
+        }
+    }
+
+    /// Reads what its writer has, and lets the writer take at most so many events. If the client is not one that reads
+    /// at once, its window does not let out the last one.
     pub(super) fn read(&mut self, number: usize, events: usize) {
         let client = &mut self.clients[number];
-        for _ in 0..events {
+        if std::mem::take(&mut client.window_is_closed) {
+            client.outbox.let_out(0, Instant::now());
+        }
+        for left in (0..events).rev() {
             let Some(session) = &client.session else { return };
             let mut context = Context::from_waker(Waker::noop());
             match client.outbox.poll_next(&mut context, Instant::now()) {
                 Poll::Pending => return,
                 Poll::Ready(Ok(delivery)) => {
                     session.sent(&delivery);
-                    client.outbox.let_out(0, Instant::now());
+                    client.window_is_closed = left == 0 && client.reading != StreamReading::Prompt;
+                    let bytes = [0, delivery.bytes().len()][usize::from(client.window_is_closed)];
+                    client.outbox.let_out(bytes, Instant::now());
                     let (class, number) = delivery.bytes().split_at(1);
                     let number = u64::from_le_bytes(number.try_into().expect("8 bytes"));
                     let late = client.received(delivery.event(), class[0], number, self.awake_ms);

@@ -14,7 +14,6 @@ use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::advance;
 
 use self::client::{Addressed, StreamClient, StreamReading};
-use super::task::room::BEHIND_MIN;
 use super::{Hub, HubConfig, HubHandle, HubMetrics, OutboxLimits};
 use crate::domain::caught_up::{CaughtUp, SequenceRun};
 use crate::domain::close::{Close, CloseCode, EndReason};
@@ -128,14 +127,16 @@ fn conversation(index: usize) -> String {
 impl World {
     fn new(seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
+        // Rings hold less than the hub in production, and more if its room was set to little. Then the queues of streams are
+        // longer than the room, so that the rings wait for room only.
+        let (deliveries_max, slots, live_messages_max) =
+            [(40, 1, 0), (40, 4, 0), (40, 512, 128), (200, 16, 0), (4_000, 32, 0)]
+                [random.random_range(0..5)];
         let limits = OutboxLimits {
-            live_messages_max: [4, 16, 128][random.random_range(0..3)],
+            live_messages_max: live_messages_max.max([4, 16, 128][random.random_range(0..3)]),
             hold_messages_max: [4, 64][random.random_range(0..2)],
             ..OutboxLimits::default()
         };
-        // As in production, the rings hold much less than the hub.
-        let (deliveries_max, slots) =
-            [(40, 1), (40, 4), (200, 16), (4_000, 32)][random.random_range(0..4)];
         let config = HubConfig { outbox: limits.clone(), deliveries_max, ..HubConfig::default() };
         let bell = Arc::new(Doorbell::new().expect("a descriptor"));
         let (mut commands, mut reports, mut ends) = (Vec::new(), Vec::new(), Vec::new());
@@ -184,11 +185,12 @@ impl World {
         }
     }
 
-    /// Routes events of one conversation to all sessions, often many at once.
+    /// Routes events of one conversation, often many at once: to all sessions, or each to one of them.
     fn route(&mut self) {
         let index = self.random.random_range(0..CONVERSATIONS);
         let key = conversation_key(&conversation(index));
         let burst = [1, 1, 5, 200][self.random.random_range(0..4)];
+        let is_for_all = self.random.random_bool(0.5);
         for _ in 0..burst {
             if self.routers[index % ROUTERS].free() == 0 {
                 return;
@@ -196,9 +198,14 @@ impl World {
             self.sequences[index] += 1;
             self.number += 1;
             let (number, sequence) = (self.number, self.sequences[index]);
+            let addressed = self.clients.iter().filter(|client| client.is_addressed()).count();
+            let only =
+                (!is_for_all && addressed > 0).then(|| self.random.random_range(0..addressed));
             let mut recipients = Vec::new();
-            for (to, client) in self.clients.iter_mut().enumerate() {
-                if client.is_listed() {
+            let clients = self.clients.iter_mut().enumerate();
+            let clients = clients.filter(|(_, client)| client.is_addressed()).enumerate();
+            for (place, (to, client)) in clients {
+                if only.is_none_or(|only| only == place) {
                     let since_ms = self.awake_ms;
                     let addressed = Addressed { number, sequence, since_ms };
                     client.expected.entry(key).or_default().push_back(addressed);
@@ -300,8 +307,18 @@ impl World {
         self.awake_ms += passes.min(RETRY).as_millis() as u64;
     }
 
-    /// A turn of the hub, and what everybody else does at once.
+    /// Turns of the hub, until it takes nothing more from the routers' rings.
     fn turn(&mut self) {
+        let free = |world: &Self| world.routers.iter().map(Producer::free).sum::<usize>();
+        let mut before = None;
+        while before != Some(free(self)) {
+            before = Some(free(self));
+            self.turn_once();
+        }
+    }
+
+    /// A turn of the hub, and what everybody else does at once.
+    fn turn_once(&mut self) {
         let waited = self.hub.makes_routers_wait();
         self.hub.step();
         let (queued, held) = (self.hub.notices.queued.events(), self.hub.notices.held.events());
@@ -313,8 +330,9 @@ impl World {
         self.manager.flush();
         for number in 0..self.clients.len() {
             self.admitted(number);
-            if self.clients[number].reading == StreamReading::Prompt {
-                self.read(number, usize::MAX);
+            match self.clients[number].reading {
+                StreamReading::Prompt => self.read(number, usize::MAX),
+                StreamReading::Slow | StreamReading::Stalled => self.write(number),
             }
         }
         self.check_bystanders();
@@ -382,7 +400,8 @@ impl World {
     }
 
     fn check_bystanders(&mut self) {
-        let latest_max = BEHIND_MIN.as_millis() as u64 + 3 * WAIT_MS_MAX + 4 * 16;
+        // For writers, then for room, and the precision of both.
+        let latest_max = 2 * WAIT_MS_MAX + 4 * RETRY.as_millis() as u64;
         for (number, client) in self.clients.iter().enumerate() {
             if !client.stands_by || !client.is_listed() || client.session.is_none() {
                 continue;

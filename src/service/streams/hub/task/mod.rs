@@ -1,7 +1,7 @@
 //! Task of the hub. It alone owns the rings and the slots.
 
 mod cursors;
-pub(super) mod room;
+mod room;
 mod sweep;
 
 use std::io;
@@ -180,7 +180,7 @@ impl Hub {
         self.handle_notices();
         self.count_waits();
         if self.is_crowded() && self.room_waits.is_used_up() {
-            self.close_those_behind(Instant::now());
+            self.close_closed_windows(Instant::now());
         }
         for _ in 0..HANDOFF_BATCH_MAX {
             if self.is_backlogged() {

@@ -9,13 +9,8 @@ use super::Hub;
 use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::{held_share, queued_share};
-use crate::domain::wait_allowance::WaitAllowance;
 use crate::service::streams::hub::outbox::Unsent;
 use crate::service::streams::hub::status;
-
-/// A stream may be closed for the room that its queue takes if its oldest event has waited for this long. Otherwise the
-/// writers may only lack processor time.
-pub(in crate::service::streams::hub) const BEHIND_MIN: Duration = Duration::from_secs(1);
 
 /// How long the routers' rings may wait for a writer before it counts as slow. A burst fills the queue of a stream
 /// before its writer has run at all.
@@ -30,6 +25,9 @@ pub(super) struct AwaitedWriter {
     /// The routers' rings do not wait for it any more: it may overflow.
     pub(super) given_up: bool,
 }
+
+/// If the windows of clients are not the cause that there is little room, the hub looks again after so long.
+const ROOM_RETRY_MS: u64 = 16;
 
 impl AwaitedWriter {
     fn is_slow(self, now: Duration) -> bool {
@@ -47,7 +45,7 @@ impl Hub {
     }
 
     /// Ends the waits that are over. Returns whether the routers' rings still wait for a writer. They wait for slow
-    /// ones only as long as all clients together may make them wait ([`WaitAllowance`]).
+    /// ones only as long as all clients together may make them wait ([`WaitAllowance`](crate::domain::wait_allowance::WaitAllowance)).
     pub(super) fn end_writer_waits(&mut self) -> bool {
         if self.awaited.is_empty() {
             return false;
@@ -96,19 +94,26 @@ impl Hub {
                 || held.cost() * denominator > share(self.config.deliveries_bytes_max))
     }
 
-    /// There has been little room for as long as that may last. Closes streams that are behind, those with the longest
-    /// queues first, until a quarter of the room is free.
-    pub(super) fn close_those_behind(&mut self, now: Instant) {
-        self.room_waits = WaitAllowance::new(self.now_ms());
-        let mut behind = Vec::new();
+    /// There has been little room for as long as that may last. If at least half of what is queued waits for windows of
+    /// clients, closes their streams, those with the longest queues first, until a quarter of the room is free. What the
+    /// rings have may fill it again at once: then there is nothing left to wait, and further streams are closed.
+    /// Otherwise the writers only lack processor time, and make room.
+    pub(super) fn close_closed_windows(&mut self, now: Instant) {
+        let (mut events, mut cost) = (0, 0);
+        let mut closed = Vec::new();
         for (connection, stream) in self.streams.iter_mut() {
-            match stream.outbox.backlog(now) {
-                Some((waited, cost)) if waited >= BEHIND_MIN => behind.push((cost, connection)),
-                Some(_) | None => {}
+            let Some(waiting) = stream.outbox.waiting_for_window(now) else { continue };
+            (events, cost) = (events + waiting.0, cost + waiting.1);
+            if waiting.0 > 0 {
+                closed.push((Reverse(waiting.1), connection));
             }
         }
-        behind.sort_unstable_by_key(|(cost, _)| Reverse(*cost));
-        for (_, connection) in behind {
+        let queued = &self.notices.queued;
+        if events < queued.events() / 2 && cost < queued.cost() / 2 {
+            return self.room_waits.allow(ROOM_RETRY_MS);
+        }
+        closed.sort_unstable_by_key(|(cost, _)| *cost);
+        for (_, connection) in closed {
             if !self.has_more_queued_than(3, 4) {
                 return;
             }

@@ -56,11 +56,13 @@ impl Handlers {
     pub(super) fn install(profile: Profile) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let entered = runtime.enter();
+        // Asked before the handler replaces it.
+        let hang_up_stops = profile == Profile::Dev && !hang_up_is_ignored();
         let caught = Caught {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hang_up: signal(SignalKind::hangup())?,
-            hang_up_stops: profile == Profile::Dev,
+            hang_up_stops,
             read_again: watch::Sender::new(0),
         };
         drop(entered);
@@ -95,6 +97,14 @@ impl Handlers {
     }
 }
 
+/// Whether whoever started the process wants it to survive its terminal (`nohup`). See `proc_pid_status(5)`.
+fn hang_up_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 << (SignalKind::hangup().as_raw_value() - 1) != 0)
+}
+
 impl Caught {
     /// Waits for the next signal that stops the node, and returns its name and number.
     async fn next(&mut self) -> (&'static str, i32) {
@@ -110,7 +120,7 @@ impl Caught {
                     if self.hang_up_stops {
                         return ("SIGHUP", SignalKind::hangup().as_raw_value());
                     }
-                    tracing::info!("SIGHUP: reading the files of keys again");
+                    tracing::info!("SIGHUP: the files of keys are read again, if there are any");
                     self.read_again.send_modify(|times| *times += 1);
                 }
             }

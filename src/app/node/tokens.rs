@@ -65,8 +65,12 @@ impl Tokens {
     }
 
     /// Reads the files again when `asked` changes, and from time to time, as long as the runtime lives. What cannot be
-    /// read changes nothing.
+    /// read changes nothing. Without files, or without tokens, there is nothing to do.
     pub(super) fn follow_files(mut self, settings: &Settings, mut asked: watch::Receiver<u64>) {
+        let has_files = settings.jwt_secret_file.is_some() || settings.jwt_key_file.is_some();
+        if settings.auth_mode == AuthMode::Trust || !has_files {
+            return;
+        }
         let settings = settings.clone();
         tokio::spawn(async move {
             let mut last_failure = None;

@@ -252,6 +252,17 @@ fn hang_up_stops_dev_in_order() {
     assert_eq!(until(SOON, "the node exits", || node.ended()).code(), Some(0));
 }
 
+/// As `nohup` starts it. And without tokens nothing is said of keys.
+#[test]
+fn hang_up_does_not_stop_dev_that_ignores_it() {
+    let node = NodeBuilder::dev().set("JWT_SECRET", "short").under("trap '' HUP").start();
+    let mut session = Client::opened(&Connect::session(node.public, "alice", "d"));
+    node.signal(Signal::HUP);
+    until(SOON, "it has noticed", || node.log().contains("SIGHUP").then_some(()));
+    assert_alive(&mut session);
+    assert!(!node.log().contains("the keys of tokens"), "{}", node.log());
+}
+
 /// Nothing else than the environment that RealChat documents for development (contract §5).
 #[test]
 fn published_development_secret_starts_with_a_warning() {

@@ -10,7 +10,7 @@
 //! | 5 | [`cluster`] | what the nodes tell each other: who is where, what is handed over |
 //! | 4 | [`members`] | the members of conversations, the sessions of users on this node |
 //! | 3 | [`backends`] | clients of the other services and of Redis |
-//! | 2 | [`events`] | decoding and encoding of events |
+//! | 2 | [`events`], [`tls`] | decoding and encoding of events; certificates, session tickets, handshakes |
 //! | 1 | [`runtime`] | what every floor shares: doorbell for tokio, backoff, steady clock, caches, places for connections |
 //!
 //! `sessions` and `streams` do not import each other.
@@ -23,3 +23,4 @@ pub mod routing;
 pub mod runtime;
 pub mod sessions;
 pub mod streams;
+pub mod tls;

@@ -20,15 +20,16 @@ const LAYERS: [(&str, &[&str]); 7] = [
 ];
 
 /// Each floor of the service side and the floors that it may import (`src/service/mod.rs`).
-const FLOORS: [(&str, &[&str]); 8] = [
+const FLOORS: [(&str, &[&str]); 9] = [
     ("runtime", &[]),
     ("events", &["runtime"]),
+    ("tls", &["runtime"]),
     ("backends", &["events", "runtime"]),
     ("members", &["backends", "events", "runtime"]),
     ("cluster", &["members", "backends", "events", "runtime"]),
     ("routing", &["cluster", "members", "backends", "events", "runtime"]),
     ("sessions", &["routing", "cluster", "members", "backends", "events", "runtime"]),
-    ("streams", &["routing", "members", "backends", "events", "runtime"]),
+    ("streams", &["routing", "members", "backends", "tls", "events", "runtime"]),
 ];
 
 /// Layers without a clock, randomness, runtime, log or back end: time and randomness are arguments.

@@ -1,11 +1,12 @@
-//! The connections of the admin port. Each serves one request, so that a connection is in one of two states, and each
-//! has its deadline:
+//! The connections of the admin port, and those of its Unix socket. Each serves one request, so that a connection is in
+//! one of two states, and each has its deadline:
 //!
 //! ```text
 //!  accepted ── whole head ──► answering ── answer written ──► closed
 //!     │ makes room for a new connection at the limit
 //! ```
 
+use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,15 +14,18 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::codegen::Service as _;
 
+use super::access::AdminPeer;
 use crate::service::backends::outage::Outage;
 use crate::service::runtime::places::{Places, Replaceable};
 
-/// Concurrent connections. At this limit the oldest one whose request is not whole makes room for a new one.
+/// Concurrent connections of the port, and as many of the socket. At this limit the oldest one whose request is not whole
+/// makes room for a new one.
 pub(super) const CONNECTIONS_MAX: usize = 256;
 /// Longest request head, bytes.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
@@ -53,12 +57,38 @@ crate::counters! {
         Counter connections_late: "Connections whose request head did not come within 10 s",
         Counter connections_stalled: "Connections that did not take their answer within 10 s",
         Counter accept_failures: "Failed attempts to accept a connection on the admin port",
+        Counter requests_denied: "Requests below /admin/ that were denied: no token, from another machine, or of a web page",
+        Counter token_reloads: "Tokens of operators replaced while the node ran",
+        Counter token_reload_failures: "Tokens of operators that could not be read again; the old ones stay in use",
+    }
+}
+
+/// A socket that accepts connections to the admin API.
+pub(super) trait AdminListener {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, AdminPeer)>> + Send;
+}
+
+impl AdminListener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<(TcpStream, AdminPeer)> {
+        self.accept().await.map(|(stream, peer)| (stream, AdminPeer::Address(peer.ip())))
+    }
+}
+
+impl AdminListener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<(UnixStream, AdminPeer)> {
+        self.accept().await.map(|(stream, _)| (stream, AdminPeer::Socket))
     }
 }
 
 /// Accepts and serves connections until the future is dropped.
-pub(super) async fn serve(
-    listener: TcpListener,
+pub(super) async fn serve<L: AdminListener>(
+    listener: L,
     router: axum::Router,
     deadlines: RequestDeadlines,
     counters: Arc<AdminCounters>,
@@ -66,8 +96,8 @@ pub(super) async fn serve(
     let places = Places::new(CONNECTIONS_MAX);
     let outage = Outage::default();
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.next().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 counters.accept_failures.add(1);
                 if let Some(again) = outage.failed(Instant::now()) {
@@ -84,7 +114,7 @@ pub(super) async fn serve(
         };
         counters.connections.add(1);
         let serving = serve_connection(
-            stream,
+            (stream, peer),
             router.clone(),
             (replaceable, leave),
             deadlines,
@@ -97,8 +127,8 @@ pub(super) async fn serve(
     }
 }
 
-async fn serve_connection(
-    stream: TcpStream,
+async fn serve_connection<S: AsyncRead + AsyncWrite + Unpin>(
+    (stream, peer): (S, AdminPeer),
     router: axum::Router,
     (replaceable, leave): (Replaceable, Arc<Notify>),
     deadlines: RequestDeadlines,
@@ -106,8 +136,9 @@ async fn serve_connection(
 ) {
     let has_head = Notify::new();
     let replaceable = Mutex::new(Some(replaceable));
-    let answer = |request: hyper::Request<Incoming>| {
+    let answer = |mut request: hyper::Request<Incoming>| {
         replaceable.lock().expect("no holder panics").take();
+        request.extensions_mut().insert(peer);
         has_head.notify_one();
         router.clone().call(request)
     };

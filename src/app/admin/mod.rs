@@ -1,24 +1,28 @@
-//! The admin port: health, metrics, drain, and in `dev` a page that shows events.
+//! The admin port and its Unix socket: health, metrics, in `dev` a page that shows events, and below `/admin/` what
+//! operators do, for which [`access`] decides who may.
 
+mod access;
 mod connections;
 mod exposition;
 mod requests;
 
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, Version, header};
+use axum::extract::{Extension, Request, State};
+use axum::http::{HeaderValue, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+pub use access::AdminTokens;
 pub use connections::AdminCounters;
 pub use exposition::{MetricsPage, number};
 pub use requests::{RequestMetrics, answered};
 
+use access::{AdminPeer, Caller};
 use connections::RequestDeadlines;
 
 use crate::protocol::upgrade::is_authority;
@@ -47,6 +51,8 @@ pub struct Admin {
     pub requests: RequestMetrics,
     /// Counts its connections.
     pub connections: Arc<AdminCounters>,
+    /// The tokens that may act.
+    pub tokens: Arc<AdminTokens>,
 }
 
 impl Admin {
@@ -60,19 +66,30 @@ impl Admin {
     }
 }
 
-/// Serves the admin port until the future is dropped.
-pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
+/// Serves the admin port, and the socket if there is one, until the future is dropped. Each has its own limit of
+/// connections, so that nobody who can only reach the port locks out an operator on the socket.
+pub async fn serve(port: TcpListener, socket: Option<UnixListener>, admin: Arc<Admin>) {
     let counters = Arc::clone(&admin.connections);
-    connections::serve(listener, router(admin), RequestDeadlines::default(), counters).await;
+    let (router, deadlines) = (router(admin), RequestDeadlines::default());
+    let on_port = connections::serve(port, router.clone(), deadlines, Arc::clone(&counters));
+    let on_socket = async {
+        if let Some(socket) = socket {
+            connections::serve(socket, router, deadlines, counters).await;
+        }
+    };
+    tokio::join!(on_port, on_socket);
 }
 
 fn router(admin: Arc<Admin>) -> axum::Router {
+    let actions = axum::Router::new()
+        .route("/admin/drain", post(drain))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&admin), authorize));
     axum::Router::new()
         .route("/health/live", get(async || "OK"))
         .route("/health/ready", get(ready))
         .route("/metrics", get(metrics))
-        .route("/admin/drain", post(drain))
         .route("/try", get(try_page))
+        .merge(actions)
         .fallback(async || (StatusCode::NOT_FOUND, NOT_FOUND))
         .layer(middleware::from_fn_with_state(Arc::clone(&admin), count))
         .with_state(admin)
@@ -129,16 +146,37 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     ([(header::CONTENT_TYPE, TEXT_FORMAT)], page.render()).into_response()
 }
 
-/// Browsers send `Origin` with each POST of a web page, and a page of any site can post to an address that the browser
-/// reaches.
-async fn drain(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> (StatusCode, &'static str) {
-    if headers.contains_key(header::ORIGIN) {
-        (StatusCode::FORBIDDEN, "web pages may not drain a node: send no Origin\n")
-    } else if admin.drain.send_replace(true) {
-        (StatusCode::ACCEPTED, "already draining\n")
-    } else {
-        (StatusCode::ACCEPTED, "draining; the process exits when done\n")
+/// Lets only those through who may act, and tells the handler who it is.
+async fn authorize(State(admin): State<Arc<Admin>>, mut request: Request, next: Next) -> Response {
+    let peer = request.extensions().get::<AdminPeer>().copied();
+    let peer = peer.expect("each connection has one");
+    match access::judge(peer, request.headers(), &admin.tokens) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(denied) => {
+            admin.connections.requests_denied.add(1);
+            tracing::debug!("admin: {} of {peer:?} denied: {denied}", request.uri().path());
+            let mut response = (denied.status(), format!("{denied}\n")).into_response();
+            if denied.status() == StatusCode::UNAUTHORIZED {
+                let scheme = HeaderValue::from_static("Bearer");
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+            }
+            response
+        }
     }
+}
+
+async fn drain(
+    State(admin): State<Arc<Admin>>,
+    Extension(caller): Extension<Caller>,
+) -> (StatusCode, &'static str) {
+    if admin.drain.send_replace(true) {
+        return (StatusCode::ACCEPTED, "already draining\n");
+    }
+    tracing::info!(%caller, "admin: drain");
+    (StatusCode::ACCEPTED, "draining; the process exits when done\n")
 }
 
 async fn try_page(State(admin): State<Arc<Admin>>) -> Response {
@@ -158,11 +196,12 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::domain::command::Secret;
     use crate::domain::counters::MetricKind;
 
     async fn send(address: SocketAddr, request: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let text = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let text = format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         stream.write_all(text.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -173,7 +212,7 @@ mod tests {
     async fn start(admin: Admin) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(serve(listener, Arc::new(admin)));
+        tokio::spawn(serve(listener, None, Arc::new(admin)));
         address
     }
 
@@ -185,8 +224,10 @@ mod tests {
         let requests = RequestMetrics::default();
         let service = "push".to_owned();
         let connections = Arc::default();
-        let try_page = None;
-        (Admin { service, checks, collectors, drain, try_page, requests, connections }, drained)
+        let (try_page, tokens) = (None, Arc::new(AdminTokens::new(&[])));
+        let admin =
+            Admin { service, checks, collectors, drain, try_page, requests, connections, tokens };
+        (admin, drained)
     }
 
     #[tokio::test]
@@ -226,15 +267,46 @@ mod tests {
         answer
     }
 
+    /// `access` has all cases.
     #[tokio::test]
-    async fn web_page_may_not_drain_the_node() {
+    async fn request_that_is_denied_does_nothing_and_is_told_why() {
         let (admin, drained) = admin(Vec::new(), None);
+        let counters = Arc::clone(&admin.connections);
+        let tokens = Arc::clone(&admin.tokens);
         let address = start(admin).await;
-        let request =
-            "POST /admin/drain HTTP/1.1\r\nHost: x\r\nOrigin: null\r\nConnection: close\r\n\r\n";
-        let answer = exchange(address, request).await;
-        assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+        let drain = async |fields: &str| {
+            let head = format!("POST /admin/drain HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n");
+            exchange(address, &head).await
+        };
+        let answer = drain("Origin: null\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("web pages"), "{answer}");
+        tokens.replace(&[Secret::new("0123456789abcdef0123456789abcdef".to_owned())]);
+        let answer = drain("").await;
+        assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
+        assert!(answer.contains("www-authenticate: Bearer\r\n"), "{answer}");
+        // Neither says anything about a path that does not exist, nor about health.
+        assert_eq!(send(address, "GET /admin/none").await.0, 404);
+        assert_eq!(send(address, "GET /health/live").await.0, 200);
         assert!(!*drained.borrow());
+        assert_eq!(counters.requests_denied.get(), 2);
+        let answer = drain("Authorization: Bearer 0123456789abcdef0123456789abcdef\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 202 ") && *drained.borrow(), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn socket_serves_what_the_port_serves_and_needs_no_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("admin.sock");
+        let (admin, drained) = admin(Vec::new(), None);
+        admin.tokens.replace(&[Secret::new("0123456789abcdef0123456789abcdef".to_owned())]);
+        let port = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = UnixListener::bind(&path).unwrap();
+        tokio::spawn(serve(port, Some(socket), Arc::new(admin)));
+        let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+        stream.write_all(b"POST /admin/drain HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 202 ") && *drained.borrow(), "{answer}");
     }
 
     #[tokio::test]

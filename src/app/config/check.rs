@@ -2,7 +2,7 @@
 
 use super::Profile;
 use super::layers::Layers;
-use super::own_keys::{BadKey, own_keys};
+use super::own_keys::{BadKey, admin_tokens, own_keys};
 use super::table::Settings;
 use super::value::{
     AuthMode, HandOffMode, LegacyNodesMode, Name, PresenceMode, RoutingMode, SettingValue as _,
@@ -85,6 +85,9 @@ pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
         }
     }
     tokens(settings, layers);
+    if let Err(BadKey { setting, why }) = admin_tokens(settings) {
+        layers.reject(setting, why);
+    }
     if let Err(error) = settings.origin_rule() {
         layers.reject("origins", error.to_string());
     }
@@ -242,6 +245,7 @@ mod tests {
         assert_eq!(dev(&[("kafka_properties", "transactional.id=x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("auth_mode", "jwt"), ("jwt_secret", "short")]), ["--jwt-secret"]);
+        assert_eq!(dev(&[("admin_token", "short")]), ["--admin-token"]);
         for name in ["jwt_key_file", "jwt_secret_file"] {
             let flag = format!("--{}", name.replace('_', "-"));
             assert_eq!(dev(&[("auth_mode", "jwt"), (name, "/nonexistent")]), [flag]);

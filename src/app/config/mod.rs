@@ -12,7 +12,7 @@ mod table;
 mod value;
 
 pub use layers::{ConfigError, ConfigErrors, Layers, ValueSource};
-pub use own_keys::{BadKey, has_development_secret, own_keys};
+pub use own_keys::{BadKey, admin_tokens, has_development_secret, own_keys};
 pub use print::{effective, reference};
 pub use table::{Settings, TABLE};
 pub use value::{

@@ -69,8 +69,11 @@ settings! {
         /// Start although another process of this user listens on the public port. The kernel then
         /// distributes the clients among both, for example while a new version takes over.
         http_port_shared: bool = "false", example "true";
-        /// Admin port for health, metrics and drain. Do not expose it to clients.
+        /// Admin port for health, metrics and what operators do (`delivery admin`). Do not expose it to clients.
         http_addr: ListenAddress = "8093", example ":8093";
+        /// Unix socket that serves the same as the admin port. Its file has mode 0600, and whoever may open it needs no
+        /// token. Empty: none.
+        admin_socket: Option<PathBuf> = "", example "/run/delivery/admin.sock";
         /// Port of the gRPC API `DeliveryApi.Connect`. Empty: gRPC is off.
         grpc_addr: Option<ListenAddress> = "50054", example "50054";
     }
@@ -294,6 +297,14 @@ settings! {
         jwt_audience: Option<Name> = "", example "realchat";
         /// Tolerated clock difference when the times of a token are checked.
         jwt_leeway: Duration = "30s", from "0s" to "10m", example "30s";
+    }
+    "Admin" {
+        /// Token of operators, at least 32 bytes: with it, `delivery admin` may act from anywhere, and over TCP nobody may
+        /// without it. Without a token only this machine may act. `/health` and `/metrics` need none.
+        admin_token: Option<Secret> = "", example "at-least-32-random-bytes-of-token";
+        /// File with such tokens, one in each line. Each of them may be used, and that of `admin_token`. The file is read
+        /// again on SIGHUP, and when it has changed.
+        admin_token_file: Option<PathBuf> = "", example "/etc/delivery/admin-tokens";
     }
     "Demo" {
         /// Run the demo conversation of `delivery dev`: `demo` with alice, bob and carol, a message about

@@ -1,9 +1,11 @@
 //! One node, from start to exit. Starts all parts in the order of their dependencies and stops them in
 //! reverse order.
 
+mod admin_socket;
 mod back_ends;
 mod cluster;
 mod deadlines;
+mod followed_files;
 mod memory;
 mod mesh;
 mod metrics;
@@ -41,7 +43,7 @@ use self::shards::{Shards, connection_limits, shard_config};
 use self::signals::Signals;
 use self::sizing::Sizing;
 use self::streams::Streams;
-use super::admin::{self, Admin, Collector, RequestMetrics};
+use super::admin::{self, Admin, AdminCounters, Collector, RequestMetrics};
 use super::config::Settings;
 use super::telemetry::{self, LogSink};
 use crate::domain::capacity::Capacity;
@@ -135,8 +137,11 @@ async fn run_node(
     on_ready: impl FnOnce(&Addresses),
 ) -> Result<Stopped, String> {
     let Prepared { sizing, mut signals } = plan.prepared;
-    let ports = Ports::bind(&plan.settings, plan.ip).await?;
+    let mut ports = Ports::bind(&plan.settings, plan.ip).await?;
     let addresses = ports.addresses;
+    let (admin_socket, _socket_file) = ports.admin_socket.take().unzip();
+    let connections = Arc::new(AdminCounters::default());
+    let tokens = tokens::operators(&plan.settings, &connections, signals.read_again())?;
     let (drain, drained) = watch::channel(false);
     let (node, admin_listener, mut collectors) =
         start(plan.settings, &sizing, ports, log, drained.clone(), signals.read_again())?;
@@ -144,7 +149,7 @@ async fn run_node(
     let mut checks = vec![node.routing.check(), tokens::check(Arc::clone(&node.auth))];
     checks.extend(node.from_other_nodes.as_ref().map(OtherNodesListener::check));
     checks.extend(node.cluster.as_ref().map(RunningCluster::check));
-    let connections = metrics::register("admin_", &mut collectors);
+    collectors.push(metrics::component("admin_", Arc::clone(&connections)));
     let admin = Arc::new(Admin {
         service: node.settings.service_name.to_string(),
         checks,
@@ -153,9 +158,14 @@ async fn run_node(
         try_page: plan.try_page.map(|page| page(&addresses)),
         requests: RequestMetrics::default(),
         connections,
+        tokens,
     });
-    let admin_task = tokio::spawn(admin::serve(admin_listener, Arc::clone(&admin)));
+    let serving = admin::serve(admin_listener, admin_socket, Arc::clone(&admin));
+    let admin_task = tokio::spawn(serving);
     tracing::info!("WebSocket on {}, admin on {}", addresses.websocket, addresses.admin);
+    if let Some(path) = &node.settings.admin_socket {
+        tracing::info!("admin also on {}", path.display());
+    }
 
     let requested = tokio::select! {
         request = stop_requested(&mut signals, drained) => Ok(request),

@@ -5,10 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::time::{Instant, sleep};
 
 use super::Addresses;
+use super::admin_socket::{self, SocketFile};
 use crate::app::config::Settings;
 use crate::reactor::listener::{ListenError, ListenerConfig, listen_on};
 
@@ -20,6 +21,7 @@ const IN_USE_RETRY: Duration = Duration::from_millis(20);
 pub(super) struct Ports {
     pub(super) shards: OwnedFd,
     pub(super) admin: TcpListener,
+    pub(super) admin_socket: Option<(UnixListener, SocketFile)>,
     pub(super) grpc: Option<TcpListener>,
     pub(super) addresses: Addresses,
 }
@@ -46,13 +48,17 @@ impl Ports {
                 format!("HTTP_PORT: {error}\n      example: HTTP_PORT={example}{shared}")
             })?;
         let admin = bind("HTTP_ADDR", settings.http_addr.or(ip), None).await?;
+        let admin_socket = match &settings.admin_socket {
+            Some(path) => Some(admin_socket::listen(path).await?),
+            None => None,
+        };
         let grpc = match settings.grpc_addr {
             Some(address) => Some(bind("GRPC_ADDR", address.or(ip), send_buffer).await?),
             None => None,
         };
         let addresses =
             Addresses { websocket, admin: local(&admin), grpc: grpc.as_ref().map(local) };
-        Ok(Self { shards, admin, grpc, addresses })
+        Ok(Self { shards, admin, admin_socket, grpc, addresses })
     }
 }
 

@@ -120,7 +120,7 @@ impl Caught {
                     if self.hang_up_stops {
                         return ("SIGHUP", SignalKind::hangup().as_raw_value());
                     }
-                    tracing::info!("SIGHUP: the files of keys are read again, if there are any");
+                    tracing::info!("SIGHUP: the files of keys and tokens are read again, if there are any");
                     self.read_again.send_modify(|times| *times += 1);
                 }
             }

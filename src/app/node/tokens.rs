@@ -1,22 +1,19 @@
-//! The keys of tokens: read at start, and those of files again on SIGHUP and when the files change.
+//! The keys of tokens and the tokens of operators: read at start, and those of files again on SIGHUP and when the files
+//! change.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
-use tokio::time::sleep;
 
+use super::followed_files::follow;
 use super::metrics::register;
-use crate::app::admin::{Collector, ReadinessCheck};
-use crate::app::config::{AuthMode, BadKey, Settings, has_development_secret, own_keys};
+use crate::app::admin::{AdminCounters, AdminTokens, Collector, ReadinessCheck};
+use crate::app::config::{AuthMode, Settings, admin_tokens, has_development_secret, own_keys};
+use crate::domain::command::Secret;
 use crate::service::sessions::auth::{
     AuthCounters, Authenticator, ClaimRules, JwksConfig, OwnKeys,
 };
 
-/// How often the files are read to see whether they have changed. Kubernetes replaces the files of a secret without a
-/// signal.
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// Said at start and whenever keys are replaced.
 const DEVELOPMENT_SECRET: &str = "the secret of HS256 tokens is the one in RealChat's documents: whoever has read them can \
                                   connect as any user. For development only";
@@ -51,66 +48,64 @@ impl Tokens {
         };
         let (published, all) = (published.collect(), Arc::clone(&counters));
         let auth = Authenticator::jwt(&own, published, rules, all).map_err(|e| e.to_string())?;
-        let tokens = Self { auth, counters, own };
-        tokens.tell_development_secret();
-        Ok(tokens)
+        tell_development_secret(&own, &counters);
+        Ok(Self { auth, counters, own })
     }
 
-    fn tell_development_secret(&self) {
-        let is_used = has_development_secret(&self.own);
-        self.counters.development_secret.set(u64::from(is_used));
-        if is_used {
-            tracing::warn!("{DEVELOPMENT_SECRET}");
-        }
-    }
-
-    /// Reads the files again when `asked` changes, and from time to time, as long as the runtime lives. What cannot be
-    /// read changes nothing. Without files, or without tokens, there is nothing to do.
-    pub(super) fn follow_files(mut self, settings: &Settings, mut asked: watch::Receiver<u64>) {
+    /// Reads the files again as long as the runtime lives. Without files, or without tokens, there is nothing to do.
+    pub(super) fn follow_files(self, settings: &Settings, asked: watch::Receiver<u64>) {
         let has_files = settings.jwt_secret_file.is_some() || settings.jwt_key_file.is_some();
         if settings.auth_mode == AuthMode::Trust || !has_files {
             return;
         }
         let settings = settings.clone();
+        let Self { auth, counters, own } = self;
         tokio::spawn(async move {
-            let mut last_failure = None;
-            loop {
-                let is_asked = tokio::select! {
-                    () = sleep(LOOK_AGAIN) => false,
-                    changed = asked.changed() => match changed {
-                        Ok(()) => true,
-                        Err(_) => return,
-                    },
-                };
-                let settings = settings.clone();
-                let Ok(read) = spawn_blocking(move || own_keys(&settings)).await else { return };
-                let failure = self.replace(read, is_asked).err();
-                if let Some(why) = &failure
-                    && (is_asked || last_failure.as_ref() != Some(why))
-                {
-                    self.counters.key_reload_failures.add(1);
-                    tracing::error!("the keys of tokens stay as they were: {why}");
-                }
-                last_failure = failure;
-            }
+            let read = move || own_keys(&settings);
+            let replace = |own: &OwnKeys| {
+                auth.replace_own(own).map_err(|error| error.to_string())?;
+                tell_development_secret(own, &counters);
+                Ok(())
+            };
+            let counted = (&counters.key_reloads, &counters.key_reload_failures);
+            follow("keys of tokens", own, asked, read, replace, counted).await;
         });
     }
+}
 
-    fn replace(&mut self, read: Result<OwnKeys, BadKey>, is_asked: bool) -> Result<(), String> {
-        let own = read.map_err(|error| error.to_string())?;
-        if own == self.own {
-            if is_asked {
-                tracing::info!("the keys of tokens have not changed");
-            }
-            return Ok(());
-        }
-        self.auth.replace_own(&own).map_err(|error| error.to_string())?;
-        self.own = own;
-        self.counters.key_reloads.add(1);
-        tracing::info!("the keys of tokens were replaced; sessions stay");
-        self.tell_development_secret();
-        Ok(())
+fn tell_development_secret(own: &OwnKeys, counters: &AuthCounters) {
+    let is_used = has_development_secret(own);
+    counters.development_secret.set(u64::from(is_used));
+    if is_used {
+        tracing::warn!("{DEVELOPMENT_SECRET}");
     }
+}
+
+/// Reads the tokens of operators, also again as long as the runtime lives if they are in a file.
+///
+/// # Errors
+/// A token cannot be used. The text names its setting.
+pub(super) fn operators(
+    settings: &Settings,
+    counters: &Arc<AdminCounters>,
+    asked: watch::Receiver<u64>,
+) -> Result<Arc<AdminTokens>, String> {
+    let own = admin_tokens(settings).map_err(|error| error.to_string())?;
+    let tokens = Arc::new(AdminTokens::new(&own));
+    if settings.admin_token_file.is_some() {
+        let (settings, counters) = (settings.clone(), Arc::clone(counters));
+        let followed = Arc::clone(&tokens);
+        tokio::spawn(async move {
+            let read = move || admin_tokens(&settings);
+            let replace = |own: &Vec<Secret>| {
+                followed.replace(own);
+                Ok(())
+            };
+            let counted = (&counters.token_reloads, &counters.token_reload_failures);
+            follow("tokens of operators", own, asked, read, replace, counted).await;
+        });
+    }
+    Ok(tokens)
 }
 
 /// Whether all published keys were fetched once.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Arg, ArgMatches, Args as _, Command};
 
 use super::config::{self, Layers, Loaded, Profile, Setting, SettingValue, TABLE};
-use super::{dev, publish, serve, sizing, tail, terminal};
+use super::{dev, operate, publish, serve, sizing, tail, terminal};
 
 const ABOUT: &str = "Pushes each RealChat event to every connected device of every member";
 
@@ -61,6 +61,7 @@ pub fn run() -> ExitCode {
             let profile = if matches.get_flag("dev") { Profile::Dev } else { Profile::Serve };
             with_settings(matches, profile, |loaded| terminal::print(&config::effective(&loaded)))
         }
+        "admin" => exit_code(operate::run(&parsed(matches))),
         "publish" => exit_code(publish::run(&parsed(matches))),
         "sizing" => exit_code(sizing::run(&parsed(matches))),
         "tail" => exit_code(tail::run(&parsed(matches))),
@@ -136,6 +137,7 @@ fn command() -> Command {
         .subcommand(setting_flags(about(Command::new("dev").arg(no_demo), DEV_ABOUT)))
         .subcommand(setting_flags(about(Command::new("serve"), SERVE_ABOUT)))
         .subcommand(setting_flags(about(config_command, CONFIG_ABOUT)))
+        .subcommand(about(operate::Operate::augment_args(Command::new("admin")), operate::ABOUT))
         .subcommand(about(publish::Publish::augment_args(Command::new("publish")), publish::ABOUT))
         .subcommand(about(
             sizing::SizingArguments::augment_args(Command::new("sizing")),

@@ -5,6 +5,7 @@ pub mod cli;
 pub mod config;
 pub mod dev;
 pub mod node;
+pub mod operate;
 pub mod publish;
 #[cfg(any(test, feature = "simulation"))]
 pub mod returning;

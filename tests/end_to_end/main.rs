@@ -16,6 +16,7 @@ mod door;
 mod faults;
 mod ledger;
 mod mixed_cluster;
+mod operators;
 mod pages;
 mod redis;
 mod redis_gaps;

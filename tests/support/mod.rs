@@ -12,6 +12,7 @@ pub mod own_services;
 pub mod proxy;
 pub mod registry;
 pub mod services;
+pub mod stream;
 pub mod tally;
 pub mod wait;
 pub mod world;

@@ -2,27 +2,29 @@
 //! operators do, for which [`access`] decides who may.
 
 mod access;
+mod actions;
 mod connections;
 mod exposition;
 mod requests;
 
 use std::sync::Arc;
 
-use axum::extract::{Extension, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 pub use access::AdminTokens;
+pub use actions::Operated;
 pub use connections::AdminCounters;
 pub use exposition::{MetricsPage, number};
 pub use requests::{RequestMetrics, answered};
 
-use access::{AdminPeer, Caller};
+use access::AdminPeer;
 use connections::RequestDeadlines;
 
 use crate::protocol::upgrade::is_authority;
@@ -53,7 +55,12 @@ pub struct Admin {
     pub connections: Arc<AdminCounters>,
     /// The tokens that may act.
     pub tokens: Arc<AdminTokens>,
+    /// What operators act on.
+    pub operated: Operated,
 }
+
+/// Requests of operators that are carried out at a time. The others wait, as long as their connection may.
+const ACTIONS_MAX: usize = 8;
 
 impl Admin {
     /// Why the node is not ready; empty if it is. From the start of the drain to the exit, that is
@@ -81,9 +88,13 @@ pub async fn serve(port: TcpListener, socket: Option<UnixListener>, admin: Arc<A
 }
 
 fn router(admin: Arc<Admin>) -> axum::Router {
+    let door = (Arc::clone(&admin), Arc::new(Semaphore::new(ACTIONS_MAX)));
     let actions = axum::Router::new()
-        .route("/admin/drain", post(drain))
-        .route_layer(middleware::from_fn_with_state(Arc::clone(&admin), authorize));
+        .route("/admin/drain", post(actions::drain))
+        .route("/admin/sessions", get(actions::sessions))
+        .route("/admin/sessions/close", post(actions::close))
+        .route("/admin/tokens/revoke", post(actions::revoke))
+        .route_layer(middleware::from_fn_with_state(door, authorize));
     axum::Router::new()
         .route("/health/live", get(async || "OK"))
         .route("/health/ready", get(ready))
@@ -95,8 +106,8 @@ fn router(admin: Arc<Admin>) -> axum::Router {
         .with_state(admin)
 }
 
-const NOT_FOUND: &str =
-    "not found; paths: /health/live, /health/ready, /metrics, POST /admin/drain\n";
+const NOT_FOUND: &str = "not found; paths: /health/live, /health/ready, /metrics, /admin/sessions, \
+                         POST /admin/sessions/close, POST /admin/tokens/revoke, POST /admin/drain\n";
 
 async fn count(State(admin): State<Arc<Admin>>, request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -146,13 +157,18 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     ([(header::CONTENT_TYPE, TEXT_FORMAT)], page.render()).into_response()
 }
 
-/// Lets only those through who may act, and tells the handler who it is.
-async fn authorize(State(admin): State<Arc<Admin>>, mut request: Request, next: Next) -> Response {
+/// Lets only those through who may act, [`ACTIONS_MAX`] at a time, and tells the handler who it is.
+async fn authorize(
+    State((admin, turns)): State<(Arc<Admin>, Arc<Semaphore>)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let peer = request.extensions().get::<AdminPeer>().copied();
     let peer = peer.expect("each connection has one");
     match access::judge(peer, request.headers(), &admin.tokens) {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
+            let _turn = turns.acquire().await;
             next.run(request).await
         }
         Err(denied) => {
@@ -166,17 +182,6 @@ async fn authorize(State(admin): State<Arc<Admin>>, mut request: Request, next: 
             response
         }
     }
-}
-
-async fn drain(
-    State(admin): State<Arc<Admin>>,
-    Extension(caller): Extension<Caller>,
-) -> (StatusCode, &'static str) {
-    if admin.drain.send_replace(true) {
-        return (StatusCode::ACCEPTED, "already draining\n");
-    }
-    tracing::info!(%caller, "admin: drain");
-    (StatusCode::ACCEPTED, "draining; the process exits when done\n")
 }
 
 async fn try_page(State(admin): State<Arc<Admin>>) -> Response {
@@ -198,6 +203,15 @@ mod tests {
     use super::*;
     use crate::domain::command::Secret;
     use crate::domain::counters::MetricKind;
+    use crate::handoff::Doorbell;
+    use crate::service::cluster::missed::MissedSessions;
+    use crate::service::members::directory::Directory;
+    use crate::service::sessions::auth::Authenticator;
+    use crate::service::sessions::catch_up::CatchUpService;
+    use crate::service::sessions::manager::{
+        SessionConfig, SessionHandle, SessionManager, SessionPorts,
+    };
+    use crate::service::sessions::presence::Presence;
 
     async fn send(address: SocketAddr, request: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
@@ -216,6 +230,24 @@ mod tests {
         address
     }
 
+    /// The sessions of a node without shards.
+    fn no_sessions() -> SessionHandle {
+        let bell = Arc::new(Doorbell::new().unwrap());
+        let directory = Arc::new(Directory::new());
+        let missed = MissedSessions::new(Arc::clone(&directory), None, Arc::clone(&bell));
+        let ports = SessionPorts {
+            bell,
+            shards: Vec::new(),
+            directory,
+            missed: Arc::new(missed),
+            announcer: None,
+            auth: Authenticator::trust(),
+            presence: Presence::off(),
+            catch_up: CatchUpService::without_messages(Default::default(), Arc::default()),
+        };
+        SessionManager::spawn(SessionConfig::default(), ports, Arc::default()).unwrap()
+    }
+
     fn admin(
         checks: Vec<ReadinessCheck>,
         collectors: Option<Vec<Collector>>,
@@ -225,8 +257,19 @@ mod tests {
         let service = "push".to_owned();
         let connections = Arc::default();
         let (try_page, tokens) = (None, Arc::new(AdminTokens::new(&[])));
-        let admin =
-            Admin { service, checks, collectors, drain, try_page, requests, connections, tokens };
+        let operated =
+            Operated { node: "node-1".into(), sessions: no_sessions(), has_tokens: true };
+        let admin = Admin {
+            service,
+            checks,
+            collectors,
+            drain,
+            try_page,
+            requests,
+            connections,
+            tokens,
+            operated,
+        };
         (admin, drained)
     }
 
@@ -291,6 +334,35 @@ mod tests {
         assert_eq!(counters.requests_denied.get(), 2);
         let answer = drain("Authorization: Bearer 0123456789abcdef0123456789abcdef\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 202 ") && *drained.borrow(), "{answer}");
+    }
+
+    /// Each with its status and the beginning of its answer.
+    #[tokio::test]
+    async fn requests_that_make_no_sense_are_refused_with_what_to_do() {
+        let (admin, _drained) = admin(Vec::new(), None);
+        let address = start(admin).await;
+        for (request, status, text) in [
+            ("GET /admin/sessions", 200, r#"{"next":null,"node":"node-1","sessions":[]}"#),
+            ("GET /admin/sessions?user=alice&limit=5&after=7.1", 200, "{"),
+            ("GET /admin/sessions?limit=0", 400, "limit must be 1 to 1000"),
+            ("GET /admin/sessions?limit=1001", 400, "limit must be 1 to 1000"),
+            ("GET /admin/sessions?after=x", 400, "after must be `next`"),
+            ("GET /admin/sessions?users=a", 400, "`users` is no parameter here"),
+            ("POST /admin/sessions", 405, ""),
+            ("GET /admin/sessions/close?user=a", 405, ""),
+            ("POST /admin/sessions/close?user=a", 200, r#"{"closed":0,"node":"node-1"}"#),
+            ("POST /admin/sessions/close?device=a", 400, "user is missing"),
+            ("POST /admin/tokens/revoke?user=a", 200, r#"{"before":""#),
+            ("POST /admin/tokens/revoke?everybody=true&before=5", 200, "{"),
+            ("POST /admin/tokens/revoke", 400, "one of user=… and everybody=true"),
+            ("POST /admin/tokens/revoke?user=a&everybody=true", 400, "one of"),
+            ("POST /admin/tokens/revoke?everybody=yes", 400, "everybody must be `true`"),
+            ("POST /admin/tokens/revoke?user=a&before=soon", 400, "before must be a time"),
+            ("POST /admin/tokens/revoke?user=a&before=4000000000", 400, "before is in the future"),
+        ] {
+            let (found, body) = send(address, request).await;
+            assert!(found == status && body.starts_with(text), "{request}: {found} {body}");
+        }
     }
 
     #[tokio::test]

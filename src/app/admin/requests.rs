@@ -9,7 +9,16 @@ use crate::domain::counters::MetricKind;
 
 /// Paths with a label of their own. All others share one label, so that clients cannot make the
 /// page grow.
-const PATHS: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/admin/drain", "/try"];
+const PATHS: [&str; 8] = [
+    "/health/live",
+    "/health/ready",
+    "/metrics",
+    "/admin/drain",
+    "/admin/sessions",
+    "/admin/sessions/close",
+    "/admin/tokens/revoke",
+    "/try",
+];
 const METHODS: [&str; 3] = ["GET", "HEAD", "POST"];
 const OTHER: &str = "other";
 

@@ -305,6 +305,9 @@ settings! {
         /// File with such tokens, one in each line. Each of them may be used, and that of `admin_token`. The file is read
         /// again on SIGHUP, and when it has changed.
         admin_token_file: Option<PathBuf> = "", example "/etc/delivery/admin-tokens";
+        /// How long a node refuses the tokens that an operator has revoked (`delivery admin revoke`). Set it to the longest
+        /// time for which tokens of clients are valid, or longer.
+        revocations_kept: Duration = "24h", from "1m" to "8760h", example "24h";
     }
     "Demo" {
         /// Run the demo conversation of `delivery dev`: `demo` with alice, bob and carol, a message about

@@ -251,6 +251,7 @@ fn routing(settings: &Settings, sizing: &Sizing) -> PartSizes {
         ("member_questions", membership.fetches_max as u64 * answer),
         ("catch_up", catch_up.bytes_max() as u64 + calls * answer),
         ("large_answers", large_answers),
+        ("revocations", manager::USERS_REVOKED_MAX as u64 * USER_BYTES),
         ("tokens", (manager::REQUESTS_WAITING_MAX * (TOKEN_BYTES_MAX + 2 * ID_BYTES_MAX)) as u64),
         (
             "dead_letters",

@@ -43,8 +43,8 @@ use self::shards::{Shards, connection_limits, shard_config};
 use self::signals::Signals;
 use self::sizing::Sizing;
 use self::streams::Streams;
-use super::admin::{self, Admin, AdminCounters, Collector, RequestMetrics};
-use super::config::Settings;
+use super::admin::{self, Admin, AdminCounters, Collector, Operated, RequestMetrics};
+use super::config::{AuthMode, Settings};
 use super::telemetry::{self, LogSink};
 use crate::domain::capacity::Capacity;
 use crate::domain::counted::Counted;
@@ -129,6 +129,7 @@ struct Node {
     routing: Routing,
     from_other_nodes: Option<OtherNodesListener>,
     cluster: Option<RunningCluster>,
+    name: Arc<str>,
 }
 
 async fn run_node(
@@ -159,6 +160,11 @@ async fn run_node(
         requests: RequestMetrics::default(),
         connections,
         tokens,
+        operated: Operated {
+            node: Arc::clone(&node.name),
+            sessions: node.sessions.clone(),
+            has_tokens: node.settings.auth_mode == AuthMode::Jwt,
+        },
     });
     let serving = admin::serve(admin_listener, admin_socket, Arc::clone(&admin));
     let admin_task = tokio::spawn(serving);
@@ -280,8 +286,17 @@ fn start(
     ]);
     let auth = Arc::clone(&back_ends.tokens.auth);
     back_ends.tokens.follow_files(&settings, read_again);
-    let node =
-        Node { settings, shards, streams, sessions, auth, routing, from_other_nodes, cluster };
+    let node = Node {
+        settings,
+        shards,
+        streams,
+        sessions,
+        auth,
+        routing,
+        from_other_nodes,
+        cluster,
+        name: instance,
+    };
     Ok((node, ports.admin, collectors))
 }
 
@@ -307,6 +322,7 @@ fn sessions(
 ) -> Result<SessionHandle, String> {
     let config = SessionConfig {
         sessions_per_user_max: settings.connections_per_user.size(),
+        revocations_kept: settings.revocations_kept,
         ..SessionConfig::default()
     };
     let ports = SessionPorts {

@@ -65,7 +65,7 @@ fn parameter(name: &str, value: &str, bytes_max: usize) -> Result<String, Refuse
 /// Decodes percent-encoding, and `+` as a space as HTML forms and `URLSearchParams` encode it. `None`
 /// if a `%` is not followed by two hexadecimal digits, or the result is not UTF-8 or longer than
 /// `bytes_max` bytes.
-fn decode(encoded: &str, bytes_max: usize) -> Option<String> {
+pub fn decode(encoded: &str, bytes_max: usize) -> Option<String> {
     let mut decoded = Vec::with_capacity(encoded.len().min(bytes_max));
     let mut bytes = encoded.bytes();
     while let Some(byte) = bytes.next() {

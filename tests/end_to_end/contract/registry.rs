@@ -11,6 +11,7 @@ use crate::support::fleet::Connect;
 use crate::support::node::{Node, NodeBuilder};
 use crate::support::proxy::Proxy;
 use crate::support::services::redis_addr;
+use crate::support::stream::first;
 use crate::support::wait::{SOON, until};
 
 /// Asserts that both interfaces refuse these ids and name the bad one.
@@ -21,7 +22,7 @@ fn refuses(node: &Node, user: &str, device: &str, named: &str) {
         Received::Refused(400, answer) => assert!(answer.contains(&reason), "{answer}"),
         other => panic!("{user} on {device}: not refused with 400: {other:?}"),
     }
-    let status = stream::refused(node, stream::first(user, device));
+    let status = stream::refused(node, first(user, device));
     assert_eq!(status.code(), Code::InvalidArgument, "{user} on {device}: {status}");
     assert!(status.message().contains(&reason), "{status}");
 }

@@ -1,59 +1,16 @@
 //! Contract §1, `DeliveryApi.Connect`: gRPC sessions.
 
 use delivery_testkit::neighbours::{Call, FakeNeighbours, Method};
-use delivery_testkit::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
-use delivery_testkit::proto::delivery::v1::{DeliveryConnectRequest, DeliveryEvent};
+use delivery_testkit::proto::delivery::v1::DeliveryConnectRequest;
 use delivery_testkit::proto::shared::v1::EventType;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status, Streaming};
+use tonic::{Code, Status};
 
 use crate::support::back_end::{BackEnd, event_type, with_neighbours};
 use crate::support::client::{Client, Received};
 use crate::support::node::{Node, NodeBuilder};
+use crate::support::stream::{Stream, channel, first};
 use crate::support::wait::SOON;
-
-/// The stream of one session, for tests without a runtime.
-struct Stream {
-    runtime: Runtime,
-    requests: mpsc::Sender<DeliveryConnectRequest>,
-    events: Streaming<DeliveryEvent>,
-}
-
-pub(super) fn first(user: &str, device: &str) -> DeliveryConnectRequest {
-    DeliveryConnectRequest { user_id: user.into(), device_id: device.into(), ..Default::default() }
-}
-
-async fn channel(node: &Node) -> Channel {
-    let endpoint = Endpoint::from_shared(format!("http://{}", node.grpc)).expect("an address");
-    endpoint.connect().await.expect("the server accepts")
-}
-
-impl Stream {
-    fn connect(node: &Node, request: DeliveryConnectRequest) -> Result<Self, Status> {
-        let runtime = Runtime::new().expect("a runtime");
-        let (requests, receiver) = mpsc::channel(16);
-        let events = runtime.block_on(async {
-            requests.send(request).await.expect("room");
-            let mut client = DeliveryApiClient::new(channel(node).await);
-            client.connect(Request::new(ReceiverStream::new(receiver))).await
-        })?;
-        Ok(Self { runtime, requests, events: events.into_inner() })
-    }
-
-    fn send(&self, request: DeliveryConnectRequest) {
-        self.requests.blocking_send(request).expect("the stream is open");
-    }
-
-    /// The next event, or the status that ended the stream.
-    fn receive(&mut self) -> Result<DeliveryEvent, Status> {
-        let events = &mut self.events;
-        let next = async { tokio::time::timeout(SOON, events.message()).await.expect("in time") };
-        self.runtime.block_on(next).map(|event| event.expect("an event, not the end"))
-    }
-}
 
 /// The status of a session that is not admitted, from the call or from the stream.
 #[track_caller]

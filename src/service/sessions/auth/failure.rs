@@ -33,6 +33,9 @@ pub enum AuthFailure {
     /// `exp` is missing: such a token would never expire.
     #[error("access token has no expiry (`exp`)")]
     ExpiryMissing,
+    /// An operator has revoked it.
+    #[error("access token was revoked: get a fresh one")]
+    Revoked,
     /// `nbf` has not passed yet.
     #[error("access token is not valid yet (`nbf`)")]
     NotYetValid,
@@ -67,6 +70,7 @@ impl AuthFailure {
             | Self::SignatureWrong
             | Self::Expired
             | Self::ExpiryMissing
+            | Self::Revoked
             | Self::NotYetValid
             | Self::IssuerRefused
             | Self::AudienceRefused

@@ -43,6 +43,8 @@ pub struct Identity {
     pub user: String,
     /// When it expires, Unix time in seconds including the leeway. `None`: never.
     pub expires_at_s: Option<u64>,
+    /// When the token was issued (`iat`), Unix time in seconds, rounded down. `None`: it does not say, or there is none.
+    pub issued_at_s: Option<u64>,
 }
 
 /// Keys that the node has itself. They may be replaced while it runs.
@@ -173,7 +175,8 @@ impl Authenticator {
     pub fn check(&self, token: Option<&Secret>, claimed_user: &str) -> TokenCheck {
         let tokens = match &self.method {
             AuthMethod::Trust => {
-                let identity = Identity { user: claimed_user.to_owned(), expires_at_s: None };
+                let user = claimed_user.to_owned();
+                let identity = Identity { user, expires_at_s: None, issued_at_s: None };
                 return TokenCheck::Done(usable_user(claimed_user).map(|()| identity));
             }
             AuthMethod::Jwt(tokens) => tokens,

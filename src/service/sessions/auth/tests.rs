@@ -372,7 +372,7 @@ fn refusals_contain_no_secret() {
 async fn trust_accepts_any_claimed_user_but_requires_one() {
     let auth = Authenticator::trust();
     let found = check(&auth, &Secret::new("anything".into()), "alice").await;
-    assert_eq!(found, Ok(Identity { user: "alice".into(), expires_at_s: None }));
+    assert_eq!(found, Ok(Identity { user: "alice".into(), expires_at_s: None, issued_at_s: None }));
     let TokenCheck::Done(found) = auth.check(None, "") else { panic!("not at once") };
     assert_eq!(found, Err(AuthFailure::UserMissing));
 }

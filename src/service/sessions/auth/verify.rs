@@ -32,6 +32,8 @@ struct Claims {
     aud: Option<Audience>,
     exp: Option<NumericDate>,
     nbf: Option<NumericDate>,
+    /// Only revocations need it, so one that is no number refuses no token.
+    iat: Option<serde_json::Value>,
 }
 
 /// One audience or several (RFC 7519 §4.1.3).
@@ -150,7 +152,8 @@ fn identity(
     if !claimed_user.is_empty() && claimed_user != user {
         return Err(AuthFailure::UserMismatch);
     }
-    Ok(Identity { user, expires_at_s: Some(expires_at_s) })
+    let issued_at_s = claims.iat.and_then(|iat| iat.as_f64()).map(|iat| NumericDate(iat).seconds());
+    Ok(Identity { user, expires_at_s: Some(expires_at_s), issued_at_s })
 }
 
 #[cfg(test)]

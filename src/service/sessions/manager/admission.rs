@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::node_state::NodeState;
-use super::records::{SessionState, expiry};
+use super::records::{SessionState, client, expiry, issued};
 use super::state::SessionManager;
 use super::{CheckPurpose, ManagerRequest};
 use crate::domain::close::{Close, CloseCode, EndReason};
@@ -112,6 +112,11 @@ impl SessionManager {
         if self.state() != NodeState::Serving {
             return self.refuse(address, STOPPING);
         }
+        // Also one that was revoked while it was checked.
+        if self.revocations.cover(&identity.user, issued(&identity)) {
+            self.counters.refused_revoked.add(1);
+            return self.refuse(address, AuthFailure::Revoked.refusal());
+        }
         if let Some(reserved) = self.presence.reserved(&identity.user, &hello.device_id) {
             self.counters.refused_reserved_ids.add(1);
             let body = Cow::Borrowed(reserved.reason());
@@ -146,9 +151,13 @@ impl SessionManager {
         if let Some(visibility) = visibility {
             self.catch_ups.expect(address, visibility);
         }
+        let since_s = u32::try_from(self.unix_s).unwrap_or(u32::MAX);
         let Some(record) = self.record(address) else { return };
         record.state = SessionState::Live;
         record.expires_s = expiry(&identity);
+        record.issued_s = issued(&identity);
+        record.since_s = since_s;
+        record.client = client(hello.address);
         record.ids = Some(ids);
         record.registration_pending = !accepted;
         self.counters.admitted.add(1);

@@ -7,7 +7,7 @@
 
 use super::CheckPurpose;
 use super::node_state::NodeState;
-use super::records::{CatchUpState, SessionState, expiry};
+use super::records::{CatchUpState, SessionState, expiry, issued};
 use super::state::SessionManager;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{Secret, ShardCommand};
@@ -105,6 +105,10 @@ impl SessionManager {
         outcome: Result<Identity, AuthFailure>,
     ) {
         let is_stopping = self.state() == NodeState::Stopping;
+        let outcome = outcome.and_then(|identity| {
+            let is_revoked = self.revocations.cover(&identity.user, issued(&identity));
+            if is_revoked { Err(AuthFailure::Revoked) } else { Ok(identity) }
+        });
         let Some(record) = self.record(address) else { return };
         record.token_in_check = false;
         if record.state != SessionState::Live || is_stopping {
@@ -113,6 +117,7 @@ impl SessionManager {
         let answer = match outcome {
             Ok(identity) => {
                 record.expires_s = expiry(&identity);
+                record.issued_s = issued(&identity);
                 self.counters.tokens_refreshed.add(1);
                 serde_json::json!({ "token_expires_at": identity.expires_at_s })
             }

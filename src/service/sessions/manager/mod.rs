@@ -12,9 +12,9 @@
 //! | file | what |
 //! | --- | --- |
 //! | `run` | the loop: takes reports and requests, calls the handlers below |
-//! | `admission`, `messages`, `catching_up`, `missed`, `upkeep`, `stopping` | the handlers |
+//! | `admission`, `messages`, `catching_up`, `missed`, `upkeep`, `operators`, `stopping` | the handlers |
 //! | `state` | [`SessionManager`] and the actions that all handlers share |
-//! | `records`, `links`, `catch_ups`, `drain`, `missed_closes`, `sweep`, `node_state` | its parts; they do not use the manager |
+//! | `records`, `links`, `catch_ups`, `drain`, `missed_closes`, `revocations`, `sweep`, `node_state` | its parts; they do not use the manager |
 
 mod admission;
 mod catch_ups;
@@ -25,7 +25,9 @@ mod messages;
 mod missed;
 mod missed_closes;
 mod node_state;
+mod operators;
 mod records;
+mod revocations;
 mod run;
 mod state;
 mod stopping;
@@ -40,9 +42,12 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::node_state::NodeState;
+pub use self::operators::{ListPlace, SessionList, SessionView};
 pub use self::records::RECORD_BYTES;
+pub use self::revocations::{RevocationsFull, USERS_REVOKED_MAX};
 pub use self::state::SessionManager;
 
+use self::operators::OperatorRequest;
 use crate::domain::command::Hello;
 use crate::domain::ids::SessionAddress;
 use crate::handoff::{Doorbell, PeerEnd};
@@ -72,6 +77,8 @@ pub struct SessionConfig {
     /// Sessions per second that are closed with 4409 because they have missed events. The others wait, and
     /// get no event meanwhile. At least 1.
     pub missed_per_second: u32,
+    /// How long a revocation is kept.
+    pub revocations_kept: Duration,
 }
 
 impl Default for SessionConfig {
@@ -81,6 +88,7 @@ impl Default for SessionConfig {
             reconnect_spread: Duration::from_secs(5),
             unregister_timeout: Duration::from_secs(5),
             missed_per_second: 1_000,
+            revocations_kept: Duration::from_secs(24 * 3600),
         }
     }
 }
@@ -114,6 +122,7 @@ crate::counters! {
         Counter refused_bad_request: "Handshakes refused with 400: an id was missing or cannot be registered",
         Counter refused_reserved_ids: "Those whose ids cannot be registered: they contain a colon or a brace",
         Counter refused_unauthorized: "Handshakes refused with 401: no valid token",
+        Counter refused_revoked: "Those whose token was revoked",
         Counter refused_forbidden: "Handshakes refused with 403: the token belongs to another user",
         Counter refused_user_limit: "Handshakes refused with 429: the user has too many sessions",
         Counter refused_unavailable: "Handshakes refused with 503: the node is stopping, cannot tell the other nodes of the session, or has no keys to check tokens with",
@@ -127,6 +136,9 @@ crate::counters! {
         Counter tokens_refreshed: "Fresh tokens accepted from sessions",
         Counter tokens_refused: "Fresh tokens refused",
         Counter tokens_expired: "Sessions closed because their token expired (4401)",
+        Counter tokens_revoked: "Sessions closed because their token was revoked (4401)",
+        Gauge revocations: "Users whose tokens are revoked, and one more if everybody's are",
+        Counter closed_by_operator: "Sessions closed on request of an operator (1001)",
         Counter messages_ignored: "Client messages ignored: malformed, or not expected at that time",
         Counter reports_stale: "Reports about connections that had already ended",
         Counter shards_lost: "Shards that ended without reporting that they stopped",
@@ -156,6 +168,8 @@ enum ManagerRequest {
     },
     /// Another node has registered a session of this user.
     MovedElsewhere(Box<str>),
+    /// Of an operator.
+    Operator(OperatorRequest),
     /// Close all sessions. `stopped` is notified when every shard has stopped.
     ShutDown { shutdown: Shutdown, stopped: oneshot::Sender<()> },
 }

@@ -1,5 +1,7 @@
 //! What the session manager keeps of each connection: one small record per slot.
 
+use std::net::{IpAddr, Ipv6Addr};
+
 use crate::domain::encoding::Encoding;
 use crate::domain::ids::{ConnectionKey, SessionAddress, ShardId};
 use crate::domain::limits::CONNECTIONS_PER_SHARD_MAX;
@@ -52,6 +54,12 @@ pub(super) struct SessionRecord {
     pub(super) generation: u32,
     /// When the token expires, Unix time in seconds including the leeway, or [`NEVER`].
     pub(super) expires_s: u32,
+    /// When the token was issued, Unix time in seconds; 0: it does not say.
+    pub(super) issued_s: u32,
+    /// When the session was admitted, Unix time in seconds.
+    pub(super) since_s: u32,
+    /// The client's address; IPv4 as a mapped one.
+    pub(super) client: Ipv6Addr,
     pub(super) encoding: Encoding,
     pub(super) state: SessionState,
     pub(super) catch_up: CatchUpState,
@@ -69,6 +77,9 @@ const FREE: SessionRecord = SessionRecord {
     ids: None,
     generation: 0,
     expires_s: NEVER,
+    issued_s: 0,
+    since_s: 0,
+    client: Ipv6Addr::UNSPECIFIED,
     encoding: Encoding::Binary,
     state: SessionState::Free,
     catch_up: CatchUpState::Awaited,
@@ -77,6 +88,31 @@ const FREE: SessionRecord = SessionRecord {
     registration_pending: false,
     refreshes: 0,
 };
+
+impl SessionRecord {
+    /// Whether the session was admitted and no close has been sent to it.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.state, SessionState::Live | SessionState::Missed)
+    }
+
+    /// When the token expires, including the leeway; `None`: never.
+    pub(super) fn token_expires_s(&self) -> Option<u64> {
+        (self.expires_s != NEVER).then_some(self.expires_s.into())
+    }
+}
+
+/// [`SessionRecord::client`] of an address.
+pub(super) fn client(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped(),
+        IpAddr::V6(address) => address,
+    }
+}
+
+/// [`SessionRecord::issued_s`] of an identity.
+pub(super) fn issued(identity: &Identity) -> u32 {
+    identity.issued_at_s.map_or(0, |at| u32::try_from(at).unwrap_or(u32::MAX))
+}
 
 /// [`SessionRecord::expires_s`] of an identity.
 pub(super) fn expiry(identity: &Identity) -> u32 {
@@ -176,9 +212,10 @@ mod tests {
         SessionAddress { shard: ShardId(0), encoding, connection }
     }
 
+    /// 24 of them are what operators see or revoke by: the client's address, since when, when the token was issued.
     #[test]
     fn record_is_small() {
-        assert!(size_of::<SessionRecord>() <= 32, "{}", size_of::<SessionRecord>());
+        assert!(size_of::<SessionRecord>() <= 56, "{}", size_of::<SessionRecord>());
     }
 
     #[test]

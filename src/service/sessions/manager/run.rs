@@ -182,6 +182,7 @@ impl SessionManager {
                 self.on_checked(address, outcome, purpose);
             }
             ManagerRequest::MovedElsewhere(user) => self.check_registrations(&user),
+            ManagerRequest::Operator(request) => self.on_operator_request(request),
             ManagerRequest::ShutDown { shutdown, stopped } => {
                 self.on_shut_down(shutdown, stopped, Instant::now());
             }
@@ -190,6 +191,9 @@ impl SessionManager {
 
     /// The periodic work.
     pub(super) fn tick(&mut self, now: Instant, unix_s: u64) {
+        self.unix_s = unix_s;
+        self.revocations.expire(unix_s);
+        self.counters.revocations.set(self.revocations.len() as u64);
         self.take_lapsed();
         self.take_missed();
         self.close_missed(now);

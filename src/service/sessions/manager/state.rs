@@ -11,6 +11,7 @@ use super::links::ControlLink;
 use super::missed_closes::MissedCloses;
 use super::node_state::NodeState;
 use super::records::{SessionRecord, SessionRecords, SessionState};
+use super::revocations::Revocations;
 use super::sweep::Sweep;
 use super::{ManagerRequest, SessionConfig, SessionCounters, SessionPorts};
 use crate::domain::close::{Close, EndReason};
@@ -18,6 +19,7 @@ use crate::domain::command::ShardCommand;
 use crate::domain::ids::{SessionAddress, ShardId};
 use crate::service::cluster::announcer::SessionAnnouncer;
 use crate::service::cluster::missed::MissedSessions;
+use crate::service::events::timestamp::unix_ms;
 use crate::service::members::directory::{Directory, SessionIds};
 use crate::service::sessions::auth::Authenticator;
 use crate::service::sessions::catch_up::{CatchUpReport, CatchUpService};
@@ -50,6 +52,9 @@ pub struct SessionManager {
     pub(super) announcer: Option<Arc<SessionAnnouncer>>,
     pub(super) missed: Arc<MissedSessions>,
     pub(super) missed_closes: MissedCloses,
+    pub(super) revocations: Revocations,
+    /// Unix time at the last tick, seconds.
+    pub(super) unix_s: u64,
     /// Callers that wait for the last shard to stop.
     pub(super) shutdown_waiters: Vec<oneshot::Sender<()>>,
 }
@@ -82,6 +87,8 @@ impl SessionManager {
             announcer: ports.announcer,
             missed: ports.missed,
             missed_closes: MissedCloses::new(config.missed_per_second),
+            revocations: Revocations::new(config.revocations_kept),
+            unix_s: unix_ms() / 1000,
             config,
             shutdown_waiters: Vec::new(),
         }
@@ -99,7 +106,7 @@ impl SessionManager {
     /// nothing, if the session is not open.
     pub(super) fn close(&mut self, address: SessionAddress, close: Close, why: EndReason) -> bool {
         let Some(record) = self.record(address) else { return false };
-        if !matches!(record.state, SessionState::Live | SessionState::Missed) {
+        if !record.is_open() {
             return false;
         }
         record.state = SessionState::Closing;

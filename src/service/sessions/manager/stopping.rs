@@ -8,7 +8,6 @@ use tokio::time::Instant;
 use super::Shutdown;
 use super::drain::Drain;
 use super::node_state::NodeState;
-use super::records::SessionState;
 use super::state::SessionManager;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::ShardCommand;
@@ -65,7 +64,7 @@ impl SessionManager {
     fn drain_slot(&mut self, drain: &mut Drain) {
         for shard in 0..self.records.len() {
             let Some((address, record)) = self.records[shard].at(drain.slot) else { continue };
-            if matches!(record.state, SessionState::Live | SessionState::Missed) {
+            if record.is_open() {
                 let wait_ms = drain.reconnect_wait_ms(self.config.reconnect_spread);
                 let reason = format!("draining; reconnect in {wait_ms} ms").into();
                 let close = Close { code: CloseCode::SERVICE_RESTART, reason };

@@ -1,6 +1,7 @@
 //! The manager with plain rings in place of shards, driven step by step without a clock.
 
 mod missed;
+mod operators;
 mod with_cluster;
 mod with_dependencies;
 mod with_presence;

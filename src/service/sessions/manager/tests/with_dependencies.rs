@@ -34,11 +34,15 @@ fn claims(user: &str, exp: u64) -> Value {
     json!({ "sub": user, "exp": exp })
 }
 
-pub(super) fn hs256(user: &str, exp: u64) -> Secret {
-    Signer::hs256(SECRET).sign(None, &claims(user, exp))
+pub(super) fn sign(claims: &Value) -> Secret {
+    Signer::hs256(SECRET).sign(None, claims)
 }
 
-fn rs256(user: &str, exp: u64) -> Secret {
+pub(super) fn hs256(user: &str, exp: u64) -> Secret {
+    sign(&claims(user, exp))
+}
+
+pub(super) fn rs256(user: &str, exp: u64) -> Secret {
     Signer::rsa().sign(None, &claims(user, exp))
 }
 
@@ -50,7 +54,7 @@ fn with_secret() -> Bench {
     Bench::with_dependencies(auth(&secret()), 1, SessionConfig::default())
 }
 
-fn with_public_key() -> Bench {
+pub(super) fn with_public_key() -> Bench {
     Bench::with_dependencies(
         auth(&OwnKeys { secrets: Vec::new(), pem: Some(PEM.to_vec()) }),
         1,

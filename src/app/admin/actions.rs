@@ -1,0 +1,268 @@
+//! What operators do over the admin API: list sessions, close them, revoke tokens, drain. `access` has decided before who
+//! may.
+//!
+//! Parameters are in the query, answers are JSON; `docs/operations.md` has both. An error is one line of text.
+
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use axum::extract::{Extension, RawQuery, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::Admin;
+use super::access::Caller;
+use crate::domain::encoding::Encoding;
+use crate::domain::limits::ID_BYTES_MAX;
+use crate::protocol::upgrade::query::decode;
+use crate::service::events::timestamp::{Timestamp, unix_ms};
+use crate::service::sessions::manager::{ListPlace, SessionHandle, SessionView};
+
+/// Sessions in one answer.
+const SESSIONS_MAX: usize = 1_000;
+const SESSIONS_DEFAULT: usize = 100;
+/// How far ahead of this node's clock the moment of a revocation may be: the clocks of the auth service and of the operator
+/// may differ from it.
+const AHEAD_S_MAX: u64 = 60;
+
+/// What the actions need of the node.
+pub struct Operated {
+    /// Name of the node.
+    pub node: Arc<str>,
+    /// Its sessions.
+    pub sessions: SessionHandle,
+    /// Whether clients have tokens (`AUTH_MODE=jwt`).
+    pub has_tokens: bool,
+}
+
+/// The answer to a request that cannot be carried out: a line that says why.
+type Refused = (StatusCode, String);
+
+fn refused(status: StatusCode, why: impl std::fmt::Display) -> Refused {
+    (status, format!("{why}\n"))
+}
+
+fn bad(why: impl std::fmt::Display) -> Refused {
+    refused(StatusCode::BAD_REQUEST, why)
+}
+
+fn stopped() -> Refused {
+    refused(StatusCode::SERVICE_UNAVAILABLE, "the node has stopped")
+}
+
+/// The parameters of a request. Unknown ones are refused, so that nobody closes more than they meant because of a typing
+/// error.
+struct Parameters {
+    known: &'static [&'static str],
+    values: Vec<Option<String>>,
+}
+
+impl Parameters {
+    fn parse(query: Option<&str>, known: &'static [&'static str]) -> Result<Self, Refused> {
+        let mut values = vec![None; known.len()];
+        let pairs = query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
+        for pair in pairs {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let Some(index) = known.iter().position(|known| *known == name) else {
+                return Err(bad(format!(
+                    "`{name}` is no parameter here; known: {}",
+                    known.join(", ")
+                )));
+            };
+            let value = decode(value, ID_BYTES_MAX)
+                .filter(|value| !value.is_empty() && !value.chars().any(char::is_control))
+                .ok_or_else(|| {
+                    bad(format!("{name} must be percent-encoded text of 1 to {ID_BYTES_MAX} bytes"))
+                })?;
+            if values[index].replace(value).is_some() {
+                return Err(bad(format!("{name} is given twice")));
+            }
+        }
+        Ok(Self { known, values })
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        let index = self.known.iter().position(|known| *known == name).expect("a known name");
+        self.values[index].as_deref()
+    }
+
+    /// Reads the parameter if it is given.
+    fn read<T>(
+        &self,
+        name: &str,
+        must_be: &str,
+        read: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<Option<T>, Refused> {
+        let Some(text) = self.get(name) else { return Ok(None) };
+        read(text).map(Some).ok_or_else(|| bad(format!("{name} must be {must_be}")))
+    }
+}
+
+fn answer(body: &Value) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()
+}
+
+/// RFC 3339, as other times in JSON.
+fn time(unix_s: u64) -> Value {
+    let time = Timestamp::from(UNIX_EPOCH + Duration::from_secs(unix_s));
+    serde_json::to_value(time).unwrap_or(Value::Null)
+}
+
+fn place(text: &str) -> Option<ListPlace> {
+    let (slot, shard) = text.split_once('.')?;
+    Some(ListPlace { slot: slot.parse().ok()?, shard: shard.parse().ok()? })
+}
+
+/// Unix time in seconds, or RFC 3339.
+fn moment(text: &str) -> Option<u64> {
+    text.parse().ok().or_else(|| {
+        let time: Timestamp = serde_json::from_value(Value::from(text)).ok()?;
+        u64::try_from(time.seconds).ok()
+    })
+}
+
+fn row(node: &str, session: &SessionView) -> Value {
+    let (protocol, encoding) = match session.encoding.uncompressed() {
+        Encoding::Stream => ("grpc", "protobuf"),
+        Encoding::Json | Encoding::JsonDeflate => ("websocket", "json"),
+        Encoding::Binary | Encoding::BinaryDeflate => ("websocket", "protobuf"),
+    };
+    json!({
+        "node": node,
+        "user": session.user,
+        "device": session.device,
+        "address": session.client.to_string(),
+        "since": time(session.since_s),
+        "protocol": protocol,
+        "encoding": encoding,
+        "deflate": session.encoding != session.encoding.uncompressed(),
+        "state": session.state,
+        "cursors": session.has_cursors,
+        "token_issued_at": session.token_issued_s.map(time),
+        "token_expires_at": session.token_expires_s.map(time),
+    })
+}
+
+/// `GET /admin/sessions`.
+pub(super) async fn sessions(
+    State(admin): State<Arc<Admin>>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Refused> {
+    let parameters = Parameters::parse(query.as_deref(), &["user", "limit", "after"])?;
+    let limit = parameters.read("limit", &format!("1 to {SESSIONS_MAX}"), |text| {
+        text.parse().ok().filter(|limit| (1..=SESSIONS_MAX).contains(limit))
+    })?;
+    let after = parameters.read("after", "`next` of an earlier answer", place)?;
+    let Operated { node, sessions, .. } = &admin.operated;
+    let (user, limit) = (parameters.get("user"), limit.unwrap_or(SESSIONS_DEFAULT));
+    let list = sessions.list(user, after.unwrap_or_default(), limit).await.ok_or_else(stopped)?;
+    let rows: Vec<_> = list.sessions.iter().map(|session| row(node, session)).collect();
+    let next = list.next.map(|place| format!("{}.{}", place.slot, place.shard));
+    Ok(answer(&json!({ "node": &**node, "sessions": rows, "next": next })))
+}
+
+/// `POST /admin/sessions/close`.
+pub(super) async fn close(
+    State(admin): State<Arc<Admin>>,
+    Extension(caller): Extension<Caller>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Refused> {
+    let parameters = Parameters::parse(query.as_deref(), &["user", "device"])?;
+    let user =
+        parameters.get("user").ok_or_else(|| bad("user is missing: whose sessions to close"))?;
+    let device = parameters.get("device");
+    let Operated { node, sessions, .. } = &admin.operated;
+    let closed = sessions.close(user, device).await.ok_or_else(stopped)?;
+    tracing::info!(%caller, user, device, closed, "admin: sessions closed");
+    Ok(answer(&json!({ "node": &**node, "closed": closed })))
+}
+
+/// `POST /admin/tokens/revoke`.
+pub(super) async fn revoke(
+    State(admin): State<Arc<Admin>>,
+    Extension(caller): Extension<Caller>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Refused> {
+    let parameters = Parameters::parse(query.as_deref(), &["user", "everybody", "before"])?;
+    let user = parameters.get("user").map(str::to_owned);
+    let everybody =
+        parameters.read("everybody", "`true`", |text| (text == "true").then_some(()))?;
+    if user.is_some() == everybody.is_some() {
+        return Err(bad("one of user=… and everybody=true must be given: whose tokens to revoke"));
+    }
+    let must_be = "a time in seconds since 1970, or like 2026-11-30T12:00:00Z";
+    let before = parameters.read("before", must_be, moment)?;
+    let now_s = unix_ms() / 1000;
+    let before_s = before.unwrap_or(now_s);
+    if before_s > now_s + AHEAD_S_MAX {
+        return Err(bad("before is in the future: fresh tokens would be refused until then"));
+    }
+    if !admin.operated.has_tokens {
+        let why = "AUTH_MODE=trust: clients have no tokens; close their sessions instead";
+        return Err(refused(StatusCode::CONFLICT, why));
+    }
+    // A task, so that all sessions are closed also if the operator does not wait.
+    let (sessions, of) = (admin.operated.sessions.clone(), user.clone());
+    let before = u32::try_from(before_s).unwrap_or(u32::MAX);
+    let revoking = tokio::spawn(async move { sessions.revoke(of.as_deref(), before).await });
+    let closed = revoking.await.ok().flatten().ok_or_else(stopped)?;
+    let closed = closed.map_err(|full| refused(StatusCode::INSUFFICIENT_STORAGE, full))?;
+    let whose = user.as_deref().unwrap_or("everybody");
+    tracing::info!(%caller, whose, before_s, closed, "admin: tokens revoked");
+    let node = &admin.operated.node;
+    Ok(answer(&json!({ "node": &**node, "closed": closed, "before": time(before_s) })))
+}
+
+/// `POST /admin/drain`.
+pub(super) async fn drain(
+    State(admin): State<Arc<Admin>>,
+    Extension(caller): Extension<Caller>,
+) -> (StatusCode, Response) {
+    let drain = if admin.drain.send_replace(true) {
+        "already draining"
+    } else {
+        tracing::info!(%caller, "admin: drain");
+        "draining; the process exits when done"
+    };
+    let node = &admin.operated.node;
+    (StatusCode::ACCEPTED, answer(&json!({ "node": &**node, "drain": drain })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_read_whole_or_refused() {
+        const KNOWN: &[&str] = &["user", "device"];
+        let parse = |query| Parameters::parse(Some(query), KNOWN);
+        let both = parse("device=a%20b&user=%C3%A9+c").unwrap();
+        assert_eq!((both.get("user"), both.get("device")), (Some("é c"), Some("a b")));
+        assert!(Parameters::parse(None, KNOWN).unwrap().get("user").is_none());
+        for (query, why) in [
+            ("usr=alice", "`usr` is no parameter here; known: user, device"),
+            ("user=alice&user=bob", "user is given twice"),
+            ("user=", "user must be"),
+            ("user", "user must be"),
+            ("user=%0a", "user must be"),
+            ("user=%f", "user must be"),
+            ("user=%ff", "user must be"),
+            (&*format!("user={}", "x".repeat(ID_BYTES_MAX + 1)), "user must be"),
+        ] {
+            let (status, text) = parse(query).err().unwrap();
+            assert!(status == StatusCode::BAD_REQUEST && text.starts_with(why), "{query}: {text}");
+        }
+    }
+
+    #[test]
+    fn moment_is_a_number_or_a_text() {
+        assert_eq!(moment("1700000000"), Some(1_700_000_000));
+        assert_eq!(moment("2023-11-14T22:13:20Z"), Some(1_700_000_000));
+        assert_eq!(moment("2023-11-14T23:13:20.5+01:00"), Some(1_700_000_000));
+        for text in ["yesterday", "-5", "1e9", "", "1969-12-31T00:00:00Z"] {
+            assert_eq!(moment(text), None, "{text}");
+        }
+        assert_eq!(time(1_700_000_000), "2023-11-14T22:13:20Z");
+    }
+}

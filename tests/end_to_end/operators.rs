@@ -6,6 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use delivery_testkit::admin::request;
 use delivery_testkit::token::sign_hs256;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -255,4 +256,38 @@ fn token_or_socket_is_needed_where_the_node_has_a_token() {
     assert!(status.success(), "{status}");
     assert!(!socket.exists(), "the file goes with its process");
     std::fs::remove_file(file).expect("it is there");
+}
+
+#[test]
+fn drain_is_cancelled_until_sessions_are_closed() {
+    let mut node = node("node-1").set("DRAIN_DELAY", "10m").start();
+    let mut alice = Client::session(node.public, "alice", "phone");
+    let why = complaint(&admin(&[&node], &["undrain"]));
+    assert!(why.contains("409: the node does not drain"), "{why}");
+    for _ in 0..2 {
+        let table = printed(&admin(&[&node], &["drain"]));
+        assert!(table.contains("node-1  draining"), "{table}");
+        let answer = node.get("/health/ready").expect("an answer");
+        assert_eq!((answer.status, answer.body.trim()), (503, "not ready: draining"));
+        assert_eq!(node.metrics().sum("delivery_draining", &[]), 1.0);
+        printed(&admin(&[&node], &["undrain"]));
+        assert_eq!(node.get("/health/ready").expect("an answer").status, 200);
+        assert_eq!(node.metrics().sum("delivery_draining", &[]), 0.0);
+    }
+    until(SOON, "the node goes on", || {
+        let log = node.log();
+        (log.matches("the drain was cancelled").count() == 2).then_some(())
+    });
+    assert!(alice.send(9, b"still there?"));
+    assert_eq!(alice.receive(), Received::Pong(b"still there?".to_vec()));
+    let _bob = Client::session(node.public, "bob", "phone");
+
+    // A signal cannot be taken back, also if the drain was requested before.
+    printed(&admin(&[&node], &["drain"]));
+    node.signal(Signal::TERM);
+    until(SOON, "the node has noticed the signal", || {
+        let output = admin(&[&node], &["undrain"]);
+        text(&output.stderr).contains("409: the node was told to stop by a signal").then_some(())
+    });
+    assert_eq!(node.ended(), None);
 }

@@ -219,14 +219,25 @@ pub(super) async fn drain(
     State(admin): State<Arc<Admin>>,
     Extension(caller): Extension<Caller>,
 ) -> (StatusCode, Response) {
-    let drain = if admin.drain.send_replace(true) {
-        "already draining"
-    } else {
+    let drain = if admin.drain.begin() {
         tracing::info!(%caller, "admin: drain");
         "draining; the process exits when done"
+    } else {
+        "already draining"
     };
     let node = &admin.operated.node;
     (StatusCode::ACCEPTED, answer(&json!({ "node": &**node, "drain": drain })))
+}
+
+/// `POST /admin/undrain`.
+pub(super) async fn undrain(
+    State(admin): State<Arc<Admin>>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Response, Refused> {
+    admin.drain.cancel().map_err(|why| refused(StatusCode::CONFLICT, why))?;
+    tracing::info!(%caller, "admin: drain cancelled");
+    let node = &admin.operated.node;
+    Ok(answer(&json!({ "node": &**node, "drain": "cancelled; the node is as ready as before" })))
 }
 
 #[cfg(test)]

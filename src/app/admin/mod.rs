@@ -4,6 +4,7 @@
 mod access;
 mod actions;
 mod connections;
+mod drain;
 mod exposition;
 mod requests;
 
@@ -15,12 +16,13 @@ use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 pub use access::AdminTokens;
 pub use actions::Operated;
 pub use connections::AdminCounters;
+pub use drain::{DrainSwitch, NotCancelled};
 pub use exposition::{MetricsPage, number};
 pub use requests::{RequestMetrics, answered};
 
@@ -45,8 +47,8 @@ pub struct Admin {
     pub checks: Vec<ReadinessCheck>,
     /// The metrics of all components; `None`: `/metrics` is off.
     pub collectors: Option<Vec<Collector>>,
-    /// Starts the drain when set to true.
-    pub drain: watch::Sender<bool>,
+    /// Starts and cancels the drain.
+    pub drain: Arc<DrainSwitch>,
     /// The page served at `/try`.
     pub try_page: Option<String>,
     /// Counts the requests to this port.
@@ -66,7 +68,7 @@ impl Admin {
     /// Why the node is not ready; empty if it is. From the start of the drain to the exit, that is
     /// the only reason.
     pub fn missing(&self) -> Vec<String> {
-        if *self.drain.borrow() {
+        if self.drain.is_on() {
             return vec!["draining".to_owned()];
         }
         self.checks.iter().filter_map(|check| check()).collect()
@@ -91,6 +93,7 @@ fn router(admin: Arc<Admin>) -> axum::Router {
     let door = (Arc::clone(&admin), Arc::new(Semaphore::new(ACTIONS_MAX)));
     let actions = axum::Router::new()
         .route("/admin/drain", post(actions::drain))
+        .route("/admin/undrain", post(actions::undrain))
         .route("/admin/sessions", get(actions::sessions))
         .route("/admin/sessions/close", post(actions::close))
         .route("/admin/tokens/revoke", post(actions::revoke))
@@ -107,7 +110,7 @@ fn router(admin: Arc<Admin>) -> axum::Router {
 }
 
 const NOT_FOUND: &str = "not found; paths: /health/live, /health/ready, /metrics, /admin/sessions, \
-                         POST /admin/sessions/close, POST /admin/tokens/revoke, POST /admin/drain\n";
+                         POST /admin/sessions/close, POST /admin/tokens/revoke, POST /admin/drain, POST /admin/undrain\n";
 
 async fn count(State(admin): State<Arc<Admin>>, request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -199,6 +202,7 @@ mod tests {
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpStream;
+    use tokio::sync::watch;
 
     use super::*;
     use crate::domain::command::Secret;
@@ -252,7 +256,8 @@ mod tests {
         checks: Vec<ReadinessCheck>,
         collectors: Option<Vec<Collector>>,
     ) -> (Admin, watch::Receiver<bool>) {
-        let (drain, drained) = watch::channel(false);
+        let drain = Arc::new(DrainSwitch::default());
+        let drained = drain.subscribe();
         let requests = RequestMetrics::default();
         let service = "push".to_owned();
         let connections = Arc::default();
@@ -293,6 +298,11 @@ mod tests {
         assert!(!*drained.borrow());
         assert_eq!(send(address, "POST /admin/drain").await.0, 202);
         assert!(*drained.borrow());
+        assert_eq!(send(address, "POST /admin/undrain").await.0, 200);
+        assert!(!*drained.borrow());
+        let (status, body) = send(address, "POST /admin/undrain").await;
+        assert_eq!((status, &*body), (409, "the node does not drain\n"));
+        assert_eq!(send(address, "POST /admin/drain").await.0, 202);
         // What is missing while the node stops does not matter any more.
         assigned.store(false, Ordering::Relaxed);
         assert_eq!(send(address, "GET /health/ready").await, (503, "not ready: draining\n".into()));

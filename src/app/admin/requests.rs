@@ -9,11 +9,12 @@ use crate::domain::counters::MetricKind;
 
 /// Paths with a label of their own. All others share one label, so that clients cannot make the
 /// page grow.
-const PATHS: [&str; 8] = [
+const PATHS: [&str; 9] = [
     "/health/live",
     "/health/ready",
     "/metrics",
     "/admin/drain",
+    "/admin/undrain",
     "/admin/sessions",
     "/admin/sessions/close",
     "/admin/tokens/revoke",

@@ -43,7 +43,9 @@ use self::shards::{Shards, connection_limits, shard_config};
 use self::signals::Signals;
 use self::sizing::Sizing;
 use self::streams::Streams;
-use super::admin::{self, Admin, AdminCounters, Collector, Operated, RequestMetrics};
+use super::admin::{
+    self, Admin, AdminCounters, Collector, DrainSwitch, NotCancelled, Operated, RequestMetrics,
+};
 use super::config::{AuthMode, Settings};
 use super::telemetry::{self, LogSink};
 use crate::domain::capacity::Capacity;
@@ -143,9 +145,9 @@ async fn run_node(
     let (admin_socket, _socket_file) = ports.admin_socket.take().unzip();
     let connections = Arc::new(AdminCounters::default());
     let tokens = tokens::operators(&plan.settings, &connections, signals.read_again())?;
-    let (drain, drained) = watch::channel(false);
+    let drain = Arc::new(DrainSwitch::default());
     let (node, admin_listener, mut collectors) =
-        start(plan.settings, &sizing, ports, log, drained.clone(), signals.read_again())?;
+        start(plan.settings, &sizing, ports, log, drain.subscribe(), signals.read_again())?;
 
     let mut checks = vec![node.routing.check(), tokens::check(Arc::clone(&node.auth))];
     checks.extend(node.from_other_nodes.as_ref().map(OtherNodesListener::check));
@@ -155,7 +157,7 @@ async fn run_node(
         service: node.settings.service_name.to_string(),
         checks,
         collectors: node.settings.metrics_enabled.then_some(collectors),
-        drain,
+        drain: Arc::clone(&drain),
         try_page: plan.try_page.map(|page| page(&addresses)),
         requests: RequestMetrics::default(),
         connections,
@@ -173,18 +175,27 @@ async fn run_node(
         tracing::info!("admin also on {}", path.display());
     }
 
-    let requested = tokio::select! {
-        request = stop_requested(&mut signals, drained) => Ok(request),
-        failure = node.failure() => Err(failure),
-        () = ready_once(&admin, || on_ready(&addresses)) => unreachable!("it never returns"),
+    let ready = ready_once(&admin, || on_ready(&addresses));
+    tokio::pin!(ready);
+    let outcome = loop {
+        let requested = tokio::select! {
+            request = stop_requested(&mut signals, drain.subscribe()) => Ok(request),
+            failure = node.failure() => Err(failure),
+            () = &mut ready => unreachable!("it never returns"),
+        };
+        signals.node_ends(true);
+        let served_on = match requested {
+            Ok(request) => node.serve_on(&request, &drain, &mut signals).await,
+            Err(failure) => Err(failure),
+        };
+        match served_on {
+            Ok(DelayEnd::Over) => break Ok(()),
+            Ok(DelayEnd::DrainCancelled) => signals.node_ends(false),
+            Err(failure) => break Err(failure),
+        }
     };
     // Readiness turns off before the first session is closed.
-    admin.drain.send_replace(true);
-    signals.node_ends();
-    let outcome = match requested {
-        Ok(request) => node.serve_on(&request).await,
-        Err(failure) => Err(failure),
-    };
+    drain.stop(NotCancelled::SessionsClosing);
     let Stopped { outcome: ended, exit } = node.stop().await;
     admin_task.abort();
     tracing::info!("stopped");
@@ -355,23 +366,46 @@ impl Node {
     }
 
     /// Accepts and serves connections for another `drain_delay`, because load balancers poll
-    /// readiness.
+    /// readiness. Until it is over, a drain request can be cancelled.
     ///
     /// # Errors
     /// A part has failed meanwhile.
-    async fn serve_on(&self, request: &StopRequest) -> Result<(), String> {
+    async fn serve_on(
+        &self,
+        request: &StopRequest,
+        drain: &DrainSwitch,
+        signals: &mut Signals,
+    ) -> Result<DelayEnd, String> {
+        let mut is_signalled = matches!(request, StopRequest::Signal(_));
+        if is_signalled {
+            drain.stop(NotCancelled::Signalled);
+        }
         let delay = self.settings.drain_delay;
-        if delay.is_zero() {
-            tracing::info!("{request}: stopping");
-            return Ok(());
+        if !delay.is_zero() {
+            tracing::info!(
+                "{request}: not ready any more, accepting connections for another {delay:?}"
+            );
         }
-        tracing::info!(
-            "{request}: not ready any more, accepting connections for another {delay:?}"
-        );
-        tokio::select! {
-            () = sleep(delay) => { tracing::info!("stopping"); Ok(()) }
-            failure = self.failure() => Err(failure),
+        let mut is_on = drain.subscribe();
+        let over = sleep(delay);
+        tokio::pin!(over);
+        loop {
+            tokio::select! {
+                () = &mut over => break,
+                _ = is_on.wait_for(|is_on| !*is_on) => break,
+                _ = signals.first(), if !is_signalled => {
+                    is_signalled = true;
+                    drain.stop(NotCancelled::Signalled);
+                }
+                failure = self.failure() => return Err(failure),
+            }
         }
+        if !drain.commit() {
+            tracing::info!("the drain was cancelled: serving as before");
+            return Ok(DelayEnd::DrainCancelled);
+        }
+        tracing::info!("{request}: stopping");
+        Ok(DelayEnd::Over)
     }
 
     /// Closes the sessions, then stops the parts that feed them. Abandons what is not done within
@@ -452,6 +486,12 @@ impl fmt::Display for StopRequest {
             Self::Drain => "POST /admin/drain",
         })
     }
+}
+
+/// How the delay of a node that drains has ended.
+enum DelayEnd {
+    Over,
+    DrainCancelled,
 }
 
 async fn stop_requested(signals: &mut Signals, mut drained: watch::Receiver<bool>) -> StopRequest {

@@ -145,9 +145,9 @@ impl Signals {
         name.expect("the thread of the signals ends with the process")
     }
 
-    /// The node drains or stops. If a drain request is the reason, the first signal changes nothing: Kubernetes sends
-    /// it after a `preStop` hook that drains.
-    pub(super) fn node_ends(&self) {
-        self.node.ends.store(true, Ordering::Relaxed);
+    /// The node drains or stops, or does not any more. If a drain request is the reason, the first signal changes nothing:
+    /// Kubernetes sends it after a `preStop` hook that drains.
+    pub(super) fn node_ends(&self, ends: bool) {
+        self.node.ends.store(ends, Ordering::Relaxed);
     }
 }

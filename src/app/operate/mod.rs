@@ -24,6 +24,7 @@ Lists and closes sessions, revokes tokens, and drains nodes.
     delivery admin revoke --user alice              # all her tokens so far; she needs a fresh one
     delivery admin revoke --everybody               # as after the loss of a key
     delivery admin drain                            # close all sessions, then exit
+    delivery admin undrain                          # … before the first one was closed
 
 A command acts on the nodes that --admin names. Give it several times, or give a name that has the addresses of all nodes, \
 such as a headless service in Kubernetes:
@@ -102,8 +103,10 @@ enum Action {
         #[arg(long)]
         before: Option<String>,
     },
-    /// Stop one node: not ready at once, then its sessions are closed, then it exits
+    /// Stop one node: not ready at once, after DRAIN_DELAY its sessions are closed, then it exits
     Drain,
+    /// Cancel the drain of one node, until its DRAIN_DELAY is over
+    Undrain,
 }
 
 /// Carries out the action on all nodes.
@@ -141,6 +144,7 @@ pub fn run(operate: &Operate) -> Result<(), String> {
             call.act(&format!("/admin/tokens/revoke{query}"), &["node", "closed", "before"])
         }
         Action::Drain => call.act_on_one("/admin/drain", &["node", "drain"]),
+        Action::Undrain => call.act_on_one("/admin/undrain", &["node", "drain"]),
     }
 }
 

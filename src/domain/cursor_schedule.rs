@@ -78,7 +78,8 @@ pub struct CursorSchedule<F> {
     due: VecDeque<ConnectionKey>,
     next_step_ms: u64,
     step: u64,
-    /// Steps since the positions last changed: after [`STEPS`] of them all sessions have the last frame.
+    /// Steps since the positions or the places of sessions last changed: after [`STEPS`] of them all sessions have the
+    /// last frame.
     quiet_steps: u64,
 }
 
@@ -138,7 +139,12 @@ impl<F> CursorSchedule<F> {
     }
 
     fn forget_ended(&mut self, is_open: impl Fn(ConnectionKey) -> bool) {
+        let before = self.sessions.len();
         self.sessions.retain(|session| is_open(session.key));
+        if self.sessions.len() < before {
+            // A session that is not served yet may be in a part now that has been.
+            self.quiet_steps = 0;
+        }
         self.sessions_next = 2 * self.sessions.len() + SESSIONS_KEPT;
     }
 
@@ -313,6 +319,38 @@ mod tests {
         shard.0.add(key(7), |_| true);
         assert!(!shard.begins(1), "the frame is the same: nobody has to be asked");
         assert_eq!(shard.due(), (vec![7], Some(5)));
+    }
+
+    proptest! {
+        /// Sessions that end move the others to earlier places.
+        #[test]
+        fn sessions_that_stay_get_the_newest_cursor_although_others_end(
+            ended in prop::collection::vec((0..200_u32, 0..2 * STEPS), 0..200),
+            routed_at in 0..STEPS,
+        ) {
+            let mut shard = Shard::new(200);
+            shard.0.routed(&at(1));
+            let mut newest: HashMap<u32, i64> = HashMap::new();
+            let (mut now_ms, mut steps) = (0, 0);
+            while let Some(at_ms) = shard.0.next_ms(now_ms) {
+                now_ms = now_ms.max(at_ms);
+                if steps == routed_at {
+                    shard.0.routed(&at(2));
+                }
+                let is_open = |key: ConnectionKey| !ended.iter().any(|(slot, at)| *slot == key.slot && *at <= steps);
+                if shard.0.begin_round(now_ms, is_open, |cursor| cursor.positions()[0].next) {
+                    shard.0.fence_answered();
+                }
+                let (due, last) = shard.due();
+                newest.extend(due.into_iter().map(|slot| (slot, last.expect("made"))));
+                steps += 1;
+            }
+            prop_assume!(steps > routed_at);
+            for slot in 0..200 {
+                let stays = !ended.iter().any(|(other, _)| *other == slot);
+                prop_assert!(!stays || newest[&slot] == 2, "{slot}");
+            }
+        }
     }
 
     #[test]

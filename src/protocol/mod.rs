@@ -24,5 +24,6 @@ pub mod incoming;
 pub mod mask;
 pub mod phase;
 pub mod receiver;
+pub mod tls;
 pub mod upgrade;
 pub mod utf8;

@@ -167,6 +167,7 @@ impl Ours {
                 limiter: Arc::clone(&limiter),
                 capacity: Arc::clone(&capacity),
                 counters: counts,
+                handshaker: None,
             };
             let shard = spawn(ShardId(number), shard_config.clone(), Arc::clone(&listener), links);
             shards.push(shard.map_err(io::Error::other)?);

@@ -3,6 +3,7 @@
 use crate::domain::limits::{
     ACCEPTS_IN_FLIGHT_MAX, CONNECTIONS_PER_SHARD_MAX, RECEIVE_BUFFER_BYTES, SEND_BATCH_BYTES,
 };
+use crate::protocol::tls::handshake::JOBS_MAX;
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::wheel::TICK_MS;
 
@@ -23,6 +24,9 @@ pub struct ShardConfig {
     pub accepts_max: u32,
     /// Completions handled in one turn. The others wait for the next one, which takes events and runs timers before.
     pub completions_max: u16,
+    /// TLS handshakes under way at the thread that makes them, at most
+    /// [`JOBS_MAX`](crate::protocol::tls::handshake::JOBS_MAX). The others wait.
+    pub handshakes_max: u16,
     /// Receive buffers of [`RECEIVE_BUFFER_BYTES`] shared by all connections: a power of two.
     pub receive_buffers: u16,
     /// `Retry-After` of a 429 or 503, seconds.
@@ -93,6 +97,7 @@ impl Default for ShardConfig {
             refusals_max: 256,
             accepts_max: 32,
             completions_max: 1_024,
+            handshakes_max: JOBS_MAX as u16,
             receive_buffers: 256,
             retry_after_s: 5,
             handshake_ms_max: 10_000,

@@ -1,7 +1,9 @@
 //! One connection: its lifecycle, its send queue, its requests in flight.
 //!
 //! ```text
-//!   Accepting ─► Handshake ─► Deciding ─► Holding ─► Filtering ─► Live      admitted sessions
+//!   Accepting ─► Securing ─► TLS only
+//!       │           │
+//!       └───────► Handshake ─► Deciding ─► Holding ─► Filtering ─► Live      admitted sessions
 //!                   │   │        │           │  │        │          │
 //!                   │   └► Echo  │           │  └────────┼──────────┤      (/echo)
 //!                   │       │    │           │           │          │
@@ -24,6 +26,7 @@ use crate::domain::event::Event;
 use crate::domain::limiter::AddressPermit;
 use crate::protocol::phase::Phase;
 use crate::protocol::receiver::Receiver;
+use crate::protocol::tls;
 use crate::protocol::upgrade::HeadProgress;
 use crate::reactor::queue::SendQueue;
 use crate::reactor::rate::InboundRate;
@@ -88,6 +91,8 @@ impl Connection {
 pub enum Lifecycle {
     /// An accept is in flight: no client yet.
     Accepting,
+    /// The TLS handshake is incomplete.
+    Securing(Box<Securing>),
     /// The upgrade request is incomplete.
     Handshake(Box<Handshake>),
     /// The session manager decides on the request.
@@ -127,7 +132,7 @@ impl Lifecycle {
     /// The class of this lifecycle.
     pub fn class(&self) -> LifecycleClass {
         match self {
-            Self::Handshake(_) | Self::Deciding(_) => LifecycleClass::Handshake,
+            Self::Securing(_) | Self::Handshake(_) | Self::Deciding(_) => LifecycleClass::Handshake,
             Self::Holding(_) | Self::Filtering(_) | Self::Live => LifecycleClass::Session,
             Self::Echo(_) => LifecycleClass::Echo,
             Self::Accepting
@@ -154,6 +159,21 @@ impl Lifecycle {
     }
 }
 
+/// State while the TLS handshake is incomplete.
+#[derive(Debug)]
+pub struct Securing {
+    /// The client's address.
+    pub peer: std::net::IpAddr,
+    /// The handshake. `None`: it has not begun, or is [under way](Self::is_under_way).
+    pub handshake: Option<Box<dyn tls::TlsHandshake>>,
+    /// What the client has sent of it and is not handled yet.
+    pub input: Vec<u8>,
+    /// Handshake and input are at the thread that makes handshakes. Nothing is received meanwhile.
+    pub is_under_way: bool,
+    /// How often they were there.
+    pub visits: u8,
+}
+
 /// State while the upgrade request is incomplete.
 #[derive(Debug)]
 pub struct Handshake {
@@ -163,6 +183,20 @@ pub struct Handshake {
     pub input: Vec<u8>,
     /// What is checked of it.
     pub progress: HeadProgress,
+}
+
+impl Securing {
+    /// Nothing has come.
+    pub fn new(peer: std::net::IpAddr) -> Self {
+        Self { peer, handshake: None, input: Vec::new(), is_under_way: false, visits: 0 }
+    }
+}
+
+impl Handshake {
+    /// Nothing has come.
+    pub fn new(peer: std::net::IpAddr) -> Self {
+        Self { peer, input: Vec::new(), progress: HeadProgress::default() }
+    }
 }
 
 /// State while the session manager decides.
@@ -175,7 +209,7 @@ pub struct Deciding {
     /// Live events. A session gets deliveries as soon as the service side knows it.
     pub held: SendQueue,
     /// Bytes that the client sent directly behind its request.
-    pub rest: Box<[u8]>,
+    pub rest: Vec<u8>,
 }
 
 impl Lifecycle {
@@ -196,6 +230,7 @@ impl Lifecycle {
                 Some((&mut holding.queue, holding.delivered_by_catch_up.as_ref()))
             }
             Self::Accepting
+            | Self::Securing(_)
             | Self::Handshake(_)
             | Self::Filtering(_)
             | Self::Live

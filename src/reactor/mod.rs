@@ -11,4 +11,5 @@ pub mod shard;
 pub mod simulation;
 pub mod slab;
 pub mod thread;
+pub mod tls;
 pub mod wheel;

@@ -206,19 +206,42 @@ impl SendQueue {
         }
     }
 
-    /// Drops all frames except one that was sent in part, and passes each dropped frame to
-    /// `dropped`.
-    pub fn cut(&mut self, pool: &mut FramePool, mut dropped: impl FnMut(Rc<Outgoing>)) {
-        let keep = self.is_mid_frame().then(|| {
-            let left = self.front_length(pool) - self.front_sent as usize;
-            let sent = self.front_sent;
-            (self.remove_front(pool, left), sent)
-        });
+    /// Drops all frames except those that were begun, and passes each dropped frame to `dropped`. Begun are one that was
+    /// sent in part, and those of which at least a byte is among the first `sealed` bytes.
+    pub fn cut(
+        &mut self,
+        pool: &mut FramePool,
+        sealed: usize,
+        mut dropped: impl FnMut(Rc<Outgoing>),
+    ) {
+        let front_sent = self.front_sent;
+        let mut kept = Vec::new();
+        let mut kept_bytes = 0;
+        while !self.is_empty() && (kept_bytes < sealed || self.is_mid_frame()) {
+            let left = self.front_left(pool);
+            kept_bytes += left;
+            kept.push(self.remove_front(pool, left));
+        }
         self.clear(pool, &mut dropped);
-        if let Some((outgoing, sent)) = keep {
+        for outgoing in kept {
             self.push(pool, outgoing);
-            self.front_sent = sent;
-            self.bytes -= sent;
+        }
+        if !self.is_empty() {
+            self.front_sent = front_sent;
+            self.bytes -= front_sent;
+        }
+    }
+
+    /// Appends the first `length` bytes of the queue to `out`.
+    pub fn copy_front(&self, pool: &FramePool, length: usize, out: &mut Vec<u8>) {
+        assert!(length <= self.bytes());
+        let (mut node, mut from, mut missing) = (self.front, self.front_sent as usize, length);
+        while missing > 0 {
+            let bytes = &pool.outgoing(node).bytes(self.encoding).unwrap_or_default()[from..];
+            let piece = &bytes[..bytes.len().min(missing)];
+            out.extend_from_slice(piece);
+            missing -= piece.len();
+            (node, from) = (pool.nodes[node as usize].next, 0);
         }
     }
 
@@ -331,12 +354,29 @@ mod tests {
         }
         queue.advance(&mut pool, 14, drop);
         let mut gone = 0;
-        queue.cut(&mut pool, |_| gone += 1);
+        queue.cut(&mut pool, 0, |_| gone += 1);
         assert_eq!((gone, queue.frames(), queue.bytes()), (1, 1, 6));
         let rest = queue.next_send(&pool, 100, || None).unwrap();
         assert_eq!(rest[..], [1; 6]);
         queue.advance(&mut pool, 6, drop);
         assert!(queue.is_empty() && !queue.is_mid_frame());
+    }
+
+    #[test]
+    fn cut_keeps_the_frames_that_are_sealed_in_part() {
+        let mut pool = FramePool::default();
+        let mut queue = SendQueue::new(Encoding::Binary);
+        for byte in 0..4 {
+            queue.push(&mut pool, frame(byte, 10));
+        }
+        queue.advance(&mut pool, 4, drop);
+        let mut gone = 0;
+        queue.cut(&mut pool, 7, |_| gone += 1);
+        assert_eq!((gone, queue.frames(), queue.bytes()), (2, 2, 16));
+        let mut front = Vec::new();
+        queue.copy_front(&pool, 7, &mut front);
+        assert_eq!(front, [0, 0, 0, 0, 0, 0, 1]);
+        queue.clear(&mut pool, drop);
     }
 
     proptest! {

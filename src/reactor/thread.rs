@@ -190,6 +190,7 @@ mod tests {
                 limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
                 capacity,
                 counters: Arc::clone(&counters),
+                handshaker: None,
             };
             let handle = spawn(shard, config, listener, links).unwrap();
             Self { address, peer, bell, counters, handle }

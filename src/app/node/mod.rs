@@ -254,6 +254,7 @@ fn start(
         ports.shards,
         Capacity::new(sizing.connections),
         mesh.shards,
+        None,
     )?;
     let counters = Arc::new(SessionCounters::default());
     let missed = match &cluster {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
+use rustls::ServerConfig;
 use tokio::time::interval;
 
 use super::mesh::ShardSide;
@@ -13,11 +14,15 @@ use crate::app::config::{Count, Settings, Size};
 use crate::domain::capacity::Capacity;
 use crate::domain::ids::ShardId;
 use crate::domain::limiter::{ConnectionLimiter, ConnectionLimits};
+use crate::handoff::Doorbell;
 use crate::protocol::upgrade::UpgradeRules;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::counters::ShardCounters;
 use crate::reactor::shard::ShardLinks;
 use crate::reactor::thread::{ShardHandle, SpawnError, spawn};
+use crate::reactor::tls::ShardHandshakeEnd;
+use crate::service::tls::TlsCounters;
+use crate::service::tls::handshaker::Handshaker;
 use crate::uring::SetupError;
 
 /// Receive buffers per shard, 2 MiB. Only those in use are resident.
@@ -82,8 +87,28 @@ pub(super) fn connection_limits(settings: &Settings) -> ConnectionLimits {
     }
 }
 
+/// TLS on the port of the shards.
+pub(super) struct ShardTls {
+    /// Prepared for the record layer of the shards.
+    pub config: Arc<ServerConfig>,
+    pub counters: Arc<TlsCounters>,
+}
+
+impl ShardTls {
+    /// Starts the thread that makes the handshakes of a shard. It ends with the shard.
+    fn handshaker(&self, number: u16, bell: &Arc<Doorbell>) -> Result<ShardHandshakeEnd, String> {
+        let (config, counters) = (Arc::clone(&self.config), Arc::clone(&self.counters));
+        let (handshaker, end) = Handshaker::new(config, counters, bell)
+            .map_err(|error| format!("shard {number}: {error}"))?;
+        handshaker
+            .spawn(format!("handshakes-{number}"))
+            .map_err(|error| format!("shard {number}: cannot start a thread: {error}"))?;
+        Ok(end)
+    }
+}
+
 impl Shards {
-    /// Starts one thread per side.
+    /// Starts one thread per side, and with TLS one more that makes its handshakes.
     ///
     /// # Errors
     /// A ring cannot be set up. The text says what to do. Shards that have started end by
@@ -94,6 +119,7 @@ impl Shards {
         listener: OwnedFd,
         capacity: Capacity,
         sides: Vec<ShardSide>,
+        tls: Option<&ShardTls>,
     ) -> Result<Self, String> {
         let count = sides.len() as u64;
         let (listener, capacity) = (Arc::new(listener), Arc::new(capacity));
@@ -104,7 +130,8 @@ impl Shards {
             let ShardSide { bell, peers } = side;
             let limiter = Arc::clone(&limiter);
             let capacity = Arc::clone(&capacity);
-            let links = ShardLinks { peers, bell, limiter, capacity, counters };
+            let handshaker = tls.map(|tls| tls.handshaker(number, &bell)).transpose()?;
+            let links = ShardLinks { peers, bell, limiter, capacity, counters, handshaker };
             let handle = spawn(ShardId(number), config.clone(), Arc::clone(&listener), links);
             shards.handles.push(handle.map_err(|error| not_started(&error, count))?);
         }

@@ -187,6 +187,7 @@ impl ReturningWorld {
             limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
             capacity: Arc::new(Capacity::new(16)),
             counters: Arc::new(ShardCounters::default()),
+            handshaker: None,
         };
         let cursor_ms = random.pick(&[50, 400, 15_000]);
         let config = ShardConfig {

@@ -12,8 +12,9 @@ use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limiter::{AddressPermit, LimitExceeded};
 use crate::protocol::phase::Signal;
-use crate::protocol::upgrade::{self, HeadProgress, Refused};
-use crate::reactor::connection::{Connection, Handshake, Lifecycle, RequestSet};
+use crate::protocol::tls::Alert;
+use crate::protocol::upgrade::{self, Refused};
+use crate::reactor::connection::{Connection, Handshake, Lifecycle, RequestSet, Securing};
 use crate::reactor::rate::InboundRate;
 use crate::uring::{HowToClose, Kernel};
 
@@ -105,18 +106,19 @@ impl<K: Kernel> Shard<K> {
                 let connection = &mut self.slab[key];
                 connection.address = Some(permit);
                 connection.deadline = deadline.into();
-                self.set_lifecycle(
-                    key,
-                    Lifecycle::Handshake(Box::new(Handshake {
-                        peer,
-                        input: Vec::new(),
-                        progress: HeadProgress::default(),
-                    })),
-                );
+                let lifecycle = if self.handshaker.is_some() {
+                    Lifecycle::Securing(Box::new(Securing::new(peer)))
+                } else {
+                    Lifecycle::Handshake(Box::new(Handshake::new(peer)))
+                };
+                self.set_lifecycle(key, lifecycle);
                 None
             }
             Err(refused) => Some(refused),
         };
+        if self.handshaker.is_some() {
+            self.tls.insert(key);
+        }
         self.slab[key].in_flight.begin(RequestSet::POLL_READABLE);
         self.kernel.poll_readable(key);
         match refused {
@@ -178,8 +180,12 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Answers a request, or an incomplete one, with an HTTP error and closes.
+    /// Answers a request, or an incomplete one, with an HTTP error and closes. Before the end of a TLS handshake an alert
+    /// says only that it is not the client's fault.
     pub(super) fn answer(&mut self, key: ConnectionKey, refused: &Refused, why: EndReason) {
+        if self.tls.get(key).is_some_and(|tls| !tls.sealing.is_established()) {
+            return self.end_tls(key, Alert::INTERNAL_ERROR, why);
+        }
         self.begin_close(key, why);
         let connection = &mut self.slab[key];
         connection.inbound = InboundRate::default();

@@ -164,7 +164,9 @@ impl<K: Kernel> Shard<K> {
         let Connection { lifecycle, phase, in_flight, flags, queue, timer, .. } = connection;
         let lawful = match lifecycle {
             Lifecycle::Accepting => *phase == Phase::Upgrading && *in_flight == RequestSet::ACCEPT,
-            Lifecycle::Handshake(_) | Lifecycle::Deciding(_) => *phase == Phase::Upgrading,
+            Lifecycle::Securing(_) | Lifecycle::Handshake(_) | Lifecycle::Deciding(_) => {
+                *phase == Phase::Upgrading
+            }
             Lifecycle::Holding(_)
             | Lifecycle::Filtering(_)
             | Lifecycle::Live
@@ -180,7 +182,7 @@ impl<K: Kernel> Shard<K> {
             "a send and a poll for room in flight"
         );
         assert!(
-            queue.is_empty()
+            (queue.is_empty() && self.tls.get(key).is_none_or(|tls| tls.sealing.is_flushed()))
                 || flags.has(Flags::DIRTY)
                 || in_flight.any(RequestSet::SEND.or(RequestSet::POLL_WRITABLE)),
             "queued frames without a send: {lifecycle:?}"
@@ -188,7 +190,9 @@ impl<K: Kernel> Shard<K> {
         let own =
             if matches!(lifecycle, Lifecycle::Echo(_)) { usize::MAX / 2 } else { OWN_FRAMES_MAX };
         assert!(queue.frames() <= usize::from(self.config.queue_frames_max) + own);
-        if let Some(deadline) = next_deadline(connection, key, self.now, &self.config) {
+        if let Some(deadline) =
+            next_deadline(connection, self.tls.get(key), key, self.now, &self.config)
+        {
             let due = self.wheel.due(timer).expect("a deadline without a timer");
             assert!(
                 due <= deadline.max(self.wheel.now() + 1),

@@ -9,6 +9,7 @@ use crate::domain::ids::ConnectionKey;
 use crate::protocol::upgrade::Refused;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::connection::{Connection, Filter, Flags, Lifecycle, RequestSet};
+use crate::reactor::tls::TlsSession;
 use crate::reactor::wheel::{TICK_MS, Tick};
 use crate::uring::{HowToClose, Kernel};
 use std::rc::Rc;
@@ -37,7 +38,9 @@ impl<K: Kernel> Shard<K> {
     /// Sets the timer so that it fires no later than the earliest deadline.
     pub(super) fn schedule(&mut self, key: ConnectionKey) {
         let Some(connection) = self.slab.get_mut(key) else { return };
-        let Some(deadline) = next_deadline(connection, key, self.now, &self.config) else { return };
+        let tls = self.tls.get(key);
+        let deadline = next_deadline(connection, tls, key, self.now, &self.config);
+        let Some(deadline) = deadline else { return };
         if self.wheel.due(&connection.timer).is_none_or(|due| due > deadline) {
             self.wheel.set(&mut self.slab, key.slot, deadline);
         }
@@ -50,6 +53,10 @@ impl<K: Kernel> Shard<K> {
         let overdue = now >= connection.deadline.near(now);
         match &connection.lifecycle {
             Lifecycle::Accepting | Lifecycle::Terminating(_) | Lifecycle::Freeing => {}
+            Lifecycle::Securing(_) if overdue => {
+                self.counters.counts.handshake_timeouts.add(1);
+                self.terminate(key, EndReason::HandshakeTimeout, HowToClose::Orderly);
+            }
             Lifecycle::Handshake(_) if overdue => {
                 self.counters.counts.handshake_timeouts.add(1);
                 self.answer(key, &Refused::timeout(), EndReason::HandshakeTimeout);
@@ -61,7 +68,8 @@ impl<K: Kernel> Shard<K> {
                 self.receive_on(key);
             }
             Lifecycle::Closing(_) | Lifecycle::Lingering(_) if overdue => self.give_up_close(key),
-            Lifecycle::Handshake(_)
+            Lifecycle::Securing(_)
+            | Lifecycle::Handshake(_)
             | Lifecycle::Deciding(_)
             | Lifecycle::Closing(_)
             | Lifecycle::Lingering(_) => {}
@@ -149,6 +157,7 @@ fn ping_due(config: &ShardConfig, key: ConnectionKey) -> Tick {
 /// The earliest deadline; `None`: the connection waits only for the kernel.
 pub(super) fn next_deadline(
     connection: &Connection,
+    tls: Option<&TlsSession>,
     key: ConnectionKey,
     now: Tick,
     config: &ShardConfig,
@@ -156,7 +165,8 @@ pub(super) fn next_deadline(
     let deadline = connection.deadline.near(now);
     let lifecycle_deadline = match &connection.lifecycle {
         Lifecycle::Accepting | Lifecycle::Terminating(_) | Lifecycle::Freeing => return None,
-        Lifecycle::Handshake(_)
+        Lifecycle::Securing(_)
+        | Lifecycle::Handshake(_)
         | Lifecycle::Deciding(_)
         | Lifecycle::Closing(_)
         | Lifecycle::Lingering(_) => {
@@ -173,11 +183,17 @@ pub(super) fn next_deadline(
         false => ping_due(config, key),
     } + connection.last_received.near(now);
     let stall = connection.flags.has(Flags::STALLED).then_some(deadline);
-    let message = message_deadline(connection, config.message_ms_max);
+    let message = message_deadline(connection, tls, config.message_ms_max);
     [Some(silence), lifecycle_deadline, stall, message].into_iter().flatten().min()
 }
 
-/// When the message must be complete within which the received bytes end.
-pub(super) fn message_deadline(connection: &Connection, message_ms_max: u64) -> Option<Tick> {
-    Some(connection.receiver.incomplete_since()? + ticks(message_ms_max))
+/// When the message or the record must be complete within which the received bytes end.
+pub(super) fn message_deadline(
+    connection: &Connection,
+    tls: Option<&TlsSession>,
+    message_ms_max: u64,
+) -> Option<Tick> {
+    let record = tls.and_then(TlsSession::incomplete_since);
+    let since = [connection.receiver.incomplete_since(), record].into_iter().flatten().min()?;
+    Some(since + ticks(message_ms_max))
 }

@@ -2,6 +2,7 @@
 //! may be skipped. `Terminating` starts no new requests and waits for those in flight; `Freeing`
 //! closes the socket.
 
+use super::send::mark_dirty;
 use super::tally::Outcome;
 use super::{SESSION_MANAGER, Shard, Stopping};
 use crate::domain::close::{Close, CloseCode, EndReason};
@@ -10,6 +11,7 @@ use crate::domain::ids::ConnectionKey;
 use crate::protocol::frame;
 use crate::protocol::phase::{Phase, Signal};
 use crate::protocol::receiver::Receiver;
+use crate::protocol::tls::Alert;
 use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Flags, Lifecycle, RequestSet};
 use crate::reactor::rate::InboundRate;
@@ -64,7 +66,8 @@ impl<K: Kernel> Shard<K> {
         if connection.in_flight.any(RequestSet::SEND) || !connection.flags.clear(Flags::CUT) {
             return;
         }
-        connection.queue.cut(&mut self.nodes, |outgoing| {
+        let sealed = self.tls.get(key).map_or(0, |tls| tls.sealing.sealed_bytes());
+        connection.queue.cut(&mut self.nodes, sealed, |outgoing| {
             self.tally.recipient_done(&outgoing, Outcome::Ended);
         });
         self.push_own(key, frame::encode_close(&QUEUE_OVERFLOW));
@@ -123,7 +126,8 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Sends our FIN, if all frames are sent and no close frame is awaited.
+    /// Sends our FIN, if all frames are sent and no close frame is awaited. Over TLS, `close_notify` comes before it
+    /// (RFC 8446 §6.1).
     pub(super) fn shut_down_if_flushed(&mut self, key: ConnectionKey) {
         let deadline = self.after(self.config.linger_ms_max);
         let connection = &mut self.slab[key];
@@ -134,6 +138,12 @@ impl<K: Kernel> Shard<K> {
             || connection.in_flight.any(RequestSet::SEND)
         {
             return;
+        }
+        if let Some(tls) = self.tls.get_mut(key) {
+            tls.sealing.close(Alert::CLOSE_NOTIFY);
+            if !tls.sealing.is_flushed() {
+                return mark_dirty(&mut self.dirty, key, connection);
+            }
         }
         if connection.flags.has(Flags::FIN_RECEIVED) {
             return self.terminate(key, why, HowToClose::Orderly);
@@ -152,7 +162,8 @@ impl<K: Kernel> Shard<K> {
         let (Lifecycle::Closing(why) | Lifecycle::Lingering(why)) = connection.lifecycle else {
             panic!("no close has begun")
         };
-        let has_rest = !connection.queue.is_empty();
+        let has_rest = !connection.queue.is_empty()
+            || self.tls.get(key).is_some_and(|tls| !tls.sealing.is_flushed());
         let how = if has_rest { HowToClose::Abort } else { HowToClose::Orderly };
         self.terminate(key, why, how);
     }
@@ -167,6 +178,7 @@ impl<K: Kernel> Shard<K> {
             _ => why,
         };
         self.wheel.unset(&mut self.slab, key.slot);
+        self.tls.remove(key);
         let connection = &mut self.slab[key];
         connection.receiver = Receiver::default();
         connection.queue.clear(&mut self.nodes, |outgoing| {
@@ -242,7 +254,7 @@ impl<K: Kernel> Shard<K> {
                 Some(lifecycle) if lifecycle.is_open() => {
                     self.close(key, &close, EndReason::Draining)
                 }
-                Some(Lifecycle::Handshake(_) | Lifecycle::Deciding(_)) => {
+                Some(Lifecycle::Securing(_) | Lifecycle::Handshake(_) | Lifecycle::Deciding(_)) => {
                     self.refuse_unavailable(key, EndReason::Draining);
                 }
                 _ => {}

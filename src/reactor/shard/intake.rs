@@ -278,6 +278,7 @@ impl<K: Kernel> Shard<K> {
             Lifecycle::Holding(_) => class == DeliveryClass::Live,
             // There is no catch-up before the 101.
             Lifecycle::Accepting
+            | Lifecycle::Securing(_)
             | Lifecycle::Handshake(_)
             | Lifecycle::Deciding(_)
             | Lifecycle::Echo(_) => {

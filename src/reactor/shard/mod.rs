@@ -1,6 +1,7 @@
 //! A shard: its event loop and its state. The loop only dispatches; the work is in the submodules:
 //!
 //! - `accept`: new connections and their limits;
+//! - `secure`: TLS;
 //! - `upgrade`: from the upgrade request to the session;
 //! - `receive`: from bytes to messages;
 //! - `intake`: from the rings to the send queues;
@@ -19,6 +20,7 @@ mod cursors;
 mod intake;
 mod receive;
 mod reports;
+mod secure;
 mod send;
 mod tally;
 #[cfg(test)]
@@ -46,9 +48,11 @@ use crate::reactor::connection::{Connection, Lifecycle, RequestSet};
 use crate::reactor::counters::ShardCounters;
 use crate::reactor::queue::FramePool;
 use crate::reactor::slab::Slab;
+use crate::reactor::tls::{ShardHandshakeEnd, TlsTable};
 use crate::reactor::wheel::{TICK_MS, Tick, TimerWheel};
 use crate::uring::{Completion, Kernel, Wait};
 use reports::Reports;
+use secure::HandshakeLink;
 use tally::Tally;
 
 pub use reports::PENDING_REPORTS_MAX;
@@ -74,6 +78,8 @@ pub struct ShardLinks {
     pub capacity: Arc<Capacity>,
     /// The shard's counters.
     pub counters: Arc<ShardCounters>,
+    /// The thread that makes TLS handshakes for this shard; `None`: clients speak plaintext.
+    pub handshaker: Option<ShardHandshakeEnd>,
 }
 
 /// The outcome of a turn.
@@ -101,6 +107,9 @@ pub struct Shard<K: Kernel> {
     capacity: Arc<Capacity>,
     counters: Arc<ShardCounters>,
     scratch: Scratch,
+    handshaker: Option<HandshakeLink>,
+    /// The keys of TLS sessions.
+    tls: TlsTable,
     /// The ping frame, shared by all connections.
     ping: Rc<Outgoing>,
     /// Connections with something to send; each at most once
@@ -174,6 +183,8 @@ impl<K: Kernel> Shard<K> {
             capacity: links.capacity,
             counters: links.counters,
             scratch: Scratch::default(),
+            handshaker: links.handshaker.map(HandshakeLink::new),
+            tls: TlsTable::default(),
             ping: Outgoing::own(frame::encode_ping(&[])),
             dirty: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -207,6 +218,7 @@ impl<K: Kernel> Shard<K> {
         let completions_left = self.handle_completions();
         let mut left = self.take_commands();
         left.work |= completions_left;
+        left.work |= self.take_handshakes();
         left.work |= self.run_timers();
         left.work |= self.close_some();
         left.work |= self.send_cursors();
@@ -218,6 +230,7 @@ impl<K: Kernel> Shard<K> {
         self.reports.publish();
         // Accepts and receives have waited for it.
         left.work |= was_backlogged && !self.reports.is_backlogged();
+        self.publish_handshakes();
         self.publish_gauges();
         if self.stop_if_over() {
             return Ok(Turn::Stopped);
@@ -273,7 +286,8 @@ impl<K: Kernel> Shard<K> {
             return self.kernel.enter(Wait::No);
         }
         self.bell.about_to_sleep();
-        let more = !self.reports.is_stopped() && self.commands_wait(left);
+        let more =
+            !self.reports.is_stopped() && (self.commands_wait(left) || self.handshakes_wait());
         let wait = if more { Wait::No } else { self.wait(left) };
         if wait != Wait::No {
             self.counters.counts.waits.add(1);

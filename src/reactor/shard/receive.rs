@@ -49,6 +49,8 @@ impl<K: Kernel> Shard<K> {
         match connection.lifecycle {
             // Bytes after the request are received after the decision.
             Lifecycle::Deciding(_) | Lifecycle::Accepting => return,
+            // The same for bytes of a handshake, which are handled in order.
+            Lifecycle::Securing(ref securing) if securing.is_under_way => return,
             Lifecycle::Terminating(_) | Lifecycle::Freeing => return,
             // An echo is received at the pace at which its answers are sent.
             Lifecycle::Echo(_)
@@ -106,7 +108,11 @@ impl<K: Kernel> Shard<K> {
                     connection.flags.set(Flags::READABLE);
                 }
                 self.counters.counts.bytes_received.add(lease.len() as u64);
-                self.bytes(key, &mut lease);
+                if self.tls.has(key) {
+                    self.records(key, &mut lease)
+                } else {
+                    self.bytes(key, &mut lease)
+                }
             }
             Received::End => return self.fin_received(key),
             Received::Nothing => {}
@@ -125,11 +131,13 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Passes received bytes to the handshake or the frame decoder, or drops them after the close.
-    fn bytes(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
-        let connection = &self.slab[key];
-        match connection.lifecycle {
+    pub(super) fn bytes(&mut self, key: ConnectionKey, bytes: &mut [u8]) {
+        let connection = &mut self.slab[key];
+        match &mut connection.lifecycle {
             Lifecycle::Handshake(_) => self.handshake_bytes(key, bytes),
-            Lifecycle::Accepting | Lifecycle::Deciding(_) => panic!("no receive was requested"),
+            // The next record of what was received together with the request.
+            Lifecycle::Deciding(deciding) => deciding.rest.extend_from_slice(bytes),
+            Lifecycle::Accepting | Lifecycle::Securing(_) => panic!("bytes before the handshake"),
             _ if connection.phase.reads_frames() => self.frames(key, bytes),
             _ => self.dropped(key, bytes.len()),
         }
@@ -137,7 +145,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Drops what a client sends after it was refused or has violated the protocol. One that sends too much of it is
     /// reset.
-    fn dropped(&mut self, key: ConnectionKey, bytes: usize) {
+    pub(super) fn dropped(&mut self, key: ConnectionKey, bytes: usize) {
         if !self.slab[key].inbound.count_dropped(bytes, DROPPED_BYTES_MAX) {
             self.counters.counts.dropped_too_much.add(1);
             self.terminate(key, EndReason::PeerAtFault, HowToClose::Abort);
@@ -267,7 +275,7 @@ impl<K: Kernel> Shard<K> {
         // The rest may be here, and wait for a buffer.
         if connection.flags.has(Flags::READABLE)
             || connection.in_flight.any(RequestSet::RECEIVE)
-            || message_deadline(connection, self.config.message_ms_max)
+            || message_deadline(connection, self.tls.get(key), self.config.message_ms_max)
                 .is_none_or(|at| self.now < at)
         {
             return false;
@@ -277,7 +285,7 @@ impl<K: Kernel> Shard<K> {
         true
     }
 
-    fn too_much(&mut self, key: ConnectionKey) {
+    pub(super) fn too_much(&mut self, key: ConnectionKey) {
         self.counters.counts.inbound_rate_exceeded.add(1);
         self.close_for_violation(key, &TOO_MUCH);
     }

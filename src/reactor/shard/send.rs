@@ -13,7 +13,9 @@ use crate::domain::close::EndReason;
 use crate::domain::ids::ConnectionKey;
 use crate::domain::limits::SEND_BATCH_BYTES;
 use crate::domain::outgoing::Outgoing;
+use crate::protocol::tls::Sealing;
 use crate::reactor::connection::{Connection, Flags, Lifecycle, RequestSet};
+use crate::reactor::queue::{FramePool, SendQueue};
 use crate::uring::{HowToClose, Kernel, SendBuffer};
 
 /// Sends started per turn: enough to amortise the system call, few enough that their completions
@@ -97,9 +99,26 @@ impl<K: Kernel> Shard<K> {
             {
                 continue;
             }
-            let staging = || self.staging.take();
-            if let Some(buffer) = connection.queue.next_send(&self.nodes, SEND_BATCH_BYTES, staging)
-            {
+            let buffer = match self.tls.get_mut(key) {
+                None => {
+                    let staging = || self.staging.take();
+                    connection.queue.next_send(&self.nodes, SEND_BATCH_BYTES, staging)
+                }
+                Some(tls) => {
+                    let Some(staging) = self.staging.take() else {
+                        mark_dirty(&mut self.dirty, key, connection);
+                        return true;
+                    };
+                    match next_record(&connection.queue, &self.nodes, &mut tls.sealing, staging) {
+                        Ok(buffer) => Some(buffer),
+                        Err(staging) => {
+                            self.staging.give_back(staging);
+                            None
+                        }
+                    }
+                }
+            };
+            if let Some(buffer) = buffer {
                 connection.in_flight.begin(RequestSet::SEND);
                 self.kernel.send(key, buffer);
             }
@@ -132,7 +151,11 @@ impl<K: Kernel> Shard<K> {
         };
         assert!(taken <= asked, "the socket took {taken} of {asked}");
         let frames_before = connection.queue.frames();
-        connection.queue.advance(&mut self.nodes, taken, |outgoing| {
+        let of_queue = match self.tls.get_mut(key) {
+            None => taken,
+            Some(tls) => tls.sealing.sent(taken),
+        };
+        connection.queue.advance(&mut self.nodes, of_queue, |outgoing| {
             self.tally.recipient_done(&outgoing, Outcome::Sent);
         });
         let counts = &self.counters.counts;
@@ -182,7 +205,8 @@ impl<K: Kernel> Shard<K> {
             self.drain_held(key);
         }
         let connection = &mut self.slab[key];
-        if connection.queue.is_empty() {
+        let is_flushed = self.tls.get(key).is_none_or(|tls| tls.sealing.is_flushed());
+        if connection.queue.is_empty() && is_flushed {
             self.shut_down_if_flushed(key);
         } else {
             mark_dirty(&mut self.dirty, key, connection);
@@ -201,9 +225,26 @@ impl<K: Kernel> Shard<K> {
     }
 }
 
+/// What is sent next over TLS. `Err`: nothing; the empty buffer comes back.
+fn next_record(
+    queue: &SendQueue,
+    nodes: &FramePool,
+    sealing: &mut Sealing,
+    mut staging: Vec<u8>,
+) -> Result<SendBuffer, Vec<u8>> {
+    let copy = |length: usize, out: &mut Vec<u8>| queue.copy_front(nodes, length, out);
+    match sealing.next(queue.bytes(), SEND_BATCH_BYTES, &mut staging, copy) {
+        None => Err(staging),
+        Some(from) => {
+            staging.drain(..from);
+            Ok(SendBuffer::batch(staging))
+        }
+    }
+}
+
 /// Lists the connection as having something to send. It is resolved already, for a delivery does this once per
 /// recipient.
-fn mark_dirty(
+pub(super) fn mark_dirty(
     dirty: &mut VecDeque<ConnectionKey>,
     key: ConnectionKey,
     connection: &mut Connection,

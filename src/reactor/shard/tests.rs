@@ -49,6 +49,7 @@ impl Rig {
             limiter: Arc::new(ConnectionLimiter::new(ConnectionLimits::default())),
             capacity: Arc::clone(&capacity),
             counters: Arc::clone(&counters),
+            handshaker: None,
         };
         let mut shard = Shard::new(SimulatedKernel::new(1, 8), config, links);
         shard.turn().unwrap();

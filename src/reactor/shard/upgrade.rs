@@ -52,7 +52,7 @@ impl<K: Kernel> Shard<K> {
             response: upgrade::response_101(&request).into(),
             deflate: request.deflate.is_some(),
             held: SendQueue::new(request.encoding()),
-            rest: rest.into(),
+            rest,
         };
         let hello = Hello {
             encoding: request.encoding(),

@@ -132,7 +132,7 @@ impl Simulation {
         while index < self.active.len() {
             let number = self.active[index];
             let socket = self.clients[number].socket;
-            let sent = self.kernel().take_sent(socket);
+            let sent = self.client_hears(number);
             if !sent.is_empty() {
                 self.clients[number].wire.push(&sent);
                 while let Some(item) = self.clients[number].wire.next() {

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use super::random::Random;
 use super::session::Session;
+use super::tls::ClientTls;
 use super::wire::{self, Wire, client_frame};
 use crate::reactor::simulation::kernel::SocketId;
 use crate::reactor::wheel::TICK_MS;
@@ -58,6 +59,8 @@ pub(super) struct Client {
     /// Since when a part of what it has begun to send is missing, ms.
     pub(super) partly_sent_since_ms: Option<u64>,
     pub(super) wire: Wire,
+    /// `None`: it speaks plaintext.
+    pub(super) tls: Option<ClientTls>,
     pub(super) answered: Option<u16>,
     pub(super) acts: ClientActs,
     pub(super) session: Session,
@@ -98,6 +101,7 @@ impl Client {
             outbox: VecDeque::new(),
             partly_sent_since_ms: None,
             wire: Wire::default(),
+            tls: None,
             answered: None,
             acts: ClientActs::default(),
             session: Session::default(),

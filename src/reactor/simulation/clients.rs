@@ -62,6 +62,9 @@ impl Simulation {
         let number = self.clients.len();
         note(TraceEvent::Connect(number));
         let mut client = Client::new(number, socket, kind, &mut self.random);
+        let speaks_tls =
+            self.handshaker.is_some() && !(kind == ClientKind::Bad && self.random.chance(128));
+        client.tls = speaks_tls.then(|| ClientTls::new(number));
         if stands_by {
             (client.stands_by, client.reading) = (true, Reading::Prompt);
         }
@@ -102,9 +105,8 @@ impl Simulation {
         let all = client.outbox.len();
         let length = if self.random.chance(200) { all } else { 1 + self.random.below(all) };
         let bytes = client.takes(length, now_ms, message_ms_max);
-        let socket = client.socket;
         note(TraceEvent::Sends(number, "bytes", length));
-        self.kernel().client_sends(socket, &bytes);
+        self.client_says(number, &bytes);
     }
 
     fn read_some(&mut self, number: usize) {
@@ -126,7 +128,7 @@ impl Simulation {
         let (now_ms, message_ms_max) = (self.now_ms(), self.setup.config.message_ms_max);
         let client = &mut self.clients[number];
         let bytes = client.takes(client.outbox.len(), now_ms, message_ms_max);
-        self.kernel().client_sends(socket, &bytes);
+        self.client_says(number, &bytes);
         let client = &mut self.clients[number];
         if client.session.close_seen.is_some() && client.may_send() {
             client.answer_close(&mut self.random);
@@ -151,6 +153,7 @@ impl Simulation {
         }
         match random.below(64) {
             0 => client.queue_close(random),
+            1 if client.tls.is_some() && random.chance(128) => self.break_records(number),
             1 => client.queue_violation(random),
             2 => client.queue_flood(random),
             3..=15 => client.queue_ping(random),

@@ -16,6 +16,7 @@ mod rest;
 mod service;
 mod session;
 mod setup;
+mod tls;
 pub mod trace;
 pub(in crate::reactor) mod wire;
 
@@ -43,10 +44,14 @@ use random::Random;
 use service::{PEERS, Service};
 use session::Limits;
 use setup::Setup;
+use tls::{ClientTls, HandshakeThread};
 use trace::{TraceEvent, note};
 
-/// Steps after which a simulation that does not come to rest counts as stuck.
-const REST_STEPS_MAX: usize = 50_000;
+/// Every so many seeds, clients speak TLS.
+const TLS_SEEDS: u64 = 4;
+/// Steps after which a simulation that does not come to rest counts as stuck. Clients that seal each byte by itself, and
+/// a shard with few buffers, need the most.
+const REST_STEPS_MAX: usize = 200_000;
 
 /// The totals of a run. They show that it did something.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -120,6 +125,8 @@ struct Simulation {
     /// No shard has had room at some time.
     was_full: bool,
     service: Service,
+    /// Clients speak TLS.
+    handshaker: Option<HandshakeThread>,
     clients: Vec<Client>,
     active: Vec<usize>,
     by_key: HashMap<ConnectionKey, usize>,
@@ -173,7 +180,7 @@ pub fn run(seed: u64, steps: u64) -> Summary {
 impl Simulation {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let setup = Setup::draw(&mut random);
+        let mut setup = Setup::draw(&mut random);
         let mut kernel =
             SimulatedKernel::new(random.draw(), usize::from(setup.config.receive_buffers));
         kernel.faults = setup.faults;
@@ -185,12 +192,19 @@ impl Simulation {
         let limiter = Arc::new(ConnectionLimiter::new(setup.limits));
         let room = setup.config.connections_max + setup.room_elsewhere;
         let capacity = Arc::new(Capacity::new(room));
+        let thread = seed.is_multiple_of(TLS_SEEDS).then(|| {
+            setup.config.handshakes_max = random.pick(&[1, 4, 512]);
+            let failing = random.pick(&[0, 20]);
+            HandshakeThread::new(&bell, failing)
+        });
+        let (thread, handshaker) = thread.unzip();
         let links = ShardLinks {
             peers,
             bell,
             limiter: Arc::clone(&limiter),
             capacity: Arc::clone(&capacity),
             counters: Arc::clone(&counters),
+            handshaker,
         };
         let limits = Limits {
             // Deadlines are counted in whole ticks, from the current one.
@@ -210,6 +224,7 @@ impl Simulation {
             other_refusals: 0,
             was_full: false,
             service,
+            handshaker: thread,
             clients: Vec::new(),
             active: Vec::new(),
             by_key: HashMap::new(),
@@ -266,6 +281,10 @@ impl Simulation {
                 self.take_reports(router, 8);
             }
             _ => self.time_passes(),
+        }
+        if self.handshaker.is_some() {
+            let limit = self.random.below(4);
+            self.handshakes_advance(limit);
         }
         self.turn();
     }

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Turns of a busy shard in a millisecond.
+const BUSY_STEPS: u64 = 20;
+
 impl Simulation {
     /// Clients take no more actions, and everything is read and taken until nothing moves. Then
     /// each session that has not ended must have received everything.
@@ -33,6 +36,7 @@ impl Simulation {
         while !self.undecided.is_empty() {
             self.decide();
         }
+        self.handshakes_advance(usize::MAX);
         for index in 0..self.directory.len() {
             self.catch_up_one(self.directory[index]);
         }
@@ -49,6 +53,8 @@ impl Simulation {
             let until = self.kernel().sleeps_until_ms();
             let now_ms = self.now_ms();
             self.pass(until.map_or(1, |at_ms| (at_ms - now_ms).min(100)));
+        } else if self.shard.is_some() && self.summary.steps.is_multiple_of(BUSY_STEPS) {
+            self.pass(1);
         }
     }
 
@@ -56,7 +62,9 @@ impl Simulation {
     pub(super) fn unrest(&mut self) -> Option<&'static str> {
         let unread = (0..self.active.len()).any(|index| {
             let socket = self.clients[self.active[index]].socket;
-            let unsaid = !self.clients[self.active[index]].outbox.is_empty();
+            let client = &self.clients[self.active[index]];
+            let is_silent = client.tls.as_ref().is_none_or(ClientTls::is_silent);
+            let unsaid = !client.outbox.is_empty() || !is_silent;
             let kernel = self.kernel();
             kernel.is_open(socket)
                 && (unsaid || kernel.unread(socket) > 0 || kernel.unreceived(socket) > 0)
@@ -73,6 +81,7 @@ impl Simulation {
             (unread, "a client has bytes to read or to send"),
             (!self.service.outstanding.is_empty(), "a delivery is not done"),
             (!self.service.is_idle(), "a ring is not empty"),
+            (self.handshaker.as_ref().is_some_and(|it| !it.is_idle()), "a handshake is not made"),
             (!self.undecided.is_empty(), "a request is not decided on"),
             (self.counters.counts.frames_queued.get() > 0, "a queue is not empty"),
             (lacks_cursor, "a session lacks the newest cursor"),

@@ -4,6 +4,8 @@
 
 pub mod certificates;
 pub mod failure;
+pub mod handshake;
+pub mod handshaker;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod threads;

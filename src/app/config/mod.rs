@@ -8,12 +8,14 @@ mod layers;
 mod own_keys;
 mod print;
 mod reading;
+mod revocations;
 mod table;
 mod value;
 
 pub use layers::{ConfigError, ConfigErrors, Layers, ValueSource};
 pub use own_keys::{BadKey, admin_tokens, has_development_secret, own_keys};
 pub use print::{effective, reference};
+pub use revocations::revocations;
 pub use table::{Settings, TABLE};
 pub use value::{
     AuthMode, Auto, Count, GrpcAddress, HandOffMode, LegacyNodesMode, ListenAddress, LogFormat,

@@ -297,7 +297,7 @@ fn start(
         metrics::draining(drained),
     ]);
     let auth = Arc::clone(&back_ends.tokens.auth);
-    back_ends.tokens.follow_files(&settings, read_again);
+    back_ends.tokens.follow_files(&settings, sessions.clone(), read_again);
     let node = Node {
         settings,
         shards,
@@ -335,6 +335,7 @@ fn sessions(
     let config = SessionConfig {
         sessions_per_user_max: settings.connections_per_user.size(),
         revocations_kept: settings.revocations_kept,
+        revoked: back_ends.tokens.revoked.clone(),
         ..SessionConfig::default()
     };
     let ports = SessionPorts {

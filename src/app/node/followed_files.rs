@@ -1,4 +1,4 @@
-//! Secrets in files, which are read again while the node runs.
+//! Secrets and certificates in files, which are read again while the node runs.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub(super) async fn follow<T: PartialEq + Send + 'static>(
     mut replace: impl FnMut(&T) -> Result<(), String>,
     (replacements, failures): (&SharedCounter, &SharedCounter),
 ) {
-    let mut last_failure = None;
+    let mut seen = Failures::default();
     loop {
         let is_asked = tokio::select! {
             () = sleep(LOOK_AGAIN) => false,
@@ -45,17 +45,61 @@ pub(super) async fn follow<T: PartialEq + Send + 'static>(
             Ok(new) => replace(&new).map(|()| {
                 current = new;
                 replacements.add(1);
-                tracing::info!("the {what} were replaced");
+                tracing::info!("the {what} were replaced; sessions stay");
             }),
             Err(why) => Err(why.to_string()),
         };
-        let failure = outcome.err();
-        if let Some(why) = &failure
-            && (is_asked || last_failure.as_ref() != Some(why))
-        {
+        if let Some(why) = seen.newly_found(outcome.err(), is_asked) {
             failures.add(1);
             tracing::error!("the {what} stay as they were: {why}");
         }
-        last_failure = failure;
+    }
+}
+
+/// Tells each failure once, and only if it is found twice: a certificate and its key are two files, and whoever replaces
+/// them may have replaced the first one only. After a request it is told at once.
+#[derive(Debug, Default)]
+struct Failures {
+    last: Option<String>,
+    told: Option<String>,
+}
+
+impl Failures {
+    /// `found`: the failure of this look, if any.
+    fn newly_found(&mut self, found: Option<String>, is_asked: bool) -> Option<String> {
+        let is_confirmed = self.last == found && self.told != found;
+        self.last.clone_from(&found);
+        if found.is_none() {
+            self.told = None;
+        }
+        let tells = found.filter(|_| is_asked || is_confirmed)?;
+        self.told = Some(tells.clone());
+        Some(tells)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failure_is_told_once_when_it_is_found_twice_or_asked_for() {
+        let mut failures = Failures::default();
+        let mut tells = |found: Option<&str>, is_asked| {
+            failures.newly_found(found.map(str::to_owned), is_asked).is_some()
+        };
+        assert!(!tells(None, true));
+        assert!(!tells(Some("mismatch"), false), "the second file may be on its way");
+        assert!(!tells(None, false));
+        assert!(!tells(Some("mismatch"), false));
+        assert!(tells(Some("mismatch"), false));
+        assert!(!tells(Some("mismatch"), false));
+        assert!(tells(Some("mismatch"), true));
+        assert!(!tells(Some("gone"), false));
+        assert!(tells(Some("gone"), false));
+        assert!(!tells(None, false));
+        assert!(!tells(Some("gone"), false));
+        assert!(tells(Some("gone"), true));
+        assert!(!tells(Some("gone"), false));
     }
 }

@@ -1,6 +1,6 @@
-"""gRPC test client with stubs generated from proto/: stream.py ADDRESS USER DEVICE [CONVERSATION SEQUENCE]
+"""gRPC test client with stubs generated from proto/: stream.py ADDRESS USER DEVICE [CONVERSATION SEQUENCE [CA]]
 
-Prints one line per event: conversation, sequence, content. Stops at the end of its input, or when the
+CA: a PEM file with the authority of the server; with it the client speaks TLS. Prints one line per event: conversation, sequence, content. Stops at the end of its input, or when the
 server closes the stream (and prints the status).
 
     python3 -m venv env && env/bin/pip install grpcio-tools
@@ -33,7 +33,14 @@ def generated_stubs():
     return delivery_api_pb2, delivery_api_pb2_grpc
 
 
-def main(address, user, device, conversation="", sequence="0"):
+def open_channel(address, authority):
+    if authority is None:
+        return grpc.insecure_channel(address)
+    roots = pathlib.Path(authority).read_bytes()
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificates=roots))
+
+
+def main(address, user, device, conversation="", sequence="0", authority=None):
     messages, services = generated_stubs()
     requests = queue.SimpleQueue()
     requests.put(
@@ -45,7 +52,7 @@ def main(address, user, device, conversation="", sequence="0"):
         )
     )
 
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address, authority) as channel:
         events = services.DeliveryApiStub(channel).Connect(iter(requests.get, None))
 
         def cancel_at_end_of_input():

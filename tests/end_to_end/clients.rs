@@ -334,17 +334,35 @@ clients! {
 #[test]
 #[ignore = "needs the clients: tests/run clients"]
 fn python_grpc_stubs_catch_up_and_close() {
+    python_grpc_stubs(NodeBuilder::dev(), |node| node.grpc.to_string(), None);
+}
+
+#[test]
+#[ignore = "needs the clients: tests/run clients"]
+fn python_grpc_stubs_catch_up_and_close_over_tls() {
+    let files = super::tls::Certificates::new(&["localhost"]);
+    let address = |node: &Node| format!("localhost:{}", node.grpc.port());
+    python_grpc_stubs(files.node(), address, Some(files.path("ca.crt")));
+}
+
+/// `authority`: of the server, if it speaks TLS.
+fn python_grpc_stubs(
+    node: NodeBuilder,
+    address: impl Fn(&Node) -> String,
+    authority: Option<PathBuf>,
+) {
     use delivery_testkit::neighbours::FakeNeighbours;
 
     use crate::support::back_end::with_neighbours;
 
     let neighbours = FakeNeighbours::start();
     neighbours.state().create("room", &["alice"], 5);
-    let node = with_neighbours(NodeBuilder::dev(), &neighbours).start();
+    let node = with_neighbours(node, &neighbours).start();
     let mut client = Client::program(
         Command::new(installed(".services/clients/python/bin/python"))
             .arg(installed("tests/clients/stream.py"))
-            .args([&node.grpc.to_string(), "alice", "laptop", "room", "2"]),
+            .args([&*address(&node), "alice", "laptop", "room", "2"])
+            .args(authority),
     );
     for sequence in 3..=5 {
         let expected = format!("event room {sequence} message {sequence} of room");

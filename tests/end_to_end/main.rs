@@ -20,4 +20,5 @@ mod operators;
 mod pages;
 mod redis;
 mod redis_gaps;
+mod tls;
 mod topics;

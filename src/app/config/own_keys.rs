@@ -7,7 +7,7 @@ use crate::domain::command::Secret;
 use crate::service::sessions::auth::OwnKeys;
 
 /// Shortest secret: HS256 needs a key as long as its hash (RFC 7518 §3.2).
-const SECRET_BYTES_MIN: usize = 32;
+pub(super) const SECRET_BYTES_MIN: usize = 32;
 /// The secret that RealChat documents for development (contract §5). It is shorter, and published.
 const DEVELOPMENT_SECRET: &str = "dev-secret-change-me-in-prod";
 
@@ -50,7 +50,7 @@ pub fn admin_tokens(settings: &Settings) -> Result<Vec<Secret>, BadKey> {
 }
 
 /// The secret of one setting, and those of each line of the file that another one names.
-fn secrets(
+pub(super) fn secrets(
     (setting, given): (&'static str, &Option<Secret>),
     (file_setting, file): (&'static str, &Option<PathBuf>),
     check: impl Fn(&str) -> Result<(), String>,
@@ -81,7 +81,7 @@ pub fn has_development_secret(own: &OwnKeys) -> bool {
     own.secrets.iter().any(|secret| secret.expose() == DEVELOPMENT_SECRET)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, String> {
     std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))
 }
 

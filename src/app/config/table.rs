@@ -298,6 +298,22 @@ settings! {
         /// Tolerated clock difference when the times of a token are checked.
         jwt_leeway: Duration = "30s", from "0s" to "10m", example "30s";
     }
+    "TLS" {
+        /// PEM files with certificate chains, each in the order of issue, the certificate of the server first. With them the
+        /// gRPC port speaks TLS 1.3, and nothing else. A client gets the certificate with the name it asks for, otherwise
+        /// that of the first file. The files are read again on SIGHUP, and when they have changed. Empty: no TLS.
+        tls_cert: Vec<PathBuf> = "", example "/etc/delivery/tls/tls.crt";
+        /// PEM files with the private keys (PKCS #8, PKCS #1 or SEC 1, not encrypted), one for each file of `tls_cert`, in the
+        /// same order.
+        tls_key: Vec<PathBuf> = "", example "/etc/delivery/tls/tls.key";
+        /// Secret of session tickets, at least 32 bytes, the same on all nodes: with a ticket a client that returns, to
+        /// whichever node, needs no new signature. Empty, as `tls_ticket_secret_file`: a random one for each node.
+        tls_ticket_secret: Option<Secret> = "", example "at-least-32-random-bytes-of-secret";
+        /// File with secrets of session tickets, one in each line, at least 32 bytes each, at most 8. The first one is used for
+        /// new tickets (`tls_ticket_secret`, if it is set), tickets of all are accepted. The file is read again on
+        /// SIGHUP, and when it has changed.
+        tls_ticket_secret_file: Option<PathBuf> = "", example "/etc/delivery/tls-ticket-secrets";
+    }
     "Admin" {
         /// Token of operators, at least 32 bytes: with it, `delivery admin` may act from anywhere, and over TCP nobody may
         /// without it. Without a token only this machine may act. `/health` and `/metrics` need none.
@@ -305,12 +321,8 @@ settings! {
         /// File with such tokens, one in each line. Each of them may be used, and that of `admin_token`. The file is read
         /// again on SIGHUP, and when it has changed.
         admin_token_file: Option<PathBuf> = "", example "/etc/delivery/admin-tokens";
-        /// File with revocations of tokens, one in each line: a time and a user, or `*` for everybody. Tokens that were
-        /// issued earlier are refused from the start of the node on. The file is read again on SIGHUP, and when it has
-        /// changed.
-        revocations_file: Option<PathBuf> = "", example "/etc/delivery/revocations";
-        /// How long a node refuses tokens from when it was told (`delivery admin revoke`, `revocations_file`). Set it to
-        /// the longest time for which tokens of clients are valid, or longer.
+        /// How long a node refuses the tokens that an operator has revoked (`delivery admin revoke`). Set it to the longest
+        /// time for which tokens of clients are valid, or longer.
         revocations_kept: Duration = "24h", from "1m" to "8760h", example "24h";
     }
     "Demo" {

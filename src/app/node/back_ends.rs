@@ -7,6 +7,7 @@ use super::metrics::{self, register};
 use super::other_nodes::OtherNodes;
 use super::routing::{RoutingPeers, compression};
 use super::sizing::{Sizing, millis};
+use super::tls::Tls;
 use super::tokens::Tokens;
 use crate::app::admin::Collector;
 use crate::app::config::{AuthMode, GrpcAddress, PresenceMode, Settings};
@@ -26,6 +27,8 @@ use crate::service::sessions::presence::{
 /// The clients of all configured back ends.
 pub(super) struct BackEnds {
     pub tokens: Tokens,
+    /// `None`: the ports of clients speak plaintext.
+    pub tls: Option<Tls>,
     /// For those who ask who may read what.
     pub conversations: Option<CurrentConversations>,
     /// For the routers.
@@ -93,8 +96,10 @@ impl BackEnds {
         let catch_up = catch_up(settings, messages, conversations.as_ref(), &mut collectors);
         collectors.push(metrics::cursors_expired(catch_up.clone()));
         let tokens = Tokens::new(settings, &mut collectors)?;
+        let tls = Tls::new(settings, &mut collectors)?;
         Ok(Self {
             tokens,
+            tls,
             conversations,
             membership,
             user_lists,

@@ -342,8 +342,10 @@ fn streams(settings: &Settings, sizing: &Sizing) -> PartSizes {
     }
     let streams = sizing.streams_max() as u64;
     let outbox = OutboxLimits::memory_max(&outbox_limits(settings)) as u64;
+    let tls = if settings.has_tls() { grpc::TLS_BYTES_MAX } else { 0 };
+    let connection = grpc::CONNECTION_BYTES_MAX + tls;
     vec![
-        ("streams", streams * (outbox + grpc::STREAM_BYTES_MAX + grpc::CONNECTION_BYTES_MAX)),
+        ("streams", streams * (outbox + grpc::STREAM_BYTES_MAX + connection)),
         ("stream_requests", (HUB_REQUESTS_MAX * grpc::REQUEST_BYTES_MAX) as u64),
     ]
 }

@@ -18,6 +18,7 @@ mod shards;
 mod signals;
 mod sizing;
 mod streams;
+mod tls;
 mod tokens;
 
 use std::fmt;
@@ -297,7 +298,10 @@ fn start(
         metrics::draining(drained),
     ]);
     let auth = Arc::clone(&back_ends.tokens.auth);
-    back_ends.tokens.follow_files(&settings, sessions.clone(), read_again);
+    if let Some(tls) = back_ends.tls {
+        tls.follow_files(&settings, read_again.clone());
+    }
+    back_ends.tokens.follow_files(&settings, read_again);
     let node = Node {
         settings,
         shards,
@@ -335,7 +339,6 @@ fn sessions(
     let config = SessionConfig {
         sessions_per_user_max: settings.connections_per_user.size(),
         revocations_kept: settings.revocations_kept,
-        revoked: back_ends.tokens.revoked.clone(),
         ..SessionConfig::default()
     };
     let ports = SessionPorts {

@@ -31,7 +31,8 @@ impl Prepared {
         let handlers = Handlers::install(profile).map_err(cannot)?;
         let sizing = Sizing::decide(settings, Machine::detect())?;
         let services = usize::from(sizing.shards) + usize::from(sizing.routers);
-        try_threads(services + sizing.service_threads + THREADS_OWN)?;
+        let handshakes = if settings.has_tls() { sizing.handshake_threads() } else { 0 };
+        try_threads(services + sizing.service_threads + handshakes + THREADS_OWN)?;
         Ok(Self { sizing, signals: handlers.watch().map_err(cannot)? })
     }
 }

@@ -48,6 +48,12 @@ impl Sizing {
     pub(super) fn streams_max(&self) -> usize {
         (self.connections as usize).min(STREAMS_MAX)
     }
+
+    /// Number of threads for the handshakes of gRPC clients over TLS. A thread makes about a thousand a second with RSA,
+    /// and ten times as many with ECDSA or tickets.
+    pub(super) fn handshake_threads(&self) -> usize {
+        (self.service_threads / 2).max(1)
+    }
 }
 
 /// The resources of the machine.

@@ -14,8 +14,9 @@ use super::sizing::Sizing;
 use crate::app::config::Settings;
 use crate::domain::limiter::ConnectionLimiter;
 use crate::service::sessions::auth::AuthFailure;
-use crate::service::streams::grpc::{self, AddressLimits, GrpcConfig, GrpcPorts};
+use crate::service::streams::grpc::{self, AddressLimits, GrpcConfig, GrpcPorts, GrpcTls};
 use crate::service::streams::hub::{Hub, HubConfig, HubMetrics, OutboxLimits};
+use crate::service::tls::threads::HandshakeThreads;
 use crate::uring::monotonic_ms;
 
 /// The bounds of each stream's outbox.
@@ -29,6 +30,14 @@ pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
     }
 }
 
+fn tls(sizing: &Sizing, back_ends: &mut BackEnds) -> Result<Option<Arc<GrpcTls>>, String> {
+    let Some(tls) = &back_ends.tls else { return Ok(None) };
+    let threads = HandshakeThreads::start(sizing.handshake_threads())
+        .map_err(|error| format!("the threads for TLS handshakes did not start: {error}"))?;
+    let counters = register("grpc_tls_", &mut back_ends.collectors);
+    Ok(Some(GrpcTls::new(tls.server_config(&[grpc::ALPN]), threads, counters)))
+}
+
 /// The running gRPC port.
 pub(super) struct Streams {
     stop: oneshot::Sender<()>,
@@ -40,7 +49,7 @@ impl Streams {
     /// Starts the hub and the server on the current runtime. `drained`: whether the node drains.
     ///
     /// # Errors
-    /// The hub's doorbell cannot be waited on.
+    /// The hub's doorbell cannot be waited on, or a thread cannot be started.
     pub(super) fn start(
         settings: &Settings,
         sizing: &Sizing,
@@ -83,6 +92,7 @@ impl Streams {
             hub: handle,
             limits: AddressLimits::new(limiter, monotonic_ms),
             judge: Arc::new(move |token| auth.judge(token).map_err(AuthFailure::refusal)),
+            tls: tls(sizing, back_ends)?,
         };
         let served = grpc::serve(config, listener, ports, counters, drained, async {
             // An error means that the node is gone, which stops the server as well.

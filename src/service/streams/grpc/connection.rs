@@ -31,7 +31,8 @@ use tonic::service::Routes;
 use super::limits::AddressPlace;
 use super::requests::{Inbox, RequestBody, receive};
 use super::responses::{Piece, SendRoom, send};
-use super::socket::{Socket, SocketState};
+use super::socket::{Socket, SocketState, TcpSocket, Transport};
+use super::tls::GrpcTls;
 use super::unsent::{OwnUnsentEnds, UnsentEnds};
 use super::{
     CALLS_REFUSED_PER_S_MAX, CONNECTION_SEND_BYTES, CONNECTION_WINDOW_BYTES, GrpcConfig,
@@ -57,6 +58,8 @@ pub(super) struct Shared {
     /// Those of all connections. A connection without a session is replaceable.
     pub(super) places: Arc<Places>,
     pub(super) unsent: Arc<UnsentEnds>,
+    /// `None`: the port speaks plaintext.
+    pub(super) tls: Option<Arc<GrpcTls>>,
 }
 
 /// Connection data for its calls.
@@ -133,18 +136,28 @@ pub(super) async fn serve(
     makes_room: (Replaceable, Arc<Notify>),
     stop: watch::Receiver<bool>,
 ) {
-    let (socket, socket_state) = Socket::new(stream);
-    let state = ConnectionState::new(address.address(), socket_state, &shared.places, makes_room);
-    let handshake = http2().handshake(socket);
+    let socket = TcpSocket::new(stream);
+    let state = ConnectionState::new(address.address(), socket.state(), &shared.places, makes_room);
+    let handshake = handshake(&shared, socket);
     let http2 = tokio::select! {
         http2 = timeout(shared.config.handshake_timeout, handshake) => http2,
         () = state.leave.notified() => return shared.counters.grpc_connections_replaced.add(1),
     };
     match http2 {
-        Ok(Ok(http2)) => Connection::new(shared, Arc::new(state), address, http2).run(stop).await,
-        Ok(Err(_)) => shared.counters.grpc_connections_malformed.add(1),
+        Ok(Some(http2)) => Connection::new(shared, Arc::new(state), address, http2).run(stop).await,
+        Ok(None) => shared.counters.grpc_connections_malformed.add(1),
         Err(_) => shared.counters.grpc_connections_late.add(1),
     }
+}
+
+/// Waits for the handshake of TLS, if the port has it, and for the preface. `None`: there was none.
+async fn handshake(shared: &Shared, socket: TcpSocket) -> Option<Http2<Socket, Piece>> {
+    let state = socket.state();
+    let transport: Box<dyn Transport> = match &shared.tls {
+        None => Box::new(socket),
+        Some(tls) => Box::new(tls.accept(socket, shared.config.handshake_timeout).await.ok()?),
+    };
+    http2().handshake(Socket::new(transport, state)).await.ok()
 }
 
 fn http2() -> h2::server::Builder {

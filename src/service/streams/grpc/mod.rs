@@ -9,6 +9,7 @@ mod limits;
 mod requests;
 mod responses;
 mod socket;
+mod tls;
 mod unsent;
 
 use std::future::Future;
@@ -30,6 +31,7 @@ use crate::service::streams::hub::HubHandle;
 
 pub use connect::REQUEST_BYTES_MAX;
 pub use limits::AddressLimits;
+pub use tls::{ALPN, GrpcTls, TLS_BYTES_MAX};
 
 use codec::BATCH_BYTES;
 use connect::ConnectService;
@@ -46,8 +48,8 @@ pub struct GrpcConfig {
     pub connections_max: usize,
     /// Concurrent calls whose first request has not come. At this limit the oldest one is ended.
     pub calls_waiting_max: usize,
-    /// Time from accepting a connection to its HTTP/2 preface, from a call to its first request, and again until the
-    /// session is admitted.
+    /// Time from accepting a connection to its HTTP/2 preface, the handshake of TLS included, from a call to its first
+    /// request, and again until the session is admitted.
     pub handshake_timeout: Duration,
     /// Time in which a socket must take something of what is written to it.
     pub write_timeout: Duration,
@@ -101,7 +103,7 @@ counters! {
         Counter grpc_connections_refused_address_rate: "TCP connections closed at once: too many handshakes per second from the address",
         Counter grpc_connections_refused_address_count: "TCP connections closed at once: too many connections from the address",
         Counter grpc_connections_replaced: "Connections without a session that made room for a new one at the connection limit",
-        Counter grpc_connections_malformed: "Connections that ended, or sent something else, before their HTTP/2 preface",
+        Counter grpc_connections_malformed: "Connections that ended, or sent something else, before their HTTP/2 preface, or whose TLS handshake failed",
         Counter grpc_connections_late: "Connections whose HTTP/2 preface did not come within the handshake timeout",
         Counter grpc_connections_idle: "Connections closed because they had no call for the idle timeout",
         Counter grpc_connections_silent: "Connections closed because the client did not answer a ping",
@@ -130,6 +132,8 @@ pub struct GrpcPorts {
     pub limits: AddressLimits,
     /// Judges tokens before the first request.
     pub judge: TokenJudge,
+    /// `None`: the port speaks plaintext.
+    pub tls: Option<Arc<GrpcTls>>,
 }
 
 /// Failure of the gRPC server.
@@ -156,6 +160,7 @@ pub async fn serve(
     let (health, health_service) = tonic_health::server::health_reporter();
     let reporting = tokio::spawn(report_health(health, ports.hub.accepting(), drained));
     let (limits, metrics) = (ports.limits.clone(), Arc::clone(ports.hub.metrics()));
+    let tls = ports.tls.clone();
     let connect = ConnectService::new(config.clone(), ports, Arc::clone(&counters));
     let routes = Routes::new(health_service)
         .add_service(reflection()?.build_v1()?)
@@ -164,7 +169,7 @@ pub async fn serve(
         .prepare();
     let places = Places::new(config.connections_max);
     let unsent = UnsentEnds::new(config.connections_max);
-    let shared = Arc::new(Shared { config, routes, counters, metrics, places, unsent });
+    let shared = Arc::new(Shared { config, routes, counters, metrics, places, unsent, tls });
     connections::accept(shared, listener, limits, shutdown).await;
     reporting.abort();
     Ok(())

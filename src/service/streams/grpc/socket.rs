@@ -1,4 +1,10 @@
 //! The socket of a gRPC connection: says why it ended, and hands its bytes to HTTP/2 in portions.
+//!
+//! ```text
+//!  HTTP/2 ── Socket: portions ── TLS, or nothing ── TcpSocket: whether the kernel takes anything ── kernel
+//! ```
+//!
+//! TLS has a buffer of its own. So what the kernel takes is seen below it, and what HTTP/2 gets is bounded above it.
 
 use std::io;
 use std::pin::Pin;
@@ -20,10 +26,21 @@ const PORTION_BYTES: u64 = 16 * 1024;
 /// The socket takes what HTTP/2 writes.
 const NOT_BLOCKED: u64 = u64::MAX;
 
+/// What is below HTTP/2.
+pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
+
 /// A socket, owned by HTTP/2. Its state is shared with the connection.
-#[derive(Debug)]
 pub(super) struct Socket {
-    stream: Take<TcpStream>,
+    stream: Take<Box<dyn Transport>>,
+    state: Arc<SocketState>,
+}
+
+/// The end of a connection that the kernel has.
+#[derive(Debug)]
+pub(super) struct TcpSocket {
+    stream: TcpStream,
     state: Arc<SocketState>,
 }
 
@@ -45,8 +62,9 @@ pub(super) struct SocketState {
     end: OnceLock<EndReason>,
 }
 
-impl Socket {
-    pub(super) fn new(stream: TcpStream) -> (Self, Arc<SocketState>) {
+impl TcpSocket {
+    /// A connection that was just accepted.
+    pub(super) fn new(stream: TcpStream) -> Self {
         let state = Arc::new(SocketState {
             opened_at: Instant::now(),
             received_ms: AtomicU64::new(0),
@@ -56,10 +74,25 @@ impl Socket {
             granted: AtomicBool::new(false),
             end: OnceLock::new(),
         });
-        (Self { stream: stream.take(PORTION_BYTES), state: Arc::clone(&state) }, state)
+        Self { stream, state }
+    }
+
+    pub(super) fn state(&self) -> Arc<SocketState> {
+        Arc::clone(&self.state)
     }
 
     fn tcp(&mut self) -> Pin<&mut TcpStream> {
+        Pin::new(&mut self.stream)
+    }
+}
+
+impl Socket {
+    /// `stream`: the [`TcpSocket`] of this state, or TLS on top of it.
+    pub(super) fn new(stream: Box<dyn Transport>, state: Arc<SocketState>) -> Self {
+        Self { stream: stream.take(PORTION_BYTES), state }
+    }
+
+    fn inner(&mut self) -> Pin<&mut Box<dyn Transport>> {
         Pin::new(self.stream.get_mut())
     }
 }
@@ -123,12 +156,12 @@ impl SocketState {
     }
 }
 
-impl Drop for Socket {
+impl Drop for TcpSocket {
     /// What the socket does not take is dropped with it. Otherwise the kernel would keep it for minutes.
     fn drop(&mut self) {
         if self.state.blocked_since().is_some() {
             // Fails only if the socket is already broken.
-            let _ = self.stream.get_ref().set_zero_linger();
+            let _ = self.stream.set_zero_linger();
         }
     }
 }
@@ -153,13 +186,58 @@ impl AsyncRead for Socket {
                 self.state.received_ms.store(self.state.now_ms(), Ordering::Relaxed);
             }
             Ok(()) => self.state.ended(EndReason::PeerGone),
-            Err(_) => self.state.ended(EndReason::PeerReset),
+            Err(error) => self.state.ended(match error.kind() {
+                // Without a `close_notify` (RFC 8446 §6.1). HTTP/2 and gRPC say themselves what is complete.
+                io::ErrorKind::UnexpectedEof => EndReason::PeerGone,
+                io::ErrorKind::InvalidData => EndReason::PeerAtFault,
+                _ => EndReason::PeerReset,
+            }),
         }
         Poll::Ready(read)
     }
 }
 
 impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.inner().poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.inner().poll_write_vectored(context, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.get_ref().is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner().poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner().poll_shutdown(context)
+    }
+}
+
+impl AsyncRead for TcpSocket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.tcp().poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for TcpSocket {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -181,7 +259,7 @@ impl AsyncWrite for Socket {
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.get_ref().is_write_vectored()
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

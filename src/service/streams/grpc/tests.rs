@@ -2,6 +2,7 @@
 
 mod health;
 mod limits;
+mod tls;
 mod unread;
 mod windows;
 
@@ -16,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 
+use self::tls::TestTls;
 use super::*;
 use crate::domain::close::{Close, CloseCode, EndReason};
 use crate::domain::command::{DeliveryClass, Hello, Refusal, ShardCommand, ShardReport};
@@ -43,18 +45,18 @@ struct Port {
 
 impl Port {
     async fn open(config: GrpcConfig, hub_config: HubConfig) -> Self {
-        Self::start(config, hub_config, ConnectionLimits::default(), true).await
+        Self::start(config, hub_config, ConnectionLimits::default(), true, None).await
     }
 
     /// A port whose clock stands still.
     async fn with_limits(limits: ConnectionLimits) -> Self {
-        Self::start(GrpcConfig::default(), HubConfig::default(), limits, true).await
+        Self::start(GrpcConfig::default(), HubConfig::default(), limits, true, None).await
     }
 
     /// A port that accepts no token, and no call without one.
     async fn without_valid_tokens() -> Self {
         let limits = ConnectionLimits::default();
-        Self::start(GrpcConfig::default(), HubConfig::default(), limits, false).await
+        Self::start(GrpcConfig::default(), HubConfig::default(), limits, false, None).await
     }
 
     async fn start(
@@ -62,6 +64,7 @@ impl Port {
         hub_config: HubConfig,
         limits: ConnectionLimits,
         valid: bool,
+        tls: Option<&TestTls>,
     ) -> Self {
         let (handle, hub, [manager, router]) = hub_with_peers(hub_config, 4096);
         tokio::spawn(hub.run());
@@ -80,12 +83,13 @@ impl Port {
             hub: handle,
             limits: AddressLimits::new(Arc::clone(&limiter), || 0),
             judge: Arc::new(move |_| if valid { Ok(()) } else { Err(refusal()) }),
+            tls: tls.map(|tls| Arc::clone(&tls.port)),
         };
         let served = serve(config, listener, ports, Arc::clone(&counters), drained, async {
             let _ = until.await;
         });
         let served = tokio::spawn(served);
-        let channel = channel(address).await;
+        let channel = tls::channel(tls, address).await;
         Self {
             manager,
             router,

@@ -195,6 +195,30 @@ fn revoked_tokens_end_the_sessions_of_all_nodes_and_admit_nobody() {
 }
 
 #[test]
+fn file_of_revocations_outlasts_a_restart_and_is_followed() {
+    let file = path("revocations");
+    std::fs::write(&file, format!("{} alice\n", now() - 50)).expect("writable");
+    let node = node("node-1").set("AUTH_MODE", "jwt").set("JWT_SECRET", SECRET);
+    let node = node.set("REVOCATIONS_FILE", file.display()).start();
+    let refused = |user: &str| {
+        let headers = format!("Authorization: Bearer {}\r\n", token(user, now() - 100));
+        let connect = Connect { headers, ..Connect::session(node.public, user, "phone") };
+        matches!(Client::connect(&connect).receive(), Received::Refused(401, _))
+    };
+    assert!(refused("alice"));
+    let mut bob = opened(&node, "bob", "phone", &token("bob", now() - 100));
+    std::fs::write(&file, format!("{} *\n", now() - 60)).expect("writable");
+    assert_eq!(bob.receive_end(), Received::Closed(4401, "token revoked".into()));
+    assert!(refused("bob"));
+    std::fs::remove_file(&file).expect("it is there");
+    until(SOON, "the failure is counted", || {
+        let failures = "delivery_auth_revocation_reload_failures_total";
+        (node.metrics().sum(failures, &[]) >= 1.0).then_some(())
+    });
+    assert!(refused("bob"));
+}
+
+#[test]
 fn errors_say_what_to_do() {
     let node = node("node-1").start();
     let gone = NodeBuilder::dev().spawn().admin;

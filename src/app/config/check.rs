@@ -3,6 +3,7 @@
 use super::Profile;
 use super::layers::Layers;
 use super::own_keys::{BadKey, admin_tokens, own_keys};
+use super::revocations::revocations;
 use super::table::Settings;
 use super::tls_files::tls_files;
 use super::value::{
@@ -93,6 +94,12 @@ pub(super) fn cross_check(settings: &Settings, layers: &mut Layers) {
     tokens(settings, layers);
     if let Err(BadKey { setting, why }) = admin_tokens(settings) {
         layers.reject(setting, why);
+    }
+    if let Err(BadKey { setting, why }) = revocations(settings) {
+        layers.reject(setting, why);
+    }
+    if settings.revocations_file.is_some() && settings.auth_mode == AuthMode::Trust {
+        layers.reject("revocations_file", "is set, and auth_mode is `trust`: there are no tokens");
     }
     if let Err(BadKey { setting, why }) = tls_files(settings) {
         layers.reject(setting, why);
@@ -229,6 +236,8 @@ mod tests {
         }
     }
 
+    const LONG: &str = "0123456789abcdef0123456789abcdef";
+
     #[test]
     fn serve_needs_kafka_and_a_key_and_dev_nothing() {
         assert_eq!(subjects(Profile::Dev, &[]), [""; 0]);
@@ -255,13 +264,15 @@ mod tests {
         assert_eq!(dev(&[("kafka_properties", "x")]), ["--kafka-properties"]);
         assert_eq!(dev(&[("auth_mode", "jwt"), ("jwt_secret", "short")]), ["--jwt-secret"]);
         assert_eq!(dev(&[("admin_token", "short")]), ["--admin-token"]);
+        let revoked = ("revocations_file", "/dev/null");
+        assert_eq!(dev(&[revoked]), ["--revocations-file"], "there are no tokens");
+        assert_eq!(dev(&[revoked, ("auth_mode", "jwt"), ("jwt_secret", LONG)]), [""; 0]);
         for name in ["jwt_key_file", "jwt_secret_file"] {
             let flag = format!("--{}", name.replace('_', "-"));
             assert_eq!(dev(&[("auth_mode", "jwt"), (name, "/nonexistent")]), [flag]);
         }
-        let secret = "0123456789abcdef0123456789abcdef";
         let several = ("jwks_url", "https://auth/keys,https://old-auth/keys");
-        assert_eq!(dev(&[("jwt_secret", secret), several, ("auth_mode", "jwt")]), [""; 0]);
+        assert_eq!(dev(&[("jwt_secret", LONG), several, ("auth_mode", "jwt")]), [""; 0]);
     }
 
     #[test]

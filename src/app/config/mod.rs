@@ -8,6 +8,7 @@ mod layers;
 mod own_keys;
 mod print;
 mod reading;
+mod revocations;
 mod table;
 mod tls_files;
 mod value;
@@ -15,6 +16,7 @@ mod value;
 pub use layers::{ConfigError, ConfigErrors, Layers, ValueSource};
 pub use own_keys::{BadKey, admin_tokens, has_development_secret, own_keys};
 pub use print::{effective, reference};
+pub use revocations::revocations;
 pub use table::{Settings, TABLE};
 pub use tls_files::{TlsFiles, TlsPair, tls_files};
 pub use value::{

@@ -321,8 +321,12 @@ settings! {
         /// File with such tokens, one in each line. Each of them may be used, and that of `admin_token`. The file is read
         /// again on SIGHUP, and when it has changed.
         admin_token_file: Option<PathBuf> = "", example "/etc/delivery/admin-tokens";
-        /// How long a node refuses the tokens that an operator has revoked (`delivery admin revoke`). Set it to the longest
-        /// time for which tokens of clients are valid, or longer.
+        /// File with revocations of tokens, one in each line: a time and a user, or `*` for everybody. Tokens that were
+        /// issued earlier are refused from the start of the node on. The file is read again on SIGHUP, and when it has
+        /// changed.
+        revocations_file: Option<PathBuf> = "", example "/etc/delivery/revocations";
+        /// How long a node refuses tokens from when it was told (`delivery admin revoke`, `revocations_file`). Set it to
+        /// the longest time for which tokens of clients are valid, or longer.
         revocations_kept: Duration = "24h", from "1m" to "8760h", example "24h";
     }
     "Demo" {

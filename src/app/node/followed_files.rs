@@ -45,7 +45,7 @@ pub(super) async fn follow<T: PartialEq + Send + 'static>(
             Ok(new) => replace(&new).map(|()| {
                 current = new;
                 replacements.add(1);
-                tracing::info!("the {what} were replaced; sessions stay");
+                tracing::info!("the {what} were replaced");
             }),
             Err(why) => Err(why.to_string()),
         };

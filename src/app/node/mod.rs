@@ -301,7 +301,7 @@ fn start(
     if let Some(tls) = back_ends.tls {
         tls.follow_files(&settings, read_again.clone());
     }
-    back_ends.tokens.follow_files(&settings, read_again);
+    back_ends.tokens.follow_files(&settings, sessions.clone(), read_again);
     let node = Node {
         settings,
         shards,
@@ -339,6 +339,7 @@ fn sessions(
     let config = SessionConfig {
         sessions_per_user_max: settings.connections_per_user.size(),
         revocations_kept: settings.revocations_kept,
+        revoked: back_ends.tokens.revoked.clone(),
         ..SessionConfig::default()
     };
     let ports = SessionPorts {

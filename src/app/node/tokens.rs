@@ -1,6 +1,7 @@
 //! The keys of tokens and the tokens of operators: read at start, and those of files again on SIGHUP and when the files
 //! change.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -8,11 +9,14 @@ use tokio::sync::watch;
 use super::followed_files::follow;
 use super::metrics::register;
 use crate::app::admin::{AdminCounters, AdminTokens, Collector, ReadinessCheck};
-use crate::app::config::{AuthMode, Settings, admin_tokens, has_development_secret, own_keys};
+use crate::app::config::{
+    AuthMode, Settings, admin_tokens, has_development_secret, own_keys, revocations,
+};
 use crate::domain::command::Secret;
 use crate::service::sessions::auth::{
     AuthCounters, Authenticator, ClaimRules, JwksConfig, OwnKeys,
 };
+use crate::service::sessions::manager::{RevokedTokens, SessionHandle};
 
 /// Said at start and whenever keys are replaced.
 const DEVELOPMENT_SECRET: &str = "the secret of HS256 tokens is the one in RealChat's documents: whoever has read them can \
@@ -23,6 +27,8 @@ pub(super) struct Tokens {
     pub(super) auth: Arc<Authenticator>,
     counters: Arc<AuthCounters>,
     own: OwnKeys,
+    /// Revoked from the first session on.
+    pub(super) revoked: Vec<RevokedTokens>,
 }
 
 impl Tokens {
@@ -37,7 +43,8 @@ impl Tokens {
         let counters: Arc<AuthCounters> = register("auth_", collectors);
         if settings.auth_mode == AuthMode::Trust {
             tracing::warn!("AUTH_MODE=trust: anybody can connect as any user");
-            return Ok(Self { auth: Authenticator::trust(), counters, own: OwnKeys::default() });
+            let (auth, own) = (Authenticator::trust(), OwnKeys::default());
+            return Ok(Self { auth, counters, own, revoked: Vec::new() });
         }
         let own = own_keys(settings).map_err(|error| error.to_string())?;
         let published = settings.jwks_url.iter().map(|url| JwksConfig::new(url.secret().clone()));
@@ -49,27 +56,70 @@ impl Tokens {
         let (published, all) = (published.collect(), Arc::clone(&counters));
         let auth = Authenticator::jwt(&own, published, rules, all).map_err(|e| e.to_string())?;
         tell_development_secret(&own, &counters);
-        Ok(Self { auth, counters, own })
+        let revoked = revocations(settings).map_err(|error| error.to_string())?;
+        Ok(Self { auth, counters, own, revoked })
     }
 
     /// Reads the files again as long as the runtime lives. Without files, or without tokens, there is nothing to do.
-    pub(super) fn follow_files(self, settings: &Settings, asked: watch::Receiver<u64>) {
-        let has_files = settings.jwt_secret_file.is_some() || settings.jwt_key_file.is_some();
-        if settings.auth_mode == AuthMode::Trust || !has_files {
+    pub(super) fn follow_files(
+        self,
+        settings: &Settings,
+        sessions: SessionHandle,
+        asked: watch::Receiver<u64>,
+    ) {
+        if settings.auth_mode == AuthMode::Trust {
             return;
         }
-        let settings = settings.clone();
-        let Self { auth, counters, own } = self;
-        tokio::spawn(async move {
-            let read = move || own_keys(&settings);
-            let replace = |own: &OwnKeys| {
-                auth.replace_own(own).map_err(|error| error.to_string())?;
-                tell_development_secret(own, &counters);
-                Ok(())
-            };
-            let counted = (&counters.key_reloads, &counters.key_reload_failures);
-            follow("keys of tokens", own, asked, read, replace, counted).await;
-        });
+        let Self { auth, counters, own, revoked } = self;
+        if settings.revocations_file.is_some() {
+            let (settings, counters) = (settings.clone(), Arc::clone(&counters));
+            tokio::spawn(follow_revocations(settings, revoked, sessions, counters, asked.clone()));
+        }
+        if settings.jwt_secret_file.is_some() || settings.jwt_key_file.is_some() {
+            let settings = settings.clone();
+            tokio::spawn(async move {
+                let read = move || own_keys(&settings);
+                let replace = |own: &OwnKeys| {
+                    auth.replace_own(own).map_err(|error| error.to_string())?;
+                    tell_development_secret(own, &counters);
+                    Ok(())
+                };
+                let counted = (&counters.key_reloads, &counters.key_reload_failures);
+                follow("keys of tokens", own, asked, read, replace, counted).await;
+            });
+        }
+    }
+}
+
+/// Applies what is added to the file of revocations. `known`: what the sessions know already.
+async fn follow_revocations(
+    settings: Settings,
+    known: Vec<RevokedTokens>,
+    sessions: SessionHandle,
+    counters: Arc<AuthCounters>,
+    asked: watch::Receiver<u64>,
+) {
+    let mut applied: HashSet<_> = known.iter().cloned().collect();
+    let read = move || revocations(&settings);
+    let replace = |new: &Vec<RevokedTokens>| {
+        let new: HashSet<_> = new.iter().cloned().collect();
+        let added: Vec<_> = new.difference(&applied).cloned().collect();
+        applied = new;
+        tokio::spawn(revoke(sessions.clone(), added));
+        Ok(())
+    };
+    let counted = (&counters.revocation_reloads, &counters.revocation_reload_failures);
+    follow("revocations of tokens", known, asked, read, replace, counted).await;
+}
+
+async fn revoke(sessions: SessionHandle, added: Vec<RevokedTokens>) {
+    for revoked in added {
+        let whose = revoked.user.as_deref().unwrap_or("everybody");
+        match sessions.revoke(&revoked).await {
+            Some(Ok(closed)) => tracing::info!(whose, closed, "tokens revoked by the file"),
+            Some(Err(full)) => tracing::error!(whose, "tokens not revoked: {full}"),
+            None => return,
+        }
     }
 }
 

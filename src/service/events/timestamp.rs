@@ -18,6 +18,14 @@ pub fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
+/// Reads a Unix time in seconds, or an RFC 3339 timestamp, rounded down.
+pub fn unix_s_of(text: &str) -> Option<u64> {
+    text.parse().ok().or_else(|| {
+        let time: prost_types::Timestamp = text.parse().ok()?;
+        u64::try_from(time.seconds).ok()
+    })
+}
+
 /// A point in time, as on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, prost::Message)]
 pub struct Timestamp {
@@ -95,6 +103,16 @@ mod tests {
         for (seconds, nanos) in [(SECONDS_MIN - 1, 0), (SECONDS_MAX + 1, 0), (0, -1), (i64::MAX, 0)]
         {
             assert!(serde_json::to_string(&Timestamp { seconds, nanos }).is_err());
+        }
+    }
+
+    #[test]
+    fn seconds_are_read_from_a_number_or_a_text() {
+        assert_eq!(unix_s_of("1700000000"), Some(1_700_000_000));
+        assert_eq!(unix_s_of("2023-11-14T22:13:20Z"), Some(1_700_000_000));
+        assert_eq!(unix_s_of("2023-11-14T23:13:20.5+01:00"), Some(1_700_000_000));
+        for text in ["yesterday", "-5", "1e9", "", "1969-12-31T00:00:00Z"] {
+            assert_eq!(unix_s_of(text), None, "{text}");
         }
     }
 

@@ -74,6 +74,8 @@ crate::counters! {
         Counter keys_unavailable: "Tokens not checked because no keys could be fetched",
         Counter key_reloads: "Own keys replaced while the node ran",
         Counter key_reload_failures: "Own keys that could not be read again; the old ones stay in use",
+        Counter revocation_reloads: "Changes of the file of revocations that were applied while the node ran",
+        Counter revocation_reload_failures: "Changes of the file of revocations that could not be read; the earlier ones stay",
         Gauge development_secret: "1 if tokens may be signed with the secret of RealChat's documents",
         Counter jwks_fetches: "Fetches of published keys",
         Counter jwks_failures: "Fetches of published keys that failed",

@@ -44,7 +44,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use self::node_state::NodeState;
 pub use self::operators::{ListPlace, SessionList, SessionView};
 pub use self::records::RECORD_BYTES;
-pub use self::revocations::{RevocationsFull, USERS_REVOKED_MAX};
+pub use self::revocations::{FutureMoment, RevocationsFull, RevokedTokens, USERS_REVOKED_MAX};
 pub use self::state::SessionManager;
 
 use self::operators::OperatorRequest;
@@ -79,6 +79,8 @@ pub struct SessionConfig {
     pub missed_per_second: u32,
     /// How long a revocation is kept.
     pub revocations_kept: Duration,
+    /// What is revoked from the first session on. At most [`USERS_REVOKED_MAX`] users; further ones are left out.
+    pub revoked: Vec<RevokedTokens>,
 }
 
 impl Default for SessionConfig {
@@ -89,6 +91,7 @@ impl Default for SessionConfig {
             unregister_timeout: Duration::from_secs(5),
             missed_per_second: 1_000,
             revocations_kept: Duration::from_secs(24 * 3600),
+            revoked: Vec::new(),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use tokio::sync::oneshot;
 
 use super::records::{CatchUpState, SessionRecord, SessionState};
-use super::revocations::RevocationsFull;
+use super::revocations::{RevocationsFull, RevokedTokens};
 use super::state::SessionManager;
 use super::{ManagerRequest, SessionHandle};
 use crate::domain::close::{Close, CloseCode, EndReason};
@@ -83,12 +83,8 @@ pub(super) enum OperatorRequest {
     },
     /// Close the session of this device, or of all devices. The answer is their number.
     Close { user: Box<str>, device: Option<Box<str>>, answer: oneshot::Sender<usize> },
-    /// Revoke the tokens of one user, or of everybody.
-    Revoke {
-        user: Option<Box<str>>,
-        before_s: u32,
-        answer: oneshot::Sender<Result<(), RevocationsFull>>,
-    },
+    /// Revoke tokens.
+    Revoke { revoked: RevokedTokens, answer: oneshot::Sender<Result<(), RevocationsFull>> },
     /// Close the sessions whose token is revoked, of one user or of all, from this place on. The answer is their number, and
     /// where to continue.
     CloseRevoked {
@@ -108,9 +104,8 @@ impl SessionManager {
             OperatorRequest::Close { user, device, answer } => {
                 let _ = answer.send(self.close_for_operator(&user, device.as_deref()));
             }
-            OperatorRequest::Revoke { user, before_s, answer } => {
-                let added = self.revocations.add(user.as_deref(), before_s, self.unix_s);
-                let _ = answer.send(added);
+            OperatorRequest::Revoke { revoked, answer } => {
+                let _ = answer.send(self.revocations.add(&revoked, self.unix_s));
             }
             OperatorRequest::CloseRevoked { user, from, answer } => {
                 let _ = answer.send(self.close_revoked(user.as_deref(), from));
@@ -240,25 +235,20 @@ impl SessionHandle {
         self.ask(|answer| OperatorRequest::Close { user, device, answer }).await
     }
 
-    /// Refuses from now on the tokens of one user, or of everybody, that were issued before `before_s` (Unix time in
-    /// seconds), and those that do not say when. Closes the sessions that have one, with 4401, and returns their number.
-    /// `None`: the node has stopped.
+    /// Refuses these tokens from now on. Closes the sessions that have one, with 4401, and returns their number. `None`: the
+    /// node has stopped.
     ///
     /// If the caller gives up, some of these sessions stay open.
-    pub async fn revoke(
-        &self,
-        user: Option<&str>,
-        before_s: u32,
-    ) -> Option<Result<usize, RevocationsFull>> {
-        let of = || user.map(Box::from);
+    pub async fn revoke(&self, revoked: &RevokedTokens) -> Option<Result<usize, RevocationsFull>> {
         let added =
-            self.ask(|answer| OperatorRequest::Revoke { user: of(), before_s, answer }).await?;
+            self.ask(|answer| OperatorRequest::Revoke { revoked: revoked.clone(), answer }).await?;
         if let Err(full) = added {
             return Some(Err(full));
         }
         let (mut closed, mut next) = (0, Some(ListPlace::default()));
         while let Some(from) = next {
-            let request = |answer| OperatorRequest::CloseRevoked { user: of(), from, answer };
+            let user = revoked.user.clone();
+            let request = |answer| OperatorRequest::CloseRevoked { user, from, answer };
             let (more, rest) = self.ask(request).await?;
             closed += more;
             next = rest;

@@ -8,6 +8,36 @@ pub const USERS_REVOKED_MAX: usize = 100_000;
 /// How often revocations are looked through for those that are over, seconds.
 const EXPIRY_INTERVAL_S: u64 = 60;
 
+/// How far ahead of this node's clock the moment of a revocation may be, seconds: the clocks of the auth service and of
+/// the operator may differ from it.
+const AHEAD_S_MAX: u64 = 60;
+
+/// The tokens that a revocation concerns.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RevokedTokens {
+    /// Whose; `None`: everybody's.
+    pub user: Option<Box<str>>,
+    /// Those that were issued earlier, Unix time in seconds, and those that do not say when.
+    pub before_s: u32,
+}
+
+impl RevokedTokens {
+    /// # Errors
+    /// The moment is in the future: fresh tokens would be refused until then.
+    pub fn new(user: Option<&str>, before_s: u64, now_s: u64) -> Result<Self, FutureMoment> {
+        if before_s > now_s.saturating_add(AHEAD_S_MAX) {
+            return Err(FutureMoment);
+        }
+        let before_s = u32::try_from(before_s).unwrap_or(u32::MAX);
+        Ok(Self { user: user.map(Box::from), before_s })
+    }
+}
+
+/// The moment of a revocation is in the future.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is in the future: fresh tokens would be refused until then")]
+pub struct FutureMoment;
+
 /// There are [`USERS_REVOKED_MAX`] users already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -38,12 +68,10 @@ impl Revocations {
         Self { kept_s: kept.as_secs(), of_everybody, of_users, expired_s: 0 }
     }
 
-    /// Revokes the tokens of one user, or of everybody, that were issued before `before_s`. A later moment of an earlier
-    /// revocation stays.
+    /// Revokes these tokens. A later moment of an earlier revocation stays.
     pub(super) fn add(
         &mut self,
-        user: Option<&str>,
-        before_s: u32,
+        RevokedTokens { user, before_s }: &RevokedTokens,
         now_s: u64,
     ) -> Result<(), RevocationsFull> {
         let known = match user {
@@ -53,12 +81,12 @@ impl Revocations {
         if user.is_some() && known.is_none() && self.of_users.len() >= USERS_REVOKED_MAX {
             return Err(RevocationsFull);
         }
-        let before_s = before_s.max(known.map_or(0, |known| known.before_s));
+        let before_s = (*before_s).max(known.map_or(0, |known| known.before_s));
         let new = Revocation { before_s, until_s: now_s.saturating_add(self.kept_s) };
         match user {
             None => self.of_everybody = Some(new),
             Some(user) => {
-                self.of_users.insert(user.into(), new);
+                self.of_users.insert(user.clone(), new);
             }
         }
         Ok(())
@@ -95,17 +123,27 @@ mod tests {
 
     const KEPT: Duration = Duration::from_secs(100);
 
+    fn of(user: Option<&str>, before_s: u64) -> RevokedTokens {
+        RevokedTokens::new(user, before_s, before_s).unwrap()
+    }
+
+    #[test]
+    fn moment_is_at_most_a_little_ahead() {
+        assert!(RevokedTokens::new(None, 1_060, 1_000).is_ok());
+        assert_eq!(RevokedTokens::new(None, 1_061, 1_000), Err(FutureMoment));
+    }
+
     #[test]
     fn older_tokens_of_the_user_or_of_everybody_are_covered() {
         let mut revocations = Revocations::new(KEPT);
         assert!(!revocations.cover("alice", 0));
-        revocations.add(Some("alice"), 1_000, 1_000).unwrap();
+        revocations.add(&of(Some("alice"), 1_000), 1_000).unwrap();
         for (user, issued_s, expected) in
             [("alice", 999, true), ("alice", 1_000, false), ("alice", 0, true), ("bob", 999, false)]
         {
             assert_eq!(revocations.cover(user, issued_s), expected, "{user} {issued_s}");
         }
-        revocations.add(None, 500, 1_000).unwrap();
+        revocations.add(&of(None, 500), 1_000).unwrap();
         assert!(revocations.cover("bob", 499) && !revocations.cover("bob", 500));
         assert!(revocations.cover("alice", 999), "that of the user stays");
         assert_eq!(revocations.len(), 2);
@@ -114,17 +152,17 @@ mod tests {
     #[test]
     fn earlier_moment_does_not_lift_a_later_one() {
         let mut revocations = Revocations::new(KEPT);
-        revocations.add(Some("alice"), 1_000, 1_000).unwrap();
-        revocations.add(Some("alice"), 900, 1_000).unwrap();
+        revocations.add(&of(Some("alice"), 1_000), 1_000).unwrap();
+        revocations.add(&of(Some("alice"), 900), 1_000).unwrap();
         assert!(revocations.cover("alice", 950));
     }
 
     #[test]
     fn revocation_is_kept_for_its_time_from_its_last_request() {
         let mut revocations = Revocations::new(KEPT);
-        revocations.add(Some("alice"), 1_000, 1_000).unwrap();
-        revocations.add(None, 1_000, 1_000).unwrap();
-        revocations.add(Some("bob"), 1_000, 1_090).unwrap();
+        revocations.add(&of(Some("alice"), 1_000), 1_000).unwrap();
+        revocations.add(&of(None, 1_000), 1_000).unwrap();
+        revocations.add(&of(Some("bob"), 1_000), 1_090).unwrap();
         revocations.expire(1_099);
         assert_eq!(revocations.len(), 3);
         revocations.expire(1_160);
@@ -137,12 +175,12 @@ mod tests {
     fn further_users_are_refused_at_the_limit_but_everybody_is_not() {
         let mut revocations = Revocations::new(KEPT);
         for user in 0..USERS_REVOKED_MAX {
-            revocations.add(Some(&user.to_string()), 10, 10).unwrap();
+            revocations.add(&of(Some(&user.to_string()), 10), 10).unwrap();
         }
-        assert_eq!(revocations.add(Some("alice"), 10, 10), Err(RevocationsFull));
-        assert_eq!(revocations.add(Some("7"), 20, 10), Ok(()), "known already");
-        assert_eq!(revocations.add(None, 10, 10), Ok(()));
+        assert_eq!(revocations.add(&of(Some("alice"), 10), 10), Err(RevocationsFull));
+        assert_eq!(revocations.add(&of(Some("7"), 20), 10), Ok(()), "known already");
+        assert_eq!(revocations.add(&of(None, 10), 10), Ok(()));
         revocations.expire(1_000);
-        assert_eq!(revocations.add(Some("alice"), 10, 1_000), Ok(()));
+        assert_eq!(revocations.add(&of(Some("alice"), 10), 1_000), Ok(()));
     }
 }

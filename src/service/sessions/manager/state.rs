@@ -68,6 +68,11 @@ impl SessionManager {
         catch_up_reports: mpsc::Sender<CatchUpReport>,
         node_state: watch::Sender<NodeState>,
     ) -> Self {
+        let unix_s = unix_ms() / 1000;
+        let mut revocations = Revocations::new(config.revocations_kept);
+        for revoked in &config.revoked {
+            let _ = revocations.add(revoked, unix_s);
+        }
         let count = u16::try_from(ports.shards.len()).expect("shards are numbered in 16 bits");
         Self {
             links: ports.shards.into_iter().map(ControlLink::new).collect(),
@@ -87,8 +92,8 @@ impl SessionManager {
             announcer: ports.announcer,
             missed: ports.missed,
             missed_closes: MissedCloses::new(config.missed_per_second),
-            revocations: Revocations::new(config.revocations_kept),
-            unix_s: unix_ms() / 1000,
+            revocations,
+            unix_s,
             config,
             shutdown_waiters: Vec::new(),
         }

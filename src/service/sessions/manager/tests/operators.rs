@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::super::operators::OperatorRequest;
-use super::super::{ListPlace, RevocationsFull, SessionList};
+use super::super::{ListPlace, RevocationsFull, RevokedTokens, SessionList};
 use super::with_dependencies::{auth, now_s, secret, sign};
 use super::*;
 
@@ -38,8 +38,8 @@ fn close(bench: &mut Bench, user: &str, device: Option<&str>) -> usize {
 fn revoke(bench: &mut Bench, user: Option<&str>, before_s: u64) -> Result<usize, RevocationsFull> {
     let of = || user.map(Box::from);
     let (answer, mut wait) = oneshot::channel();
-    let before_s = u32::try_from(before_s).unwrap();
-    bench.manager.on_operator_request(OperatorRequest::Revoke { user: of(), before_s, answer });
+    let revoked = RevokedTokens::new(user, before_s, before_s).unwrap();
+    bench.manager.on_operator_request(OperatorRequest::Revoke { revoked, answer });
     wait.try_recv().unwrap()?;
     let (mut closed, mut next) = (0, Some(ListPlace::default()));
     while let Some(from) = next {
@@ -77,6 +77,8 @@ fn list_has_each_open_session_once_in_parts_of_any_size() {
     bench.admitted(0, key(3, 0), "gone", "phone");
     assert_eq!(close(&mut bench, "gone", None), 1);
     users.sort();
+    let part = list(&mut bench, None, ListPlace::default(), usize::MAX);
+    assert!(part.next.is_some(), "one request looks at all places");
     for max in 1..=users.len() + 1 {
         let mut found = listed(&mut bench, max);
         found.sort();
@@ -211,4 +213,15 @@ async fn token_that_is_revoked_while_it_is_checked_is_refused() {
     assert_eq!(revoke(&mut bench, Some("alice"), 200), Ok(0));
     bench.manager.on_request(checked);
     assert_eq!(bench.refused(0).0, 401);
+}
+
+#[test]
+fn tokens_that_are_revoked_at_the_start_are_refused_from_the_first_session_on() {
+    let revoked = vec![RevokedTokens::new(Some("alice"), 200, now_s()).unwrap()];
+    let config = SessionConfig { revoked, ..SessionConfig::default() };
+    let mut bench = Bench::with_dependencies(auth(&secret()), 1, config);
+    bench.open_with(0, key(0, 0), ("", "phone"), Some(token("alice", Some(199))));
+    assert_eq!(bench.refused(0).0, 401);
+    bench.open_with(0, key(1, 0), ("", "phone"), Some(token("alice", Some(200))));
+    assert!(matches!(bench.commands(0)[..], [ShardCommand::Admit { .. }]));
 }

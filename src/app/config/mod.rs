@@ -20,8 +20,9 @@ pub use revocations::revocations;
 pub use table::{Settings, TABLE};
 pub use tls_files::{TlsFiles, TlsPair, tls_files};
 pub use value::{
-    AuthMode, Auto, Count, GrpcAddress, HandOffMode, LegacyNodesMode, ListenAddress, LogFormat,
-    MASK, Name, PeerAddress, PresenceMode, RoutingMode, SecretUrl, SettingValue, Size, TomlForm,
+    AuthMode, Auto, Count, FileMode, GrpcAddress, HandOffMode, LegacyNodesMode, ListenAddress,
+    LogFormat, MASK, Name, PeerAddress, PresenceMode, RoutingMode, SecretUrl, SettingValue, Size,
+    TomlForm,
 };
 
 /// The command whose defaults apply.

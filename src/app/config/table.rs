@@ -12,8 +12,8 @@ use tracing_subscriber::filter::Targets;
 use super::Setting;
 use super::layers::Layers;
 use super::value::{
-    AuthMode, Auto, Count, GrpcAddress, HandOffMode, LegacyNodesMode, ListenAddress, LogFormat,
-    Name, PeerAddress, PresenceMode, RoutingMode, SecretUrl, SettingValue, Size,
+    AuthMode, Auto, Count, FileMode, GrpcAddress, HandOffMode, LegacyNodesMode, ListenAddress,
+    LogFormat, Name, PeerAddress, PresenceMode, RoutingMode, SecretUrl, SettingValue, Size,
 };
 use crate::domain::command::Secret;
 
@@ -71,9 +71,10 @@ settings! {
         http_port_shared: bool = "false", example "true";
         /// Admin port for health, metrics and what operators do (`delivery admin`). Do not expose it to clients.
         http_addr: ListenAddress = "8093", example ":8093";
-        /// Unix socket that serves the same as the admin port. Its file has mode 0600, and whoever may open it needs no
-        /// token. Empty: none.
+        /// Unix socket that serves the same as the admin port. Whoever may open it needs no token. Empty: none.
         admin_socket: Option<PathBuf> = "", example "/run/delivery/admin.sock";
+        /// Permissions of the file of this socket: who may write may connect.
+        admin_socket_mode: FileMode = "0600", example "0660";
         /// Port of the gRPC API `DeliveryApi.Connect`. Empty: gRPC is off.
         grpc_addr: Option<ListenAddress> = "50054", example "50054";
     }

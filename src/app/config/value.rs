@@ -257,6 +257,25 @@ impl SettingValue for PathBuf {
     }
 }
 
+/// The permissions of a file, in octal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileMode(pub u32);
+
+impl SettingValue for FileMode {
+    const KIND: &'static str = "octal mode";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        match u32::from_str_radix(text, 8) {
+            Ok(mode) if mode <= 0o777 && (3..=4).contains(&text.len()) => Ok(Self(mode)),
+            _ => Err("is no mode of a file in octal, such as 0600 or 0660".to_owned()),
+        }
+    }
+
+    fn show(&self) -> String {
+        format!("{:04o}", self.0)
+    }
+}
+
 /// A number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Count(pub u64);

@@ -9,8 +9,8 @@ use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
-/// Who may connect: `connect` needs the right to write (`unix(7)`).
-const MODE: u32 = 0o600;
+use crate::app::config::FileMode;
+
 /// How long a process that has the file may take to accept a connection, before it counts as alive.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
 
@@ -34,14 +34,18 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-/// Listens on `path`. A file that a process has left there is replaced.
+/// Listens on `path`. A file that a process has left there is replaced. `mode`: who may connect, which needs the right to
+/// write (`unix(7)`).
 ///
 /// # Errors
 /// The path is in use, or no socket can be created there. The text names the setting.
-pub(super) async fn listen(path: &Path) -> Result<(UnixListener, SocketFile), String> {
+pub(super) async fn listen(
+    path: &Path,
+    mode: FileMode,
+) -> Result<(UnixListener, SocketFile), String> {
     refuse_other_use(path)
         .await
-        .and_then(|()| create(path).map_err(|error| cannot(&error)))
+        .and_then(|()| create(path, mode).map_err(|error| cannot(&error)))
         .map_err(|why| format!("ADMIN_SOCKET: `{}` {why}", path.display()))
 }
 
@@ -68,13 +72,13 @@ async fn refuse_other_use(path: &Path) -> Result<(), String> {
 
 /// Creates the socket beside its place and moves it there, so that it never has another mode, and replaces what is left of
 /// a former one.
-fn create(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+fn create(path: &Path, FileMode(mode): FileMode) -> io::Result<(UnixListener, SocketFile)> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
     let _ = fs::remove_file(&beside);
     let listener = UnixListener::bind(&beside)?;
-    fs::set_permissions(&beside, fs::Permissions::from_mode(MODE))?;
+    fs::set_permissions(&beside, fs::Permissions::from_mode(mode))?;
     fs::rename(&beside, path)?;
     let file = identity(path)?;
     Ok((listener, SocketFile { path: path.to_owned(), file }))
@@ -101,12 +105,14 @@ mod tests {
     async fn socket_belongs_to_its_user_and_goes_with_its_process() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("admin.sock");
-        let (listener, file) = listen(&path).await.unwrap();
-        assert_eq!(mode(&path), MODE);
+        let (listener, file) = listen(&path, FileMode(0o600)).await.unwrap();
+        assert_eq!(mode(&path), 0o600);
         let (client, server) = tokio::join!(UnixStream::connect(&path), listener.accept());
         assert!(client.is_ok() && server.is_ok());
         drop(file);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let _open = listen(&path, FileMode(0o660)).await.unwrap();
+        assert_eq!(mode(&path), 0o660);
     }
 
     #[tokio::test]
@@ -115,24 +121,26 @@ mod tests {
         let path = folder.path().join("admin.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let (_listener, file) = listen(&path).await.unwrap();
-        assert_eq!(mode(&path), MODE);
-        let error = listen(&path).await.unwrap_err();
+        let (_listener, file) = listen(&path, FileMode(0o600)).await.unwrap();
+        assert_eq!(mode(&path), 0o600);
+        let error = listen(&path, FileMode(0o600)).await.unwrap_err();
         assert!(error.contains("ADMIN_SOCKET") && error.contains("is in use"), "{error}");
         // Another process has taken the place: its file stays.
         fs::remove_file(&path).unwrap();
         fs::write(&path, "").unwrap();
         drop(file);
-        let error = listen(&path).await.unwrap_err();
+        let error = listen(&path, FileMode(0o600)).await.unwrap_err();
         assert!(error.contains("is no socket"), "{error}");
     }
 
     #[tokio::test]
     async fn error_says_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
-        let error = listen(&folder.path().join("none/admin.sock")).await.unwrap_err();
+        let error =
+            listen(&folder.path().join("none/admin.sock"), FileMode(0o600)).await.unwrap_err();
         assert!(error.contains("create its folder"), "{error}");
-        let error = listen(&folder.path().join("x".repeat(120))).await.unwrap_err();
+        let error =
+            listen(&folder.path().join("x".repeat(120)), FileMode(0o600)).await.unwrap_err();
         assert!(error.contains("103 bytes"), "{error}");
     }
 }

@@ -49,7 +49,7 @@ impl Ports {
             })?;
         let admin = bind("HTTP_ADDR", settings.http_addr.or(ip), None).await?;
         let admin_socket = match &settings.admin_socket {
-            Some(path) => Some(admin_socket::listen(path).await?),
+            Some(path) => Some(admin_socket::listen(path, settings.admin_socket_mode).await?),
             None => None,
         };
         let grpc = match settings.grpc_addr {

@@ -187,7 +187,8 @@ fn revoked_tokens_end_the_sessions_of_all_nodes_and_admit_nobody() {
     assert_eq!(bob.receive(), Received::Pong(b"still there?".to_vec()));
 
     let before = (now() - 50).to_string();
-    printed(&admin(&[&one], &["revoke", "--everybody", "--before", &before]));
+    let paced = ["revoke", "--everybody", "--per-second", "10", "--before", &before];
+    printed(&admin(&[&one], &paced));
     assert_eq!(bob.receive_end(), Received::Closed(4401, "token revoked".into()));
     let metrics = one.metrics();
     assert_eq!(metrics.sum("delivery_session_tokens_revoked_total", &[]), 3.0);

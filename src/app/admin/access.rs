@@ -25,27 +25,28 @@ use crate::domain::command::Secret;
 pub(super) enum AdminPeer {
     /// A client of the port, with its address.
     Address(IpAddr),
-    /// A client of the Unix socket.
-    Socket,
+    /// A client of the Unix socket, with its user id if the kernel knows it (`SO_PEERCRED`, `unix(7)`).
+    Socket(Option<u32>),
 }
 
 /// Who acts, for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Caller {
-    /// Whoever has the token, at this address.
-    Token(IpAddr),
+    /// Whoever has the token with this number, at this address.
+    Token(usize, IpAddr),
     /// A process of this machine.
     Loopback,
-    /// A process that may open the Unix socket.
-    Socket,
+    /// A process of this user that may open the Unix socket.
+    Socket(Option<u32>),
 }
 
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Token(address) => write!(f, "token from {address}"),
+            Self::Token(number, address) => write!(f, "token {number} from {address}"),
             Self::Loopback => f.write_str("loopback"),
-            Self::Socket => f.write_str("socket"),
+            Self::Socket(Some(user)) => write!(f, "socket, user {user}"),
+            Self::Socket(None) => f.write_str("socket"),
         }
     }
 }
@@ -122,9 +123,10 @@ impl AdminTokens {
         Arc::clone(&self.tags.read().expect("no holder panics"))
     }
 
-    fn accept(&self, token: &[u8]) -> bool {
+    /// The number of the token, from 1 on in the order in which they were given. `None`: it is none of them.
+    fn number(&self, token: &[u8]) -> Option<usize> {
         let verify = |tag: &hmac::Tag| hmac::verify(&self.key, token, tag.as_ref()).is_ok();
-        self.current().iter().any(verify)
+        self.current().iter().position(verify).map(|index| index + 1)
     }
 }
 
@@ -148,12 +150,12 @@ pub(super) fn judge(
         return Err(Denied::WebPage);
     }
     let address = match peer {
-        AdminPeer::Socket => return Ok(Caller::Socket),
+        AdminPeer::Socket(user) => return Ok(Caller::Socket(user)),
         AdminPeer::Address(address) => address.to_canonical(),
     };
     if headers.contains_key(header::AUTHORIZATION) {
-        let is_known = bearer(headers).is_some_and(|token| tokens.accept(token));
-        return if is_known { Ok(Caller::Token(address)) } else { Err(Denied::TokenWrong) };
+        let number = bearer(headers).and_then(|token| tokens.number(token));
+        return number.map(|number| Caller::Token(number, address)).ok_or(Denied::TokenWrong);
     }
     if !tokens.current().is_empty() {
         return Err(Denied::TokenMissing);
@@ -194,6 +196,7 @@ fn names_this_machine(host: &[u8]) -> bool {
 mod tests {
     use super::*;
 
+    const SOCKET: AdminPeer = AdminPeer::Socket(Some(7));
     const TOKEN: &str = "0123456789abcdef0123456789abcdef";
     const SECOND: &str = "fedcba9876543210fedcba9876543210";
 
@@ -221,7 +224,7 @@ mod tests {
             (at("10.0.0.1"), Err(Denied::NotLoopback)),
             (at("::ffff:10.0.0.1"), Err(Denied::NotLoopback)),
             (at("fe80::1"), Err(Denied::NotLoopback)),
-            (AdminPeer::Socket, Ok(Caller::Socket)),
+            (SOCKET, Ok(Caller::Socket(Some(7)))),
         ] {
             assert_eq!(judged(peer, &[host], &[]), expected, "{peer:?}");
         }
@@ -231,16 +234,16 @@ mod tests {
     fn token_is_needed_where_the_node_has_one_and_accepted_from_anywhere() {
         let (near, far) = (at("127.0.0.1"), at("10.0.0.1"));
         let with = |scheme: &str, token: &str| format!("{scheme} {token}");
-        let accepted = |peer: AdminPeer| match peer {
-            AdminPeer::Address(address) => Ok(Caller::Token(address)),
-            AdminPeer::Socket => Ok(Caller::Socket),
+        let accepted = |number, peer: AdminPeer| match peer {
+            AdminPeer::Address(address) => Ok(Caller::Token(number, address)),
+            AdminPeer::Socket(user) => Ok(Caller::Socket(user)),
         };
         for peer in [near, far] {
             assert_eq!(judged(peer, &[], &[TOKEN]), Err(Denied::TokenMissing));
             for (field, expected) in [
-                (with("Bearer", TOKEN), accepted(peer)),
-                (with("bearer", SECOND), accepted(peer)),
-                (with("Bearer", " 0123456789abcdef0123456789abcdef "), accepted(peer)),
+                (with("Bearer", TOKEN), accepted(1, peer)),
+                (with("bearer", SECOND), accepted(2, peer)),
+                (with("Bearer", " 0123456789abcdef0123456789abcdef "), accepted(1, peer)),
                 (with("Basic", TOKEN), Err(Denied::TokenWrong)),
                 (with("Bearer", &TOKEN[1..]), Err(Denied::TokenWrong)),
                 (with("Bearer", ""), Err(Denied::TokenWrong)),
@@ -254,7 +257,7 @@ mod tests {
         let field = ("authorization", "Bearer 0123456789abcdef0123456789abcdef");
         assert_eq!(judged(near, &[field, field], &[TOKEN]), Err(Denied::TokenWrong), "twice");
         assert_eq!(judged(near, &[field], &[]), Err(Denied::TokenWrong), "there is none");
-        assert_eq!(judged(AdminPeer::Socket, &[], &[TOKEN]), Ok(Caller::Socket));
+        assert_eq!(judged(SOCKET, &[], &[TOKEN]), Ok(Caller::Socket(Some(7))));
     }
 
     /// Each request that a browser can be made to send by a page of another origin.
@@ -272,7 +275,7 @@ mod tests {
             [("sec-fetch-site", "same-site"), ("host", "127.0.0.1:8093")],
             [("sec-fetch-site", "same-origin"), ("host", "127.0.0.1:8093")],
         ] {
-            for peer in [at("127.0.0.1"), at("10.0.0.1"), AdminPeer::Socket] {
+            for peer in [at("127.0.0.1"), at("10.0.0.1"), SOCKET] {
                 assert_eq!(judged(peer, &fields, &[]), Err(Denied::WebPage), "{fields:?}");
                 let fields = [fields[0], fields[1], token];
                 assert_eq!(judged(peer, &fields, &[TOKEN]), Err(Denied::WebPage), "{fields:?}");
@@ -307,7 +310,7 @@ mod tests {
             "",
         ] {
             assert_eq!(judged(near, &[("host", host)], &[]), Err(Denied::HostNamed), "{host}");
-            assert_eq!(judged(AdminPeer::Socket, &[("host", host)], &[]), Ok(Caller::Socket));
+            assert_eq!(judged(SOCKET, &[("host", host)], &[]), Ok(Caller::Socket(Some(7))));
         }
     }
 
@@ -323,9 +326,15 @@ mod tests {
     fn replaced_tokens_are_not_accepted_any_more() {
         let secret = |text: &str| Secret::new(text.to_owned());
         let tokens = AdminTokens::new(&[secret(TOKEN)]);
-        assert!(tokens.accept(TOKEN.as_bytes()) && !tokens.accept(SECOND.as_bytes()));
+        assert!(
+            tokens.number(TOKEN.as_bytes()) == Some(1)
+                && tokens.number(SECOND.as_bytes()).is_none()
+        );
         tokens.replace(&[secret(SECOND)]);
-        assert!(!tokens.accept(TOKEN.as_bytes()) && tokens.accept(SECOND.as_bytes()));
+        assert!(
+            tokens.number(TOKEN.as_bytes()).is_none()
+                && tokens.number(SECOND.as_bytes()) == Some(1)
+        );
         assert!(!format!("{tokens:?}").contains(SECOND));
     }
 }

@@ -22,6 +22,9 @@ use crate::service::sessions::manager::{ListPlace, RevokedTokens, SessionHandle,
 /// Sessions in one answer.
 const SESSIONS_MAX: usize = 1_000;
 const SESSIONS_DEFAULT: usize = 100;
+/// Parts per second of a paced close.
+const PARTS_PER_S: usize = 10;
+
 /// What the actions need of the node.
 pub struct Operated {
     /// Name of the node.
@@ -172,13 +175,17 @@ pub(super) async fn revoke(
     Extension(caller): Extension<Caller>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, Refused> {
-    let parameters = Parameters::parse(query.as_deref(), &["user", "everybody", "before"])?;
+    let parameters =
+        Parameters::parse(query.as_deref(), &["user", "everybody", "before", "per_second"])?;
     let user = parameters.get("user").map(str::to_owned);
     let everybody =
         parameters.read("everybody", "`true`", |text| (text == "true").then_some(()))?;
     if user.is_some() == everybody.is_some() {
         return Err(bad("one of user=… and everybody=true must be given: whose tokens to revoke"));
     }
+    let per_second = parameters.read("per_second", "10 or more, with everybody=true", |text| {
+        text.parse().ok().filter(|number: &usize| *number >= PARTS_PER_S && user.is_none())
+    })?;
     let must_be = "a time in seconds since 1970, or like 2026-11-30T12:00:00Z";
     let before = parameters.read("before", must_be, unix_s_of)?;
     let now_s = unix_ms() / 1000;
@@ -189,15 +196,25 @@ pub(super) async fn revoke(
         let why = "AUTH_MODE=trust: clients have no tokens; close their sessions instead";
         return Err(refused(StatusCode::CONFLICT, why));
     }
+    let Operated { node, sessions, .. } = &admin.operated;
+    let added = sessions.revoke(revoked).await.ok_or_else(stopped)?;
+    added.map_err(|full| refused(StatusCode::INSUFFICIENT_STORAGE, full))?;
+    let whose = user.clone().unwrap_or_else(|| "everybody".to_owned());
+    tracing::info!(%caller, whose, before_s, "admin: tokens revoked");
     // A task, so that all sessions are closed also if the operator does not wait.
-    let sessions = admin.operated.sessions.clone();
-    let revoking = tokio::spawn(async move { sessions.revoke(&revoked).await });
-    let closed = revoking.await.ok().flatten().ok_or_else(stopped)?;
-    let closed = closed.map_err(|full| refused(StatusCode::INSUFFICIENT_STORAGE, full))?;
-    let whose = user.as_deref().unwrap_or("everybody");
-    tracing::info!(%caller, whose, before_s, closed, "admin: tokens revoked");
-    let node = &admin.operated.node;
-    Ok(answer(&json!({ "node": &**node, "closed": closed, "before": time(before_s) })))
+    let sessions = sessions.clone();
+    let closing = tokio::spawn(async move {
+        let at_a_time = per_second.map(|number| number / PARTS_PER_S);
+        let closed = sessions.close_revoked(user.as_deref(), at_a_time).await;
+        tracing::info!(%caller, whose, closed, "admin: sessions with a revoked token closed");
+        closed
+    });
+    let mut body = json!({ "node": &**node, "before": time(before_s) });
+    body["closed"] = match per_second {
+        Some(_) => Value::Null,
+        None => json!(closing.await.ok().flatten().ok_or_else(stopped)?),
+    };
+    Ok(answer(&body))
 }
 
 /// `POST /admin/drain`.

@@ -82,7 +82,9 @@ impl AdminListener for UnixListener {
     type Stream = UnixStream;
 
     async fn next(&self) -> io::Result<(UnixStream, AdminPeer)> {
-        self.accept().await.map(|(stream, _)| (stream, AdminPeer::Socket))
+        let (stream, _) = self.accept().await?;
+        let user = stream.peer_cred().ok().map(|credentials| credentials.uid());
+        Ok((stream, AdminPeer::Socket(user)))
     }
 }
 

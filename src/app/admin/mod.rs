@@ -367,6 +367,9 @@ mod tests {
             ("POST /admin/tokens/revoke", 400, "one of user=… and everybody=true"),
             ("POST /admin/tokens/revoke?user=a&everybody=true", 400, "one of"),
             ("POST /admin/tokens/revoke?everybody=yes", 400, "everybody must be `true`"),
+            ("POST /admin/tokens/revoke?everybody=true&before=5&per_second=10", 200, "{"),
+            ("POST /admin/tokens/revoke?everybody=true&per_second=9", 400, "per_second must be"),
+            ("POST /admin/tokens/revoke?user=a&per_second=10", 400, "per_second must be"),
             ("POST /admin/tokens/revoke?user=a&before=soon", 400, "before must be a time"),
             ("POST /admin/tokens/revoke?user=a&before=4000000000", 400, "before is in the future"),
         ] {

@@ -114,12 +114,18 @@ async fn follow_revocations(
 
 async fn revoke(sessions: SessionHandle, added: Vec<RevokedTokens>) {
     for revoked in added {
-        let whose = revoked.user.as_deref().unwrap_or("everybody");
-        match sessions.revoke(&revoked).await {
-            Some(Ok(closed)) => tracing::info!(whose, closed, "tokens revoked by the file"),
-            Some(Err(full)) => tracing::error!(whose, "tokens not revoked: {full}"),
+        let user = revoked.user.clone();
+        let whose = user.as_deref().unwrap_or("everybody");
+        match sessions.revoke(revoked).await {
+            Some(Ok(())) => {}
+            Some(Err(full)) => {
+                tracing::error!(whose, "tokens not revoked: {full}");
+                continue;
+            }
             None => return,
         }
+        let Some(closed) = sessions.close_revoked(user.as_deref(), None).await else { return };
+        tracing::info!(whose, closed, "tokens revoked by the file");
     }
 }
 

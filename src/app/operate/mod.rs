@@ -102,6 +102,10 @@ enum Action {
         /// clock of each node]
         #[arg(long)]
         before: Option<String>,
+        /// Close at most so many sessions a second on each node, 10 or more, so that not all clients ask for a token at the
+        /// same time. Does not wait for that [default: all at once]
+        #[arg(long, requires = "everybody")]
+        per_second: Option<u32>,
     },
     /// Stop one node: not ready at once, after DRAIN_DELAY its sessions are closed, then it exits
     Drain,
@@ -134,12 +138,14 @@ pub fn run(operate: &Operate) -> Result<(), String> {
             let query = query(&[("user", Some(user)), ("device", device.as_ref())]);
             call.act(&format!("/admin/sessions/close{query}"), &["node", "closed"])
         }
-        Action::Revoke { user, before, .. } => {
+        Action::Revoke { user, before, per_second, .. } => {
+            let per_second = per_second.map(|number| number.to_string());
             let everybody = user.is_none().then(|| "true".to_owned());
             let query = query(&[
                 ("user", user.as_ref()),
                 ("everybody", everybody.as_ref()),
                 ("before", before.as_ref()),
+                ("per_second", per_second.as_ref()),
             ]);
             call.act(&format!("/admin/tokens/revoke{query}"), &["node", "closed", "before"])
         }

@@ -4,8 +4,10 @@
 //! it for the rest.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::sleep;
 
 use super::records::{CatchUpState, SessionRecord, SessionState};
 use super::revocations::{RevocationsFull, RevokedTokens};
@@ -20,6 +22,9 @@ use crate::service::members::directory::SessionIds;
 const PLACES_PER_REQUEST_MAX: usize = 4_096;
 /// Requests for one list. A list that needs more ends early, and says where it continues.
 const REQUESTS_PER_LIST_MAX: usize = 256;
+
+/// Between the parts of a paced close.
+const PAUSE: Duration = Duration::from_millis(100);
 
 const CLOSED: Close = Close::new(CloseCode::GOING_AWAY, "closed by the operator");
 const REVOKED: Close = Close::new(CloseCode::TOKEN_EXPIRED, "token revoked");
@@ -85,11 +90,12 @@ pub(super) enum OperatorRequest {
     Close { user: Box<str>, device: Option<Box<str>>, answer: oneshot::Sender<usize> },
     /// Revoke tokens.
     Revoke { revoked: RevokedTokens, answer: oneshot::Sender<Result<(), RevocationsFull>> },
-    /// Close the sessions whose token is revoked, of one user or of all, from this place on. The answer is their number, and
-    /// where to continue.
+    /// Close the sessions whose token is revoked, of one user or of all, from this place on: at most `max`. The answer is
+    /// their number, and where to continue.
     CloseRevoked {
         user: Option<Box<str>>,
         from: ListPlace,
+        max: usize,
         answer: oneshot::Sender<(usize, Option<ListPlace>)>,
     },
 }
@@ -107,8 +113,8 @@ impl SessionManager {
             OperatorRequest::Revoke { revoked, answer } => {
                 let _ = answer.send(self.revocations.add(&revoked, self.unix_s));
             }
-            OperatorRequest::CloseRevoked { user, from, answer } => {
-                let _ = answer.send(self.close_revoked(user.as_deref(), from));
+            OperatorRequest::CloseRevoked { user, from, max, answer } => {
+                let _ = answer.send(self.close_revoked(user.as_deref(), from, max));
             }
         }
     }
@@ -170,10 +176,19 @@ impl SessionManager {
         closed
     }
 
-    fn close_revoked(&mut self, user: Option<&str>, from: ListPlace) -> (usize, Option<ListPlace>) {
-        let (addresses, next) = self.open_from(user, from, PLACES_PER_REQUEST_MAX);
+    fn close_revoked(
+        &mut self,
+        user: Option<&str>,
+        from: ListPlace,
+        max: usize,
+    ) -> (usize, Option<ListPlace>) {
+        let (addresses, mut next) = self.open_from(user, from, PLACES_PER_REQUEST_MAX);
         let mut closed = 0;
         for address in addresses {
+            if closed == max {
+                next = Some(ListPlace::of(address));
+                break;
+            }
             let Some(record) = self.record(address) else { continue };
             let (ids, issued_s) = (record.ids.clone(), record.issued_s);
             if ids.is_some_and(|ids| self.revocations.cover(ids.user(), issued_s))
@@ -235,25 +250,33 @@ impl SessionHandle {
         self.ask(|answer| OperatorRequest::Close { user, device, answer }).await
     }
 
-    /// Refuses these tokens from now on. Closes the sessions that have one, with 4401, and returns their number. `None`: the
-    /// node has stopped.
+    /// Refuses these tokens from now on. The sessions that have one stay open, until they are closed by
+    /// [`SessionHandle::close_revoked`]. `None`: the node has stopped.
+    pub async fn revoke(&self, revoked: RevokedTokens) -> Option<Result<(), RevocationsFull>> {
+        self.ask(|answer| OperatorRequest::Revoke { revoked, answer }).await
+    }
+
+    /// Closes the sessions of the user, or of all, whose token is revoked, with 4401: so many at a time, with a pause of 100 ms
+    /// between, or all at once. Returns their number. `None`: the node has stopped.
     ///
     /// If the caller gives up, some of these sessions stay open.
-    pub async fn revoke(&self, revoked: &RevokedTokens) -> Option<Result<usize, RevocationsFull>> {
-        let added =
-            self.ask(|answer| OperatorRequest::Revoke { revoked: revoked.clone(), answer }).await?;
-        if let Err(full) = added {
-            return Some(Err(full));
-        }
+    pub async fn close_revoked(
+        &self,
+        user: Option<&str>,
+        at_a_time: Option<usize>,
+    ) -> Option<usize> {
+        let max = at_a_time.unwrap_or(usize::MAX);
         let (mut closed, mut next) = (0, Some(ListPlace::default()));
         while let Some(from) = next {
-            let user = revoked.user.clone();
-            let request = |answer| OperatorRequest::CloseRevoked { user, from, answer };
+            let user = user.map(Box::from);
+            let request = |answer| OperatorRequest::CloseRevoked { user, from, max, answer };
             let (more, rest) = self.ask(request).await?;
-            closed += more;
-            next = rest;
+            if rest.is_some() && more == max {
+                sleep(PAUSE).await;
+            }
+            (closed, next) = (closed + more, rest);
         }
-        Some(Ok(closed))
+        Some(closed)
     }
 
     async fn ask<T>(

@@ -34,7 +34,7 @@ fn close(bench: &mut Bench, user: &str, device: Option<&str>) -> usize {
     wait.try_recv().unwrap()
 }
 
-/// Revokes, and closes all sessions concerned.
+/// Revokes, and closes all sessions concerned, one at a time.
 fn revoke(bench: &mut Bench, user: Option<&str>, before_s: u64) -> Result<usize, RevocationsFull> {
     let of = || user.map(Box::from);
     let (answer, mut wait) = oneshot::channel();
@@ -44,9 +44,11 @@ fn revoke(bench: &mut Bench, user: Option<&str>, before_s: u64) -> Result<usize,
     let (mut closed, mut next) = (0, Some(ListPlace::default()));
     while let Some(from) = next {
         let (answer, mut wait) = oneshot::channel();
-        let request = OperatorRequest::CloseRevoked { user: of(), from, answer };
+        let max = 1;
+        let request = OperatorRequest::CloseRevoked { user: of(), from, max, answer };
         bench.manager.on_operator_request(request);
         let (more, rest) = wait.try_recv().unwrap();
+        assert!(more <= max);
         (closed, next) = (closed + more, rest);
     }
     Ok(closed)

@@ -9,13 +9,14 @@ pub mod envelope;
 pub mod frame;
 pub mod input;
 pub mod oracle;
+pub mod tls_records;
 pub mod upgrade;
 
 /// Check that a target runs on each input.
 pub type Check = fn(&[u8]);
 
 /// All targets with their checks.
-pub const TARGETS: [(&str, Check); 7] = [
+pub const TARGETS: [(&str, Check); 8] = [
     ("frame_decoder", frame::check),
     ("upgrade_parser", upgrade::check),
     ("connection", connection::check),
@@ -23,4 +24,5 @@ pub const TARGETS: [(&str, Check); 7] = [
     ("envelope", envelope::check),
     ("command_parser", commands::check),
     ("cursor", cursor::check),
+    ("tls_records", tls_records::check),
 ];

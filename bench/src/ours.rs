@@ -4,7 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use delivery::domain::budget::EventBudget;
 use delivery::domain::capacity::Capacity;
@@ -18,6 +18,7 @@ use delivery::reactor::counters::ShardCounters;
 use delivery::reactor::listener::{ListenerConfig, listen_on};
 use delivery::reactor::shard::ShardLinks;
 use delivery::reactor::thread::{ShardHandle, spawn};
+use delivery::reactor::tls::ShardHandshakeEnd;
 use delivery::service::cluster::missed::MissedSessions;
 use delivery::service::members::directory::Directory;
 use delivery::service::members::membership::{Membership, MembershipConfig};
@@ -31,6 +32,15 @@ use delivery::service::sessions::manager::{
     SessionConfig, SessionHandle, SessionManager, SessionPorts,
 };
 use delivery::service::sessions::presence::Presence;
+use delivery::service::tls::handshake::capture_secrets;
+use delivery::service::tls::handshaker::Handshaker;
+use delivery::service::tls::server_config;
+use delivery::service::tls::tickets::Tickets;
+use rcgen::generate_simple_self_signed;
+use rustls::ServerConfig;
+use rustls::crypto::ring::default_provider;
+use rustls::pki_types::PrivateKeyDer;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use crate::clock::now_ns;
 use crate::control::Pushed;
@@ -83,6 +93,9 @@ pub struct OurConfig {
     /// `SO_SNDBUF`, bytes; 0: the system's default.
     #[arg(long, default_value_t = 128 * 1024)]
     pub send_buffer_bytes: usize,
+    /// Speak TLS, with a certificate of its own.
+    #[arg(long)]
+    pub tls: bool,
     /// Idle time after which a client is pinged, ms; it is dropped a ninth of that later.
     #[arg(long, default_value_t = 54_000)]
     pub ping_after_ms: u64,
@@ -115,6 +128,25 @@ fn peer(
         ends.push(peer_end);
     }
     ends
+}
+
+/// TLS as in `app`.
+fn tls_config() -> io::Result<Arc<ServerConfig>> {
+    let own = generate_simple_self_signed(["bench".to_owned()]).map_err(io::Error::other)?;
+    let key = PrivateKeyDer::Pkcs8(own.signing_key.serialize_der().into());
+    let provider = Arc::new(default_provider());
+    let pair = CertifiedKey::from_der(vec![own.cert.der().clone()], key, &provider);
+    let resolver = Arc::new(SingleCertAndKey::from(pair.map_err(io::Error::other)?));
+    let tickets = Arc::new(Tickets::new(&[], || UNIX_EPOCH.elapsed().map_or(0, |it| it.as_secs())));
+    let mut config = server_config(resolver, tickets, &[b"http/1.1"]);
+    capture_secrets(&mut config);
+    Ok(Arc::new(config))
+}
+
+fn handshaker(config: &Arc<ServerConfig>, bell: &Arc<Doorbell>) -> io::Result<ShardHandshakeEnd> {
+    let (handshaker, end) = Handshaker::new(Arc::clone(config), Arc::default(), bell)?;
+    handshaker.spawn("handshakes".to_owned())?;
+    Ok(end)
 }
 
 impl Ours {
@@ -157,6 +189,7 @@ impl Ours {
         };
         let mut counters = Vec::new();
         let mut shards = Vec::new();
+        let tls = config.tls.then(tls_config).transpose()?;
         let capacity = Arc::new(Capacity::new(config.connections * u32::from(config.shards)));
         for (number, (peers, bell)) in (0..).zip(rings.into_iter().zip(&bells)) {
             let counts = Arc::new(ShardCounters::default());
@@ -167,7 +200,7 @@ impl Ours {
                 limiter: Arc::clone(&limiter),
                 capacity: Arc::clone(&capacity),
                 counters: counts,
-                handshaker: None,
+                handshaker: tls.as_ref().map(|tls| handshaker(tls, bell)).transpose()?,
             };
             let shard = spawn(ShardId(number), shard_config.clone(), Arc::clone(&listener), links);
             shards.push(shard.map_err(io::Error::other)?);

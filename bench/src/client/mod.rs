@@ -25,6 +25,7 @@ mod rooms;
 mod run;
 mod session;
 mod tally;
+mod tls;
 
 pub use request::ClientConfig;
 pub use run::Client;

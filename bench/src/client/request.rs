@@ -61,6 +61,9 @@ pub struct ClientConfig {
     /// Audience of the tokens.
     #[arg(long)]
     pub token_audience: Option<String>,
+    /// Speak TLS.
+    #[arg(long)]
+    pub tls: bool,
     /// Poll for messages instead of sleeping: on loopback the sender pays for waking the receiver.
     #[arg(long)]
     pub never_sleep: bool,

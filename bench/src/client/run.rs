@@ -18,6 +18,7 @@ use super::request::{ClientConfig, hello, upgrade_request};
 use super::rooms::Rooms;
 use super::session::{Session, SocketState};
 use super::tally::Tally;
+use super::tls::TlsConnections;
 use crate::clock::now_ns;
 use crate::control;
 use crate::frame;
@@ -42,6 +43,9 @@ pub struct Client {
     dialed: usize,
     echo: Option<Echo>,
     stalled: bool,
+    tls: Option<TlsConnections>,
+    /// Bytes of TLS.
+    sealed: Vec<u8>,
     /// Of sessions with several conversations.
     rooms: Option<Rooms>,
     tally: Tally,
@@ -89,6 +93,8 @@ impl Client {
                 let shape = (config.resume_group, config.resume_each);
                 Rooms::new(config.first, config.sessions, shape, config.cursors)
             }),
+            tls: config.tls.then(|| TlsConnections::new(config.sessions)),
+            sealed: vec![0; READ_BYTES],
             sessions: (0..config.sessions).map(|_| Session::down()).collect(),
             config,
             epoll,
@@ -268,6 +274,9 @@ impl Client {
             }
             if flags.contains(EventFlags::OUT) {
                 self.sessions[index].state = SocketState::Upgrading;
+                if let Some(tls) = &mut self.tls {
+                    tls.begin(index);
+                }
                 let request = upgrade_request(&self.config, self.config.first + index);
                 self.write(index, &request);
             }
@@ -281,6 +290,11 @@ impl Client {
     /// Writes bytes that are far fewer than a socket's buffer holds.
     fn write(&mut self, index: usize, bytes: &[u8]) {
         let Some(socket) = &self.sessions[index].socket else { return };
+        let sealed = self.tls.as_mut().map(|tls| tls.say(index, bytes).expect("memory takes it"));
+        let bytes = sealed.as_deref().unwrap_or(bytes);
+        if bytes.is_empty() {
+            return;
+        }
         match rustix::io::write(socket.as_fd(), bytes) {
             Ok(count) if count == bytes.len() => {}
             Ok(_) | Err(Errno::AGAIN) => panic!("the socket did not take {} bytes", bytes.len()),
@@ -302,14 +316,30 @@ impl Client {
                 }
                 self.buffer[..kept].copy_from_slice(&partial);
             }
-            let room = self.buffer.len() - kept;
-            let count = match rustix::io::read(socket, &mut self.buffer[kept..]) {
+            let into = match self.tls {
+                None => &mut self.buffer[kept..],
+                Some(_) => &mut self.sealed[..READ_BYTES / 4],
+            };
+            let room = into.len();
+            let received = match rustix::io::read(socket, into) {
                 Ok(0) => return self.lose(index),
                 Ok(count) => count,
                 Err(Errno::AGAIN) => 0,
                 Err(_) => return self.lose(index),
             };
-            self.tally.bytes += count as u64;
+            self.tally.bytes += received as u64;
+            let count = match &mut self.tls {
+                None => received,
+                Some(tls) => {
+                    let mut plain = Vec::new();
+                    if tls.hear(index, &self.sealed[..received], &mut plain).is_err() {
+                        return self.lose(index);
+                    }
+                    self.buffer[kept..kept + plain.len()].copy_from_slice(&plain);
+                    self.write(index, &[]);
+                    plain.len()
+                }
+            };
             let buffer = std::mem::take(&mut self.buffer);
             let used = self.consume(index, &buffer[..kept + count]);
             let rest = &buffer[used..kept + count];
@@ -317,7 +347,7 @@ impl Client {
                 self.sessions[index].partial = Some(Box::new(rest.to_vec()));
             }
             self.buffer = buffer;
-            if count < room {
+            if received < room {
                 return;
             }
         }

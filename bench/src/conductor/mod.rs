@@ -58,6 +58,9 @@ impl FromStr for Contender {
                 (name, Role::Delivery, command.split_whitespace().map(str::to_owned).collect())
             }
             None if text == "delivery" => (text, Role::Delivery, vec![program("bench-delivery")]),
+            None if text == "delivery-tls" => {
+                (text, Role::Delivery, vec![program("bench-delivery"), "--tls".to_owned()])
+            }
             None if text == "kafka" => (text, Role::Kafka, vec![program("bench-kafka")]),
             None if text == "cluster" => {
                 (text, Role::Cluster, vec![program("bench-kafka"), "--nodes=2".to_owned()])
@@ -72,7 +75,7 @@ impl FromStr for Contender {
 #[derive(Clone, Debug, clap::Parser)]
 pub struct Comparison {
     /// Servers, in the order of the table: bare, epoll, tokio, tokio-defaults, tokio-uring, delivery,
-    /// kafka, cluster, or NAME=COMMAND, a build of bench-delivery. Ratios are to the first.
+    /// delivery-tls, kafka, cluster, or NAME=COMMAND, a build of bench-delivery. Ratios are to the first.
     #[arg(
         long = "servers",
         value_delimiter = ',',

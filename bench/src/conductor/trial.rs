@@ -58,6 +58,7 @@ struct Trial<'a> {
     /// Its nodes: one, or two of a cluster.
     nodes: Vec<TrialNode>,
     role: Role,
+    speaks_tls: bool,
 }
 
 pub(super) fn run(
@@ -74,7 +75,13 @@ pub(super) fn run(
     let ready = server.expect("ready")?;
     let nodes =
         [Some(&ready), ready.get("other")].into_iter().flatten().map(TrialNode::of).collect();
-    let mut trial = Trial { plan, server, nodes, role: contender.role };
+    let mut trial = Trial {
+        plan,
+        server,
+        nodes,
+        role: contender.role,
+        speaks_tls: contender.command.iter().any(|it| it == "--tls"),
+    };
     let works: Vec<&Work> = plan.works.iter().filter(|work| work.suits(contender.role)).collect();
     for wire in Wire::ALL {
         let pushes: Vec<_> = works
@@ -198,6 +205,7 @@ impl Trial<'_> {
         if self.plan.client_never_sleeps {
             command.push("--never-sleep".to_owned());
         }
+        command.extend(self.speaks_tls.then(|| "--tls".to_owned()));
         command.extend(wire.arguments().iter().map(|argument| (*argument).to_owned()));
         let client = Worker::start(&command)?;
         let dialed = client.expect("dialed")?;

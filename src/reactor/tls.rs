@@ -33,6 +33,12 @@ impl TlsTable {
     /// Memory of an idle session beyond that of a plaintext connection, bytes.
     pub const SESSION_BYTES: usize = size_of::<TlsSession>() + size_of::<Option<Box<TlsSession>>>();
 
+    /// What a client may have sent of its handshake while it is not handled, bytes: more than its longest message, a client
+    /// hello with a post-quantum key.
+    pub const HANDSHAKE_INPUT_BYTES_MAX: usize = 16 * 1024;
+    /// Heap memory of a handshake, bytes, at most: its input and one receive, doubled, and about 16 KiB of rustls.
+    pub const HANDSHAKE_BYTES_MAX: usize = 64 * 1024;
+
     /// A session without keys.
     pub fn insert(&mut self, key: ConnectionKey) {
         let slot = key.slot as usize;

@@ -1,7 +1,7 @@
 //! Interoperability with real clients: tungstenite, Node `ws`, Python `websockets`, and a page in
 //! Chromium; both subprotocols, with and without permessage-deflate.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -13,10 +13,14 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use delivery_testkit::publisher::{Publisher, new_topic};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use super::support::node::{Node, NodeBuilder};
 use super::support::services::kafka_brokers;
 use super::support::tally::Tally;
+use super::tls::Certificates;
 
 /// Limit for one line of a client: a browser on a busy machine starts slowly.
 const LINE_WITHIN: Duration = Duration::from_secs(60);
@@ -53,7 +57,7 @@ impl Client {
     }
 
     /// Chromium with `tests/clients/browser.html`, which posts its lines to this process.
-    fn browser(profile: &Path, url: &str, protocol: &str) -> Self {
+    fn browser(profile: &Path, url: &str, protocol: &str, authority: Option<&Path>) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let page = listener.local_addr().expect("bound");
         let (sender, lines) = channel();
@@ -65,6 +69,11 @@ impl Client {
             .args(["--pdeathsig", "KILL", "--", "chromium", "--headless=new", "--no-sandbox"])
             .args(["--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"])
             .arg(format!("--user-data-dir={}", profile.display()))
+            // It trusts this key, as an administrator's policy would make it trust the authority.
+            .args(
+                authority
+                    .map(|it| format!("--ignore-certificate-errors-spki-list={}", key_hash(it))),
+            )
             .arg(format!("http://{page}/?{query}"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -138,13 +147,20 @@ fn serve_one(mut stream: TcpStream, lines: &Sender<String>, close: bool) -> Opti
     stream.write_all(body.as_bytes()).ok()
 }
 
+/// A client of this URL and subprotocol, with or without permessage-deflate. With a certificate of an authority it must
+/// trust that one.
+type Start = fn(&str, &str, bool, Option<&Path>) -> Client;
+
 /// Publishes a conversation of one member, and checks what the client received and how it closed.
-fn feels_at_home(client: impl FnOnce(&str, &str, bool) -> Client, protocol: &str, deflate: bool) {
+fn feels_at_home(start: Start, protocol: &str, deflate: bool, tls: Option<&Certificates>) {
     let brokers = kafka_brokers();
     let topic = new_topic(&brokers, "clients", 1);
-    let node = NodeBuilder::serve().kafka(&brokers, &topic).set("DEFLATE", deflate).start();
-    let url = format!("ws://{}/ws?user_id=reader&device_id=desk", node.public);
-    let mut client = client(&url, protocol, deflate);
+    let builder = tls.map_or_else(NodeBuilder::serve, |tls| tls.settings(NodeBuilder::serve()));
+    let node = builder.kafka(&brokers, &topic).set("DEFLATE", deflate).start();
+    let scheme = if tls.is_some() { "wss" } else { "ws" };
+    let url = format!("{scheme}://{}/ws?user_id=reader&device_id=desk", node.public);
+    let authority = tls.map(|tls| tls.path("ca.crt"));
+    let mut client = start(&url, protocol, deflate, authority.as_deref());
 
     let opened = client.line();
     let expected_protocol = if protocol == "-" {
@@ -233,43 +249,52 @@ fn compression(deflate: bool) -> &'static str {
     if deflate { "deflate" } else { "plain" }
 }
 
-fn node_ws(url: &str, protocol: &str, deflate: bool) -> Client {
+fn node_ws(url: &str, protocol: &str, deflate: bool, authority: Option<&Path>) -> Client {
     Client::program(
         Command::new("node")
+            .env("NODE_EXTRA_CA_CERTS", authority.unwrap_or(Path::new("")))
             .env("NODE_PATH", installed(".services/clients/node_modules"))
             .arg(installed("tests/clients/node.js"))
             .args([url, protocol, compression(deflate)]),
     )
 }
 
-fn python_websockets(url: &str, protocol: &str, deflate: bool) -> Client {
+fn python_websockets(url: &str, protocol: &str, deflate: bool, authority: Option<&Path>) -> Client {
     Client::program(
         Command::new(installed(".services/clients/python/bin/python"))
+            .env("SSL_CERT_FILE", authority.unwrap_or(Path::new("")))
             .arg(installed("tests/clients/python.py"))
             .args([url, protocol, compression(deflate)]),
     )
 }
 
 /// Always offers deflate; the server's setting decides whether it is used.
-fn chromium(url: &str, protocol: &str, deflate: bool) -> Client {
+fn chromium(url: &str, protocol: &str, deflate: bool, authority: Option<&Path>) -> Client {
     let profile = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
-        "chromium-{}-{protocol}-{}",
+        "chromium-{}-{protocol}-{}-{}",
         std::process::id(),
-        compression(deflate)
+        compression(deflate),
+        authority.is_some(),
     ));
-    Client::browser(&profile, url, protocol)
+    Client::browser(&profile, url, protocol, authority)
 }
 
 /// In this process, without deflate.
-fn tungstenite(url: &str, protocol: &str, _deflate: bool) -> Client {
-    use tungstenite::client::IntoClientRequest as _;
-    use tungstenite::{Message, connect};
+fn tungstenite(url: &str, protocol: &str, _deflate: bool, authority: Option<&Path>) -> Client {
+    use tungstenite::Message;
+    use tungstenite::client::{IntoClientRequest as _, client};
 
     let mut request = url.into_client_request().expect("a URL");
     if protocol != "-" {
         request.headers_mut().insert("Sec-WebSocket-Protocol", protocol.parse().expect("a token"));
     }
-    let (mut socket, response) = connect(request).expect("connects");
+    let address = request.uri().authority().expect("an address").as_str().to_owned();
+    let stream = TcpStream::connect(address).expect("connects");
+    let stream: Box<dyn Stream> = match authority {
+        None => Box::new(stream),
+        Some(authority) => Box::new(secured(stream, authority)),
+    };
+    let (mut socket, response) = client(request, stream).expect("an upgrade");
     let chosen =
         response.headers().get("Sec-WebSocket-Protocol").map(|value| value.to_str().unwrap());
     let (sender, lines) = channel();
@@ -299,17 +324,59 @@ fn tungstenite(url: &str, protocol: &str, _deflate: bool) -> Client {
     Client { lines, input: None, close_page, child: None }
 }
 
+trait Stream: Read + Write + Send {}
+
+impl<T: Read + Write + Send> Stream for T {}
+
+fn secured(stream: TcpStream, authority: &Path) -> StreamOwned<ClientConnection, TcpStream> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(authority).expect("a certificate")).expect("a root");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider);
+    let builder = builder.with_safe_default_protocol_versions().expect("versions");
+    let config = Arc::new(builder.with_root_certificates(roots).with_no_client_auth());
+    let name = ServerName::from(stream.peer_addr().expect("connected").ip());
+    StreamOwned::new(ClientConnection::new(config, name).expect("a name"), stream)
+}
+
+/// The hash of a certificate's key, as Chromium wants it.
+fn key_hash(certificate: &Path) -> String {
+    let hash = "openssl x509 -pubkey -noout -in \"$0\" | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary";
+    let output = Command::new("sh").args(["-c", hash]).arg(certificate).output().expect("openssl");
+    STANDARD.encode(output.stdout)
+}
+
 macro_rules! clients {
-    ($($name:ident: $client:ident, $protocol:literal, $deflate:literal;)+) => {$(
+    ($tls:ident; $($name:ident: $client:ident, $protocol:literal, $deflate:literal;)+) => {$(
         #[test]
         #[ignore = "needs Kafka and the clients: tests/run clients"]
         fn $name() {
-            feels_at_home($client, $protocol, $deflate);
+            feels_at_home($client, $protocol, $deflate, $tls().as_ref());
         }
     )+};
 }
 
+fn plaintext() -> Option<Certificates> {
+    None
+}
+
+fn with_tls() -> Option<Certificates> {
+    Some(Certificates::new(&["localhost", "127.0.0.1"]))
+}
+
 clients! {
+    with_tls;
+    tungstenite_binary_over_tls: tungstenite, "realchat.v1", false;
+    node_ws_binary_over_tls: node_ws, "realchat.v1", false;
+    node_ws_json_deflate_over_tls: node_ws, "realchat.v1.json", true;
+    python_websockets_binary_over_tls: python_websockets, "realchat.v1", false;
+    python_websockets_json_deflate_over_tls: python_websockets, "realchat.v1.json", true;
+    chromium_binary_over_tls: chromium, "realchat.v1", false;
+    chromium_json_deflate_over_tls: chromium, "realchat.v1.json", true;
+}
+
+clients! {
+    plaintext;
     tungstenite_binary: tungstenite, "realchat.v1", false;
     tungstenite_json: tungstenite, "realchat.v1.json", false;
     tungstenite_without_subprotocol: tungstenite, "-", false;

@@ -20,5 +20,6 @@ mod operators;
 mod pages;
 mod redis;
 mod redis_gaps;
+mod secure;
 mod tls;
 mod topics;

@@ -60,7 +60,7 @@ impl Certificates {
         (certificate.pem(), key.serialize_pem())
     }
 
-    fn replace(&mut self, names: &[&str], year: i32) {
+    pub(crate) fn replace(&mut self, names: &[&str], year: i32) {
         let (chain, key) = self.issue(names, year);
         self.replace_files(&chain, &key);
     }
@@ -76,11 +76,16 @@ impl Certificates {
     }
 
     pub(crate) fn node(&self) -> NodeBuilder {
-        let [cert, key] = ["tls.crt", "tls.key"].map(|name| self.path(name).display().to_string());
-        NodeBuilder::dev().set("TLS_CERT", cert).set("TLS_KEY", key)
+        self.settings(NodeBuilder::dev())
     }
 
-    fn client(&self) -> Arc<ClientConfig> {
+    /// A node with the certificate.
+    pub(crate) fn settings(&self, builder: NodeBuilder) -> NodeBuilder {
+        let [cert, key] = ["tls.crt", "tls.key"].map(|name| self.path(name).display().to_string());
+        builder.set("TLS_CERT", cert).set("TLS_KEY", key)
+    }
+
+    pub(crate) fn client(&self) -> Arc<ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(self.authority.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());

@@ -17,11 +17,13 @@ use crate::domain::encoding::Encoding;
 use crate::domain::limits::{
     HANDOFF_RING_SLOTS, ID_BYTES_MAX, RECEIVE_BUFFER_BYTES, TOKEN_BYTES_MAX,
 };
+use crate::protocol::tls::Opening;
 use crate::reactor::config::ShardConfig;
 use crate::reactor::connection::Connection;
 use crate::reactor::queue::FramePool;
 use crate::reactor::shard::PENDING_REPORTS_MAX;
 use crate::reactor::slab::Slab;
+use crate::reactor::tls::TlsTable;
 use crate::service::backends::neighbours::{COMMON_ANSWER_BYTES_MAX, LARGE_ANSWERS_MAX};
 use crate::service::backends::redis::{
     GAP_USERS_MAX, LocationsConfig, MOVES_MAX, NodesConfig, SubscriptionsConfig,
@@ -109,8 +111,14 @@ impl MemoryBudget {
         if settings.presence() == PresenceMode::Redis {
             session.push(("fence", FENCE_BYTES as u64));
         }
+        if settings.has_tls() {
+            session.push(("tls", TlsTable::SESSION_BYTES as u64));
+        }
         let mut fixed = vec![("process", PROCESS_BYTES)];
         fixed.extend(shards(sizing, shard));
+        if settings.has_tls() {
+            fixed.extend(tls(sizing, shard));
+        }
         fixed.extend(routing(settings, sizing));
         fixed.extend(other_services(settings, sizing));
         fixed.extend(streams(settings, sizing));
@@ -214,6 +222,18 @@ fn shards(sizing: &Sizing, shard: &ShardConfig) -> PartSizes {
         ("commands", slots * (command + report)),
         // Messages of clients in the ring to the session manager, and waiting for it.
         ("client_messages", shards * (ring + PENDING_REPORTS_MAX as u64) * inbound),
+    ]
+}
+
+/// TLS of the shards.
+fn tls(sizing: &Sizing, shard: &ShardConfig) -> PartSizes {
+    let shards = u64::from(sizing.shards);
+    let connections = shards * u64::from(shard.connections_max);
+    // A client is either in its handshake or sending a record.
+    let inbound = TlsTable::HANDSHAKE_BYTES_MAX.max(Opening::BYTES_MAX) as u64;
+    vec![
+        ("tls_sessions", shards * u64::from(shard.slots_max()) * TlsTable::SESSION_BYTES as u64),
+        ("tls_records", connections * inbound),
     ]
 }
 

@@ -40,7 +40,7 @@ use self::other_nodes::{OtherNodesListener, OwnSessions};
 use self::ports::Ports;
 pub use self::prepared::Prepared;
 use self::routing::{Routing, kafka_config};
-use self::shards::{Shards, connection_limits, shard_config};
+use self::shards::{ShardTls, Shards, connection_limits, shard_config};
 use self::signals::Signals;
 use self::sizing::Sizing;
 use self::streams::Streams;
@@ -249,13 +249,14 @@ fn start(
         }
         None => None,
     };
+    let tls = back_ends.tls.as_ref().map(|tls| ShardTls::new(tls, &mut back_ends.collectors));
     let shards = Shards::start(
         &config,
         limiter,
         ports.shards,
         Capacity::new(sizing.connections),
         mesh.shards,
-        None,
+        tls.as_ref(),
     )?;
     let counters = Arc::new(SessionCounters::default());
     let missed = match &cluster {

@@ -9,7 +9,10 @@ use rustls::ServerConfig;
 use tokio::time::interval;
 
 use super::mesh::ShardSide;
+use super::metrics::register;
 use super::sizing::Sizing;
+use super::tls::Tls;
+use crate::app::admin::Collector;
 use crate::app::config::{Count, Settings, Size};
 use crate::domain::capacity::Capacity;
 use crate::domain::ids::ShardId;
@@ -22,11 +25,14 @@ use crate::reactor::shard::ShardLinks;
 use crate::reactor::thread::{ShardHandle, SpawnError, spawn};
 use crate::reactor::tls::ShardHandshakeEnd;
 use crate::service::tls::TlsCounters;
+use crate::service::tls::handshake::capture_secrets;
 use crate::service::tls::handshaker::Handshaker;
 use crate::uring::SetupError;
 
 /// Receive buffers per shard, 2 MiB. Only those in use are resident.
 const RECEIVE_BUFFERS: u16 = 512;
+/// What WebSocket clients speak in TLS, if they say (RFC 7301, RFC 6455 §1.7).
+const ALPN: &[u8] = b"http/1.1";
 /// Interval at which the threads are checked.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -89,12 +95,19 @@ pub(super) fn connection_limits(settings: &Settings) -> ConnectionLimits {
 
 /// TLS on the port of the shards.
 pub(super) struct ShardTls {
-    /// Prepared for the record layer of the shards.
-    pub config: Arc<ServerConfig>,
-    pub counters: Arc<TlsCounters>,
+    config: Arc<ServerConfig>,
+    counters: Arc<TlsCounters>,
 }
 
 impl ShardTls {
+    /// With the certificates and tickets of the node.
+    pub(super) fn new(tls: &Tls, collectors: &mut Vec<Collector>) -> Self {
+        let mut config = tls.server_config(&[ALPN]);
+        capture_secrets(&mut config);
+        let counters = register("websocket_tls_", collectors);
+        Self { config: Arc::new(config), counters }
+    }
+
     /// Starts the thread that makes the handshakes of a shard. It ends with the shard.
     fn handshaker(&self, number: u16, bell: &Arc<Doorbell>) -> Result<ShardHandshakeEnd, String> {
         let (config, counters) = (Arc::clone(&self.config), Arc::clone(&self.counters));

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::protocol::tls::alert::{Alert, TlsError};
 use crate::protocol::tls::keys::RecordKeys;
-use crate::protocol::tls::record::{ContentType, HEADER_BYTES, decode_header};
+use crate::protocol::tls::record::{ContentType, HEADER_BYTES, SEALED_BYTES_MAX, decode_header};
 
 /// A key update: type, length and request (RFC 8446 §4.6.3).
 const KEY_UPDATE_BYTES: usize = 5;
@@ -72,6 +72,10 @@ impl Opened {
 }
 
 impl Opening {
+    /// Heap memory of a record that is incomplete, bytes, at most: it grows by doubling.
+    pub const BYTES_MAX: usize =
+        size_of::<Partial>() + (HEADER_BYTES + SEALED_BYTES_MAX).next_power_of_two();
+
     /// Opens records of these keys.
     pub fn new(keys: RecordKeys) -> Self {
         let message = [0; KEY_UPDATE_BYTES];

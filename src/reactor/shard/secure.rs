@@ -13,12 +13,9 @@ use crate::protocol::tls::record::whole_length;
 use crate::protocol::tls::{Alert, Content, HandshakeProgress, Job, Opened, Opening};
 use crate::protocol::upgrade::Refused;
 use crate::reactor::connection::{Connection, Handshake, Lifecycle};
-use crate::reactor::tls::ShardHandshakeEnd;
+use crate::reactor::tls::{ShardHandshakeEnd, TlsTable};
 use crate::uring::{HowToClose, Kernel};
 
-/// What a client may have sent of its handshake while it is not handled, bytes: more than its longest message, a client
-/// hello with a post-quantum key.
-const HANDSHAKE_BYTES_MAX: usize = 16 * 1024;
 /// How often one handshake may visit its thread. Two visits are usual. A client that sends its hello in many small
 /// records needs more.
 const VISITS_MAX: u8 = 16;
@@ -135,9 +132,10 @@ impl<K: Kernel> Shard<K> {
             return;
         }
         let is_whole = whole_length(&securing.input).is_some_and(|it| it <= securing.input.len());
-        if securing.input.len() > HANDSHAKE_BYTES_MAX || (is_whole && securing.visits == VISITS_MAX)
+        if securing.input.len() > TlsTable::HANDSHAKE_INPUT_BYTES_MAX
+            || (is_whole && securing.visits == VISITS_MAX)
         {
-            self.counters.counts.tls_handshakes_failed.add(1);
+            self.counters.counts.tls_handshakes_flooded.add(1);
             return self.end_tls(key, Alert::UNEXPECTED_MESSAGE, EndReason::Refused);
         }
         if !is_whole {
@@ -187,6 +185,18 @@ impl<K: Kernel> Shard<K> {
         self.handshaker.as_ref().is_some_and(|it| !it.end.reports.is_empty())
     }
 
+    /// Whether there is something to do for its handshake, which is neither under way nor waits for that.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(super) fn lacks_its_handshake(&self, key: ConnectionKey) -> bool {
+        let (Lifecycle::Securing(securing), Some(link)) =
+            (&self.slab[key].lifecycle, &self.handshaker)
+        else {
+            return false;
+        };
+        let is_whole = whole_length(&securing.input).is_some_and(|it| it <= securing.input.len());
+        is_whole && !securing.is_under_way && !link.waiting.contains(&key)
+    }
+
     /// Wakes the thread, if it sleeps and has something to do.
     pub(super) fn publish_handshakes(&mut self) {
         if let Some(handshaker) = &mut self.handshaker {
@@ -210,7 +220,6 @@ impl<K: Kernel> Shard<K> {
                 self.advance_handshake(key);
             }
             HandshakeProgress::Done(secrets) => {
-                self.counters.counts.tls_handshakes.add(1);
                 let [client, server] = secrets.keys();
                 tls.sealing.push_handshake(&job.output);
                 tls.sealing.establish(server);
@@ -221,7 +230,6 @@ impl<K: Kernel> Shard<K> {
                 self.records(key, &mut rest);
             }
             HandshakeProgress::Failed => {
-                self.counters.counts.tls_handshakes_failed.add(1);
                 tls.sealing.fail_handshake(&job.output);
                 self.begin_close(key, EndReason::Refused);
                 self.abort_tls(key);

@@ -9,11 +9,12 @@ use delivery_testkit::token::sign_hs256;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::support::client::{Client, Received};
 use crate::support::fleet::Connect;
 use crate::support::node::{Node, NodeBuilder, binary};
-use crate::support::stream::{Stream, first};
+use crate::support::stream::{Stream, first, health};
 use crate::support::wait::{SOON, until};
 
 const SECRET: &str = "a key for tests of at least thirty-two bytes";
@@ -295,9 +296,12 @@ fn drain_is_cancelled_until_sessions_are_closed() {
         let answer = node.get("/health/ready").expect("an answer");
         assert_eq!((answer.status, answer.body.trim()), (503, "not ready: draining"));
         assert_eq!(node.metrics().sum("delivery_draining", &[]), 1.0);
+        let has_health = |wanted| (health(&node) == wanted).then_some(());
+        until(SOON, "it is not serving", || has_health(ServingStatus::NotServing));
         printed(&admin(&[&node], &["undrain"]));
         assert_eq!(node.get("/health/ready").expect("an answer").status, 200);
         assert_eq!(node.metrics().sum("delivery_draining", &[]), 0.0);
+        until(SOON, "it is serving", || has_health(ServingStatus::Serving));
     }
     until(SOON, "the node goes on", || {
         let log = node.log();

@@ -7,6 +7,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status, Streaming};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use super::node::Node;
 use super::wait::SOON;
@@ -23,8 +26,18 @@ pub fn first(user: &str, device: &str) -> DeliveryConnectRequest {
     DeliveryConnectRequest { user_id: user.into(), device_id: device.into(), ..Default::default() }
 }
 
+/// What the health service says about `DeliveryApi`.
+pub fn health(node: &Node) -> ServingStatus {
+    let runtime = Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let mut client = HealthClient::new(channel(node).await);
+        let request = HealthCheckRequest { service: "realchat.delivery.v1.DeliveryApi".into() };
+        client.check(request).await.expect("answers").into_inner().status()
+    })
+}
+
 /// A connection to the gRPC port.
-pub async fn channel(node: &Node) -> Channel {
+async fn channel(node: &Node) -> Channel {
     let endpoint = Endpoint::from_shared(format!("http://{}", node.grpc)).expect("an address");
     endpoint.connect().await.expect("the server accepts")
 }

@@ -123,7 +123,8 @@ fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> 
          python3 -c \"from websockets.sync.client import connect\n\
          for event in connect('{url}tablet', subprotocols=['realchat.v1.json']): print(event)\"\n\
          \nSend a message:\n\n    \
-         {program} publish --brokers {brokers} message --conversation demo --sender bob \"Hello\"\n"
+         {program} publish --brokers {brokers} message --conversation demo --sender bob \"Hello\"\n\
+         \nSee who is connected:\n\n    {program} admin sessions --admin {admin}\n"
     );
     out
 }

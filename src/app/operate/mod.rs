@@ -21,7 +21,7 @@ Lists and closes sessions, revokes tokens, and drains nodes.
 
     delivery admin sessions --user alice            # who is connected
     delivery admin close --user alice --device phone
-    delivery admin revoke --user alice              # all her tokens so far; she needs a fresh one
+    delivery admin revoke --user alice              # all tokens of alice so far
     delivery admin revoke --everybody               # as after the loss of a key
     delivery admin drain                            # close all sessions, then exit
     delivery admin undrain                          # … before the first one was closed

@@ -3,13 +3,13 @@
 use delivery_testkit::neighbours::{Call, FakeNeighbours, Method};
 use delivery_testkit::proto::delivery::v1::DeliveryConnectRequest;
 use delivery_testkit::proto::shared::v1::EventType;
-use tokio::runtime::Runtime;
 use tonic::{Code, Status};
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::support::back_end::{BackEnd, event_type, with_neighbours};
 use crate::support::client::{Client, Received};
 use crate::support::node::{Node, NodeBuilder};
-use crate::support::stream::{Stream, channel, first};
+use crate::support::stream::{Stream, first, health};
 use crate::support::wait::SOON;
 
 /// The status of a session that is not admitted, from the call or from the stream.
@@ -124,16 +124,6 @@ fn statuses_say_what_is_wrong() {
 
 #[test]
 fn health_service_answers_serving() {
-    use tonic_health::pb::HealthCheckRequest;
-    use tonic_health::pb::health_check_response::ServingStatus;
-    use tonic_health::pb::health_client::HealthClient;
-
     let node = NodeBuilder::dev().start();
-    let runtime = Runtime::new().expect("a runtime");
-    let status = runtime.block_on(async {
-        let mut client = HealthClient::new(channel(&node).await);
-        let request = HealthCheckRequest { service: "realchat.delivery.v1.DeliveryApi".into() };
-        client.check(request).await.expect("answers").into_inner().status()
-    });
-    assert_eq!(status, ServingStatus::Serving);
+    assert_eq!(health(&node), ServingStatus::Serving);
 }

@@ -190,6 +190,7 @@ impl<K: Kernel> Shard<K> {
         let own =
             if matches!(lifecycle, Lifecycle::Echo(_)) { usize::MAX / 2 } else { OWN_FRAMES_MAX };
         assert!(queue.frames() <= usize::from(self.config.queue_frames_max) + own);
+        assert!(!self.lacks_its_handshake(key), "a handshake that nobody makes");
         if let Some(deadline) =
             next_deadline(connection, self.tls.get(key), key, self.now, &self.config)
         {

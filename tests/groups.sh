@@ -120,6 +120,7 @@ setup_clients() {
   have_or_install node nodejs
   have_or_install npm npm
   have_or_install chromium chromium
+  have_or_install certutil libnss3-tools
   if ! cmp -s tests/clients/package-lock.json "$into/package-lock.json"; then
     say "installing Node ws into .services/clients"
     cp tests/clients/package.json tests/clients/package-lock.json "$into"

@@ -64,16 +64,15 @@ impl Client {
         let close_page = Arc::new(AtomicBool::new(false));
         let close = close_page.clone();
         std::thread::spawn(move || serve_page(&listener, &sender, &close));
+        if let Some(authority) = authority {
+            trust(profile, authority);
+        }
         let query = format!("url={}&protocol={protocol}", url.replace('&', "%26"));
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "chromium", "--headless=new", "--no-sandbox"])
             .args(["--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"])
             .arg(format!("--user-data-dir={}", profile.display()))
-            // It trusts this key, as an administrator's policy would make it trust the authority.
-            .args(
-                authority
-                    .map(|it| format!("--ignore-certificate-errors-spki-list={}", key_hash(it))),
-            )
+            .env("HOME", profile)
             .arg(format!("http://{page}/?{query}"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -339,11 +338,19 @@ fn secured(stream: TcpStream, authority: &Path) -> StreamOwned<ClientConnection,
     StreamOwned::new(ClientConnection::new(config, name).expect("a name"), stream)
 }
 
-/// The hash of a certificate's key, as Chromium wants it.
-fn key_hash(certificate: &Path) -> String {
-    let hash = "openssl x509 -pubkey -noout -in \"$0\" | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary";
-    let output = Command::new("sh").args(["-c", hash]).arg(certificate).output().expect("openssl");
-    STANDARD.encode(output.stdout)
+/// Makes programs with this home directory trust an authority, as an administrator would.
+fn trust(home: &Path, authority: &Path) {
+    let database = home.join(".pki/nssdb");
+    std::fs::create_dir_all(&database).expect("a folder");
+    let database = format!("sql:{}", database.display());
+    let certutil = |arguments: &[&str]| {
+        let mut command = Command::new("certutil");
+        let done = command.args(["-d", &database]).args(arguments).status();
+        assert!(done.expect("installed by tests/run clients").success());
+    };
+    certutil(&["-N", "--empty-password"]);
+    let authority = authority.to_str().expect("a path of tests");
+    certutil(&["-A", "-n", "tests", "-t", "C,,", "-i", authority]);
 }
 
 macro_rules! clients {

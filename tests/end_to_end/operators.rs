@@ -320,3 +320,20 @@ fn drain_is_cancelled_until_sessions_are_closed() {
     });
     assert_eq!(node.ended(), None);
 }
+
+/// A node without a drain delay: nothing could be cancelled.
+#[test]
+fn requested_delay_can_be_cancelled_and_ends_with_a_signal() {
+    let mut node = node("node-1").set("DRAIN_DELAY", "0s").start();
+    let with_delay = ["drain", "--delay", "10m"];
+    printed(&admin(&[&node], &with_delay));
+    assert_eq!(node.get("/health/ready").expect("an answer").status, 503);
+    let mut alice = Client::session(node.public, "alice", "phone");
+    printed(&admin(&[&node], &["undrain"]));
+    assert_eq!(node.get("/health/ready").expect("an answer").status, 200);
+    printed(&admin(&[&node], &with_delay));
+    node.signal(Signal::TERM);
+    assert_eq!(alice.receive_end(), Received::Closed(1001, "server stopping".into()));
+    let status = until(SOON, "it has exited", || node.ended());
+    assert!(status.success(), "{status}");
+}

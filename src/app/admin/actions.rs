@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::Admin;
 use super::access::Caller;
+use crate::app::config::SettingValue as _;
 use crate::domain::encoding::Encoding;
 use crate::domain::limits::ID_BYTES_MAX;
 use crate::protocol::upgrade::query::decode;
@@ -22,6 +23,8 @@ use crate::service::sessions::manager::{ListPlace, RevokedTokens, SessionHandle,
 /// Sessions in one answer.
 const SESSIONS_MAX: usize = 1_000;
 const SESSIONS_DEFAULT: usize = 100;
+/// Longest delay of a drain that can be requested.
+const DRAIN_DELAY_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Parts per second of a paced close.
 const PARTS_PER_S: usize = 10;
 
@@ -221,15 +224,20 @@ pub(super) async fn revoke(
 pub(super) async fn drain(
     State(admin): State<Arc<Admin>>,
     Extension(caller): Extension<Caller>,
-) -> (StatusCode, Response) {
-    let drain = if admin.drain.begin() {
-        tracing::info!(%caller, "admin: drain");
+    RawQuery(query): RawQuery,
+) -> Result<(StatusCode, Response), Refused> {
+    let parameters = Parameters::parse(query.as_deref(), &["delay"])?;
+    let delay = parameters.read("delay", "a time with a unit, up to 24h", |text| {
+        Duration::parse(text).ok().filter(|delay| *delay <= DRAIN_DELAY_MAX)
+    })?;
+    let drain = if admin.drain.begin(delay) {
+        tracing::info!(%caller, ?delay, "admin: drain");
         "draining; the process exits when done"
     } else {
         "already draining"
     };
     let node = &admin.operated.node;
-    (StatusCode::ACCEPTED, answer(&json!({ "node": &**node, "drain": drain })))
+    Ok((StatusCode::ACCEPTED, answer(&json!({ "node": &**node, "drain": drain }))))
 }
 
 /// `POST /admin/undrain`.

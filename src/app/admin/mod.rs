@@ -364,6 +364,8 @@ mod tests {
             ("POST /admin/sessions/close?device=a", 400, "user is missing"),
             ("POST /admin/tokens/revoke?user=a", 200, r#"{"before":""#),
             ("POST /admin/tokens/revoke?everybody=true&before=5", 200, "{"),
+            ("POST /admin/drain?delay=10", 400, "delay must be a time with a unit"),
+            ("POST /admin/drain?delay=25h", 400, "delay must be"),
             ("POST /admin/tokens/revoke", 400, "one of user=… and everybody=true"),
             ("POST /admin/tokens/revoke?user=a&everybody=true", 400, "one of"),
             ("POST /admin/tokens/revoke?everybody=yes", 400, "everybody must be `true`"),

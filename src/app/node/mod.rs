@@ -372,8 +372,8 @@ impl Node {
         }
     }
 
-    /// Accepts and serves connections for another `drain_delay`, because load balancers poll
-    /// readiness. Until it is over, a drain request can be cancelled.
+    /// Accepts and serves connections for another `drain_delay`, or as long as was requested with the drain, because load
+    /// balancers poll readiness. Until it is over, a drain request can be cancelled. A signal shortens what was requested.
     ///
     /// # Errors
     /// A part has failed meanwhile.
@@ -387,27 +387,31 @@ impl Node {
         if is_signalled {
             drain.stop(NotCancelled::Signalled);
         }
-        let delay = self.settings.drain_delay;
+        let mut changes = drain.subscribe();
+        let requested = drain.requested();
+        let delay = requested.and_then(|it| it.delay).unwrap_or(self.settings.drain_delay);
         if !delay.is_zero() {
             tracing::info!(
                 "{request}: not ready any more, accepting connections for another {delay:?}"
             );
         }
-        let mut is_on = drain.subscribe();
         let over = sleep(delay);
         tokio::pin!(over);
-        loop {
+        while !drain.was_cancelled(requested) {
             tokio::select! {
                 () = &mut over => break,
-                _ = is_on.wait_for(|is_on| !*is_on) => break,
+                _ = changes.changed() => {}
                 _ = signals.first(), if !is_signalled => {
                     is_signalled = true;
                     drain.stop(NotCancelled::Signalled);
+                    let latest = Instant::now() + self.settings.drain_delay;
+                    let deadline = over.deadline().min(latest);
+                    over.as_mut().reset(deadline);
                 }
                 failure = self.failure() => return Err(failure),
             }
         }
-        if !drain.commit() {
+        if !drain.commit(requested) {
             tracing::info!("the drain was cancelled: serving as before");
             return Ok(DelayEnd::DrainCancelled);
         }

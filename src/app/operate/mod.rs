@@ -107,9 +107,13 @@ enum Action {
         #[arg(long, requires = "everybody")]
         per_second: Option<u32>,
     },
-    /// Stop one node: not ready at once, after DRAIN_DELAY its sessions are closed, then it exits
-    Drain,
-    /// Cancel the drain of one node, until its DRAIN_DELAY is over
+    /// Stop one node: not ready at once, after a delay its sessions are closed, then it exits
+    Drain {
+        /// How long it serves on, and the drain can be cancelled, such as 10m [default: its DRAIN_DELAY]
+        #[arg(long)]
+        delay: Option<String>,
+    },
+    /// Cancel the drain of one node, until its delay is over
     Undrain,
 }
 
@@ -149,7 +153,10 @@ pub fn run(operate: &Operate) -> Result<(), String> {
             ]);
             call.act(&format!("/admin/tokens/revoke{query}"), &["node", "closed", "before"])
         }
-        Action::Drain => call.act_on_one("/admin/drain", &["node", "drain"]),
+        Action::Drain { delay } => {
+            let query = query(&[("delay", delay.as_ref())]);
+            call.act_on_one(&format!("/admin/drain{query}"), &["node", "drain"])
+        }
         Action::Undrain => call.act_on_one("/admin/undrain", &["node", "drain"]),
     }
 }

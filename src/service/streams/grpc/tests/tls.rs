@@ -11,6 +11,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{AlertDescription, ClientConfig, Error, RootCertStore, version};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket as TokioSocket;
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Certificate, ClientTlsConfig};
@@ -26,6 +27,8 @@ use crate::service::tls::tickets::Tickets;
 use crate::service::tls::{TlsCounters, server_config};
 
 const NAME: &str = "chat.test";
+/// The server answers each one with as many bytes.
+const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\x0012345678";
 
 /// TLS of a port, and an authority that its clients trust.
 pub(super) struct TestTls {
@@ -233,14 +236,26 @@ async fn handshake_without_a_turn_is_given_up() {
 
 #[tokio::test]
 async fn connection_whose_socket_takes_nothing_is_ended() {
-    let tls = TestTls::new();
-    let config = GrpcConfig { write_timeout: Duration::from_millis(50), ..GrpcConfig::default() };
-    let port = tls.open(config).await;
-    let mut client = connect(&Arc::new(tls.client(&[b"h2"])), port.address).await.unwrap();
-    client.write_all(PREFACE).await.unwrap();
-    let pings = b"\0\0\x08\x06\0\0\0\0\x0012345678".repeat(1_000);
-    while client.write_all(&pings).await.is_ok() {}
-    assert_eq!(port.counters.grpc_connections_stalled.get(), 1);
+    // More than TLS has room for, and less: then HTTP/2 has written everything.
+    for pings in [usize::MAX, 2_000] {
+        let tls = TestTls::new();
+        let config =
+            GrpcConfig { write_timeout: Duration::from_millis(50), ..GrpcConfig::default() };
+        let port = tls.open(config).await;
+        let mut client = connect(&Arc::new(tls.client(&[b"h2"])), port.address).await.unwrap();
+        client.write_all(PREFACE).await.unwrap();
+        let mut left = pings;
+        // An error means that the server has ended it.
+        while left > 0 && client.write_all(&PING.repeat(left.min(1_000))).await.is_ok() {
+            left -= left.min(1_000);
+        }
+        let ended = async {
+            while port.counters.grpc_connections_stalled.get() == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(60), ended).await.expect("it is ended");
+    }
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use delivery_testkit::ports::free_port;
 
 use super::support::node::{Node, NodeBuilder};
 use super::support::wait::until;
+use super::tls::Certificates;
 
 /// Metrics that appear only after an event, or only for partitions that are read.
 const ONLY_SOMETIMES: [&str; 2] = ["kafka_consumer_lag", "http_request_duration_seconds"];
@@ -18,12 +19,14 @@ fn nobody_there() -> String {
 /// The metrics pages of two nodes that have together every part with metrics: no node hands over both through
 /// the log and through Redis. They need not be ready.
 fn pages_of_everything() -> String {
-    let nodes = ["log", "redis"].map(node_with_everything);
+    let files = Certificates::new(&["chat.test"]);
+    let nodes = ["log", "redis"].map(|hand_off| node_with_everything(&files, hand_off));
     nodes.map(|node| node.get("/metrics").expect("answers").body).concat()
 }
 
-fn node_with_everything(hand_off: &str) -> Node {
-    let node = NodeBuilder::serve()
+fn node_with_everything(files: &Certificates, hand_off: &str) -> Node {
+    let node = files
+        .settings(NodeBuilder::serve())
         .set("KAFKA_BROKERS", nobody_there())
         .set("REDIS_ADDR", nobody_there())
         .set("MSG_SVC_ADDR", nobody_there())

@@ -75,6 +75,7 @@ impl Certificates {
         std::fs::rename(self.path("..next"), self.path("..data")).unwrap();
     }
 
+    /// A node of `dev` with this certificate.
     pub(crate) fn node(&self) -> NodeBuilder {
         self.settings(NodeBuilder::dev())
     }
@@ -199,12 +200,8 @@ fn hang_up_reads_certificates_again() {
 
     let mut files = Certificates::new(&["chat.test"]);
     let brokers = kafka_brokers();
-    let [cert, key] = ["tls.crt", "tls.key"].map(|name| files.path(name).display().to_string());
-    let mut node = NodeBuilder::serve()
-        .kafka(&brokers, &new_topic(&brokers, "certificates", 1))
-        .set("TLS_CERT", cert)
-        .set("TLS_KEY", key)
-        .start();
+    let topic = new_topic(&brokers, "certificates", 1);
+    let mut node = files.settings(NodeBuilder::serve().kafka(&brokers, &topic)).start();
     let shown = |client: &_| certificate(&handshake(&node, client, "chat.test").unwrap());
     let first = shown(&files.client());
     files.replace(&["chat.test"], 4000);

@@ -301,8 +301,8 @@ settings! {
     }
     "TLS" {
         /// PEM files with certificate chains, each in the order of issue, the certificate of the server first. With them the
-        /// gRPC port speaks TLS 1.3, and nothing else. A client gets the certificate with the name it asks for, otherwise
-        /// that of the first file. The files are read again on SIGHUP, and when they have changed. Empty: no TLS.
+        /// WebSocket and gRPC ports speak TLS 1.3, and nothing else. A client gets the certificate with the name it asks
+        /// for, otherwise that of the first file. The files are read again on SIGHUP, and when they have changed. Empty: no TLS.
         tls_cert: Vec<PathBuf> = "", example "/etc/delivery/tls/tls.crt";
         /// PEM files with the private keys (PKCS #8, PKCS #1 or SEC 1, not encrypted), one for each file of `tls_cert`, in the
         /// same order.

@@ -51,8 +51,13 @@ impl Sizing {
 
     /// Number of threads for the handshakes of gRPC clients over TLS. A thread makes about a thousand a second with RSA,
     /// and ten times as many with ECDSA or tickets.
-    pub(super) fn handshake_threads(&self) -> usize {
+    pub(super) fn stream_handshake_threads(&self) -> usize {
         (self.service_threads / 2).max(1)
+    }
+
+    /// Number of threads for handshakes of both ports over TLS: each shard has one.
+    pub(super) fn handshake_threads(&self) -> usize {
+        usize::from(self.shards) + self.stream_handshake_threads()
     }
 }
 

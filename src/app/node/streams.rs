@@ -32,7 +32,7 @@ pub(super) fn outbox_limits(settings: &Settings) -> OutboxLimits {
 
 fn tls(sizing: &Sizing, back_ends: &mut BackEnds) -> Result<Option<Arc<GrpcTls>>, String> {
     let Some(tls) = &back_ends.tls else { return Ok(None) };
-    let threads = HandshakeThreads::start(sizing.handshake_threads())
+    let threads = HandshakeThreads::start(sizing.stream_handshake_threads())
         .map_err(|error| format!("the threads for TLS handshakes did not start: {error}"))?;
     let counters = register("grpc_tls_", &mut back_ends.collectors);
     Ok(Some(GrpcTls::new(tls.server_config(&[grpc::ALPN]), threads, counters)))

@@ -9,6 +9,7 @@ pub mod operate;
 pub mod publish;
 #[cfg(any(test, feature = "simulation"))]
 pub mod returning;
+mod secure_client;
 pub mod serve;
 pub mod sizing;
 pub mod tail;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Write as _};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,9 +13,9 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use tungstenite::client::IntoClientRequest as _;
 use tungstenite::http::{HeaderValue, Response};
-use tungstenite::stream::MaybeTlsStream;
 use tungstenite::{Message, WebSocket};
 
+use super::secure_client::{ByteStream, SecureError, secure};
 use super::terminal::complain;
 use crate::domain::close::CloseCode;
 use crate::domain::counted::Counted;
@@ -27,7 +28,7 @@ pub const ABOUT: &str = "\
 Connects as a client and prints one JSON line per event.
 
     delivery tail --user alice --device phone
-    delivery tail --user bob --device desk --url node-1:8083 --token \"$TOKEN\" | jq .payload
+    delivery tail --user bob --device desk --url wss://chat.example.com --token \"$TOKEN\" | jq .payload
 
 When the connection ends, it reconnects with the last cursor that the server has sent, and gets all \
 events since then. If the cursor cannot be used any more, it says so, and asks for the messages after the \
@@ -53,9 +54,12 @@ pub struct Tail {
     /// Device id to connect with: a new connection of the same user and device replaces the old one
     #[arg(long)]
     device: String,
-    /// Server address: host:port, or a ws:// or http:// URL
+    /// Server address: host:port, or a URL with ws:// or http://, or with wss:// or https:// for TLS
     #[arg(long, default_value = "127.0.0.1:8083")]
     url: String,
+    /// PEM file with the authorities to trust over TLS, instead of those that browsers trust
+    #[arg(long)]
+    ca: Option<PathBuf>,
     /// Token to authenticate with (AUTH_MODE=jwt)
     #[arg(long, env = "DELIVERY_TOKEN", hide_env_values = true)]
     token: Option<String>,
@@ -198,7 +202,7 @@ fn retry(why: String) -> Outcome {
     Outcome::Retry { why, wait: None }
 }
 
-type Socket = WebSocket<MaybeTlsStream<TcpStream>>;
+type Socket = WebSocket<Box<dyn ByteStream>>;
 
 fn session(tail: &Tail, received: &mut Received) -> Outcome {
     let mut socket = match connect(tail) {
@@ -251,8 +255,10 @@ fn session(tail: &Tail, received: &mut Received) -> Outcome {
 }
 
 fn connect(tail: &Tail) -> Result<Socket, Outcome> {
-    let (authority, url) = target(&tail.url, &tail.user, &tail.device).map_err(Outcome::GiveUp)?;
-    let mut request = url
+    let target = target(&tail.url, &tail.user, &tail.device).map_err(Outcome::GiveUp)?;
+    let authority = target.authority;
+    let mut request = target
+        .url
         .into_client_request()
         .map_err(|error| Outcome::GiveUp(format!("{}: {error}", tail.url)))?;
     request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("realchat.v1"));
@@ -262,7 +268,17 @@ fn connect(tail: &Tail) -> Result<Socket, Outcome> {
         request.headers_mut().insert("authorization", value);
     }
     let stream = open(&authority).map_err(|error| retry(format!("{authority}: {error}")))?;
-    match tungstenite::client(request, MaybeTlsStream::Plain(stream)) {
+    let stream: Box<dyn ByteStream> = if target.is_secure {
+        let host = authority.rsplit_once(':').map_or(&*authority, |(host, _)| host);
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        secure(stream, host, tail.ca.as_deref()).map_err(|error| match error {
+            SecureError::Permanent(why) => Outcome::GiveUp(format!("{authority}: {why}")),
+            SecureError::Io(error) => retry(format!("{authority}: {error}")),
+        })?
+    } else {
+        Box::new(stream)
+    };
+    match tungstenite::client(request, stream) {
         Ok((socket, _)) => Ok(socket),
         Err(tungstenite::HandshakeError::Failure(tungstenite::Error::Http(response))) => {
             Err(refused(&response))
@@ -286,13 +302,23 @@ fn open(authority: &str) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// The `host:port` and the URL to request.
-fn target(url: &str, user: &str, device: &str) -> Result<(String, String), String> {
-    let rest = match url.split_once("://") {
-        None => url,
-        Some(("ws" | "http", rest)) => rest,
+/// Where to connect.
+struct Target {
+    /// `host:port`.
+    authority: String,
+    /// The URL to request.
+    url: String,
+    /// Over TLS.
+    is_secure: bool,
+}
+
+fn target(url: &str, user: &str, device: &str) -> Result<Target, String> {
+    let (is_secure, rest) = match url.split_once("://") {
+        None => (false, url),
+        Some(("ws" | "http", rest)) => (false, rest),
+        Some(("wss" | "https", rest)) => (true, rest),
         Some((scheme, _)) => {
-            return Err(format!("`{scheme}://` is not supported; example: ws://host:port/ws"));
+            return Err(format!("`{scheme}://` is not supported; example: wss://host:port/ws"));
         }
     };
     let (authority, path) = match rest.split_once('/') {
@@ -304,11 +330,12 @@ fn target(url: &str, user: &str, device: &str) -> Result<(String, String), Strin
     }
     let port_missing =
         authority.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err());
-    let authority = if port_missing { format!("{authority}:80") } else { authority.to_owned() };
+    let (scheme, port) = if is_secure { ("wss", 443) } else { ("ws", 80) };
+    let authority = if port_missing { format!("{authority}:{port}") } else { authority.to_owned() };
     let encoded = |text| utf8_percent_encode(text, QUERY_VALUE);
     let (user, device) = (encoded(user), encoded(device));
-    let url = format!("ws://{authority}/{path}?user_id={user}&device_id={device}");
-    Ok((authority, url))
+    let url = format!("{scheme}://{authority}/{path}?user_id={user}&device_id={device}");
+    Ok(Target { authority, url, is_secure })
 }
 
 /// The handshake was answered with a status other than 101.
@@ -365,7 +392,7 @@ mod tests {
 
     #[test]
     fn url_forms_are_accepted() {
-        let url = |text| target(text, "a b", "d&1").map(|(_, url)| url);
+        let url = |text| target(text, "a b", "d&1").map(|target| target.url);
         let query = "?user_id=a%20b&device_id=d%261";
         for text in ["h:1", "ws://h:1", "ws://h:1/", "http://h:1/ws"] {
             assert_eq!(url(text).unwrap(), format!("ws://h:1/ws{query}"), "{text}");
@@ -373,7 +400,9 @@ mod tests {
         assert_eq!(url("h").unwrap(), format!("ws://h:80/ws{query}"));
         assert_eq!(url("[::1]:8083").unwrap(), format!("ws://[::1]:8083/ws{query}"));
         assert_eq!(url("h:1/chat/ws").unwrap(), format!("ws://h:1/chat/ws{query}"));
-        assert!(url("wss://h:1/ws").is_err());
+        assert_eq!(url("wss://h:1/ws").unwrap(), format!("wss://h:1/ws{query}"));
+        assert_eq!(url("https://h").unwrap(), format!("wss://h:443/ws{query}"));
+        assert!(url("quic://h:1/ws").is_err());
         assert!(url("ws://h:1/ws?user_id=x").is_err());
     }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::net::TcpStream;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use delivery_testkit::proto::delivery::v1::delivery_api_client::DeliveryApiClient;
@@ -20,7 +21,7 @@ use tokio_stream::StreamExt as _;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig};
 use tonic::{Request, Streaming};
 
-use crate::support::node::{Node, NodeBuilder};
+use crate::support::node::{Node, NodeBuilder, binary};
 use crate::support::wait::{SOON, until};
 
 /// A folder of certificates as Kubernetes mounts a secret: the files are links through `..data`, which is replaced.
@@ -231,6 +232,27 @@ fn node_with_an_expired_certificate_starts_and_says_so() {
         let refused = node.metrics().sum("delivery_grpc_tls_failed_by_client_total", &[]);
         (refused == 1.0).then_some(())
     });
+}
+
+#[test]
+fn tail_speaks_tls_and_trusts_whom_it_is_told() {
+    let files = Certificates::new(&["localhost"]);
+    let node = files.node().set("DEV_DEMO", "true").start();
+    let tail = |more: &[&str]| {
+        let url = format!("wss://localhost:{}", node.public.port());
+        let arguments = ["tail", "--user", "alice", "--device", "a", "--count", "1", "--url", &url];
+        let output = Command::new(binary()).args(arguments).args(more).output().unwrap();
+        let [out, err] =
+            [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        (output.status.code(), out, err)
+    };
+    let ca = files.path("ca.crt");
+    let (status, out, err) = tail(&["--ca", ca.to_str().unwrap()]);
+    assert_eq!(status, Some(0), "{err}");
+    assert!(out.contains(r#""conversationId":"demo""#), "{out}");
+    let (status, _, err) = tail(&[]);
+    assert_eq!(status, Some(1), "{err}");
+    assert!(err.contains("invalid peer certificate"), "{err}");
 }
 
 #[test]

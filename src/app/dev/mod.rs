@@ -13,9 +13,10 @@ use super::terminal;
 use demo::Demo;
 use kafka::EmbeddedKafka;
 
-/// The page served at `/try`. [`PORT_MARK`] is replaced by the WebSocket port.
+/// The page served at `/try`. The marks are replaced by the port and the scheme of the WebSocket port.
 const TRY_PAGE: &str = include_str!("try.html");
 const PORT_MARK: &str = "{{WEBSOCKET_PORT}}";
+const SCHEME_MARK: &str = "{{WEBSOCKET_SCHEME}}";
 
 /// Runs until the node is stopped.
 ///
@@ -43,7 +44,9 @@ pub fn run(loaded: Loaded) -> Result<(), String> {
     let plan = Plan {
         ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
         try_page: Some(|addresses: &Addresses| {
-            TRY_PAGE.replace(PORT_MARK, &addresses.websocket.port().to_string())
+            let port = addresses.websocket.port().to_string();
+            let scheme = websocket_scheme(addresses.is_secure);
+            TRY_PAGE.replace(PORT_MARK, &port).replace(SCHEME_MARK, scheme)
         }),
         settings,
         prepared,
@@ -90,9 +93,10 @@ fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> 
     let brokers = settings.kafka_brokers.show();
     let program = program();
     let (websocket, admin) = (at.websocket, at.admin);
+    let scheme = websocket_scheme(settings.has_tls());
     let mut out = format!(
         "\nDelivery is running. Stop it with Ctrl-C.\n\n  \
-         WebSocket  ws://{websocket}/ws\n  \
+         WebSocket  {scheme}://{websocket}/ws\n  \
          admin      http://{admin}/health/ready  http://{admin}/metrics\n"
     );
     if let Some(grpc) = at.grpc {
@@ -113,11 +117,11 @@ fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> 
         );
     }
     // Each command uses another device, so that none replaces the session of another.
-    let url = format!("ws://{websocket}/ws?user_id=alice&device_id=");
+    let url = format!("{scheme}://{websocket}/ws?user_id=alice&device_id=");
     out += &format!(
         "\n  in a browser:\n    http://{admin}/try\n\
          \n  with this program, in another terminal:\n    \
-         {program} tail --url {websocket} --user alice --device phone\n\
+         {program} tail --url {scheme}://{websocket} --user alice --device phone\n\
          \n  with websocat:\n    websocat --protocol realchat.v1.json '{url}laptop'\n\
          \n  with Python (pip install websockets):\n    \
          python3 -c \"from websockets.sync.client import connect\n\
@@ -127,6 +131,11 @@ fn greeting(settings: &Settings, at: &Addresses, embedded: bool, demo: bool) -> 
          \nSee who is connected:\n\n    {program} admin sessions --admin {admin}\n"
     );
     out
+}
+
+/// Of URLs to the public port. `is_secure`: it speaks TLS.
+fn websocket_scheme(is_secure: bool) -> &'static str {
+    if is_secure { "wss" } else { "ws" }
 }
 
 /// The parts of a production node that are missing.
@@ -187,12 +196,13 @@ mod tests {
             websocket: "127.0.0.1:40002".parse().unwrap(),
             admin: "127.0.0.1:40003".parse().unwrap(),
             grpc: Some("127.0.0.1:40004".parse().unwrap()),
+            is_secure: false,
         };
         let text = greeting(&settings, &at, true, true);
         for part in [
             "--brokers 127.0.0.1:40001 message",
             "ws://127.0.0.1:40002/ws?user_id=alice",
-            "--url 127.0.0.1:40002",
+            "--url ws://127.0.0.1:40002",
             "http://127.0.0.1:40003/try",
             "127.0.0.1:40004",
             "stores nothing",

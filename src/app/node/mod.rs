@@ -81,6 +81,8 @@ pub struct Addresses {
     pub admin: SocketAddr,
     /// The gRPC port; `None`: gRPC is off.
     pub grpc: Option<SocketAddr>,
+    /// The public port and the gRPC port speak TLS.
+    pub is_secure: bool,
 }
 
 /// Interval at which readiness is checked until the node is ready.

@@ -56,8 +56,12 @@ impl Ports {
             Some(address) => Some(bind("GRPC_ADDR", address.or(ip), send_buffer).await?),
             None => None,
         };
-        let addresses =
-            Addresses { websocket, admin: local(&admin), grpc: grpc.as_ref().map(local) };
+        let addresses = Addresses {
+            websocket,
+            admin: local(&admin),
+            grpc: grpc.as_ref().map(local),
+            is_secure: settings.has_tls(),
+        };
         Ok(Self { shards, admin, admin_socket, grpc, addresses })
     }
 }

@@ -2,6 +2,7 @@
 # Runs the Autobahn test suite (PyPI: autobahntestsuite, fuzzing client, 517 cases) against /echo.
 #
 #   tests/autobahn.sh                    starts `delivery dev` and runs all cases against it
+#   tests/autobahn.sh --tls              the same over wss://, with a certificate of its own
 #   tests/autobahn.sh URL [CASES...]     uses a running server, e.g. ws://127.0.0.1:8083/echo '1.*' 7.1.1
 #   tests/autobahn.sh --setup            only installs the suite into .services/autobahn
 #
@@ -103,7 +104,7 @@ stop_all() {
 trap stop_all EXIT
 trap 'exit 130' INT TERM
 
-# Starts `delivery dev` on a free port and sets url.
+# start_server TLS|"": starts `delivery dev` on a free port and sets url.
 start_server() {
   local program=${DELIVERY_BIN:-}
   if [ -z "$program" ]; then
@@ -111,9 +112,16 @@ start_server() {
     program=target/release/delivery
   fi
   local port; port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  env -u LD_LIBRARY_PATH HTTP_PORT="$port" HTTP_ADDR=127.0.0.1:0 GRPC_ADDR=127.0.0.1:0 MESSAGE_TIMEOUT=1h "$program" dev --no-demo >"$out/server.log" 2>&1 &
+  local scheme=ws tls=()
+  if [ -n "$1" ]; then
+    scheme=wss
+    env -u LD_LIBRARY_PATH openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost \
+      -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout "$out/tls.key" -out "$out/tls.crt" 2>/dev/null
+    tls=(TLS_CERT="$out/tls.crt" TLS_KEY="$out/tls.key")
+  fi
+  env -u LD_LIBRARY_PATH "${tls[@]}" HTTP_PORT="$port" HTTP_ADDR=127.0.0.1:0 GRPC_ADDR=127.0.0.1:0 MESSAGE_TIMEOUT=1h "$program" dev --no-demo >"$out/server.log" 2>&1 &
   server=$!
-  url=ws://127.0.0.1:$port/echo
+  url=$scheme://127.0.0.1:$port/echo
   for _ in $(seq 300); do
     if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then return; fi
     kill -0 "$server" 2>/dev/null || break
@@ -125,13 +133,17 @@ start_server() {
 
 # --- the run -------------------------------------------------------------------------------------
 
-[ "${1:-}" != --help ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0; }
+[ "${1:-}" != --help ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0; }
 setup || exit
 [ "${1:-}" != --setup ] || { say "ready: $home/suite/bin/wstest"; exit 0; }
 
 rm -rf "$out"; mkdir -p "$out"
 url=${1:-}
-if [ -z "$url" ]; then start_server || exit; else shift; fi
+case $url in
+  "") start_server "" || exit ;;
+  --tls) start_server tls || exit; shift ;;
+  *) shift ;;
+esac
 if ! [[ $url =~ ^wss?://(127\.[0-9.]+|localhost|\[::1\])(:[0-9]+)?(/|\?|$) ]]; then
   say "not a WebSocket URL on the loopback interface: $url"; exit 2
 fi

@@ -143,6 +143,8 @@ group_clients() {
 
 group_autobahn() { tests/autobahn.sh; }
 
+group_autobahn_tls() { tests/autobahn.sh --tls; }
+
 group_faults() { ignored_tests faults::; }
 
 group_mutations() { tests/mutations/run; }

@@ -132,15 +132,20 @@ fn peer(
 
 /// TLS as in `app`.
 fn tls_config() -> io::Result<Arc<ServerConfig>> {
+    let mut config = own_server_config()?;
+    capture_secrets(&mut config);
+    Ok(Arc::new(config))
+}
+
+/// How handshakes are made, with an ECDSA certificate of its own.
+pub(crate) fn own_server_config() -> io::Result<ServerConfig> {
     let own = generate_simple_self_signed(["bench".to_owned()]).map_err(io::Error::other)?;
     let key = PrivateKeyDer::Pkcs8(own.signing_key.serialize_der().into());
     let provider = Arc::new(default_provider());
     let pair = CertifiedKey::from_der(vec![own.cert.der().clone()], key, &provider);
     let resolver = Arc::new(SingleCertAndKey::from(pair.map_err(io::Error::other)?));
     let tickets = Arc::new(Tickets::new(&[], || UNIX_EPOCH.elapsed().map_or(0, |it| it.as_secs())));
-    let mut config = server_config(resolver, tickets, &[b"http/1.1"]);
-    capture_secrets(&mut config);
-    Ok(Arc::new(config))
+    Ok(server_config(resolver, tickets, &[b"http/1.1"]))
 }
 
 fn handshaker(config: &Arc<ServerConfig>, bell: &Arc<Doorbell>) -> io::Result<ShardHandshakeEnd> {

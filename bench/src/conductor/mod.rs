@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 pub(crate) use child::{Worker, number};
+pub use child::{Worker, number};
 pub use growth::{GrowthPlan, GrowthServer, run as growth};
 pub use samples::{Metric, Samples, Summary};
 pub use scale::{Presence, ScalePlan, ScaleWork, run as scale};

@@ -10,11 +10,14 @@ mod tokio_uring_tungstenite;
 
 use std::io;
 use std::net::TcpListener;
+use std::sync::Arc;
 
 use clap::ValueEnum;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use tokio_rustls::TlsAcceptor;
 
 use self::tokio_tungstenite::Buffers;
+use crate::ours::own_server_config;
 
 /// A comparison server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -27,6 +30,8 @@ pub enum Kind {
     Tokio,
     /// The same with the default buffers of tungstenite.
     TokioDefaults,
+    /// The same as `tokio`, over TLS with tokio-rustls.
+    TokioTls,
     /// tokio-uring, a task per connection, tungstenite.
     TokioUring,
 }
@@ -41,8 +46,12 @@ pub fn run(kind: Kind, capacity: usize, park: bool) -> io::Result<()> {
     match kind {
         Kind::Bare => epoll::run(listener, capacity, epoll::Engine::Uring, park),
         Kind::Epoll => epoll::run(listener, capacity, epoll::Engine::Send, false),
-        Kind::Tokio => tokio_tungstenite::run(listener, capacity, Buffers::Small),
-        Kind::TokioDefaults => tokio_tungstenite::run(listener, capacity, Buffers::Defaults),
+        Kind::Tokio => tokio_tungstenite::run(listener, capacity, Buffers::Small, None),
+        Kind::TokioDefaults => tokio_tungstenite::run(listener, capacity, Buffers::Defaults, None),
+        Kind::TokioTls => {
+            let tls = TlsAcceptor::from(Arc::new(own_server_config()?));
+            tokio_tungstenite::run(listener, capacity, Buffers::Small, Some(tls))
+        }
         Kind::TokioUring => tokio_uring_tungstenite::run(listener, capacity),
     }
 }

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use ::tokio_tungstenite::{WebSocketStream, accept_hdr_async_with_config};
 use futures_util::{SinkExt, StreamExt};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc::{Receiver, Sender, channel, error::TrySendError};
+use tokio_rustls::TlsAcceptor;
 use tungstenite::handshake::server::{Request, Response};
 use tungstenite::protocol::WebSocketConfig;
 use tungstenite::{Bytes, Message};
@@ -43,6 +44,7 @@ impl Buffers {
 
 struct SessionTable {
     buffers: Buffers,
+    tls: Option<TlsAcceptor>,
     /// Sender of session `index`.
     sessions: Mutex<Vec<Option<Sender<Bytes>>>>,
     open: AtomicUsize,
@@ -50,12 +52,18 @@ struct SessionTable {
 }
 
 /// Runs until the standard input ends.
-pub(super) fn run(listener: TcpListener, capacity: usize, buffers: Buffers) -> io::Result<()> {
+pub(super) fn run(
+    listener: TcpListener,
+    capacity: usize,
+    buffers: Buffers,
+    tls: Option<TlsAcceptor>,
+) -> io::Result<()> {
     // One worker: the server has one core.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let table = Arc::new(SessionTable {
         buffers,
+        tls,
         sessions: Mutex::new(vec![None; capacity]),
         open: AtomicUsize::new(0),
         sent: AtomicU64::new(0),
@@ -81,11 +89,20 @@ async fn accept(listener: TcpListener, table: Arc<SessionTable>) -> io::Result<(
     let listener = tokio::net::TcpListener::from_std(listener)?;
     loop {
         let (stream, _) = listener.accept().await?;
-        tokio::spawn(serve(stream, Arc::clone(&table)));
+        let table = Arc::clone(&table);
+        tokio::spawn(async move {
+            match &table.tls {
+                None => serve(stream, &table).await,
+                Some(tls) => match tls.accept(stream).await {
+                    Ok(stream) => serve(stream, &table).await,
+                    Err(_) => {}
+                },
+            }
+        });
     }
 }
 
-async fn serve(stream: TcpStream, table: Arc<SessionTable>) {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, table: &SessionTable) {
     let mut session = None;
     #[expect(clippy::result_large_err, reason = "tungstenite's own signature")]
     let note = |request: &Request, response: Response| {
@@ -101,12 +118,12 @@ async fn serve(stream: TcpStream, table: Arc<SessionTable>) {
         *place = Some(sender);
     }
     table.open.fetch_add(1, Ordering::Relaxed);
-    converse(socket, receiver, &table).await;
+    converse(socket, receiver, table).await;
     table.open.fetch_sub(1, Ordering::Relaxed);
 }
 
 async fn converse(
-    mut socket: WebSocketStream<TcpStream>,
+    mut socket: WebSocketStream<impl AsyncRead + AsyncWrite + Unpin>,
     mut events: Receiver<Bytes>,
     table: &SessionTable,
 ) {

@@ -225,6 +225,15 @@ fn alerts_and_dashboard_name_only_metrics_that_exist() {
     for name in ["REDIS_ADDR", "MSG_SVC_ADDR", "CONV_SVC_ADDR", "PRESENCE_SVC_ADDR"] {
         settings = settings.set(name, &unused);
     }
+    let own = rcgen::generate_simple_self_signed(["chat.test".to_owned()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for (setting, pem) in
+        [("TLS_CERT", own.cert.pem()), ("TLS_KEY", own.signing_key.serialize_pem())]
+    {
+        let file = folder.path().join(setting);
+        std::fs::write(&file, pem).unwrap();
+        settings = settings.set(setting, file.display());
+    }
     let node = settings.set("ROUTING_MODE", "broadcast").spawn();
     let page = until(SOON, "the metrics page contains the consumer lag", || {
         let page = node.get("/metrics")?.body;

@@ -12,6 +12,7 @@ use super::input::FuzzInput;
 
 /// Longest script that is sealed: longer ones find nothing else.
 const RECORDS_MAX: usize = 64;
+const STREAM_BYTES_MAX: usize = 20 * 1024;
 
 /// Checks a script of records, the same bytes as they are, and the sending half.
 pub fn check(data: &[u8]) {
@@ -81,7 +82,7 @@ fn script(input: &mut FuzzInput<'_>, suite: Suite, secret: &[u8]) -> (Vec<u8>, E
     let (mut stream, mut expected) = (Vec::new(), Events::new());
     let mut message = Vec::new();
     for _ in 0..RECORDS_MAX {
-        if input.is_empty() {
+        if input.is_empty() || stream.len() > STREAM_BYTES_MAX {
             break;
         }
         let shape = input.byte();
@@ -217,47 +218,31 @@ fn sealed(input: &mut FuzzInput<'_>, suite: Suite, secret: &[u8]) {
 struct OwnKeys {
     suite: Suite,
     secret: Vec<u8>,
+    key: LessSafeKey,
+    iv: Vec<u8>,
     number: u64,
 }
 
 impl OwnKeys {
     fn new(suite: Suite, secret: &[u8]) -> Self {
-        Self { suite, secret: secret.to_vec(), number: 0 }
-    }
-
-    fn expand(&self, label: &str, length: usize) -> Vec<u8> {
-        struct Length(usize);
-        impl KeyType for Length {
-            fn len(&self) -> usize {
-                self.0
-            }
-        }
-        let hkdf = if self.secret.len() == 48 { HKDF_SHA384 } else { HKDF_SHA256 };
-        let label = format!("tls13 {label}");
-        let mut info = vec![0, length as u8, label.len() as u8];
-        info.extend(label.bytes());
-        info.push(0);
-        let mut out = vec![0; length];
-        let secret = Prk::new_less_safe(hkdf, &self.secret);
-        secret.expand(&[&info], Length(length)).and_then(|okm| okm.fill(&mut out)).expect("short");
-        out
-    }
-
-    fn update(&mut self) {
-        self.secret = self.expand("traffic upd", self.secret.len());
-        self.number = 0;
-    }
-
-    fn seal(&mut self, content_type: u8, content: &[u8], padding: usize) -> Vec<u8> {
-        let aead: &Algorithm = match self.suite {
+        let aead: &Algorithm = match suite {
             Suite::Aes128Gcm => &AES_128_GCM,
             Suite::Aes256Gcm => &AES_256_GCM,
             Suite::ChaCha20Poly1305 => &CHACHA20_POLY1305,
         };
-        let key = UnboundKey::new(aead, &self.expand("key", aead.key_len())).expect("its length");
+        let key = expand(secret, "key", aead.key_len());
+        let key = LessSafeKey::new(UnboundKey::new(aead, &key).expect("its length"));
+        Self { suite, secret: secret.to_vec(), key, iv: expand(secret, "iv", 12), number: 0 }
+    }
+
+    fn update(&mut self) {
+        *self = Self::new(self.suite, &expand(&self.secret, "traffic upd", self.secret.len()));
+    }
+
+    fn seal(&mut self, content_type: u8, content: &[u8], padding: usize) -> Vec<u8> {
         let mut nonce = [0; 12];
         nonce[4..].copy_from_slice(&self.number.to_be_bytes());
-        nonce.iter_mut().zip(self.expand("iv", 12)).for_each(|(byte, iv)| *byte ^= iv);
+        nonce.iter_mut().zip(&self.iv).for_each(|(byte, iv)| *byte ^= iv);
         self.number += 1;
         let mut inner = content.to_vec();
         inner.push(content_type);
@@ -265,8 +250,27 @@ impl OwnKeys {
         let mut record = vec![23, 3, 3];
         record.extend(((inner.len() + 16) as u16).to_be_bytes());
         let (nonce, header) = (Nonce::assume_unique_for_key(nonce), Aad::from(record.clone()));
-        LessSafeKey::new(key).seal_in_place_append_tag(nonce, header, &mut inner).expect("short");
+        self.key.seal_in_place_append_tag(nonce, header, &mut inner).expect("short");
         record.extend(inner);
         record
     }
+}
+
+/// `HKDF-Expand-Label(secret, label, "", length)` (RFC 8446 §7.1).
+fn expand(secret: &[u8], label: &str, length: usize) -> Vec<u8> {
+    struct Length(usize);
+    impl KeyType for Length {
+        fn len(&self) -> usize {
+            self.0
+        }
+    }
+    let hkdf = if secret.len() == 48 { HKDF_SHA384 } else { HKDF_SHA256 };
+    let label = format!("tls13 {label}");
+    let mut info = vec![0, length as u8, label.len() as u8];
+    info.extend(label.bytes());
+    info.push(0);
+    let mut out = vec![0; length];
+    let secret = Prk::new_less_safe(hkdf, secret);
+    secret.expand(&[&info], Length(length)).and_then(|okm| okm.fill(&mut out)).expect("short");
+    out
 }

@@ -168,7 +168,7 @@ pub struct Securing {
     pub handshake: Option<Box<dyn tls::TlsHandshake>>,
     /// What the client has sent of it and is not handled yet.
     pub input: Vec<u8>,
-    /// Handshake and input are at the thread that makes handshakes. Nothing is received meanwhile.
+    /// Handshake and input are at the thread that makes handshakes, or wait for that. Nothing is received meanwhile.
     pub is_under_way: bool,
     /// How often they were there.
     pub visits: u8,

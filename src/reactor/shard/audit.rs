@@ -84,6 +84,10 @@ impl<K: Kernel> Shard<K> {
         let Tally { queued, held, .. } = &self.tally;
         assert!(queued.events + held.events <= sums.deliveries, "an event without recipients");
         assert!(!self.has_more_held_than(1, 1), "more is held than may be");
+        let is_under_way =
+            |lifecycle: &Lifecycle| matches!(lifecycle, Lifecycle::Securing(it) if it.is_under_way);
+        let under_way = self.slab.iter().filter(|(_, it)| is_under_way(&it.lifecycle)).count();
+        assert!(under_way <= self.handshakes_under_way(), "a handshake that nobody makes");
         let reports = self.reports.pending_for_manager();
         assert!(
             reports <= PENDING_REPORTS_MAX + REPORTS_PER_TURN_MAX + self.slab.used(),
@@ -190,7 +194,6 @@ impl<K: Kernel> Shard<K> {
         let own =
             if matches!(lifecycle, Lifecycle::Echo(_)) { usize::MAX / 2 } else { OWN_FRAMES_MAX };
         assert!(queue.frames() <= usize::from(self.config.queue_frames_max) + own);
-        assert!(!self.lacks_its_handshake(key), "a handshake that nobody makes");
         if let Some(deadline) =
             next_deadline(connection, self.tls.get(key), key, self.now, &self.config)
         {

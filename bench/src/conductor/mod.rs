@@ -2,6 +2,7 @@
 
 mod child;
 mod growth;
+mod memory;
 mod plot;
 mod samples;
 mod scale;
@@ -17,8 +18,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 pub(crate) use child::{Worker, number};
-pub use child::{Worker, number};
 pub use growth::{GrowthPlan, GrowthServer, run as growth};
+pub use memory::{MemoryPlan, run as memory};
 pub use samples::{Metric, Samples, Summary};
 pub use scale::{Presence, ScalePlan, ScaleWork, run as scale};
 pub use work::{WORKS, Wire, Work};

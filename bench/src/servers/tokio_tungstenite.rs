@@ -93,10 +93,11 @@ async fn accept(listener: TcpListener, table: Arc<SessionTable>) -> io::Result<(
         tokio::spawn(async move {
             match &table.tls {
                 None => serve(stream, &table).await,
-                Some(tls) => match tls.accept(stream).await {
-                    Ok(stream) => serve(stream, &table).await,
-                    Err(_) => {}
-                },
+                Some(tls) => {
+                    if let Ok(stream) = tls.accept(stream).await {
+                        serve(stream, &table).await;
+                    }
+                }
             }
         });
     }

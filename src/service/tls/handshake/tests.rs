@@ -269,3 +269,77 @@ proptest! {
         prop_assert_eq!(pair.client_received, said_by_server);
     }
 }
+
+/// Time of the server in one handshake, µs: the least of many, because everything else only adds to it.
+fn handshake_us(pki: &Pki, mut server: impl FnMut(&[u8]) -> Vec<u8>) -> f64 {
+    let name = "chat.example".try_into().unwrap();
+    let mut client = ClientConnection::new(Arc::clone(&pki.client), name).unwrap();
+    let mut spent = std::time::Duration::ZERO;
+    while client.wants_write() {
+        let mut sent = Vec::new();
+        client.write_tls(&mut sent).unwrap();
+        let begun = std::time::Instant::now();
+        let answer = server(&sent);
+        spent += begun.elapsed();
+        let mut answer = &answer[..];
+        while !answer.is_empty() {
+            client.read_tls(&mut answer).unwrap();
+            client.process_new_packets().unwrap();
+        }
+    }
+    assert!(!client.is_handshaking());
+    spent.as_secs_f64() * 1e6
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn figures_of_handshakes() {
+    let pki = pki(SUITES[0]);
+    let fresh = |pki: &Pki| {
+        let mut client = pki.client.as_ref().clone();
+        client.resumption = Resumption::disabled();
+        Pki { server: Arc::clone(&pki.server), client: Arc::new(client) }
+    };
+    let ours = |pki: &Pki| {
+        let counters = Arc::default();
+        let mut handshake = None;
+        let mut input = Vec::new();
+        handshake_us(pki, |bytes| {
+            let begin = || ServerHandshake::begin(&pki.server, &counters).unwrap();
+            let mut output = Vec::new();
+            input.extend_from_slice(bytes);
+            let handshake = handshake.get_or_insert_with(begin);
+            if let HandshakeProgress::Done(secrets) = handshake.advance(&mut input, &mut output) {
+                drop(std::hint::black_box(secrets.keys()));
+            }
+            output
+        })
+    };
+    let theirs = |pki: &Pki| {
+        let mut connection = None;
+        handshake_us(pki, |mut bytes| {
+            let begin = || rustls::ServerConnection::new(Arc::clone(&pki.server)).unwrap();
+            let connection = connection.get_or_insert_with(begin);
+            while !bytes.is_empty() {
+                connection.read_tls(&mut bytes).unwrap();
+                connection.process_new_packets().unwrap();
+            }
+            let mut output = Vec::new();
+            while connection.wants_write() {
+                connection.write_tls(&mut output).unwrap();
+            }
+            output
+        })
+    };
+    let least = |pki: &Pki, run: &dyn Fn(&Pki) -> f64| {
+        (0..2_000).map(|_| run(pki)).fold(f64::INFINITY, f64::min)
+    };
+    let once = fresh(&pki);
+    ours(&pki); // Its tickets make the next ones resumed.
+    println!(
+        "full, ECDSA P-256: {:.0} µs, rustls {:.0} µs",
+        least(&once, &ours),
+        least(&once, &theirs)
+    );
+    println!("resumed: {:.0} µs, rustls {:.0} µs", least(&pki, &ours), least(&pki, &theirs));
+}

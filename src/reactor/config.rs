@@ -25,7 +25,7 @@ pub struct ShardConfig {
     /// Completions handled in one turn. The others wait for the next one, which takes events and runs timers before.
     pub completions_max: u16,
     /// TLS handshakes under way at the thread that makes them, at most
-    /// [`JOBS_MAX`](crate::protocol::tls::handshake::JOBS_MAX). The others wait.
+    /// [`JOBS_MAX`]. The others wait.
     pub handshakes_max: u16,
     /// Receive buffers of [`RECEIVE_BUFFER_BYTES`] shared by all connections: a power of two.
     pub receive_buffers: u16,

@@ -1,5 +1,5 @@
 //! The admin port and its Unix socket: health, metrics, in `dev` a page that shows events, and below `/admin/` what
-//! operators do, for which [`access`] decides who may.
+//! operators do, for which `access` decides who may.
 
 mod access;
 mod actions;

@@ -265,7 +265,8 @@ impl Simulation {
     /// Whether a client has exceeded a rate, or might not have completed a message in time.
     fn is_at_fault(&self, number: usize) -> bool {
         let (client, config) = (&self.clients[number], &self.setup.config);
-        client.frames > config.inbound_frames_per_s_max.into()
+        let frames = client.frames + client.tls.as_ref().map_or(0, |tls| tls.key_updates);
+        frames > config.inbound_frames_per_s_max.into()
             || self.notices_late()
             || client.is_slow(self.now_ms(), config.message_ms_max)
     }

@@ -168,6 +168,8 @@ pub(super) struct ClientTls {
     unopened: Vec<u8>,
     /// Its own keys and those of the server, after the handshake.
     keys: Option<(RecordKeys, Opening)>,
+    /// Records without data, which count as frames.
+    pub(super) key_updates: usize,
     /// The server has closed.
     is_closed: bool,
     /// The handshake has failed.
@@ -183,6 +185,7 @@ impl ClientTls {
             waiting,
             unopened,
             keys: None,
+            key_updates: 0,
             is_closed: false,
             has_failed: false,
         }
@@ -206,6 +209,7 @@ impl ClientTls {
             let asks = u8::from(random.chance(128));
             keys.seal(ContentType::Handshake, &mut out, |out| out.extend([24, 0, 0, 1, asks]));
             keys.update();
+            self.key_updates += 1;
         }
         let mut rest = plain;
         while !rest.is_empty() {

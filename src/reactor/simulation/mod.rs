@@ -51,7 +51,7 @@ use trace::{TraceEvent, note};
 const TLS_SEEDS: u64 = 4;
 /// Steps after which a simulation that does not come to rest counts as stuck. Clients that seal each byte by itself, and
 /// a shard with few buffers, need the most.
-const REST_STEPS_MAX: usize = 200_000;
+const REST_STEPS_MAX: usize = 1_000_000;
 
 /// The totals of a run. They show that it did something.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -21,7 +21,7 @@
 //! | layer | contents |
 //! | --- | --- |
 //! | [`domain`] | ids, events, commands and reports of the hand-off, limits, counters |
-//! | [`protocol`] | the HTTP upgrade and RFC 6455 as pure functions: bytes in, events out |
+//! | [`protocol`] | the HTTP upgrade, RFC 6455 and the records of TLS as pure functions: bytes in, events out |
 //! | [`handoff`] | the bounded rings and the doorbell between shards and service |
 //! | [`uring`] | io_uring, and all unsafe code |
 //! | [`reactor`] | the shard: event loop, slab, send queues, timer wheel; generic over a kernel |
@@ -49,7 +49,8 @@
 //! # The path of a client frame
 //!
 //! The kernel fills one of the shard's receive buffers, and [`protocol::receiver`] unmasks the frame in
-//! place. The shard answers pings itself. Text messages go to [`service::sessions::manager`], which
+//! place. With TLS, [`protocol::tls`] opens the record there first; the handshake before it is made by
+//! [`service::tls`], on a thread beside each shard. The shard answers pings itself. Text messages go to [`service::sessions::manager`], which
 //! starts a catch-up ([`service::sessions::catch_up`]) or renews a token ([`service::sessions::auth`]). A client that
 //! returns with a cursor ([`domain::cursor`]) gets what it missed from the tails that the routers keep of their
 //! partitions.

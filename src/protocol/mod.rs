@@ -1,4 +1,4 @@
-//! RFC 6455 and its HTTP upgrade as pure functions and state machines: bytes in, events out. No
+//! RFC 6455, its HTTP upgrade and the records of TLS ([`tls`]) as pure functions and state machines: bytes in, events out. No
 //! I/O, no clock, no runtime, no unsafe.
 //!
 //! How a client's bytes are processed:

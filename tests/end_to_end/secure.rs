@@ -171,3 +171,23 @@ fn silent_and_slow_clients_are_ended() {
     assert_eq!(failed.map_err(io::Error::other).unwrap(), expected);
     assert_eq!(counter(&node, "shard_tls_errors"), 1.0);
 }
+
+/// Opening one costs more than a byte of a request, so they are limited before there is a session too.
+#[test]
+fn key_updates_without_end_are_refused_before_the_request() {
+    let files = Certificates::new(&["chat.test"]);
+    let node = files.node().set("HANDSHAKE_TIMEOUT", "5m").start();
+    let mut stream = secured(&node, &client(&files));
+    while stream.conn.is_handshaking() {
+        stream.conn.complete_io(&mut stream.sock).unwrap();
+    }
+    let ended = (0..100_000).find_map(|_| {
+        stream.conn.refresh_traffic_keys().unwrap();
+        stream.conn.write_tls(&mut stream.sock).err()
+    });
+    // The alert may be lost to a reset: the client goes on sending.
+    assert!(ended.is_some(), "100,000 key updates are taken");
+    until(SOON, "it is counted", || {
+        (counter(&node, "shard_inbound_rate_exceeded") >= 1.0).then_some(())
+    });
+}

@@ -12,7 +12,7 @@ use crate::protocol::phase::Signal;
 use crate::protocol::tls::record::whole_length;
 use crate::protocol::tls::{Alert, Content, HandshakeProgress, Job, Opened, Opening};
 use crate::protocol::upgrade::Refused;
-use crate::reactor::connection::{Connection, Handshake, Lifecycle};
+use crate::reactor::connection::{Connection, Flags, Handshake, Lifecycle};
 use crate::reactor::tls::{ShardHandshakeEnd, TlsTable};
 use crate::uring::{HowToClose, Kernel};
 
@@ -73,7 +73,7 @@ impl<K: Kernel> Shard<K> {
                 _ => 0,
             };
             if record_bytes > 0 && !self.count_overhead(key, record_bytes - data, data == 0) {
-                return self.too_much(key);
+                return self.too_many_records(key);
             }
             match content {
                 Content::Incomplete => self.schedule(key),
@@ -100,12 +100,21 @@ impl<K: Kernel> Shard<K> {
         let (bytes_max, frames_max) =
             (self.config.inbound_bytes_per_s_max, self.config.inbound_frames_per_s_max);
         let connection = &mut self.slab[key];
-        if matches!(connection.lifecycle, Lifecycle::Echo(_)) || !connection.lifecycle.is_open() {
+        if matches!(connection.lifecycle, Lifecycle::Echo(_)) {
             return true;
         }
         let inbound = &mut connection.inbound;
         inbound.count(self.now, overhead, bytes_max)
             && (!is_empty || inbound.count_frame(self.now, frames_max))
+    }
+
+    /// Ends a connection that exceeds its limits: before the 101 and after our close frame there is no close frame for it.
+    fn too_many_records(&mut self, key: ConnectionKey) {
+        if self.slab[key].lifecycle.is_open() {
+            return self.too_much(key);
+        }
+        self.counters.counts.inbound_rate_exceeded.add(1);
+        self.end_tls(key, Alert::UNEXPECTED_MESSAGE, EndReason::PeerAtFault);
     }
 
     fn handshake_records(&mut self, key: ConnectionKey, bytes: &[u8]) {
@@ -246,6 +255,8 @@ impl<K: Kernel> Shard<K> {
         }
         tls.sealing.close(alert);
         let connection = &mut self.slab[key];
+        // The close frame of an overflow could not be sent any more.
+        connection.flags.clear(Flags::CUT);
         connection.queue.clear(&mut self.nodes, |outgoing| {
             self.tally.recipient_done(&outgoing, Outcome::Ended);
         });
